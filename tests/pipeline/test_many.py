@@ -40,9 +40,49 @@ prompts = ["1 + 1 ="]
 """Between pre-training and RL; the last of its steps has fewer rows than others."""
 
 
+LAST = """
+[[stage]]
+kind = "reward-model"
+name = "helpful"
+aim = "helpful"
+from = "pretrain"
+data = ["{pairs}"]
+made = 8
+samples = 1
+max_new_tokens = 4
+row_length = 160
+lr = 1e-2
+batch_rows = 4
+micro_rows = 2
+heldout = 0.3
+style = "r1"
+precision = "float32"
+
+[[stage]]
+kind = "distill"
+name = "taught"
+from = "pretrain"
+teacher = "zero"
+tasks = ["arithmetic"]
+steps = 2
+prompts_per_step = 4
+samples = 2
+max_new_tokens = 12
+lr = 3e-3
+eval_every = 2
+eval_problems = 2
+micro_tokens = 200
+precision = "float32"
+"""
+"""After RL."""
+
+
 CRITIC = 'advantage = "critic"\nreward = "random"'
 FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
 REPLAY = 'routing_replay = true\ncorrection = "token-truncate"'
+
+
+AFTER_RL = ("05-helpful", "06-taught")
 
 
 def sums(folder):
@@ -62,10 +102,14 @@ def base(tmp_path_factory):
     turns = ((f"{n} + 1 =", str(n + 1)) for n in range(80))
     talks = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    said = {"chosen": "It is a good question.", "rejected": "What a stupid thing!"}
+    answers = {key: f"<think>\n</think>\n\n{text}" for key, text in said.items()}
+    pairs = "".join(json.dumps({"prompt": f"Say {n}.", **answers}) + "\n" for n in range(60))
+    (folder / "pairs.jsonl").write_text(pairs)
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
     rl = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}\n{CRITIC}')
     rl = rl.replace("samples = 6", "samples = 2")  # half the groups are paid alike, and left out from then on
-    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}')
+    recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}{LAST.format(pairs=folder / "pairs.jsonl")}')
     run(recipe, folder / "one", *SHORT[1::2])
     return folder
 
@@ -73,7 +117,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def out(base, tmp_path):
     """A run that has come to pre-training."""
-    return copy_without(base / "one", tmp_path / "run", "02-pretrain", "03-sft", "04-zero")
+    return copy_without(base / "one", tmp_path / "run", "02-pretrain", "03-sft", "04-zero", *AFTER_RL)
 
 
 def command(base, out, *more, until="pretrain"):
@@ -246,11 +290,22 @@ def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, ou
     assert said.count("error:") == 1 and f"error: lost rank {killed} (" in said and "Traceback" not in said
 
 
+def same_after_rl(out, base):
+    """The reward model, made on many ranks from answers that rank 0 made, and the student of the model of RL."""
+    for key in ("train/loss", "train/grad_norm", "reward/accuracy", "reward/good", "reward/bad"):
+        same_curve(figures(out, "helpful", key), figures(base / "one", "helpful", key))
+    for key in ("train/loss", "train/grad_norm", "distill/accuracy", "distill/heldout_pass_at_1"):
+        same_curve(figures(out, "taught", key), figures(base / "one", "taught", key))
+    for name in AFTER_RL:
+        mine, theirs = ({path.name for path in (root / name / "model").iterdir()} for root in (out, base / "one"))
+        assert mine == theirs
+
+
 def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     """SFT ends with a step of few rows. In RL all ranks draw, one verifies, and all have a part of policy and critic; a
     rank is killed between rollouts."""
-    out = copy_without(base / "one", tmp_path / "run", "03-sft", "04-zero")
-    process = start(base, out, *SHORT, "--set", "layout.pp=2", until="zero")
+    out = copy_without(base / "one", tmp_path / "run", "03-sft", "04-zero", *AFTER_RL)
+    process = start(base, out, *SHORT, "--set", "layout.pp=2", until="taught")
     wait_for_step(out, 2, "zero")
     os.kill(rank_of(process, 1), signal.SIGKILL)
     status, said = finished(process)
@@ -261,11 +316,13 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
     drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]
     assert drawn[0] == drawn[1], "the same answers, word for word"
+    same_after_rl(out, base)
 
 
 def test_rows_cut_over_two_ranks(base, out):
-    """Pre-training and SFT compute half of every row on each rank, RL has the two for data: the same curves."""
-    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="zero"))
+    """Pre-training and SFT compute half of every row on each rank, RL and what follows have the two for data: the same
+    curves."""
+    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="taught"))
     assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
         said
     )
@@ -275,6 +332,7 @@ def test_rows_cut_over_two_ranks(base, out):
         same_curve(figures(out, "pretrain", key), figures(base / "one", "pretrain", key))
     for key in ("rl/kl", "rl/length", "rl/grad_norm", "rl/correction_weight", "critic/loss", "critic/grad_norm"):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
+    same_after_rl(out, base)
 
 
 def together(base, out, *overrides):

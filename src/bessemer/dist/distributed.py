@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,7 +24,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
-from bessemer.model.transformer import RECOMPUTES_ITSELF, Transformer
+from bessemer.model.transformer import RECOMPUTES_ITSELF, Scorer, Transformer
 from bessemer.train import loss, setup
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -52,7 +51,7 @@ def read(
     context: Mapping[str, Any] | None = None, split_rows: bool = True,
 ) -> tuple[Network | ModelShard, Tokenizer]:  # fmt: skip
     """(network, tokenizer) of a model directory. On many ranks only our own format, of which each reads its shard.
-    `context`: as in `hub.open_directory`; `split_rows`: as in `_mesh`."""
+    `context`: as in `hub.open_directory`; `split_rows`: as in `layout_of`."""
     if ranks is None:
         return setup.load_model(folder, context)
     if needs_transformers(folder):
@@ -60,6 +59,22 @@ def read(
     cfg = hub.read_config(folder).at_length(context or {})
     shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)
     return shard, load_tokenizer(folder)
+
+
+def read_scorer(
+    folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None], new_head: int | None
+) -> Scorer | ModelShard:
+    """A reward model: the one of a directory, or with the seed of a `new_head` the body of its language model. Rows are
+    not split, since a pair's two scores are compared."""
+    if ranks is None:
+        if new_head is None:
+            return hub.load(folder, torch.float32, setup.device(), kind=Scorer)
+        return Scorer.of(setup.load_model(folder)[0], new_head)
+    if needs_transformers(folder):
+        raise UserError(f"{folder} is not of the DeepSeek V3 family; a reward model cannot start from it")
+    cfg = hub.read_config(folder).model_copy(update={"n_mtp": 0})
+    mesh, schedule = _mesh(cfg, ranks, layout, say, split_rows=False)
+    return ModelShard.read(folder, mesh, schedule, ranks.device, kind=Scorer, new_head=new_head, mtp=False)
 
 
 def model_of(network: _Network | ModelShard) -> _Network | Transformer:
@@ -155,9 +170,13 @@ def _empty_model(trainer: DistributedTrainer) -> Transformer:
     return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.runtime.compute_dtype)
 
 
-def save(trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model") -> None:
-    """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory. On many ranks
-    rank 0 writes it from the last checkpoint, one tensor at a time; the others do not wait."""
+def save(
+    trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
+    files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory, with further
+    text `files` by name. On many ranks rank 0 writes it from the last checkpoint, one tensor at a time; the others do
+    not wait."""
     if isinstance(trainer, DistributedTrainer):
         trainer.save()
         trainer.finish()
@@ -166,7 +185,7 @@ def save(trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["
             last = trainer.state_dir / f"step-{trainer.step:08d}"
             sharded_checkpoint.export(
                 last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.runtime.compute_dtype,
-                tokenizer_dir=tokenizer_dir,
+                network=type(trainer.model), tokenizer_dir=tokenizer_dir, files=files,
             )  # fmt: skip
         return
     trainer.finish()  # what could not be written is said before the model is there
@@ -174,21 +193,22 @@ def save(trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["
         with trainer.optimizer.averaged():
             trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
     else:
-        trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
+        trainer.model.save(directory, tokenizer_dir=tokenizer_dir, files=files)
 
 
 def check(
-    recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None
-) -> None:
+    recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None,
+    split_rows: bool = True,
+) -> None:  # fmt: skip
     """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
-    were started), or if a step has too few rows to fill its pipelines."""
+    were started), or if a step has too few rows to fill its pipelines. `split_rows`: as in `layout_of`."""
     layout_config = recipe.layout
     if layout_config.recompute and getattr(recipe.stage(stage), "fp8", "off") != "off":
         raise UserError(f'stage "{stage}": {RECOMPUTES_ITSELF}')
     n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
     if n == layout_config.fewest == 1:
         return
-    layout, schedule, slices = layout_of(layout_config, n)
+    layout, schedule, slices = layout_of(layout_config, n, split_rows)
     if cfg is not None:
         mesh.check(layout, cfg, n, slices)
         mesh.check_exchange(layout_config.exchange, layout, cfg, Ranks.started())
@@ -203,19 +223,17 @@ def check(
         )
 
 
-def layout_of(layout_config: LayoutConfig, n: int) -> tuple[mesh.Layout, str, int]:
-    """(layout of n ranks, schedule, slices of the model per pipeline rank)."""
+def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:
+    """(layout of n ranks, schedule, slices of the model per pipeline rank). Without `split_rows` context-parallel ranks
+    become data-parallel ones."""
     dp = (
         layout_config.dp
         if layout_config.dp != "auto"
         else max(1, n // (layout_config.pp * layout_config.ep * layout_config.cp))
     )
     slices = schedules.stages_of(layout_config.schedule, layout_config.pp) // layout_config.pp
-    return (
-        mesh.Layout(layout_config.pp, dp, layout_config.ep, layout_config.node, layout_config.cp),
-        layout_config.schedule,
-        slices,
-    )
+    dp, cp = (dp, layout_config.cp) if split_rows else (dp * layout_config.cp, 1)
+    return mesh.Layout(layout_config.pp, dp, layout_config.ep, layout_config.node, cp), layout_config.schedule, slices
 
 
 def _check_split(recipe: Recipe, stage: str, cp: int) -> None:
@@ -245,11 +263,8 @@ def _schedule_text(schedule: str, pp: int) -> str:
 def _mesh(
     cfg: ModelConfig, ranks: Ranks, layout_config: LayoutConfig, say: Callable[[str], None], split_rows: bool = True
 ) -> tuple[mesh.Mesh, str]:
-    """The mesh and the schedule's name. Without `split_rows`, for rows of any length, context-parallel ranks become
-    data-parallel ones."""
-    layout, schedule, slices = layout_of(layout_config, ranks.n)
-    if layout.cp > 1 and not split_rows:
-        layout = replace(layout, dp=layout.dp * layout.cp, cp=1)
+    """The mesh and the schedule's name. `split_rows`: as in `layout_of`; not for rows of any length."""
+    layout, schedule, slices = layout_of(layout_config, ranks.n, split_rows)
     mesh.check(layout, cfg, ranks.n, slices)
     backend = mesh.choose_exchange(layout_config.exchange, layout, cfg, ranks, say)
     made = mesh.Mesh(layout, cfg, slices, ranks.device, backend)

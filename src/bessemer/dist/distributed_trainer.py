@@ -98,11 +98,13 @@ class DistributedTrainer(Trainer):
         return self.shard.n_pipelines
 
     def mine(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches of this rank's pipeline. Every pipeline gets the same number, padded with filler batches."""
-        n_pipelines, index = self.n_pipelines, self.shard.pipeline_index
-        micro = self._at_least(math.ceil(len(batches) / n_pipelines))
-        filled = [*batches, *[batches[0].as_filler()] * (n_pipelines * micro - len(batches))]
-        return filled[index * micro : (index + 1) * micro]
+        return self.by_pipeline(batches)[self.shard.pipeline_index]
+
+    def by_pipeline(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches of each pipeline. All get the same number, padded with filler batches."""
+        micro = self._at_least(math.ceil(len(batches) / self.n_pipelines))
+        filled = [*batches, *[batches[0].as_filler()] * (self.n_pipelines * micro - len(batches))]
+        return [filled[start : start + micro] for start in range(0, len(filled), micro)]
 
     def share_of(self, count: int) -> range:
         return range(self.mesh.me, count, self.mesh.layout.world)

@@ -246,9 +246,12 @@ class Mesh:
             self.group[kind] = groups.get(use, mine)
 
     def of(self, cfg: ModelConfig) -> Mesh:
-        """The same ranks and groups for another head on the same body, such as a critic's."""
+        """The same ranks and groups for another network, such as a critic or a teacher. DeepEP's buffers may not serve
+        its shape: then all-to-alls do."""
         other = copy.copy(self)
         other.cfg = cfg
+        if self.backend == "deepep" and unfit_layout(self.layout, cfg):
+            other.backend = "all-to-all"
         return other
 
     @property

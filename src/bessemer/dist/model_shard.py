@@ -24,7 +24,7 @@ from bessemer.hf import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.moe import EXPERTS
-from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.model.transformer import Scorer, TrainOutputs, Transformer
 from bessemer.train.loss import next_token_nats
 
 if TYPE_CHECKING:
@@ -80,11 +80,15 @@ class ModelShard:
 
     @classmethod
     def read(
-        cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None
-    ) -> ModelShard:
-        checkpoint, cfg, layout = hub.open_directory(folder, True, Transformer, context)
+        cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None,
+        kind: type[Transformer] = Transformer, new_head: int | None = None, mtp: bool = True,
+    ) -> ModelShard:  # fmt: skip
+        """`kind` of network. `new_head`: the seed of a `Scorer`'s head, on the body of the directory's language
+        model."""
+        stored = kind if new_head is None else Transformer
+        checkpoint, cfg, layout = hub.open_directory(folder, mtp, stored, context)
         with torch.device("meta"):
-            shard = cls(Transformer(cfg), mesh, schedule)
+            shard = cls(kind(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)
         state = parameters | {name: buffer for name, buffer in shard.model.named_buffers() if name.endswith("bias_E")}
         with torch.no_grad():
@@ -100,6 +104,8 @@ class ModelShard:
                     index = (expert - mesh.experts.start, *rest)
                 view = target[index] if index else target
                 view.copy_(checkpoint.read(slot.key, target.dtype))
+            if new_head is not None:
+                shard._put(parameters, "score.weight", None, Scorer.new_head(cfg, new_head))
         return shard
 
     def table(self, micro: int) -> Table:
@@ -191,15 +197,15 @@ def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
 
 @torch.no_grad()
 def forward(
-    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read]
+    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read], lane: int = 0
 ) -> list[_Read | None]:
     """What `read` makes of the last stage's outputs, without MTP, the weight of the head and the batch; None on other
     ranks.
 
-    Micro-batches go through the first lane one after another. All ranks of a pipeline pass the same batches, and all
+    Micro-batches go through this lane one after another. All ranks of a pipeline pass the same batches, and all
     pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
     """
-    place, mesh = shard.place[0], shard.mesh
+    place, mesh = shard.place[lane], shard.mesh
     peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
     ways = [(a, b) for a, b in pairwise(place) if a != b]
     pipelines = mesh.layout.groups("pp")
@@ -214,7 +220,7 @@ def forward(
         for stage, rank in enumerate(place):
             if rank != mesh.pp:
                 continue
-            one = shard.slices[0, stage]
+            one = shard.slices[lane, stage]
             if stage and place[stage - 1] != rank:
                 x = one.room(tokens_BT)
                 source = peers[place[stage - 1]]

@@ -109,11 +109,12 @@ def _file(rank: int) -> str:
 
 def export(
     checkpoint: Path, cfg: ModelConfig, directory: Path, *, kind: Literal["model", "ema"] = "model",
-    dtype: torch.dtype = torch.float32, **options: Any,
+    dtype: torch.dtype = torch.float32, network: type[Transformer] = Transformer, **options: Any,
 ) -> None:  # fmt: skip
-    """Writes the masters of a checkpoint, or their moving average, rounded to this compute dtype, as a Hugging Face
-    directory; one tensor in memory at a time. `options` as in `hub.write`. Damaged for a damaged file."""
-    _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, options)
+    """Writes the masters of a checkpoint of such a network, or their moving average, rounded to this compute dtype, as
+    a Hugging Face directory; one tensor in memory at a time. `options` as in `hub.write`. Damaged for a damaged
+    file."""
+    _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, network, options)
 
 
 def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
@@ -122,7 +123,8 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
     try:
         reader = CheckpointReader(checkpoint)
         cfg = ModelConfig(**reader.config)
-        _export(reader, cfg if mtp else cfg.model_copy(update={"n_mtp": 0}), directory, "model", torch.float32, options)
+        cfg = cfg if mtp else cfg.model_copy(update={"n_mtp": 0})
+        _export(reader, cfg, directory, "model", torch.float32, Transformer, options)
     except Damaged as damage:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
     except (TypeError, ValueError) as error:
@@ -130,10 +132,11 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
 
 
 def _export(
-    reader: CheckpointReader, cfg: ModelConfig, directory: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
+    reader: CheckpointReader, cfg: ModelConfig, directory: Path, kind: str, dtype: torch.dtype,
+    network: type[Transformer], options: dict[str, Any],
+) -> None:  # fmt: skip
     with torch.device("meta"):
-        state = Transformer(cfg).to_compute(dtype).state_dict()
+        state = network(cfg).to_compute(dtype).state_dict()
 
     def read(slot: Slot, stored_dtype: torch.dtype) -> Tensor:
         name, index = f"{kind}/{slot.name}", slot.index
@@ -145,4 +148,4 @@ def _export(
         value = (value[index] if index else value).to(state[slot.name].dtype)
         return value.to(stored_dtype)
 
-    hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, **options)
+    hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, kind=network, **options)

@@ -309,10 +309,14 @@ class Scorer(Transformer):
         body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("head.", "mtp."))}
         missing = scorer.load_state_dict(body, strict=False)
         assert missing == (["score.weight"], []), missing
-        fresh = torch.empty(scorer.score.weight.shape, dtype=torch.float32)
-        fresh.normal_(0.0, model.cfg.init_std, generator=torch.Generator().manual_seed(seed))
-        scorer.score.weight.copy_(fresh)
+        scorer.score.weight.copy_(cls.new_head(model.cfg, seed))
         return scorer
+
+    @staticmethod
+    def new_head(cfg: ModelConfig, seed: int) -> Tensor:
+        """Initial values of `score.weight`."""
+        fresh = torch.empty(1, cfg.dim, dtype=torch.float32)
+        return fresh.normal_(0.0, cfg.init_std, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
         return self.scores(self.norm(self.hidden(tokens_BT, segments)))

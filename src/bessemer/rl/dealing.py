@@ -1,4 +1,4 @@
-"""Samples of a stage that rank 0 runs alone, by all ranks: each has a GPU and would wait.
+"""Samples of a stage, or a part of one, that rank 0 runs alone, by all ranks: each has a GPU and would wait.
 
 Rank 0 orders every call, with its prompts as token ids; the others load the same model and generate their share of the
 batches, then all exchange what they have. Of a model that rank 0 trains, they get the weights whenever these changed.
@@ -7,6 +7,7 @@ batches, then all exchange what they have. Of a model that rank 0 trains, they g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -17,11 +18,13 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import watchdog
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine, Prompt
+from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.rl.sampler import Completions, SamplingOptions, deal
-from bessemer.runs.context import StageContext
+from bessemer.runs.context import Interrupted, StageContext
 from bessemer.train import setup
+from bessemer.workers import all_cores
 
 
 class DealtEngine:
@@ -108,6 +111,34 @@ def dealt(
         return engine
     ctx.say(f"{ctx.waiting.n} ranks generate")
     return DealtEngine(engine, folder, ctx.waiting, role, version)
+
+
+def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
+    """A part of a stage of all ranks that rank 0 runs alone, with the others for what it samples. A UserError or a stop
+    of rank 0 is one of all ranks."""
+    if ctx.ranks is None:
+        make(ctx)
+        return
+    error, stopped = "", False
+    if ctx.leads:
+        try:
+            with all_cores():
+                make(replace(ctx, ranks=None, waiting=ctx.ranks))
+        except UserError as fault:
+            error = str(fault)
+        except Interrupted:
+            stopped = True
+        finally:
+            ctx.ranks.order({"end": True})
+    else:
+        helper = Helper(ctx.ranks)
+        for order in ctx.ranks.follow():
+            helper.take_part(order)
+    outcome = ctx.agree(lambda: {"error": error, "stopped": stopped})
+    if outcome["error"]:
+        raise UserError(outcome["error"])
+    if outcome["stopped"]:
+        ctx.interrupt()
 
 
 def engine_of(folder: Path, ctx: StageContext, role: str = "model") -> Engine | DealtEngine:

@@ -21,14 +21,20 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
+from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
 from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist import model_shard
+from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.model.transformer import Scorer
+from bessemer.model.transformer import Scorer, TrainOutputs, evaluating, scores
 from bessemer.tasks.answer import summary
+from bessemer.train.objective import trained_places
+from bessemer.train.trainer import Trainer
 
 AIMS = ("helpful", "harmless")
 FACTS = "reward.json"
@@ -80,6 +86,38 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: str, answer: str) -> list
     """The input of a reward model of this aim; `answer` includes thoughts and tags."""
     read = summary(answer) if aim == "helpful" else answer
     return render_ids(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": read}])
+
+
+def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
+    """`score_ids` of the network that is trained, by all ranks that train it."""
+    if not isinstance(trainer, DistributedTrainer):
+        assert isinstance(trainer.model, Scorer)
+        return score_ids(trainer.model, texts, pad_id)
+    shard, parts = trainer.shard, [*_batches(texts)]
+    batches = [_last_marked([texts[i] for i in part], pad_id) for part in parts]
+    with evaluating(shard.model):
+        computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _marked_scores)
+    found = zip(range(shard.pipeline_index, len(parts), shard.n_pipelines), computed, strict=False)  # then fillers
+    mine = {number: score_S for number, score_S in found if score_S is not None}
+    of_texts = [0.0] * len(texts)
+    for part, score_S in zip(parts, trainer.exchanged(mine, [*map(len, parts)]), strict=True):
+        for i, score in zip(part, score_S.tolist(), strict=True):
+            of_texts[i] = score
+    return of_texts
+
+
+def _last_marked(texts: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """A text a row, with weight at its last token."""
+    shape = len(texts), max(map(len, texts))
+    tokens, loss = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        loss[row, len(ids) - 1] = 1.0
+    return Batch(tokens, loss)
+
+
+def _marked_scores(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor:
+    return scores(out.hidden_BTD[trained_places(batch)], weight_1D)
 
 
 @torch.no_grad()

@@ -23,15 +23,15 @@ Shapes: B rows, T tokens of a row, D hidden, N tokens, V vocabulary, C tokens of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bessemer.model.transformer import TrainOutputs
+from bessemer.model.transformer import TrainOutputs, scores
 from bessemer.train.loss import chunk_rows, predicting
 
 if TYPE_CHECKING:
@@ -153,75 +153,123 @@ def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:
     return balance_alpha * (batch.loss_BT.sum() / batch.tokens_BT.shape[0])
 
 
-def pairwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+class _Preference:
+    """What the two objectives of reward models share: scores of a `Scorer`, each read at the last token of its text."""
+
+    measured: ClassVar[tuple[str, ...]]
+    """Names of its own metrics."""
+
+    def __call__(self, model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
+        return self.of(out, model.head_weight, batch, balance_alpha)
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, balance_alpha: float) -> Loss:
+        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        total, *measured = self._sums(scores(out.hidden_BTD, weight_VD), batch)
+        units = batch.loss_BT.sum()
+        balance = out.balance * (units / batch.n_rows)
+        sums = {"loss": total, "balance": balance} | dict(zip(self.measured, measured, strict=True))
+        metrics = {name: value.detach() for name, value in sums.items()}
+        return Loss(total + balance_alpha * balance, units, metrics)
+
+    def _sums(self, scores_BT: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """(loss, each of `measured`), sums."""
+        raise NotImplementedError
+
+    def with_mtp(self, balance_alpha: float) -> bool:
+        return False
+
+    def balance_alpha(self, balance_alpha: float) -> float:
+        return balance_alpha
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("loss", "balance", *self.measured), ()
+
+
+class Pairwise(_Preference):
     """`accuracy` is the share of pairs whose chosen text scores higher, `margin` the mean difference."""
-    scores_BT, balance = _scores(model, batch)
-    row_P, place_P = _places(batch)
-    rival_P = batch.extras["rival_BT"][row_P, place_P]
-    margin_P = scores_BT[row_P, place_P] - scores_BT[row_P, rival_P]
-    metrics = {"accuracy": (margin_P > 0).sum(), "margin": margin_P.sum()}
-    return _preference_loss(-F.logsigmoid(margin_P).sum(), batch, balance, balance_alpha, metrics)
+
+    measured = ("accuracy", "margin")
+
+    def _sums(self, scores_BT: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        row_P, place_P = trained_places(batch)
+        rival_P = batch.extras["rival_BT"][row_P, place_P]
+        margin_P = scores_BT[row_P, place_P] - scores_BT[row_P, rival_P]
+        return -F.logsigmoid(margin_P).sum(), (margin_P > 0).sum(), margin_P.sum()
 
 
-def pointwise(model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+class Pointwise(_Preference):
     """`accuracy` is the share of texts on the right side of 0."""
-    scores_BT, balance = _scores(model, batch)
-    at = _places(batch)
-    score_S, safe_S = scores_BT[at], batch.extras["safe_BT"][at]
-    metrics = {"accuracy": ((score_S > 0) == (safe_S > 0)).sum()}
-    total = F.binary_cross_entropy_with_logits(score_S, safe_S, reduction="sum")
-    return _preference_loss(total, batch, balance, balance_alpha, metrics)
+
+    measured = ("accuracy",)
+
+    def _sums(self, scores_BT: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        at = trained_places(batch)
+        score_S, safe_S = scores_BT[at], batch.extras["safe_BT"][at]
+        total = F.binary_cross_entropy_with_logits(score_S, safe_S, reduction="sum")
+        return total, ((score_S > 0) == (safe_S > 0)).sum()
 
 
-def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+pairwise, pointwise = Pairwise(), Pointwise()
+
+
+def trained_places(batch: Batch) -> tuple[Tensor, Tensor]:
     """(rows, places in them) of the tokens that carry weight."""
     at_N, width = batch.trained_N, batch.loss_BT.shape[1] - 1
     return at_N // width, at_N % width + 1
 
 
-def _scores(model: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
-    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
-    return model.scores(out.hidden_BTD), out.balance
-
-
-def _preference_loss(total: Tensor, batch: Batch, balance: Tensor, alpha: float, metrics: dict[str, Tensor]) -> Loss:
-    units = batch.loss_BT.sum()
-    balance = balance * (units / batch.n_rows)
-    sums = {"loss": total, "balance": balance, **metrics}
-    return Loss(total + alpha * balance, units, {name: value.detach() for name, value in sums.items()})
-
-
 @dataclass(frozen=True)
 class OnPolicyDistillation:
     """Distillation of the student's samples; a teacher is frozen and gets the same tokens. Of several, `Batch.teacher`
-    says which."""
+    says which. Where the student's slices lie on several ranks, batches bring their teacher's hidden states
+    (`teacher_BTD`), and `teachers` are there for their heads (`rl.teachers`)."""
 
     teachers: tuple[Transformer | CausalLM, ...]
     divergence: Divergence = "reverse"
     temperature: float = 1.0
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
-        weight = batch.loss_BT[:, 1:].flatten()
-        keep = batch.trained_N
-        teacher = self.teachers[batch.teacher]
-        with torch.no_grad():
-            teacher_ND = _hidden(teacher, batch)[keep]
+        taught = with_states(batch, teacher_states(self.teachers[batch.teacher], batch))
+        return self.of(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, taught)
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
+        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        keep, weight = batch.trained_N, batch.loss_BT[:, 1:].flatten()
+        student_ND, teacher_ND = (
+            hidden_BTD[:, :-1].flatten(0, 1)[keep] for hidden_BTD in (out.hidden_BTD, batch.extras["teacher_BTD"])
+        )
         total = _weighted_divergence(
-            _hidden(model, batch)[keep], model.head_weight, teacher_ND, teacher.head_weight.detach(),
-            weight[keep], self.divergence, self.temperature,
+            student_ND, weight_VD, teacher_ND, self.teachers[batch.teacher].head_weight.detach(), weight[keep],
+            self.divergence, self.temperature,
         )  # fmt: skip
         return Loss(total, weight.sum(), {"loss": total.detach()})
+
+    def with_mtp(self) -> bool:
+        return False
+
+    def balance_alpha(self) -> float:
+        return 0.0
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("loss",), ()
+
+
+@torch.no_grad()
+def teacher_states(teacher: Transformer | CausalLM, batch: Batch) -> Tensor:
+    """What the teacher's head reads, [B, T, D]."""
+    return teacher.train_outputs(batch.tokens_BT, batch.segments, mtp=False).hidden_BTD
+
+
+def with_states(batch: Batch, teacher_BTD: Tensor) -> Batch:
+    """The batch with its teacher's states."""
+    return replace(batch, extras={**batch.extras, "teacher_BTD": teacher_BTD})
 
 
 def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> Tensor:
     """Per-token divergence of two rows of log-probabilities, [N]."""
     left, right = (student_NV, teacher_NV) if which == "reverse" else (teacher_NV, student_NV)
     return (left.exp() * (left - right)).sum(-1)
-
-
-def _hidden(model: Transformer | CausalLM, batch: Batch) -> Tensor:
-    """Hidden states that predict tokens 1.., flat [B * (T - 1), D]."""
-    return model.train_outputs(batch.tokens_BT, batch.segments, mtp=False).hidden_BTD[:, :-1].flatten(0, 1)
 
 
 def _weighted_divergence(

@@ -15,20 +15,23 @@ from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import DistillConfig
 from bessemer.data.chat import question_ids
+from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import rollout
-from bessemer.rl.dealing import dealt
+from bessemer.rl.dealing import DealtEngine, dealt
 from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.sampler import ShardedSampler
+from bessemer.rl.teachers import Teachers
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.objective import OnPolicyDistillation
-from bessemer.train.trainer import Runtime, Trainer
+from bessemer.train.trainer import Runtime
+from bessemer.workers import Workers
 
 HELDOUT = "distill/heldout_pass_at_1"
 
@@ -37,6 +40,7 @@ HELDOUT = "distill/heldout_pass_at_1"
 class Distill(Stage[DistillConfig]):
     kind = "distill"
     makes_model = True
+    distributed = True
 
     def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
@@ -85,24 +89,31 @@ class _Run:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
-        self.student, self.tokenizer = setup.load_model(ctx.source / "model")
-        self.names = _teachers(config)
-        teachers = tuple(self._teacher(name) for name in self.names)
+        source, ranks = ctx.source / "model", ctx.ranks
+        network, self.tokenizer = distributed.read(source, ranks, ctx.recipe.layout, ctx.say, split_rows=False)
+        student, self.names = distributed.model_of(network), _teachers(config)
+        for name in self.names:
+            self._follow(name)
+        self.teachers = Teachers({name: ctx.inputs[name] / "model" for name in self.names}, network, ranks, ctx.say)
         self.tasks = [tasks.get(name) for name in config.tasks]
-        self.workers = setup.workers()
-        dtype = setup.set_precision(self.student, config, ctx.say)
-        alone = Engine(self.student, self.tokenizer, self.workers)
-        self.engine = dealt(alone, ctx.source / "model", ctx, version=lambda: self.trainer.rows)
-        self.trainer = Trainer(
-            self.student, OnPolicyDistillation(teachers, config.divergence, config.temperature), None,
-            config, Runtime(workers=self.workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,
-            model_config=self.student.cfg.model_dump(), warn=ctx.say,
+        workers = setup.workers() if ranks is None else Workers(1)
+        dtype = setup.set_precision(student, config, ctx.say, ctx.agree)
+        self.trainer = distributed.trainer(
+            network, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
+            config, Runtime(workers=workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,
+            model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
+        whole = distributed.GatheredModel(self.trainer)
+        engine = Engine(whole.model, self.tokenizer, workers)
+        self.engine: Engine | DealtEngine | ShardedSampler
+        if ranks is None:
+            self.engine = dealt(engine, source, ctx, version=lambda: self.trainer.rows)
+        else:
+            self.engine = ShardedSampler(engine, whole.refresh, ranks)
 
-    def _teacher(self, name: str) -> Transformer | CausalLM:
-        """A frozen teacher; the student learns the form that all of them have."""
-        dtype = setup.choose_precision("device").dtype
-        model, tokenizer = setup.load_model(self.ctx.inputs[name] / "model", dtype=dtype)
+    def _follow(self, name: str) -> None:
+        """The student learns the form that all of its teachers have; UserError for one that it cannot follow."""
+        tokenizer = load_tokenizer(self.ctx.inputs[name] / "model")
         if self.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f'stage "{self.ctx.name}": student and teacher "{name}" have different tokenizers, so their '
@@ -116,7 +127,6 @@ class _Run:
             )
         # the setter refuses a teacher without a style
         self.tokenizer.chat_style = tokenizer.chat_style  # type: ignore[assignment]
-        return model.eval().requires_grad_(False)
 
     def run(self) -> dict[str, Any]:
         config, ctx, trainer = self.config, self.ctx, self.trainer
@@ -133,37 +143,43 @@ class _Run:
             ctx.progress.advance(1, note)
             if (number + 1) % config.eval_every == 0 or number + 1 == config.steps:
                 self._evaluate()
-            if ctx.stop:
+            if trainer.stop():
                 trainer.save()
                 trainer.finish()
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        trainer.finish()
-        self.tokenizer.save(ctx.state / "tokenizer")
-        self.student.save(ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer")
+        if ctx.leads:
+            self.tokenizer.save(ctx.state / "tokenizer")
+        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
         # from the metrics, since this attempt may have gone on behind the last evaluation
-        return {"steps": config.steps, "pass_at_1": round(ctx.metrics.last(HELDOUT), 4)}
+        return {"steps": config.steps} | ({"pass_at_1": round(ctx.metrics.last(HELDOUT), 4)} if ctx.leads else {})
 
     def _step(self, number: int) -> dict[str, float]:
         """Samples of the student as it is now, and one update on them."""
         config, count = self.config, self.config.prompts_per_step
         chosen = rollout.problems_of(self.tasks, "train", number * count, count, self.ctx.seed)
-        groups = rollout.sample(
-            self.engine, chosen, self._encode, samples=config.samples, temperature=config.temperature,
-            seed=tasks.stable_hash(self.ctx.seed, self.ctx.name, number), max_new_tokens=config.max_new_tokens,
-            batch_rows=setup.batch_rows(count * config.samples),
+        prompts = [self._encode(problem) for _, problem in chosen]
+        seed = tasks.stable_hash(self.ctx.seed, self.ctx.name, number)
+        completions = self.engine.generate(
+            prompts, samples=config.samples, seeds=rollout.prompt_seeds(seed, count), temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens, batch_rows=setup.batch_rows(count * config.samples),
         )  # fmt: skip
+        groups = self.ctx.once(lambda: rollout.verify(chosen, prompts, completions, self.tokenizer.opening))
         rows: dict[int, list[ScoredSample]] = {}
         for (task, _), group in zip(chosen, groups, strict=True):
             rows.setdefault(self.names.index(teacher_of(config, task.name)), []).extend(group)
         batches = [
             replace(batch, teacher=teacher)
             for teacher, own in sorted(rows.items())
-            for batch in rollout.to_batches(own, self.tokenizer.pad_id, config.micro_tokens, "token")
+            for batch in rollout.to_batches(
+                own, self.tokenizer.pad_id, config.micro_tokens, "token", self.trainer.n_pipelines
+            )
         ]
         right = [row.verdict.correct for group in groups for row in group]
-        return self.trainer.update(batches) | {"distill/accuracy": sum(right) / len(right)}
+        return self.trainer.update(self.teachers.teach(self.trainer, batches)) | {
+            "distill/accuracy": sum(right) / len(right)
+        }
 
     def _evaluate(self) -> None:
         """Writes the mean held-out pass@1 over the tasks."""

@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import changed
@@ -29,17 +27,17 @@ from bessemer.config.training import RewardModelConfig
 from bessemer.data import preference_rows, sft_rows
 from bessemer.data.chat import opening, question_ids
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Scorer, Transformer
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.rl import rollout
-from bessemer.rl.dealing import dealt
+from bessemer.rl.dealing import dealt, led
 from bessemer.rl.judge import Judge, api_key
-from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
+from bessemer.rl.preference import FACTS, Scale, judged_ids, score_by
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks import general_quality
@@ -47,10 +45,13 @@ from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.workers import Workers
 
 Line = dict[str, Any]
 WRITTEN = 4
 """Candidates per made prompt that are written, not sampled."""
+ANSWERS = "judged.json"
+"""File in the state of all judged answers, those held out among them."""
 JUDGED = "judged.jsonl"
 """File of the judged answers that the model was trained and measured on, in the format of `data`."""
 SAMPLES = 6
@@ -60,8 +61,10 @@ SAMPLES = 6
 @register
 class RewardModelling(Stage[RewardModelConfig]):
     kind = "reward-model"
+    distributed = True
 
     def resolve(self, config: RewardModelConfig, recipe: Recipe) -> dict[str, Any]:
+        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows], split_rows=False)
         if not config.data and not config.made:
             raise UserError(f'stage "{config.name}": nothing to judge; give data = [...] or made = 2000')
         if config.samples and not config.made:
@@ -111,38 +114,38 @@ class RewardModelling(Stage[RewardModelConfig]):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
-        model, tokenizer = setup.load_model(ctx.source / "model")
+        tokenizer = load_tokenizer(ctx.source / "model")
         if config.style is not None:
             tokenizer.chat_style = config.style
-        lines, facts = _judged(config, ctx, model, tokenizer)
+        led(ctx, lambda alone: _judge(config, alone, tokenizer))
+        lines, facts = json.loads((ctx.state / ANSWERS).read_text())
         train, heldout = _split(lines, config, ctx)
-        if config.previous is None:
-            network = Scorer.of(model, ctx.seed)
-        else:
-            before = RewardModel.load(ctx.inputs[config.previous] / "model", setup.device())
-            if before.tokenizer.fingerprint != tokenizer.fingerprint:
+        folder = ctx.source / "model"
+        if config.previous is not None:
+            folder = ctx.inputs[config.previous] / "model"
+            if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f'stage "{ctx.name}": {config.previous} has another tokenizer than the model of from')
-            network = before.network
             replayed = _replayed(config, ctx, len(train))
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*train, *heldout])
-        write_atomic(ctx.dir / JUDGED, text)
-        units = ([(ids, mark) for ids, mark in _texts(line, config.aim, tokenizer)] for line in train)
-        packed = preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
+        new_head = ctx.seed if config.previous is None else None
+        network = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
+        packed = ctx.agree(lambda: _pack(config, ctx, tokenizer, train, heldout))
         kind, objective = _BY_AIM[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
-        monitor = _Monitor(config, ctx, tokenizer, heldout)
-        dtype = setup.set_precision(network, config, ctx.say)
-        trainer = Trainer(
-            network, objective, rows.batch, config, _runtime(config, rows, dtype), ctx.state,
+        monitor, model = _Monitor(config, ctx, tokenizer, heldout), distributed.model_of(network)
+        if ctx.recipe.layout.recompute:
+            model.set_recompute(ctx.recipe.layout.recompute)
+        trainer = distributed.trainer(
+            network, objective, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
-            model_config=network.cfg.model_dump(), warn=ctx.say,
+            model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         monitor.train(trainer)
         scale = Scale.learn(config.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
-        tokenizer.save(ctx.state / "tokenizer")
-        hub.save(network, ctx.dir / "model", tokenizer_dir=ctx.state / "tokenizer", files={FACTS: scale.to_json()})
+        if ctx.leads:
+            tokenizer.save(ctx.state / "tokenizer")
+        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer", files={FACTS: scale.to_json()})
         counts = {"steps": trainer.step, "trained": packed["units"], "heldout": len(heldout)}
         return counts | {"accuracy": trainer.extras["accuracy"], "too_long": packed["too_long"], **facts}
 
@@ -153,16 +156,22 @@ _BY_AIM = {
 }
 
 
-def _judged(
-    config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
-) -> tuple[list[Line], dict[str, Any]]:
-    """All lines, and facts about the made ones. Stored in the state, since sampling takes time."""
-    path = ctx.state / "judged.json"
+def _judge(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -> None:
+    """Puts all lines, and facts about the made ones, into the state, since sampling takes time."""
+    path = ctx.state / ANSWERS
     if not path.exists():
-        made, facts = _made(config, ctx, model, tokenizer) if config.made else ([], {})
+        made, facts = _made(config, ctx, tokenizer) if config.made else ([], {})
         write_atomic(path, json.dumps([[*_from_files(config, config.data), *made], facts]))
-    lines, facts = json.loads(path.read_text())
-    return lines, facts
+
+
+def _pack(
+    config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, train: Sequence[Line], heldout: Sequence[Line]
+) -> dict[str, Any]:
+    """Writes the judged answers, and those of training as rows; the facts of the rows."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*train, *heldout])
+    write_atomic(ctx.dir / JUDGED, text)
+    units = (_texts(line, config.aim, tokenizer) for line in train)
+    return preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
 
 
 def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Line]:
@@ -197,9 +206,7 @@ def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
     return [problem for problem in problems if problem.meta.get("aim", config.aim) == config.aim]
 
 
-def _made(
-    config: RewardModelConfig, ctx: StageContext, model: Transformer | CausalLM, tokenizer: Tokenizer
-) -> tuple[list[Line], dict[str, Any]]:
+def _made(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -> tuple[list[Line], dict[str, Any]]:
     problems = _problems(config, ctx.seed)
     answers = [
         general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed)
@@ -211,9 +218,9 @@ def _made(
         prompts = [question_ids(tokenizer, problem.prompt) for problem in problems]
         seeds = [tasks.stable_hash("judged", ctx.seed, p) & (2**62 - 1) for p in range(len(prompts))]
         assert ctx.source is not None, "run() has checked it"
-        if setup.choose_precision("device").dtype != torch.float32:
-            model, _ = setup.load_to_sample(ctx.source / "model", ctx.say)
-        engine = dealt(Engine(model, tokenizer, setup.workers()), ctx.source / "model", ctx)
+        folder = ctx.source / "model"
+        model, _ = setup.load_model(folder, dtype=setup.choose_precision("device").dtype)
+        engine = dealt(Engine(model, tokenizer, setup.workers()), folder, ctx)
         prefix = opening(tokenizer.chat_style)
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
@@ -267,12 +274,15 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
     return [(ids("response"), preference_rows.GOOD if line["safe"] else preference_rows.BAD)]
 
 
-def _runtime(config: RewardModelConfig, rows: preference_rows.PairRows, dtype: torch.dtype) -> Runtime:
+def _runtime(
+    config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer, ctx: StageContext
+) -> Runtime:
     return Runtime(
         tokens=config.epochs * rows.n_rows * config.row_length,
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
-        terms={"balance_alpha": constant(config.balance_alpha)}, workers=setup.workers(),
-        compute_dtype=dtype,
+        terms={"balance_alpha": constant(config.balance_alpha)},
+        workers=setup.workers() if ctx.ranks is None else Workers(1),
+        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.agree),
     )  # fmt: skip
 
 
@@ -288,9 +298,8 @@ class _Monitor(StepLog):
     def __call__(self, trainer: Trainer) -> None:
         if trainer.tokens < trainer.runtime.tokens:
             return
-        assert isinstance(trainer.model, Scorer)
         units = [_texts(line, self.config.aim, self.tokenizer) for line in self.heldout]
-        flat = score_ids(trainer.model, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
+        flat = score_by(trainer, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)
         scores = iter(flat)
         scored = [[(next(scores), mark) for _, mark in unit] for unit in units]
         good, bad = (

@@ -1,0 +1,210 @@
+"""Reward models and distillation on many ranks against one process: steps, scores, exports, kills, and checkpoints that
+the other goes on from."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf_cases import made
+from ranks import on_ranks
+from test_critic_on_ranks import PAD, groups
+from test_executor import CFG
+from train_config import train_config
+
+from bessemer.data import preference_rows
+from bessemer.data.preference_rows import BAD, GOOD
+from bessemer.dist import distributed, zero1
+from bessemer.dist.mesh import Layout, Mesh
+from bessemer.dist.model_shard import ModelShard
+from bessemer.dist.ranks import Ranks
+from bessemer.hf import hub
+from bessemer.model.transformer import Scorer, Transformer
+from bessemer.rl import rollout
+from bessemer.rl.preference import score_by
+from bessemer.rl.teachers import Teachers
+from bessemer.train.objective import OnPolicyDistillation, pairwise, pointwise
+
+T, LR, ROWS, STEPS, SEED = 40, 3e-3, 6, 2, 5
+KINDS = {"pairs": (preference_rows.PairRows, pairwise), "labels": (preference_rows.LabelRows, pointwise)}
+TEACHERS = ("larger", "shallow", "llama")
+
+
+def text(number, length):
+    return [0, *(3 + (number * 11 + i * (1 + number % 5)) % 90 for i in range(length - 2)), 1]
+
+
+TEXTS = [text(number, 4 + number * 5 % 17) for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A student; a larger teacher, one of fewer layers than two pipeline ranks have slices, and one of another
+    family; judged texts as rows."""
+    folder = tmp_path_factory.mktemp("base")
+    for name, changes in {"student": {}, "larger": {"dim": 48, "n_layers": 5}, "shallow": {"n_layers": 1}}.items():
+        cfg = CFG.model_copy(update={"init_std": 0.2, **changes})
+        Transformer(cfg).initialise(len(name)).save(folder / name)
+    made("llama").save_pretrained(folder / "llama")
+    pairs = ([(good, GOOD), (bad, BAD)] for good, bad in zip(TEXTS[::2], TEXTS[1::2], strict=True))
+    labels = ([(ids, GOOD if number % 3 else BAD)] for number, ids in enumerate(TEXTS))
+    for name, units in (("pairs", pairs), ("labels", labels)):
+        preference_rows.build(units, T, PAD, 0, folder / name)
+    return folder
+
+
+class Run:
+    """A training, whole or this rank's; `values` are those of every step."""
+
+    def __init__(self, network, objective, rows, folder, **settings):
+        self.values = []
+        self.trainer = distributed.trainer(
+            network, objective, rows, *train_config(lr=LR, clip=1.0, micro_rows=1, **settings), folder,
+            model_config=distributed.model_of(network).cfg.model_dump(),
+        )  # fmt: skip
+
+    def train(self, steps):
+        """To this step, and a checkpoint of it."""
+        self.trainer.start()
+        while self.trainer.step < steps:
+            self.values.append(self.trainer.update(self.batches()))
+        self.trainer.save()
+        self.trainer.finish()
+
+    def figures(self):
+        """Without what depends on time or layout."""
+        left_out = ("train/tokens_per_second", "moe/sent_bytes/node")
+        return [{name: value for name, value in one.items() if name not in left_out} for one in self.values]
+
+
+class Rewards(Run):
+    def __init__(self, kind, base, folder, schedule=None, layout=None):
+        rows_of, objective = KINDS[kind]
+        if layout is None:
+            network = Scorer.of(hub.load(base / "student"), SEED)
+        else:
+            mesh, cpu = Mesh(layout, CFG.model_copy(update={"n_mtp": 0})), torch.device("cpu")
+            network = ModelShard.read(base / "student", mesh, schedule, cpu, kind=Scorer, new_head=SEED, mtp=False)
+        rows = preference_rows.load(base / kind, rows_of, 0).batch
+        super().__init__(network, objective, rows, folder, batch_rows=ROWS, terms={"balance_alpha": 1e-2}, tokens=1)
+
+    def batches(self):
+        return self.trainer._micro_batches()
+
+    def scores(self):
+        return score_by(self.trainer, TEXTS, PAD)
+
+
+class Distilled(Run):
+    """Of three teachers."""
+
+    def __init__(self, kind, base, folder, schedule=None, layout=None):
+        network, ranks, self.said = hub.load(base / "student"), None, []
+        if layout is not None:
+            network = ModelShard(network, Mesh(layout, CFG), schedule)
+            ranks = Ranks(dist.distributed_c10d._get_default_store(), dist.get_rank(), layout.world, network.device)
+        self.teachers = Teachers({name: base / name for name in TEACHERS}, network, ranks, self.said.append)
+        super().__init__(network, OnPolicyDistillation(self.teachers.networks, "reverse", 0.9), None, folder)
+
+    def batches(self):
+        rows = [row for group in groups(self.trainer.step, 4) for row in group]
+        for row in rows:
+            row.completion = replace(row.completion, routing=None)
+        batches = [
+            replace(batch, teacher=number)
+            for number in range(len(TEACHERS))
+            for batch in rollout.to_batches(rows[number::3], PAD, 30, "token", self.trainer.n_pipelines)
+        ]
+        return self.teachers.teach(self.trainer, batches)
+
+    def scores(self):
+        return []
+
+
+RUNS = {"pairs": Rewards, "labels": Rewards, "distilled": Distilled}
+
+
+def trained(kind, base, folder, *where):
+    """The run, and a copy of its folder half-way."""
+    half = RUNS[kind](kind, base, folder, *where)
+    half.train(1)
+    if not where or dist.get_rank() == 0:
+        shutil.copytree(folder, folder.parent / f"{kind}-half")
+    if where:
+        dist.barrier()
+    run = RUNS[kind](kind, base, folder, *where)
+    run.train(STEPS)
+    run.values = half.values + run.values
+    return run
+
+
+def on_a_rank(rank, base, folder, alone, kinds, schedule, layout):
+    zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25
+    found = {}
+    for kind in kinds:
+        run = trained(kind, base, folder / kind, schedule, layout)
+        again = RUNS[kind](kind, base, folder / f"{kind}-half", schedule, layout)
+        again.train(STEPS)
+        distributed.save(run.trainer, folder / f"{kind}-model", None)
+        distributed.save(again.trainer, folder / f"{kind}-again", None)
+        moved = folder / f"{kind}-moved"
+        if rank == 0:
+            shutil.copytree(alone / f"{kind}-half", moved)
+        dist.barrier()
+        other = RUNS[kind](kind, base, moved, schedule, layout)
+        other.train(STEPS)
+        found[kind] = run.figures(), again.figures(), other.figures(), run.scores(), getattr(run, "said", [])
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {kind: trained(kind, base, folder / kind) for kind in RUNS}
+    for kind, run in runs.items():
+        distributed.save(run.trainer, folder / f"{kind}-model", None)
+    return folder, runs
+
+
+def near(found, wanted):
+    assert len(found) == len(wanted) > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        for name in theirs.keys() & {"train/loss", "train/grad_norm", "train/accuracy", "train/margin"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+LAYOUTS = [
+    ("labels", "1f1b", Layout(1, 2, 1)),
+    ("pairs", "dualpipe", Layout(2, 1, 1)),
+    ("pairs", "zbv", Layout(2, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("judged", "schedule", "layout"), LAYOUTS, ids=str)
+def test_steps_are_those_of_one_process(base, alone, tmp_path, judged, schedule, layout):
+    """Losses and norms of gradients to rounding, exported weights within a tenth of AdamW's steps, a second half
+    repeated after a kill bit for bit, and checkpoints that do not depend on the layout."""
+    (home, wanted), kinds = alone, (judged, "distilled")
+    for found in on_ranks(layout.world, on_a_rank, base, tmp_path, home, kinds, schedule, layout):
+        for kind, (values, again, moved, scores, said) in found.items():
+            near(values, wanted[kind].figures())
+            assert again == values[1:], "the same after a kill"
+            near(moved, wanted[kind].figures()[1:])
+            assert scores == pytest.approx(wanted[kind].scores(), rel=1e-3, abs=1e-3)
+            whole = [text.split('"')[1] for text in said]
+            assert whole == (["llama"] if layout.pp == 1 else ["shallow", "llama"])[: len(said)]
+    for kind in kinds:
+        stored, mine, again = (
+            hub.load(path / f"{kind}-{name}", kind=Scorer if kind in KINDS else Transformer).state_dict()
+            for path, name in ((home, "model"), (tmp_path, "model"), (tmp_path, "again"))
+        )
+        assert all(torch.equal(mine[name], value) for name, value in again.items())
+        for name, value in stored.items():
+            if "bias_E" not in name:
+                assert (mine[name] - value).abs().max() < 0.1 * LR, (kind, name)
+        shutil.rmtree(tmp_path / f"{kind}-half" / f"step-{STEPS:08d}")
+        back = RUNS[kind](kind, base, tmp_path / f"{kind}-half")
+        back.train(STEPS)
+        near(back.figures(), wanted[kind].figures()[1:])
