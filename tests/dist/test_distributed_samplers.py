@@ -8,11 +8,13 @@ from ranks import on_ranks
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
 from bessemer.hf import hub  # noqa: F401 - writes models
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.dealing import DealtEngine, Helper
+from bessemer.rl.dealing import DealtEngine, Helper, led
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler, dealt
+from bessemer.runs.context import Interrupted, StageContext, StopFlag
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]
@@ -98,3 +100,32 @@ def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
     found, loaded = on_ranks(2, ordered, tmp_path)
     assert found == [wanted[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10)] and len({*map(str, wanted.values())}) == 4
     assert loaded[:2] == loaded[2:4] and len(set(loaded)) == 3
+
+
+def led_by_rank_0(rank, folder):
+    """A part of a stage that rank 0 runs with the other as helper, one that fails, and one that is stopped."""
+    ranks, made = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
+    ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), ranks=ranks)
+
+    def make(alone):
+        mine = engine()
+        prompts = [mine.tokenizer.encode(text) for text in PROMPTS]
+        made.append(texts(DealtEngine(mine, folder, alone.waiting).generate(prompts, **ASKED)))
+
+    def fail(alone):
+        raise UserError("the judge does not answer")
+
+    led(ctx, make)
+    with pytest.raises(UserError, match="the judge does not answer"):
+        led(ctx, fail)
+    with pytest.raises(Interrupted):
+        led(ctx, StageContext.interrupt)
+    return made
+
+
+def test_a_part_that_rank_0_leads_ends_alike_on_all_ranks(tmp_path):
+    mine = engine()
+    mine.model.save(tmp_path)
+    mine.tokenizer.save(tmp_path)
+    wanted = texts(mine.generate([mine.tokenizer.encode(text) for text in PROMPTS], **ASKED))
+    assert on_ranks(2, led_by_rank_0, tmp_path) == [[wanted], []]

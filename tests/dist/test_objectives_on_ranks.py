@@ -194,7 +194,7 @@ def test_steps_are_those_of_one_process(base, alone, tmp_path, judged, schedule,
             near(moved, wanted[kind].figures()[1:])
             assert scores == pytest.approx(wanted[kind].scores(), rel=1e-3, abs=1e-3)
             whole = [text.split('"')[1] for text in said]
-            assert whole == (["llama"] if layout.pp == 1 else ["shallow", "llama"])[: len(said)]
+            assert whole == (["llama"] if layout.pp == 1 else ["shallow", "llama"]) * (kind == "distilled")
     for kind in kinds:
         stored, mine, again = (
             hub.load(path / f"{kind}-{name}", kind=Scorer if kind in KINDS else Transformer).state_dict()
