@@ -3,7 +3,8 @@
     python bench/gpu/fp8.py [--check-only] [--json bench/results/fp8_h100.json] [--rounds 30] [--seed N]
     TRITON_INTERPRET=1 python bench/gpu/fp8.py --interpret      only the checks, on a CPU
 
-Every backend that supports a call on this GPU is checked and timed separately (BESSEMER_FP8_BACKEND).
+Every backend that supports a call on this GPU is checked and timed separately (BESSEMER_FP8_BACKEND), and our products
+in both forms, by tensor descriptors and by pointers (BESSEMER_FP8_LOADS), whose results must be the same bits.
 
     checks     quantisation bit for bit against the emulation on the CPU (on CUDA torch divides by a scalar through its
                reciprocal, which occasionally changes the last bit of a factor); SwiGLU and GEMMs against the emulation
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.norm import normalise, normalise_backward
-from bessemer.precision import backends, emulation, formats
+from bessemer.precision import adapters, backends, emulation, formats
 from bessemer.precision.operand import TILE, DeviceCounts, Group, Operand, quantise
 
 DENSE = {
@@ -50,6 +51,9 @@ GROUPED = {(4096, 7168): 1297, (7168, 2048): 1099}
 FEW = 64
 """Rows of the memory-bound cases; published figures lie between 1,700 and 2,700 GB/s."""
 BOUND = 1e-3
+PRODUCTS = ("gemm", "grouped_gemm", "grouped_wgrad")
+POINTERS = "triton by pointers"
+"""Our products without tensor descriptors, where `triton` has them."""
 
 
 def main() -> None:
@@ -107,15 +111,13 @@ def card(device: torch.device) -> str:
 @contextmanager
 def only(backend: str) -> Iterator[None]:
     """Routes every call to this backend."""
-    before = os.environ.get(backends.VARIABLE)
-    os.environ[backends.VARIABLE] = backend
+    before = {name: os.environ.get(name, "") for name in (backends.VARIABLE, adapters.LOADS)}
+    os.environ[backends.VARIABLE] = backend.removesuffix(" by pointers")
+    os.environ[adapters.LOADS] = "pointers" if backend == POINTERS else ""
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[backends.VARIABLE]
-        else:
-            os.environ[backends.VARIABLE] = before
+        os.environ |= before
 
 
 def fast(name: str, *operands: Any) -> list[str]:
@@ -127,7 +129,10 @@ def fast(name: str, *operands: Any) -> list[str]:
                 backends.choose(name, *operands)
             except UserError:
                 continue
-        found += [backend] if backend != "emulation" else []
+            found += [backend] if backend != "emulation" else []
+            values = [o.value_MK for o in operands if isinstance(o, Operand)]
+            if backend == "triton" and name in PRODUCTS and adapters.by_pointers(values[0].device, *values) is None:
+                found.append(POINTERS)
     return found
 
 
@@ -147,14 +152,18 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         bound: float,
     ) -> None:
         """Checks every backend that supports the call, one line each; an exception counts as a failure."""
+        results: dict[str, Any] = {}
         for backend in fast(name, *call_args):
             difference, fault = float("nan"), ""
             with only(backend):
                 try:
-                    difference = compare(run())
+                    results[backend] = run()
+                    difference = compare(results[backend])
                 except Exception as error:
                     fault = f", {type(error).__name__}: {error}"
             good = difference <= bound  # False for NaN
+            if backend == POINTERS and "triton" in results and not torch.equal(results["triton"], results[backend]):
+                good, fault = False, ", and other bits than by descriptors"
             lines.append({"call": name, "backend": backend, "shape": label, "difference": difference, "good": good})
             print(f"{'ok  ' if good else 'FAIL'} {name} {label} by {backend}: {difference:.1e}{fault}", flush=True)
 
@@ -204,7 +213,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
                     return backends.swiglu_backward(dact, h, weight, None)[part]
 
                 check("swiglu_backward", f"{label} [{part}]", (dact,), run, partial(calc_diff, expected), 1e-6)
-    sizes = [(70, 144, 200)]
+    sizes = [(70, 144, 200), (70, 144, 208)]  # a row of 200 bytes is none for a descriptor
     if not small:
         sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
     for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
@@ -213,7 +222,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         for out in (torch.float32, torch.bfloat16):
             run = partial(backends.gemm, x, w, out, group)
             check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(calc_diff, expected), BOUND)
-    for count, N, K in [([70, 0, 30], 72, 200)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
+    for count, N, K in [([70, 0, 30], 72, 208)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
         x, w = grouped_operands(count, N, K, device)
         expected, label = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
         # as training calls it: the host does not know the counts, and behind the groups lies a rest

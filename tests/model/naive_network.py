@@ -81,12 +81,14 @@ class Naive:
         else:
             q = x @ w[p + "q_proj.weight"].T
         joint = x @ w[p + "kv_a_proj_with_mqa.weight"].T
-        kv = self.norm(joint[:, :C], p + "kv_a_layernorm.weight", 1e-6) @ w[p + "kv_b_proj.weight"].T
+        latent = self.norm(joint[:, :C], p + "kv_a_layernorm.weight", 1e-6) if C else x
+        kv = latent @ w[p + "kv_b_proj.weight"].T
         k_rope = [self.rotate(joint[t, C:], t) for t in range(len(x))]
         heads = []
         for i in range(H):
             q_i = q[:, i * (N + R) : (i + 1) * (N + R)]
-            kv_i = kv[:, i * (N + cfg.v_head_dim) : (i + 1) * (N + cfg.v_head_dim)]
+            g = i * cfg.n_kv_heads // H if cfg.n_kv_heads else i  # consecutive heads share keys and values
+            kv_i = kv[:, g * (N + cfg.v_head_dim) : (g + 1) * (N + cfg.v_head_dim)]
             rows = []
             for t in range(len(x)):
                 query = torch.cat((q_i[t, :N], self.rotate(q_i[t, N:], t)))

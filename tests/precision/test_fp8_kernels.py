@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
+from types import SimpleNamespace
 
 import hopper
 import pytest
@@ -249,15 +250,16 @@ def of_rows(rows, columns, seed=0):
 
 def check_nan_stays_in_its_row():
     """Through the factors, that is: the interpreter reads an E4M3 NaN as 480."""
-    x, w = normal(4, 200), normal(5, 200, seed=1)
-    x[1], w[3] = float("nan"), float("inf")
-    x, w = quantise(x), quantise(w)
-    got = backends.gemm(x, w, torch.float32)
-    bad = torch.zeros(4, 5, dtype=torch.bool)
-    bad[1], bad[:, 3] = True, True
-    assert torch.equal(got.isnan(), bad)
-    stacked = Operand(w.value_MK[None], w.scale_MJ[None])
-    assert torch.equal(backends.grouped_gemm(x, [4], stacked, torch.float32).isnan(), bad)
+    for K in (200, 208):  # by pointers and by descriptors
+        x, w = normal(4, K), normal(5, K, seed=1)
+        x[1], w[3] = float("nan"), float("inf")
+        x, w = quantise(x), quantise(w)
+        got = backends.gemm(x, w, torch.float32)
+        bad = torch.zeros(4, 5, dtype=torch.bool)
+        bad[1], bad[:, 3] = True, True
+        assert torch.equal(got.isnan(), bad)
+        stacked = Operand(w.value_MK[None], w.scale_MJ[None])
+        assert torch.equal(backends.grouped_gemm(x, [4], stacked, torch.float32).isnan(), bad)
 
 
 def check_layouts_of_a_gemm():
@@ -291,6 +293,75 @@ def check_grouped():
         rows = [part.split(count) for part in (dy.dequantise(), x.dequantise())]
         for g, (own_dy, own_x) in enumerate(zip(*rows, strict=True)):
             assert apart(got[g], own_dy.t() @ own_x) < 2e-3 if count[g] else got[g].eq(0).all()
+
+
+def check_descriptors_load_what_pointers_do():
+    """Bit for bit, of matrices that lie between numbers that must not be read, or not seen: tiles that overhang a
+    group, a matrix, and the columns."""
+    from bessemer.precision import triton_gemm
+
+    forms, tiled = [], triton_gemm.tiled
+    triton_gemm.tiled = lambda tma, *matrices: (forms.append(tma), tiled(tma, *matrices))[1]
+
+    def both(call, *arguments):
+        found = []
+        for forced in ("", "pointers"):
+            os.environ[adapters.LOADS] = forced
+            found.append(call(*arguments))
+        assert torch.equal(*found) and found[0].isfinite().all()
+        return found[0]
+
+    count = [70, 0, 1, 59]
+    unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32), 150)
+    try:
+        for K in (16, 304, 384):
+            x, dy = between(quantise(of_rows(150, K))), quantise(of_rows(130, 80, seed=2))
+            known = Operand(x.value_MK[:130], x.scale_MJ[:130])
+            for group in ("tile", "block"):
+                w = stack(*(quantise(of_rows(72, K, seed=g), group) for g in range(4)))
+                w = between(w)
+                both(backends.gemm, x, Operand(w.value_MK[1], w.scale_MJ[1]), torch.bfloat16, group)
+                found = both(backends.grouped_gemm, known, count, w, torch.float32, group)
+                assert apart(found, emulation.grouped_gemm(known, count, w, torch.float32, group)) < 1e-12
+                found = both(backends.grouped_gemm, x, unknown, w, torch.bfloat16, group)
+                assert not found[130:].any()
+            sides = between(backends.retile(dy, count)), between(backends.retile(known, count))
+            found = both(backends.grouped_wgrad, *sides, count)
+            assert apart(found, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
+        assert forms == [True, False] * (len(forms) // 2) and len(forms) == 3 * 2 * 7
+        both(backends.gemm, *[quantise(normal(20, 200))] * 2, torch.float32)
+        assert forms[-2:] == [False, False]
+    finally:
+        triton_gemm.tiled = tiled
+        os.environ.pop(adapters.LOADS)
+
+
+def check_no_program_writes_rows_of_another():
+    """The last program first, and the first last: what one writes into another's rows stays there."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    x = quantise(of_rows(130, 304))
+    w = stack(*(quantise(of_rows(72, 304, seed=g), "block") for g in range(4)))
+    in_order, found = interpreter_builder.set_grid_idx, []
+    try:
+        for step in (1, -1):
+            interpreter_builder.set_grid_idx = lambda at, *others, step=step: in_order(
+                at if step > 0 else interpreter_builder.grid_dim[0] - 1 - at, *others
+            )
+            for forced in ("", "pointers"):
+                os.environ[adapters.LOADS] = forced
+                found.append(backends.grouped_gemm(x, [70, 0, 1, 59], w, torch.float32, "block"))
+    finally:
+        interpreter_builder.set_grid_idx = in_order
+        os.environ.pop(adapters.LOADS)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def between(operand):
+    """The same operand, with NaN before its first row and behind its last; 480 in the interpreter."""
+    rows = operand.value_MK.flatten(0, -2).view(torch.uint8)
+    whole = F.pad(rows, (0, 0, 4, 100), value=0x7F).view(torch.float8_e4m3fn)
+    return Operand(whole[4 : 4 + len(rows)].view(operand.value_MK.shape), operand.scale_MJ)
 
 
 def check_counts_that_the_host_does_not_know():
@@ -397,7 +468,9 @@ def check_hopper_code():
             assert "cvt.rn.bf16x2.f32" in code and "ld.global.v" in code and "st.global.v" in code, name
         elif "g" in name and not name.startswith("swiglu"):
             assert code.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 4, name  # 128 columns a step
-            assert "cp.async.cg.shared.global" in code, name  # 16 bytes at a time
+            by_tiles = job.constants["TMA"]
+            assert ("cp.async.bulk.tensor.2d.shared" in code) == by_tiles, name
+            assert ("cp.async.cg.shared.global" in code) != by_tiles, name  # 16 bytes at a time
             assert name == "grouped_wgrad" or "cvt.rn.bf16x2.f32" in code, name  # to nearest
         else:
             assert "cvt.rn.satfinite.e4m3x2.f32" in code and "div.rn.f32" in code, name
@@ -447,6 +520,7 @@ class Tuned:
 
     def __init__(self, configs, said):
         self.configs, self.best_config, self.fn, self._said = configs, configs[-1], self, said
+        self.arg_names = ["x", "w", "TMA"]
 
     def __getitem__(self, grid):
         return lambda *arguments, **config: self._said.append((grid, config))
@@ -457,20 +531,22 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
     from bessemer.precision import tuning
     from bessemer.precision.triton_gemm import configurations, launch, size_class
 
-    configs, said = configurations(narrow=True, wide=True), []
+    configs, said = configurations(narrow=True), []
     kernel = Tuned(configs, said)
     kernel.fn = Tuned(configs, said)
     first = configs[0].all_kwargs()
+    x, w = SimpleNamespace(), SimpleNamespace()
     with tuning.without():
-        launch(kernel, "a", 512, (7, 8))
-    launch(kernel, "b", 4096, (7, 8))
+        launch(kernel, "a", 512, (7, 8), x, w, True)
+    assert x.block_shape == [first["BLOCK_M"], TILE] and w.block_shape == [first["BLOCK_N"], TILE]
+    launch(kernel, "b", 4096, (7, 8), x, w, True)
     kernel.best_config = configs[1]
-    launch(kernel, "c", 64, (7, 8))
+    launch(kernel, "c", 64, (7, 8), x, w, True)
     kernel.best_config = configs[2]
     with tuning.without():
         for size in (4096, 64, 2048, 128):
-            launch(kernel, size, size, (7, 8))
-        launch(kernel, "d", 64, (8, 8))
+            launch(kernel, size, size, (7, 8), x, w, True)
+        launch(kernel, "d", 64, (8, 8), None, None, False)
     assert tuning.allowed()
     nearest = [(2048, configs[-1].all_kwargs()), (128, configs[1].all_kwargs()), ("d", first)]
     assert said == [("a", first), ("b", {}), ("c", {}), (4096, {}), (64, {}), *nearest]
@@ -486,8 +562,8 @@ def test_what_is_tried_has_registers_enough():
     assert found == known.keys()
     assert not [label for label, figures in known.items() if figures["spilled"]]
     assert sum("triton_gemm._wgrad" in label for label in found) > 1
-    for variant in ("BLOCKS=0 EVEN=1", "BLOCKS=1 EVEN=1"):
-        assert sum(f"triton_gemm._grouped {variant}" in label for label in found) > 3
+    for variant in ("TMA=0 BLOCKS=0 EVEN=1", "TMA=0 BLOCKS=1 EVEN=1", "TMA=1 BLOCKS=0", "TMA=1 BLOCKS=1"):
+        assert sum(f"triton_gemm._grouped GROUPS=5 ROOM=8 {variant}" in label for label in found) > 3
 
 
 @needs_triton
@@ -572,6 +648,42 @@ def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
     assert said is None if why is None else why in said
+
+
+@pytest.mark.parametrize(
+    "device, change, why",
+    [
+        ("cuda", {}, None),
+        ("cuda", {"_capability": (8, 9)}, "on Hopper"),
+        ("cuda", {"_capability": (10, 0)}, "on Hopper"),
+        ("cuda", {"_installed": False}, "came with 3.4"),
+        ("cuda", {"forced": "pointers"}, "BESSEMER_FP8_LOADS=pointers"),
+        ("cuda", {"columns": 200}, "a multiple of 16 bytes, has 200"),
+        ("cuda", {"offset": 8}, "begin at a multiple of 16 bytes"),
+        ("cuda", {"offset": 32}, None),
+    ],
+)
+def test_which_products_load_by_pointers_and_why(monkeypatch, device, change, why):
+    given = {"_capability": (9, 0), "_installed": True, "forced": "", "columns": 256, "offset": 0} | change
+    monkeypatch.setattr(adapters, "_capability", lambda device: given["_capability"])
+    monkeypatch.setattr(adapters, "_installed", lambda package: given["_installed"])
+    monkeypatch.setenv(adapters.LOADS, given["forced"])
+    values = torch.zeros(10_000, dtype=torch.uint8)[given["offset"] :][: 4 * given["columns"]].view(4, -1)
+    said = adapters.by_pointers(torch.device(device), values)
+    assert said is None if why is None else why in said
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(adapters, "_installed", lambda name: given["_installed"] if "." in name else name == "triton")
+    known_without_operands = not {"columns", "offset"} & change.keys()
+    rows = {name: text for name, backend, text in backends.table(device) if backend == "triton"}
+    form = f"by pointers: {said}" if said and known_without_operands else "by tensor descriptors"
+    assert form in rows["grouped_wgrad"] if given["_capability"] >= (8, 9) else "grouped_wgrad" not in rows
+    assert "descriptors" not in rows["retile"]
+
+
+def test_a_way_of_loading_that_there_is_not(monkeypatch):
+    monkeypatch.setenv(adapters.LOADS, "tma")
+    with pytest.raises(UserError, match="BESSEMER_FP8_LOADS=tma names no way of loading; unset it, or set it to"):
+        adapters.by_pointers(torch.device("cuda"))
 
 
 def test_the_table_tells_of_a_forced_backend(monkeypatch):

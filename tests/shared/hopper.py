@@ -96,10 +96,12 @@ def samples() -> Iterator[Job]:
     for kind, kernel, warps, types, constants in hopper_kernels():
         yield Job(kind, kernel, warps, types, constants)
     wide, narrow = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
-    yield Job("gemm", triton_gemm._gemm, 8, None, {"BLOCKS": True, "EVEN": True, **wide})
-    yield Job("gemm", triton_gemm._gemm, 4, None, {"BLOCKS": False, "EVEN": False, **narrow})
-    yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {"BLOCKS": True, "EVEN": True, **GROUPS, **wide})
-    yield Job("grouped_wgrad", triton_gemm._wgrad, 4, None, {**GROUPS, **narrow})
+    for tma in (False, True):
+        yield Job("gemm", triton_gemm._gemm, 8, None, {"TMA": tma, "BLOCKS": True, "EVEN": True, **wide})
+        grouped = {**GROUPS, "TMA": tma}
+        yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {**grouped, "BLOCKS": True, "EVEN": True, **wide})
+        yield Job("grouped_wgrad", triton_gemm._wgrad, 4, None, {**grouped, **narrow})
+    yield Job("gemm", triton_gemm._gemm, 4, None, {"TMA": False, "BLOCKS": False, "EVEN": False, **narrow})
 
 
 GROUPS = {"GROUPS": 5, "ROOM": 8}
@@ -111,16 +113,18 @@ def everything() -> Iterator[Job]:
     from bessemer.precision import triton_gemm
 
     yield from samples()
-    ways = [{"BLOCKS": blocks, "EVEN": even} for blocks in (True, False) for even in (True, False)]
+    ways = [
+        {"TMA": tma, "BLOCKS": blocks, "EVEN": even}
+        for tma, even in ((True, True), (False, True), (False, False))
+        for blocks in (True, False)
+    ]
     for kind, kernel, variants in (
         ("gemm", triton_gemm._gemm, ways),
-        ("grouped_gemm", triton_gemm._grouped, [way | GROUPS for way in ways]),
-        ("grouped_wgrad", triton_gemm._wgrad, [GROUPS]),
+        ("grouped_gemm", triton_gemm._grouped, [GROUPS | way for way in ways]),
+        ("grouped_wgrad", triton_gemm._wgrad, [GROUPS | {"TMA": tma} for tma in (True, False)]),
     ):
         for variant in variants:
-            for config in (
-                triton_gemm.without_spills(kernel.configs, variant) if "BLOCKS" in variant else kernel.configs
-            ):
+            for config in triton_gemm.without_spills(kernel.configs, variant):
                 constants = variant | config.kwargs
                 yield Job(kind, kernel, config.num_warps, None, constants, config.num_stages, config.maxnreg)
 
@@ -142,8 +146,12 @@ def compiled(job: Job) -> Compiled:
         }
         if "value" in kernel.arg_names:
             types["x"] = "*bf16"
+    if job.constants.get("TMA"):
+        for name, rows in zip(kernel.arg_names, ("BLOCK_M", "BLOCK_N"), strict=False):
+            types[name] = f"tensordesc<fp8e4nv[{job.constants[rows]}, 128]>"
     signature = {n: "constexpr" if n in job.constants else types.get(n, "i32") for n in kernel.arg_names}
     free = {p.name for p in kernel.params if p.do_not_specialize} | {"M", "sx_row", "sw_row", "sdy_row"}
+    free |= {n for n, kind in signature.items() if kind.startswith("tensordesc")}
     # the rest are multiples of 16 in every model
     aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}

@@ -1,13 +1,14 @@
 """The pre-training arms: small networks that differ from the reference in one choice (arms.toml), on the same rows.
 
-An arm is a list of settings on the recipe pretrain.toml, and a seed; `pretrain_metrics` says how the claims' metrics
-follow from the numbers of arms, `pretrain_measures` what those numbers are.
+An arm is a list of settings on the recipe pretrain.toml, and a seed. `pretrain_measures` and `pretrain_speed` say what
+numbers a run gives, `pretrain_metrics` how the metrics of the claims' rules follow from those of several arms.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,20 @@ from bessemer.claims.pretrain_metrics import METRICS
 from bessemer.claims.runs import ArmJob, Tier
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import ConfigTable
+from bessemer.config.training import PretrainConfig
 
 __all__ = ["METRICS", "SAME", "SHAPE", "jobs", "measure"]
 
-SHAPE: dict[Tier, str] = {"quick": "nano", "default": "claims", "full": "claims"}
+SHAPE: dict[Tier, str] = {"quick": "nano", "default": "short", "full": "claims"}
 SAME = ("ref", "ref'", "bpb")
-CORPUS = "corpus"
-"""The job that makes the corpora; all arms of a shape take them over."""
+CORPUS, SPEED = "corpus", "speed"
+"""The job that makes the corpora, which all arms take over, and the one that times networks."""
 OTHER_WEIGHTS = 1000
 """Added to the seed of the first weights of an arm "again"."""
+FIRST_SEEDS = 3
+"""Seeds of every arm that come before any arm's fourth."""
+MEASURES = 1
+"""Of `pretrain_measures`: raise it when a number changes its meaning; older results are then left out."""
 
 
 class Arm(ConfigTable):
@@ -36,8 +42,9 @@ class Arm(ConfigTable):
     about: str
     set: list[str] = Field(default_factory=list)
     nano: list[str] | None = None
+    tokens: float = 1.0
     cost: float = 1.0
-    seeds: int = 3
+    seeds: int = FIRST_SEEDS
     default: bool = False
     quick: bool = False
     again: bool = False
@@ -46,31 +53,46 @@ class Arm(ConfigTable):
 class Shape(ConfigTable):
     """A size of all arms."""
 
-    set: list[str]
+    set: list[str] = Field(default_factory=list)
+    tokens: int
+    lr: float
     minutes: float
     """Of the reference, on one core."""
 
 
 @cache
-def _tables() -> tuple[dict[str, Shape], dict[str, Arm]]:
-    data = tomllib.loads(registry.data("arms.toml").decode())
-    shapes, arms = (
-        {name: registry.entry(kind, values, f"arms.toml, {name}") for name, values in data[key].items()}
-        for key, kind in (("shape", Shape), ("arm", Arm))
-    )
-    return shapes, arms  # type: ignore[return-value]  # one generator of two kinds
+def _data() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(registry.data("arms.toml").decode())
 
 
-def _settings(arm: str, shape: str) -> list[str]:
-    shapes, arms = _tables()
-    own = arms[arm]
-    return [*shapes[shape].set, *(own.nano if shape == "nano" and own.nano is not None else own.set)]
+@cache
+def shapes() -> dict[str, Shape]:
+    return {name: registry.entry(Shape, values, f"arms.toml, {name}") for name, values in _data()["shape"].items()}
 
 
-def recipe(arm: str, seed: int, shape: str) -> Recipe:
+@cache
+def arms() -> dict[str, Arm]:
+    return {name: registry.entry(Arm, values, f"arms.toml, {name}") for name, values in _data()["arm"].items()}
+
+
+def settings(name: str, shape: str) -> list[str]:
+    """What an arm and a shape change in pretrain.toml."""
+    arm, size = arms()[name], shapes()[shape]
+    own = arm.nano if shape == "nano" and arm.nano is not None else arm.set
+    tokens = int(size.tokens * arm.tokens)
+
+    def at(share: float) -> str:
+        return str(int(tokens * share))
+
+    lr = [["0", 0.0], [at(0.1), size.lr], [at(0.7), size.lr], [at(1), size.lr / 10, "cosine"]]
+    own = [re.sub(r"\{([\d.]+)\}", lambda share: at(float(share[1])), one) for one in own]
+    return [f"pretrain.tokens={tokens}", f"pretrain.lr={json.dumps(lr)}", *size.set, *own]
+
+
+def recipe(name: str, seed: int, shape: str) -> Recipe:
     """The recipe of one run."""
-    overrides = [*_settings(arm, shape), f"seed={seed}"]
-    if _tables()[1][arm].again:
+    overrides = [*settings(name, shape), f"seed={seed}"]
+    if arms()[name].again:
         overrides.append(f"pretrain.weights_seed={seed + OTHER_WEIGHTS}")
     return Recipe.parse(registry.data("pretrain.toml").decode(), overrides, "pretrain.toml")
 
@@ -85,37 +107,45 @@ def _base() -> dict[str, Any]:
     return tomllib.loads(registry.data("pretrain.toml").decode())
 
 
-def jobs(tier: Tier) -> list[ArmJob]:
-    """The corpora, then the arms: every arm's first seed before any arm's second."""
-    return list(_jobs(tier))
-
-
-def _jobs(tier: Tier) -> Iterator[ArmJob]:
-    shapes, arms = _tables()
+def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
+    """The corpora, then the arms in their order, the first seeds of all before the rest. `seeds`: of every arm, instead
+    of those of the tier."""
     shape = SHAPE[tier]
-    yield (
-        donor := ArmJob(
-            "pretrain", CORPUS, 0, "all", {"base": _base()}, 0.3, "texts and tokenizer", _corpora, arms=False
-        )
-    )
-    chosen = {
-        name: arm for name, arm in arms.items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)
-    }
-    most = max(arm.seeds for arm in chosen.values()) if tier == "full" else 1
-    for seed in range(1, most + 1):
-        for name, arm in chosen.items():
-            if seed <= arm.seeds:
-                settings = {"base": _base(), "set": _settings(name, shape), "again": arm.again}
-                yield ArmJob(
-                    "pretrain", name, seed, shape, settings, arm.cost * shapes[shape].minutes, arm.about,
-                    partial(recipe, name, seed, shape), donor.name,
-                )  # fmt: skip
+    donor = ArmJob(
+        "pretrain", CORPUS, 0, "all", {"base": _base()}, 1.0, "texts and tokenizer", _corpora, arms=False
+    )  # fmt: skip
+    chosen = [name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)]
+    several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
+    turns = [range(1, FIRST_SEEDS + 1), range(FIRST_SEEDS + 1, max(several.values()) + 1)]
+    order = [(name, seed) for turn in turns for name in chosen for seed in turn if seed <= several[name]]
+    return [donor, *(_job(name, seed, shape, donor.name) for name, seed in order)]
+
+
+def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
+    arm, about = arms()[name], arms()[name].about
+    made = {"base": _base(), "set": settings(name, shape), "again": arm.again, "measures": MEASURES}
+    if name == SPEED:
+        return ArmJob("pretrain", name, seed, shape, made, 1.0, about)
+    minutes = arm.cost * shapes()[shape].minutes
+    return ArmJob("pretrain", name, seed, shape, made, minutes, about, partial(recipe, name, seed, shape), donor)
 
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The numbers of a finished run; none of the corpora."""
     if not job.arms:
         return {}
+    if job.arm == SPEED:
+        from bessemer.claims import pretrain_speed
+        from bessemer.train.setup import model_config
+
+        made = {arm: recipe(arm, job.seed, job.shape) for arm in pretrain_speed.ARMS}
+        return pretrain_speed.ratios({arm: model_config(one, _stage(one).model) for arm, one in made.items()}, job.seed)
     from bessemer.claims.pretrain_measures import numbers
 
-    return numbers(job, folder)
+    return numbers(folder, _stage(recipe(job.arm, job.seed, job.shape)))
+
+
+def _stage(made: Recipe) -> PretrainConfig:
+    config = made.stage("pretrain")
+    assert isinstance(config, PretrainConfig)
+    return config

@@ -2,16 +2,29 @@
 
 Each entry is (claim, metric of rules.toml): a function of the arms' numbers, evaluated inside every seed, and the arms
 that it takes. A control is the same function of other arms: the positive one must show the effect, the negative one
-must not. "m" below is the numbers of one arm and seed, by the names of `pretrain_measures`.
+must not. Numbers have the names of `pretrain_measures`, and of `speed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 
 from bessemer.claims.runs import Metric
 
 Numbers = Mapping[str, float]
+BEST = 2
+"""Experts that "best experts masked" means; the heavier mask is the positive control."""
+LONGEST = "needle_240"
+SHARES = {
+    "fables": 0.16, "web": 0.14, "fables-zh": 0.15, "idioms": 0.05, "code": 0.13, "countdown": 0.19,
+    "arithmetic": 0.05, "needles": 0.13,
+}  # fmt: skip
+"""Of the parts in the reference's mixture: what "weighted" means."""
+
+
+def own(name: str) -> Callable[[Numbers], float]:
+    return lambda one: one[name]
 
 
 def gap(name: str) -> Callable[[Numbers, Numbers], float]:
@@ -24,15 +37,97 @@ def ratio(name: str) -> Callable[[Numbers, Numbers], float]:
     return lambda one, other: one[name] / other[name] - 1
 
 
+def weighted(one: Numbers, other: Numbers) -> float:
+    return sum(share * (one[f"bpb_{part}"] - other[f"bpb_{part}"]) for part, share in SHARES.items())
+
+
+def way(between: Numbers, start: Numbers, end: Numbers) -> float:
+    """The share of the way from `start` to `end` in bits per byte."""
+    return (start["bpb"] - between["bpb"]) / (start["bpb"] - end["bpb"])
+
+
+def above_the_better(one: Numbers, other: Numbers, third: Numbers) -> float:
+    return one["copy"] - max(other["copy"], third["copy"])
+
+
+def worst_part(seeds: Sequence[tuple[Numbers, ...]]) -> list[float]:
+    """Of each seed the gap in the part that is worst in the mean of the other seeds: the largest of several gaps would
+    be above 0 by chance. One seed: its own worst."""
+    gaps = [{part: one[f"bpb_{part}"] - other[f"bpb_{part}"] for part in SHARES} for one, other in seeds]
+    found = []
+    for place, own_gaps in enumerate(gaps):
+        others = gaps[:place] + gaps[place + 1 :] or [own_gaps]
+        worst = max(SHARES, key=lambda part: statistics.fmean(one[part] for one in others))
+        found.append(own_gaps[worst])
+    return found
+
+
 BPB, COPY = gap("bpb"), gap("copy")
+RISE = gap(f"rise_best_{BEST}")
 AGAIN = ("ref'", "ref")
 """The A/A pair: it must show nothing."""
+MASKED = Metric(
+    RISE, ("NL", "NS"), ("NL", "NS"), ("NL", "NS"), of_positive=gap("rise_best_4"),
+    of_negative=gap(f"rise_random_{BEST}"),
+)  # fmt: skip
 
 METRICS: dict[tuple[str, str], Metric] = {
+    # experts against dense networks
     ("M5", "bpb(ref) - bpb(DACT)"): Metric(BPB, ("ref", "DACT"), ("DTOT", "DACT"), AGAIN),
-    ("M10", "bpb(ref) / bpb(NL) - 1"): Metric(ratio("bpb"), ("ref", "NL"), ("LIM1", "NL"), AGAIN),
     ("M17", "bpb(ref) / bpb(DTOT) - 1"): Metric(ratio("bpb"), ("ref", "DTOT"), ("DACT", "DTOT"), AGAIN),
+    ("M3", "share of the way from DACT to DTOT"): Metric(
+        way, ("ref", "DACT", "DTOT"), ("DTOT", "DACT"), ("ref'", "ref", "DACT", "DTOT"),
+        of_positive=lambda dtot, dact: float(dtot["bpb"] < dact["bpb"]),
+        of_negative=lambda again, ref, dact, dtot: (ref["bpb"] - again["bpb"]) / (dact["bpb"] - dtot["bpb"]),
+    ),
+    ("M22", "worst part: bpb(ref) - bpb(DACT)"): Metric(
+        BPB, ("ref", "DACT"), ("DACT", "DTOT"), AGAIN, over=worst_part
+    ),
+    ("M16", "held-out - train bpb: ref - DACT"): Metric(
+        gap("overfit"), ("MULTI", "MULTI-DACT"), ("MULTI-DACT", "MULTI-DTOT"), ("MULTI'", "MULTI")
+    ),
+    # no negative control: the reference against itself lies above M4's threshold of 0.8, too
+    ("M4", "tokens/s(ref) / tokens/s(DACT)"): Metric(own("ref/DACT"), ("speed",)),
+    ("M19", "tokens/s(ref) / tokens/s(DACT)"): Metric(
+        own("ref/DACT"), ("speed",), (), ("speed",), of_negative=own("ref/ref")
+    ),
+    # design of the experts
     ("M6", "bpb(NL) - bpb(CO)"): Metric(BPB, ("NL", "CO"), ("DTOT", "CO"), AGAIN),
+    ("M7", "rise of bpb, best experts masked: NL - NS"): MASKED,
     ("M7", "bpb(NL) - bpb(NS)"): Metric(BPB, ("NL", "NS"), ("DTOT", "NS"), AGAIN),
+    ("M8", "rise of bpb, best experts masked: NL - NS"): MASKED,
+    ("M9", "bpb on unread domains: NL - NS"): Metric(gap("bpb_unread"), ("NL", "NS"), ("DTOT", "NS"), AGAIN),
+    ("M10", "bpb(ref) / bpb(NL) - 1"): Metric(ratio("bpb"), ("ref", "NL"), ("LIM1", "NL"), AGAIN),
+    ("M11", "MaxVio(ref) - MaxVio(NONE)"): Metric(
+        gap("maxvio"), ("ref", "NONE"), ("NONE",), AGAIN, of_positive=lambda none: 0.1 - none["maxvio"]
+    ),
+    ("M11", "bpb(ref) / bpb(AUX) - 1"): Metric(ratio("bpb"), ("ref", "AUX"), (), AGAIN),
+    ("M2", "damage to the own domain - to others"): Metric(
+        own("damage"), ("ref",), ("HASH",), ("ref",), of_negative=own("damage_shuffled")
+    ),
+    ("M14", "information on domains: experts - dense neurons"): Metric(
+        gap("information"), ("ref", "DACT"), ("HASH", "DACT"), ("ref", "DACT"),
+        of_negative=lambda ref, dact: ref["information_untrained"] - dact["information"],
+    ),
+    # attention
+    ("L1", "bpb(MHA) - bpb(ONE)"): Metric(BPB, ("MHA", "ONE"), (), AGAIN),
     ("L6", "bpb(ref) / bpb(MHA) - 1"): Metric(ratio("bpb"), ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
-}
+    ("L8", "s a step: MHA / ref"): Metric(own("MHA/ref"), ("speed",), (), ("speed",), of_negative=own("ref/ref")),
+    ("L12", "copy(ref) - copy(MHA)"): Metric(COPY, ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
+    # multi-token prediction
+    ("T4", "copy(MTP) - the better of ref and MTPx"): Metric(
+        above_the_better, ("MTP", "ref", "MTPx"), ("LONG", "ref", "ref"), ("MTPx", "ref", "ref")
+    ),
+    ("T6", "needle at the longest distance: MTP - ref"): Metric(
+        gap(LONGEST), ("MTP", "ref"), ("LONG", "ref"), ("MTPx", "ref")
+    ),
+    ("T7", "bpb of code: MTP - ref"): Metric(gap("bpb_code"), ("MTP", "ref"), ("LONG", "ref"), ("MTPx", "ref")),
+    ("T10", "cloze of four: MTP - ref"): Metric(
+        gap("cloze"), ("MTP", "ref"), ("ref",), AGAIN, of_positive=lambda ref: 0.25 - ref["cloze"]
+    ),
+    ("T12", "copy(MTP) - copy(LONG)"): Metric(COPY, ("MTP", "LONG"), (), AGAIN),
+    # order, mixture and lengths
+    ("D1", "bpb(GROW) - bpb(ref)"): Metric(BPB, ("GROW", "ref"), (), ("SHRINK", "ref")),
+    ("D3", "weighted bpb(ref) - bpb(PROP)"): Metric(weighted, ("ref", "PROP"), (), AGAIN),
+    ("D4", "weighted bpb(LATE) - bpb(ref)"): Metric(weighted, ("LATE", "ref"), (), ("REV", "ref")),
+}  # fmt: skip

@@ -117,13 +117,12 @@ def of_job(job: ArmJob, folder: Path) -> ArmResult | None:
 def evidence(
     tier: Tier, held: Sequence[ArmResult], own: Sequence[ArmResult]
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
-    """(what judges each claim, what this tier's own runs say beside it, a sentence for every A/A test that failed).
+    """(what judges each claim, one seed of this tier's own runs beside it, a sentence for every A/A test that failed).
 
-    A full run's results judge. A tier of one seed judges only the claims that no full run has; of the others it says
-    whether it agrees."""
-    wide = runs.measured(merged(held, own), runs.shapes("full"))
+    What the package holds judges, and where it holds nothing, the own runs. A full run joins its results to them."""
+    results = merged(held, own)
     if tier == "full":
-        return wide, {}, runs.different(merged(held, own), runs.shapes("full"))
-    narrow = runs.measured(own, runs.shapes(tier), most=1)
-    judged = {claim: narrow.get(claim, {}) | wide.get(claim, {}) for claim in {*narrow, *wide}}
-    return judged, narrow, runs.different(held, runs.shapes("full"))
+        return runs.best(results), {}, runs.different(results)
+    committed, judged = runs.best(held), runs.best(results)
+    judged = {claim: metrics | committed.get(claim, {}) for claim, metrics in judged.items()}
+    return judged, runs.measured(own, tier, most=1), runs.different(results)

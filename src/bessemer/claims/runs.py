@@ -2,7 +2,7 @@
 
 A *part* is a family of runs in a module of its own, named in `PARTS`. It has
 
-    jobs(tier) -> list[ArmJob]                        what the tier runs
+    jobs(tier, seeds) -> list[ArmJob]                  what the tier runs; `seeds`: of every arm, instead of the tier's
     measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
     SHAPE: {tier: shape}                               which shape (or size) of the runs a tier has
@@ -109,10 +109,6 @@ class Runs:
         """The seeds that all of these arms have numbers for."""
         return sorted(set.intersection(*(set(self.arms.get(arm, {})) for arm in arms)))
 
-    def each(self, of: Callable[..., float], *arms: str) -> list[float]:
-        """of(numbers of the first arm, numbers of the second, ...) inside every seed that all have."""
-        return [of(*(self.arms[arm][seed] for arm in arms)) for seed in self.seeds(*arms)]
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -126,6 +122,8 @@ class Metric:
     of_positive: Callable[..., float] | None = None
     """Where a control is another number of the same runs, such as a heavier mask."""
     of_negative: Callable[..., float] | None = None
+    over: Callable[[list[tuple[Mapping[str, float], ...]]], list[float]] | None = None
+    """Instead of `of`, where a seed's value needs the other seeds: the arms' numbers of all seeds -> the values."""
 
     @property
     def needs(self) -> set[str]:
@@ -133,12 +131,16 @@ class Metric:
 
     def measured(self, runs: Runs, most: int | None = None) -> Measured | None:
         """The metric over seeds, at most `most` of them; None where an arm is missing."""
-        values = runs.each(self.of, *self.arms)[:most]
+        values = self._values(runs, self.of, self.arms, most)
         if not values:
             return None
-        positive = runs.each(self.of_positive or self.of, *self.positive)[:most] if self.positive else None
-        negative = runs.each(self.of_negative or self.of, *self.negative)[:most] if self.negative else None
+        positive = self._values(runs, self.of_positive or self.of, self.positive, most) if self.positive else None
+        negative = self._values(runs, self.of_negative or self.of, self.negative, most) if self.negative else None
         return Measured(values, positive or None, negative or None)
+
+    def _values(self, runs: Runs, of: Callable[..., float], arms: tuple[str, ...], most: int | None) -> list[float]:
+        numbers = [tuple(runs.arms[arm][seed] for arm in arms) for seed in runs.seeds(*arms)[:most]]
+        return [of(*one) for one in numbers] if self.over is None or not numbers else self.over(numbers)
 
 
 class RunsPart(Protocol):
@@ -148,7 +150,7 @@ class RunsPart(Protocol):
     SHAPE: Mapping[Tier, str]
     SAME: tuple[str, str, str] | None
 
-    def jobs(self, tier: Tier) -> list[ArmJob]: ...
+    def jobs(self, tier: Tier, seeds: int | None = None) -> list[ArmJob]: ...
 
     def measure(self, job: ArmJob, folder: Path) -> dict[str, float]: ...
 
@@ -157,13 +159,15 @@ def part(name: str) -> RunsPart:
     return cast(RunsPart, importlib.import_module(PARTS[name]))
 
 
-def planned(tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None) -> list[ArmJob]:
+def planned(
+    tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None, seeds: int | None = None
+) -> list[ArmJob]:
     """The jobs of a tier in the order in which they are run, donors before those they serve. With `claims` those that
     their rules need."""
     found: list[ArmJob] = []
     for name in parts:
         module = part(name)
-        jobs = module.jobs(tier)
+        jobs = module.jobs(tier, seeds)
         if claims is not None:
             wanted = set(claims)
             arms = {arm for (claim, _), metric in module.METRICS.items() if claim in wanted for arm in metric.needs}
@@ -178,32 +182,44 @@ def shapes(tier: Tier) -> dict[str, str]:
     return {name: part(name).SHAPE[tier] for name in PARTS}
 
 
-def _runs(results: Iterable[ArmResult], shape: Mapping[str, str]) -> dict[str, Runs]:
+def _runs(results: Iterable[ArmResult], tier: Tier) -> dict[str, Runs]:
+    shape, results = shapes(tier), list(results)
     return {name: Runs(one for one in results if (one.part, one.shape) == (name, shape[name])) for name in PARTS}
 
 
-def measured(
-    results: Sequence[ArmResult], shape: Mapping[str, str], most: int | None = None
-) -> dict[str, dict[str, Measured]]:
-    """{claim: {metric: values over seeds}} for `cards.make`, from the results of one shape of every part. `most`: seeds
-    that count."""
+def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) -> dict[str, dict[str, Measured]]:
+    """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier. `most`: seeds that count."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
-    for name, of_part in _runs(results, shape).items():
+    for name, of_part in _runs(results, tier).items():
         for (claim, metric), how in part(name).METRICS.items():
             if (values := how.measured(of_part, most)) is not None:
                 found[claim][metric] = values
     return dict(found)
 
 
-def different(results: Sequence[ArmResult], shape: Mapping[str, str]) -> list[str]:
+def best(results: Sequence[ArmResult]) -> dict[str, dict[str, Measured]]:
+    """The same from the largest runs that have the seeds which the rules ask for, or, where none has, from those with
+    the most seeds."""
+    found: dict[str, dict[str, Measured]] = defaultdict(dict)
+    for tier in TIERS:  # from the smallest to the largest
+        for claim, metrics in measured(results, tier).items():
+            for metric, values in metrics.items():
+                n, held = len(values.values), found[claim].get(metric)
+                if held is None or n >= min(rules().seeds, len(held.values)):
+                    found[claim][metric] = values
+    return dict(found)
+
+
+def different(results: Sequence[ArmResult]) -> list[str]:
     """The A/A tests that fail: a sentence for every pair of arms that chance alone tells apart and that differ."""
     wrong = []
-    for name, of_part in _runs(results, shape).items():
-        if (pair := part(name).SAME) is None:
-            continue
-        one, other, number = pair
-        seeds = of_part.seeds(one, other)
-        values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (one, other)]
-        if len(values[0]) > 1 and not agrees(values[0], values[1], rules()):
-            wrong.append(f"A/A test: {number} of {one} and {other} differ by more than chance, {len(seeds)} seeds")
+    for tier in TIERS:
+        for name, of_part in _runs(results, tier).items():
+            if (pair := part(name).SAME) is None:
+                continue
+            one, other, number = pair
+            seeds = of_part.seeds(one, other)
+            values = [[of_part.arms[arm][seed][number] for seed in seeds] for arm in (one, other)]
+            if len(seeds) > 1 and not agrees(values[0], values[1], rules()):
+                wrong.append(f"A/A test: {number} of {one} and {other} differ by more than chance, {len(seeds)} seeds")
     return wrong

@@ -26,6 +26,10 @@ def claims(
     part: Annotated[
         str | None, typer.Option(metavar="PART", help="The runs of one part alone (pretrain, ...); none: run nothing.")
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Seeds of every arm. Default: one; with --full three to five."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The runs and their minutes; runs nothing.")] = False,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, one core each.")] = 2,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs lie.")] = RUNS,
@@ -38,9 +42,9 @@ def claims(
 ) -> None:
     """What a popular account says of DeepSeek-R1: 119 claims, re-made by small runs, computed, or audited, on one page.
 
-    Without --quick and --full the runs take three hours with one seed. Finished runs are not repeated, and those that
-    the package holds count. Exit status 1: a published figure is not what arithmetic gives, two runs that differ by
-    chance alone differ too much, or a run failed."""
+    Without --quick and --full the runs take an hour or three, with one seed. Finished runs are not repeated, and
+    those that the package holds count. Exit status 1: a published figure is not what arithmetic gives, two runs that
+    differ by chance alone differ too much, or a run failed."""
     from bessemer.claims import registry
 
     if quick and full:
@@ -56,7 +60,7 @@ def claims(
         return
     names = list(registry.claims()) if only is None else registry.chosen(only.split(","))
     tier: Tier = "quick" if quick else "full" if full else "default"
-    planned = _planned(tier, part, None if only is None else names)
+    planned = _planned(tier, part, None if only is None else names, seeds)
     if dry_run:
         _dry_run(planned, runs, jobs, as_json)
         return
@@ -83,7 +87,7 @@ def claims(
         raise typer.Exit(1)
 
 
-def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[ArmJob]:
+def _planned(tier: Tier, part: str | None, names: list[str] | None, seeds: int | None) -> list[ArmJob]:
     from bessemer.claims import runs as all_runs
 
     if part is None:
@@ -94,7 +98,7 @@ def _planned(tier: Tier, part: str | None, names: list[str] | None) -> list[ArmJ
         parts = [part]
     else:
         raise UserError(f'no part "{part}"; parts: {", ".join(all_runs.PARTS)}, none')
-    return all_runs.planned(tier, parts, names)
+    return all_runs.planned(tier, parts, names, seeds)
 
 
 def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -> None:

@@ -101,7 +101,19 @@ class OnPolicyConfig(FineTuningConfig):
 class PretrainConfig(OptimizerConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset(
-        {"fp8", "moments", "ema_decay", "temperature", "epoch_caps", "on_cap", "lengths", "corpus", "weights_seed"}
+        {
+            "fp8",
+            "moments",
+            "ema_decay",
+            "temperature",
+            "epoch_caps",
+            "on_cap",
+            "lengths",
+            "corpus",
+            "weights_seed",
+            "routing",
+            "mtp_targets",
+        }
     )
 
     corpus: StageRef | None = None
@@ -136,8 +148,13 @@ class PretrainConfig(OptimizerConfig):
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
     mtp_lambda: Points = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
+    mtp_targets: Literal["own", "other-row"] = "own"
+    """Where the MTP modules' targets come from; other-row: another row of the step, a control that teaches nothing."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
+    routing: Literal["gate", "token"] = "gate"
+    """What chooses a token's experts; token: a fixed random choice for every entry of the vocabulary (Roller et al.
+    2021, hash layers), a control. Gates still weigh them."""
     validate_every: Tokens = 1_000_000
     """Tokens between measurements of the held-out bits per byte of every part."""
     sample_every: Tokens = 1_000_000
@@ -158,7 +175,7 @@ class PretrainConfig(OptimizerConfig):
 
 
 class ExtendConfig(PretrainConfig):
-    ignore_at_default = frozenset()
+    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets"})
 
     corpus: StageRef
     """Corpus stage whose documents are packed into rows of `length` tokens: the model's own, or another one with the

@@ -46,7 +46,8 @@ class Batch:
     """Integer; None when every token of a row may attend to every earlier one."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
-    dimensions may follow (`choice_BTLK`)."""
+    dimensions may follow (`choice_BTLK`, experts chosen outside the gate). `mtp_tokens_BT`: other targets of the MTP
+    modules."""
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
@@ -78,6 +79,11 @@ class Batch:
     @property
     def n_rows(self) -> int:
         return self.tokens_BT.shape[0]
+
+    @property
+    def routed(self) -> dict[str, Tensor]:
+        """The experts that it brings, as arguments of `Transformer.train_outputs`."""
+        return {name: self.extras[name] for name in ("choice_BTLK",) if name in self.extras}
 
     @property
     def counted(self) -> tuple[int, int]:

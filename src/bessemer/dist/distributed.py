@@ -213,6 +213,8 @@ def check(
         mesh.check(layout, cfg, n, slices)
         mesh.check_exchange(layout_config.exchange, layout, cfg, Ranks.started())
     if layout.cp > 1:
+        if cfg is not None:
+            cfg.require_latent("context parallelism")
         _check_split(recipe, stage, layout.cp)
     least, n_pipelines = schedules.micro_batches(schedule, layout.pp, 1), layout.dp * layout.ep
     if min(rows) < n_pipelines * least:

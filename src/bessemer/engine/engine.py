@@ -138,6 +138,8 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
                 "not belong together: load both from one directory"
             )
+        if isinstance(model, Transformer):
+            model.cfg.require_latent("the engine")
         if isinstance(model, CausalLM):
             from bessemer.engine import hf_decode  # noqa: F401 (registers foreign models; needs transformers)
         self.model = model

@@ -81,7 +81,7 @@ class KernelSteps:
         self._shape = torch.tensor([
             cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim,
             cfg.v_head_dim, cfg.n_routed_experts, cfg.n_activated_experts, cfg.n_expert_groups if grouped else 1,
-            cfg.n_limited_groups, cfg.n_rated_experts, cfg.moe_inter_dim, cfg.n_shared_experts * cfg.moe_inter_dim,
+            cfg.n_limited_groups, cfg.n_rated_experts, cfg.moe_inter_dim, cfg.shared_width,
             cfg.inter_dim, cfg.vocab_size, cfg.score_func == "softmax", cfg.norm_topk_prob,
         ])  # fmt: skip
         self._factors = torch.tensor(

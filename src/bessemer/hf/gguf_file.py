@@ -237,6 +237,7 @@ def _library() -> ModuleType:
 
 def check_network(cfg: ModelConfig, where: str) -> None:
     """UserError for a network that llama.cpp's deepseek2 would compute differently or not load."""
+    cfg.require_latent(f"GGUF, in which {where} cannot be written,")
     sparse = cfg.n_dense_layers < cfg.n_layers
     lite = cfg.n_layers in LITE_LAYERS or (cfg.n_layers, cfg.vocab_size) == (48, 128256)  # the latter: Kanana-2
     temperatures = f"mscale {cfg.mscale:g} and mscale_all_dim {cfg.mscale_all_dim:g}"
@@ -249,6 +250,7 @@ def check_network(cfg: ModelConfig, where: str) -> None:
         f"compressed queries in {cfg.n_layers} layers; llama.cpp takes a model of so many for V2-Lite, which has none":
             lite and cfg.q_lora_rank > 0,
         "expert layers without shared experts; llama.cpp needs one": sparse and cfg.n_shared_experts == 0,
+        "shared experts of another width than the routed ones": sparse and cfg.own,
         f"groups rated by the best {cfg.n_rated_experts} of their experts; llama.cpp rates them by their two best":
             sparse and cfg.limited and cfg.n_rated_experts != 2,
         "route_scale 0, which llama.cpp reads as 1": sparse and cfg.route_scale == 0,

@@ -42,11 +42,13 @@ FIELDS = {
     "n_heads": "num_attention_heads",
     "q_lora_rank": "q_lora_rank",
     "kv_lora_rank": "kv_lora_rank",
+    "n_kv_heads": "n_kv_heads",
     "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
     "n_routed_experts": "n_routed_experts",
     "n_shared_experts": "n_shared_experts",
+    "shared_inter_dim": "shared_inter_dim",
     "n_activated_experts": "num_experts_per_tok",
     "n_expert_groups": "n_group",
     "n_limited_groups": "topk_group",
@@ -60,6 +62,8 @@ FIELDS = {
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
 }
+OWN = ("n_kv_heads", "shared_inter_dim")
+"""Keys that are written for a network of our own alone."""
 YARN = {
     "rope_factor": "factor",
     "original_seq_len": "original_max_position_embeddings",
@@ -74,10 +78,14 @@ V3_DEFAULTS = {
     "n_group": 1, "topk_group": 1, "n_shared_experts": 0, "q_lora_rank": 0, "tie_word_embeddings": False,
     "initializer_range": 0.02, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+V3_DEFAULTS |= {name: 0 for name in OWN}
 V2_DEFAULTS = {**V3_DEFAULTS, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 REWARD_SUFFIX = "ForSequenceClassification"
-FAMILIES = {"deepseek_v3": V3_DEFAULTS, "kimi_k2": V3_DEFAULTS, "deepseek_v2": V2_DEFAULTS}
+FAMILIES = {
+    "deepseek_v3": V3_DEFAULTS, "kimi_k2": V3_DEFAULTS, "deepseek_v2": V2_DEFAULTS, "bessemer": V3_DEFAULTS,
+}  # fmt: skip
+"""`bessemer` marks networks that no other program computes (`ModelConfig.own`), so that they refuse."""
 # Keys with one value that the network implements.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
@@ -86,7 +94,7 @@ FIXED = {
 
 def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[int] = 1) -> dict[str, Any]:
     """The content of config.json."""
-    v2 = cfg.score_func == "softmax"
+    v2 = cfg.score_func == "softmax" and not cfg.own
     if v2 and cfg.norm_topk_prob:
         warnings.warn("transformers ignores norm_topk_prob for deepseek_v2: its logits will differ", stacklevel=2)
     if not v2 and cfg.limited and cfg.n_rated_experts != 2:
@@ -94,17 +102,17 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
             "transformers and other engines rate a group by its two best experts, this model by the best "
             f"{cfg.n_rated_experts} (K/M): they will choose other experts", stacklevel=2,
         )  # fmt: skip
-    values = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items()}
+    values = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items() if cfg.own or ours not in OWN}
     values["q_lora_rank"] = cfg.q_lora_rank or None
     values["n_shared_experts"] = cfg.n_shared_experts or None
     yarn = {theirs: getattr(cfg, ours) for ours, theirs in YARN.items()}
     kind = {"rope_type": "yarn", **yarn} if cfg.yarn else {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
     return {
-        "architectures": ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v2" if v2 else "deepseek_v3",
+        "architectures": [f"{'Bessemer' if cfg.own else 'DeepseekV2' if v2 else 'DeepseekV3'}ForCausalLM"],
+        "model_type": "bessemer" if cfg.own else "deepseek_v2" if v2 else "deepseek_v3",
         **values,
-        "num_key_value_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.kv_heads,
         **FIXED,
         "attention_dropout": 0.0,
         "ep_size": 1,
@@ -146,7 +154,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         if values.get(key) not in (None, only):
             raise UserError(f"{where}: {key} = {values[key]!r} is not implemented; only {only!r} is")
     heads = values.get("num_attention_heads")
-    if values.get("num_key_value_heads") not in (None, heads):
+    if family != "bessemer" and values.get("num_key_value_heads") not in (None, heads):
         raise UserError(f"{where}: num_key_value_heads must equal num_attention_heads ({heads}): MLA has no groups")
     ours: dict[str, Any] = {}
     for name, key in FIELDS.items():
@@ -155,7 +163,10 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         if value is None:
             raise UserError(f"{where}: key '{key}' is missing; copy config.json from the original checkpoint again")
         ours[name] = value
-    return ModelConfig.make({**ours, **_rope(values, where)}, where)
+    cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
+    if cfg.own and family != "bessemer":
+        raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not a network of {family}; it must be positive")
+    return cfg
 
 
 def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:

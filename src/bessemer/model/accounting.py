@@ -47,15 +47,17 @@ def gain(width: int) -> ParamTensor:
 
 
 def attention_tensors(cfg: ModelConfig) -> Iterator[ParamTensor]:
-    """One MLA block, its latent norms included."""
+    """One attention block, its latent norms included."""
     heads, dim = cfg.n_heads, cfg.dim
     if cfg.q_lora_rank:
         yield from (matrices(cfg.q_lora_rank, dim), gain(cfg.q_lora_rank))
         yield matrices(heads * cfg.qk_head_dim, cfg.q_lora_rank)
     else:
         yield matrices(heads * cfg.qk_head_dim, dim)
-    yield from (matrices(cfg.kv_lora_rank + cfg.qk_rope_head_dim, dim), gain(cfg.kv_lora_rank))
-    yield matrices(heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.kv_lora_rank)
+    yield matrices(cfg.kv_lora_rank + cfg.qk_rope_head_dim, dim)
+    if cfg.kv_lora_rank:
+        yield gain(cfg.kv_lora_rank)
+    yield matrices(cfg.kv_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.kv_lora_rank or dim)
     yield matrices(dim, heads * cfg.v_head_dim)
 
 
@@ -67,7 +69,7 @@ def ffn_tensors(cfg: ModelConfig, dense: bool, ep: int = 1) -> Iterator[ParamTen
     yield ParamTensor(cfg.n_routed_experts * cfg.dim, float32=True)
     local, inner = cfg.n_routed_experts // ep, cfg.moe_inter_dim
     yield from (matrices(2 * inner, cfg.dim, local, expert=True), matrices(cfg.dim, inner, local, expert=True))
-    if shared := cfg.n_shared_experts * inner:
+    if shared := cfg.shared_width:
         yield from (matrices(2 * shared, cfg.dim), matrices(cfg.dim, shared))
 
 
@@ -158,8 +160,8 @@ def active_params(cfg: ModelConfig, tables: bool = True) -> int:
 
 
 def kv_cache_elements(cfg: ModelConfig) -> int:
-    """Cached numbers per token: (d_c + d_h^R) per layer."""
-    return cfg.n_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    """Cached numbers per token: (d_c + d_h^R) per layer; without a latent all keys and values and d_h^R."""
+    return cfg.n_layers * cfg.kv_width
 
 
 def kv_cache_bytes(cfg: ModelConfig, bytes_per_element: int = 2) -> int:
@@ -291,7 +293,7 @@ def _ffn_fp8(cfg: ModelConfig, inner: int) -> int:
 
 
 def _sparse_fp8(cfg: ModelConfig) -> int:
-    shared = _ffn_fp8(cfg, cfg.n_shared_experts * cfg.moe_inter_dim) if cfg.n_shared_experts else 0
+    shared = _ffn_fp8(cfg, cfg.shared_width) if cfg.n_shared_experts else 0
     return cfg.n_activated_experts * (_ffn_fp8(cfg, cfg.moe_inter_dim) + ROUTED) + shared
 
 
@@ -330,6 +332,6 @@ def _sparse_plain(
     row = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else cfg.dim * number_bytes + ROUTED)
     if whole and "attend" in recompute:
         row += INDEX + NUMBER  # choice and gate, which the gate does not keep then
-    inner = cfg.n_shared_experts * cfg.moe_inter_dim
+    inner = cfg.shared_width
     shared = 0 if "finish" in recompute else _ffn_plain(inner, number_bytes, fused)
     return cfg.n_activated_experts * row + shared

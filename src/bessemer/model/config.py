@@ -49,7 +49,9 @@ class ModelConfig(BaseModel):
     q_lora_rank: int = 0
     """Rank of the query latent d_c'; 0 = no query compression (V2-Lite, Moonlight)."""
     kv_lora_rank: int
-    """Rank of the key-value latent d_c."""
+    """Rank of the key-value latent d_c; 0 = none: keys and values straight from the hidden state, for comparison."""
+    n_kv_heads: int = 0
+    """Without a latent: groups of heads that share keys and values (GQA; 1: MQA); 0 = as many as heads (MHA)."""
     qk_nope_head_dim: int
     """Per-head query/key dimension without rotation d_h."""
     qk_rope_head_dim: int
@@ -61,6 +63,8 @@ class ModelConfig(BaseModel):
     """Routed experts N_r per MoE layer."""
     n_shared_experts: int = 1
     """Shared experts N_s, always active, ungated."""
+    shared_inter_dim: int = 0
+    """Inner width of all shared experts together; 0 = that of as many routed ones."""
     n_activated_experts: int
     """Routed experts per token K_r."""
     n_expert_groups: int = 1
@@ -105,9 +109,18 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, is {getattr(self, name)}")
+        for name in ("kv_lora_rank", "n_kv_heads", "shared_inter_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
+        if self.n_kv_heads and self.kv_lora_rank:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} needs kv_lora_rank 0: heads share a latent already")
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.shared_inter_dim and not self.n_shared_experts:
+            raise ValueError(f"shared_inter_dim {self.shared_inter_dim} needs n_shared_experts")
         if self.qk_rope_head_dim <= 0 or self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even and positive, is {self.qk_rope_head_dim}")
         for name, most in (("n_layers", MAX_LAYERS), ("n_mtp", MAX_LAYERS), ("n_routed_experts", MAX_EXPERTS)):
@@ -135,6 +148,36 @@ class ModelConfig(BaseModel):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers of a token that attention reads again and a cache would hold: the latent or all keys and values, and
+        the rotary key."""
+        full = self.kv_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return (self.kv_lora_rank or full) + self.qk_rope_head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of the shared experts; 0 without any."""
+        return self.shared_inter_dim or self.n_shared_experts * self.moe_inter_dim
+
+    @property
+    def own(self) -> bool:
+        """Whether no other program knows this network: without a latent, or with shared experts of another width."""
+        return not self.kv_lora_rank or self.shared_width != self.n_shared_experts * self.moe_inter_dim
+
+    def require_latent(self, what: str) -> None:
+        """UserError unless attention is MLA, for code that reads the latent."""
+        if not self.kv_lora_rank:
+            raise UserError(
+                f"{what} serves multi-head latent attention alone; this network has kv_lora_rank = 0, which can be "
+                "trained and scored, in BF16 or float32"
+            )
 
     @property
     def n_rated_experts(self) -> int:

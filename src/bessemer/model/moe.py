@@ -123,4 +123,4 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Gate(cfg)
         self.experts = Experts(cfg)
-        self.shared = FFN(cfg.dim, cfg.n_shared_experts * cfg.moe_inter_dim) if cfg.n_shared_experts else None
+        self.shared = FFN(cfg.dim, cfg.shared_width) if cfg.n_shared_experts else None

@@ -147,6 +147,8 @@ class Transformer(nn.Module):
     def set_fp8(self, recipe: FP8Recipe | None) -> Self:
         """Makes training compute the matrices of attention, FFN and experts in FP8 (`fp8`); eval mode does not change.
         None: not in FP8."""
+        if recipe is not None:
+            self.cfg.require_latent("training in FP8")
         if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
             raise UserError(RECOMPUTES_ITSELF)
         for module in self.modules():

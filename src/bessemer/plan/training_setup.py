@@ -55,6 +55,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, cfg: ModelConfig) -> ModelShape:
+        cfg.require_latent("the planner")
         return cls(
             cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_dense_layers, cfg.inter_dim, cfg.moe_inter_dim, cfg.n_heads, 0,
             cfg.qk_head_dim, cfg.v_head_dim, cfg.qk_rope_head_dim, cfg.q_lora_rank, cfg.kv_lora_rank,

@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.errors import UserError
 from bessemer.precision import emulation, formats, operand
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, block_factors
 
 VARIABLE = "BESSEMER_FP8_BACKEND"
 """Forces a backend."""
+LOADS = "BESSEMER_FP8_LOADS"
+"""`pointers` keeps our products from tensor descriptors."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,45 @@ def _triton_norm(function: str) -> Callable[..., Any]:
     return lambda *operands: launch(*operands[:-1])  # without the two passes
 
 
+def by_pointers(device: torch.device, *values: Tensor) -> str | None:
+    """Why our products load their operands by pointers on this device; None: by tensor descriptors (TMA). With the
+    operands' values, contiguous: why these."""
+    forced = os.environ.get(LOADS)
+    if forced not in (None, "", "pointers"):
+        raise UserError(f"{LOADS}={forced} names no way of loading; unset it, or set it to pointers")
+    if forced:
+        return f"{LOADS}=pointers"
+    if device.type != "cpu" and _capability(device)[0] != 9:
+        return "tensor descriptors are used on Hopper (compute capability 9.0) only"
+    if not _installed("triton.tools.tensor_descriptor"):
+        return "this Triton has no tensor descriptors (they came with 3.4)"
+    for value in values:
+        if value.shape[-1] % 16:
+            return f"a row must be a multiple of 16 bytes, has {value.shape[-1]}"
+        if value.data_ptr() % 16:
+            return "an operand must begin at a multiple of 16 bytes"
+    return None
+
+
+def _tiled(left: Operand, right: Operand) -> tuple[Operand, Operand, bool]:
+    """Both with contiguous values, and whether descriptors load them."""
+    left, right = (Operand(o.value_MK.contiguous(), o.scale_MJ) for o in (left, right))
+    return left, right, by_pointers(left.value_MK.device, left.value_MK, right.value_MK) is None
+
+
 def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block")
+    x, w, tma = _tiled(x, w)
+    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block", tma)
 
 
 def _triton_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block")
+    x, w, tma = _tiled(x, w)
+    return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block", tma)
+
+
+def _triton_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype) -> Tensor:
+    dy, x, tma = _tiled(dy, x)
+    return _triton("triton_gemm", "grouped_wgrad")(dy, x, count, out_dtype, tma)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
@@ -242,7 +278,7 @@ BACKENDS: dict[str, Backend] = {
             "unpack_e5m6": _triton("triton_e5m6", "unpack"),
             "gemm": _triton_gemm,
             "grouped_gemm": _triton_grouped,
-            "grouped_wgrad": _triton("triton_gemm", "grouped_wgrad"),
+            "grouped_wgrad": _triton_wgrad,
         },
     ),
     "emulation": Backend(

@@ -6,7 +6,8 @@
     deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
 
 The first backend of `ORDER` that does not refuse a call serves it; `adapters` says what each refuses and how it is
-called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses is then an error with the reason. Invalid
+called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses is then an error with the reason.
+BESSEMER_FP8_LOADS=pointers keeps our products from tensor descriptors, should a Triton compile them wrongly. Invalid
 operands are rejected before a backend is chosen, so all backends raise the same errors. All agree on the edge cases: no
 rows give no rows; a group of zeros has factor 1; a group with a NaN or an infinity is NaN throughout.
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.precision.adapters import BACKENDS, VARIABLE, Backend, Call
+from bessemer.precision.adapters import BACKENDS, VARIABLE, Backend, Call, by_pointers
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import (
     TILE,
@@ -204,8 +205,16 @@ def table(device: torch.device | str) -> list[tuple[str, str, str]]:
         refusals = {b: BACKENDS[b].refuses(call) for b in ORDER}
         first = next(b for b in ORDER if refusals[b] is None)
         earlier = [f"not {b}: {refusals[b]}" for b in ORDER[: ORDER.index(first)]]
-        rows.append((name, first, "; ".join([BACKENDS[first].good_for, *earlier])))
+        rows.append((name, first, "; ".join([BACKENDS[first].good_for + _loads(name, first, call.device), *earlier])))
     return rows
+
+
+def _loads(name: str, backend: str, device: torch.device) -> str:
+    """How our products read their operands, which have a part in the choice."""
+    if backend != "triton" or name not in ("gemm", "grouped_gemm", "grouped_wgrad"):
+        return ""
+    why = by_pointers(device)
+    return ", operands by tensor descriptors" if why is None else f", operands by pointers: {why}"
 
 
 def summary(rows: Iterable[Sequence[str]]) -> str:

@@ -11,6 +11,11 @@ multiplies; so configurations prefer two warp groups, or two programs, on a mult
 number, both factors are multiplied with each other first: their product leaves float32 only when that of the largest
 elements does too.
 
+Tiles of both operands come by tensor descriptors (`tma`: Hopper's TMA, one instruction a tile, with no address in a
+register), or by pointers, the reference; `adapters.by_pointers` says which, and why. A descriptor knows the whole
+matrix: a tile that overhangs its group reads rows of the next one, which no valid row of the result sees, and zeros
+behind the matrix. Results are stored by pointers, where masks end at the group. Bits are the same.
+
 Configurations are tuned for a shape of w and a class of sizes: a power of two of rows, of those of an average group
 where there are several, so that a run meets few of them. What routing makes of a size may fall into another class in
 the middle of a step, where nothing may be tuned (`tuning`): the nearest class that was tuned serves it.
@@ -38,25 +43,26 @@ from bessemer.precision.operand import TILE, Counts, Operand
 from bessemer.precision.triton_quantise import WIDTH, locate, on_device, tiles
 
 
-def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
-    """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors."""
-    x_MK, w_NK = x.value_MK.contiguous(), w.value_MK.contiguous()
+def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool) -> Tensor:
+    """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors.
+    Values of all products are contiguous."""
+    x_MK, w_NK = x.value_MK, w.value_MK
     (M, K), N = x_MK.shape, len(w_NK)
     y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
     if M == 0 or N == 0 or K == 0:
         return y_MN.zero_()
     launch(
         _gemm, lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),), size_class(M),
-        (N, K, blocks, out_dtype),
-        x_MK, w_NK, x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
-        size_class(M), blocks, K % TILE == 0,
+        (N, K, blocks, tma, out_dtype),
+        *tiled(tma, x_MK, w_NK), x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
+        size_class(M), tma, blocks, tma or K % TILE == 0,
     )  # fmt: skip
     return y_MN
 
 
-def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, blocks: bool) -> Tensor:
+def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool) -> Tensor:
     """[M, N] of x [M, K] and stacked w: values [G, N, K], factors [G, N, J]; count[g] rows belong to group g."""
-    x_MK, w_GNK = x.value_MK.contiguous(), w.value_MK.contiguous()
+    x_MK, w_GNK = x.value_MK, w.value_MK
     (M, K), (G, N, _) = x_MK.shape, w_GNK.shape
     y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
     if M == 0 or N == 0 or K == 0:
@@ -67,17 +73,17 @@ def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, 
 
     size = size_class(M, G)
     launch(
-        _grouped, grid, size, (N, K, G, blocks, out_dtype),
-        x_MK, w_GNK, x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), M, N, K,
+        _grouped, grid, size, (N, K, G, blocks, tma, out_dtype),
+        *tiled(tma, x_MK, w_GNK.flatten(0, 1)), x.scale_MJ, w.scale_MJ, y_MN, on_device(count, x_MK.device), M, N, K,
         *x.scale_MJ.stride(), *w.scale_MJ.stride(), size,
-        G, triton.next_power_of_2(G), blocks, K % TILE == 0,
+        G, triton.next_power_of_2(G), tma, blocks, tma or K % TILE == 0,
     )  # fmt: skip
     return y_MN
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype) -> Tensor:
+def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, tma: bool) -> Tensor:
     """[G, N, K] of dy [N, P] and x [K, P], both as `retile` returns them."""
-    dy_NP, x_KP = dy.value_MK.contiguous(), x.value_MK.contiguous()
+    dy_NP, x_KP = dy.value_MK, x.value_MK
     N, K, G = len(dy_NP), len(x_KP), len(count)
     dw_GNK = torch.empty(G, N, K, dtype=out_dtype, device=dy_NP.device)
     if dw_GNK.numel() == 0 or dy_NP.shape[1] == 0:
@@ -85,11 +91,28 @@ def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype
     size = size_class(dy_NP.shape[1], G)
     launch(
         _wgrad, lambda meta: (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(K, meta["BLOCK_N"]), G), size,
-        (N, K, G, out_dtype),
-        dy_NP, x_KP, dy.scale_MJ, x.scale_MJ, dw_GNK, on_device(count, dy_NP.device), N, K, dy_NP.shape[1] // TILE,
-        *dy.scale_MJ.stride(), *x.scale_MJ.stride(), size, G, triton.next_power_of_2(G),
+        (N, K, G, tma, out_dtype),
+        *tiled(tma, dy_NP, x_KP), dy.scale_MJ, x.scale_MJ, dw_GNK, on_device(count, dy_NP.device), N, K,
+        dy_NP.shape[1] // TILE, *dy.scale_MJ.stride(), *x.scale_MJ.stride(), size,
+        G, triton.next_power_of_2(G), tma,
     )  # fmt: skip
     return dw_GNK
+
+
+def tiled(tma: bool, *matrices: Tensor) -> tuple[Any, ...]:
+    """The two operands as a kernel takes them: as they are, or their descriptors, which `boxes` completes."""
+    if not tma:
+        return matrices
+    from triton.tools.tensor_descriptor import TensorDescriptor  # an old Triton has none
+
+    return tuple(TensorDescriptor.from_tensor(matrix, [64, TILE]) for matrix in matrices)
+
+
+def boxes(arguments: dict[str, Any]) -> None:
+    """Gives the operands' descriptors, a kernel's first two arguments, the tiles of a configuration."""
+    if arguments["TMA"]:
+        left, right, *_ = arguments.values()
+        left.block_shape, right.block_shape = ([arguments[n], TILE] for n in ("BLOCK_M", "BLOCK_N"))
 
 
 def size_class(rows: int, groups: int = 1) -> int:
@@ -113,30 +136,33 @@ def launch(
         tuned.setdefault(size, kernel.best_config)
     else:
         config = tuned[min(tuned, key=lambda other: max(other / size, size / other))] if tuned else kernel.configs[0]
+        config.pre_hook(dict(zip(kernel.arg_names, arguments, strict=False)) | config.kwargs)
         kernel.fn[grid](*arguments, **config.all_kwargs())
 
 
-def configurations(narrow: bool, wide: bool) -> list[triton.Config]:
+def configurations(narrow: bool) -> list[triton.Config]:
     """Configurations to try, the first of which does nothing badly. BLOCK_N divides 128, so that a program reads one
-    block of w at a time; `narrow` adds tiles for few rows, `wide` those that have registers enough only where w has one
-    factor for a block. Triton's interpreter gets one small configuration."""
+    block of w at a time; `narrow` adds tiles for few rows. Triton's interpreter gets one small configuration."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64})]
+        return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, pre_hook=boxes)]
     sizes = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
     if narrow:
         sizes += [(64, 64, 4, 5), (64, 32, 4, 6)]
-    if wide:
-        sizes += [(128, 128, 8, 3), (128, 128, 8, 4)]
-    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in sizes]
-    if wide:
-        # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper, and not two.
-        configs += [triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3, maxnreg=168)]
-    return configs
+    sizes += [(128, 128, 8, 3), (128, 128, 8, 4)]
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s, pre_hook=boxes) for m, n, w, s in sizes
+    ]
+    # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper, and not two.
+    limit = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    return [*configs, triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, **limit, pre_hook=boxes)]
 
 
 def without_spills(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """Those of `configs` whose programs have registers enough, by NVIDIA's assembler (bench/gpu/ptxas.py)."""
-    if arguments["BLOCKS"]:
+    """Those of `configs` whose programs have registers enough, by NVIDIA's assembler (bench/gpu/ptxas.py): with
+    descriptors all do, and need no limit for three; by pointers the largest only where w has one factor for a block."""
+    if arguments["TMA"]:
+        return [c for c in configs if c.maxnreg is None]
+    if arguments.get("BLOCKS"):
         return configs
     return [c for c in configs if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] < 128 * 128 and c.maxnreg is None]
 
@@ -161,17 +187,20 @@ def place(program, rows, columns, BAND: tl.constexpr):
 @triton.jit
 def product(
     x, w, scale_x, scale_w, row, column, x_row, w_row, sx_row, sx_column, sw_row, sw_column, block_first, block_last,
-    K, BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K, x_first, w_first, k_first, TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x w^T for rows `row` of x and `column` of w, all in range, float32 [BLOCK_M, BLOCK_N].
+    """x w^T for rows `row` of x and `column` of w, all in range, float32 [BLOCK_M, BLOCK_N]. TMA: x and w are
+    descriptors, whose tiles begin at rows `x_first` and `w_first` and column `k_first`.
 
     Sums over K columns in steps of 128, the last one ragged unless EVEN. BLOCKS: w's factor is the same in rows
     `block_first` to `block_last`, which include all of `column`; both ends are read, and if they differ the result is
     NaN rather than a wrong number.
     """
     k = tl.arange(0, WIDTH)
-    x_at = x + row[:, None] * x_row + k[None, :]
-    w_at = w + column[None, :] * w_row + k[:, None]
+    if not TMA:
+        x_at = x + row[:, None] * x_row + k[None, :]
+        w_at = w + column[None, :] * w_row + k[:, None]
     sx_at = scale_x + row * sx_row
     sw_at = scale_w + column * sw_row
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -183,7 +212,10 @@ def product(
             factor_M = sx_M * tl.where(first == last, first, float("nan"))
         else:
             sw_N = tl.load(sw_at)
-        if EVEN:
+        if TMA:
+            at = k_first + j * WIDTH
+            part = tl.dot(x.load([x_first, at]), w.load([w_first, at]).T)
+        elif EVEN:
             part = tl.dot(tl.load(x_at), tl.load(w_at))
         else:
             left = K - j * WIDTH
@@ -194,18 +226,19 @@ def product(
         else:
             part = part * sx_M[:, None]
             y = tl.fma(part, tl.broadcast_to(sw_N[None, :], part.shape), y)
-        x_at += WIDTH
-        w_at += WIDTH
+        if not TMA:
+            x_at += WIDTH
+            w_at += WIDTH
         sx_at += sx_column
         sw_at += sw_column
     return y
 
 
-@triton.autotune(configs=configurations(True, True), key=["SIZE", "N", "K", "BLOCKS"], prune_configs_by=PRUNE)
+@triton.autotune(configs=configurations(True), key=["SIZE", "N", "K", "TMA", "BLOCKS"], prune_configs_by=PRUNE)
 @triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
 def _gemm(
     x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE,
-    BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of y. SIZE is `size_class`."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
@@ -215,17 +248,19 @@ def _gemm(
     y_MN = product(
         x, w, scale_x, scale_w, tl.minimum(row, M - 1), tl.minimum(column, N - 1), K, K,
         sx_row, sx_column, sw_row, sw_column, block, tl.minimum(block + 127, N - 1),
-        K, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
+        K, m * BLOCK_M, n * BLOCK_N, 0, TMA, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     inside = (row < M)[:, None] & (column < N)[None, :]
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configurations(True, True), key=["SIZE", "N", "K", "GROUPS", "BLOCKS"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=configurations(True), key=["SIZE", "N", "K", "GROUPS", "TMA", "BLOCKS"], prune_configs_by=PRUNE
+)
 @triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
 def _grouped(
     x, w, scale_x, scale_w, y, count, M, N, K, sx_row, sx_column, sw_group, sw_row, sw_column, SIZE,
-    GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of y, with rows of one group, or of the rest, which sums nothing and writes zeros."""
@@ -235,24 +270,27 @@ def _grouped(
     length = tl.where(group < GROUPS, K, 0)
     end = tl.where(group < GROUPS, end, M)
     group = tl.minimum(group, GROUPS - 1)
-    row = first + number * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = first + number * BLOCK_M
+    row = top + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = n.to(tl.int64) * BLOCK_N // 128 * 128
+    if not TMA:
+        w += group.to(tl.int64) * N * K
     y_MN = product(
-        x, w + group.to(tl.int64) * N * K, scale_x, scale_w + group.to(tl.int64) * sw_group,
+        x, w, scale_x, scale_w + group.to(tl.int64) * sw_group,
         tl.minimum(row, end - 1), tl.minimum(column, N - 1), K, K,
         sx_row, sx_column, sw_row, sw_column, block, tl.minimum(block + 127, N - 1),
-        length, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
+        length, top.to(tl.int32), group * N + n * BLOCK_N, 0, TMA, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     inside = (row < end)[:, None] & (column < N)[None, :]
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configurations(False, False), key=["SIZE", "N", "K", "GROUPS"])
+@triton.autotune(configs=configurations(False), key=["SIZE", "N", "K", "GROUPS", "TMA"], prune_configs_by=PRUNE)
 @triton.jit(do_not_specialize=["SIZE", "TILES"])
 def _wgrad(
     dy, x, scale_dy, scale_x, dw, count, N, K, TILES, sdy_row, sdy_column, sx_row, sx_column, SIZE,
-    GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one group's dW, over that group's columns."""
     n, k = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N), 8)
@@ -263,10 +301,13 @@ def _wgrad(
     own = tl.sum(tl.where(g == tl.program_id(1), tiles_G, 0), 0)
     row = n.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = k.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if not TMA:
+        dy += before * WIDTH
+        x += before * WIDTH
     dw_NK = product(
-        dy + before * WIDTH, x + before * WIDTH, scale_dy + before * sdy_column, scale_x + before * sx_column,
+        dy, x, scale_dy + before * sdy_column, scale_x + before * sx_column,
         tl.minimum(row, N - 1), tl.minimum(column, K - 1), P, P, sdy_row, sdy_column, sx_row, sx_column, 0, 0,
-        own * WIDTH, False, True, BLOCK_M, BLOCK_N,
+        own * WIDTH, n * BLOCK_M, k * BLOCK_N, (before * WIDTH).to(tl.int32), TMA, False, True, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     inside = (row < N)[:, None] & (column < K)[None, :]
     at = dw + tl.program_id(1).to(tl.int64) * N * K + row[:, None] * K + column[None, :]

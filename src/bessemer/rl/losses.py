@@ -81,7 +81,7 @@ class GRPO:
     """delta; 0: every output counts."""
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **_replayed(batch))
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
         return self.of(out, model.head_weight, batch)
 
     def with_mtp(self) -> bool:
@@ -210,7 +210,7 @@ def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: fl
     """log pi of every trained token, [B, T], 0 elsewhere."""
     weight = batch.loss_BT[:, 1:].flatten()
     keep = batch.trained_N
-    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **_replayed(batch))
+    out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
     hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
     logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
     flat = torch.zeros_like(weight)
@@ -222,11 +222,6 @@ def reference_logprobs(model: Transformer | CausalLM, batch: Batch, temperature:
     """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
     extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
     return policy_logprobs(model, replace(batch, extras=extras), temperature)
-
-
-def _replayed(batch: Batch) -> dict[str, Tensor]:
-    """The argument of `train_outputs` that replays the sampler's experts; without it the gates choose."""
-    return {name: batch.extras[name] for name in ("choice_BTLK",) if name in batch.extras}
 
 
 class Reference:

@@ -129,7 +129,7 @@ def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tup
     total, tokens = 0.0, 0.0
     for batch in batches:
         batch = batch.to(model.head_weight.device)
-        out = model.train_outputs(batch.tokens_BT, mtp=False)
+        out = model.train_outputs(batch.tokens_BT, mtp=False, **batch.routed)
         total += next_token_nats(out.hidden_BTD, model.head_weight, batch)
         tokens += float(batch.loss_BT.sum())
     model.train(training)

@@ -116,7 +116,7 @@ class NextToken:
     """
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0, **batch.routed)
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
@@ -125,8 +125,9 @@ class NextToken:
         tokens = batch.predicted(1)[1].sum()
         metrics = {"loss": main.detach()}
         total = main
+        ahead = replace(batch, tokens_BT=batch.extras.get("mtp_tokens_BT", batch.tokens_BT))
         for k, hidden in enumerate(out.mtp_hidden, start=1):
-            depth = predicting(hidden, weight_VD, batch, 1 + k)
+            depth = predicting(hidden, weight_VD, ahead, 1 + k)
             metrics[f"mtp_{k}"] = depth.detach()
             total = total + mtp_lambda / len(out.mtp_hidden) * depth
         balance = out.balance * balance_weight(batch, 1.0)

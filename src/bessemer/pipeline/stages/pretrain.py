@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
@@ -76,6 +77,10 @@ class Pretrain(Stage[_Config]):
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
         check_stages(config, recipe)
         cfg = lineage.config_of(recipe, config.name)
+        if cfg is not None and config.prompts:
+            cfg.require_latent(f'stage "{config.name}": prompts, sampled by the engine, which')
+        if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):
+            raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
@@ -128,6 +133,10 @@ class Pretrain(Stage[_Config]):
         start = self.start(config, ctx)
         tokenizer = load_tokenizer(start.corpus / "tokenizer")
         feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer.bos_id)
+        if config.routing == "token" and start.cfg is not None:
+            if ctx.ranks is not None:
+                raise UserError(f'stage "{ctx.name}": routing = "token" is for one process')
+            feed.table_VLK = experts_by_token(start.cfg)
         setup.keep_memory()
         network = start.network()
         model = distributed.model_of(network)
@@ -218,6 +227,7 @@ class Feed:
             ctx.say(str(one.message))
         self._say(ctx, weights)
         self._tokens: Callable[[], int] = lambda: 0
+        self.table_VLK: Tensor | None = None
 
     def _say(self, ctx: StageContext, weights: Mapping[str, float | Points]) -> None:
         if not self.config.mixture and len(weights) > 1:
@@ -240,12 +250,20 @@ class Feed:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
-        batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
+        batch = self.routed(self._curriculum.batch(self._tokens(), first_row, n_rows))
+        if self.config.mtp_targets == "other-row":
+            batch.extras["mtp_tokens_BT"] = batch.tokens_BT.roll(1, 0)
         if not self.config.document_mask:
             return batch
         if self._bos_id is None:
             raise UserError("document_mask = true separates documents at their BOS, but this tokenizer writes none")
         return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
+
+    def routed(self, batch: Batch) -> Batch:
+        """With experts, where the stage chooses them by token."""
+        if self.table_VLK is None:
+            return batch
+        return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Realised shares and epochs of every source so far."""
@@ -254,6 +272,13 @@ class Feed:
         return {f"data/share/{name}": share for name, share in shares.items()} | {
             f"data/epochs/{name}": times for name, times in epochs.items()
         }
+
+
+def experts_by_token(cfg: ModelConfig) -> Tensor:
+    """[V, L, K]: experts of every entry of the vocabulary in every sparse layer, drawn once and for all."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(cfg.vocab_size, cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts, generator=generator)
+    return scores.topk(cfg.n_activated_experts, dim=-1).indices
 
 
 def row_scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
@@ -313,14 +338,17 @@ class _Monitor(StepLog):
         if self.ctx.ranks is None:
             sums = trainer.runtime.workers.map(self._nats, self.heldout)
         else:
-            sums = (distributed.nats(trainer, _heldout_batches(rows)) for rows in self.heldout.values())
+            sums = (distributed.nats(trainer, self._batches(name)) for name in self.heldout)
         return {
             name: nats / tokens / math.log(2) / rows.bytes_per_token
             for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
         }
 
     def _nats(self, name: str) -> tuple[float, float]:
-        return distributed.nats(self.trainer, _heldout_batches(self.heldout[name]))
+        return distributed.nats(self.trainer, self._batches(name))
+
+    def _batches(self, name: str) -> list[Batch]:
+        return [self.feed.routed(batch) for batch in heldout_batches(self.heldout[name])]
 
     def samples(self, trainer: Trainer) -> None:
         if not self.config.prompts:
@@ -338,6 +366,7 @@ class _Monitor(StepLog):
             self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {line[:160]}")
 
 
-def _heldout_batches(rows: Rows) -> list[Batch]:
+def heldout_batches(rows: Rows) -> list[Batch]:
+    """The rows that a validation reads."""
     n_rows = min(HELDOUT_ROWS, rows.n_rows)
     return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]
