@@ -115,7 +115,7 @@ def test_rules_of_rows_give_the_distributions_of_equal_rows():
     for b, one in enumerate(params):
         expected = sampling.probabilities(logits[b : b + 1], one, 290)[0]
         assert torch.allclose(found[b], expected, atol=1e-6) and torch.equal(found[b] > 0, expected > 0)
-        _, its_logp, its_raw = sampling.score(logits[b : b + 1], one.temperature, token[b : b + 1])
+        _, its_logp, its_raw, _ = sampling.score(logits[b : b + 1], one.temperature, token[b : b + 1])
         assert (float(logp[b]), float(raw[b])) == pytest.approx((float(its_logp), float(its_raw)), abs=1e-5)
 
 

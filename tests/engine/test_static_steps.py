@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bessemer.engine import device_runner, model_runner, room, row_sampling, sampling, static_steps
 from bessemer.engine.engine import Engine
+from bessemer.engine.kept_tokens import words
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sampling import stream_key, uniform
@@ -159,11 +160,15 @@ class MadeUp:
 
     def __init__(self, tensor):
         assert tensor.device.type == "meta" and tensor.is_contiguous()
-        self.rows = len(tensor)
+        self.shape, self.dtype = tensor.shape, tensor.dtype
 
     def read(self):
         MadeUp.reads.append(MadeUp.steps)
-        return [[5 + len(MadeUp.reads) % 7, -1.0, -1.0]] * self.rows
+        return [[5 + len(MadeUp.reads) % 7, -1.0, -1.0]] * self.shape[0]
+
+    def tensor(self):
+        """Asked for together with the tokens, and there with them."""
+        return torch.ones(self.shape, dtype=self.dtype)
 
 
 @pytest.fixture
@@ -208,6 +213,19 @@ def test_a_step_waits_for_the_device_once_and_prefill_never(on_meta):
     tokens, reads = drained()
     assert tokens == sum(4 + k for k in range(4)) and set(reads) == {1}
     assert MadeUp.reads == list(range(1, len(reads) + 1))
+
+
+def test_kept_tokens_come_with_the_tokens(on_meta):
+    scheduler, drained = on_meta
+    runner = scheduler.runner
+    runner.kept, runner.kept_BW = True, runner.token_B.new_zeros(0, words(runner.vocab))
+    sequences = [
+        scheduler.start(Request((3, 4, 5), stream_key(k), 4 + k, SamplingParams(0.9, top_p=0.9), stop_ids=()))
+        for k in range(4)
+    ]
+    _, reads = drained()
+    assert set(reads) == {1} and MadeUp.reads == list(range(1, len(reads) + 1))
+    assert [len(sequence.kept_counts) for sequence in sequences] == [4, 5, 6, 7]
 
 
 def test_a_step_waits_once_where_the_host_decides_first(on_meta):

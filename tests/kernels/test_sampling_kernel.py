@@ -34,7 +34,7 @@ def together(logits_BV, params, vocab, seed):
     u = uniform(key, position)
     expected = [sample(logits_BV[b : b + 1].clone(), p, u[b : b + 1], vocab) for b, p in enumerate(each)]
     return sample_rows(logits_BV, vocab, rules, key, position), [
-        torch.cat(column) for column in zip(*expected, strict=True)
+        torch.cat(column) for column in zip(*(one[:3] for one in expected), strict=True)
     ]
 
 
@@ -60,6 +60,29 @@ def test_what_is_kept_ends_at_the_same_token(instructions):
     logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
     found, (token, _, _) = together(logits, PARAMS, 300, 6)
     assert torch.equal(found.token_B, token)
+
+
+@pytest.mark.parametrize(("V", "vocab"), [(7, 7), (130, 130), (4099, 4090)])
+def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, vocab):
+    """Every random token lies among them, and their probabilities sum to 1."""
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(60, V, generator=generator) * 3
+    logits[::5] = logits[::5].round()
+    key, position = torch.arange(60), torch.arange(60) * 7
+    for params in PARAMS[5:]:
+        rules = torch.tensor([[params.temperature, params.top_p, params.top_k, params.min_p]] * 60, dtype=torch.float64)
+        found = sample_rows(logits, vocab, rules, key, position, kept=True)
+        expected = sample(logits.clone(), params, uniform(key, position), vocab, kept=True)
+        assert torch.equal(found.token_B, expected.token_B) and torch.equal(found.kept_BV, expected.kept_BV)
+        assert found.kept_BV.shape == (60, vocab) and found.kept_BV.gather(1, found.token_B[:, None]).all()
+        within = (logits[:, :vocab] / params.temperature).masked_fill(~found.kept_BV, -torch.inf).double()
+        exact = within.log_softmax(-1).gather(1, found.token_B[:, None]).squeeze(1)
+        raw = logits.double().log_softmax(-1).gather(1, found.token_B[:, None]).squeeze(1)
+        for one in (found, expected):
+            torch.testing.assert_close(one.logp_B.double(), exact, atol=3e-6, rtol=1e-6)
+            torch.testing.assert_close(one.raw_logp_B.double(), raw, atol=3e-6, rtol=1e-6)
+        plain = sample_rows(logits, vocab, rules, key, position)
+        assert plain.kept_BV is None and torch.equal(plain.token_B, found.token_B), "recording changes no token"
 
 
 def test_after_a_refused_draft_what_is_left_is_sampled(instructions):

@@ -79,7 +79,7 @@ precision = "float32"
 
 CRITIC = 'advantage = "critic"\nreward = "random"'
 FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
-REPLAY = 'routing_replay = true\ncorrection = "token-truncate"'
+REPLAY = 'routing_replay = true\ntop_p = 0.9\ncorrection = "token-truncate"'
 
 
 AFTER_RL = ("05-helpful", "06-taught")

@@ -25,7 +25,7 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = 'reward="random"'
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true",
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
        'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2")  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def waiting(stage):
 def test_every_rollout_but_the_first_is_as_old_as_the_updates_before_it(whole):
     assert whole.values("rl/staleness") == [0, 2, 2, 2]
     gap = whole.values("rl/sampler_gap")
+    assert all(3 < kept < 250 for kept in whole.values("rl/kept_tokens")), "of 300"
     assert gap[0] < 1e-5 and min(gap[1:]) > 1e-3, "an older policy shows as a gap"
     for mean, largest, kl in zip(gap, *map(whole.values, ("rl/sampler_gap_max", "rl/sampler_kl")), strict=True):
         assert mean < largest and -1e-6 < kl < mean
@@ -191,7 +192,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     monkeypatch.setattr(setup, "workers", lambda: Workers(1))
     monkeypatch.setattr(loop, "GRPO", Sick)
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
-                           "updates_per_rollout=4")  # fmt: skip
+                           "updates_per_rollout=4", "top_p=1.0")  # fmt: skip
     drawn = []
     verify = rollout.verify
     monkeypatch.setattr(rollout, "verify", lambda *a: drawn.append(a[0][0][1].id) or verify(*a))
@@ -212,6 +213,8 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
         (["max_off_policy_rollouts=2"], "max_off_policy_rollouts"),
         (["rollout.precision=float16"], "rollout.precision"),
         (['correction="token"'], "correction"),
+        (["keep_sampling_mask=false"], "keep_sampling_mask has no effect with top_p = 1"),
+        (["top_p=0.0"], "top_p"),
     ],
 )
 def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):

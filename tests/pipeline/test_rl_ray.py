@@ -24,7 +24,7 @@ from bessemer.rl.ray_worker import RolloutWorker
 from bessemer.train import setup
 
 COIN = 'reward="random"'
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true",
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
        'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2", "rollout.rows=2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
@@ -257,6 +257,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
     [
         (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "local"'),
         (["rollout.engine=vllm", "routing_replay=true"], "rollouts by vLLM do not bring them"),
+        (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "rollout.engine"),
         (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),

@@ -71,7 +71,8 @@ def network(kind=Transformer):
 
 def rl_extras():
     names = "old_logp_BT", "advantage_BT", "ref_logp_BT", "sampler_logp_BT", "importance_BT"
-    return {name: torch.zeros(1, 1) for name in names}
+    kept = {f"kept_{name}_BM": torch.ones(1, 1, dtype=torch.int32) for name in ("id", "at")}
+    return kept | {name: torch.zeros(1, 1) for name in names}
 
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}

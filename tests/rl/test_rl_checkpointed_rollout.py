@@ -17,7 +17,7 @@ from bessemer.train import checkpoint
 def groups(engine, tokenizer):
     """Make groups of real samples, scored, one of them as by a reward model."""
 
-    def groups(record_routing):
+    def groups(record_routing, top_p=1.0):
         chosen = rollout.problems_of([tasks.get("arithmetic"), tasks.get("countdown")], "train", 0, 3, seed=0)
 
         def encode(problem):
@@ -25,7 +25,7 @@ def groups(engine, tokenizer):
 
         found = rollout.sample(
             engine, chosen, encode, samples=4, seed=1, max_new_tokens=12, record_routing=record_routing,
-            temperature=0.7,
+            temperature=0.7, top_p=top_p, record_kept=top_p < 1,
         )  # fmt: skip
         Reward(0.1, 0.2).score(found, 12)
         found[0][1].preference, found[2][3].language, found[1][0].reward = 1 / 3, 0.7, -0.1
@@ -36,7 +36,7 @@ def groups(engine, tokenizer):
 
 @pytest.mark.parametrize("record_routing", [True, False])
 def test_nothing_is_lost(groups, record_routing, tmp_path):
-    before = groups(record_routing)
+    before = groups(record_routing, 0.8 if record_routing else 1.0)
     packed, tensors = rollout.pack(before)
     state = checkpoint.State({"extras": tensors}, {"extras": packed})
     kept = checkpoint.load(checkpoint.save(tmp_path, 1, state))
@@ -46,11 +46,13 @@ def test_nothing_is_lost(groups, record_routing, tmp_path):
     completions = [[row.completion for group in groups for row in group] for groups in (before, after)]
     assert len({len(c.tokens) for c in completions[0]}) > 1
     for one, other in zip(*completions, strict=True):
-        assert asdict(one) | {"routing": None} == asdict(other) | {"routing": None}
+        assert asdict(one) | {"routing": None, "kept": None} == asdict(other) | {"routing": None, "kept": None}
         if record_routing:
             assert torch.equal(one.routing, other.routing) and one.routing.dtype == other.routing.dtype
+            for mine, theirs in zip(one.kept, other.kept, strict=True):
+                assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype == torch.int32
         else:
-            assert one.routing is other.routing is None
+            assert one.routing is other.routing is one.kept is other.kept is None
     laid = [rollout.to_batches([row for group in g for row in group], 2, 100, "token") for g in (before, after)]
     for one, other in zip(*laid, strict=True):
         assert all(torch.equal(one.extras[name], other.extras[name]) for name in one.extras)

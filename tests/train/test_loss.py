@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.train import loss
-from bessemer.train.loss import cross_entropy, cross_entropy_reference, token_logprobs, token_logprobs_reference
+from bessemer.train.loss import Kept, cross_entropy, cross_entropy_reference, token_logprobs, token_logprobs_reference
 
 N, D, V = 70, 24, 50
 
@@ -97,6 +97,38 @@ def test_logprobs_equal_reference(temperature, entropy):
         assert (out.entropy is not None) == entropy
     for ours, theirs in zip(*results, strict=True):
         assert relative(ours, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("way", ["kernel", "torch", "reference"])
+def test_of_kept_tokens_logprobs_entropy_and_gradients_are_those_of_their_logits_alone(way, temperature, monkeypatch):
+    """float64, row by row, with a softmax over just these; in the others' logits there is no gradient at all."""
+    hidden, weight, target, _ = inputs()
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(N, generator=g), torch.randn(N, generator=g)
+    rows = [sorted({int(t), *torch.randint(V - 10, (n % 7 * 3,), generator=g).tolist()}) for n, t in enumerate(target)]
+    shuffled = [(n, v) for n, ids in enumerate(rows) for v in ids] + [(-1, 0), (N, 3)]  # the last two are for nobody
+    shuffled = [shuffled[i] for i in torch.randperm(len(shuffled), generator=g)]
+    kept = Kept(torch.tensor([v for _, v in shuffled]), torch.tensor([n for n, _ in shuffled]))
+    if way == "torch":
+        monkeypatch.setattr(loss.kernel, "serves", lambda logits: False)
+    function = token_logprobs_reference if way == "reference" else token_logprobs
+    out = function(hidden, weight, target, temperature, entropy=True, kept=kept)
+    ((out.logp * a).sum() + (out.entropy * b).sum()).backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logp, entropy = [], []
+    for n, ids in enumerate(rows):
+        of_row = (exact[0][n] @ exact[1][ids].T / temperature).log_softmax(-1)
+        logp.append(of_row[ids.index(int(target[n]))])
+        entropy.append(-(of_row.exp() * of_row).sum())
+    logp, entropy = torch.stack(logp), torch.stack(entropy)
+    ((logp * a).sum() + (entropy * b).sum()).backward()
+    found = (out.logp, out.entropy, hidden.grad, weight.grad)
+    for ours, theirs in zip(found, (logp, entropy, exact[0].grad, exact[1].grad), strict=True):
+        assert relative(ours, theirs) < 3e-6
+    unused = [v for v in range(V) if all(v not in ids for ids in rows)]
+    assert unused and not weight.grad[unused].any()
+    assert out.logp[0].abs() < 1e-6 and out.entropy[0].abs() < 1e-6, "one token is certain"
 
 
 def test_logprobs_pass_gradcheck_like_differences():

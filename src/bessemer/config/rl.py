@@ -47,8 +47,13 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
-        "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask",
+        "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
     }  # fmt: skip
+
+    @property
+    def keeps_mask(self) -> bool:
+        """The tokens that truncation left are recorded, and trained on alone."""
+        return self.keep_sampling_mask and self.top_p < 1
 
     def fingerprint_values(self) -> dict[str, Any]:
         """Without `accuracy_needs_format` where it is what every run did before the key was there."""
@@ -106,6 +111,14 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k)."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature (R1-Zero: 1)."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most likely tokens that together hold this mass, so that no very unlikely token becomes a target
+    (DeepSeek-V3.2 3.1; R1-Zero: 1). Held-out evaluations of the stage sample so, too."""
+    keep_sampling_mask: bool = True
+    """With top_p below 1: policy, reference and corrections choose among the tokens that the sampler's truncation left,
+    with probabilities that sum to 1 over these (DeepSeek-V3.2 3.1, Keep Sampling Mask). rl/kept_tokens says how many
+    that are. false: log-probabilities over the whole vocabulary, as most trainers have them, although
+    the samples are of the truncated distribution, which biases the gradient; for comparison."""
     lr: Points = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
     clip_low: float = Field(0.2, gt=0)

@@ -47,7 +47,7 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
     dimensions may follow (`choice_BTLK`, experts chosen outside the gate). `mtp_tokens_BT`: other targets of the MTP
-    modules."""
+    modules. Without a T in their name they have rows of another length (`kept_id_BM`)."""
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
@@ -64,8 +64,10 @@ class Batch:
         assert self.tokens_BT.dtype == torch.int64, f"tokens_BT must be int64, not {self.tokens_BT.dtype}"
         assert self.loss_BT.dtype == torch.float32, f"loss_BT must be float32, not {self.loss_BT.dtype}"
         for name, tensor in self._named():
-            actual = tensor.shape[:2] if name in self.extras else tensor.shape
-            assert actual == shape, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
+            aligned = 2 if "_BT" in name else 1
+            actual = tensor.shape[:aligned] if name in self.extras else tensor.shape
+            expected = shape[:aligned] if name in self.extras else shape
+            assert actual == expected, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
         # On an accelerator this check would wait for the device, and the batch was checked when it was made.
         if self.loss_BT.device.type == "cpu" and shape[1]:
             assert not self.loss_BT[:, 0].any(), "loss_BT[:, 0] must be 0: nothing precedes the first token"

@@ -26,6 +26,7 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import row_sampling, static_drafts
 from bessemer.engine.decode import RoutingTrace
+from bessemer.engine.kept_tokens import ids_of_words, words
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.row_sampling import form_of
@@ -45,12 +46,15 @@ class DeviceRunner(ModelRunner):
         cache: LatentCache,
         trace: RoutingTrace | None = None,
         trace_all: bool = True,
+        kept: bool = False,
     ):
         self.depth = 0 if steps.drafts is None else steps.drafts.depth
-        super().__init__(steps.model, tokenizer, cache, trace, self.depth, trace_all=trace_all)
+        super().__init__(steps.model, tokenizer, cache, trace, self.depth, trace_all=trace_all, kept=kept)
         self.kernels, self.steps = None, steps
         self.sampled_B3 = steps.sampled_R3[:0]
         self.token_B = steps.token_R[:0]
+        self.kept_BW = steps.token_R.new_zeros(0, words(self.vocab)) if kept else None
+        """Bits of the tokens that `token_B` were drawn from, where they are recorded."""
         self._moved = True
         """The rows are no longer those of the last step."""
         self._started = False
@@ -62,7 +66,7 @@ class DeviceRunner(ModelRunner):
 
     def _look_at_requests(self) -> None:
         super()._look_at_requests()
-        self._form = form_of(sequence.request.sampling for sequence in self.sequences)
+        self._form = form_of(sequence.request.sampling for sequence in self.sequences)._replace(kept=self.kept)
         self._host_first = not self._by_logits or self._top or self._routing
 
     @property
@@ -82,9 +86,13 @@ class DeviceRunner(ModelRunner):
         rejected = self.rejected
         if rejected is not None:
             rejected = RejectedDrafts(rejected.rejected_B[n:], rejected.q_BV[n:])
+        kept_BW = None if self.kept_BW is None else self.kept_BW.new_zeros(len(self.sequences) - n, words(self.vocab))
         fresh_B3 = row_sampling.sample(
-            self.logits_BV[n:], self.vocab, self.rules_B4[n:], self.key_B[n:], self.position_B[n:], self._form, rejected
-        )
+            self.logits_BV[n:], self.vocab, self.rules_B4[n:], self.key_B[n:], self.position_B[n:], self._form,
+            rejected, kept_BW,
+        )  # fmt: skip
+        if self.kept_BW is not None and kept_BW is not None:
+            self.kept_BW = torch.cat((self.kept_BW, kept_BW))
         self.token_B = torch.cat((self.token_B, fresh_B3[:, 0].long()))
         if self.depth:
             rest = fresh_B3.new_full((len(fresh_B3), self.sampled_B3.shape[1] - 3), static_drafts.FRESH)
@@ -109,23 +117,25 @@ class DeviceRunner(ModelRunner):
             self._moved, self._started = True, False
             return
         fetch = Fetch(self.sampled_B3) if self._settled is None else None
+        kept = None if self.kept_BW is None else Fetch(self.kept_BW)
         self._start_step([position + self.lookahead for position in self.positions()])
         self._started = True
-        self._append(None if fetch is None else fetch.read())
+        self._append(None if fetch is None else fetch.read(), None if kept is None else ids_of_words(kept.tensor()))
 
-    def _append(self, rows: list[list[float]] | None) -> None:
-        """Appends the next token of every sequence, after its accepted drafts. None: they are appended already."""
+    def _append(self, rows: list[list[float]] | None, kept: list[list[int]] | None = None) -> None:
+        """Appends the next token of every sequence, after its accepted drafts. rows None: they are appended already."""
         if rows is None:
             assert self._settled is not None
             rows = self._settled
         elif self.depth:
             self._append_accepted(rows)
         self._settled = None
-        for sequence, (token, logp, raw_logp, *_) in zip(self.sequences, rows, strict=True):
+        each = [None] * len(rows) if kept is None else kept
+        for sequence, (token, logp, raw_logp, *_), ids in zip(self.sequences, rows, each, strict=True):
             if sequence.finish is not None:
                 continue
             if isfinite(logp):
-                sequence.append(int(token), logp, raw_logp)
+                sequence.append(int(token), logp, raw_logp, ids)
             else:
                 sequence.finish = "error"
 
@@ -144,7 +154,7 @@ class DeviceRunner(ModelRunner):
         assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK, [sequence.finish is None for sequence in self.sequences])
         sampled = self._choose(self.logits_BV)
-        sampled_B3 = torch.stack([column.double() for column in sampled], -1)
+        sampled_B3 = torch.stack([column.double() for column in sampled[:3]], -1)
         if self._settled is None:
             self._append(Fetch(torch.cat((sampled_B3, self.sampled_B3[:, 3:]), 1)).read())
         else:
@@ -165,6 +175,7 @@ class DeviceRunner(ModelRunner):
     def _select(self, source: Tensor) -> None:
         super()._select(source)
         self.sampled_B3 = self.sampled_B3[source]
+        self.kept_BW = None if self.kept_BW is None else self.kept_BW[source]
         if self._seen is not None:
             logits_BTV, expert_BTLK = self._seen
             self._seen = logits_BTV[source], None if expert_BTLK is None else expert_BTLK[source]
@@ -184,6 +195,7 @@ class DeviceRunner(ModelRunner):
         steps.run(n, self._form, record)
         self.token_B, self.position_B = steps.token_R[:n], steps.position_R[:n]
         self.sampled_B3, self.logits_BV = steps.sampled_R3[:n], steps.logits_RV[:n]
+        self.kept_BW = None if not self.kept or steps.kept_RW is None else steps.kept_RW[:n]
         self.expert_BLK = None if not record or steps.expert_RLK is None else steps.expert_RLK[:n]
         if steps.drafts is not None and drafter is not None:
             self.rejected, self._seen = steps.drafts.show(drafter, n), None

@@ -31,6 +31,7 @@ from bessemer.engine import room, static_steps
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.grammar import Grammars
+from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
@@ -78,15 +79,17 @@ class Completion:
     text: str
     """Decoded without control tokens, up to the stop string if one ended it."""
     logprobs: list[float]
-    """Of each token under softmax(logits / temperature) without truncation, as the trainer computes it; temperature 0
-    counts as 1."""
+    """Of each token under softmax(logits / temperature), as the trainer computes it: without truncation, or over the
+    kept tokens where they are recorded. Temperature 0 counts as 1."""
     raw_logprobs: list[float]
-    """The same at temperature 1."""
+    """The same at temperature 1, always without truncation."""
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     routing: Tensor | None = field(default=None, compare=False, repr=False)
     """Experts chosen by every token in every sparse layer, [prompt_tokens + len(tokens) - 1, L, K], uint8 or int16: the
     last token is never fed to the model, so it chose none. None unless requested."""
+    kept: KeptTokens | None = field(default=None, compare=False, repr=False)
+    """The tokens that truncation left at every token. None unless requested."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class GenerationBatch:
     on_tokens: OnTokens | None
     record_routing: bool
     drafts: int
+    record_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class Engine:
         on_tokens: OnTokens | None = None,
         record_routing: bool = False,
         drafts: int = 0,
+        record_kept: bool = False,
     ) -> GenerationPlan:
         """Batches of at most `batch_rows` samples; `run` generates one, in this or another process with these weights.
 
@@ -201,7 +206,8 @@ class Engine:
         is the same whatever else is in the call; when a prompt occurs twice, the second occurrence continues the
         numbering of the first. `seeds`, one per prompt, replaces seed and prompt as the identity of the streams: sample
         k is then a function of (seeds[p], k).
-        record_routing fills `Completion.routing`; it changes nothing else.
+        record_routing fills `Completion.routing`; it changes nothing else. record_kept fills `Completion.kept`; its
+        log-probabilities are then of the truncated distribution, which was sampled from.
         drafts: number of tokens that the MTP module drafts per step (`speculative`). Greedy answers stay the same;
         sampled ones have the same distribution but use other random numbers. Useful for few samples.
         """
@@ -211,6 +217,13 @@ class Engine:
             raise UserError("record_routing: no layer of this model has routed experts; leave it off")
         if check_drafts(self.model, drafts) and record_routing:
             raise UserError("record_routing and drafts do not go together; leave one of them off")
+        if record_kept and drafts:
+            raise UserError("record_kept and drafts do not go together; leave one of them off")
+        if record_kept and (not sampling.truncated or sampling.penalised):
+            raise UserError(
+                "record_kept records what truncation leaves; give a temperature above 0 with top_p, top_k or min_p, "
+                "and no penalty"
+            )
         strings = check_stop_strings(stop_strings)
         stop_ids = tuple(self.tokenizer.stop_ids if stop_ids is None else stop_ids)
         max_seq_len = self.model.cfg.max_seq_len
@@ -221,7 +234,7 @@ class Engine:
 
         all_samples = self._samples(self._encode(prompts), samples, seed, seeds, request)
         batches = [
-            GenerationBatch(batch, strings, on_tokens, record_routing, drafts)
+            GenerationBatch(batch, strings, on_tokens, record_routing, drafts, record_kept)
             for batch in _batches(all_samples, batch_rows)
         ]
         return GenerationPlan(batches, len(prompts), samples)
@@ -304,7 +317,7 @@ class Engine:
             # prompts with a known beginning would be prefilled one by one, which costs more than computing it again
             scheduler = Scheduler(
                 self, rows=steps.rows, prefill_tokens=PREFILL, drafts=drafts, steps=steps, record=record,
-                prefix_cache=False, gather=max(1, steps.rows // GATHER),
+                prefix_cache=False, gather=max(1, steps.rows // GATHER), kept=batches[0].record_kept,
             )  # fmt: skip
             started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
             by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
@@ -350,7 +363,9 @@ class Engine:
             trace = RoutingTrace(model.cfg)
         with evaluating(model), torch.inference_mode():
             cache = new_cache(model, drafts=batch.drafts)
-            runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, self.compiled)
+            runner = ModelRunner(
+                model, self.tokenizer, cache, trace, batch.drafts, self.compiled, kept=batch.record_kept
+            )
             prompts = [cache.open(ids) for ids in by_prompt]
             logits_PV = torch.cat([runner.prefill(batch) for batch in whole_prompts(cache, prompts)])
             runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
@@ -385,6 +400,7 @@ class Engine:
             finish_reason="stop" if sequence.finish == "stop" else "length",
             prompt_tokens=len(sequence.request.prompt),
             routing=routing,
+            kept=KeptTokens.of(sequence.kept_ids, sequence.kept_counts) if sequence.kept_counts else None,
         )
 
 

@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bessemer.engine import row_sampling
 from bessemer.engine.hf_decode import SLOT_STEP, SlotCache, SlotLayer, logits_of
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.row_sampling import Form
@@ -87,9 +86,7 @@ class ForeignSteps(Steps):
         )
         logits_RV = logits_of(model, hidden_RTD[:, 0])
         position_R.add_(self._live_R[:size])
-        sampled_R3 = row_sampling.sample(
-            logits_RV, self.vocab, self.rules_R4[:size], self.key_R[:size], position_R, form
-        )
+        sampled_R3 = self._sample(logits_RV, form)
         token_R.copy_(sampled_R3[:, 0])
         self.sampled_R3[:size] = sampled_R3
         self.logits_RV[:size] = logits_RV

@@ -220,10 +220,11 @@ class KernelSteps:
         sample: bool = True,
         greedy: bool = False,
         trace: bool = False,
+        kept: bool = False,
     ) -> Round:
         """The newest tokens and, after each, drafts of the only MTP module, through the network; each row accepts at
         most most_B of them. sample: the next tokens are wanted. greedy: every row takes its most likely token.
-        Tokens are below `vocab`."""
+        Tokens are below `vocab`. kept: see `SampledTokens`."""
         B, V, J = len(rows.newest_B), self.model.cfg.vocab_size, 0 if states is None else states.token_BT.shape[1] - 1
         lengths = [position + J + 1 for position in rows.position_B.tolist()]
         cache.reserve(lengths)
@@ -233,7 +234,8 @@ class KernelSteps:
         record = self._record(B * (J + 1)) if trace else None
         sampled = module = last_BV = logp_2BJ = rejected = None
         if sample:
-            sampled = SampledTokens(torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B))
+            kept_BV = torch.empty(B, vocab, dtype=torch.bool) if kept else None
+            sampled = SampledTokens(torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B), kept_BV)
         if states is not None:
             module = self._mtp[0]
             module.point(cache.layers[self._layers :])
@@ -241,7 +243,7 @@ class KernelSteps:
             if not greedy:
                 rejected = RejectedDrafts(torch.empty(B, dtype=torch.bool), torch.empty(B, vocab))
         library.call(
-            f"decode_round_{self._dtype}", "pppippp" + "pip" + "iii" + "ppii" + "p" * 7 + "ppp" + "pp" + "pppp" + "i",
+            f"decode_round_{self._dtype}", "pppippp" + "pip" + "iii" + "ppii" + "p" * 7 + "ppp" + "pp" + "ppppp" + "i",
             self._shape, self._factors, self._main.layers, self._layers, self._main.ends,
             *((None, None) if module is None else (module.layers, module.ends)),
             cache.table_BP, cache.table_BP.shape[1], self._rope,
@@ -251,7 +253,7 @@ class KernelSteps:
             most_B, *(states or (None,) * 4),
             logits_BTV, last_BV, logp_2BJ,
             *((None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)),
-            record, *(sampled or (None,) * 3),
+            record, *(sampled or (None,) * 4),
             library.threads(),
         )  # fmt: skip
         return Round(logits_BTV, logits_BTV[:, 0] if last_BV is None else last_BV, sampled, logp_2BJ, rejected, record)

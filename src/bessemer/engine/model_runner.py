@@ -22,6 +22,7 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
+from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.sampling import (
@@ -61,9 +62,11 @@ class ModelRunner:
         drafts: int = 0,
         compiled: CompiledSteps | None = None,
         trace_all: bool = True,
+        kept: bool = False,
     ):
-        """trace_all: steps record experts in any case, not only where a live request wants them."""
-        self.model, self.cache, self.trace, self.compiled = model, cache, trace, compiled
+        """trace_all: steps record experts in any case, not only where a live request wants them. kept: every sequence
+        records what its tokens were drawn from; all have the same parameters, and there are no drafts."""
+        self.model, self.cache, self.trace, self.compiled, self.kept = model, cache, trace, compiled, kept
         self._trace_all = trace_all
         self.kernels = KernelSteps.of(model) if compiled is None else None
         self.vocab = tokenizer.vocab_size
@@ -147,11 +150,12 @@ class ModelRunner:
         assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK)
         sampled = self._choose(self.logits_BV)
-        for sequence, token, logp, raw_logp in zip(self.sequences, *_columns(sampled), strict=True):
+        kept = [None] * len(self.sequences) if sampled.kept_BV is None else ids_of_mask(sampled.kept_BV)
+        for sequence, token, logp, raw_logp, ids in zip(self.sequences, *_columns(sampled), kept, strict=True):
             if not isfinite(logp):
                 sequence.finish = "error"
             elif sequence.finish is None:
-                sequence.append(token, logp, raw_logp)
+                sequence.append(token, logp, raw_logp, ids)
         self.token_B = sampled.token_B
 
     def _choose(self, logits_BV: Tensor) -> SampledTokens:
@@ -160,9 +164,9 @@ class ModelRunner:
             return self.ahead
         if self._by_logits and kernel.serves(logits_BV):
             rows = (self.rules_B4, self.key_B, self.position_B)
-            return sample_rows(logits_BV, self.vocab, *rows, self.rejected)
+            return sample_rows(logits_BV, self.vocab, *rows, self.rejected, self.kept)
         uniform_B = uniform(self.key_B, self.position_B)
-        return sample_batch(self.sequences, logits_BV, uniform_B, self.vocab, self.rejected)
+        return sample_batch(self.sequences, logits_BV, uniform_B, self.vocab, self.rejected, self.kept)
 
     def settle(self) -> bool:
         """Before sequences are preempted: whether drafts were appended that a device had accepted, which may finish
@@ -238,7 +242,7 @@ class ModelRunner:
         states, most_B = (None, None) if self.drafter is None else (self.drafter.states, self._most_B)
         out = kernels.round(
             rows, self.cache, self.vocab, states, most_B,
-            sample=self._by_logits, greedy=self.all_greedy, trace=tracer is not None,
+            sample=self._by_logits, greedy=self.all_greedy, trace=tracer is not None, kept=self.kept,
         )  # fmt: skip
         self.logits_BV, self.ahead, self.rejected = out.last_BV, out.sampled, out.rejected
         expert_BTLK = self.expert_BLK = None
@@ -284,7 +288,8 @@ class ModelRunner:
                 open_B = open_B & accept(p_BV, q[j], drafts[j], self._uniform(ACCEPT, j + 1))
                 if not bool(open_B.any()):
                     break
-                _, logp_2BJ[0, :, j], logp_2BJ[1, :, j] = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
+                scored = score_batch(self.sequences, logits_BTV[:, j], drafts[j])
+                logp_2BJ[0, :, j], logp_2BJ[1, :, j] = scored.logp_B, scored.raw_logp_B
                 known_B = known_B + open_B
         self._append_drafts(_on_host(known_B, token_BT[:, 1:], logp_2BJ), logits_BTV, expert_BTLK)
         assert state_BTD is not None
@@ -349,7 +354,7 @@ def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float
     """For the host, which waits for a device once."""
     if sampled.token_B.device.type == "cpu":
         return sampled.token_B.tolist(), sampled.logp_B.tolist(), sampled.raw_logp_B.tolist()
-    rows = Fetch(torch.stack([column.double() for column in sampled], -1)).read()
+    rows = Fetch(torch.stack([column.double() for column in sampled[:3]], -1)).read()
     token_B, logp_B, raw_logp_B = map(list, zip(*rows, strict=True))
     return [int(token) for token in token_B], logp_B, raw_logp_B
 

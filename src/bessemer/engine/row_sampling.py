@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bessemer.engine.kept_tokens import pack_bits
 from bessemer.engine.sampling import RejectedDrafts, argmax, inverse_cdf, residual, uniform
 from bessemer.engine.sequence import SamplingParams
 
@@ -27,26 +28,29 @@ class Form(NamedTuple):
     """Truncation: top-p, top-k or min-p, which sorts the vocabulary."""
     drawn: bool
     """A temperature above 0."""
+    kept: bool = False
+    """The kept tokens are recorded."""
 
 
 def form_of(rows: Iterable[SamplingParams]) -> Form:
     distinct = set(rows)
     return Form(
         any(p.temperature not in (0.0, 1.0) for p in distinct),
-        any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in distinct),
+        any(p.truncated for p in distinct),
         any(p.temperature > 0 for p in distinct),
     )
 
 
 def sample(
     logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor, position_B: Tensor, form: Form,
-    rejected: RejectedDrafts | None = None,
+    rejected: RejectedDrafts | None = None, kept_BW: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, 3] float64: a token below `vocab` for every row, its log-probability at the row's temperature, and at 1.
 
     `rules_B4` as in `sampling.rules`; a row draws number `position_B` of its stream `key_B`. The logits stay as they
     are. A row of NaN gets some token, with log-probabilities that are not finite. rejected: rows whose draft was
-    rejected are sampled from what is left."""
+    rejected are sampled from what is left. kept_BW, int64: with `form.kept` gets the bits of the tokens that truncation
+    left (`kept_tokens.pack_bits`), and log-probabilities at the row's temperature are of these alone."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     temperature_B1 = _temperature(rules_B4)
     p_BV = _exp(shifted_BV, temperature_B1, form)
@@ -61,6 +65,10 @@ def sample(
         token_B = torch.where(rules_B4[:, 0] == 0, token_B, inverse_cdf(kept_BV, uniform(key_B, position_B)))
     token_B = token_B.clamp(0, vocab - 1)
     logp_B, raw_B = _logp(shifted_BV, p_BV, temperature_B1, token_B, form)
+    if form.kept and kept_BW is not None:
+        assert form.drawn and rejected is None
+        kept_BW.copy_(pack_bits(kept_BV > 0))
+        logp_B, _ = _logp(shifted_BV, kept_BV, temperature_B1, token_B, form._replace(tempered=False))
     return torch.stack((token_B.double(), logp_B.double(), raw_B.double()), -1)
 
 

@@ -10,7 +10,8 @@ Truncation follows the usual order: temperature, top-k, top-p of what top-k left
 probability; tokens exactly as likely as the last one kept stay too.
 
 Log-probabilities are of the *trained* distribution: softmax(logits / temperature) without truncation, which the
-objective of GRPO differentiates; truncation only selects. Temperature 0 means greedy and counts as 1 here.
+objective of GRPO differentiates; truncation only selects. Temperature 0 means greedy and counts as 1 here. Where the
+kept tokens are recorded (`SampledTokens.kept_BV`), they are trained on, and log-probabilities are of these alone.
 
 Sequences with the same parameters are sampled in one call; `sample_batch` groups them.
 
@@ -42,9 +43,12 @@ class SampledTokens(NamedTuple):
 
     token_B: Tensor
     logp_B: Tensor
-    """log softmax(logits / temperature) of the token; not finite exactly where the logits were not."""
+    """log softmax(logits / temperature) of the token, over the kept tokens where they are recorded; not finite exactly
+    where the logits were not."""
     raw_logp_B: Tensor
     """log softmax(logits) of the token."""
+    kept_BV: Tensor | None = None
+    """Whether truncation left a token, bool [B, vocab]; None unless it is recorded."""
 
 
 class GreedyTokens(NamedTuple):
@@ -67,12 +71,14 @@ class RejectedDrafts:
 
 
 def sample_batch(
-    sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None = None
-) -> SampledTokens:
-    """One token below `vocab` for every sequence; logits_BV is used as scratch."""
+    sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None = None,
+    kept: bool = False,
+) -> SampledTokens:  # fmt: skip
+    """One token below `vocab` for every sequence; logits_BV is used as scratch. kept: the kept tokens are recorded."""
     groups = _same_params(sequences)
-    if len(groups) == 1:
-        return _sample_group(sequences, logits_BV, uniform_B, vocab, rejected)
+    if kept or len(groups) == 1:
+        assert len(groups) == 1, "kept tokens are recorded of samples with the same parameters"
+        return _sample_group(sequences, logits_BV, uniform_B, vocab, rejected, kept)
     B = len(sequences)
     logps = (torch.empty(B, dtype=torch.float32, device=logits_BV.device) for _ in range(2))
     sampled = SampledTokens(torch.empty(B, dtype=torch.int64, device=logits_BV.device), *logps)
@@ -82,7 +88,7 @@ def sample_batch(
         group = _sample_group(
             [sequences[b] for b in members], logits_BV[index], uniform_B[index], vocab, group_rejected
         )
-        for column, values in zip(sampled, group, strict=True):
+        for column, values in zip(sampled[:3], group[:3], strict=True):
             column[index] = values
     return sampled
 
@@ -100,11 +106,14 @@ def sample_rows(
     key_B: Tensor,
     position_B: Tensor,
     rejected: RejectedDrafts | None = None,
+    kept: bool = False,
 ) -> SampledTokens:
     """`sample` for rows with parameters of their own in one pass on a CPU, where `kernels.sampling` serves. Every row
     uses number `position_B` of its stream `key_B`; the logits stay as they are."""
-    drafts = (None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)
-    return SampledTokens(*kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B, *drafts))
+    rejected_B, q_BV = (None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)
+    kept_BV = torch.empty(len(logits_BV), vocab, dtype=torch.bool) if kept else None
+    sampled = kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B, rejected_B, q_BV, kept_BV)
+    return SampledTokens(*sampled, kept_BV)
 
 
 def most_likely(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
@@ -117,8 +126,9 @@ def most_likely(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
 
 
 def _sample_group(
-    sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None
-) -> SampledTokens:
+    sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None,
+    kept: bool = False,
+) -> SampledTokens:  # fmt: skip
     first, params = sequences[0], sequences[0].request.sampling
     think_end = first.think[1]
     if first.must_end_thinking and think_end is not None:
@@ -138,7 +148,7 @@ def _sample_group(
         p_BV = probabilities(logits_BV, params, vocab)
         p_BV = torch.where(rejected.rejected_B[:, None], residual(p_BV, rejected.q_BV), p_BV)
         return score(logits_BV, params.temperature, inverse_cdf(p_BV, uniform_B))
-    return sample(logits_BV, params, uniform_B, vocab)
+    return sample(logits_BV, params, uniform_B, vocab, kept=kept)
 
 
 def score_batch(sequences: list[Sequence], logits_BV: Tensor, token_B: Tensor) -> SampledTokens:
@@ -203,9 +213,11 @@ def sample(
     uniform_B: Tensor,
     vocab: int | None = None,
     allowed_BV: Tensor | None = None,
+    kept: bool = False,
 ) -> SampledTokens:
     """Samples with uniform_B in [0, 1), float64. Only ids below `vocab` are sampled: a model may have spare rows. Of
-    those, allowed_BV, [B, vocab], leaves at least one in every row.
+    those, allowed_BV, [B, vocab], leaves at least one in every row. kept: the kept tokens are recorded; the temperature
+    is above 0.
 
     Fresh memory costs more than arithmetic here, so logits_BV is used as scratch: it comes back shifted.
     """
@@ -222,11 +234,14 @@ def sample(
     p_BV = _exp(shifted_BV, params.temperature)  # the most likely token has p = 1, whatever the sum
     if allowed_BV is not None:
         p_BV[:, :vocab].masked_fill_(~allowed_BV, 0.0)
-    token_B = inverse_cdf(truncate(p_BV[:, :vocab], params), uniform_B)
+    left_BV = truncate(p_BV[:, :vocab], params)
+    token_B = inverse_cdf(left_BV, uniform_B)
     logp_B = raw_B = _logp(shifted_BV, params.temperature, p_BV, token_B)
     if params.temperature != 1.0:
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
-    return SampledTokens(token_B, logp_B, raw_B)
+    if not kept:
+        return SampledTokens(token_B, logp_B, raw_B)
+    return SampledTokens(token_B, _logp(shifted_BV, params.temperature, left_BV, token_B), raw_B, left_BV > 0)
 
 
 def greedy_tokens(logits_BTV: Tensor, vocab: int) -> GreedyTokens:

@@ -83,6 +83,7 @@ class Scheduler:
         record: RoutingRecord | None = None,
         prefix_cache: bool = True,
         gather: int = 1,
+        kept: bool = False,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
         full length; on a GPU at most what its memory holds); a step prefills at most `prefill_tokens` prompt tokens, so
@@ -91,12 +92,14 @@ class Scheduler:
         steps: static steps to decode in, whose sizes then replace `rows` and `cache_tokens`; on a GPU the default are
         some of its own. record: gets the experts of every token that is fed, and needs `prefix_cache` off, which keeps
         no pages of earlier prompts. gather: while others decode, prompts start when so many rows are free, so that they
-        are prefilled together; for throughput."""
+        are prefilled together; for throughput. kept: sequences record what their tokens were drawn from; all have the
+        same parameters."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
         assert record is None or not prefix_cache
+        assert not (kept and drafts)
         self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
         self.drafts = check_drafts(self.model, drafts)
         model, compiled = self.model, engine.compiled
@@ -122,10 +125,12 @@ class Scheduler:
         everything = record is not None
         if steps is not None:
             self.cache = steps.new_cache(prefix_cache)
-            self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything)
+            self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything, kept)
         else:
             self.cache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
-            self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, compiled, everything)
+            self.runner = ModelRunner(
+                model, engine.tokenizer, self.cache, trace, self.drafts, compiled, everything, kept
+            )
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""

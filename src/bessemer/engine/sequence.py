@@ -6,6 +6,7 @@ set of strings, so almost every token is checked without decoding; the few candi
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,6 +68,11 @@ class SamplingParams:
             raise UserError("top_p 0 keeps no token; use temperature 0 for the most likely token")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise UserError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), is {self.top_k!r}")
+
+    @property
+    def truncated(self) -> bool:
+        """Some tokens may be left out."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def penalised(self) -> bool:
@@ -147,6 +153,9 @@ class Sequence:
     """The most likely tokens at each position, if requested."""
     routes: list[Routes] = field(default_factory=list)
     """The experts of the token preceding each one, if requested."""
+    kept_ids: array[int] = field(default_factory=lambda: array("i"))
+    kept_counts: array[int] = field(default_factory=lambda: array("i"))
+    """`kept_tokens.KeptTokens`, where they are recorded."""
     finish: FinishReason | None = None
     error: str = ""
     """With the finish `error`: what the sequence itself knows of it."""
@@ -185,11 +194,14 @@ class Sequence:
         self.n_thinking = None if self.n_thinking is None else 0
         self._count_thinking(self.tokens)
 
-    def append(self, token: int, logp: float, raw_logp: float) -> None:
-        """Adds one token, and sets `finish` if it is the last."""
+    def append(self, token: int, logp: float, raw_logp: float, kept: list[int] | None = None) -> None:
+        """Adds one token, drawn from the tokens `kept` if these are recorded, and sets `finish` if it is the last."""
         self.tokens.append(token)
         self.logp.append(logp)
         self.raw_logp.append(raw_logp)
+        if kept is not None:
+            self.kept_ids.extend(kept)
+            self.kept_counts.append(len(kept))
         request = self.request
         if request.thinking_budget is not None:
             self._count_thinking((token,))

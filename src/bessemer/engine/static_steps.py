@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bessemer.engine import row_sampling
 from bessemer.engine.decode import Model, RoutingTrace, layer_step
+from bessemer.engine.kept_tokens import words
 from bessemer.engine.kv_cache import PAGE, LatentCache, own_pages, pages_for
 from bessemer.engine.row_sampling import Form
 from bessemer.engine.static_drafts import Rows, StaticDrafts, width_with
@@ -102,6 +103,8 @@ class Steps:
     expert_RLK: Tensor | None = None
     """The experts of the fed tokens, after a step that records them."""
     drafts: StaticDrafts | None = None
+    kept_RW: Tensor | None = None
+    """Bits of the tokens that the next token of every row was drawn from, after a step with `Form.kept`."""
 
     def __init__(
         self, model: Model, vocab: int, rows: int, row_tokens: int, capture: Capture | None, columns: int = 3
@@ -158,6 +161,8 @@ class Steps:
         """A step of the n rows: `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record` `expert_RLK`) are
         then those of the next tokens."""
         size, width = next(size for size in self.sizes if size >= n), self._width()
+        if form.kept and self.kept_RW is None:
+            self._record_kept()
         if self.capture is None:
             return self._step(size, width, form, record)
         if (key := (size, width, form, record)) not in self._graphs:
@@ -171,6 +176,18 @@ class Steps:
                 return self.run(n, form, record)
         self._graphs[key]()
         return None
+
+    @torch.inference_mode(False)
+    def _record_kept(self) -> None:
+        self.kept_RW = self.token_R.new_zeros(self.rows, words(self.vocab))
+
+    def _sample(self, logits_RV: Tensor, form: Form) -> Tensor:
+        """The next token of the first rows, of which these are the logits."""
+        rows = slice(len(logits_RV))
+        return row_sampling.sample(
+            logits_RV, self.vocab, self.rules_R4[rows], self.key_R[rows], self.position_R[rows], form,
+            kept_BW=None if self.kept_RW is None else self.kept_RW[rows],
+        )  # fmt: skip
 
 
 class StaticSteps(Steps):
@@ -245,7 +262,7 @@ class StaticSteps(Steps):
             state_RD, expert_RLK = feed(token_R[:, None], position_R[:, None], table_RP)
             logits_RV = self.model.head(state_RD).float()
             position_R.add_(live_R)
-            sampled_R3 = row_sampling.sample(logits_RV, self.vocab, rules_R4, key_R, position_R, form)
+            sampled_R3 = self._sample(logits_RV, form)
         token_R.copy_(sampled_R3[:, 0])
         self.sampled_R3[:size] = sampled_R3
         self.logits_RV[:size] = logits_RV

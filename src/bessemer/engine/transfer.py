@@ -38,9 +38,13 @@ class Fetch:
         else:
             self._host = tensor.to("cpu", copy=True)
 
-    def read(self) -> list[list[float]]:
+    def tensor(self) -> Tensor:
         """Waits for the copy: the only wait of a decoding step."""
         if self._event is not None:
             self._event.synchronize()
-        rows: list[list[float]] = self._host.tolist()
+        return self._host
+
+    def read(self) -> list[list[float]]:
+        """The same as rows of numbers."""
+        rows: list[list[float]] = self.tensor().tolist()
         return rows

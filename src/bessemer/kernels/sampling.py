@@ -26,16 +26,19 @@ def sample(
     position_B: Tensor | None = None,
     rejected_B: Tensor | None = None,
     q_BV: Tensor | None = None,
+    kept_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token, log-probability at the row's temperature, raw log-probability) of every row, of the ids below `vocab`.
 
     rules_B4, float64: temperature, top_p, top_k, min_p. The random number is the key's at this position; without keys
-    all rows must be greedy. Where rejected_B, a draft from q_BV, [B, vocab], was rejected.
+    all rows must be greedy. Where rejected_B, a draft from q_BV, [B, vocab], was rejected. kept_BV, bool [B, vocab],
+    gets the tokens that truncation left; log-probabilities at the row's temperature are then of these alone.
     """
     B, V = logits_BV.shape
     token_B, (logp_B, raw_B) = torch.empty(B, dtype=torch.int64), torch.empty(2, B)
     call(
-        "sample_rows", "piiippppppppi",
-        logits_BV, B, V, vocab, rules_B4, key_B, position_B, rejected_B, q_BV, token_B, logp_B, raw_B, threads(),
+        "sample_rows", "piiipppppppppi",
+        logits_BV, B, V, vocab, rules_B4, key_B, position_B, rejected_B, q_BV, token_B, logp_B, raw_B,
+        kept_BV, threads(),
     )  # fmt: skip
     return token_B, logp_B, raw_B

@@ -20,6 +20,10 @@ Two options of DeepSeek-V3.2 (3.1). `unbiased_kl`: the KL term is rho_t k3, whos
 of KL(pi | pi_ref); k3's own is not. `off_policy_mask` delta: an output whose advantage is negative and whose mean of
 log(pi_sampler / pi) over its tokens exceeds delta gives no first term: pushing down what the policy has left already
 only does harm.
+
+A third one, the sampling mask that is kept, is in the batch: with top-p pi_old chose among the tokens that truncation
+left, and so do pi and pi_ref here, with probabilities that sum to 1 over them. Otherwise the ratio compares policies on
+different sets of actions.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from bessemer.dist.distributed import GatheredModel
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import setup
-from bessemer.train.loss import token_logprobs
+from bessemer.train.loss import Kept, token_logprobs
 from bessemer.train.objective import Loss
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -65,7 +69,8 @@ class GRPO:
 
     Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, if `kl` > 0, `ref_logp_BT`.
     Where the sampler is not pi_old: `sampler_logp_BT`, and `importance_BT` from `importance` as a further factor of the
-    first term. `choice_BTLK`: the sampler's experts, replayed (`importance`).
+    first term. `choice_BTLK`: the sampler's experts, replayed (`importance`). `kept_id_BM` and `kept_at_BM`: the tokens
+    that the sampler chose among, and the positions in the row that they are for; 0 is for none.
     """
 
     clip_low: float = 0.2
@@ -100,7 +105,9 @@ class GRPO:
         # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
         keep = batch.trained_N
         hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
-        logp, entropy = token_logprobs(hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True)
+        logp, entropy = token_logprobs(
+            hidden_ND, weight_VD, tokens_BT.flatten()[keep], self.temperature, entropy=True, kept=kept_of(batch)
+        )
 
         def extra(name: str) -> Tensor:
             return batch.extras[name][:, 1:].flatten()[keep]
@@ -212,7 +219,8 @@ def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: fl
     keep = batch.trained_N
     out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
     hidden = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
-    logp = token_logprobs(hidden, model.head_weight, batch.tokens_BT[:, 1:].flatten()[keep], temperature).logp
+    target = batch.tokens_BT[:, 1:].flatten()[keep]
+    logp = token_logprobs(hidden, model.head_weight, target, temperature, kept=kept_of(batch)).logp
     flat = torch.zeros_like(weight)
     flat[keep] = logp
     return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
@@ -222,6 +230,19 @@ def reference_logprobs(model: Transformer | CausalLM, batch: Batch, temperature:
     """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
     extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
     return policy_logprobs(model, replace(batch, extras=extras), temperature)
+
+
+def kept_of(batch: Batch) -> Kept | None:
+    """The tokens that the trained ones were drawn from; None: all."""
+    if "kept_id_BM" not in batch.extras:
+        return None
+    id_BM, at_BM = batch.extras["kept_id_BM"], batch.extras["kept_at_BM"].long()
+    B, T = batch.tokens_BT.shape
+    keep = batch.trained_N
+    row_BT = torch.full((B, T), -1, dtype=torch.int64, device=keep.device)
+    place_N = keep + keep // (T - 1) + 1  # [B, T - 1] -> [B, T]
+    row_BT.view(-1)[place_N] = torch.arange(len(keep), device=keep.device)
+    return Kept(id_BM.long().flatten(), row_BT.gather(1, at_BM).flatten())
 
 
 class Reference:

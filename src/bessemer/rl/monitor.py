@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bessemer import tasks
 from bessemer.config.rl import Exported, RLConfig
 from bessemer.data.chat import exchange
@@ -73,6 +75,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
+    if kept := [row.completion.kept.count_T for row in rows if row.completion.kept is not None]:
+        values["rl/kept_tokens"] = float(torch.cat(kept).float().mean())
     if preferences:
         values["rl/preference"] = _mean(preferences)
     return values | _trace_metrics(rows)
@@ -165,6 +169,7 @@ class Evaluator:
             problems=min(size, settings.eval_problems),
             samples=SAMPLES,
             temperature=1.0,
+            top_p=settings.top_p,
             max_new_tokens=cap,
             seed=self.ctx.seed,
         )
@@ -181,6 +186,7 @@ class Evaluator:
             seed=self.ctx.seed,
             needs_format=self.settings.accuracy_needs_format,
             temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
             max_new_tokens=cap,
         )
         generator.reward.score(groups, cap, generator.reward_models)

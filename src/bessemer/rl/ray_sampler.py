@@ -52,7 +52,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _DETAIL = re.compile(r"Worker exit detail: ([^.\n]+)")
 
 
-def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
+def facts(stage: str, rollout: RolloutConfig, replay: bool, top_p: float = 1.0) -> dict[str, Any]:
     """The settings of the table `rollout` that change samples; UserError for settings without effect."""
     ineffective = ("workers", "gpus") if rollout.engine == "local" else ()
     for name in ineffective if rollout.engine == "vllm" else (*ineffective, *VLLMSettings._fields):
@@ -68,6 +68,11 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool) -> dict[str, Any]:
         raise UserError(
             f'stage "{stage}": routing_replay needs the experts that the sampler chose, and rollouts by vLLM do not '
             'bring them; set rollout.engine to "ray", or routing_replay to false'
+        )
+    if rollout.engine == "vllm" and top_p < 1:
+        raise UserError(
+            f'stage "{stage}": rollouts by vLLM bring neither the tokens that top_p leaves nor log-probabilities of '
+            'these; set rollout.engine to "ray", or top_p to 1'
         )
     sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
     rounded = {"precision": rollout.precision} if changed(rollout, "precision") else {}

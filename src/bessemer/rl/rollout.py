@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from bessemer import heartbeat
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Completion, Engine
+from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
 from bessemer.rl.sampler import Sampler
@@ -210,6 +211,8 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
         extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
     if routings := [row.completion.routing for row in rows if row.completion.routing is not None]:
         extras["choice_BTLK"] = pad_routing(routings, width)
+    if kept := [row.completion.kept for row in rows if row.completion.kept is not None]:
+        extras |= pad_kept(kept, [len(row.prompt_tokens) for row in rows])
     return Batch(tokens, loss, extras=extras)
 
 
@@ -230,6 +233,17 @@ def pad_routing(routings: Sequence[Tensor], width: int) -> Tensor:
     return choice_BTLK
 
 
+def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Tensor]:
+    """Records of `Completion.kept`, whose tokens begin at these positions: the ids and the positions that they are for,
+    int32 [B, M], as many as the row of most ids has. Nothing precedes position 0, so it stands for none."""
+    at = [
+        start + torch.arange(len(count_T), dtype=torch.int32).repeat_interleave(count_T)
+        for (_, count_T), start in zip(kept, starts, strict=True)
+    ]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {"kept_id_BM": pad([id_M for id_M, _ in kept], batch_first=True), "kept_at_BM": pad(at, batch_first=True)}
+
+
 _PER_TOKEN = {"tokens": torch.int32, "logprobs": torch.float32, "raw_logprobs": torch.float32}
 """Fields of a completion with one number per token: a checkpoint holds each as one vector over all samples."""
 _PLAIN = {field.name for field in fields(ScoredSample)} - {"problem", "prompt_tokens", "completion", "verdict"}
@@ -246,6 +260,8 @@ def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tenso
     }
     if routings := [c.routing for c in completions if c.routing is not None]:
         tensors["routing"] = torch.cat(routings)
+    if kept := [c.kept for c in completions if c.kept is not None]:
+        tensors |= {"kept_ids": torch.cat([k.id_M for k in kept]), "kept_counts": torch.cat([k.count_T for k in kept])}
     packed = [
         {"problem": group[0].problem.id, "prompt": group[0].prompt_tokens, "rows": [_pack_row(row) for row in group]}
         for group in groups
@@ -261,6 +277,11 @@ def unpack(
     fed = [len(group["prompt"]) + row["length"] - 1 for group in packed for row in group["rows"]]
     per_token = {name: iter([part.tolist() for part in tensors[name].split(lengths)]) for name in _PER_TOKEN}
     routing = iter(tensors["routing"].split(fed)) if "routing" in tensors else None
+    kept: Iterator[KeptTokens] | None = None
+    if "kept_ids" in tensors:
+        counts = tensors["kept_counts"].split(lengths)
+        ids = tensors["kept_ids"].split([int(count_T.sum()) for count_T in counts])
+        kept = map(KeptTokens, ids, counts)
     groups = []
     for group in packed:
         rows = []
@@ -271,6 +292,7 @@ def unpack(
                 finish_reason=row["finish_reason"],
                 prompt_tokens=len(group["prompt"]),
                 routing=None if routing is None else next(routing),
+                kept=None if kept is None else next(kept),
             )
             plain = {name: value for name, value in row.items() if name in _PLAIN}
             prompt, verdict = list(group["prompt"]), Verdict(**row["verdict"])

@@ -93,6 +93,8 @@ class RolloutGenerator:
             max_new_tokens=cap,
             batch_rows=batch_rows(settings.rollout, len(prompts) * settings.samples),
             record_routing=settings.routing_replay,
+            top_p=settings.top_p,
+            record_kept=settings.keeps_mask,
         )
 
     def score(

@@ -38,6 +38,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_ids: Sequence[int]
     seeds: Sequence[int]
     record_routing: bool
+    record_kept: bool
 
 
 def batch_rows(rollout: RolloutConfig, samples: int) -> int:

@@ -5,7 +5,8 @@ states and the head weight; then the logits are freed. Peak memory is one chunk 
 backward is one multiplication. Sums over chunks are float32 whatever the compute dtype.
 
 `token_logprobs`, per token and differentiable, for RL: forward keeps one number per token (the log of the softmax
-denominator); backward recomputes each chunk of logits, because the gradient per token is only known then.
+denominator); backward recomputes each chunk of logits, because the gradient per token is only known then. `Kept` says
+which tokens each prediction is among, where the sampler left some out.
 
 The plain version of each is its reference.
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from bessemer.hf.causal_lm import CausalLM
     from bessemer.model.transformer import Transformer
 
+FAR = -1e30
+"""Logit of a token that is left out: its probability is 0, and 0 times it is finite in every number format."""
 POSITIONS = 1024
 """Positions whose logits exist at once."""
 
@@ -152,27 +155,49 @@ def nats_by_position(model: Transformer | CausalLM, batch: Batch) -> tuple[Tenso
     return nats_T, batch.loss_BT.sum(0).cpu()
 
 
+class Kept(NamedTuple):
+    """The tokens that each of N predictions is among; the others have probability 0 (DeepSeek-V3.2 3.1)."""
+
+    id_M: Tensor
+    """int64, M in all."""
+    row_M: Tensor
+    """Which prediction an id is for, int64; outside 0..N-1: none."""
+
+    def leave_(self, logits_CV: Tensor, start: int) -> None:
+        """Leaves of the logits of predictions start..start+C-1 those that are kept. No host waits."""
+        C, V = logits_CV.shape
+        row_M = self.row_M - start
+        row_M = torch.where((row_M >= 0) & (row_M < C), row_M, C)  # the last row is for those of other chunks
+        out_CV = torch.ones(C + 1, V, dtype=torch.bool, device=logits_CV.device)
+        out_CV.view(-1).index_fill_(0, row_M * V + self.id_M, False)
+        logits_CV.masked_fill_(out_CV[:C], FAR)
+
+
 class TokenLogprobs(NamedTuple):
     """Per-token results, float32, shaped like the targets."""
 
     logp: Tensor
-    """log softmax(W h / temperature)[target]; differentiable."""
+    """log softmax(W h / temperature)[target], over the kept tokens; differentiable."""
     entropy: Tensor | None
     """-sum_v p_v log p_v of the same distribution; differentiable; None unless asked for."""
 
 
 def token_logprobs_reference(
-    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogprobs:
+    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False,
+    kept: Kept | None = None,
+) -> TokenLogprobs:  # fmt: skip
     """All logits at once."""
-    logp = ((hidden @ weight_VD.T).float() / temperature).log_softmax(-1)
+    logits = (hidden @ weight_VD.T).float() / temperature
+    if kept is not None:
+        kept.leave_(logits.view(-1, logits.shape[-1]), 0)
+    logp = logits.log_softmax(-1)
     chosen = logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return TokenLogprobs(chosen, -(logp.exp() * logp).sum(-1) if entropy else None)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, temperature, with_entropy):
+    def forward(ctx, hidden_ND, weight_VD, target_N, temperature, with_entropy, kept):
         N = hidden_ND.shape[0]
         logp_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
         entropy_N = torch.zeros_like(logp_N)
@@ -181,6 +206,8 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, N, size):
             rows = slice(start, start + size)
             logits_CV = hidden_ND[rows] @ weight_VD.T
+            if kept is not None:
+                kept.leave_(logits_CV, start)
             if kernel.serves(logits_CV):
                 kernel.logprobs(
                     logits_CV, target_N[rows], temperature, logp_N[rows], lse_N[rows],
@@ -189,7 +216,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 continue
             logp_N[rows], lse_N[rows], entropy_N[rows] = _logprobs(logits_CV, target_N[rows], temperature, with_entropy)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
-        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        ctx.temperature, ctx.with_entropy, ctx.kept = temperature, with_entropy, kept
         return logp_N, entropy_N
 
     @staticmethod
@@ -202,12 +229,14 @@ class _TokenLogprobs(torch.autograd.Function):
             rows = slice(start, start + size)
             hidden_CD = hidden_ND[rows]
             grad_CV = hidden_CD @ weight_VD.T
+            if ctx.kept is not None:
+                ctx.kept.leave_(grad_CV, start)
             changes = grad_logp_N[rows], grad_entropy_N[rows] if ctx.with_entropy else None
             backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _backward_on_device
             grad_CV = backward(grad_CV, target_N[rows], ctx.temperature, lse_N[rows], entropy_N[rows], *changes)
             grad_hidden_ND[rows] = grad_CV @ weight_VD
             grad_weight_VD += grad_CV.T @ hidden_CD
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 
 def _logprobs_of(
@@ -247,8 +276,11 @@ def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:
 
 
 def token_logprobs(
-    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogprobs:
+    hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False,
+    kept: Kept | None = None,
+) -> TokenLogprobs:  # fmt: skip
     """log p(target) for hidden [..., D] (after the final norm) and targets [...]; see `TokenLogprobs`."""
-    logp_N, entropy_N = _TokenLogprobs.apply(hidden.flatten(0, -2), weight_VD, target.flatten(), temperature, entropy)
+    logp_N, entropy_N = _TokenLogprobs.apply(
+        hidden.flatten(0, -2), weight_VD, target.flatten(), temperature, entropy, kept
+    )
     return TokenLogprobs(logp_N.view(target.shape), entropy_N.view(target.shape) if entropy else None)

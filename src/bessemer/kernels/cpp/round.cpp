@@ -95,14 +95,15 @@ struct Round {
 
 // What comes out besides the state: logits [B, T, V]; those after the last accepted draft, `last` [B, V]; both
 // log-probabilities of accepted drafts, [2, B, J]; of every row whether its next draft was refused, and the distribution of
-// that one, q [B, vocab]; the experts of every token; the next token and its log-probabilities. From `last` on, everything
-// may be null.
+// that one, q [B, vocab]; the experts of every token; the next token, its log-probabilities, and which tokens it was drawn
+// from, [B, vocab]. From `last` on, everything may be null.
 struct Results {
     float *logits, *last, *logp;
     bool* refused;
     float* q;
     i64 *expert, *next;
     float *next_logp, *next_raw;
+    bool* kept;
 };
 
 // `most` [B]: how many drafts a row may accept.
@@ -127,6 +128,7 @@ void round(Round<T> r, const i64* most, const Results& out) {
             refused = open && !row.greedy();
             if (out.next) {
                 out.next[b] = row.draw(uniform(r.key[b], r.position[b] + n + 1));
+                if (out.kept) row.keep(out.kept + b * r.vocab);
                 row.score(out.next[b], out.next_logp + b, out.next_raw + b);
             }
             break;
@@ -151,11 +153,11 @@ void round(Round<T> r, const i64* most, const Results& out) {
         const i64* module_ends, const i64* table, i64 width, const float* turns, i64 B, i64 J, i64 vocab,                \
         const double* rules, const i64* key, i64 draft_stream, i64 accept_stream, const i64* newest, i64* position,      \
         const i64* most, i64* base, i64* known, i64* token, T* hidden, float* logits, float* last, float* logp,          \
-        bool* refused, float* q, i64* expert, i64* next, float* next_logp, float* next_raw, i64 threads) {               \
+        bool* refused, float* q, i64* expert, i64* next, float* next_logp, float* next_raw, bool* kept, i64 threads) {   \
         Round<T> r{shape, factors, {layers, n_layers, ends}, {module, 1, module_ends}, table, width, turns, B, J, vocab, \
                    (const Rules*)rules, key, draft_stream, accept_stream, newest, position, base, known, token, hidden,  \
                    (int)threads};                                                                                        \
-        round(r, most, {logits, last, logp, refused, q, expert, next, next_logp, next_raw});                             \
+        round(r, most, {logits, last, logp, refused, q, expert, next, next_logp, next_raw, kept});                       \
     }
 FUNCTIONS(float, float32)
 FUNCTIONS(bf16, bfloat16)

@@ -1,9 +1,10 @@
 // Tokens from logits, row by row.
 #include "sample.hpp"
 
-// `rejected` (may be null) says which rows' last draft, drawn from q [B, vocab], was not accepted.
+// `rejected` (may be null) says which rows' last draft, drawn from q [B, vocab], was not accepted. `kept` (may be null),
+// [B, vocab]: which tokens truncation left; it does not go together with drafts.
 extern "C" EXPORT void sample_rows(const float* logits, i64 B, i64 V, i64 vocab, const double* rules, const i64* key, const i64* position,
-                                   const bool* rejected, const float* q, i64* token, float* logp, float* raw, i64 threads) {
+                                   const bool* rejected, const float* q, i64* token, float* logp, float* raw, bool* kept, i64 threads) {
     parallel(B, (int)threads, [&](i64 b) {
         Distribution row(logits + b * V, V, vocab, ((const Rules*)rules)[b], scratch<73, float>(V));
         if (rejected && rejected[b] && !row.greedy() && row.finite()) {
@@ -11,6 +12,7 @@ extern "C" EXPORT void sample_rows(const float* logits, i64 B, i64 V, i64 vocab,
             row.exclude(q + b * vocab);
         }
         token[b] = row.draw(key ? uniform(key[b], position[b]) : 0.0);
+        if (kept) row.keep(kept + b * vocab);
         row.score(token[b], logp + b, raw + b);
     });
 }

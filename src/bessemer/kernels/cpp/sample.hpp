@@ -1,6 +1,6 @@
 // From the logits of a row to its next token, as `engine.sampling` defines it: temperature, top-k, top-p of what top-k
 // left, min-p, and the inverse of the cumulative distribution at the row's random number; log-probabilities are of the
-// distribution before truncation.
+// distribution before truncation, or, where the kept tokens are recorded, of these alone.
 #pragma once
 
 #include <algorithm>
@@ -151,7 +151,7 @@ struct Distribution {
     const Rules& rules;
     float* p;  // room for V numbers
     float temperature = (float)rules.temperature, top = largest(x, V), threshold = 0.0f;
-    double total = exponentials(x, V, top, greedy() ? 1.0f : temperature, greedy() ? nullptr : p);
+    double total = exponentials(x, V, top, greedy() ? 1.0f : temperature, greedy() ? nullptr : p), mass = total;
     i64 best = 0;
 
     Distribution(const float* x, i64 V, i64 vocab, const Rules& rules, float* p) : x(x), V(V), vocab(vocab), rules(rules), p(p) {
@@ -167,6 +167,15 @@ struct Distribution {
     bool finite() const { return total == total; }
     i64 draw(double u) const { return greedy() ? best : finite() ? inverse_cdf(p, vocab, threshold, u) : 0; }
 
+    // Which of the tokens below `vocab` truncation left; `score` is then of these alone.
+    void keep(bool* kept) {
+        if (greedy() || !finite()) return (void)memset(kept, 0, vocab * sizeof(bool));
+        mass = 0.0;
+        for (i64 i = 0; i < vocab; ++i) {
+            kept[i] = p[i] >= threshold && p[i] > 0.0f;
+            if (kept[i]) mass += p[i];
+        }
+    }
     // p becomes probabilities of the tokens below `vocab`.
     void normalise() {
         double mass = 0.0;
@@ -193,11 +202,11 @@ struct Distribution {
         each_vector(vocab, [&](i64 i, int left) { rest += left_of(i, left); });
         if (sum(rest) > 0.0f) each_vector(vocab, [&](i64 i, int left) { store_some(p + i, left_of(i, left), left); });
     }
-    // Log-probabilities of a token before truncation: at the row's temperature (0 counts as 1), and at 1.
+    // Log-probabilities of a token: at the row's temperature (0 counts as 1), and at 1 before truncation.
     void score(i64 token, float* logp, float* raw) const {
         float shifted = x[token] - top, own = greedy() ? 1.0f : temperature;
-        *logp = (float)((double)(shifted / own) - std::log(total));
-        *raw = own == 1.0f ? *logp : (float)((double)shifted - std::log(exponentials(x, V, top, 1.0f, nullptr)));
+        *logp = (float)((double)(shifted / own) - std::log(mass));
+        *raw = (float)((double)shifted - std::log(own == 1.0f ? total : exponentials(x, V, top, 1.0f, nullptr)));
     }
 };
 

@@ -51,6 +51,11 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
         if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
             raise UserError(f'stage "{config.name}": unbiased_kl has no effect without a divergence in the loss (kl)')
+        if changed(config, "keep_sampling_mask") and config.top_p == 1:
+            raise UserError(
+                f'stage "{config.name}": keep_sampling_mask has no effect with top_p = 1, which leaves out no token; '
+                "set top_p to less, such as 0.95"
+            )
         if config.supervision == "process" and (config.advantage, config.reward) != ("group", "task"):
             raise UserError(
                 f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
@@ -70,7 +75,7 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": {count} samples cannot be split into {config.updates_per_rollout} equal '
                 "updates; change updates_per_rollout or samples"
             )
-        return ray_sampler.facts(config.name, config.rollout, config.routing_replay)
+        return ray_sampler.facts(config.name, config.rollout, config.routing_replay, config.top_p)
 
     def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         asked = config.rollouts * config.prompts_per_rollout
