@@ -40,6 +40,11 @@ class Card:
     """Everything computed for this card, by name."""
 
     @property
+    def open(self) -> bool:
+        """Whether a part still needs a run, though others have decided."""
+        return self.verdict is not ClaimVerdict.NOT_RUN and any(one.outcome is Outcome.OPEN for one in self.findings)
+
+    @property
     def wrong_equalities(self) -> list[str]:
         """Printed figures that arithmetic does not give."""
         return [one.label for one in self.findings if one.exact and one.outcome is Outcome.FAILS]
@@ -116,6 +121,20 @@ def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: Earlie
     return english, chinese
 
 
+def _measured(one: PartFinding) -> str:
+    """What runs gave for a part of a rule, in a line; empty for other parts."""
+    if not one.seeds:
+        return ""
+    reach = one.interval
+    interval = "" if reach is None else f" {reach.middle:+.4g} ({reach.low:+.4g} to {reach.high:+.4g})"
+    runs = f"{one.seeds} seeds" if one.seeds > 1 else "one seed"
+    beside = ""
+    if one.again is not None:
+        agrees = "as expected" if one.again.agrees else "outside what 95 % of such runs give"
+        beside = f"; this run {one.again.value:+.4g}, {agrees}"
+    return f"{one.label}:{interval} {runs}{', ' * bool(one.size)}{one.size}: {one.outcome}{beside}"
+
+
 def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:
     """How many cards have each verdict, in the order of the verdicts."""
     found = Counter(card.verdict for card in cards)
@@ -128,6 +147,7 @@ def describe(cards: Sequence[Card]) -> str:
     for card in cards:
         lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
         would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
-        lines.append(f"{'':<30}{card.found[0] if card.found else would}")
+        text = card.found[0] if card.found else would if card.verdict is ClaimVerdict.NOT_RUN else ""
+        lines += [f"{'':<30}{one}" for one in (text, *map(_measured, card.findings)) if one]
     total = ", ".join(f"{number} {one}" for one, number in counts(cards).items() if number)
     return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])

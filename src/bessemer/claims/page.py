@@ -170,6 +170,8 @@ def _card(card: Card) -> Html:
     verdict = both(words()["verdict"][card.verdict])
     chip = f'<span class="chip"><span aria-hidden="true">{SYMBOLS[card.verdict]}</span> {verdict}</span>'
     body = page.paragraph(both(card.found), "found") if card.found else ""
+    if card.open:
+        body += page.paragraph(word("open"), "would")
     if card.verdict is ClaimVerdict.NOT_RUN:
         body += page.paragraph(
             page.join(word("would"), both(experiments()[claim.experiment].does), by=" "), "would"
@@ -208,6 +210,11 @@ def _decided(one: PartFinding) -> Html:
         more = f" {_figures(one.interval)}"
     if one.visible is not None and math.isfinite(one.visible):
         more += f"; {word('visible')}: {one.visible:.2g}"
+    if one.size:
+        more += f" ({word('seeds', n=one.seeds)}; {page.text(one.size)})"
+    if one.again is not None:
+        agrees = word("agrees" if one.again.agrees else "disagrees")
+        more += f"; {word('this_run')}: {one.again.value:+.3g}, {agrees}"
     return Html(f"{page.text(one.label)}{more}: {outcome}")
 
 

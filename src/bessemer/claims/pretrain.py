@@ -22,9 +22,13 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import ConfigTable
 from bessemer.config.training import PretrainConfig
 
-__all__ = ["METRICS", "SAME", "SHAPE", "jobs", "measure"]
+__all__ = ["METRICS", "SAME", "SHAPE", "SIZES", "jobs", "measure"]
 
 SHAPE: dict[Tier, str] = {"quick": "nano", "default": "short", "full": "claims"}
+SIZES = {
+    "nano": "d 64, 2 layers, 250K tokens", "short": "d 128, 4 layers, 500K tokens",
+    "claims": "d 128, 4 layers, 1.5M tokens",
+}  # fmt: skip
 SAME = ("ref", "ref'", "bpb")
 CORPUS, SPEED = "corpus", "speed"
 """The job that makes the corpora, which all arms take over, and the one that times networks."""

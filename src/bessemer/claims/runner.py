@@ -128,6 +128,7 @@ def run_job(job: ArmJob, out: Path) -> ArmResult:
     from bessemer.pipeline import runner
 
     folder = out / job.name
+    folder.mkdir(parents=True, exist_ok=True)
     began, diverged = time.monotonic(), ""
     metrics: dict[str, float] = {}
     try:

@@ -2,11 +2,12 @@
 
 A *part* is a family of runs in a module of its own, named in `PARTS`. It has
 
-    jobs(tier, seeds) -> list[ArmJob]                  what the tier runs; `seeds`: of every arm, instead of the tier's
+    jobs(tier, seeds) -> list[ArmJob]              what the tier runs; `seeds`: of every arm, instead of the tier's
     measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
-    SHAPE: {tier: shape}                               which shape (or size) of the runs a tier has
-    SAME: (arm, arm, number)                           the A/A test: what may differ by chance alone; or None
+    SHAPE: {tier: shape}                           which shape (or size) of the runs a tier has
+    SIZES: {shape: text}                           what a reader is told of it, in figures
+    SAME: (arm, arm, number)                       the A/A test: what may differ by chance alone; or None
 
 To add an experiment: give the module of its part more jobs and an entry in METRICS; to add a family of runs: write such
 a module and name it in PARTS. A job with a `recipe` is run by the recipe runner (`run_job`), so it goes on after a
@@ -22,7 +23,7 @@ import importlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from bessemer.claims.registry import rules
@@ -148,6 +149,7 @@ class RunsPart(Protocol):
 
     METRICS: Mapping[tuple[str, str], Metric]
     SHAPE: Mapping[Tier, str]
+    SIZES: Mapping[str, str]
     SAME: tuple[str, str, str] | None
 
     def jobs(self, tier: Tier, seeds: int | None = None) -> list[ArmJob]: ...
@@ -193,8 +195,19 @@ def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) 
     for name, of_part in _runs(results, tier).items():
         for (claim, metric), how in part(name).METRICS.items():
             if (values := how.measured(of_part, most)) is not None:
-                found[claim][metric] = values
+                found[claim][metric] = replace(values, size=part(name).SIZES[shapes(tier)[name]])
     return dict(found)
+
+
+def missing(results: Sequence[ArmResult]) -> dict[str, list[str]]:
+    """Arms of which no tier has a number -> the claims that need them."""
+    seen = {one.arm for one in results if not one.diverged}
+    lacking: dict[str, set[str]] = defaultdict(set)
+    for name in PARTS:
+        for (claim, _), how in part(name).METRICS.items():
+            for arm in how.needs - seen:
+                lacking[arm].add(claim)
+    return {arm: sorted(claims) for arm, claims in sorted(lacking.items())}
 
 
 def best(results: Sequence[ArmResult]) -> dict[str, dict[str, Measured]]:

@@ -49,6 +49,8 @@ class Measured:
     over_problems: Interval | None = None
     earlier: bool = False
     """From before the rules: it can show a claim in part at most."""
+    size: str = ""
+    """Of the runs, for the reader."""
 
 
 class Again(NamedTuple):
@@ -76,11 +78,15 @@ class PartFinding:
     exact: bool = False
     """A printed figure that arithmetic must give."""
     again: Again | None = None
+    seeds: int = 0
+    size: str = ""
+    """Of the runs that decided."""
 
     def facts(self) -> dict[str, Any]:
         made = {
             "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
+            "seeds": self.seeds or None, "size": self.size or None,
             "this_run": self.again and {"value": self.again.value, "expected": self.again.expected,
                                         "agrees": self.again.agrees},
         }  # fmt: skip
@@ -211,6 +217,7 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     return PartFinding(
         part, outcome, part.metric, interval if len(measured.values) > 1 else None, control,
         smallest_visible(measured.values, rules.confidence), p_value(measured.values, part.threshold or 0.0),
+        seeds=len(measured.values), size=measured.size,
     )  # fmt: skip
 
 

@@ -135,11 +135,14 @@ def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[
 
 def _evidence(tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Results, list[str]]:
     """What judges the cards, what this tier's own runs give beside it, and which A/A tests failed."""
-    from bessemer.claims import results
+    from bessemer.claims import results, runs
 
     held, own = results.committed(), results.finished(folder)
     for sentence in held.left_out + own.left_out:
         print(sentence, file=sys.stderr)
+    if lacking := runs.missing([*held.results, *own.results]):
+        named = "; ".join(f"{arm} ({', '.join(claims)})" for arm, claims in lacking.items())
+        print(f"no runs yet, and the cards that lack them: {named}", file=sys.stderr)
     if save is not None:
         for path in results.save(own.results, save):
             print(path, file=sys.stderr)

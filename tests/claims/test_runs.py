@@ -1,0 +1,260 @@
+"""The runs behind the trained claims: what is planned, how results are kept and mixed, what they say to the rules."""
+
+import json
+import random
+
+import pytest
+from typer.testing import CliRunner
+
+from bessemer.claims import cards, pretrain, registry, results, runner, runs
+from bessemer.claims.pretrain_metrics import SHARES, worst_part
+from bessemer.claims.runs import ArmJob, ArmResult, Runs
+from bessemer.claims.verdict import ClaimVerdict
+from bessemer.cli import app
+from bessemer.errors import UserError
+from bessemer.model import accounting
+from bessemer.model.config import ModelConfig
+from bessemer.train.setup import model_config
+
+
+def network(arm: str, shape: str = "claims") -> ModelConfig:
+    made = pretrain.recipe(arm, 1, shape)
+    return model_config(made, made.stage("pretrain").model)
+
+
+def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
+    rules = registry.rules().claim
+    known = set(pretrain.arms())
+    for name in runs.PARTS:
+        for (claim, metric), how in runs.part(name).METRICS.items():
+            [part] = [one for one in rules[claim].parts if one.metric == metric]
+            assert part.kind == "R"
+            if name == "pretrain":
+                assert how.needs <= known, (claim, how.needs - known)
+                assert bool(part.positive) == bool(how.positive), claim
+                assert bool(part.negative) == bool(how.negative) or claim == "M4", claim
+
+
+def test_arms_are_alike_where_they_should_be():
+    ref = network("ref")
+    stored, flops = accounting.main_params(ref), accounting.flops_per_token(ref, 256).training
+    for arm in ("DTOT", "NS", "CO", "MQA"):
+        assert accounting.main_params(network(arm)) == pytest.approx(stored, rel=0.003), arm
+    for arm in ("DACT", "NL", "NS", "LIM1", "CO", "AUX", "NONE", "HASH"):
+        assert accounting.flops_per_token(network(arm), 256).training == pytest.approx(flops, rel=0.02), arm
+    width = {arm: network(arm).kv_width for arm in ("ref", "MHA", "GQA", "MQA", "MLA-24")}
+    assert width == {"ref": 48, "MHA": 528, "GQA": 144, "MQA": 80, "MLA-24": 24}
+    heads = network("ONE")
+    assert heads.n_heads * heads.v_head_dim == ref.n_heads * ref.v_head_dim
+    mtp = accounting.flops_per_token(network("MTP"), 256, mtp=True).training
+    assert mtp / flops == pytest.approx(pretrain.arms()["LONG"].tokens, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", ["nano", "short", "claims"])
+def test_every_arm_is_a_recipe(shape):
+    for arm in (name for name, one in pretrain.arms().items() if one.quick or shape != "nano"):
+        config = pretrain.recipe(arm, 2, shape).stage("pretrain")
+        assert config.lr(config.tokens) == pytest.approx(pretrain.shapes()[shape].lr / 10)
+        network(arm, shape)
+    for arm in ("LATE", "REV") if shape != "nano" else ():  # the same totals of every part
+        config = pretrain.recipe(arm, 1, shape).stage("pretrain")
+        half = config.tokens / 2
+        for part, share in SHARES.items():
+            assert (config.mixture[part](half / 2) + config.mixture[part](1.5 * half)) / 2 == pytest.approx(share)
+    again, ref = (pretrain.recipe(arm, 2, shape).stage("pretrain") for arm in ("ref'", "ref"))
+    assert again.weights_seed != 2 and again.model_copy(update={"weights_seed": None}) == ref
+
+
+def test_planned_runs():
+    needed = runs.planned("full", ["pretrain"], ["L6"])
+    assert {job.arm for job in needed} == {"corpus", "ref", "ref'", "MHA", "MLA-24"} and needed[0].arm == "corpus"
+    names = [job.name for job in runs.planned("full", ["pretrain"])]
+    assert len(set(names)) == len(names)
+    assert names.index("pretrain-claims-MULTI-DTOT-3") < names.index("pretrain-claims-ref-4")
+    assert {job.seed for job in runs.planned("default", ["pretrain"], seeds=2)} == {0, 1, 2}
+    assert not runs.planned("quick", ["pretrain"], ["K1"])
+
+
+def test_dry_run_and_wrong_options(tmp_path):
+    done = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--json"])
+    facts = json.loads(done.stdout)
+    assert facts["jobs"][0]["name"] == "pretrain-all-corpus-0" and facts["minutes"] > 0
+    assert not any(tmp_path.iterdir())
+    for options, what in ((["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"')):
+        wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
+        assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+NUMBERS = (
+    "bpb_unread",
+    "overfit",
+    "copy",
+    "needle_240",
+    "cloze",
+    "maxvio",
+    "information",
+    "information_untrained",
+    "damage",
+    "damage_shuffled",
+    "rise_best_2",
+    "rise_best_4",
+    "rise_random_2",
+    "ref/DACT",
+    "MHA/ref",
+    "ref/ref",
+)
+
+
+def result(arm: str, seed: int, shape: str = "short", **numbers: float) -> ArmResult:
+    [job] = [job for job in pretrain.jobs(tier(shape), seed) if (job.arm, job.seed) == (arm, seed)]
+    others = dict.fromkeys(NUMBERS, 0.5) | {f"bpb_{part}": numbers.get("bpb", 2.0) for part in SHARES}
+    return ArmResult("pretrain", arm, seed, shape, job.digest, registry.rules_hash(), others | numbers)
+
+
+def tier(shape: str) -> runs.Tier:
+    return next(name for name, one in pretrain.SHAPE.items() if one == shape)
+
+
+def latent_as_good(shape: str = "short", seeds: int = 3, change: float = -0.004) -> list[ArmResult]:
+    """Seeds in which MLA is a little better than MHA, and a narrower latent much worse."""
+    noise = random.Random(0)
+    means = {"ref": 2.0 * (1 + change), "ref'": 2.0 * (1 + change), "MHA": 2.0, "MLA-24": 2.05}
+    return [
+        result(arm, seed, shape, bpb=mean + noise.gauss(0, 0.001))
+        for arm, mean in means.items() for seed in range(1, seeds + 1)
+    ]  # fmt: skip
+
+
+def verdict_on(found: list[ArmResult], name: str = "L6") -> ClaimVerdict:
+    [card] = cards.make([name], runs.best(found))
+    return card.verdict
+
+
+def test_verdicts_need_seeds_and_controls():
+    assert verdict_on(latent_as_good()) is ClaimVerdict.SHOWN
+    assert verdict_on(latent_as_good(seeds=1)) is ClaimVerdict.PART
+    assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
+    blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # nothing shows that harm would be seen
+    assert verdict_on(blind) is ClaimVerdict.PART
+    assert runs.missing(blind)["MLA-24"] == ["L12", "L6"]
+    assert verdict_on([one for one in blind if one.arm != "MHA"]) is ClaimVerdict.NOT_RUN
+
+
+def test_the_largest_runs_with_enough_seeds_judge():
+    small, large = latent_as_good("short"), latent_as_good("claims", seeds=2, change=0.03)
+    assert verdict_on(small + large) is ClaimVerdict.SHOWN
+    assert verdict_on(small + latent_as_good("claims", change=0.03)) is ClaimVerdict.CONTRADICTED
+    [card] = cards.make(["L6"], runs.best(small))
+    [part] = card.facts()["parts"]
+    assert (part["seeds"], part["size"]) == (3, "d 128, 4 layers, 500K tokens")
+
+
+def test_one_seed_beside_the_committed_ones():
+    held = latent_as_good()
+    for change, agrees in ((-0.004, True), (0.02, False)):
+        own = latent_as_good(seeds=1, change=change)
+        judged, again, wrong = results.evidence("default", held, own)
+        [card] = cards.make(["L6"], judged, again)
+        assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
+        assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
+        assert ("as expected" if agrees else "outside what 95 %") in cards.describe([card])
+
+
+def test_a_diverged_arm_is_a_result():
+    held = [one for one in latent_as_good() if (one.arm, one.seed) != ("MHA", 2)]
+    held.append(ArmResult("pretrain", "MHA", 2, "short", "", "", {}, diverged="training does not recover"))
+    assert Runs(held).diverged == {"MHA": [2]} and Runs(held).seeds("ref", "MHA") == [1, 3]
+    assert verdict_on(held) is ClaimVerdict.PART  # two seeds are left
+
+
+def test_chance_that_differs_too_much_fails():
+    assert runs.different(latent_as_good()) == []
+    apart = [
+        result(arm, seed, bpb=2 + shift + 0.0001 * seed)
+        for arm, shift in (("ref", 0), ("ref'", 0.1))
+        for seed in (1, 2, 3)
+    ]
+    assert "A/A test: bpb of ref and ref' differ" in runs.different(apart)[0]
+
+
+def test_the_worst_part_is_chosen_by_other_seeds():
+    """Without any difference its mean is 0; that of each seed's own worst part is not."""
+    noise, found, own = random.Random(1), [], []
+    for _ in range(300):
+        seeds = [tuple({f"bpb_{part}": noise.gauss(0, 1) for part in SHARES} for _ in range(2)) for _ in range(3)]
+        found += worst_part(seeds)
+        own += [worst_part([one])[0] for one in seeds]
+    assert abs(sum(found) / len(found)) < 0.2 and sum(own) / len(own) > 1.5
+
+
+def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
+    good = result("ref", 1, bpb=2.0)
+    other_rules = ArmResult(**{**vars(good), "seed": 2, "rules": "0" * 64})
+    other_arm = ArmResult(**{**vars(good), "seed": 3, "settings": "0" * 16})
+    gone = ArmResult(**{**vars(good), "arm": "GONE"})
+    for place, one in enumerate((good, other_rules, other_arm, gone)):
+        (tmp_path / str(place)).mkdir()
+        results.write(tmp_path / str(place), one)
+    read = results.finished(tmp_path)
+    assert read.results == [good]
+    said = " ".join(read.left_out)
+    assert "ref seed 2 ran under other rules (000000000000" in said and "ref seed 3 ran with other settings" in said
+    assert "GONE seed 1 no longer exist" in said
+    [path] = results.save(read.results, tmp_path / "kept")
+    assert [ArmResult(**entry) for entry in json.loads(path.read_text())] == [good]
+    (tmp_path / "0" / results.FILE).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        results.finished(tmp_path)
+
+
+def test_committed_results_are_of_todays_rules_and_arms():
+    read = results.committed()
+    assert read.left_out == [] and all(one.metrics or one.diverged for one in read.results)
+    assert results.merged(read.results) == read.results
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_runs_in_its_own_process_and_once(tmp_path):
+    jobs = [job for job in pretrain.jobs("quick") if job.arm == pretrain.SPEED]
+    said: list[str] = []
+    assert runner.run(jobs, "quick", tmp_path, 2, said.append) == []
+    one = results.of_job(jobs[0], tmp_path / jobs[0].name)
+    assert one is not None and set(one.metrics) == {"ref/DACT", "MHA/ref", "ref/ref"}
+    assert one.facts["torch"] and one.metrics["ref/ref"] > 0
+    said.clear()
+    runner.run(jobs, "quick", tmp_path, 2, said.append)
+    assert said == [] and runner.done(jobs[0], tmp_path)
+
+
+class _Part:
+    METRICS, SHAPE, SIZES, SAME = {}, {"quick": "s"}, {"s": ""}, None
+
+    def __init__(self, fails: str):
+        self.fails = fails
+
+    def measure(self, job, folder):
+        raise UserError(self.fails)
+
+
+def test_a_run_that_does_not_recover_has_a_result_and_any_other_error_none(tmp_path, monkeypatch):
+    job = ArmJob("pretrain", "x", 1, "s", {}, 1.0)
+    monkeypatch.setattr(runner, "part", lambda name: _Part("training does not recover: 3 non-finite steps"))
+    assert runner.run_job(job, tmp_path).diverged.startswith("training does not recover")
+    assert results.read(tmp_path / job.name).metrics == {}
+    monkeypatch.setattr(runner, "part", lambda name: _Part("disk full"))
+    (tmp_path / job.name / results.FILE).unlink()
+    with pytest.raises(UserError, match="disk full"):
+        runner.run_job(job, tmp_path)
+    assert results.read(tmp_path / job.name) is None
+
+
+def test_a_job_that_fails_takes_those_that_need_it_with_it(tmp_path):
+    broken = ArmJob("pretrain", "nobody", 1, "nano", {}, 1.0)
+    after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
+    failed = runner.run([broken, after], "quick", tmp_path, 2, lambda line: None)
+    assert [one.job.arm for one in failed] == ["nobody", "later"] and f"{broken.name} failed" in failed[1].why
