@@ -175,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     from bessemer.runs.context import Interrupted
 
     name, shape, arm, seed, tier, out = arguments
-    jobs = part(name).jobs(cast(Tier, tier))
+    jobs = part(name).jobs(cast(Tier, tier), max(1, int(seed)))
     [job] = [one for one in jobs if (one.shape, one.arm, one.seed) == (shape, arm, int(seed))]
     try:
         run_job(job, Path(out))
