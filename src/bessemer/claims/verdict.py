@@ -206,6 +206,8 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         problems = measured.over_problems or point
         outcome = Outcome.WEAK if _side(part, problems) is Outcome.HOLDS else Outcome.UNCLEAR
     control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
+    if control is not None and few:  # a point, like what it is a control of
+        control = Interval(control.middle, control.middle, control.middle)
     if control is not None and not _fires(part, control):
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
