@@ -129,7 +129,7 @@ def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
     arm, about = arms()[name], arms()[name].about
     made = {"base": _base(), "set": settings(name, shape), "again": arm.again, "measures": MEASURES}
     if name == SPEED:
-        return ArmJob("pretrain", name, seed, shape, made, 1.0, about)
+        return ArmJob("pretrain", name, seed, shape, made | {"clock": "process"}, 1.0, about)
     minutes = arm.cost * shapes()[shape].minutes
     return ArmJob("pretrain", name, seed, shape, made, minutes, about, partial(recipe, name, seed, shape), donor)
 
