@@ -116,6 +116,12 @@ def test_what_needs_a_latent_says_so(kind):
         Engine(wide, tokenizer)
 
 
+def test_records_of_older_runs_stay_equal():
+    assert not {"n_kv_heads", "shared_inter_dim"} & tiny().model_dump().keys()
+    own = tiny(n_heads=4, kv_lora_rank=0, n_kv_heads=2, shared_inter_dim=20)
+    assert own.model_dump()["n_kv_heads"] == 2 and ModelConfig(**own.model_dump()) == own
+
+
 def test_wrong_groups():
     with pytest.raises(UserError, match="not a multiple of n_kv_heads 3"):
         tiny(n_heads=4, kv_lora_rank=0, n_kv_heads=3)

@@ -15,13 +15,22 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from bessemer.errors import UserError
 
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 """Above any network of the family: where a list has an item for each, more would only fill the memory."""
+LATER = frozenset({"n_kv_heads", "shared_inter_dim"})
+"""Fields that version 0.1.0 lacked; 0 is its behaviour."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
 """Fields of the context length and of position encoding; no tensor's shape depends on them."""
 
@@ -144,6 +153,12 @@ class ModelConfig(BaseModel):
                 f"{limit} groups; lower it or raise n_limited_groups"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without fields that came later, at their defaults: the records of older runs stay equal to today's."""
+        values = fields(self)
+        return {name: value for name, value in values.items() if name not in LATER or value}
 
     @property
     def qk_head_dim(self) -> int:

@@ -79,6 +79,8 @@ class Pretrain(Stage[_Config]):
         cfg = lineage.config_of(recipe, config.name)
         if cfg is not None and config.prompts:
             cfg.require_latent(f'stage "{config.name}": prompts, sampled by the engine, which')
+        if cfg is not None and config.fp8 != "off":
+            cfg.require_latent(f'stage "{config.name}": training in FP8')
         if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):
             raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
