@@ -311,7 +311,14 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     status, said = finished(process)
     assert status == 0 and "rank 1 was killed by SIGKILL; restarting all ranks" in said, said
     same_curve(losses(out, "sft"), losses(base / "one", "sft"))
-    kept = ("rl/filter_left_out", "rl/filter_explored", "rl/correction_weight", "critic/loss", "critic/grad_norm")
+    kept = (
+        "rl/kept_tokens",
+        "rl/filter_left_out",
+        "rl/filter_explored",
+        "rl/correction_weight",
+        "critic/loss",
+        "critic/grad_norm",
+    )
     for key in ("rl/kl", "rl/entropy", "rl/length", "rl/grad_norm", "rl/heldout_pass_at_1", *kept):
         same_curve(figures(out, "zero", key), figures(base / "one", "zero", key))
     drawn = [(root / "04-zero" / "rollouts.jsonl").read_text() for root in (out, base / "one")]

@@ -13,7 +13,7 @@ from bessemer.train import setup
 from bessemer.workers import Workers
 
 CHANGES = ('reward="random"', "rollouts=4", "reference_every=3", "difficulty_filter=true", "max_off_policy_rollouts=1",
-           "lr=1e-2", "keep_every=2", "save_seconds=99")  # fmt: skip
+           "lr=1e-2", "keep_every=2", "save_seconds=99", "top_p=0.9")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

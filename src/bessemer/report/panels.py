@@ -68,6 +68,7 @@ LEARNING = (
           ("rl/correction_weight", "rl/correction_cut"), 0.0),
     Panel("Staleness", "steps between sampling and updating", ("rl/staleness",), 0.0, most=1),
     Panel("Routing", "share of tokens routed differently by the trainer", ("rl/routing_disagreement",), 0.0),
+    Panel("Sampling mask", "tokens that top-p leaves, mean", ("rl/kept_tokens",), 0.0),
     Panel("KL to the reference", "nats per token", ("rl/kl",), 0.0),
     Panel("Gradient norm", "before clipping", ("rl/grad_norm",), log=True),
     Panel("Learning rate", "", ("rl/lr",), 0.0),
