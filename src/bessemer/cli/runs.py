@@ -173,6 +173,24 @@ def report(
 
 
 @app.command()
+def track(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
+    to: Annotated[str, typer.Option("--to", metavar="NAMES", help="tensorboard, wandb, mlflow, trackio, or several.")],
+) -> None:
+    """Send a run's metrics to experiment trackers: what they lack. A recipe's key trackers does so during the run."""
+    from bessemer.config.table import nearest
+    from bessemer.runs import trackers
+    from bessemer.runs.directory import run_dir
+
+    names = [name.strip() for name in to.split(",")]
+    for name in names:
+        if name not in trackers.TRACKERS:
+            raise UserError(f'no tracker "{name}"; {nearest(name, list(trackers.TRACKERS))}')
+    if failed := trackers.track(run_dir(run), names):
+        raise UserError("; ".join(failed))
+
+
+@app.command()
 def doctor(
     folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
     as_json: AsJson = False,

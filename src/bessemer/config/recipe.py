@@ -54,7 +54,7 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
     return STAGES[kind]
 
 
-_RESERVED = ("model", "layout", "stage", "name", "seed")  # words with a meaning of their own in --set
+_RESERVED = ("model", "layout", "stage", "name", "seed", "trackers")  # words with a meaning of their own in --set
 
 
 class LayoutConfig(ConfigTable):
@@ -103,6 +103,9 @@ class Head(ConfigTable):
     """Seed of every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
     """preset = "tiny", plus any field of the model's config to override."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers that get the run's metrics, too (pip install 'bessemer[trackers]'). Each takes its own
+    environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. One that fails does not stop the run."""
     folder: str | None = None
     """Where relative paths in this recipe start; what is not there is looked for in the working directory. Default: the
     recipe's own folder. The copy that a run keeps of its recipe states it."""
@@ -272,7 +275,7 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
     stages = {table["name"]: table for table in data["stage"] if isinstance(table.get("name"), str)}
     config: type[ConfigTable] | None = None
     if len(parts) == 1:
-        if parts[0] not in ("seed", "name"):
+        if parts[0] not in ("seed", "name", "trackers"):
             raise UserError(f"--set {override}: needs a stage: write stage.key=value with one of: {', '.join(stages)}")
         data[parts[0]] = _value(override, text)
         return

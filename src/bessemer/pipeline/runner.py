@@ -34,6 +34,7 @@ from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
 from bessemer.rl.dealing import Helper
+from bessemer.runs import trackers
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
@@ -89,6 +90,7 @@ def run(
     """
     if until is not None:
         recipe.stage(until)
+    trackers.check_installed(recipe.trackers)
     root = out or Path("runs") / recipe.name
     donor = None if reuse is None else Donor(reuse)
     with ExitStack() as entered:
@@ -115,6 +117,7 @@ def run(
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
+            entered.enter_context(trackers.mirrored(root, recipe.trackers))
             return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
         finally:
             if ranks is not None:

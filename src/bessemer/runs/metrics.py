@@ -86,13 +86,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
                 return
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = None
-            if not isinstance(line, dict):
-                raise UserError(f"{path}:{number}: not a JSON object; the file was edited or damaged, delete that line")
-            yield line
+            yield parse_line(raw, f"{path}:{number}")
+
+
+def parse_line(raw: bytes, where: str) -> dict[str, Any]:
+    """UserError for anything but an object."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict):
+        raise UserError(f"{where}: not a JSON object; the file was edited or damaged, delete that line")
+    return line
 
 
 class Metrics:

@@ -1,0 +1,223 @@
+"""Trackers as mirrors of metrics.jsonl: real libraries, read back by their readers; kills, new attempts, failures."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from bessemer.errors import UserError
+from bessemer.runs import trackers
+from bessemer.runs.metrics import Metrics
+
+RECIPE = 'name = "mirrored"\nseed = 1\n\n[[stage]]\nkind = "corpus"\nparts = { a = "fables-en" }\n'
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "recipe.toml").write_text(RECIPE)
+    return root
+
+
+def write(root, stage, steps, scale=1.0):
+    metrics = Metrics(root / "metrics.jsonl")
+    for step in steps:
+        values = {"train/loss": scale * step, "moe/load/3": [0.5, 0.5], "odd": float("nan"), "flag": True}
+        metrics.write(stage, step, step * 10, values)
+    metrics.close()
+
+
+def tensorboard(root):
+    """{series: [(step, value)]}"""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    found = EventMultiplexer().AddRunsFromDirectory(str(root / "trackers" / "tensorboard")).Reload()
+    (run,) = found.Runs()
+    return {
+        name: [(event.step, event.value) for event in found.Scalars(run, name)] for name in found.Runs()[run]["scalars"]
+    }
+
+
+def mlflow(root):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root.absolute() / 'trackers' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("bessemer").experiment_id])
+    assert run.info.run_name == "mirrored"
+    return {
+        name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """Of LevelDB's log format, in which wandb keeps an offline run: blocks of 32 KiB after a header of 7 bytes. A
+    record is whole (1) or has a first (2), middle (3) and last (4) part, each after checksum, length and kind."""
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32768) and left < 7:
+            at += left  # padding
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def wandb(root):
+    from wandb.proto import wandb_internal_pb2
+
+    points: dict[str, list] = {}
+    for file in sorted(root.glob("trackers/wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
+        for data in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            row = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
+            for name, value in row.items():
+                if name.endswith("/train/loss"):
+                    points.setdefault(name, []).append((row[name.removesuffix("train/loss") + "step"], value))
+    return points
+
+
+def trackio(root):
+    points: dict[str, list] = {}
+    for file in (root.parent / "trackio").glob("**/bessemer.db"):
+        for (text,) in sqlite3.connect(file).execute("SELECT metrics FROM metrics ORDER BY id"):
+            row = json.loads(text)
+            for name, value in row.items():
+                if name.endswith("/train/loss"):
+                    points.setdefault(name, []).append((row[name.removesuffix("train/loss") + "step"], value))
+    return points
+
+
+READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb, "trackio": trackio}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_curves_go_on_after_a_kill_and_a_new_attempt_has_its_own(run, name):
+    pytest.importorskip(trackers.TRACKERS[name][0])
+    write(run, "base", range(1, 6))
+    assert trackers.track(run, [name]) == []
+    metrics = Metrics(run / "metrics.jsonl")  # killed; the checkpoint was of step 3
+    metrics.rewind("base", 3)
+    metrics.close()
+    assert trackers.track(run, [name]) == []  # nothing new
+    write(run, "base", range(4, 8))
+    write(run, "rl", range(1, 3))
+    assert trackers.track(run, [name]) == []
+    metrics = Metrics(run / "metrics.jsonl")  # another learning rate: the stage was set aside and begins anew
+    metrics.rewind("rl", -1)
+    metrics.close()
+    time.sleep(0.002)
+    write(run, "rl", range(1, 3), scale=10.0)
+    assert trackers.track(run, [name]) == []
+    found = {series: points for series, points in READERS[name](run).items() if series.endswith("loss")}
+    assert found == {
+        "base/train/loss": [(step, float(step)) for step in range(1, 8)],
+        "rl/train/loss": [(1, 1.0), (2, 2.0)],
+        "rl.2/train/loss": [(1, 10.0), (2, 20.0)],
+    }
+
+
+def test_beside_a_run_and_to_its_end(run):
+    """What is written just before the end arrives, from a process that Ctrl-C of the run does not reach."""
+    with trackers.mirrored(run, ["tensorboard"]):
+        write(run, "base", range(1, 3))
+        deadline = time.monotonic() + 60
+        while not (run / "trackers.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(UserError, match="being sent to its trackers already"):
+            trackers.track(run, ["tensorboard"])
+        write(run, "base", range(3, 9))
+    assert tensorboard(run)["base/train/loss"] == [(step, float(step)) for step in range(1, 9)]
+
+
+def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeypatch, capfd):
+    write(run, "base", range(1, 4))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with trackers.mirrored(run, ["mlflow", "tensorboard"]):
+            pass
+    out, err = capfd.readouterr()
+    assert "tracker mlflow stopped:" in err and "bessemer track" in err and err.count("\n") == 1 and not out
+    assert len(tensorboard(run)["base/train/loss"]) == 3
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert trackers.track(run, ["mlflow", "tensorboard"]) == []
+    assert len(mlflow(run)["base/train/loss"]) == len(tensorboard(run)["base/train/loss"]) == 3
+
+
+def test_a_tracker_that_hangs_is_left_behind(run, monkeypatch, capfd):
+    monkeypatch.setattr(trackers, "PATIENCE", 3.0)
+    write(run, "base", range(1, 4))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with trackers.mirrored(run, ["mlflow"]):
+            pass
+        assert time.monotonic() - began < 30
+    assert "not done after 3 s; bessemer track" in capfd.readouterr().err
+
+
+def test_a_killed_run_takes_its_mirror_with_it(run):
+    code = (
+        "import sys, time; from pathlib import Path; from bessemer.runs import trackers\n"
+        f"with trackers.mirrored(Path({str(run)!r}), ['tensorboard']): print('in', flush=True); time.sleep(100)"
+    )
+    write(run, "base", range(1, 4))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"in\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while True:  # it sends what there is, then ends and frees the lock
+        try:
+            assert time.monotonic() < deadline
+            assert (run / "trackers.json").exists()
+            assert trackers.track(run, ["tensorboard"]) == []
+            break
+        except (UserError, AssertionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    assert len(tensorboard(run)["base/train/loss"]) == 3
+
+
+def test_what_cannot_be_sent_is_said(run, monkeypatch):
+    write(run, "base", range(1, 4))
+    (run / "trackers.json").write_text("{")
+    with pytest.raises(UserError, match=r"trackers\.json is damaged; delete it"):
+        trackers.track(run, ["tensorboard"])
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
+        trackers.track(run.parent, ["tensorboard"])
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", ("no_such_package", trackers.WandB))
+    with pytest.raises(UserError, match=r"pip install 'bessemer\[trackers\]'"):
+        trackers.check_installed(["tensorboard", "wandb"])
+
+
+def test_a_recipe_names_them():
+    from bessemer.config.recipe import Recipe
+
+    assert Recipe.parse(RECIPE, ['trackers=["wandb"]']).trackers == ["wandb"]
+    with pytest.raises(UserError, match="trackers"):
+        Recipe.parse(RECIPE, ['trackers=["wandv"]'])
