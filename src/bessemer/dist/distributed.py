@@ -72,9 +72,10 @@ def read_scorer(
         return Scorer.of(setup.load_model(folder)[0], new_head)
     if needs_transformers(folder):
         raise UserError(f"{folder} is not of the DeepSeek V3 family; a reward model cannot start from it")
-    cfg = hub.read_config(folder).model_copy(update={"n_mtp": 0})
-    mesh, schedule = _mesh(cfg, ranks, layout, say, split_rows=False)
-    return ModelShard.read(folder, mesh, schedule, ranks.device, kind=Scorer, new_head=new_head, mtp=False)
+    cfg = hub.read_config(folder)
+    made, schedule = _mesh(mesh.headed(cfg), ranks, layout, say, split_rows=False)
+    own = made.of(cfg.model_copy(update={"n_mtp": 0}))
+    return ModelShard.read(folder, own, schedule, ranks.device, kind=Scorer, new_head=new_head, mtp=False)
 
 
 def model_of(network: _Network | ModelShard) -> _Network | Transformer:

@@ -151,6 +151,12 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
     return None
 
 
+def headed(cfg: ModelConfig) -> ModelConfig:
+    """What to check a layout with for a network without MTP whose last stage may have the head alone, as it may have
+    MTP: a reward model or a teacher is cut wherever its language model is."""
+    return cfg.model_copy(update={"n_mtp": 1})
+
+
 def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
     """Layouts that fit, the smallest factors of change first; with the same cp if it divides the world."""
 

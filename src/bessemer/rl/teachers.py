@@ -112,7 +112,7 @@ def _unfit(folder: Path, student: ModelShard) -> str | None:
     if needs_transformers(folder):
         return "its model is of another family"
     layout, slices = student.mesh.layout, len(student.place[0]) // student.mesh.layout.pp
-    return mesh.refusal(layout, hub.read_config(folder).model_copy(update={"n_mtp": 0}), layout.world, slices)
+    return mesh.refusal(layout, mesh.headed(hub.read_config(folder)), layout.world, slices)
 
 
 def _computes_loss(student: ModelShard) -> bool:
