@@ -175,11 +175,7 @@ def near(found, wanted):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
-LAYOUTS = [
-    ("labels", "1f1b", Layout(1, 2, 1)),
-    ("pairs", "dualpipe", Layout(2, 1, 1)),
-    ("pairs", "zbv", Layout(2, 1, 2)),
-]
+LAYOUTS = [("labels", "dualpipe", Layout(2, 2, 1)), ("pairs", "zbv", Layout(2, 1, 2))]
 
 
 @pytest.mark.parametrize(("judged", "schedule", "layout"), LAYOUTS, ids=str)

@@ -21,7 +21,7 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.workers import Workers
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
 from hf_cases import made, tokens
 

@@ -18,7 +18,7 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import runner
 from bessemer.pipeline.stage import find_kind
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
 from hf_cases import made
 

@@ -22,7 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "model")]
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 from hf_cases import made
 from hf_tokenizers import byte_level
 

@@ -19,7 +19,7 @@ from bessemer.pipeline import conformance
 from bessemer.tasks import get
 from bessemer.train import setup
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("model", "data")]
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
 from hf_cases import made
 

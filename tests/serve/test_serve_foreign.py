@@ -8,7 +8,7 @@ import pytest
 from serving import error_of, running
 
 pytest.importorskip("transformers")
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data", "model")]
+sys.path.append(str(Path(__file__).parents[1] / "data"))
 from hf_cases import made
 from hf_tokenizers import byte_level
 

@@ -1,12 +1,11 @@
 """The trainer on models of other houses: resume to the bit, helpers, SFT and GRPO through the same objectives."""
 
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from hf_cases import made, tokens
 from train_config import train_config
 
 from bessemer.data.batch import Batch
@@ -15,9 +14,6 @@ from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.train import objective
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from hf_cases import made, tokens
 
 torch.set_num_threads(1)
 

@@ -173,7 +173,7 @@ def gather_into(shard: ModelShard, into: Transformer | None) -> None:
                 value = mine[name].float().contiguous()
             else:
                 value = torch.empty_like(shape[rows], dtype=torch.float32, device=shard.device)
-            with watchdog.waiting(name, [source]):
+            with watchdog.waiting(name, range(layout.world) if source == mesh.me else [source]):
                 dist.broadcast(value, source)
             if name in state:
                 state[name][rows].copy_(value)

@@ -96,7 +96,7 @@ def share_weights(model: Transformer | CausalLM, ranks: Ranks) -> None:
         value = torch.empty(own.shape, dtype=torch.float32, device=own.device)
         if ranks.me == 0:
             value.copy_(own)
-        with watchdog.waiting(name, [0]):
+        with watchdog.waiting(name, [0] if ranks.me else range(ranks.n)):
             dist.broadcast(value, 0)
         if ranks.me:
             own.copy_(value)

@@ -120,13 +120,17 @@ class _Run:
                 "distributions cannot be compared; distil from text instead (a stage of kind reject from the teacher, "
                 "then one of kind sft)"
             )
+        if tokenizer.chat_style is None:
+            raise UserError(
+                f'stage "{self.ctx.name}": teacher "{name}" has a chat template that is none of ours; import it with '
+                'style = "zero"'
+            )
         if name != self.names[0] and self.tokenizer.chat_style != tokenizer.chat_style:
             raise UserError(
                 f'stage "{self.ctx.name}": teacher "{name}" answers in the form {tokenizer.chat_style}, '
                 f'"{self.names[0]}" in {self.tokenizer.chat_style}; let one form be taught'
             )
-        # the setter refuses a teacher without a style
-        self.tokenizer.chat_style = tokenizer.chat_style  # type: ignore[assignment]
+        self.tokenizer.chat_style = tokenizer.chat_style
 
     def run(self) -> dict[str, Any]:
         config, ctx, trainer = self.config, self.ctx, self.trainer
