@@ -152,8 +152,8 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
 
 
 def headed(cfg: ModelConfig) -> ModelConfig:
-    """What to check a layout with for a network without MTP whose last stage may have the head alone, as it may have
-    MTP: a reward model or a teacher is cut wherever its language model is."""
+    """The config to check a layout by for a reward model or a teacher, which have no MTP: their last stage may have the
+    head alone, so they are cut wherever their language model is."""
     return cfg.model_copy(update={"n_mtp": 1})
 
 
