@@ -14,6 +14,7 @@ from bessemer.cli import app
 from bessemer.errors import UserError
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
+from bessemer.pipeline.stage import find_kind
 from bessemer.train.setup import model_config
 
 
@@ -53,7 +54,9 @@ def test_arms_are_alike_where_they_should_be():
 @pytest.mark.parametrize("shape", ["nano", "short", "claims"])
 def test_every_arm_is_a_recipe(shape):
     for arm in (name for name, one in pretrain.arms().items() if one.quick or shape != "nano"):
-        config = pretrain.recipe(arm, 2, shape).stage("pretrain")
+        made = pretrain.recipe(arm, 2, shape)
+        config = made.stage("pretrain")
+        find_kind("pretrain")().resolve(config, made)  # complains before anything runs
         assert config.lr(config.tokens) == pytest.approx(pretrain.shapes()[shape].lr / 10)
         network(arm, shape)
     for arm in ("LATE", "REV") if shape != "nano" else ():  # the same totals of every part
