@@ -49,7 +49,6 @@ class Arm(ConfigTable):
     tokens: float = 1.0
     cost: float = 1.0
     seeds: int = FIRST_SEEDS
-    default: bool = False
     quick: bool = False
     again: bool = False
 
@@ -118,7 +117,7 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
     donor = ArmJob(
         "pretrain", CORPUS, 0, "all", {"base": _base()}, 1.0, "texts and tokenizer", _corpora, arms=False
     )  # fmt: skip
-    chosen = [name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)]
+    chosen = [name for name, arm in arms().items() if arm.quick or tier != "quick"]
     several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
     turns = [range(1, FIRST_SEEDS + 1), range(FIRST_SEEDS + 1, max(several.values()) + 1)]
     order = [(name, seed) for turn in turns for name in chosen for seed in turn if seed <= several[name]]
