@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,8 +124,8 @@ def _stopping(running: dict[ArmJob, tuple[subprocess.Popen, float]]):
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: ArmJob, out: Path) -> ArmResult:
-    """Runs one job in this process and writes its result."""
+def run_job(job: ArmJob, out: Path, command: str = "") -> ArmResult:
+    """Runs one job in this process and writes its result; `command` is noted in it."""
     from bessemer.pipeline import runner
 
     folder = out / job.name
@@ -140,7 +141,7 @@ def run_job(job: ArmJob, out: Path) -> ArmResult:
         if "does not recover" not in str(error):  # train.guard: a run that diverges is a result
             raise
         diverged = str(error)
-    facts = {"minutes": round((time.monotonic() - began) / 60, 2), **machine()}
+    facts = {"minutes": round((time.monotonic() - began) / 60, 2), "command": command, **machine()}
     result = ArmResult(
         job.part, job.arm, job.seed, job.shape, job.digest, registry.rules_hash(), metrics, diverged, facts
     )
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
     jobs = part(name).jobs(cast(Tier, tier), max(1, int(seed)))
     [job] = [one for one in jobs if (one.shape, one.arm, one.seed) == (shape, arm, int(seed))]
     try:
-        run_job(job, Path(out))
+        run_job(job, Path(out), shlex.join(["python", "-m", "bessemer.claims.runner", *arguments[:-1], "runs/claims"]))
     except Interrupted:
         return INTERRUPTED
     except UserError as error:

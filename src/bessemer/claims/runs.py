@@ -91,7 +91,7 @@ class ArmResult:
     diverged: str = ""
     """Why there are no numbers: the run did not survive."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Machine, versions, minutes, command."""
+    """Machine, versions, minutes of the last attempt, command."""
 
 
 class Runs:

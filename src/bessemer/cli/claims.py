@@ -140,6 +140,8 @@ def _evidence(tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Res
     held, own = results.committed(), results.finished(folder)
     for sentence in held.left_out + own.left_out:
         print(sentence, file=sys.stderr)
+    if diverged := [f"{one.arm} seed {one.seed}" for one in own.results if one.diverged]:
+        print(f"did not survive, which is a result: {', '.join(diverged)}", file=sys.stderr)
     if lacking := runs.missing([*held.results, *own.results]):
         named = "; ".join(f"{arm} ({', '.join(claims)})" for arm, claims in lacking.items())
         print(f"no runs yet, and the cards that lack them: {named}", file=sys.stderr)
