@@ -259,6 +259,7 @@ _REGISTRY = {
     "countdown": ("bessemer.tasks.countdown", "Countdown"),
     "general": ("bessemer.tasks.general", "General"),
     "logic": ("bessemer.tasks.logic", "Logic"),
+    "sums": ("bessemer.tasks.sums", "Sums"),
     "words": ("bessemer.tasks.word_problems", "WordProblems"),
 }
 _FAMILIES = {

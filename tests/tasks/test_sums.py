@@ -1,0 +1,45 @@
+"""The last digits of sums: thoughts are running sums, guesses are right by chance, words are in the language asked."""
+
+import re
+
+import pytest
+
+from bessemer.tasks import get
+from bessemer.tasks.readability import consistency
+from bessemer.tasks.sums import WORDS
+
+
+def digits_in(text, language):
+    names = WORDS[language]
+    return [names.index(word) for word in re.findall("|".join(names), text)]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_pages(language):
+    task = get("sums", languages=[language], slip=0.2)
+    pages = [task.written(i) for i in range(3000)]
+    guesses = [page for page in pages if page.author == "direct"]
+    assert 0.82 < len(guesses) / 3000 < 0.88
+    assert 0.07 < sum(task.verify(page.problem, page.response).correct for page in guesses) / len(guesses) < 0.13
+    slips = 0
+    for page in (page for page in pages if page.author == "thinking"):
+        asked, running = (digits_in(text, language) for text in (page.problem.prompt, page.response))
+        assert asked == page.problem.meta["digits"] and len(running) == len(asked) == 6
+        steps = [(after - before) % 10 for before, after in zip([0, *running], running, strict=False)]
+        slips += sum(step != digit for step, digit in zip(steps, asked, strict=True))
+        assert page.response.endswith(f"<answer>{running[-1]}</answer>") and consistency(page.response, language) == 1
+    assert 0.15 < slips / (6 * (3000 - len(guesses))) < 0.25
+
+
+def test_values_splits_and_languages_that_mix():
+    task = get("sums", other_language=1.0, direct=0.0, slip=0.0)
+    sets = {split: set() for split in ("train", "test")}
+    for split, found in sets.items():
+        for i in range(2000):
+            problem = task.problem(split, i)
+            found.add(tuple(sorted(problem.meta["digits"])))
+            assert problem.meta["value"] == sum(problem.meta["digits"]) % 10
+    assert not sets["train"] & sets["test"]
+    shares = [consistency(page.response, page.problem.language) for page in map(task.written, range(300))]
+    assert 0.4 < sum(shares) / 300 < 0.6
+    assert all(task.verify(page.problem, page.response).sound for page in map(task.written, range(50)))
