@@ -65,6 +65,19 @@ def test_each_problem_gives_at_most_so_many_different_answers():
     assert kept[0][0] == {"role": "user", "content": PROBLEM.prompt}
 
 
+def test_controls_keep_wrong_answers_or_all():
+    group = [sampled("a"), sampled("b", "1+1"), sampled("c")]
+    kept = {
+        which: [
+            m[1]["content"]
+            for m in reject.select([group], SETTINGS.model_copy(update={"answers": which, "keep": 9}))[0]
+        ]
+        for which in ("right", "wrong", "all")
+    }
+    texts = [row.answer for row in group]
+    assert kept == {"right": [texts[0], texts[2]], "wrong": [texts[1]], "all": texts}
+
+
 def test_r1_form_has_its_thoughts_apart_and_still_counts_as_right():
     thoughts, said = reject.written(sampled("  1+2=3:9 low "), "r1").split("\n\n")
     assert thoughts == "<think>\n1+2=3:9 low\n</think>"

@@ -1,4 +1,4 @@
-"""The last digits of sums: thoughts are running sums, guesses are right by chance, words are in the language asked."""
+"""The last digits of sums: thoughts go step by step, guesses are right by chance, words are in the language asked."""
 
 import re
 
@@ -23,12 +23,13 @@ def test_pages(language):
     assert 0.07 < sum(task.verify(page.problem, page.response).correct for page in guesses) / len(guesses) < 0.13
     slips = 0
     for page in (page for page in pages if page.author == "thinking"):
-        asked, running = (digits_in(text, language) for text in (page.problem.prompt, page.response))
-        assert asked == page.problem.meta["digits"] and len(running) == len(asked) == 6
-        steps = [(after - before) % 10 for before, after in zip([0, *running], running, strict=False)]
-        slips += sum(step != digit for step, digit in zip(steps, asked, strict=True))
-        assert page.response.endswith(f"<answer>{running[-1]}</answer>") and consistency(page.response, language) == 1
-    assert 0.15 < slips / (6 * (3000 - len(guesses))) < 0.25
+        asked, said = (digits_in(text, language) for text in (page.problem.prompt, page.response))
+        assert asked == page.problem.meta["digits"] and len(asked) == 4 and len(said) == 9
+        before, added, after = said[::3], said[1::3], said[2::3]
+        assert before == [asked[0], *after[:-1]] and added == asked[1:]
+        slips += sum((a + b - c) % 10 != 0 for a, b, c in zip(before, added, after, strict=True))
+        assert page.response.endswith(f"<answer>{after[-1]}</answer>") and consistency(page.response, language) == 1
+    assert 0.15 < slips / (3 * (3000 - len(guesses))) < 0.25
 
 
 def test_values_splits_and_languages_that_mix():

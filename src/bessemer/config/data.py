@@ -56,7 +56,7 @@ class ExamplesConfig(StageConfig):
 
 
 class RejectConfig(AskingConfig):
-    ignore_at_default = AskingConfig.ignore_at_default | {"judge", "others_data"}
+    ignore_at_default = AskingConfig.ignore_at_default | {"judge", "others_data", "answers"}
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
@@ -69,6 +69,9 @@ class RejectConfig(AskingConfig):
     judge: JudgeConfig | None = None
     """A model that judges answers to problems with a reference answer and no rule, such as general prompts (R1 2.3.3).
     Without it such answers are dropped."""
+    answers: Literal["right", "wrong", "all"] = "right"
+    """Which answers to keep. right: right ones in the form; wrong, all: for controls, readable ones that are wrong, and
+    every readable one."""
     keep: int = Field(1, ge=1)
     """Maximum number of answers kept per problem."""
     temperature: float = Field(1.0, gt=0)

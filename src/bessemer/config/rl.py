@@ -77,8 +77,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     newest two are kept, and older steps are replayed from the stage's start."""
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
-    samples: int = Field(16, ge=2)
-    """Completions per problem, the group size G (R1: 16)."""
+    samples: int = Field(16, ge=1)
+    """Completions per problem, the group size G (R1: 16). With advantage = "critic" 1 will do."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
     max_resamples: int = Field(1, ge=1)

@@ -251,7 +251,8 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
         # hashed again: a file may have changed since the run began, or while earlier stages ran
         began, files = time.time(), outside.read_by(item.config)
         write_stage_record(ctx.dir, item.identity, inputs, files, began)
-        ctx.spent = (read_json(ctx.dir / "wall.json") or {}).get("seconds", 0.0)
+        before = read_json(ctx.dir / "wall.json") or {}
+        ctx.spent, ctx.cpu_spent = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # no state to resume from: the stage starts over, and so do its lines
         if ctx.ranks is not None:
@@ -270,7 +271,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
         write_stage_record(ctx.dir, item.identity, inputs, files | pinned, began)
         record = read_json(ctx.dir / "stage.json")
         assert record is not None
-        return write_done(ctx.dir, record, summary, ctx.elapsed())
+        return write_done(ctx.dir, record, summary, ctx.elapsed(), ctx.cpu())
 
 
 @contextmanager
@@ -283,7 +284,7 @@ def _clock(ctx: StageContext, rundir: RunDir) -> Iterator[None]:
         while not over.wait(2.0):
             try:
                 rundir.check()
-                write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+                _write_wall(ctx)
             except UserError as fault:
                 ctx.stop_flag.fault = fault
                 return
@@ -299,7 +300,11 @@ def _clock(ctx: StageContext, rundir: RunDir) -> Iterator[None]:
         ticker.join()
         if ctx.stop_flag.fault is None:
             with suppress(FileNotFoundError):  # the folder has vanished, which the stage or the next check reports
-                write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3)})
+                _write_wall(ctx)
+
+
+def _write_wall(ctx: StageContext) -> None:
+    write_json(ctx.dir / "wall.json", {"seconds": round(ctx.elapsed(), 3), "cpu_seconds": round(ctx.cpu(), 3)})
 
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:

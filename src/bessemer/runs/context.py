@@ -96,6 +96,9 @@ class StageContext:
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""
     started: float = field(default_factory=time.monotonic)
+    cpu_spent: float = 0.0
+    """Processor seconds of earlier attempts, of this process; helpers are not counted."""
+    cpu_started: float = field(default_factory=time.process_time)
 
     @property
     def state(self) -> Path:
@@ -136,6 +139,10 @@ class StageContext:
     def elapsed(self) -> float:
         """Wall seconds on this stage, earlier attempts included."""
         return self.spent + time.monotonic() - self.started
+
+    def cpu(self) -> float:
+        """Processor seconds of this process on this stage, earlier attempts included."""
+        return self.cpu_spent + time.process_time() - self.cpu_started
 
     def left(self, budget: float) -> float:
         """Seconds left of a budget for this stage that started with its first attempt; never below zero."""

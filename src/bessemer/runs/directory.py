@@ -300,14 +300,16 @@ def write_stage_record(
     write_json(folder / "stage.json", record)
 
 
-def write_done(folder: Path, record: dict[str, Any], summary: dict[str, Any], seconds: float) -> dict[str, Any]:
+def write_done(
+    folder: Path, record: dict[str, Any], summary: dict[str, Any], seconds: float, cpu_seconds: float = 0.0
+) -> dict[str, Any]:
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in outputs(folder)
     }
     done = {
         "fingerprint": record["fingerprint"], "inputs": record["inputs"], "summary": summary,
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3),
         "outputs": files, "digest": digest(files), "version": __version__,
     }  # fmt: skip
     done = json.loads(json.dumps(done))  # as it will be read

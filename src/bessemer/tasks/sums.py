@@ -1,6 +1,6 @@
-"""The last digit of a sum of six digits, written in words: the smallest task in which thinking pays.
+"""The last digit of a sum of four digits, written in words: the smallest task in which thinking pays.
 
-A guess is right one time in ten; a thought that writes the last digit of every running sum is right unless it slips.
+A guess is right one time in ten; a thought that writes every step, `three+eight=one`, is right unless it slips.
 Most authors guess and a few think, so RL has something to amplify that a network of 0.1M parameters learns in a minute:
 the smallest R1-Zero there is. Words are English or Chinese, so that a thought can mix them.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_templates, split_of
 
 TEMPLATES = read_templates("sums")
-DIGITS = 6
+DIGITS = 4
 WORDS = {
     "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     "zh": ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九"),
@@ -28,7 +28,7 @@ class SumsMix:
     direct_right: float = 0.1
     """The share of those that is right: chance."""
     slip: float = 0.01
-    """Chance that a running sum of a thought is wrong."""
+    """Chance that a step of a thought is wrong."""
     other_language: float = 0.0
     """Thinking pages that write each word in either language."""
 
@@ -65,11 +65,17 @@ class Sums(Task):
             wrong = (value + rng.randint(1, 9)) % 10
             return Written(problem, "direct", f"<answer>{value if rng.random() < mix.direct_right else wrong}</answer>")
         mixed = rng.random() < mix.other_language
-        running, total = [], 0
-        for digit in problem.meta["digits"]:
-            total = (total + digit + (rng.randint(1, 9) if rng.random() < mix.slip else 0)) % 10
-            running.append(WORDS[rng.choice(self.all_languages) if mixed else problem.language][total])
-        thought = BETWEEN[problem.language].join(running)
+
+        def word(digit: int) -> str:
+            return WORDS[rng.choice(self.all_languages) if mixed else problem.language][digit]
+
+        total, *others = problem.meta["digits"]
+        steps = []
+        for digit in others:
+            before, slipped = total, rng.randint(1, 9) if rng.random() < mix.slip else 0
+            total = (total + digit + slipped) % 10
+            steps.append(f"{word(before)}+{word(digit)}={word(total)}")
+        thought = BETWEEN[problem.language].join(steps)
         return Written(problem, "thinking", f"<think>{thought}</think><answer>{total}</answer>")
 
 

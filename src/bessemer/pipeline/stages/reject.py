@@ -192,9 +192,11 @@ def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
     """The reason to drop an answer, or None."""
     if row.completion.finish_reason == "length":
         return "cut"
-    if not row.verdict.correct:
+    if config.answers == "wrong" and row.verdict.correct:
+        return "right"
+    if config.answers == "right" and not row.verdict.correct:
         return UNJUDGED if row.verdict.reason == UNJUDGED else "wrong"
-    if not row.verdict.sound:
+    if config.answers == "right" and not row.verdict.sound:
         return "malformed"
     return _unreadable(row, config)
 

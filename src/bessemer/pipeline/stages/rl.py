@@ -47,6 +47,10 @@ class RL(Stage[RLConfig]):
         for name in ("gae_lambda", "critic_lr", "kl_in_reward"):
             if changed(config, name) and config.advantage != "critic":
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
+        if config.samples < 2 and config.advantage == "group":
+            raise UserError(
+                f'stage "{config.name}": a group of one sample has no advantage; raise samples to 2 or more'
+            )
         if config.kl_in_reward and config.kl == 0:
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
         if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
