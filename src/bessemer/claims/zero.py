@@ -1,0 +1,256 @@
+"""The arms of R1-Zero: one base, and what reinforcement, fine-tuning and their controls make of it (zero-arms.toml).
+
+An arm is a selection of the stages of zero.toml, with a seed. Its numbers are means over the languages of its evaluations,
+by the names below; shares lie between 0 and 1.
+
+    pass@1 [task] [T]         of the task that is paid for, at temperature 1; of others; at other temperatures
+    pass@K                    K = 16, and 64 where it was asked
+    best                      pass@1 at its best temperature
+    readable, language, repeat, truncated, tokens   of the same answers
+    again ...                 the same from other random numbers
+    pass@1 N KIND             after N examples (`eval/shots.py`)
+    cpu_s                     processor seconds a rollout, or of all rounds of sampling and fine-tuning
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import Field
+
+from bessemer.claims import registry
+from bessemer.claims.runs import ArmJob, Metric, Tier
+from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import ConfigTable
+from bessemer.runs.directory import stage_folders
+
+SHAPE: dict[Tier, str] = {"quick": "sums", "default": "countdown", "full": "countdown"}
+SAME = ("right", "right-again", "pass@1")
+OTHER_SEED = 1000
+"""Added to the seed of what is done again."""
+Row = Mapping[str, Any]
+Numbers = Mapping[str, float]
+
+
+class StageArm(ConfigTable):
+    """One arm; the head of zero-arms.toml explains the fields."""
+
+    about: str
+    stages: list[str] = Field(default_factory=list)
+    asked: list[str] = Field(default=["eval"])
+    base: str = ""
+    set: list[str] = Field(default_factory=list)
+    sums: list[str] = Field(default_factory=list)
+    minutes: float = 6.0
+    seeds: int = 3
+    default: bool = False
+    quick: bool = False
+
+
+class StageShape(ConfigTable):
+    """A size of all arms."""
+
+    set: list[str] = Field(default_factory=list)
+    minutes: float = 1.0
+    """Factor of the arms' minutes."""
+
+
+@cache
+def arms() -> dict[str, StageArm]:
+    return {
+        name: registry.entry(StageArm, values, f"zero-arms.toml, {name}") for name, values in _data()["arm"].items()
+    }
+
+
+def _shape(name: str) -> StageShape:
+    return registry.entry(StageShape, _data()["shape"][name], f"zero-arms.toml, {name}")
+
+
+@cache
+def _data() -> dict[str, Any]:
+    return tomllib.loads(registry.data("zero-arms.toml").decode())
+
+
+def base_of(arm: str) -> str:
+    """The arm whose base model it starts from; itself where it trains one."""
+    one = arms()[arm]
+    return one.base or ("base" if one.stages else arm)
+
+
+def _settings(arm: str, shape: str) -> list[str]:
+    base = arms()[base_of(arm)]
+    return [*_shape(shape).set, *(base.sums if shape == "sums" else base.set)]
+
+
+def recipe(arm: str, seed: int, shape: str) -> Recipe:
+    """The recipe of one run: corpus, base, the arm's stages, and the evaluations of the last one."""
+    own = arms()[arm]
+    judged = own.stages[-1] if own.stages else "base"
+    overrides = [*_settings(arm, shape), f"seed={seed}", f'eval.models=["{judged}"]']
+    overrides += [f"{name}.seed={seed + OTHER_SEED}" for name in ("right-again", "again")]
+    whole = Recipe.parse(registry.data("zero.toml").decode(), overrides, "zero.toml")
+    kept = {"corpus", "base", *own.stages, *asked(arm, shape)}
+    return whole.model_copy(update={"stages": [stage for stage in whole.stages if stage.name in kept]})
+
+
+def asked(arm: str, shape: str) -> list[str]:
+    """Its evaluations; in the shape "sums" the first, and for a base the first again."""
+    own = arms()[arm]
+    return own.asked if shape != "sums" else ["eval", *([] if own.stages else ["again"])]
+
+
+def jobs(tier: Tier) -> list[ArmJob]:
+    """Every arm's first seed before any arm's second; bases before what starts from them."""
+    return list(_jobs(tier))
+
+
+def _jobs(tier: Tier) -> Iterator[ArmJob]:
+    shape = SHAPE[tier]
+    chosen = {
+        name: arm for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)
+    }
+    for seed in range(1, 1 + (max(arm.seeds for arm in chosen.values()) if tier == "full" else 1)):
+        for name, arm in chosen.items():
+            if seed > arm.seeds:
+                continue
+            base = base_of(name)
+            settings = {
+                "recipe": tomllib.loads(registry.data("zero.toml").decode()), "set": _settings(name, shape),
+                "stages": arm.stages, "asked": asked(name, shape),
+            }  # fmt: skip
+            donor = None if base == name else f"zero-{shape}-{base}-{seed}"
+            minutes = arm.minutes * _shape(shape).minutes
+            yield ArmJob(
+                "zero", name, seed, shape, settings, minutes, arm.about, partial(recipe, name, seed, shape), donor
+            )
+
+
+def measure(job: ArmJob, folder: Path) -> dict[str, float]:
+    """The numbers of a finished run."""
+    assert job.recipe is not None
+    made = job.recipe()
+    folders = {name: path for _, name, path in stage_folders(folder)}
+    found: dict[str, float] = {}
+    for name in asked(job.arm, job.shape):
+        rows = json.loads((folders[name] / "results.json").read_text(encoding="utf-8"))["rows"]
+        found |= numbers(rows, paid=made.stage("eval").tasks[0], again=name == "again")  # type: ignore[attr-defined]
+    cooler = [value for key, value in found.items() if key.startswith("pass@1 T")]
+    found["best"] = max([found["pass@1"], *cooler])
+    done = {name: json.loads((folders[name] / "done.json").read_text()) for name in arms()[job.arm].stages}
+    if done:
+        last = made.stage(arms()[job.arm].stages[-1])
+        seconds = sum(one["cpu_seconds"] for one in done.values())
+        found["cpu_s"] = done[last.name]["cpu_seconds"] / last.rollouts if isinstance(last, RLConfig) else seconds
+    return found
+
+
+def numbers(rows: Sequence[Row], paid: str, again: bool = False) -> dict[str, float]:
+    """The numbers of the rows of one stage of kind eval."""
+    groups: dict[tuple[str, float, int, str], list[Row]] = {}
+    for row in rows:
+        key = row["task"], row["temperature"], row.get("shots", 0), row.get("shot_kind", "")
+        groups.setdefault(key, []).append(row)
+    found: dict[str, float] = {}
+    for (task, temperature, shots, kind), of in groups.items():
+        right = fmean(row["pass_at_1"] for row in of)
+        words = [] if task == paid else [task]
+        words += [] if temperature == 1 else [f"T{temperature:g}"]
+        words += [f"{shots} {kind}"] if shots else []
+        front = "again " if again else ""
+        found[" ".join([f"{front}pass@1", *words])] = right
+        if words:
+            continue
+        found[f"{front}pass@{of[0]['k']}"] = fmean(row["pass_at_k"] for row in of)
+        if of[0]["samples"] != 64:  # fewer problems
+            found |= {f"{front}{name}": value for name, value in _of_answers(of).items()}
+        else:
+            del found["pass@1"]
+    return found
+
+
+def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
+    """What the answers are like, besides right or wrong."""
+    answers = [row["n"] * row["samples"] for row in rows]
+    return {
+        "readable": fmean(row["readable"] for row in rows),
+        "language": fmean(row["language_consistency"] for row in rows),
+        "repeat": fmean(row["unreadable"].get("repetitive", 0) / n for row, n in zip(rows, answers, strict=True)),
+        "truncated": fmean(row["truncated"] for row in rows),
+        "formatted": fmean(row["formatted"] for row in rows),
+        "tokens": fmean(row["mean_length"] for row in rows),
+    }
+
+
+# --- how the metrics of the rules follow -------------------------------------------------------------------------------
+
+
+def gap(name: str, other: str | None = None, times: float = 1.0) -> Any:
+    """The first arm's number less the second's."""
+    return lambda one, two: times * (one[name] - two[other or name])
+
+
+def again(name: str, times: float = 1.0) -> Any:
+    """The same model's answers once more, less its answers: what must show nothing."""
+    return lambda base: times * (base[f"again {name}"] - base[name])
+
+
+UNPAID = ("pass@1 arithmetic", "pass@1 general")
+
+
+def unpaid(one: Numbers, other: Numbers) -> float:
+    return 100 * fmean(one[name] - other[name] for name in UNPAID)
+
+
+def shown(kind: str) -> Any:
+    """How much more the first arm gains by three examples than the second, in points."""
+
+    def gain(numbers: Numbers) -> float:
+        return 100 * (numbers[f"pass@1 3 {kind}"] - numbers["pass@1"])
+
+    return lambda one, other: gain(one) - gain(other)
+
+
+AFTER, POINTS = ("right", "base"), gap("pass@1", times=100)
+METRICS: dict[tuple[str, str], Metric] = {
+    ("Z2", "pass@1 after - before, points"): Metric(POINTS, AFTER, AFTER, ("coin", "base")),
+    ("Z3", "pass@1, right - coin, points"): Metric(
+        POINTS, ("right", "coin"), AFTER, ("coin", "base"), of_positive=gap("pass@1", "best", 100)
+    ),
+    ("Z4", "readable share after - before"): Metric(
+        gap("readable"), AFTER, negative=("base",), of_negative=again("readable")
+    ),
+    ("Z5", "language consistency after - before, clean corpus"): Metric(
+        gap("language"), AFTER, ("mixed-right", "mixed"), ("base",), of_negative=again("language")
+    ),
+    ("Z6", "answers that repeat, after - before"): Metric(
+        gap("repeat"), AFTER, negative=("base",), of_negative=again("repeat")
+    ),
+    ("Z7", "(few - zero shots) of R1-Zero - of the base, points"): Metric(
+        shown("worked"), AFTER, AFTER, AFTER, of_positive=shown("direct"), of_negative=shown("fables")
+    ),
+    ("Z8", "change on unpaid tasks, points"): Metric(
+        unpaid, AFTER, AFTER, ("base",), of_positive=POINTS, of_negative=again("pass@1", 100)
+    ),
+    ("Z10", "everyday requests, R1-Zero - base, points"): Metric(
+        gap("pass@1 general", times=100), AFTER, negative=("base",), of_negative=again("pass@1", 100)
+    ),
+    ("R2", "language consistency, with - without the reward"): Metric(
+        gap("language"), ("mixed-language", "mixed-right"), negative=("mixed-coin", "mixed-right")
+    ),
+    ("R2", "pass@1, with - without, points"): Metric(POINTS, ("mixed-language", "mixed-right")),
+    ("G3", "CPU s a rollout, PPO / GRPO"): Metric(
+        lambda ppo, grpo: ppo["cpu_s"] / grpo["cpu_s"], ("ppo", "right"), negative=("right-again", "right")
+    ),
+    ("G4", "pass@1 at equal rollouts, GRPO - PPO, points"): Metric(
+        POINTS, ("right", "ppo"), ("right", "coin"), ("right-again", "right")
+    ),
+}
+"""A control is the same function of other arms, or another function: the positive one must show the effect, the negative
+one must not. `base` is compared with itself where nothing may differ."""
