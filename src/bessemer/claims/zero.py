@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -106,30 +106,24 @@ def asked(arm: str, shape: str) -> list[str]:
     return own.asked if shape != "sums" else ["eval", *([] if own.stages else ["again"])]
 
 
-def jobs(tier: Tier) -> list[ArmJob]:
-    """Every arm's first seed before any arm's second; bases before what starts from them."""
-    return list(_jobs(tier))
+def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
+    """Every arm's first seed before any arm's second; bases before what starts from them. `seeds`: of every arm, instead
+    of those of the tier."""
+    chosen = [name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)]
+    several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
+    order = [(name, seed) for seed in range(1, max(several.values()) + 1) for name in chosen if seed <= several[name]]
+    return [_job(name, seed, SHAPE[tier]) for name, seed in order]
 
 
-def _jobs(tier: Tier) -> Iterator[ArmJob]:
-    shape = SHAPE[tier]
-    chosen = {
-        name: arm for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)
-    }
-    for seed in range(1, 1 + (max(arm.seeds for arm in chosen.values()) if tier == "full" else 1)):
-        for name, arm in chosen.items():
-            if seed > arm.seeds:
-                continue
-            base = base_of(name)
-            settings = {
-                "recipe": tomllib.loads(registry.data("zero.toml").decode()), "set": _settings(name, shape),
-                "stages": arm.stages, "asked": asked(name, shape),
-            }  # fmt: skip
-            donor = None if base == name else f"zero-{shape}-{base}-{seed}"
-            minutes = arm.minutes * _shape(shape).minutes
-            yield ArmJob(
-                "zero", name, seed, shape, settings, minutes, arm.about, partial(recipe, name, seed, shape), donor
-            )
+def _job(name: str, seed: int, shape: str) -> ArmJob:
+    arm, base = arms()[name], base_of(name)
+    made = {
+        "recipe": tomllib.loads(registry.data("zero.toml").decode()), "set": _settings(name, shape),
+        "stages": arm.stages, "asked": asked(name, shape),
+    }  # fmt: skip
+    donor = None if base == name else f"zero-{shape}-{base}-{seed}"
+    minutes = arm.minutes * _shape(shape).minutes
+    return ArmJob("zero", name, seed, shape, made, minutes, arm.about, partial(recipe, name, seed, shape), donor)
 
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
