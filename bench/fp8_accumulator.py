@@ -13,25 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 
-import torch
+from bessemer.claims.numerics import errors
 
-from bessemer.precision.emulation import reference_gemm
-from bessemer.precision.operand import quantise
-
-ROWS = 256
 CASES = ((13, None), (14, None), (None, None), (13, 128), (14, 128), (14, 32), (None, 128))
 """(bits of the accumulator, number of columns after which its sum is promoted to float32)."""
-
-
-def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[float, float]:
-    """(maximum, mean) error divided by the root mean square."""
-    generator = torch.Generator().manual_seed(seed)
-    x, w = (torch.randn(ROWS, k, generator=generator) for _ in range(2))
-    whole = promote is None
-    a, b = quantise(x, "tensor" if whole else "tile"), quantise(w, "tensor" if whole else "block")
-    exact = a.dequantise().double() @ b.dequantise().double().t()
-    error = (reference_gemm(a, b, bits, promote).double() - exact).abs() / exact.square().mean().sqrt()
-    return float(error.max()), float(error.mean())
 
 
 def main() -> None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import processor, spread
-from torch.autograd.profiler import profile
 
+from bessemer.claims.numerics import allocations
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
@@ -88,13 +87,6 @@ def memory(one: Trainer, batch: Batch) -> tuple[int, int]:
     loss, first = allocations(lambda: one.objective(one.model, batch, **TERMS))
     _, second = allocations(loss.total.backward)
     return sum(first), max(accumulate(first + second))
-
-
-def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """A function's result, and the bytes that torch allocated (positive) and freed (negative) meanwhile, in order."""
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        found = function()
-    return found, [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def main() -> None:

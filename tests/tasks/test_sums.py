@@ -19,7 +19,7 @@ def test_pages(language):
     task = get("sums", languages=[language], slip=0.2)
     pages = [task.written(i) for i in range(3000)]
     guesses = [page for page in pages if page.author == "direct"]
-    assert 0.72 < len(guesses) / 3000 < 0.78
+    assert 0.36 < len(guesses) / 3000 < 0.44
     assert 0.07 < sum(task.verify(page.problem, page.response).correct for page in guesses) / len(guesses) < 0.13
     slips = 0
     for page in (page for page in pages if page.author == "thinking"):
@@ -30,11 +30,6 @@ def test_pages(language):
         slips += sum((a + b - c) % 10 != 0 for a, b, c in zip(before, added, after, strict=True))
         assert page.response.endswith(f"<answer>{after[-1]}</answer>") and consistency(page.response, language) == 1
     assert 0.15 < slips / (3 * (3000 - len(guesses))) < 0.25
-    drills = [text for text in map(task.document, range(1000)) if "Assistant" not in text]
-    assert 0.55 < len(drills) / 1000 < 0.65
-    for text in drills:
-        asked, said = (digits_in(part, language) for part in text.split(":"))
-        assert said[1::3] == asked[1:] and said[-1] == sum(asked) % 10
 
 
 def test_values_splits_and_languages_that_mix():

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Tier = Literal["quick", "default", "full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
-PARTS = {"pretrain": "bessemer.claims.pretrain", "zero": "bessemer.claims.zero"}
+PARTS = {"pretrain": "bessemer.claims.pretrain", "zero": "bessemer.claims.zero", "machine": "bessemer.claims.machine"}
 """Part -> its module."""
 
 

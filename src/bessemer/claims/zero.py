@@ -1,7 +1,7 @@
 """The arms of R1-Zero: one base, and what reinforcement, fine-tuning and their controls make of it (zero-arms.toml).
 
-An arm is a selection of the stages of zero.toml, with a seed. Its numbers are means over the languages of its evaluations,
-by the names below; shares lie between 0 and 1.
+An arm is a selection of the stages of zero.toml, with a seed. Its numbers are means over the languages of its
+evaluations, by the names below; shares lie between 0 and 1.
 
     pass@1 [task] [T]         of the task that is paid for, at temperature 1; of others; at other temperatures
     pass@K                    K = 16, and 64 where it was asked
@@ -107,8 +107,8 @@ def asked(arm: str, shape: str) -> list[str]:
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """Every arm's first seed before any arm's second; bases before what starts from them. `seeds`: of every arm, instead
-    of those of the tier."""
+    """Every arm's first seed before any arm's second; bases before what starts from them. `seeds`: of every arm,
+    instead of those of the tier."""
     chosen = [name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)]
     several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
     order = [(name, seed) for seed in range(1, max(several.values()) + 1) for name in chosen if seed <= several[name]]
@@ -182,7 +182,7 @@ def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-# --- how the metrics of the rules follow -------------------------------------------------------------------------------
+# --- how the metrics of the rules follow -----------------------------------------------------------------------------
 
 
 def gap(name: str, other: str | None = None, times: float = 1.0) -> Any:
@@ -246,5 +246,5 @@ METRICS: dict[tuple[str, str], Metric] = {
         POINTS, ("right", "ppo"), ("right", "coin"), ("right-again", "right")
     ),
 }
-"""A control is the same function of other arms, or another function: the positive one must show the effect, the negative
-one must not. `base` is compared with itself where nothing may differ."""
+"""A control is the same function of other arms, or another function: the positive one must show the effect, the
+negative one must not. `base` is compared with itself where nothing may differ."""

@@ -1,12 +1,11 @@
 """The last digit of a sum of four digits, written in words: the smallest task in which thinking pays.
 
 A guess is right one time in ten; a thought that writes every step, `three+eight=one`, is right unless it slips.
-Most authors guess and a few think, so RL has something to amplify that a network of 0.1M parameters learns in a minute:
+Many authors guess and others think, so RL has something to amplify, and a network of 0.2M parameters learns it:
 the smallest R1-Zero there is. Words are English or Chinese, so that a thought can mix them.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_templates, split_of
@@ -24,11 +23,8 @@ BETWEEN = {"en": ", ", "zh": "、"}
 class SumsMix:
     """Settings of the documents, shares between 0 and 1."""
 
-    drill_share: float = 0.6
-    """Documents that are drills: digits and the steps of their sum, without a question. Thinking must be right before
-    RL can find out that it pays."""
-    direct: float = 0.75
-    """Problem pages that answer without thinking."""
+    direct: float = 0.4
+    """Pages that answer without thinking."""
     direct_right: float = 0.1
     """The share of those that is right: chance."""
     slip: float = 0.01
@@ -61,16 +57,6 @@ class Sums(Task):
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         return grade_integer(answer, problem.meta["value"])
 
-    def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
-        """A problem page or, for `mix.drill_share` of the indices, a drill."""
-        if self.rng("kind", index, seed).random() >= self.mix.drill_share:
-            return self.written(index, seed, language).text
-        problem = self.train_problem(index, seed, language)
-        rng = self.rng("drill", index, seed)
-        steps, _ = self._steps(problem, 0.0, lambda digit: WORDS[problem.language][digit], rng)
-        between = BETWEEN[problem.language]
-        return f"{between.join(WORDS[problem.language][digit] for digit in problem.meta['digits'])}:{steps}"
-
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         problem, mix = self.train_problem(index, seed, language), self.mix
         rng = self.rng("document", index, seed)
@@ -83,18 +69,14 @@ class Sums(Task):
         def word(digit: int) -> str:
             return WORDS[rng.choice(self.all_languages) if mixed else problem.language][digit]
 
-        thought, total = self._steps(problem, mix.slip, word, rng)
-        return Written(problem, "thinking", f"<think>{thought}</think><answer>{total}</answer>")
-
-    def _steps(self, problem: Problem, slip: float, word: Callable[[int], str], rng: random.Random) -> tuple[str, int]:
-        """The steps of a sum, and where they lead."""
         total, *others = problem.meta["digits"]
         steps = []
         for digit in others:
-            before, slipped = total, rng.randint(1, 9) if rng.random() < slip else 0
+            before, slipped = total, rng.randint(1, 9) if rng.random() < mix.slip else 0
             total = (total + digit + slipped) % 10
             steps.append(f"{word(before)}+{word(digit)}={word(total)}")
-        return BETWEEN[problem.language].join(steps), total
+        thought = BETWEEN[problem.language].join(steps)
+        return Written(problem, "thinking", f"<think>{thought}</think><answer>{total}</answer>")
 
 
 def _digits(rng: random.Random) -> list[int]:
