@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import cast
 
 import torch
+from torch import nn
 
 from bessemer import tasks
 from bessemer.data.chat import question_ids
@@ -31,7 +33,7 @@ def numbers(layers: int, seed: int) -> dict[str, float]:
     share of N guesses that the network confirms on unseen text."""
     task = tasks.get("countdown")
     pages = [task.document(i, seed) for i in range(PAGES)]
-    tokenizer = Tokenizer.train(pages, 480)
+    tokenizer = Tokenizer.train(pages, 420)
     ids = torch.tensor(
         [i for page in pages for i in (tokenizer.bos_id or 0, *tokenizer.encode(page), tokenizer.eos_id)]
     )
@@ -39,11 +41,11 @@ def numbers(layers: int, seed: int) -> dict[str, float]:
     _learn(model, ids, STEPS, seed)
     prompts = [question_ids(tokenizer, task.problem("test", i).prompt) for i in range(QUESTIONS)]
     faster, accepted = _faster(model, tokenizer, prompts, NEW)
-    other = Transformer(model.cfg).initialise(seed + 1)
-    own = {name: value.clone() for name, value in model.mtp.state_dict().items()}
-    model.mtp.load_state_dict(other.mtp.state_dict())
+    other, module = Transformer(model.cfg).initialise(seed + 1), cast(nn.Module, model.mtp)
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(cast(nn.Module, other.mtp).state_dict())
     random, _ = _faster(model, tokenizer, prompts, NEW)
-    model.mtp.load_state_dict(own)
+    module.load_state_dict(own)
     text = ids[: BY_HEART + 1]
     _learn(model, text, STEPS, seed)
     memorised, _ = _faster(model, tokenizer, [text[:16].tolist()], BY_HEART - 16)

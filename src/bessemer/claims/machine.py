@@ -14,6 +14,7 @@ import torch
 from bessemer.claims.runs import ArmJob, Metric, Tier
 
 SHAPE: dict[Tier, str] = {"quick": "small", "default": "whole", "full": "whole"}
+SIZES = {"small": "4 processes, 4 layers", "whole": "8 processes, 16 layers"}
 SAME = None
 ROUNDS: dict[Tier, int] = {"quick": 1, "default": 3, "full": 5}
 PIPELINES: dict[str, dict[str, Any]] = {

@@ -32,6 +32,10 @@ from bessemer.config.table import ConfigTable
 from bessemer.runs.directory import stage_folders
 
 SHAPE: dict[Tier, str] = {"quick": "sums", "default": "countdown", "full": "countdown"}
+SIZES = {
+    "countdown": "2.7M parameters, 3.2M tokens, 24 rollouts of 256 answers to number puzzles",
+    "sums": "0.2M parameters, 4M tokens, 16 rollouts of 256 answers to sums of four digits",
+}
 SAME = ("right", "right-again", "pass@1")
 OTHER_SEED = 1000
 """Added to the seed of what is done again."""
