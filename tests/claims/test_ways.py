@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.claims.ways import GROUPS, Kept, _dominates, seconds
+from bessemer.claims.ways import GROUPS, Remembered, _dominates, seconds
 from bessemer.model.config import preset
 
 CFG = preset("claims", dim=32, n_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4,
@@ -13,7 +13,7 @@ WAYS = ("none", "inputs", "keys", "expanded", "latents")
 
 @torch.inference_mode()
 def test_all_ways_compute_the_same_attention():
-    kept = Kept(CFG, 3, 20)
+    kept = Remembered(CFG, 3, 20)
     kept.keys[:, :, -1] = kept.values[:, :, -1] = kept.latents[:, -1] = 0  # each step fills in what is new
     expected = kept.step_none()
     for name in WAYS:
@@ -22,7 +22,7 @@ def test_all_ways_compute_the_same_attention():
 
 
 def test_bytes_are_those_of_the_shapes():
-    found = Kept(CFG, 3, 20).bytes()
+    found = Remembered(CFG, 3, 20).bytes()
     numbers = {
         "none": 0,
         "inputs": 32,
@@ -36,6 +36,6 @@ def test_bytes_are_those_of_the_shapes():
 
 def test_a_way_is_dominated_by_one_that_is_no_worse_in_either():
     assert _dominates((1, 2), (1, 3)) and not _dominates((1, 2), (1, 2)) and not _dominates((1, 2), (2, 1))
-    assert set(seconds(Kept(CFG, 1, 8), WAYS)) == set(WAYS)
+    assert set(seconds(Remembered(CFG, 1, 8), WAYS)) == set(WAYS)
     with pytest.raises(AttributeError):
-        seconds(Kept(CFG, 1, 8), ("hashes",))
+        seconds(Remembered(CFG, 1, 8), ("hashes",))

@@ -43,7 +43,7 @@ class Case(NamedTuple):
     """Whether exchanges run beside computation, in pairs."""
 
 
-class Timed(NamedTuple):
+class PipelineStep(NamedTuple):
     """A step of a pipeline."""
 
     seconds: float
@@ -154,7 +154,7 @@ def _work() -> Work:
     return Work(torch.zeros(1, 1, dtype=torch.long), None, lambda out, head: out.balance, torch.tensor(1.0))
 
 
-def measure(ranks: int, micro: int, unit: float, cases: Sequence[Case]) -> list[Timed]:
+def measure(ranks: int, micro: int, unit: float, cases: Sequence[Case]) -> list[PipelineStep]:
     """A step of every case, on as many processes as ranks; one more goes first, in which they find each other."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -173,10 +173,10 @@ def measure(ranks: int, micro: int, unit: float, cases: Sequence[Case]) -> list[
     return [_timed([spans[rank, number] for rank in range(ranks)]) for number in range(1, 1 + len(cases))]
 
 
-def _timed(spans: Sequence[Sequence[tuple[float, float, float]]]) -> Timed:
+def _timed(spans: Sequence[Sequence[tuple[float, float, float]]]) -> PipelineStep:
     length = max(mine[-1][1] for mine in spans) - min(mine[0][0] for mine in spans)
     busy = sum(end - begin - waited for mine in spans for begin, end, waited in mine)
-    return Timed(length, 1 - busy / (length * len(spans)))
+    return PipelineStep(length, 1 - busy / (length * len(spans)))
 
 
 def expected(name: str, ranks: int, micro: int) -> float:

@@ -32,7 +32,7 @@ ROWS = 16
 """Rows of the comparison of caches; without a cache one row is enough work."""
 
 
-class Kept:
+class Remembered:
     """What every way has kept of B rows of S tokens, and its step for one more token."""
 
     def __init__(self, cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> None:
@@ -101,7 +101,7 @@ class Kept:
 
 
 @torch.inference_mode()
-def seconds(kept: Kept, names: Sequence[str]) -> dict[str, float]:
+def seconds(kept: Remembered, names: Sequence[str]) -> dict[str, float]:
     """Processor seconds of a step of each way, medians over rounds in which they take turns."""
     steps = {name: getattr(kept, f"step_{name}") for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -119,7 +119,7 @@ def numbers(cfg: ModelConfig, seed: int) -> dict[str, float]:
     found: dict[str, float] = {}
     cached = ("keys", "groups", "expanded", "latents")
     for length in LENGTHS:
-        kept = Kept(cfg, 1, length, seed)
+        kept = Remembered(cfg, 1, length, seed)
         one = seconds(kept, ("none", "inputs", "keys"))
         found |= {f"us {name} {length}": 1e6 * value for name, value in one.items()}
         if length == LENGTHS[-1]:
@@ -127,7 +127,7 @@ def numbers(cfg: ModelConfig, seed: int) -> dict[str, float]:
             points = [(sizes[name], one[name]) for name in one]
             found["dominated"] = sum(any(_dominates(a, b) for a in points) for b in points)
             found |= {f"bytes {name}": size / length for name, size in sizes.items()}
-        many = Kept(cfg, ROWS, length, seed)
+        many = Remembered(cfg, ROWS, length, seed)
         first, again = seconds(many, cached), seconds(many, cached)
         found |= {f"us {name} {length} x {ROWS}": 1e6 * value / ROWS for name, value in first.items()}
         found[f"us latents {length} x {ROWS} again"] = 1e6 * again["latents"] / ROWS

@@ -259,7 +259,7 @@ _REGISTRY = {
     "countdown": ("bessemer.tasks.countdown", "Countdown"),
     "general": ("bessemer.tasks.general", "General"),
     "logic": ("bessemer.tasks.logic", "Logic"),
-    "sums": ("bessemer.tasks.sums", "Sums"),
+    "sums": ("bessemer.tasks.sums", "DigitSums"),
     "words": ("bessemer.tasks.word_problems", "WordProblems"),
 }
 _FAMILIES = {

@@ -36,7 +36,7 @@ class SumsMix:
         check_shares(self, list(self.__dataclass_fields__))
 
 
-class Sums(Task):
+class DigitSums(Task):
     name, domain = "sums", "arithmetic"
     Mix = SumsMix
 
