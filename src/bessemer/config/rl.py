@@ -116,9 +116,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     (DeepSeek-V3.2 3.1; R1-Zero: 1). Held-out evaluations of the stage sample so, too."""
     keep_sampling_mask: bool = True
     """With top_p below 1: policy, reference and corrections choose among the tokens that the sampler's truncation left,
-    with probabilities that sum to 1 over these (DeepSeek-V3.2 3.1, Keep Sampling Mask). rl/kept_tokens says how many
-    that are. false: log-probabilities over the whole vocabulary, as most trainers have them, although
-    the samples are of the truncated distribution, which biases the gradient; for comparison."""
+    with probabilities that sum to 1 over these (DeepSeek-V3.2 3.1, Keep Sampling Mask); rl/kept_tokens is their mean
+    number. false: log-probabilities are over the whole vocabulary, as most trainers have them, though samples come from
+    the truncated distribution, which biases the gradient; for comparison."""
     lr: Points = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
     clip_low: float = Field(0.2, gt=0)

@@ -166,11 +166,11 @@ class Kept(NamedTuple):
     def leave_(self, logits_CV: Tensor, start: int) -> None:
         """Leaves of the logits of predictions start..start+C-1 those that are kept. No host waits."""
         C, V = logits_CV.shape
-        row_M = self.row_M - start
-        row_M = torch.where((row_M >= 0) & (row_M < C), row_M, C)  # the last row is for those of other chunks
-        out_CV = torch.ones(C + 1, V, dtype=torch.bool, device=logits_CV.device)
-        out_CV.view(-1).index_fill_(0, row_M * V + self.id_M, False)
-        logits_CV.masked_fill_(out_CV[:C], FAR)
+        row_M, flat = self.row_M - start, logits_CV.view(-1)
+        here_M = (row_M >= 0) & (row_M < C)
+        place_M = torch.where(here_M, row_M * V + self.id_M, 0)
+        value_M = torch.where(here_M, flat[place_M], FAR)  # of other chunks: the least there is, at any place
+        flat.fill_(FAR).scatter_reduce_(0, place_M, value_M, "amax")
 
 
 class TokenLogprobs(NamedTuple):
