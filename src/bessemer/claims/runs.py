@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Tier = Literal["quick", "default", "full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
-PARTS = {"pretrain": "bessemer.claims.pretrain", "zero": "bessemer.claims.zero", "machine": "bessemer.claims.machine"}
+PARTS = {name: f"bessemer.claims.{name}" for name in ("pretrain", "zero", "machine", "fp8")}
 """Part -> its module."""
 
 
