@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.engine import room, static_steps
+from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.engine import Engine
 from bessemer.engine.kept_tokens import ids_of_mask, ids_of_words, pack_bits, words
 from bessemer.engine.kernel_steps import KernelSteps
@@ -11,7 +12,7 @@ from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.static_steps import StaticSteps, plain
 from bessemer.errors import UserError
 
-CALL = dict(samples=3, max_new_tokens=24, seed=4, temperature=0.8, top_p=0.9, record_kept=True)
+CALL = dict(samples=2, max_new_tokens=16, seed=4, temperature=0.8, top_p=0.9, record_kept=True)
 
 
 def records(found):
@@ -67,10 +68,12 @@ def test_they_are_those_of_the_definition(engine, prompts, kernels, monkeypatch)
         assert all(p > q for p, q in zip(one.logprobs, other.logprobs, strict=True)), "a share of less than all"
 
 
-@pytest.mark.parametrize("pages", [None, 6], ids=["roomy", "cache too small for all"])
+@pytest.mark.parametrize("pages", [None, 7], ids=["roomy", "cache too small for all"])
 def test_steps_on_a_device_record_the_same(engine, prompts, pages, monkeypatch):
-    """Rows are refilled while others decode, and preempted."""
-    expected = engine.generate(prompts, **CALL)
+    """Rows are refilled while others decode, and preempted where they grow into a page that is not there."""
+    prompts = [prompts[-1][: PAGE - n] for n in (9, 6, 4, 2)] if pages else prompts
+    expected, preempted, preempt = engine.generate(prompts, **CALL), [], DeviceRunner.preempt
+    monkeypatch.setattr(DeviceRunner, "preempt", lambda runner, b: preempted.append(b) or preempt(runner, b))
     monkeypatch.setattr(static_steps, "serves", lambda model: True)
     monkeypatch.setattr(room, "graphs", lambda device: plain)
     monkeypatch.setattr(StaticSteps, "_reads_own_pages", lambda steps: False)
@@ -79,6 +82,7 @@ def test_steps_on_a_device_record_the_same(engine, prompts, pages, monkeypatch):
         monkeypatch.setattr(room, "make_steps", lambda *sizes: make(*sizes[:4], pages * PAGE, sizes[5]))
     engine.rows, engine.keeps_memory = 5, True
     agree(engine.generate(prompts, **CALL), expected)
+    assert bool(preempted) == bool(pages)
     bare = engine.generate(prompts, **CALL | {"record_kept": False})  # in the same buffers
     assert [one.tokens for one in records(bare)] == [one.tokens for one in records(expected)]
     assert all(one.kept is None for one in records(bare))
