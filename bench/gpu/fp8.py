@@ -239,6 +239,24 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         check("grouped_gemm", label, call_args, run, partial(calc_diff, expected), BOUND)
         dy = quantise(torch.randn(sum(count), N, device=device))
         sides = emulation.retile(dy, count, False), emulation.retile(x, count, False)
+        alone = emulation.retile(dy, None, False), emulation.retile(x, None, False)
+        for call, product, wanted in (
+            ("grouped_wgrad", partial(backends.grouped_wgrad, *sides, count), emulation.grouped_wgrad),
+            ("gemm", partial(backends.gemm, *alone, torch.float32), emulation.gemm),
+        ):
+            given, rest = (
+                (sides, (count, torch.float32)) if call == "grouped_wgrad" else (alone, (torch.float32, "tile"))
+            )
+            exact = wanted(*given, *rest)
+
+            def add(product: Callable[..., Tensor] = product, like: Tensor = exact) -> Tensor:
+                """Twice to ones: also where the first call tunes, each adds once."""
+                into = torch.ones_like(like)
+                product(add_to=into)
+                return product(add_to=into)
+
+            call_args = (*given, torch.float32, "tile", *([tuple(count)] if call == "grouped_wgrad" else []))
+            check(call, f"{label}, added", call_args, add, partial(calc_diff, 1 + 2 * exact), BOUND)
         expected = emulation.grouped_wgrad(*sides, count, torch.float32)
         run = partial(backends.grouped_wgrad, *sides, count)
         check(
@@ -407,6 +425,14 @@ def passes(
     sides = [_ours(quantise(torch.randn(rows, sum(count), device=device))) for rows in (N, K)]
     flops, moved = 2 * sum(count) * N * K, (N + K) * sum(count) + 4 * len(count) * N * K
     call_args = (*sides, torch.float32, "tile", tuple(count))
+    alone = [_ours(quantise(torch.randn(rows, M, device=device))) for rows in (N, K)]
+    run = partial(backends.gemm, *alone, torch.float32)
+    alone_moved = (N + K) * M + 4 * N * K
+    yield "gemm", f"{N}x{K}x{M}, a weight gradient", 2 * M * N * K, alone_moved, run, (*alone, torch.float32, "tile")
+    into = torch.zeros(len(count), N, K, device=device)
+    run = partial(backends.grouped_wgrad, *sides, count, add_to=into)
+    more = moved + 4 * into.numel()
+    yield "grouped_wgrad", f"4x8192x{N}x{K}, added", flops, more, run, (*sides, torch.float32, "tile", tuple(count))
     yield "grouped_wgrad", f"4x8192x{N}x{K}", flops, moved, partial(backends.grouped_wgrad, *sides, count), call_args
 
 

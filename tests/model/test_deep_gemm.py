@@ -15,17 +15,19 @@ from bessemer.dist.expert_parallel import AllToAll, Hop
 from bessemer.model import fp8, moe
 from bessemer.model.gate import Routing
 from bessemer.precision import adapters, backends, emulation
-from bessemer.precision.fp8_linear import PAPER
-from bessemer.precision.operand import TILE, Operand
+from bessemer.precision.fp8_linear import PAPER, weight_gradient
+from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise
 
 torch.set_num_threads(1)
 
 
 class DeepGEMM:
-    """m_grouped_fp8_gemm_nt_contiguous((x, sx), (w, sw), out, group of every row), out = x w^T; and the dense form."""
+    """m_grouped_fp8_gemm_nt_contiguous((x, sx), (w, sw), out, group of every row), out = x w^T; the dense form; and
+    those for weight gradients, which add to a float32 d. Names of arguments are those of release 2.1.1.post3 and later,
+    and so are the assertions (csrc/apis/gemm.hpp, csrc/jit_kernels/impls/sm90_fp8_gemm_1d1d.hpp)."""
 
     def __init__(self):
-        self.groups = []
+        self.groups, self.columns, self.products = [], [], []
 
     def m_grouped_fp8_gemm_nt_contiguous(self, x, w, out, group_M):
         assert group_M.dtype == torch.int32 and group_M.is_contiguous() and len(group_M) == len(x[0])
@@ -38,8 +40,32 @@ class DeepGEMM:
         out[used:] = float("nan")  # skipped
         self.groups.append(count)
 
-    def fp8_gemm_nt(self, x, w, out):
-        out.copy_(emulation.gemm(self.checked(x), self.blocks(w), out.dtype, "block"))
+    def fp8_gemm_nt(self, a, b, d, c=None, recipe=None):
+        self.products.append(recipe)
+        if recipe is None:
+            d.copy_(emulation.gemm(self.checked(a), self.blocks(b), d.dtype, "block"))
+        else:
+            assert recipe == (1, 1, 128) and d.dtype == torch.float32 and c is d and d.is_contiguous()
+            d += emulation.gemm(self.checked(a), self.checked(b), torch.float32, "tile")
+
+    def k_grouped_fp8_gemm_nt_contiguous(self, a, b, d, ks, ks_tensor, c=None, recipe=(1, 1, 128)):
+        """Group after group lies by itself in a and b, as [m, k] and [n, k]; their factors are [m, sum / 128]."""
+        (groups, m, n), total = d.shape, sum(ks)
+        assert recipe == (1, 1, 128) and c is d and d.dtype == torch.float32 and d.is_contiguous()
+        assert type(ks) is list and len(ks) == groups and all(type(k) is int and k % 128 == 0 for k in ks) and total
+        assert ks_tensor.dtype == torch.int32 and ks_tensor.is_contiguous() and ks_tensor.tolist() == ks
+        for (value, scale), rows in ((a, m), (b, n)):
+            assert value.dtype == torch.float8_e4m3fn and value.is_contiguous() and value.numel() == total * rows
+            assert scale.dtype == torch.float32 and scale.shape == (rows, total // 128)
+        self.columns.append(ks)
+        done = 0
+        for g, k in enumerate(ks):
+            sides = []
+            for (value, scale), rows in ((a, m), (b, n)):
+                own = value.flatten()[done * rows : (done + k) * rows].view(rows, k)
+                sides.append(Operand(own, scale[:, done // 128 : (done + k) // 128]))
+            d[g] += emulation.gemm(*sides, torch.float32, "tile") if k else 0
+            done += k
 
     @staticmethod
     def checked(x):
@@ -115,6 +141,37 @@ def test_filled_rows_change_nothing(hopper, monkeypatch):
     assert not sent.filled
     for name, a, b in zip(("y", "x", "gates", "w13", "w2"), found, wanted, strict=True):
         assert relative(a, b) < 1e-2 if name == "x" else torch.equal(a, b), (name, relative(a, b))
+
+
+@pytest.mark.parametrize("count", [[70, 0, 300, 128], [0, 500, 0], [130], [0, 0]])
+def test_weight_gradients_of_groups(hopper, count):
+    """Values as by emulation, in a result of their own and added to one; groups without rows add nothing."""
+    draw = torch.Generator().manual_seed(1)
+    dy, x = (quantise(torch.randn(sum(count), columns, generator=draw)) for columns in (64, 192))
+    sides = [emulation.retile(side, count, False) for side in (dy, x)]
+    wanted = emulation.grouped_wgrad(*sides, count, torch.float32)
+    before = torch.randn(wanted.shape, generator=draw)
+    into = before.clone()
+    torch.testing.assert_close(backends.grouped_wgrad(*sides, count), wanted)
+    assert backends.grouped_wgrad(*sides, count, add_to=into) is into
+    torch.testing.assert_close(into, before + wanted)
+    assert hopper.columns == [[-(-c // TILE) * TILE for c in count]] * 2 * any(count)
+    unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32), sum(count))
+    long = [emulation.retile(side, unknown, False) for side in (dy, x)]
+    torch.testing.assert_close(backends.grouped_wgrad(*long, unknown), wanted)
+    assert len(hopper.columns) == 2 * any(count), "counts that the host does not know are left to others"
+
+
+def test_weight_gradients_of_one_matrix(hopper):
+    draw = torch.Generator().manual_seed(1)
+    dy, x = (quantise(torch.randn(256, columns, generator=draw)) for columns in (100, 192))
+    wanted = weight_gradient(dy, x, PAPER)
+    into = torch.ones_like(wanted)
+    assert weight_gradient(dy, x, PAPER, add_to=into) is into and hopper.products == [(1, 1, 128)] * 2
+    exact = dy.dequantise().double().t() @ x.dequantise().double()
+    assert relative(wanted, exact) < 0.05 and torch.equal(into, 1 + wanted)
+    weight_gradient(dy, quantise(torch.randn(256, 100, generator=draw)), PAPER)  # 100 inputs do not fit
+    assert len(hopper.products) == 2
 
 
 def test_what_does_not_fit_in_the_order_of_rows():

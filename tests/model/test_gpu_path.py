@@ -242,7 +242,8 @@ class DeepGEMM(Kernels):
         assert group_M.dtype == torch.int32 and len(group_M) == len(x[0]) == len(out) and len(out) % 128 == 0
         self.names.append("deep_gemm")
 
-    def fp8_gemm_nt(self, x, w, out):
+    def fp8_gemm_nt(self, x, w, out, c=None, recipe=None):
+        assert (recipe is None) == (out.dtype == torch.bfloat16) and (c is None or c is out)
         self.names.append("deep_gemm")
 
 

@@ -1,7 +1,9 @@
 """Backward in two parts, I and W: the bits of one, each product once, and nothing kept between them that W can do
 without."""
 
+import re
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
 from bessemer.kernels import library
+from bessemer.model import deferred
 from bessemer.model.config import preset
 from bessemer.model.deferred import Store
 from bessemer.model.transformer import Transformer
@@ -85,6 +88,42 @@ def test_without_gradients_there_before():
         loss_of(model, 0).backward()
     store.run("only")
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["at once", "deferred"])
+def test_gradients_added_where_they_lie_have_the_bits_of_autograd(way, monkeypatch):
+    """Two batches; FP8 products add to the gradients of their weights themselves."""
+    cfg = tiny()
+    (plain, _), (adding, store) = trained(cfg, *KINDS["fp8"]), trained(cfg, *KINDS["fp8"])
+    given = []
+    for model, own in ((plain, False), (adding, True)):
+        with monkeypatch.context() as patch:
+            if own:
+                for name in ("gemm", "grouped_wgrad"):
+                    real = getattr(backends, name)
+                    patch.setattr(backends, name, spy(real, given))
+            else:
+                patch.setattr(deferred, "own_gradient", lambda weight: None)
+            if own and way == "deferred":
+                store.serve(model)
+            for number in range(2):
+                with store.open(number) if own and way == "deferred" else nullcontext():
+                    loss_of(model, number).backward()
+    for number in range(2):
+        store.run(number)
+    high = re.compile(r"gate|embed|head|eh_proj")  # matrices whose products are not in FP8
+    matrices = sum(p.dim() > 1 and not high.search(name) for name, p in adding.named_parameters())
+    assert given.count(True) == (0 if way == "deferred" else 2 * matrices)
+    for (name, wanted), found in zip(plain.named_parameters(), adding.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad), name
+
+
+def spy(real, given):
+    def call(*arguments, add_to=None, **named):
+        given.append(add_to is not None)
+        return real(*arguments, add_to=add_to, **named)
+
+    return call
 
 
 def counting(real, name, counted):

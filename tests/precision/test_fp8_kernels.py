@@ -7,6 +7,7 @@ imported, and no other test may find it set. It runs once; every check in it rep
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -314,26 +315,42 @@ def check_descriptors_load_what_pointers_do():
     count = [70, 0, 1, 59]
     unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32), 150)
     try:
-        for K in (16, 304, 384):
+        for K in (16, 304):
             x, dy = between(quantise(of_rows(150, K))), quantise(of_rows(130, 80, seed=2))
             known = Operand(x.value_MK[:130], x.scale_MJ[:130])
+            w = between(stack(*(quantise(of_rows(72, K, seed=g), "block") for g in range(4))))
+            one = Operand(w.value_MK[1], w.scale_MJ[1])
             for group in ("tile", "block"):
-                w = stack(*(quantise(of_rows(72, K, seed=g), group) for g in range(4)))
-                w = between(w)
-                both(backends.gemm, x, Operand(w.value_MK[1], w.scale_MJ[1]), torch.bfloat16, group)
-                found = both(backends.grouped_gemm, known, count, w, torch.float32, group)
-                assert apart(found, emulation.grouped_gemm(known, count, w, torch.float32, group)) < 1e-12
-                found = both(backends.grouped_gemm, x, unknown, w, torch.bfloat16, group)
-                assert not found[130:].any()
+                both(backends.gemm, x, one, torch.bfloat16, group)
+            found = both(backends.grouped_gemm, known, count, w, torch.float32, "block")
+            assert apart(found, emulation.grouped_gemm(known, count, w, torch.float32, "block")) < 1e-12
+            found = both(backends.grouped_gemm, x, unknown, w, torch.bfloat16, "tile")
+            assert not found[130:].any()
             sides = between(backends.retile(dy, count)), between(backends.retile(known, count))
             found = both(backends.grouped_wgrad, *sides, count)
             assert apart(found, emulation.grouped_wgrad(*sides, count, torch.float32)) < 1e-12
-        assert forms == [True, False] * (len(forms) // 2) and len(forms) == 3 * 2 * 7
+        assert forms == [True, False] * (len(forms) // 2) and len(forms) == 2 * 2 * 5
         both(backends.gemm, *[quantise(normal(20, 200))] * 2, torch.float32)
         assert forms[-2:] == [False, False]
     finally:
         triton_gemm.tiled = tiled
         os.environ.pop(adapters.LOADS)
+
+
+def check_weight_gradients_that_are_added():
+    """Bit for bit the product and one addition; of groups without rows, nothing."""
+    count = [70, 0, 1, 59]
+    dy, x = (quantise(of_rows(130, columns, seed=columns)) for columns in (80, 150))
+    sides = backends.retile(dy, count), backends.retile(x, count)
+    for shape, call in (
+        ((4, 80, 150), lambda **to: backends.grouped_wgrad(*sides, count, **to)),
+        ((80, 150), lambda **to: backends.gemm(backends.retile(dy), backends.retile(x), torch.float32, **to)),
+    ):
+        before = normal(*shape)
+        into = before.clone()
+        assert call(add_to=into) is into and torch.equal(into, before + call())
+    none = backends.retile(quantise(torch.zeros(0, 80)), [0, 0, 0, 0])
+    assert backends.grouped_wgrad(none, none, [0, 0, 0, 0], add_to=torch.ones(4, 80, 80)).eq(1).all()
 
 
 def check_no_program_writes_rows_of_another():
@@ -471,7 +488,7 @@ def check_hopper_code():
             by_tiles = job.constants["TMA"]
             assert ("cp.async.bulk.tensor.2d.shared" in code) == by_tiles, name
             assert ("cp.async.cg.shared.global" in code) != by_tiles, name  # 16 bytes at a time
-            assert name == "grouped_wgrad" or "cvt.rn.bf16x2.f32" in code, name  # to nearest
+            assert (name == "grouped_wgrad") != ("cvt.rn.bf16x2.f32" in code), name  # to nearest
         else:
             assert "cvt.rn.satfinite.e4m3x2.f32" in code and "div.rn.f32" in code, name
             assert "st.global.v4.b32" in code, name
@@ -523,7 +540,11 @@ class Tuned:
         self.arg_names = ["x", "w", "TMA"]
 
     def __getitem__(self, grid):
-        return lambda *arguments, **config: self._said.append((grid, config))
+        def run(*arguments, **config):
+            self.given = arguments
+            self._said.append((grid, config))
+
+        return run
 
 
 @needs_triton
@@ -547,6 +568,14 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
         for size in (4096, 64, 2048, 128):
             launch(kernel, size, size, (7, 8), x, w, True)
         launch(kernel, "d", 64, (8, 8), None, None, False)
+    seen, y = [], torch.ones(2)
+    adds = Tuned(configs, seen)
+    adds.fn = Tuned(configs, seen)
+    for _ in range(2):
+        launch(adds, "e", 64, (7, 8), x, w, True, None, y, add=True)
+    last = configs[-1].all_kwargs()
+    assert seen == [("e", {}), ("e", last), ("e", last)]
+    assert [(given[4] is y, given[5]) for given in (adds.given, adds.fn.given)] == [(False, True), (True, True)]
     assert tuning.allowed()
     nearest = [(2048, configs[-1].all_kwargs()), (128, configs[1].all_kwargs()), ("d", first)]
     assert said == [("a", first), ("b", {}), ("c", {}), (4096, {}), (64, {}), *nearest]
@@ -622,6 +651,8 @@ def test_a_forced_backend_that_cannot(monkeypatch, name, fault):
         backends.gemm(x, x)
 
 
+UNKNOWN = DeviceCounts(torch.tensor([8192], dtype=torch.int32), 8192, True)
+WGRAD = dict(group="tile", shape=(4096, 7168, 8192), out_dtype=torch.float32, count=(8000, 100))
 HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 7168), out_dtype=torch.bfloat16)
 
 
@@ -634,20 +665,32 @@ HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 716
         ("torch", "gemm", {"shape": (0, 2112, 7168)}, "multiples of 16"),
         ("torch", "grouped_gemm", {}, "two matrices only"),
         ("deep_gemm", "gemm", {}, None),
-        ("deep_gemm", "gemm", {"group": "tile"}, "by blocks"),
+        ("deep_gemm", "gemm", {"group": "tile"}, "float32 here, not torch.bfloat16"),
+        ("deep_gemm", "gemm", {"group": "tile", "out_dtype": torch.float32}, None),
+        ("deep_gemm", "gemm", {"group": "tensor"}, "by blocks"),
         ("deep_gemm", "gemm", {"out_dtype": torch.float32}, "bfloat16"),
+        ("deep_gemm", "grouped_gemm", {"group": "tile"}, "by blocks"),
+        ("deep_gemm", "grouped_wgrad", WGRAD, None),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"out_dtype": torch.bfloat16}, "float32 here"),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"shape": (4100, 7168, 8192)}, "rows of a gradient .* are 4100"),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"count": UNKNOWN}, "asks the host for every group's rows"),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"release": "old"}, "has no k_grouped_fp8_gemm_nt_contiguous"),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"release": None}, "cannot be imported .ModuleNotFoundError"),
         ("deep_gemm", "gemm", {"shape": (4096, 2100, 7168)}, "multiple of 64"),
         ("deep_gemm", "grouped_gemm", {"count": (8192, 8192)}, None),
         ("deep_gemm", "grouped_gemm", {"count": (8192, 100)}, "multiple of 128"),
-        ("deep_gemm", "quantise", {}, "only its dense"),
+        ("deep_gemm", "quantise", {}, "only its products"),
     ],
 )
 def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
     monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(adapters, "_installed", lambda package: True)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    said = backends.BACKENDS[name].refuses(backends.Call(call, **HOPPER | change))
-    assert said is None if why is None else why in said
+    given = HOPPER | change
+    functions = {"new": {adapters.K_GROUPED: None}, "old": {}, None: None}[given.pop("release", "new")]
+    monkeypatch.setitem(sys.modules, "deep_gemm", functions if functions is None else SimpleNamespace(**functions))
+    said = backends.BACKENDS[name].refuses(backends.Call(call, **given))
+    assert said is None if why is None else re.search(why, said)
 
 
 @pytest.mark.parametrize(
@@ -750,6 +793,10 @@ def test_bad_operands():
         "w must be an Operand": lambda: backends.grouped_gemm(x, [10, 10], [x, w]),
         r"\[25, -5\] rows do not fit": lambda: backends.retile(x, [25, -5]),
         r"make them with retile\(operand, count\)": lambda: backends.grouped_wgrad(x, x, [100, 200]),
+        r"is added to a contiguous tensor of its kind, not to torch.float32 \[20, 21\]": lambda: backends.gemm(
+            x, x, torch.float32, add_to=torch.zeros(20, 21)
+        ),
+        "not to torch.bfloat16": lambda: backends.gemm(x, x, add_to=torch.zeros(20, 20, dtype=torch.bfloat16)),
         "differ within a block": lambda: backends.gemm(x, x, w_group="block"),
     }
     for match, call in bad.items():

@@ -97,11 +97,12 @@ def samples() -> Iterator[Job]:
         yield Job(kind, kernel, warps, types, constants)
     wide, narrow = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
     for tma in (False, True):
-        yield Job("gemm", triton_gemm._gemm, 8, None, {"TMA": tma, "BLOCKS": True, "EVEN": True, **wide})
-        grouped = {**GROUPS, "TMA": tma}
-        yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {**grouped, "BLOCKS": True, "EVEN": True, **wide})
-        yield Job("grouped_wgrad", triton_gemm._wgrad, 4, None, {**grouped, **narrow})
-    yield Job("gemm", triton_gemm._gemm, 4, None, {"TMA": False, "BLOCKS": False, "EVEN": False, **narrow})
+        way = {"TMA": tma, "BLOCKS": True, "EVEN": True}
+        yield Job("gemm", triton_gemm._gemm, 8, None, {**way, "ADD": False, **wide})
+        yield Job("grouped_gemm", triton_gemm._grouped, 8, None, {**GROUPS, **way, **wide})
+        yield Job("grouped_wgrad", triton_gemm._wgrad, 4, None, {**GROUPS, "TMA": tma, "ADD": tma, **narrow})
+    way = {"TMA": False, "BLOCKS": False, "EVEN": False, "ADD": False}
+    yield Job("gemm", triton_gemm._gemm, 4, None, {**way, **narrow})
 
 
 GROUPS = {"GROUPS": 5, "ROOM": 8}
@@ -119,9 +120,14 @@ def everything() -> Iterator[Job]:
         for blocks in (True, False)
     ]
     for kind, kernel, variants in (
-        ("gemm", triton_gemm._gemm, ways),
+        # weight gradients are added, whose operands both have factors for every row
+        ("gemm", triton_gemm._gemm, [way | {"ADD": add} for way in ways for add in {False, not way["BLOCKS"]}]),
         ("grouped_gemm", triton_gemm._grouped, [GROUPS | way for way in ways]),
-        ("grouped_wgrad", triton_gemm._wgrad, [GROUPS | {"TMA": tma} for tma in (True, False)]),
+        (
+            "grouped_wgrad",
+            triton_gemm._wgrad,
+            [GROUPS | {"TMA": t, "ADD": a} for t in (True, False) for a in (True, False)],
+        ),
     ):
         for variant in variants:
             for config in triton_gemm.without_spills(kernel.configs, variant):
@@ -146,6 +152,8 @@ def compiled(job: Job) -> Compiled:
         }
         if "value" in kernel.arg_names:
             types["x"] = "*bf16"
+    if job.constants.get("ADD"):
+        types["y"] = "*fp32"
     if job.constants.get("TMA"):
         for name, rows in zip(kernel.arg_names, ("BLOCK_M", "BLOCK_N"), strict=False):
             types[name] = f"tensordesc<fp8e4nv[{job.constants[rows]}, 128]>"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bessemer.model import grouped
-from bessemer.model.deferred import gradient
+from bessemer.model.deferred import added_gradient
 from bessemer.model.mla import MLA, attention_backward, attention_forward
 from bessemer.model.norm import RMSNorm, normalise, normalise_backward
 from bessemer.model.segments import Segments
@@ -158,10 +158,10 @@ class _SwiGLU(torch.autograd.Function):
             act_MF, dh_MH, dweight = swiglu_gradients(dact.float(), gate, up, weight_M)
             act, dh = token_tiles(act_MF, recipe, count), recipe.quantised_gradient(dh_MH)
             left = dh
-        dw2 = gradient(w2, lambda: weight_gradient(dy, act, recipe, count, dy_powers=dispatched))
+        dw2 = added_gradient(w2, lambda to: weight_gradient(dy, act, recipe, count, dy_powers=dispatched, add_to=to))
         dx = input_gradient(dh, w13, recipe, count).to(ctx.dtype)
         x = Operand(x_value, x_scale)
-        dw13 = gradient(w13, lambda: weight_gradient(left, x, recipe, count, x_powers=dispatched))
+        dw13 = added_gradient(w13, lambda to: weight_gradient(left, x, recipe, count, x_powers=dispatched, add_to=to))
         return dx, None, None, dweight, dw13, dw2, None, None
 
 
@@ -213,7 +213,7 @@ class Core:
         )
         latent, recipe = given.latent, given.recipe  # of `given` a deferred gradient keeps these alone
         dy = recipe.quantised_gradient(dkv.flatten(2))
-        dweight = gradient(given.weight, lambda: weight_gradient(dy, latent, recipe))
+        dweight = added_gradient(given.weight, lambda to: weight_gradient(dy, latent, recipe, add_to=to))
         return dq, input_gradient(dy, given.weight, recipe), dk_rope, dweight
 
 
@@ -287,9 +287,10 @@ class _Attention(torch.autograd.Function):
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
         def through(name: str, dy: Tensor | Operand, x: Operand | TokenTiles) -> Tensor:
-            """Backward of one matrix: stores its gradient in `grads`, returns that of its input."""
+            """Backward of one matrix: stores its gradient in `grads` (None: added, or deferred), returns that of its
+            input."""
             operand = dy if isinstance(dy, Operand) else recipe.quantised_gradient(dy)
-            grads[name] = gradient(w[name], lambda: weight_gradient(operand, x, recipe))
+            grads[name] = added_gradient(w[name], lambda to: weight_gradient(operand, x, recipe, add_to=to))
             return input_gradient(operand, w[name], recipe)
 
         out = backends.unpack_e5m6(PackedE5M6(code, scale), cfg.n_heads * cfg.v_head_dim, x_BTD.dtype)

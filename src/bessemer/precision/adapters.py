@@ -132,9 +132,11 @@ def _tiled(left: Operand, right: Operand) -> tuple[Operand, Operand, bool]:
     return left, right, by_pointers(left.value_MK.device, left.value_MK, right.value_MK) is None
 
 
-def _triton_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+def _triton_gemm(
+    x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group, add_to: Tensor | None = None
+) -> Tensor:
     x, w, tma = _tiled(x, w)
-    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block", tma)
+    return _triton("triton_gemm", "gemm")(x, w, out_dtype, w_group == "block", tma, add_to)
 
 
 def _triton_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
@@ -142,9 +144,11 @@ def _triton_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtyp
     return _triton("triton_gemm", "grouped_gemm")(x, count, w, out_dtype, w_group == "block", tma)
 
 
-def _triton_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype) -> Tensor:
+def _triton_wgrad(
+    dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, add_to: Tensor | None = None
+) -> Tensor:
     dy, x, tma = _tiled(dy, x)
-    return _triton("triton_gemm", "grouped_wgrad")(dy, x, count, out_dtype, tma)
+    return _triton("triton_gemm", "grouped_wgrad")(dy, x, count, out_dtype, tma, add_to)
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
@@ -198,21 +202,34 @@ def _by_columns(scale_MJ: Tensor) -> Tensor:
 # --- deep_gemm ---------------------------------------------------------------------------------------------------
 
 
+K_GROUPED = "k_grouped_fp8_gemm_nt_contiguous"
+"""Its weight gradients of groups on Hopper, as of release 2.1.0 and sgl-deep-gemm 0.2.5 (`tn`: on Blackwell)."""
+
+
 def _deep_gemm_refuses(call: Call) -> str | None:
-    """Only what its README documents and what rounds as we do: on Blackwell it rounds factors up to powers of two, so
-    it is not used there."""
-    if call.name not in ("gemm", "grouped_gemm"):
-        return "only its dense and its contiguous grouped GEMM are used"
+    """Only what its README documents, or its tests show, and what rounds as we do: on Blackwell it rounds factors up to
+    powers of two, so it is not used there."""
+    if call.name not in ("gemm", "grouped_gemm", "grouped_wgrad"):
+        return "only its products are used"
     if not _installed("deep_gemm"):
         return "the package deep_gemm is not installed (pip install sgl-deep-gemm)"
     if _capability(call.device)[0] != 9:
         return "it is used on Hopper (compute capability 9.0) only"
-    if call.group not in (None, "block"):
+    wgrad = call.name == "grouped_wgrad"
+    by_tiles = wgrad or (call.name == "gemm" and call.group == "tile")
+    if call.group not in (None, "block") and not by_tiles:
         return "it needs w quantised by blocks"
-    if call.out_dtype not in (None, torch.bfloat16):
-        return f"its results are bfloat16 here, not {call.out_dtype}"
+    dtype = torch.float32 if by_tiles else torch.bfloat16
+    if call.out_dtype not in (None, dtype):
+        return f"its results are {dtype} here, not {call.out_dtype}"
     if call.shape and (call.shape[1] % 64 or call.shape[2] % TILE or 0 in call.shape):
         return f"N must be a multiple of 64 and K of {TILE}, are {call.shape[1]} and {call.shape[2]}"
+    if wgrad and call.shape and call.shape[0] % 64:
+        return f"rows of a gradient must be a multiple of 64, are {call.shape[0]}"
+    if wgrad and isinstance(call.count, DeviceCounts):
+        return "for weight gradients it asks the host for every group's rows, which the device alone knows"
+    if wgrad:
+        return _deep_gemm_lacks(K_GROUPED)
     count = call.count
     whole = count.whole if isinstance(count, DeviceCounts) else not any(c % TILE for c in count or ())
     if not whole:
@@ -220,11 +237,25 @@ def _deep_gemm_refuses(call: Call) -> str | None:
     return None
 
 
-def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
+def _deep_gemm_lacks(function: str) -> str | None:
+    try:
+        library = importlib.import_module("deep_gemm")
+    except Exception as fault:  # whatever a library of another torch or CUDA raises
+        return f"the package deep_gemm cannot be imported ({type(fault).__name__}: {fault})"
+    return None if hasattr(library, function) else f"this release of deep_gemm has no {function}"
+
+
+def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group, add_to: Tensor | None = None) -> Tensor:
+    """With factors for every row of both operands it only adds, in float32, to what lies in the result."""
     import deep_gemm
 
-    y_MN = torch.empty(len(x.value_MK), len(w.value_MK), dtype=out_dtype, device=x.value_MK.device)
-    deep_gemm.fp8_gemm_nt((x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN)
+    x_MK, w_NK, shape = x.value_MK.contiguous(), w.value_MK.contiguous(), (len(x.value_MK), len(w.value_MK))
+    if w_group == "tile":
+        y_MN = torch.zeros(shape, dtype=out_dtype, device=x_MK.device) if add_to is None else add_to
+        deep_gemm.fp8_gemm_nt((x_MK, x.scale_MJ), (w_NK, w.scale_MJ), y_MN, c=y_MN, recipe=(1, 1, TILE))
+    else:
+        y_MN = torch.empty(shape, dtype=out_dtype, device=x_MK.device)
+        deep_gemm.fp8_gemm_nt((x_MK, x.scale_MJ), (w_NK, block_factors(w)), y_MN)
     return y_MN
 
 
@@ -236,9 +267,7 @@ def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.d
     if isinstance(count, DeviceCounts):
         group_M = count.group_M
     else:
-        group_M = torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count))
-        if device.type == "cuda":  # from pinned memory: a pageable copy would wait for the device's queue
-            group_M = group_M.pin_memory().to(device, non_blocking=True)
+        group_M = _on(device, torch.arange(len(count), dtype=torch.int32).repeat_interleave(torch.tensor(count)))
     y_MN = torch.empty(len(x.value_MK), w.value_MK.shape[1], dtype=out_dtype, device=device)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
         (x.value_MK.contiguous(), x.scale_MJ), (w.value_MK.contiguous(), block_factors(w)), y_MN, group_M
@@ -249,7 +278,52 @@ def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.d
     return y_MN
 
 
+def _on(device: torch.device, numbers: Tensor) -> Tensor:
+    """From pinned memory: a pageable copy would wait for the device's queue."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
+def _deep_gemm_wgrad(
+    dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, add_to: Tensor | None = None
+) -> Tensor:
+    """It adds to what lies in the result, in float32, and takes every group's columns as a matrix of their own."""
+    import deep_gemm
+
+    assert not isinstance(count, DeviceCounts), "refused"
+    columns, device = [-(-rows // TILE) * TILE for rows in count], dy.value_MK.device
+    if add_to is None:
+        add_to = torch.zeros(len(count), len(dy.value_MK), len(x.value_MK), dtype=out_dtype, device=device)
+    if any(columns):
+        on_device = _on(device, torch.tensor(columns, dtype=torch.int32))
+        left, right = ((_one_by_one(o.value_MK, columns), o.scale_MJ) for o in (dy, x))
+        getattr(deep_gemm, K_GROUPED)(left, right, add_to, columns, on_device, add_to)
+    return add_to
+
+
+def _one_by_one(value_NP: Tensor, columns: list[int]) -> Tensor:
+    """The same bytes with every group's columns as a matrix [N, columns] behind the one before, flat: a copy, where
+    there is more than one group."""
+    N = len(value_NP)
+    if sum(map(bool, columns)) == 1:
+        return value_NP.contiguous().flatten()
+    out = torch.empty(value_NP.numel(), dtype=torch.uint8, device=value_NP.device)
+    groups = value_NP.view(torch.uint8).split(columns, 1)
+    for group, place in zip(groups, out.split([N * width for width in columns]), strict=True):
+        place.view(group.shape).copy_(group)
+    return out.view(value_NP.dtype)
+
+
 # --- emulation ---------------------------------------------------------------------------------------------------
+
+
+def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A product with an addition of its own after it."""
+
+    def call(*given: Any, add_to: Tensor | None = None) -> Tensor:
+        y = product(*given)
+        return y if add_to is None else add_to.add_(y)
+
+    return call
 
 
 def _two_passes(*operands: Any) -> Any:
@@ -261,9 +335,11 @@ def _two_passes(*operands: Any) -> Any:
 
 BACKENDS: dict[str, Backend] = {
     "deep_gemm": Backend(
-        "kernels of DeepSeek's library", _deep_gemm_refuses, {"gemm": _deep_gemm, "grouped_gemm": _deep_gemm_grouped}
+        "kernels of DeepSeek's library",
+        _deep_gemm_refuses,
+        {"gemm": _deep_gemm, "grouped_gemm": _deep_gemm_grouped, "grouped_wgrad": _deep_gemm_wgrad},
     ),
-    "torch": Backend("cuBLASLt", _torch_refuses, {"gemm": _torch_gemm}),
+    "torch": Backend("cuBLASLt", _torch_refuses, {"gemm": _added(_torch_gemm)}),
     "triton": Backend(
         "our kernels",
         _triton_refuses,
@@ -293,9 +369,9 @@ BACKENDS: dict[str, Backend] = {
             "swiglu_backward": emulation.swiglu_backward,
             "pack_e5m6": formats.pack_e5m6,
             "unpack_e5m6": formats.PackedE5M6.unpack,
-            "gemm": emulation.gemm,
+            "gemm": _added(emulation.gemm),
             "grouped_gemm": emulation.grouped_gemm,
-            "grouped_wgrad": emulation.grouped_wgrad,
+            "grouped_wgrad": _added(emulation.grouped_wgrad),
         },
     ),
 }

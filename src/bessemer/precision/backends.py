@@ -3,7 +3,8 @@
     emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
     triton       our kernels (triton_quantise.py, _rms_norm, _e5m6, _gemm): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
-    deep_gemm    the package of that name, where installed: Hopper, GEMMs with weights quantised by blocks
+    deep_gemm    the package of that name, where installed: Hopper, products with weights quantised by blocks, and
+                 weight gradients in float32, of groups where the host knows their rows
 
 The first backend of `ORDER` that does not refuse a call serves it; `adapters` says what each refuses and how it is
 called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses is then an error with the reason.
@@ -133,13 +134,17 @@ def unpack_e5m6(packed: PackedE5M6, columns: int, dtype: torch.dtype) -> Tensor:
     return choose("unpack_e5m6", packed.code, columns).serve["unpack_e5m6"](packed, columns, dtype)
 
 
-def gemm(x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile") -> Tensor:
+def gemm(
+    x: Operand, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile",
+    add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x w^T, [M, N]. w_group="block" declares that w was quantised by blocks, which is faster; if it was not, the
     result is an error (emulation) or NaN (kernels), never a wrong number. A tensor core reads FP8 along the summed
     dimension only: values laid out across it (`operand.transpose`) are copied first, so keep the copy if it is used
-    again."""
+    again. `add_to`, a contiguous float32 [M, N], gets the product added, and is returned."""
     check_pair(x, w, out_dtype)
-    return choose("gemm", x, w, out_dtype, w_group).serve["gemm"](x, w, out_dtype, w_group)
+    _check_sum(add_to, out_dtype, (len(x.value_MK), len(w.value_MK)))
+    return choose("gemm", x, w, out_dtype, w_group).serve["gemm"](x, w, out_dtype, w_group, add_to=add_to)
 
 
 def grouped_gemm(
@@ -153,10 +158,14 @@ def grouped_gemm(
     return backend.serve["grouped_gemm"](x, count, w, out_dtype, w_group)
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `retile(_, count)` gives them."""
+def grouped_wgrad(
+    dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype = torch.float32, add_to: Tensor | None = None
+) -> Tensor:
+    """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `retile(_, count)` gives them.
+    `add_to`, contiguous and float32, gets it added, and is returned."""
     check_pair(dy, x, out_dtype)
     count = check_counts(count)
+    _check_sum(add_to, out_dtype, (len(count), len(dy.value_MK), len(x.value_MK)))
     if isinstance(count, DeviceCounts):
         columns, which = count.columns, "these"
     else:
@@ -166,7 +175,18 @@ def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype
             f"operands of {dy.value_MK.shape[1]} columns do not hold {which} tokens, every "
             f"group padded to a multiple of {TILE}: that is {columns}; make them with retile(operand, count)"
         )
-    return choose("grouped_wgrad", dy, x, out_dtype, "tile", count).serve["grouped_wgrad"](dy, x, count, out_dtype)
+    serve = choose("grouped_wgrad", dy, x, out_dtype, "tile", count).serve["grouped_wgrad"]
+    return serve(dy, x, count, out_dtype, add_to=add_to)
+
+
+def _check_sum(add_to: Tensor | None, out_dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if add_to is None:
+        return
+    if not add_to.dtype == out_dtype == torch.float32 or add_to.shape != shape or not add_to.is_contiguous():
+        raise ValueError(
+            f"a float32 product of shape {list(shape)} is added to a contiguous tensor of its kind, not to "
+            f"{add_to.dtype} {list(add_to.shape)} with strides {list(add_to.stride())}"
+        )
 
 
 # --- the choice --------------------------------------------------------------------------------------------------

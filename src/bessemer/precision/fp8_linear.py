@@ -141,9 +141,10 @@ def weight_gradient(
     count: Count = None,
     dy_powers: bool = False,
     x_powers: bool = False,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: this operand was quantised with powers of two,
-    and is re-tiled with powers of two."""
+    and is re-tiled with powers of two. `add_to`: it is added to that, which spares a tensor of its size."""
     if isinstance(dy, TokenTiles):
         left = dy.operand
     else:
@@ -157,10 +158,11 @@ def weight_gradient(
         ends = None if count is None else [-(-tokens // TILE) for tokens in count]
         parts = zip(_columns(left, ends), _columns(right, ends), strict=True)
         products = [emulation.reference_gemm(*part, recipe.bits) for part in parts]
-        return products[0] if count is None else torch.stack(products)
+        product = products[0] if count is None else torch.stack(products)
+        return product if add_to is None else add_to.add_(product)
     if count is None:
-        return backends.gemm(left, right, torch.float32)
-    return backends.grouped_wgrad(left, right, count)
+        return backends.gemm(left, right, torch.float32, add_to=add_to)
+    return backends.grouped_wgrad(left, right, count, add_to=add_to)
 
 
 def _along_tokens(x: Operand | Tensor, recipe: FP8Recipe, group: Group, power_of_two: bool, count: Count) -> Operand:

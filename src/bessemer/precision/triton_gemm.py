@@ -43,19 +43,21 @@ from bessemer.precision.operand import TILE, Counts, Operand
 from bessemer.precision.triton_quantise import WIDTH, locate, on_device, tiles
 
 
-def gemm(x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool) -> Tensor:
+def gemm(
+    x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool, add_to: Tensor | None = None
+) -> Tensor:
     """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors.
     Values of all products are contiguous."""
     x_MK, w_NK = x.value_MK, w.value_MK
     (M, K), N = x_MK.shape, len(w_NK)
-    y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
     if M == 0 or N == 0 or K == 0:
-        return y_MN.zero_()
+        return torch.zeros(M, N, dtype=out_dtype, device=x_MK.device) if add_to is None else add_to
+    y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device) if add_to is None else add_to
     launch(
         _gemm, lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),), size_class(M),
         (N, K, blocks, tma, out_dtype),
         *tiled(tma, x_MK, w_NK), x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
-        size_class(M), tma, blocks, tma or K % TILE == 0,
+        size_class(M), tma, blocks, tma or K % TILE == 0, add=add_to is not None,
     )  # fmt: skip
     return y_MN
 
@@ -81,20 +83,22 @@ def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, 
     return y_MN
 
 
-def grouped_wgrad(dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, tma: bool) -> Tensor:
+def grouped_wgrad(
+    dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, tma: bool, add_to: Tensor | None = None
+) -> Tensor:
     """[G, N, K] of dy [N, P] and x [K, P], both as `retile` returns them."""
     dy_NP, x_KP = dy.value_MK, x.value_MK
     N, K, G = len(dy_NP), len(x_KP), len(count)
-    dw_GNK = torch.empty(G, N, K, dtype=out_dtype, device=dy_NP.device)
-    if dw_GNK.numel() == 0 or dy_NP.shape[1] == 0:
-        return dw_GNK.zero_()
+    if 0 in (G, N, K) or dy_NP.shape[1] == 0:
+        return torch.zeros(G, N, K, dtype=out_dtype, device=dy_NP.device) if add_to is None else add_to
+    dw_GNK = torch.empty(G, N, K, dtype=out_dtype, device=dy_NP.device) if add_to is None else add_to
     size = size_class(dy_NP.shape[1], G)
     launch(
         _wgrad, lambda meta: (triton.cdiv(N, meta["BLOCK_M"]) * triton.cdiv(K, meta["BLOCK_N"]), G), size,
         (N, K, G, tma, out_dtype),
         *tiled(tma, dy_NP, x_KP), dy.scale_MJ, x.scale_MJ, dw_GNK, on_device(count, dy_NP.device), N, K,
         dy_NP.shape[1] // TILE, *dy.scale_MJ.stride(), *x.scale_MJ.stride(), size,
-        G, triton.next_power_of_2(G), tma,
+        G, triton.next_power_of_2(G), tma, add=add_to is not None,
     )  # fmt: skip
     return dw_GNK
 
@@ -126,18 +130,26 @@ _tuned: dict[tuple[Any, ...], dict[int, triton.Config]] = {}
 
 
 def launch(
-    kernel: Any, grid: Callable[..., tuple[int, ...]], size: int, shape: tuple[Any, ...], *arguments: Any
-) -> None:
+    kernel: Any, grid: Callable[..., tuple[int, ...]], size: int, shape: tuple[Any, ...], *arguments: Any,
+    add: bool | None = None,
+) -> None:  # fmt: skip
     """Runs a kernel, tuned for its shape and class of sizes; where it must not be tuned now, with the configuration of
-    the nearest class, or the one that does nothing badly."""
-    tuned = _tuned.setdefault((id(kernel), *shape), {})
-    if size in tuned or tuning.allowed():
-        kernel[grid](*arguments)
+    the nearest class, or the one that does nothing badly. `add`: to what lies in the result, its fifth argument; None
+    for a kernel that cannot."""
+    last = [] if add is None else [add]
+    tuned = _tuned.setdefault((id(kernel), *shape, *last), {})
+    if (size in tuned and not add) or (size not in tuned and tuning.allowed()):
+        tried = list(arguments)
+        if add:
+            tried[4] = torch.empty_like(tried[4])  # tuning runs the product many times
+        kernel[grid](*tried, *last)
         tuned.setdefault(size, kernel.best_config)
-    else:
-        config = tuned[min(tuned, key=lambda other: max(other / size, size / other))] if tuned else kernel.configs[0]
-        config.pre_hook(dict(zip(kernel.arg_names, arguments, strict=False)) | config.kwargs)
-        kernel.fn[grid](*arguments, **config.all_kwargs())
+        if not add:
+            return
+    nearest = min(tuned, key=lambda other: max(other / size, size / other), default=None)
+    config = kernel.configs[0] if nearest is None else tuned[nearest]
+    config.pre_hook(dict(zip(kernel.arg_names, arguments, strict=False)) | config.kwargs)
+    kernel.fn[grid](*arguments, *last, **config.all_kwargs())
 
 
 def configurations(narrow: bool) -> list[triton.Config]:
@@ -234,13 +246,14 @@ def product(
     return y
 
 
-@triton.autotune(configs=configurations(True), key=["SIZE", "N", "K", "TMA", "BLOCKS"], prune_configs_by=PRUNE)
+@triton.autotune(configs=configurations(True), key=["SIZE", "N", "K", "TMA", "BLOCKS", "ADD"], prune_configs_by=PRUNE)
 @triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
 def _gemm(
     x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE,
-    TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is `size_class`."""
+    """One program: one tile of y. SIZE is `size_class`. ADD: to what lies there."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -251,7 +264,10 @@ def _gemm(
         K, m * BLOCK_M, n * BLOCK_N, 0, TMA, BLOCKS, EVEN, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     inside = (row < M)[:, None] & (column < N)[None, :]
-    tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
+    at = y + row[:, None] * N + column[None, :]
+    if ADD:
+        y_MN += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, y_MN.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.autotune(
@@ -286,11 +302,12 @@ def _grouped(
     tl.store(y + row[:, None] * N + column[None, :], y_MN.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=configurations(False), key=["SIZE", "N", "K", "GROUPS", "TMA"], prune_configs_by=PRUNE)
+@triton.autotune(configs=configurations(False), key=["SIZE", "N", "K", "GROUPS", "TMA", "ADD"], prune_configs_by=PRUNE)
 @triton.jit(do_not_specialize=["SIZE", "TILES"])
 def _wgrad(
     dy, x, scale_dy, scale_x, dw, count, N, K, TILES, sdy_row, sdy_column, sx_row, sx_column, SIZE,
-    GROUPS: tl.constexpr, ROOM: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr, ROOM: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one group's dW, over that group's columns."""
     n, k = place(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N), 8)
@@ -311,4 +328,6 @@ def _wgrad(
     )  # fmt: skip
     inside = (row < N)[:, None] & (column < K)[None, :]
     at = dw + tl.program_id(1).to(tl.int64) * N * K + row[:, None] * K + column[None, :]
+    if ADD:
+        dw_NK += tl.load(at, mask=inside, other=0.0)
     tl.store(at, dw_NK.to(dw.dtype.element_ty), mask=inside)
