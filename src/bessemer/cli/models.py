@@ -119,6 +119,43 @@ def convert(
 
 
 @app.command()
+def push(
+    model: Model,
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; made if it is new.")],
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", metavar="ID", help="Licence of the weights, such as mit.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card; send nothing.")] = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a model card from the run that made it."""
+    from bessemer.hf import remote
+    from bessemer.report.model_card import model_card
+    from bessemer.runs.directory import model_dir
+
+    folder, (repository, _) = model_dir(model), remote.address(name)
+    card = model_card(folder, repository, licence)
+    print(card if dry_run else remote.push(folder, card, name, private))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A model on the Hugging Face hub.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[DST]", help="The new directory. Default: NAME.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a model of the Hugging Face hub: weights, configuration, tokenizer; no code."""
+    from bessemer.hf import remote
+
+    target = folder or Path(remote.address(name)[0].split("/")[1])
+    commit = remote.pull(name, target)
+    if as_json:
+        print_json({"directory": str(target), "commit": commit})
+    else:
+        print(target)
+
+
+@app.command()
 def placement(
     model: Model,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],

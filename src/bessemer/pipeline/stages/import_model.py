@@ -19,14 +19,12 @@ from bessemer.data.sources import PACKAGE
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf import remote
 from bessemer.hf.causal_lm import CausalLM, load_any, read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import StageContext
-
-FILES = ["*.json", "*.safetensors", "*.jinja"]
-"""Files downloaded from the hub: weights, configuration, tokenizer; no code and no pickles."""
 
 
 @register
@@ -43,7 +41,7 @@ class Import(Stage[ImportConfig]):
         if spec.startswith(PACKAGE):
             return {"sha256": sources.known_model(spec.removeprefix(PACKAGE)).package.sha256}
         if spec.startswith(HUB):
-            _hub_address(spec)
+            remote.address(spec)
             return {}
         if not located(spec).is_dir():
             raise UserError(
@@ -91,29 +89,8 @@ def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Trans
     return load_any(directory, dtype), load_tokenizer(directory)
 
 
-def _hub_address(spec: str) -> tuple[str, str | None]:
-    name, _, revision = spec.removeprefix(HUB).partition("@")
-    if len(name.split("/")) != 2 or not all(name.split("/")):
-        raise UserError(f"{spec!r} must read hf://owner/name, optionally with @REVISION (a commit, to pin it)")
-    return name, revision or None
-
-
 def _download(spec: str, cache: Path) -> Path:
-    name, revision = _hub_address(spec)
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{spec} needs the hub's client: pip install 'bessemer[hf]'") from None
-
-    def download(revision: str | None) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache / "hub"))
-
-    try:
-        # a snapshot's folder is named after its commit
-        return download(pin(hub_address(spec), lambda: download(revision).name) or revision)
-    except Exception as error:  # the client raises its own, httpx's and the system's errors
-        first = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            f"cannot download {spec} ({type(error).__name__}: {first}). Check the name and the network, or download "
-            "the model and give its directory"
-        ) from error
+    name, revision = remote.address(spec)
+    # a snapshot's folder is named after its commit
+    commit = pin(hub_address(spec), lambda: remote.snapshot(name, revision, cache / "hub").name)
+    return remote.snapshot(name, commit or revision, cache / "hub")

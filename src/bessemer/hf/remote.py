@@ -1,0 +1,119 @@
+"""Models on the Hugging Face hub: one commit up, one snapshot down.
+
+A push is one commit: whoever reads the repository sees the model before it or the whole new one. Large files go up
+first and are kept by the hub, so the same command after a push that broke sends what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bessemer.errors import UserError
+
+HUB = "hf://"
+MARK = "<!-- written by bessemer push -->"
+"""In our model cards; another card in the repository is its owner's, and stays."""
+FILES = ["*.json", "*.safetensors", "*.jinja"]
+"""What is downloaded: weights, configuration, tokenizer; no code and no pickles."""
+
+
+def address(spec: str) -> tuple[str, str | None]:
+    """(owner/name, revision) of `hf://owner/name@REVISION`, with or without hf://."""
+    name, _, revision = spec.removeprefix(HUB).partition("@")
+    if len(name.split("/")) != 2 or not all(name.split("/")):
+        form = f"{HUB if spec.startswith(HUB) else ''}owner/name"
+        raise UserError(f"{spec!r} must read {form}, optionally with @REVISION (a commit, to pin it)")
+    return name, revision or None
+
+
+def push(model: Path, card: str, spec: str, private: bool = False) -> str:
+    """Uploads a model directory with its card; returns the address of the commit. UserError: no right to write there,
+    no network, a hub that fails."""
+    name, branch = address(spec)
+    with _explained(f"cannot push to {name}", "the same command sends what is missing"):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        files = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        added = [CommitOperationAdd(path.relative_to(model).as_posix(), str(path)) for path in files]
+        if _ours_to_write(api, name, branch):
+            added = [one for one in added if one.path_in_repo != "README.md"]
+            added.append(CommitOperationAdd("README.md", f"{card.rstrip()}\n\n{MARK}\n".encode()))
+        done = api.create_commit(name, added, commit_message="A model, by bessemer push", revision=branch)
+        return str(done.commit_url)
+
+
+def _ours_to_write(api, name: str, branch: str | None) -> bool:
+    """Whether the repository has no card but ours. The hub makes an empty one of its own for a new repository."""
+    from huggingface_hub import hf_hub_download
+
+    if not api.file_exists(name, "README.md", revision=branch):
+        return True
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(hf_hub_download(name, "README.md", revision=branch, local_dir=scratch)).read_text("utf-8")
+    body = text.split("---", 2)[-1] if text.startswith("---") else text
+    return MARK in text or not body.strip()
+
+
+def pull(spec: str, target: Path) -> str:
+    """Downloads a model into a new directory; returns its commit. A download that broke goes on when it is repeated."""
+    name, revision = address(spec)
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already; name a new directory")
+    found = snapshot(name, revision)
+    if not (found / "config.json").is_file():
+        raise UserError(f"{name} has no config.json, so it is no model in Hugging Face's form")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        shutil.copytree(found, scratch / "model")  # the cache has links, to files that it may share
+        os.rename(scratch / "model", target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return found.name
+
+
+def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path:
+    """The folder of a repository's files in the client's cache, or in another one; it is named after the commit."""
+    with _explained(f"cannot download {HUB}{name}", "the same command goes on with what is missing"):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache))
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The hub's answer that an error of the client comes from."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def _explained(what: str, again: str) -> Iterator[None]:
+    """One sentence for what the hub and its client raise: their own errors, httpx's, the system's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError:
+        raise UserError(f"{what}: it needs the hub's client: pip install 'bessemer[hf]'") from None
+    except Exception as error:
+        status = _status(error)
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+            fix = "log in (hf auth login), or set HF_TOKEN to a token that may write"
+        elif status == 403:
+            fix = "the token may not do this there; take one with the right to write, or another owner"
+        elif status == 404:
+            fix = "check the name and the revision; a private repository also needs a token (HF_TOKEN)"
+        else:
+            fix = f"check the network; {again}"
+        raise UserError(f"{what} ({type(error).__name__}: {first[:200]}); {fix}") from error

@@ -1,0 +1,96 @@
+"""The model card that `bessemer push` writes from a run: what made the model, on what data, and how well it does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bessemer import __version__
+from bessemer.config.units import show_seconds, show_tokens
+from bessemer.report.facts import RunFacts, StageFacts, read
+
+TAGS = ["bessemer", "reasoning"]
+
+
+def model_card(model: Path, name: str, licence: str | None) -> str:
+    """The card of a model directory, in Markdown. A model that belongs to a run gets the run's facts, another one those
+    of its config."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    tags = [*TAGS, *filter(None, [config.get("model_type")])]
+    head = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in (head | {"tags": tags}).items()), "---", ""]
+    lines += [f"# {name}", "", _network(config), ""]
+    root = next((folder for folder in model.resolve().parents if (folder / "recipe.toml").is_file()), None)
+    if root is not None:
+        facts = read(root)
+        stage = next((one for one in facts.stages if model.resolve().is_relative_to(one.folder.resolve())), None)
+        lines += _of_run(facts, stage)
+    lines += ["## Use", "", "```", f"bessemer pull {name} model && bessemer chat model", "```", ""]
+    lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if root else ''}.")
+    return "\n".join(lines)
+
+
+def _network(config: dict[str, Any]) -> str:
+    shape = f"{config.get('num_hidden_layers')} layers of width {config.get('hidden_size')}"
+    if experts := config.get("n_routed_experts"):
+        shape += f", {experts} routed experts of which a token takes {config.get('num_experts_per_tok')}"
+    name, context = (config.get("architectures") or ["?"])[0], config.get("max_position_embeddings")
+    return f"`{name}` with {shape}, a vocabulary of {config.get('vocab_size')} and a context of {context} tokens."
+
+
+def _of_run(facts: RunFacts, stage: StageFacts | None) -> list[str]:
+    lines = []
+    if stage is not None:
+        chain = " → ".join(_lineage(facts, stage))
+        lines += [f"It is the stage `{stage.name}` of a run that took {show_seconds(facts.seconds)}: {chain}.", ""]
+    lines += [*_scores(facts, stage), *_data(facts)]
+    fence = "`" * 4  # a recipe may quote three
+    recipe = re.sub(r"(?m)^folder = .*\n", "", facts.recipe_text).rstrip()  # a path of the machine where it ran
+    lines += ["## Recipe", "", "`bessemer run recipe.toml` with this file makes it again.", ""]
+    return [*lines, f"{fence}toml", recipe, fence, ""]
+
+
+def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
+    """The stages from the first to this one, each from the one it starts from."""
+    by_name, chain = {one.name: one for one in facts.stages}, [stage.name]
+    while (source := by_name[chain[0]].source) in by_name and source not in chain:
+        chain.insert(0, source)
+    return chain
+
+
+def _scores(facts: RunFacts, stage: StageFacts | None) -> list[str]:
+    rows = [row for row in facts.evaluations if stage is None or row.get("model") == stage.name]
+    rows = [row for row in rows if isinstance(row.get("pass_at_1"), float)]
+    if not rows:
+        return ["The run has no evaluation of it.", ""]
+    lines = ["## Evaluation", "", "On problems of the test split.", ""]
+    lines += ["| task | language | T | pass@1 (95 % interval) | problems | samples |", "|---|---|---|---|---|---|"]
+    return [*lines, *map(_score, rows), ""]
+
+
+def _score(row: dict[str, Any]) -> str:
+    score = f"{100 * row['pass_at_1']:.1f} %"
+    if row.get("pass_at_1_interval"):
+        score += " ({:.1f}-{:.1f})".format(*(100 * end for end in row["pass_at_1_interval"]))
+    cells = [row.get("task"), row.get("language", ""), row.get("temperature", ""), score]
+    cells += [row.get("n", ""), row.get("samples", row.get("k", ""))]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _data(facts: RunFacts) -> list[str]:
+    from bessemer.data import sources
+
+    parts = {part: source for stage in facts.stages for part, source in (stage.settings.get("parts") or {}).items()}
+    if not parts:
+        return []
+    limits = {part: n for stage in facts.stages for part, n in (stage.settings.get("limits") or {}).items()}
+    lines = ["## Training data", "", "| part | source | at most | licence |", "|---|---|---|---|"]
+    for part, source in parts.items():
+        known = sources.SOURCES.get(str(source))
+        written = "written by Bessemer" if str(source).startswith("task:") else "not recorded"
+        most = limits.get(part, "all")
+        most = show_tokens(most) if isinstance(most, int) else most
+        lines.append(f"| {part} | `{source}` | {most} tokens | {written if known is None else known.licence} |")
+    return [*lines, ""]

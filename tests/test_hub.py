@@ -1,0 +1,124 @@
+"""`bessemer push` and `pull` against a hub on this machine, spoken to by the real client over HTTP."""
+
+import json
+import shutil
+
+import pytest
+from hub_server import serving
+from made_run import write_run
+
+from bessemer.hf import hub, remote
+from bessemer.report.model_card import model_card
+from bessemer.runs.files import write_json
+
+ROW = {"task": "countdown", "language": "en", "model": "zero", "temperature": 1.0, "n": 5, "samples": 16,
+       "pass_at_1": 0.5, "pass_at_1_interval": [0.4, 0.6]}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with serving(monkeypatch) as server:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        server.token = "secret"
+        yield server
+
+
+def test_a_model_goes_up_and_comes_down_the_same(call, run, server, tmp_path):
+    status, out, err = call("push", run, "own/name", "--licence", "mit")
+    assert (status, err) == (0, ""), server.requests
+    assert "/own/name/commit/" in out
+    files = server.commits[server.head]
+    model = run / "01-zero" / "model"
+    assert {name: data for name, data in files.items() if name != "README.md"} == {
+        path.name: path.read_bytes() for path in model.iterdir() if path.name != "README.md"
+    }
+    card = files["README.md"].decode()
+    assert card.startswith('---\nlicense: "mit"\n') and remote.MARK in card and "bessemer pull own/name" in card
+    status, out, _ = call("pull", "own/name", tmp_path / "down", "--json")
+    assert status == 0 and json.loads(out) == {"directory": str(tmp_path / "down"), "commit": server.head}
+    assert (tmp_path / "down" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert hub.load(tmp_path / "down").cfg == hub.load(model).cfg
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".down")]
+    status, _, err = call("pull", "own/name", tmp_path / "down")
+    assert status == 2 and "down exists already" in err
+
+
+def test_the_owners_card_stays(call, run, server):
+    server.commit({"README.md": b"---\nlicense: mit\n---\nMy own words."})
+    assert call("push", run, "own/name")[0] == 0
+    files = server.commits[server.head]
+    assert files["README.md"].endswith(b"My own words.") and "model.safetensors" in files
+    server.commit(files | {"README.md": b"---\nlicense: mit\n---\n"})  # what the hub writes for a new repository
+    assert call("push", run, "own/name")[0] == 0
+    assert remote.MARK.encode() in server.commits[server.head]["README.md"]
+
+
+def test_a_hub_that_fails_half_way_has_the_old_model_and_the_second_try_sends_the_rest(call, run, server):
+    before = server.commit({"config.json": b"{}"})
+    server.failures = {"/commit/": 500}
+    status, out, err = call("push", run, "own/name")
+    assert status == 2 and not out and err.startswith("error: cannot push to own/name") and err.count("\n") == 1
+    assert server.head == before and len(server.large) == 1
+    server.failures, server.requests = {}, []
+    assert call("push", run, "own/name")[0] == 0
+    assert not [request for request in server.requests if request.startswith("PUT")], "the large file was sent again"
+    assert "model.safetensors" in server.commits[server.head]
+
+
+@pytest.mark.parametrize(
+    ("token", "failures", "words"),
+    [("other", {}, "HF_TOKEN to a token that may write"), ("secret", {"/repos/create": 403}, "another owner")],
+)
+def test_without_the_right_to_write(call, run, server, token, failures, words):
+    server.token, server.failures = token, failures
+    status, out, err = call("push", run, "own/name")
+    assert status == 2 and not out and words in err and err.count("\n") == 1 and "secret" not in err
+
+
+def test_what_is_not_there(call, run, server, tmp_path, monkeypatch):
+    server.commit({"notes.txt": b"x"})
+    status, _, err = call("pull", "own/name", tmp_path / "down")
+    assert status == 2 and "has no config.json" in err
+    status, _, err = call("pull", "own/name@nosuch", tmp_path / "down")
+    assert status == 2 and "check the name and the revision" in err
+    for name in ("own", "own/name/more", "/name"):
+        status, _, err = call("pull", name)
+        assert status == 2 and "must read owner/name" in err
+    server.shutdown()
+    server.server_close()
+    status, _, err = call("pull", "own/name", tmp_path / "down")
+    assert status == 2 and "check the network" in err
+    assert not (tmp_path / "down").exists()
+
+
+def test_the_card_is_the_runs(call, run):
+    write_json(run / "01-zero" / "results.json", [ROW, {**ROW, "model": "other", "pass_at_1": 0.9}])
+    text = (run / "recipe.toml").read_text()
+    try:
+        (run / "recipe.toml").write_text('folder = "/home/someone"\n' + text + 'from = "corpus"\n')
+        status, card, _ = call("push", run, "own/name", "--dry-run")
+    finally:
+        (run / "recipe.toml").write_text(text)
+        (run / "01-zero" / "results.json").unlink()
+    assert status == 0 and card.startswith('---\nlicense: "other"\n') and "# own/name" in card
+    assert "| countdown | en | 1.0 | 50.0 % (40.0-60.0) | 5 | 16 |" in card and "90.0 %" not in card
+    assert text.strip() in card and "someone" not in card
+
+
+def test_the_card_of_a_model_without_a_run(run, tmp_path):
+    shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
+    card = model_card(tmp_path / "model", "own/name", "mit")
+    assert "16 routed experts of which a token takes 4" in card and "Recipe" not in card and "of the run" not in card
