@@ -25,7 +25,8 @@ def test_an_arm_shares_corpus_and_base_with_its_donor(shape):
         donor = jobs[job.donor]
         assert list(jobs).index(job.donor) < place and donor.seed == job.seed
         theirs = {stage.name: stage for stage in donor.recipe().stages}
-        assert all(stages[name] == theirs[name] for name in ("corpus", "base"))
+        shared = theirs.keys() & stages.keys() - set(zero.arms()["base"].asked)
+        assert shared >= {"corpus", "base"} and all(stages[name] == theirs[name] for name in shared)
 
 
 def test_controls_differ_from_r1_zero_in_one_thing():
@@ -46,6 +47,13 @@ def test_controls_differ_from_r1_zero_in_one_thing():
     doses = [zero.recipe(arm, 1, "countdown").stages[0].mix["countdown"] for arm in ("dose-0", "dose-3")]
     for mix in doses:
         assert sum(mix[kind] for kind in ("systematic", "sloppy", "average", "careful")) == pytest.approx(1)
+
+
+def test_what_an_arm_does_not_run_decides_nothing():
+    jobs = {job.arm: job for job in zero.jobs("full")}
+    assert set(jobs["coin"].settings["recipe"]) == {"model", "corpus", "base", "coin", "right", "eval"}
+    assert "student" in jobs["distilled"].settings["recipe"] and "student" not in jobs["right"].settings["recipe"]
+    assert len({job.digest for job in jobs.values()}) == len(jobs)
 
 
 @pytest.mark.parametrize("part", [zero, machine])

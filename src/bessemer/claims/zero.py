@@ -50,6 +50,7 @@ class StageArm(ConfigTable):
     stages: list[str] = Field(default_factory=list)
     asked: list[str] = Field(default=["eval"])
     base: str = ""
+    after: str = ""
     set: list[str] = Field(default_factory=list)
     sums: list[str] = Field(default_factory=list)
     minutes: float = 6.0
@@ -98,10 +99,26 @@ def recipe(arm: str, seed: int, shape: str) -> Recipe:
     own = arms()[arm]
     judged = own.stages[-1] if own.stages else "base"
     overrides = [*_settings(arm, shape), f"seed={seed}", f'eval.models=["{judged}"]']
-    overrides += [f"{name}.seed={seed + OTHER_SEED}" for name in ("right-again", "again")]
+    overrides += [f"{name}.seed={seed + OTHER_SEED}" for name in ("right-again", "on-unchecked-again", "again")]
     whole = Recipe.parse(registry.data("zero.toml").decode(), overrides, "zero.toml")
-    kept = {"corpus", "base", *own.stages, *asked(arm, shape)}
-    return whole.model_copy(update={"stages": [stage for stage in whole.stages if stage.name in kept]})
+    return whole.model_copy(update={"stages": [one for one in whole.stages if one.name in _kept(arm, shape)]})
+
+
+def _kept(arm: str, shape: str) -> set[str]:
+    return {"corpus", "base", *arms()[arm].stages, *asked(arm, shape)}
+
+
+def _tables(names: set[str]) -> dict[str, Any]:
+    """What zero.toml says of these stages and of those that they are like: nothing else decides an arm's numbers."""
+    data = tomllib.loads(registry.data("zero.toml").decode())
+    tables = {table.get("name", table.get("kind")): table for table in data["stage"]}
+    found, left = {"model": data["model"]}, sorted(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found[name] = tables[name]
+            left += [tables[name]["like"]] if "like" in tables[name] else []
+    return found
 
 
 def asked(arm: str, shape: str) -> list[str]:
@@ -122,10 +139,10 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
 def _job(name: str, seed: int, shape: str) -> ArmJob:
     arm, base = arms()[name], base_of(name)
     made = {
-        "recipe": tomllib.loads(registry.data("zero.toml").decode()), "set": _settings(name, shape),
+        "recipe": _tables(_kept(name, shape)), "set": _settings(name, shape),
         "stages": arm.stages, "asked": asked(name, shape),
     }  # fmt: skip
-    donor = None if base == name else f"zero-{shape}-{base}-{seed}"
+    donor = None if base == name else f"zero-{shape}-{arm.after or base}-{seed}"
     minutes = arm.minutes * _shape(shape).minutes
     return ArmJob("zero", name, seed, shape, made, minutes, arm.about, partial(recipe, name, seed, shape), donor)
 
@@ -215,6 +232,22 @@ def shown(kind: str) -> Any:
     return lambda one, other: gain(one) - gain(other)
 
 
+def rises(base: Numbers, cold: Numbers, dev2: Numbers, dev3: Numbers, r1: Numbers) -> float:
+    """Of the four stages of R1, how many raise what they are for: reading, pass@1, other tasks, everyday requests."""
+    others = [fmean(one[name] for name in UNPAID) for one in (dev2, dev3)]
+    return sum((
+        cold["readable"] > base["readable"], dev2["pass@1"] > cold["pass@1"], others[1] > others[0],
+        r1["pass@1 general"] > dev3["pass@1 general"],
+    ))  # fmt: skip
+
+
+def rises_again(*stages: Numbers) -> float:
+    """How many of the same models seem to rise when they are asked once more."""
+    names = ("readable", "pass@1", "pass@1", "readable")
+    return sum(one[f"again {name}"] > one[name] for one, name in zip(stages, names, strict=True))
+
+
+CHAIN = ("cold", "dev2", "dev3", "r1")
 AFTER, POINTS = ("right", "base"), gap("pass@1", times=100)
 METRICS: dict[tuple[str, str], Metric] = {
     ("Z2", "pass@1 after - before, points"): Metric(POINTS, AFTER, AFTER, ("coin", "base")),
@@ -243,6 +276,21 @@ METRICS: dict[tuple[str, str], Metric] = {
         gap("language"), ("mixed-language", "mixed-right"), negative=("mixed-coin", "mixed-right")
     ),
     ("R2", "pass@1, with - without, points"): Metric(POINTS, ("mixed-language", "mixed-right")),
+    ("R1", "stages whose own metric rises, of four"): Metric(
+        rises, ("base", *CHAIN), negative=CHAIN, of_negative=rises_again
+    ),
+    ("R3", "readable share, cold start - base"): Metric(
+        gap("readable"), ("cold", "base"), negative=("base",), of_negative=again("readable")
+    ),
+    ("R4", "pass@1, checked - unchecked, points"): Metric(
+        POINTS, ("checked", "unchecked"), ("checked", "wrong"), ("unchecked-again", "unchecked")
+    ),
+    ("R5", "readable share, R1 - R1-Zero"): Metric(
+        gap("readable"), ("r1", "right"), negative=("right",), of_negative=again("readable")
+    ),
+    ("R6", "pass@1, distilled - own RL, points"): Metric(
+        POINTS, ("distilled", "student-rl"), ("right", "student-rl"), ("pages", "student-rl")
+    ),
     ("G3", "CPU s a rollout, PPO / GRPO"): Metric(
         lambda ppo, grpo: ppo["cpu_s"] / grpo["cpu_s"], ("ppo", "right"), negative=("right-again", "right")
     ),
