@@ -6,7 +6,8 @@ import pytest
 
 from bessemer.claims import machine, registry, runs, zero
 from bessemer.claims.runs import ArmResult
-from bessemer.pipeline import runner
+from bessemer.config.table import stage_refs
+from bessemer.pipeline import preflight, runner
 
 
 @pytest.mark.parametrize("shape", ["countdown", "sums"])
@@ -27,6 +28,15 @@ def test_an_arm_shares_corpus_and_base_with_its_donor(shape):
         theirs = {stage.name: stage for stage in donor.recipe().stages}
         shared = theirs.keys() & stages.keys() - set(zero.arms()["base"].asked)
         assert shared >= {"corpus", "base"} and all(stages[name] == theirs[name] for name in shared)
+
+
+def test_the_stages_of_an_arm_find_what_they_need(tmp_path):
+    for arm in zero.arms():
+        made = zero.recipe(arm, 1, "countdown")
+        preflight.check(made, tmp_path, made.names())
+        for place, stage in enumerate(made.stages):
+            earlier = {one.name for one in made.stages[:place]}
+            assert {name for _, name in stage_refs(stage)} <= earlier
 
 
 def test_controls_differ_from_r1_zero_in_one_thing():
