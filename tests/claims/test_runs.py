@@ -6,7 +6,7 @@ import random
 import pytest
 from typer.testing import CliRunner
 
-from bessemer.claims import cards, pretrain, registry, results, runner, runs
+from bessemer.claims import cards, page, pretrain, registry, results, runner, runs
 from bessemer.claims.pretrain_metrics import SHARES, worst_part
 from bessemer.claims.runs import ArmJob, ArmResult, Runs
 from bessemer.claims.verdict import ClaimVerdict
@@ -163,7 +163,8 @@ def test_one_seed_beside_the_committed_ones():
         [card] = cards.make(["L6"], judged, again)
         assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
         assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
-        assert ("as expected" if agrees else "outside what 95 %") in cards.describe([card])
+        said = "as expected" if agrees else "outside what 95"
+        assert said in cards.describe([card]) and said in page._card(card) and "3 seeds" in page._card(card)
 
 
 def test_a_diverged_arm_is_a_result():
