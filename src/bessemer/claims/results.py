@@ -125,4 +125,5 @@ def evidence(
         return runs.best(results), {}, runs.different(results)
     committed, judged = runs.best(held), runs.best(results)
     judged = {claim: metrics | committed.get(claim, {}) for claim, metrics in judged.items()}
-    return judged, runs.measured(own, tier, most=1), runs.different(results)
+    beside = {claim: metrics for claim, metrics in runs.measured(own, tier, most=1).items() if claim in committed}
+    return judged, beside, runs.different(results)
