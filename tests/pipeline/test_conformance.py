@@ -20,58 +20,59 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSOSOSOSPSS Multi-head latent attention
-SSSSOSOSOSPSS Query compression
-PPPAOPOPOPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSOSOSOSPSS DeepSeekMoE
-PPPPOPOPOPPPP Sigmoid gate, normalised, scaled
-SSSSOSOSOSPSS Group-limited routing
-SSSSOSOSOSPSS Leading dense layers
-ASASOSOSOSPSS Bias balancing, MTP layers included
-PPPPOPOPOPPPP Sequence-wise balance loss
-PPPPOPOPOPPPP No token dropping
-ASOOOSOSOSPSS Multi-token prediction
-AAPAOAOAOAPAA AdamW, FP32 masters
-AAAAOAOAOAPAA Learning rate over consumed tokens
-OOOOOAOOOOPOO Batch size over consumed tokens
-SSSSOSOSOSPSS Initialisation
-SSSOOOOSOSPSS Packing without cross-document mask
-OAAOOAOAOAPAA Fill-in-the-middle
-PPPPOPOPOPPPP Random split of punctuation + line break
-SSSSOSOSOSPSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOPOO FP8 training
-OOPOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOPOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOOOPOO Moving average of the weights
-OOOOOOOOOOPOO DualPipe
-OOOOSOOOOOPOO Expert parallelism, a token to a node once
-OOOOSOOOOOPOO ZeRO-1
-OOOAOOOOOOPOO Long-context extension in phases
-OOOSOOOOOOPOO YaRN on the rotary key, the same in every phase
-OOOAOOOOOOOOO Needle in a haystack over lengths and depths
-OPOOPPPPOPOPP R1-Zero: RL from the base, no SFT
-OAOOPAPAOAOAP Prompt template
-OSOOSSPSASOSS GRPO groups
-OPOOPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOOPAPAAAOAA Loss of a token
-OAOOAAPAAAOAA Clip
-OAOOPAPAOAOAA KL to the reference (k3, in the loss)
-OAOOAAPAAAOAA Mini-batches per rollout
-OPOOAAPPPPOPP On policy, every sample used
-OSOOSSPSSSOSS Learning rate of RL
-OPOOPPPPPPOPP Sampling temperature of RL
-OOOOPPPPOOOOO Sampling temperature with preference rewards
-OOOOPAPAAAOAA Rewards
-OAOOSSPAAOOOO SFT: answers only, samples packed with masks
-OOOOSSPSOOOSO Length cap raised mid-run
-OOOOPPPPAOOOO Cold start: readable R1-Zero answers in one form
-OAOOPAPAOOOOO Language consistency reward
-OOOOSSPSAOOOO Rejection sampling: correct and readable answers
-OOOOAAPAOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOSSPSOOOOO Preference rewards only at the end
-OOOOOOPAAOOOO Distillation: SFT of a smaller model on checked samples
-OAOOSSPSAAOAA Evaluation by sampling
-"""  # continue, controls, fp8-study, long, node, one-gpu, r1-paper, r1-tiny, smollm2, tiny, v3, zero, zero-template
+SSSSSOSOSSOSSPSS Multi-head latent attention
+SSSSSOSOSSOSSPSS Query compression
+PPPPAOPOPPOPPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOSSOSSPSS DeepSeekMoE
+PPPPPOPOPPOPPPPP Sigmoid gate, normalised, scaled
+SSSSSOSOSSOSSPSS Group-limited routing
+SSSSSOSOSSOSSPSS Leading dense layers
+ASASSOSOSSOSSPSS Bias balancing, MTP layers included
+PPPPPOPOPPOPPPPP Sequence-wise balance loss
+PPPPPOPOPPOPPPPP No token dropping
+ASOSOOSOSSOSSPSS Multi-token prediction
+AAPAAOAOAAOAAPAA AdamW, FP32 masters
+AAAAAOAOAAOAAPAA Learning rate over consumed tokens
+OOOOOOAOOOOOOPOO Batch size over consumed tokens
+SSSSSOSOSSOSSPSS Initialisation
+SSSSOOOOSSOSSPSS Packing without cross-document mask
+OAAAOOAOAAOOAPAA Fill-in-the-middle
+PPPPPOPOPPOPPPPP Random split of punctuation + line break
+SSSSSOSOSSOSSPSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOPOO FP8 training
+OOPOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOPOO Moving average of the weights
+OOOOOOOOOOOOOPOO DualPipe
+OOOOOSOOOOOOOPOO Expert parallelism, a token to a node once
+OOOOOSOOOOOOOPOO ZeRO-1
+OOOOAOOOOOOOOPOO Long-context extension in phases
+OOOOSOOOOOOOOPOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPOPPOPP R1-Zero: RL from the base, no SFT
+OAOAOPAPAAOAAOAP Prompt template
+OSOSOSSPSSASSOSS GRPO groups
+OPOPOPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAPAAAAAOAA Loss of a token
+OAOAOAAPAAAAAOAA Clip
+OAOAOPAPAAOAAOAA KL to the reference (k3, in the loss)
+OAOAOAAPAAAAAOAA Mini-batches per rollout
+OPOAOAAPPPPPPOPP On policy, every sample used
+OSOSOSSPSSSSSOSS Learning rate of RL
+OPOPOPPPPPPPPOPP Sampling temperature of RL
+OOOOOPPPPPOOOOOO Sampling temperature with preference rewards
+OOOAOPAPAAAAAOAA Rewards
+OAOOOSSPSAAOOOOO SFT: answers only, samples packed with masks
+OOOOOSSPOSOOOOSO Length cap raised mid-run
+OOOOOPPPPPAOOOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAPAAOOOOOO Language consistency reward
+OOOOOSSPSSAOOOOO Rejection sampling: correct and readable answers
+OOOOOAAPAAOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSPSSOOOOOO Preference rewards only at the end
+OOOOOOOPOAAOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSPSSAAAOAA Evaluation by sampling
+"""
+"""In the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu, r1-paper, r1-small, r1-tiny, smollm2, specialists, tiny, v3, zero, zero-template."""
 
 
 def of(recipe, *overrides):
@@ -98,7 +99,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 13 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 16 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):
