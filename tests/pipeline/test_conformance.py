@@ -72,7 +72,8 @@ OOOOOSSPSSOOOOOO Preference rewards only at the end
 OOOOOOOPOAAOOOOO Distillation: SFT of a smaller model on checked samples
 OAOAOSSPSSAAAOAA Evaluation by sampling
 """
-"""In the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu, r1-paper, r1-small, r1-tiny, smollm2, specialists, tiny, v3, zero, zero-template."""
+"""One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
+r1-paper, r1-small, r1-tiny, smollm2, specialists, tiny, v3, zero, zero-template."""
 
 
 def of(recipe, *overrides):
