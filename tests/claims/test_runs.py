@@ -142,8 +142,6 @@ def test_verdicts_need_seeds_and_controls():
     assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
     blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # nothing shows that harm would be seen
     assert verdict_on(blind) is ClaimVerdict.PART
-    worse = [one for one in latent_as_good(change=0.03) if one.arm != "MLA-24"]
-    assert verdict_on(worse) is ClaimVerdict.NOT_SHOWN
     assert runs.missing(blind)["MLA-24"] == ["L12", "L6"]
     assert verdict_on([one for one in blind if one.arm != "MHA"]) is ClaimVerdict.NOT_RUN
 

@@ -214,8 +214,6 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     if negative is not None and _fires(part, negative):
         outcome = Outcome.UNCLEAR  # what must not show it shows it, too
     missing = bool(part.positive and control is None) or bool(part.negative and negative is None)
-    if outcome is Outcome.FAILS and missing:
-        outcome = Outcome.UNCLEAR  # without its controls a run contradicts nothing
     if outcome is Outcome.HOLDS and (missing or measured.earlier or _small(part, interval, rules)):
         outcome = Outcome.WEAK
     return PartFinding(
