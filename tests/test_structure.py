@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bessemer"
 BESIDE_THE_CORE = ("plan", "curate", "claims")
-MOST = {"files": 385, "lines": 71_500, "core files": 320, "core lines": 60_300, "Any lines": 112, "repeated names": 3}
+MOST = {"files": 377, "lines": 69_748, "core files": 318, "core lines": 59_605, "Any lines": 111, "repeated names": 3}
 """A ratchet: lower it when the package shrinks. The aims: 41,000 lines, and in the core 200 files of 35,000 lines."""
 
 
