@@ -212,7 +212,7 @@ def test_the_guide_s_dualpipe_is_dualpipe():
     words = shlex.split(line, comments=True)
     assert words[:2] == ["bessemer", "run"]
     settings = [after for word, after in pairwise(words) if word == "--set"]
-    recipe = Recipe.load(root / words[2], settings)
+    recipe = Recipe.load(words[2], settings)
     pretrain, layout = recipe.stage("pretrain"), recipe.layout
 
     def used(micro_rows):
