@@ -49,7 +49,7 @@ def find_recipe(name: str | Path, data: bool = False) -> Path:
     path = Path(text)
     if text not in known:
         if path.suffix or path.exists() or len(path.parts) > 1:
-            return path  # whoever reads it says what is wrong with it
+            return path  # reading it raises the error, if there is one
         raise UserError(f'no recipe "{text}": {nearest(text, list(known))} (or the path of a file, such as my.toml)')
     if here := [file for file in (path, path.with_suffix(".toml")) if file.is_file()]:
         raise UserError(f"{text} is a built-in recipe, and {here[0]} lies here: write ./{here[0]} or {PREFIX}{text}")

@@ -1,7 +1,7 @@
 """Models on the Hugging Face hub: one commit up, one snapshot down.
 
-A push is one commit: whoever reads the repository sees the model before it or the whole new one. Large files go up
-first and are kept by the hub, so the same command after a push that broke sends what is missing.
+A push is one commit, so readers of the repository see either the old model or the whole new one. Large files are
+uploaded first and stay on the hub, so repeating an interrupted push sends only what is missing.
 """
 
 from __future__ import annotations

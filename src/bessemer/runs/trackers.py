@@ -192,8 +192,8 @@ class _State:
 
 
 class Mirror:
-    """Sends what is new to the trackers of one run. `report(name, why)` is told of a tracker that fails; it is left
-    alone from then on."""
+    """Sends new lines to the trackers of one run. A tracker that fails is reported by `report(name, why)` and gets
+    nothing more."""
 
     def __init__(self, root: Path, names: Sequence[str], report: Callable[[str, str], None]) -> None:
         self.root, self.report = root, report
