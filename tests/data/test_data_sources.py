@@ -70,7 +70,7 @@ def test_parquet(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet: row 2"):
         read(path)
     pq.write_table(pa.table({"body": ["one"]}), path)
-    with pytest.raises(UserError, match="no column text or messages, only body"):
+    with pytest.raises(UserError, match="no column text, messages or prompt and completion, only body"):
         read(path)
     path.write_bytes(b"PAR1 but not really")
     with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):

@@ -1,6 +1,4 @@
-"""Judged answers in rows: pairs stay whole and side by side, marks sit on last tokens, files are read strictly."""
-
-import json
+"""Judged answers in rows: pairs stay whole and side by side, marks sit on last tokens."""
 
 import pytest
 
@@ -70,51 +68,6 @@ def test_nothing_that_fits_is_an_error(tmp_path):
         build([], tmp_path, preference_rows.LabelRows)
     with pytest.raises(UserError, match="holds no packed answers"):
         preference_rows.load(tmp_path / "nowhere", preference_rows.PairRows, 0)
-
-
-GOOD_PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
-
-
-def test_files_are_read_line_by_line(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(GOOD_PAIR) + "\n" + json.dumps(GOOD_PAIR | {"chosen": "好"}) + "\n")
-    assert [line["chosen"] for line in preference_rows.read(path, preference_rows.PAIR)] == ["a", "好"]
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text('{"prompt": "q", "response": "a", "safe": true}\n')
-    assert list(preference_rows.read(labels, preference_rows.LABEL)) == [{"prompt": "q", "response": "a", "safe": True}]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[1]", "this one has list"),
-        ("{}", "this one has nothing"),
-        ('{"prompt": "q", "chosen": "a"}', "this one has prompt, chosen"),
-        ('{"prompt": "q", "chosen": "a", "rejected": "b", "more": 1}', "more"),
-        ('{"prompt": "q", "chosen": 1, "rejected": "b"}', "chosen is int"),
-        ('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}', "half a surrogate pair"),
-    ],
-)
-def test_a_broken_line_is_named(tmp_path, line, complaint):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(GOOD_PAIR) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=r"pairs.jsonl:2: each line must be") as error:
-        list(preference_rows.read(path, preference_rows.PAIR))
-    assert complaint in str(error.value)
-
-
-def test_a_label_must_be_true_or_false_and_a_file_must_exist(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    path.write_text('{"prompt": "q", "response": "a", "safe": 1}\n')
-    with pytest.raises(UserError, match="safe is int"):
-        list(preference_rows.read(path, preference_rows.LABEL))
-    with pytest.raises(UserError, match="cannot be read"):
-        list(preference_rows.read(tmp_path / "none.jsonl", preference_rows.LABEL))
-    path.write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(preference_rows.read(path, preference_rows.LABEL))
 
 
 def test_pairs_and_labelled_texts_are_counted_by_row(tmp_path):

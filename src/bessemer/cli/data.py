@@ -1,4 +1,4 @@
-"""Commands on training text: build and check."""
+"""Commands on training data: build, check and export."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,9 @@ import typer
 
 from bessemer.cli.common import AsJson, app, print_json
 
-data = typer.Typer(help="Training text: from raw sources to clean, tokenised shards.", no_args_is_help=True)
+data = typer.Typer(
+    help="Training data: raw text to tokenised shards, and what a run made as data sets.", no_args_is_help=True
+)
 app.add_typer(data, name="data")
 
 
@@ -64,3 +66,24 @@ def check(
         return
     parts = ", ".join(f"{name} {part['tokens']:,} tokens" for name, part in facts["parts"].items())
     print(f"{folder} is intact: {facts['documents']} document files; {parts}")
+
+
+@data.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write STAGE-KIND.jsonl.")],
+    stage: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this stage; may be repeated. Default: all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a run's stages made as data sets that TRL reads: conversations for SFT, preferences, rollouts."""
+    from bessemer.runs.directory import run_dir
+    from bessemer.runs.export import export as export_run
+
+    written = export_run(run_dir(run), folder, stage or [])
+    if as_json:
+        print_json(written)
+        return
+    for one in written:
+        print(f"{one['file']}: {one['records']:,} records of {one['stage']}")

@@ -202,7 +202,8 @@ class SFTConfig(FineTuningConfig):
     ignore_at_default = frozenset({"fp8", "batch_examples"})
 
     data: list[SourceName] = Field(default_factory=list)
-    """Conversations: .jsonl or .parquet files with `messages`, directories of them, or hf://owner/name."""
+    """Conversations: .jsonl or .parquet files with `messages`, or `prompt` and `completion`, directories of them, or
+    hf://owner/name."""
     samples: list[StageRef] = Field(default_factory=list)
     """Earlier stages whose conversations are added, such as one of kind reject."""
     epochs: int | None = Field(None, ge=1)
@@ -279,7 +280,8 @@ class RewardModelConfig(FineTuningConfig):
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
     data: list[SourceName] = Field(default_factory=list)
-    """Files of lines {"prompt", "chosen", "rejected"} for helpful, {"prompt", "response", "safe"} for harmless."""
+    """Files (.jsonl, .parquet, or hf://owner/name) of {"prompt", "chosen", "rejected"} for helpful, {"prompt",
+    "response", "safe"} for harmless, or TRL's forms of these."""
     made: int = Field(2000, ge=0)
     """Prompts of the task `general` to generate judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
     tasks: list[TaskName] = Field(["general"])

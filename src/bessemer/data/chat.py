@@ -133,7 +133,7 @@ def render_answers(
     """Ids as in `render_ids`, and for each whether the assistant wrote it (answers and the EOS after them)."""
     style = style or tokenizer.chat_style
     if style is None:
-        _check_messages(messages)
+        check_messages(messages)
         return tokenizer.render_answers(messages, add_generation_prompt)
     ids: list[int] = []
     answers: list[bool] = []
@@ -197,7 +197,7 @@ def style_of(template: str | None) -> str | None:
 
 def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
     _check_style(style)
-    _check_messages(messages)
+    check_messages(messages)
     system_texts = [message["content"] for message in messages if message["role"] == "system"]
     system = ZERO_PREAMBLE if style == "r1-zero" and not system_texts else "\n\n".join(system_texts)
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
@@ -245,7 +245,8 @@ def _check_style(style: str) -> None:
         raise UserError(f"unknown chat style {style!r}; choose one of {', '.join(STYLES)}")
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """UserError for what is no conversation of texts; says which message, and the fix."""
     if not messages:
         raise UserError("a conversation needs at least one message")
     for number, message in enumerate(messages):
@@ -254,6 +255,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
         if message["role"] not in ("system", "user", "assistant"):
             raise UserError(f"message {number} has role {message['role']!r}; choose system, user or assistant")
         if not isinstance(message["content"], str):
-            raise UserError(f"message {number} has a content that is not text")
+            kind = type(message["content"]).__name__
+            raise UserError(f"message {number} has a content that is not text ({kind}); write one string")
         if extra := sorted(message.keys() - {"role", "content"}):
             raise UserError(f"message {number} has {extra[0]!r}, which no template renders; put it into the content")

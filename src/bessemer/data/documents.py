@@ -1,8 +1,9 @@
 """Documents, and the user's own text: files of three kinds, a directory of them, or a data set of the Hugging Face hub.
 
-.jsonl     one object a line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]})
+.jsonl     one object a line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]}), or TRL's
+           {"prompt": ..., "completion": ...} (`formats`)
 .txt       documents separated by one or more blank lines
-.parquet   a column `text`, or `messages`
+.parquet   a column `text`, or `messages`, or `prompt` and `completion`
 
 The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an error that names file and line; nothing is
 skipped silently.
@@ -24,13 +25,13 @@ from typing import Any, BinaryIO
 
 from bessemer.config import places
 from bessemer.config.places import HUB
-from bessemer.data import chat
+from bessemer.data import chat, formats
 from bessemer.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".jsonl", ".txt", ".parquet", *(kind + packed for kind in (".jsonl", ".txt") for packed in COMPRESSED))
 _COMMIT = re.compile("[0-9a-f]{40}")
-COLUMNS = ("messages", "conversations")
+COLUMNS = (("messages",), ("conversations",), ("prompt", "completion"))
 """Columns a record may have instead of a text."""
 KINDS = (".jsonl", ".txt", ".parquet")
 
@@ -46,6 +47,8 @@ class Document:
     """english, chinese, code, mathematics, or the user's name for a source of their own."""
     messages: tuple[dict[str, str], ...] | None = None
     """The conversation, if the record was one; `text` is then its plain transcript."""
+    prompted: bool = False
+    """The messages before the last are a prompt: no answer in them is learnt."""
 
 
 def read_files(path: Path, domain: str) -> Iterator[Document]:
@@ -167,9 +170,14 @@ def parquet_records(
 
     try:
         table = pq.ParquetFile(path)
-        columns = [name for name in (key, *COLUMNS) if name in table.schema_arrow.names][:1] if key else None
-        if columns == []:
-            raise UserError(f"{path} has no column {key} or messages, only {', '.join(table.schema_arrow.names)}")
+        names, columns = table.schema_arrow.names, None
+        if key:
+            columns = [key] if key in names else [one for group in COLUMNS if {*group} <= {*names} for one in group]
+            if not columns:
+                raise UserError(
+                    f"{path} has no column {key}, messages or prompt and completion, only {', '.join(names)}"
+                )
+            columns += ["label"] if "completion" in columns and "label" in names else []
         number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
         for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
             for record in batch.to_pylist():
@@ -264,14 +272,17 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     """The document of a record: the text under `key`, or a conversation. UserError that begins with `where`."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
-    messages = record.get("messages", record.get("conversations"))
+    record = {name: value for name, value in record.items() if value is not None}
+    messages, prompted = record.get("messages", record.get("conversations")), False
+    if messages is None and key not in record and {"prompt", "completion"} <= record.keys():
+        messages, prompted = formats.completed(record, where), True
     if key in record:
         text, messages = record[key], None
         if not isinstance(text, str):
             raise UserError(f"{where}: {key} must be a string, not {type(text).__name__}")
     elif isinstance(messages, list):
         try:
-            messages = [_without_none(message) for message in messages]
+            messages = [formats.without_none(message) for message in messages]
             text = chat.transcript(messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
@@ -283,7 +294,9 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
         )
     else:
         raise UserError(
-            f"{where}: needs {key} (a string) or messages (a list), has {', '.join(map(str, record)) or 'nothing'}"
+            f"{where}: needs {key} (a string), messages (a list), or prompt and completion; has "
+            + (", ".join(map(str, record)) or "nothing")
+            + ("; preferences are for a stage of kind reward-model" if {"chosen", "rejected"} <= record.keys() else "")
         )
     if not text.strip():
         raise UserError(f"{where}: the text is empty; remove the record")
@@ -291,7 +304,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff), which is no character") from None
-    return Document(text, domain, tuple(messages) if messages is not None else None)
+    return Document(text, domain, tuple(messages) if messages is not None else None, prompted)
 
 
 _TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -299,8 +312,3 @@ _TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".csv": _csv_records,
     ".parquet": partial(parquet_records, key=None),
 }
-
-
-def _without_none(message: Any) -> Any:
-    """Parquet gives every message every key, with None where the record had none."""
-    return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message

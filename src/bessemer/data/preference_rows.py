@@ -14,22 +14,21 @@ Legend: B rows, T tokens per row.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bessemer.config.places import located, looked_in
+from bessemer.config.places import HUB, located, looked_in
+from bessemer.data import documents
 from bessemer.data.batch import Batch
 from bessemer.data.rows import write_rows
 from bessemer.data.sft_rows import DTYPE, SFTRows, read_packed
 from bessemer.errors import UserError
 
 GOOD, BAD = 1, 2
-PAIR: dict[str, type] = {"prompt": str, "chosen": str, "rejected": str}
-LABEL: dict[str, type] = {"prompt": str, "response": str, "safe": bool}
 Ids = Sequence[int]
 
 
@@ -97,36 +96,14 @@ def load(directory: Path, kind: type[PairRows], seed: int) -> PairRows:
     return kind(*read_packed(directory, "answers"), seed)
 
 
-def read(name: str | Path, fields: dict[str, type]) -> Iterator[dict[str, Any]]:
-    """The lines of a .jsonl file with exactly these fields (`PAIR` or `LABEL`); UserErrors name file and line."""
-    shape, path = ", ".join(f'"{field}": {kind.__name__}' for field, kind in fields.items()), located(name)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                yield _checked(line, fields, f"{path}:{number}: each line must be {{{shape}}}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}{looked_in(name)}; name a .jsonl file") from error
-
-
-def _checked(line: str, fields: dict[str, type], must: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{must}; this one is not JSON ({error})") from error
-    if not isinstance(record, dict) or record.keys() != fields.keys():
-        has = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{must}; this one has {has or 'nothing'}")
-    for name, kind in fields.items():
-        if not isinstance(record[name], kind):
-            raise UserError(f"{must}; {name} is {type(record[name]).__name__}")
-        if kind is str:
-            try:
-                record[name].encode("utf-8")
-            except UnicodeEncodeError:
-                raise UserError(f"{must}; {name} holds half a surrogate pair, which is no character") from None
-    return record
+def read(name: str | Path, line: Callable[[dict[str, Any], str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The lines of a file (.jsonl, .csv or .parquet), a directory of such files, or a data set of the hub; `line` is
+    `formats.pair` or `formats.label`. UserErrors name file and line."""
+    path = str(name) if str(name).startswith(HUB) else located(name)
+    if isinstance(path, Path) and not path.exists():
+        raise UserError(f"there is no file or directory {name}{looked_in(name)}; name a .jsonl or .parquet file")
+    for where, record in documents.records(path):
+        yield line(record, where)
 
 
 def _packed(ids: Ids, mark: int) -> np.ndarray:

@@ -4,7 +4,8 @@ A directory holds `rows.bin`, rows of uint32, each four times a token's id, plus
 the assistant wrote it; and `meta.json` with the facts, written last.
 
 Invariants
-- Only answers and the EOS after them are trained on, never a prompt, a system message or padding.
+- Only answers and the EOS after them are trained on, never a prompt, a system message or padding. Of a record with
+  prompt and completion it is the completion alone, as in TRL.
 - A sample is whole or left out: one that does not fit a row is counted in `too_long`, not cut, for a cut answer
   teaches not to end.
 - Row n of the endless list is found by arithmetic: epoch n // rows, then a permutation that belongs to seed and epoch.
@@ -171,6 +172,10 @@ def checked(document: Document, where: str) -> tuple[dict[str, str], ...]:
 def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
     messages = checked(document, f"a conversation of {document.domain}")
     ids, answers = chat.render_answers(tokenizer, messages, style)
+    if document.prompted and True in answers:  # only the last run of the assistant's tokens
+        end = len(answers) - answers[::-1].index(True)
+        start = end - [*answers[:end][::-1], False].index(False)
+        answers = [one and place >= start for place, one in enumerate(answers)]
     packed = np.array(ids, dtype=DTYPE) * 4 + np.array(answers, dtype=DTYPE)
     packed[0] += 2
     return packed

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
+from bessemer.data.formats import Prompt, messages_of
 from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import model_shard
@@ -82,10 +83,10 @@ class Scale:
         return cls(**values)
 
 
-def judged_ids(tokenizer: Tokenizer, aim: str, prompt: str, answer: str) -> list[int]:
+def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> list[int]:
     """The input of a reward model of this aim; `answer` includes thoughts and tags."""
     read = summary(answer) if aim == "helpful" else answer
-    return render_ids(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": read}])
+    return render_ids(tokenizer, [*messages_of(prompt), {"role": "assistant", "content": read}])
 
 
 def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:

@@ -21,7 +21,7 @@ from bessemer.config.units import show_tokens
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.escape import escaped
-from bessemer.runs.files import write_atomic
+from bessemer.runs.files import ROLLOUTS, write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
 from bessemer.runs.progress import StageProgress
 
@@ -170,7 +170,7 @@ class StageContext:
         """Append to `rollouts.jsonl`. Keys: step, id, prompt, completion, reward, correct, formatted, and others."""
         if not self.leads:
             return
-        file = LineFile(self.dir / "rollouts.jsonl")
+        file = LineFile(self.dir / ROLLOUTS)
         for line in lines:
             file.append(line)
         file.close()
@@ -180,8 +180,8 @@ class StageContext:
         if not self.leads:
             return
         self.metrics.rewind(step)
-        if (self.dir / "rollouts.jsonl").exists():
-            file = LineFile(self.dir / "rollouts.jsonl")
+        if (self.dir / ROLLOUTS).exists():
+            file = LineFile(self.dir / ROLLOUTS)
             file.rewind(lambda line: line.get("step", 0) <= step)
             file.close()
         if (samples := self.dir / "samples.md").exists():

@@ -19,6 +19,10 @@ from bessemer.hf.replace import lacking
 BACK = "bring it back, or run the same command again for a new one"
 CONVERSATIONS = "samples.jsonl"
 """The file of conversations that a stage exports for SFT: one JSON object a line, {"messages": [...]}."""
+JUDGED = "judged.jsonl"
+"""The file of judged answers that a reward model was trained and measured on: lines of `data/formats`."""
+ROLLOUTS = "rollouts.jsonl"
+"""The file of answers to the same few held-out problems, which RL asks again and again."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
@@ -105,6 +109,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Records as the lines of a file."""
+    return (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def conversation_line(messages: Sequence[Message]) -> str:

@@ -95,8 +95,16 @@ class FileTask(Task):
 
     @classmethod
     def text(cls, record: dict[str, Any], where: str, names: Sequence[str] = QUESTIONS) -> str:
-        """The text under the first of `names` that the line has."""
+        """The text under the first of `names` that the line has. It may be a list of one message of the user, as in
+        TRL's prompt-only data sets."""
         value = next((record[name] for name in names if name in record), None)
+        if isinstance(value, list):
+            message = value[0] if len(value) == 1 and isinstance(value[0], dict) else {}
+            if message.get("role") != "user":
+                raise cls.wrong(
+                    where, "a task asks one question, so its list must hold one message of the user", record
+                )
+            value = message.get("content")
         if not isinstance(value, str) or not value.strip():
             raise cls.wrong(where, f"no text under {' or '.join(map(repr, names))}", record)
         return value.strip()

@@ -48,7 +48,8 @@ class GeneralFile(FileTask):
     domain = "general"
     family = "general"
     form = (
-        '{"prompt": "...", "aim": "helpful" or "harmless", "reference": "..."}, where the reference answer is optional'
+        '{"prompt": "...", "aim": "helpful" or "harmless", "reference": "..."}, where the reference answer is optional '
+        "and the aim of a prompt is helpful unless given"
     )
 
     def __init__(self, path: str, **settings: Any):
@@ -57,7 +58,7 @@ class GeneralFile(FileTask):
 
     @classmethod
     def read(cls, record: dict[str, Any], where: str) -> Question:
-        aim, text = record.get("aim"), cls.text(record, where)
+        aim, text = _aim(record), cls.text(record, where)
         if aim not in AIMS:
             raise cls.wrong(where, f"the aim is {aim!r}, not {' or '.join(AIMS)}", record)
         if "reference" not in record:
@@ -70,9 +71,14 @@ class GeneralFile(FileTask):
         return Verdict(False, fault is None, fault or UNJUDGED, answer or None)
 
 
+def _aim(record: dict[str, Any]) -> Any:
+    """The reward model for a line; a prompt-only data set names none."""
+    return record.get("aim", AIMS[0] if "prompt" in record else None)
+
+
 @lru_cache(maxsize=16)
 def _aims_of(file: LineIndex) -> frozenset[str]:
-    return frozenset(file.record(row)["aim"] for row in range(len(file.lines)))
+    return frozenset(str(_aim(file.record(row))) for row in range(len(file.lines)))
 
 
 class General(Task):

@@ -14,7 +14,7 @@ the policy, which is also its reference.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,8 +24,9 @@ from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
-from bessemer.data import preference_rows, sft_rows
+from bessemer.data import formats, preference_rows, sft_rows, sources
 from bessemer.data.chat import opening, question_ids
+from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
@@ -39,7 +40,7 @@ from bessemer.rl.dealing import dealt, led
 from bessemer.rl.judge import Judge, api_key
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_by
 from bessemer.runs.context import StageContext
-from bessemer.runs.files import write_atomic
+from bessemer.runs.files import JUDGED, json_lines, write_atomic
 from bessemer.tasks import general_quality
 from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General
@@ -52,8 +53,6 @@ WRITTEN = 4
 """Candidates per made prompt that are written, not sampled."""
 ANSWERS = "judged.json"
 """File in the state of all judged answers, those held out among them."""
-JUDGED = "judged.jsonl"
-"""File of the judged answers that the model was trained and measured on, in the format of `data`."""
 SAMPLES = 6
 """Held-out answers, with their scores, written to samples.md."""
 
@@ -107,7 +106,7 @@ class RewardModelling(Stage[RewardModelConfig]):
     ) -> Iterator[tasks.Problem | str]:
         """The lines of its files and the problems it made answers for: a policy learns from them through rewards."""
         for line in _from_files(config, config.data):
-            yield "\n".join(str(line[key]) for key in ("prompt", *_keys(line)))
+            yield "\n".join([formats.text_of(line["prompt"]), *(line[key] for key in _keys(line))])
         yield from _problems(config, recipe.seed_of(config))
 
     def run(self, config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
@@ -168,19 +167,21 @@ def _pack(
     config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, train: Sequence[Line], heldout: Sequence[Line]
 ) -> dict[str, Any]:
     """Writes the judged answers, and those of training as rows; the facts of the rows."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*train, *heldout])
-    write_atomic(ctx.dir / JUDGED, text)
+    written = (line if isinstance(line["prompt"], str) else formats.conversational(line) for line in [*train, *heldout])
+    write_atomic(ctx.dir / JUDGED, json_lines(written))
     units = (_texts(line, config.aim, tokenizer) for line in train)
     return preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
 
 
 def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Line]:
     for name in names:
-        yield from preference_rows.read(name, _fields(config))
+        yield from preference_rows.read(name, _line(config))
 
 
-def _counted(config: RewardModelConfig, name: str) -> str:
+def _counted(config: RewardModelConfig, name: str) -> str | None:
     """What a file of judged answers holds; UserError without a line, or for labels of one kind alone."""
+    if name.startswith(HUB):
+        return sources.check(name)  # not downloaded to be counted
     marks = Counter(line.get("safe") for line in _from_files(config, [name]))
     if not marks or (config.aim == "harmless" and len(marks) < 2):
         raise UserError(
@@ -192,8 +193,8 @@ def _counted(config: RewardModelConfig, name: str) -> str:
     return f"{name}: {marks.total():,} {'pairs' if config.aim == 'helpful' else 'answers'}{labels}"
 
 
-def _fields(config: RewardModelConfig) -> dict[str, type]:
-    return preference_rows.PAIR if config.aim == "helpful" else preference_rows.LABEL
+def _line(config: RewardModelConfig) -> Callable[[dict[str, Any], str], Line]:
+    return formats.pair if config.aim == "helpful" else formats.label
 
 
 def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
@@ -245,7 +246,7 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
     splits: tuple[list[Line], list[Line]] = [], [*_from_files(config, config.heldout_data)]
     share = 0.0 if config.heldout_data else config.heldout
     for line in lines:
-        splits[tasks.stable_hash("heldout", line["prompt"]) < share * 2**64].append(line)
+        splits[tasks.stable_hash("heldout", formats.text_of(line["prompt"])) < share * 2**64].append(line)
     marks = {line.get("safe") for line in splits[1]}
     if not splits[1] or (config.aim == "harmless" and marks != {True, False}):
         raise UserError(
@@ -258,7 +259,7 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
 def _replayed(config: RewardModelConfig, ctx: StageContext, new: int) -> list[Line]:
     """Training answers of the previous reward model, `replay` of the whole with `new` ones beside them."""
     assert config.previous is not None
-    old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _fields(config)), config, ctx)
+    old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _line(config)), config, ctx)
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
     return order[: round(new * config.replay / (1 - config.replay))]
 
@@ -312,7 +313,7 @@ class _Monitor(StepLog):
         self.ctx.metrics.write(trainer.step, trainer.tokens, values)
         for line, unit in list(zip(self.heldout, scored, strict=True))[:SAMPLES]:
             texts = [f"{line[key]}\n[{score:+.2f}]" for key, (score, _) in zip(_keys(line), unit, strict=True)]
-            self.ctx.sample(trainer.step, trainer.tokens, "\n\n".join([line["prompt"], *texts]))
+            self.ctx.sample(trainer.step, trainer.tokens, "\n\n".join([formats.text_of(line["prompt"]), *texts]))
 
 
 def _right(unit: list[tuple[float, int]]) -> bool:

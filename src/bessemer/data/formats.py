@@ -1,0 +1,164 @@
+"""Records in the data set formats of Hugging Face's TRL ("Dataset formats and types" in its documentation).
+
+    prompt-completion      {"prompt", "completion"}
+    preference             {"prompt", "chosen", "rejected"}, or without prompt: what both texts begin with is the prompt
+    unpaired preference    {"prompt", "completion", "label"}; our own form is {"prompt", "response", "safe"}
+
+A text is a string or a list of messages, the same in all columns of a record. A string under `prompt` is what the user
+says, any other what the assistant answers. Conversations ({"messages"}) are read in `documents`. Other columns are
+ignored, and one that is null counts as absent, as parquet files have it. Every error begins with `where`.
+"""
+
+from typing import Any
+
+from bessemer.data.chat import Message, check_messages
+from bessemer.errors import UserError
+
+Prompt = str | list[Message]
+"""A question, or a conversation that ends with one."""
+
+
+def completed(record: dict[str, Any], where: str) -> list[Message]:
+    """The conversation of a prompt-completion record; its last message is the completion. Where both are strings, the
+    blank that joins them is dropped."""
+    prompt, completion = record["prompt"], record["completion"]
+    if record.get("label") is not None:
+        raise UserError(
+            f"{where}: a label makes this unpaired preference data, whose bad answers must not be learnt; keep the "
+            "lines with good ones, without label"
+        )
+    _alike(where, prompt=prompt, completion=completion)
+    if isinstance(completion, str):
+        completion = completion.removeprefix(" ")
+    answer = _answer(completion, "completion", where)
+    if not answer.strip():
+        raise UserError(f"{where}: completion is empty; leave this record out")
+    return [*_asked(prompt, where), {"role": "assistant", "content": answer}]
+
+
+def pair(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """{"prompt": Prompt, "chosen": str, "rejected": str} of a preference record. Without a prompt, or with the question
+    as a string beside whole conversations, the prompt is what both texts have in common, cut as TRL cuts it."""
+    prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
+    if chosen is None or rejected is None:
+        raise _lacks(where, record, '{"prompt": str, "chosen": str, "rejected": str}')
+    _alike(where, chosen=chosen, rejected=rejected)
+    if isinstance(chosen, list):
+        chosen, rejected = (_messages(text, name, where) for text, name in ((chosen, "chosen"), (rejected, "rejected")))
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+        prompt, chosen, rejected = _shared(chosen, rejected, where)
+    _alike(where, prompt=prompt, chosen=chosen)
+    answers = {"chosen": _answer(chosen, "chosen", where), "rejected": _answer(rejected, "rejected", where)}
+    return {"prompt": _simple(_asked(prompt, where)), **answers}
+
+
+def label(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """{"prompt": Prompt, "response": str, "safe": bool} of an unpaired preference record or of our own form."""
+    ours = record.get("response") is not None
+    names = ("response", "safe") if ours else ("completion", "label")
+    prompt, answer, good = (record.get(name) for name in ("prompt", *names))
+    if prompt is None or answer is None or good is None:
+        raise _lacks(where, record, '{"prompt": str, "response": str, "safe": bool}')
+    if not isinstance(good, bool):
+        raise UserError(f"{where}: {names[1]} is {type(good).__name__}; write true or false")
+    _alike(where, prompt=prompt, **{names[0]: answer})
+    return {"prompt": _simple(_asked(prompt, where)), "response": _answer(answer, names[0], where), "safe": good}
+
+
+def text_of(prompt: Prompt) -> str:
+    """The contents of a prompt as one text."""
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """A prompt as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def conversational(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of `pair` or `label` as TRL reads it: texts are messages."""
+
+    def said(name: str) -> list[Message]:
+        return [{"role": "assistant", "content": line[name]}]
+
+    prompt = messages_of(line["prompt"])
+    if "response" in line:
+        return {"prompt": prompt, "completion": said("response"), "label": line["safe"]}
+    return {"prompt": prompt, "chosen": said("chosen"), "rejected": said("rejected")}
+
+
+def without_none(message: Any) -> Any:
+    """Parquet gives every message every key, with None where the record had none."""
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
+
+
+def _alike(where: str, **texts: Any) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str | list):
+            raise UserError(f"{where}: {name} is {type(text).__name__}; write a string or a list of messages")
+    (one, first), (two, second) = texts.items()
+    if type(first) is not type(second):
+        text, messages = (one, two) if isinstance(first, str) else (two, one)
+        raise UserError(f"{where}: {text} is a string and {messages} a list of messages; write both in one way")
+
+
+def _messages(value: Any, name: str, where: str) -> list[Message]:
+    messages = [without_none(message) for message in value]
+    try:
+        check_messages(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {name}: {error}") from error
+    return messages
+
+
+def _asked(prompt: Any, where: str) -> list[Message]:
+    """A prompt as messages, the last one the user's."""
+    messages = messages_of(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt", where)
+    _characters(where, "prompt", *(message["content"] for message in messages))
+    if messages[-1]["role"] != "user":
+        raise UserError(
+            f"{where}: prompt ends with a message of role {messages[-1]['role']!r}; end it with one of the user"
+        )
+    return messages
+
+
+def _answer(value: Any, name: str, where: str) -> str:
+    """The text of a string, or of the one message of the assistant in a list."""
+    if isinstance(value, list):
+        messages = _messages(value, name, where)
+        if [message["role"] for message in messages] != ["assistant"]:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"{where}: {name} must be one message of the assistant beyond the prompt, it has {roles}")
+        value = messages[0]["content"]
+    _characters(where, name, value)
+    return str(value)
+
+
+def _shared(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+    """(common beginning, the rest of each). A blank at the end of the beginning belongs to the answers."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    n = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    if n and chosen[n - 1] == " ":
+        n -= 1
+    if not n or (isinstance(chosen, str) and not chosen[:n].strip()):
+        raise UserError(f"{where}: chosen and rejected begin differently, so they hold no prompt; add prompt")
+    if not chosen[n:] or not rejected[n:]:
+        raise UserError(f"{where}: chosen and rejected must differ in their answers; leave this record out")
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _simple(messages: list[Message]) -> Prompt:
+    return messages[0]["content"] if len(messages) == 1 else messages
+
+
+def _characters(where: str, name: str, *texts: str) -> None:
+    try:
+        for text in texts:
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {name} holds half a surrogate pair, which is no character; mend the text") from None
+
+
+def _lacks(where: str, record: dict[str, Any], form: str) -> UserError:
+    has = ", ".join(str(name) for name, value in record.items() if value is not None) or "nothing"
+    return UserError(f"{where}: each record must be {form}, or the same in TRL's messages; this one has {has}")
