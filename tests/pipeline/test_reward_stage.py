@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
+from bessemer.data import chat, formats
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -88,6 +89,8 @@ def recipe(folder, reward=REWARD):
     good, bad = (f"<think>\n</think>\n\n{said}" for said in ("It is a good question.", "What a stupid thing!"))
     labels = [{"prompt": f"Say {n}.", "response": bad if n % 2 else good, "safe": n % 2 == 0} for n in range(160)]
     pairs = [{"prompt": f"Say {n}.", "chosen": good, "rejected": bad} for n in range(160)]
+    pairs[::4] = map(formats.conversational, pairs[::4])  # TRL's form, one of them with more than one turn before it
+    pairs[4]["prompt"] = [*chat.exchange("Say 1.", "Why?"), *pairs[4]["prompt"]]
     for name, lines in (("labels", labels), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         reward = reward.replace(f"{{{name}}}", str(folder / f"{name}.jsonl"))

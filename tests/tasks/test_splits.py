@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bessemer.errors import UserError
@@ -80,3 +82,31 @@ def test_a_line_that_is_no_general_prompt(tmp_path, line, fault):
     path.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "hi", "aim": "helpful"}, line)))
     with pytest.raises(UserError, match=fault):
         get(f"general:{path}")
+
+
+def test_prompt_only_data_sets(tmp_path):
+    """TRL's, as text and as a message, in JSONL and in parquet: the same problems. Their aim is to help."""
+    prompts = [f"Name colour {n}." for n in range(5)]
+    rows = [{"prompt": [{"role": "user", "content": text}] if n % 2 else text} for n, text in enumerate(prompts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [
+        {"prompt": [{"role": "user", "content": text}], "id": n, "reference": None} for n, text in enumerate(prompts)
+    ]
+    pq.write_table(pa.Table.from_pylist(said), tmp_path / "train.parquet", row_group_size=2)
+    for path in (tmp_path / "a.jsonl", tmp_path):
+        task = get(f"general:{path}" + ("@train" if path.is_file() else ""))
+        problems = [task.problem("train", n) for n in range(5)]
+        assert sorted(one.prompt for one in problems) == prompts
+        assert {one.meta["aim"] for one in problems} == {"helpful"} and task.judged_by == {"helpful"}
+    assert {one.id for one in problems} == {f"general:{tmp_path}/train/{n}" for n in range(5)}
+    for fault, prompt in (
+        ("line 1: a task asks one question, so its list must hold one message of the user", said[0]["prompt"] * 2),
+        ("line 1: a task asks one question", [{"role": "assistant", "content": "x"}]),
+        ("line 1: no text under 'question' or", [{"role": "user", "content": ["x"]}]),
+    ):
+        (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        with pytest.raises(UserError, match=fault):
+            get(f"general:{tmp_path / 'b.jsonl'}")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"c\.parquet is not a readable parquet file"):
+        get(f"general:{tmp_path / 'c.parquet'}")

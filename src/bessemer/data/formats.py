@@ -87,12 +87,12 @@ def conversational(line: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": said("chosen"), "rejected": said("rejected")}
 
 
-def without_none(message: Any) -> Any:
+def without_none(message: Message) -> Message:
     """Parquet gives every message every key, with None where the record had none."""
     return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
 
 
-def _alike(where: str, **texts: Any) -> None:
+def _alike(where: str, **texts: object) -> None:
     for name, text in texts.items():
         if not isinstance(text, str | list):
             raise UserError(f"{where}: {name} is {type(text).__name__}; write a string or a list of messages")
@@ -102,7 +102,7 @@ def _alike(where: str, **texts: Any) -> None:
         raise UserError(f"{where}: {text} is a string and {messages} a list of messages; write both in one way")
 
 
-def _messages(value: Any, name: str, where: str) -> list[Message]:
+def _messages(value: list[Message], name: str, where: str) -> list[Message]:
     messages = [without_none(message) for message in value]
     try:
         check_messages(messages)
@@ -111,7 +111,7 @@ def _messages(value: Any, name: str, where: str) -> list[Message]:
     return messages
 
 
-def _asked(prompt: Any, where: str) -> list[Message]:
+def _asked(prompt: Prompt, where: str) -> list[Message]:
     """A prompt as messages, the last one the user's."""
     messages = messages_of(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt", where)
     _characters(where, "prompt", *(message["content"] for message in messages))
@@ -122,7 +122,7 @@ def _asked(prompt: Any, where: str) -> list[Message]:
     return messages
 
 
-def _answer(value: Any, name: str, where: str) -> str:
+def _answer(value: Prompt, name: str, where: str) -> str:
     """The text of a string, or of the one message of the assistant in a list."""
     if isinstance(value, list):
         messages = _messages(value, name, where)
@@ -131,10 +131,10 @@ def _answer(value: Any, name: str, where: str) -> str:
             raise UserError(f"{where}: {name} must be one message of the assistant beyond the prompt, it has {roles}")
         value = messages[0]["content"]
     _characters(where, name, value)
-    return str(value)
+    return value
 
 
-def _shared(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Prompt, Prompt]:
     """(common beginning, the rest of each). A blank at the end of the beginning belongs to the answers."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     n = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))

@@ -1,8 +1,8 @@
-"""Problems from a user's JSONL file: one reader, one rule of splits and one style of errors for all families of tasks.
+"""Problems from a user's file, JSONL or parquet: one reader, one rule of splits, one style of errors for all families.
 
-PATH is a directory with train.jsonl and test.jsonl, or one file, a tenth of which is held out by a hash of the
-question. Questions of the test file are removed from the training set. Every line is checked when the task is made. A
-few bytes a line stay in memory; a problem is read from its place in the file when it is asked for.
+PATH is a directory with train.jsonl and test.jsonl (or .parquet), or one file, a tenth of which is held out by a hash
+of the question. Questions of the test file are removed from the training set. Every line is checked when the task is
+made. A few bytes a line stay in memory; a problem is read from its place in the file when it is asked for.
 """
 
 import codecs
@@ -28,6 +28,8 @@ _TELLTALES = dict.fromkeys(("choices", "options", "Correct Answer"), "choice") |
     ("tests", "input_output", "public_test_cases", "official_tests", "public_tests"), "code"
 )
 """Fields by which a file of another family is told."""
+PARQUET = ".parquet"
+_GROUP = 1 << 32  # more rows than a row group has
 _CHUNK = 32  # lines that `FileTask.check` sees at once
 
 
@@ -52,6 +54,9 @@ class LineIndex:
     hashes: "array[int]"
 
     def record(self, row: int) -> dict[str, Any]:
+        if self.path.suffix == PARQUET:
+            group, place = divmod(self.offsets[row], _GROUP)
+            return _row_group(self.path, self.path.stat().st_mtime_ns, group)[place]
         with self.path.open("rb") as file:
             file.seek(self.offsets[row])
             return _record(file.readline(), self.where(row))
@@ -149,11 +154,11 @@ class FileTask(Task):
                 f"there is no file or directory {name}{looked_in(name)}; write {self.family}:PATH with a path that "
                 "exists"
             )
-        files = {split: path / f"{split}.jsonl" if path.is_dir() else path for split in SPLITS}
+        files = {split: _of_split(path, split) if path.is_dir() else path for split in SPLITS}
         files = {whole: path} if whole else files
         found = {split: _index_of(type(self), file) for split, file in files.items() if file.exists()}
         if not found:
-            raise UserError(f"{path} has neither train.jsonl nor test.jsonl; name the file itself, or add one")
+            raise UserError(f"{path} has neither train.jsonl nor test.jsonl (or .parquet); name the file, or add one")
         return found
 
     def _rows(self, split: str) -> "dict[str, array[int]]":
@@ -183,9 +188,9 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
     index = LineIndex(path, array("q"), array("q"), [], array("Q"))
     ids: dict[str, int] = {}
     pending: list[tuple[str, Question]] = []
-    for number, offset, line in _lines(path):
+    for number, offset, line in (_rows if path.suffix == PARQUET else _lines)(path):
         where = f"{path}, line {number}"
-        record = _record(line, where)
+        record = _record(line, where) if isinstance(line, bytes) else line
         if not isinstance(record, dict):
             raise UserError(f"{where}: a {type(record).__name__}; a line of {kind.family}:PATH is {kind.form}")
         for name, family in _TELLTALES.items():
@@ -227,6 +232,38 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 offset += len(line)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}; name a JSONL file or a directory of them") from error
+
+
+def _of_split(folder: Path, split: str) -> Path:
+    table = folder / f"{split}{PARQUET}"
+    return table if table.exists() else folder / f"{split}.jsonl"
+
+
+def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(number from 1, row group and place in it as one number, record) of every row of a parquet file."""
+    import pyarrow.parquet as pq  # slow to import, and needed here only
+
+    try:
+        groups = pq.ParquetFile(path).num_row_groups
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); make it again") from error
+    number = 0
+    for group in range(groups):
+        for place, record in enumerate(_row_group(path, path.stat().st_mtime_ns, group)):
+            number += 1
+            yield number, group * _GROUP + place, record
+
+
+@lru_cache(maxsize=4)  # problems come in any order, and a group is the least that is decoded at a time
+def _row_group(path: Path, changed: int, group: int) -> list[dict[str, Any]]:
+    """The rows of a group, without the columns that are null in each."""
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.ParquetFile(path).read_row_group(group).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}); make it again") from error
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _record(line: bytes, where: str) -> Any:

@@ -71,7 +71,7 @@ class GeneralFile(FileTask):
         return Verdict(False, fault is None, fault or UNJUDGED, answer or None)
 
 
-def _aim(record: dict[str, Any]) -> Any:
+def _aim(record: dict[str, Any]) -> object:
     """The reward model for a line; a prompt-only data set names none."""
     return record.get("aim", AIMS[0] if "prompt" in record else None)
 
