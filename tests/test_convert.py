@@ -75,6 +75,10 @@ def test_the_name_gives_the_format(call, run, tmp_path):
     pytest.importorskip("gguf")
     assert call("convert", run, tmp_path / "a.gguf")[0] == 0
     assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
+    assert "\nFROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text("utf-8")
+    (tmp_path / "d.Modelfile").write_text("mine")
+    status, _, err = call("convert", run, tmp_path / "d.gguf")
+    assert status == 2 and "d.Modelfile exists already" in err and not (tmp_path / "d.gguf").exists()
     status, _, err = call("convert", run, tmp_path / "a.gguf", "--dtype", "float16")
     assert status == 2 and "a.gguf exists already" in err
     assert call("convert", run, tmp_path / "a.gguf", "--dtype", "float16", "--force")[0] == 0

@@ -7,6 +7,7 @@ import pytest
 from hub_server import serving
 from made_run import write_run
 
+from bessemer.data import chat
 from bessemer.hf import hub, remote
 from bessemer.report.model_card import model_card
 from bessemer.runs.files import write_json
@@ -116,9 +117,23 @@ def test_the_card_is_the_runs(call, run):
     assert status == 0 and card.startswith('---\nlicense: "other"\n') and "# own/name" in card
     assert "| countdown | en | 1.0 | 50.0 % (40.0-60.0) | 5 | 16 |" in card and "90.0 %" not in card
     assert text.strip() in card and "someone" not in card
+    use = card.partition("## Use\n\n```\n")[2].partition("```")[0].splitlines()
+    assert use == [
+        "bessemer pull own/name model && bessemer chat model", "VLLM_MLA_DISABLE=1 vllm serve own/name",
+        "bessemer convert model model.gguf && ollama create my-model -f model.Modelfile",
+    ]  # fmt: skip
+    assert "written for latents of 512 + 64; this model has " in card and "they were not run with this model" in card
 
 
 def test_the_card_of_a_model_without_a_run(run, tmp_path):
     shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
     card = model_card(tmp_path / "model", "own/name", "mit")
     assert "16 routed experts of which a token takes 4" in card and "Recipe" not in card and "of the run" not in card
+    (tmp_path / "model" / "chat_template.jinja").write_text(chat.jinja("r1"), "utf-8")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    write_json(tmp_path / "model" / "config.json", config | {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    card = model_card(tmp_path / "model", "own/name", "mit")
+    assert "\nvllm serve own/name --reasoning-parser deepseek_r1\n" in card and "512 + 64" not in card
+    assert "\npython -m sglang.launch_server --model-path own/name --reasoning-parser deepseek-r1\n" in card
+    write_json(tmp_path / "model" / "config.json", config | {"kv_lora_rank": 0})
+    assert "no other program serves it" in model_card(tmp_path / "model", "own/name", "mit")

@@ -1,5 +1,6 @@
 """Commands on model directories: conversion, and placement of experts on a cluster."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,8 @@ def convert(
         Format | None,
         typer.Option(
             "--to",
-            help="hf: a directory; gguf: one file for llama.cpp; dcp: torch.distributed.checkpoint. Default: by DST.",
+            help="hf: a directory; gguf: one file for llama.cpp, with a Modelfile for Ollama; dcp: "
+            "torch.distributed.checkpoint. Default: by DST.",
         ),
     ] = None,
     mtp: Annotated[
@@ -87,10 +89,13 @@ def convert(
     check_target(source, dst, force)
     target = dtype.value if dtype else None
     if to is Format.gguf:
-        from bessemer.hf.gguf_file import write
+        from bessemer.hf import gguf_file, modelfile
 
-        write(source, dst, target)
+        check_target(source, modelfile.path_of(dst), force)
+        gguf_file.write(source, dst, target)
         print(dst)
+        made = modelfile.write(source, dst)
+        print(f"for Ollama: ollama create {dst.stem} -f {made}", file=sys.stderr)
         return
     if to is Format.dcp:
         from bessemer.hf import dcp, hub

@@ -9,9 +9,13 @@ from typing import Any
 
 from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
+from bessemer.hf.mapping import FAMILIES
+from bessemer.hf.modelfile import style_of
 from bessemer.report.facts import RunFacts, StageFacts, read
 
 TAGS = ["bessemer", "reasoning"]
+MLA_KERNELS = (512, 64)
+"""Latent and rotary width for which vLLM and SGLang have MLA kernels (docs/guide.md)."""
 
 
 def model_card(model: Path, name: str, licence: str | None) -> str:
@@ -27,7 +31,7 @@ def model_card(model: Path, name: str, licence: str | None) -> str:
         facts = read(root)
         stage = next((one for one in facts.stages if model.resolve().is_relative_to(one.folder.resolve())), None)
         lines += _of_run(facts, stage)
-    lines += ["## Use", "", "```", f"bessemer pull {name} model && bessemer chat model", "```", ""]
+    lines += _use(model, config, name)
     lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if root else ''}.")
     return "\n".join(lines)
 
@@ -38,6 +42,28 @@ def _network(config: dict[str, Any]) -> str:
         shape += f", {experts} routed experts of which a token takes {config.get('num_experts_per_tok')}"
     name, context = (config.get("architectures") or ["?"])[0], config.get("max_position_embeddings")
     return f"`{name}` with {shape}, a vocabulary of {config.get('vocab_size')} and a context of {context} tokens."
+
+
+def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
+    """The commands that chat with the model and serve it; those of other programs as they document them."""
+    r1 = style_of(model) == "r1"
+    vllm = f"vllm serve {name}{' --reasoning-parser deepseek_r1' if r1 else ''}"
+    sglang = f"python -m sglang.launch_server --model-path {name}{' --reasoning-parser deepseek-r1' if r1 else ''}"
+    commands, notes = [f"bessemer pull {name} model && bessemer chat model"], []
+    latent = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim"))
+    if config.get("model_type") not in FAMILIES:
+        commands += [vllm, sglang]
+    elif not latent[0]:
+        notes.append("Its attention has no latent, so no other program serves it.")
+    else:
+        fits = latent == MLA_KERNELS
+        commands += [vllm, sglang] if fits else [f"VLLM_MLA_DISABLE=1 {vllm}"]
+        commands.append("bessemer convert model model.gguf && ollama create my-model -f model.Modelfile")
+        if not fits:
+            wide, shape = ("{} + {}".format(*sizes) for sizes in (MLA_KERNELS, latent))
+            notes.append(f"MLA kernels of vLLM and SGLang are written for latents of {wide}; this model has {shape}.")
+    notes.append("The commands of other programs are from their documentation; they were not run with this model.")
+    return ["## Use", "", "```", *commands, "```", "", *notes, ""]
 
 
 def _of_run(facts: RunFacts, stage: StageFacts | None) -> list[str]:

@@ -1,0 +1,109 @@
+"""The Modelfile of a GGUF file, from which `ollama create` makes a model: template, ends, sampling, context.
+
+Ollama's templates are Go's text/template over `.System` (all system messages, joined by a blank line) and `.Messages`
+(by its `template/template.go` and `thinking/template.go`, 2026). With the thoughts in `.Thinking`, where its parser
+puts them, they give the text of `data/chat`; with thinking switched off, that of our server. Three differences remain:
+
+- A conversation that ends with the assistant is left open, for the model to continue it.
+- A user's line that begins with `User:` in the style `zero` gets no blank in front; this dialect cannot replace text.
+- Ollama joins messages of one role that follow each other, by a blank line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bessemer.data import chat
+from bessemer.data.model_files import read_object, read_text
+from bessemer.errors import UserError
+from bessemer.hf.replace import replacing_file
+
+MOST_CONTEXT = 32_768
+"""Ollama reserves the whole context when it loads a model."""
+_RANGE = "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+_ASKED = '{{ if and $last (ne .Role "assistant") }}'
+_ENDED = f"{{{{ if not $last }}}}{chat.EOS}{{{{ end }}}}"
+_R1 = (
+    f'{{{{ .System }}}}{_RANGE}{{{{ if eq .Role "user" }}}}{chat.USER}{{{{ .Content }}}}'
+    f'{{{{ else if eq .Role "assistant" }}}}{chat.ASSISTANT}'
+    f"{{{{ if and $last .Thinking }}}}{chat.THINK}\n{{{{ .Thinking }}}}{chat.THINK_END}\n\n{{{{ end }}}}"
+    f"{{{{ .Content }}}}{_ENDED}{{{{ end }}}}"
+    f"{_ASKED}{chat.ASSISTANT}{chat.THINK}\n"
+    f"{{{{ if and $.IsThinkSet (not $.Think) }}}}\n{chat.THINK_END}\n\n{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
+)
+_BLANK = (
+    f"{{{{ if lt (len .Content) {len(chat.THINK)} }}}} "
+    f'{{{{ else if ne (slice .Content 0 {len(chat.THINK)}) "{chat.THINK}" }}}} {{{{ end }}}}'
+)
+"""What stands between `Assistant:` and an answer, unless it begins with a thought."""
+_ZERO = (
+    f'{_RANGE}{{{{ if eq .Role "user" }}}}User: {{{{ .Content }}}}\n'
+    f'{{{{ else if eq .Role "assistant" }}}}Assistant:{_BLANK}{{{{ .Content }}}}{_ENDED}{{{{ end }}}}'
+    f"{_ASKED}Assistant:{{{{ end }}}}{{{{ end }}}}"
+)
+_SYSTEM = {
+    "zero": "{{ if .System }}{{ .System }}\n{{ end }}",
+    "r1-zero": f"{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{chat.ZERO_PREAMBLE}{{{{ end }}}}\n",
+}
+
+
+def style_of(directory: Path) -> str | None:
+    """The style of `data/chat` that a model directory is asked in; None for a template of another kind, or none."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        return chat.style_of(read_text(jinja))
+    return chat.style_of(read_object(directory / "tokenizer_config.json").get("chat_template"))
+
+
+def template(style: str, bos: str = chat.BOS) -> str:
+    """Ollama's template of a style of `data/chat`; `bos`: what the runner does not put in front itself."""
+    return bos + (_R1 if style == "r1" else _SYSTEM[style] + _ZERO)
+
+
+def path_of(file: Path) -> Path:
+    """Beside the GGUF file, with its name: another model in the folder has its own."""
+    return file.with_suffix(".Modelfile")
+
+
+def write(directory: str | Path, file: str | Path) -> Path:
+    """Writes the Modelfile of `file`, which was made from the model `directory`; its path."""
+    target = path_of(Path(file))
+    with replacing_file(target) as fresh:
+        fresh.write_text(text(Path(directory), Path(file).name), "utf-8")
+    return target
+
+
+def text(directory: Path, name: str) -> str:
+    """The Modelfile of a file `name` in the same folder."""
+    if not name.isprintable():
+        raise UserError(f"{name!r} holds characters that a Modelfile cannot name; name the file plainly")
+    config, style = read_object(directory / "tokenizer_config.json"), style_of(directory)
+    lines = [f"# ollama create {Path(name).stem} -f {path_of(Path(name))}", f"FROM ./{name}"]
+    if style is None:
+        lines.append("# The chat template is not one of Bessemer's. Ollama looks for one like it among its own.")
+    else:
+        lines.append(f'TEMPLATE """{template(style, "" if config.get("add_bos_token") else chat.BOS)}"""')
+    lines += [f"PARAMETER {name} {value}" for name, value in _parameters(directory, config)]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What generation_config.json advises; Ollama's own defaults, which cut and penalise, are switched off."""
+    path = directory / "generation_config.json"
+    advised = read_object(path) if path.is_file() else {}
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    added = {token["id"]: token["content"] for token in read_object(directory / "tokenizer.json")["added_tokens"]}
+    ids = advised.get("eos_token_id")
+    ends = dict.fromkeys([end, *(added.get(one) for one in (ids if isinstance(ids, list) else [ids]))])
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    sampling |= {key: advised[key] for key in sampling if isinstance(advised.get(key), int | float)}
+    if advised.get("do_sample") is False:
+        sampling["temperature"] = 0.0
+    sampling["repeat_penalty"] = advised.get("repetition_penalty") or 1.0
+    context = read_object(directory / "config.json").get("max_position_embeddings")
+    values = sampling | ({"num_ctx": min(context, MOST_CONTEXT)} if isinstance(context, int) else {})
+    stops = [("stop", json.dumps(one, ensure_ascii=False)) for one in ends if one]
+    return stops + [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in values.items()]
