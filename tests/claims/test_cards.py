@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from bessemer.claims import cards, exact, here, planned, registry
+from bessemer.claims import cards, exact, here, phrases, planned, registry
 from bessemer.claims.verdict import ClaimVerdict, Measured
 from bessemer.cli import app
 from bessemer.errors import UserError
@@ -38,9 +38,24 @@ def test_both_languages_say_the_same():
             assert fields[0] == fields[1], name
 
 
+def test_no_sentence_says_what_has_not_been_run():
+    """The page says so itself, from the results that there are."""
+    stale = re.compile(r"(run|made|measured) yet|not (been )?(run|repeated)|尚未|还没有")
+    texts = {name: [*(claim.found or ()), *(claim.limit or ())] for name, claim in registry.claims().items()}
+    texts |= {name: [*one.does, *one.limit] for name, one in registry.experiments().items()}
+    assert not [name for name, several in texts.items() if stale.search(" ".join(several))]
+
+
 def test_every_kind_has_what_decides_it():
     rules = registry.rules().claim
+    words = phrases.words()
     for name, claim in registry.claims().items():
+        plain = registry.metrics().get(name, {})
+        parts = [part for part in rules[name].parts if part.kind != "B"] if name in rules else []
+        assert set(plain) == {part.metric for part in parts}, name
+        assert all(re.search("[一-鿿]", chinese) and unit in words["unit"] for _, chinese, unit in plain.values()), name
+        for control in filter(None, (one for part in parts for one in (part.positive, part.negative))):
+            assert control in registry.metrics()["control"], (name, control)
         kinds = {part.kind for part in rules[name].parts} if name in rules else set()
         if claim.kinds[0] in "RXS":
             assert claim.kinds[0] in kinds | ({"R"} if name in here.SEEN else set()), name
@@ -71,7 +86,7 @@ def test_results_of_runs_take_their_place():
     latent, fp8, rise = cards.make(["L6", "F7", "Z2"], results)
     assert latent.verdict is ClaimVerdict.SHOWN and latent.facts()["parts"][0]["interval"][0] == pytest.approx(-0.003)
     assert fp8.verdict is ClaimVerdict.PART and fp8.earlier is None  # its other metric has not been run
-    assert rise.found is not None and "three seeds" in rise.found[0]
+    assert rise.found is not None and "three runs" in rise.found[0]
     [blind] = cards.make(["L6"], {"L6": {metric: Measured(same.values, positive=[0.02, -0.03, 0.0])}})
     assert blind.verdict is ClaimVerdict.NOT_SHOWN
 

@@ -1,11 +1,12 @@
 """The page of the claims in headless Chromium: two widths, two languages, keyboard, and what axe-core finds."""
 
 import re
+from pathlib import Path
 
 import pytest
 from browser import chromium, violations
 
-from bessemer.claims import page, registry
+from bessemer.claims import cards, page, phrases, registry
 from bessemer.claims.registry import Part
 from bessemer.claims.verdict import Outcome, PartFinding
 from bessemer.eval.intervals import Interval
@@ -37,6 +38,21 @@ def opened(browser, file, request):
     yield tab
     context.close()
     assert set(complaints) == {f"file://{file}"}
+
+
+def test_the_page_in_docs_is_what_the_committed_results_give():
+    root = Path(__file__).parents[2]
+    due = "run: python bench/claims_page.py"
+    made = page.committed()
+    body = re.compile(r"<main>.*</main>", re.S)  # styles and script may change
+    committed = (root / "docs" / "claims.html").read_text(encoding="utf-8")
+    assert body.search(committed)[0] == body.search(page.document(made))[0], due
+    assert len(committed.encode()) < 2_000_000
+    names, numbers = phrases.words()["verdict"], cards.counts(made)
+    for place, (name, form) in enumerate((("README.md", "{1} {0}"), ("README.zh.md", "{0} {1} 条"))):
+        readme = (root / name).read_text(encoding="utf-8")
+        for verdict, number in numbers.items():
+            assert form.format(names[verdict][place], number) in readme, f"{name}: {due}"
 
 
 def test_size_and_content(file):
@@ -97,8 +113,7 @@ def test_a_link_opens_the_chapter_of_its_card(opened, file):
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 def test_pictures_of_extreme_values_stay_inside(size):
     part = Part(kind="R", side="equal", metric="<b>x</b>", threshold=0.0, margin=0.1, paper=-3 * size)
-    drawn = page._gap(
-        PartFinding(part, Outcome.UNCLEAR, part.metric, Interval(0.0, -size, size), Interval(size, size, 2 * size))
-    )
+    reach, control = Interval(0.0, -size, size), Interval(size, size, 2 * size)
+    drawn = page._gap("Q1", PartFinding(part, Outcome.UNCLEAR, part.metric, reach, control, value=0.0))
     places = [float(place) for place in re.findall(r"(?:left|width):(-?[\d.]+)%", drawn)]
     assert places and all(0 <= place <= 100 for place in places) and "<b>x" not in drawn

@@ -152,7 +152,7 @@ def test_the_largest_runs_with_enough_seeds_judge():
     assert verdict_on(small + latent_as_good("claims", change=0.03)) is ClaimVerdict.CONTRADICTED
     [card] = cards.make(["L6"], runs.best(small))
     [part] = card.facts()["parts"]
-    assert (part["seeds"], part["size"]) == (3, "d 128, 4 layers, 500K tokens")
+    assert (part["seeds"], part["size"]) == (3, "network 128 wide, 4 layers, 500K tokens read")
 
 
 def test_one_seed_beside_the_committed_ones():
@@ -164,7 +164,24 @@ def test_one_seed_beside_the_committed_ones():
         assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
         assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
         said = "as expected" if agrees else "outside what 95"
-        assert said in cards.describe([card]) and said in page._card(card) and "3 seeds" in page._card(card)
+        assert said in cards.describe([card]) and said in page._card(card) and "3 runs" in page._card(card)
+
+
+def test_of_two_sources_the_one_with_more_seeds_judges():
+    held = latent_as_good(seeds=1)
+    judged, again, _ = results.evidence("default", held, latent_as_good(seeds=3, change=0.03))
+    [card] = cards.make(["L6"], judged, again)
+    assert card.verdict is ClaimVerdict.CONTRADICTED and card.facts()["parts"][0]["seeds"] == 3
+    assert not any(again.values())  # a seed that judges is not compared with itself
+    judged, _, _ = results.evidence("default", held, latent_as_good(seeds=1, change=0.03))
+    [card] = cards.make(["L6"], judged)
+    assert card.verdict is ClaimVerdict.PART  # as many: the committed one
+    for tier in ("default", "full"):
+        judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
+        assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.SHOWN
+    more = [result("MHA", seed, bpb=3.0) for seed in (1, 2, 3, 4)]
+    bits = {one.seed: one.metrics["bpb"] for one in results.joined(latent_as_good(), more) if one.arm == "MHA"}
+    assert bits == dict.fromkeys((1, 2, 3, 4), 3.0)
 
 
 def test_a_diverged_arm_is_a_result():
@@ -209,6 +226,12 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
     assert "GONE seed 1 no longer exist" in said
     [path] = results.save(read.results, tmp_path / "kept")
     assert [ArmResult(**entry) for entry in json.loads(path.read_text())] == [good]
+    later = result("ref", 2, bpb=2.1)
+    results.save([later], tmp_path / "kept")
+    assert results.committed(tmp_path / "kept").results == [good, later]
+    path.write_text("{")
+    with pytest.raises(UserError, match="is no file of results"):
+        results.save([later], tmp_path / "kept")
     (tmp_path / "0" / results.FILE).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         results.finished(tmp_path)

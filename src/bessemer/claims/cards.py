@@ -126,13 +126,16 @@ def _measured(one: PartFinding) -> str:
     if not one.seeds:
         return ""
     reach = one.interval
-    interval = "" if reach is None else f" {reach.middle:+.4g} ({reach.low:+.4g} to {reach.high:+.4g})"
+    interval = (
+        f" {one.value:+.4g}" if reach is None else f" {reach.middle:+.4g} ({reach.low:+.4g} to {reach.high:+.4g})"
+    )
     runs = f"{one.seeds} seeds" if one.seeds > 1 else "one seed"
     beside = ""
     if one.again is not None:
         agrees = "as expected" if one.again.agrees else "outside what 95 % of such runs give"
         beside = f"; this run {one.again.value:+.4g}, {agrees}"
-    return f"{one.label}:{interval} {runs}{', ' * bool(one.size)}{one.size}: {one.outcome}{beside}"
+    size = one.size[0] and f", {one.size[0]}"
+    return f"{one.label}:{interval} {runs}{size}: {one.outcome}{beside}"
 
 
 def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:

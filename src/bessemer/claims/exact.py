@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from bessemer.claims.registry import claims
@@ -88,6 +89,7 @@ def nodes_touched(cfg: ModelConfig) -> float:
     return cfg.n_expert_groups * (1 - math.comb(others, chosen) / math.comb(experts, chosen))
 
 
+@cache
 def _prediction() -> Values:
     cfg = v3()
     one = LENGTH * cfg.vocab_size * 4 / 1e9
@@ -107,6 +109,7 @@ def _kept() -> Values:
     return {"fp8": fp8, "bf16": bf16, "share": 100 * fp8 / bf16}
 
 
+@cache
 def _released() -> Values:
     """Bytes of the weights on disk, tensor by tensor: FP8 with a float32 factor for every block, or BF16."""
     slots = mapping.slots(v3())

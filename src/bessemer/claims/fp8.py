@@ -17,7 +17,10 @@ from bessemer.claims.runs import ArmJob, Metric, Tier
 from bessemer.config.recipe import Recipe
 
 SHAPE: dict[Tier, str] = {"quick": "short", "default": "short", "full": "whole"}
-SIZES = {"short": "d 256, 2 layers, 280K tokens", "whole": "d 256, 2 layers, 1M tokens"}
+SIZES = {
+    "short": ["network 256 wide, 2 layers, 280K tokens read", "网络宽 256、2 层，读 28 万词元"],
+    "whole": ["network 256 wide, 2 layers, 1M tokens read", "网络宽 256、2 层，读 100 万词元"],
+}
 SAME = None
 BASE = "bf16"
 FORMATS = {

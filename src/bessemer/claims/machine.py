@@ -14,7 +14,10 @@ import torch
 from bessemer.claims.runs import ArmJob, Metric, Tier
 
 SHAPE: dict[Tier, str] = {"quick": "small", "default": "whole", "full": "whole"}
-SIZES = {"small": "4 processes, 4 layers", "whole": "8 processes, 16 layers"}
+SIZES = {
+    "small": ["a processor, no GPU; smallest sizes", "普通处理器，没有 GPU；最小规模"],
+    "whole": ["a processor, no GPU", "普通处理器，没有 GPU"],
+}
 SAME = None
 ROUNDS: dict[Tier, int] = {"quick": 1, "default": 3, "full": 5}
 PIPELINES: dict[str, dict[str, Any]] = {

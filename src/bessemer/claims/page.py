@@ -7,17 +7,31 @@ Both languages are in the page and filled from the same values; a button shows o
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import groupby
-from typing import Any
 
 from bessemer import __version__
-from bessemer.claims import exact, planned
-from bessemer.claims.cards import Card, counts
+from bessemer.claims import exact, planned, results
+from bessemer.claims.cards import Card, counts, make
+from bessemer.claims.phrases import (
+    COLON,
+    SEMICOLON,
+    SPACE,
+    both,
+    decided,
+    judged,
+    needed,
+    outcome,
+    pictured,
+    plain,
+    runs,
+    value,
+    word,
+    words,
+)  # fmt: skip
 from bessemer.claims.registry import claims, data, experiments, rules, rules_hash
-from bessemer.claims.verdict import ClaimVerdict, PartFinding
+from bessemer.claims.runs import PARTS, best, part
+from bessemer.claims.verdict import ClaimVerdict, Doubt, Outcome, PartFinding
 from bessemer.eval.intervals import Interval
 from bessemer.report import page
 from bessemer.report.page import Html
@@ -34,23 +48,9 @@ STYLES = {
 }  # fmt: skip
 
 
-@cache
-def words() -> dict[str, Any]:
-    """The page's own words, in both languages."""
-    return tomllib.loads(data("words.toml").decode())
-
-
-def both(texts: Sequence[object], **values: object) -> Html:
-    """A text in both languages, of which the page shows one."""
-    english, chinese = ((str(one).format(**values) if values else str(one)).replace(" %", "\u202f%") for one in texts)
-    if english == chinese:
-        return page.text(english)
-    shown = f'<span class="en" lang="en">{page.text(english)}</span>'
-    return Html(f'{shown}<span class="zh" lang="zh-Hans">{page.text(chinese)}</span>')
-
-
-def word(name: str, **values: object) -> Html:
-    return both(words()[name], **values)
+def committed() -> list[Card]:
+    """The cards by the results that the package holds: those of docs/claims.html."""
+    return make(list(claims()), best(results.committed().results))
 
 
 def document(cards: Sequence[Card]) -> str:
@@ -73,6 +73,7 @@ def document(cards: Sequence[Card]) -> str:
             word("headlines_lead"),
         ),
         page.section("all", word("all"), page.join(*chapters), word("all_lead")),
+        page.section("unrun", word("unrun"), _unrun(cards), word("unrun_lead")),
         page.section("method", word("how"), page.join(_method(), _glossary())),
         Html(f"<footer>{word('footer', version=__version__, hash=rules_hash()[:16])}</footer>"),
     ]  # fmt: skip
@@ -91,7 +92,7 @@ def _answer(cards: Sequence[Card]) -> Html:
         word(
             "answer", n=len(cards), shown=number[ClaimVerdict.SHOWN], part=number[ClaimVerdict.PART],
             contradicted=number[ClaimVerdict.CONTRADICTED], open=number[ClaimVerdict.NOT_RUN],
-            rest=number[ClaimVerdict.NOT_SHOWN] + number[ClaimVerdict.NOT_TESTABLE],
+            unsettled=number[ClaimVerdict.NOT_SHOWN], untestable=number[ClaimVerdict.NOT_TESTABLE],
         ),
         word("answer_cost", spread=spread, **hours),
         word("answer_wrong", stored_ratio=experts["stored_ratio"], share=cache_["share"]),
@@ -170,14 +171,16 @@ def _card(card: Card) -> Html:
     verdict = both(words()["verdict"][card.verdict])
     chip = f'<span class="chip"><span aria-hidden="true">{SYMBOLS[card.verdict]}</span> {verdict}</span>'
     body = page.paragraph(both(card.found), "found") if card.found else ""
-    if card.open:
-        body += page.paragraph(word("open"), "would")
+    does = both(experiments()[claim.experiment].does)
     if card.verdict is ClaimVerdict.NOT_RUN:
-        body += page.paragraph(
-            page.join(word("would"), both(experiments()[claim.experiment].does), by=" "), "would"
-        )  # fmt: skip
-    scores = [one for one in card.findings if one.part is not None and one.part.kind == "B"]
-    pictures = "".join(_gap(one, scores if one in scores else ()) for one in card.findings if one.interval is not None)
+        body += page.paragraph(page.join(word("would"), does, by=SPACE), "would")
+    elif any(one.seeds for one in card.findings):
+        body += page.paragraph(page.join(word("ran"), does, by=SPACE), "would")
+    if card.open:
+        waiting = (plain(card.name, one) for one in card.findings if one.outcome is Outcome.OPEN)
+        body += page.paragraph(page.join(word("open"), page.join(*waiting, by=SEMICOLON), by=SPACE), "would")
+    scores = [one for one in card.findings if one.score is not None]
+    pictures = "".join(_gap(card.name, one, scores if one in scores else ()) for one in card.findings if pictured(one))
     return Html(
         f'<article class="claim {style}" id="{card.name}">'
         f'<div class="head"><a href="#{card.name}">{card.name}</a>{chip}</div>'
@@ -188,54 +191,47 @@ def _card(card: Card) -> Html:
 
 def _details(card: Card) -> Html:
     claim = card.claim
-    decided = "".join(f"<li>{_decided(one)}</li>" for one in card.findings)
+    audits = [one for one in card.findings if one.part is None]
+    audited = word("audited_part" if len(audits) > 1 else "audited")
+    parts = "".join(
+        f"<li>{decided(card.name, one) if one.part else page.join(audited, judged(one), by=COLON)}</li>"
+        for one in card.findings
+    )
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
     lines = [
-        (word("published"), both([claim.published(0), claim.published(1)])),
+        (word("published"), both([claim.published(0), claim.published(1)]) if claim.paper != "-" else ""),
         (word("source"), page.text(claim.source)),
-        (word("parts"), Html(f"<ul>{decided}</ul>") if decided else ""),
+        (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
         (word("arms"), page.text(claim.arms)),
         (word("limit"), both(card.limit)),
-        (word("kinds"), page.join(kinds, page.text(f"({claim.experiment})"), by=" ")),
+        (word("kinds"), kinds),
         (word("again"), Html(f"<code>bessemer claims --only {card.name}</code>")),
     ]
     return Html("<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines if value) + "</dl>")
 
 
-def _decided(one: PartFinding) -> Html:
-    outcome = both(words()["outcome"][one.outcome])
-    more = ""
-    if one.interval is not None:
-        more = f" {_figures(one.interval)}"
-    if one.visible is not None and math.isfinite(one.visible):
-        more += f"; {word('visible')}: {one.visible:.2g}"
-    if one.size:
-        more += f" ({word('seeds', n=one.seeds)}; {page.text(one.size)})"
-    if one.again is not None:
-        agrees = word("agrees" if one.again.agrees else "disagrees")
-        more += f"; {word('this_run')}: {one.again.value:+.3g}, {agrees}"
-    return Html(f"{page.text(one.label)}{more}: {outcome}")
-
-
-def _figures(of: Interval) -> str:
-    return f"{of.middle:+.3g} ({of.low:+.3g} … {of.high:+.3g})".replace("-", "−")
+def _reach(one: PartFinding) -> Interval:
+    """The interval of a part; of a single run its value."""
+    assert one.value is not None, "a picture needs a value"
+    return one.interval or Interval(one.value, one.value, one.value)
 
 
 def _marks(one: PartFinding) -> list[float]:
     """Everything that the picture of a part must hold."""
-    assert one.interval is not None and one.part is not None, "only parts of a rule have intervals"
+    assert one.part is not None, "only parts of a rule have intervals"
     threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
-    marks = [*one.interval, threshold, 0.0]
+    marks = [*_reach(one), threshold, 0.0]
     marks += [threshold - margin, threshold + margin] if one.part.side == "equal" else []
     marks += [one.part.paper] if one.part.paper is not None else []
     return marks + ([*one.control] if one.control is not None else [])
 
 
-def _gap(one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
+def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
     """An interval beside its threshold, on one scale with `others`; the paper's figure is a diamond, the positive
     control grey."""
-    assert one.interval is not None and one.part is not None, "only parts of a rule have intervals"
+    assert one.part is not None and one.value is not None, "only parts of a rule have pictures"
+    reach = _reach(one)
     threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
     marks = [mark for part in (one, *others) for mark in _marks(part)]
     low, high = min(marks), max(marks)
@@ -254,12 +250,35 @@ def _gap(one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
     control = "" if one.control is None else span("reach control", one.control)
     paper = "" if one.part.paper is None else f'<span class="paper" style="left:{at(one.part.paper)}"></span>'
     marks_html = (
-        f'{zone}<span class="threshold" style="left:{at(threshold)}"></span>{control}{span("reach", one.interval)}'
-        f'<span class="at" style="left:{at(one.interval.middle)}"></span>{paper}'
+        f'{zone}<span class="threshold" style="left:{at(threshold)}"></span>{control}{span("reach", reach)}'
+        f'<span class="at" style="left:{at(reach.middle)}"></span>{paper}'
     )
     scale = f'<span class="scale" aria-hidden="true">{marks_html}</span>'
-    figures = f'<span class="figures">{_figures(one.interval)}</span>'
-    return Html(f'<div class="gap">{figures}<span>{page.text(one.label)}</span>{scale}</div>')
+    figures = f'<b class="figures">{value(claim, one)}</b>'
+    note = page.join(outcome(claim, one), needed(claim, one), runs(one) if one.seeds else "", by=" · ")
+    return Html(f'<div class="gap"><span>{plain(claim, one)}</span>{figures}{scale}<small>{note}</small></div>')
+
+
+def _unrun(cards: Sequence[Card]) -> Html:
+    """Which claims wait for runs, wholly or in part, and which have few or can have none yet."""
+    waiting = [card for card in cards if card.verdict is ClaimVerdict.NOT_RUN]
+    partly = [card for card in cards if card.open]
+    few = [card for card in cards if any(Doubt.FEW in one.doubts for one in card.findings)]
+    built = {claim for name in PARTS for claim, _ in part(name).METRICS}
+    unbuilt = [card for card in waiting + partly if card.name not in built]
+
+    def listed(title: str, some: list[Card]) -> Html:
+        links = page.join(*(Html(f'<a href="#{card.name}">{card.name}</a>') for card in some), by=" ")
+        return Html(f"<li>{word(title, n=len(some))} {links}</li>" if some else "")
+
+    claims_ = "".join(
+        f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting
+    )  # fmt: skip
+    lists = (("unrun_part", partly), ("unrun_few", few), ("unrun_built", unbuilt))
+    others = "".join(listed(title, some) for title, some in lists)
+    return Html(
+        f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{claims_}</ul><ul class="how">{others}</ul>'
+    )
 
 
 def _method() -> Html:

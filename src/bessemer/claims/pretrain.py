@@ -26,9 +26,10 @@ __all__ = ["METRICS", "SAME", "SHAPE", "SIZES", "jobs", "measure"]
 
 SHAPE: dict[Tier, str] = {"quick": "nano", "default": "short", "full": "claims"}
 SIZES = {
-    "nano": "d 64, 2 layers, 250K tokens", "short": "d 128, 4 layers, 500K tokens",
-    "claims": "d 128, 4 layers, 1.5M tokens",
-}  # fmt: skip
+    "nano": ["network 64 wide, 2 layers, 250K tokens read", "网络宽 64、2 层，读 25 万词元"],
+    "short": ["network 128 wide, 4 layers, 500K tokens read", "网络宽 128、4 层，读 50 万词元"],
+    "claims": ["network 128 wide, 4 layers, 1.5M tokens read", "网络宽 128、4 层，读 150 万词元"],
+}
 SAME = ("ref", "ref'", "bpb")
 CORPUS, SPEED = "corpus", "speed"
 """The job that makes the corpora, which all arms take over, and the one that times networks."""

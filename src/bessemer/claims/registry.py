@@ -146,6 +146,12 @@ def claims() -> dict[str, ClaimEntry]:
 
 
 @cache
+def metrics() -> dict[str, dict[str, list[str]]]:
+    """Claim -> metric of its rule -> [English, Chinese, unit]; "control" -> control -> [English, Chinese]."""
+    return tomllib.loads(data("metrics.toml").decode())
+
+
+@cache
 def rules() -> Rules:
     read = entry(Rules, tomllib.loads(data("rules.toml").decode()), "rules.toml")
     if unknown := read.claim.keys() - claims().keys():

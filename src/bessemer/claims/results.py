@@ -7,9 +7,11 @@ under other rules, or with other settings of the arm than today's, is named and 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from bessemer.claims import registry, runs
 from bessemer.claims.runs import PARTS, TIERS, ArmJob, ArmResult, Tier, part
 from bessemer.claims.verdict import Measured
 from bessemer.errors import UserError
-from bessemer.runs.files import write_json
+from bessemer.runs.files import write_atomic, write_json
 
 FILE = "result.json"
 """In the directory of a job."""
@@ -50,15 +52,23 @@ def digests() -> dict[tuple[str, str, str], str]:
     return {(job.part, job.arm, job.shape): job.digest for job in jobs}
 
 
-def committed() -> Sifted:
-    """The results that the package holds."""
+COMMITTED = resources.files("bessemer.claims").joinpath("results")
+
+
+def committed(folder: Traversable = COMMITTED) -> Sifted:
+    """The results that the package holds, or a folder in the same form."""
     found: list[ArmResult] = []
     left_out: list[str] = []
-    for file in sorted(resources.files("bessemer.claims").joinpath("results").iterdir(), key=lambda one: one.name):
-        if file.name.endswith(".json"):
-            one = sifted((ArmResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))), file.name)
-            found += one.results
-            left_out += one.left_out
+    for file in (folder.joinpath(f"{name}.json") for name in sorted(PARTS)):
+        if not file.is_file():
+            continue
+        try:
+            entries = [ArmResult(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is no file of results ({error}); name another folder") from None
+        one = sifted(entries, file.name)
+        found += one.results
+        left_out += one.left_out
     return Sifted(found, left_out)
 
 
@@ -91,9 +101,17 @@ def merged(*several: Sequence[ArmResult]) -> list[ArmResult]:
     return list({(one.part, one.shape, one.arm, one.seed): one for results in several for one in results}.values())
 
 
+def joined(held: Sequence[ArmResult], own: Sequence[ArmResult]) -> list[ArmResult]:
+    """The seeds of both. A seed that both have comes from the source with more seeds of its arm; `held` on a tie."""
+    seeds = [Counter((one.part, one.shape, one.arm) for one in results) for results in (held, own)]
+    more = [one for one in own if seeds[1][one.part, one.shape, one.arm] > seeds[0][one.part, one.shape, one.arm]]
+    return merged(own, held, more)
+
+
 def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
-    """Writes PART.json for every part, as the package holds them."""
+    """Writes PART.json for every part, as the package holds them; what the files hold already is joined to it."""
     folder.mkdir(parents=True, exist_ok=True)
+    results = joined(committed(folder).results, results)
     written = []
     for name in sorted({one.part for one in results}):
         own = [one for one in results if one.part == name]
@@ -101,9 +119,8 @@ def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
             asdict(one) for one in sorted(own, key=lambda one: (one.shape, one.arm, one.seed))
         ]
         path = folder / f"{name}.json"
-        path.write_text(
-            "[\n" + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n]\n", "utf-8"
-        )
+        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+        write_atomic(path, f"[\n{lines}\n]\n")
         written.append(path)
     return written
 
@@ -119,11 +136,18 @@ def evidence(
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
     """(what judges each claim, one seed of this tier's own runs beside it, a sentence for every A/A test that failed).
 
-    What the package holds judges, and where it holds nothing, the own runs. A full run joins its results to them."""
-    results = merged(held, own)
+    What the package holds judges, unless the own runs add seeds to a metric. A full run joins its results to them."""
+    results = joined(held, own)
+    judged, wrong = runs.best(results), runs.different(results)
     if tier == "full":
-        return runs.best(results), {}, runs.different(results)
-    committed, judged = runs.best(held), runs.best(results)
-    judged = {claim: metrics | committed.get(claim, {}) for claim, metrics in judged.items()}
-    beside = {claim: metrics for claim, metrics in runs.measured(own, tier, most=1).items() if claim in committed}
-    return judged, beside, runs.different(results)
+        return judged, {}, wrong
+    committed, once = runs.best(held), runs.measured(own, tier, most=1)
+    beside: dict[str, dict[str, Measured]] = {claim: {} for claim in committed if claim in once}
+    for claim, metrics in committed.items():
+        for metric, values in metrics.items():
+            if len(judged[claim][metric].values) > len(values.values):
+                continue
+            judged[claim][metric] = values
+            if metric in once.get(claim, {}):
+                beside[claim][metric] = once[claim][metric]
+    return judged, beside, wrong

@@ -6,7 +6,7 @@ A *part* is a family of runs in a module of its own, named in `PARTS`. It has
     measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
     SHAPE: {tier: shape}                           which shape (or size) of the runs a tier has
-    SIZES: {shape: text}                           what a reader is told of it, in figures
+    SIZES: {shape: [English, Chinese]}             what a reader is told of it, in figures
     SAME: (arm, arm, number)                       the A/A test: what may differ by chance alone; or None
 
 To add an experiment: give the module of its part more jobs and an entry in METRICS; to add a family of runs: write such
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
-from bessemer.claims.registry import rules
+from bessemer.claims.registry import Text, rules
 from bessemer.claims.verdict import Measured, agrees
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class RunsPart(Protocol):
 
     METRICS: Mapping[tuple[str, str], Metric]
     SHAPE: Mapping[Tier, str]
-    SIZES: Mapping[str, str]
+    SIZES: Mapping[str, Text]
     SAME: tuple[str, str, str] | None
 
     def jobs(self, tier: Tier, seeds: int | None = None) -> list[ArmJob]: ...

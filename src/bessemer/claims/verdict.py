@@ -16,6 +16,22 @@ from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
 from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
 
 
+class Doubt(StrEnum):
+    """Why a part does not hold, or holds weakly: for the reader; the rules decide without it."""
+
+    FEW = "few seeds"
+    SPREAD = "spread"
+    """The interval reaches over the threshold."""
+    BLIND = "blind"
+    """The positive control does not show the effect."""
+    ANYHOW = "anyhow"
+    """The negative control shows it, too."""
+    UNCONTROLLED = "uncontrolled"
+    SMALL = "small"
+    EARLIER = "earlier"
+    PREDICTED = "predicted"
+
+
 class ClaimVerdict(StrEnum):
     """What the evidence says of a claim."""
 
@@ -49,8 +65,8 @@ class Measured:
     over_problems: Interval | None = None
     earlier: bool = False
     """From before the rules: it can show a claim in part at most."""
-    size: str = ""
-    """Of the runs, for the reader."""
+    size: Sequence[str] = ("", "")
+    """Of the runs, for the reader: English, Chinese."""
 
 
 class Again(NamedTuple):
@@ -79,14 +95,22 @@ class PartFinding:
     """A printed figure that arithmetic must give."""
     again: Again | None = None
     seeds: int = 0
-    size: str = ""
-    """Of the runs that decided."""
+    size: Sequence[str] = ("", "")
+    """Of the runs that decided: English, Chinese."""
+    value: float | None = None
+    """Computed, or the mean over seeds."""
+    between: tuple[float, float] | None = None
+    """The computed ends that a value must lie between, or outside of."""
+    doubts: tuple[Doubt, ...] = ()
+    score: PublishedScore | None = None
+    """What a part of published scores compares."""
 
     def facts(self) -> dict[str, Any]:
         made = {
             "what": self.label, "outcome": self.outcome, "interval": self.interval, "positive_control": self.control,
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
-            "seeds": self.seeds or None, "size": self.size or None,
+            "seeds": self.seeds or None, "size": self.size[0] or None, "value": self.value,
+            "doubts": self.doubts or None,
             "this_run": self.again and {"value": self.again.value, "expected": self.again.expected,
                                         "agrees": self.again.agrees},
         }  # fmt: skip
@@ -157,17 +181,19 @@ def computed(part: Part, values: Mapping[str, Any]) -> PartFinding:
             outcome = Outcome.WEAK if inside else Outcome.FAILS
         else:
             outcome = Outcome.UNCLEAR if inside else Outcome.WEAK
-        return PartFinding(part, outcome, f"{value:.4g} in {low:.4g} to {high:.4g}")
+        label = f"{value:.4g} in {low:.4g} to {high:.4g}"
+        return PartFinding(part, outcome, label, value=value, between=(low, high), doubts=(Doubt.PREDICTED,))
     if part.printed is not None:
         equal = as_printed(value, part.printed) == part.printed
         label = f"{_plain(part.metric)} = {part.printed}"
-        return PartFinding(part, Outcome.HOLDS if equal else Outcome.FAILS, label, exact=True)
+        return PartFinding(part, Outcome.HOLDS if equal else Outcome.FAILS, label, exact=True, value=value)
     assert part.threshold is not None
     right = value > part.threshold if part.side == "above" else value < part.threshold
     label = f"{_plain(part.metric)} {value:.4g}, {part.side} {part.threshold:g}"
     if part.kind == "S":  # no interval, so neither strong nor wrong
-        return PartFinding(part, Outcome.WEAK if right else Outcome.UNCLEAR, label)
-    return PartFinding(part, Outcome.HOLDS if right else Outcome.FAILS, label)
+        outcome = Outcome.WEAK if right else Outcome.UNCLEAR
+        return PartFinding(part, outcome, label, value=value, doubts=(Doubt.PREDICTED,))
+    return PartFinding(part, Outcome.HOLDS if right else Outcome.FAILS, label, value=value)
 
 
 def _plain(metric: str) -> str:
@@ -185,7 +211,7 @@ def score(part: Part, published: PublishedScore) -> PartFinding:
     gap = shares_apart(published.one / 100, published.other / 100, published.problems)
     points = Interval(*(100 * end for end in gap))
     label = f"{published.on}: {published.one:.1f} / {published.other:.1f} ({published.problems:,})"
-    return PartFinding(part, _side(part, points), label, points)
+    return PartFinding(part, _side(part, points), label, points, value=points.middle, score=published)
 
 
 def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
@@ -205,21 +231,26 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         point = Interval(interval.middle, interval.middle, interval.middle)
         problems = measured.over_problems or point
         outcome = Outcome.WEAK if _side(part, problems) is Outcome.HOLDS else Outcome.UNCLEAR
+    doubts = {Doubt.FEW: few, Doubt.SPREAD: outcome is Outcome.UNCLEAR}
     control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
     if control is not None and few:  # a point, like what it is a control of
         control = Interval(control.middle, control.middle, control.middle)
     if control is not None and not _fires(part, control):
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
+        doubts[Doubt.BLIND] = True
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
     if negative is not None and _fires(part, negative):
         outcome = Outcome.UNCLEAR  # what must not show it shows it, too
+        doubts[Doubt.ANYHOW] = True
     missing = bool(part.positive and control is None) or bool(part.negative and negative is None)
+    doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier, Doubt.SMALL: _small(part, interval, rules)}
     if outcome is Outcome.HOLDS and (missing or measured.earlier or _small(part, interval, rules)):
         outcome = Outcome.WEAK
     return PartFinding(
         part, outcome, part.metric, interval if len(measured.values) > 1 else None, control,
         smallest_visible(measured.values, rules.confidence), p_value(measured.values, part.threshold or 0.0),
-        seeds=len(measured.values), size=measured.size,
+        seeds=len(measured.values), size=measured.size, value=interval.middle,
+        doubts=tuple(doubt for doubt, there in doubts.items() if there),
     )  # fmt: skip
 
 

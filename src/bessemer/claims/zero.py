@@ -33,8 +33,14 @@ from bessemer.runs.directory import stage_folders
 
 SHAPE: dict[Tier, str] = {"quick": "sums", "default": "countdown", "full": "countdown"}
 SIZES = {
-    "countdown": "2.7M parameters, 3.2M tokens, 24 rollouts of 256 answers to number puzzles",
-    "sums": "0.2M parameters, 4M tokens, 16 rollouts of 256 answers to sums of four digits",
+    "countdown": [
+        "network of 2.7M parameters, 3.2M tokens read, 24 rounds of 256 answers to number puzzles",
+        "网络 270 万参数，读 320 万词元，24 轮、每轮 256 个数字谜题回答",
+    ],
+    "sums": [
+        "network of 0.2M parameters, 4M tokens read, 16 rounds of 256 answers to sums of four digits",
+        "网络 20 万参数，读 400 万词元，16 轮、每轮 256 个四位数加法回答",
+    ],
 }
 SAME = ("right", "right-again", "pass@1")
 OTHER_SEED = 1000
@@ -108,9 +114,14 @@ def _kept(arm: str, shape: str) -> set[str]:
     return {"corpus", "base", *arms()[arm].stages, *asked(arm, shape)}
 
 
+@cache
+def _whole() -> dict[str, Any]:
+    return tomllib.loads(registry.data("zero.toml").decode())
+
+
 def _tables(names: set[str]) -> dict[str, Any]:
     """What zero.toml says of these stages and of those that they are like: nothing else decides an arm's numbers."""
-    data = tomllib.loads(registry.data("zero.toml").decode())
+    data = _whole()
     tables = {table.get("name", table.get("kind")): table for table in data["stage"]}
     found, left = {"model": data["model"]}, sorted(names)
     while left:
