@@ -8,12 +8,12 @@ needle_N             share of hidden words told right, N tokens of text and the 
 cloze                share of sentences whose true continuation is the likeliest of four
 maxvio, dead         load of the busiest expert over the mean, less 1, and experts under a hundredth of it, whole
                      validation set (Wang et al. 2024, MaxVio_global); means over layers
-rise_best_M          rise of bpb without every token's M best experts, the next best in their place
+rise_best_M          rise of bits a token without every token's M best experts, the next best in their place
 rise_random_M        the same without M experts drawn from all for every token
 information          what a token's expert (a dense network: one of its five strongest neurons) says of its domain,
                      as a share of what there is to say; information_untrained: of fresh gates
-damage               switching off a domain's two experts of highest lift in every layer: rise of its own bpb less
-                     that of the others; damage_shuffled: the experts of another domain
+damage               switching off a domain's two experts of highest lift in every layer: rise of its own bits a token
+                     less that of the others; damage_shuffled: the experts of another domain
 """
 
 from __future__ import annotations
