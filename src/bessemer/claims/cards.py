@@ -56,7 +56,7 @@ class Card:
             "id": self.name, "claim": dict(zip(registry.LANGUAGES, claim.text, strict=True)), "verdict": self.verdict,
             "kinds": claim.kinds, "experiment": claim.experiment, "arms": claim.arms,
             "published": dict(zip(registry.LANGUAGES, map(claim.published, (0, 1)), strict=True)),
-            "source": claim.source,
+            "source": claim.sources()[0],
             "found": None if self.found is None else dict(zip(registry.LANGUAGES, self.found, strict=True)),
             "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
             "would_run": dict(zip(registry.LANGUAGES, experiments()[claim.experiment].does, strict=True)),

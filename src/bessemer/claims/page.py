@@ -200,7 +200,7 @@ def _details(card: Card) -> Html:
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
     lines = [
         (word("published"), both([claim.published(0), claim.published(1)]) if claim.paper != "-" else ""),
-        (word("source"), page.text(claim.source)),
+        (word("source"), both(claim.sources())),
         (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
         (word("arms"), page.text(claim.arms)),

@@ -36,7 +36,7 @@ class ClaimEntry(ConfigTable):
     experiment: str
     text: Text
     paper: str | Text
-    source: str
+    source: str | Text
     arms: str = ""
     audit: Literal["holds", "fails", "mixed", "unclear", "unknowable"] | None = None
     figures: dict[str, float] = Field(default_factory=dict)
@@ -46,6 +46,10 @@ class ClaimEntry(ConfigTable):
 
     def published(self, language: int) -> str:
         return self.paper if isinstance(self.paper, str) else self.paper[language]
+
+    def sources(self) -> tuple[str, str]:
+        """In both languages."""
+        return (self.source, self.source) if isinstance(self.source, str) else (self.source[0], self.source[1])
 
     @model_validator(mode="after")
     def _complete(self) -> ClaimEntry:

@@ -166,7 +166,7 @@ def _audit(claim: ClaimEntry) -> list[PartFinding]:
         None: (), "mixed": (Outcome.HOLDS, Outcome.FAILS), "holds": (Outcome.HOLDS,), "fails": (Outcome.FAILS,),
         "unclear": (Outcome.UNCLEAR,), "unknowable": (Outcome.UNKNOWABLE,),
     }  # fmt: skip
-    return [PartFinding(None, outcome, claim.source) for outcome in outcomes[claim.audit]]
+    return [PartFinding(None, outcome, claim.sources()[0]) for outcome in outcomes[claim.audit]]
 
 
 def computed(part: Part, values: Mapping[str, Any]) -> PartFinding:

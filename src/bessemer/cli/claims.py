@@ -34,7 +34,8 @@ def claims(
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, one core each.")] = 2,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs lie.")] = RUNS,
     save: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write the results of the runs as the package holds them.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Also join the results of the runs to DIR, in the form of the package."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="The claims and their ids; computes nothing.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
