@@ -27,7 +27,10 @@ def tallies(made: list[cards.Card]) -> list[str]:
 def main(runs: Path | None) -> None:
     if runs is not None:
         found = results.finished(runs)
-        print(*found.left_out, sep="\n", file=sys.stderr)
+        for sentence in found.left_out:
+            print(sentence, file=sys.stderr)
+        if not found.results:
+            sys.exit(f"no finished runs in {runs}; its folders hold result.json")
         results.save(found.results, Path(str(results.COMMITTED)))
     made = page.committed()
     PAGE.write_text(page.document(made), encoding="utf-8")
