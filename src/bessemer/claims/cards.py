@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from bessemer.claims import registry, verdict
+from bessemer.claims import phrases, registry, verdict
 from bessemer.claims.registry import ClaimEntry, Text, claims, data, experiments
 from bessemer.claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
 from bessemer.eval.intervals import holm
@@ -121,21 +121,18 @@ def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: Earlie
     return english, chinese
 
 
-def _measured(one: PartFinding) -> str:
+def _measured(claim: str, one: PartFinding) -> str:
     """What runs gave for a part of a rule, in a line; empty for other parts."""
-    if not one.seeds:
+    if not one.seeds or one.value is None:
         return ""
-    reach = one.interval
-    interval = (
-        f" {one.value:+.4g}" if reach is None else f" {reach.middle:+.4g} ({reach.low:+.4g} to {reach.high:+.4g})"
-    )
-    runs = f"{one.seeds} seeds" if one.seeds > 1 else "one seed"
+    runs = f"{one.seeds} runs" if one.seeds > 1 else "one run"
+    size = one.size[0] and f", {one.size[0]}"
     beside = ""
     if one.again is not None:
         agrees = "as expected" if one.again.agrees else "outside what 95 % of such runs give"
-        beside = f"; this run {one.again.value:+.4g}, {agrees}"
-    size = one.size[0] and f", {one.size[0]}"
-    return f"{one.label}:{interval} {runs}{size}: {one.outcome}{beside}"
+        beside = f"; one more run {phrases.amount(claim, one, one.again.value)[0]}, {agrees}"
+    value = phrases.amount(claim, one, one.value, one.interval)[0]
+    return f"{phrases.metric(claim, one)[0]}: {value}, {runs}{size}: {one.outcome}{beside}"
 
 
 def counts(cards: Sequence[Card]) -> dict[ClaimVerdict, int]:
@@ -151,6 +148,6 @@ def describe(cards: Sequence[Card]) -> str:
         lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
         would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
         text = card.found[0] if card.found else would if card.verdict is ClaimVerdict.NOT_RUN else ""
-        lines += [f"{'':<30}{one}" for one in (text, *map(_measured, card.findings)) if one]
+        lines += [f"{'':<30}{one}" for one in (text, *(_measured(card.name, one) for one in card.findings)) if one]
     total = ", ".join(f"{number} {one}" for one, number in counts(cards).items() if number)
     return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])

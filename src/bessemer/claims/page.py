@@ -11,26 +11,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from bessemer import __version__
-from bessemer.claims import exact, planned, results
+from bessemer.claims import exact, phrases, planned, results, runs
 from bessemer.claims.cards import Card, counts, make
-from bessemer.claims.phrases import (
-    COLON,
-    SEMICOLON,
-    SPACE,
-    both,
-    decided,
-    judged,
-    needed,
-    outcome,
-    pictured,
-    plain,
-    runs,
-    value,
-    word,
-    words,
-)  # fmt: skip
+from bessemer.claims.phrases import COLON, SEMICOLON, SPACE, both, word, words
 from bessemer.claims.registry import claims, data, experiments, rules, rules_hash
-from bessemer.claims.runs import PARTS, best, part
 from bessemer.claims.verdict import ClaimVerdict, Doubt, Outcome, PartFinding
 from bessemer.eval.intervals import Interval
 from bessemer.report import page
@@ -50,7 +34,7 @@ STYLES = {
 
 def committed() -> list[Card]:
     """The cards by the results that the package holds: those of docs/claims.html."""
-    return make(list(claims()), best(results.committed().results))
+    return make(list(claims()), runs.best(results.committed().results))
 
 
 def document(cards: Sequence[Card]) -> str:
@@ -177,10 +161,12 @@ def _card(card: Card) -> Html:
     elif any(one.seeds for one in card.findings):
         body += page.paragraph(page.join(word("ran"), does, by=SPACE), "would")
     if card.open:
-        waiting = (plain(card.name, one) for one in card.findings if one.outcome is Outcome.OPEN)
+        waiting = (phrases.plain(card.name, one) for one in card.findings if one.outcome is Outcome.OPEN)
         body += page.paragraph(page.join(word("open"), page.join(*waiting, by=SEMICOLON), by=SPACE), "would")
     scores = [one for one in card.findings if one.score is not None]
-    pictures = "".join(_gap(card.name, one, scores if one in scores else ()) for one in card.findings if pictured(one))
+    pictures = "".join(
+        _gap(card.name, one, scores if one in scores else ()) for one in card.findings if phrases.pictured(one)
+    )
     return Html(
         f'<article class="claim {style}" id="{card.name}">'
         f'<div class="head"><a href="#{card.name}">{card.name}</a>{chip}</div>'
@@ -194,7 +180,7 @@ def _details(card: Card) -> Html:
     audits = [one for one in card.findings if one.part is None]
     audited = word("audited_part" if len(audits) > 1 else "audited")
     parts = "".join(
-        f"<li>{decided(card.name, one) if one.part else page.join(audited, judged(one), by=COLON)}</li>"
+        f"<li>{phrases.decided(card.name, one) if one.part else page.join(audited, phrases.judged(one), by=COLON)}</li>"
         for one in card.findings
     )
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
@@ -254,9 +240,11 @@ def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Ht
         f'<span class="at" style="left:{at(reach.middle)}"></span>{paper}'
     )
     scale = f'<span class="scale" aria-hidden="true">{marks_html}</span>'
-    figures = f'<b class="figures">{value(claim, one)}</b>'
-    note = page.join(outcome(claim, one), needed(claim, one), runs(one) if one.seeds else "", by=" · ")
-    return Html(f'<div class="gap"><span>{plain(claim, one)}</span>{figures}{scale}<small>{note}</small></div>')
+    figures = f'<b class="figures">{phrases.value(claim, one)}</b>'
+    note = page.join(
+        phrases.outcome(claim, one), phrases.needed(claim, one), phrases.runs(one) if one.seeds else "", by=" · "
+    )
+    return Html(f'<div class="gap"><span>{phrases.plain(claim, one)}</span>{figures}{scale}<small>{note}</small></div>')
 
 
 def _unrun(cards: Sequence[Card]) -> Html:
@@ -264,21 +252,18 @@ def _unrun(cards: Sequence[Card]) -> Html:
     waiting = [card for card in cards if card.verdict is ClaimVerdict.NOT_RUN]
     partly = [card for card in cards if card.open]
     few = [card for card in cards if any(Doubt.FEW in one.doubts for one in card.findings)]
-    built = {claim for name in PARTS for claim, _ in part(name).METRICS}
+    built = {claim for name in runs.PARTS for claim, _ in runs.part(name).METRICS}
     unbuilt = [card for card in waiting + partly if card.name not in built]
 
     def listed(title: str, some: list[Card]) -> Html:
         links = page.join(*(Html(f'<a href="#{card.name}">{card.name}</a>') for card in some), by=" ")
         return Html(f"<li>{word(title, n=len(some))} {links}</li>" if some else "")
 
-    claims_ = "".join(
-        f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting
-    )  # fmt: skip
+    whole = "".join(f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting)
     lists = (("unrun_part", partly), ("unrun_few", few), ("unrun_built", unbuilt))
     others = "".join(listed(title, some) for title, some in lists)
-    return Html(
-        f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{claims_}</ul><ul class="how">{others}</ul>'
-    )
+    first = word("unrun_whole", n=len(waiting))
+    return Html(f'<p>{first}</p><ul class="how">{whole}</ul><ul class="how">{others}</ul>')
 
 
 def _method() -> Html:

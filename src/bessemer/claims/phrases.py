@@ -48,10 +48,10 @@ def decided(claim: str, one: PartFinding) -> Html:
     if one.value is not None and not pictured(one):
         pieces = [value(claim, one), needed(claim, one), outcome(claim, one)]
     if one.visible and math.isfinite(one.visible):
-        pieces.append(page.join(word("visible"), both(_amount(claim, one, one.visible, signed=False)), by=COLON))
+        pieces.append(page.join(word("visible"), both(amount(claim, one, one.visible, signed=False)), by=COLON))
     if one.again is not None:
         agrees = word("agrees" if one.again.agrees else "disagrees")
-        again = page.join(both(_amount(claim, one, one.again.value)), agrees, by=COMMA)
+        again = page.join(both(amount(claim, one, one.again.value)), agrees, by=COMMA)
         pieces.append(page.join(word("this_run"), again, by=COLON))
     return page.join(plain(claim, one), page.join(*pieces, by=SEMICOLON), by=COLON)
 
@@ -60,13 +60,13 @@ def plain(claim: str, one: PartFinding) -> Html:
     """What a part of a rule is about."""
     if one.score is not None:
         return word("score", **one.score.model_dump())
-    return both(_metric(claim, one)[:2])
+    return both(metric(claim, one)[:2])
 
 
 def value(claim: str, one: PartFinding) -> Html:
     """The value of a part with its interval and unit."""
     assert one.value is not None, "an open part has no value"
-    return both(_amount(claim, one, one.value, one.interval))
+    return both(amount(claim, one, one.value, one.interval))
 
 
 def needed(claim: str, one: PartFinding) -> Html:
@@ -81,11 +81,11 @@ def needed(claim: str, one: PartFinding) -> Html:
     else:
         kind = "within" if part.side == "equal" else part.side
         numbers = [part.threshold or 0.0, part.margin or 0.0]
-    amounts = [_amount(claim, one, number, signed=kind != "within") for number in numbers]
+    amounts = [amount(claim, one, number, signed=kind != "within") for number in numbers]
     if kind in ("within", "between", "outside"):  # the unit stands once
-        unit = words()["unit"][_metric(claim, one)[2]]["text"]
-        amounts[0] = [amount.removesuffix(text) for amount, text in zip(amounts[0], unit, strict=True)]
-    return both([text.format(*(amount[place] for amount in amounts)) for place, text in enumerate(words()[kind])])
+        unit = words()["unit"][metric(claim, one)[2]]["text"]
+        amounts[0] = [one.removesuffix(text) for one, text in zip(amounts[0], unit, strict=True)]
+    return both([text.format(*(one[place] for one in amounts)) for place, text in enumerate(words()[kind])])
 
 
 def judged(one: PartFinding) -> Html:
@@ -113,19 +113,17 @@ def runs(one: PartFinding) -> Html:
     return page.join(number, both(one.size) if one.size[0] else "", by=COMMA)
 
 
-def _metric(claim: str, one: PartFinding) -> Sequence[str]:
+def metric(claim: str, one: PartFinding) -> Sequence[str]:
     """[English, Chinese, unit] of a part of a rule."""
     assert one.part is not None, "only parts of a rule have metrics"
     name = one.part.metric
     return metrics().get(claim, {}).get(name, [name, name, "+points" if one.part.kind == "B" else "+n"])
 
 
-def _amount(
-    claim: str, one: PartFinding, value: float, reach: Interval | None = None, signed: bool = True
-) -> list[str]:
+def amount(claim: str, one: PartFinding, value: float, reach: Interval | None = None, signed: bool = True) -> list[str]:
     """A value of a part with its interval and unit, in both languages; a printed figure with the digits it has."""
     assert one.part is not None, "only parts of a rule have amounts"
-    unit, printed = words()["unit"][_metric(claim, one)[2]], one.part.printed
+    unit, printed = words()["unit"][metric(claim, one)[2]], one.part.printed
     signed = signed and unit.get("sign", False)
 
     def digits(number: float) -> str:
