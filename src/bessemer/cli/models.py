@@ -35,7 +35,8 @@ def convert(
         typer.Argument(
             metavar="SRC",
             help="A model directory, a run (its last finished model), RUN/STAGE, a training checkpoint "
-            "(RUN/NN-STAGE/state/step-...), written on any layout, or a checkpoint of torch.distributed.checkpoint.",
+            "(RUN/NN-STAGE/state/step-...), written on any layout, a checkpoint of torch.distributed.checkpoint, or a "
+            "LoRA adapter (RUN/NN-STAGE/adapter), which is merged into its base.",
         ),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Where to write the result: a directory, or NAME.gguf.")],
@@ -60,7 +61,10 @@ def convert(
         Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
     ] = None,
     like: Annotated[
-        Path | None, typer.Option(help="Of a DCP checkpoint: the model directory with its config and tokenizer.")
+        Path | None,
+        typer.Option(
+            help="Of a DCP checkpoint: the model directory with its config and tokenizer. Of an adapter: its base."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at DST; never the source.")] = False,
     no_verify: NoVerify = False,
@@ -80,9 +84,12 @@ def convert(
     trained, distributed = (Path(src) / "manifest.json").is_file(), (Path(src) / ".metadata").is_file()
     if (trained or distributed) and to is not Format.hf:
         raise UserError(f"{src} is a checkpoint; convert it to a model directory first, then that to {to.value}")
-    if like and not distributed:
-        raise UserError("--like: only for a checkpoint of torch.distributed.checkpoint; leave it out")
-    source = Path(src) if trained or distributed else model_dir(src)
+    adapter = (Path(src) / "adapter_config.json").is_file() and not (Path(src) / "config.json").is_file()
+    if like and not distributed and not adapter:
+        raise UserError("--like: only for an adapter or a checkpoint of torch.distributed.checkpoint; leave it out")
+    if adapter and (to is not Format.hf or fp8 or mtp):
+        raise UserError(f"{src} is an adapter; merge it into a model directory first (leave --to, --fp8 and --mtp out)")
+    source = Path(src) if trained or distributed or adapter else model_dir(src)
     check_not_of_a_run(dst)
     from bessemer.hf.replace import check_target
 
@@ -112,6 +119,10 @@ def convert(
         from bessemer.dist.sharded_checkpoint import of_checkpoint
 
         of_checkpoint(source, dst, tokenizer_dir=tokenizer_of_checkpoint(source), **how)
+    elif adapter:
+        from bessemer.hf.lora import merge
+
+        merge(source, dst, like, target)
     elif distributed:
         from bessemer.hf import dcp
 

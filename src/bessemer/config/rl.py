@@ -48,6 +48,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
+        "lora",
     }  # fmt: skip
 
     @property

@@ -3,10 +3,10 @@
 import math
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import ConfigTable, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
 Precision = Literal["auto", "device", "float32", "bfloat16"]
@@ -14,6 +14,24 @@ Precision = Literal["auto", "device", "float32", "bfloat16"]
 on a CPU the one that measures faster."""
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
+
+
+class LoRAConfig(ConfigTable):
+    """[stage.lora]: low-rank adapters are trained, and the model's own weights stay as they are."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of an adapter's two matrices."""
+    alpha: int = Field(32, ge=1)
+    """What the adapters add is multiplied by alpha / rank."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Matrices that get adapters: all in the layers, or those of these names, such as ["q_proj", "v_proj"]."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets:
+            raise ValueError('name matrices, or write "all-linear"')
+        return targets
 
 
 class OptimizerConfig(StageConfig):
@@ -72,6 +90,11 @@ class FineTuningConfig(OptimizerConfig):
 
     moments: ClassVar = "float32"  # type: ignore[misc]  # constant, no key of the table
     ema_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
+
+    lora: LoRAConfig | None = None
+    """Train adapters alone, on a model of another family (pip install 'bessemer[lora]'): only they have gradients and
+    moments, and GRPO's reference is no second copy of the weights. The stage exports the merged model, and beside it
+    the adapter in peft's format. Default: all weights are trained."""
 
 
 class OnPolicyConfig(FineTuningConfig):
@@ -199,7 +222,7 @@ class ExtendConfig(PretrainConfig):
 
 class SFTConfig(FineTuningConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
-    ignore_at_default = frozenset({"fp8", "batch_examples"})
+    ignore_at_default = frozenset({"fp8", "batch_examples", "lora"})
 
     data: list[SourceName] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, or `prompt` and `completion`, directories of them, or
@@ -236,7 +259,7 @@ class SFTConfig(FineTuningConfig):
 
 class DistillConfig(OnPolicyConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
-    ignore_at_default = frozenset({"precision", "fp8", "teachers"})
+    ignore_at_default = frozenset({"precision", "fp8", "teachers", "lora"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
@@ -271,6 +294,7 @@ class RewardModelConfig(FineTuningConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
+    lora: ClassVar = None  # type: ignore[misc]  # starts from a network of our own family, which has no adapters
 
     previous: StageRef | None = None
     """Earlier reward-model stage to continue from: its weights, and some of its judged answers. New answers are sampled

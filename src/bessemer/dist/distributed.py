@@ -20,7 +20,7 @@ from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import hub, lora
 from bessemer.hf.causal_lm import CausalLM, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
@@ -31,6 +31,7 @@ from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
+    from bessemer.config.training import FineTuningConfig
     from bessemer.data.batch import Batch
 
 Network = Transformer | CausalLM
@@ -59,6 +60,18 @@ def read(
     cfg = hub.read_config(folder).at_length(context or {})
     shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)
     return shard, load_tokenizer(folder)
+
+
+def adapted(
+    network: Network | ModelShard, config: FineTuningConfig, folder: Path, seed: int,
+    say: Callable[[str], None],
+) -> Network | ModelShard:  # fmt: skip
+    """The network of `folder` as the stage trains it: with adapters where its table has [lora]."""
+    if config.lora is None:
+        return network
+    made = lora.attach(model_of(network), config.lora, seed, folder, config.name)
+    say(lora.describe(made))
+    return made
 
 
 def read_scorer(

@@ -36,7 +36,7 @@ from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import FAMILIES
-from bessemer.hf.replace import replacing
+from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
@@ -173,7 +173,7 @@ def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: 
     if values.get("quantization_config"):
         raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
     check_finished(directory)
-    if (directory / "adapter_config.json").exists():
+    if (directory / ADAPTER_CONFIG).exists():
         raise UserError(f"{directory} holds an adapter next to the model; merge the two, or remove adapter_config.json")
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype

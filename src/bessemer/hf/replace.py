@@ -20,6 +20,7 @@ from pathlib import Path
 from bessemer.errors import UserError
 from bessemer.hf.safetensors_reader import INDEX
 
+ADAPTER_CONFIG = "adapter_config.json"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
 
@@ -45,7 +46,8 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     that are not carried over."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+    known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
+    if target.is_dir() and any(target.iterdir()) and not known:
         raise UserError(f"{target} has files but is no model directory; name an empty or a new directory")
     target = target.resolve()
     fresh, old = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old"))

@@ -53,6 +53,7 @@ class Loop:
         self.base = ctx.source / "model"
         setup.keep_memory()
         network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
+        network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
         dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.agree)

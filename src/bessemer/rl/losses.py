@@ -38,6 +38,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed import GatheredModel
+from bessemer.hf import lora
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import setup
@@ -249,6 +250,7 @@ class Reference:
     """The reference policy: a copy of the policy, replaced by a hard copy every `every` optimizer steps (R1-Nature B).
 
     It lies in the trainer's checkpoint (`extra_tensors`), so a resumed run measures its divergence from the same place.
+    With LoRA it shares the base's weights with the policy and has adapters of its own, which begin at B = 0: the base.
     """
 
     def __init__(
@@ -257,9 +259,12 @@ class Reference:
         self.trainer, self.policy, self.workers = trainer, policy, workers
         self.every, self.temperature = every, temperature
         policy.refresh()
-        self.model = copy.deepcopy(policy.model)
+        self.frozen = lora.frozen(policy.model)
+        shared = {id(parameter): parameter for parameter in self.frozen.values()}
+        self.model = copy.deepcopy(policy.model, dict(shared))
         self.model.eval().requires_grad_(False)
-        workers.share([*self.model.parameters(), *self.model.buffers()])
+        own = [tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if id(tensor) not in shared]
+        workers.share(own)
         self.restore()
 
     def add_logprobs(self, batches: list[Batch]) -> None:
@@ -271,7 +276,7 @@ class Reference:
         """Copies the policy where it is time."""
         if self.trainer.step % self.every == 0:
             self.policy.refresh()
-            self.model.load_state_dict(self.policy.model.state_dict())
+            self._copy(self._state(self.policy.model))
             self._store()
 
     def restore(self) -> None:
@@ -282,12 +287,20 @@ class Reference:
             if name.startswith(REFERENCE)
         }
         self.policy.refresh()
-        self.model.load_state_dict(stored or self.policy.model.state_dict())
+        self._copy(stored or self._state(self.policy.model))
         self._store()
+
+    def _state(self, model: Transformer | CausalLM) -> dict[str, Tensor]:
+        """What distinguishes the reference from the policy."""
+        return {name: value for name, value in model.state_dict().items() if name not in self.frozen}
+
+    def _copy(self, state: dict[str, Tensor]) -> None:
+        missing, unknown = self.model.load_state_dict(state, strict=not self.frozen)
+        assert not unknown and self.frozen.keys() >= {*missing}, (missing, unknown)
 
     def _store(self) -> None:
         others = {k: v for k, v in self.trainer.extra_tensors.items() if not k.startswith(REFERENCE)}
-        own = {REFERENCE + name: value.clone() for name, value in self.model.state_dict().items()}
+        own = {REFERENCE + name: value.clone() for name, value in self._state(self.model).items()}
         self.trainer.extra_tensors = others | own
 
     def _logprobs(self, batch: Batch) -> Tensor:

@@ -53,7 +53,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, target_N, loss_N, with_grad):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_grad else None
+        trains_head = with_grad and ctx.needs_input_grad[1]  # LoRA leaves it as it is
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_head else None
         size = chunk_rows(weight_VD.shape[0], weight_VD.device)
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
@@ -68,6 +69,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not with_grad:
                 continue
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
+            if grad_weight_VD is None:
+                continue
             if grad_CV.dtype == torch.float32:
                 grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
             else:
@@ -79,7 +82,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         # One float32 scalar times each; the product keeps the dtype of the tensor.
-        return grad_hidden_ND * grad_total, grad_weight_VD * grad_total, None, None, None
+        weight = None if grad_weight_VD is None else grad_weight_VD * grad_total
+        return grad_hidden_ND * grad_total, weight, None, None, None
 
 
 def _of_logits(logits_CV: Tensor, target_C1: Tensor, loss_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -223,7 +227,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp_N, grad_entropy_N):
         hidden_ND, weight_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = chunk_rows(weight_VD.shape[0], weight_VD.device)
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
@@ -235,8 +239,10 @@ class _TokenLogprobs(torch.autograd.Function):
             backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _backward_on_device
             grad_CV = backward(grad_CV, target_N[rows], ctx.temperature, lse_N[rows], entropy_N[rows], *changes)
             grad_hidden_ND[rows] = grad_CV @ weight_VD
-            grad_weight_VD += grad_CV.T @ hidden_CD
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
+        weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_ND, weight, None, None, None, None
 
 
 def _logprobs_of(

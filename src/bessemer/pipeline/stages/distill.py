@@ -19,6 +19,7 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
+from bessemer.hf import lora
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
@@ -54,6 +55,7 @@ class Distill(Stage[DistillConfig]):
             raise UserError(
                 f'stage "{config.name}": nobody teaches {missing[0]}; name its stage in teachers, or a teacher of all'
             )
+        lora.check(config)
         return {}
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
@@ -91,6 +93,7 @@ class _Run:
         setup.keep_memory()
         source, ranks = ctx.source / "model", ctx.ranks
         network, self.tokenizer = distributed.read(source, ranks, ctx.recipe.layout, ctx.say, split_rows=False)
+        network = distributed.adapted(network, config, source, ctx.seed, ctx.say)
         student, self.names = distributed.model_of(network), _teachers(config)
         for name in self.names:
             self._follow(name)
@@ -106,7 +109,9 @@ class _Run:
         whole = distributed.GatheredModel(self.trainer)
         engine = Engine(whole.model, self.tokenizer, workers)
         self.engine: Engine | DealtEngine | ShardedSampler
-        if ranks is None:
+        if config.lora is not None:  # the ranks that wait would need the adapters too
+            self.engine = engine
+        elif ranks is None:
             self.engine = dealt(engine, source, ctx, version=lambda: self.trainer.rows)
         else:
             self.engine = ShardedSampler(engine, whole.refresh, ranks)

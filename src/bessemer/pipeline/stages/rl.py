@@ -14,6 +14,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
 from bessemer.errors import UserError
+from bessemer.hf import lora
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import ray_sampler, rollout
@@ -71,6 +72,12 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
         if config.correction == "none" and changed(config, "correction_cap"):
             raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
+        lora.check(config)
+        if config.lora is not None and config.rollout.engine != "local":
+            raise UserError(
+                f'stage "{config.name}": with lora the trainer samples from base and adapters itself, and separate '
+                'workers load whole models; set rollout.engine = "local"'
+            )
         _check_rewards(config, recipe)
         evaluation_tasks(config)
         count = config.prompts_per_rollout * config.samples

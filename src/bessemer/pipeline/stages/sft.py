@@ -24,6 +24,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf import lora
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
@@ -49,6 +50,7 @@ class SFT(Stage[SFTConfig]):
         distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows or sft_rows.BATCH_ROWS])
         if not config.data and not config.samples:
             raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
+        lora.check(config)
         for stage in map(recipe.stage, config.samples):
             if not find_kind(stage.kind)().exports_conversations(stage):
                 raise UserError(
@@ -95,7 +97,9 @@ class SFT(Stage[SFTConfig]):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
-        network, tokenizer = distributed.read(ctx.source / "model", ctx.ranks, ctx.recipe.layout, ctx.say)
+        source = ctx.source / "model"
+        network, tokenizer = distributed.read(source, ctx.ranks, ctx.recipe.layout, ctx.say)
+        network = distributed.adapted(network, config, source, ctx.seed, ctx.say)
         model = distributed.model_of(network)
         if ctx.recipe.layout.recompute:
             model.set_recompute(ctx.recipe.layout.recompute)

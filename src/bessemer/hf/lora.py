@@ -1,0 +1,246 @@
+"""LoRA: low-rank adapters on a frozen model of another family (Hu et al. 2021), by the peft library (the extra `lora`).
+
+    y = W x + alpha / rank * B (A x)       W frozen; A random, B zero at the start, so that the model begins as the base
+
+`attach` puts peft's layers into a `CausalLM`. Everything else sees a model of which few parameters are trainable:
+optimizer, checkpoints and GRPO's reference hold the adapters alone, and the engine samples from base and adapters by
+the trainer's own forward. `LoRAModel.save` writes the merged weights, a plain model for the next
+stage, and beside them the folder `adapter` in peft's format.
+
+Invariants
+- A base is never written to. `merged` shares every weight that no adapter changes.
+- An adapter from elsewhere is data: `merge` reads the few facts of its config that it knows, and refuses the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bessemer.config.table import nearest
+from bessemer.config.training import FineTuningConfig, LoRAConfig
+from bessemer.data.fingerprints import sha256_of_all
+from bessemer.data.model_files import read_object
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM, load
+from bessemer.hf.replace import ADAPTER_CONFIG, replacing
+from bessemer.hf.safetensors_reader import read_header
+from bessemer.hf.safetensors_writer import write_json
+
+ADAPTER = "adapter"
+"""Folder beside a stage's model."""
+WEIGHTS, BASE = "adapter_model.safetensors", "base.json"
+NAME = "default"
+"""peft's name of the only adapter; it is left out in files."""
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's modules."""
+UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
+ABOUT = frozenset(
+    {
+        "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+        "auto_mapping", "lora_dropout", "init_lora_weights", "loftq_config", "runtime_config", "megatron_core",
+        "qalora_group_size",
+    }
+)  # fmt: skip
+"""Keys of adapter_config.json that do not change what a trained adapter computes."""
+
+
+class LoRAModel(CausalLM):
+    """A `CausalLM` with adapters. Only they are trainable."""
+
+    def __init__(self, inner: Any, config: LoRAConfig, base: Path):
+        super().__init__(inner)
+        self.config, self.base = config, base
+        for name, parameter in inner.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+
+    def adapters(self) -> dict[str, Tensor]:
+        """The adapters' weights by the names that peft gives them in files."""
+        return {
+            PREFIX + name.replace(f".{NAME}.weight", ".weight"): parameter.detach()
+            for name, parameter in self.inner.named_parameters()
+            if ".lora_" in name
+        }
+
+    @torch.no_grad()
+    def merged(self) -> CausalLM:
+        """A plain model of the same function: W + alpha / rank * B A, added in float32 and rounded to W's dtype."""
+        plain = copy.deepcopy(self.inner, {id(parameter): parameter for parameter in frozen(self).values()})
+        for name, layer in [*_adapted(plain)]:
+            matrix, change = layer.base_layer, layer.get_delta_weight(NAME).float()
+            matrix.weight = nn.Parameter((matrix.weight.float() + change).to(matrix.weight.dtype), requires_grad=False)
+            plain.set_submodule(name, matrix)
+        return CausalLM(plain)
+
+    def save(
+        self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
+    ) -> None:
+        """The merged model as `CausalLM.save` writes it, and the adapter in the folder `adapter` beside it."""
+        self.save_adapter(Path(directory).with_name(ADAPTER))
+        self.merged().save(directory, tokenizer_dir=tokenizer_dir, files=files)
+
+    def save_adapter(self, directory: Path) -> None:
+        """Writes peft's two files and `base.json`, the SHA-256 of the base's weights, in one step."""
+        weights = self.adapters()
+        values = _peft_config(self.config, sorted({name.split(".")[-3] for name in weights})).to_dict()
+        values |= {"base_model_name_or_path": str(self.base), "inference_mode": True}
+        listed = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
+        with replacing(directory) as fresh:
+            write_json(fresh / ADAPTER_CONFIG, listed)
+            write_json(fresh / BASE, {"sha256": _fingerprint(self.base)})
+            with open(fresh / WEIGHTS, "wb") as file:
+                # each by itself, not as a view of the optimizer's vectors
+                alone = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+                file.write(safetensors.torch.save(alone, {"format": "pt"}))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def check_installed() -> None:
+    """UserError where peft is missing."""
+    if find_spec("peft") is None:
+        raise UserError("LoRA adapters need the peft library: pip install 'bessemer[lora]'")
+
+
+def check(stage: FineTuningConfig) -> None:
+    """UserError, before anything runs, where a stage's [lora] cannot be served."""
+    if stage.lora is None:
+        return
+    check_installed()
+    for key, value, only in (("fp8", stage.fp8, "off"), ("optimizer", stage.optimizer, "adamw")):
+        if value != only:
+            raise UserError(f'stage "{stage.name}": lora does not go with {key} = "{value}"; set {key} = "{only}"')
+
+
+def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
+    """The model with fresh adapters, whose A are drawn from `seed`. `base`: the directory it was read from. UserError
+    for a network of our own family, and for targets that it does not have."""
+    if not isinstance(network, CausalLM):
+        raise UserError(
+            f'stage "{stage}": lora is for models of other families, which transformers computes; this one is of the '
+            "DeepSeek V3 family: leave lora out, and all of its weights are trained"
+        )
+    known = _matrices(network.inner)
+    targets = sorted(known) if config.targets == "all-linear" else [*config.targets]
+    for target in targets:
+        if target not in known:
+            raise UserError(
+                f'stage "{stage}": lora.targets names "{target}", and no matrix in the layers of {base} has that name; '
+                f"{nearest(target, sorted(known))}"
+            )
+    return _inject(network, config, targets, seed, base)
+
+
+def describe(model: LoRAModel) -> str:
+    """What is trained, in one line."""
+    trained = sum(tensor.numel() for tensor in model.adapters().values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    places = len([*_adapted(model.inner)])
+    return (
+        f"LoRA of rank {model.config.rank}, alpha {model.config.alpha}, on {places} matrices: {trained:,} of {every:,} "
+        f"parameters are trained ({trained / every:.1%})"
+    )
+
+
+def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what LoRA leaves as it is; nothing of any other model. A tied weight has several names."""
+    if not isinstance(model, LoRAModel):
+        return {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if ".lora_" not in name}
+
+
+def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
+    """Merges an adapter directory into its base and writes a plain model directory. `base`: default the one that the
+    adapter's config names; `dtype`: of the result, default the base's. UserError for an adapter of another base, and
+    for one that holds more than LoRA's matrices."""
+    check_installed()
+    values = read_object(adapter / ADAPTER_CONFIG)
+    config, targets = _understood(values, adapter)
+    if base is None:
+        base = Path(str(values.get("base_model_name_or_path") or ""))
+        if not (base / "config.json").is_file():
+            raise UserError(f"{adapter} names no base that is here ({base}); name its directory with --like")
+    if (adapter / BASE).is_file() and read_object(adapter / BASE).get("sha256") != _fingerprint(base):
+        raise UserError(f"{adapter} was trained on another base than {base}: the SHA-256 of its weights differs")
+    model = load(base, dtype)
+    if unknown := set(targets) - _matrices(model.inner):
+        raise UserError(f"{adapter} belongs to another base than {base}, which has no matrix {min(unknown)}")
+    made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
+    stored, own = read_header(adapter / WEIGHTS), made.adapters()
+    for name in sorted(stored.keys() | own.keys()):
+        here, asked = (str([*one[name].shape]) if name in one else "not there" for one in (stored, own))
+        if here != asked:
+            raise UserError(f"{adapter} does not fit {base}: {name} is {here}, and should be {asked}")
+    for name, tensor in safetensors.torch.load_file(adapter / WEIGHTS).items():
+        own[name].copy_(tensor)
+    made.merged().save(target, tokenizer_dir=base)
+
+
+def _understood(values: Mapping[str, Any], adapter: Path) -> tuple[LoRAConfig, list[str]]:
+    """The settings and targets of an adapter_config.json. The library would import modules that such a file names."""
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
+    for key, value in values.items():
+        if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
+            raise UserError(f"{adapter}: adapter_config.json sets {key}, which peft alone merges (merge_and_unload)")
+    rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise UserError(f"{adapter}: target_modules is no list of names; save the adapter again with peft")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int) or alpha < 1:
+        raise UserError(f"{adapter}: r and lora_alpha must be whole numbers from 1 on, not {rank} and {alpha}")
+    return LoRAConfig(rank=rank, alpha=alpha), [name.split(".")[-1] for name in targets]
+
+
+def _peft_config(config: LoRAConfig, targets: list[str], rslora: bool = False) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
+    )
+
+
+def _inject(
+    model: CausalLM, config: LoRAConfig, targets: list[str], seed: int, base: Path, rslora: bool = False
+) -> LoRAModel:
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as that Conv1D stores its matrix transposed, which peft then heeds
+        torch.manual_seed(seed)
+        inner = inject_adapter_in_model(_peft_config(config, targets, rslora), model.inner)
+    return LoRAModel(inner, config, base)
+
+
+def _matrices(inner: Any) -> set[str]:
+    """The last parts of the names of its linear layers, except the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear: dict[str, bool] = {}
+    for name, module in inner.named_modules():
+        last = name.split(".")[-1]
+        fits = isinstance(module, nn.Linear | Conv1D) and module is not inner.get_output_embeddings()
+        linear[last] = linear.get(last, True) and fits
+    return {last for last, fits in linear.items() if fits}
+
+
+def _adapted(inner: Any) -> Iterator[tuple[str, Any]]:
+    """The layers with adapters, by the names of the matrices they change."""
+    for name, module in inner.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def _fingerprint(base: Path) -> str:
+    """SHA-256 over those of the weight files."""
+    return sha256("".join(sha256_of_all(sorted(base.glob("*.safetensors")))).encode()).hexdigest()

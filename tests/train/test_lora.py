@@ -1,0 +1,248 @@
+"""LoRA against peft's own model in a plain torch loop; what is stored, shared, merged and refused."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_cases import made, relative, tokens
+from safetensors.torch import load_file
+from train_config import train_config
+
+from bessemer.config.table import validate
+from bessemer.config.training import LoRAConfig, SFTConfig
+from bessemer.data.batch import Batch
+from bessemer.errors import UserError
+from bessemer.hf import lora
+from bessemer.hf.causal_lm import load
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.rl.losses import GRPO, Reference, reference_logprobs
+from bessemer.train import objective
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+torch.set_num_threads(1)
+
+LORA = LoRAConfig(rank=4, alpha=6)
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Directories of tiny models by kind."""
+    folders = {kind: tmp_path_factory.mktemp("bases") / kind for kind in ("llama-tied", "qwen2", "gpt2")}
+    for kind, folder in folders.items():
+        made(kind).save_pretrained(folder)
+    return folders
+
+
+def adapted(folder, drawn=True, **options):
+    """A model with adapters; `drawn`: as after training, so that B is not 0."""
+    model = lora.attach(load(folder), LoRAConfig(**(LORA.model_dump() | options)), 5, folder, "sft")
+    if drawn:
+        generator = torch.Generator().manual_seed(1)
+        for name, tensor in model.adapters().items():
+            if "lora_B" in name:
+                tensor.normal_(0.0, 0.05, generator=generator)
+    return model
+
+
+def rows(first, count):
+    ids = torch.stack([tokens(24, seed=n) for n in range(first, first + count)])
+    loss = torch.ones(count, 24)
+    loss[:, :3] = 0.0
+    return Batch(ids, loss)
+
+
+def trainer(model, folder=None, goal=objective.next_token, **options):
+    settings = dict(tokens=STEPS * 2 * 24, lr=1e-2, batch_rows=2, micro_rows=1, weight_decay=0.0, clip=0.5)
+    terms = {"mtp_lambda": 0.0, "balance_alpha": 0.0} if goal is objective.next_token else {}
+    stop = options.pop("stop", lambda: False)
+    return Trainer(model, goal, rows, *train_config(**(settings | {"terms": terms} | options)), folder, stop=stop)
+
+
+def pefts_own(folder, weights, kind):
+    """peft's model of the same base and adapters."""
+    config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(made(kind), config)
+    peft.set_peft_model_state_dict(theirs, {name: tensor.clone() for name, tensor in weights.items()})
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
+def test_training_is_that_of_peft_in_a_plain_loop(bases, kind):
+    """Gradients of the first step, and the adapters after three steps of AdamW with clipped gradients."""
+    model = adapted(bases[kind])
+    theirs = pefts_own(bases[kind], model.adapters(), kind)
+    named = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert named.keys() == model.adapters().keys(), "all-linear means the same matrices"
+    ours, plain = trainer(model), torch.optim.AdamW(named.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    gradients = {}
+    for step in range(STEPS):
+        batch = rows(2 * step, 2)
+        logits = theirs(input_ids=batch.tokens_BT).logits[:, :-1]
+        loss_BT = F.cross_entropy(logits.transpose(1, 2), batch.tokens_BT[:, 1:], reduction="none")
+        ((loss_BT * batch.loss_BT[:, 1:]).sum() / batch.loss_BT[:, 1:].sum()).backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in named.items()}
+        torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
+        plain.step()
+        plain.zero_grad()
+    loss = objective.next_token(model, rows(0, 2), mtp_lambda=0.0, balance_alpha=0.0)
+    (loss.total / loss.tokens).backward()
+    for group in ours.optimizer.groups:
+        for slot in group.slots:
+            name = lora.PREFIX + slot.name.removeprefix("inner.").replace(".default", "")
+            assert relative(slot.of(group.grad), gradients[name]) < 1e-5, name
+    ours.optimizer.zero_grad()
+    ours.run()
+    for name, tensor in model.adapters().items():
+        assert relative(tensor, named[name]) < 1e-4, name
+
+
+def grpo_batch(model, change=0.1):
+    batch = Batch(tokens(4, 12), torch.cat((torch.zeros(4, 4), torch.ones(4, 8)), 1))
+    old = reference_logprobs(model, batch, 1.0)
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None].expand(4, 12).contiguous()
+    batch.extras |= {"old_logp_BT": old, "advantage_BT": advantage, "ref_logp_BT": old - change}
+    return batch
+
+
+def test_grpo_with_lora_is_grpo_on_merged_weights_with_projected_gradients(bases):
+    """W + s B A has dL/dA = s B' dL/dW and dL/dB = s dL/dW A'."""
+    model, goal = adapted(bases["qwen2"]), GRPO(kl=0.1)
+    merged = copy.deepcopy(model.merged()).requires_grad_(True)
+    batch = grpo_batch(model)
+    assert relative(reference_logprobs(merged, batch, 1.0), reference_logprobs(model, batch, 1.0)) < 1e-5
+    losses = [goal(one, batch).total for one in (model, merged)]
+    for loss in losses:
+        loss.backward()
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), abs=1e-5)  # of terms of about 1
+    full, scale, compared = dict(merged.inner.named_parameters()), LORA.alpha / LORA.rank, 0
+    for name, layer in model.inner.named_modules():
+        if hasattr(layer, "lora_A"):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            grad = full[f"{name}.weight"].grad
+            assert relative(A.grad, scale * B.T @ grad) < 1e-4 > relative(B.grad, scale * grad @ A.T), name
+            compared += 1
+    assert compared == 14
+
+
+def test_the_reference_is_the_base_and_shares_its_weights(bases):
+    """Also after steps of the policy; from then on a copy of its adapters, every so many steps."""
+    base, model = load(bases["llama-tied"]), adapted(bases["llama-tied"], drawn=False)
+    run = trainer(model, goal=GRPO(kl=0.1))
+    policy = type("Policy", (), {"model": model, "refresh": lambda self: None})()
+    reference = Reference(run, policy, Workers(1), 2, 1.0)
+    batch = grpo_batch(base)
+    asked = copy.deepcopy(batch)
+    for _ in range(2):
+        run.update([batch])
+        reference.add_logprobs([asked])
+        assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(base, batch, 1.0))
+        assert not torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
+    reference.after_step()
+    reference.add_logprobs([asked])
+    assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
+    assert all(".lora_" in name for name in run.extra_tensors) and run.extra_tensors
+    ours, theirs = (dict(one.named_parameters()) for one in (model, reference.model))
+    assert all((ours[name] is theirs[name]) == (".lora_" not in name) for name in ours)
+
+
+def test_stopped_and_resumed_it_is_the_same_run_and_checkpoints_hold_adapters_alone(bases, tmp_path):
+    whole = adapted(bases["llama-tied"])
+    trainer(whole).run()
+    first = trainer(adapted(bases["llama-tied"]), tmp_path, stop=lambda: first.step == 1)
+    assert first.run() is False
+    resumed = adapted(bases["llama-tied"])
+    trainer(resumed, tmp_path).run()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    for file in ("model", "optimizer"):
+        stored = load_file(sorted(tmp_path.glob("step-*"))[-1] / f"{file}.safetensors")
+        assert stored and all(".lora_" in name or name == "steps" for name in stored)
+
+
+def test_base_and_adapters_say_what_the_merged_model_says(bases):
+    """To rounding: of float32, and of BF16, to which the merged weights are rounded once more."""
+    model = adapted(bases["qwen2"])
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        one, other = (copy.deepcopy(each).to_compute(dtype) for each in (model, model.merged()))
+        assert relative(one(tokens(2, 12)).float(), other(tokens(2, 12)).float()) < bound
+
+
+def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp_path):
+    model = adapted(bases["qwen2"], targets=["q_proj", "down_proj"])
+    model.save(tmp_path / "model")
+    theirs = peft.PeftModel.from_pretrained(made("qwen2"), tmp_path / "adapter").eval()
+    assert torch.equal(theirs(input_ids=tokens(2, 9)).logits, model.inner(input_ids=tokens(2, 9)).logits)
+    plain = load(tmp_path / "model")
+    again = theirs.merge_and_unload().state_dict()
+    for name, tensor in plain.inner.state_dict().items():
+        torch.testing.assert_close(tensor, again[name], rtol=1e-6, atol=1e-7)
+    for more in ([], ["--like", str(bases["qwen2"])]):
+        target = tmp_path / f"merged{len(more)}"
+        assert call("convert", tmp_path / "adapter", target, *more)[0] == 0
+        assert (target / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+    before = content(tmp_path / "adapter")
+    model.save(tmp_path / "model")  # a stage that is killed after it saved saves again
+    assert content(tmp_path / "adapter") == before and set(before) == {lora.ADAPTER_CONFIG, lora.WEIGHTS, lora.BASE}
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
+    folder = bases["qwen2"]
+    with pytest.raises(UserError, match=r'lora.targets names "q_prj".*did you mean "q_proj"'):
+        adapted(folder, targets=["q_prj"])
+    with pytest.raises(UserError, match='names "lm_head"'):
+        adapted(folder, targets=["lm_head"])
+    with pytest.raises(UserError, match="of the DeepSeek V3 family: leave lora out"):
+        lora.attach(Transformer(preset("tiny", n_layers=1)), LORA, 0, folder, "sft")
+    for wrong, words in (
+        ({"rank": 0}, "lora.rank.* greater than or equal to 1"),
+        ({"targets": []}, 'or write "all-linear"'),
+        ({"rank": 2, "alfa": 3}, 'unknown key "lora.alfa"; did you mean "alpha"'),
+    ):
+        with pytest.raises(UserError, match=words):
+            table(lora=wrong)
+    with pytest.raises(UserError, match='lora does not go with fp8 = "paper"; set fp8 = "off"'):
+        lora.check(table(lora={}, fp8="paper"))
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'bessemer\[lora\]'"):
+        lora.check(table(lora={}))
+    lora.check(table())
+
+
+def table(**values):
+    return validate(SFTConfig, {"kind": "sft", "name": "sft", "lr": 1e-3, "lr_final": 1e-4, **values}, "r.toml")
+
+
+def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
+    model = adapted(bases["qwen2"])
+    model.save_adapter(tmp_path / "adapter")
+    made("qwen2", seed=1).save_pretrained(tmp_path / "other")
+    made("qwen2", hidden_size=16).save_pretrained(tmp_path / "narrow")
+
+    def refused(words, base=bases["qwen2"], **changes):
+        path = tmp_path / "adapter" / lora.ADAPTER_CONFIG
+        path.write_text(json.dumps(values | changes))
+        with pytest.raises(UserError, match=words):
+            lora.merge(tmp_path / "adapter", tmp_path / "merged", base)
+        assert not (tmp_path / "merged").exists()
+
+    values = json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())
+    refused("another base than .*other: the SHA-256", tmp_path / "other")
+    refused("sets use_dora, which peft alone merges", use_dora=True)
+    refused("sets megatron_config", megatron_config={"a": 1}, megatron_core="os")
+    refused("of type IA3", peft_type="IA3")
+    refused("must be whole numbers", r="8")
+    refused("names no base that is here", None, base_model_name_or_path="owner/name")
+    refused(r"lora_A.weight is \[4, 48\], and should be \[8, 48\]", r=8)
+    (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself writes it
+    refused(r"is \[32, 4\], and should be \[16, 4\]", tmp_path / "narrow")
+    refused("has no matrix down_proj", bases["gpt2"])
