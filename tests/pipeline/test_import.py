@@ -1,9 +1,11 @@
 """Models from elsewhere through real stages: import, cold start, SFT, GRPO, evaluation; two houses, two tokenizers."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import stages_run
 import torch
@@ -16,6 +18,8 @@ from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance
+from bessemer.runs.context import Interrupted
+from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks import get
 from bessemer.train import setup
 
@@ -82,6 +86,7 @@ batch_rows = 4
 lr = 1e-2
 lr_final = 1e-3
 precision = "float32"
+lora = {{ rank = 2 }}
 
 [[stage]]
 kind = "eval"
@@ -90,7 +95,41 @@ tasks = ["arithmetic"]
 problems = 2
 samples = 2
 max_new_tokens = 8
+
+[[stage]]
+kind = "rl"
+name = "low-rank"
+from = "student"
+like = "rl"
+rollouts = 2
+reference_every = 1
+lora = {{ rank = 2, targets = ["q_proj", "up_proj"] }}
+
+[[stage]]
+kind = "import"
+name = "plain"
+model = "{llama3}"
+style = "zero"
+
+[[stage]]
+kind = "sft"
+name = "taught"
+like = "student"
+
+[[stage]]
+kind = "distill"
+from = "plain"
+teacher = "taught"
+tasks = ["arithmetic"]
+steps = 1
+prompts_per_step = 2
+max_new_tokens = 8
+eval_problems = 2
+lora = {{}}
 """
+
+
+LATER = ("04-rl", "05-other", "06-student", "07-eval", "08-low-rank", "09-plain", "10-taught", "11-distill")
 
 
 def directory(folder, kind, write, **options):
@@ -119,8 +158,9 @@ def test_the_stages_work_as_on_our_own_models(done):
     run = folder / "run"
     losses = [values["train/loss"] for values in metrics(run, "sft") if "train/loss" in values]
     assert losses[-1] < 0.9 * losses[0]
-    gaps = [values["rl/sampler_gap"] for values in metrics(run, "rl") if "rl/sampler_gap" in values]
-    assert len(gaps) == 3 and max(gaps) < 1e-4, "sampler and trainer are one policy"
+    for stage, count in (("rl", 3), ("low-rank", 2)):
+        gaps = [values["rl/sampler_gap"] for values in metrics(run, stage) if "rl/sampler_gap" in values]
+        assert len(gaps) == count and max(gaps) < 1e-4, "sampler and trainer are one policy"
     rows = json.loads((run / "07-eval" / "results.json").read_text())["rows"]
     assert {row["model"] for row in rows} == {"rl", "student"} and all(row["mean_length"] > 0 for row in rows)
     assert results["student"].summary["samples"] == 24, "another tokenizer learns from the same text"
@@ -158,11 +198,38 @@ def test_examples_are_right_answers_to_train_problems(done):
 
 def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path):
     folder, _ = done
-    out = stages_run.copy_without(folder / "run", tmp_path / "run", "04-rl", "05-other", "06-student", "07-eval")
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", *LATER)
     stages_run.killed(folder / "foreign.toml", out, "rl", 2)
     stages_run.run(folder / "foreign.toml", out)
     model = "04-rl/model/model.safetensors"
     assert (out / model).read_bytes() == (folder / "run" / model).read_bytes()
+
+
+def test_low_rank_stages_export_adapters_and_end_with_the_same_bits_after_a_stop(done, call, tmp_path):
+    """Each adapter merges into the model before it, and gives the model that the stage exported."""
+    folder, _ = done
+    run = folder / "run"
+    for stage, base in (("06-student", "05-other"), ("08-low-rank", "06-student"), ("11-distill", "09-plain")):
+        config = json.loads((run / stage / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(run / base / "model") and config["peft_type"] == "LORA"
+        theirs = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(run / base / "model"), run / stage / "adapter"
+        )
+        model, _ = setup.load_model(run / stage / "model")
+        ids = torch.tensor([[5, 8, 13, 21]])
+        torch.testing.assert_close(theirs(input_ids=ids).logits, model.inner(input_ids=ids).logits)
+        assert call("convert", run / stage / "adapter", tmp_path / stage)[0] == 0
+        merged = (tmp_path / stage / "model.safetensors").read_bytes()
+        assert merged == (run / stage / "model" / "model.safetensors").read_bytes()
+        assert (tmp_path / stage / "tokenizer.json").is_file()
+    out = stages_run.copy_without(run, tmp_path / "run", *LATER[4:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageMetrics, "write", stages_run.send_at(signal.SIGTERM, "low-rank", 1))
+        with pytest.raises(Interrupted):
+            stages_run.run(folder / "foreign.toml", out)
+    stages_run.run(folder / "foreign.toml", out)
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / "08-low-rank" / file).read_bytes() == (run / "08-low-rank" / file).read_bytes()
 
 
 def once(tmp_path, stages):

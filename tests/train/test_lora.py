@@ -11,6 +11,7 @@ from hf_cases import made, relative, tokens
 from safetensors.torch import load_file
 from train_config import train_config
 
+from bessemer.config.recipe import Recipe
 from bessemer.config.table import validate
 from bessemer.config.training import LoRAConfig, SFTConfig
 from bessemer.data.batch import Batch
@@ -20,7 +21,7 @@ from bessemer.hf.causal_lm import load
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO, Reference, reference_logprobs
-from bessemer.train import objective
+from bessemer.train import lineage, objective
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -201,7 +202,7 @@ def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
         adapted(folder, targets=["q_prj"])
     with pytest.raises(UserError, match='names "lm_head"'):
         adapted(folder, targets=["lm_head"])
-    with pytest.raises(UserError, match="of the DeepSeek V3 family: leave lora out"):
+    with pytest.raises(UserError, match="of the DeepSeek V3 family; leave lora out"):
         lora.attach(Transformer(preset("tiny", n_layers=1)), LORA, 0, folder, "sft")
     for wrong, words in (
         ({"rank": 0}, "lora.rank.* greater than or equal to 1"),
@@ -210,16 +211,29 @@ def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             table(lora=wrong)
-    with pytest.raises(UserError, match='lora does not go with fp8 = "paper"; set fp8 = "off"'):
-        lora.check(table(lora={}, fp8="paper"))
+    for settings, words in (
+        ({"fp8": "paper"}, 'lora does not go with fp8 = "paper"; set fp8 = "off"'),
+        ({"optimizer": "muon"}, 'lora does not go with optimizer = "muon"; set optimizer = "adamw"'),
+        ({"from": "pretrain"}, "of the DeepSeek V3 family; leave lora out"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lineage.check_lora(table(lora={}, **settings), RECIPE)
+    lineage.check_lora(table(lora={}), RECIPE)
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'bessemer\[lora\]'"):
-        lora.check(table(lora={}))
-    lora.check(table())
+        lineage.check_lora(table(lora={}), RECIPE)
+    lineage.check_lora(table(), RECIPE)
+
+
+RECIPE = Recipe.parse(
+    'name = "r"\n[[stage]]\nkind = "import"\nmodel = "hf://a/b"\n'
+    '[[stage]]\nkind = "corpus"\nparts = { a = "task:sums" }\n[[stage]]\nkind = "pretrain"\nlr = 1e-3\n'
+)
 
 
 def table(**values):
-    return validate(SFTConfig, {"kind": "sft", "name": "sft", "lr": 1e-3, "lr_final": 1e-4, **values}, "r.toml")
+    keys = {"kind": "sft", "name": "sft", "from": "import", "lr": 1e-3, "lr_final": 1e-4}
+    return validate(SFTConfig, keys | values, "r.toml")
 
 
 def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
@@ -239,9 +253,10 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
     refused("another base than .*other: the SHA-256", tmp_path / "other")
     refused("sets use_dora, which peft alone merges", use_dora=True)
     refused("sets megatron_config", megatron_config={"a": 1}, megatron_core="os")
+    refused(r"began by changing its base \(pissa\)", init_lora_weights="pissa")
     refused("of type IA3", peft_type="IA3")
     refused("must be whole numbers", r="8")
-    refused("names no base that is here", None, base_model_name_or_path="owner/name")
+    refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
     refused(r"lora_A.weight is \[4, 48\], and should be \[8, 48\]", r=8)
     (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself writes it
     refused(r"is \[32, 4\], and should be \[16, 4\]", tmp_path / "narrow")

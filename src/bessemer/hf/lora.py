@@ -4,8 +4,8 @@
 
 `attach` puts peft's layers into a `CausalLM`. Everything else sees a model of which few parameters are trainable:
 optimizer, checkpoints and GRPO's reference hold the adapters alone, and the engine samples from base and adapters by
-the trainer's own forward. `LoRAModel.save` writes the merged weights, a plain model for the next
-stage, and beside them the folder `adapter` in peft's format.
+the trainer's own forward. `LoRAModel.save` writes the merged weights, a plain model for the next stage, and beside them
+the folder `adapter` in peft's format. There is no dropout, as in all of `CausalLM`.
 
 Invariants
 - A base is never written to. `merged` shares every weight that no adapter changes.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.config.table import nearest
-from bessemer.config.training import FineTuningConfig, LoRAConfig
+from bessemer.config.training import LoRAConfig
 from bessemer.data.fingerprints import sha256_of_all
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
@@ -44,12 +44,11 @@ NAME = "default"
 """peft's name of the only adapter; it is left out in files."""
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
-UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
+UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
 ABOUT = frozenset(
     {
         "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-        "auto_mapping", "lora_dropout", "init_lora_weights", "loftq_config", "runtime_config", "megatron_core",
-        "qalora_group_size",
+        "auto_mapping", "lora_dropout", "loftq_config", "runtime_config", "megatron_core", "qalora_group_size",
     }
 )  # fmt: skip
 """Keys of adapter_config.json that do not change what a trained adapter computes."""
@@ -112,24 +111,18 @@ def check_installed() -> None:
         raise UserError("LoRA adapters need the peft library: pip install 'bessemer[lora]'")
 
 
-def check(stage: FineTuningConfig) -> None:
-    """UserError, before anything runs, where a stage's [lora] cannot be served."""
-    if stage.lora is None:
-        return
-    check_installed()
-    for key, value, only in (("fp8", stage.fp8, "off"), ("optimizer", stage.optimizer, "adamw")):
-        if value != only:
-            raise UserError(f'stage "{stage.name}": lora does not go with {key} = "{value}"; set {key} = "{only}"')
+def own_family(stage: str) -> UserError:
+    return UserError(
+        f'stage "{stage}": lora is for models of other families, which transformers computes, and this one is of the '
+        "DeepSeek V3 family; leave lora out, and all of its weights are trained"
+    )
 
 
 def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
     """The model with fresh adapters, whose A are drawn from `seed`. `base`: the directory it was read from. UserError
     for a network of our own family, and for targets that it does not have."""
     if not isinstance(network, CausalLM):
-        raise UserError(
-            f'stage "{stage}": lora is for models of other families, which transformers computes; this one is of the '
-            "DeepSeek V3 family: leave lora out, and all of its weights are trained"
-        )
+        raise own_family(stage)
     known = _matrices(network.inner)
     targets = sorted(known) if config.targets == "all-linear" else [*config.targets]
     for target in targets:
@@ -167,10 +160,9 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     check_installed()
     values = read_object(adapter / ADAPTER_CONFIG)
     config, targets = _understood(values, adapter)
-    if base is None:
-        base = Path(str(values.get("base_model_name_or_path") or ""))
-        if not (base / "config.json").is_file():
-            raise UserError(f"{adapter} names no base that is here ({base}); name its directory with --like")
+    base = Path(str(values.get("base_model_name_or_path"))) if base is None else base
+    if not (base / "config.json").is_file():
+        raise UserError(f"there is no model at {base}, the base of {adapter}; name its directory with --like")
     if (adapter / BASE).is_file() and read_object(adapter / BASE).get("sha256") != _fingerprint(base):
         raise UserError(f"{adapter} was trained on another base than {base}: the SHA-256 of its weights differs")
     model = load(base, dtype)
@@ -191,6 +183,8 @@ def _understood(values: Mapping[str, Any], adapter: Path) -> tuple[LoRAConfig, l
     """The settings and targets of an adapter_config.json. The library would import modules that such a file names."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
+    if values.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); peft alone merges it")
     for key, value in values.items():
         if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
             raise UserError(f"{adapter}: adapter_config.json sets {key}, which peft alone merges (merge_and_unload)")

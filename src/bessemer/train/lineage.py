@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer.config.data import ImportConfig
 from bessemer.config.places import located
-from bessemer.config.training import PretrainConfig
+from bessemer.config.training import FineTuningConfig, PretrainConfig
 from bessemer.data import sources
 from bessemer.data.documents import HUB
 from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
-from bessemer.hf import hub
+from bessemer.errors import UserError
+from bessemer.hf import hub, lora
 from bessemer.hf.causal_lm import needs_transformers
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
@@ -41,6 +42,18 @@ def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
         return setup.model_config(recipe, first.model)
     folder = _local(first)
     return None if folder is None or needs_transformers(folder) else hub.read_config(folder)
+
+
+def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
+    """UserError, before anything runs, where a stage's [lora] cannot be served."""
+    if config.lora is None:
+        return
+    lora.check_installed()
+    if config_of(recipe, config.source) is not None:
+        raise lora.own_family(config.name)
+    for key, value, only in (("fp8", config.fp8, "off"), ("optimizer", config.optimizer, "adamw")):
+        if value != only:
+            raise UserError(f'stage "{config.name}": lora does not go with {key} = "{value}"; set {key} = "{only}"')
 
 
 def imported_config(recipe: Recipe, name: str | None) -> dict[str, Any] | None:

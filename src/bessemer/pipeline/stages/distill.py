@@ -19,7 +19,6 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.hf import lora
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
@@ -29,7 +28,7 @@ from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.sampler import ShardedSampler
 from bessemer.rl.teachers import Teachers
 from bessemer.runs.context import StageContext
-from bessemer.train import setup
+from bessemer.train import lineage, setup
 from bessemer.train.objective import OnPolicyDistillation
 from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
@@ -55,7 +54,7 @@ class Distill(Stage[DistillConfig]):
             raise UserError(
                 f'stage "{config.name}": nobody teaches {missing[0]}; name its stage in teachers, or a teacher of all'
             )
-        lora.check(config)
+        lineage.check_lora(config, recipe)
         return {}
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:

@@ -14,7 +14,6 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
 from bessemer.errors import UserError
-from bessemer.hf import lora
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.rl import ray_sampler, rollout
@@ -23,7 +22,7 @@ from bessemer.rl.monitor import evaluation_tasks
 from bessemer.rl.preference import RewardModel
 from bessemer.rl.reward import Reward
 from bessemer.runs.context import StageContext
-from bessemer.train import setup
+from bessemer.train import lineage, setup
 
 
 @register
@@ -72,7 +71,7 @@ class RL(Stage[RLConfig]):
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
         if config.correction == "none" and changed(config, "correction_cap"):
             raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
-        lora.check(config)
+        lineage.check_lora(config, recipe)
         if config.lora is not None and config.rollout.engine != "local":
             raise UserError(
                 f'stage "{config.name}": with lora the trainer samples from base and adapters itself, and separate '

@@ -24,7 +24,6 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf import lora
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
@@ -50,7 +49,7 @@ class SFT(Stage[SFTConfig]):
         distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows or sft_rows.BATCH_ROWS])
         if not config.data and not config.samples:
             raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
-        lora.check(config)
+        lineage.check_lora(config, recipe)
         for stage in map(recipe.stage, config.samples):
             if not find_kind(stage.kind)().exports_conversations(stage):
                 raise UserError(
