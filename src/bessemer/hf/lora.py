@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -36,6 +36,11 @@ from bessemer.hf.causal_lm import CausalLM, load
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import read_header
 from bessemer.hf.safetensors_writer import write_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+    from transformers import PreTrainedModel
 
 ADAPTER = "adapter"
 """Folder beside a stage's model."""
@@ -57,7 +62,7 @@ ABOUT = frozenset(
 class LoRAModel(CausalLM):
     """A `CausalLM` with adapters. Only they are trainable."""
 
-    def __init__(self, inner: Any, config: LoRAConfig, base: Path):
+    def __init__(self, inner: PreTrainedModel, config: LoRAConfig, base: Path):
         super().__init__(inner)
         self.config, self.base = config, base
         for name, parameter in inner.named_parameters():
@@ -76,9 +81,10 @@ class LoRAModel(CausalLM):
         """A plain model of the same function: W + alpha / rank * B A, added in float32 and rounded to W's dtype."""
         plain = copy.deepcopy(self.inner, {id(parameter): parameter for parameter in frozen(self).values()})
         for name, layer in [*_adapted(plain)]:
-            matrix, change = layer.base_layer, layer.get_delta_weight(NAME).float()
-            matrix.weight = nn.Parameter((matrix.weight.float() + change).to(matrix.weight.dtype), requires_grad=False)
-            plain.set_submodule(name, matrix)
+            weight = layer.base_layer.get_parameter("weight")
+            changed = weight.float() + layer.get_delta_weight(NAME).float()
+            layer.base_layer.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+            plain.set_submodule(name, layer.base_layer)
         return CausalLM(plain)
 
     def save(
@@ -179,7 +185,7 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     made.merged().save(target, tokenizer_dir=base)
 
 
-def _understood(values: Mapping[str, Any], adapter: Path) -> tuple[LoRAConfig, list[str]]:
+def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig, list[str]]:
     """The settings and targets of an adapter_config.json. The library would import modules that such a file names."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
@@ -196,7 +202,7 @@ def _understood(values: Mapping[str, Any], adapter: Path) -> tuple[LoRAConfig, l
     return LoRAConfig(rank=rank, alpha=alpha), [name.split(".")[-1] for name in targets]
 
 
-def _peft_config(config: LoRAConfig, targets: list[str], rslora: bool = False) -> Any:
+def _peft_config(config: LoRAConfig, targets: list[str], rslora: bool = False) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -212,11 +218,11 @@ def _inject(
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as that Conv1D stores its matrix transposed, which peft then heeds
         torch.manual_seed(seed)
-        inner = inject_adapter_in_model(_peft_config(config, targets, rslora), model.inner)
-    return LoRAModel(inner, config, base)
+        inject_adapter_in_model(_peft_config(config, targets, rslora), model.inner)  # in place
+    return LoRAModel(model.inner, config, base)
 
 
-def _matrices(inner: Any) -> set[str]:
+def _matrices(inner: PreTrainedModel) -> set[str]:
     """The last parts of the names of its linear layers, except the head."""
     from transformers.pytorch_utils import Conv1D
 
@@ -228,7 +234,7 @@ def _matrices(inner: Any) -> set[str]:
     return {last for last, fits in linear.items() if fits}
 
 
-def _adapted(inner: Any) -> Iterator[tuple[str, Any]]:
+def _adapted(inner: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The layers with adapters, by the names of the matrices they change."""
     for name, module in inner.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
