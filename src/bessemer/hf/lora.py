@@ -98,7 +98,7 @@ class LoRAModel(CausalLM):
         """Writes peft's two files and `base.json`, the SHA-256 of the base's weights, in one step."""
         weights = self.adapters()
         values = _peft_config(self.config, sorted({name.split(".")[-3] for name in weights})).to_dict()
-        values |= {"base_model_name_or_path": str(self.base), "inference_mode": True}
+        values |= {"base_model_name_or_path": str(self.base.absolute()), "inference_mode": True}
         listed = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
         with replacing(directory) as fresh:
             write_json(fresh / ADAPTER_CONFIG, listed)
