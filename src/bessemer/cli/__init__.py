@@ -26,6 +26,7 @@ from bessemer.cli import models  # noqa: F401  isort: skip
 from bessemer.cli import plan  # noqa: F401  isort: skip
 from bessemer.cli import claims  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
+from bessemer.cli import completion  # noqa: F401  isort: skip
 
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]
