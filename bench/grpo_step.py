@@ -5,9 +5,10 @@
 
 A step is the work of both sides between two optimizer steps: sample PROMPTS x 16 completions, verify them, compute
 group-relative advantages and log-probabilities under the reference (the paper's KL), forward, backward, clip, AdamW.
-There is one update per rollout, so neither side recomputes the sampler's log-probabilities. Float32, real routing (the
-tiny preset with random weights, exported to a Hugging Face directory that both sides load). Every completion has
-exactly LENGTH tokens: the peer's end token is suppressed (min_new_tokens), ours is not a stop token (stop_ids = []).
+There is one update per rollout, so neither side recomputes the sampler's log-probabilities. Real routing (the tiny
+preset with random weights, exported to a Hugging Face directory that both sides load). Float32, and BF16 compute with
+float32 masters on both sides (`--dtypes`; TRL's bf16 is autocast). Every completion has exactly LENGTH tokens: the
+peer's end token is suppressed (min_new_tokens), ours is not a stop token (stop_ids = []).
 
 The peer generates with transformers (use_cache). Its figure is its best of: grouped or eager experts; a paged
 continuous batch; the whole rollout as one micro-batch or four; compiled; one or two threads. It uses our allocator
@@ -59,6 +60,8 @@ def problems(first: int, count: int) -> list:
 
 
 def ours(args: argparse.Namespace, case: dict) -> dict:
+    import torch
+
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.chat import question_ids
@@ -75,7 +78,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     workers = setup.workers()
     trainer = Trainer(
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
-        PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0), Runtime(workers=workers),
+        PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0), Runtime(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
     )  # fmt: skip
     engine, reward = Engine(model, tokenizer, workers), Reward()
     reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)
@@ -130,7 +133,7 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
 
     rows, cuts = args.prompts * SAMPLES, case["micro_batches"]
     config = GRPOConfig(
-        output_dir=str(args.directory / "trl"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        output_dir=str(args.directory / "trl"), use_cpu=True, bf16=case["dtype"] == "bfloat16", report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, gradient_checkpointing=False,
         per_device_train_batch_size=rows // cuts, gradient_accumulation_steps=cuts, steps_per_generation=cuts,
         num_generations=SAMPLES, max_completion_length=args.length, max_steps=steps,
@@ -202,8 +205,9 @@ def measure(step: Callable[[int], float], steps: int) -> dict:
     }  # fmt: skip
 
 
-def cases(quick: bool, threads: list[int]) -> list[dict]:
-    return [case for case in every_case(quick) if case["threads"] in threads]
+def cases(args: argparse.Namespace) -> list[dict]:
+    chosen = [case | {"dtype": dtype} for dtype in args.dtypes for case in every_case(args.quick)]
+    return [case for case in chosen if case["threads"] in args.threads]
 
 
 def every_case(quick: bool) -> list[dict]:
@@ -278,6 +282,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--timeout", type=int, default=600, help="time limit of a case in a round, seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], choices=(1, 2), help="core counts to measure")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"), help="compute dtypes"
+    )
     parser.add_argument("--quick", action="store_true", help="measure only the peer's usual best case")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -292,7 +299,7 @@ def main() -> None:
         prepare(args.directory)
         results = []
         for number in range(args.rounds):
-            for case in cases(args.quick, args.threads):
+            for case in cases(args):
                 result = run_case(args, case)
                 results.append({"case": case, "round": number, **result})
                 what = f"error: {result['error']}" if "error" in result else _shown(result)
@@ -308,25 +315,27 @@ def _shown(result: dict) -> str:
 def report(args: argparse.Namespace, results: list[dict]) -> None:
     rows = summarise(results)
 
-    def best(side: str, threads: int) -> dict | None:
+    def best(side: str, threads: int, dtypes: list[str]) -> dict | None:
         mine = [row for row in rows if row["case"]["side"] == side and row["case"]["threads"] == threads]
-        return min((row for row in mine if "step" in row), key=lambda row: row["step"], default=None)
+        mine = [row for row in mine if "step" in row and row["case"]["dtype"] in dtypes]
+        return min(mine, key=lambda row: row["step"], default=None)
 
     summary = {
         "machine": machine(), "prompts": args.prompts, "samples": SAMPLES, "completion_tokens": args.length,
-        "updates_per_rollout": 1, "kl": KL, "dtype": "float32", "routing": "real", "preset": "tiny",
+        "updates_per_rollout": 1, "kl": KL, "routing": "real", "preset": "tiny",
     }  # fmt: skip
-    for threads in args.threads:
-        one, other = best("ours", threads), best("peer", threads)
+    for threads, dtype in itertools.product(args.threads, args.dtypes):
+        one, other = best("ours", threads, [dtype]), best("peer", threads, args.dtypes)  # the peer's best of all dtypes
         if one is None or other is None:  # every case of one side failed or timed out; the rows hold the errors
             continue
-        summary[f"cores_{threads}"] = {
+        found = {
             "ours": one["step"], "peer": other["step"], "ratio": other["step"] / one["step"],
             "generation_ratio": other["generation"] / one["generation"],
             "update_ratio": other["update"] / one["update"], "peer_case": other["case"],
         }  # fmt: skip
         if threads == 1:
-            summary["cores_1"]["cpu_ratio"] = other["cpu"] / one["cpu"]
+            found["cpu_ratio"] = other["cpu"] / one["cpu"]
+        summary[f"cores_{threads}_{dtype}"] = found
     print(json.dumps(summary, indent=1))
     if args.json:
         with open(args.json, "w") as file:

@@ -7,9 +7,10 @@ One step is forward, backward, clipping and AdamW. The peer's figure is its best
 autocast or bfloat16; every experts implementation. It uses our allocator setting (one case runs without it, for the
 record). On several cores the peer uses OpenMP threads, the parallelism it offers; ours uses one process per core.
 Neither side trains MTP (the peer cannot); ours is also measured with it. Routing is real (random weights, random
-tokens). Each case runs in its own process; the figure is the median of the timed steps. Where other work shares the
-cores, `--first` (Linux, root) times the steps at real-time priority, and the figure is the best of them, since Linux
-stops such threads for a twentieth of every second. Without it a single busy process takes a third of two cores.
+tokens). Each case runs in its own process, and all take a step in turn, so that other work slows them alike; the
+figure is the median of the timed steps, and the ratio is also given turn by turn. Where other work shares the cores,
+`--first` (Linux, root) times the steps at real-time priority, and the figure is the best of them, since Linux stops
+such threads for a twentieth of every second. Without it a single busy process takes a third of two cores.
 """
 
 from __future__ import annotations
@@ -46,28 +47,22 @@ def before_others(wanted: bool):
         schedule(os.SCHED_OTHER, 0)
 
 
-def measure(step, steps: int, first: bool) -> dict[str, float]:
-    """Tokens/s after two warm-up steps: of the median step (`first`: the best one), the best and the worst."""
+def serve(step, first: bool, facts: dict) -> None:
+    """Takes two steps, prints `facts`, then takes a step for every line of standard input and prints its seconds."""
     begin = time.perf_counter()
     step()
-    first_step = time.perf_counter() - begin
+    facts["first_step_seconds"] = time.perf_counter() - begin
     step()
-    seconds = []
-    with before_others(first):
-        for _ in range(steps):
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        with before_others(first):
             begin = time.perf_counter()
             step()
-            seconds.append(time.perf_counter() - begin)
-    tokens = ROWS * LENGTH
-    return {
-        "tokens_per_second": tokens / (min(seconds) if first else statistics.median(seconds)),
-        "best": tokens / min(seconds),
-        "worst": tokens / max(seconds),
-        "first_step_seconds": first_step,
-    }
+            seconds = time.perf_counter() - begin
+        print(seconds, flush=True)
 
 
-def ours(preset_name: str, case: dict, steps: int) -> dict:
+def ours(preset_name: str, case: dict) -> None:
     import torch
 
     from bessemer.config.training import PretrainConfig
@@ -104,18 +99,12 @@ def ours(preset_name: str, case: dict, steps: int) -> dict:
     weight = torch.ones(ROWS, LENGTH)
     weight[:, 0] = 0
     micro = list(Batch(tokens, weight).micro(ROWS // workers.n))
-    found = measure(lambda: trainer.update(micro), steps, case["first"])
     flops = flops_per_token(cfg, LENGTH, mtp=case["mtp"]).training
-    return found | {
-        "gflops": flops * found["tokens_per_second"] / 1e9,
-        "gemm": rates,
-        "dtype": str(dtype).removeprefix("torch."),
-        "share_of_float32_gemm": flops * found["tokens_per_second"] / 1e9 / rates["float32"],
-        "share_of_bf16_gemm": flops * found["tokens_per_second"] / 1e9 / rates["bfloat16"],
-    }
+    facts = {"flops_per_token": flops, "gemm": rates, "dtype": str(dtype).removeprefix("torch.")}
+    serve(lambda: trainer.update(micro), case["first"], facts)
 
 
-def peer(preset_name: str, case: dict, steps: int) -> dict:
+def peer(preset_name: str, case: dict) -> None:
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -157,7 +146,7 @@ def peer(preset_name: str, case: dict, steps: int) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return measure(step, steps, case["first"])
+    serve(step, case["first"], {})
 
 
 def machine() -> str:
@@ -182,56 +171,95 @@ def cases(quick: bool) -> list[dict]:
     ]
     theirs.append({"side": "peer", "dtype": "float32", "experts": "grouped_mm", "compile": False, "allocator": False})
     if quick:
-        theirs = [c for c in theirs if c["dtype"] == "float32" and c["experts"] == "grouped_mm"]
+        theirs = [c for c in theirs if c["experts"] == "grouped_mm" and c["allocator"]]
     return mine + theirs
+
+
+class Case:
+    """One form of one side in a process of its own, which takes a step when told to."""
+
+    def __init__(self, args: argparse.Namespace, case: dict) -> None:
+        self.case = case
+        self.seconds: list[float] = []
+        self.facts: dict = {}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--preset", args.preset, "--case", json.dumps(case | {"first": args.first})],
+            env=dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        line = self.process.stdout.readline()
+        self.error = "" if line else (self.process.stderr.read().strip().splitlines() or ["failed"])[-1][:200]
+        if line:
+            self.facts = json.loads(line)
+
+    def step(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of the median step; at real-time priority, of the best one."""
+        seconds = min(self.seconds) if self.case["first"] else statistics.median(self.seconds)
+        return ROWS * LENGTH / seconds
+
+    def result(self) -> dict:
+        if self.error:
+            return {"case": self.case, "error": self.error}
+        spread = {"best": ROWS * LENGTH / min(self.seconds), "worst": ROWS * LENGTH / max(self.seconds)}
+        return {"case": self.case, "tokens_per_second": self.rate, **spread, **self.facts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="measure only the peer's usual best case")
+    parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument(
+        "--quick", action="store_true", help="of the peer's forms only those with grouped experts, its fastest"
+    )
     parser.add_argument("--first", action="store_true", help="time the steps at real-time priority")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         case = json.loads(args.case)
-        print(json.dumps((ours if case["side"] == "ours" else peer)(args.preset, case, args.steps)))
+        (ours if case["side"] == "ours" else peer)(args.preset, case)
         return
-    environment = dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads))
-    results = []
-    for case in [case | {"first": args.first} for case in cases(args.quick)]:
-        command = [sys.executable, __file__, "--preset", args.preset, "--steps", str(args.steps)]
-        done = subprocess.run(
-            [*command, "--case", json.dumps(case)], env=environment, capture_output=True, text=True, timeout=600
+    all_cases = []
+    for case in cases(args.quick):
+        all_cases.append(Case(args, case | {"first": args.first}))
+        print(
+            all_cases[-1].error or f"{all_cases[-1].facts['first_step_seconds']:6.1f} s, first step", case, flush=True
         )
-        if done.returncode:
-            result = {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "failed"}
-        else:
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-        results.append({"case": case, **result})
-        shown = f"{result['tokens_per_second']:9.0f} tokens/s" if "error" not in result else f"error: {result['error']}"
-        print(f"{shown}  {case}", flush=True)
-    best_peer = max((r for r in results if r["case"]["side"] == "peer" and "error" not in r), key=_rate)
-    best_ours = max((r for r in results if r["case"]["side"] == "ours" and not r["case"]["mtp"]), key=_rate)
+    running = [case for case in all_cases if not case.error]
+    for _ in range(args.steps):
+        for case in running:
+            case.step()
+    for case in running:
+        case.close()
+        print(f"{case.rate:9.0f} tokens/s  {case.case}", flush=True)
+    best_peer = max((c for c in running if c.case["side"] == "peer"), key=lambda c: c.rate)
+    best_ours = max((c for c in running if c.case["side"] == "ours" and not c.case["mtp"]), key=lambda c: c.rate)
+    ratios = sorted(theirs / own for own, theirs in zip(best_ours.seconds, best_peer.seconds, strict=True))
+    facts = best_ours.facts
+    gflops = facts["flops_per_token"] * best_ours.rate / 1e9
     summary = {
         "preset": args.preset, "threads": args.threads, "rows": ROWS, "length": LENGTH, "routing": "real",
-        "machine": machine(), "ours": _rate(best_ours), "peer": _rate(best_peer),
-        "ratio": _rate(best_ours) / _rate(best_peer), "peer_case": best_peer["case"],
-        "gemm_gflops": best_ours["gemm"], "dtype": best_ours["dtype"], "gflops": best_ours["gflops"],
-        "share_of_float32_gemm": best_ours["share_of_float32_gemm"],
-        "share_of_bf16_gemm": best_ours["share_of_bf16_gemm"],
+        "machine": machine(), "ours": best_ours.rate, "peer": best_peer.rate, "ratio": best_ours.rate / best_peer.rate,
+        "ratio_by_turn": {"median": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]},
+        "peer_case": best_peer.case, "gemm_gflops": facts["gemm"], "dtype": facts["dtype"], "gflops": gflops,
+        "share_of_float32_gemm": gflops / facts["gemm"]["float32"],
+        "share_of_bf16_gemm": gflops / facts["gemm"]["bfloat16"],
     }  # fmt: skip
     print(json.dumps(summary, indent=1))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"summary": summary, "cases": results}, file, indent=1)
-
-
-def _rate(result: dict) -> float:
-    return result["tokens_per_second"]
+            json.dump({"summary": summary, "cases": [case.result() for case in all_cases]}, file, indent=1)
 
 
 if __name__ == "__main__":

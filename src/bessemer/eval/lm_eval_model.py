@@ -201,7 +201,7 @@ class BessemerLM(LM):
             h_MD = model.hidden(tokens_BT.to(device)).flatten(0, 1)[place_M]
             if isinstance(model, Transformer):  # the hidden states of a transformers model are normalised
                 h_MD = model.norm(h_MD)
-            size = chunk_rows(model.cfg.vocab_size, device)
+            size = chunk_rows(model.head_weight)
             for h_CD, target_C in zip(h_MD.split(size), target_M.split(size), strict=True):
                 logp_CV = F.linear(h_CD, model.head_weight).float().log_softmax(-1)
                 logp.append(logp_CV.gather(1, target_C[:, None]).squeeze(1))

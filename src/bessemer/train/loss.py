@@ -36,10 +36,16 @@ POSITIONS = 1024
 """Positions whose logits exist at once."""
 
 
-def chunk_rows(n_vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk: as many logits as stay in a core's cache on a CPU (1 MB, never under 128 rows: GEMMs need
-    them; with 4 MB the gradient of the head weight runs at half the rate), 0.5 GB on a GPU, to fill it."""
-    return max(128, (1 << 18 if device.type == "cpu" else 1 << 27) // n_vocabulary)
+def chunk_rows(weight_VD: Tensor) -> int:
+    """Tokens per chunk: 0.5 GB of float32 logits on a GPU, to fill it. On a CPU 1 MB of float32, which stays in a core's
+    cache (with 4 MB the gradient of the head weight runs at half the rate), and 4 MB of bfloat16: each chunk's gradient
+    of the head weight is added to a float32 sum of its own, which costs as much as the products of 128 rows. Never
+    under 128 rows: GEMMs need them."""
+    if weight_VD.device.type != "cpu":
+        logits = 1 << 27
+    else:
+        logits = 1 << 18 if weight_VD.dtype == torch.float32 else 1 << 21
+    return max(128, logits // weight_VD.shape[0])
 
 
 def cross_entropy_reference(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, loss_N: Tensor) -> Tensor:
@@ -55,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         trains_head = with_grad and ctx.needs_input_grad[1]  # LoRA leaves it as it is
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_head else None
-        size = chunk_rows(weight_VD.shape[0], weight_VD.device)
+        size = chunk_rows(weight_VD)
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
             hidden_CD, target_C1, loss_C = hidden_ND[rows], target_N[rows, None], loss_N[rows]
@@ -206,7 +212,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logp_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
         entropy_N = torch.zeros_like(logp_N)
         lse_N = torch.empty_like(logp_N)
-        size = chunk_rows(weight_VD.shape[0], weight_VD.device)
+        size = chunk_rows(weight_VD)
         for start in range(0, N, size):
             rows = slice(start, start + size)
             logits_CV = hidden_ND[rows] @ weight_VD.T
@@ -228,7 +234,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = chunk_rows(weight_VD.shape[0], weight_VD.device)
+        size = chunk_rows(weight_VD)
         for start in range(0, hidden_ND.shape[0], size):
             rows = slice(start, start + size)
             hidden_CD = hidden_ND[rows]

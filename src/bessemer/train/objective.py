@@ -285,7 +285,7 @@ def _weighted_divergence(
         teacher_CV = ((teacher_CD @ teacher_VD.T).float() / temperature).log_softmax(-1)
         return (divergence_of(student_CV, teacher_CV, which) * weight_C).sum()
 
-    size = chunk_rows(student_VD.shape[0], student_VD.device)
+    size = chunk_rows(student_VD)
     parts = [
         checkpoint(chunk, student, student_VD, teacher, weight, use_reentrant=False)
         for student, teacher, weight in zip(
