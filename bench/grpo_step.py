@@ -78,7 +78,8 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     workers = setup.workers()
     trainer = Trainer(
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
-        PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0), Runtime(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
+        PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0),
+        Runtime(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
     )  # fmt: skip
     engine, reward = Engine(model, tokenizer, workers), Reward()
     reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)
@@ -133,7 +134,8 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
 
     rows, cuts = args.prompts * SAMPLES, case["micro_batches"]
     config = GRPOConfig(
-        output_dir=str(args.directory / "trl"), use_cpu=True, bf16=case["dtype"] == "bfloat16", report_to="none", save_strategy="no",
+        output_dir=str(args.directory / "trl"), use_cpu=True, bf16=case["dtype"] == "bfloat16", report_to="none",
+        save_strategy="no",
         logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, gradient_checkpointing=False,
         per_device_train_batch_size=rows // cuts, gradient_accumulation_steps=cuts, steps_per_generation=cuts,
         num_generations=SAMPLES, max_completion_length=args.length, max_steps=steps,

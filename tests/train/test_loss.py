@@ -12,7 +12,7 @@ N, D, V = 70, 24, 50
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one ragged."""
-    monkeypatch.setattr(loss, "chunk_rows", lambda n_vocabulary, device: 16)
+    monkeypatch.setattr(loss, "chunk_rows", lambda weight: 16)
 
 
 def inputs(dtype=torch.float32, seed=0):

@@ -37,10 +37,10 @@ POSITIONS = 1024
 
 
 def chunk_rows(weight_VD: Tensor) -> int:
-    """Tokens per chunk: 0.5 GB of float32 logits on a GPU, to fill it. On a CPU 1 MB of float32, which stays in a core's
-    cache (with 4 MB the gradient of the head weight runs at half the rate), and 4 MB of bfloat16: each chunk's gradient
-    of the head weight is added to a float32 sum of its own, which costs as much as the products of 128 rows. Never
-    under 128 rows: GEMMs need them."""
+    """Tokens per chunk: 0.5 GB of float32 logits on a GPU, to fill it. On a CPU 1 MB of float32, which stays in a
+    core's cache (with 4 MB the gradient of the head weight runs at half the rate), and 4 MB of bfloat16, since the
+    gradient of the head weight over a chunk is added to a float32 sum, which takes as long as the products of 128
+    rows. Never under 128 rows: GEMMs need them."""
     if weight_VD.device.type != "cpu":
         logits = 1 << 27
     else:

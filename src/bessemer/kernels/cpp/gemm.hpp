@@ -237,14 +237,19 @@ struct TileGemm {
         if constexpr (sizeof(S) == 2)
             if (rs == 1) {
                 done_m = M / W * W, done_k = K / (2 * W) * (2 * W);
-                for (i64 m = 0; m < done_m; m += W)
-                    for (i64 k = 0; k < done_k; k += 2 * W) {
+                for (i64 k = 0; k < done_k; k += 2 * W) {
+                    i64 m = 0;
+#if defined(__AVX512BW__)
+                    for (; m + 2 * W <= M; m += 2 * W) transpose_lines(to + m * KP + k, KP, src + k * cs + m, cs);
+#endif
+                    for (; m < done_m; m += W) {
                         vf block[W];
                         for (int i = 0; i < W; ++i)
                             block[i] = (vf)pairs(src + (k + 2 * i) * cs + m, src + (k + 2 * i + 1) * cs + m);
                         transpose(block);
                         for (int i = 0; i < W; ++i) store_pairs(to + (m + i) * KP + k, (vu)block[i]);
                     }
+                }
             }
         for (i64 m = 0; m < MP; ++m)
             for (i64 k = m < done_m ? done_k : 0; k < KP; ++k)
@@ -325,6 +330,24 @@ struct TileGemm {
 
    private:
     static INLINE void store_pairs(bf16* p, vu x) { *(vf_mem*)p = (vf)x; }
+#if defined(__AVX512BW__)
+    // 32 x 32 elements transposed, whole cache lines at a time. Interleaved in lanes of 16 bytes, pair p of 16 is of column
+    // 8 (p / 4) + p % 4, or 4 further in the upper half.
+    static void transpose_lines(bf16* to, i64 ldt, const bf16* from, i64 ldf) {
+        vf low[16], high[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            __m512i even = _mm512_loadu_si512(from + 2 * i * ldf), odd = _mm512_loadu_si512(from + (2 * i + 1) * ldf);
+            low[i] = (vf)_mm512_unpacklo_epi16(even, odd), high[i] = (vf)_mm512_unpackhi_epi16(even, odd);
+        }
+        transpose(low);
+#pragma GCC unroll 16
+        for (int p = 0; p < 16; ++p) store_pairs(to + (p / 4 * 8 + p % 4) * ldt, (vu)low[p]);
+        transpose(high);
+#pragma GCC unroll 16
+        for (int p = 0; p < 16; ++p) store_pairs(to + (p / 4 * 8 + p % 4 + 4) * ldt, (vu)high[p]);
+    }
+#endif
     static INLINE bf16 as_bf16(bf16 x) { return x; }
     static INLINE bf16 as_bf16(float x) { return narrow(x); }
 };

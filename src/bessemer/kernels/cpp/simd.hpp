@@ -236,9 +236,17 @@ INLINE float max_of(vf x) { return folded_max<W / 2>(x)[0]; }
 // e^x within 2 units in the last place; exactly 0 below -87.33, where results would be denormal and slow; inf above
 // 88.72; NaN for NaN.
 INLINE vf vexp(vf x) {
+#if defined(__AVX512F__)
+    // In place of selects: minimum and maximum return their second operand where it is NaN, and the scaling makes
+    // infinity of what is too large. (x < low) costs one mask.
+    const __m512 low = _mm512_set1_ps(-87.33f);
+    const vf y = (vf)_mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(low, (__m512)x));
+    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);
+#else
     const vf low = splat(-87.33f), high = splat(88.72f);
     vf y = select((vi)(x < low), low, x);
     y = select((vi)(y > high), high, y);
+#endif
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     vf t = y * 1.44269504f + magic;
     vf n = t - magic;
@@ -251,11 +259,15 @@ INLINE vf vexp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
     vi scale = ((vi)t - (vi)magic) << 23;
     vf result = (vf)((vi)p + scale);
     result = select((vi)(x > high), splat(std::numeric_limits<float>::infinity()), result);
     result = select((vi)(x < low), (vf){}, result);
     return select((vi)(x != x), x, result);
+#endif
 }
 // 2^x for x up to 127, within 2 units in the last place; exactly 1 for 0, exactly 0 below -126; NaN for NaN. Half the
 // work of `vexp`: for a softmax, whose arguments have their maximum subtracted.
@@ -280,4 +292,14 @@ INLINE vf vexp2(vf x) {
     return select((vi)(x != x), x, result);
 #endif
 }
-INLINE vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
+// Within 2 units in the last place above -85; below, where it would be 1e-37 or less, 1e-37 or less.
+INLINE vf vsigmoid(vf x) {
+#if defined(__AVX512F__)
+    // An approximation to 14 bits and one of Newton's steps: a third of the time of a division.
+    __m512 d = (__m512)(1.0f + (vf)_mm512_min_ps(_mm512_set1_ps(1e37f), (__m512)vexp(-x)));
+    vf r = (vf)_mm512_rcp14_ps(d);
+    return r + r * (1.0f - (vf)d * r);
+#else
+    return 1.0f / (1.0f + vexp(-x));
+#endif
+}
