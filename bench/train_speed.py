@@ -79,7 +79,8 @@ def ours(preset_name: str, case: dict) -> None:
     setup.keep_memory()
     with before_others(case["first"]):
         rates = probe.gemm_rates()
-    cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0)
+    rows, length = case["shape"]
+    cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0, **case["set"])
     model = Transformer(cfg).initialise(0)
     if case["compile"]:
         setup.compile_layers(model)
@@ -88,18 +89,18 @@ def ours(preset_name: str, case: dict) -> None:
     workers = one_core_each()
     trainer = Trainer(
         model, objective.next_token, None,
-        PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=ROWS),
+        PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows),
         Runtime(
-            tokens=1, gamma=constant(1e-3), batch_rows=constant(ROWS),
+            tokens=1, gamma=constant(1e-3), batch_rows=constant(rows),
             terms={"mtp_lambda": constant(0.3 if case["mtp"] else 0.0), "balance_alpha": constant(1e-4)},
             compute_dtype=dtype, workers=workers,
         ),
     )  # fmt: skip
-    tokens = torch.randint(0, cfg.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    weight = torch.ones(ROWS, LENGTH)
+    tokens = torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(rows, length)
     weight[:, 0] = 0
-    micro = list(Batch(tokens, weight).micro(ROWS // workers.n))
-    flops = flops_per_token(cfg, LENGTH, mtp=case["mtp"]).training
+    micro = list(Batch(tokens, weight).micro(max(1, rows // workers.n)))
+    flops = flops_per_token(cfg, length, mtp=case["mtp"]).training
     facts = {"flops_per_token": flops, "gemm": rates, "dtype": str(dtype).removeprefix("torch.")}
     serve(lambda: trainer.update(micro), case["first"], facts)
 
@@ -113,7 +114,7 @@ def peer(preset_name: str, case: dict) -> None:
 
     if case["allocator"]:
         setup.keep_memory()
-    c = preset(preset_name)
+    c = preset(preset_name, **case["set"])
     config = DeepseekV3Config(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.inter_dim,
         moe_intermediate_size=c.moe_inter_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
@@ -131,7 +132,7 @@ def peer(preset_name: str, case: dict) -> None:
         model = model.bfloat16()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, c.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, c.vocab_size, case["shape"], generator=torch.Generator().manual_seed(0))
 
     def loss_of(tokens):
         return model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -171,7 +172,7 @@ def cases(quick: bool) -> list[dict]:
     ]
     theirs.append({"side": "peer", "dtype": "float32", "experts": "grouped_mm", "compile": False, "allocator": False})
     if quick:
-        theirs = [c for c in theirs if c["experts"] == "grouped_mm" and c["allocator"]]
+        theirs = [c for c in theirs if c["experts"] == "grouped_mm" and c["allocator"] and c["dtype"] != "bfloat16"]
     return mine + theirs
 
 
@@ -179,11 +180,12 @@ class Case:
     """One form of one side in a process of its own, which takes a step when told to."""
 
     def __init__(self, args: argparse.Namespace, case: dict) -> None:
-        self.case = case
+        self.case = {"first": args.first, "shape": [ROWS, LENGTH], "set": {}} | case
+        self.tokens = self.case["shape"][0] * self.case["shape"][1]
         self.seconds: list[float] = []
         self.facts: dict = {}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--preset", args.preset, "--case", json.dumps(case | {"first": args.first})],
+            [sys.executable, __file__, "--preset", args.preset, "--case", json.dumps(self.case)],
             env=dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads)),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -205,12 +207,12 @@ class Case:
     def rate(self) -> float:
         """Tokens/s of the median step; at real-time priority, of the best one."""
         seconds = min(self.seconds) if self.case["first"] else statistics.median(self.seconds)
-        return ROWS * LENGTH / seconds
+        return self.tokens / seconds
 
     def result(self) -> dict:
         if self.error:
             return {"case": self.case, "error": self.error}
-        spread = {"best": ROWS * LENGTH / min(self.seconds), "worst": ROWS * LENGTH / max(self.seconds)}
+        spread = {"best": self.tokens / min(self.seconds), "worst": self.tokens / max(self.seconds)}
         return {"case": self.case, "tokens_per_second": self.rate, **spread, **self.facts}
 
 
@@ -220,7 +222,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument(
-        "--quick", action="store_true", help="of the peer's forms only those with grouped experts, its fastest"
+        "--quick",
+        action="store_true",
+        help="of the peer's forms only its fastest: grouped experts, float32 and autocast",
     )
     parser.add_argument("--first", action="store_true", help="time the steps at real-time priority")
     parser.add_argument("--json", help="write the results here")
@@ -232,7 +236,7 @@ def main() -> None:
         return
     all_cases = []
     for case in cases(args.quick):
-        all_cases.append(Case(args, case | {"first": args.first}))
+        all_cases.append(Case(args, case))
         print(
             all_cases[-1].error or f"{all_cases[-1].facts['first_step_seconds']:6.1f} s, first step", case, flush=True
         )
