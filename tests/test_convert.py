@@ -77,6 +77,8 @@ def test_the_name_gives_the_format(call, run, tmp_path):
     assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
     assert "\nFROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text("utf-8")
     (tmp_path / "d.Modelfile").write_text("mine")
+    status, _, err = call("convert", run, tmp_path / "e.Modelfile", "--to", "gguf")
+    assert status == 2 and "name it NAME.gguf" in err
     status, _, err = call("convert", run, tmp_path / "d.gguf")
     assert status == 2 and "d.Modelfile exists already" in err and not (tmp_path / "d.gguf").exists()
     status, _, err = call("convert", run, tmp_path / "a.gguf", "--dtype", "float16")

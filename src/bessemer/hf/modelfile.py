@@ -11,7 +11,6 @@ puts them, they give the text of `data/chat`; with thinking switched off, that o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 from bessemer.hf.replace import replacing_file
 
+SUFFIX = ".Modelfile"
 MOST_CONTEXT = 32_768
 """Ollama reserves the whole context when it loads a model."""
 _RANGE = "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
@@ -64,7 +64,9 @@ def template(style: str, bos: str = chat.BOS) -> str:
 
 def path_of(file: Path) -> Path:
     """Beside the GGUF file, with its name: another model in the folder has its own."""
-    return file.with_suffix(".Modelfile")
+    if file.suffix == SUFFIX:
+        raise UserError(f"{file} is what the Modelfile beside the GGUF file would be called; name it NAME.gguf")
+    return file.with_suffix(SUFFIX)
 
 
 def write(directory: str | Path, file: str | Path) -> Path:
@@ -105,5 +107,5 @@ def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]
     sampling["repeat_penalty"] = advised.get("repetition_penalty") or 1.0
     context = read_object(directory / "config.json").get("max_position_embeddings")
     values = sampling | ({"num_ctx": min(context, MOST_CONTEXT)} if isinstance(context, int) else {})
-    stops = [("stop", json.dumps(one, ensure_ascii=False)) for one in ends if one]
+    stops = [("stop", f'"{one}"') for one in ends if one]  # a Modelfile knows no escapes
     return stops + [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in values.items()]
