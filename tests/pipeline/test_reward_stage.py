@@ -229,8 +229,10 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
     assert summary["trained"] + summary["too_long"] + summary["heldout"] == len(lines[1])
     new = len(lines[1]) - summary["heldout"] - summary["replayed"]
     assert set(lines[1][new : new + summary["replayed"]]) <= set(lines[0])
-    heldout = {json.loads(line)["prompt"] for line in lines[1][-summary["heldout"] :]}
-    assert heldout.isdisjoint(json.loads(line)["prompt"] for line in lines[1][: -summary["heldout"]])
+    heldout = {str(json.loads(line)["prompt"]) for line in lines[1][-summary["heldout"] :]}
+    assert heldout.isdisjoint(str(json.loads(line)["prompt"]) for line in lines[1][: -summary["heldout"]])
+    prompts = [json.loads(line)["prompt"] for line in lines[0]]
+    assert [len(prompt) for prompt in prompts if isinstance(prompt, list)] == [3], "the one of more than a question"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
         ({'aim = "helpful"': 'aim = "funny"'}, "helpful"),
         ({"lr = 4e-3\n": ""}, '"lr"'),
         ({'aim = "helpful"': 'aim = "helpful"\nfrom = "corpus"'}, "needs a model to start from"),
-        ({'data = ["{pairs}"]': 'data = ["{labels}"]'}, "labels.jsonl:1: each line must be"),
+        ({'data = ["{pairs}"]': 'data = ["{labels}"]'}, "labels.jsonl:1: each record must be"),
     ],
 )
 def test_mistakes_are_named(done, tmp_path, change, complaint):
