@@ -220,6 +220,9 @@ def test_the_first_screen(toy, capsys):
     rows = [mtp, mtp | {"item": "FP8", "state": "off"}]
     run(toy, until="first", conformance=lambda recipe: rows)
     assert json.loads((toy.out / "conformance.json").read_text()) == rows
+    assert json.loads((toy.out / "plan.json").read_text()) == {
+        "seconds": dict.fromkeys(("first", "second", "compare"), 30.0)
+    }
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(f"toy in {toy.out}: 1 of 3 stages to run, about 30s on ") and "CPU core" in said[0]
     assert [line.split() for line in said[1:4]] == [

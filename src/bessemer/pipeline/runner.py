@@ -103,6 +103,7 @@ def run(
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=ranks is not None))
         rundir.record_recipe(outside.with_folder(recipe, root).to_toml())
+        rundir.record_plan(estimates)
         if donor is not None:
             donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")

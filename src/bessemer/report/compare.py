@@ -6,7 +6,6 @@ Stages are matched by name. A stage that only one run has is named among the dif
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,18 +18,18 @@ from bessemer.eval.tables import Row
 from bessemer.report import comparisons, page, panels
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.page import Html
+from bessemer.runs.curves import BALANCE, LEARNING, TRAINING
+from bessemer.runs.directory import run_labels
 from bessemer.runs.files import explained, write_atomic
 
 _LONGEST = 60  # characters of a setting that are shown
-_LEFT_OUT = ("rl/words/", "rl/pass/", panels.BALANCE)
+_LEFT_OUT = ("rl/words/", "rl/pass/", BALANCE)
 """Families of metrics with too many members to compare one by one."""
 
 
 def write(roots: Sequence[Path]) -> Path:
     """Make the comparison beside the first run, named after all of them; return its path."""
-    if len({root.resolve() for root in roots}) < len(roots):
-        raise UserError("a run is named twice; name runs that differ")
-    labels = _labels(roots)
+    labels = run_labels(roots)
     name = re.sub(r"[^\w.-]+", "-", "-and-".join(labels))[:150]
     path = roots[0].parent / f"{name}.html"
     html = render(dict(zip(labels, map(read, roots), strict=True)))
@@ -61,15 +60,6 @@ def render(runs: dict[str, RunFacts]) -> str:
     )
     sections = [page.section(anchor, title, body, lead) for anchor, title, body, lead in shown]
     return page.document(f"{title} · bessemer", page.join(head, *sections, none))
-
-
-def _labels(roots: Sequence[Path]) -> list[str]:
-    """The names of the directories, with as much of their paths as tells them apart."""
-    names = [root.resolve().name for root in roots]
-    if len(set(names)) == len(names):
-        return names
-    shared = os.path.commonpath([root.resolve() for root in roots])
-    return [str(root.resolve().relative_to(shared)) for root in roots]
 
 
 def _shared(runs: dict[str, RunFacts]) -> dict[str, dict[str, StageFacts]]:
@@ -175,7 +165,7 @@ def _curves(runs: dict[str, RunFacts]) -> Html:
 def _metrics(stages: Sequence[StageFacts]) -> Iterator[str]:
     """Metrics to compare, in the order of the report's panels."""
     known = sorted({metric for stage in stages for metric in stage.series})
-    for panel in panels.TRAINING if not stages[0].learns_by_reward else panels.LEARNING:
+    for panel in TRAINING if not stages[0].learns_by_reward else LEARNING:
         for metric in panel.metrics:
             if metric.endswith("/") and metric not in _LEFT_OUT:
                 yield from (name for name in known if name.startswith(metric))

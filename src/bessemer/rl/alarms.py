@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import fmean, median
 
 WINDOW = 5
 """Values in a window."""
@@ -88,15 +88,15 @@ class MetricTrack:
             self.first.append(value)
         self.recent.append(value)
         if len(self.recent) == WINDOW:
-            self.peak = max(self.peak, mean(self.recent))
+            self.peak = max(self.peak, fmean(self.recent))
 
     @property
     def start(self) -> float:
-        return mean(self.first)
+        return fmean(self.first)
 
     @property
     def now(self) -> float:
-        return mean(self.recent)
+        return fmean(self.recent)
 
     @property
     def rise(self) -> float:
@@ -305,7 +305,7 @@ def _true_accuracy(history: MetricHistory) -> tuple[str, float, float] | None:
         track, before = history.judged.get(name), history.before.get(name, [])
         if track is not None and track.count >= few:
             first = before[-few:] or track.first[:few]
-            return what, mean(first), mean(list(track.recent)[-few:])
+            return what, fmean(first), fmean(list(track.recent)[-few:])
     return None
 
 

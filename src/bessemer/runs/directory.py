@@ -1,6 +1,6 @@
 """The run directory: its owner, its lock, the folder of each stage, and the records in that folder.
 
-    runs/NAME/{recipe.toml, metrics.jsonl, conformance.json, report.html, NN-stage/, NN-stage.stale-K/}
+    runs/NAME/{recipe.toml, plan.json, metrics.jsonl, conformance.json, report.html, NN-stage/, NN-stage.stale-K/}
 
 `stage.json` records what a stage was made from, `done.json` that its output is complete. `identity` is everything that
 determines a stage's output: format, settings, seed, model, derived facts, and the fingerprints of its inputs; its hash
@@ -18,6 +18,7 @@ import os
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,8 @@ from bessemer.runs.metrics import Metrics
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
 """How near a run is to an item of the papers, the nearest first; `pipeline/conformance.py` tells which."""
+PLAN = "plan.json"
+"""In a run directory: {"seconds": {stage: estimate}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
 _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 
@@ -96,6 +99,12 @@ class RunDir:
         path = self.root / "recipe.toml"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
+
+    def record_plan(self, seconds: dict[str, float]) -> None:
+        """What each stage was estimated to take before it ran, for views that compare it with what it took."""
+        plan = {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+        if read_json(self.root / PLAN) != plan:
+            write_json(self.root / PLAN, plan)
 
     def folder(self, number: int, name: str) -> Path:
         """The folder of stage `name`, `number`-th of the recipe (from 1); renumbered if stages were inserted before
@@ -182,6 +191,18 @@ def run_dir(given: str | Path) -> Path:
         if (path / "recipe.toml").is_file():
             return path
     raise UserError(f"{given} is not a run directory (no recipe.toml in it); {_runs()}")
+
+
+def run_labels(roots: Sequence[Path]) -> list[str]:
+    """The names of run directories, with as much of their paths as tells them apart; UserError if two are the same."""
+    paths = [root.resolve() for root in roots]
+    if len(set(paths)) < len(paths):
+        raise UserError("a run is named twice; name runs that differ")
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath(paths)
+    return [str(path.relative_to(shared)) for path in paths]
 
 
 def model_dir(given: str | Path) -> Path:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
-import ipaddress
 import math
 import resource
-import signal
 import socket
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,6 +22,7 @@ from bessemer.errors import UserError
 from bessemer.serve import ServeConfig
 from bessemer.serve.app import build
 from bessemer.serve.connections import HEAD_BYTES, ConnectionLimiter, ConnectionLimits
+from bessemer.serve.http import LOOPBACK_HOSTS, UnsignalledServer, bind, is_loopback
 from bessemer.serve.models import Models, find_models
 from bessemer.serve.service import Launch, launch
 
@@ -54,19 +50,19 @@ def serve(
     UserError: no such model, a tokenizer of another model, the port is taken, the host is no address of this machine.
     """
     config = config or ServeConfig()
-    if not _is_loopback(host) and not config.api_key and not force:
+    if not is_loopback(host) and not config.api_key and not force:
         raise UserError(
             f"{host} can be reached from other machines, and without an API key anybody could use the model; set one "
             "(--api-key), stay on 127.0.0.1, or say --force"
         )
-    if _is_loopback(host) and not config.api_key and config.hosts is None:
-        config = replace(config, hosts=("127.0.0.1", "localhost", "[::1]"))
+    if is_loopback(host) and not config.api_key and config.hosts is None:
+        config = replace(config, hosts=LOOPBACK_HOSTS)
     models = find_models(model, config, name, launch)
     for line in models.broken:
         print(f"not served: {line}", flush=True)
     if config.compile:
         print("compiling the decoding steps where no kernel serves: a minute or two the first time", flush=True)
-    with _bind(host, port) as bound:
+    with bind(host, port) as bound:
         models.preload()
         bound.listen(BACKLOG)  # a reader of the next line may call at once
         address = f"[{host}]" if ":" in host else host
@@ -83,7 +79,7 @@ def serve(
             gc.unfreeze()  # else Python cannot free them at its end, and libraries in C++ report them as leaks
 
 
-class Server(uvicorn.Server):
+class Server(UnsignalledServer):
     """uvicorn with limits on connections, a drain at the end, and no logs but errors."""
 
     def __init__(self, models: Models, limits: ConnectionLimits, drain_seconds: float):
@@ -112,19 +108,6 @@ class Server(uvicorn.Server):
         finally:
             abort.cancel()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again afterwards: stopping on request is no failure."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.drain_seconds = 0.0
@@ -138,32 +121,6 @@ class Server(uvicorn.Server):
         while True:
             self.models.abort("the server is shutting down and the rest of the answer is lost")
             await asyncio.sleep(0.5)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except OSError as error:
-        raise UserError(f"{host!r} is no address of this machine ({error.strerror}); use 127.0.0.1") from error
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} is in use; choose another one with --port, or 0 for a free one") from error
-        raise UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --host or --port") from error
-    return bound
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _raise_open_file_limit() -> None:
