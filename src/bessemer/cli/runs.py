@@ -173,6 +173,35 @@ def report(
 
 
 @app.command()
+def watch(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several over each other."),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8100,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
+) -> None:
+    """Follow runs on a live page: curves, expert loads, rollouts, alarms, planned against measured time. It reads the
+    directories alone, so the runs may be over, go on, or lie on a mounted disk."""
+    import os
+    import webbrowser
+
+    from bessemer.serve.watch import watch as serve
+
+    def ready(address: str) -> None:
+        print(f"bessemer watch: {address}  Ctrl-C stops", flush=True)
+        # without a screen a text browser would take the terminal
+        if (
+            browser
+            and sys.stdout.isatty()
+            and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ})
+        ):
+            webbrowser.open(address)
+
+    serve(runs, port=port, ready=ready)
+
+
+@app.command()
 def track(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
     to: Annotated[str, typer.Option("--to", metavar="NAMES", help="tensorboard, wandb, mlflow, trackio, or several.")],

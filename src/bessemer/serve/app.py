@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,11 +21,14 @@ from bessemer.errors import UserError
 from bessemer.serve import chat, completions, protocol, responses
 from bessemer.serve.bodies import BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
+from bessemer.serve.http import add_page
 from bessemer.serve.metrics import ServerMetrics
 from bessemer.serve.middleware import RequestCounter, RequestGuard
 from bessemer.serve.models import LoadedModel, ModelFacts, Models
 from bessemer.serve.problems import add_problems
 from bessemer.serve.protocol import ApiError, field_names, invalid
+from bessemer.serve.run_follower import RunFollower
+from bessemer.serve.watch import add_watch
 
 AnyBody = TypeVar("AnyBody", protocol.ChatRequest, protocol.CompletionRequest, responses.ResponsesRequest)
 FIELDS = field_names()
@@ -40,21 +42,6 @@ STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
 FAILED = {"model": protocol.ErrorResponse, "description": "What is wrong."}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": FAILED, "5XX": FAILED}
 PAGE = Path(__file__).with_name("page")
-PAGE_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
-PAGE_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-        "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def build(models: Models) -> FastAPI:
@@ -85,7 +72,9 @@ def build(models: Models) -> FastAPI:
     _add_tokenizer(app, models)
     _add_status(app, models, metrics)
     add_problems(app, models)
-    _add_page(app)
+    add_page(app, PAGE)
+    if watched := _watched(models):
+        add_watch(app, [RunFollower(watched, watched.resolve().name)], home="/watch/", chat="../")
     app.add_middleware(RequestGuard, config=models.config)
     if models.config.origins:
         app.add_middleware(
@@ -228,6 +217,7 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
             running=running,
             waiting=max(0, sum(s.open for s in stats) - running),
             version=__version__,
+            watch=_watched(models) is not None,
         )
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -236,27 +226,9 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _add_page(app: FastAPI) -> None:
-    """The chat page: the files in page/ and nothing else, under a policy that admits nothing from other origins."""
-
-    @app.get("/", include_in_schema=False)
-    async def index(request: Request) -> Response:
-        return static("index.html", request)
-
-    @app.get("/static/{name}", include_in_schema=False)
-    async def static_file(name: str, request: Request) -> Response:
-        return static(name, request)
-
-    def static(name: str, request: Request) -> Response:
-        known = {path.name: path for path in PAGE.iterdir() if path.suffix in PAGE_TYPES}
-        if name not in known:
-            raise ApiError(404, f"there is no file {name!r} here", code="not_found")
-        data = known[name].read_bytes()
-        tag = f'"{hashlib.sha256(data).hexdigest()[:24]}"'
-        headers = PAGE_HEADERS | {"ETag": tag}
-        if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(data, headers=headers | {"Content-Type": PAGE_TYPES[known[name].suffix]})
+def _watched(models: Models) -> Path | None:
+    """The run to show on the live page. A server with a key has no such page, since a page cannot send the key."""
+    return None if models.config.api_key else models.run
 
 
 def _add_errors(app: FastAPI) -> None:

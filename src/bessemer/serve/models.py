@@ -226,6 +226,8 @@ class Models:
         self.broken = broken or []
         """Why other models of the run are not offered."""
         self.launch = launch
+        self.run: Path | None = None
+        """The run that they are of, if it is one."""
         self.loaded: dict[str, LoadedModel] = {}
         self._locks = {name: asyncio.Lock() for name in self.offers}
 
@@ -331,7 +333,9 @@ def find_models(given: str | Path, config: ServeConfig, name: str | None = None,
             if not offers:
                 model_dir(given)  # raises where the run has no model at all
                 raise UserError(f"no model of {path} can be served: {broken[0]}")
-            return Models(offers, config, broken, launch)
+            models = Models(offers, config, broken, launch)
+            models.run = path
+            return models
     folder = model_dir(given)
     return Models([read_facts(name or _name(folder), folder)], config, launch=launch)
 

@@ -359,6 +359,8 @@ class Health(BaseModel):
     running: int
     waiting: int
     version: str
+    watch: bool
+    """The live page of the run is at /watch/."""
 
 
 class TokenizeReply(BaseModel):

@@ -32,6 +32,11 @@ export async function models() {
   });
 }
 
+// Whether the server has the live page of the run that its models are of.
+export async function watched() {
+  return (await (await call("health", {})).json()).watch === true;
+}
+
 // One answer. `model` is an entry of models(), `talk` [{ role, content }], `sampling` further fields of the request.
 export async function* stream(model, talk, sampling, signal) {
   const body = {

@@ -1,5 +1,6 @@
 // The chat page: brings the parts together. Actions change `turns` or `settings`; the view follows, and both are kept.
 
+import { watched } from "./api.js";
 import { Asking, begun, samplingOf, talkOf } from "./ask.js";
 import { Chats } from "./chats.js";
 import { Connection } from "./connection.js";
@@ -271,3 +272,4 @@ conversation.draw();
 if (page.turns.length) conversation.toEnd();
 focus();
 connection.begin();
+watched().then((there) => (find("watch").hidden = !there), () => {}); // a lost server is told of already

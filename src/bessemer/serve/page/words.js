@@ -7,6 +7,7 @@ const ZH = {
   // header, footer
   "Settings": "设置", "Tokens": "词元", "Chats": "对话", "New chat": "新对话", "Models": "模型", "Examples": "示例",
   "Conversation": "对话", "Conversations": "对话列表", "Your question": "你的问题", "Ask something": "问点什么", "Think": "思考",
+  "Training": "训练", "The live page of this run: curves, expert loads, rollouts": "这次运行的实时页面：曲线、专家负载、采样回答",
   "Send": "发送", "Send (Enter)": "发送（回车）", "Stop": "停止", "Stop (Esc)": "停止（Esc）", "Side by side": "并排",
   "sends": "发送", "new line": "换行", "stops": "停止", "edits the last question": "修改上一个问题",
   "unlikely": "低概率", "likely": "高概率", "; point at a token to see what else it might have been": "；指向词元可看其他可能",

@@ -1,0 +1,318 @@
+"""The live page: reading along with files that are written, cut, replaced and taken away; the server; the browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from browser import violations
+from page_helpers import wait_for
+from serving import error_of
+
+from bessemer.runs.following import BUCKETS, LineTail, smoothed, thinned
+from bessemer.serve import ServeConfig, watch
+from bessemer.serve.app import build
+from bessemer.serve.http import bind
+from bessemer.serve.models import find_models
+from bessemer.serve.run_follower import RunFollower
+
+RECIPE = """name = "noise"
+[[stage]]
+kind = "pretrain"
+[[stage]]
+kind = "rl"
+name = "zero"
+[[stage]]
+kind = "eval"
+"""
+HOSTILE = "</pre><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>\x1b[2J\u202eright\ud800"
+
+
+def line(stage, step, **values):
+    return json.dumps({"time": 1.78e9 + step, "stage": stage, "step": step, "tokens": 100 * step, "values": values})
+
+
+def pretraining(step):
+    loads = {"moe/load/1": [1 + step, 1, 2, 0], "moe/load/mtp0": [1, 1, 1, 1]}
+    values = {"train/loss": 8 / step, "train/mtp_1": 9 / step, "train/grad_norm": 3 + step % 7}
+    return line("pretrain", step, **values, **(loads if step % 10 == 0 else {}))
+
+
+def make_run(root, steps=100):
+    """A run in the middle of its RL stage, with an alarm."""
+    root.mkdir(parents=True)
+    (root / "recipe.toml").write_text(RECIPE)
+    (root / "plan.json").write_text(json.dumps({"seconds": {"pretrain": 80.0, "zero": 600.0, "eval": 30.0}}))
+    rl = [line("zero", step, **{"rl/accuracy": 0.2, "rl/dead_groups": 0.9, "rl/reward": 0.3}) for step in range(1, 9)]
+    write(root, *map(pretraining, range(1, steps + 1)), *rl)
+    for folder in ("01-pretrain", "02-zero"):
+        (root / folder).mkdir()
+    (root / "01-pretrain" / "done.json").write_text(json.dumps({"seconds": 100.0, "summary": {}}))
+    (root / "02-zero" / "wall.json").write_text(json.dumps({"seconds": 61.0}))
+    rollout = {"step": 8, "prompt": "Use 2, 3 to make 6.", "completion": HOSTILE, "reward": 1.1, "correct": True}
+    (root / "02-zero" / "rollouts.jsonl").write_text(json.dumps(rollout) + "\n")
+    return root
+
+
+def write(root, *lines, end="\n"):
+    with open(root / "metrics.jsonl", "a") as file:
+        file.write("\n".join(lines) + end)
+
+
+def read(follower):
+    while follower.poll():
+        pass
+    return follower
+
+
+def steps(follower, stage="pretrain"):
+    return list(follower.store.stages[stage].steps) if stage in follower.store.stages else []
+
+
+@contextmanager
+def serving(*followers):
+    server, bound = watch.server_of(followers), bind("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    bound.close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "noise")
+
+
+def test_a_growing_file_is_read_line_by_line(tmp_path):
+    tail = LineTail(tmp_path / "x.jsonl")
+    assert tail.read() == (False, [])  # it comes later
+    with open(tmp_path / "x.jsonl", "ab", buffering=0) as file:
+        file.write(b'{"a": 1}\n{"a"')
+        assert tail.read() == (False, [{"a": 1}])
+        assert tail.read() == (False, [])
+        file.write(b": 2}\nnot JSON\n[1]\n" + b"[" * 100_000 + b'\n\xff\x00\n{"a": NaN}\n')
+        anew, lines = tail.read()
+    assert not anew and lines[0] == {"a": 2} and math.isnan(lines[1]["a"]) and tail.broken == 4
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": 5}\n' + b'{"b": 6}\n' * 20_000)  # longer than before
+    anew, lines = tail.read()
+    assert anew and lines[:3] == [{"a": 1}, {"a": 5}, {"b": 6}] and len(lines) == 20_002
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n')
+    assert tail.read() == (True, [{"a": 1}])
+
+
+def test_the_end_of_a_long_file_is_enough_for_rollouts(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(1000)))
+    tail = LineTail(path, last=100)
+    lines = tail.read()[1]
+    assert lines[-1] == {"n": 999} and 5 < len(lines) < 12 and tail.broken == 0
+    with open(path, "a") as file:
+        file.write('{"n": 1000}\n')
+    assert tail.read() == (False, [{"n": 1000}])
+
+
+def test_a_rewound_run_leaves_no_trace_and_no_gap(run):
+    follower = read(RunFollower(run, "noise"))
+    assert steps(follower) == list(range(1, 101)) and steps(follower, "zero") == list(range(1, 9))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").unlink()
+    write(run, *lines[:40], line("pretrain", 41, **{"train/loss": 1.0}))
+    read(follower)
+    assert steps(follower) == list(range(1, 42)) and steps(follower, "zero") == []
+    assert follower.state()["alarms"] == []
+    (run / "02-zero" / "rollouts.jsonl").unlink()
+    assert follower.rollouts["zero"].newest and not read(follower).rollouts["zero"].newest
+
+
+def test_a_run_whose_disk_goes_away_stays_on_the_page(run):
+    follower = read(RunFollower(run, "noise"))
+    shutil.move(run, run.with_name("away"))
+    state = read(follower).state()
+    assert "cannot be read now" in state["trouble"][0] and state["stages"][0]["step"] == 100
+    shutil.move(run.with_name("away"), run)
+    write(run, pretraining(101))
+    state = read(follower).state()
+    assert state["trouble"] == [] and state["stages"][0]["step"] == 101
+
+
+def test_stages_are_told_as_they_are(run):
+    state = read(RunFollower(run, "noise")).state()
+    assert [(s["name"], s["state"], s["planned"], s["seconds"]) for s in state["stages"]] == [
+        ("pretrain", "finished", 80.0, 100.0), ("zero", "running", 600.0, 61.0), ("eval", "waiting", 30.0, None),
+    ]  # fmt: skip
+    (alarm,) = state["alarms"]
+    assert alarm["title"] == "groups too hard" and alarm["active"] and alarm["step"] == 5
+    empty = run.with_name("empty")
+    empty.mkdir()
+    (empty / "recipe.toml").write_text("stage = 3")
+    state = read(RunFollower(empty, "empty")).state()
+    assert state["stages"] == [] and state["trouble"] == [] and not state["running"]
+    (empty / "recipe.toml").write_text("stage = [")
+    assert "recipe.toml cannot be read" in read(RunFollower(empty, "empty")).state()["trouble"][0]
+
+
+def test_reading_writes_nothing(run):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
+
+    before = files()
+    read(RunFollower(run, "noise")).state()
+    assert files() == before
+
+
+def test_thinning_loses_no_peak():
+    y = [math.sin(n / 50) + (9 if n == 70_001 else 0) for n in range(100_000)]
+    x, thin = thinned(range(100_000), y)
+    assert len(thin) <= 2 * BUCKETS + 2 and x == sorted(x) and (x[0], x[-1]) == (0, 99_999)
+    assert max(thin) == y[70_001] and all(y[at] == value for at, value in zip(x, thin, strict=True))
+    for number in range(BUCKETS):  # against the definition
+        low, high = 100_000 * number // BUCKETS, 100_000 * (number + 1) // BUCKETS
+        inside = [value for at, value in zip(x, thin, strict=True) if low <= at < high]
+        assert {min(inside), max(inside)} == {min(y[low:high]), max(y[low:high])}
+    assert thinned([1, 2], [3, 4]) == ([1, 2], [3, 4]) and smoothed([1], [1]) == ([], [])
+    sx, sy = smoothed(range(1000), [float(n % 2) for n in range(1000)])
+    assert len(sx) == BUCKETS and all(abs(value - 0.5) < 0.1 for value in sy)
+
+
+def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
+    root = make_run(tmp_path / "long", steps=5)
+    bad = {"train/loss": math.nan, "train/mtp_1": math.inf, "train/lr": 10**400, "moe/load/1": [math.nan, 1]}
+    write(root, *(line("pretrain", n, **{"train/loss": n % 89}) for n in range(6, 20_000)))
+    write(root, line("pretrain", 20_000, **bad), '{"stage": 3}', line("pretrain", -1), "[]", "{", end="")
+    follower = read(RunFollower(root, "long"))
+    with serving(follower) as url:
+        raw = httpx.get(f"{url}/api/curves", params={"stage": "pretrain", "panel": "Training loss"}).text
+        (loss, _) = json.loads(raw, parse_constant=lambda name: pytest.fail(name))["lines"]
+        assert len(raw) < 40_000 and loss["points"] == 19_999 and max(loss["y"]) == 88 and loss["sx"]
+        query = {"stage": "pretrain", "panel": "Training loss", "low": 100, "high": 110}
+        near = httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]
+        assert near["x"] == list(range(100, 111)) and near["y"] == [n % 89 for n in range(100, 111)]
+        query |= {"over": "minutes", "low": 0.99, "high": 1.01}  # a step is a second
+        assert httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]["x"] == [1.0]
+        assert httpx.get(f"{url}/api/curves", params=query | {"over": "years"}).status_code == 422
+        state = httpx.get(f"{url}/api/state").json()["runs"][0]
+    told = [alarm["message"] for alarm in state["alarms"] if alarm["title"] == "not finite"]
+    assert told[0] == "train/loss was no finite number once at step 20000" and len(told) == 3
+    assert "3 damaged lines" in state["trouble"][0]
+
+
+def test_only_this_machine_may_ask(run):
+    with serving(read(RunFollower(run, "noise"))) as url:
+        page = httpx.get(url)
+        assert "script-src 'self'" in page.headers["content-security-policy"] and "<script type=" in page.text
+        foreign = httpx.get(f"{url}/api/state", headers={"Host": "evil.example"})
+        assert foreign.status_code == 403 and "evil.example" in error_of(foreign)["message"]
+        asked = httpx.get(f"{url}/api/state", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in asked.headers
+        assert httpx.post(f"{url}/api/state").status_code == 405
+        assert httpx.get(f"{url}/static/..%2fhttp.py").status_code == 404
+
+
+def test_wrong_arguments_are_one_line(run, tmp_path, call):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for arguments, words in (
+            ([tmp_path / "none"], "not a run directory"),
+            ([tmp_path], "not a run directory (no recipe.toml in it)"),
+            ([run, run], "a run is named twice"),
+            ([run, "--port", taken.getsockname()[1]], "in use; choose another one with --port"),
+        ):
+            status, out, err = call("watch", *arguments, "--no-browser")
+            assert status == 2 and not out and err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_the_server_of_a_run_has_the_page(run_server):
+    def state():
+        return httpx.get(f"{run_server.url}/watch/api/state").json()
+
+    wait_for(lambda: not state()["runs"][0]["reading"], "the run is read")
+    assert state()["chat"] == "../" and [run["model"] for run in state()["runs"]] == ["r1"]
+    assert "watch.js" in httpx.get(f"{run_server.url}/watch/").text
+    assert httpx.get(f"{run_server.url}/health").json()["watch"] is True
+    root = run_server.models.run
+    locked = build(find_models(root, ServeConfig(api_key="sesame")))
+    assert not any(getattr(route, "path", "").startswith("/watch") for route in locked.routes)
+
+
+@contextmanager
+def opened(browser, url, width, scheme):
+    """The page, of which nobody may complain and which asks nobody else."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, complaints = context.new_page(), []
+    page.set_default_timeout(15_000)
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(url) or complaints.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("#pictures .chart .line", state="attached")
+    yield page
+    owned = page.evaluate("window.owned")
+    context.close()
+    assert complaints == [] and owned is None
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
+    other = make_run(tmp_path / "second" / "noise", steps=50)
+    followers = [RunFollower(root, name) for root, name in zip((run, other), ("noise", "second/noise"), strict=True)]
+    with serving(*followers) as url, opened(browser, url, width, scheme) as page:
+        page.click("#stages >> text=/^zero$/")
+        page.wait_for_selector("#answers summary")
+        page.click("#answers summary >> nth=0")
+        answer = page.locator("#answers details[open] pre").last.text_content()
+        assert answer.startswith("</pre><script>window.owned = 1</script><img") and "\u241b[2J\ufffdright" in answer
+        assert "groups too hard" in page.locator("#alarms").text_content()
+        assert page.locator("#clock tr", has_text="pretrain").first.locator(".n").all_text_contents() == [
+            "1 min 20 s", "1 min 40 s", "125 %",
+        ]  # fmt: skip
+        page.click("#stages >> text=/^pretrain$/")
+        figure = page.locator("figure", has=page.locator(".title:text-is('Training loss')"))
+        figure.locator(".legend li >> nth=3").wait_for()  # two metrics of two runs
+        figure.focus()
+        page.keyboard.press("ArrowLeft")
+        assert figure.locator(".tip .at").text_content() == "100"
+        assert figure.locator(".tip .row").first.text_content().startswith("noise · next token")
+        path = figure.locator("path.c1").last.get_attribute("d")
+        write(run, *map(pretraining, range(101, 121)))
+        wait_for(lambda: figure.locator("path.c1").last.get_attribute("d") != path, "the curve grew")
+        page.keyboard.press("PageDown")
+        assert figure.locator(".tip .at").text_content() == "120"
+        page.keyboard.press("+")
+        figure.locator(".whole").wait_for()
+        page.keyboard.press("Escape")
+        figure.locator(".whole").wait_for(state="hidden")
+        page.click("#runs button >> nth=1")
+        wait_for(lambda: figure.locator(".legend li").count() == 2, "one run is hidden")
+        page.locator("#maps figure").first.scroll_into_view_if_needed()
+        page.wait_for_selector("#maps .unit >> text=/4 experts, steps 10 to 120/")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert violations(page) == []
+        shutil.move(run, run.with_name("away"))
+        page.wait_for_selector("#notice >> text=cannot be read now")
+        shutil.move(run.with_name("away"), run)
+        wait_for(lambda: page.locator("#notice").text_content() == "", "the run is back")
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == {"light": "rgb(251, 250, 248)", "dark": "rgb(22, 21, 20)"}[scheme]
+
+
+def test_nobody_reads_while_nobody_looks(run, monkeypatch):
+    monkeypatch.setattr("bessemer.serve.run_follower.UNWATCHED", 0.2)
+    monkeypatch.setattr("bessemer.serve.run_follower.EVERY", 0.05)
+    follower = RunFollower(run, "noise")
+    follower.start()
+    thread = follower._thread
+    thread.join(10)
+    assert not thread.is_alive() and steps(follower)[-1] == 100
+    follower.start()
+    time.sleep(0.05)
+    assert follower._thread is not thread
