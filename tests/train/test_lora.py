@@ -166,6 +166,25 @@ def test_stopped_and_resumed_it_is_the_same_run_and_checkpoints_hold_adapters_al
         assert stored and all(".lora_" in name or name == "steps" for name in stored)
 
 
+def test_helpers_change_nothing_and_bfloat16_keeps_float32_masters_of_adapters(bases, tmp_path):
+    alone, helped, rounded = (adapted(bases["llama-tied"]) for _ in range(3))
+    trainer(alone).run()
+    workers = Workers(2)
+    try:
+        trainer(helped, workers=workers).run()
+    finally:
+        workers.stop()
+    assert all(torch.equal(helped.adapters()[name], tensor) for name, tensor in alone.adapters().items())
+    run = trainer(rounded, compute_dtype=torch.bfloat16)
+    run.run()
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    for name, master in run.optimizer.masters().items():
+        exact = alone.state_dict()[name]
+        assert master.dtype == torch.float32 and relative(master, exact) < 0.1, name
+    rounded.save(tmp_path / "model")
+    assert load(tmp_path / "model").embed.weight.dtype == torch.bfloat16
+
+
 def test_base_and_adapters_say_what_the_merged_model_says(bases):
     """To rounding: of float32, and of BF16, to which the merged weights are rounded once more."""
     model = adapted(bases["qwen2"])
