@@ -291,6 +291,17 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         figure.locator(".whole").wait_for()
         page.keyboard.press("Escape")
         figure.locator(".whole").wait_for(state="hidden")
+        figure.scroll_into_view_if_needed()
+        box = figure.locator("svg").first.bounding_box()
+        page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 60, steps=3)
+        page.mouse.up()
+        figure.locator(".whole").wait_for()
+        shown = [float(text) for text in figure.locator("text[text-anchor=middle]").all_text_contents()]
+        assert min(shown) > 30 and max(shown) < 100, shown  # of 120 steps
+        page.click("figure .whole >> nth=0")
+        figure.locator(".whole").wait_for(state="hidden")
         page.click("#runs button >> nth=1")
         wait_for(lambda: figure.locator(".legend li").count() == 2, "one run is hidden")
         page.locator("#maps figure").first.scroll_into_view_if_needed()

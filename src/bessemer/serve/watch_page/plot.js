@@ -56,9 +56,10 @@ export class Plot {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     if (!this.lines.length) return this.svg.replaceChildren();
     this.scales(width);
-    const parts = [...this.ticks(width)];
+    const noisy = this.lines.filter(({ sx }) => sx.length);
+    const faint = noisy.map(({ x, y, look }) => drawn("path", { d: this.path(x, y), class: `line faint ${look}` }));
+    const parts = [...this.ticks(width), ...faint]; // no bold line lies under a faint one
     for (const { x, y, sx, sy, look } of this.lines) {
-      if (sx.length) parts.push(drawn("path", { d: this.path(x, y), class: `line faint ${look}` }));
       const [bx, by] = sx.length ? [sx, sy] : [x, y];
       parts.push(drawn("path", { d: this.path(bx, by), class: `line ${look}` }));
       if (x.length === 1) parts.push(drawn("circle", { cx: this.atX(x[0]), cy: this.atY(y[0]), r: 3, class: look }));
