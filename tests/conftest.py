@@ -32,6 +32,7 @@ SLOW = {
     "test_speculative.py",
     "test_stages.py",
     "test_trainer.py",
+    "test_watch.py",
 }
 
 
