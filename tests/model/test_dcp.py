@@ -136,7 +136,7 @@ def test_files_that_lost_bytes_are_named(call, broken):
     ("arguments", "words"),
     [
         (("--to", "dcp", "--fp8"), "a DCP checkpoint has no FP8 in tiles"),
-        (("--like", "elsewhere"), "--like: only for a checkpoint"),
+        (("--like", "elsewhere"), "--like: only for an adapter or a checkpoint"),
     ],
 )
 def test_options_that_do_not_fit(call, model, tmp_path, arguments, words):
