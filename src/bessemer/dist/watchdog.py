@@ -212,10 +212,11 @@ def leave_traces(folder: Path, me: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"rank-{me}.txt", "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # the first with NCCL only
-            if hasattr(c10d, name):
-                (folder / f"recorder_{me}").write_bytes(getattr(c10d, name)())
-                return
+        # A build with NCCL has a recorder of its own for NCCL, which is empty where gloo does the work.
+        recorders = [name for name in ("_dump_nccl_trace", "_dump_fr_trace") if hasattr(c10d, name)]
+        if recorders:
+            trace = max((getattr(c10d, name)() for name in recorders), key=len)
+            (folder / f"recorder_{me}").write_bytes(trace)
 
 
 def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:

@@ -44,6 +44,7 @@ RECORDS = {
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # their name in Python 3.13
 }  # fmt: skip
 """What a `.metadata` file may name."""
 MOST = 1 << 28

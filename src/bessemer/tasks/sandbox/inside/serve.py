@@ -37,7 +37,8 @@ def serve(ask: int, reply: int) -> None:
 
 def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
     """Return in the fork of a test, when its program has ended; process 1 never returns."""
-    questions = os.fdopen(ask, "rb")
+    # A fork closes it by number; Python 3.13 would complain of that on the program's own error output.
+    questions = os.fdopen(ask, "rb", closefd=False)
     os.write(reply, b"ready\n")
     source = questions.read(int(questions.readline()))
     for length in questions:
