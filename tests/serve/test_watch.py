@@ -271,10 +271,9 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         page.click("#answers summary >> nth=0")
         answer = page.locator("#answers details[open] pre").last.text_content()
         assert answer.startswith("</pre><script>window.owned = 1</script><img") and "\u241b[2J\ufffdright" in answer
-        assert "groups too hard" in page.locator("#alarms").text_content()
-        assert page.locator("#clock tr", has_text="pretrain").first.locator(".n").all_text_contents() == [
-            "1 min 20 s", "1 min 40 s", "125 %",
-        ]  # fmt: skip
+        page.wait_for_selector("#alarms >> text=/groups too hard/")  # read after the answers
+        clock = page.locator("#clock tr", has_text="pretrain").first.locator(".n")
+        wait_for(lambda: clock.all_text_contents() == ["1 min 20 s", "1 min 40 s", "125 %"], "the clock")
         page.click("#stages >> text=/^pretrain$/")
         figure = page.locator("figure", has=page.locator(".title:text-is('Training loss')"))
         figure.locator(".legend li >> nth=3").wait_for()  # two metrics of two runs
