@@ -9,6 +9,7 @@ import math
 import os
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,7 +194,7 @@ def smoothed(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> 
     if len(y) < SMOOTH_FROM:
         return [], []
     bounds = [len(y) * number // buckets for number in range(buckets + 1)]
-    pieces = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    pieces = [(a, b) for a, b in pairwise(bounds) if b > a]
     xs = [sum(x[a:b]) / (b - a) for a, b in pieces]
     means = [sum(y[a:b]) / (b - a) for a, b in pieces]
     reach = max(1, len(means) // 60)
