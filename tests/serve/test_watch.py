@@ -79,6 +79,7 @@ def steps(follower, stage="pretrain"):
 @contextmanager
 def serving(*followers):
     server, bound = watch.server_of(followers), bind("127.0.0.1", 0)
+    bound.listen(64)  # a question may come before the server's thread runs
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{bound.getsockname()[1]}"
