@@ -1,6 +1,8 @@
 """Chat: text, ids, Jinja and transformers say the same; prompts and completions meet at a token's end."""
 
+import json
 import re
+from pathlib import Path
 
 import jinja2
 import jinja2.sandbox
@@ -45,17 +47,17 @@ TALK = [
 ]
 
 
-def via_jinja(style: str, messages: list[dict], prompt: bool) -> str:
+def via_jinja(text: str, messages: list[dict], prompt: bool) -> str:
     # The environment that transformers uses.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(chat.jinja(style))
+    template = environment.from_string(text)
     return template.render(messages=messages, add_generation_prompt=prompt, bos_token=chat.BOS, eos_token=chat.EOS)
 
 
 @settings(max_examples=150, deadline=None)
 @given(MESSAGES, st.sampled_from(chat.STYLES), st.booleans())
 def test_jinja_renders_what_render_renders(messages, style, prompt):
-    assert via_jinja(style, messages, prompt) == chat.render(messages, style, prompt)
+    assert via_jinja(chat.jinja(style), messages, prompt) == chat.render(messages, style, prompt)
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
@@ -143,14 +145,30 @@ def test_a_tag_of_the_user_does_not_begin_the_answer(tokenizer):
         assert ids.count(tokenizer.think_id) == 1 + (style == "r1-zero") * chat.ZERO_PREAMBLE.count(chat.THINK)
 
 
+def earlier(style: str, guarded: bool = True) -> str:
+    """The template as versions without tools wrote it, before 0.2 without the guard against forged turns."""
+    file = Path(__file__).parent / "earlier_templates" / f"chat_{'r1' if style == 'r1' else 'zero'}.jinja"
+    text = file.read_text("utf-8").replace("\n", "")
+    if style == "r1-zero":
+        preamble = f"{{%- if not ns.seen -%}}{{%- set ns.system = {json.dumps(chat.ZERO_PREAMBLE)} -%}}{{%- endif -%}}"
+        text = text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}")
+    guard = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
+    return text if guarded else text.replace(guard, "")
+
+
 def test_models_of_earlier_versions_keep_their_style(tokenizer, tmp_path):
     for style in chat.STYLES:
-        tokenizer.save(tmp_path)
-        guard = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
-        old = chat.jinja(style).replace(guard, "")
-        assert (old == chat.jinja(style)) == (style == "r1")
-        (tmp_path / "chat_template.jinja").write_text(old)
-        assert load_tokenizer(tmp_path).chat_style == style and type(load_tokenizer(tmp_path)) is Tokenizer
+        for guarded in (True, False):
+            tokenizer.save(tmp_path)
+            (tmp_path / "chat_template.jinja").write_text(earlier(style, guarded))
+            assert load_tokenizer(tmp_path).chat_style == style and type(load_tokenizer(tmp_path)) is Tokenizer
+    assert chat.style_of(earlier("r1") + " ") is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(MESSAGES, st.sampled_from(chat.STYLES), st.booleans())
+def test_conversations_without_tools_are_those_of_earlier_versions(messages, style, prompt):
+    assert via_jinja(earlier(style), messages, prompt) == chat.render(messages, style, prompt)
 
 
 @settings(max_examples=200, deadline=None)
@@ -201,7 +219,7 @@ def test_transcript_is_plain_text():
     ("messages", "style", "word"),
     [
         ([], "r1", "at least one message"),
-        ([{"role": "tool", "content": "x"}], "r1", "'tool'"),
+        ([{"role": "function", "content": "x"}], "r1", "'function'"),
         ([{"role": "user"}], "r1", "role and a content"),
         ([{"role": "user", "content": None}], "r1", "not text"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "r1", "tool_calls"),

@@ -118,8 +118,11 @@ CONVERSATION_FAULTS = [
         {"prompt": ASK, "completion": ASK},
         "completion must be one message of the assistant beyond the prompt, it has user",
     ),
-    ({"prompt": ASK, "completion": [{"role": "bot", "content": "a"}]}, "role 'bot'; choose system, user or assistant"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'; choose system, user or assistant"),
+    (
+        {"prompt": ASK, "completion": [{"role": "bot", "content": "a"}]},
+        "role 'bot'; choose system, user, assistant or tool",
+    ),
+    ({"messages": [{"role": "function", "content": "a"}]}, "role 'function'; choose system, user, assistant or tool"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, r"not text \(list\); write one str"),
     ({"messages": [{"role": "user", "content": 3}]}, r"content that is not text \(int\); write one string"),
     ({"prompt": "q\ud800", "completion": "a"}, "half a surrogate pair"),

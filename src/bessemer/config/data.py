@@ -10,7 +10,7 @@ from bessemer.config.units import Tokens
 
 
 class CorpusConfig(StageConfig):
-    ignore_at_default = frozenset({"tokenizer"})
+    ignore_at_default = frozenset({"tokenizer", "tool_tokens"})
 
     parts: dict[str, SourceName] = Field(default_factory=dict)
     """Part name = source of its text: a registered source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
@@ -28,6 +28,9 @@ class CorpusConfig(StageConfig):
     tokenizer: StageRef | None = None
     """Earlier stage whose tokenizer to use: that of a model to train further, or another corpus, such as the one of
     shorter rows that the extended model was trained on. Default: a tokenizer of its own."""
+    tool_tokens: bool = False
+    """The stage's own tokenizer has V3's nine marks of tool calls as tokens. Without them the same marks tokenise as
+    bytes."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)

@@ -8,6 +8,12 @@
 System messages are collected at the front and joined by a blank line. `zero` is the form of our pre-training pages;
 `r1-zero` tells a base that has seen no such pages which form it is paid for.
 
+A conversation with tools (`tools`) adds their description to the end of the system message. `r1` writes calls and
+outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant goes on behind an output without a
+second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, as V3.2 does in thinking mode; V3.1
+calls tools without thinking. `zero` has two roles, so the user brings outputs. A template that is not ours gets the
+conversation in the same plain form (`tools.plain`).
+
 Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised separately, a document as one
 text, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
 cuts the text there. Any other answer follows one blank, and `:` before a blank is a token end in V3's pre-split. A
@@ -16,12 +22,13 @@ prompt that ended in a blank would break the second case, for ` word` is one tok
 Invariants
 - `render_ids` never looks for control tokens in a content; they enter as ids only. BOS stands once, at the start.
 - An assistant turn that is the last message is kept whole, because it is trained on; `r1` drops the thinking of every
-  earlier turn. SFT does not train on a turn that lost its thoughts: it would teach to answer without thinking, and no
+  earlier turn, except of those that call a tool in the answer to the last question: the next call continues the same
+  ids. SFT does not train on a turn that lost its thoughts: it would teach to answer without thinking, and no
   prompt of `r1` leads up to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
-  follows.
-- A user's text cannot forge a turn. What would begin one in `zero`, `User:` or `Assistant:` at the start of a line,
-  gets a blank in front; a tag that the user typed is plain text, in two pieces. (Other programs, which encode what
-  `jinja` renders as one text, read such a tag as the token.)
+  follows. Outputs of tools are never trained on.
+- A user's or a tool's text cannot forge a turn. What would begin one in `zero`, `User:` or `Assistant:` at the start of
+  a line, gets a blank in front; a tag that was typed is plain text, in two pieces; marks of tools are guarded by
+  `tools.rewritten`. (Other programs, which encode what `jinja` renders as one text, read such a tag as the token.)
 - `jinja(style)` renders the same text as `render`.
 
 The special tokens are those of the DeepSeek family. The bars are U+FF5C and the underscores U+2581, as in the published
@@ -32,6 +39,7 @@ for it. The answer tags are ours: V3's pre-split would glue the colon of `Assist
 a prompt ending in a colon could never lead to an answer without thoughts.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -39,6 +47,8 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple, Protocol
 
+from bessemer.data import tools as tool_texts
+from bessemer.data.tools import Message, Tool
 from bessemer.errors import UserError
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -69,11 +79,15 @@ ZERO_PREAMBLE = (
 answer, the tags of each, the form written out once. No hint on how to reason."""
 
 _TURN = re.compile(r"\n(?=(?:User|Assistant):)")
-_GUARD = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
-"""The same in the template; those that were written before 0.2 lack it."""
+_EARLIER = {
+    "28d2d811fb371dbe1da3c3ef4205b678b08e1be4b3c14c83d2f9d1ef93bb8023": "zero",
+    "4f3f9c4d04fe210ab834143914adae4e93633d80ddc1aa360f008a4b5359f5f4": "zero",
+    "8f26dc1aa43c6ad23aff7d5f805d8020c5e7110f9ca38671e0d91db1e4fbe0a0": "r1-zero",
+    "15b2aa47882d79df1031f80537716d8141dee56823c564b06a69f5619cebeb8d": "r1-zero",
+    "87fa2ec7b318fa3352b2277f1b867dc639cc42425dd51d619adcadafd99ea7e6": "r1",
+}
+"""SHA-256 of templates that earlier versions wrote: without tools, and before 0.2 without the guard of `_TURN`."""
 _INSIDE_TAG = re.compile(r"(?<=<)(?=/?(?:think|answer)>)")
-
-Message = dict[str, str]
 
 
 class ChatTokenizer(Protocol):
@@ -87,6 +101,9 @@ class ChatTokenizer(Protocol):
 
     @property
     def chat_style(self) -> str | None: ...
+
+    @property
+    def tool_marks(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -112,35 +129,72 @@ class ChatPiece(NamedTuple):
     answer: bool = False
     """Written by the assistant; SFT trains on it."""
     typed: bool = False
-    """Written by the user, so without any control token."""
+    """Written by the user or a tool, so without any control token."""
 
 
-def render(messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True) -> str:
+def render(
+    messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True, tools: Sequence[Tool] = ()
+) -> str:
     """The conversation as text, BOS included."""
-    return "".join(piece.text for piece in _pieces(messages, style, add_generation_prompt))
+    return "".join(piece.text for piece in _pieces(messages, style, add_generation_prompt, tools))
 
 
 def render_ids(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = True
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    style: str | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """The conversation as ids, BOS included. `style` None is the tokenizer's own."""
-    return render_answers(tokenizer, messages, style, add_generation_prompt)[0]
+    return render_answers(tokenizer, messages, style, add_generation_prompt, tools)[0]
 
 
 def render_answers(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None = None, add_generation_prompt: bool = False
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    style: str | None = None,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> tuple[list[int], list[bool]]:
-    """Ids as in `render_ids`, and for each whether the assistant wrote it (answers and the EOS after them)."""
+    """Ids as in `render_ids`, and for each whether the assistant wrote it (answers, calls and the EOS after them)."""
     style = style or tokenizer.chat_style
     if style is None:
         check_messages(messages)
-        return tokenizer.render_answers(messages, add_generation_prompt)
+        plain = tool_texts.plain(messages, tools) if tool_texts.used(messages, tools) else messages
+        return tokenizer.render_answers(plain, add_generation_prompt)
+    pieces = _pieces(messages, style, add_generation_prompt, tools)
+    return _ids(tokenizer, pieces, tokenizer.tool_marks if tool_texts.used(messages, tools) else {})
+
+
+def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | None = None) -> list[int]:
+    """What stands between an answer that ended with calls, its EOS included, and the next answer of the assistant:
+    the outputs of the calls in their order, and the generation prompt. Rollouts of several turns append these ids to
+    those that were sampled, which `render_ids` of the parsed conversation need not give back."""
+    if not outputs:
+        raise UserError("an answer with calls needs at least one output of a tool before the next answer")
+    style = style or tokenizer.chat_style
+    if style is None:
+        raise UserError("turns with tools are continued in our own templates only; name a style: " + ", ".join(STYLES))
+    _check_style(style)
+    [message] = tool_texts.rewritten([{"role": "tool", "content": output} for output in outputs])
+    turn = _zero_turn if style in ZERO_STYLES else _r1_turn
+    pieces = [*turn("tool", message["content"], kept=True), *_generation_prompt(style, after_output=True)]
+    return _ids(tokenizer, pieces, tokenizer.tool_marks)[0]
+
+
+def _ids(tokenizer: ChatTokenizer, pieces: Sequence[ChatPiece], marks: dict[str, int]) -> tuple[list[int], list[bool]]:
+    """The ids of pieces, and which of them the assistant wrote. `marks` are tokens in every piece."""
     ids: list[int] = []
     answers: list[bool] = []
-    for piece in _pieces(messages, style, add_generation_prompt):
+    for piece in pieces:
         new = _control_ids(tokenizer, piece.text) if piece.control else []
-        for text in () if piece.control else typed_pieces(piece.text) if piece.typed else (piece.text,):
-            new += tokenizer.encode(text)
+        for text in () if piece.control else tool_texts.split(piece.text) if marks else (piece.text,):
+            if text in marks:
+                new.append(marks[text])
+                continue
+            for part in typed_pieces(text) if piece.typed else (text,):
+                new += tokenizer.encode(part)
         ids += new
         answers += [piece.answer] * len(new)
     return ids, answers
@@ -173,59 +227,88 @@ def opening(style: str | None) -> str:
     return f"{THINK}\n" if style == "r1" else ""
 
 
-def transcript(messages: Sequence[Message]) -> str:
+def transcript(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
     """The conversation as a plain document: `zero` without control tokens, turns on lines of their own."""
-    pieces = _pieces(messages, "zero", add_generation_prompt=False)
+    pieces = _pieces(messages, "zero", add_generation_prompt=False, tools=tools)
     text = "".join({BOS: "", EOS: "\n"}[piece.text] if piece.control else piece.text for piece in pieces)
     return text.removesuffix("\n")
 
 
 @cache
 def jinja(style: str) -> str:
-    """The chat template of a model directory. Line breaks of its file are layout only."""
+    """The chat template of a model directory. Line breaks of its files are layout only."""
     _check_style(style)
-    file = "chat_zero.jinja" if style in ZERO_STYLES else f"chat_{style}.jinja"
-    text = resources.files("bessemer.data").joinpath(file).read_text("utf-8").replace("\n", "")
-    preamble = f"{{%- if not ns.seen -%}}{{%- set ns.system = {json.dumps(ZERO_PREAMBLE)} -%}}{{%- endif -%}}"
-    return text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}") if style == "r1-zero" else text
+    text = _template("zero" if style in ZERO_STYLES else style)
+    if style == "r1-zero":
+        preamble = f"{{%- set ns.system = {json.dumps(ZERO_PREAMBLE)} -%}}{{%- set ns.seen = true -%}}"
+        text = text.replace("@TOOLS@", f"{{%- if not ns.seen -%}}{preamble}{{%- endif -%}}@TOOLS@")
+    head, form = (json.dumps(part, ensure_ascii=False) for part in (tool_texts.HEAD, tool_texts.FORM))
+    described = _template("tools").replace("@HEAD@", head).replace("@FORM@", form)
+    return text.replace("@TOOLS@", described).replace("@CALLS@", _template("calls"))
+
+
+def _template(name: str) -> str:
+    return resources.files("bessemer.data").joinpath(f"chat_{name}.jinja").read_text("utf-8").replace("\n", "")
 
 
 def style_of(template: str | None) -> str | None:
     """The style whose template this is, None for any other."""
-    return next((style for style in STYLES if template in (jinja(style), jinja(style).replace(_GUARD, ""))), None)
+    if template is None:
+        return None
+    earlier = _EARLIER.get(hashlib.sha256(template.encode("utf-8", "replace")).hexdigest())
+    return earlier or next((style for style in STYLES if template == jinja(style)), None)
 
 
-def _pieces(messages: Sequence[Message], style: str, add_generation_prompt: bool) -> list[ChatPiece]:
+def _pieces(
+    messages: Sequence[Message], style: str, add_generation_prompt: bool, tools: Sequence[Tool]
+) -> list[ChatPiece]:
     _check_style(style)
     check_messages(messages)
-    system_texts = [message["content"] for message in messages if message["role"] == "system"]
-    system = ZERO_PREAMBLE if style == "r1-zero" and not system_texts else "\n\n".join(system_texts)
+    if tool_texts.used(messages, tools):
+        messages = tool_texts.rewritten(messages)
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    if style == "r1-zero" and not system:
+        system = [ZERO_PREAMBLE]
+    head = "\n\n".join([*system, tool_texts.description(tools)] if tools else system)
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [ChatPiece(BOS, control=True)]
-    if system:
-        pieces.append(ChatPiece(system + "\n" if style in ZERO_STYLES else system))
+    if head:
+        pieces.append(ChatPiece(head + "\n" if style in ZERO_STYLES else head))
+    question = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    after_output = False
     for number, message in enumerate(messages):
         if message["role"] != "system":
-            pieces += turn(message["role"], message["content"], last=number == len(messages) - 1)
+            calls = message.get("calls", "")
+            kept = number == len(messages) - 1 or bool(calls and number > question)
+            pieces += turn(message["role"], message["content"], kept, calls, after_output)
+            after_output = message["role"] == "tool"
     if add_generation_prompt and messages[-1]["role"] != "assistant":
-        r1 = [ChatPiece(ASSISTANT, control=True), ChatPiece(opening(style))]
-        pieces += [ChatPiece("Assistant:")] if style in ZERO_STYLES else r1
+        pieces += _generation_prompt(style, after_output)
     return pieces
 
 
-def _zero_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
-    if role == "user":
+def _generation_prompt(style: str, after_output: bool) -> list[ChatPiece]:
+    if style in ZERO_STYLES:
+        return [ChatPiece("Assistant:")]
+    return [ChatPiece(ASSISTANT, control=True)] * (not after_output) + [ChatPiece(opening(style))]
+
+
+def _zero_turn(role: str, content: str, kept: bool, calls: str = "", after_output: bool = False) -> list[ChatPiece]:
+    if role != "assistant":
         return [ChatPiece("User: " + _TURN.sub("\n ", content) + "\n", typed=True)]
-    gap = "" if content.startswith(THINK) else " "
-    return [ChatPiece("Assistant:"), ChatPiece(gap + content, answer=True), ChatPiece(EOS, control=True, answer=True)]
+    answer = ("" if content.startswith(THINK) else " ") + content + calls
+    return [ChatPiece("Assistant:"), ChatPiece(answer, answer=True), ChatPiece(EOS, control=True, answer=True)]
 
 
-def _r1_turn(role: str, content: str, last: bool) -> list[ChatPiece]:
+def _r1_turn(role: str, content: str, kept: bool, calls: str = "", after_output: bool = False) -> list[ChatPiece]:
+    if role == "tool":
+        return [ChatPiece(content, typed=True)]
     if role == "user":
         return [ChatPiece(USER, control=True), ChatPiece(content, typed=True)]
-    shown = content if last else content.split(THINK_END)[-1]
+    shown = content if kept else content.split(THINK_END)[-1]
     answer = shown == content
-    return [ChatPiece(ASSISTANT, control=True), ChatPiece(shown, answer=answer), ChatPiece(EOS, True, answer)]
+    begin = [ChatPiece(ASSISTANT, control=True)] * (not after_output)
+    return [*begin, ChatPiece(shown + calls, answer=answer), ChatPiece(EOS, True, answer)]
 
 
 def _control_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
@@ -245,17 +328,28 @@ def _check_style(style: str) -> None:
         raise UserError(f"unknown chat style {style!r}; choose one of {', '.join(STYLES)}")
 
 
+ROLES = {"system": (), "user": (), "assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""The roles of messages, and what each may have beside a content."""
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """UserError for what is no conversation of texts; says which message, and the fix."""
     if not messages:
         raise UserError("a conversation needs at least one message")
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"message {number} must be an object with a role and a content")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise UserError(f"message {number} has role {message['role']!r}; choose system, user or assistant")
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise UserError(f"message {number} has a content that is not text ({kind}); write one string")
-        if extra := sorted(message.keys() - {"role", "content"}):
-            raise UserError(f"message {number} has {extra[0]!r}, which no template renders; put it into the content")
+        where = f"message {number}"
+        if not isinstance(message, dict) or "role" not in message:
+            raise UserError(f"{where} must be an object with a role and a content")
+        role = message["role"]
+        if role not in ROLES:
+            raise UserError(f"{where} has role {role!r}; choose system, user, assistant or tool")
+        if calls := message.get("tool_calls") if role == "assistant" else None:
+            tool_texts.check_calls(calls, where)
+        content = message.get("content", "" if calls else None)
+        if "content" not in message and not calls:
+            raise UserError(f"{where} must be an object with a role and a content")
+        if not isinstance(content, str) and not (content is None and calls):
+            kind = type(content).__name__
+            raise UserError(f"{where} has a content that is not text ({kind}); write one string")
+        if extra := sorted(message.keys() - {"role", "content", *ROLES[role]}):
+            raise UserError(f"{where} has {extra[0]!r}, which no template renders; put it into the content")

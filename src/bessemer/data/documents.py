@@ -1,9 +1,9 @@
 """Documents, and the user's own text: files of three kinds, a directory of them, or a data set of the Hugging Face hub.
 
 .jsonl     one object a line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]}), or TRL's
-           {"prompt": ..., "completion": ...} (`formats`)
+           {"prompt": ..., "completion": ...} (`formats`). Beside messages may stand {"tools": [...]}
 .txt       documents separated by one or more blank lines
-.parquet   a column `text`, or `messages`, or `prompt` and `completion`
+.parquet   a column `text`, or `messages` (and `tools`), or `prompt` and `completion`
 
 The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an error that names file and line; nothing is
 skipped silently.
@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 from bessemer.config import places
 from bessemer.config.places import HUB
 from bessemer.data import chat, formats
+from bessemer.data.tools import Message, Tool, read_tools
 from bessemer.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
@@ -45,10 +46,12 @@ class Document:
     text: str
     domain: str
     """english, chinese, code, mathematics, or the user's name for a source of their own."""
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[Message, ...] | None = None
     """The conversation, if the record was one; `text` is then its plain transcript."""
     prompted: bool = False
     """The messages before the last are a prompt: no answer in them is learnt."""
+    tools: tuple[Tool, ...] = ()
+    """What the assistant of the conversation may call."""
 
 
 def read_files(path: Path, domain: str) -> Iterator[Document]:
@@ -178,6 +181,7 @@ def parquet_records(
                     f"{path} has no column {key}, messages or prompt and completion, only {', '.join(names)}"
                 )
             columns += ["label"] if "completion" in columns and "label" in names else []
+            columns += ["tools"] if not {"messages", "conversations"}.isdisjoint(columns) and "tools" in names else []
         number = sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
         for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
             for record in batch.to_pylist():
@@ -274,6 +278,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
         raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
     record = {name: value for name, value in record.items() if value is not None}
     messages, prompted = record.get("messages", record.get("conversations")), False
+    tools: tuple[Tool, ...] = ()
     if messages is None and key not in record and {"prompt", "completion"} <= record.keys():
         messages, prompted = formats.completed(record, where), True
     if key in record:
@@ -283,7 +288,8 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     elif isinstance(messages, list):
         try:
             messages = [formats.without_none(message) for message in messages]
-            text = chat.transcript(messages)
+            tools = read_tools(formats.without_none(record.get("tools", [])))
+            text = chat.transcript(messages, tools)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     elif messages is not None:
@@ -304,7 +310,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff), which is no character") from None
-    return Document(text, domain, tuple(messages) if messages is not None else None, prompted)
+    return Document(text, domain, tuple(messages) if messages is not None else None, prompted, tools)
 
 
 _TABLES: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

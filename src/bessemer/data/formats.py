@@ -5,12 +5,14 @@
     unpaired preference    {"prompt", "completion", "label"}; our own form is {"prompt", "response", "safe"}
 
 A text is a string or a list of messages, the same in all columns of a record. A string under `prompt` is what the user
-says, any other what the assistant answers. Conversations ({"messages"}) are read in `documents`. Other columns are
-ignored, and one that is null counts as absent, as parquet files have it. Every error begins with `where`.
+says, any other what the assistant answers. Conversations ({"messages"}, with {"tools"} where the assistant calls some)
+are read in `documents`; a prompt, completion or preference calls none. Other columns are ignored, and one that is null
+counts as absent, as parquet files have it. Every error begins with `where`.
 """
 
 from typing import Any
 
+from bessemer.data import tools
 from bessemer.data.chat import Message, check_messages
 from bessemer.errors import UserError
 
@@ -87,9 +89,11 @@ def conversational(line: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": said("chosen"), "rejected": said("rejected")}
 
 
-def without_none(message: Message) -> Message:
-    """Parquet gives every message every key, with None where the record had none."""
-    return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
+def without_none(value: Any) -> Any:
+    """Parquet gives every message every key, with None where the record had none; so it does inside of its calls."""
+    if isinstance(value, dict):
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _alike(where: str, **texts: object) -> None:
@@ -108,6 +112,8 @@ def _messages(value: list[Message], name: str, where: str) -> list[Message]:
         check_messages(messages)
     except UserError as error:
         raise UserError(f"{where}: {name}: {error}") from error
+    if tools.used(messages):
+        raise UserError(f'{where}: {name} calls tools; write the whole conversation as {{"messages": [...]}}')
     return messages
 
 
@@ -129,7 +135,7 @@ def _answer(value: Prompt, name: str, where: str) -> str:
         if [message["role"] for message in messages] != ["assistant"]:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{where}: {name} must be one message of the assistant beyond the prompt, it has {roles}")
-        value = messages[0]["content"]
+        value = str(messages[0]["content"])
     _characters(where, name, value)
     return value
 

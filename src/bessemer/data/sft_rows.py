@@ -4,8 +4,8 @@ A directory holds `rows.bin`, rows of uint32, each four times a token's id, plus
 the assistant wrote it; and `meta.json` with the facts, written last.
 
 Invariants
-- Only answers and the EOS after them are trained on, never a prompt, a system message or padding. Of a record with
-  prompt and completion it is the completion alone, as in TRL.
+- Only answers, calls and the EOS after them are trained on, never a prompt, a tool's output or padding. Of a record
+  with prompt and completion it is the completion alone, as in TRL.
 - A sample is whole or left out: one that does not fit a row is counted in `too_long`, not cut, for a cut answer
   teaches not to end.
 - Row n of the endless list is found by arithmetic: epoch n // rows, then a permutation that belongs to seed and epoch.
@@ -156,7 +156,7 @@ def count(documents: Iterable[Document]) -> int:
     return number
 
 
-def checked(document: Document, where: str) -> tuple[dict[str, str], ...]:
+def checked(document: Document, where: str) -> tuple[chat.Message, ...]:
     """The messages of a conversation for SFT; UserErrors begin with `where`."""
     messages = document.messages
     if messages is None:
@@ -171,7 +171,7 @@ def checked(document: Document, where: str) -> tuple[dict[str, str], ...]:
 
 def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
     messages = checked(document, f"a conversation of {document.domain}")
-    ids, answers = chat.render_answers(tokenizer, messages, style)
+    ids, answers = chat.render_answers(tokenizer, messages, style, tools=document.tools)
     if document.prompted and True in answers:  # only the last run of the assistant's tokens
         end = len(answers) - answers[::-1].index(True)
         start = end - [*answers[:end][::-1], False].index(False)

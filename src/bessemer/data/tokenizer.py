@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from bessemer.data import chat, patterns
+from bessemer.data import chat, patterns, tools
 from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
@@ -60,7 +60,7 @@ class Tokenizer:
         with patterns.explained():
             self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
-        self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+        self._special = {t["id"] for t in spec["added_tokens"] if t["special"] and t["content"] not in tools.MARKS}
         self._bytes = _byte_table(self._tok, {token["id"]: token["content"] for token in spec["added_tokens"]})
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in (bos, eos, pad))
@@ -68,11 +68,15 @@ class Tokenizer:
         self.fingerprint = fingerprint_of(spec)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, chat_style: str = "zero") -> "Tokenizer":
-        """Learn `vocab_size` tokens (added tokens and bytes included) from `texts`."""
-        if vocab_size < SMALLEST:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, chat_style: str = "zero", tool_tokens: bool = False
+    ) -> "Tokenizer":
+        """Learn `vocab_size` tokens (added tokens and bytes included) from `texts`. `tool_tokens`: the marks of tool
+        calls are tokens, too, and stand behind the other added ones."""
+        added = (*ADDED, *tools.MARKS) if tool_tokens else ADDED
+        if vocab_size < len(added) + 256:
             raise UserError(
-                f"vocab_size {vocab_size} is too small: {len(ADDED)} added tokens and 256 bytes need {SMALLEST}"
+                f"vocab_size {vocab_size} is too small: {len(added)} added tokens and 256 bytes need {len(added) + 256}"
             )
         tok = tokenizers.Tokenizer(models.BPE())
         tok.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,7 +88,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=list(ADDED),
+            special_tokens=list(added),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -245,8 +249,14 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def is_special(self, token_id: int) -> bool:
-        """Whether an id is a control token, which decoding drops."""
+        """Whether an id is a control token, which decoding drops. Marks of tools are kept: parsers look for them."""
         return token_id in self._special
+
+    @property
+    def tool_marks(self) -> dict[str, int]:
+        """The ids of `tools.MARKS`; empty where they are no tokens here, and the marks are written as text."""
+        ids = {mark: known for mark in tools.MARKS if (known := self._tok.token_to_id(mark)) is not None}
+        return ids if len(ids) == len(tools.MARKS) else {}
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         return StreamDecoder(self, skip_special)

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.tools import DEEPEST, depth
 from bessemer.errors import UserError
 
 WHITESPACE = r"[ \n]{1,12}"
 """Between the tokens of JSON. Without a bound a weak model writes blanks until its length ends it."""
 LONGEST = 32_768
 """Characters of a schema; compiling a longer one would keep other answers waiting."""
-DEEPEST = 64
-"""Levels of a schema."""
 KEPT = 32
 """Compiled grammars that are kept."""
 
@@ -33,7 +32,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of the JSON values of a schema. UserError for a schema that is none or cannot be enforced."""
     guidance = _guidance()
     options = {"whitespace_pattern": WHITESPACE}
-    if _depth(schema) > DEEPEST:
+    if depth(schema) > DEEPEST:
         raise UserError(f"the JSON schema is nested more than {DEEPEST} levels deep; flatten it")
     if len(json.dumps(schema)) > LONGEST:
         raise UserError(f"the JSON schema is longer than {LONGEST} characters; shorten it")
@@ -108,7 +107,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer):
         ids = range(tokenizer.vocab_size)
         self.tokens = [tokenizer.token_bytes(i) for i in ids]
-        self.special_token_ids = [i for i in ids if tokenizer.is_special(i)]
+        self.special_token_ids = [i for i in ids if tokenizer.is_special(i)] + list(tokenizer.tool_marks.values())
         self.bos_token_id = tokenizer.bos_id
         self.eos_token_id = next(iter(tokenizer.stop_ids), tokenizer.vocab_size - 1)
         self._encode = tokenizer.encode
@@ -123,15 +122,6 @@ def _guidance() -> ModuleType:
     except ImportError:
         raise UserError("structured output needs the package llguidance; run: pip install llguidance") from None
     return llguidance
-
-
-def _depth(value: Any) -> int:
-    """Levels of lists and objects, DEEPEST + 1 where there are more."""
-    depth, level = 0, [value]
-    while level and depth <= DEEPEST:
-        values = [v for one in level for v in (one.values() if isinstance(one, Mapping) else one)]
-        depth, level = depth + 1, [v for v in values if isinstance(v, (Mapping, list))]
-    return depth
 
 
 def _short(message: object) -> str:

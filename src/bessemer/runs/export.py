@@ -64,7 +64,9 @@ def _write(target: Path, records: Iterator[Record]) -> int:
 
 def _conversations(path: Path) -> Iterator[Record]:
     for where, record in documents.records(path):
-        yield {"messages": list(documents.document(record, "own", where).messages or ())}
+        read = documents.document(record, "own", where)
+        tools = {"tools": [tool.as_openai() for tool in read.tools]} if read.tools else {}
+        yield {"messages": list(read.messages or ()), **tools}
 
 
 def _judged(path: Path) -> Iterator[Record]:

@@ -150,6 +150,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         specials = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)]
+        specials += tokenizer.tool_marks.values()
         self._control = {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in specials}
         names = sorted(filter(None, self._control), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")

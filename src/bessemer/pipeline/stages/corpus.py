@@ -95,7 +95,9 @@ class Corpus(Stage[CorpusConfig]):
                     f'tokenizer than that of "{config.tokenizer}"; build them with its tokenizer'
                 )
         else:
-            tokenizer = of_shards or Tokenizer.train(self._sample(config, ctx, workers), vocab_size, "zero")
+            tokenizer = of_shards or Tokenizer.train(
+                self._sample(config, ctx, workers), vocab_size, "zero", config.tool_tokens
+            )
         tokenizer.save(ctx.dir / "tokenizer")
         ctx.progress.advance(len(config.parts), "tokenizer")
         facts: dict[str, Any] = {}
