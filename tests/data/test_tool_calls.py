@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bessemer.data import chat, documents, sft_rows, tools
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, Call, CallParser, parse_calls
+from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, ToolCall, CallParser, parse_calls
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
 
@@ -157,7 +157,7 @@ def test_calls_come_back_as_they_went(marked):
     arguments = {"city": f"{CALL_END}<｜tool", "n": [1, {"x": None}]}
     text = "<think>a</think>Yes." + tools.calls_text([called("now", "{}"), called("get_weather", arguments)])
     content, (one, two) = parse_calls(text, TOOLS)
-    assert content == "<think>a</think>Yes." and one == Call("now", {}, "{}")
+    assert content == "<think>a</think>Yes." and one == ToolCall("now", {}, "{}")
     assert two.arguments == arguments and two.as_openai("c9")["function"]["name"] == "get_weather"
     ids = chat.render_ids(marked, [TALK[0], TALK[1]], "r1")
     assert parse_calls(marked.decode(ids), TOOLS)[1][0].arguments == {"city": "Wuhan"}, "decoding keeps the marks"

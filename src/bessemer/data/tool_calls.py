@@ -40,7 +40,7 @@ ROOM = 80
 CUT = "it has no end: the answer stopped there"
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A call that can be made."""
 
     name: str
@@ -81,7 +81,9 @@ class CallPiece(NamedTuple):
     """A call without a name, as it was written, which only content can show."""
 
 
-def parse_calls(text: str, tools: Iterable[Tool] = (), thinking: bool = False) -> tuple[str, list[Call | BrokenCall]]:
+def parse_calls(
+    text: str, tools: Iterable[Tool] = (), thinking: bool = False
+) -> tuple[str, list[ToolCall | BrokenCall]]:
     """(content, calls) of an assistant message; a thought is part of the content. `tools`: those that exist; a call to
     any other is broken, unless none are given. `thinking`: the prompt has opened the thought."""
     parser = CallParser(thinking)
@@ -125,7 +127,7 @@ class CallParser:
         self._pending = ""
         return _joined(pieces)
 
-    def calls(self, names: Collection[str] | None = None) -> list[Call | BrokenCall]:
+    def calls(self, names: Collection[str] | None = None) -> list[ToolCall | BrokenCall]:
         """The calls so far; `names`: of the tools that exist."""
         return [found.checked(names) for found in self._found]
 
@@ -241,7 +243,7 @@ class _Found:
     why: str = ""
     """Why it is broken; empty where nothing is known against it."""
 
-    def checked(self, names: Collection[str] | None) -> Call | BrokenCall:
+    def checked(self, names: Collection[str] | None) -> ToolCall | BrokenCall:
         text = "".join(self.parts)
         if self.why:
             return BrokenCall(self.name, text, self.why)
@@ -249,7 +251,9 @@ class _Found:
             return BrokenCall(self.name, text, f"there is no tool {self.name!r}")
         arguments = read_arguments(text)
         return (
-            BrokenCall(self.name, text, arguments) if isinstance(arguments, str) else Call(self.name, arguments, text)
+            BrokenCall(self.name, text, arguments)
+            if isinstance(arguments, str)
+            else ToolCall(self.name, arguments, text)
         )
 
 
