@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bessemer.data import chat, documents, sft_rows, tools
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, ToolCall, CallParser, parse_calls
+from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
 

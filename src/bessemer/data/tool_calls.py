@@ -249,12 +249,8 @@ class _Found:
             return BrokenCall(self.name, text, self.why)
         if names is not None and self.name not in names:
             return BrokenCall(self.name, text, f"there is no tool {self.name!r}")
-        arguments = read_arguments(text)
-        return (
-            BrokenCall(self.name, text, arguments)
-            if isinstance(arguments, str)
-            else ToolCall(self.name, arguments, text)
-        )
+        read = read_arguments(text)
+        return BrokenCall(self.name, text, read) if isinstance(read, str) else ToolCall(self.name, read, text)
 
 
 def read_arguments(text: str) -> dict[str, Any] | str:
