@@ -47,7 +47,8 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     import torch
 
     from bessemer.data.chat import question_ids
-    from bessemer.engine.engine import load_engine, prompt_digest
+    from bessemer.engine.engine import load_engine
+    from bessemer.engine.generation import prompt_digest
     from bessemer.engine.sampling import stream_key
     from bessemer.engine.sequence import Request, SamplingParams
     from bessemer.runs.directory import model_dir

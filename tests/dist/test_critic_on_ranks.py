@@ -13,7 +13,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.dist import distributed, zero1
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard, gather_into
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
 from bessemer.rl.critic import Critic

@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from bessemer.cli.common import read_prompts
 from bessemer.data.chat import render_ids, template_style
-from bessemer.engine.engine import Completion, Engine, read_prompts
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion
 from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
 from bessemer.escape import escaped

@@ -16,7 +16,7 @@ from judge_server import JudgeServer
 
 from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample

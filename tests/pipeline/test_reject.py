@@ -13,7 +13,7 @@ import stages_run
 
 from bessemer import tasks
 from bessemer.config.data import RejectConfig
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample

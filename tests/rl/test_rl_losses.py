@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bessemer.data.batch import Batch
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_logprobs

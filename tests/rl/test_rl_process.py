@@ -8,7 +8,7 @@ import pytest
 
 from bessemer import tasks
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.rl.process import assign_advantages, calculations, process_advantages
 from bessemer.rl.rollout import ScoredSample
 

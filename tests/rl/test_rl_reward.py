@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.rl.reward import Reward, overlong
 from bessemer.rl.rollout import ScoredSample

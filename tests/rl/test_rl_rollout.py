@@ -7,7 +7,7 @@ import torch
 
 from bessemer import tasks
 from bessemer.data.chat import jinja, render_ids
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample

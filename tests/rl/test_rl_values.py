@@ -5,7 +5,7 @@ import torch
 from train_config import train_config
 
 from bessemer.data.batch import Batch
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.rl import critic as critics
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.report.why import describe, headline
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample

@@ -8,7 +8,7 @@ import pytest
 
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
-from bessemer.engine.engine import Completion
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout

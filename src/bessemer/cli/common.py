@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bessemer.config.places import read_text
 from bessemer.errors import UserError
 from bessemer.escape import escaped, escaped_json
 
@@ -80,3 +81,20 @@ def write_page(path: Path, text: str) -> None:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{path.parent} is a file, not a folder; name another file to write") from None
         write_atomic(path, text)
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The prompts of a file: its lines, or with the extension .jsonl the field "prompt" of every object."""
+    lines = read_text(Path(file), "file of prompts").splitlines()
+    if Path(file).suffix != ".jsonl":
+        return [line for line in lines if line]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"] if line.strip() else None
+        except (ValueError, KeyError, TypeError):
+            prompt = 0
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f'{file}, line {number}: not an object with a text under "prompt"')
+        prompts += [] if prompt is None else [prompt]
+    return prompts

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, NoVerify, Seed, app, print_json
+from bessemer.cli.common import AsJson, Model, NoVerify, Seed, app, print_json, read_prompts
 from bessemer.errors import UserError
 
 
@@ -189,7 +189,6 @@ def placement(
 ) -> None:
     """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""
     from bessemer.engine import placement as placing
-    from bessemer.engine.engine import read_prompts
     from bessemer.hf.hub import read_config
     from bessemer.runs.directory import model_dir
 

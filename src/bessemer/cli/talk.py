@@ -1,15 +1,31 @@
 """Commands that generate text: for prompts, on the terminal, over HTTP."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, Compile, Drafts, Model, NoVerify, Seed, Temperature, TopP, app, print_json
+from bessemer.cli.common import (
+    AsJson,
+    Compile,
+    Drafts,
+    Model,
+    NoVerify,
+    Seed,
+    Temperature,
+    TopP,
+    app,
+    print_json,
+    read_prompts,
+)
 from bessemer.errors import UserError
 from bessemer.escape import escaped
+
+if TYPE_CHECKING:
+    from bessemer.engine.generation import Completion
 
 
 class Reasoning(StrEnum):
@@ -39,7 +55,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
-    from bessemer.engine.engine import NEW_TOKENS, about_cuts, load_engine, read_prompts
+    from bessemer.engine.engine import load_engine
+    from bessemer.engine.generation import NEW_TOKENS
     from bessemer.runs.directory import model_dir
 
     begun = [*(prompts or []), *(read_prompts(file) if file else [])]
@@ -55,8 +72,27 @@ def generate(
     else:
         for prompt, one in zip(begun, texts, strict=True):
             print(escaped(prompt + one.text) + "\n")
-    for note in about_cuts(texts, max_tokens, engine.model.cfg.max_seq_len):
+    for note in _about_cuts(texts, max_tokens, engine.model.cfg.max_seq_len):
         print(note, file=sys.stderr)
+
+
+def _about_cuts(completions: Sequence["Completion"], asked: int | None, context: int) -> list[str]:
+    """What a user should know about texts that did not end by themselves; `asked`: the option --max-tokens."""
+    from bessemer.engine.generation import NEW_TOKENS
+
+    rooms = [context - one.prompt_tokens for one in completions]
+    cut = [(one, room) for one, room in zip(completions, rooms, strict=True) if one.finish_reason == "length"]
+    full = sum(len(one.tokens) >= room for one, room in cut)
+    of = f" of {len(completions)} texts" if len(completions) > 1 else " text"
+    notes = []
+    if asked is not None and asked > min(rooms):
+        notes.append(f"--max-tokens {asked}: the context of {context} tokens leaves {min(rooms)} after the prompt")
+    if len(cut) > full:
+        more = f"--max-tokens, here at most {max(rooms)}, lets it go on"
+        notes.append(f"{len(cut) - full}{of} cut at {asked or NEW_TOKENS} tokens; {more}")
+    if full:
+        notes.append(f"{full}{of} cut where the model's context of {context} tokens is full")
+    return notes
 
 
 @app.command()

@@ -26,7 +26,8 @@ from torch import Tensor
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.engine import eplb
-from bessemer.engine.engine import Engine, Prompt, load_engine
+from bessemer.engine.engine import Engine, load_engine
+from bessemer.engine.generation import Prompt
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 

@@ -21,7 +21,8 @@ from rich.cells import cell_len
 from bessemer.config.units import show_tokens
 from bessemer.data.chat import Message, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import NEW_TOKENS, Engine, load_engine
+from bessemer.engine.engine import Engine, load_engine
+from bessemer.engine.generation import NEW_TOKENS
 from bessemer.engine.sequence import think_ids
 from bessemer.errors import UserError
 from bessemer.escape import escaped

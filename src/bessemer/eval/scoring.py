@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Completion, Prompt
+from bessemer.engine.generation import Completion, Prompt
 from bessemer.errors import UserError
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash

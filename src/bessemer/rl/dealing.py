@@ -17,7 +17,8 @@ import torch.distributed as dist
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import watchdog
 from bessemer.dist.ranks import Ranks
-from bessemer.engine.engine import Engine, Prompt
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Prompt
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer

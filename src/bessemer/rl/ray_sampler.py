@@ -27,7 +27,8 @@ from bessemer import heartbeat
 from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Completion, Engine, GenerationBatch, GenerationPlan, Prompt
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion, GenerationBatch, GenerationPlan, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import JobResult, RolloutWorker, pack_weights, versions

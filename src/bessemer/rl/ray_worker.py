@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import bessemer
-from bessemer.engine.engine import Completion, Engine, GenerationBatch
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bessemer import heartbeat
 from bessemer.data.batch import Batch
-from bessemer.engine.engine import Completion, Engine
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection

@@ -20,7 +20,8 @@ from typing import Protocol, TypedDict, Unpack
 from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
-from bessemer.engine.engine import Completion, Engine, Prompt
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion, Prompt
 from bessemer.train import setup
 
 Completions = list[list[Completion]]

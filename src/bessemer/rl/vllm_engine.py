@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bessemer.engine.engine import Completion, GenerationBatch
+from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.hf import hub

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from bessemer.engine.engine import prompt_digest
+from bessemer.engine.generation import prompt_digest
 from bessemer.engine.sampling import stream_key
 from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
 from bessemer.serve.models import LoadedModel
