@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from bessemer.engine import decode
-from bessemer.engine import engine as engine_module
 from bessemer.engine.engine import Engine
 from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 
 
@@ -252,6 +250,6 @@ def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
 
 
 def test_prompts_stay_whole_where_they_fit(engine):
-    samples = engine._samples([(3,), (4,), (5,)], 4, 0, None, Request)
-    assert [len(part) for part in engine_module._batches(samples, 10)] == [8, 4]
-    assert [len(part) for part in engine_module._batches(samples, 3)] == [3, 1, 3, 1, 3, 1]
+    for rows, sizes in ((10, [8, 4]), (3, [3, 1, 3, 1, 3, 1])):
+        plan = engine.plan([[3], [4], [5]], samples=4, batch_rows=rows)
+        assert [len(batch.samples) for batch in plan.batches] == sizes
