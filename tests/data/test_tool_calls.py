@@ -2,6 +2,7 @@
 
 import json
 
+import hf_tokenizers as houses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
+from bessemer.hf.hf_tokenizer import load_tokenizer
 
 WEATHER = {
     "type": "object",
@@ -299,3 +301,12 @@ def test_any_other_template_gets_the_plain_form():
     assert chat.render(plain, "zero") == chat.render(
         [{"role": "system", "content": "Be brief."}, *TALK[:4]], "zero", tools=TOOLS
     )
+
+
+def test_a_model_of_another_family_is_trained_on_calls_and_not_on_outputs(tmp_path):
+    tok = load_tokenizer(houses.byte_level(tmp_path))
+    ids, answers = chat.render_answers(tok, TALK, tools=TOOLS)
+    text = tok.decode([i for i, answer in zip(ids, answers, strict=True) if answer], skip_special=False)
+    calls = tools.calls_text(TALK[1]["tool_calls"])
+    assert text.startswith(TALK[1]["content"] + calls) and text.count(OUTPUT) == 0 and TALK[4]["content"] in text
+    assert f"user\n{OUTPUT}dry{OUTPUT_END}" in tok.decode(ids, skip_special=False)

@@ -9,27 +9,12 @@ import pytest
 import torch
 from browser import chromium
 from page_helpers import make_run
-from serving import running
+from serving import running, write_model
 
-from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import load_engine
-from bessemer.model.config import preset
-from bessemer.model.transformer import Transformer
 from bessemer.serve.service import launch
 
 torch.set_num_threads(1)
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
-CONTEXT = 160
-
-
-def write_model(folder, style, context=CONTEXT, seed=3):
-    tokenizer = Tokenizer.train(TEXTS, 300, chat_style=style)
-    cfg = preset("tiny", vocab_size=tokenizer.vocab_size + 5, dim=64, n_layers=3, max_seq_len=context, init_std=0.12)
-    model = Transformer(cfg).initialise(seed)
-    tokenizer.save(folder / "tokenizer")
-    model.save(folder / style, tokenizer_dir=folder / "tokenizer")
-    return folder / style
 
 
 @pytest.fixture(scope="session")

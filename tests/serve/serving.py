@@ -1,4 +1,4 @@
-"""A real server on a free port of the loopback address, in a thread of the tests' process."""
+"""A real server on a free port of the loopback address, in a thread of the tests' process, and models for it."""
 
 import json
 import os
@@ -10,10 +10,25 @@ from multiprocessing import Pipe
 
 import httpx
 
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
 from bessemer.serve import ServeConfig, worker
 from bessemer.serve.connections import ConnectionLimits
 from bessemer.serve.models import find_models
 from bessemer.serve.server import Server
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
+CONTEXT = 160
+
+
+def write_model(folder, style, context=CONTEXT, seed=3, tool_tokens=False):
+    tokenizer = Tokenizer.train(TEXTS, 300, chat_style=style, tool_tokens=tool_tokens)
+    cfg = preset("tiny", vocab_size=tokenizer.vocab_size + 5, dim=64, n_layers=3, max_seq_len=context, init_std=0.12)
+    model = Transformer(cfg).initialise(seed)
+    tokenizer.save(folder / "tokenizer")
+    model.save(folder / style, tokenizer_dir=folder / "tokenizer")
+    return folder / style
 
 
 class Thread(threading.Thread):

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from bessemer.data.chat import render_ids
-from bessemer.serve.protocol import ChatLogprobs, ChatReply, Finish, Routing, TextReply, Usage
+from bessemer.serve.replies import ChatLogprobs, ChatReply, Finish, Routing, TextReply, Usage
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 """generation_config.json's, which count where a request names none."""

@@ -10,7 +10,7 @@ System messages are collected at the front and joined by a blank line. `zero` is
 
 A conversation with tools (`tools`) adds their description to the end of the system message. `r1` writes calls and
 outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant goes on behind an output without a
-second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, as V3.2 does in thinking mode; V3.1
+second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, as every prompt of `r1` does; V3.1
 calls tools without thinking. `zero` has two roles, so the user brings outputs. A template that is not ours gets the
 conversation in the same plain form (`tools.plain`).
 

@@ -1,13 +1,14 @@
 """Structured output: a grammar over tokens decides which may come next (llguidance).
 
-A grammar is text in llguidance's own form; `json_grammar` makes one of a JSON schema. What it allows depends on the
-tokens of its own answer only, so samples stay independent of the batch. Inside of a thought it does not apply yet.
+A grammar is text in llguidance's own form; `json_grammar` makes one of a JSON schema, `calls_grammar` one of tools.
+What it allows depends on the tokens of its own answer only, so samples stay independent of the batch. Inside of a
+thought it does not apply yet.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import DEEPEST, depth
+from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, DEEPEST, SEPARATOR, Tool, depth
 from bessemer.errors import UserError
 
 WHITESPACE = r"[ \n]{1,12}"
@@ -40,10 +41,31 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
         grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
     except ValueError as error:
         raise UserError(f"the JSON schema cannot be enforced: {_short(error)}") from None
-    failed, messages = guidance.LLMatcher.validate_grammar_with_warnings(grammar)
-    if failed:
-        raise UserError(f"the JSON schema cannot be enforced: {_short(messages[0])}")
+    _check(grammar)
     return grammar
+
+
+def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int) -> str:
+    """The grammar of an answer that is one to `most` calls of these tools and nothing else. `marks`: the ids of
+    `data.tools.MARKS` where they are tokens. UserError for parameters that cannot be enforced."""
+
+    def mark(name: str) -> str:
+        return f"<[{marks[name]}]>" if marks else json.dumps(name, ensure_ascii=False)
+
+    if sum(len(json.dumps(dict(tool.parameters))) for tool in tools) > LONGEST:
+        raise UserError(f"the parameters of all tools are longer than {LONGEST} characters; name the one to call")
+    rules = []
+    for number, tool in enumerate(tools):
+        schema = {"type": "object", **tool.parameters, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+        if schema["type"] != "object":
+            raise UserError(f'the parameters of the tool "{tool.name}" must be of type "object"')
+        call = f'call{number}: {mark(CALL)} "{tool.name}" {mark(SEPARATOR)} %json {json.dumps(schema)} {mark(CALL_END)}'
+        _check(_guidance().LLMatcher.grammar_from_lark(f"start: call{number}\n{call}"), f'of the tool "{tool.name}" ')
+        rules.append(call)
+    names = " | ".join(f"call{number}" for number in range(len(tools)))
+    # R1 writes two line breaks behind its thought
+    start = f"start: /\\n{{0,2}}/ {mark(CALLS)} call{{1,{most}}} {mark(CALLS_END)}\ncall: {names}\n"
+    return str(_guidance().LLMatcher.grammar_from_lark(start + "\n".join(rules)))
 
 
 class Grammars:
@@ -122,6 +144,12 @@ def _guidance() -> ModuleType:
     except ImportError:
         raise UserError("structured output needs the package llguidance; run: pip install llguidance") from None
     return llguidance
+
+
+def _check(grammar: str, whose: str = "") -> None:
+    failed, messages = _guidance().LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise UserError(f"the JSON schema {whose}cannot be enforced: {_short(messages[0])}")
 
 
 def _short(message: object) -> str:

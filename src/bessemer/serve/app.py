@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.serve import chat, completions, protocol, responses
+from bessemer.serve import chat, completions, protocol, replies, responses
 from bessemer.serve.bodies import BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.http import add_page
@@ -28,6 +28,7 @@ from bessemer.serve.models import LoadedModel, ModelFacts, Models
 from bessemer.serve.problems import add_problems
 from bessemer.serve.protocol import ApiError, field_names, invalid
 from bessemer.serve.run_follower import RunFollower
+from bessemer.serve.tool_calling import text_size, tools_of
 from bessemer.serve.watch import add_watch
 
 AnyBody = TypeVar("AnyBody", protocol.ChatRequest, protocol.CompletionRequest, responses.ResponsesRequest)
@@ -91,21 +92,19 @@ def build(models: Models) -> FastAPI:
 def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
     @app.post(
-        "/v1/chat/completions", response_model=None, responses={200: {"model": protocol.ChatReply, **STREAM}, **ERRORS}
+        "/v1/chat/completions", response_model=None, responses={200: {"model": replies.ChatReply, **STREAM}, **ERRORS}
     )
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         """Answers a conversation, at once or as a stream of chunks."""
         return await answer(body, request, chat.prepare)
 
-    @app.post(
-        "/v1/completions", response_model=None, responses={200: {"model": protocol.TextReply, **STREAM}, **ERRORS}
-    )
+    @app.post("/v1/completions", response_model=None, responses={200: {"model": replies.TextReply, **STREAM}, **ERRORS})
     async def text_completions(body: protocol.CompletionRequest, request: Request) -> Response:
         """Continues texts, at once or as a stream of chunks."""
         return await answer(body, request, completions.prepare)
 
     @app.post(
-        "/v1/responses", response_model=None, responses={200: {"model": responses.ResponsesReply, **STREAM}, **ERRORS}
+        "/v1/responses", response_model=None, responses={200: {"model": replies.ResponsesReply, **STREAM}, **ERRORS}
     )
     async def new_response(body: responses.ResponsesRequest, request: Request) -> Response:
         """Answers in OpenAI's newer form, at once or as typed events."""
@@ -137,7 +136,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
 def _add_tokenizer(app: FastAPI, models: Models) -> None:
     """In the form of vLLM's endpoints, which lm-eval's remote tokenizer reads."""
 
-    @app.post("/tokenize", response_model=protocol.TokenizeReply)
+    @app.post("/tokenize", response_model=replies.TokenizeReply)
     async def tokenize(body: protocol.TokenizeRequest) -> Response:
         """A text, or a conversation as the model sees it, in tokens."""
         async with models.use(body.model) as model:
@@ -146,19 +145,19 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
 
             def reply() -> str:
                 if body.messages is not None:
-                    ids = list(chat.chat_prompt(model.tokenizer, body.messages).ids)
+                    ids = list(chat.chat_prompt(model.tokenizer, body.messages, tools=tools_of(body.tools or ())).ids)
                 else:
                     ids = model.vocabulary.prompt_ids(body.prompt or "", body.add_special_tokens is not False)
                 names = [model.vocabulary.name(i) for i in ids]
                 context = model.facts.context
-                return protocol.TokenizeReply(
+                return replies.TokenizeReply(
                     tokens=ids, count=len(ids), max_model_len=context, token_strs=names
                 ).model_dump_json()
 
-            size = chat.text_size(body.messages) if body.messages else len(body.prompt or "")
+            size = text_size(body.messages) if body.messages else len(body.prompt or "")
             return Response(await model.tokenise(reply, size), media_type="application/json")
 
-    @app.post("/detokenize", response_model=protocol.DetokenizeReply)
+    @app.post("/detokenize", response_model=replies.DetokenizeReply)
     async def detokenize(body: protocol.DetokenizeRequest) -> Response:
         """The text of tokens, control tokens by their names."""
         async with models.use(body.model) as model:
@@ -167,10 +166,10 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
                 raise invalid(f"token id {bad[0]} is outside the vocabulary of {vocab_size}", "tokens")
             decode = model.tokenizer.decode
             text = await model.tokenise(lambda: decode(body.tokens, skip_special=False), len(body.tokens))
-            return Response(protocol.DetokenizeReply(prompt=text).model_dump_json(), media_type="application/json")
+            return Response(replies.DetokenizeReply(prompt=text).model_dump_json(), media_type="application/json")
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> protocol.TokenizerInfo:
+    async def tokenizer_info() -> replies.TokenizerInfo:
         """The default model's tokenizer."""
         async with models.use(None) as model:
             tokenizer = model.tokenizer
@@ -178,7 +177,7 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
             def name(token_id: int | None) -> str | None:
                 return None if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
-            return protocol.TokenizerInfo(
+            return replies.TokenizerInfo(
                 tokenizer_class="PreTrainedTokenizerFast",
                 bos_token=name(tokenizer.bos_id),
                 eos_token=name(tokenizer.eos_id),
@@ -189,29 +188,29 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
 
 def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
     @app.get("/v1/models")
-    async def list_models() -> protocol.ModelList:
+    async def list_models() -> replies.ModelList:
         """The models of this server; the last is the default."""
-        return protocol.ModelList(data=[reply(facts) for facts in models.offers.values()])
+        return replies.ModelList(data=[reply(facts) for facts in models.offers.values()])
 
     @app.get("/v1/models/{model}")
-    async def get_model(model: str) -> protocol.ModelReply:
+    async def get_model(model: str) -> replies.ModelReply:
         """One of them."""
         return reply(models.find(model))
 
-    def reply(facts: ModelFacts) -> protocol.ModelReply:
-        known = {name: getattr(facts, name) for name in protocol.ModelDetails.model_fields if hasattr(facts, name)}
+    def reply(facts: ModelFacts) -> replies.ModelReply:
+        known = {name: getattr(facts, name) for name in replies.ModelDetails.model_fields if hasattr(facts, name)}
         default, loaded = facts is models.default, facts.name in models.loaded
         if loaded:
             known["dtype"] = models.loaded[facts.name].facts.dtype
-        details = protocol.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
-        return protocol.ModelReply(id=facts.name, created=facts.created, bessemer=details)
+        details = replies.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
+        return replies.ModelReply(id=facts.name, created=facts.created, bessemer=details)
 
     @app.get("/health")
-    async def health(response: Response) -> protocol.Health:
+    async def health(response: Response) -> replies.Health:
         """Whether the server is up, and how busy."""
         stats = [model.service.stats for model in models.loaded.values()]
         running = sum(int(s.scheduler.get("running", 0)) for s in stats)
-        return protocol.Health(
+        return replies.Health(
             status="draining" if app.state.draining else "ok",
             auth=bool(models.config.api_key),
             running=running,

@@ -16,14 +16,18 @@ from typing import Any, NamedTuple
 
 from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, opening, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.tools import Tool, description
 from bessemer.engine.grammar import json_grammar
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.errors import UserError
-from bessemer.serve import sampling_params
+from bessemer.serve import sampling_params, tool_calling
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary
 from bessemer.serve.protocol import ChatRequest, ResponseFormat, Thinking, Turn, invalid, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
+from bessemer.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
+
+NO_TOOLS = ToolUse()
 
 
 class ChatPrompt(NamedTuple):
@@ -41,7 +45,15 @@ class ChatResponder(Responder):
 
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest, model: LoadedModel, prompt: ChatPrompt, client: str, grammar: str = ""):
+    def __init__(
+        self,
+        body: ChatRequest,
+        model: LoadedModel,
+        prompt: ChatPrompt,
+        client: str,
+        grammar: str = "",
+        use: ToolUse = NO_TOOLS,
+    ):
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = body.max_completion_tokens or body.max_tokens
@@ -72,23 +84,35 @@ class ChatResponder(Responder):
             for request in requests
         ]
         choices = [ChoiceBuilder(parser, r.stop_ids) for parser, r in zip(parsers, requests, strict=True)]
+        open_thought = self.format == "none" and prompt.thinking
+        self.calls = [CallWriter(use, open_thought) for _ in choices] if use.tools else []
         super().__init__(body, model, requests, choices, len(prompt.ids))
 
     def opening(self) -> Sequence[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": self._lead}, "logprobs": None} for _ in self.choices]
 
     def fields(self, n: int, event: AnswerEvent) -> dict[str, Any]:
-        delta = {}
+        delta: dict[str, Any] = {}
         if event.text and not event.thinking:
-            delta = {"content": event.text}
+            delta = self.calls[n].delta(event.text) if self.calls else {"content": event.text}
         elif event.text and self.format != "hidden":
             delta = {"reasoning_content": event.text, "reasoning": event.text}
         return {"delta": delta, "logprobs": self._logprobs(event.tokens)}
 
+    def last_fields(self, n: int) -> dict[str, Any]:
+        return {"delta": self.calls[n].end() if self.calls else {}, "logprobs": None}
+
+    def finish_reason(self, n: int) -> str | None:
+        reason = super().finish_reason(n)
+        return "tool_calls" if reason == "stop" and self.calls and self.calls[n].called else reason
+
     def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
         thought = "".join(event.text for event in events if event.thinking) if self.format != "hidden" else ""
         content = "".join(event.text for event in events if not event.thinking)
-        message = {"role": "assistant", "content": self._lead + content}
+        said = self.calls[n].message(content) if self.calls else {"content": content}
+        message = {"role": "assistant", **said}
+        if self._lead:
+            message["content"] = self._lead + (message["content"] or "")
         message |= {"reasoning_content": thought, "reasoning": thought} if thought else {}
         return {"message": message, "logprobs": self._logprobs([token for e in events for token in e.tokens])}
 
@@ -114,18 +138,20 @@ async def prepare(
     """The request for this model; ApiError or UserError if it cannot be served. `responder`: how the answer is
     written."""
     responder = responder or ChatResponder
-    if (body.tools and body.tool_choice != "none") or body.tool_choice not in (None, "none", "auto"):
-        what = 'these models call no tools; leave them out, or say "tool_choice": "none"'
-        raise unsupported("tools" if body.tools else "tool_choice", what)
-    size = text_size(body.messages)
+    use = tool_use(body)
+    size = text_size(body.messages) + (len(description(use.tools)) if use.tools else 0)
     thinking = _thinking_switch(body)
     model.check_length(size, "messages")
-    prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking), size)
+    prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking, use.tools), size)
     grammar = await _grammar(body.response_format)
+    if grammar and use.tools:
+        what = 'an answer of one form calls no tools; leave one of the two out, or say "tool_choice": "none"'
+        raise unsupported("response_format", what)
+    grammar = grammar or await tool_calling.grammar(use, model.tokenizer)
     if grammar and prompt.thinking and None in think_ids(model.tokenizer):
         what = 'this model\'s thoughts end in plain text, before which no format holds; say "thinking": false'
-        raise unsupported("response_format", what)
-    return responder(body, model, prompt, client, grammar)
+        raise unsupported("tool_choice" if use.forced else "response_format", what)
+    return responder(body, model, prompt, client, grammar, use)
 
 
 async def _grammar(wanted: ResponseFormat | None) -> str:
@@ -144,15 +170,14 @@ async def _grammar(wanted: ResponseFormat | None) -> str:
         raise invalid(str(error), "response_format") from None
 
 
-def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | None = None) -> ChatPrompt:
-    """The prompt. UserError for what the template cannot represent."""
-    messages = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": "".join(turn_texts(turn))}
-        for turn in turns
-    ]
+def chat_prompt(
+    tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | None = None, tools: Sequence[Tool] = ()
+) -> ChatPrompt:
+    """The prompt. UserError or ApiError for what the template cannot represent."""
+    messages = messages_of(turns)
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
-    ids = render_ids(tokenizer, messages, style)
+    ids = render_ids(tokenizer, messages, style, tools=tools)
     is_open = THINK in (opening(style) if style else tokenizer.opening)
     more: list[int] = []
     if prefix:
@@ -163,16 +188,6 @@ def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | No
         if token_id in think_ids(tokenizer):
             is_open = token_id == think_ids(tokenizer)[0]
     return ChatPrompt((*ids, *more), is_open, bool(prefix))
-
-
-def turn_texts(turn: Turn) -> list[str]:
-    """The text of a message, in its parts."""
-    return [part.text for part in turn.content] if isinstance(turn.content, list) else [turn.content or ""]
-
-
-def text_size(turns: Sequence[Turn]) -> int:
-    """Characters of a conversation, a message counting as a hundred more, which is what its rendering costs."""
-    return sum(100 + len(text) for turn in turns for text in turn_texts(turn))
 
 
 def _thinking_switch(body: ChatRequest) -> bool | None:

@@ -107,6 +107,14 @@ class Responder(ABC):
     def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
         """The same in a complete answer."""
 
+    def last_fields(self, n: int) -> dict[str, Any]:
+        """The same in the last chunk of a choice, which has no tokens."""
+        return self.fields(n, AnswerEvent()) | {"logprobs": None}
+
+    def finish_reason(self, n: int) -> str | None:
+        """Why choice n ended."""
+        return self.choices[n].finish_reason
+
     def error_event(self, error: Exception) -> bytes:
         """The last event of a stream that failed."""
         return _error_event(error)
@@ -134,10 +142,10 @@ class Responder(ABC):
             {
                 "index": n,
                 **self.whole_fields(n, events[n]),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self.finish_reason(n),
                 **self._extras([token for event in events[n] for token in event.tokens]),
             }
-            for n, choice in enumerate(self.choices)
+            for n in range(len(self.choices))
         ]
         return self._envelope | {"object": self.object, "choices": choices, "usage": self._usage()}
 
@@ -148,7 +156,7 @@ class Responder(ABC):
             for part in choice.take(record for record in records if record.ticket == n):
                 chunks.append(self._chunk(n, self.fields(n, part), extras=self._extras(part.tokens)))
             if choice.finish_reason:
-                chunks.append(self._chunk(n, self.fields(n, AnswerEvent()) | {"logprobs": None}, choice.finish_reason))
+                chunks.append(self._chunk(n, self.last_fields(n), self.finish_reason(n)))
         return chunks
 
     def _chunk(

@@ -1,11 +1,8 @@
-"""The OpenAI API as JSON: requests, replies and errors.
+"""The OpenAI API as JSON: requests and errors. The answers are in `replies`.
 
 Unknown fields of a request are ignored, as every server of this kind does; known ones are checked strictly: no text for
 a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
-(tools, suffix, ...) are listed too, so that they are refused and not ignored.
-
-Replies are built as plain dictionaries, which costs a tenth of the time; their models here make the OpenAPI document,
-and the tests check one against the other.
+(suffix, ...) are listed too, so that they are refused and not ignored.
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bessemer.data.tool_calls import MOST_CALLS
+from bessemer.data.tools import MOST_TOOLS
 from bessemer.serve import ReasoningFormat
-from bessemer.serve.practice import Practice
 
 MOST_SAMPLES = 128
 MOST_PROMPTS = 2048
@@ -92,11 +90,67 @@ class TextPart(Body):
     text: str
 
 
-class Turn(Body):
-    """One message. Thoughts returned with it (reasoning_content) are dropped, as the templates require."""
+class FunctionSpec(Body):
+    """A function that the model may call."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: Name
+    """1 to 64 of the characters A-Z a-z 0-9 _ -."""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of an object; by default any object."""
+    strict: bool | None = None
+    """The schema is enforced where tool_choice demands a call, and only there."""
+
+
+class ToolSpec(Body):
+    """A tool in OpenAI's wrapping."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class FunctionName(Body):
+    name: Name
+
+
+class NamedTool(Body):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionArguments(Body):
+    """What a call calls."""
+
+    name: Name
+    arguments: str
+    """JSON as the model wrote it."""
+
+
+class MadeCall(Body):
+    """A call of an earlier answer."""
+
+    id: Name
+    type: Literal["function"]
+    function: FunctionArguments
+
+
+Tools = Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS, fail_fast=True)]
+
+
+class Turn(Body):
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
+    reasoning_content: str | None = None
+    """Thoughts returned with a message. Those before a call stay until the user asks again; all others are dropped, as
+    the templates require."""
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = None
+    """The calls of an assistant; the outputs of all follow at once."""
+    tool_call_id: Name | None = None
+    """Of role tool: the call whose output this is."""
 
 
 class Thinking(Body):
@@ -155,9 +209,13 @@ class ChatRequest(Generation):
     """auto, deepseek: thoughts in a separate field; none: <think> tags in the content; hidden: the answer alone."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] | None = Field(None, max_length=128)
-    """Not supported: only with tool_choice "none", which says that no tool is called."""
-    tool_choice: Any = None
+    tools: Tools | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """none: tools are not even mentioned; auto, the default: the model decides; required, a function: the answer is
+    calls, enforced token by token, and their arguments fit the schema."""
+    parallel_tool_calls: bool | None = None
+    """false: at most one call in an answer."""
     response_format: ResponseFormat | None = None
     """The form of the content, enforced token by token; thoughts before it are free."""
 
@@ -199,6 +257,8 @@ class TokenizeRequest(Body):
     model: Name | None = None
     prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
+    """Described in the conversation."""
     add_special_tokens: bool | None = None
     """false: no BOS in front of the text."""
 
@@ -226,162 +286,6 @@ def field_names(body: type[Body] = Body) -> frozenset[str]:
     """Names that may occur in the location of a validation error: of this body and all that derive from it."""
     own = frozenset(info.alias or name for name, info in body.model_fields.items())
     return own.union(*map(field_names, body.__subclasses__()))
-
-
-Finish = Literal["stop", "length"]
-Routing = list[list[list[int]] | None]
-
-
-class PromptDetails(BaseModel):
-    cached_tokens: int
-    """Tokens of one prompt that were in the cache."""
-
-
-class CompletionDetails(BaseModel):
-    reasoning_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
-
-
-class Likely(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(Likely):
-    top_logprobs: list[Likely]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class ReplyMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ReplyMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Finish
-    routing: Routing | None = None
-    token_ids: list[int] | None = None
-
-
-class ChatReply(BaseModel):
-    """A complete answer."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Finish | None
-    routing: Routing | None = None
-    token_ids: list[int] | None = None
-
-
-class TextReply(BaseModel):
-    """A complete answer, or one event of a stream."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage | None = None
-
-
-class ModelDetails(BaseModel):
-    stage: str
-    default: bool
-    loaded: bool
-    architecture: str
-    parameters: int
-    active_parameters: int | None
-    context: int
-    thinks: bool
-    style: Literal["r1", "r1-zero", "zero", "own"] | None
-    layers: int
-    sparse_layers: int
-    experts: int
-    experts_per_token: int
-    dtype: str | None
-    """Number format of the arithmetic; null until the model is loaded. The same seed and prompt give the same tokens in
-    any batch in float32 alone: coarser formats round by the shape of the batch, and near-equal tokens change places."""
-    sampling: dict[str, Any]
-    practice: Practice
-
-
-class ModelReply(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["bessemer"] = "bessemer"
-    bessemer: ModelDetails
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelReply]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "draining"]
-    auth: bool
-    """An API key is required."""
-    running: int
-    waiting: int
-    version: str
-    watch: bool
-    """The live page of the run is at /watch/."""
-
-
-class TokenizeReply(BaseModel):
-    tokens: list[int]
-    count: int
-    max_model_len: int
-    token_strs: list[str]
-
-
-class DetokenizeReply(BaseModel):
-    prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    """What lm-eval asks of a remote tokenizer."""
-
-    tokenizer_class: str
-    bos_token: str | None
-    eos_token: str
-    pad_token: str | None
-    chat_template: str | None = Field(description="Jinja, with <think>, as stored in the model's directory.")
 
 
 ERROR_TYPES = {

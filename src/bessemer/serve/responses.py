@@ -1,8 +1,9 @@
 """POST /v1/responses: OpenAI's newer form of a chat, over the same prompt, sampling and answer as chat completions.
 
-The core of it: text in, thoughts and text out, at once or as typed events, formats of text included. Nothing is stored,
-so what needs a stored response (previous_response_id, conversation, background) is refused, and so are tools. A client
-continues a conversation by sending the earlier items along; thoughts among them are dropped, as the templates require.
+The core of it: text in, thoughts, text and calls of functions out, at once or as typed events, formats of text too.
+Nothing is stored, so what needs a stored response (previous_response_id, conversation, background) is refused, and so
+are tools that the server would have to run. A client continues a conversation by sending the earlier items along;
+thoughts among them count where a call follows, as in a chat.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from bessemer.data.tools import MOST_TOOLS
 from bessemer.serve import chat
 from bessemer.serve.events import KEEP_ALIVE, event, log
 from bessemer.serve.models import LoadedModel
@@ -20,10 +22,16 @@ from bessemer.serve.protocol import (
     Body,
     ChatRequest,
     Effort,
+    FunctionArguments,
+    FunctionName,
+    FunctionSpec,
     JsonSchema,
+    MadeCall,
     Name,
+    NamedTool,
     ResponseFormat,
     TextPart,
+    ToolSpec,
     Turn,
     invalid,
     unsupported,
@@ -34,6 +42,7 @@ from bessemer.serve.service import Stream
 FIELDS_OF_CHAT = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
 DROPPED = ("previous_response_id", "conversation", "background")
 """Fields that need stored responses."""
+TypedEvent = tuple[str, dict[str, Any]]
 
 
 class InputPart(Body):
@@ -51,10 +60,49 @@ class InputMessage(Body):
     content: str | Annotated[list[InputPart], Field(max_length=1024, fail_fast=True)]
 
 
+class ReasoningPart(Body):
+    type: Literal["reasoning_text"]
+    text: str
+
+
 class InputReasoning(Body):
     """Thoughts of an earlier answer."""
 
     type: Literal["reasoning"]
+    content: Annotated[list[ReasoningPart], Field(max_length=1024, fail_fast=True)] | None = None
+
+
+class InputCall(Body):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: Name
+    arguments: str
+
+
+class InputOutput(Body):
+    """What a called function gave back."""
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    output: str | Annotated[list[InputPart], Field(max_length=1024, fail_fast=True)]
+
+
+class FunctionTool(FunctionSpec):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class ChosenFunction(Body):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    name: Name
+
+
+InputItem = InputMessage | InputReasoning | InputCall | InputOutput
 
 
 class TextFormat(Body):
@@ -78,8 +126,8 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: Name | None = None
-    input: str | Annotated[list[InputMessage | InputReasoning], Field(min_length=1, max_length=4096, fail_fast=True)]
-    """A question, or the messages of a conversation."""
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True)]
+    """A question, or the items of a conversation."""
     instructions: str | None = None
     """A system message before the conversation."""
     max_output_tokens: int | None = Field(None, ge=1, le=2**53)
@@ -93,65 +141,18 @@ class ResponsesRequest(Body):
     user: Name | None = None
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
     """Returned as it is."""
-    tools: list[Any] | None = Field(None, max_length=128)
-    """Not supported: only with tool_choice "none"."""
-    tool_choice: Any = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    """As in a chat."""
+    parallel_tool_calls: bool | None = None
+    """false: at most one call in a response."""
     previous_response_id: Name | None = None
     """Not supported: nothing is stored. Send the earlier messages as input."""
     conversation: Any = None
     """Not supported."""
     background: bool | None = None
     """Not supported."""
-
-
-class ContentPart(BaseModel):
-    type: Literal["output_text", "reasoning_text"]
-    text: str
-    annotations: list[Any] | None = None
-
-
-class OutputItem(BaseModel):
-    """Thoughts or the answer."""
-
-    id: str
-    type: Literal["message", "reasoning"]
-    status: Literal["in_progress", "completed", "incomplete"]
-    role: Literal["assistant"] | None = None
-    summary: list[Any] | None = None
-    content: list[ContentPart]
-
-
-class ResponseUsage(BaseModel):
-    input_tokens: int
-    input_tokens_details: dict[str, int]
-    output_tokens: int
-    output_tokens_details: dict[str, int]
-    total_tokens: int
-
-
-class ResponsesReply(BaseModel):
-    """A complete answer."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    status: Literal["in_progress", "completed", "incomplete"]
-    incomplete_details: dict[str, str] | None
-    model: str
-    output: list[OutputItem]
-    usage: ResponseUsage | None
-    error: None
-    instructions: str | None
-    max_output_tokens: int | None
-    metadata: dict[str, str]
-    parallel_tool_calls: bool
-    previous_response_id: None
-    store: bool
-    temperature: float | None
-    text: dict[str, Any]
-    tool_choice: str
-    tools: list[Any]
-    top_p: float | None
 
 
 class ResponsesResponder(chat.ChatResponder):
@@ -171,7 +172,8 @@ class ResponsesResponder(chat.ChatResponder):
                 yield KEEP_ALIVE
                 continue
             for part in self._shown(self.choices[0].take(records)):
-                yield b"".join(self._event(name, fields) for name, fields in output.add(part))
+                yield b"".join(self._event(name, fields) for name, fields in self._add(output, part))
+        yield b"".join(self._event(name, fields) for name, fields in self._last(output))
         status = self._status()
         yield b"".join(self._event(name, fields) for name, fields in output.close(status))
         yield self._event(f"response.{status}", {"response": self._response(status, output.items, self._usage())})
@@ -180,7 +182,8 @@ class ResponsesResponder(chat.ChatResponder):
         output = _Output(str(self._envelope["id"]))
         async for records in stream or self._precomputed():
             for part in self._shown(self.choices[0].take(records or ())):
-                output.add(part)
+                self._add(output, part)
+        self._last(output)
         output.close(self._status())
         return self._response(self._status(), output.items, self._usage())
 
@@ -193,11 +196,22 @@ class ResponsesResponder(chat.ChatResponder):
     def _shown(self, parts: Sequence[AnswerEvent]) -> list[AnswerEvent]:
         return [part for part in parts if part.text and not (part.thinking and self.format == "hidden")]
 
+    def _add(self, output: _Output, part: AnswerEvent) -> list[TypedEvent]:
+        """The events of more text."""
+        if part.thinking or not self.calls:
+            return output.add("reasoning" if part.thinking else "message", part.text)
+        return output.add_delta(self.calls[0].delta(part.text))
+
+    def _last(self, output: _Output) -> list[TypedEvent]:
+        """The events of what a call's parser still holds."""
+        return output.add_delta(self.calls[0].end()) if self.calls else []
+
     def _status(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self.choices[0].finish_reason == "length" else "completed"
 
     def _response(self, status: str, items: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         asked, envelope = self.asked, self._envelope
+        choice = asked.tool_choice or ("auto" if asked.tools else "none")
         text_format = asked.text.format if asked.text and asked.text.format else TextFormat(type="text")
         return {
             "id": envelope["id"],
@@ -219,13 +233,13 @@ class ResponsesResponder(chat.ChatResponder):
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": asked.metadata or {},
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": self.requests[0].sampling.temperature,
             "text": {"format": text_format.model_dump(by_alias=True, exclude_none=True)},
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": self.requests[0].sampling.top_p,
         }
 
@@ -236,40 +250,63 @@ class ResponsesResponder(chat.ChatResponder):
 
 
 class _Output:
-    """The items of a response as they grow: thoughts and the answer take turns."""
+    """The items of a response as they grow: thoughts and the answer take turns, calls end it."""
 
     def __init__(self, response_id: str):
         self.items: list[dict[str, Any]] = []
         self._key = response_id.removeprefix("resp-")
         self._open = False
 
-    def add(self, part: AnswerEvent) -> list[tuple[str, dict[str, Any]]]:
-        """The events of more text."""
+    def add(self, kind: str, text: str) -> list[TypedEvent]:
+        """The events of more text of a reasoning or a message."""
         events = []
-        kind = "reasoning" if part.thinking else "message"
         if not self._open or self.items[-1]["type"] != kind:
             events = [*self.close("completed"), *self._begin(kind)]
         content = self.items[-1]["content"][0]
-        content["text"] += part.text
-        delta = {**self._place(), "delta": part.text}
-        return [*events, (f"response.{content['type']}.delta", delta if part.thinking else delta | {"logprobs": []})]
+        content["text"] += text
+        delta = {**self._place(), "delta": text} | ({} if kind == "reasoning" else {"logprobs": []})
+        return [*events, (f"response.{content['type']}.delta", delta)]
 
-    def close(self, status: str) -> list[tuple[str, dict[str, Any]]]:
+    def add_delta(self, delta: dict[str, Any]) -> list[TypedEvent]:
+        """The events of a chat's delta: more of the message, and more of calls."""
+        events = self.add("message", delta["content"]) if "content" in delta else []
+        for piece in delta.get("tool_calls", ()):
+            function = piece["function"]
+            if "id" in piece:
+                events += [*self.close("completed"), *self._begin_call(piece["id"], function["name"])]
+            if function["arguments"]:
+                self.items[-1]["arguments"] += function["arguments"]
+                more = {**self._call_place(), "delta": function["arguments"]}
+                events.append(("response.function_call_arguments.delta", more))
+        return events
+
+    def close(self, status: str) -> list[TypedEvent]:
         """The events of the end of an item, if one is open."""
         if not self._open:
             return []
         self._open = False
         item = self.items[-1]
         item["status"] = status
+        ended = ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})
+        if item["type"] == "function_call":
+            done = {**self._call_place(), "name": item["name"], "arguments": item["arguments"]}
+            return [("response.function_call_arguments.done", done), ended]
         content = item["content"][0]
         done = {**self._place(), "text": content["text"]} | ({} if item["type"] == "reasoning" else {"logprobs": []})
         return [
             (f"response.{content['type']}.done", done),
             ("response.content_part.done", {**self._place(), "part": content}),
-            ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item}),
+            ended,
         ]
 
-    def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    def _begin_call(self, call_id: str, name: str) -> list[TypedEvent]:
+        self._open = True
+        item = {"id": f"fc-{self._key}-{len(self.items)}", "type": "function_call", "status": "in_progress"}
+        item |= {"call_id": call_id, "name": name, "arguments": ""}
+        self.items.append(item)
+        return [("response.output_item.added", {"output_index": len(self.items) - 1, "item": dict(item)})]
+
+    def _begin(self, kind: str) -> list[TypedEvent]:
         self._open = True
         prefix, text = ("rs", "reasoning_text") if kind == "reasoning" else ("msg", "output_text")
         item: dict[str, Any] = {"id": f"{prefix}-{self._key}-{len(self.items)}", "type": kind, "status": "in_progress"}
@@ -283,6 +320,9 @@ class _Output:
             ("response.output_item.added", {"output_index": len(self.items) - 1, "item": item | {"content": []}}),
             ("response.content_part.added", {**self._place(), "part": dict(part)}),
         ]
+
+    def _call_place(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
@@ -305,10 +345,7 @@ async def prepare(body: ResponsesRequest, model: LoadedModel, client: str) -> Re
 
 def _chat_request(body: ResponsesRequest) -> ChatRequest:
     turns = [Turn(role="system", content=body.instructions)] if body.instructions else []
-    if isinstance(body.input, str):
-        turns.append(Turn(role="user", content=body.input))
-    else:
-        turns += [_turn(one) for one in body.input if isinstance(one, InputMessage)]
+    turns += [Turn(role="user", content=body.input)] if isinstance(body.input, str) else _turns(body.input)
     if not turns:
         raise invalid("input holds no message", "input")
     wanted = body.text.format if body.text else None
@@ -321,17 +358,51 @@ def _chat_request(body: ResponsesRequest) -> ChatRequest:
         seed=body.seed,
         user=body.user,
         stream=body.stream,
-        tools=body.tools,
-        tool_choice=body.tool_choice,
+        tools=None if body.tools is None else [_tool(tool) for tool in body.tools],
+        tool_choice=_choice(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         response_format=_response_format(wanted) if wanted else None,
     )
 
 
-def _turn(message: InputMessage) -> Turn:
-    if isinstance(message.content, str):
-        return Turn(role=message.role, content=message.content)
-    return Turn(role=message.role, content=[TextPart(type="text", text=part.text) for part in message.content])
+def _turns(items: Sequence[InputItem]) -> list[Turn]:
+    """Items as messages: calls belong to the assistant's message before them, or make one."""
+    turns: list[Turn] = []
+    thought = ""
+    for item in items:
+        if isinstance(item, InputReasoning):
+            thought = "".join(part.text for part in item.content or ())
+        elif isinstance(item, InputMessage):
+            turns.append(Turn(role=item.role, content=_text(item.content)))
+            thought = thought if item.role == "assistant" else ""
+        elif isinstance(item, InputOutput):
+            turns.append(Turn(role="tool", tool_call_id=item.call_id, content=_text(item.output)))
+            thought = ""
+        else:
+            if not turns or turns[-1].role != "assistant":
+                turns.append(Turn(role="assistant"))
+            function = FunctionArguments(name=item.name, arguments=item.arguments)
+            calls = [*(turns[-1].tool_calls or ()), MadeCall(id=item.call_id, type="function", function=function)]
+            turns[-1] = turns[-1].model_copy(update={"tool_calls": calls, "reasoning_content": thought or None})
+    return turns
+
+
+def _text(content: str | list[InputPart]) -> str | list[TextPart]:
+    return content if isinstance(content, str) else [TextPart(type="text", text=part.text) for part in content]
+
+
+def _tool(tool: FunctionTool) -> ToolSpec:
+    function = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters)
+    return ToolSpec(type="function", function=function)
+
+
+def _choice(
+    choice: Literal["none", "auto", "required"] | ChosenFunction | None,
+) -> Literal["none", "auto", "required"] | NamedTool | None:
+    if not isinstance(choice, ChosenFunction):
+        return choice
+    return NamedTool(type="function", function=FunctionName(name=choice.name))
 
 
 def _response_format(wanted: TextFormat) -> ResponseFormat:
