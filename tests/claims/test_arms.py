@@ -1,4 +1,4 @@
-"""What the arms need of the network: masks of experts, experts by token, MTP targets of another row."""
+"""What the arms need: masks of experts, experts by token, MTP targets of another row, noise, counts of spikes."""
 
 import math
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from bessemer.claims import probes
+from bessemer.claims.pretrain_spikes import WINDOW, spikes
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stages.pretrain import experts_by_token
+from bessemer.pipeline.stages.pretrain import experts_by_token, with_noise
 from bessemer.train.objective import next_token
 
 CFG = preset("claims", dim=32, n_layers=3, vocab_size=64)
@@ -98,3 +99,28 @@ def test_targets_of_another_row_change_the_modules_loss_alone(batch):
     from bessemer.train.loss import predicting
 
     assert other["mtp_1"].item() == pytest.approx(predicting(hidden, model.head_weight, swapped, 2).item(), rel=1e-5)
+
+
+def test_noise_replaces_the_same_tokens_in_any_batch():
+    tokens = torch.randint(3, 2048, (6, 400), generator=torch.Generator().manual_seed(0))
+    loss = torch.ones(tokens.shape)
+    loss[:, 0] = 0
+    tokens[:, 200] = 0  # the beginning of another document
+    tenth, half = (with_noise(Batch(tokens, loss), share, 5, 10, 2048, 0).tokens_BT for share in (0.1, 0.5))
+    changed, more = tenth != tokens, half != tokens
+    assert 0.08 < changed.float().mean() < 0.12 and 0.47 < more.float().mean() < 0.53
+    assert not (changed & ~more).any() and torch.equal(tenth[changed], half[changed])
+    assert not more[:, [0, 200]].any()  # neither what is not learnt nor BOS
+    alone = with_noise(Batch(tokens[4:], loss[4:]), 0.1, 5, 14, 2048, 0)
+    assert torch.equal(alone.tokens_BT, tenth[4:])
+    assert not torch.equal(with_noise(Batch(tokens, loss), 0.1, 6, 10, 2048, 0).tokens_BT, tenth)
+
+
+def test_spikes_are_far_above_the_steps_before_them():
+    calm = [3.0 + 0.1 * (-1) ** step for step in range(2 * WINDOW)]  # five deviations are about 0.5
+    lines = [{"values": {"train/loss": loss, "train/skipped": 0}} for loss in (*calm, 3.45, 3.7, 3.0, 3.0)]
+    assert spikes(lines) == 1
+    lines.insert(50, {"values": {"val/bpb/web": 9.0}})
+    skipped = [{"values": {"train/skipped": 2}}, {"values": {"train/skipped": 2, "train/loss": 3.0}}]
+    assert spikes([*lines, *skipped]) == 3
+    assert spikes([{"values": {"train/loss": loss}} for loss in [1.0] * (WINDOW - 1) + [9.0]]) == 0  # too early to say

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from bessemer.claims import cards, page, pretrain, registry, results, runner, runs
 from bessemer.claims.pretrain_metrics import SHARES, worst_part
 from bessemer.claims.runs import ArmJob, ArmResult, Runs
-from bessemer.claims.verdict import ClaimVerdict
+from bessemer.claims.verdict import ClaimVerdict, Measured, Outcome
 from bessemer.cli import app
 from bessemer.errors import UserError
 from bessemer.model import accounting
@@ -25,7 +25,7 @@ def network(arm: str, shape: str = "claims") -> ModelConfig:
 
 def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
     rules = registry.rules().claim
-    known = set(pretrain.arms())
+    known = {job.arm for job in pretrain.jobs("full")}
     for name in runs.PARTS:
         for (claim, metric), how in runs.part(name).METRICS.items():
             [part] = [one for one in rules[claim].parts if one.metric == metric]
@@ -34,6 +34,22 @@ def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
                 assert how.needs <= known, (claim, how.needs - known)
                 assert bool(part.positive) == bool(how.positive), claim
                 assert bool(part.negative) == bool(how.negative) or claim == "M4", claim
+
+
+def test_what_stands_beside_a_rule_is_like_a_part_of_it():
+    """Every experiment has its arms and its words, and none takes the name of a rule's metric."""
+    rules, words = registry.rules().claim, registry.metrics()
+    named: dict[str, set[str]] = {}
+    for name in runs.PARTS:
+        there = {(job.shape, job.arm) for job in runs.part(name).jobs("full")}
+        for one in runs.part(name).BESIDE:
+            shape = one.shape or runs.part(name).SHAPE["full"]
+            assert {(shape, arm) for arm in one.metric.needs} <= there, one.name
+            assert one.name not in {part.metric for part in rules[one.claim].parts}
+            [like] = [part for part in rules[one.claim].parts if part.metric == one.like]
+            assert bool(like.positive) >= bool(one.metric.positive) and bool(like.negative) >= bool(one.metric.negative)
+            named.setdefault(f"beside {one.claim}", set()).add(one.name)
+    assert {key: set(table) for key, table in words.items() if key.startswith("beside ")} == named
 
 
 def test_arms_are_alike_where_they_should_be():
@@ -57,7 +73,8 @@ def test_every_arm_is_a_recipe(shape):
         made = pretrain.recipe(arm, 2, shape)
         config = made.stage("pretrain")
         find_kind("pretrain")().resolve(config, made)  # complains before anything runs
-        assert config.lr(config.tokens) == pytest.approx(pretrain.shapes()[shape].lr / 10)
+        rate = pretrain.shapes()[shape].lr * pretrain.arms()[arm].rate
+        assert config.lr(config.tokens) == pytest.approx(rate / 10)
         network(arm, shape)
     for arm in ("LATE", "REV") if shape != "nano" else ():  # the same totals of every part
         config = pretrain.recipe(arm, 1, shape).stage("pretrain")
@@ -70,12 +87,21 @@ def test_every_arm_is_a_recipe(shape):
 
 def test_planned_runs():
     needed = runs.planned("full", ["pretrain"], ["L6"])
-    assert {job.arm for job in needed} == {"corpus", "ref", "ref'", "MHA", "MLA-24"} and needed[0].arm == "corpus"
+    ordinary = {job.arm for job in needed if job.shape != "wide"}
+    assert ordinary == {"corpus", "ref", "ref'", "MHA", "MLA-24", "MHA-norm"} and needed[0].arm == "corpus"
     names = [job.name for job in runs.planned("full", ["pretrain"])]
     assert len(set(names)) == len(names)
     assert names.index("pretrain-claims-MULTI-DTOT-3") < names.index("pretrain-claims-ref-4")
     assert {job.seed for job in runs.planned("default", ["pretrain"], seeds=2)} == {0, 1, 2}
     assert not runs.planned("quick", ["pretrain"], ["K1"])
+    # what takes over from a run that takes over from another needs all three
+    chain = [job.arm for job in runs.planned("full", ["zero"], ["R5"], seeds=1)]
+    assert chain == ["base", "right", "cold", "dev2", "dev3", "r1"]
+    wide = [job for job in runs.planned("full", ["pretrain"], ["M5"], seeds=1) if job.shape == "wide"]
+    assert [job.arm for job in wide] == ["ref", "ref'", "DACT"]
+    assert not [job for job in runs.planned("full", ["pretrain"], ["M17"]) if job.shape == "wide"]
+    counted = {job.donor for job in runs.planned("default", ["pretrain"], ["M20"]) if job.arm.startswith("spikes-")}
+    assert counted == {f"pretrain-short-{arm}-1" for arm in ("ref", "ref-again", "DACT", "NONE", "TEN")}
 
 
 def test_dry_run_and_wrong_options(tmp_path):
@@ -182,6 +208,50 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
     more = [result("MHA", seed, bpb=3.0) for seed in (1, 2, 3, 4)]
     bits = {one.seed: one.metrics["bpb"] for one in results.joined(latent_as_good(), more) if one.arm == "MHA"}
     assert bits == dict.fromkeys((1, 2, 3, 4), 3.0)
+
+
+def test_what_stands_beside_a_rule_changes_no_verdict():
+    found = latent_as_good()
+    worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # the latent is 5 % worse than it
+    [card] = cards.make(["L6"], runs.best(found + worse))
+    [one] = card.beside
+    assert card.verdict is ClaimVerdict.SHOWN and len(card.findings) == 1
+    assert one.outcome is Outcome.FAILS and one.interval.low > 0.03 and one.seeds == 3
+    assert "whose keys and values are normalised" in page._card(card) and "beside the rule: " in cards.describe([card])
+    assert card.facts()["beside"][0]["outcome"] == "fails"
+    [alone] = cards.make(["L6"], runs.best([one for one in found + worse if one.arm != "MHA"]))
+    assert alone.verdict is ClaimVerdict.NOT_RUN and alone.beside  # the rule's own part still waits
+    [earlier] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
+    assert earlier.earlier is not None and len(earlier.beside) == 1
+
+
+def test_noise_and_spikes_are_differences_of_differences():
+    bits = {"ref": 2.0, "NOISE": 2.1, "DACT": 2.1, "NOISE-DACT": 2.3, "HALF": 2.9, "ref'": 2.01, "NOISE'": 2.11}
+    noise = [result(arm, seed, bpb=one + 0.001 * seed) for arm, one in bits.items() for seed in (1, 2, 3)]
+    how = pretrain.METRICS["M15", "loss by noise: ref - DACT"].measured(Runs(noise))
+    assert how.values == pytest.approx([-0.1] * 3) and how.positive == pytest.approx([-0.8] * 3)
+    assert how.negative == pytest.approx([0.0] * 3, abs=1e-9) and verdict_on(noise, "M15") is ClaimVerdict.SHOWN
+    jumps = {"spikes-ref": 3, "spikes-DACT": 0, "spikes-TEN": 9, "spikes-ref'": 3}
+    found = [result(arm, seed, spikes=n + seed % 2) for arm, n in jumps.items() for seed in (1, 2, 3)]
+    assert verdict_on(found, "M20") is ClaimVerdict.SHOWN
+    calm = [one for one in found if one.arm != "spikes-TEN"] + [result("spikes-TEN", n, spikes=3) for n in (1, 2, 3)]
+    assert verdict_on(calm, "M20") is ClaimVerdict.NOT_SHOWN  # jumps would not have been seen
+    heads = {"MULTI-MHA": 0.3, "MULTI-ONE": 0.5, "MULTI": 0.4, "MULTI'": 0.4}
+    many = [result(arm, seed, overfit=one + 0.001 * seed) for arm, one in heads.items() for seed in (1, 2, 3)]
+    assert verdict_on(many, "L2") is ClaimVerdict.SHOWN
+
+
+def test_spikes_are_counted_in_the_run_beside_even_if_it_diverged(tmp_path):
+    [job] = [job for job in pretrain.jobs("default") if job.arm == "spikes-TEN"]
+    folder = tmp_path / job.donor / runner.RUN
+    folder.mkdir(parents=True)
+    lines = [{"stage": "pretrain", "values": {"train/loss": 5.0 + 0.1 * (step % 2)}} for step in range(40)]
+    lines += [
+        {"stage": "pretrain", "values": {"train/loss": 9.0}},
+        {"stage": "pretrain", "values": {"train/skipped": 1}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runner.run_job(job, tmp_path).metrics == {"spikes": 2}
 
 
 def test_a_diverged_arm_is_a_result():

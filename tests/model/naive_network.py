@@ -83,6 +83,8 @@ class Naive:
         joint = x @ w[p + "kv_a_proj_with_mqa.weight"].T
         latent = self.norm(joint[:, :C], p + "kv_a_layernorm.weight", 1e-6) if C else x
         kv = latent @ w[p + "kv_b_proj.weight"].T
+        if cfg.kv_norm:
+            kv = self.norm(kv, p + "kv_a_layernorm.weight", 1e-6)
         k_rope = [self.rotate(joint[t, C:], t) for t in range(len(x))]
         heads = []
         for i in range(H):

@@ -18,6 +18,7 @@ KINDS = {
     "MHA": dict(n_heads=4, kv_lora_rank=0),
     "GQA": dict(n_heads=4, kv_lora_rank=0, n_kv_heads=2),
     "MQA": dict(n_heads=4, kv_lora_rank=0, n_kv_heads=1),
+    "normed": dict(n_heads=4, kv_lora_rank=0, n_kv_heads=2, kv_norm=True),
     "shared": dict(shared_inter_dim=20),
 }
 
@@ -49,7 +50,10 @@ def attention_in_float64(mla, x_TD):
     q = (latent * (latent.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w["q_norm.weight"]) @ w["wq_b.weight"].T
     k_rope = turned(x_TD @ w["wkv_a.weight"].T)
     groups, T = cfg.n_kv_heads or cfg.n_heads, len(x_TD)
-    kv = (x_TD @ w["wkv_b.weight"].T).view(T, groups, N + V)
+    kv = x_TD @ w["wkv_b.weight"].T
+    if cfg.kv_norm:
+        kv = kv * (kv.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w["kv_norm.weight"]
+    kv = kv.view(T, groups, N + V)
     heads = []
     for head, q_TX in enumerate(q.view(T, cfg.n_heads, N + R).unbind(1)):
         kv_TX = kv[:, head // (cfg.n_heads // groups)]
@@ -59,7 +63,7 @@ def attention_in_float64(mla, x_TD):
     return torch.cat(heads, -1) @ w["wo.weight"].T, w
 
 
-@pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA", "normed"])
 def test_gradients_are_those_of_one_head_after_the_other(kind):
     model = random_model(tiny(**KINDS[kind]))
     mla, T = model.layers[0].attn, 70  # more than one block of queries
@@ -117,7 +121,7 @@ def test_what_needs_a_latent_says_so(kind):
 
 
 def test_records_of_older_runs_stay_equal():
-    assert not {"n_kv_heads", "shared_inter_dim"} & tiny().model_dump().keys()
+    assert not {"n_kv_heads", "kv_norm", "shared_inter_dim"} & tiny().model_dump().keys()
     own = tiny(n_heads=4, kv_lora_rank=0, n_kv_heads=2, shared_inter_dim=20)
     assert own.model_dump()["n_kv_heads"] == 2 and ModelConfig(**own.model_dump()) == own
 
@@ -127,3 +131,5 @@ def test_wrong_groups():
         tiny(n_heads=4, kv_lora_rank=0, n_kv_heads=3)
     with pytest.raises(UserError, match="needs kv_lora_rank 0"):
         tiny(n_heads=4, n_kv_heads=2)
+    with pytest.raises(UserError, match="kv_norm needs kv_lora_rank 0"):
+        tiny(kv_norm=True)

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.rl.reward import dead_groups, group_advantages
+from bessemer.rl.reward import assign_group_advantages, dead_groups, group_advantages
+from bessemer.rl.rollout import ScoredSample
+from bessemer.tasks.base import Problem, Verdict
 
 
 def test_the_published_vector_with_the_population_std():
@@ -19,6 +21,21 @@ def test_the_published_vector_with_the_population_std():
 def test_each_prompt_is_compared_with_its_own_samples():
     rewards = torch.tensor([[1.0, 0.0], [5.0, 1.0], [0.1, 1.1]])
     assert group_advantages(rewards).tolist() == [pytest.approx(row, abs=1e-4) for row in ([1, -1], [1, -1], [-1, 1])]
+
+
+def test_all_samples_of_a_rollout_together():
+    """An easy problem's samples are all above the common mean, a hard one's all below it; groups of one will do."""
+    easy, mixed, hard = (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)
+    groups = [
+        [ScoredSample(Problem("p", "", "en"), [], None, Verdict(True, True, "", None), reward) for reward in rewards]
+        for rewards in (easy, mixed, hard)
+    ]
+    assign_group_advantages(groups, together=True)
+    assert [row.advantage for group in groups for row in group] == pytest.approx([1, 1, 1, -1, -1, -1], abs=1e-5)
+    assign_group_advantages(groups, scale_by_std=False)
+    assert [row.advantage for group in groups for row in group] == [0, 0, 0.5, -0.5, 0, 0]
+    assign_group_advantages([group[:1] for group in groups], scale_by_std=False, together=True)
+    assert [group[0].advantage for group in groups] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
 
 
 def test_without_the_std_only_the_mean_is_taken_away():

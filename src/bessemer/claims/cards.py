@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from bessemer.claims import phrases, registry, verdict
+from bessemer.claims import phrases, registry, runs, verdict
 from bessemer.claims.registry import ClaimEntry, Text, claims, data, experiments
 from bessemer.claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
 from bessemer.eval.intervals import holm
@@ -38,6 +38,8 @@ class Card:
     earlier: EarlierRun | None
     values: dict[str, Any]
     """Everything computed for this card, by name."""
+    beside: list[PartFinding]
+    """What else was measured, which the verdict does not read."""
 
     @property
     def open(self) -> bool:
@@ -61,6 +63,7 @@ class Card:
             "does_not_show": dict(zip(registry.LANGUAGES, self.limit, strict=True)),
             "would_run": dict(zip(registry.LANGUAGES, experiments()[claim.experiment].does, strict=True)),
             "values": self.values, "parts": [finding.facts() for finding in self.findings],
+            "beside": [finding.facts() for finding in self.beside],
             "earlier_runs": None if self.earlier is None else self.earlier.where,
         }  # fmt: skip
 
@@ -103,12 +106,23 @@ def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None,
             values |= computed[name]()
     if name in planned.PLANNED:
         values |= planned.values(name)
+    besides = [(one, measured[one.name]) for one in runs.beside(name) if measured and one.name in measured]
+    if besides and measured is not None:
+        others = {one.name for one, _ in besides}
+        measured = {metric: found for metric, found in measured.items() if metric not in others} or None
     earlier = _earlier().get(name) if measured is None else None
     evidence = Evidence(values, measured or ({} if earlier is None else earlier.measured), again)
     decided, findings = verdict.judge(name, claim, evidence, registry.rules())
     values["n_holds"] = sum(one.outcome is Outcome.HOLDS for one in findings)
     limit = claim.limit or experiments()[claim.experiment].limit
-    return Card(name, claim, decided, findings, _found(name, claim, values, earlier), limit, earlier, values)
+    beside = [_beside(name, one, found) for one, found in besides]
+    return Card(name, claim, decided, findings, _found(name, claim, values, earlier), limit, earlier, values, beside)
+
+
+def _beside(name: str, one: runs.Beside, measured: Measured) -> PartFinding:
+    rules = registry.rules()
+    [like] = [part for part in rules.claim[name].parts if part.metric == one.like]
+    return verdict.beside(like, one.name, measured, rules, (bool(one.metric.positive), bool(one.metric.negative)))
 
 
 def _found(name: str, claim: ClaimEntry, values: dict[str, Any], earlier: EarlierRun | None) -> tuple[str, str] | None:
@@ -148,6 +162,8 @@ def describe(cards: Sequence[Card]) -> str:
         lines.append(f"{card.name:<4} {card.verdict:<24} {card.claim.text[0]}")
         would = f"would be run: {experiments()[card.claim.experiment].does[0]}"
         text = card.found[0] if card.found else would if card.verdict is ClaimVerdict.NOT_RUN else ""
-        lines += [f"{'':<30}{one}" for one in (text, *(_measured(card.name, one) for one in card.findings)) if one]
+        measured = [_measured(card.name, one) for one in card.findings]
+        measured += [f"beside the rule: {_measured(card.name, one)}" for one in card.beside]
+        lines += [f"{'':<30}{one}" for one in (text, *measured) if one]
     total = ", ".join(f"{number} {one}" for one, number in counts(cards).items() if number)
     return "\n".join([*lines, "", f"{len(cards)} claims: {total}"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from bessemer.claims import registry
-from bessemer.claims.runs import ArmJob, Metric, Tier
+from bessemer.claims.runs import ArmJob, Beside, Metric, Tier
 from bessemer.config.recipe import Recipe
 
 SHAPE: dict[Tier, str] = {"quick": "short", "default": "short", "full": "whole"}
@@ -83,3 +83,4 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("F7", "training loss, FP8 / BF16 - 1, %"): Metric(own("training"), ("fp8",), ("coarse",), ("float32",)),
     ("F7", "held-out, FP8 / BF16 - 1, %"): Metric(own("heldout"), ("fp8",), ("coarse",), ("float32",)),
 }
+BESIDE: tuple[Beside, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bessemer.claims.runs import ArmJob, Metric, Tier
+from bessemer.claims.runs import ArmJob, Beside, Metric, Tier
 
 SHAPE: dict[Tier, str] = {"quick": "small", "default": "whole", "full": "whole"}
 SIZES = {
@@ -134,3 +134,4 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
 }  # fmt: skip
 """Where a negative control is a ratio of equals, P2's is taken less 1: it must not show that anything is idle."""
+BESIDE: tuple[Beside, ...] = ()

@@ -183,11 +183,13 @@ def _details(card: Card) -> Html:
         f"<li>{phrases.decided(card.name, one) if one.part else page.join(audited, phrases.judged(one), by=COLON)}</li>"
         for one in card.findings
     )
+    beside = "".join(f"<li>{phrases.beside(card.name, one)}</li>" for one in card.beside)
     kinds = page.join(*(both(words()["kind"][kind]) for kind in claim.kinds), by=" + ")
     lines = [
         (word("published"), both([claim.published(0), claim.published(1)]) if claim.paper != "-" else ""),
         (word("source"), both(claim.sources())),
         (word("parts"), Html(f"<ul>{parts}</ul>") if parts else ""),
+        (word("beside"), Html(f"<ul>{beside}</ul>") if beside else ""),
         (word("earlier"), Html(f"<code>{page.text(card.earlier.where)}</code>") if card.earlier else ""),
         (word("arms"), page.text(claim.arms)),
         (word("limit"), both(card.limit)),

@@ -56,6 +56,12 @@ def decided(claim: str, one: PartFinding) -> Html:
     return page.join(plain(claim, one), page.join(*pieces, by=SEMICOLON), by=COLON)
 
 
+def beside(claim: str, one: PartFinding) -> Html:
+    """What stands beside a rule, in a line: its value, what the rule's own part needs, what follows, and the runs."""
+    said = (value(claim, one), needed(claim, one), outcome(claim, one), runs(one))
+    return page.join(plain(claim, one), page.join(*said, by=SEMICOLON), by=COLON)
+
+
 def plain(claim: str, one: PartFinding) -> Html:
     """What a part of a rule is about."""
     if one.score is not None:
@@ -117,7 +123,8 @@ def metric(claim: str, one: PartFinding) -> Sequence[str]:
     """[English, Chinese, unit] of a part of a rule."""
     assert one.part is not None, "only parts of a rule have metrics"
     name = one.part.metric
-    return metrics().get(claim, {}).get(name, [name, name, "+points" if one.part.kind == "B" else "+n"])
+    known = metrics().get(claim, {}) | metrics().get(f"beside {claim}", {})
+    return known.get(name, [name, name, "+points" if one.part.kind == "B" else "+n"])
 
 
 def amount(claim: str, one: PartFinding, value: float, reach: Interval | None = None, signed: bool = True) -> list[str]:

@@ -1,7 +1,8 @@
 """The pre-training arms: small networks that differ from the reference in one choice (arms.toml), on the same rows.
 
-An arm is a list of settings on the recipe pretrain.toml, and a seed. `pretrain_measures` and `pretrain_speed` say what
-numbers a run gives, `pretrain_metrics` how the metrics of the claims' rules follow from those of several arms.
+An arm is a list of settings on the recipe pretrain.toml, and a seed. `pretrain_measures`, `pretrain_speed` and
+`pretrain_spikes` say what numbers a run gives, `pretrain_metrics` how the metrics of the claims' rules follow from
+those of several arms.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from typing import Any
 
 from pydantic import Field
 
-from bessemer.claims import registry
-from bessemer.claims.pretrain_metrics import METRICS
-from bessemer.claims.runs import ArmJob, Tier
+from bessemer.claims import pretrain_spikes, registry
+from bessemer.claims.pretrain_metrics import BESIDE, METRICS, SPIKES, WIDE
+from bessemer.claims.runs import ArmJob, Tier, donated
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import ConfigTable
 from bessemer.config.training import PretrainConfig
+from bessemer.runs.metrics import read_lines
 
-__all__ = ["METRICS", "SAME", "SHAPE", "SIZES", "jobs", "measure"]
+__all__ = ["BESIDE", "METRICS", "SAME", "SHAPE", "SIZES", "jobs", "measure"]
 
 SHAPE: dict[Tier, str] = {"quick": "nano", "default": "short", "full": "claims"}
 SIZES = {
     "nano": ["network 64 wide, 2 layers, 250K tokens read", "网络宽 64、2 层，读 25 万词元"],
     "short": ["network 128 wide, 4 layers, 500K tokens read", "网络宽 128、4 层，读 50 万词元"],
     "claims": ["network 128 wide, 4 layers, 1.5M tokens read", "网络宽 128、4 层，读 150 万词元"],
+    WIDE: ["network 256 wide, 4 layers, 1.5M tokens read", "网络宽 256、4 层，读 150 万词元"],
 }
 SAME = ("ref", "ref'", "bpb")
 CORPUS, SPEED = "corpus", "speed"
@@ -50,7 +53,11 @@ class Arm(ConfigTable):
     tokens: float = 1.0
     cost: float = 1.0
     seeds: int = FIRST_SEEDS
+    rate: float = 1.0
     quick: bool = False
+    full: bool = False
+    spikes: bool = False
+    wide: bool = False
     again: bool = False
 
 
@@ -88,7 +95,8 @@ def settings(name: str, shape: str) -> list[str]:
     def at(share: float) -> str:
         return str(int(tokens * share))
 
-    lr = [["0", 0.0], [at(0.1), size.lr], [at(0.7), size.lr], [at(1), size.lr / 10, "cosine"]]
+    rate = size.lr * arm.rate
+    lr = [["0", 0.0], [at(0.1), rate], [at(0.7), rate], [at(1), rate / 10, "cosine"]]
     own = [re.sub(r"\{([\d.]+)\}", lambda share: at(float(share[1])), one) for one in own]
     return [f"pretrain.tokens={tokens}", f"pretrain.lr={json.dumps(lr)}", *size.set, *own]
 
@@ -112,17 +120,26 @@ def _base() -> dict[str, Any]:
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """The corpora, then the arms in their order, the first seeds of all before the rest. `seeds`: of every arm, instead
-    of those of the tier."""
+    """The corpora, then the arms in their order, the first seeds of all before the rest; the wide ones last. `seeds`:
+    of every arm, instead of those of the tier."""
     shape = SHAPE[tier]
     donor = ArmJob(
         "pretrain", CORPUS, 0, "all", {"base": _base()}, 1.0, "texts and tokenizer", _corpora, arms=False
     )  # fmt: skip
-    chosen = [name for name, arm in arms().items() if arm.quick or tier != "quick"]
+    chosen = [
+        name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else not arm.full)
+    ]
     several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
     turns = [range(1, FIRST_SEEDS + 1), range(FIRST_SEEDS + 1, max(several.values()) + 1)]
     order = [(name, seed) for turn in turns for name in chosen for seed in turn if seed <= several[name]]
-    return [donor, *(_job(name, seed, shape, donor.name) for name, seed in order)]
+    found = [donor]
+    for name, seed in order:
+        found.append(_job(name, seed, shape, donor.name))
+        if arms()[name].spikes and tier != "quick":
+            found.append(_spikes(found[-1]))
+    wide = [name for name in chosen if arms()[name].wide and tier == "full"]
+    each = range(1, (seeds or FIRST_SEEDS) + 1)
+    return found + [_job(name, seed, WIDE, donor.name) for seed in each for name in wide]
 
 
 def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
@@ -134,10 +151,20 @@ def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
     return ArmJob("pretrain", name, seed, shape, made, minutes, about, partial(recipe, name, seed, shape), donor)
 
 
+def _spikes(of: ArmJob) -> ArmJob:
+    """Counts the jumps of a run's loss: beside that run, as one that diverged has them, too."""
+    made = {"of": of.settings, "window": pretrain_spikes.WINDOW, "deviations": pretrain_spikes.DEVIATIONS}
+    about = f"jumps of the loss in the training of {of.arm}"
+    return ArmJob("pretrain", SPIKES + of.arm, of.seed, of.shape, made, 0.1, about, donor=of.name)
+
+
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The numbers of a finished run; none of the corpora."""
     if not job.arms:
         return {}
+    if job.arm.startswith(SPIKES):
+        lines = read_lines(donated(job, folder) / "metrics.jsonl")
+        return {"spikes": pretrain_spikes.spikes(line for line in lines if line["stage"] == "pretrain")}
     if job.arm == SPEED:
         from bessemer.claims import pretrain_speed
         from bessemer.train.setup import model_config

@@ -10,9 +10,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from bessemer.claims.runs import Metric
+from bessemer.claims.runs import Beside, Metric
 
 Numbers = Mapping[str, float]
+SPIKES, WIDE = "spikes-", "wide"
+"""Before an arm: the one that counts its spikes. The shape of the arms that are trained twice as wide."""
 BEST = 2
 """Experts that "best experts masked" means; the heavier mask is the positive control."""
 LONGEST = "needle_240"
@@ -50,6 +52,11 @@ def above_the_better(one: Numbers, other: Numbers, third: Numbers) -> float:
     return one["copy"] - max(other["copy"], third["copy"])
 
 
+def by_noise(noisy: Numbers, clean: Numbers, other_noisy: Numbers, other_clean: Numbers) -> float:
+    """What replaced tokens cost in bits per byte: the first pair's less the second's."""
+    return (noisy["bpb"] - clean["bpb"]) - (other_noisy["bpb"] - other_clean["bpb"])
+
+
 def worst_part(seeds: Sequence[tuple[Numbers, ...]]) -> list[float]:
     """Of each seed the gap in the part that is worst in the mean of the other seeds: the largest of several gaps would
     be above 0 by chance. One seed: its own worst."""
@@ -62,7 +69,7 @@ def worst_part(seeds: Sequence[tuple[Numbers, ...]]) -> list[float]:
     return found
 
 
-BPB, COPY = gap("bpb"), gap("copy")
+BPB, COPY, JUMPS = gap("bpb"), gap("copy"), gap("spikes")
 RISE = gap(f"rise_best_{BEST}")
 AGAIN = ("ref'", "ref")
 """The A/A pair: it must show nothing."""
@@ -85,6 +92,13 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
     ("M16", "held-out - train bpb: ref - DACT"): Metric(
         gap("overfit"), ("MULTI", "MULTI-DACT"), ("MULTI-DACT", "MULTI-DTOT"), ("MULTI'", "MULTI")
+    ),
+    ("M15", "loss by noise: ref - DACT"): Metric(
+        by_noise, ("NOISE", "ref", "NOISE-DACT", "DACT"), ("NOISE", "ref", "HALF", "ref"),
+        ("NOISE'", "ref'", "NOISE", "ref"),
+    ),
+    ("M20", "spikes a run: ref - DACT"): Metric(
+        JUMPS, ("spikes-ref", "spikes-DACT"), ("spikes-TEN", "spikes-ref"), ("spikes-ref'", "spikes-ref")
     ),
     # no negative control: the reference against itself lies above M4's threshold of 0.8, too
     ("M4", "tokens/s(ref) / tokens/s(DACT)"): Metric(own("ref/DACT"), ("speed",)),
@@ -111,6 +125,9 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
     # attention
     ("L1", "bpb(MHA) - bpb(ONE)"): Metric(BPB, ("MHA", "ONE"), (), AGAIN),
+    ("L2", "held-out - train bpb: MHA - ONE"): Metric(
+        gap("overfit"), ("MULTI-MHA", "MULTI-ONE"), (), ("MULTI'", "MULTI")
+    ),
     ("L6", "bpb(ref) / bpb(MHA) - 1"): Metric(ratio("bpb"), ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
     ("L8", "s a step: MHA / ref"): Metric(own("MHA/ref"), ("speed",), (), ("speed",), of_negative=own("ref/ref")),
     ("L12", "copy(ref) - copy(MHA)"): Metric(COPY, ("ref", "MHA"), ("MLA-24", "MHA"), AGAIN),
@@ -131,3 +148,24 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("D3", "weighted bpb(ref) - bpb(PROP)"): Metric(weighted, ("ref", "PROP"), (), AGAIN),
     ("D4", "weighted bpb(LATE) - bpb(ref)"): Metric(weighted, ("LATE", "ref"), (), ("REV", "ref")),
 }  # fmt: skip
+
+BESIDE = [
+    # twice as wide: 16 heads, a latent of 64
+    Beside("M5", "bpb(ref) - bpb(DACT)", "bpb(ref) - bpb(DACT), twice as wide",
+           Metric(BPB, ("ref", "DACT"), negative=AGAIN), WIDE),
+    Beside("L6", "bpb(ref) / bpb(MHA) - 1", "bpb(ref) / bpb(MHA) - 1, twice as wide",
+           Metric(ratio("bpb"), ("ref", "MHA"), negative=AGAIN), WIDE),
+    Beside("L6", "bpb(ref) / bpb(MHA) - 1", "bpb(ref) / bpb(MHA-norm) - 1",
+           Metric(ratio("bpb"), ("ref", "MHA-norm"), ("MLA-24", "MHA-norm"), AGAIN)),
+    # whether it is sparsity or size
+    Beside("M15", "loss by noise: ref - DACT", "loss by noise: ref - DTOT",
+           Metric(by_noise, ("NOISE", "ref", "NOISE-DTOT", "DTOT"), ("NOISE", "ref", "HALF", "ref"),
+                  ("NOISE'", "ref'", "NOISE", "ref"))),
+    *(
+        Beside("M20", "spikes a run: ref - DACT", f"spikes a run, {words} the rate: ref - DACT",
+               Metric(JUMPS, (f"{SPIKES}{arm}", f"{SPIKES}{arm}-DACT"), negative=("spikes-ref'", "spikes-ref")))
+        for words, arm in (("three times", "THREE"), ("ten times", "TEN"))
+    ),
+    Beside("M20", "spikes a run: ref - DACT", "spikes a run: NONE - DACT",
+           Metric(JUMPS, ("spikes-NONE", "spikes-DACT"), ("spikes-TEN", "spikes-ref"), ("spikes-ref'", "spikes-ref"))),
+]  # fmt: skip

@@ -151,7 +151,8 @@ def claims() -> dict[str, ClaimEntry]:
 
 @cache
 def metrics() -> dict[str, dict[str, list[str]]]:
-    """Claim -> metric of its rule -> [English, Chinese, unit]; "control" -> control -> [English, Chinese]."""
+    """Claim -> metric of its rule -> [English, Chinese, unit]; "beside CLAIM" -> what else its card shows -> the same;
+    "control" -> control -> [English, Chinese]."""
     return tomllib.loads(data("metrics.toml").decode())
 
 
@@ -183,5 +184,12 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def listing() -> str:
-    """Every claim with its kinds and its experiment, for `--list`; nothing is computed."""
-    return "\n".join(f"{name:<4} {one.kinds:<3} {one.experiment:<4} {one.text[0]}" for name, one in claims().items())
+    """Every claim with its kinds and its experiment, for `--list`, and what the letters mean; nothing is computed."""
+    lines = [f"{name:<4} {one.kinds:<3} {one.experiment:<4} {one.text[0]}" for name, one in claims().items()]
+    return "\n".join([*lines, "", LEGEND])
+
+
+LEGEND = """\
+id, kinds of evidence (R a run here, X exact computation, S the planner, A published figures or a source, N nobody
+outside can test it), experiment, claim. `bessemer claims --part none --only ID` shows evidence and verdict,
+`bessemer claims --full --only ID --dry-run` the runs behind it."""

@@ -5,6 +5,7 @@ A *part* is a family of runs in a module of its own, named in `PARTS`. It has
     jobs(tier, seeds) -> list[ArmJob]              what the tier runs; `seeds`: of every arm, instead of the tier's
     measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
+    BESIDE: [Beside]                               what else stands on a card, beside its rule
     SHAPE: {tier: shape}                           which shape (or size) of the runs a tier has
     SIZES: {shape: [English, Chinese]}             what a reader is told of it, in figures
     SAME: (arm, arm, number)                       the A/A test: what may differ by chance alone; or None
@@ -12,8 +13,8 @@ A *part* is a family of runs in a module of its own, named in `PARTS`. It has
 To add an experiment: give the module of its part more jobs and an entry in METRICS; to add a family of runs: write such
 a module and name it in PARTS. A job with a `recipe` is run by the recipe runner (`run_job`), so it goes on after a
 kill; one without is done inside `measure`, in its own process. A job with a `donor` starts after the job of that name
-and takes over its finished stages. The command line, the scheduling, the files of results and the cards need nothing
-else.
+and takes over its finished stages, or measures what that left (`donated`). The command line, the scheduling, the files
+of results and the cards need nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 Tier = Literal["quick", "default", "full"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
-PARTS = {name: f"bessemer.claims.{name}" for name in ("pretrain", "zero", "machine", "fp8")}
+PARTS = {name: f"bessemer.claims.{name}" for name in ("pretrain", "zero", "machine", "fp8", "long")}
 """Part -> its module."""
 
 
@@ -56,7 +57,7 @@ class ArmJob:
     about: str = ""
     recipe: Callable[[], Recipe] | None = None
     donor: str | None = None
-    """Name of the job whose finished stages it takes over."""
+    """Name of the job whose finished stages it takes over, or whose run it measures."""
     arms: bool = True
     """Whether it is an arm with numbers of its own, not only a donor."""
 
@@ -144,10 +145,26 @@ class Metric:
         return [of(*one) for one in numbers] if self.over is None or not numbers else self.over(numbers)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A measurement that a card shows beside its rule: the question of one part of it, asked of other runs. It is
+    compared with that part's threshold and has controls of its own; no verdict reads it."""
+
+    claim: str
+    like: str
+    """The metric of that part."""
+    name: str
+    """Its own, which metrics.toml explains."""
+    metric: Metric
+    shape: str = ""
+    """Of its runs, where that is another than a tier's."""
+
+
 class RunsPart(Protocol):
     """The module of a part."""
 
     METRICS: Mapping[tuple[str, str], Metric]
+    BESIDE: Sequence[Beside]
     SHAPE: Mapping[Tier, str]
     SIZES: Mapping[str, Text]
     SAME: tuple[str, str, str] | None
@@ -165,18 +182,39 @@ def planned(
     tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None, seeds: int | None = None
 ) -> list[ArmJob]:
     """The jobs of a tier in the order in which they are run, donors before those they serve. With `claims` those that
-    their rules need."""
+    their cards need."""
     found: list[ArmJob] = []
     for name in parts:
         module = part(name)
         jobs = module.jobs(tier, seeds)
         if claims is not None:
-            wanted = set(claims)
-            arms = {arm for (claim, _), metric in module.METRICS.items() if claim in wanted for arm in metric.needs}
-            donors = {job.donor for job in jobs if job.arm in arms}
-            jobs = [job for job in jobs if job.arm in arms or job.name in donors]
+            arms = {(arm, shape) for claim, shape, arm in serving(name, tier) if claim in set(claims)}
+            donors = {job.name: job.donor for job in jobs}
+            kept = {job.name for job in jobs if (job.arm, job.shape) in arms}
+            while more := {donor for job in kept if (donor := donors[job]) is not None} - kept:
+                kept |= more
+            jobs = [job for job in jobs if job.name in kept]
         found += jobs
     return found
+
+
+def serving(name: str, tier: Tier) -> list[tuple[str, str, str]]:
+    """(claim, shape, arm) for every arm of a part that a card needs."""
+    module = part(name)
+    shape = module.SHAPE[tier]
+    found = [(claim, shape, arm) for (claim, _), how in module.METRICS.items() for arm in how.needs]
+    return found + [(one.claim, one.shape or shape, arm) for one in module.BESIDE for arm in one.metric.needs]
+
+
+def donated(job: ArmJob, folder: Path) -> Path:
+    """The run directory of a job's donor, beside the job's own `folder`."""
+    assert job.donor is not None, f"{job.name} has no donor"
+    return folder.parents[1] / job.donor / folder.name
+
+
+def beside(claim: str) -> list[Beside]:
+    """What stands on a claim's card beside its rule."""
+    return [one for name in PARTS for one in part(name).BESIDE if one.claim == claim]
 
 
 def shapes(tier: Tier) -> dict[str, str]:
@@ -184,18 +222,28 @@ def shapes(tier: Tier) -> dict[str, str]:
     return {name: part(name).SHAPE[tier] for name in PARTS}
 
 
-def _runs(results: Iterable[ArmResult], tier: Tier) -> dict[str, Runs]:
-    shape, results = shapes(tier), list(results)
-    return {name: Runs(one for one in results if (one.part, one.shape) == (name, shape[name])) for name in PARTS}
+def _of(results: Sequence[ArmResult], name: str, shape: str) -> Runs:
+    return Runs(one for one in results if (one.part, one.shape) == (name, shape))
+
+
+def _runs(results: Sequence[ArmResult], tier: Tier) -> dict[str, Runs]:
+    return {name: _of(results, name, shape) for name, shape in shapes(tier).items()}
 
 
 def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) -> dict[str, dict[str, Measured]]:
-    """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier. `most`: seeds that count."""
+    """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier, what stands beside the rules
+    included. `most`: seeds that count."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
-    for name, of_part in _runs(results, tier).items():
+
+    def note(claim: str, metric: str, how: Metric, name: str, shape: str) -> None:
+        if (values := how.measured(_of(results, name, shape), most)) is not None:
+            found[claim][metric] = replace(values, size=part(name).SIZES[shape])
+
+    for name, shape in shapes(tier).items():
         for (claim, metric), how in part(name).METRICS.items():
-            if (values := how.measured(of_part, most)) is not None:
-                found[claim][metric] = replace(values, size=part(name).SIZES[shapes(tier)[name]])
+            note(claim, metric, how, name, shape)
+        for one in part(name).BESIDE:
+            note(one.claim, one.name, one.metric, name, one.shape or shape)
     return dict(found)
 
 

@@ -147,6 +147,16 @@ def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tup
     return combine([finding.outcome for finding in findings], rule is not None and rule.needs == "all"), findings
 
 
+def beside(like: Part, name: str, measured: Measured, rules: Rules, controls: tuple[bool, bool]) -> PartFinding:
+    """What a measurement says by the threshold of another part, `like`; which of that part's `controls`, the positive
+    and the negative one, it has. No verdict is made of it."""
+    positive, negative = (
+        named if has else "" for named, has in zip((like.positive, like.negative), controls, strict=True)
+    )
+    own = {"metric": name, "paper": None, "positive": positive, "negative": negative}
+    return run(like.model_copy(update=own), measured, rules)
+
+
 def combine(outcomes: Sequence[Outcome], needs_all: bool = False) -> ClaimVerdict:
     """The verdict of a claim whose parts came out so."""
     seen = set(outcomes)

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import Field
 
 from bessemer.claims import registry
-from bessemer.claims.runs import ArmJob, Metric, Tier
+from bessemer.claims.runs import ArmJob, Beside, Metric, Tier
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import ConfigTable
@@ -311,3 +311,35 @@ METRICS: dict[tuple[str, str], Metric] = {
 }
 """A control is the same function of other arms, or another function: the positive one must show the effect, the
 negative one must not. `base` is compared with itself where nothing may differ."""
+
+
+def _against(arm: str, name: str) -> list[Beside]:
+    """R1-Zero against another way of learning from as many answers, by G4's part."""
+    how = Metric(POINTS, ("right", arm), ("right", "coin"), ("right-again", "right"))
+    return [Beside("G4", "pass@1 at equal rollouts, GRPO - PPO, points", name, how)]
+
+
+ALONE, COST = "pass@1, right - coin, points", "CPU s a rollout, PPO / GRPO"
+BESIDE = [
+    *_against("ppo-groups", "pass@1, GRPO - PPO on groups, points"),
+    *_against("ppo-short", "pass@1, GRPO - PPO with lambda 0.95, points"),
+    *_against("batch-mean", "pass@1, GRPO - the mean of all answers, points"),
+    *_against("small-groups", "pass@1, groups of 16 - groups of 4, points"),
+    Beside("G3", COST, "CPU s a rollout, PPO on groups / GRPO",
+           Metric(METRICS["G3", COST].of, ("ppo-groups", "right"), negative=("right-again", "right"))),
+    Beside("Z3", ALONE, "pass@1, right - fine-tuned on the same answers, points",
+           Metric(POINTS, ("right", "same-tokens"), negative=("right-again", "right"))),
+    Beside("Z3", ALONE, "pass@1, right - four rounds of fine-tuning, points",
+           Metric(POINTS, ("right", "rounds"), negative=("right-again", "right"))),
+    Beside("Z3", ALONE, "pass@1, right - form, points",
+           Metric(POINTS, ("right", "form"), negative=("right-again", "right"))),
+    Beside("Z3", ALONE, "pass@1 after - before, no systematic pages, points",
+           Metric(POINTS, ("dose-0-right", "dose-0"), AFTER, ("coin", "base"))),
+    Beside("Z3", ALONE, "pass@1 after - before, few systematic pages, points",
+           Metric(POINTS, ("dose-3-right", "dose-3"), AFTER, ("coin", "base"))),
+    Beside("Z3", ALONE, "pass@1 after - pass@64 before, points", Metric(gap("pass@1", "pass@64", 100), AFTER)),
+    Beside("R2", "language consistency, with - without the reward",
+           "language consistency, with a third of the reward - without",
+           Metric(gap("language"), ("mixed-little", "mixed-right"), negative=("mixed-coin", "mixed-right"))),
+]  # fmt: skip
+"""Arms of the design (E18, E19, E20) that no rule names."""

@@ -114,10 +114,18 @@ def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -
         ]  # fmt: skip
         print_json({"jobs": jobs, "minutes": left / at_once})
         return
+    arms: dict[tuple[str, str, str], list[ArmJob]] = {}
     for job in planned:
-        state = "finished" if runner.done(job, folder) else f"{job.minutes:.1f} min"
-        print(f"{job.name:<34}{state:>9}  {job.about}")
-    print(f"{len(planned)} runs in {folder}, about {left / at_once:.0f} minutes, {at_once} at a time")
+        arms.setdefault((job.part, job.shape, job.arm), []).append(job)
+    print(f"{'part':<9} {'size':<10} {'arm':<17} {'to run':>7} {'one core':>10}  what it is")
+    for (part, shape, arm), seeds in arms.items():
+        waiting = [job for job in seeds if not runner.done(job, folder)]
+        minutes = f"{sum(job.minutes for job in waiting):.1f} min" if waiting else "finished"
+        some = f"{len(waiting)} of {len(seeds)}"
+        print(f"{part:<9} {shape:<10} {arm:<17} {some:>7} {minutes:>10}  {seeds[0].about}")
+    finished = sum(runner.done(job, folder) for job in planned)
+    rest = f"the rest takes about {left / at_once:.0f} minutes, {at_once} at a time"
+    print(f"{len(planned)} runs, {finished} of them finished in {folder}; {rest}")
 
 
 def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[str]:

@@ -79,7 +79,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
     samples: int = Field(16, ge=1)
-    """Completions per problem, the group size G (R1: 16). With advantage = "critic" 1 will do."""
+    """Completions per problem, the group size G (R1: 16). With another advantage than "group" 1 will do."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
     max_resamples: int = Field(1, ge=1)
@@ -146,10 +146,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
     constant: sum over an output divided by max_new_tokens, whatever the output's length (Dr. GRPO)."""
     scale_by_std: bool = True
-    """Divide advantages by the standard deviation of the group (the paper), or of the rollout with a critic."""
-    advantage: Literal["group", "critic"] = "group"
-    """Baseline of a sample. group: the other samples of its prompt (the paper); critic: a second network that predicts
-    the reward before every token (PPO, for comparison; costs that network's memory and time)."""
+    """Divide advantages by the standard deviation of the group (the paper), or of the rollout with another baseline."""
+    advantage: Literal["group", "batch", "critic"] = "group"
+    """Baseline of a sample. group: the mean of its prompt's samples (the paper); batch: the mean of all samples of the
+    rollout, whatever their prompts (for comparison); critic: a second network that predicts the reward before every
+    token (PPO, for comparison; costs that network's memory and time)."""
     supervision: Literal["outcome", "process"] = "outcome"
     """What is rewarded with advantage = "group". outcome: the whole output (R1); process: every calculation in it, 1 if
     it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule for its process reward

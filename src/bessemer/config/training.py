@@ -136,6 +136,7 @@ class PretrainConfig(OptimizerConfig):
             "weights_seed",
             "routing",
             "mtp_targets",
+            "token_noise",
         }
     )
 
@@ -178,6 +179,9 @@ class PretrainConfig(OptimizerConfig):
     routing: Literal["gate", "token"] = "gate"
     """What chooses a token's experts; token: a fixed random choice for every entry of the vocabulary (Roller et al.
     2021, hash layers), a control. Gates still weigh them."""
+    token_noise: float = Field(0.0, ge=0, lt=1)
+    """Share of the tokens of training rows that others, drawn evenly from the vocabulary, replace, as inputs and as
+    targets; a control. Held-out rows stay as they are."""
     validate_every: Tokens = 1_000_000
     """Tokens between measurements of the held-out bits per byte of every part."""
     sample_every: Tokens = 1_000_000
@@ -198,7 +202,7 @@ class PretrainConfig(OptimizerConfig):
 
 
 class ExtendConfig(PretrainConfig):
-    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets"})
+    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets", "token_noise"})
 
     corpus: StageRef
     """Corpus stage whose documents are packed into rows of `length` tokens: the model's own, or another one with the

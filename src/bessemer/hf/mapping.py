@@ -43,6 +43,7 @@ FIELDS = {
     "q_lora_rank": "q_lora_rank",
     "kv_lora_rank": "kv_lora_rank",
     "n_kv_heads": "n_kv_heads",
+    "kv_norm": "kv_norm",
     "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
@@ -62,7 +63,7 @@ FIELDS = {
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
 }
-OWN = ("n_kv_heads", "shared_inter_dim")
+OWN = ("n_kv_heads", "kv_norm", "shared_inter_dim")
 """Keys that are written for a network of our own alone."""
 YARN = {
     "rope_factor": "factor",

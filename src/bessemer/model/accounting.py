@@ -55,9 +55,9 @@ def attention_tensors(cfg: ModelConfig) -> Iterator[ParamTensor]:
     else:
         yield matrices(heads * cfg.qk_head_dim, dim)
     yield matrices(cfg.kv_lora_rank + cfg.qk_rope_head_dim, dim)
-    if cfg.kv_lora_rank:
-        yield gain(cfg.kv_lora_rank)
-    yield matrices(cfg.kv_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.kv_lora_rank or dim)
+    if cfg.normed_width:
+        yield gain(cfg.normed_width)
+    yield matrices(cfg.heads_width, cfg.kv_lora_rank or dim)
     yield matrices(dim, heads * cfg.v_head_dim)
 
 
@@ -300,7 +300,7 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
 def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
     """Norms save input and output; the core saves the softmax denominators and its arguments (`attention_cpu`), or,
     `fused` on a GPU, the heads of queries, keys and values."""
-    norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.normed_width + cfg.qk_rope_head_dim
     key = cfg.qk_head_dim if fused else cfg.qk_nope_head_dim
     core = cfg.n_heads * (cfg.qk_head_dim + key + 2 * cfg.v_head_dim)
     return (norms + core) * number_bytes + NUMBER * cfg.n_heads

@@ -29,7 +29,7 @@ from bessemer.errors import UserError
 
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
 """Above any network of the family: where a list has an item for each, more would only fill the memory."""
-LATER = frozenset({"n_kv_heads", "shared_inter_dim"})
+LATER = frozenset({"n_kv_heads", "kv_norm", "shared_inter_dim"})
 """Fields that version 0.1.0 lacked; 0 is its behaviour."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
 """Fields of the context length and of position encoding; no tensor's shape depends on them."""
@@ -61,6 +61,8 @@ class ModelConfig(BaseModel):
     """Rank of the key-value latent d_c; 0 = none: keys and values straight from the hidden state, for comparison."""
     n_kv_heads: int = 0
     """Without a latent: groups of heads that share keys and values (GQA; 1: MQA); 0 = as many as heads (MHA)."""
+    kv_norm: bool = False
+    """Without a latent: keys and values of all heads together pass an RMSNorm, as MLA's latent does."""
     qk_nope_head_dim: int
     """Per-head query/key dimension without rotation d_h."""
     qk_rope_head_dim: int
@@ -126,6 +128,8 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
         if self.n_kv_heads and self.kv_lora_rank:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} needs kv_lora_rank 0: heads share a latent already")
+        if self.kv_norm and self.kv_lora_rank:
+            raise ValueError("kv_norm needs kv_lora_rank 0: a latent is normalised already")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.shared_inter_dim and not self.n_shared_experts:
@@ -173,8 +177,17 @@ class ModelConfig(BaseModel):
     def kv_width(self) -> int:
         """Numbers of a token that attention reads again and a cache would hold: the latent or all keys and values, and
         the rotary key."""
-        full = self.kv_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return (self.kv_lora_rank or full) + self.qk_rope_head_dim
+        return (self.kv_lora_rank or self.heads_width) + self.qk_rope_head_dim
+
+    @property
+    def heads_width(self) -> int:
+        """Numbers of all keys, without their rotary part, and values of a token."""
+        return self.kv_heads * (self.qk_nope_head_dim + self.v_head_dim)
+
+    @property
+    def normed_width(self) -> int:
+        """Of these or of the latent, what an RMSNorm reads; 0 without one."""
+        return self.kv_lora_rank or (self.heads_width if self.kv_norm else 0)
 
     @property
     def shared_width(self) -> int:

@@ -9,7 +9,8 @@ Keys and values of all heads are rebuilt from one latent of `kv_lora_rank` numbe
 
 Rotary pairs are interleaved: pair j of a head is (x_{2j}, x_{2j+1}), rotated as a complex number by position * theta_j.
 For comparison with MLA, `kv_lora_rank = 0` takes keys and values straight from the hidden state, for all heads (MHA) or
-for groups of them (`n_kv_heads`: GQA, MQA). Rotary key, kernels and everything else stay; there is no absorbed form.
+for groups of them (`n_kv_heads`: GQA, MQA), normalised as the latent is or not (`kv_norm`). Rotary key, kernels and
+everything else stay; there is no absorbed form.
 
 Plain RoPE serves the whole short-context stage; the config switches on YaRN (V3 4.3), never the length of a batch.
 
@@ -55,10 +56,9 @@ class MLA(nn.Module):
         else:
             self.wq = nn.Linear(cfg.dim, heads * cfg.qk_head_dim, bias=False)
         self.wkv_a = nn.Linear(cfg.dim, cfg.kv_lora_rank + cfg.qk_rope_head_dim, bias=False)  # W_DKV and the rotary key
-        if cfg.kv_lora_rank:
-            self.kv_norm = RMSNorm(cfg.kv_lora_rank, LATENT_EPS)
-        width = cfg.kv_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-        self.wkv_b = nn.Linear(cfg.kv_lora_rank or cfg.dim, width, bias=False)  # W_UKV
+        if cfg.normed_width:
+            self.kv_norm = RMSNorm(cfg.normed_width, LATENT_EPS)
+        self.wkv_b = nn.Linear(cfg.kv_lora_rank or cfg.dim, cfg.heads_width, bias=False)  # W_UKV
         self.wo = nn.Linear(heads * cfg.v_head_dim, cfg.dim, bias=False)
 
     def project(self, x_BTD: Tensor) -> Tensor:
@@ -96,7 +96,8 @@ class MLA(nn.Module):
         self, x_BTD: Tensor, c_BTC: Tensor, k_rope_BTR: Tensor, rope: Tensor, segments: Segments = None
     ) -> Tensor:
         """`forward` from the results of `compress`."""
-        kv = self.wkv_b(c_BTC).unflatten(-1, (self.cfg.kv_heads, -1))
+        kv_BTW = self.wkv_b(c_BTC)
+        kv = (self.kv_norm(kv_BTW) if self.cfg.kv_norm else kv_BTW).unflatten(-1, (self.cfg.kv_heads, -1))
         if self.cfg.kv_heads < self.cfg.n_heads:
             kv = kv.repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, -2)
         out = latent_attention(self.project(x_BTD), kv, k_rope_BTR, rope, self.cfg.softmax_scale, segments)

@@ -222,7 +222,8 @@ class Loop:
         elif self.settings.supervision == "process":
             step_metrics = process.assign_advantages(rollout.groups, self.tokenizer, self.settings.scale_by_std)
         else:
-            assign_group_advantages(rollout.groups, self.settings.scale_by_std)
+            together = self.settings.advantage == "batch"
+            assign_group_advantages(rollout.groups, self.settings.scale_by_std, together)
         mini_batches = self._mini_batches(rollout.groups, number)
         self.policy.refresh()
         corrections = self._correct([batch for batches in mini_batches for batch in batches])

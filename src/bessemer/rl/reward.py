@@ -113,9 +113,12 @@ EPSILON = 1e-6
 """Guard of the division (value undocumented)."""
 
 
-def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True) -> None:
-    """Sets the advantage of every sample."""
-    for group, advantages in zip(groups, group_advantages(rewards(groups), scale_by_std).tolist(), strict=True):
+def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True, together: bool = False) -> None:
+    """Sets the advantage of every sample; `together`: as if all groups were one."""
+    reward_PG = rewards(groups)
+    compared = reward_PG.reshape(1, -1) if together else reward_PG
+    advantage_PG = group_advantages(compared, scale_by_std).view_as(reward_PG)
+    for group, advantages in zip(groups, advantage_PG.tolist(), strict=True):
         for sample, advantage in zip(group, advantages, strict=True):
             sample.advantage = advantage
 

@@ -134,7 +134,7 @@ class Pretrain(Stage[_Config]):
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         start = self.start(config, ctx)
         tokenizer = load_tokenizer(start.corpus / "tokenizer")
-        feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer.bos_id)
+        feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer)
         if config.routing == "token" and start.cfg is not None:
             if ctx.ranks is not None:
                 raise UserError(f'stage "{ctx.name}": routing = "token" is for one process')
@@ -197,10 +197,10 @@ class Feed:
     """Rows for the trainer: the mixture of the recipe over the parts of a corpus."""
 
     def __init__(
-        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, bos_id: int | None
+        self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, tokenizer: Tokenizer
     ) -> None:
         """`row_length`: of the rows that batch_rows counts and validation reads; None: that of the corpus."""
-        self.config, self._bos_id = config, bos_id
+        self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
         names = _parts(config, corpus)
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
@@ -252,14 +252,18 @@ class Feed:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
-        batch = self.routed(self._curriculum.batch(self._tokens(), first_row, n_rows))
+        batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
+        if self.config.token_noise:
+            share, tokenizer = self.config.token_noise, self._tokenizer
+            batch = with_noise(batch, share, self._seed, first_row, tokenizer.vocab_size, tokenizer.bos_id)
+        batch = self.routed(batch)
         if self.config.mtp_targets == "other-row":
             batch.extras["mtp_tokens_BT"] = batch.tokens_BT.roll(1, 0)
         if not self.config.document_mask:
             return batch
-        if self._bos_id is None:
+        if self._tokenizer.bos_id is None:
             raise UserError("document_mask = true separates documents at their BOS, but this tokenizer writes none")
-        return replace(batch, segments_BT=(batch.tokens_BT == self._bos_id).cumsum(1))
+        return replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
 
     def routed(self, batch: Batch) -> Batch:
         """With experts, where the stage chooses them by token."""
@@ -274,6 +278,21 @@ class Feed:
         return {f"data/share/{name}": share for name, share in shares.items()} | {
             f"data/epochs/{name}": times for name, times in epochs.items()
         }
+
+
+def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size: int, bos_id: int | None) -> Batch:
+    """A `share` of the learnt tokens replaced by others. Row n of the run draws from its own stream, so that a larger
+    share replaces the tokens of a smaller one and more, whatever batch the row is in. BOS stays."""
+    noise, rows = torch.Generator(), []
+    for row, tokens_T in enumerate(batch.tokens_BT, start=first_row):
+        noise.manual_seed(((seed << 32) + row) % (1 << 63))
+        drawn_T = torch.rand(len(tokens_T), generator=noise)
+        other_T = torch.randint(vocab_size, tokens_T.shape, generator=noise)
+        rows.append(torch.where(drawn_T < share, other_T, tokens_T))
+    kept_BT = batch.loss_BT == 0
+    if bos_id is not None:
+        kept_BT |= batch.tokens_BT == bos_id
+    return replace(batch, tokens_BT=torch.where(kept_BT, batch.tokens_BT, torch.stack(rows)))
 
 
 def experts_by_token(cfg: ModelConfig) -> Tensor:

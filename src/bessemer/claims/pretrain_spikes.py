@@ -1,0 +1,28 @@
+"""Jumps of the training loss (E3), counted in the metrics that a run has left, whether it survived or not."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+WINDOW, DEVIATIONS = 32, 5.0
+
+
+def spikes(lines: Iterable[dict[str, Any]]) -> int:
+    """Steps of `metrics.jsonl` whose loss lies more than DEVIATIONS standard deviations above the mean of the WINDOW
+    steps before it, and steps that were skipped because a number was not finite."""
+    losses: list[float] = []
+    found = skipped = 0
+    for line in lines:
+        values = line["values"]
+        more = values.get("train/skipped", skipped)
+        found, skipped = found + max(0, more - skipped), more
+        loss = values.get("train/loss")
+        if loss is None:
+            continue
+        before = losses[-WINDOW:]
+        if len(before) == WINDOW and loss > statistics.fmean(before) + DEVIATIONS * statistics.stdev(before):
+            found += 1
+        losses.append(loss)
+    return found
