@@ -63,6 +63,9 @@ def test_arms_are_alike_where_they_should_be():
     assert width == {"ref": 48, "MHA": 528, "GQA": 144, "MQA": 80, "MLA-24": 24}
     heads = network("ONE")
     assert heads.n_heads * heads.v_head_dim == ref.n_heads * ref.v_head_dim
+    wide, dense = (network(arm, "wide") for arm in ("ref", "DACT"))
+    same = accounting.flops_per_token(dense, 256).training
+    assert accounting.flops_per_token(wide, 256).training == pytest.approx(same, rel=0.02) and wide.kv_width == 80
     mtp = accounting.flops_per_token(network("MTP"), 256, mtp=True).training
     assert mtp / flops == pytest.approx(pretrain.arms()["LONG"].tokens, rel=0.02)
 
@@ -109,6 +112,9 @@ def test_dry_run_and_wrong_options(tmp_path):
     facts = json.loads(done.stdout)
     assert facts["jobs"][0]["name"] == "pretrain-all-corpus-0" and facts["minutes"] > 0
     assert not any(tmp_path.iterdir())
+    lines = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--seeds", "2"])
+    [mha] = [line for line in lines.stdout.splitlines() if line.split()[2] == "MHA"]
+    assert "2 of 2" in mha and "keys and values of every head" in mha and "0 of them finished" in lines.stdout
     for options, what in ((["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"')):
         wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
         assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
@@ -138,7 +144,8 @@ NUMBERS = (
 
 
 def result(arm: str, seed: int, shape: str = "short", **numbers: float) -> ArmResult:
-    [job] = [job for job in pretrain.jobs(tier(shape), seed) if (job.arm, job.seed) == (arm, seed)]
+    jobs = pretrain.jobs(tier(shape), seed)
+    [job] = [job for job in jobs if (job.arm, job.seed, job.shape) == (arm, seed, shape)]
     others = dict.fromkeys(NUMBERS, 0.5) | {f"bpb_{part}": numbers.get("bpb", 2.0) for part in SHARES}
     return ArmResult("pretrain", arm, seed, shape, job.digest, registry.rules_hash(), others | numbers)
 
@@ -168,7 +175,8 @@ def test_verdicts_need_seeds_and_controls():
     assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
     blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # nothing shows that harm would be seen
     assert verdict_on(blind) is ClaimVerdict.PART
-    assert runs.missing(blind)["MLA-24"] == ["L12", "L6"]
+    assert runs.missing(blind, registry.claims())["MLA-24"] == ["L12", "L6"]
+    assert runs.missing(blind, ["L12"]) == {"MLA-24": ["L12"]}
     assert verdict_on([one for one in blind if one.arm != "MHA"]) is ClaimVerdict.NOT_RUN
 
 

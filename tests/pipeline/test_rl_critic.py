@@ -49,9 +49,10 @@ def test_the_critic_learns_beside_the_policy(whole, base):
     assert int(state.tensors["extras"][MOMENTS + "steps"]) == 6 and len(kept) > 50
 
 
-def test_a_critic_needs_no_group(base, tmp_path):
+@pytest.mark.parametrize("baseline", [CRITIC, ('reward="random"', 'advantage="batch"')])
+def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
     """One answer to each problem: PPO's ground. A group of one has no mean to compare with."""
-    stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC, "samples=1", "prompts_per_rollout=8", "rollouts=1")
+    stage = rl_stage.Stage(base, tmp_path / "run", *baseline, "samples=1", "prompts_per_rollout=8", "rollouts=1")
     assert stage.run().summary["steps"] == 2
     alone = rl_stage.Stage(base, tmp_path / "alone", "samples=1")
     with pytest.raises(UserError, match="a group of one sample has no advantage"):

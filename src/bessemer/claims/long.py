@@ -22,8 +22,8 @@ ARM, LENGTH = "long", 2048
 SHAPE: dict[Tier, str] = dict.fromkeys(("quick", "default", "full"), "tiny")
 SIZES = {
     "tiny": [
-        "network of 2.7M parameters, 2M tokens read at 128, 1M at 512, 1.5M at 2,048; 204 questions",
-        "网络 270 万参数，先以 128 长度读 200 万词元，再以 512 读 100 万、以 2,048 读 150 万；204 道题",
+        "network of 2.2M parameters, 2M tokens read at 128, 1M at 512, 1.5M at 2,048; 204 questions",
+        "网络 220 万参数，先以 128 长度读 200 万词元，再以 512 读 100 万、以 2,048 读 150 万；204 道题",
     ]
 }
 SAME = None

@@ -247,13 +247,13 @@ def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) 
     return dict(found)
 
 
-def missing(results: Sequence[ArmResult]) -> dict[str, list[str]]:
-    """Arms of which no tier has a number -> the claims that need them."""
+def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, list[str]]:
+    """Arms of which no tier has a number -> those of the claims whose rules need them."""
     seen = {one.arm for one in results if not one.diverged}
-    lacking: dict[str, set[str]] = defaultdict(set)
+    wanted, lacking = set(claims), defaultdict[str, set[str]](set)
     for name in PARTS:
         for (claim, _), how in part(name).METRICS.items():
-            for arm in how.needs - seen:
+            for arm in how.needs - seen if claim in wanted else ():
                 lacking[arm].add(claim)
     return {arm: sorted(claims) for arm, claims in sorted(lacking.items())}
 

@@ -66,7 +66,7 @@ def claims(
         _dry_run(planned, runs, jobs, as_json)
         return
     wrong = _run(planned, tier, runs, jobs)
-    results, again, apart = _evidence(tier, runs, save)
+    results, again, apart = _evidence(names, tier, runs, save)
     from bessemer.claims import cards
 
     made = cards.make(names, results, again)
@@ -142,7 +142,7 @@ def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[
     return [f"{job.name} failed: {why}" for job, why in failed]
 
 
-def _evidence(tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Results, list[str]]:
+def _evidence(names: list[str], tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Results, list[str]]:
     """What judges the cards, what this tier's own runs give beside it, and which A/A tests failed."""
     from bessemer.claims import results, runs
 
@@ -151,7 +151,7 @@ def _evidence(tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Res
         print(sentence, file=sys.stderr)
     if diverged := [f"{one.arm} seed {one.seed}" for one in own.results if one.diverged]:
         print(f"did not survive, which is a result: {', '.join(diverged)}", file=sys.stderr)
-    if lacking := runs.missing([*held.results, *own.results]):
+    if lacking := runs.missing([*held.results, *own.results], names):
         named = "; ".join(f"{arm} ({', '.join(claims)})" for arm, claims in lacking.items())
         print(f"no runs yet, and the cards that lack them: {named}", file=sys.stderr)
     if save is not None:
