@@ -313,18 +313,18 @@ METRICS: dict[tuple[str, str], Metric] = {
 negative one must not. `base` is compared with itself where nothing may differ."""
 
 
-def _against(arm: str, name: str) -> list[Beside]:
+def _against(arm: str, name: str) -> Beside:
     """R1-Zero against another way of learning from as many answers, by G4's part."""
     how = Metric(POINTS, ("right", arm), ("right", "coin"), ("right-again", "right"))
-    return [Beside("G4", "pass@1 at equal rollouts, GRPO - PPO, points", name, how)]
+    return Beside("G4", "pass@1 at equal rollouts, GRPO - PPO, points", name, how)
 
 
 ALONE, COST = "pass@1, right - coin, points", "CPU s a rollout, PPO / GRPO"
 BESIDE = [
-    *_against("ppo-groups", "pass@1, GRPO - PPO on groups, points"),
-    *_against("ppo-short", "pass@1, GRPO - PPO with lambda 0.95, points"),
-    *_against("batch-mean", "pass@1, GRPO - the mean of all answers, points"),
-    *_against("small-groups", "pass@1, groups of 16 - groups of 4, points"),
+    _against("ppo-groups", "pass@1, GRPO - PPO on groups, points"),
+    _against("ppo-short", "pass@1, GRPO - PPO with lambda 0.95, points"),
+    _against("batch-mean", "pass@1, GRPO - the mean of all answers, points"),
+    _against("small-groups", "pass@1, groups of 16 - groups of 4, points"),
     Beside("G3", COST, "CPU s a rollout, PPO on groups / GRPO",
            Metric(METRICS["G3", COST].of, ("ppo-groups", "right"), negative=("right-again", "right"))),
     Beside("Z3", ALONE, "pass@1, right - fine-tuned on the same answers, points",
