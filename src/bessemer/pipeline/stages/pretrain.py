@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -283,11 +284,11 @@ class Feed:
 def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size: int, bos_id: int | None) -> Batch:
     """A `share` of the learnt tokens replaced by others. Row n of the run draws from its own stream, so that a larger
     share replaces the tokens of a smaller one and more, whatever batch the row is in. BOS stays."""
-    noise, rows = torch.Generator(), []
+    rows = []
     for row, tokens_T in enumerate(batch.tokens_BT, start=first_row):
-        noise.manual_seed(((seed << 32) + row) % (1 << 63))
-        drawn_T = torch.rand(len(tokens_T), generator=noise)
-        other_T = torch.randint(vocab_size, tokens_T.shape, generator=noise)
+        noise = np.random.default_rng((seed, row))
+        drawn_T = torch.from_numpy(noise.random(len(tokens_T)))
+        other_T = torch.from_numpy(noise.integers(vocab_size, size=len(tokens_T)))
         rows.append(torch.where(drawn_T < share, other_T, tokens_T))
     kept_BT = batch.loss_BT == 0
     if bos_id is not None:
