@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import stages_run
+import torch
 from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
@@ -13,6 +15,7 @@ from bessemer.data import corpus
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
+from bessemer.pipeline.stages.pretrain import Feed
 
 CHANGES = """
 lengths = [["0", 32], ["8K", 64], ["16K", 128]]
@@ -62,6 +65,21 @@ def test_realised_shares_follow_the_recipe(whole):
     assert shares["countdown"][last] == pytest.approx(0.4 / 2, abs=0.05), "none of it in the second half"
     epochs = values(out, "data/epochs/english")
     assert epochs[last] == pytest.approx(0.25, abs=0.02), "its cap"
+
+
+def test_noise_is_in_training_rows_alone(whole, tmp_path):
+    path, out = whole
+    config = Recipe.load(path).stage("pretrain")
+    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
+
+    def read(share):
+        feed = Feed(config.model_copy(update={"token_noise": share}), ctx, out / "01-corpus", None, tokenizer)
+        held = feed.heldout["countdown"].batch(range(2))
+        return feed.batch(3, 8).tokens_BT, feed.batch(5, 6).tokens_BT, held.tokens_BT
+
+    (plain, _, held), (noisy, later, held_too) = read(0.0), read(0.3)
+    assert 0.2 < (plain != noisy).float().mean() < 0.32 and torch.equal(noisy[2:], later)
+    assert torch.equal(held, held_too)
 
 
 def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
