@@ -1,7 +1,7 @@
 """The loop of an RL stage (R1 2.2, R1-Nature B.1). For every rollout:
 
     sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
-    advantages          within each group, by steps, or by a critic              reward, process, critic
+    advantages          by group, over the rollout, by steps, or by a critic     reward, process, critic
     correction          weights of samples that are not the policy's own         importance
     updates             mini-batches, one inner epoch, KL to the reference       losses
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
