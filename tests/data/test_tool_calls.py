@@ -88,6 +88,8 @@ def test_transformers_gives_the_same_text_and_ids(marked, tmp_path, style):
     ours.chat_style = style
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = chat.render_ids(ours, TALK)
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), "they show the marks, too"
 
     @settings(max_examples=80, deadline=None)
     @given(MESSAGES, st.booleans(), st.sampled_from([(), TOOLS[:1], TOOLS]))

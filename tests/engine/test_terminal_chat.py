@@ -7,6 +7,8 @@ import pytest
 
 from bessemer.cli.common import read_prompts
 from bessemer.data.chat import render_ids, template_style
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion
 from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
@@ -199,6 +201,17 @@ def test_characters_are_never_split_and_never_steer_the_terminal(tokenizer):
     screen.add([(0, 0, table["钢".encode()[:1]])])
     screen.pause(False)
     assert screen.text == "钢é\x1b[2J\n\ufffd"
+
+
+def test_a_call_is_shown_as_one():
+    tokenizer = Tokenizer.train(["the fox"] * 9, 280, tool_tokens=True)
+    shown = []
+    screen = Screen(tokenizer, shown.append, False, [])
+    said = [CALLS, CALL, "find", SEPARATOR, '{"a": 1}', CALL_END, CALLS_END]
+    for part in said:
+        ids = [tokenizer.tool_marks[part]] if part in tokenizer.tool_marks else tokenizer.encode(part)
+        screen.add([(0, 0, token) for token in ids])
+    assert "".join(shown) == '[calls find {"a": 1}]\n' and screen.text == "".join(said)
 
 
 def test_old_turns_are_forgotten_when_the_context_is_full(engine):

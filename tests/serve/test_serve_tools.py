@@ -85,6 +85,20 @@ def test_demanded_calls_fit_their_schemas_and_streams_say_the_same(tool_server):
     assert tool_server.settles()
 
 
+def test_a_model_that_decides_for_itself_keeps_to_strict_schemas(tool_server):
+    strict = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    asked = dict(messages=ASK, tools=strict, **FREE)
+    marks = tool_server.models.loaded[tool_server.models.default.name].tokenizer.tool_marks
+    free = tool_server.post("/v1/chat/completions", **asked | {"max_tokens": 20}, seed=1).json()["choices"][0]
+    assert free["message"]["content"] and "tool_calls" not in free["message"]
+    if marks:  # as good as a model that likes to call
+        for seed in range(3):
+            bias = {str(marks[CALLS]): 100}
+            answer = tool_server.post("/v1/chat/completions", **asked, seed=seed, logit_bias=bias).json()
+            choice = ChatReply.model_validate(answer).choices[0]
+            assert choice.finish_reason == "tool_calls" and checked(choice.message.tool_calls)
+
+
 def test_a_call_that_is_cut_and_one_that_breaks_off(tool_server, monkeypatch):
     long = json.loads(json.dumps(TOOLS[:1]))
     long[0]["function"]["parameters"] = {

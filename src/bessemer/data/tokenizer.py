@@ -142,7 +142,12 @@ class Tokenizer:
         if self.chat_template:
             config["chat_template"] = self.chat_template
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
-        (directory / "tokenizer.json").write_text(self._tok.to_str(pretty=True), "utf-8")
+        spec = json.loads(self._tok.to_str())
+        for token in spec[
+            "added_tokens"
+        ]:  # as V3's own file has it: other programs' decoding, too, shows marks of tools
+            token["special"] &= token["content"] not in tools.MARKS
+        (directory / "tokenizer.json").write_text(json.dumps(spec, indent=2, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
 
     @property

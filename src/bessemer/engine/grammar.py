@@ -45,9 +45,10 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return grammar
 
 
-def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int) -> str:
-    """The grammar of an answer that is one to `most` calls of these tools and nothing else. `marks`: the ids of
-    `data.tools.MARKS` where they are tokens. UserError for parameters that cannot be enforced."""
+def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int, free: bool = False) -> str:
+    """The grammar of an answer that is one to `most` calls of these tools and nothing else; `free`: of any text, which
+    such calls may follow. `marks`: the ids of `data.tools.MARKS` where they are tokens, which `free` needs. UserError
+    for parameters that cannot be enforced."""
 
     def mark(name: str) -> str:
         return f"<[{marks[name]}]>" if marks else json.dumps(name, ensure_ascii=False)
@@ -63,9 +64,10 @@ def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int) ->
         _check(_guidance().LLMatcher.grammar_from_lark(f"start: call{number}\n{call}"), f'of the tool "{tool.name}" ')
         rules.append(call)
     names = " | ".join(f"call{number}" for number in range(len(tools)))
+    calls = f"{mark(CALLS)} call{{1,{most}}} {mark(CALLS_END)}"
     # R1 writes two line breaks behind its thought
-    start = f"start: /\\n{{0,2}}/ {mark(CALLS)} call{{1,{most}}} {mark(CALLS_END)}\ncall: {names}\n"
-    return str(_guidance().LLMatcher.grammar_from_lark(start + "\n".join(rules)))
+    start = f"start: /(.|\\n)*/ ({calls})?" if free else f"start: /\\n{{0,2}}/ {calls}"
+    return str(_guidance().LLMatcher.grammar_from_lark("\n".join([start, f"call: {names}", *rules])))
 
 
 class Grammars:

@@ -20,6 +20,7 @@ from rich.cells import cell_len
 
 from bessemer.config.units import show_tokens
 from bessemer.data.chat import Message, render_ids, template_style
+from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.engine.generation import NEW_TOKENS
@@ -28,6 +29,8 @@ from bessemer.errors import UserError
 from bessemer.escape import escaped
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+SIGNS = {CALLS: "", CALL: "[calls ", SEPARATOR: " ", CALL_END: "]\n", CALLS_END: ""}
+"""What stands on the screen for the marks of a call, where they are tokens."""
 COMMANDS = {
     "/continue": "go on with an answer that was cut or stopped",
     "/think": "show the last thought",
@@ -261,6 +264,7 @@ class Screen:
         self.message: Message = {}
         """The answer in the conversation, once it is there."""
         self.think, self.think_end = think_ids(tokenizer)
+        self.signs = {token: SIGNS[mark] for mark, token in tokenizer.tool_marks.items() if mark in SIGNS}
         marks = [i for i in prompt if i in (self.think, self.think_end)]
         self.thought = ""
         self.thinking = self.foldable = self.folded = False
@@ -280,7 +284,7 @@ class Screen:
             if token == self.think:
                 self._begin()
             self.tokens += self.thinking
-            self._put(self.decoder.push(token))
+            self._put(self.decoder.push(token), self.signs.get(token))
             if token == self.think_end and self.thinking:
                 self._put(self.decoder.flush())
                 self.thinking = False
@@ -312,9 +316,9 @@ class Screen:
         self.foldable = not self.text.strip()  # nothing precedes it on the screen
         self._style(True)
 
-    def _put(self, text: str) -> None:
+    def _put(self, text: str, sign: str | None = None) -> None:
         self.text += text
-        shown = escaped(text)
+        shown = escaped(text) if sign is None else sign
         if self.thinking:
             self.thought += shown
         elif self.folded:

@@ -99,7 +99,7 @@ class FunctionSpec(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object; by default any object."""
     strict: bool | None = None
-    """The schema is enforced where tool_choice demands a call, and only there."""
+    """The schema is enforced also where the model decides whether to call, if the marks of calls are tokens."""
 
 
 class ToolSpec(Body):

@@ -1,8 +1,9 @@
 """Tools of a chat: which ones the model may or must call, the conversation with their outputs, and calls in answers.
 
 Calls and outputs are text (`data.tools`), so this works with every model and every template. A call that the request
-demands (`tool_choice` "required" or a function) is enforced token by token, its arguments by their schema; a model that
-decides for itself may write anything, and its arguments are passed on as they are, which is OpenAI's way.
+demands (`tool_choice` "required" or a function) is enforced token by token, its arguments by their schema. Where the
+model decides for itself, so are arguments of `strict` functions, if the marks of calls are tokens, since only then is
+it certain where a call begins. All others are passed on as the model wrote them, which is OpenAI's way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tool_calls import MOST_CALLS, CallParser, CallPiece
 from bessemer.data.tools import Message, Tool, read_tools
 from bessemer.engine.grammar import calls_grammar
+from bessemer.engine.sequence import think_ids
 from bessemer.errors import UserError
 from bessemer.serve.protocol import ChatRequest, NamedTool, ToolSpec, Turn, invalid
 
@@ -33,6 +35,8 @@ class ToolUse(NamedTuple):
     """One of these must be called; empty: the model decides."""
     several: bool = True
     """An answer may make more than one call."""
+    strict: frozenset[str] = frozenset()
+    """Names of those whose arguments fit their schema wherever that can be enforced."""
 
 
 def tool_use(body: ChatRequest) -> ToolUse:
@@ -46,8 +50,9 @@ def tool_use(body: ChatRequest) -> ToolUse:
         name = choice.function.name if isinstance(choice, NamedTool) else ""
         what = f"tool_choice names the tool {name[:80]!r}, which" if name else "tool_choice demands a call, which"
         raise invalid(f"{what} is not among the tools" if name else f"{what} needs tools", "tool_choice")
-    # a named function is called once, as OpenAI does it
-    return ToolUse(tools, forced, body.parallel_tool_calls is not False and not isinstance(choice, NamedTool))
+    several = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)  # OpenAI calls that one once
+    strict = frozenset(spec.function.name for spec in body.tools or () if spec.function.strict and tools)
+    return ToolUse(tools, forced, several, strict)
 
 
 def tools_of(specs: Sequence[ToolSpec]) -> tuple[Tool, ...]:
@@ -59,12 +64,15 @@ def tools_of(specs: Sequence[ToolSpec]) -> tuple[Tool, ...]:
 
 
 async def grammar(use: ToolUse, tokenizer: Tokenizer) -> str:
-    """The grammar of an answer that must call a tool; empty where it need not."""
-    if not use.forced:
-        return ""
-    most = MOST_FORCED if use.several else 1
+    """The grammar of an answer that must call a tool or that may call a strict one; empty for any other."""
+    marks = tokenizer.tool_marks
+    tools, free = use.forced, not use.forced
+    if free:
+        if not use.strict or not marks or None in think_ids(tokenizer):
+            return ""
+        tools = tuple(tool if tool.name in use.strict else Tool(tool.name) for tool in use.tools)
     try:
-        return await asyncio.to_thread(calls_grammar, use.forced, tokenizer.tool_marks, most)
+        return await asyncio.to_thread(calls_grammar, tools, marks, MOST_FORCED if use.several else 1, free)
     except UserError as error:
         raise invalid(str(error), "tools") from None
 
