@@ -90,7 +90,8 @@ def conversational(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_none(value: Any) -> Any:
-    """Parquet gives every message every key, with None where the record had none; so it does inside of its calls."""
+    """Parquet gives every message every key, with None where the record had none; so it does inside of its calls, where
+    only arguments that are text keep a null."""
     if isinstance(value, dict):
         return {key: without_none(one) for key, one in value.items() if one is not None}
     return [without_none(one) for one in value] if isinstance(value, list) else value

@@ -143,9 +143,8 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
         spec = json.loads(self._tok.to_str())
-        for token in spec[
-            "added_tokens"
-        ]:  # as V3's own file has it: other programs' decoding, too, shows marks of tools
+        for token in spec["added_tokens"]:
+            # As in V3's own file: decoding shows marks of tools in other programs, too.
             token["special"] &= token["content"] not in tools.MARKS
         (directory / "tokenizer.json").write_text(json.dumps(spec, indent=2, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")

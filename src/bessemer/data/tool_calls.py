@@ -6,8 +6,8 @@ depth and number are bounded, and what is no call is reported as such, in its pl
 Invariants
 - The pieces of `CallParser` are the same however the text is cut.
 - A mark inside a thought calls nothing, and neither does one of a call outside `<｜tool▁calls▁begin｜>` and its end.
-- The names and arguments of all pieces joined are those of `parse_calls`. No text is lost: what stands around calls is
-  content, what cannot be one is a `BrokenCall`.
+- The names and arguments of all pieces joined are those of `parse_calls`. No text but blanks between calls is lost:
+  what stands around calls is content, what cannot be one is a `BrokenCall`.
 """
 
 import json

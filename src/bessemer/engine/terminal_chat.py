@@ -20,8 +20,8 @@ from rich.cells import cell_len
 
 from bessemer.config.units import show_tokens
 from bessemer.data.chat import Message, render_ids, template_style
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.engine.generation import NEW_TOKENS
 from bessemer.engine.sequence import think_ids
