@@ -130,7 +130,14 @@ def test_a_call_that_is_cut_and_one_that_breaks_off(tool_server, monkeypatch):
             model=tool_server.models.default.name, messages=ASK, tools=TOOLS, tool_choice="required", stream=True
         ))  # fmt: skip
     monkeypatch.undo()
-    assert tool_server.settles()
+    endless = long[0]["function"]["parameters"]["properties"]["text"] | {"minLength": 3000}
+    long[0]["function"]["parameters"]["properties"]["text"] = endless
+    with client(tool_server).chat.completions.create(
+        model=tool_server.models.default.name, messages=ASK, tools=long, tool_choice="required", stream=True,
+        extra_body={"thinking": False},
+    ) as stream:  # fmt: skip
+        next(chunk for chunk in stream if chunk.choices[0].delta.tool_calls)
+    assert tool_server.settles(), "a client that goes away frees its slot"
 
 
 def test_outputs_reach_the_model_in_the_order_of_their_calls(tool_server):
