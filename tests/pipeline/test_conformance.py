@@ -69,7 +69,7 @@ OAOOOPAPAAOOOOOO Language consistency reward
 OOOOOSSPSSAOOOOO Rejection sampling: correct and readable answers
 OOOOOAAPAAOOOOOO Reward models: helpful by pairs, harmless by labels
 OOOOOSSPSSOOOOOO Preference rewards only at the end
-OOOOOOOPOAAOOOOO Distillation: SFT of a smaller model on checked samples
+OOOOOOOPAAAOOOOO Distillation: SFT of a smaller model on checked samples
 OAOAOSSPSSAAAOAA Evaluation by sampling
 """
 """One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
