@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the tests; both in the versions of constraints.txt. Our own package is built with the setuptools of the lock.
 INSTALL := $(PIP) --require-hashes --no-deps -r requirements.lock && $(PIP) --no-build-isolation -c constraints.txt
 
-.PHONY: demo test lint types coverage clean
+.PHONY: demo test lint types coverage site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/bessemer run tiny
@@ -29,6 +29,11 @@ types: $(VENV)/.dev
 coverage: $(VENV)/.dev
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+# The documentation as a site, in build/site/site; links are checked.
+site: $(VENV)/.dev
+	$(BIN)/python .ci/site_pages.py build/site
+	cd build/site && ../../$(BIN)/zensical build --strict
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -4,6 +4,7 @@
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_the_readme_is_short_and_both_languages_say_the_same():
     ]
     assert targets[0] == targets[1]
     assert english.count("\n## ") == chinese.count("\n## ") and english.count("\n|") == chinese.count("\n|")
+
+
+def test_the_site_s_pages_have_links_that_lead_somewhere(tmp_path):
+    """Every link of the site is that of a file here, brought to where its target is there."""
+    command = [sys.executable, ROOT / ".ci" / "site_pages.py", tmp_path / "site"]
+    subprocess.run(command, check=True, capture_output=True)
+    pages = tmp_path / "site" / "docs"
+    written = (pages / "walkthrough.md").read_text(encoding="utf-8")
+    path, line = re.search(r"\[`Trainer\.update`\]\(([^()#]+)#__codelineno-0-(\d+)\)", written).groups()
+    fence = (pages / path).read_text(encoding="utf-8").partition('linenums="1"\n')[2]
+    assert "def update(" in fence.splitlines()[int(line) - 1]
+    assert "](guide/gpus.md#gpus)" in (pages / "index.md").read_text(encoding="utf-8")
+    assert "guide/gpus.md" in (tmp_path / "site" / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def found_at(name: str, path: str) -> int:

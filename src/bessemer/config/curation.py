@@ -34,7 +34,7 @@ class SourceTable(ConfigTable):
     name: str
     """Name in reports, folders and --set."""
     source: str = Field(alias="from")
-    """A registered source, hf://owner/name[/config][#split], or a file, folder or pattern (data/**/*.jsonl.gz) of
+    """A registered source, `hf://owner/name[/config][#split]`, or a file, folder or pattern (`data/**/*.jsonl.gz`) of
     .jsonl, .txt, .parquet, .html, .warc and .wet files, also .gz and .zst."""
     domain: str
     """english, chinese, code, mathematics, or a name of your own."""

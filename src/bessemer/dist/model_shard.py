@@ -47,7 +47,7 @@ class ModelShard:
         keep_experts(model, mesh.experts)
         table = self.table(schedules.least(schedule, mesh.layout.pp))
         self.place = table.place
-        """Pipeline rank of stage s in lane l: place[l][s]."""
+        """Pipeline rank of stage s in lane l: `place[l][s]`."""
         self.exchange, self.context = mesh.exchange(), mesh.context()
         """The exchange is None where every rank has all experts."""
         whole = mesh.layout.ep == mesh.layout.cp == 1

@@ -52,7 +52,7 @@ class Table:
     name: str
     stages: int
     place: tuple[tuple[int, ...], ...]
-    """Rank of stage s in lane l: place[l][s]."""
+    """Rank of stage s in lane l: `place[l][s]`."""
     micro: int
     """Micro-batches of all lanes together."""
     steps: tuple[tuple[Step, ...], ...]

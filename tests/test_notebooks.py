@@ -1,0 +1,26 @@
+"""The notebooks run from the first cell to the last, and say what they said when they were written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
+EXACT = "a_dualpipe_table"  # whole numbers and their ratios, so the same on every machine
+
+
+def said(book, exact):
+    """The text of every cell, in how many pieces it may come; of numbers that rounding decides, that they are there."""
+    cells = (cell for cell in book.cells if cell.cell_type == "code")
+    texts = ["".join(out.get("text") or out["data"]["text/plain"] for out in cell.outputs) for cell in cells]
+    return texts if exact else [re.sub(r"-?\d[\d.,]*(e-?\d+)?", "#", text) for text in texts]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebook(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    written, again = (nbformat.read(file, 4) for _ in range(2))
+    nbclient.NotebookClient(again, timeout=120, kernel_name="python3").execute()
+    exact = file.stem == EXACT
+    assert said(again, exact) == said(written, exact)
