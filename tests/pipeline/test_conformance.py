@@ -10,6 +10,7 @@ from bessemer.hf import hub
 from bessemer.model.config import preset
 from bessemer.pipeline import conformance
 from bessemer.pipeline.conformance import ITEMS, rows
+from bessemer.pipeline.schedule_shapes import shape
 from bessemer.runs.directory import CONFORMANCE_STATES
 
 ROOT = Path(__file__).parents[2]
@@ -275,11 +276,11 @@ def test_every_item_flips():
 
 
 def test_schedules_in_words():
-    assert conformance._shape(Points(3.0)) == ["constant"]
-    assert conformance._shape(Points([[0, 0.0], [2, 1.0], [4, 1.0], [4, 0.5], [8, 0.1]])) == [
+    assert shape(Points(3.0)) == ["constant"]
+    assert shape(Points([[0, 0.0], [2, 1.0], [4, 1.0], [4, 0.5], [8, 0.1]])) == [
         "warm-up", "constant", "step", "linear"
     ]  # fmt: skip
-    assert conformance._shape(Points([[0, 2.0], [4, 0.1], [8, 0.05]])) == ["falling"]
+    assert shape(Points([[0, 2.0], [4, 0.1], [8, 0.05]])) == ["falling"]
 
 
 def test_two_ranks_of_pipeline_do_not_run_dualpipe_in_small_steps():

@@ -9,153 +9,16 @@ when that file differs or an entry points nowhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points, show_tokens
 from bessemer.dist import distributed, schedules
 from bessemer.model.config import ModelConfig
-from bessemer.runs.directory import CONFORMANCE_STATES
+from bessemer.pipeline.conformance_item import ANY, IMPORTED, Found, Item, Read, RecipeFacts
+from bessemer.pipeline.schedule_shapes import corners, levels, shape
 from bessemer.train import lineage
-from bessemer.train.setup import model_config
-
-
-class RecipeFacts:
-    """The recipe and its model, for the items."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        first = recipe.stages[0]
-        imported = lineage.config_of(recipe, first.name) if first.kind == "import" else None
-        self.model: ModelConfig = imported or model_config(recipe)
-        self.foreign = first.kind == "import" and imported is None
-        """Whether the recipe begins with a model of another family, or one that only its import will tell."""
-
-    def stages(self, kind: str) -> list[Any]:
-        return [stage for stage in self.recipe.stages if stage.kind == kind]
-
-    def chain(self, name: str) -> list[Any]:
-        """A stage and what its model was trained by before, the first stage last."""
-        found = []
-        while name:
-            found.append(self.recipe.stage(name))
-            name = found[-1].source or ""
-        return found
-
-    def base(self, name: str) -> str:
-        """The stage that a stage's model began in."""
-        return first.name if (first := lineage.origin(self.recipe, name)) is not None else name
-
-    def after_sft(self, name: str) -> bool:
-        return any(stage.kind == "sft" for stage in self.chain(name))
-
-    def authors(self, sft: Any) -> list[Any]:
-        """The stages whose answers an SFT stage is trained on."""
-        return [self.recipe.stage(name) for name in sft.samples]
-
-    def is_distillation(self, sft: Any) -> bool:
-        """Whether an SFT stage is trained on another model's checked answers, with no RL after it (R1 2.4)."""
-        rejected = any(author.kind == "reject" for author in self.authors(sft))
-        return rejected and all(stage.source != sft.name for stage in self.stages("rl"))
-
-    def cold_starts(self) -> list[Any]:
-        """The stages that wrote what the first SFT before RL is trained on."""
-        starts = {stage.source for stage in self.stages("rl")}
-        return next((self.authors(stage) for stage in self.stages("sft") if stage.name in starts and stage.samples), [])
-
-
-Found = list[Any] | str
-"""The tables that hold an item's values, or why there are none."""
-ABSENT = "no such stage"
-IMPORTED = "the imported model's own"
-ANY = "undocumented"
-"""A published value that the paper does not state; no value differs from it."""
-
-
-class Read(NamedTuple):
-    """A published value that is no key of the table."""
-
-    published: Any
-    of: Callable[[RecipeFacts, Any], Any]
-
-
-@dataclass(frozen=True)
-class Item:
-    item: str
-    section: str
-    text: str
-    """How the values are shown, the paper's and the run's."""
-    found: Callable[[RecipeFacts], Found]
-    code: str
-    """File under src/bessemer."""
-    test: str
-    """File under tests."""
-    choices: Mapping[str, Any] = field(default_factory=dict)
-    """Key of the table, or name -> `Read`: published value. A range or a frozenset holds several."""
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    """The same for what scales with the model."""
-    on: Callable[[dict[str, Any]], bool] = lambda values: True
-    """Whether values are those of the mechanism at all."""
-    paper: str = ""
-    """The paper's words, where its values in `text` would not say it."""
-    best: bool = False
-    """Of several tables, take the nearest to the paper, because they differ on purpose. Else the farthest."""
-
-    def published(self) -> str:
-        values = {**self.choices, **self.sizes}
-        return self.paper or self._show({key: v.published if isinstance(v, Read) else v for key, v in values.items()})
-
-    def status(self, facts: RecipeFacts) -> tuple[str, str]:
-        """(state, values as text) of a run."""
-        tables = self.found(facts)
-        if isinstance(tables, str) or not tables:
-            return "off", tables if isinstance(tables, str) else ABSENT
-        judged = [(*self._judge(facts, table), getattr(table, "name", "")) for table in tables]
-        pick = min if self.best else max
-        state, text, name = pick(judged, key=lambda one: CONFORMANCE_STATES.index(one[0]))
-        return state, f"{name}: {text}" if len({text for _, text, _ in judged}) > 1 else text
-
-    def _judge(self, facts: RecipeFacts, table: Any) -> tuple[str, str]:
-        values: dict[str, Any] = {}
-        equal = {}
-        for key, entry in {**self.choices, **self.sizes}.items():
-            published, read = entry if isinstance(entry, Read) else (entry, None)
-            values[key] = read(facts, table) if read else getattr(table, key)
-            equal[key] = _same(values[key], published)
-        if not self.on(values):
-            state = "off"
-        elif not all(equal[key] for key in self.choices):
-            state = "adapted"
-        else:
-            state = "as published" if all(equal.values()) else "scaled"
-        return state, self._show(values)
-
-    def _show(self, values: dict[str, Any]) -> str:
-        return self.text.format_map({key: _show(value) for key, value in values.items()})
-
-
-def _same(value: Any, published: Any) -> bool:
-    if published is ANY:
-        return True
-    if isinstance(published, range | frozenset):
-        return value in published
-    return math.isclose(value, published, rel_tol=1e-6) if isinstance(published, float) else bool(value == published)
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "by the data"
-    if isinstance(value, Points):
-        texts = [f"{y:g} at {show_tokens(at)}" for at, y, *_ in value.plain()]
-        return f"{value.values[0]:g}" if len(texts) == 1 else ", ".join(texts)
-    if isinstance(value, range | frozenset):
-        return f"{_show(min(value))} to {_show(max(value))}"
-    if isinstance(value, list):
-        return ", ".join(map(_show, value))
-    return f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _stages(
@@ -187,50 +50,6 @@ def _pretrain(facts: RecipeFacts) -> list[Any]:
 
 _rl = _stages("rl")
 _sft = _stages("sft", lambda f, s: not f.is_distillation(s))
-
-
-def _levels(points: Points) -> list[float]:
-    """The values of a step function, in order."""
-    return [value for n, value in enumerate(points.values) if not n or value != points.values[n - 1]]
-
-
-Point = tuple[float, float]
-
-
-def _pieces(points: Points) -> list[tuple[str, Point, Point]]:
-    """A schedule as (word, first point, last point). Pieces that fall one after the other are one curve."""
-    pieces: list[tuple[str, Point, Point]] = []
-    ends: list[Point] = list(zip(points.tokens, points.values, strict=True))
-    for left, right in pairwise(ends):
-        level = "constant" if left[1] == right[1] else "warm-up" if left[1] < right[1] else "falling"
-        word = "step" if left[0] == right[0] else level
-        if word == "falling" and pieces and pieces[-1][0] == word:
-            left = pieces.pop()[1]
-        pieces.append((word, left, right))
-    return [(_curve(points, left, right) if word == "falling" else word, left, right) for word, left, right in pieces]
-
-
-def _curve(points: Points, left: Point, right: Point) -> str:
-    """The name of a falling curve, by its quarter points."""
-
-    def near(course: Callable[[float], float]) -> bool:
-        tokens, fall = right[0] - left[0], left[1] - right[1]
-        quarters = (0.25, 0.5, 0.75)
-        return all(abs(points(left[0] + x * tokens) - right[1] - course(x) * fall) < 0.02 * fall for x in quarters)
-
-    if near(lambda x: (1 + math.cos(math.pi * x)) / 2):
-        return "cosine"
-    return "linear" if near(lambda x: 1 - x) else "falling"
-
-
-def _shape(points: Points) -> list[str]:
-    return [word for word, *_ in _pieces(points)] or ["constant"]
-
-
-def _corners(points: Points) -> Points:
-    """The points between pieces."""
-    ends = [list(end) for _, *both in _pieces(points) for end in both]
-    return Points([end for n, end in enumerate(ends) if not n or end != ends[n - 1]] or points)
 
 
 V3_LR = Points([
@@ -274,9 +93,7 @@ def _lengths(facts: RecipeFacts, first: Any) -> str:
 
 
 def _extension_rate(facts: RecipeFacts, first: Any) -> str:
-    return next(
-        (" ".join(shape) for x in facts.stages("extend") if (shape := _shape(x.lr)) != ["constant"]), "constant"
-    )
+    return next((" ".join(found) for x in facts.stages("extend") if (found := shape(x.lr)) != ["constant"]), "constant")
 
 
 def _template(facts: RecipeFacts, rl: Any) -> str:
@@ -336,7 +153,7 @@ ITEMS: tuple[Item, ...] = (
          "model/layer.py", "model/test_hub_parity.py", sizes=dict(n_dense_layers=3, n_layers=61),
          on=lambda v: 0 < v["n_dense_layers"] < v["n_layers"]),
     Item("Bias balancing, MTP layers included", "V3 2.1.2, 4.2", "gamma {gamma}", _pretrain,
-         "train/balance.py", "train/test_balance.py", dict(levels=Read([0.001, 0.0], lambda f, s: _levels(s.gamma))),
+         "train/balance.py", "train/test_balance.py", dict(levels=Read([0.001, 0.0], lambda f, s: levels(s.gamma))),
          dict(gamma=Points([[0, 0.001], ["14.3T", 0.001], ["14.3T", 0.0]])), on=lambda v: max(v["levels"]) > 0),
     Item("Sequence-wise balance loss", "V3 2.1.2", "alpha {balance_alpha}", _pretrain,
          "train/objective.py", "train/test_objective.py", dict(balance_alpha=1e-4),
@@ -344,7 +161,7 @@ ITEMS: tuple[Item, ...] = (
     Item("No token dropping", "V3 2.1.2", "none dropped", _model, "model/moe.py", "model/test_model_gate.py"),
     Item("Multi-token prediction", "V3 2.2", "depth {depth}, lambda {mtp_lambda}", _pretrain,
          "model/transformer.py", "model/test_hub_mtp.py",
-         dict(depth=Read(1, lambda f, s: f.model.n_mtp), levels=Read([0.3, 0.1], lambda f, s: _levels(s.mtp_lambda))),
+         dict(depth=Read(1, lambda f, s: f.model.n_mtp), levels=Read([0.3, 0.1], lambda f, s: levels(s.mtp_lambda))),
          dict(mtp_lambda=Points([[0, 0.3], ["10T", 0.3], ["10T", 0.1]])),
          on=lambda v: v["depth"] > 0 and max(v["levels"]) > 0),
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "{optimizer}, {betas}, decay {weight_decay}, clip {clip}", _pretrain,
@@ -352,11 +169,11 @@ ITEMS: tuple[Item, ...] = (
          dict(optimizer="adamw", weight_decay=0.1, clip=1.0, betas=Read([0.9, 0.95], lambda f, s: list(s.betas)))),
     Item("Learning rate over consumed tokens", "V3 4.2", "{shape}: {lr}; {tokens} tokens", _pretrain,
          "config/units.py", "pipeline/test_recipe_values.py",
-         dict(shape=Read(_shape(V3_LR), lambda f, s: _shape(s.lr))),
-         dict(lr=Read(_corners(V3_LR), lambda f, s: _corners(s.lr)),
+         dict(shape=Read(shape(V3_LR), lambda f, s: shape(s.lr))),
+         dict(lr=Read(corners(V3_LR), lambda f, s: corners(s.lr)),
               tokens=Read("14.8T", lambda f, s: show_tokens(s.tokens)))),
     Item("Batch size over consumed tokens", "V3 4.2", "{batch_rows} rows", _pretrain,
-         "train/trainer.py", "train/test_trainer.py", dict(shape=Read(["warm-up"], lambda f, s: _shape(s.batch_rows))),
+         "train/trainer.py", "train/test_trainer.py", dict(shape=Read(["warm-up"], lambda f, s: shape(s.batch_rows))),
          dict(batch_rows=Points([[0, 3072], ["469B", 15360]])), on=lambda v: v["shape"] != ["constant"]),
     Item("Initialisation", "V3 4.2", "std {init_std} at width {dim}", _model,
          "model/transformer.py", "model/test_model_network.py", sizes=dict(init_std=0.006, dim=7168)),
