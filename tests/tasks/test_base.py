@@ -24,13 +24,25 @@ for name in names():
 """
 
 
-FIXED = ["arithmetic", "code", "countdown", "general", "logic", "sums", "words"]
-OURS = ["arithmetic", "countdown", "logic", "sums", "words"]
+FIXED = ["arithmetic", "code", "countdown", "general", "logic", "products", "sums", "words"]
+OURS = ["arithmetic", "countdown", "logic", "products", "sums", "words"]
 
 
 def test_names_and_get():
     assert names() == sorted(
-        [*FIXED, "choice:PATH", "code:PATH", "general:PATH", "gsm8k:PATH", "gym:NAME", "jsonl:PATH", "puzzle:PATH"]
+        [
+            *FIXED,
+            "choice:PATH",
+            "code:PATH",
+            "env:URL",
+            "general:PATH",
+            "gsm8k:PATH",
+            "gym:NAME",
+            "jsonl:PATH",
+            "puzzle:PATH",
+            "tools:NAMES:TASK",
+            "verifiers:NAME",
+        ]
     )
     assert all(get(name).name == name for name in FIXED)
 

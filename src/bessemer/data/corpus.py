@@ -211,7 +211,10 @@ def tokenise(
     plain = encoder.encode_batch([document.text for document in documents])
     for document, ids in zip(documents, plain, strict=True):
         split = "heldout" if is_heldout(document.text, heldout) else "train"
-        inner = augment(document.text, ids) if split == "train" else ids
+        if document.spoken and document.messages is not None:
+            inner: Sequence[int] | np.ndarray = encoder.conversation(document.messages)
+        else:
+            inner = augment(document.text, ids) if split == "train" else ids
         yield document, split, np.concatenate([encoder.opening, inner, encoder.ending], dtype=np.int32)
 
 

@@ -52,6 +52,8 @@ class Document:
     """The messages before the last are a prompt: no answer in them is learnt."""
     tools: tuple[Tool, ...] = ()
     """What the assistant of the conversation may call."""
+    spoken: bool = False
+    """In a corpus, too, the messages are encoded as a conversation, with its control tokens."""
 
 
 def read_files(path: Path, domain: str) -> Iterator[Document]:

@@ -32,6 +32,7 @@ from itertools import chain
 
 import numpy as np
 
+from bessemer.data import chat
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
 NEW = 255
@@ -91,6 +92,11 @@ class Encoder:
             raise
         whole = [[next(encoded) if isinstance(part, str) else part for part in parts] for parts in split]
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in whole]
+
+    def conversation(self, messages: Sequence[chat.Message]) -> list[int]:
+        """The ids of a conversation without those at start and end of a document."""
+        ids = chat.render_ids(self._tokenizer, messages, add_generation_prompt=False)
+        return ids[len(self.opening) : -len(self.ending)]
 
     def _split(self, text: str) -> Iterator[str | np.ndarray]:
         """The text between added tokens, and their ids; at least one span."""

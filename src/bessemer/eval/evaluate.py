@@ -47,7 +47,7 @@ def evaluate(
         | scoring.evaluate(
             engine, shots.encoder(engine.tokenizer, task, context - max_new_tokens), task,
             problems=min(problems, task.size("test") or problems), samples=samples, k=k,
-            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
+            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
         )
         | shots.facts()
         for task in chosen

@@ -23,6 +23,8 @@ A row is one model on one task at one way of sampling:
     reasons                {verdict: answers}
     shots, shot_kind       examples before each question, and what they are (`shots.py`); absent without any
     prefix                 text before every question; absent without one
+    turns, called, failed  of an environment: the model's turns per episode, the share of episodes in which a tool
+                           answered, and the number that the environment failed, which count as wrong
 A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as
 the rates are, where the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests
 of the call that lost ids on the left). Its samples and k are 1, its intervals are Wilson's.
@@ -33,10 +35,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.generation import Completion, Prompt
+from bessemer.engine.episodes import Generates, Outcome, PlayedEpisode, played
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
@@ -46,18 +48,6 @@ from bessemer.train.setup import batch_rows
 FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")
 
 
-class Generator(Protocol):
-    """What generates the answers: an `Engine`, or a sampler of RL."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, seeds: Sequence[int], temperature: float, top_p: float,
-        max_new_tokens: int, batch_rows: int,
-    ) -> list[list[Completion]]: ...  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Answer:
     """One sample as it is judged: with the start that its prompt already contains."""
@@ -65,10 +55,12 @@ class Answer:
     text: str
     tokens: int | None = None
     finish_reason: str | None = None
+    episode: PlayedEpisode | None = None
+    """Of an environment, with its verdict; `text` is its last turn."""
 
 
 def evaluate(
-    engine: Generator,
+    engine: Generates,
     encode: Callable[[Problem], list[int]],
     task: Task,
     *,
@@ -79,23 +71,29 @@ def evaluate(
     max_new_tokens: int = 160,
     seed: int = 0,
     k: int | None = None,
+    context: int = 0,
+    once: Callable[[Callable[[], Any]], Any] = lambda make: make(),
 ) -> dict[str, Any]:
-    """One evaluation row over problems 0..problems-1 of the test split."""
+    """One evaluation row over problems 0..problems-1 of the test split; `context` and `once` as in `Play`, for
+    environments."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}: choose between 1 and the {samples} samples per problem")
     chosen = heldout(task, problems)
     seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
-    groups = engine.generate(
-        [encode(problem) for problem in chosen], samples=samples, seeds=seeds, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, batch_rows=batch_rows(problems * samples),
+    _, groups = played(
+        engine, [(task, problem) for problem in chosen], encode, samples=samples, seeds=seeds, cap=max_new_tokens,
+        context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
-    answers = [[answer_of(completion, engine.tokenizer.opening) for completion in group] for group in groups]
+    answers = [[answer_of(outcome, engine.tokenizer.opening) for outcome in group] for group in groups]
     return judge(task, chosen, answers, k=k, temperature=temperature, top_p=top_p, seed=seed)
 
 
-def answer_of(completion: Completion, opening: str) -> Answer:
-    return Answer(opening + completion.text, len(completion.tokens), completion.finish_reason)
+def answer_of(outcome: Outcome, opening: str) -> Answer:
+    if isinstance(outcome, Completion):
+        return Answer(opening + outcome.text, len(outcome.tokens), outcome.finish_reason)
+    tokens = sum(turn.tokens for turn in outcome.turns if turn.role == "assistant")
+    return Answer(opening + outcome.completion.text, tokens, outcome.completion.finish_reason, outcome)
 
 
 def judge(
@@ -110,7 +108,8 @@ def judge(
 ) -> dict[str, Any]:
     """The evaluation row of the answers to each problem, at least k. `seed` is that of the intervals."""
     verdicts = [
-        [task.verify(problem, answer.text) for answer in group] for problem, group in zip(problems, groups, strict=True)
+        [task.verify(problem, one.text) if one.episode is None else one.episode.verdict for one in group]
+        for problem, group in zip(problems, groups, strict=True)
     ]
     score = metrics.score(verdicts, k, seed)
     answers = [answer for group in groups for answer in group]
@@ -145,6 +144,19 @@ def judge(
         "language_consistency": sum(consistent) / len(consistent),
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
+        **_of_episodes([answer.episode for answer in answers if answer.episode is not None]),
+    }
+
+
+def _of_episodes(episodes: Sequence[PlayedEpisode]) -> dict[str, Any]:
+    """Further keys of an environment's row."""
+    if not episodes:
+        return {}
+    spoken = [[turn.role for turn in episode.turns] for episode in episodes]
+    return {
+        "turns": sum(roles.count("assistant") for roles in spoken) / len(spoken),
+        "called": sum("tool" in roles for roles in spoken) / len(spoken),
+        "failed": sum(bool(episode.failure) for episode in episodes),
     }
 
 

@@ -19,6 +19,7 @@ from bessemer.config.training import ExtendConfig, PretrainConfig
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Probe, find_kind
+from bessemer.tasks.environment import Environment
 from bessemer.train import setup
 
 
@@ -125,6 +126,13 @@ def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Ite
             return f"{name}: {size:,} problems, {share:,.0f} asked for, each {share / size:.3g} times"
 
         yield of_key(key, probe)
+
+
+def refuse_environments(stage: str, names: Collection[str], what: str) -> None:
+    """UserError where one of these tasks is an environment, which `what` cannot serve."""
+    for name in names:
+        if isinstance(tasks.get(name), Environment):
+            raise UserError(f'stage "{stage}": {name} has episodes of several turns, and {what}')
 
 
 def context_of(recipe: Recipe, name: str | None) -> int | None:

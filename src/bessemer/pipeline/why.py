@@ -81,5 +81,5 @@ def _answers(folder: Path, config: RLConfig, problems: TaskProblems, samples: in
     return rollout.sample(
         engine, problems, lambda problem: question_ids(tokenizer, problem.prompt), samples=samples, seed=seed,
         needs_format=config.accuracy_needs_format, temperature=config.temperature, max_new_tokens=cap,
-        batch_rows=setup.batch_rows(len(problems) * samples),
+        batch_rows=setup.batch_rows(len(problems) * samples), context=model.cfg.max_seq_len,
     )  # fmt: skip

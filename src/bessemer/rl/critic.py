@@ -78,11 +78,11 @@ class Critic:
         batches = rollout.to_batches(rows, self.pad_id, tokens, "token", n_pipelines)
         sizes = [batch.n_loss_tokens for batch in batches]
         for part, value_N in zip(parts, self._values(batches, sizes), strict=True):
-            lengths = [len(row.completion.tokens) for row in part]
+            lengths = [len(row.trained_N) for row in part]
             for row, own in zip(part, value_N.split(lengths), strict=True):
                 row.values = own.tolist()
         value_RL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.values) for row in rows], batch_first=True)
-        length_R = torch.tensor([len(row.completion.tokens) for row in rows])
+        length_R = torch.tensor([len(row.trained_N) for row in rows])
         reward_RL = torch.zeros(value_RL.shape, dtype=torch.float64)
         reward_RL[torch.arange(len(rows)), length_R - 1] = torch.tensor([row.reward for row in rows]).double()
         if self.settings.kl_in_reward:
@@ -202,7 +202,7 @@ def _by_row(rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]
     """One number for every token of `rows`, [R, L]; `parts` are the rows of each batch, `numbers` theirs."""
     of_row = {}
     for part, number_N in zip(parts, numbers, strict=True):
-        for row, own in zip(part, number_N.split([len(row.completion.tokens) for row in part]), strict=True):
+        for row, own in zip(part, number_N.split([len(row.trained_N) for row in part]), strict=True):
             of_row[id(row)] = own
     return torch.nn.utils.rnn.pad_sequence([of_row[id(row)] for row in rows], batch_first=True).double()
 

@@ -88,8 +88,9 @@ class Loop:
         self.sampler = self._make_sampler(engine)
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
-            settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once
-        )
+            settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once,
+            self.policy.model.cfg.max_seq_len,
+        )  # fmt: skip
         self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
         self.correction: importance.ImportanceCorrection | None = None
         if settings.correction != "none":
@@ -212,6 +213,9 @@ class Loop:
     def _rollout(self, number: int) -> tuple[Rollout, dict[str, float]]:
         """One rollout and its updates, with its metrics."""
         rollout = self.queue.take(number)
+        if failures := [row.failure for group in rollout.groups for row in group if row.failure]:
+            total = sum(map(len, rollout.groups))
+            self.ctx.say(f"rollout {number}: {len(failures)} of {total} episodes failed, left out: {failures[0]}")
         staleness = self.trainer.step - rollout.step
         filtering = {} if self.difficulty is None else self.difficulty.update(rollout.selection)
         if self.export is not None:

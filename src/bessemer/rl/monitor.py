@@ -57,7 +57,8 @@ FORM_ONLY = 10.0
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all samples of a rollout; accuracy over the samples with a verifier, if any."""
-    rows = [row for group in groups for row in group]
+    asked = [row for group in groups for row in group]
+    rows = [row for row in asked if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
     thoughts = [thought(row.answer).strip() for row in rows]
@@ -66,7 +67,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/reward": _mean(row.reward for row in rows),
         "rl/accuracy": _mean(row.verdict.correct for row in verified),
         "rl/format": _mean(row.verdict.formatted for row in rows),
-        "rl/length": _mean(len(row.completion.tokens) for row in rows),
+        "rl/length": _mean(row.length for row in rows),
         "rl/think_share": _mean(bool(text) for text in thoughts),
         "rl/language": _mean(row.language for row in rows),
         "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
@@ -75,10 +76,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
-    if kept := [row.completion.kept.count_T for row in rows if row.completion.kept is not None]:
+    if kept := [row.completion.kept.count_T[row.trained_N] for row in rows if row.completion.kept is not None]:
         values["rl/kept_tokens"] = float(torch.cat(kept).float().mean())
     if preferences:
         values["rl/preference"] = _mean(preferences)
+    if episodes := [row.turns for row in rows if row.turns is not None]:
+        values["rl/turns"] = _mean(sum(role == rollout.MODEL for role, _, _ in turns) for turns in episodes)
+        values["rl/observed"] = _mean(sum(n for role, n, _ in turns if role != rollout.MODEL) for turns in episodes)
+        values["rl/episodes_failed"] = len(asked) - len(rows)
     return values | _trace_metrics(rows)
 
 
@@ -172,6 +177,8 @@ class Evaluator:
             top_p=settings.top_p,
             max_new_tokens=cap,
             seed=self.ctx.seed,
+            context=generator.context,
+            once=generator.once,
         )
 
     def _probe(self, cap: int) -> None:
@@ -188,15 +195,26 @@ class Evaluator:
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             max_new_tokens=cap,
+            context=generator.context,
+            once=generator.once,
         )
         generator.reward.score(groups, cap, generator.reward_models)
         self.ctx.rollouts([_line(row, step) for group in groups for row in group])
         for group in groups[:2]:
-            text = f"User: {group[0].problem.prompt}\nAssistant:{group[0].answer}"
+            text = f"User: {group[0].problem.prompt}\nAssistant:{_transcript(group[0])}"
             self.ctx.sample(step, self.trainer.tokens, text, title=group[0].verdict.reason)
 
 
+def _transcript(row: ScoredSample) -> str:
+    """The answer, of an episode all that was said after the question."""
+    if row.turns is None:
+        return row.answer
+    names = {rollout.MODEL: "Assistant:", "tool": "Tool: ", "user": "User: "}
+    return "\n".join(names[turn.role] + turn.text for turn in row.turns).removeprefix(names[rollout.MODEL])
+
+
 def _line(row: ScoredSample, step: int) -> dict[str, Any]:
+    turns = {} if row.turns is None else {"turns": [{"role": turn.role, "content": turn.text} for turn in row.turns]}
     return {
         "step": step,
         "id": row.problem.id,
@@ -206,7 +224,8 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
         "correct": row.verdict.correct,
         "formatted": row.verdict.formatted,
         "reason": row.verdict.reason,
-        "length": len(row.completion.tokens),
+        "length": row.length,
+        **turns,
     }
 
 

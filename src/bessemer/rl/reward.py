@@ -63,7 +63,8 @@ class Reward:
     def score(
         self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
     ) -> None:
-        """Sets the reward of every sample, and its preference where `reward_models` has one for the prompt's aim."""
+        """Sets the reward of every sample, and its preference where `reward_models` has one for the prompt's aim. An
+        episode that the environment failed has the mean of its group, so that it is neither good nor bad."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
             judged = [row for row in rows if row.problem.meta.get("aim") == aim]
@@ -78,6 +79,11 @@ class Reward:
                     + ("its reward model" if row.preference is not None else "its verifier or reward function")
                     + " must give a finite number"
                 )
+        for group in groups:
+            sound = [row.reward for row in group if not row.failure]
+            for row in group:
+                if row.failure:
+                    row.reward = sum(sound) / len(sound) if sound else 0.0
 
     def of(self, row: ScoredSample, cap: int, number: int = 0) -> float:
         """The reward of one sample; `number` is its place in the rollout, for the coin."""
@@ -93,7 +99,7 @@ class Reward:
         else:
             aim = float(verdict.correct)
         reward = aim + self.format * float(verdict.formatted) + self.language * row.language
-        return reward - overlong(len(row.completion.tokens), cap, self.overlong)
+        return reward - overlong(row.length, cap, self.overlong)
 
     def passed(self, row: ScoredSample) -> bool:
         """Whether a scored sample did what this kind of reward asks for: a right answer; the form; heads."""

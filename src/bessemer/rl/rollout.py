@@ -18,6 +18,7 @@ from torch import Tensor
 from bessemer import heartbeat
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
+from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.rl.dealing import DealtEngine
@@ -49,13 +50,36 @@ class ScoredSample:
     """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
     begun: str = ""
     """The beginning of the answer that the prompt's template has already written."""
+    turns: list[Spoken] | None = None
+    """Of an episode: who spoke which tokens of the completion. None: the model wrote all of them."""
+    failure: str = ""
+    """Why the environment failed; nothing of such an episode is trained on."""
 
     @property
     def answer(self) -> str:
-        """The whole answer, as a verifier reads it."""
+        """The whole answer, as a verifier reads it; of an episode the last turn."""
         return self.begun + self.completion.text
 
+    @property
+    def length(self) -> int:
+        """Tokens that the model wrote."""
+        turns = self.turns
+        return len(self.completion.tokens) if turns is None else sum(n for role, n, _ in turns if role == MODEL)
 
+    @property
+    def trained_N(self) -> Tensor:
+        """Places in the completion of the tokens that are trained on, int64: those that the model wrote."""
+        if self.turns is None:
+            return torch.arange(len(self.completion.tokens))
+        written = [role == MODEL and not self.failure for role, _, _ in self.turns]
+        counts = torch.tensor([count for _, count, _ in self.turns])
+        return torch.tensor(written).repeat_interleave(counts).nonzero().squeeze(1)
+
+
+MODEL = "assistant"
+"""The role of what the model wrote."""
+Once = Callable[[Callable[[], Any]], Any]
+"""Of many ranks one makes a value for all."""
 Group = list[ScoredSample]
 """The samples of one problem."""
 TaskProblems = Sequence[tuple[Task, Problem]]
@@ -100,13 +124,18 @@ def sample(
     samples: int,
     seed: int,
     needs_format: bool = False,
+    max_new_tokens: int = 256,
+    context: int = 0,
+    once: Once = lambda make: make(),
     **sampling,
 ) -> list[Group]:
-    """G verified completions of every problem, not yet scored; `needs_format` as in `verify`, `sampling` as in
-    `Engine.plan`."""
-    prompts = [encode(problem) for _, problem in problems]
-    completions = engine.generate(prompts, samples=samples, seeds=prompt_seeds(seed, len(prompts)), **sampling)
-    return verify(problems, prompts, completions, engine.tokenizer.opening, needs_format)
+    """G verified completions or episodes of every problem, not yet scored; `needs_format` as in `verify`, `context`
+    and `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
+    prompts, outcomes = played(
+        engine, problems, encode, samples=samples, seeds=prompt_seeds(seed, len(problems)), cap=max_new_tokens,
+        context=context, once=once, **sampling,
+    )  # fmt: skip
+    return verify(problems, prompts, outcomes, engine.tokenizer.opening, needs_format)
 
 
 def prompt_seeds(seed: int, prompts: int) -> list[int]:
@@ -117,25 +146,31 @@ def prompt_seeds(seed: int, prompts: int) -> list[int]:
 def verify(
     problems: TaskProblems,
     prompts: Sequence[list[int]],
-    completions: Sequence[Sequence[Completion]],
+    outcomes: Sequence[Sequence[Outcome]],
     begun: str,
     needs_format: bool = False,
 ) -> list[Group]:
-    """The verdict of each problem's task on its completions; `begun` as in `ScoredSample`. With `needs_format` a right
-    answer out of the form counts as wrong: of R1-Zero's two blocks, or where the template has opened the thoughts, as
-    R1's does, of R1's summary too."""
+    """The verdict of each problem's task on its completions, or of its episodes; `begun` as in `ScoredSample`. With
+    `needs_format` a right answer out of the form counts as wrong: of R1-Zero's two blocks, or where the template has
+    opened the thoughts, as R1's does, of R1's summary too."""
     groups = []
-    for (task, problem), prompt, group in zip(problems, prompts, completions, strict=True):
+    for (task, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []
-        for completion in group:
+        for outcome in group:
             heartbeat.beat()
+            episode = outcome if isinstance(outcome, PlayedEpisode) else None
+            completion = outcome.completion if isinstance(outcome, PlayedEpisode) else outcome
             answer = begun + completion.text
-            verdict, language = task.verify(problem, answer), consistency(answer, problem.language)
+            verdict = task.verify(problem, answer) if episode is None else episode.verdict
+            language = consistency(answer, problem.language)
             if needs_format and verdict.sound and verdict.summary and not begun:
                 verdict = replace(verdict, correct=False, reason=TEXT_AROUND)
             elif needs_format:
                 verdict = replace(verdict, correct=verdict.sound)
-            rows.append(ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun))
+            row = ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun)
+            if episode is not None:
+                row.turns, row.failure = episode.turns, episode.failure
+            rows.append(row)
         groups.append(rows)
     return groups
 
@@ -202,11 +237,11 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     loss, advantage, old_logp = (torch.zeros(shape) for _ in range(3))
     for i, row in enumerate(rows):
-        start, stop = len(row.prompt_tokens), _length(row)
+        start, stop, own_N = len(row.prompt_tokens), _length(row), row.trained_N
         tokens[i, :stop] = torch.tensor(row.prompt_tokens + row.completion.tokens)
-        loss[i, start:stop] = 1.0 / (stop - start) if normalise == "sequence" else 1.0
-        advantage[i, start:stop] = torch.as_tensor(row.advantage)
-        old_logp[i, start:stop] = torch.tensor(row.completion.logprobs)
+        loss[i, start + own_N] = 1.0 / max(1, len(own_N)) if normalise == "sequence" else 1.0
+        advantage[i, start + own_N] = torch.as_tensor(row.advantage)
+        old_logp[i, start + own_N] = torch.tensor(row.completion.logprobs)[own_N]
     extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
     if rows[0].values is not None:
         extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
@@ -218,10 +253,10 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
 
 
 def _align(rows: Sequence[ScoredSample], width: int, field: str) -> Tensor:
-    """One list per row, each entry at the position of its token."""
+    """One list per row, each entry at the position of its trained token."""
     aligned = torch.zeros(len(rows), width)
     for i, row in enumerate(rows):
-        aligned[i, len(row.prompt_tokens) : _length(row)] = torch.tensor(getattr(row, field))
+        aligned[i, len(row.prompt_tokens) + row.trained_N] = torch.tensor(getattr(row, field))
     return aligned
 
 
@@ -297,6 +332,8 @@ def unpack(
             )
             plain = {name: value for name, value in row.items() if name in _PLAIN}
             prompt, verdict = list(group["prompt"]), Verdict(**row["verdict"])
+            if plain.get("turns") is not None:
+                plain["turns"] = [Spoken(*turn) for turn in plain["turns"]]
             rows.append(ScoredSample(problems[group["problem"]], prompt, completion, verdict, **plain))
         groups.append(rows)
     return groups

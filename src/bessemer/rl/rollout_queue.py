@@ -21,11 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
+from bessemer.engine.episodes import Outcome, Play
 from bessemer.rl import rollout
 from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
 from bessemer.rl.reward import PreferenceScorer, Reward
-from bessemer.rl.rollout import Group, Rollout
-from bessemer.rl.sampler import Completions, PendingSamples, Sampler, Submit, batch_rows
+from bessemer.rl.rollout import Group, Once, Rollout
+from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"
@@ -36,7 +37,8 @@ Problems = list[tuple[tasks.Task, tasks.Problem]]
 class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
-    `once(make)`: of many ranks one makes the value for all, for a verdict may depend on the clock.
+    `context`: tokens that the policy can read and write, for episodes. `once(make)`: of many ranks one makes the value
+    for all, for a verdict may depend on the clock.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class RolloutGenerator:
         seed: int,
         reward_models: Mapping[str, PreferenceScorer],
         difficulty: DifficultyFilter | None,
-        once: Callable[[Callable[[], list[Group]]], list[Group]],
+        once: Once,
+        context: int,
     ) -> None:
-        self.settings, self.sampler, self.encode, self.seed = settings, sampler, encode, seed
+        self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
         self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
         self.tasks = [tasks.get(name) for name in settings.tasks]
         self.general = [tasks.get(name) for name in settings.general_tasks]
@@ -83,33 +86,43 @@ class RolloutGenerator:
         count = self.settings.prompts_per_rollout - len(general)
         return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
 
-    def submit(self, policy: Submit, prompts: Sequence[list[int]], number: int, round: int, cap: int) -> PendingSamples:
-        settings = self.settings
+    def play(self, problems: Problems, number: int, round: int, cap: int) -> Play:
+        """The samples of a round, of which nothing is generated yet."""
+        seeds = rollout.prompt_seeds(self.round_seed(number, round), len(problems))
+        return Play(
+            problems, self.encode, self.sampler.tokenizer, samples=self.settings.samples, seeds=seeds, cap=cap,
+            context=self.context, once=self.once,
+        )  # fmt: skip
+
+    def submit(self, policy: Submit, play: Play) -> PendingSamples | None:
+        """The next turn of a round; None after the last."""
+        settings, turn = self.settings, play.turn()
+        if turn is None:
+            return None
         return policy(
-            prompts,
-            samples=settings.samples,
-            seeds=rollout.prompt_seeds(self.round_seed(number, round), len(prompts)),
+            turn.prompts,
+            **turn.options(),
             temperature=settings.temperature,
-            max_new_tokens=cap,
-            batch_rows=batch_rows(settings.rollout, len(prompts) * settings.samples),
+            batch_rows=batch_rows(settings.rollout, len(turn.prompts) * turn.samples),
             record_routing=settings.routing_replay,
             top_p=settings.top_p,
             record_kept=settings.keeps_mask,
         )
 
     def score(
-        self, problems: Problems, prompts: Sequence[list[int]], completions: Completions, cap: int
+        self, problems: Problems, prompts: Sequence[list[int]], outcomes: Sequence[Sequence[Outcome]], cap: int
     ) -> list[Group]:
-        """Verifies the completions and sets their rewards."""
+        """Verifies the samples and sets their rewards."""
 
         def make() -> list[Group]:
             groups = rollout.verify(
-                problems, prompts, completions, self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
+                problems, prompts, outcomes, self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
             )
             self.reward.score(groups, cap, self.reward_models)
             return groups
 
-        return self.once(make)
+        groups: list[Group] = self.once(make)
+        return groups
 
     def round_seed(self, number: int, round: int) -> int:
         """The name of a round's random streams."""
@@ -117,8 +130,9 @@ class RolloutGenerator:
 
 
 class PendingRollout:
-    """A rollout that is being sampled. Its rounds follow one another: each is submitted once the one before is scored.
-    The policy and the difficulty estimates of all rounds are those of its start."""
+    """A rollout that is being sampled. Its rounds follow one another, and in a round the turns of episodes: each is
+    submitted once the one before is scored, or answered. The policy and the difficulty estimates of all are those of
+    its start."""
 
     def __init__(self, generator: RolloutGenerator, number: int, cap: int, step: int) -> None:
         self.generator, self.number, self.cap, self.step = generator, number, cap, step
@@ -133,15 +147,15 @@ class PendingRollout:
         self._submit_round()
 
     def poll(self) -> bool:
-        """Scores the rounds that are sampled, without waiting for more; whether the rollout is finished."""
-        while self.rollout is None and self._samples.ready():
-            self._complete_round()
+        """Goes on with the turns that are sampled, without waiting for more; whether the rollout is finished."""
+        while self.rollout is None and self._samples is not None and self._samples.ready():
+            self._complete_turn()
         return self.rollout is not None
 
     def finish(self) -> Rollout:
         """The finished rollout; waits for its samples if necessary."""
         while self.rollout is None:
-            self._complete_round()
+            self._complete_turn()
         return self.rollout
 
     def _submit_round(self) -> None:
@@ -149,12 +163,19 @@ class PendingRollout:
         general, problems, selection = generator.select(self.number, self._round, self.estimates)
         self._selection += selection
         self._n_general, self._problems = len(general), general + problems
-        self._prompts = [generator.encode(problem) for _, problem in self._problems]
-        self._samples = generator.submit(self.policy, self._prompts, self.number, self._round, self.cap)
+        self._play = generator.play(self._problems, self.number, self._round, self.cap)
+        self._samples = generator.submit(self.policy, self._play)
+
+    def _complete_turn(self) -> None:
+        assert self._samples is not None
+        self._play.add(self._samples.take())
+        self._samples = self.generator.submit(self.policy, self._play)
+        if self._samples is None:
+            self._complete_round()
 
     def _complete_round(self) -> None:
         generator, settings = self.generator, self.generator.settings
-        groups = generator.score(self._problems, self._prompts, self._samples.take(), self.cap)
+        groups = generator.score(self._problems, self._play.prompts, self._play.outcomes(), self.cap)
         if generator.difficulty is not None:
             self._selection += Selection(counts=self._pass_counts(generator.difficulty, groups))
         self._n_problems += len(groups)
@@ -172,11 +193,11 @@ class PendingRollout:
 
     def _pass_counts(self, difficulty: DifficultyFilter, groups: list[Group]) -> tuple[PassCount, ...]:
         """Only problems of the tasks update the estimates."""
-        passed = self.generator.reward.passed
-        return tuple(
-            PassCount(difficulty.key(task, problem), sum(map(passed, group)), len(group))
-            for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True)
-        )
+        passed, counts = self.generator.reward.passed, []
+        for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True):
+            if tried := [row for row in group if not row.failure]:
+                counts.append(PassCount(difficulty.key(task, problem), sum(map(passed, tried)), len(tried)))
+        return tuple(counts)
 
 
 class RolloutQueue:
@@ -261,4 +282,4 @@ class RolloutQueue:
 
 
 def _equal_rewards(group: Group) -> bool:
-    return all(row.reward == group[0].reward for row in group)
+    return len({row.reward for row in group if not row.failure}) <= 1

@@ -149,7 +149,7 @@ def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, cap
         sorted(causes, key=lambda cause: -abs(cause.part)),
         _pair(right.mean((1, 2))), float((rate[0] > 0).mean()),
         int((solved & (rate[0] == 0)).sum()), int((solved & (rate[0] > 0) & (rate[0] < 0.5)).sum()),
-        both(lambda row: len(row.completion.tokens)), both(lambda row: row.language),
+        both(lambda row: row.length), both(lambda row: row.language),
         _pair(np.array([(side == side[:, :1]).all(1).mean() for side in total])),
         [Flip(problems[i].id, problems[i].prompt, *map(float, total.mean(2)[:, i])) for i in order],
     )  # fmt: skip
@@ -162,7 +162,7 @@ def _terms(row: ScoredSample, reward: Reward, cap: int) -> dict[str, float]:
     if reward.kind == "format":
         return {"form": row.reward}
     form, language = reward.format * float(row.verdict.formatted), reward.language * row.language
-    late = -overlong(len(row.completion.tokens), cap, reward.overlong)
+    late = -overlong(row.length, cap, reward.overlong)
     aim = row.reward - form - language - late
     name = "reward models" if row.preference is not None else "the reward function" if reward.function else RIGHT
     terms = {name: aim}
@@ -179,7 +179,7 @@ def _behaviours(row: ScoredSample) -> dict[str, float]:
     found = {
         "thinks": float(bool(thoughts)),
         "keeps the form": float(row.verdict.formatted),
-        "is longer, by 100 tokens": len(row.completion.tokens) / 100,
+        "is longer, by 100 tokens": row.length / 100,
         "ends before the cap": float(row.completion.finish_reason != "length"),
         "takes more steps or tries, by 10": (thoughts.count("\n") + 1 if thoughts else 0) / 10,
         "thinks in the language of the question": row.language,

@@ -21,7 +21,7 @@ from bessemer.tasks.answer import SEVERAL, Final, Reply, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
-DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval")
+DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval", "tools")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
 _OWN = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
@@ -71,8 +71,8 @@ class Task:
 
     name: str
     """Of the class, or of the object where the name carries an argument."""
-    domain: ClassVar[str]
-    """One of DOMAINS, by which evaluations group their results."""
+    domain: str
+    """One of DOMAINS, by which evaluations group their results; of the class, or of the object."""
     all_languages: tuple[str, ...] = ("en", "zh")
     """Of the class, or of the object where a file decides."""
     final: ClassVar[Final] = "value"
@@ -158,15 +158,32 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`."""
+    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`; of a page of several
+    turns the last of it."""
 
     problem: Problem
     author: str
     response: str
+    turns: tuple[dict[str, Any], ...] = ()
+    """The messages between question and response, such as calls of tools and their outputs, in OpenAI's form."""
 
     @property
     def text(self) -> str:
-        return page(self.problem.prompt, self.response)
+        return page(self.problem.prompt, "\n".join([*map(_shown, self.turns), self.response]))
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        """The page as a conversation."""
+        question, answer = (
+            {"role": "user", "content": self.problem.prompt},
+            {"role": "assistant", "content": self.response},
+        )
+        return (question, *self.turns, answer)
+
+
+def _shown(message: dict[str, Any]) -> str:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return " ".join([message["content"], *(f"{call['name']} {call['arguments']}" for call in calls)]).strip()
 
 
 def page(prompt: str, response: str) -> str:
@@ -203,6 +220,7 @@ def file_and_split(argument: str) -> tuple[str, str | None]:
 
 def file_of(name: str) -> str | None:
     """The file or directory that a task is made from, as its name gives it; None for a task without one."""
+    name = without_tools(name)
     if _OWN.fullmatch(name):
         return name.rpartition(":")[0]
     family, _, argument = name.partition(":")
@@ -211,11 +229,17 @@ def file_of(name: str) -> str | None:
     return file_and_split(argument.replace("@shuffle", ""))[0] or None  # `general` has a form without a file
 
 
+def without_tools(name: str) -> str:
+    """The task inside `tools:NAMES:TASK`; any other name is itself."""
+    family, _, rest = name.partition(":")
+    return without_tools(rest.partition(":")[2]) if family == "tools" else name
+
+
 def shared_file(first: str, second: str) -> str | None:
     """The file that two tasks, by their names, both take problems from; None where there is none, or where each problem
     of the file is in one split only."""
     (one, whole), (other, its_whole) = (
-        file_and_split(name.partition(":")[2].replace("@shuffle", "")) for name in (first, second)
+        file_and_split(without_tools(name).partition(":")[2].replace("@shuffle", "")) for name in (first, second)
     )
     if not one or not other or (whole is None and its_whole is None) or not located(one).exists():
         return None
@@ -259,6 +283,7 @@ _REGISTRY = {
     "countdown": ("bessemer.tasks.countdown", "Countdown"),
     "general": ("bessemer.tasks.general", "General"),
     "logic": ("bessemer.tasks.logic", "Logic"),
+    "products": ("bessemer.tasks.products", "Products"),
     "sums": ("bessemer.tasks.sums", "DigitSums"),
     "words": ("bessemer.tasks.word_problems", "WordProblems"),
 }
@@ -270,6 +295,9 @@ _FAMILIES = {
     "gym:NAME": ("bessemer.tasks.gym", "Gym"),
     "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
     "puzzle:PATH": ("bessemer.tasks.exact", "Puzzle"),
+    "env:URL": ("bessemer.tasks.env_server", "ServerEnvironment"),
+    "verifiers:NAME": ("bessemer.tasks.env_verifiers", "VerifiersEnvironment"),
+    "tools:NAMES:TASK": ("bessemer.tasks.tools", "TaskWithTools"),
 }
 """Tasks whose name carries an argument after the colon; their class takes it first."""
 
@@ -282,7 +310,7 @@ def names() -> list[str]:
 def get(name: str, **settings: Any) -> Task:
     """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
     `Mix`."""
-    if _OWN.fullmatch(name):
+    if _OWN.fullmatch(name) and without_tools(name) == name:
         return import_module("bessemer.tasks.user_code").task(name, **settings)
     family, colon, argument = name.partition(":")
     for pattern, (module, attribute) in _FAMILIES.items():

@@ -21,6 +21,7 @@ from typing import Any
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
 from bessemer.tasks.base import DOMAINS, Problem, Task, Verdict
+from bessemer.tasks.environment import Environment
 
 RewardFunction = Callable[[Problem, str, Verdict], float]
 """(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
@@ -31,7 +32,8 @@ def task(name: str, **settings: Any) -> Task:
     found = _load(name)
     if not isinstance(found, type) or not issubclass(found, Task):
         raise UserError(f"{name} is no task; derive the class from bessemer.tasks.Task")
-    for method in ("make", "grade"):
+    plays = issubclass(found, Environment) and found.reset is not Environment.reset  # its episodes judge
+    for method in ("make",) if plays else ("make", "grade"):
         if getattr(found, method) is getattr(Task, method) and found.verify is Task.verify:
             raise UserError(f"{name} does not define {method}; docs/tasks.md has a complete task")
     if (domain := getattr(found, "domain", None)) not in DOMAINS:

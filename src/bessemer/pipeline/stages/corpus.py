@@ -28,6 +28,7 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.runs.context import StageContext
+from bessemer.tasks.environment import Environment
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
 from bessemer.workers import Workers, cores, shares
@@ -152,7 +153,7 @@ class Corpus(Stage[CorpusConfig]):
         if not spec.startswith((TASK, NEEDLE)):
             return iter(sources.documents(spec, ctx.cache, domain=name))
         task = _task(config, name, ctx.cache)
-        return (Document(task.document(i, ctx.seed), task.name) for i in count())
+        return (_page(task, i, ctx.seed) for i in count())
 
     def _sample(self, config: CorpusConfig, ctx: StageContext, workers: Workers) -> list[str]:
         """The first characters of every source, for the tokenizer."""
@@ -167,6 +168,14 @@ class Corpus(Stage[CorpusConfig]):
             return texts
 
         return list(chain.from_iterable(workers.map(first, config.parts)))  # none is shards: they bring a tokenizer
+
+
+def _page(task: tasks.Task, index: int, seed: int) -> Document:
+    """A page of a task; one with calls of tools as the conversation that it is."""
+    if not isinstance(task, Environment):
+        return Document(task.document(index, seed), task.name)
+    page = task.written(index, seed)
+    return Document(page.text, task.name, page.messages if page.turns else None, spoken=True)
 
 
 def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks.Task:

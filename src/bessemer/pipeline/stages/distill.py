@@ -48,6 +48,7 @@ class Distill(Stage[DistillConfig]):
         for name in config.tasks:
             if tasks.get(name).size("test") == 0:
                 raise UserError(f'stage "{config.name}": {name} holds out no problem to evaluate on')
+        preflight.refuse_environments(config.name, config.tasks, "a teacher scores single answers; choose other tasks")
         if unknown := [name for name in config.teachers if name not in config.tasks]:
             raise UserError(f'stage "{config.name}": teachers names "{unknown[0]}", which is none of its tasks')
         if missing := [name for name in config.tasks if config.teachers.get(name, config.teacher) is None]:

@@ -44,6 +44,8 @@ class Eval(Stage[EvalConfig]):
             tasks.get(name)
         for task in _tasks(config):
             _size(config, task)
+        if any(config.shots) or config.prefix:
+            preflight.refuse_environments(config.name, config.tasks, "takes neither shots nor a prefix; leave them out")
         if changed(config, "shot_kind") and not any(config.shots):
             raise UserError(f'stage "{config.name}": shot_kind has no effect while shots is {config.shots}')
         return {}
@@ -86,6 +88,7 @@ class Eval(Stage[EvalConfig]):
                 engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
                 problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
+                context=engine.model.cfg.max_seq_len,
             )  # fmt: skip
             rows.append({"model": model, **row, **shots.facts()})
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"

@@ -50,6 +50,7 @@ class Reject(Stage[RejectConfig]):
     def resolve(self, config: RejectConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
+        preflight.refuse_environments(config.name, config.tasks, "this stage keeps single answers; choose other tasks")
         families, seed = [tasks.get(name) for name in config.tasks], recipe.seed_of(config)
         if config.judge is not None:
             first = rollout.problems_of(families, "train", config.first_problem, min(config.problems, LOOKED_AT), seed)

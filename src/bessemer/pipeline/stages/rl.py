@@ -64,6 +64,14 @@ class RL(Stage[RLConfig]):
             raise UserError(
                 f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
             )
+        refused = {
+            'supervision = "process" rewards steps of one answer; leave it out': config.supervision == "process",
+            'vLLM generates single answers here; set rollout.engine = "local" or "ray"': config.rollout.engine
+            == "vllm",
+            "export_samples writes questions with one answer; leave it out": config.export_samples != "nothing",
+        }
+        for what in (what for what, asked in refused.items() if asked):
+            preflight.refuse_environments(config.name, config.tasks + config.general_tasks, what)
         for name in ("filter_explore", "filter_window", "filter_pool"):
             if changed(config, name) and not config.difficulty_filter:
                 raise UserError(f'stage "{config.name}": {name} has no effect without difficulty_filter = true')

@@ -1,0 +1,321 @@
+"""Generation of episodes of several turns (`tasks/environment.py`), and of plain tasks beside them, turn by turn.
+
+    play = Play(problems, encode, tokenizer, ...)
+    while (turn := play.turn()) is not None:            one call of the engine for all episodes that still run
+        play.add(engine.generate(turn.prompts, **turn.options(), ...))
+    play.outcomes()                                     a completion, or an episode, for every sample
+
+Tokens go in and tokens come out: what the model wrote is never encoded again, and an observation is appended to it as
+the ids that follow an answer in the chat template. A turn of a plain task is its only one, so a call without
+environments is `Engine.generate` and nothing else.
+
+The seed of the first turn of a sample is that of its prompt, as without environments; that of turn t > 0 follows from
+the prompt's seed, the sample's number and t. In a turn every live episode asks for as many tokens as the one that may
+still write most, and what exceeds its own bound is cut off: a token depends on those before it alone, so the result is
+that of a call with its own bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from bessemer import heartbeat
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import turns
+from bessemer.engine.generation import Completion, Prompt
+from bessemer.errors import UserError
+from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
+from bessemer.tasks.environment import (
+    FAILED,
+    Environment,
+    EnvironmentFailure,
+    Episode,
+    Message,
+    bounded,
+    shortened,
+)
+
+_Result = TypeVar("_Result")
+Problems = Sequence[tuple[Task, Problem]]
+GRACE = 5.0
+"""Seconds that a step may take beyond the bound of the tools that it calls."""
+
+
+class Spoken(NamedTuple):
+    """A part of an episode, in the order in which it was spoken."""
+
+    role: str
+    """"assistant" where the model wrote it."""
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class PlayedEpisode:
+    """A finished episode as one completion: its tokens are what the model wrote and what it read between, its
+    log-probabilities are 0 at the latter, its text is the model's last turn."""
+
+    completion: Completion
+    turns: list[Spoken]
+    verdict: Verdict
+    failure: str = ""
+    """Why the environment could not bring it to its end; "": it could."""
+
+
+Outcome = Completion | PlayedEpisode
+
+
+class TurnPrompts(NamedTuple):
+    """What the engine is asked for."""
+
+    prompts: list[list[int]]
+    samples: int
+    seeds: list[int]
+    max_new_tokens: int
+
+    def options(self) -> dict[str, Any]:
+        return {"samples": self.samples, "seeds": self.seeds, "max_new_tokens": self.max_new_tokens}
+
+
+class Generates(Protocol):
+    """An `Engine`, or a sampler of RL."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples: int, seeds: Sequence[int], temperature: float, top_p: float,
+        max_new_tokens: int, batch_rows: int,
+    ) -> list[list[Completion]]: ...  # fmt: skip
+
+
+@dataclass
+class _Sample:
+    """One sample. Of an episode, what was spoken so far."""
+
+    problem: int
+    number: int
+    environment: Environment | None
+    spoken: list[Spoken] = field(default_factory=list)
+    parts: list[Completion] = field(default_factory=list)
+    """Of each turn of the model."""
+    read: list[list[int]] = field(default_factory=list)
+    """The ids between two turns."""
+    failure: str = ""
+    ended: bool = False
+    cut: bool = False
+    """Whether a bound ended it, rather than model or environment."""
+    verdict: Verdict | None = None
+
+    @property
+    def written(self) -> int:
+        return sum(len(part.tokens) for part in self.parts)
+
+    def ids(self) -> list[int]:
+        """All that follows the prompt."""
+        ids: list[int] = []
+        for part, read in zip(self.parts, [*self.read, []], strict=False):
+            ids += part.tokens + read
+        return ids
+
+
+class Play:
+    """The samples of P problems, G each.
+
+    `cap` bounds what the model writes in all turns of an episode together, `context` what it may read and write.
+    `once(make)`: of many ranks one makes the value for all; only that one has environments.
+    """
+
+    def __init__(
+        self,
+        problems: Problems,
+        encode: Callable[[Problem], list[int]],
+        tokenizer: Tokenizer,
+        *,
+        samples: int,
+        seeds: Sequence[int],
+        cap: int,
+        context: int,
+        once: Callable[[Callable[[], Any]], Any] = lambda make: make(),
+    ) -> None:
+        self.problems, self.tokenizer, self.samples, self.seeds = problems, tokenizer, samples, list(seeds)
+        self.cap, self.context, self.once = cap, context, once
+        self._episodes: dict[tuple[int, int], Episode] = {}
+        self._all = [
+            [_Sample(p, k, task if isinstance(task, Environment) else None) for k in range(samples)]
+            for p, (task, _) in enumerate(problems)
+        ]
+        played = [sample for group in self._all for sample in group if sample.environment is not None]
+        assert context or not played, "environments need to know the context"
+        self._played = played
+        self.prompts = self._begin(encode)
+        self._first = True
+        self._live: list[_Sample] = []
+
+    def turn(self) -> TurnPrompts | None:
+        """What to generate next; None where all is played."""
+        if self._first:
+            return TurnPrompts(self.prompts, self.samples, self.seeds, self.cap)
+        if not self._live:
+            return None
+        prompts = [[*self.prompts[sample.problem], *sample.ids()] for sample in self._live]
+        seeds = [_seed(self.seeds[s.problem], s.number, len(s.parts)) for s in self._live]
+        return TurnPrompts(prompts, 1, seeds, max(self.cap - sample.written for sample in self._live))
+
+    def add(self, completions: Sequence[Sequence[Completion]]) -> None:
+        """The completions of the turn."""
+        samples = [sample for group in self._all for sample in group] if self._first else self._live
+        flat = [completion for group in completions for completion in group]
+        for sample, completion in zip(samples, flat, strict=True):
+            self._take(sample, completion)
+        self._first = False
+        self._answer([sample for sample in samples if not sample.ended])
+        self._live = [sample for sample in samples if not sample.ended]
+
+    def outcomes(self) -> list[list[Outcome]]:
+        """G of every problem, in order. UserError where the environments have failed all their episodes."""
+        if self._played and all(sample.failure for sample in self._played):
+            first = self._played[0]
+            raise UserError(
+                f"{_environment(first).name}: the environment failed in every episode ({first.failure}); repair it and "
+                "start again, a run goes on from its checkpoint"
+            )
+        return [[self._outcome(sample) for sample in group] for group in self._all]
+
+    def _begin(self, encode: Callable[[Problem], list[int]]) -> list[list[int]]:
+        """Resets the environments; the prompts of all problems."""
+        starts = self.once(lambda: self._each(self._played, self._reset)) if self._played else []
+        begun: dict[int, Sequence[Message]] = {}
+        for sample, (start, failure) in zip(self._played, starts, strict=True):
+            sample.failure = failure
+            if not failure and begun.setdefault(sample.problem, start) != start:
+                sample.failure = "reset began samples of one problem differently, though with the same seed"
+        prompts = []
+        for p, (task, problem) in enumerate(self.problems):
+            if isinstance(task, Environment):
+                question = [{"role": "user", "content": problem.prompt}]
+                start = begun.get(p, question)
+                if start != question:
+                    for sample in self._all[p]:
+                        sample.spoken = [Spoken(message["role"], 0, message["content"]) for message in start]
+                prompts.append(turns.first_ids(self.tokenizer, start, task.schemas))
+            else:
+                prompts.append(encode(problem))
+        return prompts
+
+    def _reset(self, sample: _Sample) -> Sequence[Message]:
+        task, (_, problem) = sample.environment, self.problems[sample.problem]
+        assert task is not None
+        episode = task.reset(problem, self.seeds[sample.problem])
+        self._episodes[sample.problem, sample.number] = episode
+        return list(episode.start)
+
+    def _take(self, sample: _Sample, completion: Completion) -> None:
+        environment = sample.environment
+        if environment is None:
+            sample.parts, sample.ended = [completion], True
+            return
+        completion = turns.cut(completion, self.cap - sample.written, self.tokenizer)
+        sample.parts.append(completion)
+        sample.spoken.append(Spoken("assistant", len(completion.tokens), self._text(completion)))
+        if completion.finish_reason == "length" or sample.failure:
+            sample.ended, sample.cut = True, completion.finish_reason == "length"
+
+    def _answer(self, samples: Sequence[_Sample]) -> None:
+        """Lets the environments of samples answer, and judges the episodes that are over."""
+        observed = self.once(lambda: self._each(samples, self._step)) if samples else []
+        for sample, (observation, failure) in zip(samples, observed, strict=True):
+            sample.failure = failure
+            messages, done = ([], True) if failure else observation
+            ids = [] if done else turns.following_ids(self.tokenizer, messages)
+            length = len(self.prompts[sample.problem]) + len(sample.ids()) + len(ids)
+            full = length >= self.context or sample.written >= self.cap
+            if done or full or len(sample.parts) >= _environment(sample).max_turns:
+                sample.ended, sample.cut = True, not done
+                continue
+            sample.read.append(ids)
+            text = "\n".join(message["content"] for message in messages)
+            sample.spoken.append(Spoken(messages[0]["role"], len(ids), text))
+        over = [s for group in self._all for s in group if s.environment and s.ended and s.verdict is None]
+        verdicts = self.once(lambda: self._each(over, self._judge)) if over else []
+        for sample, (verdict, failure) in zip(over, verdicts, strict=True):
+            sample.failure = sample.failure or failure
+            sample.verdict = Verdict(False, False, FAILED, None) if sample.failure else verdict
+
+    def _step(self, sample: _Sample) -> tuple[list[Message], bool]:
+        episode = self._episodes[sample.problem, sample.number]
+        environment = _environment(sample)
+        observation = episode.step(turns.read_action(self._text(sample.parts[-1])))
+        if not observation.done and not observation.messages:
+            raise EnvironmentFailure("it answered nothing, and the episode is not over")
+        return [
+            {"role": message["role"], "content": shortened(message["content"], environment.observed)}
+            for message in observation.messages
+        ], observation.done
+
+    def _judge(self, sample: _Sample) -> Verdict:
+        episode = self._episodes.pop((sample.problem, sample.number), None)
+        if episode is None or sample.failure:
+            if episode is not None:
+                episode.close()
+            raise EnvironmentFailure(sample.failure)
+        try:
+            return episode.verdict(self._text(sample.parts[-1]))
+        finally:
+            episode.close()
+
+    def _each(self, samples: Sequence[_Sample], work: Callable[[_Sample], _Result]) -> list[tuple[_Result | None, str]]:
+        """(result, "") of every sample, or (None, what failed); environments that allow it work at the same time."""
+
+        def attempt(sample: _Sample) -> tuple[_Result | None, str]:
+            environment = _environment(sample)
+            heartbeat.beat()
+            try:
+                return bounded(lambda: work(sample), environment.seconds + GRACE), ""
+            except UserError:
+                raise
+            except EnvironmentFailure as failure:
+                return None, str(failure)
+            except TimeoutError:
+                return None, f"{environment.name} did not answer in time"
+            except Exception as error:
+                return None, f"{type(error).__name__}: {error}"
+
+        width = min([len(samples), *(_environment(sample).parallel for sample in samples)], default=1)
+        if width <= 1:
+            return [attempt(sample) for sample in samples]
+        with ThreadPoolExecutor(width) as pool:
+            return list(pool.map(attempt, samples))
+
+    def _text(self, completion: Completion) -> str:
+        return self.tokenizer.opening + completion.text
+
+    def _outcome(self, sample: _Sample) -> Outcome:
+        if sample.environment is None:
+            return sample.parts[0]
+        assert sample.verdict is not None
+        whole = turns.joined(sample.parts, sample.read, ended_itself=not sample.cut)
+        return PlayedEpisode(whole, sample.spoken, sample.verdict, sample.failure)
+
+
+def played(
+    engine: Generates, problems: Problems, encode: Callable[[Problem], list[int]], **settings: Any
+) -> tuple[list[list[int]], list[list[Outcome]]]:
+    """(prompts, outcomes) of all problems at once. `settings`: those of `Play`, and what sampling needs besides."""
+    own = {name: settings.pop(name) for name in ("samples", "seeds", "cap", "context", "once") if name in settings}
+    play = Play(problems, encode, engine.tokenizer, **own)
+    while (turn := play.turn()) is not None:
+        play.add(engine.generate(turn.prompts, **turn.options(), **settings))
+    return play.prompts, play.outcomes()
+
+
+def _environment(sample: _Sample) -> Environment:
+    assert sample.environment is not None
+    return sample.environment
+
+
+def _seed(prompt_seed: int, number: int, turn: int) -> int:
+    return stable_hash("turn", prompt_seed, number, turn) & (2**62 - 1)

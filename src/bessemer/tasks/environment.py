@@ -1,0 +1,214 @@
+"""Environments: tasks whose problems are episodes of several turns. The model writes, the environment answers, until
+the environment or a bound ends the episode; then there is one verdict.
+
+    environment.reset(problem, seed) -> episode        episode.start: what the model reads first
+    episode.step(action) -> observation                after every turn of the model
+    episode.verdict(text)                              at the end; `text` is the model's last turn
+
+The simplest environment is a task with tools: it inherits `make` and `grade` from its task and lists its tools. A turn
+that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as ever.
+
+Whatever an environment returns is a function of (problem, seed, actions) alone, as a task's problems are of theirs.
+Then a resumed or replayed run has the same bits. An environment for which this does not hold, such as a server outside,
+sets `repeatable = False`: such a run resumes with other samples for the rollouts that it has to sample again, and a
+replay may differ.
+
+What goes wrong inside an episode is for the model to read where the model did it (a call that is no JSON, a tool that
+failed), and else an `EnvironmentFailure`: the episode counts as failed, is not trained on, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from bessemer.errors import UserError
+from bessemer.tasks.base import Problem, Task, Verdict
+
+FAILED = "environment-failed"
+"""Reason of the verdict on an episode that the environment could not bring to an end."""
+STUCK = "bessemer-tool"
+"""Name of the threads of calls."""
+MOST_STUCK = 16
+"""Calls that never returned and still hold a thread, from which on a run stops."""
+Message = dict[str, str]
+_Result = TypeVar("_Result")
+
+
+class EnvironmentFailure(Exception):
+    """The environment, not the model, is at fault: a server that died, an answer that is none."""
+
+
+class Invocation(NamedTuple):
+    """A call of a tool that the model wrote."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    fault: str = ""
+    """Why it cannot be made, in words for the model: what it wrote was no JSON."""
+
+
+@dataclass(frozen=True)
+class ModelTurn:
+    """One turn of the model."""
+
+    text: str
+    """All of it, with what the template had begun of it."""
+    calls: tuple[Invocation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the model reads next: messages of the role "tool" or "user". None are needed where the episode is over."""
+
+    messages: Sequence[Message] = ()
+    done: bool = False
+
+
+class Episode(Protocol):
+    start: Sequence[Message]
+
+    def step(self, action: ModelTurn) -> Observation: ...
+
+    def verdict(self, text: str) -> Verdict: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LocalTool:
+    """A tool that runs in this process or below it. `run` takes the arguments by name and returns text; what it raises
+    is shown to the model."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of the arguments, an object."""
+    run: Callable[..., str]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As OpenAI's API and chat templates take it."""
+        about = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": about}
+
+    def fault(self, arguments: Mapping[str, Any]) -> str | None:
+        """What is wrong with the arguments by their names and plain types."""
+        known = self.parameters.get("properties", {})
+        for name in self.parameters.get("required", ()):
+            if name not in arguments:
+                return f"{self.name} needs the argument {name}"
+        for name, value in arguments.items():
+            if name not in known:
+                return f"{self.name} has no argument {name[:40]}"
+            expected = known[name].get("type")
+            if expected in _TYPES and (not isinstance(value, _TYPES[expected]) or _is_odd_bool(value, expected)):
+                return f"the argument {name} of {self.name} must be of type {expected}"
+        return None
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+}  # fmt: skip
+
+
+def _is_odd_bool(value: object, expected: str) -> bool:
+    return isinstance(value, bool) and expected != "boolean"
+
+
+class Environment(Task):
+    """Base class. A subclass is a task that lists `tools`, or writes `reset` with episodes of its own."""
+
+    tools: Sequence[LocalTool] = ()
+    described: bool = True
+    """Whether the prompt describes the tools; a model that has read pages with calls needs no description."""
+    max_turns: int = 6
+    """Turns of the model."""
+    seconds: float = 10.0
+    """For the calls of one turn together, and for one step of an episode of one's own."""
+    observed: int = 2_000
+    """Characters of one message to the model; the rest is left out."""
+    parallel: int = 1
+    """Episodes that step at the same time, in threads; no answer may depend on it."""
+    repeatable: bool = True
+
+    def reset(self, problem: Problem, seed: int) -> Episode:
+        """A new episode. `seed` is the same for all samples of a problem in a rollout, and another in the next."""
+        return ToolEpisode(self, problem)
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The tools as the prompt describes them."""
+        return [tool.schema for tool in self.tools] if self.described else []
+
+
+class ToolEpisode:
+    """Answers calls of the environment's tools; a turn without a call is the last."""
+
+    def __init__(self, environment: Environment, problem: Problem) -> None:
+        self.environment, self.problem = environment, problem
+        self.start: Sequence[Message] = [{"role": "user", "content": problem.prompt}]
+
+    def step(self, action: ModelTurn) -> Observation:
+        until = time.monotonic() + self.environment.seconds
+        outputs = [self._output(call, until) for call in action.calls]
+        return Observation([{"role": "tool", "content": text} for text in outputs], done=not outputs)
+
+    def verdict(self, text: str) -> Verdict:
+        return self.environment.verify(self.problem, text)
+
+    def close(self) -> None:
+        pass
+
+    def _output(self, call: Invocation, until: float) -> str:
+        if call.fault:
+            return f"error: {call.fault}"
+        tools = {tool.name: tool for tool in self.environment.tools}
+        if call.name not in tools:
+            return f"error: there is no tool {call.name[:40]}; there is {', '.join(tools)}"
+        tool = tools[call.name]
+        if fault := tool.fault(call.arguments):
+            return f"error: {fault}"
+        try:
+            return str(bounded(lambda: tool.run(**call.arguments), until - time.monotonic()))
+        except UserError:
+            raise
+        except TimeoutError:
+            return f"error: {tool.name} did not return within {self.environment.seconds:g} s"
+        except Exception as error:
+            return f"error: {error}" if isinstance(error, ValueError) else f"error: {type(error).__name__}: {error}"
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters of a text, and how many are missing."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
+
+
+def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
+    """The result of a function, or TimeoutError. A thread cannot be ended from outside, so one that never returns
+    stays until the process ends; UserError where many do."""
+    outcome: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=STUCK, daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds))
+    if thread.is_alive():
+        stuck = sum(other.name == STUCK and other.is_alive() for other in threading.enumerate())
+        if stuck >= MOST_STUCK:
+            raise UserError(
+                f"{stuck} calls of tools or environments have not returned; give them time limits of their own"
+            )
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+    return outcome[0]

@@ -1,0 +1,77 @@
+"""Products of two numbers of three digits: what a small model cannot do in its head, and a calculator can.
+
+The smallest task in which calling a tool pays. Nearly all authors of its pages guess, and nearly all guesses are wrong;
+a few call the calculator and copy its answer. So RL has something to amplify, and what it amplifies is the call. Pages
+with a call have several turns (`Written.turns`); the corpus encodes them as the conversation that they are. No prompt
+describes the tool: the pages have taught its form.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+
+from bessemer.tasks.base import Problem, Written, check_shares, grade_integer, read_templates, split_of
+from bessemer.tasks.environment import Environment
+from bessemer.tasks.tools import CALCULATOR
+
+TEMPLATES = read_templates("products")
+LEAST, MOST = 100, 999
+
+
+@dataclass(frozen=True)
+class ProductsMix:
+    """Settings of the documents, shares between 0 and 1."""
+
+    calls: float = 0.1
+    """Pages that call the calculator; the others guess."""
+    right: float = 0.02
+    """The share of guesses that is right."""
+    slip: float = 0.2
+    """Chance that a caller calls with a wrong number."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, list(self.__dataclass_fields__))
+
+
+class Products(Environment):
+    name, domain = "products", "arithmetic"
+    Mix = ProductsMix
+    tools = (CALCULATOR,)
+    described = False
+    max_turns = 3
+
+    def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
+        rng = self.rng("problem", split, index, seed)
+        a, b = _numbers(rng)
+        while split_of([a, b]) != split:
+            a, b = _numbers(rng)
+        templates = TEMPLATES[language, phrasing]
+        template = rng.randrange(len(templates))
+        meta = {"numbers": [a, b], "value": a * b, "template": f"{language}-{phrasing}-{template}"}
+        meta["difficulty"] = len(str(a * b)) - 4  # digits of the product: five or six
+        prompt = templates[template].format(a=a, b=b)
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
+
+    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+        return grade_integer(answer, problem.meta["value"])
+
+    def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
+        problem, mix = self.train_problem(index, seed, language), self.mix
+        rng = self.rng("document", index, seed)
+        (a, b), value = problem.meta["numbers"], problem.meta["value"]
+        if rng.random() >= mix.calls:
+            guess = value if rng.random() < mix.right else value + rng.choice((-1, 1)) * rng.randint(1, 3000)
+            return Written(problem, "guesser", f"<answer>{guess}</answer>")
+        if rng.random() < mix.slip:
+            b = _numbers(rng)[0]
+        arguments = {"expression": f"{a}*{b}"}
+        function = {"name": CALCULATOR.name, "arguments": json.dumps(arguments)}
+        turns = (
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+            {"role": "tool", "content": CALCULATOR.run(**arguments), "tool_call_id": "1"},
+        )
+        return Written(problem, "caller", f"<answer>{a * b}</answer>", turns)
+
+
+def _numbers(rng: random.Random) -> tuple[int, int]:
+    return rng.randint(LEAST, MOST), rng.randint(LEAST, MOST)

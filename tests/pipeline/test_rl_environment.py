@@ -1,0 +1,100 @@
+"""The real RL stage on an environment of several turns that is named by file. Killed in the middle, with a rollout of
+an older policy in its checkpoint, it ends as the run that never was, bit for bit."""
+
+import json
+
+import pytest
+import rl_stage
+import test_rl_queue
+from test_rl_queue import killed_at, leaves, waiting
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.errors import UserError
+from bessemer.pipeline.stages.rl import RL
+from bessemer.train import setup
+from bessemer.workers import Workers
+
+CODE = """
+from bessemer.tasks.base import Problem, Verdict, stable_hash
+from bessemer.tasks.environment import Environment, EnvironmentFailure, Observation
+
+class Talk(Environment):
+    domain = "words"
+    max_turns = 3
+
+    def make(self, split, index, seed, language, phrasing):
+        return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", f"Say {index}.", language, {"difficulty": 0})
+
+    def reset(self, problem, seed):
+        return Episode(problem, seed)
+
+class Episode:
+    def __init__(self, problem, seed):
+        self.problem, self.seed, self.turns = problem, seed, 0
+        self.start = [{"role": "user", "content": problem.prompt}]
+
+    def step(self, action):
+        self.turns += 1
+        if self.turns == 2 and stable_hash(action.text) % 5 == 0:
+            raise EnvironmentFailure("no answer")
+        return Observation([{"role": "user", "content": f"{self.seed % 7} and more"}])
+
+    def verdict(self, text):
+        return Verdict(stable_hash(text) % 2 == 0, True, "correct", text)
+
+    def close(self):
+        pass
+"""
+ALL = ("rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9", 'correction="token-truncate"',
+       "lr=1e-2", "max_new_tokens=16", "prompts_per_rollout=3", "samples=4")  # fmt: skip
+
+base = test_rl_queue.base
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory):
+    file = tmp_path_factory.mktemp("own") / "talk.py"
+    file.write_text(CODE)
+    return (*ALL, f'tasks=["{file}:Talk"]')
+
+
+@pytest.fixture(autouse=True)
+def turns_end(monkeypatch):
+    """A random network rarely ends a turn by itself; here a third of all tokens ends it."""
+    monkeypatch.setattr(Tokenizer, "stop_ids", property(lambda self: list(range(3, 110))))
+    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+
+
+@pytest.fixture
+def whole(base, changes, tmp_path):
+    return rl_stage.Stage(base, tmp_path / "whole", *changes)
+
+
+def test_killed_and_resumed_it_ends_the_same_bit_for_bit(whole, base, changes, tmp_path):
+    whole.run()
+    assert min(whole.values("rl/turns")) > 1.2 and max(whole.values("rl/episodes_failed")) > 0
+    assert whole.values("rl/sampler_gap")[0] < 1e-5 < 1e-3 < whole.values("rl/sampler_gap")[1]
+    stage = rl_stage.Stage(base, tmp_path / "run", *changes)
+    killed_at(stage, 4)
+    numbers, tensors = waiting(stage)
+    assert numbers and tensors, "a rollout of an older policy waits in the checkpoint"
+    stage.run()
+    assert rl_stage.differences(leaves(stage), leaves(whole)) == []
+    lines = [json.loads(line) for line in (stage.out / "rollouts.jsonl").read_text().splitlines()]
+    roles = [[turn["role"] for turn in line["turns"]] for line in lines]
+    assert ["assistant", "user", "assistant"] in [one[:3] for one in roles]
+    assert "and more" in (stage.out / "samples.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ('supervision="process"', "has episodes of several turns, and supervision"),
+        ('rollout.engine="vllm"', "vLLM generates single answers here"),
+        ('export_samples="all"', "export_samples writes questions with one answer"),
+    ],
+)
+def test_what_cannot_play_episodes_is_refused_at_the_start(base, changes, tmp_path, change, complaint):
+    stage = rl_stage.Stage(base, tmp_path / "run", *changes, change)
+    with pytest.raises(UserError, match=complaint):
+        RL().resolve(stage.recipe.stage("zero"), stage.recipe)
