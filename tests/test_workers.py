@@ -16,10 +16,12 @@ from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.system import can_fork
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores, rank, shares
 
+pytestmark = pytest.mark.skipif(not can_fork(), reason="one process does all the work on this system")
 torch.set_num_threads(1)  # as every process of Workers has
 
 

@@ -6,7 +6,6 @@ package whose `main` is `serve(answer)`. It ends when its standard input closes,
 
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import Any
+
+from bessemer import system
 
 
 class NoReply(Exception):
@@ -98,11 +99,12 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 def confine(memory: int) -> None:
     """Limits for this process: so many bytes beyond those it has, no file written, and the processor time of `bounded`
-    exceeded means the end, by the kernel and whatever it is doing."""
-    limits = ((resource.RLIMIT_AS, _address_space() + memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0))
-    for kind, most in limits:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(kind, (most, most))
+    exceeded means the end, by the kernel and whatever it is doing. macOS does not hold processes to the bytes; there
+    the time bounds them, since each must be cleared by the processor first."""
+    if used := _address_space():
+        system.limit("AS", used + memory)
+    system.limit("FSIZE", 0)
+    system.limit("CORE", 0)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bessemer.errors import UserError
+from bessemer.system import can_fork, granted_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ def rank() -> int:
 def cores() -> int:
     """Cores this process may use: OMP_NUM_THREADS where the user set it, else what the system grants."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 and not _alone else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 and not _alone else granted_cores()
 
 
 @contextmanager
@@ -84,10 +85,11 @@ def _threads_of_launcher() -> bool:
 
 
 class Workers:
-    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n."""
+    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n. Where children
+    that compute cannot be forked (`system.can_fork`), this process does all the work, on all of torch's threads."""
 
     def __init__(self, n: int):
-        self.n = max(1, n)
+        self.n = max(1, n) if can_fork() else 1
         self._known: list[Callable[[Any], Any]] = []
         self._helpers: list[_Helper] = []
         # Not __del__: in a cycle of garbage the pipes may be finalised before it, and would be closed a second time.
@@ -266,7 +268,7 @@ def shares(costs: Sequence[float], n: int) -> list[list[int]]:
 
 def one_core_each() -> Workers:
     """Workers for all cores of this process; from now on torch itself uses one core per operation."""
-    workers = Workers(cores() if hasattr(os, "fork") else 1)
+    workers = Workers(cores())
     if workers.n > 1:
         import torch
 

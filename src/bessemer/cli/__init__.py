@@ -16,6 +16,7 @@ from bessemer import __version__
 from bessemer.cli.common import app, one_line
 from bessemer.errors import UserError
 from bessemer.precision import cuda_start
+from bessemer.system import unsupported
 
 # Each registers its commands, in the order in which --help shows them.
 from bessemer.cli import runs  # noqa: F401  isort: skip
@@ -88,4 +89,5 @@ def _version(requested: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    if (why := unsupported()) and "--help" not in sys.argv:
+        raise UserError(why)

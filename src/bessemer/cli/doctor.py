@@ -16,8 +16,9 @@ from bessemer import __version__
 from bessemer.dist import mesh
 from bessemer.kernels import build, library
 from bessemer.precision import backends, probe
+from bessemer.system import granted_cores, sysctl
 from bessemer.tasks import sandbox
-from bessemer.workers import cores, shared_free
+from bessemer.workers import Workers, cores, shared_free
 
 _GB = 1e9
 _NEED_DISK_GB = 2.0  # packages, packed rows and checkpoints of the tiny recipe, with a margin
@@ -37,9 +38,9 @@ def examine(folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": granted_cores(),
         "threads": torch.get_num_threads(),
-        "workers": cores(),
+        "workers": Workers(cores()).n,
         "shared_memory_mb": shared_free() >> 20,
         "flags": _flags(),
         "idle_gpu": probe.idle_gpu(),
@@ -125,11 +126,14 @@ def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
     flags = facts["flags"]
-    has = ", ".join(flags) or "no relevant vector instructions"
+    if flags is None:
+        has = "vector instructions that the system does not list"
+    else:
+        has = ", ".join(flags) or "no relevant vector instructions"
     text = f"CPU has {has}; training computes in {facts['dtype_reason']}"
     if facts["gpus"] or facts["dtype"] != "float32":
         return "numbers", "ok", text
-    has_bf16 = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    has_bf16 = flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
     lacking = "" if has_bf16 else "; this CPU has no BF16 instructions"
     return "numbers", "slow", text + lacking
 
@@ -186,6 +190,8 @@ def _about_memory(facts: dict[str, Any]) -> tuple[str, str, str]:
     total, available = facts["memory_gb"], facts["memory_available_gb"]
     if total is None:
         return "memory", "ok", "unknown on this system"
+    if available is None:
+        return "memory", "ok", f"{total:.1f} GB; the system does not say how much is free"
     text = f"{available:.1f} of {total:.1f} GB free"
     if available < _NEED_MEMORY_GB:
         return "memory", "bad", f"{text}: less than the {_NEED_MEMORY_GB:.0f} GB a run needs; close other programs"
@@ -219,21 +225,25 @@ def _cpuinfo(key: str) -> str:
 
 def _cpu_name() -> str:
     name = _cpuinfo("model name")
-    return name if name not in ("", "unknown") else platform.processor() or platform.machine()
+    if name in ("", "unknown"):
+        name = sysctl("machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
 
 
-def _flags() -> list[str]:
+def _flags() -> list[str] | None:
+    """Of `_FLAGS`, those that this CPU has; None where the system has no list."""
     present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return [flag for flag in _FLAGS if flag in present]
+    return None if not present else [flag for flag in _FLAGS if flag in present]
 
 
 def _memory() -> tuple[float | None, float | None]:
-    """(total, available) in GB as the kernel reports them, or None."""
+    """(total, available) in GB as the kernel reports them; None for what it does not report."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, available = (int(lines[key].split()[0]) * 1024 / _GB for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
-        return None, None
+        pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()) else -1
+        return (round(pages * os.sysconf("SC_PAGE_SIZE") / _GB, 1), None) if pages > 0 else (None, None)
     return round(total, 1), round(available, 1)
 
 

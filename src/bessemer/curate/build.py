@@ -12,7 +12,6 @@ OUT/
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -30,6 +29,7 @@ from bessemer.curate.settings import Settings, identity
 from bessemer.data import sources
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.system import peak_memory
 
 VERSION = 1
 """Increase it when a step produces different output from the same inputs."""
@@ -107,7 +107,7 @@ class Build:
         facts = report.gather(
             self.settings, units, ignored, read.facts, write.facts,
             {name: vars(step) for name, step in self.steps.items()}, time.monotonic() - began,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, self.engine.workers,
+            peak_memory(), self.engine.workers,
             load_tokenizer(tokenizer).vocab_size,
         )  # fmt: skip
         output.write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from bessemer.errors import UserError
+from bessemer.system import peak_memory
 
 FACTS = "facts.json"
 STEPS = "bessemer.curate.steps"
@@ -66,7 +66,7 @@ def perform(job: Job) -> dict[str, Any]:
         "identity": job.identity,
         "seconds": round(time.monotonic() - began, 3),
         "cpu_seconds": round(time.process_time() - worked, 3),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "memory": peak_memory(),
     }
     with (scratch / FACTS).open("w", encoding="utf-8") as file:
         json.dump(facts, file, ensure_ascii=False)

@@ -115,7 +115,10 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Two paths swap their names in one step; False where the system cannot do this (Linux can)."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    try:
+        rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    except (OSError, TypeError):
+        return False
     return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
 
 

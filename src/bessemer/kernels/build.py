@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import selectors
 import shutil
 import signal
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from bessemer.kernels import cache
 from bessemer.kernels.cache import BuildError
+from bessemer.system import granted_cores
 
 SOURCES = Path(__file__).parent / "cpp"
 HEADER = "gemm.hpp"
@@ -44,7 +46,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": AVX2,
     "neon": ("-march=armv8-a",),
     "baseline": (),
-    "emulated-amx": ("-DBESSEMER_EMULATE_TILES", "-O1", *(AVX2 if os.uname().machine == "x86_64" else ())),
+    "emulated-amx": ("-DBESSEMER_EMULATE_TILES", "-O1", *(AVX2 if platform.machine() == "x86_64" else ())),
 }
 """Compiler flags of every instruction set. Features one by one, since GCC knows -march=x86-64-v3 only from version 11
 on. The last one runs AMX's code on any machine of the last ten years, slowly, for tests; with -O1 it builds in two
@@ -172,7 +174,7 @@ def _run(commands: Sequence[Sequence[str]], until: float, temporary: str) -> Non
     """Runs the commands, as many at once as there are cores. BuildError for one that fails or outlasts `until`, OSError
     for one without room on the disk."""
     waiting, running = list(commands), 0
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = granted_cores()
     with selectors.DefaultSelector() as selector:
         try:
             while waiting or running:

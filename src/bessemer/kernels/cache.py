@@ -74,8 +74,11 @@ def intact(path: Path) -> bool:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """While this process alone may build. Where files cannot be locked, two may build the same and nothing breaks."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     until = time.monotonic() + WAIT_SECONDS
     with path.open("w") as file:
         while True:

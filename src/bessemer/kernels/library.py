@@ -10,7 +10,6 @@ import ctypes
 import functools
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bessemer.kernels import build
+from bessemer.system import sysctl
 
 VARIABLE = "BESSEMER_KERNELS"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -55,11 +55,9 @@ def _features() -> set[str]:
     """Names of this x86 processor's features; none where the system does not tell."""
     try:
         if sys.platform == "darwin":  # AVX2 and BMI1 there
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
-            output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
-            return set(output.lower().split())
+            return set(sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features").lower().split())
         lines = CPUINFO.read_text().splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return set()
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 

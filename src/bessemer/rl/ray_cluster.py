@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from types import ModuleType
 
 from bessemer.errors import UserError
-from bessemer.workers import shared_free
+from bessemer.system import granted_cores
+from bessemer.workers import SHARED, shared_free
 
 ADDRESS = "RAY_ADDRESS"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -81,7 +82,7 @@ class RayCluster:
             return
         # the store may hold the versions of two rollouts and of an evaluation at once
         store = max(STORE, 4 * weights)
-        if store > shared_free():
+        if os.path.isdir(SHARED) and store > shared_free():  # elsewhere, Ray keeps its store in files
             needed, instead = f"Ray takes {store >> 20} MiB of shared memory", 'engine.kind to "processes"'
             if weights:
                 needed = (
@@ -94,7 +95,7 @@ class RayCluster:
                 f"set {instead}"
             )
         with _visible(self._gpu_names):
-            self.ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=store, **quiet)
+            self.ray.init(address="local", num_cpus=granted_cores(), object_store_memory=store, **quiet)
 
     def check(self, workers: int, gpus: int) -> None:
         """UserError where the cluster is too small for so many workers."""

@@ -11,7 +11,6 @@ Invariants: one process at a time (a POSIX lock on `.lock`, which the system fre
 again where somebody deleted it); one recipe name per directory; no output of a stage is deleted, only moved aside.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
 from bessemer.runs.files import BACK, explained, read_json, sync_folder, write_atomic, write_json
 from bessemer.runs.metrics import Metrics
+from bessemer.system import claim
 
 RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
@@ -133,24 +133,20 @@ class RunDir:
 
 def _take_lock(root: Path) -> tuple[IO[str], str]:
     """The lock, and what to say of its last holder if that was killed: it writes "PROCESS OOM-KILLS" while it runs."""
-    # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the directory locked
     lock = open(root / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     lock.seek(0)
     before = lock.read().split()
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not claim(lock, before[0] if before else ""):
         holder = before[0] if before else "another process"
         lock.close()
         raise UserError(
             f"{root} is in use by another run (process {holder}); wait for it, stop it, or choose another --out"
-        ) from None
+        )
     lock.truncate(0)
     lock.write(f"{os.getpid()} {_oom_kills()}\n")
     lock.flush()
     killed = ""
     if len(before) == 2:
-        memory = before[1].isdigit() and int(before[1]) < _oom_kills()
         memory = before[1].isdigit() and int(before[1]) < _oom_kills()
         why = " (this machine has run out of memory since: if that was why, use shorter rows or fewer workers)"
         killed = (

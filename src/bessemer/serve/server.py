@@ -7,10 +7,8 @@ complete, then they end with an error event. A second signal does not wait. The 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import math
-import resource
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from bessemer.serve.connections import HEAD_BYTES, ConnectionLimiter, Connection
 from bessemer.serve.http import LOOPBACK_HOSTS, UnsignalledServer, bind, is_loopback
 from bessemer.serve.models import Models, find_models
 from bessemer.serve.service import Launch, launch
+from bessemer.system import raise_open_files
 
 BACKLOG = 2048
 """Connections that the system queues until they are accepted."""
@@ -70,7 +69,7 @@ def serve(
         print(f"bessemer: http://{address}:{bound.getsockname()[1]}  {names}; Ctrl-C stops", flush=True)
         if models.rounding:
             print(models.rounding, flush=True)
-        _raise_open_file_limit()
+        raise_open_files()  # the usual 1024, or 256 on macOS, are too few for a server
         server = Server(models, ConnectionLimits(), drain_seconds)
         gc.freeze()  # these objects stay; searching them for garbage again and again would cost 0.1 s each time
         try:
@@ -121,11 +120,3 @@ class Server(UnsignalledServer):
         while True:
             self.models.abort("the server is shutting down and the rest of the answer is lost")
             await asyncio.sleep(0.5)
-
-
-def _raise_open_file_limit() -> None:
-    """As many open files as the system allows: the usual 1024 are too few for a server."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -111,7 +111,8 @@ def main() -> None:
 def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
     """Loads the model and serves until the pipe is closed."""
     torch.set_num_threads(config.model_threads)
-    with socket.socket(fileno=dup(connection.fileno())) as pipe:
+    # Where this is more than the system gives, Linux gives what it has and macOS refuses.
+    with socket.socket(fileno=dup(connection.fileno())) as pipe, suppress(OSError):
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
         model = load_any(folder, device=device(), mtp=config.drafts > 0)

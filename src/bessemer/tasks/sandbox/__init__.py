@@ -18,10 +18,15 @@ from functools import cache
 from typing import Any
 
 from bessemer.errors import UserError
+from bessemer.system import is_linux
 from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, SandboxError, SandboxProcess
 
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
 """Environment variable; "1" lets hostile code run with the user's own rights where no isolation works."""
+ELSEWHERE = (
+    "the sandbox is built from namespaces of Linux: rewards and scores of code need Linux (a container or a virtual "
+    "machine with it will do), everything else runs here"
+)
 SOURCE_LIMIT = 100_000
 INPUT_LIMIT = 1 << 25
 """Characters of the input of a test."""
@@ -219,6 +224,8 @@ def resolve_level(isolation: str | None = None) -> str:
         if isolation not in LEVELS:
             raise UserError(f"the sandbox has no level {isolation!r}; known: {', '.join(LEVELS)}")
         return isolation
+    if not _possible():
+        raise UserError(f"code is not run here, because {ELSEWHERE}")
     if level() == "none" and os.environ.get(FORCE) != "1":
         raise UserError(
             f"code is not run here, because nothing would stop it from reading and deleting your files: {advice()}; or "
@@ -227,11 +234,18 @@ def resolve_level(isolation: str | None = None) -> str:
     return level()
 
 
+def _possible() -> bool:
+    """Whether a level may work at all. Every one watches processes by pidfd."""
+    return is_linux() and hasattr(os, "pidfd_open")
+
+
 @cache
 def trial(name: str) -> str:
     """Why a level does not work here, found by running a program at that level; "" where it does."""
     if name == "none":
         return ""
+    if not _possible():
+        return "needs Linux from 5.3 on, and a Python that was built there"
     if name == "bubblewrap" and shutil.which("bwrap") is None:
         return "not installed"
     try:
@@ -246,6 +260,8 @@ def trial(name: str) -> str:
 
 def advice() -> str:
     """How to get a better level, in words."""
+    if not _possible():
+        return ELSEWHERE
     return (
         "install bubblewrap (apt install bubblewrap), or allow user namespaces (sysctl user.max_user_namespaces=10000, "
         "kernel.apparmor_restrict_unprivileged_userns=0; in Docker --security-opt seccomp=unconfined)"

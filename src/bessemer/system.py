@@ -1,0 +1,102 @@
+"""What operating systems differ in: Linux with any C library, macOS, and Windows as far as help and a clear refusal go.
+
+Every function here works without the call that it prefers. Code elsewhere asks these functions and not for the name of
+the system; /proc and /sys are read where a missing file is an answer.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from typing import IO
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None  # type: ignore[assignment]
+
+MOST_FILES = 10_240
+"""Open files that macOS grants a process whose limit it calls infinite (OPEN_MAX)."""
+
+
+def unsupported() -> str | None:
+    """Why nothing but help works on this system; None where the package runs."""
+    if sys.platform == "win32":
+        return "Bessemer runs on Linux and macOS; on Windows, install it inside WSL 2 (wsl --install)"
+    return None
+
+
+def is_linux() -> bool:
+    return sys.platform.startswith("linux")
+
+
+def granted_cores() -> int:
+    """Cores that the system grants this process; where it does not say, those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def can_fork() -> bool:
+    """Whether a process with threads may fork children that compute. On macOS it may not: Accelerate, which multiplies
+    matrices there, and the Objective-C runtime end such a child."""
+    return hasattr(os, "fork") and sys.platform != "darwin"
+
+
+def claim(file: IO[str], holder: str) -> bool:
+    """Locks a file for this process; False where another process holds it. Where the system has no such locks, the
+    process `holder` whose number stands in it holds it as long as it lives."""
+    if fcntl is None:
+        return not holder.isdigit() or int(holder) == os.getpid() or not _alive(int(holder))
+    try:
+        # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the lock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's process
+        pass
+    return True
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had; 0 where the system does not say."""
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def raise_open_files() -> None:
+    """As many open files as the system allows this process."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for most in () if soft == hard else (hard, MOST_FILES):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return
+
+
+def limit(name: str, most: int) -> None:
+    """A limit of this process, such as "AS", which it cannot raise again. No effect where the system has none."""
+    with suppress(AttributeError, ValueError, OSError):  # the first where there is no `resource` at all
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def sysctl(*names: str) -> str:
+    """Values of macOS's `sysctl`, a line each; "" where there is none."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["/usr/sbin/sysctl", "-n", *names]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    return ""
