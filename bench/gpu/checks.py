@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bessemer.precision import cuda_start
+from bessemer.system import prepare_cuda
 
-cuda_start.prepare()
+prepare_cuda()
 
 import torch  # noqa: E402 (CUDA reads the environment as it starts)
 

@@ -1,4 +1,5 @@
-"""What operating systems differ in: Linux with any C library, macOS, and Windows as far as help and a clear refusal go.
+"""What operating systems differ in: Linux with any C library, macOS, and Windows as far as help and a clear refusal go;
+and what CUDA, which is Linux's, reads from the environment as it starts.
 
 Every function here works without the call that it prefers. Code elsewhere asks these functions and not for the name of
 the system; /proc and /sys are read where a missing file is an answer.
@@ -20,6 +21,27 @@ except ImportError:  # Windows
 
 MOST_FILES = 10_240
 """Open files that macOS grants a process whose limit it calls infinite (OPEN_MAX)."""
+SEGMENTS = "expandable_segments:True"
+"""For torch's allocator: freed memory serves requests of any size, so batches of changing length do not split it into
+pieces that fit nothing."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The name of its variable, and the one it had before."""
+
+
+def prepare_cuda() -> None:
+    """Sets what CUDA reads, before torch is imported, unless a user did. Child processes inherit it."""
+    if not is_linux():
+        return
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = SEGMENTS
+    # products repeat bit for bit, in the 32 MB that torch takes on Hopper by itself
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def without_segments() -> None:
+    """Takes back what `prepare_cuda` set for the allocator, for a vLLM that sleeps: its memory pool refuses it."""
+    if os.environ.get(ALLOCATOR[0]) == SEGMENTS:
+        del os.environ[ALLOCATOR[0]]
 
 
 def unsupported() -> str | None:

@@ -64,8 +64,8 @@ def test_nothing_changes_without_a_gpu_or_the_key(monkeypatch):
 
 PROBE = """
 import os, sys
-from bessemer.precision.cuda_start import prepare
-prepare()
+from bessemer.system import prepare_cuda
+prepare_cuda()
 assert "torch" not in sys.modules
 print(*(os.environ.get(name, "-") for name in sys.argv[1:]))
 """

@@ -15,8 +15,7 @@ import typer
 from bessemer import __version__
 from bessemer.cli.common import app, one_line
 from bessemer.errors import UserError
-from bessemer.precision import cuda_start
-from bessemer.system import unsupported
+from bessemer.system import prepare_cuda, unsupported
 
 # Each registers its commands, in the order in which --help shows them.
 from bessemer.cli import runs  # noqa: F401  isort: skip
@@ -36,7 +35,7 @@ _USAGE: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """The program `bessemer`."""
-    cuda_start.prepare()
+    prepare_cuda()
     before, warnings.showwarning = warnings.showwarning, _warn
     try:
         status = app(prog_name="bessemer", standalone_mode=False)

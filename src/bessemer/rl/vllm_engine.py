@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bessemer import system
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
@@ -27,7 +28,6 @@ from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import ModelConfig
-from bessemer.precision import cuda_start
 from bessemer.rl.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
 
 MLA_WIDTHS = (512, 64)
@@ -55,7 +55,7 @@ class VLLMEngine:
     def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
             os.environ.setdefault(MLA_OFF, "1")  # read when the engine is made
-        cuda_start.without_segments()  # its memory pool, if it sleeps, and shared buffers would meet them
+        system.without_segments()  # its memory pool, if it sleeps, and shared buffers would meet them
         try:
             from vllm import LLM, SamplingParams
         except ImportError:
