@@ -21,60 +21,60 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSSOSOSSOSSPSS Multi-head latent attention
-SSSSSOSOSSOSSPSS Query compression
-PPPPAOPOPPOPPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSSOSOSSOSSPSS DeepSeekMoE
-PPPPPOPOPPOPPPPP Sigmoid gate, normalised, scaled
-SSSSSOSOSSOSSPSS Group-limited routing
-SSSSSOSOSSOSSPSS Leading dense layers
-ASASSOSOSSOSSPSS Bias balancing, MTP layers included
-PPPPPOPOPPOPPPPP Sequence-wise balance loss
-PPPPPOPOPPOPPPPP No token dropping
-ASOSOOSOSSOSSPSS Multi-token prediction
-AAPAAOAOAAOAAPAA AdamW, FP32 masters
-AAAAAOAOAAOAAPAA Learning rate over consumed tokens
-OOOOOOAOOOOOOPOO Batch size over consumed tokens
-SSSSSOSOSSOSSPSS Initialisation
-SSSSOOOOSSOSSPSS Packing without cross-document mask
-OAAAOOAOAAOOAPAA Fill-in-the-middle
-PPPPPOPOPPOPPPPP Random split of punctuation + line break
-SSSSSOSOSSOSSPSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOOOOPOO FP8 training
-OOPOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOPOOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOOOOOOPOO Moving average of the weights
-OOOOOOOOOOOOOPOO DualPipe
-OOOOOSOOOOOOOPOO Expert parallelism, a token to a node once
-OOOOOSOOOOOOOPOO ZeRO-1
-OOOOAOOOOOOOOPOO Long-context extension in phases
-OOOOSOOOOOOOOPOO YaRN on the rotary key, the same in every phase
-OOOOAOOOOOOOOOOO Needle in a haystack over lengths and depths
-OPOPOPPPPPOPPOPP R1-Zero: RL from the base, no SFT
-OAOAOPAPAAOAAOAP Prompt template
-OSOSOSSPSSASSOSS GRPO groups
-OPOPOPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOAOPAPAAAAAOAA Loss of a token
-OAOAOAAPAAAAAOAA Clip
-OAOAOPAPAAOAAOAA KL to the reference (k3, in the loss)
-OAOAOAAPAAAAAOAA Mini-batches per rollout
-OPOAOAAPPPPPPOPP On policy, every sample used
-OSOSOSSPSSSSSOSS Learning rate of RL
-OPOPOPPPPPPPPOPP Sampling temperature of RL
-OOOOOPPPPPOOOOOO Sampling temperature with preference rewards
-OOOAOPAPAAAAAOAA Rewards
-OAOOOSSPSAAOOOOO SFT: answers only, samples packed with masks
-OOOOOSSPOSOOOOSO Length cap raised mid-run
-OOOOOPPPPPAOOOOO Cold start: readable R1-Zero answers in one form
-OAOOOPAPAAOOOOOO Language consistency reward
-OOOOOSSPSSAOOOOO Rejection sampling: correct and readable answers
-OOOOOAAPAAOOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOOSSPSSOOOOOO Preference rewards only at the end
-OOOOOOOPAAAOOOOO Distillation: SFT of a smaller model on checked samples
-OAOAOSSPSSAAAOAA Evaluation by sampling
+SSSSSOSOSSOOSSPSS Multi-head latent attention
+SSSSSOSOSSOOSSPSS Query compression
+PPPPAOPOPPOOPPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOSSOOSSPSS DeepSeekMoE
+PPPPPOPOPPOOPPPPP Sigmoid gate, normalised, scaled
+SSSSSOSOSSOOSSPSS Group-limited routing
+SSSSSOSOSSOOSSPSS Leading dense layers
+ASASSOSOSSOOSSPSS Bias balancing, MTP layers included
+PPPPPOPOPPOOPPPPP Sequence-wise balance loss
+PPPPPOPOPPOOPPPPP No token dropping
+ASOSOOSOSSOOSSPSS Multi-token prediction
+AAPAAOAOAAOOAAPAA AdamW, FP32 masters
+AAAAAOAOAAOOAAPAA Learning rate over consumed tokens
+OOOOOOAOOOOOOOPOO Batch size over consumed tokens
+SSSSSOSOSSOOSSPSS Initialisation
+SSSSOOOOSSOOSSPSS Packing without cross-document mask
+OAAAOOAOAAOOOAPAA Fill-in-the-middle
+PPPPPOPOPPOOPPPPP Random split of punctuation + line break
+SSSSSOSOSSOOSSPSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOOPOO FP8 training
+OOPOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOOPOO Moving average of the weights
+OOOOOOOOOOOOOOPOO DualPipe
+OOOOOSOOOOOOOOPOO Expert parallelism, a token to a node once
+OOOOOSOOOOOOOOPOO ZeRO-1
+OOOOAOOOOOOOOOPOO Long-context extension in phases
+OOOOSOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPOOPPOPP R1-Zero: RL from the base, no SFT
+OAOAOPAPAAOOAAOAP Prompt template
+OSOSOSSPSSAASSOSS GRPO groups
+OPOPOPPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAPAAAAAAOAA Loss of a token
+OAOAOAAPAAAAAAOAA Clip
+OAOAOPAPAAOOAAOAA KL to the reference (k3, in the loss)
+OAOAOAAPAAAAAAOAA Mini-batches per rollout
+OPOAOAAPPPPPPPOPP On policy, every sample used
+OSOSOSSPSSSSSSOSS Learning rate of RL
+OPOPOPPPPPPPPPOPP Sampling temperature of RL
+OOOOOPPPPPOOOOOOO Sampling temperature with preference rewards
+OOOAOPAPAAAAAAOAA Rewards
+OAOOOSSPSAAAOOOOO SFT: answers only, samples packed with masks
+OOOOOSSPOSOOOOOSO Length cap raised mid-run
+OOOOOPPPPPAAOOOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAPAAOOOOOOO Language consistency reward
+OOOOOSSPSSAAOOOOO Rejection sampling: correct and readable answers
+OOOOOAAPAAOOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSPSSOOOOOOO Preference rewards only at the end
+OOOOOOOPAAAAOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSPSSAAAAOAA Evaluation by sampling
 """
 """One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
-r1-paper, r1-small, r1-tiny, smollm2, specialists, tiny, v3, zero, zero-template."""
+r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, v3, zero, zero-template."""
 
 
 def of(recipe, *overrides):
@@ -101,7 +101,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 16 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 17 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):

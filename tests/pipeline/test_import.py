@@ -17,7 +17,7 @@ from bessemer.data import sources
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
-from bessemer.pipeline import conformance
+from bessemer.pipeline import conformance, runner
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks import get
@@ -230,6 +230,20 @@ def test_low_rank_stages_export_adapters_and_end_with_the_same_bits_after_a_stop
     stages_run.run(folder / "foreign.toml", out)
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (out / "08-low-rank" / file).read_bytes() == (run / "08-low-rank" / file).read_bytes()
+
+
+def test_the_recipe_with_lora_shortened(done, tmp_path):
+    """`recipes/smollm2-lora.toml` on a tiny model: every stage that trains leaves its adapter."""
+    short = {
+        "import.model": done[0] / "chatml", "cold-start.examples": 24, "grpo.tasks": '["arithmetic"]',
+        "grpo.rollouts": 1, "grpo.prompts_per_rollout": 2, "grpo.samples": 2, "grpo.max_new_tokens": 8,
+        "grpo.minimum_pass": 0.0, "grpo.eval_problems": 1,
+    }  # fmt: skip
+    recipe = Recipe.load("smollm2-lora", [f"{key}={value}" for key, value in short.items()])
+    results = runner.run(recipe, tmp_path / "run", until="grpo")
+    assert [result.status for result in results] == ["done"] * 4 + ["waiting"] * 3
+    for stage in ("03-started", "04-grpo"):
+        assert json.loads((tmp_path / "run" / stage / "adapter" / "adapter_config.json").read_text())["r"] == 16
 
 
 def once(tmp_path, stages):
