@@ -24,6 +24,16 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 """
+WATCH = """
+from pathlib import Path
+from bessemer.serve.run_follower import RunFollower
+from bessemer.serve.watch import build
+follower = RunFollower(Path({run!r}), "run")
+build([follower])
+while follower.poll():
+    pass
+assert follower.state()["stages"][0]["step"] == 7
+"""
 NETWORK = """
 import os
 import sys
@@ -55,6 +65,15 @@ def test_loading_any_recipe_imports_nothing_heavy():
 @pytest.mark.parametrize("arguments", [["--help"], ["keys"], ["keys", "rl"], ["keys", "data"]])
 def test_help_and_keys_import_nothing_heavy(arguments):
     assert loaded(KEYS.format(arguments=arguments)) == []
+
+
+def test_the_live_page_reads_a_run_and_imports_nothing_heavy(tmp_path):
+    (tmp_path / "recipe.toml").write_text('name = "r"\n[[stage]]\nkind = "rl"\n')
+    (tmp_path / "01-rl").mkdir()
+    values = {"rl/accuracy": 0.5, "rl/entropy": 1.0}
+    line = {"time": 1.0, "stage": "rl", "step": 7, "tokens": 9, "values": values}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert loaded(WATCH.format(run=str(tmp_path))) == []
 
 
 def test_help_is_instant():

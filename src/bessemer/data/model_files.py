@@ -15,6 +15,7 @@ from typing import Any
 from bessemer.errors import UserError
 
 AGAIN = "copy or download it again"
+INDEX = "model.safetensors.index.json"
 MOST = 64 << 20
 """Bytes of a file; the largest published ones have 34 MB (a tokenizer of 256K tokens)."""
 

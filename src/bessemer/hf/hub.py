@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import read_object
+from bessemer.data.model_files import INDEX, read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
 from bessemer.hf.replace import check_target, replacing
-from bessemer.hf.safetensors_reader import INDEX, PICKLES, Checkpoint
+from bessemer.hf.safetensors_reader import PICKLES, Checkpoint
 from bessemer.hf.safetensors_writer import (
     Export,
     Scales,

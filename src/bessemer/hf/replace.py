@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bessemer.data.model_files import INDEX
 from bessemer.errors import UserError
-from bessemer.hf.safetensors_reader import INDEX
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h

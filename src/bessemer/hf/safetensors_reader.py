@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.data.model_files import AGAIN, check_regular, parse_object, read_object
+from bessemer.data.model_files import AGAIN, INDEX, check_regular, parse_object, read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 from bessemer.precision.formats import dequantise_blocks, scale_shape
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -31,9 +31,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from bessemer.data.model_files import INDEX
 from bessemer.errors import UserError
 from bessemer.hf.mapping import SCALE_SUFFIX, Slot
-from bessemer.hf.safetensors_reader import INDEX, SINGLE, WEIGHTS, Checkpoint
+from bessemer.hf.safetensors_reader import SINGLE, WEIGHTS, Checkpoint
 from bessemer.precision.formats import quantise_blocks, scale_shape
 from bessemer.precision.operand import E4M3_MAX, SMALLEST
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from bessemer.serve.events import ChoiceBuilder
-from bessemer.serve.models import Models
+if TYPE_CHECKING:
+    from bessemer.serve.events import ChoiceBuilder
+    from bessemer.serve.models import Models
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 CLIENT_GONE = 499
