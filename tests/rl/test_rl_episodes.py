@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from bessemer import tasks
-from bessemer.data import tools
+from bessemer.data import corpus, tools
 from bessemer.data.chat import render_ids
+from bessemer.data.corpus import Augment
+from bessemer.data.documents import Document
+from bessemer.data.encoder import Encoder
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import PlayedEpisode, played
@@ -133,6 +136,18 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
     ours = prompts[0] + got.completion.tokens
     assert [i for i in ours if i != with_marks.encode(" ")[0]] == [i for i in whole if i != with_marks.encode(" ")[0]]
     assert [len(call[0]) for call in engine.calls] == [1, 2], "a prompt with its samples, then every episode by itself"
+
+
+def test_a_page_with_a_call_is_in_a_corpus_what_an_episode_is(with_marks):
+    """The same ids, so what the base reads is what it will be asked to continue."""
+    page = tasks.get("products", calls=1.0, slip=0.0, languages=["en"]).written(3)
+    document = Document(page.text, "products", page.messages, spoken=True)
+    encoder, augment = Encoder(with_marks), Augment(with_marks, 0.0, 0.0)
+    [(_, _, ids)] = corpus.tokenise([document], encoder, 0.0, augment)
+    assert ids.tolist() == render_ids(with_marks, page.messages, add_generation_prompt=False)
+    assert {*with_marks.tool_marks.values()} & {*ids.tolist()} and ids.tolist().count(with_marks.eos_id) == 2
+    [(_, _, plain)] = corpus.tokenise([replace(document, spoken=False)], encoder, 0.0, augment)
+    assert plain.tolist() == [with_marks.bos_id, *with_marks.encode(page.text), with_marks.eos_id]
 
 
 def test_seeds_follow_from_prompt_sample_and_turn(tokenizer):

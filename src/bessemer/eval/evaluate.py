@@ -17,6 +17,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.shots import NONE, Shots
+from bessemer.tasks.environment import Environment
 from bessemer.train import setup
 
 
@@ -35,6 +36,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """A row for each of our tasks, over all its languages; with all held-out problems of a task that has fewer."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
+    for task in chosen:
+        if isinstance(task, Environment) and (shots.count or shots.prefix):
+            raise UserError(f"{task.name} has episodes of several turns, and takes neither shots nor a prefix")
     engine = _engine(model_dir)
     context = engine.model.cfg.max_seq_len
     if max_new_tokens > context:

@@ -1,8 +1,8 @@
-"""Products of two numbers of three digits: what a small model cannot do in its head, and a calculator can.
+"""Products of two numbers of two digits: what a small model cannot do in its head, and a calculator can.
 
-The smallest task in which calling a tool pays. Nearly all authors of its pages guess, and nearly all guesses are wrong;
-a few call the calculator and copy its answer. So RL has something to amplify, and what it amplifies is the call. Pages
-with a call have several turns (`Written.turns`); the corpus encodes them as the conversation that they are. No prompt
+The smallest task in which calling a tool pays. Most authors of its pages write the product down and guess its value,
+nearly always wrong; a few call the calculator and copy its answer. So RL has something to amplify: the call. Pages with
+a call have several turns (`Written.turns`); the corpus encodes them as the conversation that they are. No prompt
 describes the tool: the pages have taught its form.
 """
 
@@ -15,14 +15,14 @@ from bessemer.tasks.environment import Environment
 from bessemer.tasks.tools import CALCULATOR
 
 TEMPLATES = read_templates("products")
-LEAST, MOST = 100, 999
+LEAST, MOST = 12, 99
 
 
 @dataclass(frozen=True)
 class ProductsMix:
     """Settings of the documents, shares between 0 and 1."""
 
-    calls: float = 0.1
+    calls: float = 0.2
     """Pages that call the calculator; the others guess."""
     right: float = 0.02
     """The share of guesses that is right."""
@@ -48,7 +48,7 @@ class Products(Environment):
         templates = TEMPLATES[language, phrasing]
         template = rng.randrange(len(templates))
         meta = {"numbers": [a, b], "value": a * b, "template": f"{language}-{phrasing}-{template}"}
-        meta["difficulty"] = len(str(a * b)) - 4  # digits of the product: five or six
+        meta["difficulty"] = len(str(a * b)) - 2  # the product has three or four digits
         prompt = templates[template].format(a=a, b=b)
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
 
@@ -60,8 +60,8 @@ class Products(Environment):
         rng = self.rng("document", index, seed)
         (a, b), value = problem.meta["numbers"], problem.meta["value"]
         if rng.random() >= mix.calls:
-            guess = value if rng.random() < mix.right else value + rng.choice((-1, 1)) * rng.randint(1, 3000)
-            return Written(problem, "guesser", f"<answer>{guess}</answer>")
+            guess = value if rng.random() < mix.right else max(1, value + rng.choice((-1, 1)) * rng.randint(1, 400))
+            return Written(problem, "guesser", f"<think>{a}*{b}={guess}</think><answer>{guess}</answer>")
         if rng.random() < mix.slip:
             b = _numbers(rng)[0]
         arguments = {"expression": f"{a}*{b}"}
