@@ -21,60 +21,60 @@ ACTIVATIONS = "Activations stored in FP8 and E5M6; norms and up-projections reco
 LETTERS = {PUBLISHED: "P", SCALED: "S", ADAPTED: "A", OFF: "O"}
 
 STATES = """
-SSSSSOSOSSOOSSPSS Multi-head latent attention
-SSSSSOSOSSOOSSPSS Query compression
-PPPPAOPOPPOOPPPPP Interleaved RoPE, YaRN off in the short stage
-SSSSSOSOSSOOSSPSS DeepSeekMoE
-PPPPPOPOPPOOPPPPP Sigmoid gate, normalised, scaled
-SSSSSOSOSSOOSSPSS Group-limited routing
-SSSSSOSOSSOOSSPSS Leading dense layers
-ASASSOSOSSOOSSPSS Bias balancing, MTP layers included
-PPPPPOPOPPOOPPPPP Sequence-wise balance loss
-PPPPPOPOPPOOPPPPP No token dropping
-ASOSOOSOSSOOSSPSS Multi-token prediction
-AAPAAOAOAAOOAAPAA AdamW, FP32 masters
-AAAAAOAOAAOOAAPAA Learning rate over consumed tokens
-OOOOOOAOOOOOOOPOO Batch size over consumed tokens
-SSSSSOSOSSOOSSPSS Initialisation
-SSSSOOOOSSOOSSPSS Packing without cross-document mask
-OAAAOOAOAAOOOAPAA Fill-in-the-middle
-PPPPPOPOPPOOPPPPP Random split of punctuation + line break
-SSSSSOSOSSOOSSPSS Byte-level BPE with V3's pre-split
-OOPOOOOOOOOOOOPOO FP8 training
-OOPOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
-OOPOOOPOOOOOOOPOO Moments of the optimizer in BF16
-OOOOOOOOOOOOOOPOO Moving average of the weights
-OOOOOOOOOOOOOOPOO DualPipe
-OOOOOSOOOOOOOOPOO Expert parallelism, a token to a node once
-OOOOOSOOOOOOOOPOO ZeRO-1
-OOOOAOOOOOOOOOPOO Long-context extension in phases
-OOOOSOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
-OOOOAOOOOOOOOOOOO Needle in a haystack over lengths and depths
-OPOPOPPPPPOOPPOPP R1-Zero: RL from the base, no SFT
-OAOAOPAPAAOOAAOAP Prompt template
-OSOSOSSPSSAASSOSS GRPO groups
-OPOPOPPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
-OAOAOPAPAAAAAAOAA Loss of a token
-OAOAOAAPAAAAAAOAA Clip
-OAOAOPAPAAOOAAOAA KL to the reference (k3, in the loss)
-OAOAOAAPAAAAAAOAA Mini-batches per rollout
-OPOAOAAPPPPPPPOPP On policy, every sample used
-OSOSOSSPSSSSSSOSS Learning rate of RL
-OPOPOPPPPPPPPPOPP Sampling temperature of RL
-OOOOOPPPPPOOOOOOO Sampling temperature with preference rewards
-OOOAOPAPAAAAAAOAA Rewards
-OAOOOSSPSAAAOOOOO SFT: answers only, samples packed with masks
-OOOOOSSPOSOOOOOSO Length cap raised mid-run
-OOOOOPPPPPAAOOOOO Cold start: readable R1-Zero answers in one form
-OAOOOPAPAAOOOOOOO Language consistency reward
-OOOOOSSPSSAAOOOOO Rejection sampling: correct and readable answers
-OOOOOAAPAAOOOOOOO Reward models: helpful by pairs, harmless by labels
-OOOOOSSPSSOOOOOOO Preference rewards only at the end
-OOOOOOOPAAAAOOOOO Distillation: SFT of a smaller model on checked samples
-OAOAOSSPSSAAAAOAA Evaluation by sampling
+SSSSSOSOSSOOSSSPSS Multi-head latent attention
+SSSSSOSOSSOOSSSPSS Query compression
+PPPPAOPOPPOOPPPPPP Interleaved RoPE, YaRN off in the short stage
+SSSSSOSOSSOOSSSPSS DeepSeekMoE
+PPPPPOPOPPOOPPPPPP Sigmoid gate, normalised, scaled
+SSSSSOSOSSOOSSSPSS Group-limited routing
+SSSSSOSOSSOOSSSPSS Leading dense layers
+ASASSOSOSSOOSSAPSS Bias balancing, MTP layers included
+PPPPPOPOPPOOPPPPPP Sequence-wise balance loss
+PPPPPOPOPPOOPPPPPP No token dropping
+ASOSOOSOSSOOSSAPSS Multi-token prediction
+AAPAAOAOAAOOAAAPAA AdamW, FP32 masters
+AAAAAOAOAAOOAAAPAA Learning rate over consumed tokens
+OOOOOOAOOOOOOOOPOO Batch size over consumed tokens
+SSSSSOSOSSOOSSSPSS Initialisation
+SSSSOOOOSSOOSSSPSS Packing without cross-document mask
+OAAAOOAOAAOOOAOPAA Fill-in-the-middle
+PPPPPOPOPPOOPPPPPP Random split of punctuation + line break
+SSSSSOSOSSOOSSSPSS Byte-level BPE with V3's pre-split
+OOPOOOOOOOOOOOOPOO FP8 training
+OOPOOOOOOOOOOOOPOO Activations stored in FP8 and E5M6; norms and up-projections recomputed
+OOPOOOPOOOOOOOOPOO Moments of the optimizer in BF16
+OOOOOOOOOOOOOOOPOO Moving average of the weights
+OOOOOOOOOOOOOOOPOO DualPipe
+OOOOOSOOOOOOOOOPOO Expert parallelism, a token to a node once
+OOOOOSOOOOOOOOOPOO ZeRO-1
+OOOOAOOOOOOOOOOPOO Long-context extension in phases
+OOOOSOOOOOOOOOOPOO YaRN on the rotary key, the same in every phase
+OOOOAOOOOOOOOOOOOO Needle in a haystack over lengths and depths
+OPOPOPPPPPOOPPPOPP R1-Zero: RL from the base, no SFT
+OAOAOPAPAAOOAAAOAP Prompt template
+OSOSOSSPSSAASSSOSS GRPO groups
+OPOPOPPPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OAOAOPAPAAAAAAAOAA Loss of a token
+OAOAOAAPAAAAAAAOAA Clip
+OAOAOPAPAAOOAAAOAA KL to the reference (k3, in the loss)
+OAOAOAAPAAAAAAAOAA Mini-batches per rollout
+OPOAOAAPPPPPPPPOPP On policy, every sample used
+OSOSOSSPSSSSSSSOSS Learning rate of RL
+OPOPOPPPPPPPPPPOPP Sampling temperature of RL
+OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
+OOOAOPAPAAAAAAAOAA Rewards
+OAOOOSSPSAAAOOOOOO SFT: answers only, samples packed with masks
+OOOOOSSPOSOOOOOOSO Length cap raised mid-run
+OOOOOPPPPPAAOOOOOO Cold start: readable R1-Zero answers in one form
+OAOOOPAPAAOOOOOOOO Language consistency reward
+OOOOOSSPSSAAOOOOOO Rejection sampling: correct and readable answers
+OOOOOAAPAAOOOOOOOO Reward models: helpful by pairs, harmless by labels
+OOOOOSSPSSOOOOOOOO Preference rewards only at the end
+OOOOOOOPAAAAOOOOOO Distillation: SFT of a smaller model on checked samples
+OAOAOSSPSSAAAAAOAA Evaluation by sampling
 """
 """One letter for each recipe, in the order of RECIPES: continue, controls, fp8-study, later-grpo, long, node, one-gpu,
-r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, v3, zero, zero-template."""
+r1-paper, r1-small, r1-tiny, smollm2, smollm2-lora, specialists, tiny, tools, v3, zero, zero-template."""
 
 
 def of(recipe, *overrides):
@@ -101,7 +101,7 @@ def test_every_recipe_s_states():
     """Checked by hand against the papers, item by item; a recipe or a published value that changes shows up here."""
     states = [[LETTERS[state] for state, _ in of(recipe).values()] for recipe in RECIPES]
     lines = ["".join(letters) + " " + item.item for letters, item in zip(zip(*states, strict=True), ITEMS, strict=True)]
-    assert len(RECIPES) == 17 and lines == STATES.strip().splitlines()
+    assert len(RECIPES) == 18 and lines == STATES.strip().splitlines()
 
 
 def test_an_imported_model_s_items_come_from_its_config(tmp_path):

@@ -11,6 +11,7 @@ from test_rl_queue import killed_at, leaves, waiting
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.pipeline.stages.rl import RL
+from bessemer.runs import export
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -83,7 +84,9 @@ def test_killed_and_resumed_it_ends_the_same_bit_for_bit(whole, base, changes, t
     lines = [json.loads(line) for line in (stage.out / "rollouts.jsonl").read_text().splitlines()]
     roles = [[turn["role"] for turn in line["turns"]] for line in lines]
     assert ["assistant", "user", "assistant"] in [one[:3] for one in roles]
+    assert all("\nUser: " in line["completion"] for line, own in zip(lines, roles, strict=True) if len(own) > 1)
     assert "and more" in (stage.out / "samples.md").read_text()
+    assert len(list(export._rollouts(stage.out / "rollouts.jsonl"))) == sum(len(own) == 1 for own in roles)
 
 
 @pytest.mark.parametrize(

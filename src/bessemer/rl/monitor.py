@@ -219,7 +219,7 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
         "step": step,
         "id": row.problem.id,
         "prompt": row.problem.prompt,
-        "completion": row.answer,
+        "completion": _transcript(row),
         "reward": row.reward,
         "correct": row.verdict.correct,
         "formatted": row.verdict.formatted,

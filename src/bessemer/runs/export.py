@@ -76,7 +76,10 @@ def _judged(path: Path) -> Iterator[Record]:
 
 
 def _rollouts(path: Path) -> Iterator[Record]:
+    """Questions with one answer; episodes of several turns are none."""
     for line in read_lines(path):
+        if len(line.get("turns") or ()) > 1:
+            continue
         question, answer = exchange(str(line["prompt"]), str(line["completion"]))
         record = {"prompt": [question], "completion": [answer], "label": bool(line.get("correct"))}
         yield record | {name: line.get(name) for name in ("reward", "step", "id")}
