@@ -211,7 +211,10 @@ class Play:
         assert task is not None
         episode = task.reset(problem, self.seeds[sample.problem])
         self._episodes[sample.problem, sample.number] = episode
-        return list(episode.start)
+        start = list(episode.start)
+        if not start or start[-1]["role"] == "assistant":
+            raise EnvironmentFailure("it begins with nothing that the model could answer")
+        return start
 
     def _take(self, sample: _Sample, completion: Completion) -> None:
         environment = sample.environment
@@ -251,6 +254,8 @@ class Play:
         observation = episode.step(turns.read_action(self._text(sample.parts[-1])))
         if not observation.done and not observation.messages:
             raise EnvironmentFailure("it answered nothing, and the episode is not over")
+        if others := {message["role"] for message in observation.messages} - {"tool", "user"}:
+            raise EnvironmentFailure(f"it answered in the role of {min(others)}; tool and user are for environments")
         return [
             {"role": message["role"], "content": shortened(message["content"], environment.observed)}
             for message in observation.messages

@@ -305,6 +305,8 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
         values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
     if "train/off_policy_masked" in updates[0]:
-        values["rl/off_policy_masked"] = float(np.mean([update["train/off_policy_masked"] for update in updates]))
+        values["rl/off_policy_masked"] = float(
+            np.mean([update.get("train/off_policy_masked", 0.0) for update in updates])
+        )
     gpu = {name: value for name, value in updates[-1].items() if name.startswith("gpu/")}
     return values | gpu | {"rl/lr": updates[-1].get("train/lr", 0.0)}

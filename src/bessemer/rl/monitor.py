@@ -209,7 +209,7 @@ def _transcript(row: ScoredSample) -> str:
     """The answer, of an episode all that was said after the question."""
     if row.turns is None:
         return row.answer
-    names = {rollout.MODEL: "Assistant:", "tool": "Tool: ", "user": "User: "}
+    names = {rollout.MODEL: "Assistant:", "tool": "Tool: ", "user": "User: ", "system": "System: "}
     return "\n".join(names[turn.role] + turn.text for turn in row.turns).removeprefix(names[rollout.MODEL])
 
 

@@ -2,13 +2,13 @@
 the environment or a bound ends the episode; then there is one verdict.
 
     environment.reset(problem, seed) -> episode        episode.start: what the model reads first
-    episode.step(action) -> observation                after every turn of the model
+    episode.step(turn) -> observation                  after every turn of the model
     episode.verdict(text)                              at the end; `text` is the model's last turn
 
 The simplest environment is a task with tools: it inherits `make` and `grade` from its task and lists its tools. A turn
 that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as ever.
 
-Whatever an environment returns is a function of (problem, seed, actions) alone, as a task's problems are of theirs.
+Whatever an environment returns is a function of (problem, seed, turns) alone, as a task's problems are of theirs.
 Then a resumed or replayed run has the same bits. An environment for which this does not hold, such as a server outside,
 sets `repeatable = False`: such a run resumes with other samples for the rollouts that it has to sample again, and a
 replay may differ.
@@ -71,7 +71,7 @@ class Observation:
 class Episode(Protocol):
     start: Sequence[Message]
 
-    def step(self, action: ModelTurn) -> Observation: ...
+    def step(self, turn: ModelTurn) -> Observation: ...
 
     def verdict(self, text: str) -> Verdict: ...
 
@@ -152,9 +152,9 @@ class ToolEpisode:
         self.environment, self.problem = environment, problem
         self.start: Sequence[Message] = [{"role": "user", "content": problem.prompt}]
 
-    def step(self, action: ModelTurn) -> Observation:
+    def step(self, turn: ModelTurn) -> Observation:
         until = time.monotonic() + self.environment.seconds
-        outputs = [self._output(call, until) for call in action.calls]
+        outputs = [self._output(call, until) for call in turn.calls]
         return Observation([{"role": "tool", "content": text} for text in outputs], done=not outputs)
 
     def verdict(self, text: str) -> Verdict:
