@@ -8,6 +8,7 @@ from ranks import on_ranks
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
+from bessemer.engine.episodes import played
 from bessemer.errors import UserError
 from bessemer.hf import hub  # noqa: F401 - writes models
 from bessemer.model.config import preset
@@ -15,6 +16,8 @@ from bessemer.model.transformer import Transformer
 from bessemer.rl.dealing import DealtEngine, Helper, led
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler, dealt
 from bessemer.runs.context import Interrupted, StageContext, StopFlag
+from bessemer.tasks.base import Problem, Verdict
+from bessemer.tasks.environment import Environment, Observation
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]
@@ -56,6 +59,52 @@ def test_all_ranks_have_the_samples_of_one_process(kind):
     assert len({text for group in wanted for text in group}) > 4
     for rank, (found, calls) in enumerate(on_ranks(2, generated, kind)):
         assert found == wanted and calls == [rank], "the weights were refreshed once"
+
+
+class Talk(Environment):
+    """Two turns, between which it says the same; an episode is the task itself."""
+
+    name, domain, max_turns, resets = "talk", "words", 2, 0
+    start = [{"role": "user", "content": "one fox"}]  # noqa: RUF012
+
+    def make(self, split, index, seed, language, phrasing):
+        return Problem(f"talk/{index}", "one fox", language)
+
+    def reset(self, problem, seed):
+        Talk.resets += 1
+        return self
+
+    def step(self, turn):
+        return Observation([{"role": "user", "content": f"a ring, {len(turn.text)}"}])
+
+    def verdict(self, text):
+        return Verdict(len(text) % 2 == 0, True, "correct", text)
+
+    def close(self):
+        pass
+
+
+def episodes(rank, ranks=None):
+    """(tokens and verdicts of two problems' samples, environments reset here)."""
+    if ranks:
+        ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
+        sampler, once = ShardedSampler(engine(), lambda: None, ranks), lambda make: ranks.broadcast(make, "episodes")
+    else:
+        sampler, once = LocalSampler(engine(), lambda: None), lambda make: make()
+    problems = [(Talk(), Talk().problem("train", n)) for n in range(2)]
+    _, groups = played(
+        sampler, problems, None, samples=3, seeds=[5, 6], cap=20, context=200, once=once, temperature=1.0, top_p=1.0,
+        batch_rows=2, stop_ids=range(20, 200),
+    )  # fmt: skip
+    return [[(one.completion.tokens, one.verdict) for one in group] for group in groups], Talk.resets
+
+
+def test_episodes_are_those_of_one_process_and_rank_0_alone_has_environments():
+    wanted, _ = episodes(0)
+    Talk.resets = 0
+    found = on_ranks(2, episodes, True)
+    assert [one for one, _ in found] == [wanted, wanted] and [resets for _, resets in found] == [6, 0]
+    assert max(len(tokens) for group in wanted for tokens, _ in group) > 20, "of two turns and what lies between"
 
 
 def changed(mine, step):
