@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import socket
 import threading
@@ -246,9 +247,10 @@ def test_the_server_of_a_run_has_the_page(run_server):
 
 
 @contextmanager
-def opened(browser, url, width, scheme):
+def opened(browser, url, width, scheme, locale="en-US"):
     """The page, of which nobody may complain and which asks nobody else."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    options = {"color_scheme": scheme, "locale": locale}
+    context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page, complaints = context.new_page(), []
     page.set_default_timeout(15_000)
     page.on("console", lambda message: complaints.append(message.text))
@@ -314,6 +316,28 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         wait_for(lambda: page.locator("#notice").text_content() == "", "the run is back")
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == {"light": "rgb(251, 250, 248)", "dark": "rgb(22, 21, 20)"}[scheme]
+        page.click("#language")
+        check_chinese(page)
+        with opened(browser, url, width, scheme, "zh-TW") as again:  # the browser's language, and back
+            check_chinese(again)
+            again.click("#language")
+            again.wait_for_selector("html[lang=en] #alarms >> text=/groups too hard/")
+
+
+def check_chinese(page):
+    page.wait_for_selector("html[lang=zh-CN] #alarms >> text=/题组太难/")
+    alarm = page.locator("#alarms .alarm").first.text_content()
+    assert "90% 的组没有差别，20.0% 的回答正确。可能的原因：题目太难" in alarm and "自第 5 步起" in alarm
+    page.click("#stages >> text=/^pretrain$/")
+    figure = page.locator("figure", has=page.locator(".title:text-is('训练损失')"))
+    figure.locator(".legend li >> text=/下一个词元/").first.wait_for()
+    wait_for(lambda: "1 分 20 秒" in page.locator("#clock").text_content(), "the clock")
+    page.locator("#maps figure").first.scroll_into_view_if_needed()
+    page.wait_for_selector("#maps .unit >> text=/4 个专家，第 10 至 \\d+ 步。最后专家/")
+    named = page.locator("button, label, h2, summary, th, .title, .chart .unit, nav a").all_text_contents()
+    known = {"pretrain", "zero", "eval", "MTP 1", "English"}  # names, and the language to switch to
+    assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= known
+    assert violations(page) == []
 
 
 def test_nobody_reads_while_nobody_looks(run, monkeypatch):

@@ -1,6 +1,7 @@
 // The page in English and Chinese. English words are the keys, with {places} for what changes; what a model or the
 // server said stays as it is.
 
+import { browserLanguage, speech } from "./speech.js";
 import { loadSettings } from "./state.js";
 
 const ZH = {
@@ -95,28 +96,6 @@ const ZH = {
 };
 
 const chosen = loadSettings().language;
-export const language = chosen === "auto" ? (navigator.language.startsWith("zh") ? "zh" : "en") : chosen;
+export const language = chosen === "auto" ? browserLanguage() : chosen;
 
-// The words in the page's language, {places} filled in.
-export function t(words, values = {}) {
-  const said = (language === "zh" && ZH[words]) || words;
-  return said.replace(/\{(\w+)\}/g, (place, name) => values[name] ?? place);
-}
-
-// What index.html says by itself.
-export function translatePage() {
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  if (language === "en") return;
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode;
-    if (node.nodeType === Node.TEXT_NODE) {
-      const words = node.data.trim();
-      if (words in ZH) node.data = node.data.replace(words, t(words));
-    } else {
-      for (const name of ["title", "aria-label", "placeholder"]) {
-        if (node.hasAttribute(name)) node.setAttribute(name, t(node.getAttribute(name)));
-      }
-    }
-  }
-}
+export const { t, translatePage } = speech(ZH, language);

@@ -1,13 +1,14 @@
 // Expert load of one layer: experts down, time across, one map for each run.
 
 import { make } from "./dom.js";
+import { t, told } from "./words.js";
 
 const COLOURS = [[42, 111, 176], [185, 186, 182], [212, 100, 28]]; // idle, an even share, twice its share and more
 
 export class HeatMap {
   constructor({ label }) {
     this.boxes = make("div.boxes");
-    this.figure = make("figure.chart", {}, make("figcaption", {}, make("span.title", {}, label)), this.boxes);
+    this.figure = make("figure.chart", {}, make("figcaption", {}, make("span.title", {}, told(label))), this.boxes);
   }
 
   // maps: [{ steps, shares, label }], shares in hundredths of an even share, by time and expert.
@@ -22,9 +23,12 @@ export class HeatMap {
     const times = (share) => `${(share / 100).toFixed(2)}×`;
     const end =
       most === least
-        ? "all have an even share"
-        : `expert ${last.indexOf(most)} has ${times(most)} its share, expert ${last.indexOf(least)} ${times(least)}`;
-    const words = `${label ? `${label} · ` : ""}${height} experts, steps ${steps[0]} to ${steps.at(-1)}. At the end ${end}.`;
+        ? t("all have an even share")
+        : t("expert {a} has {most} its share, expert {b} {least}", {
+            a: last.indexOf(most), most: times(most), b: last.indexOf(least), least: times(least),
+          });
+    const said = { n: height, first: steps[0], last: steps.at(-1), end };
+    const words = `${label ? `${label} · ` : ""}${t("{n} experts, steps {first} to {last}. At the end {end}.", said)}`;
     const canvas = make("canvas.heat", { width, height, role: "img", "aria-label": words });
     const context = canvas.getContext("2d");
     const image = context.createImageData(width, height);
@@ -32,15 +36,16 @@ export class HeatMap {
       column.forEach((share, y) => image.data.set([...colour(share / 100), 255], 4 * (y * width + x))),
     );
     context.putImageData(image, 0, 0);
-    const told = make("p.unit", {}, words);
+    const note = make("p.unit", {}, words);
     canvas.addEventListener("pointermove", (event) => {
       const box = canvas.getBoundingClientRect();
       const x = Math.max(0, Math.min(width - 1, Math.floor(((event.clientX - box.left) / box.width) * width)));
       const y = Math.max(0, Math.min(height - 1, Math.floor(((event.clientY - box.top) / box.height) * height)));
-      told.textContent = `step ${steps[x]}, expert ${y}: ${times(shares[x][y])} its share`;
+      const place = { step: steps[x], expert: y, times: times(shares[x][y]) };
+      note.textContent = t("step {step}, expert {expert}: {times} its share", place);
     });
-    canvas.addEventListener("pointerleave", () => (told.textContent = words));
-    return make("div", {}, canvas, told);
+    canvas.addEventListener("pointerleave", () => (note.textContent = words));
+    return make("div", {}, canvas, note);
   }
 }
 

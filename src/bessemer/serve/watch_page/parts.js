@@ -3,6 +3,7 @@
 
 import { make, say } from "./dom.js";
 import { short } from "./plot.js";
+import { t, told } from "./words.js";
 
 const STATES = { running: "running", finished: "finished", stopped: "stopped", waiting: "not begun" };
 
@@ -15,10 +16,11 @@ export function visible(text) {
 
 export function duration(seconds) {
   if (seconds === null) return "–";
-  if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.floor(seconds)} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${String(Math.floor(seconds % 60)).padStart(2, "0")} s`;
+  const two = (n) => String(Math.floor(n)).padStart(2, "0");
+  if (seconds < 60) return t("{s} s", { s: seconds < 10 ? seconds.toFixed(1) : Math.floor(seconds) });
+  if (seconds < 3600) return t("{m} min {s} s", { m: Math.floor(seconds / 60), s: two(seconds % 60) });
   const minutes = Math.floor(seconds / 60);
-  return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
+  return t("{h} h {m} min", { h: Math.floor(minutes / 60), m: two(minutes % 60) });
 }
 
 // A button for each run: its colour, its name and how it is; pressed while its curves are shown.
@@ -41,11 +43,11 @@ export function runList(box, runs, hidden, toggle) {
 
 function how(run) {
   const at = run.stages.findLast(({ state }) => state !== "waiting");
-  if (!at) return "no stage has begun";
-  if (run.stages.every(({ state }) => state === "finished")) return "finished";
-  const step = at.step === null ? "" : `, step ${short(at.step)}`;
-  const quiet = at.state === "running" || at.quiet === null ? "" : `, last line ${duration(at.quiet)} ago`;
-  return `${run.reading ? "reading · " : ""}${visible(at.name)} ${STATES[at.state]}${step}${quiet}`;
+  if (!at) return t("no stage has begun");
+  if (run.stages.every(({ state }) => state === "finished")) return t("finished");
+  const step = at.step === null ? "" : t(", step {n}", { n: short(at.step) });
+  const quiet = at.state === "running" || at.quiet === null ? "" : t(", last line {time} ago", { time: duration(at.quiet) });
+  return `${run.reading ? `${t("reading")} · ` : ""}${visible(at.name)} ${t(STATES[at.state])}${step}${quiet}`;
 }
 
 export function alarmList(box, runs) {
@@ -57,12 +59,13 @@ export function alarmList(box, runs) {
   box.replaceChildren(
     ...all.sort((a, b) => b.active - a.active).map((alarm) => {
       const where = `${runs.length > 1 ? `${visible(alarm.run)}, ` : ""}${visible(alarm.stage)}, `;
-      const when = alarm.active ? `since step ${alarm.step}` : `at step ${alarm.step}, over now`;
-      const advice = alarm.cause && `Likely cause: ${alarm.cause}. What to do: ${alarm.advice}.`;
+      const when = t(alarm.active ? "since step {n}" : "at step {n}, over now", { n: alarm.step });
+      const reasons = { cause: told(alarm.cause), advice: told(alarm.advice) };
+      const advice = alarm.cause && t("Likely cause: {cause}. What to do: {advice}.", reasons);
       return make(
         `div.alarm${alarm.active ? "" : ".over"}`, {},
-        make("b", {}, visible(alarm.title)), make("span.unit", {}, ` ${where}${when}`),
-        make("p", {}, `${visible(alarm.message)}.`), advice ? make("p.unit", {}, visible(advice)) : null,
+        make("b", {}, visible(told(alarm.title))), make("span.unit", {}, ` ${where}${when}`),
+        make("p", {}, t("{sentence}.", { sentence: visible(told(alarm.message)) })), advice ? make("p.unit", {}, visible(advice)) : null,
       );
     }),
   );
@@ -78,25 +81,25 @@ export function rolloutList(box, rollouts, stage, name) {
     child.dataset.key = key;
     return child;
   });
-  if (!after.length) after.push(make("p.unit", {}, "This stage has no rollouts."));
+  if (!after.length) after.push(make("p.unit", {}, t("This stage has no rollouts.")));
   if (after.some((child, i) => child !== box.children[i]) || after.length !== box.children.length) {
     box.replaceChildren(...after);
   }
 }
 
 function answer({ run, step, prompt, completion, reward, correct, length, formatted }, name) {
-  const facts = [`step ${step ?? "?"}`];
+  const facts = [t("step {n}", { n: step ?? "?" })];
   if (name) facts.unshift(name(run));
-  if (reward !== null) facts.push(`reward ${short(reward)}`);
-  if (length !== null) facts.push(`${short(length)} tokens`);
-  if (formatted === false) facts.push("not well-formed");
-  const mark = correct === null ? null : make(correct ? "i.right" : "i.wrong", {}, correct ? "✓ right" : "✗ wrong");
+  if (reward !== null) facts.push(t("reward {n}", { n: short(reward) }));
+  if (length !== null) facts.push(t("{n} tokens", { n: short(length) }));
+  if (formatted === false) facts.push(t("not well-formed"));
+  const mark = correct === null ? null : make(correct ? "i.right" : "i.wrong", {}, t(correct ? "✓ right" : "✗ wrong"));
   const line = visible(prompt).replace(/\s+/g, " ").slice(0, 160);
   return make(
     "details", {},
     make("summary", {}, mark, make("span.unit", {}, facts.join(" · ")), make("span.prompt", {}, line)),
-    make("h3", {}, "Prompt"), make("pre", { tabindex: "0", "aria-label": "prompt" }, visible(prompt)),
-    make("h3", {}, "Answer"), make("pre", { tabindex: "0", "aria-label": "answer" }, visible(completion)),
+    make("h3", {}, t("Prompt")), make("pre", { tabindex: "0", "aria-label": t("prompt") }, visible(prompt)),
+    make("h3", {}, t("Answer")), make("pre", { tabindex: "0", "aria-label": t("answer") }, visible(completion)),
   );
 }
 
@@ -105,15 +108,15 @@ export function timeTable(box, runs) {
   if (box.dataset.shown === key) return;
   box.dataset.shown = key;
   const several = runs.length > 1;
-  const head = [...(several ? ["run"] : []), "stage", "", "planned", "measured", "of the plan"];
+  const head = [...(several ? ["run"] : []), "stage", "", "planned", "measured", "of the plan"].map((word) => word && t(word));
   const rows = runs.flatMap((run) => [...run.stages.map((stage) => row(run, stage)), total(run)]);
 
   function row(run, { name, state, planned, seconds }) {
-    return cells(run, visible(name), STATES[state], planned, seconds);
+    return cells(run, visible(name), t(STATES[state]), planned, seconds);
   }
   function total(run) {
     const sum = (name) => run.stages.reduce((all, stage) => all + (stage[name] ?? 0), 0) || null;
-    return cells(run, "all", "", sum("planned"), sum("seconds"), ".all");
+    return cells(run, t("all"), "", sum("planned"), sum("seconds"), ".all");
   }
   function cells(run, stage, state, planned, seconds, kind = "") {
     const share = planned && seconds !== null ? `${Math.round((100 * seconds) / planned)} %` : "–";
@@ -123,5 +126,5 @@ export function timeTable(box, runs) {
   }
   const heads = head.map((text, i) => make(i >= head.length - 3 ? "th.n" : text ? "th" : "td", {}, text));
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
-  box.replaceChildren(make("div.scroll", { tabindex: "0", role: "group", "aria-label": "Times of the stages" }, table));
+  box.replaceChildren(make("div.scroll", { tabindex: "0", role: "group", "aria-label": t("Times of the stages") }, table));
 }

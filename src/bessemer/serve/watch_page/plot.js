@@ -2,6 +2,7 @@
 // closer look at a stretch that is dragged over. The stretch belongs to all pictures, so the page holds it.
 
 import { make } from "./dom.js";
+import { t, told } from "./words.js";
 
 const HEIGHT = 190;
 const [LEFT, RIGHT, TOP, BOTTOM] = [46, 6, 8, 22];
@@ -13,13 +14,13 @@ export class Plot {
     Object.assign(this, { panel, zoom, lines: [], stops: [], shown: null, from: null, span: null });
     this.svg = drawn("svg", { "aria-hidden": "true", height: HEIGHT });
     this.tip = make("div.tip", { role: "status", hidden: true });
-    this.whole = make("button.whole", { type: "button", hidden: true, onclick: () => zoom(null) }, "show all");
+    this.whole = make("button.whole", { type: "button", hidden: true, onclick: () => zoom(null) }, t("show all"));
     this.legend = make("ul.legend");
     this.last = make("span.last");
-    const caption = make("figcaption", {}, make("span.title", {}, panel.title), this.last);
-    caption.append(make("span.unit", {}, panel.unit));
+    const caption = make("figcaption", {}, make("span.title", {}, told(panel.title)), this.last);
+    caption.append(make("span.unit", {}, told(panel.unit)));
     const parts = [caption, this.svg, this.legend, this.tip, this.whole];
-    this.figure = make("figure.chart", { tabindex: "0", "aria-label": panel.title }, ...parts);
+    this.figure = make("figure.chart", { tabindex: "0", "aria-label": told(panel.title) }, ...parts);
     this.svg.addEventListener("pointermove", (event) => this.move(event));
     this.svg.addEventListener("pointerleave", () => this.from === null && this.hide());
     this.svg.addEventListener("pointerdown", (event) => {
@@ -47,7 +48,7 @@ export class Plot {
       return make("li", {}, key, make("b", {}, label), make("em", {}, short(last)));
     });
     this.legend.replaceChildren(...(lines.length > 1 ? entries : []));
-    this.last.textContent = lines.length === 1 ? short(lines[0].last) : lines.length ? "" : "no values here";
+    this.last.textContent = lines.length === 1 ? short(lines[0].last) : lines.length ? "" : t("no values here");
     this.draw();
   }
 

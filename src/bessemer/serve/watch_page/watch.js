@@ -5,6 +5,7 @@ import { find, make, say } from "./dom.js";
 import { HeatMap } from "./heat.js";
 import { alarmList, rolloutList, runList, timeTable, visible } from "./parts.js";
 import { Plot } from "./plot.js";
+import { language, switchLanguage, t, told, translatePage } from "./words.js";
 
 const EVERY = 1000;
 const HUES = 6;
@@ -37,7 +38,7 @@ async function tick() {
       await refresh();
     }
   } catch {
-    complain(["The server does not answer. This page asks again and goes on when it does."]);
+    say(find("notice"), t("The server does not answer. This page asks again and goes on when it does."));
   }
   // a busy machine is asked less often
   setTimeout(tick, Math.max(state?.runs.some((run) => run.reading) ? 300 : EVERY, 5 * (performance.now() - began)));
@@ -86,14 +87,14 @@ function arrange({ panels, layers }) {
   const shown = panels.filter((panel, i) => view.chosen[panel.key] ?? (known ? panel.first : i < OTHERS));
   keyed(find("list"), panels, ({ key }) => key, ({ key, title }) => {
     const box = make("input", { type: "checkbox", onchange: () => ((view.chosen[key] = box.checked), changed()) });
-    return make("label", {}, box, ` ${visible(title)}`);
+    return make("label", {}, box, ` ${visible(told(title))}`);
   }).forEach((row, i) => (row.firstChild.checked = shown.includes(panels[i])));
   find("choose").hidden = !panels.length;
   hold(find("pictures"), pictures, shown.map((panel) => [panel.key, () => new Plot(panel, zoom)]));
   hold(find("maps"), maps, layers.map((layer) => [layer.key, () => new HeatMap(layer)]));
   find("experts").hidden = !layers.length;
   find("empty").hidden = shown.length > 0;
-  say(find("empty"), panels.length ? "No curve is chosen." : "No stage has written a metric yet.");
+  say(find("empty"), t(panels.length ? "No curve is chosen." : "No stage has written a metric yet."));
 }
 
 // The children of a box, one for each item; those of a key that was there before are kept, with their focus.
@@ -184,7 +185,8 @@ function looks(lines, ordered) {
   const step = (HUES - 1) / Math.max(1, metrics.length - 1);
   return lines
     .filter(({ run }) => !view.hidden.has(state.runs[run].label))
-    .map((line) => {
+    .map((measured) => {
+      const line = { ...measured, label: told(measured.label) };
       const at = metrics.indexOf(line.metric);
       const dash = `d${(at % HUES) + 1}`;
       if (!several) {
@@ -224,7 +226,7 @@ function kept() {
 }
 
 function complain(sentences) {
-  say(find("notice"), sentences.map((sentence) => `${visible(sentence)}.`.replace("..", ".")).join(" "));
+  say(find("notice"), sentences.map((sentence) => t("{sentence}.", { sentence: visible(told(sentence)) })).join(" "));
 }
 
 function talk() {
@@ -233,12 +235,16 @@ function talk() {
   keyed(find("models"), models, ({ label, model }) => `${label} ${model}`, ({ label, path, model }) => {
     const command = `bessemer chat ${path}/${model}`;
     const words = state.runs.length > 1 ? `${visible(label)}, ${visible(model)}: ` : `${visible(model)}: `;
-    return make("li", {}, words, make("code", {}, visible(command)), ` or `, make("code", {}, `bessemer serve ${visible(path)}`));
+    return make("li", {}, words, make("code", {}, visible(command)), t(" or "), make("code", {}, `bessemer serve ${visible(path)}`));
   });
   find("chat").hidden = !state.chat;
   if (state.chat) find("chat").setAttribute("href", state.chat);
 }
 
+translatePage();
+say(find("language"), language === "zh" ? "English" : "中文");
+find("language").lang = language === "zh" ? "en" : "zh-CN";
+find("language").addEventListener("click", switchLanguage);
 find("over").value = view.over;
 find("over").addEventListener("change", ({ target }) => {
   Object.assign(view, { over: target.value, span: null });
