@@ -202,7 +202,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, fault=""):
         super().__init__(("127.0.0.1", 0), Handler)
         self.fault, self.games, self.resets, self.hang = fault, {}, 0, threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self):

@@ -29,7 +29,7 @@ class EvalConfig(AskingConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling threshold (R1: 0.95); 1: the model's full distribution."""
     max_new_tokens: Tokens = 160
-    """Length cap of a completion (R1: 32,768)."""
+    """Length cap of a completion (R1: 32,768); of an episode, what the model writes in all turns together."""
     shots: list[Annotated[int, Field(ge=0)]] = Field(default=[0])
     """Numbers of examples before the question, each evaluated in turn (R1 5: few-shot prompts degrade it; 0). They are
     training pages of the task, other ones for every problem."""

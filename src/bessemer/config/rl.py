@@ -109,7 +109,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     correction_cap: float = Field(2.0, ge=1)
     """Maximum importance weight."""
     max_new_tokens: Points = Points(160)
-    """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k)."""
+    """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k); of an episode, what the
+    model writes in all turns together."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature (R1-Zero: 1)."""
     top_p: float = Field(1.0, gt=0, le=1)
