@@ -7,6 +7,7 @@ import transformers
 from bessemer.data import chat, sft_rows
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import turns
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 
@@ -97,6 +98,16 @@ def test_answers_are_marked_with_their_end_and_nothing_else(directory):
     assert answers[-1] or directory.name == "chatml", "the line break of ChatML after the end is the template's"
     prompt = chat.render_ids(tok, TALK)
     assert ids[: len(prompt)] == prompt and not answers[len(prompt) - 1] and answers[len(prompt)]
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_an_episode_goes_on_as_the_conversation_is_rendered(directory, role):
+    """What is appended to an answer that was sampled; outputs of tools come from the user, in their marks."""
+    tok = load_tokenizer(directory)
+    ids, answers = chat.render_answers(tok, [*QUESTION, ANSWER])
+    said = ids[: max(place for place, answer in enumerate(answers) if answer) + 1]
+    whole = chat.render_ids(tok, [*QUESTION, ANSWER, {"role": role, "content": "sure?"}])
+    assert said + turns.following_ids(tok, [{"role": role, "content": "sure?"}]) == whole
 
 
 def test_where_an_answer_ends(tmp_path):
