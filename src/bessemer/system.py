@@ -30,12 +30,11 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 def prepare_cuda() -> None:
     """Sets what CUDA reads, before torch is imported, unless a user did. Child processes inherit it."""
-    if not is_linux():
-        return
-    if not any(name in os.environ for name in ALLOCATOR):
-        os.environ[ALLOCATOR[0]] = SEGMENTS
-    # products repeat bit for bit, in the 32 MB that torch takes on Hopper by itself
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if is_linux():
+        if not any(name in os.environ for name in ALLOCATOR):
+            os.environ[ALLOCATOR[0]] = SEGMENTS
+        # products repeat bit for bit, in the 32 MB that torch takes on Hopper by itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def without_segments() -> None:
@@ -46,9 +45,8 @@ def without_segments() -> None:
 
 def unsupported() -> str | None:
     """Why nothing but help works on this system; None where the package runs."""
-    if sys.platform == "win32":
-        return "Bessemer runs on Linux and macOS; on Windows, install it inside WSL 2 (wsl --install)"
-    return None
+    text = "Bessemer runs on Linux and macOS; on Windows, install it inside WSL 2 (wsl --install)"
+    return text if sys.platform == "win32" else None
 
 
 def is_linux() -> bool:
@@ -84,18 +82,14 @@ def claim(file: IO[str], holder: str) -> bool:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's process
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # another user's process
     return True
 
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has had; 0 where the system does not say."""
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 
 

@@ -75,7 +75,7 @@ SMALLER = ("pretrain.tokens=4K", 'pretrain.lr=[["0", 1e-3]]', "zero.rollouts=1",
 
 
 HOMES = {
-    "fcntl": {"system.py", "kernels/cache.py"}, "resource": {"system.py"}, "os.sched_getaffinity": {"system.py"},
+    "fcntl": {"system.py"}, "resource": {"system.py"}, "os.sched_getaffinity": {"system.py"},
     "os.getrandom": set(), "os.eventfd": set(), "os.posix_fadvise": set(), "os.sendfile": set(),
     "termios": set(), "pwd": set(), "grp": set(), "pty": set(), "tty": set(),
     "os.fork": {"workers.py", "tasks/referee.py"}, "os.pidfd_open": {"tasks/sandbox/process.py"},

@@ -7,14 +7,19 @@ not work until fixed). `describe` is the text for a terminal.
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bessemer import __version__
+from bessemer.config.builtin import find_recipe
+from bessemer.config.recipe import Recipe
 from bessemer.dist import mesh
 from bessemer.kernels import build, library
+from bessemer.model.transformer import Transformer
+from bessemer.plan import estimate
 from bessemer.precision import backends, probe
 from bessemer.system import granted_cores, sysctl
 from bessemer.tasks import sandbox
@@ -45,6 +50,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "flags": _flags(),
         "idle_gpu": probe.idle_gpu(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "trained": trained(("cpu", "mps")) if torch.backends.mps.is_available() else {},
         "gemm_gflops": rates,
         "dtype": str(choice.dtype).removeprefix("torch."),
         "dtype_reason": choice.why,
@@ -62,6 +68,13 @@ def examine(folder: Path) -> dict[str, Any]:
     }
     facts["notes"] = as_notes(_judge(facts))
     return facts
+
+
+def trained(devices: Iterable[str], seconds: float = 3.0) -> dict[str, float]:
+    """Tokens per second at which each of the devices trains the recipe tiny."""
+    settings, cfg, length = estimate.pretraining(Recipe.load(find_recipe("tiny")), needed_for="doctor")
+    models = {name: Transformer(cfg).initialise(0).to(name) for name in devices}
+    return {name: estimate.training_rate(model, settings, length, seconds) for name, model in models.items()}
 
 
 def as_notes(found: list[tuple[str, str, str]]) -> list[dict[str, str]]:
@@ -100,6 +113,12 @@ def _about_device(facts: dict[str, Any]) -> tuple[str, str, str]:
         return "GPU", "ok", ", ".join(facts["gpus"])
     if facts["idle_gpu"]:
         return "GPU", "bad", facts["idle_gpu"]
+    if facts["trained"]:
+        cpu, mps = facts["trained"].values()
+        text = f"MPS trains the recipe tiny at {mps:,.0f} tokens/s, the CPU at {cpu:,.0f}"
+        if mps >= cpu:
+            return "GPU", "ok", f"{text}: runs use MPS"
+        return "GPU", "slow", f"{text}: set {probe.VARIABLE}=cpu, which MPS beats with larger models only"
     text = "none: models of more than ten million active parameters take days; recipes/tiny.toml is made for a CPU"
     return "GPU", "slow", text
 
@@ -126,10 +145,7 @@ def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
     flags = facts["flags"]
-    if flags is None:
-        has = "vector instructions that the system does not list"
-    else:
-        has = ", ".join(flags) or "no relevant vector instructions"
+    has = ", ".join(flags or ()) or ("no relevant vector instructions" if flags == [] else "an unknown instruction set")
     text = f"CPU has {has}; training computes in {facts['dtype_reason']}"
     if facts["gpus"] or facts["dtype"] != "float32":
         return "numbers", "ok", text
@@ -151,21 +167,14 @@ def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
 def _about_exchange(facts: dict[str, Any]) -> tuple[str, str, str]:
     """What can carry tokens between ranks that share experts."""
     missing = facts["exchange"]["deepep"]
-    return (
-        "exchange",
-        "ok",
-        "experts on several ranks: " + (f"all-to-all; not DeepEP: {missing}" if missing else "DeepEP"),
-    )
+    text = f"all-to-all; not DeepEP: {missing}" if missing else "DeepEP"
+    return "exchange", "ok", f"experts on several ranks: {text}"
 
 
 def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
     if facts["compiler"]:
         return "compiler", "ok", f"{facts['compiler']}: torch.compile works"
-    return (
-        "compiler",
-        "slow",
-        "no C++ compiler: torch.compile is off, everything runs eagerly; install g++",
-    )
+    return "compiler", "slow", "no C++ compiler: torch.compile is off, everything runs eagerly; install g++"
 
 
 def _about_kernels(facts: dict[str, Any]) -> tuple[str, str, str]:
@@ -224,16 +233,14 @@ def _cpuinfo(key: str) -> str:
 
 
 def _cpu_name() -> str:
-    name = _cpuinfo("model name")
-    if name in ("", "unknown"):
-        name = sysctl("machdep.cpu.brand_string")
+    name = _cpuinfo("model name").replace("unknown", "") or sysctl("machdep.cpu.brand_string")
     return name or platform.processor() or platform.machine()
 
 
 def _flags() -> list[str] | None:
     """Of `_FLAGS`, those that this CPU has; None where the system has no list."""
-    present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return None if not present else [flag for flag in _FLAGS if flag in present]
+    present = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [flag for flag in _FLAGS if flag in present] if present else None
 
 
 def _memory() -> tuple[float | None, float | None]:

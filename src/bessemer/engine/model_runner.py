@@ -48,6 +48,7 @@ from bessemer.engine.transfer import Fetch, indices, to_device
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
+from bessemer.precision.probe import double, float64_home
 
 
 class ModelRunner:
@@ -79,7 +80,7 @@ class ModelRunner:
         self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.position_B = torch.zeros(0, dtype=torch.int64, device=device)
         """Position of each sequence's next token."""
-        self.rules_B4 = torch.zeros(0, 4, dtype=torch.float64, device=device)
+        self.rules_B4 = torch.zeros(0, 4, dtype=torch.float64, device=float64_home(device))
         """How each sequence is sampled, see `sampling.rules`."""
         self.token_B: Tensor | None = None
         """Between `sample` and `advance`: the sampled tokens."""
@@ -125,7 +126,7 @@ class ModelRunner:
         positions = indices([len(prompt.ids) for prompt, _ in prompts], device)[source]
         self.logits_BV, self.ahead = _append(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
-        self.rules_B4 = torch.cat((self.rules_B4, to_device(rules(fresh), device)))
+        self.rules_B4 = torch.cat((self.rules_B4, to_device(rules(fresh), self.rules_B4.device)))
         if self.trace is not None:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
             if self.expert_BLK is None:
@@ -205,7 +206,7 @@ class ModelRunner:
     def _select(self, source: Tensor) -> None:
         """New row b of every tensor is old row source[b]."""
         self.key_B, self.position_B = self.key_B[source], self.position_B[source]
-        self.rules_B4 = self.rules_B4[source]
+        self.rules_B4 = self.rules_B4[source.to(self.rules_B4.device)]
         self.token_B = None if self.token_B is None else self.token_B[source]
         self.expert_BLK = None if self.expert_BLK is None else self.expert_BLK[source]
         self.logits_BV, self.ahead = None if self.logits_BV is None else self.logits_BV[source], None
@@ -354,7 +355,7 @@ def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float
     """For the host, which waits for a device once."""
     if sampled.token_B.device.type == "cpu":
         return sampled.token_B.tolist(), sampled.logp_B.tolist(), sampled.raw_logp_B.tolist()
-    rows = Fetch(torch.stack([column.double() for column in sampled[:3]], -1)).read()
+    rows = Fetch(torch.stack([double(column) for column in sampled[:3]], -1)).read()
     token_B, logp_B, raw_logp_B = map(list, zip(*rows, strict=True))
     return [int(token) for token in token_B], logp_B, raw_logp_B
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
 from bessemer.engine.transfer import indices, to_device
 from bessemer.kernels import sampling as kernel
+from bessemer.precision.probe import double
 
 GOLDEN = 0x9E3779B97F4A7C15
 BLOCK = 64
@@ -305,8 +306,8 @@ def probabilities(logits_BV: Tensor, params: SamplingParams, vocab: int) -> Tens
 
 def accept(p_BV: Tensor, q_BV: Tensor, draft_B: Tensor, uniform_B: Tensor) -> Tensor:
     """Whether each draft is accepted: with probability min(1, p / q)."""
-    p_B, q_B = (x_BV.gather(-1, draft_B[:, None]).squeeze(-1).double() for x_BV in (p_BV, q_BV))
-    return uniform_B * q_B < p_B
+    p_B, q_B = (double(x_BV.gather(-1, draft_B[:, None]).squeeze(-1)) for x_BV in (p_BV, q_BV))
+    return (uniform_B * q_B < p_B).to(draft_B.device)
 
 
 def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
@@ -317,11 +318,12 @@ def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
 
 def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """First token whose cumulative share exceeds uniform_B; never a token with p = 0. p need not be normalised."""
+    device, p_BV = p_BV.device, p_BV.to(uniform_B.device)  # the CPU, where the device has no float64
     p_Bbw = _blocks(p_BV, 0.0)
     block_B, rest_B = _search(p_Bbw.sum(-1), uniform_B)
     chosen_Bw = p_Bbw[torch.arange(len(block_B), device=block_B.device), block_B]
     offset_B, _ = _search(chosen_Bw, rest_B)
-    return (block_B * BLOCK + offset_B).clamp_(max=p_BV.shape[1] - 1)  # only a row of NaN gets there
+    return (block_B * BLOCK + offset_B).clamp_(max=p_BV.shape[1] - 1).to(device)  # only a row of NaN gets there
 
 
 _MASK64 = (1 << 64) - 1
@@ -348,11 +350,11 @@ DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
 
 
 def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """Number `position` of each key's splitmix64 stream, as float64 in [0, 1) with 53 random bits."""
+    """Number `position` of each key's splitmix64 stream, as float64 in [0, 1) with 53 random bits, in its home."""
     x = key_B + (position_B + 1) * _signed(GOLDEN)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
+    return double(_shift(x ^ _shift(x, 31), 11)) * 2.0**-53
 
 
 def _signed(x: int) -> int:

@@ -36,6 +36,7 @@ from bessemer.engine.static_drafts import Rows, StaticDrafts, width_with
 from bessemer.engine.transfer import indices
 from bessemer.kernels import paged
 from bessemer.model.transformer import Transformer
+from bessemer.precision.probe import float64_home
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
@@ -43,8 +44,9 @@ Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
 
 
 def serves(model: Model) -> bool:
-    """Whether sequences of this model decode in static steps: off the CPU."""
-    return model.embed.weight.device.type != "cpu"
+    """Whether sequences of this model decode in static steps: off the CPU, and not on MPS, which has no float64."""
+    device = model.embed.weight.device
+    return device.type != "cpu" and float64_home(device) == device
 
 
 class StaticCache(LatentCache):

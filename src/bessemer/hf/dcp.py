@@ -51,10 +51,6 @@ MOST = 1 << 28
 """Bytes of the largest `.metadata` file that is read."""
 
 
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / METADATA).is_file()
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in RECORDS.get(module, ()):

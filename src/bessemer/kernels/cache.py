@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bessemer.system import fcntl
+
 VARIABLE = "BESSEMER_KERNEL_CACHE"
 """Environment variable: the folder instead of ~/.cache/bessemer/kernels."""
 WAIT_SECONDS = 130
@@ -74,9 +76,7 @@ def intact(path: Path) -> bool:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """While this process alone may build. Where files cannot be locked, two may build the same and nothing breaks."""
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     until = time.monotonic() + WAIT_SECONDS

@@ -89,7 +89,7 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     compiled = settings.fp8 == "off" and setup.want_compile(settings.compile, flops)
     if compiled:
         setup.compile_layers(model)
-    rates = {"training_tokens_per_second": _training(model, settings, length, seconds)}
+    rates = {"training_tokens_per_second": training_rate(model, settings, length, seconds)}
     rates["held_out_tokens_per_second"] = _held_out(model, length, seconds / 3)
     if any(stage.kind in ("rl", "eval", "reject") for stage in recipe.stages):
         rates["decoding_tokens_per_second"] = _decoding(model, seconds)
@@ -105,7 +105,7 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
     return LocalEstimate(stages, rates, measured, notes)
 
 
-def _training(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
+def training_rate(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
     """Tokens per second of the stage's trainer, on random tokens. Steps of the first third of the time are not counted:
     kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)

@@ -128,12 +128,35 @@ def idle_gpu() -> str | None:
     )
 
 
+VARIABLE = "BESSEMER_DEVICE"
+"""Environment variable: "cpu" where a Mac's CPU is to compute and not its GPU."""
+
+
 def device() -> torch.device:
-    """What this process computes on. UserError where it has a GPU that torch cannot use: a run would go on for days on
-    the CPU without a word."""
+    """What this process computes on: CUDA, else MPS where torch has it, else the CPU. UserError where there is a GPU
+    that torch cannot use: a run would go on for days on the CPU without a word."""
     if idle := idle_gpu():
         raise UserError(idle)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (wanted := os.environ.get(VARIABLE, "auto")) not in ("auto", "cpu"):
+        raise UserError(f'{VARIABLE} is "{wanted}"; it may be "auto" or "cpu"')
+    if torch.cuda.is_available():
+        return torch.device("cuda")  # CUDA_VISIBLE_DEVICES=-1 hides it
+    mps = wanted == "auto" and "RANK" not in os.environ and torch.backends.mps.is_available()  # gloo knows no MPS
+    return torch.device("mps" if mps else "cpu")
+
+
+WITH_FLOAT64 = ("cpu", "cuda", "meta")
+"""Apple's MPS has none."""
+
+
+def float64_home(device: torch.device) -> torch.device:
+    """Where float64 numbers of tensors on `device` are kept: there, or on the CPU where the device has none."""
+    return device if device.type in WITH_FLOAT64 else torch.device("cpu")
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """In float64, in its home."""
+    return x.to(float64_home(x.device)).double()
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class HostCopies:
     def add(self, tensor: Tensor, place: Tensor | None = None) -> Tensor:
         """A copy of `tensor`, in its place. From a GPU it is under way on the current stream, and so is whole after an
         event that is recorded there later."""
-        return (self.place(tensor) if place is None else place).copy_(tensor.detach(), non_blocking=True)
+        return (self.place(tensor) if place is None else place).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     def _take(self, size: int, from_gpu: bool) -> Tensor:
         while self._chunk < len(self._chunks):

@@ -20,6 +20,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from bessemer.precision.probe import double
 from bessemer.train import update_rules
 
 ALIGN = 64
@@ -38,7 +39,7 @@ class MovingAverage:
     def __init__(self, master: Tensor, decay: float):
         self.decay = decay
         self._value = master.detach().to("cpu", torch.float32, copy=True)
-        self._staging = None if master.device.type == "cpu" else torch.empty_like(self._value, pin_memory=True)
+        self._staging = None if not master.is_cuda else torch.empty_like(self._value, pin_memory=True)
         self._thread = None if self._staging is None else ThreadPoolExecutor(1)
         self._adding: Future | None = None
 
@@ -52,7 +53,7 @@ class MovingAverage:
 
     def update(self, master: Tensor) -> None:
         if self._staging is None or self._thread is None:
-            self._add(master)
+            self._add(master.cpu())
             return
         _ = self.value
         self._staging.copy_(master, non_blocking=True)
@@ -150,7 +151,7 @@ class Group:
 
     def square(self) -> Tensor:
         """Sum of the squares of the gradient, float64."""
-        return torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1).double().square().sum()
+        return double(torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1)).square().sum()
 
     def publish(self, source: Tensor | None = None) -> None:
         """Rounds the masters, or `source`, into what forward reads."""

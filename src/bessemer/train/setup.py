@@ -67,6 +67,8 @@ def device() -> torch.device:
 def describe_device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    if device().type == "mps":
+        return "the GPU of a Mac (MPS)"
     return f"{cores()} CPU core" + ("s" if cores() > 1 else "")
 
 
@@ -100,7 +102,7 @@ def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
     """The compute dtype on this device."""
     if where.type == "cuda":
         return probe.on_gpu(precision, torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where))
-    if precision == "device":
+    if precision == "device" or (precision == "auto" and where.type != "cpu"):
         return probe.Choice(torch.float32, "float32")
     if precision != "auto":
         return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
@@ -119,6 +121,8 @@ def set_precision(
     if config.fp8 != "off":
         if not isinstance(model, Transformer):
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
+        if probe.float64_home(device()) != device():
+            raise UserError(f'stage "{config.name}": MPS has no FP8; set fp8 = "off", or {probe.VARIABLE}=cpu')
         model.set_fp8(FP8_RECIPES[config.fp8])
         served = backends.summary(backends.table(device()))
         say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
@@ -130,7 +134,8 @@ def announce(
 ) -> None:
     """Says what a stage computes with, in one line, and lets float32 products on a GPU run in TF32."""
     if device().type != "cuda":
-        say(f"compute in {choice.why}; kernels: {library.status().why}")
+        where = f"kernels: {library.status().why}" if device().type == "cpu" else f"on {describe_device()}"
+        say(f"compute in {choice.why}; {where}")
         return
     # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
     full = choice.dtype == torch.float32
@@ -210,7 +215,7 @@ def want_compile(
         return trouble is None
     if setting != "auto":
         return setting == "on"
-    return flops > COMPILE_FLOPS and cpp_compiler() is not None and not library.available()
+    return flops > COMPILE_FLOPS and device().type == "cpu" and cpp_compiler() is not None and not library.available()
 
 
 def compile_layers(model: Transformer) -> None:

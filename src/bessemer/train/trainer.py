@@ -27,6 +27,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
+from bessemer.precision.probe import double
 from bessemer.train import balance, determinism, gpu_faults, guard
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.instruments import Instruments
@@ -311,7 +312,7 @@ class Trainer(Checkpointed):
             losses.append(loss)
             if result is not None:
                 self._collect(result)
-        divisor = float(torch.stack([loss.tokens for loss in losses]).double().sum())
+        divisor = float(double(torch.stack([loss.tokens for loss in losses])).sum())
         finite = bool(torch.stack([loss.total.float() for loss in losses]).isfinite().all())
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
         return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})

@@ -54,7 +54,7 @@ def adamw_(
     *, step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, divisor: float,
 ) -> None:  # fmt: skip
     """Updates w, m and v in place; grad may be overwritten. `step` counts from 1."""
-    if m.dtype == torch.float32:
+    if m.dtype == torch.float32 and w.device.type in ("cpu", "cuda"):  # MPS's kernel ignores grad_scale
         # The kernel takes t after the increment, and divides the gradient by grad_scale. Both are filled in on the
         # device: a copy from the host would wait for the update of the vector before.
         torch._fused_adamw_(
