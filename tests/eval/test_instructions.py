@@ -10,6 +10,7 @@ import pytest
 from bessemer.errors import UserError
 from bessemer.eval import instructions
 
+NEED_LANGUAGE = ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
 ARGUMENTS = {
     "keywords:existence": {"keywords": ["river", "stone"]},
     "keywords:frequency": {"keyword": "river", "frequency": 2, "relation": "at least"},
@@ -137,7 +138,7 @@ def test_other_arguments_of_the_release_are_dropped():
 def test_hostile_replies_take_linear_time(reply):
     start = time.monotonic()
     for instruction, arguments in ARGUMENTS.items():
-        if not instructions.needs_language(instruction):
+        if instruction not in NEED_LANGUAGE:
             instructions.follows(instruction, arguments, "x" + reply)
     instructions.sentences(reply)
     assert time.monotonic() - start < 10

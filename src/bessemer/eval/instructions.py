@@ -55,11 +55,6 @@ def check(instruction: object, arguments: object, where: str) -> dict[str, Any]:
     return needed
 
 
-def needs_language(instruction: str) -> bool:
-    """Whether judging it needs language identification, an extra."""
-    return instruction in ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
-
-
 def sentences(text: str) -> int:
     """Sentences of an English text; a rest without a full stop is one."""
     words, count, open_sentence = text.split(), 0, False

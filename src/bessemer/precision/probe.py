@@ -145,13 +145,9 @@ def device() -> torch.device:
     return torch.device("mps" if mps else "cpu")
 
 
-WITH_FLOAT64 = ("cpu", "cuda", "meta")
-"""Apple's MPS has none."""
-
-
 def float64_home(device: torch.device) -> torch.device:
     """Where float64 numbers of tensors on `device` are kept: there, or on the CPU where the device has none."""
-    return device if device.type in WITH_FLOAT64 else torch.device("cpu")
+    return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")  # MPS has none
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
