@@ -1,11 +1,14 @@
 """The command line as a fixture; and a mark for the files whose tests take ten seconds or more together, so that
 `-m "not slow"` leaves them out."""
 
+import os
 import sys
 
 import pytest
 
 from bessemer import cli
+
+os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # on a Mac: numbers here are compared with a CPU's
 
 SLOW = {
     "test_build.py",

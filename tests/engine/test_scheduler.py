@@ -1,5 +1,7 @@
 """Continuous batching: whatever comes and goes around a request, it gets the tokens it would get alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from drain import drain
@@ -37,14 +39,10 @@ def alone(engine, request):
     call = dict(max_new_tokens=request.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
                     min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop_ids=request.stop_ids,
                     stop_strings=request.stop_strings)  # fmt: skip
-    inner = engine._samples
-    engine._samples = lambda encoded, samples, seed, seeds, made: inner(
-        encoded, samples, seed, seeds, lambda ids, key: made(ids, request.key)
-    )
-    try:
-        return engine.generate([request.prompt], **call)[0][0]
-    finally:
-        del engine._samples
+    (batch,) = engine.plan([request.prompt], **call).batches
+    (sample,) = batch.samples
+    own = replace(sample, request=replace(sample.request, key=request.key))
+    return engine.run(replace(batch, samples=[own]))[0]
 
 
 def used(scheduler):
