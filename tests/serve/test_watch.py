@@ -111,6 +111,17 @@ def test_a_growing_file_is_read_line_by_line(tmp_path):
     assert tail.read() == (True, [{"a": 1}])
 
 
+def test_a_long_file_is_being_read_until_its_end(tmp_path, monkeypatch):
+    (tmp_path / "lines.jsonl").write_text('{"a": 1}\n' * 40)
+    monkeypatch.setattr("bessemer.runs.following.PIECE", 64)
+    parsed, seen, tail = LineTail._parsed, [], LineTail(tmp_path / "lines.jsonl")
+    monkeypatch.setattr(LineTail, "_parsed", lambda self, raw: (seen.append(self.more), parsed(self, raw))[1])
+    found = tail.read()[1]
+    while tail.more:
+        found += tail.read()[1]
+    assert len(found) == 40 and len(seen) > 5 and all(seen[1:])
+
+
 def test_the_end_of_a_long_file_is_enough_for_rollouts(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(1000)))

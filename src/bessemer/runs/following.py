@@ -45,10 +45,11 @@ class LineTail:
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
         """(whether the file is another one than before, or shorter; its new lines). A missing file has none. OSError if
         its disk does not answer."""
-        self.more = cut = False
+        cut = False
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed below)
         except FileNotFoundError:
+            self.more = False
             return False, []
         with file:
             size = os.fstat(file.fileno()).st_size
@@ -60,10 +61,11 @@ class LineTail:
             file.seek(self._at)
             raw = file.read(min(PIECE, size - self._at))
         whole = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == PIECE else 0)  # no true line is as long as a piece
-        self.more = len(raw) == PIECE
         self._at += whole
         self._edge = (self._edge + raw[:whole])[-_EDGE:]
-        return anew, self._parsed(raw[:whole].split(b"\n")[1 if cut else 0 :])
+        lines = self._parsed(raw[:whole].split(b"\n")[1 if cut else 0 :])
+        self.more = len(raw) == PIECE  # last, as other threads ask whether the file is being read
+        return anew, lines
 
     def _parsed(self, raw: list[bytes]) -> list[dict[str, Any]]:
         lines = []
