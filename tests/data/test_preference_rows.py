@@ -17,7 +17,7 @@ PAIRS = [(text(n, 4 + n % 9), text(n + 100, 3 + n * 5 % 11)) for n in range(60)]
 
 
 def build(units, folder, kind, row_length=T):
-    facts = preference_rows.build(units, row_length, PAD, BOS, folder)
+    facts = preference_rows.build(units, row_length, PAD, folder)
     return facts, preference_rows.load(folder, kind, seed=3)
 
 

@@ -50,7 +50,7 @@ def base(tmp_path_factory):
     pairs = ([(good, GOOD), (bad, BAD)] for good, bad in zip(TEXTS[::2], TEXTS[1::2], strict=True))
     labels = ([(ids, GOOD if number % 3 else BAD)] for number, ids in enumerate(TEXTS))
     for name, units in (("pairs", pairs), ("labels", labels)):
-        preference_rows.build(units, T, PAD, 0, folder / name)
+        preference_rows.build(units, T, PAD, folder / name)
     return folder
 
 

@@ -9,7 +9,7 @@ from hf_cases import made, relative, tokens
 from bessemer.data import chat
 from bessemer.errors import UserError
 from bessemer.hf import causal_lm
-from bessemer.hf.causal_lm import read_gguf
+from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.hf_tokenizer import load_tokenizer
 
 CONTROLS = ["<|text|>", "<|im_start|>", "<|im_end|>"]

@@ -18,6 +18,7 @@ from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance, runner
+from bessemer.rl.preference import RewardModel
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks import get
@@ -126,10 +127,35 @@ prompts_per_step = 2
 max_new_tokens = 8
 eval_problems = 2
 lora = {{}}
+
+[[stage]]
+kind = "reward-model"
+name = "judged"
+from = "import"
+aim = "helpful"
+data = ["{pairs}"]
+made = 0
+epochs = 2
+row_length = 128
+lr = 1e-2
+batch_rows = 4
+heldout = 0.15
+precision = "float32"
+lora = {{ rank = 2 }}
 """
 
 
-LATER = ("04-rl", "05-other", "06-student", "07-eval", "08-low-rank", "09-plain", "10-taught", "11-distill")
+LATER = (
+    "04-rl",
+    "05-other",
+    "06-student",
+    "07-eval",
+    "08-low-rank",
+    "09-plain",
+    "10-taught",
+    "11-distill",
+    "12-judged",
+)
 
 
 def directory(folder, kind, write, **options):
@@ -144,7 +170,10 @@ def done(tmp_path_factory):
     chatml = directory(folder / "chatml", "llama-tied", houses.byte_level)
     llama3 = directory(folder / "llama3", "qwen2", houses.llama3)
     path = folder / "foreign.toml"
-    path.write_text(RECIPE.format(chatml=chatml, llama3=llama3))
+    said = ("It is a good question.", "What a stupid thing!")
+    lines = [{"prompt": f"Say {n}.", "chosen": said[0], "rejected": said[1]} for n in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text(RECIPE.format(chatml=chatml, llama3=llama3, pairs=folder / "pairs.jsonl"))
     return folder, stages_run.run(path, folder / "run")
 
 
@@ -244,6 +273,29 @@ def test_the_recipe_with_lora_shortened(done, tmp_path):
     assert [result.status for result in results] == ["done"] * 4 + ["waiting"] * 3
     for stage in ("03-started", "04-grpo"):
         assert json.loads((tmp_path / "run" / stage / "adapter" / "adapter_config.json").read_text())["r"] == 16
+
+
+def test_a_low_rank_reward_model_reads_the_model_s_own_template_and_is_read_by_transformers(done):
+    folder, results = done
+    assert results["judged"].summary["accuracy"] > 0.7
+    directory = folder / "run" / "12-judged" / "model"
+    model = RewardModel.load(directory)
+    items = [("Say 500.", "It is a good question."), ("Say 500.", "What a stupid thing!")]
+    good, bad = model.score(items)
+    assert good > bad and 0.3 < good < 1.7
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+    tok = transformers.AutoTokenizer.from_pretrained(directory)
+    texts = [[{"role": "user", "content": one}, {"role": "assistant", "content": other}] for one, other in items]
+    batch = tok(tok.apply_chat_template(texts, tokenize=False), padding=True, return_tensors="pt")
+    scores = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten().tolist()
+    assert [model.scale(score) for score in scores] == pytest.approx([good, bad], abs=1e-4)
+    over = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder / "run" / "01-import" / "model", num_labels=1, pad_token_id=theirs.config.pad_token_id
+        ),
+        folder / "run" / "12-judged" / "adapter",
+    )
+    assert over(**batch).logits.flatten().tolist() == pytest.approx(scores, abs=1e-4)
 
 
 def once(tmp_path, stages):

@@ -33,7 +33,7 @@ def network(seed=0, **changes):
 
 
 def rows(units, kind, folder):
-    preference_rows.build(units, T, PAD, BOS, folder)
+    preference_rows.build(units, T, PAD, folder)
     return preference_rows.load(folder, kind, seed=0)
 
 

@@ -296,9 +296,10 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
-    ignore_at_default = frozenset({"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data"})
+    ignore_at_default = frozenset(
+        {"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data", "lora"}
+    )
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
-    lora: ClassVar = None  # type: ignore[misc]  # starts from a network of our own family, which has no adapters
 
     previous: StageRef | None = None
     """Earlier reward-model stage to continue from: its weights, and some of its judged answers. New answers are sampled

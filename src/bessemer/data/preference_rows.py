@@ -1,8 +1,8 @@
 """Preference data to packed rows for reward models: pairs of a chosen and a rejected text, or labelled texts.
 
 A directory holds `rows.bin`, rows of uint32, each four times a token's id plus a mark at the last token of a text: 1
-for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts, written last. Texts begin with BOS and share
-rows without seeing each other; the texts of a pair are adjacent, the chosen one first.
+for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts, written last. Texts share rows without seeing
+each other; a text begins behind the mark of the one before. Those of a pair are adjacent, the chosen one first.
 
 Invariants
 - A pair is whole or left out, and so is a text; what does not fit a row is counted in `too_long`, not cut, for the
@@ -42,13 +42,14 @@ class PairRows(SFTRows):
         rows, places = (mark == BAD).nonzero(as_tuple=True)
         rival[mark == GOOD] = places
         assert torch.equal((mark == GOOD).sum(1), torch.bincount(rows, minlength=len(tokens)))
-        return self._marked(tokens, (mark == GOOD).float(), rival_BT=rival)
+        return self._marked(tokens, mark, (mark == GOOD).float(), rival_BT=rival)
 
     def _examples(self, packed_BT: np.ndarray) -> np.ndarray:
         return ((packed_BT & 3) == GOOD).sum(1)
 
-    def _marked(self, tokens: torch.Tensor, loss: torch.Tensor, **extras: torch.Tensor) -> Batch:
-        return Batch(tokens, loss, segments_BT=(tokens == self.facts["bos_id"]).cumsum(1), extras=extras)
+    def _marked(self, tokens: torch.Tensor, mark: torch.Tensor, loss: torch.Tensor, **extras: torch.Tensor) -> Batch:
+        ends = (mark > 0).long()
+        return Batch(tokens, loss, segments_BT=1 + ends.cumsum(1) - ends, extras=extras)
 
 
 class LabelRows(PairRows):
@@ -56,17 +57,15 @@ class LabelRows(PairRows):
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
         tokens, mark = _unpacked(packed_BT)
-        return self._marked(tokens, (mark > 0).float(), safe_BT=(mark == GOOD).float())
+        return self._marked(tokens, mark, (mark > 0).float(), safe_BT=(mark == GOOD).float())
 
     def _examples(self, packed_BT: np.ndarray) -> np.ndarray:
         return ((packed_BT & 3) > 0).sum(1)
 
 
-def build(
-    units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, bos_id: int | None, out_dir: Path
-) -> dict:
+def build(units: Iterable[Sequence[tuple[Ids, int]]], row_length: int, pad_id: int, out_dir: Path) -> dict:
     """Pack units, each a pair [(ids, GOOD), (ids, BAD)] or one labelled text [(ids, mark)]; returns the facts."""
-    facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length, "bos_id": bos_id}
+    facts: dict[str, Any] = {"units": 0, "too_long": 0, "row_length": row_length}
     out_dir.mkdir(parents=True, exist_ok=True)
 
     def samples() -> Iterator[np.ndarray]:

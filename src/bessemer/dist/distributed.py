@@ -21,7 +21,7 @@ from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub, lora
-from bessemer.hf.causal_lm import CausalLM, needs_transformers
+from bessemer.hf.causal_lm import CausalLM, CausalScorer, load_scorer, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Scorer, Transformer
@@ -76,15 +76,16 @@ def adapted(
 
 def read_scorer(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None], new_head: int | None
-) -> Scorer | ModelShard:
+) -> Scorer | CausalScorer | ModelShard:
     """A reward model: the one of a directory, or with the seed of a `new_head` the body of its language model. Rows are
     not split, since a pair's two scores are compared."""
     if ranks is None:
         if new_head is None:
-            return hub.load(folder, torch.float32, setup.device(), kind=Scorer)
-        return Scorer.of(setup.load_model(folder)[0], new_head)
+            return load_scorer(folder, torch.float32, setup.device())
+        model, _ = setup.load_model(folder)
+        return CausalScorer.of(model, new_head) if isinstance(model, CausalLM) else Scorer.of(model, new_head)
     if needs_transformers(folder):
-        raise UserError(f"{folder} is not of the DeepSeek V3 family; a reward model cannot start from it")
+        raise UserError(f"{folder} is not of the DeepSeek V3 family; a reward model of it is trained by one process")
     cfg = hub.read_config(folder)
     made, schedule = _mesh(mesh.headed(cfg), ranks, layout, say, split_rows=False)
     own = made.of(cfg.model_copy(update={"n_mtp": 0}))

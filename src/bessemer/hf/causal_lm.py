@@ -2,8 +2,7 @@
 
 Trainer, objectives, Engine, reference policy and checkpoints use a model through `train_outputs`, `head_weight`,
 `embed`, `cfg`, `gates`, `to_compute` and `save`; `CausalLM` offers these over a model of the transformers library (the
-extra `hf`), so the rest of the package treats both alike. `read_gguf` turns a GGUF file into such a model: transformers
-undoes the quantisation (with the `gguf` package), and the weights are plain numbers on the grid of the quantisation.
+extra `hf`), so the rest of the package treats both alike. `CausalScorer` is a reward model, as `Scorer` is.
 
 Invariants
 - No code that comes with a model is run: only architectures of the installed transformers, only safetensors.
@@ -17,31 +16,33 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
-import io
 import math
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from bessemer.data.chat import render_ids
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import hub
+from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import FAMILIES
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
 from bessemer.model.segments import Packed, Segments
-from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, scores
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose cache is keys and values; a recurrent state cannot be shared between sequences like those."""
@@ -80,11 +81,15 @@ class CausalLM(nn.Module):
 
     layers: tuple[Layer, ...] = ()
     """Layers whose routing could be replayed: none."""
+    auto = "AutoModelForCausalLM"
+    """The class of transformers that reads and makes such models."""
+    head: str | None = None
+    """Name of the matrix that reads hidden states; None: the output embeddings."""
 
     def __init__(self, inner: Any):
         super().__init__()
         self.inner = inner
-        self.cfg = _config_of(inner)
+        self.cfg = _config_of(inner, self.head_layer)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self.cache_word = "cache" if "cache" in accepted else "past_key_values"
         """The argument for the KV cache in this version of transformers."""
@@ -99,8 +104,12 @@ class CausalLM(nn.Module):
         return self.inner.get_input_embeddings()
 
     @property
+    def head_layer(self) -> Any:
+        return getattr(self.inner, self.head) if self.head else self.inner.get_output_embeddings()
+
+    @property
     def head_weight(self) -> Tensor:
-        return self.inner.get_output_embeddings().weight
+        return self.head_layer.weight
 
     def gates(self) -> dict[str, Gate]:
         """No gates: those of a transformers model are not balanced here."""
@@ -145,10 +154,61 @@ class CausalLM(nn.Module):
                 hub.copy_files(Path(tokenizer_dir), fresh, hub.TOKENIZER_FILES)
             for name, text in (files or {}).items():
                 (fresh / name).write_text(text, "utf-8")
-            again = _read(fresh, next(self.parameters()).dtype).state_dict()
+            again = _read(fresh, next(self.parameters()).dtype, self.auto).state_dict()
             for name, tensor in self.inner.state_dict().items():
                 if not torch.equal(again[name], tensor.to(again[name].device)):
                     raise UserError(f"{fresh}: tensor {name} reads back differently from what was written")
+
+
+class CausalScorer(CausalLM):
+    """A transformers model with a scalar head, on disk `...ForSequenceClassification` with one label.
+
+    transformers reads a text at its last token that is no padding. Where texts end with the token for padding, the
+    saved config has no `pad_token_id`: transformers then refuses batches instead of reading one token too early.
+    """
+
+    auto = "AutoModelForSequenceClassification"
+    head = "score"
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: CausalLM, seed: int) -> CausalScorer:
+        """The body of a language model, not copied, with a new head. UserError where transformers has no such model."""
+        config, body = copy.deepcopy(model.inner.config), model.inner.base_model
+        config.num_labels = 1
+        config.id2label, config.label2id = {0: "REWARD"}, {"REWARD": 0}
+        try:
+            with torch.device("meta"):
+                inner = getattr(transformers_library(), cls.auto).from_config(config, trust_remote_code=False)
+        except ValueError:
+            inner = None
+        head = getattr(inner, cls.head, None)
+        if inner is None or type(inner.base_model) is not type(body) or not isinstance(head, nn.Linear):
+            raise UserError(
+                f"transformers has no model of {config.model_type} that scores a text by one matrix, so it cannot "
+                "become a reward model; start from a model of another family, such as Llama or Qwen"
+            )
+        std = getattr(config, "initializer_range", 0.02)
+        fresh = torch.empty(1, model.cfg.dim).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+        setattr(inner, inner.base_model_prefix, body)
+        head.weight = nn.Parameter(fresh.to(model.embed.weight))
+        return cls(inner)
+
+    def forward(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
+        """Scores of every prefix, [B, T], in float32."""
+        return scores(self.train_outputs(tokens_BT, segments).hidden_BTD, self.head_weight)
+
+    def save(
+        self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
+    ) -> None:
+        if tokenizer_dir is not None and (Path(tokenizer_dir) / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(tokenizer_dir)
+            end = render_ids(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[-1]
+            self.inner.config.pad_token_id = None if end == tokenizer.pad_id else tokenizer.pad_id
+        super().save(directory, tokenizer_dir=tokenizer_dir, files=files)
+
+
+_Kind = TypeVar("_Kind", bound=CausalLM)
 
 
 def needs_transformers(directory: str | Path) -> bool:
@@ -165,8 +225,11 @@ def load_any(
     return load(directory, dtype, device) if needs_transformers(directory) else hub.load(directory, dtype, device, mtp)
 
 
-def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> CausalLM:
-    """A transformers model. dtype: of all parameters (None: as stored)."""
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
+    kind: type[_Kind] = CausalLM,  # type: ignore[assignment]
+) -> _Kind:  # fmt: skip
+    """A transformers model. dtype: of all parameters (None: as stored). UserError for one of another kind."""
     directory = Path(directory)
     check_files(directory)
     values = read_object(directory / "config.json")
@@ -175,12 +238,22 @@ def load(directory: str | Path, dtype: str | torch.dtype | None = None, device: 
     check_finished(directory)
     if (directory / ADAPTER_CONFIG).exists():
         raise UserError(f"{directory} holds an adapter next to the model; merge the two, or remove adapter_config.json")
+    hub.check_kind(values, kind.head is not None, directory)
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with _explained(directory):
         _check_counts(values, checkpoint)
-        _check_memory(directory, checkpoint)
-        return checked(CausalLM(_read(directory, known).to(device)), str(directory))
+        _check_memory(directory, checkpoint, kind.auto)
+        return checked(kind(_read(directory, known, kind.auto).to(device)), str(directory))
+
+
+def load_scorer(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Scorer | CausalScorer:
+    """The reward model of a directory, of any family."""
+    if Path(directory).is_dir() and needs_transformers(directory):
+        return load(directory, dtype, device, CausalScorer)
+    return hub.load(directory, dtype=dtype, device=device, kind=Scorer)
 
 
 @contextmanager
@@ -222,13 +295,13 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_memory(directory: Path, checkpoint: Checkpoint) -> None:
+def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
     """UserError for a network that is much larger than the files: transformers would make up the rest."""
     auto = transformers_library()
     options = {"local_files_only": True, "trust_remote_code": False}
     config = auto.AutoConfig.from_pretrained(directory, **options)
     with torch.device("meta"):
-        inner = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        inner = getattr(auto, kind).from_config(config, trust_remote_code=False)
     stored = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     needed = sum(parameter.numel() for parameter in inner.parameters())
     if needed > 2 * stored:
@@ -242,12 +315,12 @@ def _check_memory(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def checked(model: CausalLM, where: str) -> CausalLM:
+def checked(model: _Kind, where: str) -> _Kind:
     """The model itself, after checking the invariants on six tokens."""
     device = model.embed.weight.device
     tokens_BT = (torch.arange(6, device=device) * 7 % model.cfg.vocab_size)[None]
-    ours, theirs = model(tokens_BT), model.inner(input_ids=tokens_BT, use_cache=False).logits
-    if not _close(ours, theirs.to(ours.dtype)):
+    ours = model(tokens_BT)
+    if model.head is None and not _close(ours, model.inner(input_ids=tokens_BT, use_cache=False).logits.to(ours.dtype)):
         raise UserError(
             f"{where}: {model.cfg.model_type} does more to its logits than multiply the head by the hidden state (a "
             "bias, a scale or a cap); such a model is not supported"
@@ -262,28 +335,6 @@ def checked(model: CausalLM, where: str) -> CausalLM:
     return model
 
 
-def read_gguf(file: Path, tokenizer_dir: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """The model of a GGUF file in `dtype`; its tokenizer and chat template are written to `tokenizer_dir`."""
-    transformers = transformers_library()
-    options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            inner = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
-    except ImportError as error:
-        raise UserError(f"{file.name}: GGUF files need more packages ({error}): pip install 'bessemer[hf]'") from None
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: transformers does not read this GGUF file ({error}); take safetensors") from error
-    tokenizer.save_pretrained(tokenizer_dir)
-    # The weights are plain now, but the config still announces quantisation, and transformers would not save the model.
-    config = inner.config
-    del config.quantization_config
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plain.load_state_dict(inner.state_dict())
-    plain.generation_config = inner.generation_config
-    return checked(CausalLM(plain), str(file))
-
-
 def transformers_library() -> ModuleType:
     """The transformers library; UserError where it is not installed."""
     try:
@@ -294,10 +345,10 @@ def transformers_library() -> ModuleType:
     return transformers
 
 
-def _read(directory: Path, dtype: str | torch.dtype | None) -> Any:
+def _read(directory: Path, dtype: str | torch.dtype | None, kind: str) -> Any:
     """The transformers model of a directory; UserError unless its tensors are exactly those of the files."""
     transformers = transformers_library()
-    inner, report = transformers.AutoModelForCausalLM.from_pretrained(
+    inner, report = getattr(transformers, kind).from_pretrained(
         directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
         ignore_mismatched_sizes=True, output_loading_info=True,
     )  # fmt: skip
@@ -309,9 +360,8 @@ def _read(directory: Path, dtype: str | torch.dtype | None) -> Any:
     return inner
 
 
-def _config_of(inner: Any) -> CausalLMConfig:
+def _config_of(inner: Any, head: Any) -> CausalLMConfig:
     config = inner.config
-    head = inner.get_output_embeddings()
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
     if kinds or getattr(inner, "_is_stateful", False):
         raise UserError(f"{config.model_type} is not supported: its memory is {', '.join(kinds) or 'a state'}")

@@ -1,6 +1,8 @@
 """A model directory as one GGUF file of architecture `deepseek2`, for llama.cpp and software built on it.
 
     write(dir, file, dtype)   weights in F32, F16 or BF16, tokenizer, chat template; no MTP layers
+    read_gguf(file, dir)      a model of another family: transformers undoes the quantisation (with the `gguf` package),
+                              and the weights are plain numbers on the grid of the quantisation
 
 llama.cpp computes MLA in the absorbed form, so kv_b_proj is split into the keys' part, transposed, and the values'
 part. The experts of a layer are one tensor. Rotary dimensions stay as they are: pairs are interleaved there too.
@@ -15,10 +17,12 @@ part. The experts of a layer are one tensor. Rotary dimensions stay as they are:
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from functools import partial, reduce
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +36,7 @@ from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 from bessemer.hf import hub
+from bessemer.hf.causal_lm import CausalLM, checked, transformers_library
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
 from bessemer.hf.replace import check_target, replacing_file
@@ -355,3 +360,25 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
     }
     facts = {f"tokenizer.ggml.{key}": value for key, value in facts.items()}
     return facts | ({"tokenizer.chat_template": template} if isinstance(template, str) and template else {})
+
+
+def read_gguf(file: Path, tokenizer_dir: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model of a GGUF file in `dtype`; its tokenizer and chat template are written to `tokenizer_dir`."""
+    transformers = transformers_library()
+    options = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            inner = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+    except ImportError as error:
+        raise UserError(f"{file.name}: GGUF files need more packages ({error}): pip install 'bessemer[hf]'") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{file}: transformers does not read this GGUF file ({error}); take safetensors") from error
+    tokenizer.save_pretrained(tokenizer_dir)
+    # The weights are plain now, but the config still announces quantisation, and transformers would not save the model.
+    config = inner.config
+    del config.quantization_config
+    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(inner.state_dict())
+    plain.generation_config = inner.generation_config
+    return checked(CausalLM(plain), str(file))

@@ -208,9 +208,7 @@ def open_directory(
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
     cfg, values = read_config(directory).at_length(context or {}), read_object(directory / "config.json")
-    if is_reward_model(values) != issubclass(kind, Scorer):
-        stored, needed = ("reward", "language") if is_reward_model(values) else ("language", "reward")
-        raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
+    check_kind(values, issubclass(kind, Scorer), directory)
     checkpoint = Checkpoint(directory, fp8_block_size(values, str(directory / "config.json")))
     mtp_keys = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
     if mtp and cfg.n_mtp and not mtp_keys:
@@ -221,6 +219,13 @@ def open_directory(
     layout = slots(cfg, kind)
     checkpoint.check(layout, others=() if mtp else mtp_keys)
     return checkpoint, cfg, layout
+
+
+def check_kind(values: dict[str, Any], reward: bool, directory: Path) -> None:
+    """UserError for a reward model where a language model is needed, and the other way round."""
+    if is_reward_model(values) != reward:
+        stored, needed = ("language", "reward") if reward else ("reward", "language")
+        raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
 
 
 def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -32,7 +32,8 @@ from bessemer.config.training import LoRAConfig
 from bessemer.data.fingerprints import sha256_of_all
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM, load
+from bessemer.hf.causal_lm import CausalLM, CausalScorer, load
+from bessemer.hf.mapping import is_reward_model
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import read_header
 from bessemer.hf.safetensors_writer import write_json
@@ -50,6 +51,8 @@ NAME = "default"
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
+SAVED = ["classifier", "score"]
+"""`modules_to_save` of an adapter with a scalar head, as peft writes it for the task SEQ_CLS."""
 ABOUT = frozenset(
     {
         "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
@@ -62,18 +65,21 @@ ABOUT = frozenset(
 class LoRAModel(CausalLM):
     """A `CausalLM` with adapters. Only they are trainable."""
 
+    plain: type[CausalLM] = CausalLM
+    task = "CAUSAL_LM"
+
     def __init__(self, inner: PreTrainedModel, config: LoRAConfig, base: Path):
         super().__init__(inner)
         self.config, self.base = config, base
         for name, parameter in inner.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
+            parameter.requires_grad_(_trained(name))
 
     def adapters(self) -> dict[str, Tensor]:
         """The adapters' weights by the names that peft gives them in files."""
         return {
             PREFIX + name.replace(f".{NAME}.weight", ".weight"): parameter.detach()
             for name, parameter in self.inner.named_parameters()
-            if ".lora_" in name
+            if _trained(name)
         }
 
     @torch.no_grad()
@@ -85,7 +91,7 @@ class LoRAModel(CausalLM):
             changed = weight.float() + layer.get_delta_weight(NAME).float()
             layer.base_layer.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
             plain.set_submodule(name, layer.base_layer)
-        return CausalLM(plain)
+        return self.plain(plain)
 
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
@@ -97,7 +103,8 @@ class LoRAModel(CausalLM):
     def save_adapter(self, directory: Path) -> None:
         """Writes peft's two files and `base.json`, the SHA-256 of the base's weights, in one step."""
         weights = self.adapters()
-        values = _peft_config(self.config, sorted({name.split(".")[-3] for name in weights})).to_dict()
+        targets = sorted({name.split(".")[-3] for name in weights if ".lora_" in name})
+        values = _peft_config(self.config, targets, self.task).to_dict()
         values |= {"base_model_name_or_path": str(self.base.absolute()), "inference_mode": True}
         listed = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
         with replacing(directory) as fresh:
@@ -109,6 +116,12 @@ class LoRAModel(CausalLM):
                 file.write(safetensors.torch.save(alone, {"format": "pt"}))
                 file.flush()
                 os.fsync(file.fileno())
+
+
+class LoRAScorer(LoRAModel, CausalScorer):
+    """A reward model with adapters. Its head is trained whole and lies among them, as in peft (SEQ_CLS)."""
+
+    plain, task = CausalScorer, "SEQ_CLS"
 
 
 def check_installed() -> None:
@@ -129,7 +142,7 @@ def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage:
     for a network of our own family, and for targets that it does not have."""
     if not isinstance(network, CausalLM):
         raise own_family(stage)
-    known = _matrices(network.inner)
+    known = _matrices(network)
     targets = sorted(known) if config.targets == "all-linear" else [*config.targets]
     for target in targets:
         if target not in known:
@@ -156,7 +169,7 @@ def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, LoRAModel):
         return {}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in named if ".lora_" not in name}
+    return {name: parameter for name, parameter in named if not _trained(name)}
 
 
 def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
@@ -171,8 +184,11 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
         raise UserError(f"there is no model at {base}, the base of {adapter}; name its directory with --like")
     if (adapter / BASE).is_file() and read_object(adapter / BASE).get("sha256") != _fingerprint(base):
         raise UserError(f"{adapter} was trained on another base than {base}: the SHA-256 of its weights differs")
-    model = load(base, dtype)
-    if unknown := set(targets) - _matrices(model.inner):
+    rewards = is_reward_model(read_object(base / "config.json"))
+    model: CausalLM = load(base, dtype, kind=CausalScorer if rewards else CausalLM)
+    if values.get("task_type") == LoRAScorer.task and model.head is None:
+        model = CausalScorer.of(model, 0)  # its new head is the adapter's
+    if unknown := set(targets) - _matrices(model):
         raise UserError(f"{adapter} belongs to another base than {base}, which has no matrix {min(unknown)}")
     made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
     stored, own = read_header(adapter / WEIGHTS), made.adapters()
@@ -192,6 +208,8 @@ def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig
     if values.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
         raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); peft alone merges it")
     for key, value in values.items():
+        if key == "modules_to_save" and values.get("task_type") == LoRAScorer.task and isinstance(value, list):
+            value = [name for name in value if name not in SAVED]  # peft names them again at every save
         if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
             raise UserError(f"{adapter}: adapter_config.json sets {key}, which peft alone merges (merge_and_unload)")
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
@@ -202,12 +220,13 @@ def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig
     return LoRAConfig(rank=rank, alpha=alpha), [name.split(".")[-1] for name in targets]
 
 
-def _peft_config(config: LoRAConfig, targets: list[str], rslora: bool = False) -> LoraConfig:
+def _peft_config(config: LoRAConfig, targets: list[str], task: str, rslora: bool = False) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
-    )
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, use_rslora=rslora, task_type=task,
+        modules_to_save=SAVED if task == LoRAScorer.task else None,
+    )  # fmt: skip
 
 
 def _inject(
@@ -218,18 +237,22 @@ def _inject(
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as that Conv1D stores its matrix transposed, which peft then heeds
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(config, targets, rslora), model.inner)  # in place
-    return LoRAModel(model.inner, config, base)
+        inject_adapter_in_model(_peft_config(config, targets, LoRAModel.task, rslora), model.inner)  # in place
+    return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base)
 
 
-def _matrices(inner: PreTrainedModel) -> set[str]:
+def _trained(name: str) -> bool:
+    return ".lora_" in name or name.endswith(f"{CausalScorer.head}.weight")
+
+
+def _matrices(model: CausalLM) -> set[str]:
     """The last parts of the names of its linear layers, except the head."""
     from transformers.pytorch_utils import Conv1D
 
     linear: dict[str, bool] = {}
-    for name, module in inner.named_modules():
+    for name, module in model.inner.named_modules():
         last = name.split(".")[-1]
-        fits = isinstance(module, nn.Linear | Conv1D) and module is not inner.get_output_embeddings()
+        fits = isinstance(module, nn.Linear | Conv1D) and module is not model.head_layer
         linear[last] = linear.get(last, True) and fits
     return {last for last, fits in linear.items() if fits}
 

@@ -303,8 +303,8 @@ class Scorer(Transformer):
         """A copy of a language model's body with a new head."""
         if not isinstance(model, Transformer):
             raise UserError(
-                f"a reward model starts from a network of the DeepSeek family, not from {type(model).__name__}; use a "
-                "model that this program trained or read as deepseek_v3 or deepseek_v2"
+                f"this network with a scalar head starts from one of the DeepSeek family, not from "
+                f"{type(model).__name__}; use a model that this program trained or read as deepseek_v3 or deepseek_v2"
             )
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         scorer = cls(model.cfg).to_compute(dtype).to(device)

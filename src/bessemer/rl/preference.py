@@ -31,7 +31,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import model_shard
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf.causal_lm import CausalScorer, load_scorer
+from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.model.transformer import Scorer, TrainOutputs, evaluating, scores
 from bessemer.tasks.answer import summary
 from bessemer.train.objective import trained_places
@@ -92,7 +93,7 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> l
 def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
     """`score_ids` of the network that is trained, by all ranks that train it."""
     if not isinstance(trainer, DistributedTrainer):
-        assert isinstance(trainer.model, Scorer)
+        assert isinstance(trainer.model, Scorer | CausalScorer)
         return score_ids(trainer.model, texts, pad_id)
     shard, parts = trainer.shard, [*_batches(texts)]
     batches = [_last_marked([texts[i] for i in part], pad_id) for part in parts]
@@ -122,7 +123,7 @@ def _marked_scores(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor
 
 
 @torch.no_grad()
-def score_ids(network: Scorer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
+def score_ids(network: Scorer | CausalScorer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
     """The score at the last token of each text. Texts of similar length share a forward; padding follows them, so no
     text attends to it."""
     device, was_training = network.embed.weight.device, network.training
@@ -130,13 +131,9 @@ def score_ids(network: Scorer, texts: Sequence[Sequence[int]], pad_id: int) -> l
     scores = [0.0] * len(texts)
     try:
         for batch in _batches(texts):
-            width = max(len(texts[i]) for i in batch)
-            tokens = torch.full((len(batch), width), pad_id, dtype=torch.int64)
-            for row, i in enumerate(batch):
-                tokens[row, : len(texts[i])] = torch.tensor(texts[i])
-            last = torch.tensor([len(texts[i]) - 1 for i in batch], device=device)
-            hidden_BD = network.hidden(tokens.to(device))[torch.arange(len(batch), device=device), last]
-            for i, score in zip(batch, network.scores(network.norm(hidden_BD)).tolist(), strict=True):
+            marked = _last_marked([texts[i] for i in batch], pad_id).to(device)
+            last_B = network(marked.tokens_BT)[trained_places(marked)]
+            for i, score in zip(batch, last_B.tolist(), strict=True):
                 scores[i] = score
     finally:
         network.train(was_training)
@@ -155,13 +152,13 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 class RewardModel:
     """A trained reward model; RL calls `score`."""
 
-    def __init__(self, network: Scorer, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
+    def __init__(self, network: Scorer | CausalScorer, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
         if tokenizer.fingerprint != scale.tokenizer:
             raise UserError(
                 f"{name}: the tokenizer is not the one that the model was trained with; put back its tokenizer.json, "
                 "or train the reward model again"
             )
-        if tokenizer.chat_style is None:
+        if tokenizer.chat_style is None and not isinstance(tokenizer, HFTokenizer):
             raise UserError(f"{name}: its tokenizer carries none of our chat templates; train the reward model again")
         self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
 
@@ -171,8 +168,7 @@ class RewardModel:
     ) -> RewardModel:
         directory = Path(directory)
         scale = Scale.read(directory / FACTS)
-        network = hub.load(directory, dtype=dtype, device=device, kind=Scorer)
-        return cls(network, Tokenizer.load(directory), scale, str(directory))
+        return cls(load_scorer(directory, dtype, device), load_tokenizer(directory), scale, str(directory))
 
     @property
     def aim(self) -> str:

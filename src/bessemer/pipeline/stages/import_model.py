@@ -20,7 +20,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import remote
-from bessemer.hf.causal_lm import CausalLM, load_any, read_gguf
+from bessemer.hf.causal_lm import CausalLM, load_any
+from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register

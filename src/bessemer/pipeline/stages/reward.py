@@ -1,11 +1,11 @@
 """Stage "reward-model": a reward model for helpfulness or for harmlessness (R1 2.3.4, R1-Nature Methods).
 
-The body of an earlier stage's model and a scalar head. Helpfulness learns from pairs, -log sigmoid(r_chosen -
-r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads thoughts too.
-Judged answers come from files, or are made from the `general` task: candidates written in different manners, and
-samples of the model itself, which are what it will judge in RL. Pairs may be judged by another model (`rl/judge`), as
-R1's were by V3, and then be answers to any prompts. Prompts chosen by hash are held out; accuracy and the
-scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
+The body of an earlier stage's model, of any family, and a scalar head. Helpfulness learns from pairs, -log
+sigmoid(r_chosen - r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads
+thoughts too. Judged answers come from files, or are made from the `general` task: candidates written in different
+manners, and samples of the model itself, which are what it will judge in RL. Pairs may be judged by another model
+(`rl/judge`), as R1's were by V3, and then be answers to any prompts. Prompts chosen by hash are held out; accuracy and
+the scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
 
 Iterative GRPO (DeepSeekMath 4.1.4, Algorithm 1) is RL stages and reward models in turn: a reward model with `previous`
 continues that stage's weights on answers of the newest policy and a share of old ones; the next RL stage starts from
@@ -25,12 +25,13 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import changed
 from bessemer.config.training import RewardModelConfig
 from bessemer.data import formats, preference_rows, sft_rows, sources
-from bessemer.data.chat import opening, question_ids
+from bessemer.data.chat import question_ids
 from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
@@ -44,7 +45,7 @@ from bessemer.runs.files import JUDGED, json_lines, write_atomic
 from bessemer.tasks import general_quality
 from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General
-from bessemer.train import objective, setup
+from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import Runtime, Trainer, constant
 from bessemer.workers import Workers
 
@@ -88,6 +89,7 @@ class RewardModelling(Stage[RewardModelConfig]):
                     f'stage "{config.name}": previous = "{other.name}" is no reward model for aim = "{config.aim}"; '
                     "name one"
                 )
+        lineage.check_lora(config, recipe)
         return {}
 
     def probes(self, config: RewardModelConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
@@ -127,7 +129,8 @@ class RewardModelling(Stage[RewardModelConfig]):
             replayed = _replayed(config, ctx, len(train))
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
         new_head = ctx.seed if config.previous is None else None
-        network = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
+        scorer = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
+        network = distributed.adapted(scorer, config, folder, ctx.seed, ctx.say)
         packed = ctx.agree(lambda: _pack(config, ctx, tokenizer, train, heldout))
         kind, objective = _BY_AIM[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
@@ -170,7 +173,7 @@ def _pack(
     written = (line if isinstance(line["prompt"], str) else formats.conversational(line) for line in [*train, *heldout])
     write_atomic(ctx.dir / JUDGED, json_lines(written))
     units = (_texts(line, config.aim, tokenizer) for line in train)
-    return preference_rows.build(units, config.row_length, tokenizer.pad_id, tokenizer.bos_id, ctx.state / "rows")
+    return preference_rows.build(units, config.row_length, tokenizer.pad_id, ctx.state / "rows")
 
 
 def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Line]:
@@ -222,7 +225,7 @@ def _made(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) ->
         folder = ctx.source / "model"
         model, _ = setup.load_model(folder, dtype=setup.choose_precision("device").dtype)
         engine = dealt(Engine(model, tokenizer, setup.workers()), folder, ctx)
-        prefix = opening(tokenizer.chat_style)
+        prefix = tokenizer.opening
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
             batch_rows=setup.batch_rows(len(prompts) * config.samples),
@@ -276,7 +279,7 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
 
 
 def _runtime(
-    config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer, ctx: StageContext
+    config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer | CausalLM, ctx: StageContext
 ) -> Runtime:
     return Runtime(
         tokens=config.epochs * rows.n_rows * config.row_length,
