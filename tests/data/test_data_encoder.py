@@ -34,6 +34,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(texts * 3, 900)
 
 
+@pytest.fixture(scope="module")
+def encoders(tokenizer) -> list[fast.Encoder]:
+    """One that may use gigatoken, and one that does not."""
+    both = [fast.Encoder(tokenizer), fast.Encoder(tokenizer)]
+    both[1]._gigatoken = None
+    return both
+
+
 def _pieces(text: str) -> list[str]:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     places = encoder.cuts(points, encoder.kinds()[points]).tolist()
@@ -78,9 +86,10 @@ PARTS = st.one_of(st.sampled_from(ALPHABET), st.sampled_from(["<think>", "</thin
 
 @given(st.lists(st.lists(PARTS, max_size=40).map("".join), max_size=6))
 @settings(deadline=None, max_examples=300)
-def test_ids_are_those_of_the_tokenizer(tokenizer, texts):
-    found = fast.Encoder(tokenizer).encode_batch(texts)
-    assert [ids.tolist() for ids in found] == tokenizer.encode_batch(texts)
+def test_ids_are_those_of_the_tokenizer(tokenizer, encoders, texts):
+    """By gigatoken, too, where it is installed."""
+    for one in encoders:
+        assert [ids.tolist() for ids in one.encode_batch(texts)] == tokenizer.encode_batch(texts)
 
 
 def test_added_tokens_inside_one_another(tokenizer):
@@ -109,6 +118,24 @@ def test_what_is_remembered_changes_nothing(tokenizer, monkeypatch):
     assert encoder.encode_batch([]) == []
     new = "a\U00016d40b"  # a letter since Unicode 16
     assert encoder.encode_batch(["x", new, "y z"])[1].tolist() == tokenizer.encode(new)
+
+
+def test_gigatoken_cuts_around_every_character(tokenizer, monkeypatch):
+    """Its tables may be of another Unicode version than the library's; also after its cache began anew."""
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(fast, "MOST_CHARACTERS", 1 << 16)
+    encoder = fast.Encoder(tokenizer)
+    assert encoder._gigatoken is not None, f"install gigatoken=={fast.GIGATOKEN}"
+    points = [chr(p) for p in (*range(0x3400), *range(0x3400, 0x32000, 17)) if not 0xD800 <= p < 0xE000]
+    texts = [f"a{c}b {c} 1{c}2{c}\n{c}" for c in points]
+    for start in range(0, len(texts), 1 << 12):
+        some = texts[start : start + (1 << 12)]
+        assert [ids.tolist() for ids in encoder.encode_batch(some)] == tokenizer.encode_batch(some)
+
+
+def test_added_tokens_that_meet_are_not_left_to_gigatoken():
+    assert fast._meet("<t>", "[<t>]") and fast._meet("x[", "[<t>]") and not fast._meet("<think>", "</think>")
+    assert not any(fast._meet("<think>", control) for control in ("<｜User｜>", "<｜tool▁sep｜>"))
 
 
 def test_half_a_character_is_refused(tokenizer):

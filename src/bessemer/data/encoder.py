@@ -22,13 +22,19 @@ Within Han and kana, signs such as the middle dot are separated from letters.
 
 The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, by prefix sums: B is odd, so B^-s
 exists.
+
+Where gigatoken is installed (the extra of its name), it encodes instead: the same ids, several times faster.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +58,10 @@ MOST_PIECES = 1 << 20
 """Size of the cache in pieces, about 40 MB; a full cache is cleared."""
 
 
+GIGATOKEN, MOST_CHARACTERS = "0.10.0", 1 << 26
+"""The version whose ids were compared, at every code point too; and when its cache, which has no bound, begins anew."""
+
+
 class Encoder:
     """`encode_batch` of one tokenizer, in this thread."""
 
@@ -71,6 +81,7 @@ class Encoder:
         self.ending = np.array([tokenizer.eos_id], np.int32)
         """Ids at its end."""
         self.has_v3_split = has_v3_split(tokenizer)
+        self._gigatoken, self._seen = gigatoken_of(tokenizer) if self.has_v3_split else None, 0
         added = tokenizer.spec["added_tokens"] if self.has_v3_split else ()
         self._added = {one["content"]: np.array([one["id"]], np.int32) for one in added if not one["special"]}
         """The ids of added tokens that are tokens inside a text, too."""
@@ -83,6 +94,9 @@ class Encoder:
         """int32 ids of each text."""
         if not self.has_v3_split:
             return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
+        if self._gigatoken is not None and texts:
+            with suppress(TypeError):  # half a surrogate pair, which is named below
+                return self._by_gigatoken(texts)
         split = [list(self._split(text)) for text in texts]
         spans = [part for parts in split for part in parts if isinstance(part, str)]
         try:
@@ -92,6 +106,13 @@ class Encoder:
             raise
         whole = [[next(encoded) if isinstance(part, str) else part for part in parts] for parts in split]
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in whole]
+
+    def _by_gigatoken(self, texts: Sequence[str]) -> list[np.ndarray]:
+        self._seen += sum(map(len, texts))
+        if self._seen > MOST_CHARACTERS:
+            self._gigatoken, self._seen = gigatoken_of(self._tokenizer), 0
+        found = self._gigatoken.encode_batch([*texts], parallel=False).layout
+        return np.split(np.asarray(found.content.data, np.int32), found.offsets.data[1:-1].astype(np.int64))
 
     def conversation(self, messages: Sequence[chat.Message]) -> list[int]:
         """The ids of a conversation without those at start and end of a document."""
@@ -173,6 +194,30 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     which = np.empty(len(values), np.int64)
     which[order] = np.cumsum(new) - 1
     return ascending[new], order[new], which
+
+
+def gigatoken_of(tokenizer: Tokenizer) -> Any:
+    """gigatoken's form of a tokenizer with V3's pre-split. None where that version is not installed, or where an added
+    token meets another: control tokens are text here, but take part in the search, and there they are unknown."""
+    with suppress(PackageNotFoundError):
+        added = tokenizer.spec["added_tokens"]
+        kept = [one for one in added if not one["special"]]
+        names = [[one["content"] for one in some] for some in (kept, added)]
+        if version("gigatoken") != GIGATOKEN or any(_meet(a, b) for a in names[0] for b in names[1] if a != b):
+            return None
+        from gigatoken import Tokenizer as Gigatoken
+
+        spec = json.loads(json.dumps(tokenizer.spec)) | {"added_tokens": kept}
+        for part in spec["pre_tokenizer"]["pretokenizers"]:
+            if rule := part.get("pattern"):  # it knows the published spelling alone
+                rule["Regex"] = rule["Regex"].replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\"", '"')
+        return Gigatoken.from_json(json.dumps(spec))
+    return None
+
+
+def _meet(one: str, other: str) -> bool:
+    ends = range(1, min(len(one), len(other)))
+    return one in other or other in one or any(one[-k:] == other[:k] or other[-k:] == one[:k] for k in ends)
 
 
 def has_v3_split(tokenizer: Tokenizer) -> bool:
