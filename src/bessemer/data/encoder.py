@@ -81,7 +81,8 @@ class Encoder:
         self.ending = np.array([tokenizer.eos_id], np.int32)
         """Ids at its end."""
         self.has_v3_split = has_v3_split(tokenizer)
-        self._gigatoken, self._seen = gigatoken_of(tokenizer) if self.has_v3_split else None, 0
+        self._gigatoken: Any = gigatoken_of(tokenizer) if self.has_v3_split else None
+        self._seen = 0
         added = tokenizer.spec["added_tokens"] if self.has_v3_split else ()
         self._added = {one["content"]: np.array([one["id"]], np.int32) for one in added if not one["special"]}
         """The ids of added tokens that are tokens inside a text, too."""
