@@ -64,7 +64,7 @@ OPOPOPPPPPPPPPPOPP Sampling temperature of RL
 OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
 OOOAOPAPAAAAAAAOAA Rewards
 OAOOOSSPSAAAOOOOOO SFT: answers only, samples packed with masks
-OOOOOSSPOSOOOOOOSO Length cap raised mid-run
+OOOOOSSPOSOOOSOOSO Length cap raised mid-run
 OOOOOPPPPPAAOOOOOO Cold start: readable R1-Zero answers in one form
 OAOOOPAPAAOOOOOOOO Language consistency reward
 OOOOOSSPSSAAOOOOOO Rejection sampling: correct and readable answers
@@ -136,7 +136,7 @@ def test_a_row():
         ("tiny", "KL to the reference (k3, in the loss)", "0.001, refreshed every 24 steps"),
         ("tiny", "Rewards", "accuracy + 0 x format"),
         ("tiny", "Loss of a token", "grpo, mean over all tokens"),
-        ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, 0.6, top-p 1, 200 tokens"),
+        ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, 0.6, top-p 1, 300 tokens"),
         ("controls", "Rewards", "random: random + 0 x format"),
         ("long", "Long-context extension in phases", "128 -> 512 -> 2048, 488, 366 steps, rate constant linear"),
         ("v3", "DualPipe", "16 pipeline ranks, dualpipe, in the smallest steps 1f1b"),

@@ -347,8 +347,8 @@ def markdown() -> str:
         "",
         "Each item of the published recipe, the file that builds it and the test that checks it. That an item is",
         "listed says that it is built and tested, not that it helps. Small networks compared with and without MLA,",
-        "experts, shared experts, balancing and MTP show that balancing spreads the load, and no more yet ([results.md]"
-        "(results.md#small-networks-compared-the-runs-of-bessemer-claims)).",
+        "experts, shared experts, balancing and MTP show that balancing spreads the load and that finer experts lower the",
+        "loss, and no more yet ([results.md](results.md#small-networks-compared-the-runs-of-bessemer-claims)).",
         "A run prints the table with its own values and one of four states: as published (every value is the",
         "paper's), scaled (only sizes differ: widths, counts, lengths, batches, learning rates), adapted (a choice",
         "differs) and off (the run is without it). Written by `python -m bessemer.pipeline.conformance`; a test",
