@@ -53,7 +53,7 @@ def test_values(folder):
     training, data = ([*builtin_recipes(kind)] for kind in (False, True))
     assert offered("run ") == training and offered("data build ") == data
     assert offered("recipes ") == [*training, *data] and offered("init x.toml --from ") == training
-    assert offered("run t") == ["tiny", "thesis.toml", "texts/"]
+    assert offered("run t") == ["tiny", "tools", "thesis.toml", "texts/"]
     assert offered("chat ") == ["runs/my run", "runs/tiny"] and offered("chat ru") == [*offered("chat "), "runs/"]
     assert offered("chat runs/tiny/") == ["runs/tiny/zero"], "stages with a model"
     assert offered("report runs/tiny ") == ["runs/my run", "runs/tiny"], "as many runs as one likes"

@@ -107,8 +107,14 @@ def test_samples_of_a_later_lot_are_new_ones(generator):
     """The seed names the round: the same problem in two rounds gets other samples."""
     made = generator(COIN, "max_resamples=2")
     chosen = problems(made, 0)
-    prompts, policy = [made.encode(problem) for _, problem in chosen], made.sampler.policy()
-    one, two = (made.score(chosen, prompts, made.submit(policy, prompts, 0, round, 12).take(), 12) for round in (0, 1))
+    policy = made.sampler.policy()
+
+    def scored(round):
+        play = made.play(chosen, 0, round, 12)
+        play.add(made.submit(policy, play).take())
+        return made.score(chosen, play.prompts, play.outcomes(), 12)
+
+    one, two = scored(0), scored(1)
     assert ids(one) == ids(two)
     assert all(a[0].completion.tokens != b[0].completion.tokens for a, b in zip(one, two, strict=True))
 

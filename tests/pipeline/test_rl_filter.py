@@ -56,11 +56,12 @@ def whole(base, few, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "workers", lambda: Workers(1))
         run = stage.loop()
-        submit, score, names = run.generator.submit, run.generator.score, {}
+        play, score, names = run.generator.play, run.generator.score, {}
 
-        def watched_submit(policy, prompts, number, round, cap):
-            names[id(prompts)] = (number, round)
-            return submit(policy, prompts, number, round, cap)
+        def watched_play(problems, number, round, cap):
+            made = play(problems, number, round, cap)
+            names[id(made.prompts)] = (number, round)
+            return made
 
         def watched_score(problems, prompts, completions, cap):
             groups = score(problems, prompts, completions, cap)
@@ -69,7 +70,7 @@ def whole(base, few, tmp_path_factory):
             stage.rounds.append((*names.pop(id(prompts)), asked))
             return groups
 
-        run.generator.submit, run.generator.score = watched_submit, watched_score
+        run.generator.play, run.generator.score = watched_play, watched_score
         run.run()
     return stage
 

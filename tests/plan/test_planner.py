@@ -267,10 +267,10 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
     said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
     assert (
-        "32 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
+        "48 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
     )
     stages = {stage["stage"]: stage for stage in facts["stages"]}
-    assert facts["tokens"] == 3_200_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
+    assert facts["tokens"] == 7_200_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
     assert stages["pretrain"]["gpu_hours"] == facts["gpu_hours"] and min(s["gpu_hours"] for s in stages.values()) > 0
 
 
@@ -294,7 +294,7 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     """R1's own sampler drafted, so only the audit of its published cost counts drafts."""
     plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
     zero = recipe.stage("zero")
-    given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 200, plan.rate, 64)
+    given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 300, plan.rate, 64)
     (cost,) = (cost for cost in stage_costs(plan, recipe) if cost.rollout)
     assert cost.rollout.sampling == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer.config.places import read_text
 from bessemer.errors import UserError
 from bessemer.escape import escaped, escaped_json
 
@@ -85,6 +84,8 @@ def write_page(path: Path, text: str) -> None:
 
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts of a file: its lines, or with the extension .jsonl the field "prompt" of every object."""
+    from bessemer.config.places import read_text
+
     lines = read_text(Path(file), "file of prompts").splitlines()
     if Path(file).suffix != ".jsonl":
         return [line for line in lines if line]
