@@ -58,8 +58,8 @@ def decided(claim: str, one: PartFinding) -> Html:
 
 def beside(claim: str, one: PartFinding) -> Html:
     """What stands beside a rule, in a line: its value, what the rule's own part needs, what follows, and the runs."""
-    said = (value(claim, one), needed(claim, one), outcome(claim, one), runs(one))
-    return page.join(plain(claim, one), page.join(*said, by=SEMICOLON), by=COLON)
+    parts = (value(claim, one), needed(claim, one), outcome(claim, one), runs(one))
+    return page.join(plain(claim, one), page.join(*parts, by=SEMICOLON), by=COLON)
 
 
 def plain(claim: str, one: PartFinding) -> Html:

@@ -117,8 +117,10 @@ class _Sample:
     def ids(self) -> list[int]:
         """All that follows the prompt."""
         ids: list[int] = []
-        for part, read in zip(self.parts, [*self.read, []], strict=False):
-            ids += part.tokens + read
+        for turn, part in enumerate(self.parts):
+            ids += part.tokens
+            if turn < len(self.read):  # nothing may have been read after the last turn
+                ids += self.read[turn]
         return ids
 
 

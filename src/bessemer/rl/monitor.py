@@ -206,7 +206,7 @@ class Evaluator:
 
 
 def _transcript(row: ScoredSample) -> str:
-    """The answer, of an episode all that was said after the question."""
+    """The answer; for an episode, every turn after the question."""
     if row.turns is None:
         return row.answer
     names = {rollout.MODEL: "Assistant:", "tool": "Tool: ", "user": "User: ", "system": "System: "}

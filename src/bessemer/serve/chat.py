@@ -109,8 +109,8 @@ class ChatResponder(Responder):
     def whole_fields(self, n: int, events: Sequence[AnswerEvent]) -> dict[str, Any]:
         thought = "".join(event.text for event in events if event.thinking) if self.format != "hidden" else ""
         content = "".join(event.text for event in events if not event.thinking)
-        said = self.calls[n].message(content) if self.calls else {"content": content}
-        message = {"role": "assistant", **said}
+        fields = self.calls[n].message(content) if self.calls else {"content": content}
+        message = {"role": "assistant", **fields}
         if self._lead:
             message["content"] = self._lead + (message["content"] or "")
         message |= {"reasoning_content": thought, "reasoning": thought} if thought else {}
