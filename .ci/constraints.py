@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python"}
+OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai"}  # the last two: not in `dev`
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 groups = [project["dependencies"], *project["optional-dependencies"].values()]
