@@ -2,7 +2,8 @@
 
     python .ci/constraints.py > constraints.txt
 
-torch and triton are left out: which build fits depends on the machine, and pyproject.toml states the range.
+torch and triton are left out: which build fits depends on the machine, and pyproject.toml states the range. So are
+extras that `dev` does not install.
 """
 
 import tomllib
@@ -12,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai"}  # the last two: not in `dev`
+OPEN = {"torch", "triton", "bessemer", "vllm", "llama-cpp-python", "gigatoken", "inspect-ai"}
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 groups = [project["dependencies"], *project["optional-dependencies"].values()]
