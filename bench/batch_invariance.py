@@ -17,7 +17,7 @@ from machine import processor
 
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
-from bessemer.engine.sampling import stream_key
+from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.hf.causal_lm import load_any

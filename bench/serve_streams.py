@@ -49,7 +49,7 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     from bessemer.data.chat import question_ids
     from bessemer.engine.engine import load_engine
     from bessemer.engine.generation import prompt_digest
-    from bessemer.engine.sampling import stream_key
+    from bessemer.engine.random_streams import stream_key
     from bessemer.engine.sequence import Request, SamplingParams
     from bessemer.runs.directory import model_dir
 

@@ -20,7 +20,7 @@ from bessemer.rl.critic import Critic
 from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.checkpoint import CheckpointReader
+from bessemer.train.checkpoint_reader import CheckpointReader
 from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
 

@@ -13,6 +13,7 @@ from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.train import checkpoint
+from bessemer.train.checkpoint_reader import CheckpointReader
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
@@ -120,11 +121,11 @@ def test_experts_are_stacked_again(tmp_path):
     on_ranks(3, some, tmp_path, names)
     path = tmp_path / "step-00000001"
     assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    assert checkpoint.CheckpointReader(path).locations.keys() == {name for mine in names for name in mine}
+    assert CheckpointReader(path).locations.keys() == {name for mine in names for name in mine}
     whole = checkpoint.load(path).tensors["model"]
     assert whole["e.experts.w"].shape == (2, 2, 3) and whole["a"].shape == (2, 3)
     with pytest.raises(UserError, match="has no model/z; it belongs to another model"):
-        checkpoint.CheckpointReader(path).read(["model/z"])
+        CheckpointReader(path).read(["model/z"])
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -134,14 +135,12 @@ def test_a_damaged_file_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert checkpoint.CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), (
-        "what it does not need it does not read"
-    )
+    assert CheckpointReader(path).read(["model/a"])["model/a"].shape == (2, 3), "what it does not need it does not read"
     with pytest.raises(checkpoint.Damaged, match=rf"{file.name} does not match its checksum"):
-        checkpoint.CheckpointReader(path).read(["model/b"])
+        CheckpointReader(path).read(["model/b"])
     (path / "manifest.json").write_text("{}")
     with pytest.raises(checkpoint.Damaged, match=r"manifest.json"):
-        checkpoint.CheckpointReader(path)
+        CheckpointReader(path)
 
 
 def damaged(rank, layout, folder):
@@ -206,7 +205,7 @@ def in_the_background(rank, folder):
     update(training, 1, 4)
     training.save()  # waits for the first
     training.finish()
-    assert checkpoint.CheckpointReader(folder / "step-00000002").updates == 2
+    assert CheckpointReader(folder / "step-00000002").updates == 2
     saved = checkpoint.load(folder / "step-00000001").tensors["model"]
     return all(torch.equal(saved[name], value) for name, value in before.items())
 

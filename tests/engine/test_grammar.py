@@ -11,7 +11,7 @@ from drain import drain
 from bessemer.engine.engine import Engine
 from bessemer.engine.grammar import DEEPEST, Grammars, json_grammar
 from bessemer.engine.kv_cache import PAGE
-from bessemer.engine.sampling import stream_key
+from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.errors import UserError

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bessemer.engine.sampling import inverse_cdf, sample, stream_key, truncate, uniform
+from bessemer.engine.random_streams import stream_key, uniform
+from bessemer.engine.sampling import inverse_cdf, sample, truncate
 from bessemer.engine.sequence import SamplingParams
 from bessemer.errors import UserError
 

@@ -11,7 +11,8 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.sampling import accept, probabilities, residual, stream_key
+from bessemer.engine.random_streams import stream_key
+from bessemer.engine.sampling import accept, probabilities, residual
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.engine.speculative import Drafter

@@ -9,7 +9,7 @@ from test_static_steps import MadeUp, Transfers, as_gpu, same
 from bessemer.engine import device_runner, model_runner, room, row_sampling, sampling, static_drafts, static_steps
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
-from bessemer.engine.sampling import stream_key
+from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.config import preset

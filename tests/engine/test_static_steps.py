@@ -16,8 +16,8 @@ from bessemer.engine import device_runner, model_runner, room, row_sampling, sam
 from bessemer.engine.engine import Engine
 from bessemer.engine.kept_tokens import words
 from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.random_streams import stream_key, uniform
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.sampling import stream_key, uniform
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.engine.static_steps import StaticSteps, plain

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bessemer.engine.random_streams import stream_key, uniform
 from bessemer.engine.sampling import (
     RejectedDrafts,
     inverse_cdf,
@@ -11,8 +12,6 @@ from bessemer.engine.sampling import (
     residual,
     sample,
     sample_rows,
-    stream_key,
-    uniform,
 )
 from bessemer.engine.sequence import SamplingParams
 from bessemer.kernels import sampling as kernel

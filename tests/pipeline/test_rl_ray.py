@@ -18,9 +18,10 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.pipeline.replay import replay
 from bessemer.pipeline.stages.rl import RL
-from bessemer.rl import ray_cluster, ray_sampler, ray_worker
-from bessemer.rl.ray_sampler import RaySampler, WorkerPool
+from bessemer.rl import ray_cluster, ray_sampler, ray_worker, worker_pool
+from bessemer.rl.ray_sampler import RaySampler
 from bessemer.rl.ray_worker import RolloutWorker
+from bessemer.rl.worker_pool import WorkerPool
 from bessemer.train import setup
 
 COIN = 'reward="random"'
@@ -71,7 +72,7 @@ def opened(ray, base, said):
         model, tokenizer = setup.load_model(base / "model")
         version = iter(range(10**6))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ray_sampler, "RolloutWorker", kind)
+            patch.setattr(worker_pool, "RolloutWorker", kind)
             make = lambda: WorkerPool(ray_cluster.RayCluster(weights=0), "ray", directory, n, 0, said.append)  # noqa: E731
             made.append(RaySampler(Engine(model, tokenizer), model.state_dict, lambda: next(version), make))
             made[-1].open()
@@ -193,7 +194,7 @@ def test_a_worker_that_cannot_start_says_why(ray, opened):
 
 
 def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkeypatch):
-    monkeypatch.setattr(ray_sampler, "DEATHS", 2)
+    monkeypatch.setattr(worker_pool, "DEATHS", 2)
 
     class Doomed(RolloutWorker):
         def generate(self, version, weights, batch):
@@ -310,7 +311,7 @@ def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, m
             return True
 
     other = ray.remote(num_cpus=2)(Other).remote()
-    monkeypatch.setattr(ray_sampler, "START_SECONDS", 2.0)
+    monkeypatch.setattr(worker_pool, "START_SECONDS", 2.0)
     try:
         ray.get(other.here.remote())
         with pytest.raises(UserError, match="no rollout worker was ready after 2 s; Ray has free: 0 CPUs, 0 GPUs"):

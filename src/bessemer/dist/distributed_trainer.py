@@ -31,7 +31,8 @@ from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.precision import tuning
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
-from bessemer.train.checkpoint import CheckpointReader, CompanionReader, Damaged, companion_name
+from bessemer.train.checkpoint import Damaged, companion_name
+from bessemer.train.checkpoint_reader import CheckpointReader, CompanionReader
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
 from bessemer.train.transfer import Place

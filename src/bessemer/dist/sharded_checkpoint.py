@@ -27,7 +27,8 @@ from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
 from bessemer.train.background import Background
-from bessemer.train.checkpoint import CheckpointReader, Damaged, write_synced, write_tensors
+from bessemer.train.checkpoint import Damaged, write_synced, write_tensors
+from bessemer.train.checkpoint_reader import CheckpointReader
 
 
 class Saver:

@@ -29,7 +29,7 @@ from bessemer.dist.mesh import Mesh
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
-from bessemer.train.checkpoint import CheckpointReader, CompanionReader
+from bessemer.train.checkpoint_reader import CheckpointReader, CompanionReader
 from bessemer.train.groups import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
 from bessemer.train.muon import Matrices
 from bessemer.train.optimizer import Optimizer

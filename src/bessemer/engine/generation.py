@@ -18,7 +18,7 @@ from torch import Tensor
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.decode import Model
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.engine.sampling import stream_key
+from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sequence import Request, SamplingParams, check_positive, check_stop_strings
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError

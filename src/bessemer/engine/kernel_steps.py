@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, write_mtp_latents
 from bessemer.engine.kv_cache import LatentCache, PromptPages
-from bessemer.engine.sampling import ACCEPT, DRAFT, RejectedDrafts, SampledTokens
+from bessemer.engine.random_streams import ACCEPT, DRAFT
+from bessemer.engine.sampling import RejectedDrafts, SampledTokens
 from bessemer.kernels import gate, library
 from bessemer.model.layer import Layer
 from bessemer.model.mla import LATENT_EPS

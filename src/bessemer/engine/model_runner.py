@@ -25,9 +25,8 @@ from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTr
 from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
 from bessemer.engine.kv_cache import LatentCache, PromptPages
+from bessemer.engine.random_streams import ACCEPT, DRAFT, uniform
 from bessemer.engine.sampling import (
-    ACCEPT,
-    DRAFT,
     GreedyTokens,
     RejectedDrafts,
     SampledTokens,
@@ -40,7 +39,6 @@ from bessemer.engine.sampling import (
     sample_rows,
     score_batch,
     top_tokens,
-    uniform,
 )
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Accepted, Drafter

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bessemer.engine.kept_tokens import pack_bits
-from bessemer.engine.sampling import RejectedDrafts, argmax, inverse_cdf, residual, uniform
+from bessemer.engine.random_streams import uniform
+from bessemer.engine.sampling import RejectedDrafts, argmax, inverse_cdf, residual
 from bessemer.engine.sequence import SamplingParams
 
 

@@ -1,10 +1,10 @@
 """From logits to tokens, with one random stream per sequence.
 
 A token depends on the logits, key and position of its own sequence only, never on the rest of the batch: the uniform
-numbers come from a counter-based hash (splitmix64), and the token is the inverse of the cumulative distribution at that
-number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have finished, up to the last
-bits of the logits, which depend on the shape of the matrix products: in float32 no token changes, in bfloat16 some do
-(bench/batch_invariance.py).
+numbers come from a counter-based hash (`random_streams`), and the token is the inverse of the cumulative distribution
+at that number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have finished, up to
+the last bits of the logits, which depend on the shape of the matrix products: in float32 no token changes, in bfloat16
+some do (bench/batch_invariance.py).
 
 Truncation follows the usual order: temperature, top-k, top-p of what top-k left, min-p. Each is a threshold on the
 probability; tokens exactly as likely as the last one kept stay too.
@@ -34,7 +34,6 @@ from bessemer.engine.transfer import indices, to_device
 from bessemer.kernels import sampling as kernel
 from bessemer.precision.probe import double
 
-GOLDEN = 0x9E3779B97F4A7C15
 BLOCK = 64
 """Width w of the blocks for sums and searches over the vocabulary; two passes over all of V are slower."""
 
@@ -324,46 +323,6 @@ def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     chosen_Bw = p_Bbw[torch.arange(len(block_B), device=block_B.device), block_B]
     offset_B, _ = _search(chosen_Bw, rest_B)
     return (block_B * BLOCK + offset_B).clamp_(max=p_BV.shape[1] - 1).to(device)  # only a row of NaN gets there
-
-
-_MASK64 = (1 << 64) - 1
-
-
-def _mix_int(x: int) -> int:
-    """One splitmix64 output, for a state x given as unsigned 64 bits."""
-    x = (x + GOLDEN) & _MASK64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
-    return x ^ (x >> 31)
-
-
-def stream_key(*parts: int) -> int:
-    """The key of a sequence, int64, from what identifies the sample (seed, prompt, sample number, ...)."""
-    key = 0
-    for part in parts:
-        key = _mix_int(key ^ _mix_int(part & _MASK64))
-    return key - (1 << 64) if key >> 63 else key
-
-
-DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
-"""Turn a sequence's random stream into two more, for drafts and for their acceptance."""
-
-
-def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:
-    """Number `position` of each key's splitmix64 stream, as float64 in [0, 1) with 53 random bits, in its home."""
-    x = key_B + (position_B + 1) * _signed(GOLDEN)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return double(_shift(x ^ _shift(x, 31), 11)) * 2.0**-53
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _search(p_BW: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class Request:
     prompt: tuple[int, ...]
     """Token ids, used as given."""
     key: int
-    """The random stream, from `sampling.stream_key`: the same key and prompt give the same tokens in any batch."""
+    """The random stream, from `stream_key`: the same key and prompt give the same tokens in any batch."""
     max_new_tokens: int = 256
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: tuple[int, ...] = ()

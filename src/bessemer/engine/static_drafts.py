@@ -20,8 +20,9 @@ from torch import Tensor
 from bessemer.engine import row_sampling
 from bessemer.engine.decode import layer_step
 from bessemer.engine.kv_cache import LatentCache, own_pages
+from bessemer.engine.random_streams import ACCEPT, DRAFT, uniform
 from bessemer.engine.row_sampling import Form
-from bessemer.engine.sampling import ACCEPT, DRAFT, RejectedDrafts, accept, argmax, inverse_cdf, uniform
+from bessemer.engine.sampling import RejectedDrafts, accept, argmax, inverse_cdf
 from bessemer.engine.speculative import Accepted, Drafter
 from bessemer.model.transformer import Transformer
 

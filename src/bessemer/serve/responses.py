@@ -37,12 +37,12 @@ from bessemer.serve.protocol import (
     unsupported,
 )
 from bessemer.serve.reasoning_parser import AnswerEvent
+from bessemer.serve.response_items import ResponseItems, TypedEvent
 from bessemer.serve.service import Stream
 
 FIELDS_OF_CHAT = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
 DROPPED = ("previous_response_id", "conversation", "background")
 """Fields that need stored responses."""
-TypedEvent = tuple[str, dict[str, Any]]
 
 
 class InputPart(Body):
@@ -166,7 +166,7 @@ class ResponsesResponder(chat.ChatResponder):
         started = self._response("in_progress", [], None)
         yield self._event("response.created", {"response": started})
         yield self._event("response.in_progress", {"response": started})
-        output = _Output(str(self._envelope["id"]))
+        output = ResponseItems(str(self._envelope["id"]))
         async for records in stream or self._precomputed():
             if records is None:
                 yield KEEP_ALIVE
@@ -179,7 +179,7 @@ class ResponsesResponder(chat.ChatResponder):
         yield self._event(f"response.{status}", {"response": self._response(status, output.items, self._usage())})
 
     async def whole(self, stream: Stream | None) -> dict[str, Any]:
-        output = _Output(str(self._envelope["id"]))
+        output = ResponseItems(str(self._envelope["id"]))
         async for records in stream or self._precomputed():
             for part in self._shown(self.choices[0].take(records or ())):
                 self._add(output, part)
@@ -196,13 +196,13 @@ class ResponsesResponder(chat.ChatResponder):
     def _shown(self, parts: Sequence[AnswerEvent]) -> list[AnswerEvent]:
         return [part for part in parts if part.text and not (part.thinking and self.format == "hidden")]
 
-    def _add(self, output: _Output, part: AnswerEvent) -> list[TypedEvent]:
+    def _add(self, output: ResponseItems, part: AnswerEvent) -> list[TypedEvent]:
         """The events of more text."""
         if part.thinking or not self.calls:
             return output.add("reasoning" if part.thinking else "message", part.text)
         return output.add_delta(self.calls[0].delta(part.text))
 
-    def _last(self, output: _Output) -> list[TypedEvent]:
+    def _last(self, output: ResponseItems) -> list[TypedEvent]:
         """The events of what a call's parser still holds."""
         return output.add_delta(self.calls[0].end()) if self.calls else []
 
@@ -247,85 +247,6 @@ class ResponsesResponder(chat.ChatResponder):
         """One typed event; they are numbered."""
         self._sequence = getattr(self, "_sequence", -1) + 1
         return f"event: {name}\n".encode() + event({"type": name, "sequence_number": self._sequence, **fields})
-
-
-class _Output:
-    """The items of a response as they grow: thoughts and the answer take turns, calls end it."""
-
-    def __init__(self, response_id: str):
-        self.items: list[dict[str, Any]] = []
-        self._key = response_id.removeprefix("resp-")
-        self._open = False
-
-    def add(self, kind: str, text: str) -> list[TypedEvent]:
-        """The events of more text of a reasoning or a message."""
-        events = []
-        if not self._open or self.items[-1]["type"] != kind:
-            events = [*self.close("completed"), *self._begin(kind)]
-        content = self.items[-1]["content"][0]
-        content["text"] += text
-        delta = {**self._place(), "delta": text} | ({} if kind == "reasoning" else {"logprobs": []})
-        return [*events, (f"response.{content['type']}.delta", delta)]
-
-    def add_delta(self, delta: dict[str, Any]) -> list[TypedEvent]:
-        """The events of a chat's delta: more of the message, and more of calls."""
-        events = self.add("message", delta["content"]) if "content" in delta else []
-        for piece in delta.get("tool_calls", ()):
-            function = piece["function"]
-            if "id" in piece:
-                events += [*self.close("completed"), *self._begin_call(piece["id"], function["name"])]
-            if function["arguments"]:
-                self.items[-1]["arguments"] += function["arguments"]
-                more = {**self._call_place(), "delta": function["arguments"]}
-                events.append(("response.function_call_arguments.delta", more))
-        return events
-
-    def close(self, status: str) -> list[TypedEvent]:
-        """The events of the end of an item, if one is open."""
-        if not self._open:
-            return []
-        self._open = False
-        item = self.items[-1]
-        item["status"] = status
-        ended = ("response.output_item.done", {"output_index": len(self.items) - 1, "item": item})
-        if item["type"] == "function_call":
-            done = {**self._call_place(), "name": item["name"], "arguments": item["arguments"]}
-            return [("response.function_call_arguments.done", done), ended]
-        content = item["content"][0]
-        done = {**self._place(), "text": content["text"]} | ({} if item["type"] == "reasoning" else {"logprobs": []})
-        return [
-            (f"response.{content['type']}.done", done),
-            ("response.content_part.done", {**self._place(), "part": content}),
-            ended,
-        ]
-
-    def _begin_call(self, call_id: str, name: str) -> list[TypedEvent]:
-        self._open = True
-        item = {"id": f"fc-{self._key}-{len(self.items)}", "type": "function_call", "status": "in_progress"}
-        item |= {"call_id": call_id, "name": name, "arguments": ""}
-        self.items.append(item)
-        return [("response.output_item.added", {"output_index": len(self.items) - 1, "item": dict(item)})]
-
-    def _begin(self, kind: str) -> list[TypedEvent]:
-        self._open = True
-        prefix, text = ("rs", "reasoning_text") if kind == "reasoning" else ("msg", "output_text")
-        item: dict[str, Any] = {"id": f"{prefix}-{self._key}-{len(self.items)}", "type": kind, "status": "in_progress"}
-        part: dict[str, Any] = {"type": text, "text": ""}
-        if kind == "reasoning":
-            item["summary"] = []
-        else:
-            item["role"], part["annotations"] = "assistant", []
-        self.items.append(item | {"content": [part]})
-        return [
-            ("response.output_item.added", {"output_index": len(self.items) - 1, "item": item | {"content": []}}),
-            ("response.content_part.added", {**self._place(), "part": dict(part)}),
-        ]
-
-    def _call_place(self) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
 
 
 async def prepare(body: ResponsesRequest, model: LoadedModel, client: str) -> ResponsesResponder:

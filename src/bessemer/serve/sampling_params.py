@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bessemer.engine.generation import prompt_digest
-from bessemer.engine.sampling import stream_key
+from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
 from bessemer.serve.models import LoadedModel
 from bessemer.serve.protocol import Generation, invalid, too_long
