@@ -7,10 +7,12 @@ the system; /proc and /sys are read where a missing file is an answer.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
 try:
@@ -19,6 +21,8 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
+_UNSYNCED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
+"""Answers of file systems that cannot sync a folder."""
 MOST_FILES = 10_240
 """Open files that macOS grants a process whose limit it calls infinite (OPEN_MAX)."""
 SEGMENTS = "expandable_segments:True"
@@ -116,3 +120,17 @@ def sysctl(*names: str) -> str:
         command = ["/usr/sbin/sysctl", "-n", *names]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
     return ""
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable; where its file system cannot, the rename alone must do. OSError where the disk
+    fails."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise

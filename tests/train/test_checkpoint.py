@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import stat
 
 import numpy as np
 import pytest
@@ -199,6 +200,22 @@ def test_crash_at_any_file_operation_leaves_a_checkpoint(tmp_path, monkeypatch, 
     if finished:
         assert found.tensors["model"]["a/b"][0] == 2 and calls < failing
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "leftovers are swept"
+
+
+def test_a_file_system_that_syncs_no_folder_keeps_checkpoints_and_a_failing_disk_does_not(tmp_path, monkeypatch):
+    sync, answer = os.fsync, errno.EINVAL
+
+    def folders_refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(answer, os.strerror(answer))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", folders_refuse)
+    save(tmp_path, 1, state(2.0))
+    assert latest(tmp_path, CONFIG)[0].name == "step-00000001"
+    answer = errno.EIO
+    with pytest.raises(UserError, match="cannot save step 2 .*Input/output error"):
+        save(tmp_path, 2, state(2.0))
 
 
 def test_random_states_come_back():

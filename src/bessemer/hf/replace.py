@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bessemer.data.model_files import INDEX
 from bessemer.errors import UserError
+from bessemer.system import sync_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
@@ -147,14 +148,3 @@ def lacking(folder: Path) -> str:
     if facts.f_files and not facts.f_favail:
         return f"inodes (each file takes one; all {facts.f_files:,} are taken, see df -i)"
     return "space"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames durable; some file systems do not support this, and then the rename must do."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -116,12 +116,6 @@ def available() -> bool:
     return _found()[0] is not None
 
 
-def has_tiles() -> bool:
-    """Whether BF16 products go through AMX."""
-    library = _found()[0]
-    return library is not None and bool(library.bessemer_has_tiles())
-
-
 @functools.cache
 def _function(name: str, signature: str) -> Any:
     library = _found()[0]

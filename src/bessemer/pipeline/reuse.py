@@ -11,8 +11,9 @@ from bessemer.config.places import REVISIONS
 from bessemer.errors import UserError
 from bessemer.pipeline.inputs import Files, changed
 from bessemer.runs.directory import damage, read_done, stage_folders
-from bessemer.runs.files import read_json, sync_folder, write_atomic
+from bessemer.runs.files import read_json, write_atomic
 from bessemer.runs.metrics import Metrics, read_lines
+from bessemer.system import sync_folder
 
 
 class Donor:

@@ -26,7 +26,8 @@ from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
-from bessemer.runs.files import BACK, explained, read_json, sync_folder, write_atomic, write_json
+from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_json
+from bessemer.system import sync_folder
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from bessemer.data.chat import Message
 from bessemer.errors import UserError
+from bessemer.system import sync_folder
 from bessemer.hf.replace import lacking
 
 BACK = "bring it back, or run the same command again for a new one"
@@ -44,18 +45,6 @@ def write_atomic(path: Path, data: str | bytes | Iterator[str]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Some file systems refuse to sync a folder; the rename alone must suffice
-    there."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def explain(error: BaseException, path: Path) -> UserError | None:

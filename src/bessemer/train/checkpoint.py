@@ -33,6 +33,7 @@ from torch import Tensor
 from bessemer.errors import UserError
 from bessemer.hf.replace import lacking
 from bessemer.model.moe import EXPERTS
+from bessemer.system import sync_folder
 
 FORMAT = 1
 """Raised by one when older code could misread the files."""
@@ -99,7 +100,7 @@ def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path
     if final.exists():  # the same step again, after a rollback
         final.rename(old)
     temporary.rename(final)
-    _sync_dir(state_dir)
+    sync_folder(state_dir)
     shutil.rmtree(old, ignore_errors=True)
     for path in steps(state_dir)[:-keep]:
         shutil.rmtree(path)
@@ -150,7 +151,7 @@ def seal(directory: Path, step: int, files: dict[str, str]) -> None:
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
     write_synced(directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-    _sync_dir(directory)
+    sync_folder(directory)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -332,11 +333,3 @@ def read_json(path: Path, name: str) -> Any:
         return json.loads((path / name).read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged(f"{name}: {error}") from error
-
-
-def _sync_dir(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

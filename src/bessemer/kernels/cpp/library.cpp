@@ -33,15 +33,6 @@ extern "C" EXPORT int bessemer_start() {
     return 0;
 }
 
-// 1 where BF16 operands go through tiles.
-extern "C" EXPORT int bessemer_has_tiles() {
-#if defined(__AMX_BF16__) || defined(BESSEMER_EMULATE_TILES)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64);
 extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64);
 
