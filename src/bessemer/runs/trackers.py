@@ -32,7 +32,7 @@ from bessemer.escape import escaped
 from bessemer.runs.files import write_atomic
 from bessemer.runs.metrics import parse_line
 
-POLL = 2.0
+POLL = 5.0
 """Seconds between two looks at the file."""
 PATIENCE = 30.0
 """Seconds that a finished run waits for its trackers."""
