@@ -56,6 +56,7 @@ def codes(history):
         ("format-hacking", {"accuracy": (0.06, 0.04), "format": (0.88, 0.99), "length": (57, 60)}),
         ("length-collapse", {**STUCK, "length": (57, 27)}),
         ("thinking-stops", {"think_share": (0.8, 0.2)}),
+        ("thinking-stops", {"think_share": (0.8, 0.2), "turns": (1.2, 1.2)}),
         ("collapse", {"accuracy": (0.5, 0.05), "format": (0.9, 0.9), "truncated": (0.0, 0.0)}),
         ("entropy-collapse", {"entropy": (0.5, 0.001)}),
         ("entropy-explosion", {"entropy": (0.5, 3.0)}),
@@ -92,6 +93,8 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
         {"sampler_gap": (0.012, 0.012), "preference": (0.4, 0.7)},
         # samples drawn one rollout ahead are older than the policy, which is no fault of the sampler
         {"sampler_gap": (0.1, 0.1), "staleness": (2, 2)},
+        # calls of tools took the place of thoughts
+        {"think_share": (0.8, 0.2), "turns": (1.1, 2.0), "accuracy": (0.2, 0.9)},
         # already good at the start
         {"accuracy": (0.9, 0.93), "format": (0.9, 1.0), "dead_groups": (0.6, 0.7)},
     ):  # fmt: skip

@@ -30,6 +30,8 @@ SHORTER = 0.6
 """Length collapse: below this share of the longest window. 57 -> 27 tokens was one."""
 THINKS_LESS = 0.5
 """Thinking stops: below this share of the window that thought most."""
+CALLS = 0.1
+"""Not where this many more turns an answer, which call tools, took the place of thoughts and accuracy gained."""
 FALLEN = 0.5
 """Collapse: accuracy below this share of its best window, which was at least 0.1."""
 ENTROPY_LOW, ENTROPY_SHARE = 0.02, 0.1
@@ -167,6 +169,8 @@ def _thinking_stops(history: MetricHistory) -> Alarm | None:
         return None
     share = history["think_share"]
     if share.peak < 0.2 or share.now >= THINKS_LESS * share.peak:
+        return None
+    if history.has("turns", "accuracy") and history["turns"].rise > CALLS and history["accuracy"].rise >= ACCURACY_RISE:
         return None
     return Alarm(
         "thinking-stops", f"{share.now:.0%} of the answers think, {share.peak:.0%} did",
