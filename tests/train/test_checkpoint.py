@@ -214,7 +214,7 @@ def test_a_file_system_that_syncs_no_folder_keeps_checkpoints_and_a_failing_disk
     save(tmp_path, 1, state(2.0))
     assert latest(tmp_path, CONFIG)[0].name == "step-00000001"
     answer = errno.EIO
-    with pytest.raises(UserError, match="cannot save step 2 .*Input/output error"):
+    with pytest.raises(UserError, match=r"cannot save step 2 .*Input/output error"):
         save(tmp_path, 2, state(2.0))
 
 
