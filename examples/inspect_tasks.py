@@ -57,8 +57,6 @@ def whole(output: ModelOutput) -> str:
     text = "".join(part.text for part in parts if isinstance(part, ContentText))
     if not thoughts:
         return text
-    return (
-        f"<think>\n{thoughts}"
-        if output.stop_reason == "max_tokens" and not text
-        else f"<think>\n{thoughts}\n</think>\n\n{text}"
-    )
+    if not text and output.stop_reason == "max_tokens":
+        return f"<think>\n{thoughts}"
+    return f"<think>\n{thoughts}\n</think>\n\n{text}"
