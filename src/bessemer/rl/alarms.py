@@ -31,7 +31,7 @@ SHORTER = 0.6
 THINKS_LESS = 0.5
 """Thinking stops: below this share of the window that thought most."""
 CALLS = 0.1
-"""Not where this many more turns an answer, which call tools, took the place of thoughts and accuracy gained."""
+"""Thinking stops: silent where answers gained this many turns, which call tools, and accuracy rose as well."""
 FALLEN = 0.5
 """Collapse: accuracy below this share of its best window, which was at least 0.1."""
 ENTROPY_LOW, ENTROPY_SHARE = 0.02, 0.1

@@ -1,6 +1,7 @@
-"""Rollout workers that Ray runs: who gets which job, whose death costs nothing but time, who has been silent for long.
+"""A pool of rollout workers, which are Ray actors.
 
-`RaySampler` submits the jobs of a rollout and takes their results.
+`WorkerPool` schedules the jobs of a rollout, replaces workers that die, reschedules their jobs, and reports stalls.
+`RaySampler` submits the jobs and takes their results.
 """
 
 from __future__ import annotations
