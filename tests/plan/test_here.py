@@ -28,7 +28,8 @@ def test_planned_beside_measured(tmp_path):
     said = found.describe()
     assert "1m 40s" in said and "not measured" in said
     longer = estimate(Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=32M"]), seconds=0.05)
-    assert longer.stages["pretrain"] > 3 * found.stages["pretrain"]
+    rate = longer.rates["training_tokens_per_second"]  # its own: a loaded machine changes from second to second
+    assert longer.stages["pretrain"] > 32_000_000 / rate > 0
 
 
 def test_a_recipe_without_pre_training():

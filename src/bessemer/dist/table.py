@@ -45,6 +45,15 @@ class Pair(NamedTuple):
 Step = Action | Pair
 
 
+class Turn(NamedTuple):
+    """A step of a table, in its place in `Table.order`."""
+
+    rank: int
+    step: Step
+    waits: tuple[tuple[int, bool], ...]
+    """Positions in the order of the steps whose results it needs, and whether the result is of another rank."""
+
+
 @dataclass(frozen=True)
 class Table:
     """What each rank does, in order."""
@@ -88,6 +97,36 @@ class Table:
                 slices[rank].append((lane, stage))
         return slices
 
+    @cached_property
+    def order(self) -> tuple[Turn, ...]:
+        """All steps, each behind those that it waits for. AssertionError with the steps that wait for each other."""
+        turns: list[Turn] = []
+        position: dict[tuple[str, int, int, int], int] = {}
+        at, moved = [0] * self.ranks, True
+        while moved:
+            moved = False
+            for rank, steps in enumerate(self.steps):
+                while at[rank] < len(steps) and (waits := self._waits(steps[at[rank]], position)) is not None:
+                    step = steps[at[rank]]
+                    position |= dict.fromkeys(step if isinstance(step, Pair) else (step,), len(turns))
+                    turns.append(Turn(rank, step, waits))
+                    at[rank], moved = at[rank] + 1, True
+        waiting = {rank: steps[at[rank]] for rank, steps in enumerate(self.steps) if at[rank] < len(steps)}
+        assert not waiting, f"deadlock: {waiting}"
+        return tuple(turns)
+
+    def _waits(self, step: Step, position: dict[tuple[str, int, int, int], int]) -> tuple[tuple[int, bool], ...] | None:
+        """What a step waits for; None while one of them has no position."""
+        found = []
+        for part in step if isinstance(step, Pair) else (step,):
+            place = self.place[part.lane]
+            for kinds, stage, micro, lane in needs(part, self.stages):
+                done = [position[key] for kind in kinds if (key := (kind, stage, micro, lane)) in position]
+                if not done:
+                    return None
+                found += [(one, place[stage] != place[part.stage]) for one in done]
+        return tuple(found)
+
 
 def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
     """The actions of these steps; of a pair the forward first."""
@@ -130,29 +169,4 @@ def check(table: Table) -> None:
             for micro in range(table.per_lane):
                 done = "".join(kind for kind in KINDS if Action(kind, stage, micro, lane) in seen)
                 assert done in ("FB", "FIW"), f"stage {stage}, micro-batch {micro} of lane {lane}: {done or 'nothing'}"
-    _check_deadlock(table)
-
-
-def _check_deadlock(table: Table) -> None:
-    """Runs every rank as far as possible; AssertionError with the steps that wait for each other."""
-    at = [0] * table.ranks
-    done: set[Action] = set()
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(table.steps):
-            while at[rank] < len(steps) and _ready(steps[at[rank]], done, table.stages):
-                step = steps[at[rank]]
-                done.update(step if isinstance(step, Pair) else (step,))
-                at[rank], moved = at[rank] + 1, True
-    waiting = {rank: steps[at[rank]] for rank, steps in enumerate(table.steps) if at[rank] < len(steps)}
-    assert not waiting, f"deadlock: {waiting}"
-
-
-def _ready(step: Step, done: set[Action], stages: int) -> bool:
-    parts = step if isinstance(step, Pair) else (step,)
-    return all(
-        any(Action(kind, stage, micro, lane) in done for kind in kinds)
-        for part in parts
-        for kinds, stage, micro, lane in needs(part, stages)
-    )
+    _ = table.order

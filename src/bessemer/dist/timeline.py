@@ -10,14 +10,11 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from bessemer.dist.table import Action, Pair, Step, Table, actions, needs
-
-_Time = TypeVar("_Time")  # a number, or an array of one for each draw (`plan.chance`)
+from bessemer.dist.table import Action, Pair, Step, Table, actions
 
 
 class Timing(Protocol):
@@ -77,43 +74,15 @@ class Timeline:
 
 def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Timeline:
     """Every step starts when its rank is free and its inputs are there; inputs from another rank take a `message`."""
-    end: dict[Action, float] = {}
+    ends: list[float] = []
     spans: list[list[TimedStep]] = [[] for _ in table.steps]
-    moved = True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(table.steps):
-            while len(spans[rank]) < len(steps):
-                step = steps[len(spans[rank])]
-                start = _start(step, end, table, message)
-                if start is None:
-                    break
-                start = max(start, spans[rank][-1].end if spans[rank] else 0.0)
-                span = TimedStep(step, start, start + costs.of(step))
-                spans[rank].append(span)
-                end |= dict.fromkeys(step if isinstance(step, Pair) else (step,), span.end)
-                moved = True
-    assert all(len(done) == len(steps) for done, steps in zip(spans, table.steps, strict=True)), "the table never ends"
+    for rank, step, waits in table.order:
+        start = max((ends[at] + message * sent for at, sent in waits), default=0.0)
+        if spans[rank]:
+            start = max(start, spans[rank][-1].end)
+        ends.append(start + costs.of(step))
+        spans[rank].append(TimedStep(step, start, ends[-1]))
     return Timeline(tuple(map(tuple, spans)), tuple(_live(steps) for steps in table.steps))
-
-
-def _start(step: Step, end: dict[Action, float], table: Table, message: float) -> float | None:
-    """When a step's inputs are there; None if that is not known yet."""
-    found = inputs(step, end, table)
-    return None if found is None else max((at + message * sent for at, sent in found), default=0.0)
-
-
-def inputs(step: Step, end: Mapping[Action, _Time], table: Table) -> list[tuple[_Time, bool]] | None:
-    """(end, whether a message follows) of all that a step waits for; None where one is not known yet."""
-    found = []
-    for part in step if isinstance(step, Pair) else (step,):
-        place = table.place[part.lane]
-        for kinds, stage, micro, lane in needs(part, table.stages):
-            ends = [end[key] for kind in kinds if (key := Action(kind, stage, micro, lane)) in end]
-            if not ends:
-                return None
-            found += [(one, place[stage] != place[part.stage]) for one in ends]
-    return found
 
 
 def _live(steps: tuple[Step, ...]) -> int:

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.dist.table import Action, Pair, Step, Table
-from bessemer.dist.timeline import inputs
 from bessemer.eval.intervals import t_quantile
 from bessemer.plan.hardware import RateFactors, read_toml
-from bessemer.plan.step_time import step_costs, step_end, table_of
+from bessemer.plan.step_time import step_costs, step_end, step_key, table_of
 from bessemer.plan.training_setup import Setup
 
 RATES = ("gemm", "attention", "memory", "exchange")
@@ -61,36 +59,19 @@ def step_seconds(setups: Sequence[Setup]) -> np.ndarray:
     """Seconds of a step of setups that share a schedule: as `step_time`, with one pass over the table for all."""
     table = table_of(setups[0])
     costs = [step_costs(one, table) for one in setups]
-    ends = [sum(step_end(one, table)) for one in setups]
+    message = np.array([one.send for one in costs])
     durations: dict[Any, np.ndarray] = {}
-
-    def lasts(step: Step) -> np.ndarray:
-        pair = isinstance(step, Pair)
-        key = (step.forward.stage, step.backward.stage) if isinstance(step, Pair) else (step.kind, step.stage)
-        if (pair, key) not in durations:
-            durations[pair, key] = np.array([one.of(step) for one in costs])
-        return durations[pair, key]
-
-    return _makespan(table, lasts, np.array([one.send for one in costs])) + np.array(ends)
-
-
-def _makespan(table: Table, lasts: Any, message: np.ndarray) -> np.ndarray:
-    """`timeline.simulate` over arrays: the time of the last end."""
-    end: dict[Action, np.ndarray] = {}
-    free = [np.zeros(len(message)) for _ in table.steps]
-    at, moved = [0] * len(table.steps), True
-    while moved:
-        moved = False
-        for rank, steps in enumerate(table.steps):
-            while at[rank] < len(steps) and (known := inputs(steps[at[rank]], end, table)) is not None:
-                step, start = steps[at[rank]], free[rank]
-                for when, sent in known:
-                    start = np.maximum(start, when + message if sent else when)
-                free[rank] = start + lasts(step)
-                end |= dict.fromkeys(step if isinstance(step, Pair) else (step,), free[rank])
-                at[rank], moved = at[rank] + 1, True
-    assert at == [len(steps) for steps in table.steps], "the table never ends"
-    return np.max(free, axis=0)
+    ends: list[np.ndarray] = []
+    free = [np.zeros(len(setups)) for _ in table.steps]
+    for rank, step, waits in table.order:  # as `timeline.simulate`, over arrays
+        key = step_key(step)
+        if key not in durations:
+            durations[key] = np.array([one.of(step) for one in costs])
+        for at, sent in waits:
+            free[rank] = np.maximum(free[rank], ends[at] + message if sent else ends[at])
+        free[rank] = free[rank] + durations[key]
+        ends.append(free[rank])
+    return np.max(free, axis=0) + np.array([sum(step_end(one, table)) for one in setups])
 
 
 def rates(setup: Setup, draws: Draws, real_routing: bool = False) -> np.ndarray:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from bessemer.dist.context_attention import KEYS
@@ -180,11 +181,18 @@ def rank_params(
 ) -> RankParams:
     """The parameters of pipeline rank `pp`, whatever its other coordinates. `number`: bytes of the compute dtype (in
     float32, gates are in the same vectors as matrices); `cuts`: layers of every stage, by default `stage.cut`'s."""
-    cuts = cuts or cut(cfg, table.stages)
-    mine = {stage for _, stage in table.slices_on(pp)}
-    others = {stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank)}
+    mine = frozenset(stage for _, stage in table.slices_on(pp))
+    others = frozenset(stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank))
+    return _params_of(cfg, layout, mine, others, number, tuple(cuts or cut(cfg, table.stages)))
+
+
+@lru_cache(maxsize=4096)  # a search asks for the same rank under every schedule, recomputation and micro-batch
+def _params_of(
+    cfg: ModelConfig, layout: Layout, mine: frozenset[int], others: frozenset[int], number: int, cuts: tuple[range, ...]
+) -> RankParams:
+    """Of a rank with the stages `mine`, where other ranks hold `others`."""
     copies = layout.dp * layout.cp
-    last, ranks = table.stages - 1, {True: copies, False: copies * layout.ep}
+    last, ranks = len(cuts) - 1, {True: copies, False: copies * layout.ep}
     found: dict[VectorKind, list[int]] = {}
     total, operands = 0, [0, 0]
 

@@ -35,6 +35,11 @@ class StageTimes:
     """Embedding, head and input of MTP modules in pairs: forward, backward."""
 
 
+def step_key(step: Step) -> tuple:
+    """Equal for steps that take equally long, whatever their micro-batch."""
+    return (step.forward.stage, step.backward.stage) if isinstance(step, Pair) else (step.kind, step.stage)
+
+
 @dataclass(frozen=True)
 class StepCosts:
     """Times of the steps of a schedule's table."""
@@ -43,9 +48,15 @@ class StepCosts:
     send: float
 
     def of(self, step: Step) -> float:
-        if isinstance(step, Pair):
-            return self.pair(step.forward.stage, step.backward.stage)
-        return self.alone(step)
+        key = step_key(step)
+        if key not in self._known:
+            pair = isinstance(step, Pair)
+            self._known[key] = self.pair(step.forward.stage, step.backward.stage) if pair else self.alone(step)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple, float]:
+        return {}
 
     def alone(self, action: Action) -> float:
         stage = self.stages[action.stage]
