@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import stages_run
@@ -16,10 +18,12 @@ from bessemer.config.recipe import Recipe
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.eval import scoring
+from bessemer.pipeline import runner
 from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
+from bessemer.workers import Workers
 
 MODELS = ("02-pretrain", "03-zero")
 
@@ -72,6 +76,20 @@ def copy(whole, tmp_path):
     shutil.copytree(whole.out, run.out)
     run.recipe.write_text(whole.recipe.read_text())
     return run
+
+
+def children():
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def test_what_a_stage_had_goes_at_its_end(copy, monkeypatch):
+    """Its worker processes above all: they have the weights and buffers of their own, and stages are many."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    others, shared = children(), []
+    map_of = Workers.map
+    monkeypatch.setattr(Workers, "map", lambda self, *work: shared.append(children() - others) or map_of(self, *work))
+    runner.run(Recipe.load(copy.recipe, ["pretrain.tokens=10K"]), copy.out, until="pretrain")
+    assert len(shared[-1]) == 1 and children() <= others
 
 
 def test_every_stage_is_done(whole):

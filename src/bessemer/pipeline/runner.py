@@ -11,12 +11,13 @@ the others `follow`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import needs_transformers
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
+from bessemer.pipeline.overview import overview
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
@@ -53,9 +55,6 @@ from bessemer.train import determinism
 from bessemer.workers import all_cores
 
 if TYPE_CHECKING:
-    import torch
-
-    from bessemer.config.training import Precision
     from bessemer.dist.ranks import Ranks
 
 
@@ -114,7 +113,7 @@ def run(
             _adopt_files(plan, progress)
             if rundir.killed:
                 progress.say(rundir.killed)
-            progress.say(_overview(plan, recipe, root, estimates, until, ranks))
+            progress.say(overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
@@ -263,7 +262,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
             )  # fmt: skip
         with _clock(ctx, rundir):
             try:
-                with _gpu(item.name):
+                with _computing(item.name):
                     summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
@@ -316,8 +315,10 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
 
 
 @contextmanager
-def _gpu(stage: str) -> Iterator[None]:
-    """A GPU without memory left, or one that fails, is a UserError; so is the memory of a training step already."""
+def _computing(stage: str) -> Iterator[None]:
+    """A GPU without memory left, or one that fails, is a UserError; so is the memory of a training step already. At the
+    end everything that the stage had is freed: a trainer is part of cycles, and left to itself Python would free its
+    weights and end its worker processes somewhere in the middle of the next stage."""
     try:
         yield
     except RuntimeError as error:
@@ -326,46 +327,14 @@ def _gpu(stage: str) -> Iterator[None]:
         if (fault := gpu_faults.of_error(error, stage)) is None:
             raise
         raise fault from error
+    finally:
+        gc.collect()
 
 
 def _facts(summary: dict[str, Any]) -> str:
     texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
              if isinstance(value, int | float | str)]  # fmt: skip
     return ", ".join(texts)
-
-
-def _overview(
-    plan: list[Planned], recipe: Recipe, root: Path, estimates: dict[str, float], until: str | None,
-    ranks: Ranks | None,
-) -> str:  # fmt: skip
-    """The stages, the device and the estimated time: a line for the run and one for each stage."""
-    from bessemer.train import setup
-
-    dtypes = _dtypes({config.precision for config in recipe.stages if hasattr(config, "precision")}, setup.device())
-    device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
-    where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
-    last = len(plan) if until is None else recipe.names().index(until) + 1
-    due = [item.name for item in plan[:last] if not item.done]
-    stages = f"{len(plan)} stages" if len(due) == len(plan) else f"{len(due)} of {len(plan)} stages to run"
-    time = show_seconds(sum(estimates[name] for name in due))
-    lines = [f"{recipe.name} in {root}: {stages}, about {time} {where}"]
-    width = max(map(len, estimates))
-    for number, config in enumerate(recipe.stages, start=1):
-        kind = "" if config.kind == config.name else f" ({config.kind})"
-        time = f"about {show_seconds(estimates[config.name])}" if config.name in due else "-"
-        lines.append(f"  {number:>2} {config.name:<{width}}  {time:<14}{kind}".rstrip())
-    return "\n".join(lines)
-
-
-def _dtypes(precisions: Iterable[Precision], where: torch.device) -> list[str]:
-    """What stages with these values of `precision` compute in, without measuring."""
-    from bessemer.train import setup
-
-    named = set()
-    for precision in precisions:
-        measured = precision == "auto" and where.type == "cpu"
-        named.add("the dtype that measures faster" if measured else str(setup.precision_on(precision, where).dtype)[6:])
-    return sorted(named)
 
 
 def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
@@ -398,6 +367,6 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
                     stop_flag=stop, spent=order["spent"],
                 )  # fmt: skip
                 revisions = ctx.dir.parent / places.REVISIONS
-                on_gpu = _gpu(config.name)
-                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), on_gpu:
+                computing = _computing(config.name)
+                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), computing:
                     stage.run(config, ctx)  # if interrupted: rank 0 says how to go on
