@@ -241,6 +241,13 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
     assert len(set(train)) == len(train) == 5
 
 
+def test_an_evaluation_in_bf16(copy, capsys):
+    """Asked for by the recipe; the stages before it stay as they are."""
+    results = copy("eval.precision=bfloat16")
+    assert [result.status for result in results.values()] == ["skipped", "skipped", "skipped", "done"]
+    assert capsys.readouterr().err.count("compute in bfloat16 (set by the recipe)") == 2, "both models"
+
+
 def test_a_hopeless_base_is_refused(copy):
     with pytest.raises(UserError) as refused:
         copy("zero.minimum_pass=0.9")

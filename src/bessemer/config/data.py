@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import AskingConfig, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import SamplingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 
@@ -58,8 +58,8 @@ class ExamplesConfig(StageConfig):
     """Number of conversations (R1: thousands)."""
 
 
-class RejectConfig(AskingConfig):
-    ignore_at_default = AskingConfig.ignore_at_default | {"judge", "others_data", "answers"}
+class RejectConfig(SamplingConfig):
+    ignore_at_default = SamplingConfig.ignore_at_default | {"judge", "others_data", "answers"}
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""

@@ -4,15 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import AskingConfig, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import SamplingConfig, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 ShotKind = Literal["worked", "direct", "other-language", "fables"]
 """What the examples before a question are; `eval/shots.py` says more."""
 
 
-class EvalConfig(AskingConfig):
-    ignore_at_default = AskingConfig.ignore_at_default | {"shots", "shot_kind", "prefix"}
+class EvalConfig(SamplingConfig):
+    ignore_at_default = SamplingConfig.ignore_at_default | {"shots", "shot_kind", "prefix"}
 
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""

@@ -37,6 +37,10 @@ TaskName = Annotated[str, _TaskName]
 OwnCode = Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"), _TaskName]
 """FILE.py:NAME, the user's own code."""
 
+Precision = Literal["auto", "device", "float32", "bfloat16"]
+"""A compute dtype. device: bfloat16 on a GPU that has it, float32 on a CPU; auto: the same on a GPU, and on a CPU the
+one that measures faster."""
+
 
 class ConfigTable(BaseModel):
     """A table of a recipe: unknown keys refused, no silent conversions, immutable, documented fields."""
@@ -95,6 +99,16 @@ class AskingConfig(StageConfig):
     """Form in which the model is asked. model: its own chat template; r1-zero: R1-Zero's, a preamble and `User: ...
     Assistant:` (R1 Table 1); zero: the same without the preamble. A stage that trains exports it with the model, so
     that later stages, `bessemer eval` and the server ask in it too."""
+
+
+class SamplingConfig(AskingConfig):
+    """The key of the stages that ask a model which they do not train."""
+
+    ignore_at_default = AskingConfig.ignore_at_default | {"precision"}
+
+    precision: Precision = "device"
+    """Dtype in which the models answer; device: bfloat16 on a GPU that has it, float32 on a CPU; auto: on a CPU the one
+    that measures faster."""
 
 
 def changed(settings: BaseModel, name: str) -> bool:

@@ -6,12 +6,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import ConfigTable, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import ConfigTable, Precision, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
-Precision = Literal["auto", "device", "float32", "bfloat16"]
-"""Dtype of forward and backward. device: bfloat16 on a GPU that has it, float32 on a CPU; auto: the same on a GPU, and
-on a CPU the one that measures faster."""
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
 

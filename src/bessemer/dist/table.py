@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 Step = Action | Pair
 
 
-class Turn(NamedTuple):
+class OrderedStep(NamedTuple):
     """A step of a table, in its place in `Table.order`."""
 
     rank: int
@@ -98,9 +98,9 @@ class Table:
         return slices
 
     @cached_property
-    def order(self) -> tuple[Turn, ...]:
+    def order(self) -> tuple[OrderedStep, ...]:
         """All steps, each behind those that it waits for. AssertionError with the steps that wait for each other."""
-        turns: list[Turn] = []
+        turns: list[OrderedStep] = []
         position: dict[tuple[str, int, int, int], int] = {}
         at, moved = [0] * self.ranks, True
         while moved:
@@ -109,7 +109,7 @@ class Table:
                 while at[rank] < len(steps) and (waits := self._waits(steps[at[rank]], position)) is not None:
                     step = steps[at[rank]]
                     position |= dict.fromkeys(step if isinstance(step, Pair) else (step,), len(turns))
-                    turns.append(Turn(rank, step, waits))
+                    turns.append(OrderedStep(rank, step, waits))
                     at[rank], moved = at[rank] + 1, True
         waiting = {rank: steps[at[rank]] for rank, steps in enumerate(self.steps) if at[rank] < len(steps)}
         assert not waiting, f"deadlock: {waiting}"

@@ -13,7 +13,7 @@ from bessemer.pipeline.planned import Planned
 if TYPE_CHECKING:
     import torch
 
-    from bessemer.config.training import Precision
+    from bessemer.config.table import Precision
     from bessemer.dist.ranks import Ranks
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 import torch.distributed as dist
 
+from bessemer.config.table import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import watchdog
 from bessemer.dist.ranks import Ranks
@@ -33,9 +34,11 @@ class DealtEngine:
     model that changes: a number that is another one after every change."""
 
     def __init__(
-        self, engine: Engine, folder: Path, ranks: Ranks, role: str = "model", version: Callable[[], int] | None = None
-    ) -> None:
+        self, engine: Engine, folder: Path, ranks: Ranks, role: str = "model", version: Callable[[], int] | None = None,
+        precision: Precision = "device",
+    ) -> None:  # fmt: skip
         self.engine, self.folder, self.ranks, self.role, self.version = engine, folder, ranks, role, version
+        self.precision = precision
         self._sent: int | None = None
 
     @property
@@ -52,9 +55,9 @@ class DealtEngine:
         listed = {name: list(value) if isinstance(value, Sequence) else value for name, value in options.items()}
         before, self._sent = self._sent, None if self.version is None else self.version()
         changed = before != self._sent
-        precision = "device" if self.version is None else str(self.model.embed.weight.dtype).removeprefix("torch.")
+        trained = None if self.version is None else str(self.model.embed.weight.dtype).removeprefix("torch.")
         self.ranks.order(
-            {"samples": str(self.folder), "role": self.role, "precision": precision, "changed": changed,
+            {"samples": str(self.folder), "role": self.role, "precision": trained or self.precision, "changed": changed,
              "prompts": [list(prompt) for prompt in prompts], "options": listed}
         )  # fmt: skip
         if changed:
@@ -104,14 +107,15 @@ def share_weights(model: Transformer | CausalLM, ranks: Ranks) -> None:
 
 
 def dealt(
-    engine: Engine, folder: Path, ctx: StageContext, role: str = "model", version: Callable[[], int] | None = None
-) -> Engine | DealtEngine:
+    engine: Engine, folder: Path, ctx: StageContext, role: str = "model", version: Callable[[], int] | None = None,
+    precision: Precision = "device",
+) -> Engine | DealtEngine:  # fmt: skip
     """The engine of a directory's model, with the ranks that wait for this stage where they have GPUs of their own. On
     a CPU this rank has all cores already."""
     if ctx.waiting is None or ctx.waiting.device.type == "cpu":
         return engine
     ctx.say(f"{ctx.waiting.n} ranks generate")
-    return DealtEngine(engine, folder, ctx.waiting, role, version)
+    return DealtEngine(engine, folder, ctx.waiting, role, version, precision)
 
 
 def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
@@ -142,6 +146,9 @@ def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
         ctx.interrupt()
 
 
-def engine_of(folder: Path, ctx: StageContext, role: str = "model") -> Engine | DealtEngine:
+def engine_of(
+    folder: Path, ctx: StageContext, role: str = "model", precision: Precision = "device"
+) -> Engine | DealtEngine:
     """What generates from the model in a directory, as in `dealt`."""
-    return dealt(Engine(*setup.load_to_sample(folder, ctx.say), setup.workers()), folder, ctx, role)
+    loaded = setup.load_to_sample(folder, ctx.say, precision=precision)
+    return dealt(Engine(*loaded, setup.workers()), folder, ctx, role, precision=precision)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bessemer.config.training import OptimizerConfig, Precision
+from bessemer.config.table import Precision
+from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -176,7 +177,7 @@ def load_to_sample(
     context: Mapping[str, Any] | None = None,
     precision: Precision = "device",
 ) -> tuple[Transformer | CausalLM, Tokenizer]:  # fmt: skip
-    """`load_model` for a model that is not trained: in BF16 on a GPU that has it, in float32 on a CPU."""
+    """`load_model` for a model that is not trained; by default in BF16 on a GPU that has it, in float32 on a CPU."""
     choice = choose_precision(precision)
     model, tokenizer = load_model(directory, context, choice.dtype)
     announce(model, choice, say)

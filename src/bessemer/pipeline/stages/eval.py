@@ -80,7 +80,7 @@ class Eval(Stage[EvalConfig]):
         loaded: dict[str, Engine | DealtEngine] = {}
         for model, task, temperature, shots in grid[len(rows) :]:
             if model not in loaded:
-                loaded = {model: engine_of(ctx.inputs[model] / "model", ctx)}
+                loaded = {model: engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)}
             engine = loaded[model]
             engine.tokenizer.use_template(config.prompt_template)
             room = engine.model.cfg.max_seq_len - config.max_new_tokens

@@ -101,7 +101,7 @@ class Reject(Stage[RejectConfig]):
         if ctx.source is None or not (ctx.source / "model").is_dir():
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
-        engine = engine_of(ctx.source / "model", ctx)
+        engine = engine_of(ctx.source / "model", ctx, precision=config.precision)
         engine.tokenizer.use_template(config.prompt_template)
         families = [tasks.get(name) for name in config.tasks]
         judge = None if config.judge is None else Judge(config.judge, ctx)
