@@ -92,6 +92,16 @@ def test_other_problems_are_refused_and_the_common_ones_offered():
         paired.compare([model(0.1)], [model(0.1, asked=WORDS)])
 
 
+def test_other_measures_than_accuracy():
+    row = {"task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
+    first = row | {"by_problem": {"a": 0.5, "b": 1.0}, "readable_by_problem": {"a": 0.0, "b": 0.5}}
+    second = first | {"readable_by_problem": {"a": 0.5, "b": 1.0}}
+    one, other = (paired.rates([found], "it", "readable") for found in (first, second))
+    assert paired.compare([one], [other])[0].difference == 0.5
+    with pytest.raises(UserError, match="earlier version"):
+        paired.rates([row | {"by_problem": {"a": 0.5}}], "it", "language")
+
+
 def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     """From the evaluation of their run, and asked anew."""
     root = write_run(tmp_path / "tiny")
@@ -105,8 +115,14 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     write_json(root / "02-eval" / "results.json", {"rows": [row | {"by_problem": {"a": 0.5, "b": 1.0}}]})
     status, out, _ = call("compare", root / "zero", f"{root / 'zero'},{root / 'zero'}")
     assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no significant difference" in out
+    assert call("compare", root / "zero", root / "zero", "--measure", "beauty")[2].endswith(
+        'no measure "beauty"; choose among pass@1, readable, language\n'
+    )
     asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
     status, out, _ = call("compare", root, root / "zero", *asked)
     (line,) = json.loads(out)["rows"]
     assert status == 0 and line["asked"] == "countdown en+zh, T 1" and line["n"] == 3 and line["difference"] == 0
+    status, out, _ = call("compare", root, root / "zero", *asked, "--measure", "readable")
+    found = json.loads(out)
+    assert status == 0 and found["measure"] == "readable" and 0 <= found["rows"][0]["first"] <= 1
     assert "has no effect without --task" in call("compare", root, root, "--problems", 3)[2]

@@ -97,6 +97,11 @@ def test_a_row_is_what_counting_gives(done):
     assert row["maj_at_k"] == pytest.approx(sum(majority) / 5)
     reasons = Counter(readable(c.text, "en").reason for group in groups for c in group)
     assert row["readable"] == reasons.pop("readable", 0) / 20 and row["unreadable"] == dict(reasons)
+    for group, read, language in zip(
+        groups, row["readable_by_problem"].values(), row["language_by_problem"].values(), strict=True
+    ):
+        assert read == sum(readable(c.text, "en").readable for c in group) / 4
+        assert language == pytest.approx(sum(consistency(c.text, "en") for c in group) / 4)
     difficulty: dict = {}
     for problem, one in zip(problems, each, strict=True):
         difficulty.setdefault(str(problem.meta["difficulty"]), []).append(one)
@@ -107,7 +112,7 @@ def test_a_row_is_what_counting_gives(done):
     for one in rows:
         assert (one["n"], one["samples"], one["k"], one["top_p"]) == (5, 4, 2, 0.95)
         assert sum(part["n"] for part in one["by_difficulty"].values()) == 5
-        for key in ("pass_at_1", "pass_at_k", "maj_at_k"):
+        for key in ("pass_at_1", "pass_at_k", "maj_at_k", "readable", "language_consistency"):
             low, high = one[f"{key}_interval"]
             assert 0 <= low <= one[key] <= high <= 1
         assert round(20 * one["readable"]) + sum(one["unreadable"].values()) == 20

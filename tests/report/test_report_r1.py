@@ -107,6 +107,15 @@ def test_what_is_not_there_is_left_out():
     assert tables.stage_tables([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
 
 
+def test_a_mean_over_tasks_has_an_interval_where_the_problems_are_known():
+    by_problem = {"readable": 0.5, "readable_by_problem": {f"p{n}": float(n % 2) for n in range(40)}}
+    (table,) = tables.stage_tables([row("a", **by_problem), row("a", "u", **by_problem), row("b"), row("b", "u")])
+    readable = next(line for line in table.overall if line.label == "readable")
+    low, high = readable.cells[0].interval
+    assert 0.3 < low < 0.45 and 0.55 < high < 0.7 and readable.cells[1] is None
+    assert "95 % interval  40-61" in comparisons.stage_table_text([row("a", **by_problem), row("a", "u", **by_problem)])
+
+
 def test_means_are_of_tasks_that_all_were_asked():
     rows = [row("a", maj_at_k=0.2), row("a", "u", maj_at_k=0.4), row("b", maj_at_k=0.9)]
     (table,) = tables.stage_tables(rows)

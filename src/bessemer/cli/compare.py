@@ -38,13 +38,21 @@ def compare(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="pass@1; readable, the share of answers that a person can read; language, the share of their words in "
+            "the question's language."
+        ),
+    ] = "pass@1",
     common: Annotated[
         bool, typer.Option("--common", help="Where other problems were asked: compare on those that are the same.")
     ] = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
-    """Whether one model is better than another, problem by problem: pass@1 with an interval of the difference."""
+    """Whether one model is better than another, problem by problem: the difference of their pass@1, or of another
+    measure, with its interval."""
     from bessemer.eval import paired
     from bessemer.runs.directory import model_dir
 
@@ -60,12 +68,12 @@ def compare(
 
         return evaluate.evaluate(folder, names=task, **chosen(options))
 
-    one, other = ([paired.rates(rows(folder), str(folder)) for folder in side] for side in sides)
+    one, other = ([paired.rates(rows(folder), str(folder), measure) for folder in side] for side in sides)
     lines = paired.compare(one, other, common)
     if as_json:
-        print_json({"first": first, "second": second, "rows": paired.facts(lines)})
+        print_json({"first": first, "second": second, "measure": measure, "rows": paired.facts(lines)})
     else:
-        print_table(paired.table(lines, first, second))
+        print_table(paired.table(lines, first, second, measure))
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""Two models on the same problems: by how much their pass@1 differs, with an interval over problems and seeds.
+"""Two models on the same problems: by how much they differ, with an interval over problems and seeds. In pass@1, or in
+how readable their answers are and how much of them is in the language of the question.
 
 Problems differ in difficulty far more than models do, so the difference is taken inside each problem before anything is
 averaged. A side is one model, or several that differ in their seed alone; seeds are paired in the order given. The
@@ -39,13 +40,15 @@ class Asked(NamedTuple):
 
 
 Rates = Mapping[str, float]
-"""Problem (see `scoring`) -> share of its answers that are right."""
+"""Problem (see `scoring`) -> share of its answers that are right, or another measure of them."""
+MEASURES = {"pass@1": "by_problem", "readable": "readable_by_problem", "language": "language_by_problem"}
+"""What can be compared, and its key in a row."""
 Model = Mapping[Asked, Rates]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """pass@1 of the second side less that of the first."""
+    """The measure of the second side less that of the first."""
 
     asked: str
     n: int
@@ -64,19 +67,22 @@ class Difference:
         return "the first is better" if self.high < 0 else "no significant difference"
 
 
-def rates(rows: Iterable[Row], name: str) -> dict[Asked, Rates]:
+def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked, Rates]:
     """A model's evaluation rows by what was asked; of two rows that ask the same the last counts."""
+    if measure not in MEASURES:
+        raise UserError(f'no measure "{measure}"; choose among {", ".join(MEASURES)}')
+    key = MEASURES[measure]
     found: dict[Asked, Rates] = {}
     for row in rows:
         if row.get("domain") == "lm-eval":
             continue
-        if "by_problem" not in row:
+        if key not in row:
             raise UserError(
                 f"{name} was evaluated by an earlier version, which did not keep the result of every problem; ask anew "
                 f"with --task {row['task']}"
             )
-        temperature, top_p = (1.0 if row.get(key) is None else row[key] for key in ("temperature", "top_p"))
-        found[Asked(row["task"], row["language"], temperature, top_p, before(row))] = row["by_problem"]
+        temperature, top_p = (1.0 if row.get(name) is None else row[name] for name in ("temperature", "top_p"))
+        found[Asked(row["task"], row["language"], temperature, top_p, before(row))] = row[key]
     return found
 
 
@@ -157,14 +163,14 @@ def facts(lines: Sequence[Difference]) -> list[dict[str, Any]]:
     return [asdict(line) | {"verdict": line.verdict} for line in lines]
 
 
-def table(lines: Sequence[Difference], first: str, second: str) -> Table:
+def table(lines: Sequence[Difference], first: str, second: str, measure: str = "pass@1") -> Table:
     """For the terminal, in points of per cent."""
     seeds = lines[0].seeds
     basis = f"{seeds} seeds" if seeds > 1 else "one seed of each, which says nothing about other seeds"
     title = f"first: {first}\nsecond: {second}\n{basis}"
     grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("pass@1", "n", "first", "second", "points", "95 % interval", ""):
-        grid.add_column(column, justify="left" if column in ("pass@1", "") else "right")
+    for column in (measure, "n", "first", "second", "points", "95 % interval", ""):
+        grid.add_column(column, justify="left" if column in (measure, "") else "right")
     for line in lines:
         shares = [f"{100 * share:.1f} %" for share in (line.first, line.second)]
         between = f"{100 * line.low:+.1f} to {100 * line.high:+.1f}"

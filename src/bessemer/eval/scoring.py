@@ -15,11 +15,13 @@ A row is one model on one task at one way of sampling:
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
     by_problem             {problem: share of its answers that are right}; a problem is named by a hash of its text
+    readable_by_problem, language_by_problem      the same of `readable` and `language_consistency` below
     by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
     mean_length            tokens per answer; null where a file of answers does not say
     formatted, truncated   shares of answers in the required form; that ran into the length cap (null as above)
     readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
-    language_consistency   mean share of the thoughts' words in the language of the question
+    language_consistency   mean share of the thoughts' words in the language of the question; it and `readable` have
+                           an *_interval, too
     reasons                {verdict: answers}
     shots, shot_kind       examples before each question, and what they are (`shots.py`); absent without any
     prefix                 text before every question; absent without one
@@ -35,6 +37,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from bessemer.engine.episodes import Generates, Outcome, PlayedEpisode, played
@@ -113,11 +116,12 @@ def judge(
     ]
     score = metrics.score(verdicts, k, seed)
     answers = [answer for group in groups for answer in group]
-    texts = [
-        (answer.text, problem.language) for problem, group in zip(problems, groups, strict=True) for answer in group
-    ]
-    consistent = [consistency(text, language) for text, language in texts]
-    readings = Counter(readable(text, language).reason for text, language in texts)
+    asked = list(zip(problems, groups, strict=True))
+    reasons = [[readable(answer.text, problem.language).reason for answer in group] for problem, group in asked]
+    readings = Counter(reason for group in reasons for reason in group)
+    read = [fmean(reason == READABLE for reason in group) for group in reasons]
+    consistent = [fmean(consistency(answer.text, problem.language) for answer in group) for problem, group in asked]
+    named = _named(problems)
     lengths = [answer.tokens for answer in answers if answer.tokens is not None]
     ends = [answer.finish_reason for answer in answers if answer.finish_reason is not None]
     return {
@@ -135,13 +139,17 @@ def judge(
         "pass_at_k_interval": _interval(score, f"pass@{k}"),
         "maj_at_k": score[f"maj@{k}"],
         "maj_at_k_interval": _interval(score, f"maj@{k}"),
-        "by_problem": dict(zip(_named(problems), metrics.pass_at_1(verdicts), strict=True)),
+        "by_problem": dict(zip(named, metrics.pass_at_1(verdicts), strict=True)),
+        "readable_by_problem": dict(zip(named, read, strict=True)),
+        "language_by_problem": dict(zip(named, consistent, strict=True)),
         "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in problems]),
         "mean_length": sum(lengths) / len(lengths) if len(lengths) == len(answers) else None,
         "formatted": score["formatted"],
         "readable": readings[READABLE] / len(answers),
+        "readable_interval": list(metrics.mean_interval(read, seed)[1:]),
         "unreadable": {reason: count for reason, count in readings.most_common() if reason != READABLE},
-        "language_consistency": sum(consistent) / len(consistent),
+        "language_consistency": fmean(consistent),
+        "language_consistency_interval": list(metrics.mean_interval(consistent, seed)[1:]),
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
         **_of_episodes([answer.episode for answer in answers if answer.episode is not None]),

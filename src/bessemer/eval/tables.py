@@ -3,7 +3,8 @@
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
 settings (samples, k, temperature, top_p) and the same text before the question are comparable and make one
 `StageTable`; of two rows of a model, the last counts. Nothing is interpolated: a measure that no row has is left out.
-The only figure computed here is the plain mean over the tasks of a table, for models evaluated on all of them.
+The only figures computed here are the plain mean over the tasks of a table, for models evaluated on all of them, and
+its interval.
 
 Long contexts, from `long.json`:
 
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bessemer.eval.intervals import stratified
 from bessemer.tasks.verdict_metrics import wilson
 
 LONG_FILE = "long.json"
@@ -35,14 +37,16 @@ class Measure:
     """A share between 0 and 1, shown in percent; otherwise a plain number."""
     higher_is_better: bool = True
     """Whether the best value of a row is marked."""
+    by_problem: str = ""
+    """Key of the same figure problem by problem."""
 
 
 MEASURES = (
     Measure("pass_at_1", "pass@1"),
     Measure("pass_at_k", "pass@{k}"),
     Measure("maj_at_k", "cons@{k}"),
-    Measure("readable", "readable"),
-    Measure("language_consistency", "language consistency"),
+    Measure("readable", "readable", by_problem="readable_by_problem"),
+    Measure("language_consistency", "language consistency", by_problem="language_by_problem"),
     Measure("formatted", "well-formed"),
     Measure("truncated", "cut off", higher_is_better=False),
     Measure("mean_length", "tokens per answer", share=False, higher_is_better=False),
@@ -176,13 +180,17 @@ def _name(task: tuple[str, ...]) -> str:
 
 
 def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row]]) -> TableRow:
-    """The mean over tasks; None for a model that lacks a value which another model has."""
+    """The mean over tasks, with an interval over their problems where these are known; None for a model that lacks a
+    value which another model has."""
     measured = [rows for rows in tasks if any(_number(row.get(measure.key)) is not None for row in rows.values())]
 
     def cell(model: str) -> Score | None:
         values = [_number(rows.get(model, {}).get(measure.key)) for rows in measured]
         known = [value for value in values if value is not None]
-        return Score(sum(known) / len(known)) if len(known) == len(values) else None
+        if len(known) < len(values):
+            return None
+        inside = [list(rows[model].get(measure.by_problem, {}).values()) for rows in measured]
+        return Score(sum(known) / len(known), stratified(inside)[1:] if all(inside) else None)
 
     return TableRow(measure.name, measure, tuple(cell(model) for model in models))
 

@@ -98,7 +98,10 @@ def _stage_table_text(table: StageTable) -> str:
             grid.append([f"{label}, pass@1 %", *figures(line)])
             if any(score and score.interval for score in line.cells):
                 grid.append(["  95 % interval", *map(interval, line.cells)])
-    grid += [[line.label + (" %" if line.measure.share else ""), *figures(line)] for line in table.overall]
+    for line in table.overall:
+        grid.append([line.label + (" %" if line.measure.share else ""), *figures(line)])
+        if any(score and score.interval for score in line.cells):
+            grid.append(["  95 % interval", *map(interval, line.cells)])
     return f"held-out problems: {table.problems} a task, {table.sampling}\n{page.grid(grid)}"
 
 
