@@ -172,7 +172,9 @@ def test_documents_are_of_the_train_split_and_their_verdicts_true():
         words = WORDS[written.problem.language]
         for line in thoughts.removeprefix("<think>").removesuffix("</think>").split("\n")[1:]:
             yes, no = line.endswith(words["yes"]), line.endswith(words["no"])
-            expression, _, claim = line.removesuffix(words["yes"]).removesuffix(words["no"]).partition(":f(")
+            tried = line.removesuffix(words["yes"]).removesuffix(words["no"])
+            assert tried[0] == tried[-1] == "`", "code between backticks belongs to no language"
+            expression, _, claim = tried[1:-1].partition(":f(")
             assert yes != no and expression not in test_code
             call, _, expected = claim.rpartition(":")
             argument, _, value = call.partition(")=")

@@ -15,6 +15,10 @@ from bessemer.tasks.readability import consistency, share
         ("<think>3*7=21:27小\n21+6=27 yes</think><answer>27</answer>", 0.5),
         ("wait 等等 wait", 0.5),
         ("3*7=21", None),
+        ("把n加1", 0.0),
+        ("`[x for x in a if x!=7]:f([7, 8])=[8]:[8]`对", 0.0),
+        ("the rest, `'ab c d'.split()` yes", 1.0),
+        ("`is this code`对么", 0.5),
         ("", None),
     ],
 )

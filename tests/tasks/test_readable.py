@@ -79,7 +79,7 @@ def test_limits_are_limits():
     assert readable(long, "en").readable and not readable(long, "en", ReadabilityLimits(paragraph=10)).readable
 
 
-@pytest.mark.parametrize("name", ["countdown", "arithmetic"])
+@pytest.mark.parametrize("name", ["countdown", "arithmetic", "logic", "words", "code"])
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_pages_people_would_learn_from_are_readable(name, language):
     task = tasks.get(name, languages=[language])
@@ -121,6 +121,7 @@ def test_paragraphs_and_code():
 @pytest.mark.parametrize(
     "text",
     ["wait " * 60_000, "<think>" * 40_000, "a\n" * 100_000, "`" * 300_000, "for " * 70_000, "def f(" * 50_000,
+     "`" + "a b '" * 60_000 + "`", "return .a" * 40_000,
      "<｜" * 100_000, " " * 300_000 + "```", "\n \t" * 100_000, "if x" + " " * 300_000 + ":"],
 )  # fmt: skip
 def test_hostile_text_is_judged_in_linear_time(text):

@@ -219,7 +219,8 @@ def respond(goal: TargetFunction, language: str, mix: CodeMix, rng: random.Rando
         value = _distinguishing_value(goal, attempt, rng)
         right = attempt(value) == goal(value)
         yes = right or (author == "sloppy" and rng.random() < mix.false_yes)
-        lines.append(f"{attempt.code}:f({value!r})={attempt(value)!r}:{goal(value)!r}{words['yes' if yes else 'no']}")
+        tried = f"{attempt.code}:f({value!r})={attempt(value)!r}:{goal(value)!r}"
+        lines.append(f"`{tried}`{words['yes' if yes else 'no']}")
         if yes or (author == "sloppy" and rng.random() < mix.give_up):
             break
     if rng.random() < mix.truncated:

@@ -12,12 +12,13 @@ Reasons, in the order they are checked
   repetitive       too many lines, or runs of ten words, that occurred before (loops)
   long-paragraph   more words without a line break than a paragraph holds
 
-The thoughts are the text inside `<think>`; an answer without any is read as a whole, except for code, which is normal
-in an answer. Every measure is linear in the length of the text.
+The thoughts are the text inside `<think>`; an answer without any is read as a whole, and a program is one in every
+language. Every measure is linear in the length of the text.
 
 `share` is the measure behind R1's language-consistency reward (R_lang, first RL stage): the share of target-language
-words in the chain of thought. A word here is a run of Latin letters or one Han character; digits, operators,
-punctuation and the think and answer tags belong to no language.
+words in the chain of thought. A word here is a run of two or more Latin letters, or one Han character; digits,
+operators, punctuation, names of one letter, the think and answer tags, and code between backticks belong to no
+language. Prose between backticks does.
 """
 
 import re
@@ -35,14 +36,18 @@ RUN = 10
 """Words of a run that counts as a repetition; two tries of a search share fewer."""
 
 _TAG = re.compile("</?(?:think|answer)>")
-_LANGUAGE_WORD = re.compile("</?(?:think|answer)>|([A-Za-z]+)|([\u3400-\u4dbf\u4e00-\u9fff])")
+_SPAN = re.compile(r"`([^`\n]*)`")
+_QUOTED = re.compile(r"'[^'\n]{0,30}'|\"[^\"\n]{0,30}\"")
+_KEYWORDS = frozenset(["and", "else", "for", "if", "in", "is", "lambda", "not", "or"])
+_LANGUAGE_WORD = re.compile("</?(?:think|answer)>|([A-Za-z]{2,})|([\u3400-\u4dbf\u4e00-\u9fff])")
 _CONTROL = re.compile(
     "<｜[^｜<>]{1,40}｜>|<\\|[a-z_]{1,40}\\|>"  # control tokens written out, ours and other families'
     "|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\ue000-\uf8ff]"
 )
 _FENCE = re.compile("^[ \t]*(?:```|~~~)", re.MULTILINE)
 _CODE_LINE = re.compile(
-    r"[ \t]*(?:def \w+\(|class \w+[:(]|import \w+$|from \w+ import |(?:for|while|if) .*:$|#include|return [^.]*$)"
+    r"[ \t]*(?:def \w+\(|class \w+[:(]|import \w+$|from \w+ import |(?:for|while|if) .*:$|#include|"
+    r"return (?:[^.]|\.(?=\w))*$)"
 )
 
 
@@ -80,7 +85,7 @@ def _fault(answer: str, language: str, limits: ReadabilityLimits) -> str | None:
     if has_code(thoughts):
         return "code"
     text = thoughts if thoughts.strip() else _TAG.sub("\n", answer)
-    if share(text, language) < limits.consistency:
+    if share(text, language) < limits.consistency and (thoughts.strip() or not has_code(text)):
         return "mixed-language"
     if max(repeated_lines(text), repeated(text, RUN)) > limits.repeated:
         return "repetitive"
@@ -119,12 +124,18 @@ def share(text: str, language: str) -> float:
     if language not in ("en", "zh"):
         raise UserError(f"language {language!r} is not supported; use 'en' or 'zh'")
     latin = han = 0
-    for match in _LANGUAGE_WORD.finditer(text):
+    for match in _LANGUAGE_WORD.finditer(_SPAN.sub(_prose, text)):
         latin += match[1] is not None
         han += match[2] is not None
     if latin + han == 0:
         return 1.0
     return (latin if language == "en" else han) / (latin + han)
+
+
+def _prose(span: re.Match[str]) -> str:
+    """What a span between backticks holds beside code: words that neither Python nor a string of it has."""
+    parts = (part.strip(",.;:!?") for part in _QUOTED.sub(" ", span[1]).split())
+    return f" {' '.join(part for part in parts if len(part) > 1 and part.isalpha() and part not in _KEYWORDS)} "
 
 
 def consistency(completion: str, language: str) -> float:
