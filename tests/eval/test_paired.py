@@ -73,6 +73,10 @@ def test_tasks_count_the_same_in_their_mean():
     first = model(*[0.0] * 10) | model(*[0.5] * 90, asked=WORDS)
     second = model(*[0.4] * 10) | model(*[0.5] * 90, asked=WORDS)
     *_, mean = paired.compare([first], [second])
+    (line,) = paired.compare([first], [second], only=["sums"])
+    assert line.asked == "sums en, T 1"
+    with pytest.raises(UserError, match="not both asked logic; they were asked sums, words"):
+        paired.compare([first], [second], only=["sums", "logic"])
     assert mean.asked == "mean of these 2" and mean.difference == pytest.approx(0.2) and mean.n == 100
     rng = np.random.default_rng(0)
     groups = [rng.normal(0.1, 0.3, 50), rng.normal(0.5, 0.1, 200)]

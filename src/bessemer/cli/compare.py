@@ -45,6 +45,9 @@ def compare(
             "the question's language."
         ),
     ] = "pass@1",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Of what both were asked, this task; may be repeated. Default: all.")
+    ] = None,
     common: Annotated[
         bool, typer.Option("--common", help="Where other problems were asked: compare on those that are the same.")
     ] = False,
@@ -69,7 +72,7 @@ def compare(
         return evaluate.evaluate(folder, names=task, **chosen(options))
 
     one, other = ([paired.rates(rows(folder), str(folder), measure) for folder in side] for side in sides)
-    lines = paired.compare(one, other, common)
+    lines = paired.compare(one, other, common, only or [])
     if as_json:
         print_json({"first": first, "second": second, "measure": measure, "rows": paired.facts(lines)})
     else:

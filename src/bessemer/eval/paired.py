@@ -97,9 +97,11 @@ def evaluated(model_dir: Path) -> list[Row]:
     return [row for result in results for row in result.get("rows", []) if row.get("model") == name]
 
 
-def compare(first: Sequence[Model], second: Sequence[Model], common: bool = False) -> list[Difference]:
+def compare(
+    first: Sequence[Model], second: Sequence[Model], common: bool = False, only: Sequence[str] = ()
+) -> list[Difference]:
     """A difference for everything that all models were asked, and if that is more than one thing, their mean. `common`:
-    on the problems that all were asked; without it different problems are refused."""
+    on the problems that all were asked; without it different problems are refused. `only`: of these tasks alone."""
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise UserError(
             f"{len(first)} models against {len(second)}: name as many seeds on both sides, or one model on one of them"
@@ -109,6 +111,10 @@ def compare(first: Sequence[Model], second: Sequence[Model], common: bool = Fals
     if not keys:
         each = "; ".join(", ".join(map(str, model)) or "nothing" for model in models)
         raise UserError(f"the models were asked nothing in common ({each}); ask both anew with --task")
+    if missing := [task for task in only if all(key.task != task for key in keys)]:
+        asked = ", ".join(dict.fromkeys(key.task for key in keys))
+        raise UserError(f"the models were not both asked {missing[0]}; they were asked {asked}")
+    keys = [key for key in keys if not only or key.task in only]
     lines, columns = [], []
     for key in keys:
         problems = _problems(key, [model[key] for model in models], common)
