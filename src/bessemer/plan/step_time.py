@@ -50,8 +50,7 @@ class StepCosts:
     def of(self, step: Step) -> float:
         key = step_key(step)
         if key not in self._known:
-            pair = isinstance(step, Pair)
-            self._known[key] = self.pair(step.forward.stage, step.backward.stage) if pair else self.alone(step)
+            self._known[key] = self.alone(step) if isinstance(step, Action) else self._pair(*step)
         return self._known[key]
 
     @cached_property
@@ -62,8 +61,8 @@ class StepCosts:
         stage = self.stages[action.stage]
         return {"F": stage.forward, "I": stage.input, "W": stage.weight, "B": stage.input + stage.weight}[action.kind]
 
-    def pair(self, forward: int, backward: int) -> float:
-        f, b = self.stages[forward], self.stages[backward]
+    def _pair(self, forward: Action, backward: Action) -> float:
+        f, b = self.stages[forward.stage], self.stages[backward.stage]
         return layer_time.pair(f.layers, b.layers[::-1], 2 * self.send) + f.around[0] + b.around[1]
 
 
