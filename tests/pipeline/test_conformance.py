@@ -65,7 +65,7 @@ OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
 OOOAOPAPAAAAAAAOAA Rewards
 OAOOOSSPSAAAOOOOOO SFT: answers only, samples packed with masks
 OOOOOSSPOSOOOSOOSO Length cap raised mid-run
-OOOOOPPPPPAAOOOOOO Cold start: readable R1-Zero answers in one form
+OOOOOPPPSPAAOOOOOO Cold start: readable R1-Zero answers in one form
 OAOOOPAPAAOOOOOOOO Language consistency reward
 OOOOOSSPSSAAOOOOOO Rejection sampling: correct and readable answers
 OOOOOAAPAAOOOOOOOO Reward models: helpful by pairs, harmless by labels
