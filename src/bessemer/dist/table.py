@@ -100,7 +100,7 @@ class Table:
     @cached_property
     def order(self) -> tuple[OrderedStep, ...]:
         """All steps, each behind those that it waits for. AssertionError with the steps that wait for each other."""
-        turns: list[OrderedStep] = []
+        ordered: list[OrderedStep] = []
         position: dict[tuple[str, int, int, int], int] = {}
         at, moved = [0] * self.ranks, True
         while moved:
@@ -108,12 +108,12 @@ class Table:
             for rank, steps in enumerate(self.steps):
                 while at[rank] < len(steps) and (waits := self._waits(steps[at[rank]], position)) is not None:
                     step = steps[at[rank]]
-                    position |= dict.fromkeys(step if isinstance(step, Pair) else (step,), len(turns))
-                    turns.append(OrderedStep(rank, step, waits))
+                    position |= dict.fromkeys(step if isinstance(step, Pair) else (step,), len(ordered))
+                    ordered.append(OrderedStep(rank, step, waits))
                     at[rank], moved = at[rank] + 1, True
         waiting = {rank: steps[at[rank]] for rank, steps in enumerate(self.steps) if at[rank] < len(steps)}
         assert not waiting, f"deadlock: {waiting}"
-        return tuple(turns)
+        return tuple(ordered)
 
     def _waits(self, step: Step, position: dict[tuple[str, int, int, int], int]) -> tuple[tuple[int, bool], ...] | None:
         """What a step waits for; None while one of them has no position."""
