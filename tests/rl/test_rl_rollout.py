@@ -204,22 +204,35 @@ def test_what_the_template_wrote_of_the_answer_is_judged_with_it(engine, tokeniz
     assert heard == [sampled.answer] == ["<think>\n" + sampled.completion.text]
 
 
-def test_mixed_thoughts_cost_what_the_language_reward_says(engine, draw, monkeypatch):
-    texts = iter(["<think>low</think>", "<think>小</think>", "<think>low 小</think>", "no thoughts"])
+def group_of(engine, monkeypatch, *texts):
+    """The samples of an English question whose answers are these texts."""
     verify = lambda self, problem, text: Verdict(False, False, "", None)  # noqa: E731
     monkeypatch.setattr(tasks.Task, "verify", verify)
-    generate = type(engine).generate
+    generate, left = type(engine).generate, iter(texts)
 
     def told(self, *args, **options):
         groups = generate(self, *args, **options)
-        return [[replace(completion, text=next(texts)) for completion in group] for group in groups]
+        return [[replace(completion, text=next(left)) for completion in group] for group in groups]
 
     monkeypatch.setattr(type(engine), "generate", told)
     english = [(TASKS[1], TASKS[1].problem("train", 0, language="en"))]
-    (group,) = rollout.sample(engine, english, lambda p: [0, 5], samples=4, seed=1, max_new_tokens=2)
+    return rollout.sample(engine, english, lambda p: [0, 5], samples=len(texts), seed=1, max_new_tokens=2)
+
+
+def test_mixed_thoughts_cost_what_the_language_reward_says(engine, monkeypatch):
+    texts = "<think>low</think>", "<think>小</think>", "<think>low 小</think>", "no thoughts"
+    (group,) = group_of(engine, monkeypatch, *texts)
     Reward(language=2.0).score([group], cap=2)
     assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
     assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
+
+
+def test_a_summary_in_another_language_costs_only_where_the_reply_is_judged(engine, monkeypatch):
+    texts = "<think>low</think> done", "<think>low</think> 好", "<think>小</think> done"
+    (group,) = group_of(engine, monkeypatch, *texts)
+    for scope, paid in (("thoughts", [1.0, 1.0, 0.0]), ("reply", [1.0, 0.0, 0.0])):
+        Reward(language=1.0, language_scope=scope).score([group], cap=2)
+        assert [sampled.reward for sampled in group] == paid
 
 
 def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):

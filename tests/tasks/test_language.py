@@ -3,7 +3,7 @@
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks.readability import consistency, share
+from bessemer.tasks.readability import consistency, reply_consistency, share
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,19 @@ def test_unknown_language():
 )
 def test_consistency_reads_the_thoughts_and_of_a_greeting_the_summary(completion, english):
     assert consistency(completion, "en") == english
+
+
+@pytest.mark.parametrize(
+    ("completion", "english"),
+    [
+        ("<think>1+2=3</think>\n\nThe answer is <answer>3</answer>.", 1.0),
+        ("<think>1+2=3</think>\n\n所以答案是<answer>3</answer>。", 0.0),
+        ("<think>1+2=3 low</think>\n\n\\boxed{小} low 小", 0.5),
+        ("<think>low 小</think>\n\nThe answer is <answer>3</answer>.", 0.5),
+        ("<think>low</think><answer>小 小</answer>", 1.0),
+        ("<think>low 小 and the cap came", 5 / 6),
+        ("<answer>3</answer>", 0.0),
+    ],
+)
+def test_of_a_reply_the_less_consistent_part_counts(completion, english):
+    assert reply_consistency(completion, "en") == english

@@ -48,7 +48,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
-        "lora",
+        "lora", "language_scope",
     }  # fmt: skip
 
     @property
@@ -170,6 +170,10 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     language_reward: float = Field(0.0, ge=0)
     """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
     R1's first RL stage: 1)."""
+    language_scope: Literal["thoughts", "reply"] = "thoughts"
+    """What language consistency reads: the thoughts (R1 2.3.2); or the summary too, and the less consistent of the two
+    counts (for small models, whose thoughts are mostly numbers, so that a summary in another language costs
+    nothing)."""
     preference_reward: float = Field(1.0, ge=0)
     """Weight of a reward model's score on general prompts (R1: 1)."""
     export_samples: Exported = "nothing"

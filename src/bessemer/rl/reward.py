@@ -29,6 +29,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.rl.rollout import Group, ScoredSample, rewards
 from bessemer.tasks.base import stable_hash
+from bessemer.tasks.readability import reply_consistency
 from bessemer.tasks.user_code import RewardFunction, reward_function
 
 
@@ -52,13 +53,15 @@ class Reward:
     kind: Literal["task", "format", "random"] = "task"
     function: RewardFunction | None = None
     """The user's own, in place of the accuracy."""
+    language_scope: Literal["thoughts", "reply"] = "thoughts"
+    """What R_language reads."""
 
     @classmethod
     def of_config(cls, config: RLConfig) -> Reward:
         own = reward_function(config.reward) if ":" in config.reward else None
         kind = cast(Literal["task", "format", "random"], "task" if own else config.reward)
         terms = config.format_reward, config.language_reward, config.preference_reward
-        return cls(*terms, config.overlong, kind, own)
+        return cls(*terms, config.overlong, kind, own, config.language_scope)
 
     def score(
         self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
@@ -98,7 +101,10 @@ class Reward:
             aim = float(self.function(row.problem, row.answer, verdict))
         else:
             aim = float(verdict.correct)
-        reward = aim + self.format * float(verdict.formatted) + self.language * row.language
+        language = row.language
+        if self.language and self.language_scope == "reply":
+            language = reply_consistency(row.answer, row.problem.language)
+        reward = aim + self.format * float(verdict.formatted) + self.language * language
         return reward - overlong(row.length, cap, self.overlong)
 
     def passed(self, row: ScoredSample) -> bool:

@@ -61,6 +61,7 @@ _TAG = re.compile("</?(?:think|answer)>")
 _BOX = re.compile(r"(?<!\\)(?:\\\\)*\\boxed ?\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FENCE = re.compile(r"```([A-Za-z0-9+#_-]{0,20})[ \t]*\n")
+_STATEMENT = re.compile(r"<answer>.*?(?:</answer>|\Z)|```.*?(?:```|\Z)", re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")
 _BLANK_LINE = re.compile("\r?\n\r?\n")
 _SYMBOL = (
@@ -268,6 +269,18 @@ def summary(text: str) -> str:
     if closed:
         return after.strip()
     return "" if "<think>" in before else text.strip()
+
+
+def prose(text: str) -> str:
+    """The summary without the answer that it states: the words that a reader gets around it."""
+    rest = _STATEMENT.sub("\n", summary(text))
+    try:
+        boxes = _boxes(rest)
+    except _Fault:
+        return rest
+    for begin, end in reversed(boxes):
+        rest = rest[: rest.rindex("\\boxed", 0, begin)] + rest[end + 1 :]
+    return rest
 
 
 def plain_fault(text: str) -> str | None:

@@ -27,7 +27,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from bessemer.errors import UserError
-from bessemer.tasks.answer import TAGS, plain_fault, summary, thought
+from bessemer.tasks.answer import TAGS, plain_fault, prose, summary, thought
 from bessemer.tasks.ngrams import repeated, words
 
 READABLE = "readable"
@@ -56,7 +56,7 @@ class ReadabilityLimits:
     """Bounds within which an answer is readable."""
 
     consistency: float = 0.95
-    """Smallest share of the thoughts' words in the language of the question."""
+    """Smallest share in the language of the question, of the thoughts' words and of the summary's."""
     repeated: float = 0.25
     """Largest share of lines, and of runs of ten words, that are repeats."""
     paragraph: int = 200
@@ -86,6 +86,8 @@ def _fault(answer: str, language: str, limits: ReadabilityLimits) -> str | None:
         return "code"
     text = thoughts if thoughts.strip() else _TAG.sub("\n", answer)
     if share(text, language) < limits.consistency and (thoughts.strip() or not has_code(text)):
+        return "mixed-language"
+    if thoughts.strip() and share(prose(answer), language) < limits.consistency:
         return "mixed-language"
     if max(repeated_lines(text), repeated(text, RUN)) > limits.repeated:
         return "repetitive"
@@ -145,3 +147,8 @@ def consistency(completion: str, language: str) -> float:
     if thoughts.strip():
         return share(thoughts, language)
     return share(summary(completion), language) if plain_fault(completion) is None else 0.0
+
+
+def reply_consistency(completion: str, language: str) -> float:
+    """The smaller of `consistency` and the summary's `share`, the answer itself left out."""
+    return min(consistency(completion, language), share(prose(completion), language))
