@@ -65,7 +65,7 @@ OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
 OOOAOPAPAAAAAAAOAA Rewards
 OAOOOSSPSAAAOOOOOO SFT: answers only, samples packed with masks
 OOOOOSSPOSOOOSOOSO Length cap raised mid-run
-OOOOOPPPSPAAOOOOOO Cold start: readable R1-Zero answers in one form
+OOOOOPPPPPAAOOOOOO Cold start: readable R1-Zero answers in one form
 OAOOOPAPAAOOOOOOOO Language consistency reward
 OOOOOSSPSSAAOOOOOO Rejection sampling: correct and readable answers
 OOOOOAAPAAOOOOOOOO Reward models: helpful by pairs, harmless by labels
@@ -220,6 +220,7 @@ FLIPS = [
     ("r1-paper", "cold-start.form=as-is", "Cold start: readable R1-Zero answers in one form", ADAPTED),
     ("r1-paper", "cold-start.problems=500", "Cold start: readable R1-Zero answers in one form", SCALED),
     ("r1-paper", "dev2.language_reward=0.3", "Language consistency reward", ADAPTED),
+    ("r1-paper", "dev2.language_scope=reply", "Language consistency reward", ADAPTED),
     ("r1-paper", "zero.language_reward=1.0", "Language consistency reward", ADAPTED),
     ("r1-paper", "maths.consistency=0.5", "Rejection sampling: correct and readable answers", ADAPTED),
     ("r1-paper", "logic.others=0", "Rejection sampling: correct and readable answers", ADAPTED),
