@@ -1,6 +1,7 @@
 """What `bessemer why` names first, on groups whose cause is planted: ten seeds each."""
 
 import random
+from statistics import fmean
 
 import pytest
 
@@ -10,6 +11,7 @@ from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.why import explain
 from bessemer.tasks.base import Problem, Verdict
+from bessemer.tasks.readability import reply_consistency
 
 CAP, PROBLEMS, SAMPLES = 400, 40, 8
 TASK = Reward(format=0.0)
@@ -68,6 +70,16 @@ def played(seed, reward, always, after):
     for side in sides:
         reward.score(side, CAP)
     return explain(*sides, reward, CAP)
+
+
+def test_the_language_is_paid_as_the_stage_paid_it():
+    reward, side = Reward(format=0.0, language=0.5, language_scope="reply"), groups(random.Random(0), formed=0.6)
+    reward.score(side, CAP)
+    rows = [row for group in side for row in group]
+    paid = 0.5 * fmean(reply_consistency(row.answer, "en") for row in rows)
+    terms = explain(side, side, reward, CAP).terms
+    assert 0.2 < paid < 0.4 and terms["language"] == pytest.approx((paid, paid))
+    assert terms["right answers"] == pytest.approx([fmean(row.verdict.correct for row in rows)] * 2)
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -101,11 +101,14 @@ class Reward:
             aim = float(self.function(row.problem, row.answer, verdict))
         else:
             aim = float(verdict.correct)
-        language = row.language
-        if self.language and self.language_scope == "reply":
-            language = reply_consistency(row.answer, row.problem.language)
-        reward = aim + self.format * float(verdict.formatted) + self.language * language
+        reward = aim + self.format * float(verdict.formatted) + self.of_language(row)
         return reward - overlong(row.length, cap, self.overlong)
+
+    def of_language(self, row: ScoredSample) -> float:
+        """l R_language of one sample."""
+        if self.language and self.language_scope == "reply":
+            return self.language * reply_consistency(row.answer, row.problem.language)
+        return self.language * row.language
 
     def passed(self, row: ScoredSample) -> bool:
         """Whether a scored sample did what this kind of reward asks for: a right answer; the form; heads."""

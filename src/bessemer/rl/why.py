@@ -161,7 +161,7 @@ def _terms(row: ScoredSample, reward: Reward, cap: int) -> dict[str, float]:
         return {"a coin": row.reward}
     if reward.kind == "format":
         return {"form": row.reward}
-    form, language = reward.format * float(row.verdict.formatted), reward.language * row.language
+    form, language = reward.format * float(row.verdict.formatted), reward.of_language(row)
     late = -overlong(row.length, cap, reward.overlong)
     aim = row.reward - form - language - late
     name = "reward models" if row.preference is not None else "the reward function" if reward.function else RIGHT
