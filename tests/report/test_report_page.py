@@ -109,6 +109,16 @@ def test_rollouts_open_where_answers_became_right(opened):
     assert "first the one whose answers changed most" in opened.locator("#rollouts h3").text_content()
 
 
+def test_the_labels_of_every_chart_lie_within_it(opened):
+    opened.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    labels = opened.locator("figure svg text").evaluate_all("""all => all.map(label => {
+        const [mine, whole] = [label, label.closest("svg")].map(one => one.getBoundingClientRect());
+        return [label.textContent, Math.max(whole.left - mine.left, mine.right - whole.right,
+                                            whole.top - mine.top, mine.bottom - whole.bottom)];
+    })""")
+    assert len(labels) > 100 and [label for label in labels if label[1] > 0.5] == []
+
+
 @pytest.mark.parametrize("opened", [(1280, "light"), (390, "dark")], indirect=True)
 def test_axe_finds_nothing(opened):
     figure, _ = chart(opened, "Accuracy")

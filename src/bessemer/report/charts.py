@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -35,6 +36,7 @@ _PLACEHOLDERS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERI
 _MOST_POINTS = 240  # per line: more than the chart has pixels to show
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2.4)),
                             (0, (4, 1.4, 1.2, 1.4, 1.2, 1.4)))  # fmt: skip
+_EDGE, _PAD = 3.0, 5.0  # points between a drawing's edge and its labels, and between these and the axes
 _SMOOTH_FROM = 60  # points from which a line is drawn faint, with its smoothed form on top
 # idle, even, overloaded; the middle is a grey that is visible on white and on black
 _SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#e2885c", "#e6dfc8", "#6fb58a"])
@@ -104,7 +106,7 @@ def lines(
         _finish(axes)
         if names:
             axes.set_xticks(range(len(names)), names)
-        return _svg(figure, axes, named=bool(names))
+        return _svg(figure, axes, readable=True, named=bool(names))
 
 
 def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str:
@@ -123,7 +125,7 @@ def heat(x: Sequence[float], loads: Sequence[Sequence[float]], salt: str) -> str
         )
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         _finish(axes)
-        return _svg(figure)
+        return _svg(figure, axes)
 
 
 def cells(shares: Sequence[Sequence[float]], down: Sequence[str], across: Sequence[str], salt: str) -> str:
@@ -136,9 +138,9 @@ def cells(shares: Sequence[Sequence[float]], down: Sequence[str], across: Sequen
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="#10140f", fontsize=8)
         axes.set_xticks(range(len(across)), across)
         axes.set_yticks(range(len(down)), down)
-        axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=5)
+        axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=_PAD)
         axes.spines[:].set_visible(False)
-        return _svg(figure)
+        return _svg(figure, axes)
 
 
 def _wide(values: Iterable[float]) -> bool:
@@ -191,7 +193,7 @@ def _style(salt: str) -> dict[RcKeyType, Any]:
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.4, height), layout="constrained")
+    figure = Figure(figsize=(4.4, height))
     figure.patch.set_alpha(0.0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
@@ -201,22 +203,44 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 def _finish(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=5)
+    axes.tick_params(colors=_PLACEHOLDERS["muted"], length=0, pad=_PAD)
     axes.margins(x=0.01)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(_PLACEHOLDERS["line"])
 
 
-def _svg(figure: Figure, axes: Axes | None = None, named: bool = False) -> str:
-    """The drawing; with `axes` its lines can be read and zoomed, `named` if names stand along x."""
+def _place(figure: Figure, axes: Axes) -> None:
+    """Margins that hold the tick labels. matplotlib's own layouts draw a figure once more to measure them, which takes
+    as long as the drawing; these labels are short, and the page's font is not the one that would be measured."""
+    width, height = (72 * float(inches) for inches in figure.get_size_inches())
+    size = float(rcParams["font.size"])
+    across, down = ([0.6 * size * len(label) for label in _labels(axis)] for axis in (axes.xaxis, axes.yaxis))
+    figure.subplots_adjust(
+        left=(_EDGE + max(_PAD + max(down), across[0] / 2)) / width,
+        right=1 - (_EDGE + across[-1] / 2) / width,
+        bottom=(_EDGE + _PAD + size) / height,
+        top=1 - (_EDGE + size / 2) / height,
+    )
+
+
+def _labels(axis: Axis) -> list[str]:
+    """The tick labels within the view; one that is empty if there is none."""
+    low, high = sorted(axis.get_view_interval())
+    places = [place for place in axis.get_majorticklocs() if low <= place <= high]
+    return list(axis.get_major_formatter().format_ticks(places)) or [""]
+
+
+def _svg(figure: Figure, axes: Axes, readable: bool = False, named: bool = False) -> str:
+    """The drawing. `readable`: its lines can be read and zoomed; `named`: names stand along x."""
+    _place(figure, axes)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML prologue, whose DOCTYPE names a remote file
     for name, placeholder in _PLACEHOLDERS.items():
         text = text.replace(placeholder, f"var(--{name})")
-    if axes is not None:
+    if readable:
         text = re.sub(r'id="line-(\d+(?: raw)?)"', r'data-line="\1"', text)
         text = text.replace("<svg ", f"<svg data-axes='{json.dumps(_extent(figure, axes) | {'named': named})}' ", 1)
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
