@@ -9,9 +9,17 @@ from bessemer.tasks import get
 from bessemer.tasks.logic import steps, value, write
 
 TASK = get("logic")
-TRAIN = [TASK.problem("train", i) for i in range(1500)]
-TEST = [TASK.problem("test", i) for i in range(600)]
-PAGES = [TASK.written(i) for i in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Problems for training and held-out ones."""
+    return [TASK.problem("train", i) for i in range(1500)], [TASK.problem("test", i) for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return [TASK.written(i) for i in range(3000)]
 
 
 def python_says(text):
@@ -24,8 +32,8 @@ def python_says(text):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_values_and_every_step_agree_with_python(language):
-    for problem in TRAIN[:400]:
+def test_values_and_every_step_agree_with_python(language, asked):
+    for problem in asked[0][:400]:
         for formula, truth in zip(problem.meta["formulas"], problem.meta["values"], strict=True):
             assert python_says(write(formula, language)) == truth == value(formula)
             assert write(formula, language) in problem.prompt or language != problem.language
@@ -41,26 +49,27 @@ def test_both_languages_ask_the_same():
         assert english.prompt.isascii() and not re.search("[a-z]", chinese.prompt)
 
 
-def test_every_pattern_is_equally_likely_at_every_difficulty():
-    for problems in (TRAIN, TEST):
+def test_every_pattern_is_equally_likely_at_every_difficulty(asked):
+    for problems in asked:
         for level in (1, 2):
             patterns = Counter(tuple(p.meta["values"]) for p in problems if p.meta["difficulty"] == level)
             assert len(patterns) == 8
             assert max(patterns.values()) < 0.2 * patterns.total()  # 0.125 and four standard deviations of 300
-    assert {p.meta["difficulty"] for p in TRAIN} == {1, 2}
+    train, _ = asked
+    assert {p.meta["difficulty"] for p in train} == {1, 2}
     leaves = Counter(
-        (p.meta["difficulty"], len(re.findall("true|false", write(f, "en")))) for p in TRAIN for f in p.meta["formulas"]
+        (p.meta["difficulty"], len(re.findall("true|false", write(f, "en")))) for p in train for f in p.meta["formulas"]
     )
     assert set(leaves) == {(1, 3), (2, 4)}
 
 
-def test_no_formula_is_in_both_splits():
+def test_no_formula_is_in_both_splits(asked, pages):
     """Neither as a question nor as the first line of anybody's thoughts."""
-    test = {formula for problem in TEST for formula in problem.meta["formulas"]}
-    train = {f for problem in (*TRAIN, *(page.problem for page in PAGES)) for f in problem.meta["formulas"]}
+    test = {formula for problem in asked[1] for formula in problem.meta["formulas"]}
+    train = {f for problem in (*asked[0], *(page.problem for page in pages)) for f in problem.meta["formulas"]}
     assert len(test) > 700 and len(train) > 4000
     assert not test & train
-    shown = [step for page in PAGES for step in re.split("[=\n]|<.*?>", page.response)]
+    shown = [step for page in pages for step in re.split("[=\n]|<.*?>", page.response)]
     known = {write(formula, language) for formula in test for language in ("en", "zh")}
     assert len(shown) > 10_000 and not known & set(shown)
     held = get("logic", phrasing="held-out")
@@ -88,24 +97,24 @@ def test_no_formula_is_in_both_splits():
         ("", "empty", None),
     ],
 )
-def test_grades(answer, reason, canonical):
-    problem = next(p for p in TEST if p.meta["values"] == [True, False, True])
+def test_grades(answer, reason, canonical, asked):
+    problem = next(p for p in asked[1] if p.meta["values"] == [True, False, True])
     verdict = TASK.verify(problem, f"<think>t</think><answer>{answer}</answer>")
     assert (verdict.reason, verdict.answer) == (reason, canonical)
 
 
-def test_pages_are_by_people_who_mostly_fail():
+def test_pages_are_by_people_who_mostly_fail(pages):
     groups = defaultdict(list)
-    for page in PAGES:
+    for page in pages:
         groups[page.author].append(TASK.verify(page.problem, page.response).sound)
     rate = {author: sum(right) / len(right) for author, right in groups.items()}
     assert 0.15 < rate["sloppy"] < 0.35 and 0.91 < rate["careful"] < 0.99 and rate["direct"] == 0.0  # no thoughts
-    assert 0.25 < sum(map(sum, groups.values())) / len(PAGES) < 0.40
-    assert len(groups["direct"]) / len(PAGES) == pytest.approx(TASK.mix.direct, abs=0.03)
+    assert 0.25 < sum(map(sum, groups.values())) / len(pages) < 0.40
+    assert len(groups["direct"]) / len(pages) == pytest.approx(TASK.mix.direct, abs=0.03)
 
 
-def test_careful_pages_are_true_line_by_line():
-    for page in PAGES:
+def test_careful_pages_are_true_line_by_line(pages):
+    for page in pages:
         assert re.match(r"User: .+\nAssistant:<(think|answer)>", page.text)
         if page.author == "careful" and page.response.endswith("</answer>"):
             think = page.response.partition("<think>")[2].partition("</think>")[0]
@@ -113,8 +122,8 @@ def test_careful_pages_are_true_line_by_line():
                 assert {python_says(step) for step in line.split("=")} == {truth}
 
 
-def test_other_language_and_knobs():
-    thinking = [p for p in PAGES if p.problem.language == "en" and p.author != "direct"]
+def test_other_language_and_knobs(pages):
+    thinking = [p for p in pages if p.problem.language == "en" and p.author != "direct"]
     share = sum(bool(re.search("[真假]", page.response.partition("</think>")[0])) for page in thinking) / len(thinking)
     assert 0.06 < share < 0.14
     sure = get("logic", direct=0.0, sloppy=0.0, truncated=0.0, other_language=0.0, languages=["en"])
