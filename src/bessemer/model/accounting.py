@@ -3,11 +3,11 @@ DeepSeek-V3", ISCA 2025, Tables 1 and 2).
 
 A multiply-add counts as two FLOPs. The published totals include the correction biases of the gates, and so do these.
 
-Activation bytes are what a forward pass in training saves for its backward: the cost of a micro-batch from its forward
-to its backward, which a pipeline multiplies. The temporary buffers of the layer being computed come on top, once. `fp8`
-is the network of `model/fp8`; otherwise it is the plain one on a CPU, or with `fused` one whose attention saves heads
-and softmax denominators, as FlashAttention does. Every term is a tensor that backward reads; the tests compare the sum
-with the allocator.
+Activation bytes are what a forward pass in training saves for its backward. A micro-batch holds them from its forward
+to its backward, and a pipeline holds several micro-batches. The temporary buffers of the layer being computed are extra
+and needed once. `fp8` selects the network of `model/fp8`; otherwise it is the plain one on a CPU, or with `fused` one
+whose attention saves heads and softmax denominators, as FlashAttention does. Every term is a tensor that backward
+reads; the tests compare the sum with the allocator.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bessemer.precision.operand import TILE
 
 
 class ParamTensor(NamedTuple):
-    """One parameter tensor. Routing biases are buffers and have none."""
+    """One parameter tensor. Routing biases are buffers and are not listed."""
 
     numel: int
     expert: bool = False
-    """Of the routed experts."""
+    """Whether it belongs to the routed experts."""
     float32: bool = False
-    """In float32 whatever the compute dtype: norm gains and gates."""
+    """Whether it is float32 whatever the compute dtype, as norm gains and gates are."""
     matrix: bool = True
     fp8: tuple[int, int, int] | None = None
     """Number, rows and columns of the matrices that FP8 training quantises."""
@@ -62,7 +62,7 @@ def attention_tensors(cfg: ModelConfig) -> Iterator[ParamTensor]:
 
 
 def ffn_tensors(cfg: ModelConfig, dense: bool, ep: int = 1) -> Iterator[ParamTensor]:
-    """The dense FFN, or gate, shared expert and one of `ep` equal shares of the routed experts."""
+    """The dense FFN; or the gate, the shared expert and one of `ep` equal shares of the routed experts."""
     if dense:
         yield from (matrices(2 * cfg.inter_dim, cfg.dim), matrices(cfg.dim, cfg.inter_dim))
         return
@@ -87,8 +87,8 @@ def mtp_tensors(cfg: ModelConfig, ep: int = 1) -> Iterator[ParamTensor]:
 
 
 def kept_bytes(tensor: ParamTensor, copies: int) -> int:
-    """What FP8 training keeps of a weight for a step (`precision.weights`), with a factor for every tile of every
-    row."""
+    """Bytes of the quantised copies of a weight that FP8 training keeps for a step (`precision.weights`), with one
+    factor per tile of every row."""
     if tensor.fp8 is None:
         return 0
     number, rows, columns = tensor.fp8
@@ -118,7 +118,7 @@ def gate_biases(cfg: ModelConfig) -> int:
 
 
 def ffn_params(cfg: ModelConfig, dense: bool, active_only: bool = False) -> int:
-    """The FFN of one layer; of a sparse one experts, gate and correction biases, all or those that one token uses."""
+    """The FFN of one layer, gate and correction biases included; `active_only`: only the experts one token uses."""
     if dense:
         return _total(ffn_tensors(cfg, dense))
     return _total(ffn_tensors(cfg, dense)) + gate_biases(cfg) - (_unused_params(cfg) if active_only else 0)
@@ -146,12 +146,12 @@ def mtp_params(cfg: ModelConfig) -> int:
 
 
 def stored_params(cfg: ModelConfig) -> int:
-    """As released: each MTP module stores its own copy of embedding and head. 684,489,845,504 for V3."""
+    """All parameters as released: each MTP module stores its own copy of embedding and head. 684,489,845,504 for V3."""
     return main_params(cfg) + mtp_params(cfg) + cfg.n_mtp * 2 * embedding_params(cfg)
 
 
 def active_params(cfg: ModelConfig, tables: bool = True) -> int:
-    """Parameters that one token uses in the main model; with embedding and head, or without both."""
+    """Parameters of the main model that one token uses; `tables`: with embedding and head."""
     both = embedding_params(cfg) * (1 if cfg.tie_embeddings else 2)
     return _all_layers(cfg, active_only=True) + cfg.dim + (both if tables else 0)
 
@@ -160,7 +160,7 @@ def active_params(cfg: ModelConfig, tables: bool = True) -> int:
 
 
 def kv_cache_elements(cfg: ModelConfig) -> int:
-    """Cached numbers per token: (d_c + d_h^R) per layer; without a latent all keys and values and d_h^R."""
+    """Cached numbers per token: d_c + d_h^R per layer; without a latent, all keys and values and d_h^R."""
     return cfg.n_layers * cfg.kv_width
 
 
@@ -174,9 +174,9 @@ class Flops:
     """Forward FLOPs of one token."""
 
     matmul: int
-    """All weight matrices, head included, embedding look-up not."""
+    """All weight matrices, including the head but not the embedding look-up."""
     attention: float
-    """q k^T and a v, causal average over the sequence."""
+    """q k^T and a v, averaged over the positions of the sequence."""
 
     @property
     def forward(self) -> float:
@@ -189,7 +189,7 @@ class Flops:
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, mtp: bool = False) -> Flops:
-    """Forward FLOPs per token at a sequence length. V3 at 4096, causal, without MTP: training 250.5e9."""
+    """Forward FLOPs per token at a sequence length. V3 at 4096, causal, without MTP: 250.5e9 for training."""
 
     def used(tensors: Iterable[ParamTensor]) -> int:
         tensors = list(tensors)
@@ -211,15 +211,15 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool = True, mtp: bo
 
 INDEX, NUMBER = 8, 4  # int64, float32
 ROUTED = 3 * INDEX + NUMBER
-"""Per routed row that is sent, besides itself: its token, its place among the gates and on the way back, its gate."""
+"""Bytes saved per sent row, besides the row: its token, its place among the gates and on the way back, its gate."""
 
 
 def activation_bytes(
     cfg: ModelConfig, rows: int, length: int, *, fp8: bool, number_bytes: int = 2, mtp: bool = True,
     recompute: Collection[Phase] = (),
 ) -> int:  # fmt: skip
-    """One micro-batch of `rows` sequences, loss included. `number_bytes`: of the compute dtype; `mtp`: with the MTP
-    modules; `recompute`: recomputed phases (`Transformer.set_recompute`)."""
+    """Activation bytes of a micro-batch of `rows` sequences, loss included. `number_bytes`: size of the compute dtype;
+    `mtp`: with the MTP modules; `recompute`: recomputed phases (`Transformer.set_recompute`)."""
     layers = range(cfg.n_layers)
     return stage_activation_bytes(
         cfg, layers, rows, length, last=True, fp8=fp8, number_bytes=number_bytes, mtp=mtp, recompute=recompute,
@@ -231,9 +231,9 @@ def stage_activation_bytes(
     cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
     mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
 ) -> int:  # fmt: skip
-    """The same for the layers of one pipeline stage. The `last` stage has norm, MTP modules and loss; any other saves
-    its output. `cut`: sequences are split over ranks (`dist.context_parallel`), and `length` is one rank's share.
-    `whole`: layers run whole, so no rows are sent to the experts."""
+    """`activation_bytes` for the layers of one pipeline stage. The `last` stage has norm, MTP modules and loss; every
+    other stage saves its output. `cut`: sequences are split over ranks (`dist.context_parallel`), and `length` is one
+    rank's share. `whole`: all experts are on this device, so no rows are sent."""
 
     def layer(dense: bool) -> int:
         return layer_activation_bytes(
@@ -253,9 +253,9 @@ def layer_activation_bytes(
     cfg: ModelConfig, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
     recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
 ) -> int:  # fmt: skip
-    """One token in one layer."""
+    """Activation bytes of one token in one layer."""
     state, again = cfg.dim * number_bytes, "attend" in recompute
-    if fp8:  # our FP8 layer recomputes by itself; `recompute` models other trainers
+    if fp8:  # our FP8 layer has its own recomputation; `recompute` models other trainers
         # the FFN also saves the residual stream, from which norm and gate are recomputed
         attend = state if again else _attention_fp8(cfg, number_bytes) + state
         ffn = _ffn_fp8(cfg, cfg.inter_dim) if dense else _sparse_fp8(cfg)
@@ -274,7 +274,7 @@ def layer_activation_bytes(
 
 
 def _e4m3(columns: int) -> int:
-    """One row of an operand: a byte per element, a factor per tile."""
+    """Bytes of one row of an operand: a byte per element, a factor per tile."""
     return columns + NUMBER * -(-columns // TILE)
 
 
@@ -298,8 +298,8 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
 
 
 def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
-    """Norms save input and output; the core saves the softmax denominators and its arguments (`attention_cpu`), or,
-    `fused` on a GPU, the heads of queries, keys and values."""
+    """Norms save input and output. The core saves the softmax denominators, its output and its arguments
+    (`attention_cpu`), or if `fused`, on a GPU, the heads of queries, keys and values."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.normed_width + cfg.qk_rope_head_dim
     key = cfg.qk_head_dim if fused else cfg.qk_nope_head_dim
     core = cfg.n_heads * (cfg.qk_head_dim + key + 2 * cfg.v_head_dim)
@@ -314,12 +314,12 @@ def _attention_cut(cfg: ModelConfig, number_bytes: int) -> int:
 
 
 def _ffn_plain(inner: int, number_bytes: int, fused: bool) -> int:
-    """Gate and up in one tensor; the plain form (on a GPU) also silu(gate) and its product with up."""
+    """Gate and up in one tensor; `fused` (on a GPU) also silu(gate) and its product with up."""
     return (4 if fused else 2) * inner * number_bytes
 
 
 def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
-    """Scores and choices; the plain gate (on a GPU) also shares, gates, and in BF16 its input in float32."""
+    """Scores and choices; `fused` (on a GPU) also shares, gates, and in BF16 the gate's input in float32."""
     scores, choices = NUMBER * cfg.n_routed_experts, INDEX * cfg.n_activated_experts
     if not fused:
         return scores + choices
@@ -331,7 +331,7 @@ def _sparse_plain(
 ) -> int:  # fmt: skip
     row = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else cfg.dim * number_bytes + ROUTED)
     if whole and "attend" in recompute:
-        row += INDEX + NUMBER  # choice and gate, which the gate does not keep then
+        row += INDEX + NUMBER  # choice and gate weight, which the gate then does not keep
     inner = cfg.shared_width
     shared = 0 if "finish" in recompute else _ffn_plain(inner, number_bytes, fused)
     return cfg.n_activated_experts * row + shared

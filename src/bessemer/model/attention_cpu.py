@@ -1,14 +1,13 @@
 """`mla.latent_attention` as one operation for CPUs, with a hand-written backward.
 
-For backward it keeps its arguments, its output and one number per query and head, the log of the softmax denominator,
-from which backward recomputes the probabilities, as FlashAttention does. So memory grows with T and not with T^2. Keys
-of segments that a block of queries cannot see are not read, so for long sequences of short segments time grows with T
-as well.
+It saves its arguments, its output and one number per query and head: the log of the softmax denominator, from which
+backward recomputes the probabilities, as FlashAttention does. Memory therefore grows with T and not with T^2. A block
+of queries skips the keys of segments it cannot see, so for long sequences of short segments time also grows with T.
 
-`kernels.attention` computes it in one pass where it can. The code here is the same in torch, for blocks of queries over
-all heads at once: only the lower triangle of the scores, in place. Scores, softmax and sums are float32 whatever the
-dtype of the arguments; where the kernel runs on AMX, the operands of its products are BF16 for arguments in BF16.
-Shapes as in `mla`; n = B*H.
+`kernels.attention` computes it in one pass where it can. The code here does the same in torch, for blocks of queries
+over all heads at once: only the lower triangle of the scores, in place. Scores, softmax and sums are float32 whatever
+the dtype of the arguments; on AMX, the kernel's products take BF16 operands if the arguments are BF16. Shapes as in
+`mla`; n = B*H.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ BLOCK = 64
 
 
 def _blocks(segments_BT: Tensor | None, T: int) -> list[tuple[int, int, int]]:
-    """(first query, end, first key that any of them can see) of every block of queries."""
+    """(first query, end, first key that any of them can see) of each block of queries."""
     return [(t, min(t + BLOCK, T), low) for t, low in zip(range(0, T, BLOCK), _first_keys(segments_BT, T), strict=True)]
 
 
 def _rotate(x: Tensor, factor: Tensor) -> Tensor:
-    """Pairs of the last dimension times complex numbers, in one pass instead of nine."""
-    # a copy always, as in mla.rotate
+    """Multiplies pairs of the last dimension by complex numbers, in one pass instead of nine."""
+    # always copy, as in mla.rotate
     pairs = x.to(x.dtype, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * factor).flatten(-2)
 
@@ -64,8 +63,8 @@ def _masked_scores(
 
 
 def _first_keys(segments_BT: Tensor | None, T: int) -> list[int]:
-    """For every block of queries the first key that any of them can see: the start of its first query's segment.
-    0 for all unless segment numbers ascend along every sequence, since a segment may otherwise resume later."""
+    """The first key that any query of each block can see: the start of its first query's segment. 0 for all blocks
+    unless segment numbers ascend along every sequence, since a segment might otherwise resume later."""
     firsts = range(0, T, BLOCK)
     if segments_BT is None or bool((segments_BT[:, 1:] < segments_BT[:, :-1]).any()):
         return [0] * len(firsts)
@@ -83,7 +82,7 @@ def _joined(out: Tensor, B: int, dtype: torch.dtype) -> Tensor:
 def flash_forward(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, T, H, V], log of the softmax denominators [B*H, T] in float32), without a graph."""
+    """(output [B, T, H, V], log of the softmax denominators [B*H, T] in float32), without an autograd graph."""
     if kernel.serves(q, kv, k_rope, segments_BT, scale):
         return kernel.attention(q, kv, k_rope, rope, rope, segments_BT, scale)
     B, T, _, _ = q.shape
@@ -146,7 +145,7 @@ def _projection_gradients(
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`flash_forward` with a graph."""
+    """`flash_forward` with an autograd graph."""
     return flash_forward(q, kv, k_rope, rope, segments_BT, scale)
 
 

@@ -1,4 +1,4 @@
-"""`mla.latent_attention` on a GPU: heads in one pass, then the best attention that torch has for their widths.
+"""`mla.latent_attention` on a GPU: builds the heads in one pass, then runs torch's best attention for their widths.
 
     cudnn       rows without segments, on Hopper and newer: it alone takes keys wider than values (192 and 128) as they
                 are, at the highest rate
@@ -8,17 +8,17 @@
     efficient   float32, odd widths, old cards: the memory-efficient kernel; segments become a [B, 1, T, T] mask
     math        scores in memory; used where nothing else runs, and said
 
-The first call for a dtype and two widths tries what could serve, forward and backward, and keeps the first that works.
+The first call for a dtype and two widths tries the candidates, forward and backward, and keeps the first that works.
 
-Packed rows: FlexAttention was the other choice. It takes 192 and 128 as they are and needs no lengths on the host, but
+Packed rows: FlexAttention was the alternative. It takes 192 and 128 as they are and needs no lengths on the host, but
 it must be compiled (varlen runs in an image without a compiler), has no tuned configuration for 192 on Hopper, and
-computes 192 as 256. Varlen wants the number of segments and the longest from the host, which must not wait for the
-device. `Packed.of` takes them from the CPU's copy of the batch, rounded up to powers of two so that compiled layers see
-few values: segments that do not exist are empty.
+computes 192 as 256. Varlen needs the number of segments and the longest length on the host, which must not wait for the
+device. `Packed.of` takes them from the CPU's copy of the batch and rounds them up to powers of two, so that compiled
+layers see few values; surplus segments are empty.
 
-"any", torch's own choice with a mask for segments, is the reference, and serves other devices.
+"any", torch's own choice with a mask for segments, is the reference and serves other devices.
 
-Backward saves what the attention saves; the heads' gradients need only the rotations.
+Backward needs only what the attention kernel saves, and the rotations.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _heads_backward = Fused("triton_heads", "backward", heads_backward_reference)
 
 @operation("mla_heads")
 def heads(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, padded: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`heads_reference`, one kernel."""
+    """`heads_reference` in one kernel."""
     return _heads(q, kv, k_rope, rope, padded)
 
 
@@ -88,7 +88,7 @@ def _(q, kv, k_rope, rope, padded):
 
 @operation("mla_heads_backward")
 def heads_backward(dqh: Tensor, dkh: Tensor, dvh: Tensor, rope: Tensor, value: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`heads_backward_reference`, one kernel."""
+    """`heads_backward_reference` in one kernel."""
     return _heads_backward(dqh, dkh, dvh, rope, value)
 
 
@@ -121,13 +121,13 @@ KERNELS = {
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
 }
-"""In order of preference; the second serves shapes that the trial did not have, such as a single token."""
+"""In order of preference; the second serves shapes that the trial did not cover, such as a single token."""
 
 
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> Tensor:
-    """As `mla.latent_attention`."""
+    """`mla.latent_attention` on a GPU."""
     T, width = q.shape[1], q.shape[-1]
     value = kv.shape[-1] - width + k_rope.shape[-1]
     kind = backend(q.device, q.dtype, width, value, isinstance(segments, Packed))
@@ -148,7 +148,7 @@ def latent_attention(
 
 
 def packed_attention(qh: Tensor, kh: Tensor, vh: Tensor, segments: Packed, scale: float) -> Tensor:
-    """softmax(scale q k^T) v inside every segment; q, k, v [B, T, H, X] of one width."""
+    """softmax(scale q k^T) v, causal within each segment; q, k, v [B, T, H, X] have the same width."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
 
     q, k, v = (x.flatten(0, 1) for x in (qh, kh, vh))
@@ -159,14 +159,14 @@ def packed_attention(qh: Tensor, kh: Tensor, vh: Tensor, segments: Packed, scale
 
 
 def backend(device: torch.device, dtype: torch.dtype, width: int, value: int, packed: bool) -> str:
-    """What serves heads of these widths: a key of `KERNELS`, "varlen", or "any" where torch has one kernel."""
+    """The attention that serves heads of these widths: a key of `KERNELS`, "varlen", or "any" (torch's choice)."""
     if device.type != "cuda":
         return "varlen" if packed else "any"
     return _tried(device, dtype, width, value, packed, torch.are_deterministic_algorithms_enabled())
 
 
-# torch.compile calls it while it traces, and keeps the answer. `torch.compiler.assume_constant_result`, which sets this
-# mark, would import the compiler.
+# torch.compile calls it while tracing and keeps the answer. `torch.compiler.assume_constant_result` sets this mark too,
+# but would import the compiler.
 backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -201,8 +201,8 @@ def _tried(
 
 
 def _try(kind: str, device: torch.device, dtype: torch.dtype, width: int, value: int) -> None:
-    """Forward and backward of 256 tokens, also where the caller samples without gradients. RuntimeError where it is not
-    served; what torch says about every kernel that it left out is kept quiet."""
+    """Runs forward and backward of 256 tokens, even if the caller samples without gradients. Raises RuntimeError if
+    this attention does not serve them; torch's warnings about each rejected kernel are suppressed."""
     value = max(width, value) if kind in ("flash", "varlen") else value
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

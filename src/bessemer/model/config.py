@@ -1,11 +1,11 @@
-"""The shape of a network of the DeepSeek V2/V3 family, with the names of the published inference code.
+"""The shape of a DeepSeek V2/V3 network, with the field names of the published inference code.
 
-Every number that a count, a kernel or a checkpoint needs is a function of this object. Disk uses Hugging Face names;
-`hf/mapping.py` holds the one table between the two.
+Every size that a parameter count, a kernel or a checkpoint needs is a function of `ModelConfig`. Files on disk use
+Hugging Face names; `hf/mapping.py` holds the one table that maps between the two.
 
-`preset` gives named shapes: one dial per scale, and every field can still be set in the recipe's [model] table. `tiny`
-and `small` keep every mechanism of V3 active at laptop size: query compression, latent wider than a head, several
-groups with K_r / M = 2, a dense layer as wide as the active experts, one MTP module.
+`preset` returns a named shape; the recipe's [model] table can still set every field. `tiny` and `small` keep every
+mechanism of V3 active at laptop size: query compression, a latent wider than a head, several groups with K_r / M = 2, a
+dense layer as wide as the active experts, and one MTP module.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pydantic_core import ErrorDetails
 from bessemer.errors import UserError
 
 MAX_LAYERS, MAX_EXPERTS = 4096, 65536
-"""Above any network of the family: where a list has an item for each, more would only fill the memory."""
+"""Upper limits, above any network of the family: larger counts would only exhaust memory with per-item lists."""
 LATER = frozenset({"n_kv_heads", "kv_norm", "shared_inter_dim"})
-"""Fields that version 0.1.0 lacked; 0 is its behaviour."""
+"""Fields added after version 0.1.0; 0 reproduces its behaviour."""
 CONTEXT = frozenset({"max_seq_len", "rope_factor", "original_seq_len"})
-"""Fields of the context length and of position encoding; no tensor's shape depends on them."""
+"""Fields for the context length and position encoding; no tensor's shape depends on them."""
 
 
 class ModelConfig(BaseModel):
@@ -58,15 +58,15 @@ class ModelConfig(BaseModel):
     q_lora_rank: int = 0
     """Rank of the query latent d_c'; 0 = no query compression (V2-Lite, Moonlight)."""
     kv_lora_rank: int
-    """Rank of the key-value latent d_c; 0 = none: keys and values straight from the hidden state, for comparison."""
+    """Rank of the key-value latent d_c; 0 = none: keys and values come from the hidden state itself, for comparison."""
     n_kv_heads: int = 0
-    """Without a latent: groups of heads that share keys and values (GQA; 1: MQA); 0 = as many as heads (MHA)."""
+    """Without a latent: number of head groups that share keys and values (GQA; 1 = MQA); 0 = one per head (MHA)."""
     kv_norm: bool = False
-    """Without a latent: keys and values of all heads together pass an RMSNorm, as MLA's latent does."""
+    """Without a latent: apply one RMSNorm to the keys and values of all heads together, as MLA does to its latent."""
     qk_nope_head_dim: int
-    """Per-head query/key dimension without rotation d_h."""
+    """Per-head query/key dimension without rotation, d_h."""
     qk_rope_head_dim: int
-    """Per-head rotary query dimension and width of the one shared rotary key d_h^R."""
+    """Per-head rotary query dimension, and width of the one shared rotary key, d_h^R."""
     v_head_dim: int
     """Per-head value dimension."""
 
@@ -75,17 +75,17 @@ class ModelConfig(BaseModel):
     n_shared_experts: int = 1
     """Shared experts N_s, always active, ungated."""
     shared_inter_dim: int = 0
-    """Inner width of all shared experts together; 0 = that of as many routed ones."""
+    """Inner width of all shared experts together; 0 = n_shared_experts * moe_inter_dim."""
     n_activated_experts: int
     """Routed experts per token K_r."""
     n_expert_groups: int = 1
-    """Groups of consecutive experts; in training one group lives on one node."""
+    """Groups of consecutive experts; in training, one group lives on one node."""
     n_limited_groups: int = 1
     """Groups a token may use, M."""
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
     """Gate scoring: sigmoid in V3, softmax in V2."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
-    """noaux_tc (V3): biased scores, a group is rated by its K_r/M best; group_limited_greedy (V2): by its best one."""
+    """noaux_tc (V3): biased scores, each group rated by its K_r/M best; group_limited_greedy (V2): by its best one."""
     norm_topk_prob: bool = True
     """Divide the chosen gates by their sum."""
     route_scale: float = 1.0
@@ -160,7 +160,7 @@ class ModelConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _dump(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without fields that came later, at their defaults: the records of older runs stay equal to today's."""
+        """Omits fields of `LATER` that are 0, so that records of older runs still compare equal."""
         values = fields(self)
         return {name: value for name, value in values.items() if name not in LATER or value}
 
@@ -170,37 +170,37 @@ class ModelConfig(BaseModel):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key-value heads."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def kv_width(self) -> int:
-        """Numbers of a token that attention reads again and a cache would hold: the latent or all keys and values, and
+        """Numbers per token that attention reads again and a cache would hold: the latent (or all keys and values) and
         the rotary key."""
         return (self.kv_lora_rank or self.heads_width) + self.qk_rope_head_dim
 
     @property
     def heads_width(self) -> int:
-        """Numbers of all keys, without their rotary part, and values of a token."""
+        """Width of all keys (without their rotary part) and values of a token."""
         return self.kv_heads * (self.qk_nope_head_dim + self.v_head_dim)
 
     @property
     def normed_width(self) -> int:
-        """Of these or of the latent, what an RMSNorm reads; 0 without one."""
+        """Width of the RMSNorm on the latent, or on the keys and values (`kv_norm`); 0 without one."""
         return self.kv_lora_rank or (self.heads_width if self.kv_norm else 0)
 
     @property
     def shared_width(self) -> int:
-        """Inner width of the shared experts; 0 without any."""
+        """Inner width of all shared experts together; 0 without any."""
         return self.shared_inter_dim or self.n_shared_experts * self.moe_inter_dim
 
     @property
     def own(self) -> bool:
-        """Whether no other program knows this network: without a latent, or with shared experts of another width."""
+        """Whether no other program supports this network: it has no latent, or shared experts of an unusual width."""
         return not self.kv_lora_rank or self.shared_width != self.n_shared_experts * self.moe_inter_dim
 
     def require_latent(self, what: str) -> None:
-        """UserError unless attention is MLA, for code that reads the latent."""
+        """Raises UserError unless attention is MLA; for code that reads the latent. `what` names that code."""
         if not self.kv_lora_rank:
             raise UserError(
                 f"{what} serves multi-head latent attention alone; this network has kv_lora_rank = 0, which can be "
@@ -209,13 +209,13 @@ class ModelConfig(BaseModel):
 
     @property
     def n_rated_experts(self) -> int:
-        """The best experts of a group whose scores are its rating: K_r/M (V3 2.1.2), rounded up; in V2 one."""
+        """How many of a group's best scores are summed to rate it: K_r/M (V3 2.1.2), rounded up; in V2, one."""
         noaux = self.topk_method == "noaux_tc"
         return math.ceil(self.n_activated_experts / self.n_limited_groups) if noaux else 1
 
     @property
     def limited(self) -> bool:
-        """Whether a token may use some groups only, so that their rating matters."""
+        """Whether a token may use only some of the groups, so that their rating matters."""
         return self.topk_method != "greedy" and self.n_limited_groups < self.n_expert_groups
 
     @property
@@ -224,20 +224,20 @@ class ModelConfig(BaseModel):
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(d_h + d_h^R), times m^2 with YaRN, m = 0.1 mscale ln s + 1 (V3 4.3, released code)."""
+        """1/sqrt(d_h + d_h^R); with YaRN times m^2, m = 0.1 mscale_all_dim ln s + 1 (V3 4.3, released code)."""
         scale = self.qk_head_dim**-0.5
         if self.yarn and self.mscale_all_dim:
             scale *= yarn_mscale(self.rope_factor, self.mscale_all_dim) ** 2
         return scale
 
     def at_length(self, context: Mapping[str, Any]) -> ModelConfig:
-        """The same network with other values for some fields of CONTEXT, such as YaRN's (V3 4.3)."""
+        """The same network with new values for some fields of CONTEXT, such as YaRN's (V3 4.3)."""
         assert context.keys() <= CONTEXT, f"{sorted(context.keys() - CONTEXT)} change more than position encoding"
         return self.make({**self.model_dump(), **context})
 
     @classmethod
     def make(cls, values: dict[str, Any], where: str = "model") -> ModelConfig:
-        """Validated config from plain values; every problem becomes one UserError that names key and fix."""
+        """Validates plain values; all problems are reported in one UserError, which names each key and its fix."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -269,7 +269,7 @@ TINY = dict(
     n_mtp=1, max_seq_len=512, init_std=0.04,
 )  # fmt: skip
 
-# For `bessemer claims`. As in V3, heads are together twice as wide as d; the cache is 9.4 % of that of full heads.
+# For `bessemer claims`. As in V3, all heads together are twice as wide as d; the cache is 9.4 % of MHA's.
 CLAIMS = dict(
     vocab_size=2048, dim=128, n_layers=4, n_dense_layers=1, inter_dim=320, moe_inter_dim=64,
     n_heads=8, q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -327,7 +327,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: object) -> ModelConfig:
-    """The named shape with some fields replaced; unknown names and keys are UserErrors with the nearest valid one."""
+    """The named shape with some fields replaced; UserError, with the nearest match, for an unknown name or key."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -1,15 +1,15 @@
-"""Deferred weight gradients: the W of a backward pass that a schedule splits into I and W (V3 3.2.1; Zero Bubble
-Pipeline Parallelism 2).
+"""Deferred weight gradients: the W part of a backward pass that a schedule splits into I (input) and W (weight) (V3
+3.2.1; Zero Bubble Pipeline Parallelism 2).
 
-Of the two gradients of a product y = x W^T, the previous stage waits for dx = dy W; only the optimizer needs dW = dy^T
-x. While a `Store` is open, the backward of a matrix computes dx and leaves a closure for dW in the store, which holds
-the operands of dW and nothing else; all other activations are freed with the graph. Later the store computes the
-gradients and accumulates them as autograd would have: the bits are those of an undivided backward.
+A product y = x W^T has two gradients. The previous stage waits for dx = dy W; only the optimizer needs dW = dy^T x.
+While a `Store` is open, the backward of a matrix computes dx and leaves a closure for dW in the store, which holds the
+operands of dW and nothing else; all other activations are freed with the graph. Later the store computes the gradients
+and accumulates them as autograd would have, bit for bit.
 
 Small gradients (norms, gates, the embedding) are not deferred, and the head gets its gradient in the forward of the
 loss.
 
-The store is an attribute of the weight, not of the thread: on a GPU autograd runs the backward in a thread of its own.
+The store is an attribute of the weight and not thread-local: on a GPU, autograd runs the backward in its own thread.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 STORE = "store"
-"""The attribute of a weight that holds its store."""
+"""Name of the attribute of a weight that holds its store."""
 
 
 class Store:
-    """Closures for deferred weight gradients, each under the key that was open in its backward pass."""
+    """Closures for deferred weight gradients, each under the key that was open during its backward pass."""
 
     def __init__(self) -> None:
         self._deferred: dict[Hashable, list[tuple[Tensor, Callable[[Tensor | None], Tensor]]]] = {}
@@ -43,7 +43,7 @@ class Store:
 
     @contextmanager
     def open(self, key: Hashable) -> Iterator[None]:
-        """Defers the weight gradients of backward passes in the block; one pass at a time, never two concurrently."""
+        """Defers the weight gradients of backward passes in the block; two passes must never run concurrently."""
         self._key = key
         try:
             yield
@@ -55,12 +55,12 @@ class Store:
         return self._key is not None
 
     def defer(self, weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
-        """`compute` may add its result to the tensor that it is given, and returns that tensor then."""
+        """Stores `compute`. It may add its result to the tensor it is given, and then returns that tensor."""
         self._deferred.setdefault(self._key, []).append((weight, compute))
 
     @torch.no_grad()
     def run(self, key: Hashable) -> None:
-        """Computes what is deferred under a key and adds it to the gradients, freeing operands one by one."""
+        """Computes the gradients deferred under a key and accumulates them, freeing operands one by one."""
         waiting = self._deferred.pop(key, [])[::-1]
         while waiting:
             weight, compute = waiting.pop()
@@ -71,12 +71,12 @@ class Store:
                 weight.grad += found.to(weight.grad_dtype)
 
     def __len__(self) -> int:
-        """Deferred gradients."""
+        """Number of deferred gradients."""
         return sum(map(len, self._deferred.values()))
 
 
 def store_of(weight: Tensor) -> Store | None:
-    """The store of a weight, if it has one and it is open."""
+    """The store of a weight if it has one that is open, else None."""
     store: Store | None = getattr(weight, STORE, None)
     return store if store is not None and store.is_open else None
 
@@ -87,10 +87,10 @@ def _adds_up(grad: Tensor) -> bool:
 
 
 def own_gradient(weight: Tensor) -> Tensor | None:
-    """The gradient of a parameter, where a backward may add to it itself, as autograd would have (Megatron's
-    main_grad): it exists in float32, as the optimizer makes it, the running pass is one that adds to it, and nobody
-    waits for the addend. Spares a tensor of the weight's size and a pass over it."""
-    if type(weight) is not nn.Parameter:  # not where the compiler traces
+    """The gradient of a parameter if a backward may add to it directly, as autograd would have (Megatron's main_grad),
+    else None. It must exist in float32, as the optimizer creates it, the running pass must accumulate into it, and no
+    hook may expect the addend. Saves a tensor of the weight's size and a pass over it."""
+    if type(weight) is not nn.Parameter:  # the compiler is tracing
         return None
     grad, hooks = weight.grad, weight._backward_hooks or weight._post_accumulate_grad_hooks
     if grad is None or hooks or not _adds_up(grad):
@@ -103,7 +103,7 @@ def own_gradient(weight: Tensor) -> Tensor | None:
 
 
 def gradient(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-    """The gradient that a backward returns for a weight: `compute()`, or None if an open store defers it."""
+    """What a backward returns as a weight's gradient: `compute()`, or None if an open store defers it."""
     store = store_of(weight)
     if store is None:
         return compute()
@@ -112,8 +112,8 @@ def gradient(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
 
 
 def added_gradient(weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
-    """`gradient` of a `compute` that adds to the tensor that it is given, and returns it: the weight's own gradient,
-    where it may. Spares writing the gradient and reading it again, half of what is moved."""
+    """`gradient` for a `compute` that can add its result to the tensor it is given: the weight's own gradient, if
+    `own_gradient` allows. Saves writing the gradient and reading it again, half of the memory traffic."""
     if (store := store_of(weight)) is not None:
         store.defer(weight, compute)
         return None

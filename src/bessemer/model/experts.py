@@ -1,17 +1,17 @@
-"""SwiGLU of the routed experts: rows sorted by expert, one weight set per expert; and of a dense FFN, one expert.
+"""SwiGLU of the routed experts (rows sorted by expert, one set of weights each) and of a dense FFN (one expert).
 
 `expert_ffn_reference` is the plain loop over rows in expert order; `expert_ffn` is the same function with a
 hand-written backward that recomputes the activation instead of storing it (V3 3.2.3 stores the inputs of SwiGLU and
 recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest. `routed_ffn` adds
-dispatch and combine: whole layers on one device go from tokens to tokens. `dense_ffn` has one expert and no gate.
+dispatch and combine, so that a layer on one device maps tokens to tokens. `dense_ffn` has one expert and no gate.
 
-All three are one operation. On a CPU `kernels.experts` computes it, block by block and without ever storing the rows
-[M, D]; on a GPU `grouped` does, without a loop over experts; torch's loop below serves everything else. Its backward
-adds weight gradients to the float32 gradients of the parameters itself where `deferred.own_gradient` allows.
+All three are one operation. `kernels.experts` computes it on a CPU, block by block and without ever storing the rows
+[M, D]; `grouped` on a GPU, without a loop over experts; torch's loop below everywhere else. Its backward adds weight
+gradients directly to the parameters' float32 gradients if `deferred.own_gradient` allows.
 
 Shapes: N tokens, K experts per token, M = N K routed rows in expert order, D hidden, E experts, F inner width; count_E
-rows per expert; order_M the number n K + k of every row among the choices. x is [N, D], or [M, D] in expert order
-already if there is no order.
+is the rows per expert; order_M is the number n K + k of each row's choice. x is [N, D], or [M, D] already in expert
+order if order_M is None.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bessemer.model.operation import operation
 
 
 def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """y_m = weight_m * W2_e (silu(W1_e x_m) * W3_e x_m), e the expert of row m."""
+    """y_m = weight_m * W2_e (silu(W1_e x_m) * W3_e x_m), where e is the expert of row m; [M, D]."""
     out = []
     weights = weight_M.split(count_E.tolist())
     for e, rows in enumerate(rows_MD.split(count_E.tolist())):
@@ -41,11 +41,11 @@ def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13
 
 @operation("expert_order")
 def expert_order(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """(order_M, count_E): the choices sorted by expert, ties in order of the tokens."""
+    """(order_M, count_E): the choices sorted by expert, ties in token order, and the rows per expert."""
     if kernel.sorts(expert_NK):
         return kernel.sort(expert_NK, n_experts)
     expert_M, order_M = expert_NK.flatten().sort(stable=True)
-    # not bincount, for which the host waits on a GPU
+    # not bincount: it makes the host wait for the GPU
     return order_M, expert_M.new_zeros(n_experts).scatter_add_(0, expert_M, torch.ones_like(expert_M))
 
 
@@ -55,15 +55,15 @@ def _(expert_NK, n_experts):
 
 
 def slots(order_M: Tensor) -> Tensor:
-    """The row of every choice: the inverse of the order."""
+    """The row of each choice, [M]: the inverse permutation of `order_M`."""
     slot_M = torch.empty_like(order_M)
     slot_M[order_M] = torch.arange(len(order_M), device=order_M.device)
     return slot_M
 
 
 def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
-    """Rows summed over the choices of every token, [N, D], as the kernel does: in float32 (float64 stays) and in
-    ascending order of experts, which is that of their rows."""
+    """Rows summed over the choices of each token, [N, D], as the kernel does: in float32 (float64 stays) and in
+    ascending order of experts, which is also that of their rows."""
     if rows_MD.device.type != "cpu":
         return grouped.combine(rows_MD, slot_NK)
     slot_KN = slot_NK.sort(1).values.t()
@@ -75,7 +75,7 @@ def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
 
 
 class Combine(torch.autograd.Function):
-    """The K weighted expert outputs of every token, summed."""
+    """Sums the K weighted expert outputs of each token."""
 
     @staticmethod
     def forward(ctx, rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
@@ -90,14 +90,14 @@ class Combine(torch.autograd.Function):
         slot_M, (N, K) = slot_NK.flatten(), slot_NK.shape
         if ctx.rows == len(slot_M):
             return dy_ND.index_select(0, slots(slot_M) // K), None
-        token_M = slot_M.new_full((ctx.rows,), N)  # between them lie rows of no token (`fp8.Filled`)
+        token_M = slot_M.new_full((ctx.rows,), N)  # the other rows are padding (`fp8.Filled`)
         token_M[slot_M] = torch.arange(N, device=slot_M.device).repeat_interleave(K)
         return F.pad(dy_ND, (0, 0, 0, 1)).index_select(0, token_M), None
 
 
 class Spread(torch.autograd.Function):
-    """Every token once for each of its experts, in their order; backward gathers the gradients of its copies instead of
-    adding them atomically."""
+    """Copies each token once per expert it chose, in expert order. Backward gathers the gradients of the copies instead
+    of adding them atomically."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, token_M: Tensor, slot_NK: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _choices(order_M: Tensor, n_tokens: int) -> int:
 
 
 class _Rows:
-    """Tokens, gates and weights as torch's form of the operation takes them: rows in expert order, stacked weights."""
+    """Tokens, gates and weights in the form torch's version needs: rows in expert order, stacked weights."""
 
     def __init__(
         self, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
@@ -151,13 +151,13 @@ class _Rows:
         return x_ND if self.order_M is None else x_ND.index_select(0, self.token_M)
 
     def summed(self, rows_MD: Tensor) -> Tensor:
-        """Rows in expert order, summed for every token."""
+        """Rows in expert order, summed per token."""
         if self.order_M is None:
             return rows_MD
         return _combined(rows_MD, self.slot_M.view(self.n_tokens, -1) if self.n_tokens else self.slot_M.view(0, 1))
 
     def of_choices(self, dweight_M: Tensor, weight: Tensor | None) -> Tensor | None:
-        """The gradient of the gates in their shape."""
+        """The gradient of the gates, in the shape of `weight`."""
         if weight is None:
             return None
         return dweight_M if self.order_M is None else dweight_M[self.slot_M].view(weight.shape)
@@ -173,7 +173,7 @@ def _forward(
     x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor, w2: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (y [N, D], h [M, 2F]); h, for backward, is empty without `keep`."""
+    """Returns (y [N, D], h [M, 2F]); h is for backward and is empty without `keep`."""
     if kernel.serves(x_ND, w13, w2):
         return kernel.forward(x_ND, _routes(weight, count_E, order_M, x_ND), w13, w2, keep)
     r, inner = _Rows(x_ND, weight, count_E, order_M, w13, w2), w2.shape[-1]
@@ -190,14 +190,14 @@ def _forward(
 
 
 PADDED = 32
-"""Rows of a window are a multiple of this, for BF16 on a CPU."""
+"""For BF16 on a CPU, the rows of a window are a multiple of this."""
 
 
 def _segments(count_E: Tensor, rows_MD: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
-    """(expert, its rows, a window of rows around them, position of its rows in the window) of every expert in use.
+    """Yields, per expert in use, (expert, its rows, a window of rows around them, position of its rows in the window).
 
     GEMMs run on the window. It equals the rows except for BF16 on a CPU: oneDNN compiles a kernel for every number of
-    rows, a millisecond each, so windows come in multiples of 32 and extend into neighbouring rows.
+    rows, which takes a millisecond, so windows are multiples of 32 rows and extend into neighbouring rows.
     """
     total = len(rows_MD)
     padded = PADDED if rows_MD.dtype == torch.bfloat16 and rows_MD.device.type == "cpu" else 1
@@ -212,7 +212,7 @@ def _segments(count_E: Tensor, rows_MD: Tensor) -> Iterator[tuple[int, slice, sl
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, mine: slice) -> Tensor:
-    """a b; the expert's own rows are written to `out`."""
+    """Returns a b, and writes the expert's own rows to `out`."""
     if len(out) == len(a):
         return torch.mm(a, b, out=out)
     y = torch.mm(a, b)
@@ -236,7 +236,7 @@ def _backward(
         routes = _routes(weight, count_E, order_M, x_ND)
         dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
         dx_ND, dweight = kernel.backward(dy_ND.contiguous(), x_ND, routes, w13, w2, h_MH, dw13, dw2)[:2]
-    elif grouped.serves(x_ND, w13, w2):  # rows are gathered once
+    elif grouped.serves(x_ND, w13, w2):  # gathers rows only once
         r = _Rows(x_ND, weight, count_E, order_M, w13, w2)
         dy_MD = r.of(dy_ND)
         drows, dweight_M, act_MF, dh_MH = grouped.backward(dy_MD, r.weight_M, r.end_E, w13, w2, h_MH)
@@ -251,7 +251,7 @@ def _backward(
 
 
 def _own_rows(x_MX: Tensor, rows: slice, window: slice, mine: slice) -> Tensor:
-    """A window of gradients with zeros for neighbouring rows, which then add nothing to sums over rows."""
+    """A window of gradients with neighbouring rows zeroed, so that they add nothing to sums over rows."""
     x = x_MX[window]
     if mine.stop - mine.start < len(x):
         x = torch.zeros_like(x)
@@ -282,7 +282,7 @@ def _backward_input(
     dy_ND: Tensor, x_ND: Tensor, weight: Tensor | None, count_E: Tensor | None, order_M: Tensor | None, w13: Tensor,
     w2: Tensor, h_MH: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and gates, and act and dh, from which those of w2 and w13 follow with dy and x."""
+    """Gradients of x and gates, then act and dh, which with dy and x give the gradients of w2 and w13."""
     if kernel.serves(x_ND, w13, w2):
         routes = _routes(weight, count_E, order_M, x_ND)
         dx, dweight, act, dh = kernel.backward(dy_ND, x_ND, routes, w13, w2, h_MH, None, None, operands=True)
@@ -307,8 +307,8 @@ def _backward_input(
 def _weight_gradient(
     tokens_ND: Tensor, inner_MX: Tensor, count_E: Tensor | None, order_M: Tensor | None, w: Tensor, by_inner: bool
 ) -> Tensor:
-    """tokens^T inner of every expert's rows: w2's gradient from dy and act; `by_inner` inner^T tokens: w13's from x and
-    dh."""
+    """tokens^T inner over each expert's rows: w2's gradient from dy and act. With `by_inner`, inner^T tokens: w13's
+    from x and dh."""
     if kernel.serves(tokens_ND, w, w):
         dw = torch.empty_like(w, dtype=torch.float32)
         kernel.weight_gradient(tokens_ND, _routes(None, count_E, order_M, tokens_ND), inner_MX, dw, by_inner)
@@ -331,7 +331,7 @@ def _(dy_ND, x_ND, weight, count_E, order_M, w13, w2, h_MH):
 
 def _setup(ctx, inputs, output):
     *tensors, _ = inputs
-    ctx.set_materialize_grads(False)  # h has no gradient; zeros of its size would cost one more pass
+    ctx.set_materialize_grads(False)  # h has no gradient; filling zeros of its size would cost one more pass
     ctx.save_for_backward(*tensors, output[1])
 
 
@@ -371,17 +371,16 @@ def _called(
 
 
 def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """`expert_ffn_reference`, fast; same arguments and result."""
+    """`expert_ffn_reference`, but fast: same arguments and result."""
     return _called(rows_MD, weight_M, count_E, None, w13, w2)
 
 
 def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The weighted sum over its K experts of every token, [N, D]: `expert_ffn` between `moe.dispatch` and
-    `moe.combine`."""
+    """Each token's weighted sum over its K experts, [N, D]: `expert_ffn` between `moe.dispatch` and `moe.combine`."""
     order_M, count_E = expert_order(expert_NK, w2.shape[0])
     return _called(x_ND, weight_NK, count_E, order_M, w13, w2)
 
 
 def dense_ffn(x_ND: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """W2 (silu(W1 x) * W3 x) for w13 [2F, D] and w2 [D, F]."""
+    """W2 (silu(W1 x) * W3 x), [N, D], for w13 [2F, D] and w2 [D, F]."""
     return _called(x_ND, None, None, None, w13, w2)

@@ -9,9 +9,9 @@ Saved per token
 - SwiGLU: its input and the activations between the two matrices, both in FP8. The product of gate and up is recomputed.
 - between attention and experts: only the residual stream. Norm and gate are recomputed (`Layer.route`).
 
-Scaling factors are powers of two where V3 3.3.3 says so: of the rows dispatched to the experts, of the gradients
-dispatched to them in backward, and of attention's output. These three are re-tiled along the tokens with powers of two,
-too, so that their weight gradient sees the values that the other two products saw. All other factors are float32.
+Scaling factors are powers of two where V3 3.3.3 says so: for the rows dispatched to the experts, for the gradients
+dispatched to them in backward, and for attention's output. These three are re-tiled along the tokens with powers of two
+as well, so that their weight gradient sees the same values as the other two products. All other factors are float32.
 
 Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inner width.
 """
@@ -38,29 +38,29 @@ from bessemer.precision.operand import TILE, Counts, DeviceCounts, Operand, padd
 
 
 class Filled(NamedTuple):
-    """Rows in expert order, each expert's filled up to a multiple of 128 with rows of nothing (`fills`): their operand
-    is zero, and so are their gate, their result and their gradient. The host does not know how many there are: behind
-    the last expert's lie more of them, up to the most that there can be."""
+    """Rows in expert order, each expert's padded to a multiple of 128 (`fills`). Padding rows have a zero operand,
+    gate, result and gradient. The host does not know their number, so more of them follow the last expert's, up to the
+    largest possible total."""
 
     place_M: Tensor
-    """Where every row goes."""
+    """The padded position of each row."""
     rows_E: Tensor
-    """Rows of every expert, those of nothing included."""
+    """Rows per expert, padding included."""
     total: int
-    """All rows, with those behind the last expert's."""
+    """All rows, including those after the last expert's."""
 
     def spread(self, x_M: Tensor, nothing: float) -> Tensor:
-        """A number or index of every row in its place."""
+        """One number or index per row, moved to its padded position; padding rows get `nothing`."""
         return x_M.new_full((self.total,), nothing).index_copy(0, self.place_M, x_M)
 
 
 def fills(recipe: FP8Recipe, device: torch.device) -> bool:
-    """Whether rows are filled up."""
+    """Whether the products need each expert's rows padded to a multiple of 128."""
     return recipe.bits is None and backends.fills_tiles(device)
 
 
 def filled(count_E: Tensor, rows: int) -> Filled:
-    """Of so many rows in all."""
+    """Padded positions for `rows` rows, `count_E` of each expert."""
     whole_E = (count_E + TILE - 1) // TILE * TILE
     more_E = whole_E - count_E
     before_M = (more_E.cumsum(0) - more_E).repeat_interleave(count_E, output_size=rows)
@@ -68,23 +68,23 @@ def filled(count_E: Tensor, rows: int) -> Filled:
 
 
 def counts(count_E: Tensor, rows: int, recipe: FP8Recipe, filled: bool) -> Counts:
-    """The experts' rows, of so many in all, as the products take them: those on a GPU stay there, so that the host need
-    not wait."""
+    """Rows per expert, of `rows` in total, in the form the products take. Counts on a GPU stay there, so that the host
+    need not wait."""
     if recipe.bits is not None or (count_E.device.type == "cpu" and not filled):
         return count_E.tolist()
     return DeviceCounts(count_E.to(torch.int32), rows, filled)
 
 
 def with_nothing(x_ND: Tensor, value: float = 0.0) -> Tensor:
-    """One more row, which rows of nothing are copied from: their token is N."""
+    """Appends row N, the token that padding rows are copied from."""
     return F.pad(x_ND, (0, 0, 0, 1), value=value)
 
 
 def send(
     x_ND: Tensor, token_M: Tensor, recipe: FP8Recipe, slot_NK: Tensor | None = None, fill: bool = False
 ) -> tuple[Tensor, Operand]:
-    """The dispatched rows, one per token and expert: the gradient's anchor, and the rows of the operand. V3: 7,168 +
-    4 * 56 bytes per row instead of 14,336. `fill`: some tokens are N, and their rows nothing."""
+    """The dispatched rows, one per token and expert: the anchor of their gradient, and their operand. For V3 that is
+    7,168 + 4 * 56 bytes per row instead of 14,336. `fill`: some tokens are N, and their rows are padding."""
     x = recipe.quantised(x_ND, power_of_two=True)
     value, scale = x.value_MK.view(torch.uint8), x.scale_MJ
     if fill:
@@ -94,8 +94,8 @@ def send(
 
 
 def grad_anchor(x_ND: Tensor, token_M: Tensor, slot_NK: Tensor | None = None) -> Tensor:
-    """A tensor [M, D] without memory that stands in the graph for rows sent in FP8, and carries their gradient to x.
-    `slot_NK`: the rows of every token where each has K; a GPU then sums them in order and not by atomic additions."""
+    """A tensor [M, D] without storage that represents rows sent in FP8 in the graph and carries their gradient to x.
+    `slot_NK` holds the K rows of each token; with it a GPU sums them in order instead of by atomic additions."""
     return _GradAnchor.apply(x_ND, token_M, slot_NK)
 
 
@@ -124,13 +124,13 @@ def swiglu(x_MD: Tensor, w13: Tensor, w2: Tensor, recipe: FP8Recipe) -> Tensor:
 def expert_swiglu(
     rows_MD: Tensor, sent: Operand, w13: Tensor, w2: Tensor, recipe: FP8Recipe, weight_M: Tensor, count: Counts
 ) -> Tensor:
-    """`swiglu` for routed experts: rows as `send` returns them, in expert order, `count` of each; w13 [E, 2F, D] and w2
-    [E, D, F]; every row times its gate `weight_M`."""
+    """`swiglu` for routed experts, every row times its gate `weight_M`. Rows are as `send` returns them, in expert
+    order, `count` per expert; w13 [E, 2F, D] and w2 [E, D, F]."""
     return _SwiGLU.apply(rows_MD, *sent, weight_M, w13, w2, recipe, count)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """SwiGLU of an operand; x_MD receives its gradient."""
+    """SwiGLU of an operand; x_MD receives the operand's gradient."""
 
     @staticmethod
     def forward(ctx, x_MD, value_MD, scale_MJ, weight_M, w13, w2, recipe, count):
@@ -166,7 +166,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Operand:
-    """silu(gate) * up, times the gate of the row, as an operand [M, F]."""
+    """silu(gate) * up, times the row's gate weight, as an operand [M, F]."""
     if recipe.activation == "tile" and not recipe.coarse:
         return backends.swiglu(h_MH, weight_M, recipe.power_of_two)
     gate, up = h_MH.float().chunk(2, -1)
@@ -175,7 +175,7 @@ def _activated(h_MH: Tensor, weight_M: Tensor | None, recipe: FP8Recipe) -> Oper
 
 
 class Projected(NamedTuple):
-    """What attention's core is given in FP8."""
+    """Arguments of the attention core in FP8."""
 
     q: Tensor
     """[B, T, H, N + R], before rotation."""
@@ -197,8 +197,8 @@ class Projected(NamedTuple):
 
 
 class Core:
-    """Attention's core over whole rows, with the up-projection of keys and values; `dist.context_attention` has one for
-    rows that are split."""
+    """The attention core over whole rows, including the up-projection of keys and values. `dist.context_attention` has
+    one for rows split over ranks."""
 
     def forward(self, given: Projected) -> tuple[Tensor, Tensor]:
         """`attention_forward`."""
@@ -207,11 +207,11 @@ class Core:
     def backward(
         self, dout: Tensor, given: Projected, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, of the normalised latents [B T, C], of k_rope and of W_UKV (None: deferred)."""
+        """Gradients of q, the normalised latents [B T, C], k_rope and W_UKV (None: already added, or deferred)."""
         dq, dkv, dk_rope = attention_backward(
             dout, given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments, out, lse
         )
-        latent, recipe = given.latent, given.recipe  # of `given` a deferred gradient keeps these alone
+        latent, recipe = given.latent, given.recipe  # so that a deferred gradient keeps only these of `given`
         dy = recipe.quantised_gradient(dkv.flatten(2))
         dweight = added_gradient(given.weight, lambda to: weight_gradient(dy, latent, recipe, add_to=to))
         return dq, input_gradient(dy, given.weight, recipe), dk_rope, dweight
@@ -231,7 +231,7 @@ def attention(
 
 
 class _AttentionContext:
-    """The arguments of `_Attention` that are not tensors, and the half of its forward that backward repeats."""
+    """The arguments of `_Attention` that are not tensors, and the part of its forward that backward repeats."""
 
     def __init__(self, mla: MLA, eps: float, recipe: FP8Recipe, names: tuple[str, ...], core: Core):
         self.cfg, self.latent_eps, self.eps, self.recipe, self.names = mla.cfg, mla.kv_norm.eps, eps, recipe, names
@@ -243,7 +243,7 @@ class _AttentionContext:
         return self.recipe.quantised(normalise(x, gain, eps))
 
     def norm_gradient(self, dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Operand, Tensor]:
-        """Backward of a norm whose input came out of a product: that product's gradient, and the gain's."""
+        """Backward of a norm whose input is a product's output: the gradients of that output and of the gain."""
         if self.recipe.by_tiles:
             return backends.rms_norm_backward(dy, x, gain, eps, self.recipe.power_of_two, normalise_backward)
         dx, dgain = normalise_backward(dy, x, gain, eps)
@@ -253,7 +253,7 @@ class _AttentionContext:
         self, w: dict[str, Tensor], x: Operand, q_latent: Tensor | None, kv_latent: Tensor, rope: Tensor,
         segments: Segments, shape: torch.Size,
     ) -> tuple[Operand, Projected]:  # fmt: skip
-        """The operand of the queries' up-projection, and the arguments of the core."""
+        """Returns the operand of the queries' up-projection and the arguments of the core."""
         c, k_rope = kv_latent.split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
         q_in = x if q_latent is None else self.normed(q_latent, w["q_norm"], self.latent_eps)
         kv_in = self.normed(c, w["kv_norm"], self.latent_eps)
@@ -287,8 +287,8 @@ class _Attention(torch.autograd.Function):
         w, grads = dict(zip(shape.names, weights, strict=True)), {}
 
         def through(name: str, dy: Tensor | Operand, x: Operand | TokenTiles) -> Tensor:
-            """Backward of one matrix: stores its gradient in `grads` (None: added, or deferred), returns that of its
-            input."""
+            """Backward of one matrix: stores its gradient in `grads` (None: already added, or deferred) and returns
+            that of its input."""
             operand = dy if isinstance(dy, Operand) else recipe.quantised_gradient(dy)
             grads[name] = added_gradient(w[name], lambda to: weight_gradient(operand, x, recipe, add_to=to))
             return input_gradient(operand, w[name], recipe)

@@ -1,12 +1,12 @@
-"""The gate (MoE 3, V3 2.1.2): which experts a token goes to and with what weights, auxiliary-loss-free balancing.
+"""The gate (MoE 3, V3 2.1.2): the experts and weights of each token, with auxiliary-loss-free balancing.
 
-The bias b takes part in the choice of experts only; gates are made from unbiased scores. Excluded groups are masked
-with -inf (0 would let an excluded expert win when biases are negative).
+The bias b affects only the choice of experts; gates come from unbiased scores. Excluded groups are masked with -inf (0
+would let an excluded expert win when biases are negative).
 
-A caller may pass the gate a choice made elsewhere (RL: the sampler's). Gate weights still come from the scores of this
-pass, so gradient reaches the router.
+A caller may pass in a choice made elsewhere (in RL, by the sampler). Gate weights still come from the scores of this
+pass, so the gradient reaches the router.
 
-`Gate.forward` is the plain version; on a CPU `kernels.gate` does the same in one pass, and on a GPU `gate_gpu`.
+`Gate.forward` holds the plain version; `kernels.gate` does the same in one pass on a CPU, and `gate_gpu` on a GPU.
 
 Shapes: N tokens, S sequences of T tokens, D hidden, E experts, K experts per token.
 """
@@ -27,11 +27,11 @@ from bessemer.model import gate_gpu
 from bessemer.model.config import ModelConfig
 
 _COUNTING = Lock()
-"""Micro-batches may run concurrently in threads; their counts must not be lost."""
+"""Micro-batches may run concurrently in threads; no count may be lost."""
 
 
 class Routing(NamedTuple):
-    """Decision of the gate for N tokens."""
+    """The gate's decision for N tokens."""
 
     expert_NK: Tensor
     """Chosen experts, int64."""
@@ -42,7 +42,7 @@ class Routing(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Affinity of tokens to experts and the choice of K of them."""
+    """Scores every token against the experts and chooses K of them."""
 
     bias_E: Tensor | None
     load_E: Tensor
@@ -58,7 +58,7 @@ class Gate(nn.Module):
         # Tokens per expert since the trainer last read it; the trainer sums over ranks and clears it.
         self.register_buffer("load_E", torch.zeros(cfg.n_routed_experts, dtype=torch.float32), persistent=False)
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
-        """[S, E] of this rank's pieces of sequences -> of the whole sequences; None if sequences are not split."""
+        """Maps counts [S, E] of this rank's pieces of sequences to those of whole sequences; None if none are split."""
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """s_i in float32, [N, E]."""
@@ -98,7 +98,7 @@ class Gate(nn.Module):
             expert_NK, weight_NK, balance, count_SE = gate_gpu.choose(
                 logit_NE, self.bias_E, choice_NK, n_sequences, *_rule(cfg), training
             )
-            if training:  # one kernel in a stream's order; a lock would cut the compiler's graph in two
+            if training:  # one kernel, ordered by its stream; a lock would break the compiler's graph
                 self.load_E += count_SE.detach().sum(0)
             return Routing(expert_NK, weight_NK, balance)
         score_NE = self.scores(x_ND)
@@ -127,10 +127,10 @@ def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
 
 
 def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, total_SE: Tensor | None = None) -> Tensor:
-    """Sum over sequences of sum_i f_i P_i (V3 eq. 17-20); equals the number of sequences when balanced.
+    """Sum over sequences of sum_i f_i P_i (V3 eq. 17-20), scalar; equals the number of sequences when balanced.
 
-    f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts.
-    Where sequences are split over ranks and `total_SE` holds the selections of all pieces, this piece's addend.
+    f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts. If
+    sequences are split over ranks, `total_SE` holds the selections of all pieces; the result is this piece's addend.
     """
     n_sequences, n_experts = count_SE.shape
     share_STE = (score_NE / score_NE.sum(-1, keepdim=True)).view(n_sequences, -1, n_experts)

@@ -1,7 +1,7 @@
-"""The gate's choice on a GPU as one operation, from logits to experts, gates and the balance term: one kernel forward
-and one backward (`kernels.triton_gate`), where torch takes some forty.
+"""The gate's choice on a GPU as one operation from logits to experts, gates and the balance term: one kernel forward
+and one backward (`kernels.triton_gate`) instead of torch's forty or so.
 
-`choose_reference` is the same in torch, and the fallback. Shapes as in `model.gate`.
+`choose_reference` is the same in torch and serves as the fallback. Shapes as in `model.gate`.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def choose(
     n_activated: int, n_groups: int, n_limited: int, n_rated: int, softmax: bool, normalise: bool, scale: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(experts [N, K], gates [N, K], balance term, selections of each sequence [S, E]); the arguments from
-    `n_experts` on are a `Rule`. The balance term is sum_i f_i P_i over sequences (`gate.sequence_balance`), 0 unless
-    `training`."""
+    """(experts [N, K], gates [N, K], balance term, selections of each sequence [S, E]). The arguments from `n_experts`
+    to `scale` are those of a `Rule`. The balance term is `gate.sequence_balance`, or 0 unless `training`."""
     rule = Rule(n_experts, n_activated, n_groups, n_limited, n_rated, softmax, normalise, scale)
     expert_NK, weight_NK, share_NE, count_SE = _choose(logit_NE, bias_E, choice_NK, n_sequences, rule)
     if not training:
@@ -111,7 +110,7 @@ def _(dweight_NK, dbalance, logit_NE, *rest):
 
 def _setup(ctx, inputs, output):
     expert_NK, _, _, count_SE = output
-    ctx.set_materialize_grads(False)  # counts have none
+    ctx.set_materialize_grads(False)  # counts have no gradient
     ctx.rule = inputs[4:6] + inputs[9:12]
     ctx.save_for_backward(inputs[0], expert_NK, count_SE)
 

@@ -1,12 +1,12 @@
-"""Routed experts on a GPU: `experts` with one product for all experts instead of a loop over them.
+"""Routed experts on a GPU: `experts` with one grouped product instead of a loop over experts.
 
-Group sizes stay on the device (`F.grouped_mm` takes their running sum), so the host never waits for it, and a layer
-launches the same number of kernels whatever E is. Rows of every token are gathered before and summed after, in float32
-and in ascending order of experts, without atomic additions: results repeat bit for bit.
+Group sizes stay on the device (`F.grouped_mm` takes their running sum), so the host never waits for the device, and a
+layer launches the same number of kernels whatever E is. The rows of each token are gathered first and summed at the
+end, in float32 and in ascending order of experts, without atomic additions, so results repeat bit for bit.
 
-torch's grouped product has a kernel for BF16 on Hopper and newer cards; elsewhere it loops itself. Weight gradients are
-summed over the rows of a micro-batch in float32, rounded to the dtype of the operands, and added to the float32
-gradient in one pass.
+torch's grouped product has a kernel for BF16 on Hopper and newer cards; elsewhere it loops over experts itself. Weight
+gradients are summed over the rows of a micro-batch in float32, rounded to the dtype of the operands, and added to the
+float32 gradient in one pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bessemer.model.operation import operation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 16
-"""Bytes that every row of an operand must be a multiple of."""
+"""Every row of an operand must be a multiple of this many bytes."""
 
 
 def serves(x_ND: Tensor, w13: Tensor, w2: Tensor) -> bool:
-    """Whether these products run here: stacked weights [E, ...] off the CPU, of one dtype and of aligned widths."""
+    """Whether `grouped_mm` takes these: stacked weights [E, ...] off the CPU, of one dtype and aligned widths."""
     return (
         x_ND.device.type != "cpu"
         and w2.dim() == 3
@@ -35,17 +35,17 @@ def serves(x_ND: Tensor, w13: Tensor, w2: Tensor) -> bool:
 
 
 def ends(count_E: Tensor) -> Tensor:
-    """Where the rows of each expert end, int32 [E]."""
+    """Where each expert's rows end, int32 [E]."""
     return count_E.cumsum(0, dtype=torch.int32)
 
 
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
-    """Sums the rows `slot_NK` of every token, [N, D], in float32 and in ascending order."""
+    """Sums the rows `slot_NK` of each token in float32 and in ascending order, [N, D]."""
     return F.embedding_bag(slot_NK.sort(1).values, rows_MD, mode="sum")
 
 
 def forward(rows_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    """y [M, D] of rows in expert order, and h = W13 x [M, 2F] for `backward`."""
+    """Returns (y [M, D] of rows in expert order, h = W13 x [M, 2F] for `backward`)."""
     h_MH = F.grouped_mm(rows_MD, w13.transpose(1, 2), offs=end_E)
     return F.grouped_mm(swiglu.forward(h_MH, weight_M), w2.transpose(1, 2), offs=end_E), h_MH
 
@@ -53,7 +53,7 @@ def forward(rows_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: T
 def backward(
     dy_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows and weights, and act [M, F] and dh [M, 2F], the operands of the weights' gradients."""
+    """Returns the gradients of rows and gates, and the operands of the weight gradients, act [M, F] and dh [M, 2F]."""
     act_MF, dh_MH, dweight_M = swiglu.backward(F.grouped_mm(dy_MD, w2, offs=end_E), h_MH, weight_M)
     return F.grouped_mm(dh_MH, w13, offs=end_E), dweight_M, act_MF, dh_MH
 

@@ -1,4 +1,4 @@
-"""One decoder layer, cut into the five phases that everything else is built on.
+"""One decoder layer, split into the five phases that everything else builds on.
 
     attend    attention, residual, norm and the routing decision
     dispatch  tokens to their experts
@@ -6,11 +6,11 @@
     combine   expert outputs back to their tokens
     finish    shared expert and residual
 
-`forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling cut nowhere else.
-A dense layer has nothing to exchange: its dispatch and combine pass the tokens through. So do those of a layer whose
-experts are all on this device, outside FP8: one operation goes from tokens to tokens (`experts.routed_ffn`).
+`forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling split a layer only at
+these boundaries. A dense layer has nothing to exchange, so its dispatch and combine pass the tokens through. Outside
+FP8, so do those of a layer with all experts on this device: one operation maps tokens to tokens (`experts.routed_ffn`).
 
-For speed some code repeats the math of a layer, and changes together with it:
+For speed, some code repeats the math of a layer and must change together with it:
 
     SwiGLU          `moe.FFN` (plain), `experts` (hand-written backward; kernel), `kernels.swiglu` (GPU), `fp8._SwiGLU`,
                     `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp` (a step)
@@ -21,14 +21,14 @@ For speed some code repeats the math of a layer, and changes together with it:
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 
-Selective recomputation (V3 3.2.3): a phase saves only its input for backward, which computes the rest again.
+Selective recomputation (V3 3.2.3): a recomputed phase saves only its input; backward recomputes the rest.
 
     attend    norms, attention and gate: saves the residual stream and the phase's results
     experts   routed experts or dense FFN: saves their input
     finish    shared expert: saves its input
 
-Dispatch and combine are communication and are never repeated. Recomputing `attend` makes the gate count its tokens
-again; wrap such a backward in `train.balance.uncounted`.
+Dispatch and combine are communication and are never recomputed. Recomputing `attend` makes the gate count its tokens
+again, so wrap such a backward in `train.balance.uncounted`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def recomputed(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-    """function(*arguments), saving only the arguments for backward."""
+    """function(*arguments), saving only the arguments for backward, which calls the function again."""
     if not torch.is_grad_enabled():
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -70,14 +70,14 @@ class Attended(NamedTuple):
 
 
 Sent = Tensor | moe.Unsent | moe.Dispatched
-"""What `dispatch` hands to `experts`; a tensor in a dense layer."""
+"""What `dispatch` passes to `experts`; a tensor in a dense layer."""
 
 
 class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
     fp8: FP8Recipe | None = None
-    """How training computes matrix products (`Transformer.set_fp8`); None: in the compute dtype."""
+    """Recipe for training's matrix products (`Transformer.set_fp8`); None: in the compute dtype."""
     recompute: frozenset[Phase] = frozenset()
     """Phases that training recomputes in backward (`Transformer.set_recompute`)."""
     ffn: moe.FFN | moe.MoE
@@ -109,16 +109,16 @@ class Layer(nn.Module):
         return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments), choice_NK)
 
     def run_phase(self, phase: Phase, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """function(*arguments), which computes this phase; recomputed in backward if the phase is chosen."""
+        """function(*arguments), which computes this phase; backward recomputes it if `recompute` names the phase."""
         return recomputed(function, *arguments) if phase in self.recompute and self.training else function(*arguments)
 
     def route(self, h_BTD: Tensor, choice_NK: Tensor | None = None) -> Attended:
-        """The second half of `attend`, for callers that computed the attention themselves (decode)."""
+        """The second half of `attend`, for callers that computed attention and the residual themselves (decode)."""
         u_ND = self.ffn_norm(h_BTD).flatten(0, 1)
         return Attended(h_BTD, u_ND, None if self.dense else self.sparse_ffn.gate(u_ND, h_BTD.shape[0], choice_NK))
 
     def dispatch(self, attended: Attended) -> Sent:
-        """Copies rows to their experts only in FP8, which sends them quantised; `dist` copies them between ranks."""
+        """Copies rows in expert order only in FP8, which sends them quantised; `dist` copies them between ranks."""
         if attended.routing is None:
             return attended.u_ND
         if self.fp8 is not None and self.training:

@@ -1,21 +1,21 @@
 """Multi-head Latent Attention (V2 2.1, V3 2.1.1), its rotary position embedding and its softmax core.
 
 Keys and values of all heads are rebuilt from one latent of `kv_lora_rank` numbers plus one shared rotary key of
-`qk_rope_head_dim` numbers per token; only those are cached. Two forms of the same function:
+`qk_rope_head_dim` numbers per token; only these two are cached. Two forms of the same function:
 
 - `forward`, expanded: keys and values are materialised per head. Fewer FLOPs for many queries: training and prefill.
 - `absorbed`: W_UK moves to the query and W_UV to the output, so attention reads the latent itself. Fewer bytes for one
   query per sequence: decode.
 
 Rotary pairs are interleaved: pair j of a head is (x_{2j}, x_{2j+1}), rotated as a complex number by position * theta_j.
-For comparison with MLA, `kv_lora_rank = 0` takes keys and values straight from the hidden state, for all heads (MHA) or
-for groups of them (`n_kv_heads`: GQA, MQA), normalised as the latent is or not (`kv_norm`). Rotary key, kernels and
-everything else stay; there is no absorbed form.
+For comparison with MLA, `kv_lora_rank = 0` projects keys and values straight from the hidden state, for all heads (MHA)
+or for groups of them (`n_kv_heads`: GQA, MQA), optionally normalised as the latent is (`kv_norm`). Rotary key, kernels
+and everything else stay the same; there is no absorbed form.
 
-Plain RoPE serves the whole short-context stage; the config switches on YaRN (V3 4.3), never the length of a batch.
+The whole short-context stage uses plain RoPE. The config switches YaRN on (V3 4.3), never the length of a batch.
 
-`attention_reference` is the softmax core as an equation. `latent_attention` takes the projections, rotates them, builds
-the heads and picks a backend:
+`attention_reference` is the softmax core in its plainest form. `latent_attention` takes the projections, rotates them,
+builds the heads and picks a backend:
 
     CPU               `attention_cpu.latent_attention`: one operation from the projections to the output, with its own
                       backward
@@ -37,13 +37,13 @@ from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, Segments, causal_mask
 
-# The released code gives the latent norms RMSNorm's default and only the block norms rms_norm_eps; the two differ in
-# Moonlight (1e-5).
+# The released code uses RMSNorm's default epsilon for the latent norms and rms_norm_eps only for the block norms; the
+# two differ in Moonlight (1e-5).
 LATENT_EPS = 1e-6
 
 
 class MLA(nn.Module):
-    """Attention of one layer. The input is already normalised."""
+    """Attention of one layer. Its input must already be normalised."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -73,8 +73,8 @@ class MLA(nn.Module):
         return q_nope, rotate(q_rope, rope.unsqueeze(-3))
 
     def compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latent c_KV [B, T, C] and the shared key before rotation [B, T, R]. Without a latent the hidden
-        state itself takes its place."""
+        """Normalised latent c_KV [B, T, C] and the shared key before rotation [B, T, R]. Without a latent, the hidden
+        state takes the place of c_KV."""
         if not self.cfg.kv_lora_rank:
             return x_BTD, self.wkv_a(x_BTD)
         c, k_rope = self.wkv_a(x_BTD).split([self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim], -1)
@@ -129,7 +129,7 @@ class MLA(nn.Module):
 
 
 def correction_range(cfg: ModelConfig) -> tuple[int, int]:
-    """First and last pair of the YaRN ramp: faster pairs keep their frequency, slower ones are divided by s."""
+    """First and last pair of the YaRN ramp: faster pairs keep their frequency, slower ones have it divided by s."""
 
     def pair(rotations: float) -> float:
         length = cfg.original_seq_len / (rotations * 2 * math.pi)
@@ -154,7 +154,7 @@ def rope_frequencies(cfg: ModelConfig) -> Tensor:
 def rope_table(cfg: ModelConfig, length: int, device: torch.device | None = None) -> Tensor:
     """cos and sin for positions 0..length-1: [length, d_h^R / 2, 2], float32.
 
-    Multiplied by m(mscale) / m(mscale_all_dim), which is 1 for V3: its temperature sits in the softmax scale.
+    Both are multiplied by m(mscale) / m(mscale_all_dim), which is 1 for V3: its temperature is in the softmax scale.
     """
     angle = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(cfg)
     scale = 1.0
@@ -164,12 +164,12 @@ def rope_table(cfg: ModelConfig, length: int, device: torch.device | None = None
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotates the last dimension of x by the table rows given.
+    """Rotates the last dimension of x by the given table rows.
 
-    x [..., d_h^R]; cos_sin broadcastable to [..., d_h^R / 2, 2]. Computed in float32, rerotated in x's dtype.
+    x [..., d_h^R]; cos_sin broadcastable to [..., d_h^R / 2, 2]. Computed in float32, returned in x's dtype.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the same result in a fifth of the time
-        # a copy always: a contiguous part of a wider tensor may start at an odd element, where no complex number can
+        # always copy: a contiguous slice of a wider tensor may start at an odd element, where a complex view cannot
         pairs = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
         rotated = torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin.contiguous())
         return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
@@ -196,8 +196,8 @@ def _on_cpu(x: Tensor) -> bool:
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> Tensor:
-    """MLA's core, expanded: q [B, T, H, N + R] and k_rope [B, T, R], both before rotation; kv [B, T, H, N + V] holds
-    keys and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
+    """MLA's expanded core. q [B, T, H, N + R] and k_rope [B, T, R] are not yet rotated; kv [B, T, H, N + V] holds keys
+    and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
     if _on_cpu(q):
         assert not isinstance(segments, Packed)
         return attention_cpu.latent_attention(q, kv, k_rope, rope, segments, scale)[0]
@@ -207,8 +207,8 @@ def latent_attention(
 def attention_forward(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> tuple[Tensor, Tensor]:
-    """`latent_attention` without a graph, for a caller that saves the arguments elsewhere: the output, and the log of
-    the softmax denominators (empty where torch's attention recomputes its own)."""
+    """`latent_attention` without an autograd graph, for a caller that saves the arguments itself. Returns the output
+    and the log of the softmax denominators (empty if torch's attention recomputes its own)."""
     if _on_cpu(q):
         assert not isinstance(segments, Packed)
         return attention_cpu.flash_forward(q, kv, k_rope, rope, segments, scale)
@@ -221,7 +221,7 @@ def attention_backward(
     dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments,
     out: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, kv and k_rope. `out` and `lse` as `attention_forward` returned them; `out` may be rounded."""
+    """Gradients of q, kv and k_rope. `out` and `lse` come from `attention_forward`; `out` may be rounded."""
     if _on_cpu(q):
         assert not isinstance(segments, Packed)
         return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)

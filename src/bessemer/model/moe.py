@@ -1,5 +1,5 @@
-"""DeepSeekMoE (MoE 3, V3 2.1.2): shared and fine-grained routed experts. `gate` chooses; here tokens go to their
-experts and come back. No token is ever dropped.
+"""DeepSeekMoE (MoE 3, V3 2.1.2): shared and fine-grained routed experts. `gate` chooses experts; this module sends
+tokens to them and combines the results. No token is ever dropped.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width, M = N*K routed rows sorted by expert.
 """
@@ -20,11 +20,11 @@ from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
 
 EXPERTS = ".experts."
-"""Part of the name of every tensor that has one row per routed expert."""
+"""Occurs in the name of every tensor that stacks the routed experts."""
 
 
 class Unsent(NamedTuple):
-    """Tokens with their experts on this device: nothing has to be sent, the experts gather and sum them in passing."""
+    """Tokens whose experts are all on this device. Nothing is sent: the experts' operation gathers and sums rows."""
 
     x_ND: Tensor
     routing: Routing
@@ -36,17 +36,17 @@ class Dispatched(NamedTuple):
     rows_MD: Tensor
     weight_M: Tensor
     count_E: Tensor
-    """Rows per expert, int64, those included that fill them up."""
+    """Rows per expert, int64, padding included."""
     slot_NK: Tensor
     """Row of each (token, choice)."""
     operand: Operand | None = None
-    """The rows in FP8 training. `rows_MD` is then a tensor without memory that only carries the gradient back."""
+    """The rows in FP8 training; `rows_MD` is then a tensor without storage that only carries the gradient back."""
     filled: bool = False
-    """Whether every expert's rows are filled up (`fp8.Filled`)."""
+    """Whether the rows of every expert are padded (`fp8.Filled`)."""
 
 
 def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe | None = None) -> Dispatched:
-    """Copies each token once per chosen expert, sorted by expert (ties in token order); with a recipe in FP8."""
+    """Copies each token once per chosen expert, sorted by expert (ties in token order); in FP8 if there is a recipe."""
     N, K = routing.expert_NK.shape
     order_M, count_E = expert_order(routing.expert_NK, n_experts)
     token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
@@ -77,8 +77,8 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, D, inner))
 
     def forward(self, sent: Dispatched | Unsent) -> Tensor:
-        """weight * W_2 (silu(W_1 x) * W_3 x) for rows in expert order, [M, D]; for tokens the sum over their experts,
-        [N, D]."""
+        """weight * W_2 (silu(W_1 x) * W_3 x): [M, D] for rows in expert order; for `Unsent` tokens, the sum over their
+        experts [N, D]."""
         if isinstance(sent, Unsent):
             return routed_ffn(sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK, self.w13, self.w2)
         if sent.operand is not None:
@@ -89,13 +89,13 @@ class Experts(nn.Module):
 
 
 def _plain(linear: nn.Module) -> bool:
-    """Whether the module is its weight alone: nobody replaced it, and no hook waits for its call."""
+    """Whether calling the module only applies its weight: it has not been replaced and has no hooks."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return isinstance(linear, nn.Linear) and not hooks
 
 
 class FFN(nn.Module):
-    """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Dense layers and shared experts."""
+    """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Used by dense layers and shared experts."""
 
     fp8: FP8Recipe | None = None
 

@@ -1,7 +1,7 @@
 """RMSNorm: w * z / sqrt(mean(z^2) + eps), computed in float32 (as in the released code).
 
-On a CPU and on CUDA it is one operation, which saves its input alone. Under torch.compile on CUDA it is torch's
-formula, which the compiler fuses with what comes before and after.
+On a CPU and on CUDA it is one operation that saves only its input. Under torch.compile on CUDA it is torch's formula,
+which the compiler fuses with its neighbours.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class RMSNorm(nn.Module):
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) of the last dimension, kept as 1."""
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept with size 1."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The norm without a graph, in x's dtype."""
+    """RMSNorm of the last dimension without an autograd graph, in x's dtype."""
     if kernel.serves(x, weight_D):
         return kernel.rms_norm(x, weight_D, eps)
     return _normalise(x, weight_D, eps)
@@ -51,7 +51,7 @@ def _normalise_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x (in its dtype) and of the gain (float32), from the input alone."""
+    """Gradients of x (in its dtype) and of the gain (float32), recomputed from the input."""
     if kernel.serves(x, weight_D) and dy.dtype == x.dtype:
         return kernel.rms_norm_backward(dy, x, weight_D, eps)
     return _normalise_backward(dy, x, weight_D, eps)
@@ -68,8 +68,8 @@ def _normalise_backward_reference(dy: Tensor, x: Tensor, weight_D: Tensor, eps: 
 
 
 class _CPUNorm(torch.autograd.Function):
-    """F.rms_norm for CPUs, where torch runs a chain of operations forward and a longer one backward: 4x as fast. Saves
-    only its input, in its own dtype."""
+    """F.rms_norm for CPUs, 4x as fast as torch's chain of operations forward and longer chain backward. Saves only its
+    input, in the input's dtype."""
 
     @staticmethod
     def forward(ctx, x, weight_D, eps):
@@ -89,7 +89,7 @@ _normalise_backward = Fused("triton_norm", "backward", _normalise_backward_refer
 
 @operation("rms_norm")
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`normalise` with a graph, for CUDA."""
+    """`normalise` with an autograd graph, for CUDA."""
     return normalise(x, weight_D, eps)
 
 

@@ -1,8 +1,8 @@
-"""Operations that torch.compile calls and does not look into.
+"""Operations that torch.compile calls without tracing into them.
 
-`torch.library.custom_op` makes them too, but its first call imports torch's compiler, which takes as long as importing
-torch. These are the registrations it makes, without that. `torch.library.register_fake` and `register_autograd` add the
-rest.
+`torch.library.custom_op` would do, but its first call imports torch's compiler, which takes as long as importing torch.
+`operation` makes the same registrations without that import; callers add `torch.library.register_fake` and
+`register_autograd`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function, on every device, as the operation `bessemer::NAME`, which takes its place. It must return
-    new tensors and change none of its arguments."""
+    """Decorator: registers a function, on every device, as the operation `bessemer::NAME`, which replaces it. The
+    function must return new tensors and modify none of its arguments."""
 
     def register(function: Callable[..., Any]) -> Any:
         hidden: list[Callable[..., Any]] = []
 
         def body(*arguments: Any) -> Any:
-            # Where torch.compile gave up on a caller it would trace the body after all, and fails on views of
-            # parameters whose gradients have another dtype.
+            # If torch.compile gave up on a caller, it would trace the body after all, and fail on views of parameters
+            # whose gradients have another dtype.
             if not hidden and (compiler := sys.modules.get("torch._dynamo")):
                 hidden.append(compiler.disable(function))
             return (hidden[0] if hidden else function)(*arguments)

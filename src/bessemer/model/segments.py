@@ -1,6 +1,6 @@
-"""Rows that hold several samples: what tells attention where each begins and ends.
+"""Packed rows, which hold several samples: where each sample begins and ends, for attention.
 
-On a CPU that is the tensor of segment numbers. A GPU gets `Packed`, made once for a batch and shared by all layers.
+A CPU uses the tensor of segment numbers. A GPU uses `Packed`, built once per batch and shared by all layers.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORTEST = 128
-"""Lengths of segments are told in powers of two from here on."""
+"""The longest length is rounded up to a power of two, at least this one."""
 
 
 class Packed(NamedTuple):
-    """Segments of a batch [B, T] for every layer on a GPU."""
+    """Segments of a batch [B, T] in the form that all layers use on a GPU."""
 
     segments_BT: Tensor
     end_S: Tensor
-    """0 and where each segment ends in the flattened rows, int32 [S + 1]; the last ones are empty."""
+    """0, then the end of each segment in the flattened rows, int32 [S + 1]; the last segments are empty."""
     longest: int
-    """Tokens; at least those of the longest segment."""
+    """An upper bound on the tokens of a segment."""
 
     @classmethod
     def of(cls, segments_BT: Tensor, device: torch.device) -> Packed | Tensor:
-        """From segments on the CPU, where counting them waits for nobody. Segments that resume later in a row cannot
-        be packed and stay a tensor."""
+        """Packs segment numbers that are on the CPU, where counting them does not wait for a GPU. If a segment resumes
+        later in its row, it cannot be packed: the tensor itself is returned."""
         starts_BT = _starts(segments_BT)
         count = int(starts_BT.sum())
         distinct = segments_BT.sort(1).values
@@ -44,18 +44,18 @@ class Packed(NamedTuple):
         return Packed(moved(self.segments_BT, device), moved(self.end_S, device), self.longest)
 
     def first(self, T: int) -> Packed:
-        """Of the first T tokens of the rows."""
+        """The segments of the first T tokens of each row."""
         segments_BT = self.segments_BT[:, :T]
         return Packed(segments_BT, _ends(segments_BT, len(self.end_S) - 1), self.longest)
 
 
 Segments = Tensor | Packed | None
-"""What layers take: tokens attend to their own segment only. None: to all before them."""
+"""The `segments` argument of layers: tokens attend only to their own segment; None: to all tokens before them."""
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait. torch keeps that memory
-    until the copy is made."""
+    """The tensor on `device`. A copy to a GPU goes through pinned memory, so the host does not wait; torch keeps that
+    memory until the copy is done."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -70,7 +70,7 @@ def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Ten
 
 
 def first_tokens(segments: Segments, T: int) -> Segments:
-    """Segments of the first T tokens of the rows."""
+    """The segments of the first T tokens of each row."""
     if isinstance(segments, Packed):
         return segments.first(T)
     return None if segments is None else segments[:, :T]
@@ -87,4 +87,4 @@ def _ends(segments_BT: Tensor, size: int) -> Tensor:
     number_N = torch.where(start_N, start_N.cumsum(0) - 1, size)
     place_N = torch.where(start_N, torch.arange(len(start_N), device=start_N.device), len(start_N))
     end_S = torch.full((size + 1,), len(start_N), device=start_N.device)
-    return end_S.scatter_(0, number_N, place_N).int()  # what starts nowhere writes the end, at the end
+    return end_S.scatter_(0, number_N, place_N).int()  # tokens that start no segment write the end into the last place

@@ -1,6 +1,6 @@
 """The whole network: embedding, layers, final norm, head and MTP modules (V3 2).
 
-Plain math on one device. `model(tokens)` gives logits; `train_outputs` gives what the objectives need without ever
+Plain math on one device. `model(tokens)` returns logits; `train_outputs` returns what the objectives need without ever
 materialising all logits.
 
 Multi-token prediction (V3 2.2): module k predicts token i+k+1 from h^{k-1}_i and the embedding of token i+k.
@@ -41,8 +41,8 @@ RECOMPUTES_ITSELF = (
 
 
 APART = 20e9
-"""Parameters from which every matrix is drawn by itself: V3's 671B numbers one after another take every rank more than
-an hour, of which it keeps a thousandth."""
+"""From this many parameters on, every matrix has its own random stream. Drawing V3's 671B numbers from one stream takes
+every rank more than an hour, and it keeps a thousandth of them."""
 
 
 class TrainOutputs(NamedTuple):
@@ -82,11 +82,11 @@ class Transformer(nn.Module):
     """A network of the DeepSeek V2/V3 family."""
 
     saver: ClassVar[Callable[..., None] | None] = None
-    """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it when it is imported: the
-    network itself knows nothing of file formats."""
+    """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it on import, so the network
+    itself knows nothing about file formats."""
     readout: ClassVar[str] = "head"
     """Name of the matrix that reads the hidden states after the final norm."""
-    # both are nn.ModuleList, which torch does not declare as generic
+    # nn.ModuleLists; torch does not declare that class as generic
     layers: Sequence[Layer]
     mtp: Sequence[MTPModule]
 
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Self:
-        """Normal(0, init_std) for every matrix, ones for norms, zeros for routing biases; the same on every device."""
+        """Draws every matrix from Normal(0, init_std), the same on every device; norms and routing biases stay."""
         parameters = dict(self.named_parameters())
         for name, expert, values in self.initial_values(seed):
             parameter = parameters[name]
@@ -116,11 +116,11 @@ class Transformer(nn.Module):
     def initial_values(
         self, seed: int, wanted: Callable[[str, int | None], bool] = lambda name, expert: True
     ) -> Iterator[tuple[str, int | None, Tensor]]:
-        """(parameter, expert, initial values) of every matrix in turn, generated lazily. Stacked experts come one by
-        one where that gives the same numbers as all at once (the generator works in blocks of 16).
+        """Yields (parameter name, expert, initial values) of every matrix. Stacked experts come one by one if that
+        gives the same numbers as all at once (the generator works in blocks of 16); otherwise expert is None.
 
-        A model of `APART` parameters or more has a generator for every matrix and expert, seeded by seed, name and
-        expert, and only what is `wanted` is drawn; a smaller one draws all its numbers from one."""
+        A model of `APART` parameters or more seeds the generator for every matrix and expert from seed, name and
+        expert, and draws only what is `wanted`; a smaller model draws all its numbers from one stream."""
         generator = torch.Generator().manual_seed(seed)
         apart = sum(parameter.numel() for parameter in self.parameters()) >= APART
         for name, parameter in self.named_parameters():
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
                 yield name, expert, fresh.normal_(0.0, self.cfg.init_std, generator=generator)
 
     def to_compute(self, dtype: torch.dtype) -> Self:
-        """Matrices in the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
+        """Casts the matrices to the compute dtype; norm gains, gates and routing biases stay float32 (V3 3.3.1)."""
         for module in self.modules():
             if isinstance(module, (RMSNorm, Gate)):
                 continue
@@ -145,8 +145,8 @@ class Transformer(nn.Module):
         return self
 
     def set_fp8(self, recipe: FP8Recipe | None) -> Self:
-        """Makes training compute the matrices of attention, FFN and experts in FP8 (`fp8`); eval mode does not change.
-        None: not in FP8."""
+        """Makes training compute the matrix products of attention, FFN and experts in FP8 (`fp8`); None turns that off.
+        Eval mode does not change."""
         if recipe is not None:
             self.cfg.require_latent("training in FP8")
         if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
@@ -157,8 +157,8 @@ class Transformer(nn.Module):
         return self
 
     def set_recompute(self, phases: Iterable[Phase]) -> Self:
-        """Makes training recompute these phases of every layer in backward (`layer`). UserError for a phase that does
-        not exist or is communication, and in FP8, which recomputes by itself."""
+        """Makes training recompute these phases of every layer in backward (`layer`). Raises UserError if a phase does
+        not exist or is communication, and in FP8, which has its own recomputation."""
         chosen = frozenset(phases)
         for phase in sorted(chosen - set(PHASES)):
             raise UserError(f'phase "{phase}" cannot be recomputed in backward; choose from {", ".join(PHASES)}')
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         return getattr(self, self.readout).weight
 
     def hidden_matrices(self) -> dict[str, int]:
-        """Names of the matrices inside the layers, gates excepted, with the number of matrices stacked along their
-        rows: 2 where one tensor holds w1 and w3."""
+        """Maps the name of every matrix inside the layers, except gates, to the number of matrices stacked along its
+        rows: 2 if one tensor holds w1 and w3."""
         layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
         layers += [(f"mtp.{k}.layer", module.layer) for k, module in enumerate(self.mtp)]
         return {
@@ -191,7 +191,7 @@ class Transformer(nn.Module):
         return gates | {f"mtp{k}": module.layer.sparse_ffn.gate for k, module in enumerate(self.mtp)}
 
     def rope_table(self, length: int) -> Tensor:
-        """[length, R/2, 2] on the model's device; grown on demand."""
+        """`mla.rope_table` of `length` positions, [length, R/2, 2], on the model's device; grown on demand."""
         device = next(self.parameters()).device
         if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
             with torch.inference_mode(False):  # the table outlives the caller's mode, and training saves it
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         table = self.rope_table(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
         widths = self.cfg.qk_head_dim, self.cfg.v_head_dim
-        attention_gpu.backend(x.device, x.dtype, *widths, isinstance(segments, Packed))  # tried where nobody traces
+        attention_gpu.backend(x.device, x.dtype, *widths, isinstance(segments, Packed))  # the trial, outside tracing
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         choices = () if choice_BTLK is None else choice_BTLK.flatten(0, 1).unbind(1)
         assert len(choices) in (0, sum(not layer.dense for layer in self.layers)), "one choice for every sparse layer"
@@ -230,8 +230,8 @@ class Transformer(nn.Module):
     ) -> TrainOutputs:
         """Main and MTP hidden states of a batch.
 
-        `choice_BTLK`, integers: the K experts of each token in each of the main model's L sparse layers; entries below
-        0 leave the choice to the gate.
+        `choice_BTLK` holds the K experts of each token in each of the main model's L sparse layers; entries below 0
+        leave the choice to the gate.
         """
         x, balance = self._run(tokens_BT, segments, choice_BTLK)
         hidden = self.norm(x)
@@ -264,8 +264,8 @@ def mtp_states(
 def mtp_inputs(
     k: int, h_BTD: Tensor, tokens_BT: Tensor, segments: Segments, embedding_VD: Tensor
 ) -> tuple[Tensor, Tensor, Segments]:
-    """Inputs of depth k at the positions that have all of them: h^{k-1}, the embeddings of the tokens k further, and
-    the segments."""
+    """Inputs of depth k at the positions that have them all: h^{k-1}, the embeddings of the tokens k positions later,
+    and the segments."""
     T = tokens_BT.shape[1] - k
     embedded = F.embedding(tokens_BT[:, k:], embedding_VD)
     return h_BTD[:, :T], embedded, first_tokens(segments, T)
@@ -273,7 +273,7 @@ def mtp_inputs(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is back in its own mode, frozen parts included."""
+    """Eval mode inside the block; afterwards every module, frozen parts included, returns to its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -316,7 +316,7 @@ class Scorer(Transformer):
 
     @staticmethod
     def new_head(cfg: ModelConfig, seed: int) -> Tensor:
-        """Initial values of `score.weight`."""
+        """Initial values of `score.weight`, [1, D] float32 on the CPU."""
         fresh = torch.empty(1, cfg.dim, dtype=torch.float32)
         return fresh.normal_(0.0, cfg.init_std, generator=torch.Generator().manual_seed(seed))
 
@@ -324,10 +324,10 @@ class Scorer(Transformer):
         return self.scores(self.norm(self.hidden(tokens_BT, segments)))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Scores [...] of hidden states [..., D] after the final norm, in float32: two answers differ by little."""
+        """Scores [...] of hidden states [..., D] after the final norm, in float32, as two answers differ by little."""
         return scores(hidden, self.score.weight)
 
 
 def scores(hidden: Tensor, weight_1D: Tensor) -> Tensor:
-    """As `Scorer.scores`, by the weight of its head."""
+    """`Scorer.scores`, given the weight of the head."""
     return hidden.float() @ weight_1D.float().squeeze(0)
