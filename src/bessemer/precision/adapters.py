@@ -1,6 +1,6 @@
-"""What each backend of FP8 can serve and how it is called: DeepGEMM, torch, our Triton kernels, the emulation.
+"""What each FP8 backend can serve and how it is called: DeepGEMM, torch, our Triton kernels, the emulation.
 
-An adapter brings operands into the layouts that its library takes. `backends` chooses among them.
+An adapter converts operands to the layouts that its library takes. `backends` chooses among the backends.
 
 Shapes: M and N rows of the operands, K columns summed over, J = ceil(K / 128), G groups.
 """
@@ -27,17 +27,17 @@ from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operan
 VARIABLE = "BESSEMER_FP8_BACKEND"
 """Forces a backend."""
 LOADS = "BESSEMER_FP8_LOADS"
-"""`pointers` keeps our products from tensor descriptors."""
+"""`pointers` makes our products load by pointers instead of tensor descriptors."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend must know to take a call or refuse it. None: not known yet, any value that it can serve."""
+    """What a backend must know to accept or refuse a call. None: not known yet, so assume a value it can serve."""
 
     name: str
     device: torch.device
     group: Group | None = None
-    """Of the matrix to quantise, or how the GEMM's w was quantised."""
+    """How to quantise the matrix, or how the GEMM's w was quantised."""
     shape: tuple[int, int, int] | None = None
     """M, N, K of a GEMM."""
     out_dtype: torch.dtype | None = None
@@ -46,7 +46,7 @@ class Call:
 
 class Backend(NamedTuple):
     good_for: str
-    """What it is, for the table."""
+    """A short description for the table."""
     refuses: Callable[[Call], str | None]
     """Why it cannot serve the call, in one sentence; None if it can."""
     serve: dict[str, Callable[..., Any]]
@@ -71,7 +71,7 @@ def _triton_refuses(call: Call) -> str | None:
     if not _installed("triton"):
         return "the package triton is not installed"
     if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(VARIABLE) == "triton":
-        pass  # for tests: slow beyond use
+        pass  # for tests: far too slow to use
     elif _capability(call.device) < (8, 9):
         return "it needs an NVIDIA GPU of compute capability 8.9 or newer"
     if call.name == "quantise" and call.group == "tensor":
@@ -87,7 +87,7 @@ def _triton_refuses(call: Call) -> str | None:
 
 def _triton(module: str, function: str) -> Callable[..., Any]:
     """The kernel's launcher, imported at the first call because triton is optional. Triton launches on the current
-    device whatever its operands are on, so theirs is made the current one."""
+    device whatever device the operands are on, so this makes theirs current."""
 
     def call(first: Tensor | Operand | PackedE5M6, *rest: object) -> Any:
         launch = getattr(importlib.import_module(f"bessemer.precision.{module}"), function)
@@ -107,8 +107,8 @@ def _triton_norm(function: str) -> Callable[..., Any]:
 
 
 def by_pointers(device: torch.device, *values: Tensor) -> str | None:
-    """Why our products load their operands by pointers on this device; None: by tensor descriptors (TMA). With the
-    operands' values, contiguous: why these."""
+    """Why our products load their operands by pointers on this device, or None if by tensor descriptors (TMA).
+    `values`: the contiguous values of operands, to check these too."""
     forced = os.environ.get(LOADS)
     if forced not in (None, "", "pointers"):
         raise UserError(f"{LOADS}={forced} names no way of loading; unset it, or set it to pointers")
@@ -127,7 +127,7 @@ def by_pointers(device: torch.device, *values: Tensor) -> str | None:
 
 
 def _tiled(left: Operand, right: Operand) -> tuple[Operand, Operand, bool]:
-    """Both with contiguous values, and whether descriptors load them."""
+    """Both operands with contiguous values, and whether descriptors load them."""
     left, right = (Operand(o.value_MK.contiguous(), o.scale_MJ) for o in (left, right))
     return left, right, by_pointers(left.value_MK.device, left.value_MK, right.value_MK) is None
 
@@ -155,9 +155,9 @@ def _triton_wgrad(
 
 
 def _torch_refuses(call: Call) -> str | None:
-    """scaled_mm takes row-major x [M, K] and column-major w^T, factors of x column by column, those of w as 1x128 or
-    as 128x128. It needs Hopper, cuBLASLt 12.9, and K and N in multiples of 16. M in multiples of 16 is our caution:
-    cuBLAS lays factors out by rows of x, and a ragged end has not been tried."""
+    """scaled_mm takes row-major x [M, K] and column-major w^T, with factors of x stored by columns and those of w as
+    1x128 or 128x128. It needs Hopper, cuBLASLt 12.9, and K and N in multiples of 16. M in multiples of 16 is our
+    precaution: cuBLAS lays factors out by rows of x, and a ragged end is untested."""
     if call.name != "gemm":
         return "it has block-scaled GEMMs of two matrices only"
     if not hasattr(F, "scaled_mm"):
@@ -192,7 +192,7 @@ def _torch_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group) 
 
 
 def _by_columns(scale_MJ: Tensor) -> Tensor:
-    """The same factors with strides (1, M), as our kernels already return them."""
+    """The same factors with strides (1, M), in which our kernels already return them."""
     M, J = scale_MJ.shape
     if scale_MJ.stride() == (1, M):
         return scale_MJ
@@ -203,12 +203,12 @@ def _by_columns(scale_MJ: Tensor) -> Tensor:
 
 
 K_GROUPED = "k_grouped_fp8_gemm_nt_contiguous"
-"""Its weight gradients of groups on Hopper, as of release 2.1.0 and sgl-deep-gemm 0.2.5 (`tn`: on Blackwell)."""
+"""DeepGEMM's grouped weight gradient on Hopper, as of release 2.1.0 and sgl-deep-gemm 0.2.5 (`tn`: on Blackwell)."""
 
 
 def _deep_gemm_refuses(call: Call) -> str | None:
-    """Only what its README documents, or its tests show, and what rounds as we do: on Blackwell it rounds factors up to
-    powers of two, so it is not used there."""
+    """Accepts only what its README documents or its tests show, and only if it rounds as we do: on Blackwell it rounds
+    factors up to powers of two, so it is not used there."""
     if call.name not in ("gemm", "grouped_gemm", "grouped_wgrad"):
         return "only its products are used"
     if not _installed("deep_gemm"):
@@ -240,13 +240,13 @@ def _deep_gemm_refuses(call: Call) -> str | None:
 def _deep_gemm_lacks(function: str) -> str | None:
     try:
         library = importlib.import_module("deep_gemm")
-    except Exception as fault:  # whatever a library of another torch or CUDA raises
+    except Exception as fault:  # whatever a library built for another torch or CUDA raises
         return f"the package deep_gemm cannot be imported ({type(fault).__name__}: {fault})"
     return None if hasattr(library, function) else f"this release of deep_gemm has no {function}"
 
 
 def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group, add_to: Tensor | None = None) -> Tensor:
-    """With factors for every row of both operands it only adds, in float32, to what lies in the result."""
+    """With factors for every row of both operands, DeepGEMM can only add to the result's contents, in float32."""
     import deep_gemm
 
     x_MK, w_NK, shape = x.value_MK.contiguous(), w.value_MK.contiguous(), (len(x.value_MK), len(w.value_MK))
@@ -260,7 +260,7 @@ def _deep_gemm(x: Operand, w: Operand, out_dtype: torch.dtype, w_group: Group, a
 
 
 def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, w_group: Group) -> Tensor:
-    """It skips blocks of rows of group -1 and says nothing of what it leaves there."""
+    """DeepGEMM skips blocks of rows of group -1 and does not specify what it leaves there."""
     import deep_gemm
 
     device = x.value_MK.device
@@ -279,14 +279,14 @@ def _deep_gemm_grouped(x: Operand, count: Counts, w: Operand, out_dtype: torch.d
 
 
 def _on(device: torch.device, numbers: Tensor) -> Tensor:
-    """From pinned memory: a pageable copy would wait for the device's queue."""
+    """Copies from pinned memory: a pageable copy would wait for the device's queue."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 def _deep_gemm_wgrad(
     dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, add_to: Tensor | None = None
 ) -> Tensor:
-    """It adds to what lies in the result, in float32, and takes every group's columns as a matrix of their own."""
+    """DeepGEMM adds to the result's contents, in float32, and takes each group's columns as a separate matrix."""
     import deep_gemm
 
     assert not isinstance(count, DeviceCounts), "refused"
@@ -301,8 +301,8 @@ def _deep_gemm_wgrad(
 
 
 def _one_by_one(value_NP: Tensor, columns: list[int]) -> Tensor:
-    """The same bytes with every group's columns as a matrix [N, columns] behind the one before, flat: a copy, where
-    there is more than one group."""
+    """The same bytes, flat, with each group's columns as a matrix [N, columns] after that of the previous group. A copy
+    if more than one group has columns."""
     N = len(value_NP)
     if sum(map(bool, columns)) == 1:
         return value_NP.contiguous().flatten()
@@ -317,7 +317,7 @@ def _one_by_one(value_NP: Tensor, columns: list[int]) -> Tensor:
 
 
 def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A product with an addition of its own after it."""
+    """The product, followed by a separate addition if `add_to` is given."""
 
     def call(*given: Any, add_to: Tensor | None = None) -> Tensor:
         y = product(*given)
@@ -327,7 +327,7 @@ def _added(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _two_passes(*operands: Any) -> Any:
-    """A norm and its quantisation one after the other, as the caller knows to do."""
+    """A norm and then its quantisation: calls the function that the caller passed last."""
     return operands[-1]()
 
 

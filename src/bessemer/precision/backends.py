@@ -1,16 +1,16 @@
-"""Which code serves an FP8 call, and why: the functions that choose, and the choice as a table.
+"""The FP8 calls, each of which chooses the backend that serves it, and that choice as a table with its reasons.
 
     emulation    plain torch (`operand.quantise`, emulation.py): any device, any shape; the reference for all others
     triton       our kernels (triton_quantise.py, _rms_norm, _e5m6, _gemm): NVIDIA of compute capability 8.9 or newer
     torch        torch.nn.functional.scaled_mm with block scales (cuBLASLt): Hopper, dense GEMM
-    deep_gemm    the package of that name, where installed: Hopper, products with weights quantised by blocks, and
-                 weight gradients in float32, of groups where the host knows their rows
+    deep_gemm    the package of that name, if installed: Hopper, products with weights quantised by blocks, and
+                 weight gradients in float32, grouped ones if the host knows each group's rows
 
 The first backend of `ORDER` that does not refuse a call serves it; `adapters` says what each refuses and how it is
-called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses is then an error with the reason.
-BESSEMER_FP8_LOADS=pointers keeps our products from tensor descriptors, should a Triton compile them wrongly. Invalid
-operands are rejected before a backend is chosen, so all backends raise the same errors. All agree on the edge cases: no
-rows give no rows; a group of zeros has factor 1; a group with a NaN or an infinity is NaN throughout.
+called. BESSEMER_FP8_BACKEND=<name> forces one; a call that it refuses then raises an error with the reason.
+BESSEMER_FP8_LOADS=pointers makes our products avoid tensor descriptors, in case a Triton version miscompiles them.
+Invalid operands are rejected before a backend is chosen, so all backends raise the same errors. All agree on the edge
+cases: no rows give no rows; a group of zeros has factor 1; a group with a NaN or an infinity becomes NaN throughout.
 
 Shapes: M and N rows of the operands, K columns summed over, J = ceil(K / 128), G groups.
 """
@@ -44,33 +44,32 @@ CALLS = (
     "unpack_e5m6", "gemm", "grouped_gemm", "grouped_wgrad",
 )  # fmt: skip
 BY_WIDTH = ("rms_norm", "rms_norm_backward", "swiglu_backward", "pack_e5m6", "unpack_e5m6")
-"""Calls that a backend may refuse for the number of columns of their first operand."""
+"""Calls that a backend may refuse because of the number of columns of their first operand."""
 ORDER = ("deep_gemm", "torch", "triton", "emulation")
-"""By published speed."""
+"""Fastest first, by published speed."""
 
 
 # --- the calls ---------------------------------------------------------------------------------------------------
 
 
 def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) -> Operand:
-    """The operand of a float32 or bfloat16 matrix, or of a stack [..., M, K], bit for bit the same from every
-    backend."""
+    """Quantises a float32 or bfloat16 matrix, or a stack [..., M, K]. All backends return the same bits."""
     check_matrix(x_MK, stacked=True)
     return choose("quantise", x_MK, group).serve["quantise"](x_MK, group, power_of_two)
 
 
 def retile(x: Operand, count: Counts | None = None, power_of_two: bool = False) -> Operand:
-    """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens (V3 3.3.2: 128 x 1), for wgrad.
+    """Turns [T, K] in tiles of 1 x 128 into [K, T] in tiles along the tokens (V3 3.3.2: 128 x 1), for wgrad.
 
-    With `count`, tokens per group, every group's columns are padded with zeros to a multiple of 128: [K, P], as
-    grouped_wgrad expects. With `DeviceCounts` P is a bound, and what lies behind the groups is zero."""
+    With `count` (tokens per group), each group's columns are padded with zeros to a multiple of 128: [K, P], as
+    grouped_wgrad expects. With `DeviceCounts`, P is an upper bound, and columns after the last group are zero."""
     check_operand("the operand", x)
     count = check_counts(count, len(x.value_MK)) if count is not None else None
     return choose("retile", x).serve["retile"](x, count, power_of_two)
 
 
 def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool, plain: Callable[..., Tensor]) -> Operand:
-    """plain(x, gain, eps), the norm in x's dtype, by tiles of 1 x 128. A kernel does both at once."""
+    """plain(x, gain, eps), the norm in x's dtype, quantised by tiles of 1 x 128. A kernel does both in one pass."""
     check_matrix(x_MD)
 
     def two_passes() -> Operand:
@@ -83,7 +82,7 @@ def rms_norm_backward(
     dy_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool,
     plain: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Operand, Tensor]:  # fmt: skip
-    """plain(dy, x, gain, eps), the norm's backward: the gradient of x by tiles of 1 x 128, and that of the gain."""
+    """plain(dy, x, gain, eps), the norm's backward: the gradient of x, by tiles of 1 x 128, and that of the gain."""
     check_matrix(x_MD)
 
     def two_passes() -> tuple[Operand, Tensor]:
@@ -95,7 +94,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = False) -> Operand:
-    """silu(gate) * up * weight in float32, quantised by tiles: [M, F] of h [M, 2F] with the gate in its first half."""
+    """silu(gate) * up * weight in float32, quantised by tiles: [M, F] for h [M, 2F], whose first half is the gate."""
     check_matrix(h_MF)
     if h_MF.shape[1] % 2:
         raise ValueError(f"h holds gate and up side by side, an even number of columns; it has {h_MF.shape[1]}")
@@ -109,7 +108,7 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
 def swiglu_backward(
     dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool = False
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
-    """Backward of `swiglu` from h as an operand by tiles: the activation along the tokens, [F, P] as `retile` gives it;
+    """Backward of `swiglu` from h quantised by tiles. Returns the activation along the tokens, [F, P] as from `retile`;
     the gradient of h by tiles, [M, 2F], and along the tokens, [2F, P]; and that of the weights."""
     check_operand("h", h)
     if dact_MF.shape != (len(h.value_MK), h.value_MK.shape[1] / 2):
@@ -120,7 +119,7 @@ def swiglu_backward(
 
 
 def pack_e5m6(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
-    """x in 12 bits per number, a power of two for every tile; bit for bit the same from every backend."""
+    """x in 12 bits per number, with a power of two per tile. All backends return the same bits."""
     check_matrix(x_MK)
     if scale_MJ.shape != (len(x_MK), -(-x_MK.shape[1] // TILE)) or scale_MJ.dtype != torch.float32:
         raise ValueError(f"factors {scale_MJ.dtype} {list(scale_MJ.shape)} do not fit {list(x_MK.shape)}")
@@ -128,7 +127,7 @@ def pack_e5m6(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
 
 
 def unpack_e5m6(packed: PackedE5M6, columns: int, dtype: torch.dtype) -> Tensor:
-    """[M, columns] again, in float32 or bfloat16."""
+    """The packed matrix as [M, columns], in float32 or bfloat16."""
     if packed.code.shape[1] != -(-columns // 2) * 3:
         raise ValueError(f"{packed.code.shape[1]} bytes a row do not hold {columns} columns")
     return choose("unpack_e5m6", packed.code, columns).serve["unpack_e5m6"](packed, columns, dtype)
@@ -139,9 +138,9 @@ def gemm(
     add_to: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x w^T, [M, N]. w_group="block" declares that w was quantised by blocks, which is faster; if it was not, the
-    result is an error (emulation) or NaN (kernels), never a wrong number. A tensor core reads FP8 along the summed
-    dimension only: values laid out across it (`operand.transpose`) are copied first, so keep the copy if it is used
-    again. `add_to`, a contiguous float32 [M, N], gets the product added, and is returned."""
+    result is an error (emulation) or NaN (kernels), never a wrong number. A tensor core reads FP8 only along the summed
+    dimension: values laid out across it (`operand.transpose`) are copied first, so reuse such a copy if you can. If
+    `add_to`, a contiguous float32 [M, N], is given, the product is added to it and it is returned."""
     check_pair(x, w, out_dtype)
     _check_sum(add_to, out_dtype, (len(x.value_MK), len(w.value_MK)))
     return choose("gemm", x, w, out_dtype, w_group).serve["gemm"](x, w, out_dtype, w_group, add_to=add_to)
@@ -150,8 +149,8 @@ def gemm(
 def grouped_gemm(
     x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype = torch.bfloat16, w_group: Group = "tile"
 ) -> Tensor:
-    """Rows of x in the order of their groups, count[g] of each, times w_g^T: [M, N]. w holds them stacked, values
-    [G, N, K] and factors [G, N, J]. Rows of no group become zeros."""
+    """Rows of x in group order, count[g] of group g, times w_g^T: [M, N]. w is stacked, with values [G, N, K] and
+    factors [G, N, J]. Rows of no group become zeros."""
     check_pair(x, w, out_dtype, stacked=True)
     count = check_counts(count, len(x.value_MK), len(w.value_MK))
     backend = choose("grouped_gemm", x, w, out_dtype, w_group, count)
@@ -161,8 +160,8 @@ def grouped_gemm(
 def grouped_wgrad(
     dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype = torch.float32, add_to: Tensor | None = None
 ) -> Tensor:
-    """dW_g = dy_g^T x_g for every group, [G, N, K], of dy [N, P] and x [K, P] as `retile(_, count)` gives them.
-    `add_to`, contiguous and float32, gets it added, and is returned."""
+    """dW_g = dy_g^T x_g for every group, [G, N, K], from dy [N, P] and x [K, P] as `retile(_, count)` returns them. If
+    `add_to`, contiguous and float32, is given, the gradient is added to it and it is returned."""
     check_pair(dy, x, out_dtype)
     count = check_counts(count)
     _check_sum(add_to, out_dtype, (len(count), len(dy.value_MK), len(x.value_MK)))
@@ -193,7 +192,7 @@ def _check_sum(add_to: Tensor | None, out_dtype: torch.dtype, shape: tuple[int, 
 
 
 def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
-    """The backend for these operands: the forced one, or the first of ORDER that takes the call."""
+    """The backend for these operands: the forced one, or the first of ORDER that accepts the call."""
     call = _call(name, first, *rest)
     forced = os.environ.get(VARIABLE)
     if not forced:
@@ -207,14 +206,14 @@ def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
 
 
 def fills_tiles(device: torch.device) -> bool:
-    """Whether experts' rows are filled up to multiples of 128 before they are multiplied: DeepGEMM wants it."""
+    """Whether each expert's rows are padded to a multiple of 128 before they are multiplied, as DeepGEMM requires."""
     free = os.environ.get(VARIABLE) in (None, "", "deep_gemm")
     return free and BACKENDS["deep_gemm"].refuses(Call("grouped_gemm", device)) is None
 
 
 def table(device: torch.device | str) -> list[tuple[str, str, str]]:
-    """Rows (call, backend, why): which backend serves each call on this device, and why earlier ones do not. For a
-    forced backend: whether it can."""
+    """Rows (call, backend, why): which backend serves each call on this device, and why earlier ones do not. With a
+    forced backend: whether it can serve the call."""
     rows, forced = [], os.environ.get(VARIABLE)
     for name in CALLS:
         call = Call(name, torch.device(device))
@@ -230,7 +229,7 @@ def table(device: torch.device | str) -> list[tuple[str, str, str]]:
 
 
 def _loads(name: str, backend: str, device: torch.device) -> str:
-    """How our products read their operands, which have a part in the choice."""
+    """How our products read their operands; this also depends on the operands themselves."""
     if backend != "triton" or name not in ("gemm", "grouped_gemm", "grouped_wgrad"):
         return ""
     why = by_pointers(device)

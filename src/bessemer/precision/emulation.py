@@ -1,15 +1,15 @@
-"""The FP8 calls in plain torch, on any device: what a CPU computes with, and the oracle of the kernels.
+"""The FP8 calls in plain torch, on any device: the backend on a CPU, and the reference for the kernels.
 
 `reference_gemm` is what an FP8 GEMM of DeepSeek-V3 computes, up to the sums inside a block (V3 3.3.2):
 
     y[m, n] = sum over blocks j of 128 columns: s_x[m, j] * s_w[n, j] * <x_q, w_q>_j
 
-Inside a block the tensor core sums the products; between blocks the sum is float32 with the factors multiplied in,
-which is the promotion to CUDA cores. Here a block is summed in float32. Hopper's tensor cores keep about 14 bits, which
-`bits` models: every MMA instruction adds 32 columns and truncates the total. How the hardware aligns the 32 products is
-not published. Without promotion (`promote=None`) the loss grows over the whole of K, and only one factor per row can be
-applied: the operands must be quantised by tensor. The other functions multiply the factors in first, so that each
-product is one float32 GEMM; they are the rows of `adapters.BACKENDS`.
+Inside a block the tensor core sums the products; between blocks the sum is float32 with the factors multiplied in
+(promotion to CUDA cores). Here a block is summed in float32. Hopper's tensor cores keep about 14 bits, which `bits`
+models: every MMA instruction adds 32 columns and truncates the total. How the hardware aligns the 32 products is not
+published. Without promotion (`promote=None`) the loss grows over all of K, and only one factor per row can be applied,
+so the operands must be quantised by tensor. The other functions multiply the factors in first, so that each product is
+one float32 GEMM; they are the emulation's entries in `adapters.BACKENDS`.
 
 Shapes: T tokens or M rows, K columns, N outputs, G groups; P columns, every group padded to a multiple of 128.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, block_factors, quantise
 
 MMA = 32
-"""Columns that one FP8 instruction of Hopper adds."""
+"""Columns that one of Hopper's FP8 instructions adds."""
 
 
 def reference_gemm(x: Operand, w: Operand, bits: int | None = None, promote: int | None = TILE) -> Tensor:
@@ -57,13 +57,13 @@ def _sum(x_MK: Tensor, w_NK: Tensor, bits: int | None) -> Tensor:
 
 
 def _truncate(x: Tensor, bits: int) -> Tensor:
-    """x truncated to so many significant bits, as the hardware does."""
+    """x truncated to `bits` significant bits, as the hardware does."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 2.0**bits).trunc(), exponent - bits)
 
 
 def _row_factor(operand: Operand) -> Tensor:
-    """The one factor of every row, [M]."""
+    """The single factor of each row, [M]."""
     first_M = operand.scale_MJ[:, 0]
     if bool((operand.scale_MJ != first_M[:, None]).any()):
         raise ValueError("without promotion every row can have only one factor; quantise by tensor")
@@ -71,12 +71,12 @@ def _row_factor(operand: Operand) -> Tensor:
 
 
 def retile(operand: Operand, count: Counts | None, power_of_two: bool) -> Operand:
-    """[T, K] in tiles of 1 x 128 as [K, T] in tiles along the tokens, or as [K, P] with a count."""
+    """Turns [T, K] in tiles of 1 x 128 into [K, T] in tiles along the tokens, or with a count into [K, P]."""
     return quantise(pad_groups(operand.dequantise(), count).t(), "tile", power_of_two)
 
 
 def pad_groups(x_TK: Tensor, count: Counts | None) -> Tensor:
-    """[P, K]: every group's rows padded with zeros to a multiple of 128; unchanged without a count."""
+    """[P, K]: each group's rows padded with zeros to a multiple of 128; unchanged without a count."""
     if count is None:
         return x_TK
     if isinstance(count, DeviceCounts):
@@ -95,19 +95,19 @@ def _pad_on_device(x_TK: Tensor, count: DeviceCounts) -> Tensor:
     end_G = whole_G.cumsum(0)
     place_P = torch.arange(count.columns, device=x_TK.device)
     group_P = torch.searchsorted(end_G, place_P, right=True).clamp_(max=len(count) - 1)
-    inside_P = place_P - (end_G - whole_G)[group_P]  # its number within its group
+    inside_P = place_P - (end_G - whole_G)[group_P]  # its index within its group
     token_P = (rows_G.cumsum(0) - rows_G)[group_P] + inside_P
     token_P = token_P.where(inside_P < rows_G[group_P], len(x_TK))
     return F.pad(x_TK, (0, 0, 0, 1)).index_select(0, token_P)
 
 
 def _on_host(count: Counts) -> Sequence[int]:
-    """As numbers: one GEMM per group needs them, so the host waits for a device."""
+    """The counts as host integers, which one GEMM per group needs; the host waits for a GPU."""
     return count.rows_G.tolist() if isinstance(count, DeviceCounts) else count
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None, power_of_two: bool) -> Operand:
-    """silu(gate) * up * weight in float32, then tiles."""
+    """silu(gate) * up * weight in float32, then quantised by tiles."""
     gate, up = h_MF.detach().float().chunk(2, 1)
     act = F.silu(gate) * up
     return quantise(act if weight_M is None else act * weight_M.detach().float()[:, None], "tile", power_of_two)
@@ -116,7 +116,7 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None, power_of_two: bool) -> Operand
 def swiglu_gradients(
     dact: Tensor, gate: Tensor, up: Tensor, weight_M: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The activation times the row's weight, the gradients of gate and up side by side, and that of the weights."""
+    """Returns the activation times the row's weight, the gradients of gate and up side by side, and the weights'."""
     sig = torch.sigmoid(gate)
     silu = gate * sig
     act, dweight = silu * up, None
@@ -132,8 +132,8 @@ def swiglu_gradients(
 def swiglu_backward(
     dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
-    """`swiglu_gradients` in float32, then: the activation in tiles along the tokens, dh in tiles, these once more along
-    the tokens (`retile`), and the gradient of the weights."""
+    """`swiglu_gradients` in float32, then quantised: the activation in tiles along the tokens, dh in tiles, that dh
+    retiled along the tokens (`retile`), and the gradient of the weights."""
     gate, up = h.dequantise().chunk(2, -1)
     act, dh_MH, dweight = swiglu_gradients(dact_MF.float(), gate, up, weight_M)
     turned = quantise(pad_groups(act, count).t(), "tile", power_of_two)

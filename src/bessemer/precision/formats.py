@@ -1,4 +1,4 @@
-"""Two stored formats: block-scaled E4M3 weights of a checkpoint, and 12-bit activations for attention's backward.
+"""Two storage formats: block-scaled E4M3 checkpoint weights, and 12-bit activations for attention's backward.
 
 Block FP8 (V3 3.3.2; README_WEIGHTS.md of the release) has one scaling factor per 128 x 128 tile:
 
@@ -10,9 +10,9 @@ Block FP8 (V3 3.3.2; README_WEIGHTS.md of the release) has one scaling factor pe
   is read as the float it stands for.
 
 E5M6 (V3 3.3.3) holds the attention output, which both the output projection's wgrad and attention's own backward need.
-6 mantissa bits and 5 exponent bits with the bias of float16: every value is a float16 whose last 4 bits are 0, two
-values in three bytes. Before rounding, a tile of 1 x 128 is divided by the power of two of its E4M3 form, so that
-quantising it again along the tokens adds no second rounding of the scale.
+It has 6 mantissa bits and 5 exponent bits with float16's bias: every value is a float16 whose last 4 bits are 0, and
+two values take three bytes. Before rounding, a tile of 1 x 128 is divided by the power-of-two factor of its E4M3 form,
+so that requantising it along the tokens adds no second rounding of the scale.
 
 Shapes: weight [R, C] float8_e4m3fn with scale_inv [ceil(R / block), ceil(C / block)];
 M rows, K columns, J = ceil(K / 128).
@@ -44,7 +44,7 @@ def dequantise_blocks(
 ) -> Tensor:
     """The weight in `dtype`; the product is formed in float32 and rounded once.
 
-    Works on one row of tiles at a time, so only 128 rows exist in float32. UserError when the shapes do not fit.
+    Works on one row of tiles at a time, so only 128 rows exist in float32. Raises UserError if the shapes do not match.
     """
     if weight.dim() != 2 or tuple(scale_inv.shape) != scale_shape(weight.shape, block):
         wanted = list(scale_shape(weight.shape, block)) if weight.dim() == 2 else "none (not a matrix)"
@@ -77,7 +77,7 @@ def quantise_blocks(weight: Tensor, block: int = 128, ue8m0: bool = False) -> tu
 
 
 def round_mantissa(x: Tensor, kept: int) -> Tensor:
-    """x rounded to so many bits after the leading one, ties to even, as float32; exponents are not limited."""
+    """x rounded to `kept` bits after the leading one, ties to even, as float32; exponents are not limited."""
     bits, dropped = x.float().view(torch.int32), 23 - kept
     last = (bits >> dropped).bitwise_and_(1)
     half = (1 << dropped - 1) - 1

@@ -5,10 +5,10 @@
     weight_gradient   dW = dy^T x     both by tiles along the tokens: an operand saved in FP8 is dequantised and
                                       quantised again, one saved in higher precision is quantised once
 
-Quantising again rounds again, unless old and new factors are powers of two (V3 3.3.3): then only values that the new
-tile is too coarse for, below 2^-15 of its largest, change.
+Requantising rounds a second time, unless old and new factors are powers of two (V3 3.3.3): then only values below 2^-15
+of the new tile's largest, for which that tile is too coarse, change.
 
-Each works on one matrix, or with `count` on the matrices of G experts and rows in expert order; tiles never span two
+Each works on one matrix, or with `count` on the matrices of G experts with rows in expert order; tiles never span two
 experts. `model/fp8` decides which activations a layer saves, and in which format; `weights` keeps the weights' operands
 for a step.
 
@@ -37,24 +37,24 @@ class FP8Recipe:
     """"block" is the variant that diverged on a 16B model (V3 App. B.2)."""
     weight: Group = "block"
     power_of_two: bool = False
-    """Round every factor up to a power of two. The paper's own cases (dispatched activations, attention's output)
-    always are."""
+    """Round every factor up to a power of two. The paper's cases (dispatched activations, attention's output) always
+    are."""
     bits: int | None = None
     """Significant bits of the accumulator inside a block (an H800 keeps about 14); None: float32."""
     coarse: bool = False
-    """First round every activation, gradient and weight to two mantissa bits: a control that must do harm."""
+    """First round every activation, gradient and weight to two mantissa bits: a control that must hurt training."""
     scaling: Literal["own", "none", "outlier"] = "own"
-    """Factor of a group. Controls with one factor per tensor: none, a factor of 1, so that most of a gradient vanishes;
-    outlier, the one that a tensor would have if its first channel were OUTLIER times as large. E4M3's exponent takes
-    most of the second: only what is below a 250th of the largest of the other channels vanishes."""
+    """How a group gets its factor. Two controls have one factor per tensor. none: a factor of 1, so that most of a
+    gradient vanishes. outlier: the factor the tensor would need if its first channel were OUTLIER times as large.
+    E4M3's exponent absorbs most of that: only values below a 250th of the other channels' largest vanish."""
 
     @property
     def by_tiles(self) -> bool:
-        """Whether activations and gradients are quantised by tiles as they are, which fused kernels do."""
+        """Whether activations and gradients are quantised by tiles, unmodified, so that fused kernels can do it."""
         return self.activation == self.gradient == "tile" and not self.coarse and self.scaling == "own"
 
     def quantised(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        """An activation [..., K] as rows of an operand."""
+        """Quantises an activation [..., K] as the rows of an operand."""
         return self._quantised(x.flatten(0, -2), self.activation, power_of_two)
 
     def quantised_gradient(self, dy: Tensor, power_of_two: bool = False) -> Operand:
@@ -68,7 +68,7 @@ class FP8Recipe:
         return self.scaled(x, group, power_of_two)
 
     def scaled(self, x: Tensor, group: Group, power_of_two: bool = False) -> Operand:
-        """The operand of x, by the recipe's factors."""
+        """Quantises x with the recipe's factors."""
         if self.scaling == "own" or not x.numel():
             return backends.quantise(x, group, self.power_of_two or power_of_two)
         if self.scaling == "none":
@@ -90,8 +90,8 @@ FP8_RECIPES = {
     "outlier": FP8Recipe("tensor", "tensor", "tensor", scaling="outlier"),
 }
 """Values of the key `fp8`: the paper's recipe; all factors powers of two (as in V3.1); the variant that diverged (V3
-App. B.2); one factor per tensor, which elsewhere needed E5M2 for gradients; the accumulator of an H800; and controls:
-twice the rounding error, no factors, and one channel that takes the range of all others."""
+App. B.2); one factor per tensor, with which others needed E5M2 for gradients; an H800's accumulator; and controls:
+twice the rounding error, no factors, and one channel that takes up the range of all others."""
 Count = Counts | None
 
 
@@ -115,7 +115,7 @@ def _product(x: Operand, w: Operand, dtype: torch.dtype, recipe: FP8Recipe, coun
 
 
 def _short_product(x: Operand, w: Operand, bits: int, count: Count) -> Tensor:
-    """`reference_gemm`, which models a short accumulator."""
+    """`reference_gemm`, which models a short accumulator; one per expert."""
     if count is None:
         return emulation.reference_gemm(x, w, bits)
     assert not isinstance(count, DeviceCounts), "a product for every group needs the counts"
@@ -124,13 +124,13 @@ def _short_product(x: Operand, w: Operand, bits: int, count: Count) -> Tensor:
 
 
 class TokenTiles(NamedTuple):
-    """A matrix [T, K] transposed and quantised along its tokens: all that a weight gradient reads of it."""
+    """A matrix [T, K] transposed and quantised along its tokens: all that a weight gradient needs of it."""
 
     operand: Operand
 
 
 def token_tiles(x: Tensor, recipe: FP8Recipe, count: Count = None, power_of_two: bool = False) -> TokenTiles:
-    """For an activation that was saved in higher precision than FP8."""
+    """Quantises along the tokens an activation that was saved in higher precision than FP8."""
     return TokenTiles(_along_tokens(x, recipe, recipe.activation, power_of_two, count))
 
 
@@ -143,8 +143,8 @@ def weight_gradient(
     x_powers: bool = False,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: this operand was quantised with powers of two,
-    and is re-tiled with powers of two. `add_to`: it is added to that, which spares a tensor of its size."""
+    """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: the operand was quantised with powers of two and
+    is re-tiled with them. `add_to`: the result is added to this tensor, which saves one of its size."""
     if isinstance(dy, TokenTiles):
         left = dy.operand
     else:
@@ -166,7 +166,7 @@ def weight_gradient(
 
 
 def _along_tokens(x: Operand | Tensor, recipe: FP8Recipe, group: Group, power_of_two: bool, count: Count) -> Operand:
-    """TokenTiles, in tiles (or the recipe's groups) along the tokens, those of every expert filled up to 128."""
+    """The operand of a `TokenTiles`: groups run along the tokens, and each expert's tokens are padded to 128."""
     if isinstance(x, Operand) and group == "tile":
         return backends.retile(x, count, recipe.power_of_two or power_of_two)
     values = x.dequantise() if isinstance(x, Operand) else x
@@ -174,7 +174,7 @@ def _along_tokens(x: Operand | Tensor, recipe: FP8Recipe, group: Group, power_of
 
 
 def _columns(operand: Operand, numbers: list[int] | None) -> list[Operand]:
-    """Split after so many tiles of columns; None: not at all."""
+    """Splits the columns into parts of `numbers` tiles each; None: not at all."""
     if numbers is None:
         return [operand]
     values = operand.value_MK.split([n * TILE for n in numbers], 1)

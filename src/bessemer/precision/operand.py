@@ -1,14 +1,14 @@
 """FP8 operands with fine-grained scaling factors, computed online (V3 3.3.2).
 
-An operand of a GEMM is a matrix whose last dimension is summed over. It is stored as E4M3 values and one factor per
-group of them, computed from the values themselves at every call: factor = largest magnitude / 448, value = x / factor.
+A GEMM operand is a matrix whose last dimension is summed over. It is stored as E4M3 values and one factor per group of
+them, computed from the data at every call: factor = largest magnitude / 448, value = x / factor.
 
     tile     1 x 128: one row, 128 columns              activations, their gradients, both operands of wgrad
     block    128 x 128                                  weights
     tensor   the whole tensor                           coarse scaling, for comparison
 
-Ragged edges form smaller groups. A group of zeros has factor 1. A group that holds a NaN or an infinity becomes NaN
-throughout, so it cannot pass unnoticed. Magnitudes below the smallest normal float32 times 448 become 0.
+Ragged edges form smaller groups. A group of zeros has factor 1. A group with a NaN or an infinity becomes NaN
+throughout, so it cannot go unnoticed. Magnitudes below the smallest normal float32 times 448 become 0.
 
 Shapes: M and N rows, K columns, J = ceil(K / 128), G groups.
 """
@@ -32,7 +32,7 @@ Group = Literal["tile", "block", "tensor"]
 
 class Operand(NamedTuple):
     """A quantised matrix, or a stack of them: element (m, k) is value[m, k] * scale[m, k // 128], whatever the groups
-    were. Values may have any memory layout (`transpose` moves nothing)."""
+    were. Values may have any memory layout (`transpose` does not copy them)."""
 
     value_MK: Tensor
     """float8_e4m3fn, [..., M, K]."""
@@ -49,32 +49,32 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DeviceCounts:
-    """Rows of every group where the device alone knows them, so that the host need not wait. Sizes follow from a bound:
-    what lies behind the last group is a rest that belongs to none. Products leave zeros there."""
+    """Rows per group that only the device knows, so that the host need not wait. Sizes follow from an upper bound, so
+    after the last group comes a rest that belongs to no group. Products leave zeros there."""
 
     rows_G: Tensor
     """int32."""
     total: int
     """Rows of all groups and of the rest."""
     whole: bool = False
-    """Every group is a multiple of 128."""
+    """Whether the rows of every group are a multiple of 128."""
 
     def __len__(self) -> int:
         return len(self.rows_G)
 
     @property
     def columns(self) -> int:
-        """Enough columns for these rows as `retile` lays them out, every group padded to a multiple of 128."""
+        """Upper bound on the columns of `retile`'s result, where each group is padded to a multiple of 128."""
         return self.total if self.whole else padded(self.total, len(self))
 
     @property
     def most_rest(self) -> int:
-        """The rest is shorter than that, where rows were filled up to whole groups."""
+        """Upper bound on the rest, if the rows of each group were padded to a multiple of 128."""
         return (TILE - 1) * len(self)
 
     @functools.cached_property
     def group_M(self) -> Tensor:
-        """The group of every row, int32; -1 in the rest."""
+        """The group of each row, int32; -1 in the rest."""
         end_G = self.rows_G.cumsum(0)
         row_M = torch.arange(self.total, device=end_G.device)
         group_M = torch.searchsorted(end_G, row_M, right=True, out_int32=True)
@@ -82,25 +82,25 @@ class DeviceCounts:
 
 
 Counts = Sequence[int] | DeviceCounts
-"""Rows of every group."""
+"""Rows per group."""
 
 
 def padded(rows: int, groups: int) -> int:
-    """The most rows that so many can become when every group is padded to a multiple of 128."""
+    """The most rows that `rows` can become if each of `groups` groups is padded to a multiple of 128."""
     return (rows + (TILE - 1) * min(rows, groups)) // TILE * TILE
 
 
 def as_float32(value: Tensor) -> Tensor:
-    """E4M3 values as float32, except NaN, which the factor carries: shifts exponent and mantissa into place and
-    corrects the bias with one multiplication. Four times as fast as torch's conversion on a CPU."""
+    """E4M3 values as float32, except NaN, which the factor carries. Shifts exponent and mantissa into place and
+    corrects the bias with one multiplication: four times as fast as torch's conversion on a CPU."""
     bits = value.view(torch.int8).to(torch.int32)  # s sss... seeeemmm
     bits.bitwise_left_shift_(20).bitwise_and_(-0x78000001)  # s 0000eeee mmm0...
     return bits.view(torch.float32).mul_(2.0**120)
 
 
 def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) -> Operand:
-    """The operand of a matrix, or of a stack [..., M, K] whose groups never span two matrices. `power_of_two` rounds
-    every factor up to a power of two, so that scaling itself never rounds."""
+    """Quantises a matrix, or a stack [..., M, K]; groups never span two matrices. `power_of_two` rounds every factor up
+    to a power of two, so that scaling itself never rounds."""
     if x_MK.dim() < 2 or not x_MK.is_floating_point():
         raise ValueError(f"an FP8 operand is a matrix of floats, got {x_MK.dtype} {list(x_MK.shape)}")
     out = x_MK.detach().to(torch.float32, copy=True)
@@ -112,8 +112,8 @@ def quantise(x_MK: Tensor, group: Group = "tile", power_of_two: bool = False) ->
 
 
 def quantise_by(x_MK: Tensor, scale: Tensor) -> Operand:
-    """The operand of a matrix with one given factor, or of a stack [..., M, K] with one for each matrix; what is larger
-    than 448 factors becomes 448."""
+    """Quantises a matrix with one given factor, or a stack [..., M, K] with one per matrix; values larger than 448
+    factors saturate at 448."""
     scale_MJ = scale[..., None, None].expand(*x_MK.shape[:-1], -(-x_MK.shape[-1] // TILE)).contiguous()
     ratio = (x_MK.detach().float() / scale[..., None, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     return Operand(ratio.to(torch.float8_e4m3fn), scale_MJ)
@@ -121,7 +121,7 @@ def quantise_by(x_MK: Tensor, scale: Tensor) -> Operand:
 
 def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """The scaling factor of a group whose largest magnitude is `amax`: amax / 448, optionally rounded up to a power of
-    two; 1 for zeros, never below the smallest normal float32, and NaN for a group that is not finite."""
+    two; 1 for zeros, never below the smallest normal float32, and NaN if the group is not finite."""
     # divide by a tensor: CUDA multiplies by the reciprocal of a scalar, which is sometimes off in the last bit
     scale = torch.where(amax == 0, 1.0, (amax / amax.new_tensor(E4M3_MAX)).clamp_(min=SMALLEST))
     if power_of_two:
@@ -131,14 +131,14 @@ def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
 
 
 def by_tile(x_MK: Tensor, scale_MJ: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(columns, their factors) as views that broadcast: all whole tiles, then the ragged last one."""
+    """(columns, their factors) as broadcastable views: all whole tiles, then the ragged last one."""
     whole = x_MK.shape[-1] // TILE
     pairs = [(x_MK[..., : whole * TILE].unflatten(-1, (whole, TILE)), scale_MJ[..., :whole, None])] if whole else []
     return pairs + ([(x_MK[..., whole * TILE :], scale_MJ[..., whole:])] if x_MK.shape[-1] % TILE else [])
 
 
 def _magnitudes(x_MK: Tensor) -> Tensor:
-    """Largest magnitude in each row's tiles, [..., M, J]."""
+    """Largest magnitude of each row's tiles, [..., M, J]."""
     columns_first = x_MK.stride(-1) > x_MK.stride(-2)  # 6x as fast when read in memory order
     at, x = (-2, x_MK.transpose(-1, -2)) if columns_first else (-1, x_MK)
     K = x.shape[at]
@@ -151,14 +151,14 @@ def _magnitudes(x_MK: Tensor) -> Tensor:
 
 
 def transpose(block: Operand) -> Operand:
-    """Transposes matrices quantised by blocks (or by tensor): factors move, nothing is rounded again."""
+    """Transposes matrices quantised by blocks (or by tensor) without rounding again."""
     value_KM = block.value_MK.transpose(-1, -2)
     first_JB = block.scale_MJ[..., ::TILE, :].transpose(-1, -2)  # the factor of every block
     return Operand(value_KM, first_JB.repeat_interleave(TILE, -2)[..., : value_KM.shape[-2], :])
 
 
 def _group_maximum(amax_MJ: Tensor, group: Group) -> Tensor:
-    """The largest magnitude of every group, repeated for each of its rows."""
+    """The largest magnitude of each group, repeated for each of its rows."""
     if group == "tile":
         return amax_MJ
     if group == "tensor":
@@ -170,7 +170,7 @@ def _group_maximum(amax_MJ: Tensor, group: Group) -> Tensor:
 
 
 def check_matrix(x: Tensor, stacked: bool = False) -> None:
-    """A float32 or bfloat16 matrix, or with `stacked` a stack of them."""
+    """Raises an error unless x is a float32 or bfloat16 matrix, or with `stacked` a stack of them."""
     if x.dim() < 2 or (x.dim() > 2 and not stacked):
         raise ValueError(f"an FP8 operand is a matrix, got shape {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -178,7 +178,7 @@ def check_matrix(x: Tensor, stacked: bool = False) -> None:
 
 
 def check_operand(name: str, operand: Operand, stacked: bool = False) -> None:
-    """E4M3 values and float32 factors of matching shape, on one device."""
+    """Raises an error unless values are E4M3 and factors float32, of matching shapes, on one device."""
     if not isinstance(operand, Operand):
         raise ValueError(f"{name} must be an Operand, as quantise() returns it, got {type(operand).__name__}")
     value, scale = operand
@@ -194,7 +194,7 @@ def check_operand(name: str, operand: Operand, stacked: bool = False) -> None:
 
 
 def check_pair(x: Operand, w: Operand, out_dtype: torch.dtype, stacked: bool = False) -> None:
-    """The two operands of a GEMM and the type of its result; `stacked`: w has a matrix for every group."""
+    """Checks the two operands of a GEMM and the dtype of its result; `stacked`: w has a matrix per group."""
     check_operand("x", x)
     check_operand("w", w, stacked)
     if x.value_MK.shape[-1] != w.value_MK.shape[-1]:
@@ -206,8 +206,8 @@ def check_pair(x: Operand, w: Operand, out_dtype: torch.dtype, stacked: bool = F
 
 
 def check_counts(count: Counts, rows: int | None = None, groups: int | None = None) -> tuple[int, ...] | DeviceCounts:
-    """Rows per group: as host integers, or as the device alone knows them, unread. A tensor is copied to the host,
-    which waits for its device."""
+    """Checks the rows per group and returns them as host integers, or `DeviceCounts` unread. A tensor is copied to the
+    host, which waits for its device."""
     if isinstance(count, DeviceCounts):
         if rows not in (None, count.total) or groups not in (None, len(count)):
             raise ValueError(f"counts of {len(count)} groups and {count.total} rows do not fit {groups} and {rows}")
@@ -220,8 +220,8 @@ def check_counts(count: Counts, rows: int | None = None, groups: int | None = No
 
 
 def block_factors(w: Operand) -> Tensor:
-    """The factor of every block, [..., ceil(N / 128), J], of an operand quantised by blocks. NaN where a block's first
-    and last rows have different factors: the operand was not quantised by blocks."""
+    """The factor of each block, [..., ceil(N / 128), J], of an operand quantised by blocks. NaN if a block's first and
+    last rows have different factors, since the operand was then not quantised by blocks."""
     first, last = w.scale_MJ[..., ::TILE, :], w.scale_MJ[..., TILE - 1 :: TILE, :]
     if w.scale_MJ.shape[-2] % TILE:
         last = torch.cat([last, w.scale_MJ[..., -1:, :]], -2)

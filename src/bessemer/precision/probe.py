@@ -1,8 +1,8 @@
-"""What this machine can do: measured GEMM rates, the compute dtype that follows, the compiler for torch.compile, and a
-GPU that torch cannot use.
+"""What this machine can do: measured GEMM rates and the compute dtype they suggest, the compiler for torch.compile, and
+a GPU that torch cannot use.
 
-A CPU may list BF16 instructions and still multiply FP32 matrices faster (no AMX: 87 against 170 GFLOPS per core were
-measured on one), so the choice is measured at start-up, never assumed.
+A CPU may list BF16 instructions and still multiply FP32 matrices faster (87 against 170 GFLOPS per core, measured on
+one without AMX), so the choice is measured at start-up, never assumed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from bessemer.errors import UserError
 
 SIZE = 1024
-"""Matrices are SIZE x SIZE: large enough to be bound by arithmetic, small enough to take milliseconds."""
+"""Matrices are SIZE x SIZE: large enough to be compute-bound, small enough to take milliseconds."""
 
 
 class Choice(NamedTuple):
-    """The compute dtype and the sentence that explains it."""
+    """The compute dtype and a sentence that explains the choice."""
 
     dtype: torch.dtype
     why: str
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.15, size: int = SIZE) -> float:
-    """GFLOPS of y = x w^T, the best of as many runs as fit into `seconds`."""
+    """GFLOPS of y = x w^T: the best of as many runs as fit into `seconds`."""
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     on_gpu = torch.device(device).type == "cuda"
 
@@ -50,12 +50,12 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: f
 
 
 def gemm_rates(device: torch.device | str = "cpu", seconds: float = 0.15) -> dict[str, float]:
-    """GFLOPS of float32 and bfloat16 GEMMs on all threads torch has."""
+    """GFLOPS of float32 and bfloat16 GEMMs on all of torch's threads, by dtype name."""
     return {name: gemm_rate(getattr(torch, name), device, seconds) for name in ("float32", "bfloat16")}
 
 
 def compute_dtype(rates: dict[str, float]) -> Choice:
-    """BF16 where it is clearly faster (1.2x, else its rounding buys nothing), float32 otherwise."""
+    """BF16 if it is clearly faster (1.2x; with less, its rounding is not worth it), float32 otherwise."""
     full, half = rates["float32"], rates["bfloat16"]
     measured = f"measured GEMM: float32 {full:.0f}, bfloat16 {half:.0f} GFLOPS"
     if half > 1.2 * full:
@@ -64,12 +64,12 @@ def compute_dtype(rates: dict[str, float]) -> Choice:
 
 
 FIRST_WITH_BF16 = (8, 0)
-"""Compute capability of the first NVIDIA GPUs that multiply BF16 (A100); AMD's and later ones count higher."""
+"""Compute capability of the first NVIDIA GPU that multiplies BF16 (A100); AMD's and later NVIDIA GPUs report higher."""
 
 
 def on_gpu(precision: str, name: str, capability: tuple[int, int]) -> Choice:
-    """The compute dtype on a GPU, by a stage's `precision`. BF16 wherever the card has it: it multiplies float32 at a
-    tenth of that rate, so nothing is measured. UserError for BF16 that a card does not have."""
+    """The compute dtype on a GPU for a stage's `precision`. By default BF16 if the card has it: float32 runs at a tenth
+    of that rate, so nothing is measured. Raises UserError if `precision` asks for BF16 and the card lacks it."""
     lacks = f"{name} has no BF16: its compute capability is {'.'.join(map(str, capability))}, and 8.0 the first with it"
     if precision == "float32":
         return Choice(torch.float32, "float32 (set by the recipe)")
@@ -81,29 +81,29 @@ def on_gpu(precision: str, name: str, capability: tuple[int, int]) -> Choice:
 
 
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia")
-"""Where Linux shows NVIDIA's GPUs: device files that this process may open, models and the driver's version."""
+"""Where Linux lists NVIDIA GPUs: device files that this process may open, and the models and driver version."""
 
 
 class Gpus(NamedTuple):
     """The NVIDIA GPUs of this machine."""
 
     usable: int
-    """Those that torch can use."""
+    """GPUs that torch can use."""
     present: int
-    """Those that Linux shows; 0 where it does not say."""
+    """GPUs that Linux lists, or `usable` if that is more."""
     chosen: str | None
-    """CUDA_VISIBLE_DEVICES, where it is set."""
+    """CUDA_VISIBLE_DEVICES, if set."""
 
 
 def gpus() -> Gpus:
-    """Counts them without starting CUDA in this process, where NVML answers."""
+    """Counts the GPUs, without starting CUDA in this process if NVML answers."""
     usable = torch.cuda.device_count()
     present = len(list(DEVICES.glob("nvidia[0-9]*")))
     return Gpus(usable, max(usable, present), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's driver, where Linux tells."""
+    """Version of the NVIDIA driver, or None if Linux does not report it."""
     texts = "\n".join(path.read_text() for path in DRIVER.glob("version"))
     found = re.search(r"\b(\d{3}\.\d+[.\d]*)", texts)
     return found[1] if found else None
@@ -111,8 +111,8 @@ def driver() -> str | None:
 
 @functools.cache
 def idle_gpu() -> str | None:
-    """Which NVIDIA GPU this process could open and torch cannot use, why, and what to do; None where there is none, or
-    where CUDA_VISIBLE_DEVICES hides it."""
+    """One sentence about an NVIDIA GPU that this process could open but torch cannot use: why, and what to do. None if
+    there is none, or if CUDA_VISIBLE_DEVICES hides it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if hidden or torch.cuda.is_available() or not any(DEVICES.glob("nvidia[0-9]*")):
         return None
@@ -129,36 +129,36 @@ def idle_gpu() -> str | None:
 
 
 VARIABLE = "BESSEMER_DEVICE"
-"""Environment variable: "cpu" where a Mac's CPU is to compute and not its GPU."""
+"""Environment variable: "cpu" makes a Mac compute on its CPU instead of its GPU."""
 
 
 def device() -> torch.device:
-    """What this process computes on: CUDA, else MPS where torch has it, else the CPU. UserError where there is a GPU
-    that torch cannot use: a run would go on for days on the CPU without a word."""
+    """The device this process computes on: CUDA, else MPS if torch has it, else the CPU. Raises UserError if there is a
+    GPU that torch cannot use: otherwise a run could silently spend days on the CPU."""
     if idle := idle_gpu():
         raise UserError(idle)
     if (wanted := os.environ.get(VARIABLE, "auto")) not in ("auto", "cpu"):
         raise UserError(f'{VARIABLE} is "{wanted}"; it may be "auto" or "cpu"')
     if torch.cuda.is_available():
         return torch.device("cuda")  # CUDA_VISIBLE_DEVICES=-1 hides it
-    mps = wanted == "auto" and "RANK" not in os.environ and torch.backends.mps.is_available()  # gloo knows no MPS
+    mps = wanted == "auto" and "RANK" not in os.environ and torch.backends.mps.is_available()  # gloo lacks MPS
     return torch.device("mps" if mps else "cpu")
 
 
 def float64_home(device: torch.device) -> torch.device:
-    """Where float64 numbers of tensors on `device` are kept: there, or on the CPU where the device has none."""
+    """Where to keep float64 copies of tensors on `device`: there, or on the CPU if the device lacks float64."""
     return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")  # MPS has none
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
-    """In float64, in its home."""
+    """x in float64, on its `float64_home`."""
     return x.to(float64_home(x.device)).double()
 
 
 @functools.cache
 def gpu_compiler_trouble() -> str | None:
-    """Why torch.compile does not work on this GPU, in one line with the fix; None where a trial kernel compiles, runs
-    and is right. Triton builds a launcher in C at first use, for which slim images lack gcc or Python's headers."""
+    """Why torch.compile does not work on this GPU, in one line with the fix; None if a trial kernel compiles, runs and
+    is right. Triton builds a C launcher at first use, and slim images lack gcc or Python's headers."""
     try:
         x = torch.arange(64, dtype=torch.float32, device="cuda")
         found = torch.compile(lambda t: torch.sin(t).sum() + t, fullgraph=True, dynamic=False)(x)
@@ -170,7 +170,7 @@ def gpu_compiler_trouble() -> str | None:
 
 
 def uncompiled(error: str) -> str:
-    """The line about a compiler that raised this error."""
+    """The line that reports a compiler that raised this error."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     why = next(
         (line for line in lines if re.search(r"compiler|Python\.h|gcc|ptxas|triton", line, re.IGNORECASE)), lines[0]
@@ -182,5 +182,5 @@ def uncompiled(error: str) -> str:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a CPU."""
+    """The C++ compiler that torch.compile would use on a CPU, or None."""
     return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)

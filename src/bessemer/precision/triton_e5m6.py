@@ -1,8 +1,8 @@
-"""E5M6 in Triton: attention's output packed into 12 bits per number, and read back; bit for bit `formats`.
+"""E5M6 in Triton: packs attention's output into 12 bits per number and unpacks it, bit for bit as `formats` does.
 
-A program takes ROWS rows of one tile of 128 columns. Eight numbers fill three words of 32 bits; so rows must hold a
-multiple of eight, and memory is read and written in whole words. Every scale is a power of two: multiplying by its
-reciprocal is exact.
+A program takes ROWS rows of one tile of 128 columns. Eight numbers fill three 32-bit words, so rows must hold a
+multiple of eight numbers, and memory is read and written in whole words. Every scale is a power of two, so multiplying
+by its reciprocal is exact.
 
 Shapes: M rows, K columns, J = ceil(K / 128); a row's code is 3 K / 8 words.
 """
@@ -20,12 +20,12 @@ from bessemer.precision.triton_quantise import WIDTH, rows_in_memory
 LARGEST = tl.constexpr(E5M6_MAX)
 NORMAL = tl.constexpr(SMALLEST_NORMAL)
 WORDS = tl.constexpr(16)
-"""Groups of three words in a tile."""
+"""Groups of three words per tile."""
 ROWS = 16
 
 
 def pack(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
-    """`formats.pack_e5m6` of float32 or bfloat16 with K a multiple of 8."""
+    """`formats.pack_e5m6` for float32 or bfloat16; K must be a multiple of 8."""
     x_MK = rows_in_memory(x_MK)
     M, K = x_MK.shape
     code = torch.empty(M, K // 2 * 3, dtype=torch.uint8, device=x_MK.device)
@@ -37,7 +37,7 @@ def pack(x_MK: Tensor, scale_MJ: Tensor) -> PackedE5M6:
 
 
 def unpack(packed: PackedE5M6, columns: int, dtype: torch.dtype) -> Tensor:
-    """`PackedE5M6.unpack` into float32 or bfloat16, for a multiple of 8 columns."""
+    """`PackedE5M6.unpack` into float32 or bfloat16; `columns` must be a multiple of 8."""
     code, scale_MJ = packed.code.contiguous(), packed.scale_MJ
     out = torch.empty(len(code), columns, dtype=dtype, device=code.device)
     if out.numel():
@@ -57,7 +57,7 @@ def _pack(x, scale, code, M, K, x_row, scale_row, scale_column, ROWS: tl.constex
     value = value * tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale_R)[:, None]
     low, high = tl.split(tl.reshape(twelve_bits(value), (ROWS, WORDS, 4, 2)))
     pair = low << 12 | high
-    # three bytes of a pair, the highest first in memory: the lowest of a word
+    # memory holds a pair's three bytes highest first, so the highest is the lowest of a word
     pair = pair >> 16 | pair & 0xFF00 | (pair & 0xFF) << 16
     even, odd = tl.split(tl.reshape(pair, (ROWS, WORDS, 2, 2)))
     first, third = tl.split(even)
@@ -72,7 +72,7 @@ def _pack(x, scale, code, M, K, x_row, scale_row, scale_column, ROWS: tl.constex
 
 @triton.jit
 def twelve_bits(x):
-    """The upper 12 bits of the float16 that x is rounded to: `formats.round_e5m6`. A NaN is the positive quiet one."""
+    """The upper 12 bits of the float16 that x rounds to (`formats.round_e5m6`). NaN becomes the positive quiet one."""
     bits = x.to(tl.int32, bitcast=True)
     kept = bits + 0xFFFF + (bits >> 17 & 1) & -0x20000
     large = kept.to(tl.float32, bitcast=True)

@@ -1,24 +1,24 @@
-"""Triton FP8 GEMMs y = x w^T with a scaling factor for every 128 columns of both operands (V3 3.3.2).
+"""Triton FP8 GEMMs y = x w^T with one scaling factor per 128 columns of both operands (V3 3.3.2).
 
     gemm            y = x w^T            two matrices
     grouped_gemm    y_g = x_g w_g^T      rows of x in expert order; forward, and dgrad with w transposed
     grouped_wgrad   dW_g = dy_g^T x_g    both retiled along the tokens, every expert's padded to 128
 
 One step of the inner loop multiplies BLOCK_M x 128 by 128 x BLOCK_N. Its sum starts at zero, so the short accumulator
-of Hopper's tensor cores never holds more than 128 products; scaled by the factors of both tiles it is added to the
-result in float32 registers. While one warp group scales, another one of the same or of a neighbouring program
-multiplies; so configurations prefer two warp groups, or two programs, on a multiprocessor. Where w's factor is one
-number, both factors are multiplied with each other first: their product leaves float32 only when that of the largest
-elements does too.
+of Hopper's tensor cores never holds more than 128 products; it is then scaled by the factors of both tiles and added to
+the result in float32 registers. While one warp group scales, another of the same or a neighbouring program multiplies,
+so configurations prefer two warp groups, or two programs, per multiprocessor. If w's factor is one number, the two
+factors are multiplied with each other first: their product overflows float32 only if that of the largest elements does
+too.
 
-Tiles of both operands come by tensor descriptors (`tma`: Hopper's TMA, one instruction a tile, with no address in a
-register), or by pointers, the reference; `adapters.by_pointers` says which, and why. A descriptor knows the whole
-matrix: a tile that overhangs its group reads rows of the next one, which no valid row of the result sees, and zeros
-behind the matrix. Results are stored by pointers, where masks end at the group. Bits are the same.
+Tiles of both operands are loaded by tensor descriptors (`tma`: Hopper's TMA, one instruction per tile and no address
+registers) or by pointers, the reference; `adapters.by_pointers` says which, and why. A descriptor covers the whole
+matrix: a tile that overhangs its group reads rows of the next group, which do not affect any valid row of the result,
+and zeros past the matrix. Results are stored by pointers, masked at the end of the group. Both ways give the same bits.
 
-Configurations are tuned for a shape of w and a class of sizes: a power of two of rows, of those of an average group
-where there are several, so that a run meets few of them. What routing makes of a size may fall into another class in
-the middle of a step, where nothing may be tuned (`tuning`): the nearest class that was tuned serves it.
+Configurations are tuned per shape of w and size class: the rows, or an average group's rows, rounded up to a power of
+two, so that a run meets few classes. Routing may move a size into another class in the middle of a step, when nothing
+may be tuned (`tuning`); the nearest tuned class then serves it.
 
 Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged. Rows that belong to no group
 (`DeviceCounts`) become zeros.
@@ -46,8 +46,8 @@ from bessemer.precision.triton_quantise import WIDTH, locate, on_device, tiles
 def gemm(
     x: Operand, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool, add_to: Tensor | None = None
 ) -> Tensor:
-    """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors.
-    Values of all products are contiguous."""
+    """y in float32 or bfloat16. `blocks`: w was quantised by blocks of 128 x 128, so 128 of its rows share factors. All
+    three products need operands with contiguous values."""
     x_MK, w_NK = x.value_MK, w.value_MK
     (M, K), N = x_MK.shape, len(w_NK)
     if M == 0 or N == 0 or K == 0:
@@ -63,7 +63,7 @@ def gemm(
 
 
 def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, blocks: bool, tma: bool) -> Tensor:
-    """[M, N] of x [M, K] and stacked w: values [G, N, K], factors [G, N, J]; count[g] rows belong to group g."""
+    """y [M, N] from x [M, K] and stacked w: values [G, N, K], factors [G, N, J]; count[g] rows belong to group g."""
     x_MK, w_GNK = x.value_MK, w.value_MK
     (M, K), (G, N, _) = x_MK.shape, w_GNK.shape
     y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device)
@@ -86,7 +86,7 @@ def grouped_gemm(x: Operand, count: Counts, w: Operand, out_dtype: torch.dtype, 
 def grouped_wgrad(
     dy: Operand, x: Operand, count: Counts, out_dtype: torch.dtype, tma: bool, add_to: Tensor | None = None
 ) -> Tensor:
-    """[G, N, K] of dy [N, P] and x [K, P], both as `retile` returns them."""
+    """dW [G, N, K] from dy [N, P] and x [K, P], both as `retile` returns them."""
     dy_NP, x_KP = dy.value_MK, x.value_MK
     N, K, G = len(dy_NP), len(x_KP), len(count)
     if 0 in (G, N, K) or dy_NP.shape[1] == 0:
@@ -104,44 +104,44 @@ def grouped_wgrad(
 
 
 def tiled(tma: bool, *matrices: Tensor) -> tuple[Any, ...]:
-    """The two operands as a kernel takes them: as they are, or their descriptors, which `boxes` completes."""
+    """The two operands as kernel arguments: as they are, or as descriptors, which `boxes` completes."""
     if not tma:
         return matrices
-    from triton.tools.tensor_descriptor import TensorDescriptor  # an old Triton has none
+    from triton.tools.tensor_descriptor import TensorDescriptor  # missing in old versions of Triton
 
     return tuple(TensorDescriptor.from_tensor(matrix, [64, TILE]) for matrix in matrices)
 
 
 def boxes(arguments: dict[str, Any]) -> None:
-    """Gives the operands' descriptors, a kernel's first two arguments, the tiles of a configuration."""
+    """Gives the operands' descriptors, a kernel's first two arguments, the tile shapes of a configuration."""
     if arguments["TMA"]:
         left, right, *_ = arguments.values()
         left.block_shape, right.block_shape = ([arguments[n], TILE] for n in ("BLOCK_M", "BLOCK_N"))
 
 
 def size_class(rows: int, groups: int = 1) -> int:
-    """What tuning knows of a size: the next power of two of an average group's rows, from 64 to 8,192. Fewer fill one
-    tile, more fill the card."""
+    """The size class for tuning: an average group's rows rounded up to a power of two, from 64 to 8,192. Fewer rows fit
+    one tile; more fill the card."""
     return min(max(triton.next_power_of_2(triton.cdiv(rows, groups)), 64), 8192)
 
 
 _tuned: dict[tuple[Any, ...], dict[int, triton.Config]] = {}
-"""The fastest configuration of a kernel for a shape, by class of sizes."""
+"""The fastest configuration of a kernel and shape, by size class."""
 
 
 def launch(
     kernel: Any, grid: Callable[..., tuple[int, ...]], size: int, shape: tuple[Any, ...], *arguments: Any,
     add: bool | None = None,
 ) -> None:  # fmt: skip
-    """Runs a kernel, tuned for its shape and class of sizes; where it must not be tuned now, with the configuration of
-    the nearest class, or the one that does nothing badly. `add`: to what lies in the result, its fifth argument; None
-    for a kernel that cannot."""
+    """Runs a kernel, tuned for its shape and size class. If it must not be tuned now, it runs with the configuration of
+    the nearest class, or else the first, a safe default. `add`: whether to add to the contents of the result, its fifth
+    argument; None for a kernel that cannot."""
     last = [] if add is None else [add]
     tuned = _tuned.setdefault((id(kernel), *shape, *last), {})
     if (size in tuned and not add) or (size not in tuned and tuning.allowed()):
         tried = list(arguments)
         if add:
-            tried[4] = torch.empty_like(tried[4])  # tuning runs the product many times
+            tried[4] = torch.empty_like(tried[4])  # tuning would add to the result many times
         kernel[grid](*tried, *last)
         tuned.setdefault(size, kernel.best_config)
         if not add:
@@ -153,8 +153,8 @@ def launch(
 
 
 def configurations(narrow: bool) -> list[triton.Config]:
-    """Configurations to try, the first of which does nothing badly. BLOCK_N divides 128, so that a program reads one
-    block of w at a time; `narrow` adds tiles for few rows. Triton's interpreter gets one small configuration."""
+    """Configurations to try; the first is a safe default. BLOCK_N divides 128, so that a program reads one block of w
+    at a time; `narrow` adds tiles for few rows. Triton's interpreter gets one small configuration."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, pre_hook=boxes)]
     sizes = [(64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4)]
@@ -164,14 +164,14 @@ def configurations(narrow: bool) -> list[triton.Config]:
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s, pre_hook=boxes) for m, n, w, s in sizes
     ]
-    # With no more than 168 registers a thread, three such programs fit on a multiprocessor of Hopper, and not two.
+    # With at most 168 registers per thread, three such programs fit on a Hopper multiprocessor instead of two.
     limit = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
     return [*configs, triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, **limit, pre_hook=boxes)]
 
 
 def without_spills(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """Those of `configs` whose programs have registers enough, by NVIDIA's assembler (bench/gpu/ptxas.py): with
-    descriptors all do, and need no limit for three; by pointers the largest only where w has one factor for a block."""
+    """The configurations without register spills, by NVIDIA's assembler (bench/gpu/ptxas.py). With descriptors none
+    spills, and three fit without a limit; with pointers the largest spills unless w has one factor per block."""
     if arguments["TMA"]:
         return [c for c in configs if c.maxnreg is None]
     if arguments.get("BLOCKS"):
@@ -187,8 +187,8 @@ PRUNE = {"early_config_prune": without_spills}
 
 @triton.jit
 def place(program, rows, columns, BAND: tl.constexpr):
-    """Row and column of a program's tile, of `rows` x `columns`: down BAND rows first, then to the right, so that
-    programs that run at the same time share their reads through L2."""
+    """Row and column of a program's tile among `rows` x `columns` tiles: down BAND rows first, then to the right, so
+    that programs that run at the same time share reads through L2."""
     band = BAND * columns
     top = program // band * BAND
     height = tl.minimum(rows - top, BAND)
@@ -203,7 +203,7 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """x w^T for rows `row` of x and `column` of w, all in range, float32 [BLOCK_M, BLOCK_N]. TMA: x and w are
-    descriptors, whose tiles begin at rows `x_first` and `w_first` and column `k_first`.
+    descriptors whose tiles begin at rows `x_first` and `w_first` and column `k_first`.
 
     Sums over K columns in steps of 128, the last one ragged unless EVEN. BLOCKS: w's factor is the same in rows
     `block_first` to `block_last`, which include all of `column`; both ends are read, and if they differ the result is
@@ -253,7 +253,7 @@ def _gemm(
     TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is `size_class`. ADD: to what lies there."""
+    """One program: one tile of y. SIZE is `size_class`. ADD: add to y's contents."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -279,7 +279,7 @@ def _grouped(
     GROUPS: tl.constexpr, ROOM: tl.constexpr, TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y, with rows of one group, or of the rest, which sums nothing and writes zeros."""
+    """One program: one tile of y, with rows of one group, or of the rest, for which it only writes zeros."""
     columns = tl.cdiv(N, BLOCK_N)
     m, n = place(tl.program_id(0), tl.num_programs(0) // columns, columns, 8)
     group, first, end, number = locate(m, count, GROUPS, ROOM, BLOCK_M)

@@ -1,23 +1,23 @@
-"""Triton kernels that quantise: by tiles of 1 x 128, by blocks of 128 x 128, from row to column tiles, SwiGLU and its
-backward.
+"""Triton kernels that quantise: by tiles of 1 x 128, by blocks of 128 x 128, from row to column tiles, and after SwiGLU
+and its backward.
 
-Values and factors are bit for bit those of `operand.quantise`. Factors are stored column by column, [J, M] in memory
-and viewed as [M, J]: a GEMM reads those of many rows at one j, which are then adjacent. Matrices may come in a stack
-[..., M, K]; no block spans two of them.
+Values and factors equal those of `operand.quantise` bit for bit. Factors are stored column by column, [J, M] in memory
+and viewed as [M, J]: a GEMM reads the factors of many rows at one j, which are then adjacent. Matrices may come in a
+stack [..., M, K]; no block spans two of them.
 
-Three things that a plain kernel gets wrong are done by hand:
+Three things that a plain kernel would get wrong are done by hand:
 
     division    `/` of float32 is approximate in Triton's CUDA code; `div_rn` rounds to nearest, as torch does
     NaN         `max` drops it; magnitudes compared as integers keep it, since NaN sorts above infinity there
     rounding    to the E4M3 grid in float32 before the cast. Hardware rounds the cast to nearest even, Triton's
                 interpreter does not (nor does it keep NaN); after this the cast is exact in both
 
-Groups of rows of different sizes (experts) lie one after another. Every group is cut into tiles of its own: one of c
-rows has ceil(c / BLOCK). Every program finds its group with a running sum over the counts, which are copied to the
-device without synchronising, or never leave it (`DeviceCounts`): then there are as many programs as there may be tiles,
-and those behind the last group's find the rest.
+Groups of rows of different sizes (experts) are stored one after another. Each group has its own tiles: c rows have
+ceil(c / BLOCK). Every program finds its group with a running sum over the counts, which are copied to the device
+without synchronising, or never leave it (`DeviceCounts`). In that case as many programs are launched as there may be
+tiles, and those after the last group's process the rest.
 
-Kernels are not specialised for numbers that follow routing: code of its own for multiples of 16 would be compiled and
+Kernels are not specialised for numbers that depend on routing: a variant for multiples of 16 would be compiled and
 loaded in the middle of a step.
 
 Shapes: M rows (tokens T), K columns, F features, J = ceil(K / 128) tiles of a row, P columns of a retiled matrix.
@@ -40,7 +40,7 @@ TINY = tl.constexpr(SMALLEST)
 
 
 def empty_operand(shape: Sequence[int], like: Tensor) -> Operand:
-    """Uninitialised values [..., M, K], and factors stored column by column."""
+    """Uninitialised values [..., M, K] and factors, the latter stored column by column."""
     *stack, M, K = shape
     value = torch.empty(shape, dtype=torch.float8_e4m3fn, device=like.device)
     scale = torch.empty(*stack, -(-K // TILE), M, dtype=torch.float32, device=like.device)
@@ -48,7 +48,7 @@ def empty_operand(shape: Sequence[int], like: Tensor) -> Operand:
 
 
 def quantise_tiles(x_MK: Tensor, power_of_two: bool = False) -> Operand:
-    """A float32 or bfloat16 matrix, or a stack of them, in tiles of 1 x 128."""
+    """Quantises a float32 or bfloat16 matrix, or a stack of them, in tiles of 1 x 128."""
     rows_MK = rows_in_memory(x_MK.flatten(0, -2))
     M, K = rows_MK.shape
     value_MK, scale_MJ = empty_operand((M, K), rows_MK)
@@ -61,7 +61,7 @@ def quantise_tiles(x_MK: Tensor, power_of_two: bool = False) -> Operand:
 
 
 def quantise_blocks(x_MK: Tensor, power_of_two: bool = False) -> Operand:
-    """Float32 or bfloat16 matrices in blocks of 128 x 128; every row has its block's factor."""
+    """Quantises float32 or bfloat16 matrices in blocks of 128 x 128; every row repeats its block's factor."""
     x_MK = x_MK.detach().contiguous()
     M, K = x_MK.shape[-2:]
     out = empty_operand(x_MK.shape, x_MK)
@@ -73,10 +73,10 @@ def quantise_blocks(x_MK: Tensor, power_of_two: bool = False) -> Operand:
 
 
 def retile(operand: Operand, count: Counts | None = None, power_of_two: bool = False) -> Operand:
-    """[T, K] in tiles of 1 x 128 becomes [K, T] in tiles along the tokens.
+    """Turns [T, K] in tiles of 1 x 128 into [K, T] in tiles along the tokens.
 
-    With `count`, tokens per group, no tile spans two groups: every group's columns are padded with zeros to a multiple
-    of 128, [K, P] with P = 128 * sum of ceil(count / 128), or `DeviceCounts.columns`. Behind the groups lie zeros.
+    With `count` (tokens per group), no tile spans two groups: each group's columns are padded with zeros to a multiple
+    of 128, [K, P] with P = 128 * sum of ceil(count / 128), or `DeviceCounts.columns`. Later columns are zero.
     """
     value_TK = operand.value_MK.contiguous()
     T, K = value_TK.shape
@@ -91,9 +91,9 @@ def retile(operand: Operand, count: Counts | None = None, power_of_two: bool = F
 
 
 def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = False) -> Operand:
-    """silu(gate) * up * weight in tiles of 1 x 128: the operand [M, F] of h [M, 2F], float32 or bfloat16, with the gate
-    in its first half, and of one weight per row (None: 1). One pass in float32: neither the activation nor its product
-    with the routing weight is rounded before E4M3."""
+    """silu(gate) * up * weight in tiles of 1 x 128: the operand [M, F] from h [M, 2F], float32 or bfloat16, with the
+    gate in its first half, and one weight per row (None: 1). One pass in float32: neither the activation nor its
+    product with the routing weight is rounded before E4M3."""
     h_MF = h_MF.detach().contiguous()
     M, F = h_MF.shape[0], h_MF.shape[1] // 2
     out = empty_operand((M, F), h_MF)
@@ -109,7 +109,7 @@ def swiglu(h_MF: Tensor, weight_M: Tensor | None = None, power_of_two: bool = Fa
 def swiglu_backward(
     dact_MF: Tensor, h: Operand, weight_M: Tensor | None, count: Counts | None, power_of_two: bool
 ) -> tuple[Operand, Operand, Operand, Tensor | None]:
-    """`emulation.swiglu_backward` in one pass over h and the gradient; sums for the weights are in a fixed order."""
+    """`emulation.swiglu_backward` in one pass over h and the gradient; sums for the weights have a fixed order."""
     dact_MF, value = dact_MF.contiguous(), h.value_MK.contiguous()
     M, F = dact_MF.shape
     blocks = _columns(count, M)
@@ -126,21 +126,21 @@ def swiglu_backward(
 
 
 def tiles(count: Counts, block: int) -> int:
-    """Into how many tiles of `block` rows the groups are cut, or at most: the rest counts as one more."""
+    """Tiles of `block` rows in all groups. For `DeviceCounts` an upper bound, with the rest as one more group."""
     if not isinstance(count, DeviceCounts):
         return sum(triton.cdiv(rows, block) for rows in count)
     return (count.total + (block - 1) * min(count.total, len(count) + 1)) // block
 
 
 def _columns(count: Counts | None, rows: int) -> int:
-    """Tiles of a matrix along its tokens."""
+    """Number of tiles along the tokens of a matrix."""
     if count is None:
         return int(triton.cdiv(rows, TILE))
     return count.columns // TILE if isinstance(count, DeviceCounts) else tiles(count, TILE)
 
 
 def _groups(count: Counts | None, like: Tensor) -> tuple[Tensor, int, int]:
-    """Counts, GROUPS and ROOM as a kernel takes them; without groups it reads no counts."""
+    """Counts, GROUPS and ROOM as kernel arguments; without groups a kernel reads no counts."""
     if count is None:
         return like, 1, 1
     return on_device(count, like.device), len(count), triton.next_power_of_2(len(count))
@@ -165,7 +165,7 @@ def rows_in_memory(x_MK: Tensor) -> Tensor:
 
 @triton.jit
 def magnitude(x, axis: tl.constexpr):
-    """Largest |x| along the axis; NaN if there is one."""
+    """Largest |x| along the axis; NaN if x has one."""
     bits = tl.abs(x).to(tl.int32, bitcast=True)
     return tl.max(bits, axis).to(tl.float32, bitcast=True)
 
@@ -174,10 +174,10 @@ def magnitude(x, axis: tl.constexpr):
 def factor(amax, POWER_OF_TWO: tl.constexpr):
     """The scaling factor of a group with this largest magnitude: `operand.factor`."""
     found = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
-    found = tl.where(found < TINY, TINY, found)  # a NaN compares false and stays
+    found = tl.where(found < TINY, TINY, found)  # NaN compares false and stays
     found = tl.where(amax == 0, 1.0, found)
     if POWER_OF_TWO:
-        # Positive floats sort as their bits: adding a full mantissa and cutting it off leaves an exact power as it is.
+        # Positive floats sort like their bits: adding a full mantissa and clearing it rounds up and keeps exact powers.
         bits = found.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
         found = tl.where(bits < 0x7F800000, rounded, found)
@@ -187,16 +187,16 @@ def factor(amax, POWER_OF_TWO: tl.constexpr):
 @triton.jit
 def to_e4m3(x, scale, POWER_OF_TWO: tl.constexpr):
     """x / scale, rounded to nearest even and clamped to 448; NaN is kept. `scale` has one value per row or column of x,
-    as a matrix [M, 1] or [1, K]."""
+    with shape [M, 1] or [1, K]."""
     if POWER_OF_TWO:
-        # Just as exact, with one division for a whole group of elements.
+        # Just as exact, with one division per group of elements.
         ratio = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     else:
         ratio = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     size = tl.abs(ratio)
     size = tl.where(size > LARGEST, LARGEST, size)
-    # Steps of the grid are 2^(exponent - 3), those below 2^-6 are 2^-9. In a float32 of 1.5 * 2^(exponent + 20) the
-    # last bit is worth one step: adding it rounds, subtracting it again is exact.
+    # Grid steps are 2^(exponent - 3), or 2^-9 below 2^-6. The last bit of the float32 1.5 * 2^(exponent + 20) is worth
+    # one step: adding that number rounds, and subtracting it again is exact.
     exponent = size.to(tl.int32, bitcast=True) >> 23
     exponent = tl.where(exponent < 121, 121, exponent)
     anchor = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
@@ -209,13 +209,13 @@ def to_e4m3(x, scale, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def locate(tile, count, GROUPS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile's group, the group's first row and the one after its last, and the tile's number in the group. Of a tile
-    of the rest: a group that does not exist, the rest's first row twice, the number within the rest. ROOM: GROUPS
+    """The tile's group, the group's first row and the one after its last, and the tile's index in the group. For a tile
+    of the rest: a group that does not exist, the rest's first row twice, and the index within the rest. ROOM: GROUPS
     rounded up to a power of two."""
     g = tl.arange(0, ROOM)
     rows_G = tl.load(count + g, mask=g < GROUPS, other=0)
     tiles_G = (rows_G + BLOCK - 1) // BLOCK
-    group = tl.sum((tl.cumsum(tiles_G, 0) <= tile).to(tl.int32), 0)  # groups that end before it, empty ones too
+    group = tl.sum((tl.cumsum(tiles_G, 0) <= tile).to(tl.int32), 0)  # groups that end before it, including empty ones
     before = g < group
     first = tl.sum(tl.where(before, rows_G, 0).to(tl.int64), 0)
     rows = tl.sum(tl.where(g == group, rows_G, 0), 0)
@@ -236,8 +236,8 @@ def _tiles(x, value, scale, M, K, x_row, POWER_OF_TWO: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _blocks(x, value, scale, M, K, POWER_OF_TWO: tl.constexpr):
-    """One program: one block of one matrix."""
-    above = tl.program_id(2).to(tl.int64) * M  # rows of the matrices before
+    """One program: one block of one matrix of the stack."""
+    above = tl.program_id(2).to(tl.int64) * M  # rows of the preceding matrices
     row = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (row < M)[:, None] & (column < K)[None, :]
@@ -254,8 +254,8 @@ def _retile(
     value, scale, count, GROUPS: tl.constexpr, ROOM: tl.constexpr, out, out_scale, K, P, scale_row, scale_column,
     POWER_OF_TWO: tl.constexpr, FILL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: 128 tokens of one group, COLUMNS columns that share their tiles. FILL: there are groups; they are
-    filled up."""
+    """One program: 128 tokens of one group, COLUMNS columns that share their tiles. FILL: there are groups, and they
+    are padded."""
     tile = tl.program_id(0)
     if FILL:
         _group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
@@ -272,7 +272,7 @@ def _retile(
     scale_C = factor(magnitude(x_TC, 0), POWER_OF_TWO)
     place = tile.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     written = (column < K)[None, :] & ((place < P)[:, None] if FILL else inside)
-    # Addresses are transposed, not the tile: an FP8 tile needs no transposition of its own.
+    # The addresses are transposed rather than the FP8 tile.
     tl.store(out + column[None, :] * P + place[:, None], to_e4m3(x_TC, scale_C[None, :], POWER_OF_TWO), mask=written)
     tl.store(out_scale + tile.to(tl.int64) * K + column, scale_C, mask=column < K)
 
@@ -303,13 +303,13 @@ def _swiglu_backward(
     ROOM: tl.constexpr, M, F, P, scale_row, scale_column, WEIGHTED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     FILL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program: 128 tokens of one group and 128 features, so that tiles of both directions are whole. It takes ROWS
-    tokens at a time, to have registers for them: first for the tiles along the features and for the largest magnitudes
-    along the tokens, then, computed again, for the tiles along the tokens."""
+    """One program: 128 tokens of one group and 128 features, so that tiles in both directions are whole. It takes ROWS
+    tokens at a time, so that they fit in registers. The first pass writes the tiles along the features and finds the
+    largest magnitudes along the tokens; the second recomputes the values and writes the tiles along the tokens."""
     tile, j = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if FILL:
         group, first, end, number = locate(tile, count, GROUPS, ROOM, WIDTH)
-        end = tl.where(group < GROUPS, end, M)  # of the rest, too, the gradient has to be written
+        end = tl.where(group < GROUPS, end, M)  # the gradient of the rest has to be written too
         first += number * WIDTH
     else:
         end = M
@@ -347,7 +347,7 @@ def _swiglu_backward(
         )
         place = tile.to(tl.int64) * WIDTH + start + tl.arange(0, ROWS)
         written = ((place < P) if FILL else (token < end))[:, None]
-        at = column[None, :] * P + place[:, None]  # addresses are transposed, not the tile
+        at = column[None, :] * P + place[:, None]  # addresses are transposed rather than the tile
         tl.store(act + at, to_e4m3(value, of_act[None, :], POWER_OF_TWO), mask=written)
         scale_R, code, again = by_rows(dgate, POWER_OF_TWO)
         tl.store(turned + at, to_e4m3(again, of_gate[None, :], POWER_OF_TWO), mask=written)
@@ -359,7 +359,7 @@ def _swiglu_backward(
 def swiglu_gradients(
     dact, h, h_scale, weight, token, end, column, j, F, scale_row, scale_column, WEIGHTED: tl.constexpr
 ):  # fmt: skip
-    """`emulation.swiglu_gradients` of some tokens and 128 features; zeros for tokens from `end` on."""
+    """`emulation.swiglu_gradients` for some tokens and 128 features; zeros for tokens from `end` on."""
     here = token < end
     at = token[:, None] * (2 * F) + column[None, :]
     own = h_scale + token * scale_row + j * scale_column
@@ -381,7 +381,7 @@ def swiglu_gradients(
 
 @triton.jit
 def by_rows(x, POWER_OF_TWO: tl.constexpr):
-    """Factors and values of x in tiles of its rows, and x as it will be read back."""
+    """Factors and values of x in tiles along its rows, and x as it will be read back."""
     scale_R = factor(magnitude(x, 1), POWER_OF_TWO)
     code = to_e4m3(x, scale_R[:, None], POWER_OF_TWO)
     return scale_R, code, code.to(tl.float32) * scale_R[:, None]

@@ -1,9 +1,9 @@
-"""RMSNorm whose result goes straight into an FP8 product, in Triton: normalised and quantised by tiles in one pass, and
-its backward with a quantised gradient.
+"""RMSNorm whose result goes straight into an FP8 product, in Triton: it normalises and quantises by tiles in one pass,
+and its backward returns a quantised gradient.
 
-Both round to the dtype of x before they quantise, as the norm by itself does: in the interpreter they are bit for bit
-`kernels.triton_norm` followed by `triton_quantise`. Sums are float32, in a fixed order that is not torch's, so factors
-may differ from the emulation's in their last two bits.
+Both round to the dtype of x before they quantise, as the plain norm does: in the interpreter they equal
+`kernels.triton_norm` followed by `triton_quantise` bit for bit. Sums are float32, in a fixed order that is not torch's,
+so factors may differ from the emulation's in their last two bits.
 
 Shapes: M rows, D columns, J = ceil(D / 128).
 """
@@ -25,11 +25,11 @@ from bessemer.precision.triton_quantise import (
 )
 
 PARTS = 264
-"""Programs of backward, as in `kernels.triton_norm`."""
+"""Number of programs in backward, as in `kernels.triton_norm`."""
 
 
 def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool) -> Operand:
-    """The norm of float32 or bfloat16 rows as an operand."""
+    """The norm of float32 or bfloat16 rows, as an operand."""
     rows, (M, D) = rows_in_memory(x_MD), x_MD.shape
     out = empty_operand((M, D), rows)
     if rows.numel():
@@ -43,7 +43,7 @@ def rms_norm(x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool) -> Op
 def rms_norm_backward(
     dy_MD: Tensor, x_MD: Tensor, gain_D: Tensor, eps: float, power_of_two: bool
 ) -> tuple[Operand, Tensor]:
-    """The gradient of x as an operand, and that of the gain in float32."""
+    """Returns the gradient of x as an operand, and that of the gain in float32."""
     rows, dy, (M, D) = rows_in_memory(x_MD), rows_in_memory(dy_MD), x_MD.shape
     dx, parts = empty_operand((M, D), rows), max(min(PARTS, M), 1)
     dgain = gain_D.new_empty(parts, D) if rows.numel() else gain_D.new_zeros(1, D)
@@ -84,7 +84,7 @@ def _backward_quantised(
     dy, x, gain, value, scale, dgain, dy_step, step, M, D, parts, turns, eps,
     POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: every PARTS-th row, and the sum over its rows for the gain."""
+    """One program: every PARTS-th row, and its rows' sum for the gain's gradient."""
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -108,7 +108,7 @@ def _backward_quantised(
 
 @triton.jit
 def store_tiles(y, value, scale, row, M, D, wide, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr):
-    """Quantises a row of D numbers, of which the first `wide` are stored."""
+    """Quantises a row of D numbers and stores the first `wide`."""
     tiles = tl.reshape(y, (BLOCK // WIDTH, WIDTH))
     scale_J = factor(magnitude(tiles, 1), POWER_OF_TWO)
     j = tl.arange(0, BLOCK // WIDTH)

@@ -1,7 +1,7 @@
 """Whether Triton may tune a product now: run all its configurations and keep the fastest.
 
-Tuning waits for all that the device has been given. While messages of a pipeline are under way that is never right, for
-their receiver may wait in the same way. So a step tunes in its warm-up (`Executor.warm`) and runs `without`.
+Tuning waits for everything the device has queued. That can deadlock while pipeline messages are in flight, because
+their receiver may be waiting in the same way. So a step tunes in its warm-up (`Executor.warm`) and runs `without`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def allowed() -> bool:
 
 @contextmanager
 def without() -> Iterator[None]:
-    """No tuning inside, in no thread: autograd has one of its own for a GPU."""
+    """No tuning inside the block, in any thread: autograd has its own thread for a GPU."""
     global _without
     _without += 1
     try:

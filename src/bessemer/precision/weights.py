@@ -1,14 +1,14 @@
 """Weights in FP8, quantised once per optimizer step instead of in the forward and backward of every micro-batch.
 
-An `Optimizer` keeps the operands of its weights in a `KeptWeights` and drops them wherever it writes to the weights.
-A weight that no optimizer owns, or that changed by itself (another version, storage or recipe), is quantised anew.
-Bits are the same either way, so every rank may decide for itself how much it keeps:
+An `Optimizer` keeps the operands of its weights in a `KeptWeights` and drops them whenever it writes to the weights. A
+weight that no optimizer owns, or that has changed otherwise (another version, storage or recipe), is quantised again.
+Results are bit for bit the same either way, so every rank may decide for itself how much to keep:
 
     0 copies    nothing: every use quantises
     1           the operand of forward; backward reads it transposed. On a CPU that is a view
     2           also the transposed one, copied: tensor cores read FP8 along the summed dimension only
 
-A CPU keeps one. A GPU keeps none in its first step, which shows how much memory is left over, and then as many as fit.
+A CPU keeps one. A GPU keeps none in its first step, which shows how much memory remains, and then as many as fit.
 
 All products of a layer run on one stream (`dist.chunk`), so an operand found here is ready.
 """
@@ -24,26 +24,26 @@ from torch import Tensor
 from bessemer.precision.operand import Operand, transpose
 
 KEPT = "fp8_kept"
-"""The attribute of a weight that holds its `KeptWeights`."""
+"""Name of the attribute of a weight that holds its `KeptWeights`."""
 COPIES = 2
 LEFT_FREE = 0.06
-"""Share of a GPU that is never filled: as the planner (`plan.hardware`), for the runtime and fragmentation."""
+"""Fraction of a GPU's memory left free for the runtime and fragmentation, as in the planner (`plan.hardware`)."""
 
 
 class WeightQuantiser(Protocol):
-    """What is asked of an `FP8Recipe`."""
+    """The part of `FP8Recipe` that this module uses."""
 
     def quantised_weight(self, weight: Tensor) -> Operand: ...
 
 
 def operand(weight: Tensor, recipe: WeightQuantiser) -> Operand:
-    """The weight [..., N, K] as forward multiplies by it."""
+    """The weight [..., N, K] as the operand of forward."""
     kept = getattr(weight, KEPT, None)
     return recipe.quantised_weight(weight) if kept is None else kept.entry(weight, recipe).operand
 
 
 def turned(weight: Tensor, recipe: WeightQuantiser) -> Operand:
-    """The weight transposed, [..., K, N], as backward multiplies by it."""
+    """The transposed weight [..., K, N] as the operand of backward."""
     kept = getattr(weight, KEPT, None)
     if kept is None:
         return transpose(recipe.quantised_weight(weight))
@@ -58,10 +58,10 @@ def turned(weight: Tensor, recipe: WeightQuantiser) -> Operand:
 
 class _Entry(NamedTuple):
     state: tuple[Any, ...]
-    """What the weight was when it was quantised."""
+    """The weight's identity when it was quantised."""
     operand: Operand
     turned: list[Operand]
-    """The transposed operand, once it is needed."""
+    """The transposed operand, once it has been needed."""
 
 
 class KeptWeights:
@@ -69,10 +69,10 @@ class KeptWeights:
 
     def __init__(self, weights: Iterable[Tensor]):
         self.epoch = torch.zeros(1, dtype=torch.int64)
-        """Counts drops, on the CPU. Helper processes keep their own operands; in shared memory it tells them, too."""
+        """Number of drops, on the CPU: in shared memory it tells helper processes, which keep their own operands."""
         self._entries: dict[int, _Entry] = {}
         self._sizes: dict[int, int] = {}
-        """Bytes of one copy of every weight that was asked for."""
+        """Bytes of one copy of each weight that was requested."""
         self._peak = 0
         self._device = torch.device("cpu")
         for weight in weights:
@@ -92,11 +92,11 @@ class KeptWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept now."""
+        """Bytes kept now."""
         return sum(_bytes(part) for entry in self._entries.values() for part in (entry.operand, *entry.turned))
 
     def drop(self) -> None:
-        """The weights change: nothing that is kept holds any longer."""
+        """Discards all operands, because the weights change."""
         self.epoch += 1
         held = self.nbytes
         self._entries.clear()
@@ -104,7 +104,7 @@ class KeptWeights:
             self._choose(held)
 
     def _choose(self, held: int) -> None:
-        """How many copies fit beside the most memory that was ever in use; fewer where that has grown since."""
+        """Sets how many copies fit beside the peak memory use; fewer if the peak has grown since."""
         peak = torch.cuda.max_memory_allocated(self._device)
         if peak <= self._peak:
             return
@@ -116,7 +116,7 @@ class KeptWeights:
 
 
 def fitting(room: float, copy: int) -> int:
-    """Copies of so many bytes that fit into the room that everything else leaves."""
+    """How many copies of `copy` bytes, at most COPIES, fit into `room` bytes."""
     return max(0, min(COPIES, int(room // copy))) if copy else 0
 
 
