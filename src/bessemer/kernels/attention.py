@@ -17,7 +17,7 @@ def serves(q: Tensor, kv: Tensor, k_rope: Tensor, segments_BT: Tensor | None, sc
 
 
 def _table(rope: Tensor | None) -> tuple[Tensor | None, int]:
-    """A table of rotations [T, R/2, 2] or [B, T, R/2, 2], and the numbers from row to row of the batch."""
+    """A table of rotations [T, R/2, 2] or [B, T, R/2, 2], and its stride along the batch (0 if shared)."""
     if rope is None:
         return None, 0
     rope = rope.contiguous()
@@ -25,7 +25,7 @@ def _table(rope: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _segments(segments_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Segments, and room for their numbers in the order of rank."""
+    """Contiguous segments, and a buffer for their ranks, which fit 32 bits."""
     if segments_BT is None:
         return None, None
     return segments_BT.contiguous(), torch.empty(segments_BT.shape, dtype=torch.int32)
@@ -35,9 +35,9 @@ def attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, q_table: Tensor | None, k_table: Tensor | None, segments_BT: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, T, H, V] and log of the softmax denominators [B*H, T] in float32, of T queries q [B, T, H, N + R] that
-    stand at the last T of S positions: kv [B, S, H, N + V], k_rope [B, S, R], segments [B, S]. A table of None: the
-    rotary columns are rotated already."""
+    """Returns the output [B, T, H, V] and the log of the softmax denominators [B*H, T] in float32. The T queries q [B,
+    T, H, N + R] are at the last T of S positions: kv [B, S, H, N + V], k_rope [B, S, R], segments [B, S]. If a table is
+    None, the rotary columns are already rotated."""
     B, T, H, width = q.shape
     S, R = k_rope.shape[1:]
     V = kv.shape[-1] - width + R
@@ -55,7 +55,7 @@ def attention_backward(
     dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, segments_BT: Tensor | None, scale: float,
     out: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, kv and k_rope, for as many queries as keys."""
+    """Gradients of q, kv and k_rope; needs as many queries as keys."""
     B, T, H, width = q.shape
     R = k_rope.shape[-1]
     V = kv.shape[-1] - width + R

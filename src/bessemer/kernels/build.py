@@ -1,12 +1,12 @@
 """Compiles the kernels with the machine's C++ compiler, once, into a cache.
 
-A library's name holds a hash of what it follows from: sources and flags, then the compiler and the C library.
-Instruction sets are chosen by name and never by -march=native, so a cache on a home directory that several machines
-share holds a library for each. A machine without a compiler takes the library that another one left there.
+A library's name contains hashes of everything it depends on: sources and flags, then the compiler and the C library.
+Instruction sets are chosen by name and never by -march=native, so a cache in a home directory shared by several
+machines holds a library for each. A machine without a compiler uses a library that another machine built.
 
-Processes that start together build once, under a lock. A library is tried in a process of its own and appears under its
-name complete or not at all; beside it lies its SHA-256, with which it is compared before it is loaded. What a compiler
-refused is not tried again for an hour, nor by every process of a test run; `forget_failures` lifts that.
+Processes that start together build once, under a lock. A library is tried in a separate process and appears under its
+name complete or not at all; its SHA-256, stored next to it, is checked before it is loaded. A failed build is not
+retried for an hour, so not by every process of a test run either; `forget_failures` lifts that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COMMON = (
     "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-w",
 )  # fmt: skip
 """gnu++17 and not c++17: only the former lets GCC contract a * b + c. No -ffast-math: NaN and infinity must survive.
-The loops are vectors already: all of -O3 builds twice as long and runs no faster than its two parts named here."""
+Loops are already vectorised: full -O3 builds twice as long and runs no faster than its two flags named here."""
 AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
 AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512")
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -48,20 +48,20 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "emulated-amx": ("-DBESSEMER_EMULATE_TILES", "-O1", *(AVX2 if platform.machine() == "x86_64" else ())),
 }
-"""Compiler flags of every instruction set. Features one by one, since GCC knows -march=x86-64-v3 only from version 11
-on. The last one runs AMX's code on any machine of the last ten years, slowly, for tests; with -O1 it builds in two
-thirds of the time and is no slower."""
+"""Compiler flags for each instruction set. Features are listed one by one because GCC knows -march=x86-64-v3 only from
+version 11 on. The last set runs AMX's code on any machine of the last ten years, slowly, for tests; with -O1 it builds
+in two thirds of the time and is no slower."""
 SECONDS = 120
-"""A build takes 5 to 10 s of one core. What takes longer than this is stuck."""
+"""A build takes 5 to 10 s on one core. One that takes longer than this is stuck."""
 AGAIN_SECONDS = 3600
-"""After so long a build that failed is tried again."""
+"""A failed build is tried again after this time."""
 MESSAGE_BYTES = 65536
-"""What is kept of a compiler's messages; the rest is read and dropped."""
+"""How much of a compiler's messages is kept; the rest is read and dropped."""
 TRIAL = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).bessemer_check())"
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: $CXX, which may have arguments, else the first of g++, c++ and clang++."""
+    """The C++ compiler command: $CXX, which may have arguments, else the first of g++, c++ and clang++ found."""
     named = os.environ.get("CXX", "").split()
     for words in [named] if named else (["g++"], ["c++"], ["clang++"]):
         if path := shutil.which(words[0]):
@@ -71,7 +71,7 @@ def compiler() -> list[str]:
 
 
 def built(instructions: str) -> Path:
-    """The path of the library for an instruction set, built if the cache lacks it. BuildError says what failed."""
+    """The path of the library for an instruction set, built if the cache lacks it. Raises BuildError if that fails."""
     flags = [*COMMON, *FLAGS[instructions]]
     name = f"kernels-{instructions}-{_hash_of_sources(flags)}"
     folder = cache.folder()
@@ -96,7 +96,7 @@ def built(instructions: str) -> Path:
 
 
 def forget_failures() -> None:
-    """Lets the next process try again what a compiler refused."""
+    """Lets the next process retry failed builds."""
     with contextlib.suppress(BuildError, OSError):
         for record in cache.folder().glob("*.failed"):
             record.unlink()
@@ -110,7 +110,7 @@ def _hash_of_sources(flags: Sequence[str]) -> str:
 
 
 def _hash_of_compiler(command: Sequence[str]) -> str:
-    """Of the files behind the command and not of what it prints: every start needs this, and a compiler may hang."""
+    """Hashes the files of the command and not what it prints: every start needs this, and a compiler may hang."""
     libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
     facts = [libc, *command]
     for path in filter(None, map(shutil.which, command)):
@@ -121,7 +121,7 @@ def _hash_of_compiler(command: Sequence[str]) -> str:
 
 
 def _build_once(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
-    """Builds, unless that failed within the last hour."""
+    """Builds, unless a build failed within the last hour."""
     record = path.with_suffix(".failed")
     with contextlib.suppress(OSError, ValueError):
         if time.time() - record.stat().st_mtime < AGAIN_SECONDS:
@@ -141,7 +141,7 @@ def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
     cache.sweep(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-", ignore_cleanup_errors=True) as work:
         until = time.monotonic() + SECONDS
-        sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: -source.stat().st_size)  # the longest first
+        sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: -source.stat().st_size)  # largest first
         objects = [f"{work}/{source.stem}.o" for source in sources]
         start = [*command, *flags, *_shared_header(command, flags, until, work)]
         _run([[*start, "-c", str(source), "-o", f"{work}/{source.stem}.o"] for source in sources], until, work)
@@ -159,8 +159,8 @@ def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
 
 
 def _shared_header(command: Sequence[str], flags: Sequence[str], until: float, work: str) -> list[str]:
-    """Reads what all sources include once, a fifth of the time; returns the flags that use it. A compiler that cannot
-    reads the header again and again."""
+    """Precompiles the header that all sources include, which saves a fifth of the time, and returns the flags to use
+    it. A compiler that cannot do this reads the header for each source."""
     if not (SOURCES / HEADER).exists():
         return []
     header = Path(work, "shared.hpp")
@@ -171,8 +171,8 @@ def _shared_header(command: Sequence[str], flags: Sequence[str], until: float, w
 
 
 def _run(commands: Sequence[Sequence[str]], until: float, temporary: str) -> None:
-    """Runs the commands, as many at once as there are cores. BuildError for one that fails or outlasts `until`, OSError
-    for one without room on the disk."""
+    """Runs the commands, as many at a time as there are cores. Raises BuildError if one fails or runs past `until`, and
+    OSError if the disk is full."""
     waiting, running = list(commands), 0
     most = granted_cores()
     with selectors.DefaultSelector() as selector:
@@ -232,7 +232,7 @@ def _finished(name: str, job: subprocess.Popen[bytes], message: bytes, until: fl
 
 
 def _end(job: subprocess.Popen[bytes]) -> None:
-    """Ends a command with the processes it has started. They are known by its number, which is its own until `wait`."""
+    """Ends a command and the processes it started, by its process group, whose number is not reused before `wait`."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
@@ -241,7 +241,7 @@ def _end(job: subprocess.Popen[bytes]) -> None:
 
 
 def _try(library: Path) -> None:
-    """Loads a fresh library elsewhere and lets it compute, so that a bad one ends another process and not this one."""
+    """Loads a new library and runs it in another process, so that a bad one crashes that process and not this one."""
     if not sys.executable:  # Python inside another program
         return
     command = [sys.executable, "-I", "-S", "-c", TRIAL, str(library)]

@@ -1,7 +1,7 @@
-"""The folder of built libraries: whose it is, one builder at a time, and what lies in it whole.
+"""The folder of built libraries: ownership, one builder at a time, integrity and cleaning.
 
-A library appears under its name complete or not at all; beside it lies its SHA-256, with which it is compared before it
-is loaded. Only this user and root may be able to write it.
+A library appears under its name complete or not at all; its SHA-256, stored next to it, is checked before it is loaded.
+Only this user and root may have write access.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from bessemer.system import fcntl
 
 VARIABLE = "BESSEMER_KERNEL_CACHE"
-"""Environment variable: the folder instead of ~/.cache/bessemer/kernels."""
+"""Environment variable: the folder to use instead of ~/.cache/bessemer/kernels."""
 WAIT_SECONDS = 130
-"""A process waits so long for another one that builds."""
+"""How long a process waits for another that builds."""
 LEFT_SECONDS = 1200
-"""What a build leaves after so long was killed."""
+"""Leftovers of a build that are older than this belong to a killed process."""
 UNUSED_SECONDS = 90 * 86400
-"""Libraries that nobody has loaded for so long are deleted."""
+"""Libraries that nobody has loaded for this long are deleted."""
 
 
 class BuildError(Exception):
-    """Why there is no library, in one line. `final`: other instruction sets would fail in the same way."""
+    """Why there is no library, in one line. `final`: other instruction sets would fail the same way."""
 
     def __init__(self, why: str, *, final: bool = False):
         super().__init__(why)
@@ -36,11 +36,11 @@ class BuildError(Exception):
 
 
 def folder() -> Path:
-    """The cache, made where it is missing. One that can only be read will do if the library is there already."""
+    """The cache folder, created if missing; it may be read-only. Raises BuildError if it cannot be used safely."""
     named = os.environ.get(VARIABLE)
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    except RuntimeError:  # no HOME, and no account with this number
+    except RuntimeError:  # no HOME, and no account for this user ID
         if not named:
             raise BuildError(
                 f"no home directory for the kernels; set {VARIABLE} to a folder of yours", final=True
@@ -60,7 +60,7 @@ def folder() -> Path:
 
 
 def intact(path: Path) -> bool:
-    """Whether the library exists with the content that was built, and only its owner can have written it."""
+    """Whether the library exists with the content that was built, and only this user or root can have written it."""
     try:
         if not _safe(path):
             return False
@@ -75,7 +75,7 @@ def intact(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While this process alone may build. Where files cannot be locked, two may build the same and nothing breaks."""
+    """Holds the build lock. If files cannot be locked, two processes may build the same library, which does no harm."""
     if fcntl is None:
         yield
         return
@@ -96,11 +96,11 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open, too
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile also has the file open
 
 
 def sweep(folder: Path) -> None:
-    """Deletes what killed builds left and what nobody uses any more."""
+    """Deletes leftovers of killed builds and libraries no longer in use."""
     now = time.time()
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
@@ -113,6 +113,6 @@ def sweep(folder: Path) -> None:
 
 
 def _safe(path: Path) -> bool:
-    """Whether nobody but this user and root can have written this file or folder."""
+    """Whether only this user and root can have written this file or folder."""
     info = path.stat()
     return info.st_uid in (0, os.getuid()) and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,8 +1,8 @@
 """SwiGLU of routed experts with dispatch and combine, or of one dense FFN (`model.experts`).
 
-Rows are sorted by expert: `count_E` rows of each. With an order, row m is choice order_M[m] of the tokens' choices
-n * K + k, and results are summed per token; without one it is row m of x. `gate` holds the weight of every choice,
-float32; None: 1. A dense FFN is one expert: w13 [2F, D] and w2 [D, F].
+Rows are sorted by expert, `count_E` rows each. With an order, row m is choice order_M[m] = n * K + k of token n, and
+results are summed per token; without an order it is row m of x. `gate` holds the float32 weight of each choice; None:
+1. A dense FFN is one expert: w13 [2F, D] and w2 [D, F].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sorts(expert_NK: Tensor) -> bool:
 
 
 def sort(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """(order_M, count_E) of the choices sorted by expert, ties in order of the tokens, int64."""
+    """(order_M, count_E), int64, of the choices sorted by expert, ties in token order."""
     order_M, count_E = torch.empty(expert_NK.numel(), dtype=torch.int64), torch.empty(n_experts, dtype=torch.int64)
     call("experts_order", "piipp", expert_NK.contiguous(), len(order_M), n_experts, count_E, order_M)
     if int(count_E.sum()) != len(order_M):
@@ -44,7 +44,7 @@ class Routes(NamedTuple):
     gate: Tensor | None
 
     def arguments(self, n_tokens: int) -> tuple[Tensor | int | None, ...]:
-        """As a kernel takes them; the last one is K."""
+        """As kernel arguments; the last one is K."""
         choices = 1 if self.order_M is None else len(self.order_M) // n_tokens
         return self.count_E, self.order_M, self.gate, choices
 
@@ -55,7 +55,7 @@ def _sizes(x_ND: Tensor, w2: Tensor) -> tuple[int, ...]:
 
 
 def forward(x_ND: Tensor, routes: Routes, w13: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """y [N, D], and with `keep` h = W13 x [M, 2F] for `backward`."""
+    """Returns (y [N, D], h = W13 x [M, 2F] for `backward`); h is empty without `keep`."""
     N, D, _, F, _ = sizes = _sizes(x_ND, w2)
     M = N if routes.order_M is None else len(routes.order_M)
     y_ND, h_MH = x_ND.new_empty(N, D), x_ND.new_empty(M if keep else 0, 2 * F)
@@ -70,9 +70,9 @@ def backward(
     dy_ND: Tensor, x_ND: Tensor, routes: Routes, w13: Tensor, w2: Tensor, h_MH: Tensor,
     dw13: Tensor | None, dw2: Tensor | None, add: bool = False, operands: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of x and of the gates. Those of the weights are written to `dw13` and `dw2`, both in float32 or in
-    the dtype of the weights, or added to what is there. With `operands` also act [M, F] and dh [M, 2F] for
-    `weight_gradient`."""
+    """Returns the gradients of x and of the gates, and with `operands` act [M, F] and dh [M, 2F] for `weight_gradient`.
+    Gradients of the weights are written to `dw13` and `dw2`, or with `add` added to them; both are float32 or both have
+    the dtype of the weights."""
     dx_ND = torch.empty_like(dy_ND)
     dgate = None if routes.gate is None else torch.empty_like(routes.gate)
     act_MF = h_MH.new_empty(len(h_MH), w2.shape[-1]) if operands else None
@@ -85,7 +85,7 @@ def backward(
 
 
 def weight_gradient(tokens_ND: Tensor, routes: Routes, inner_MX: Tensor, dw: Tensor, by_inner: bool) -> None:
-    """Writes dw2 = dy^T act, from `tokens_ND` = dy, or `by_inner` dw13 = dh^T x, from x."""
+    """Writes dw2 = dy^T act for `tokens_ND` = dy, or with `by_inner` dw13 = dh^T x for `tokens_ND` = x."""
     N, D, E, F = len(tokens_ND), tokens_ND.shape[1], routes.count_E.numel(), inner_MX.shape[1]
     sizes = (N, D, E, F // 2 if by_inner else F, threads())
     dy_ND, act_MF, dw2 = (None, None, None) if by_inner else (tokens_ND, inner_MX, dw)

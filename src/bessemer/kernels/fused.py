@@ -1,4 +1,4 @@
-"""Functions with two bodies: a fused Triton kernel for CUDA, and plain torch for everything else."""
+"""Functions with two implementations: a fused Triton kernel for CUDA, and plain torch for everything else."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Fused:
-    """`plain(*arguments)`, computed by `kernels.MODULE.NAME` where the first argument lies on CUDA.
+    """`plain(*arguments)`, computed by `kernels.MODULE.NAME` if the first argument is on CUDA.
 
     Triton needs a C compiler and Python's headers, which slim images lack, and a kernel may not fit a card. The first
-    call that fails says so once; this function is then computed by `plain`, in more launches.
+    call that fails warns once; from then on `plain` computes the function, in more launches.
     """
 
     def __init__(self, module: str, name: str, plain: Callable[..., Any]):

@@ -10,15 +10,15 @@ from torch import Tensor
 from bessemer.kernels.library import DTYPES, call, fits, threads
 
 BLOCK = 512
-"""Tokens of a task of the backward, which has one [E, D] of `partial` for each."""
+"""Tokens per backward task; each task has its own [E, D] slice of `partial`."""
 TOKENS = 64
-"""Tokens that the kernel chooses for at once. Scores, which only the kernel reads, are [N / TOKENS, E, TOKENS]."""
+"""Tokens that the kernel processes at once. Scores, which only the kernel reads, are [N / TOKENS, E, TOKENS]."""
 MOST = 64
-"""Experts of a token, and rated experts of a group, that the kernel has room for."""
+"""The most experts per token, and rated experts per group, that the kernel can handle."""
 
 
 class Rule(NamedTuple):
-    """How experts are chosen and weighted; `cpp/gate.hpp`."""
+    """How experts are chosen and weighted; see `cpp/gate.hpp`."""
 
     n_experts: int
     n_activated: int
@@ -47,8 +47,8 @@ def serves(x_ND: Tensor, weight_ED: Tensor, rule: Rule) -> bool:
 def forward(
     x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(experts [N, K] int64, gates [N, K] float32, scores for the other two). Entries of choice_NK, int64, that are at
-    least 0 override the gate's choice."""
+    """(experts [N, K] int64, gates [N, K] float32, scores for `balance` and `backward`). Entries of choice_NK (int64)
+    that are at least 0 override the gate's choice."""
     N, D = x_ND.shape
     expert_NK = torch.empty(N, rule.n_activated, dtype=torch.int64)
     weight_NK, score = torch.empty(N, rule.n_activated), torch.empty(-(-N // TOKENS), rule.n_experts, TOKENS)

@@ -1,7 +1,7 @@
-"""The loaded library of kernels, or why there is none.
+"""The loaded kernel library, or why there is none.
 
-BESSEMER_KERNELS chooses: `auto` (default) the best instruction set of this processor, `off` none, or an instruction set
-by name (`build.FLAGS`), for comparisons. Whatever fails, the answer is the torch code, and `status` says why.
+BESSEMER_KERNELS selects it: `auto` (default, the best instruction set of this processor), `off`, or an instruction set
+by name (`build.FLAGS`), for comparisons. If anything fails, torch's code runs instead, and `status` says why.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from bessemer.system import sysctl
 
 VARIABLE = "BESSEMER_KERNELS"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""Dtypes of activations and weights that the kernels take, with the suffix of their functions."""
+"""Dtypes of activations and weights that the kernels take, with the suffixes of their functions."""
 CPUINFO = Path("/proc/cpuinfo")
 AVX2 = {"avx2", "fma", "bmi1", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
-"""What the kernels need of a processor, by the system's names. AMD has AVX-512 since Zen 4 and no AMX; processors with
-cores of two kinds have AVX2."""
+"""Processor features that the kernels need, by the system's names. AMD has AVX-512 since Zen 4 and no AMX; processors
+with two kinds of cores have AVX2."""
 
 
 class Status(NamedTuple):
     """Which kernels run."""
 
     instructions: str
-    """The instruction set; "off" where torch does everything."""
+    """The instruction set; "off" if torch does everything."""
     why: str
     """One sentence for people."""
 
@@ -52,7 +52,7 @@ def _candidates() -> list[str]:
 
 
 def _features() -> set[str]:
-    """Names of this x86 processor's features; none where the system does not tell."""
+    """Names of this x86 processor's features; empty if the system does not report them."""
     try:
         if sys.platform == "darwin":  # AVX2 and BMI1 there
             return set(sysctl("machdep.cpu.features", "machdep.cpu.leaf7_features").lower().split())
@@ -63,7 +63,7 @@ def _features() -> set[str]:
 
 
 def _load(instructions: str) -> ctypes.CDLL:
-    """BuildError if it cannot be built, loaded, or used by this process."""
+    """Builds and loads the library. Raises BuildError if that fails or this process cannot use it."""
     path = build.built(instructions)
     try:
         library = ctypes.CDLL(str(path))
@@ -102,12 +102,12 @@ def status() -> Status:
 
 
 def backend(device: torch.device) -> str:
-    """What computes on a device, for records: one backend's results differ from another's by rounding."""
+    """Names what computes on a device, for records: results of different backends differ by rounding."""
     return device.type if device.type != "cpu" else f"cpu (kernels {status().instructions})"
 
 
 def forget() -> None:
-    """Makes the next call look for a library again, as the environment then says."""
+    """Makes the next call look for a library again, according to the environment at that time."""
     _found.cache_clear()
     _function.cache_clear()
 
@@ -128,20 +128,20 @@ def _function(name: str, signature: str) -> Any:
 
 
 def call(name: str, signature: str, *arguments: Tensor | float | None) -> None:
-    """Calls a function of the library. `signature` has a letter for every argument: p a tensor's memory (None: null),
-    i an integer, f and d a float of 32 or 64 bits. Tensors must be contiguous where the function has no stride for
-    them; the caller keeps them alive."""
+    """Calls a function of the library. `signature` has one letter per argument: p a tensor's memory (None: null), i an
+    integer, f and d a float of 32 or 64 bits. Tensors must be contiguous unless the function takes their stride; the
+    caller keeps them alive."""
     _function(name, signature)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 def threads() -> int:
-    """Threads of a kernel: as many as torch's own operations use."""
+    """Threads for a kernel: as many as torch's own operations use."""
     return torch.get_num_threads()
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels exist and take these activations or weights: on the CPU, of one dtype that they know. Not while
-    torch.compile traces: what is not an operation of ours, it compiles itself."""
+    """Whether kernels exist and take these activations or weights: on the CPU, all of one supported dtype. False while
+    torch.compile traces: it compiles everything that is not one of our operations."""
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()

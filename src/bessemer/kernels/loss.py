@@ -1,4 +1,4 @@
-"""Rows of logits in one pass: cross entropy and log-probabilities with their gradients (`train.loss`)."""
+"""Cross entropy and log-probabilities of rows of logits, with their gradients, in one pass (`train.loss`)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def serves(logits_CV: Tensor) -> bool:
 
 
 def cross_entropy(logits_CV: Tensor, target_C: Tensor, weight_C: Tensor, gradient: bool) -> Tensor:
-    """-log softmax(logits)[target], [C] float32. With `gradient`, logits_CV becomes the gradient of the sum of the
-    results times weight_C."""
+    """-log softmax(logits)[target], [C] float32. With `gradient`, logits_CV is overwritten with the gradient of the sum
+    of the results times weight_C."""
     nll_C = torch.empty(len(logits_CV), dtype=torch.float32)
     call(
         f"cross_entropy_{DTYPES[logits_CV.dtype]}", "ppppiiii",
@@ -26,7 +26,7 @@ def cross_entropy(logits_CV: Tensor, target_C: Tensor, weight_C: Tensor, gradien
 def logprobs(
     logits_CV: Tensor, target_C: Tensor, temperature: float, logp_C: Tensor, lse_C: Tensor, entropy_C: Tensor | None
 ) -> None:
-    """Writes log softmax(logits / temperature)[target], the log of the denominator and, where there is room for it, the
+    """Writes log softmax(logits / temperature)[target], the log of the denominator and, unless `entropy_C` is None, the
     entropy; all float32."""
     call(
         f"logprobs_{DTYPES[logits_CV.dtype]}", "pppppiifi",
@@ -38,7 +38,7 @@ def logprobs_backward_(
     logits_CV: Tensor, target_C: Tensor, temperature: float, lse_C: Tensor, entropy_C: Tensor, grad_logp_C: Tensor,
     grad_entropy_C: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Turns logits into their gradient, and returns them; no gradient of the entropy: it was not asked for."""
+    """Overwrites the logits with their gradient and returns them. No `grad_entropy_C`: the entropy is unused."""
     grad_logp_C = grad_logp_C.contiguous()
     grad_entropy_C = None if grad_entropy_C is None else grad_entropy_C.contiguous()
     call(

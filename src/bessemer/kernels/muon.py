@@ -8,7 +8,7 @@ from torch import Tensor
 from bessemer.kernels.library import call, fits, threads
 
 LONGEST = 1024
-"""Of the shorter sides: larger matrices leave the cache, and torch's products are faster."""
+"""Limit on the shorter side: larger matrices do not fit the cache, and torch's products are faster."""
 
 
 def serves(x_NRC: Tensor) -> bool:
@@ -19,7 +19,7 @@ def serves(x_NRC: Tensor) -> bool:
 
 
 def newton_schulz(x_NRC: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    """U V^T of every matrix [R, C], approximately: a new tensor."""
+    """Approximates U V^T of every matrix [R, C]; returns a new tensor."""
     x_NRC = x_NRC.clone(memory_format=torch.contiguous_format)
     call("newton_schulz", "piiiifffi", x_NRC, *x_NRC.shape, steps, *coefficients, threads())
     return x_NRC

@@ -8,7 +8,7 @@ from torch import Tensor
 from bessemer.kernels.library import DTYPES, call, fits, threads
 
 BLOCK = 64
-"""Rows of a task of the backward, which has one row of `partial` for each."""
+"""Rows per backward task; each task has its own row of `partial`."""
 
 
 def serves(x: Tensor, weight_D: Tensor) -> bool:
@@ -16,7 +16,7 @@ def serves(x: Tensor, weight_D: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows with one distance between them, and that distance; a copy only where there is none."""
+    """x as rows with a constant stride, and that stride; copies only if x has none."""
     if x.dim() == 1 or x.is_contiguous():
         return x, x.shape[-1]
     if x.stride(-1) == 1:  # columns of a wider tensor

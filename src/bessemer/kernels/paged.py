@@ -1,7 +1,7 @@
-"""Attention of one query per row against the pages of a latent cache, on a GPU.
+"""Attention of one query per row over the pages of a latent cache, on a GPU.
 
-`attend` is a Triton kernel on CUDA where Triton works: every row reads its own pages, and nothing else. Plain torch
-gathers the pages of all rows, as many as the table is wide, and calls torch's attention.
+`attend` is a Triton kernel on CUDA if Triton works: every row reads only its own pages. Otherwise plain torch gathers
+the pages of all rows, over the full width of the table, and calls torch's attention.
 
 Shapes: B rows, H heads, X = C + R, pool [pages, slots of a page, X], table [B, pages of a row].
 """
@@ -18,7 +18,7 @@ from bessemer.kernels.fused import Fused
 def attend_reference(
     q_BHX: Tensor, pool_PSX: Tensor, table_BP: Tensor, position_B: Tensor, latent: int, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) k of the first `latent` columns, [B, H, C]; keys are the slots up to the position."""
+    """softmax(scale q k^T) times the first `latent` columns of k, [B, H, C]; keys are the slots up to the position."""
     kv_BSX = pool_PSX.index_select(0, table_BP.flatten()).view(len(q_BHX), -1, q_BHX.shape[-1])
     hidden_BS = torch.arange(kv_BSX.shape[1], device=position_B.device) > position_B[:, None]
     bias_BS = torch.zeros(hidden_BS.shape, dtype=q_BHX.dtype, device=position_B.device)

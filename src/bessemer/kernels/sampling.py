@@ -28,11 +28,11 @@ def sample(
     q_BV: Tensor | None = None,
     kept_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, log-probability at the row's temperature, raw log-probability) of every row, of the ids below `vocab`.
+    """(token, log-probability at the row's temperature, raw log-probability) per row, among the ids below `vocab`.
 
-    rules_B4, float64: temperature, top_p, top_k, min_p. The random number is the key's at this position; without keys
-    all rows must be greedy. Where rejected_B, a draft from q_BV, [B, vocab], was rejected. kept_BV, bool [B, vocab],
-    gets the tokens that truncation left; log-probabilities at the row's temperature are then of these alone.
+    rules_B4, float64: temperature, top_p, top_k, min_p. The random number is that of the key at this position; without
+    keys all rows must be greedy. Where rejected_B is true, a draft from q_BV [B, vocab] was rejected. kept_BV, bool [B,
+    vocab], receives the tokens that truncation kept; log-probabilities at the row's temperature then cover only these.
     """
     B, V = logits_BV.shape
     token_B, (logp_B, raw_B) = torch.empty(B, dtype=torch.int64), torch.empty(2, B)

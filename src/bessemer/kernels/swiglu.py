@@ -1,9 +1,9 @@
-"""SwiGLU between the two products of an expert or of a dense FFN, on a GPU: one pass forward, one backward.
+"""SwiGLU between the two products of an expert or a dense FFN, on a GPU: one pass forward, one backward.
 
     act = silu(gate) * up * weight        h = (gate, up) [M, 2F], one weight per row, or none
 
-`forward` and `backward` are Triton kernels on CUDA where Triton works, and plain torch elsewhere. Both compute in
-float32 and round once.
+`forward` and `backward` are Triton kernels on CUDA if Triton works, and plain torch elsewhere. Both compute in float32
+and round once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def forward_reference(h_MH: Tensor, weight_M: Tensor | None) -> Tensor:
 
 
 def backward_reference(dact_MF: Tensor, h_MH: Tensor, weight_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """act again, the gradient of h, and that of the weights in their dtype."""
+    """Returns act recomputed, the gradient of h, and that of the weights in their dtype (None without weights)."""
     gate, up = h_MH.float().chunk(2, -1)
     sig, dact, dweight = gate.sigmoid(), dact_MF.float(), None
     silu = gate * sig

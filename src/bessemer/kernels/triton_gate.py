@@ -1,6 +1,6 @@
 """The gate's choice in Triton, from logits to experts, gates, shares and counts; one program serves one token.
 
-Ties go to the lower expert. NaN counts as the largest score, so that what is chosen always exists. Counts are whole
+Ties go to the lower expert. NaN counts as the largest score, so that every chosen expert exists. Counts are whole
 numbers in float32: adding them atomically gives the same bits in any order.
 """
 

@@ -1,7 +1,7 @@
 """MLA's heads in Triton: rotation, concatenation and padding of queries, keys and values in one pass each way.
 
-One program serves one token. Rotary pairs are (x_{2j}, x_{2j+1}), times cos + i sin; backward turns the other way. The
-rotary key is shared by all heads: its gradient is summed over them in a fixed order. Shapes as in `model.mla`.
+Rotary pairs (x_{2j}, x_{2j+1}) are multiplied by cos + i sin; backward rotates the other way. The rotary key is shared
+by all heads, so its gradient is summed over them in a fixed order. Shapes as in `model.mla`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def backward(dqh: Tensor, dkh: Tensor, dvh: Tensor, rope: Tensor, value: int) ->
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as rows with one distance between them; a slice of the last dimension stays where it is."""
+    """x as rows with a constant stride; a slice of the last dimension is not copied."""
     even = x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()
 

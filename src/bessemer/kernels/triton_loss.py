@@ -1,8 +1,8 @@
-"""Losses of the head in Triton: one program reads a row of logits twice, sums in float32, and writes its gradient over
-it.
+"""Losses of the head in Triton: one program reads a row of logits twice, sums in float32, and overwrites the row with
+its gradient.
 
-In torch the same is some ten passes over float32 copies of all logits. Shapes as in `train.loss`: C tokens of a chunk,
-V vocabulary.
+Torch needs some ten passes over float32 copies of all logits for the same. Shapes as in `train.loss`: C tokens of a
+chunk, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDTH = 4096
 
 
 def cross_entropy(logits_CV: Tensor, target_C1: Tensor, loss_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """(log p(target) [C], loss_c (p - onehot) in the memory of the logits, where asked for)."""
+    """(log p(target) [C], the logits, which hold loss_c (p - onehot) if `with_grad`)."""
     assert logits_CV.is_contiguous()
     logp_C = loss_C.new_empty(len(loss_C))
     if len(loss_C):
@@ -44,7 +44,7 @@ def logprobs_backward(
     logits_CV: Tensor, target_C: Tensor, temperature: float, lse_C: Tensor, entropy_C: Tensor, grad_logp_C: Tensor,
     grad_entropy_C: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits, in their memory."""
+    """The gradient of the logits, written over them."""
     assert logits_CV.is_contiguous()
     if len(logits_CV):
         grad_entropy = lse_C if grad_entropy_C is None else grad_entropy_C.contiguous()

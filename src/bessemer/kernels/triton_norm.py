@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 PARTS = 264
-"""Programs of backward, two for each multiprocessor of a Hopper card; each leaves its sum for the gain."""
+"""Number of programs in backward: two per multiprocessor of a Hopper card. Each writes its sum for the gain."""
 WIDEST = 16384
 
 
@@ -62,7 +62,7 @@ def _forward(x, weight, y, step, D, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(dy, x, weight, dx, dweight, dy_step, step, N, D, parts, turns, eps, BLOCK: tl.constexpr):
-    """One program: every PARTS-th row, and the sum over its rows for the gain."""
+    """One program: every PARTS-th row, and its rows' sum for the gain's gradient."""
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D

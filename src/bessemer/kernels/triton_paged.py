@@ -1,8 +1,8 @@
-"""Attention of one query per row against a paged latent cache, in Triton (`paged`).
+"""Attention of one query per row over a paged latent cache, in Triton (`paged`).
 
 A program serves one row, HEADS heads and one of SPLITS parts of the row's pages; it reads every latent once, as key and
-as value, and keeps a running softmax. Parts are summed by torch. The number of parts follows from the number of rows,
-so that few rows fill a GPU, too. Pages and positions are read on the device: a launch is the same for every length.
+as value, and keeps a running softmax. Parts are summed by torch. The number of parts depends on the number of rows, so
+that few rows also fill a GPU. Pages and positions are read on the device: a launch is the same for every length.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 HEADS = 16
-"""Heads of a program: the least rows of a product on tensor cores."""
+"""Heads per program: the smallest number of rows in a tensor-core product."""
 SLOTS = 32
 """Cached tokens read at once; divides a page."""
 PROGRAMS = 256
-"""Wanted at least: two for each multiprocessor of a large card."""
+"""Target number of programs: two per multiprocessor of a large card."""
 MOST_SPLITS = 16
 
 
@@ -44,7 +44,7 @@ def attend(q_BHX: Tensor, pool_PSX: Tensor, table_BP: Tensor, position_B: Tensor
 
 
 def _block(width: int) -> int:
-    """Columns of a product on tensor cores, at least 16."""
+    """Columns of a tensor-core product, at least 16."""
     return max(16, triton.next_power_of_2(width))
 
 

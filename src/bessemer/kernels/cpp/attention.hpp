@@ -1,17 +1,17 @@
 // The softmax core of multi-head latent attention, forward and backward, without stored probabilities (FlashAttention).
 //
 // A task is one head of one row. Scores stay transposed, [keys x queries]: the lanes of a vector are queries, so the
-// softmax needs no sums across lanes, and P^T and dS^T come out as operands of the next products. Rotation and layout
-// are done while operands are packed; the scale is applied to scores, since it would round operands in BF16.
+// softmax needs no sums across lanes, and P^T and dS^T are already operands of the next products. Operands are rotated
+// and laid out while they are packed; the scale is applied to scores, since it would round BF16 operands.
 //
 //     forward     S^T = K Q^T    P^T = exp(S^T - running maximum)    O^T += V^T P^T
 //     backward    S^T = K Q^T    P^T = exp(S^T - log-sum-exp)        dP^T = V dO^T    dS^T = P^T (dP^T - delta)
 //                 dV += P^T dO   dK += dS^T Q                        dQ^T += K^T dS^T
 //
-// A lane computes with numbers of its own query only, and masked probabilities are exactly 0, so a query's result does
-// not depend on which queries share its block.
+// A lane uses only numbers of its own query, and masked probabilities are exactly 0, so a query's result does not
+// depend on which queries share its block.
 //
-// This file has what both directions share: layouts, rows, and which keys a query sees.
+// This file holds what both directions share: layouts, rows, and which keys a query sees.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace {
 
 typedef int32_t vi_mem __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
-// The operands of a product: the left one, [M, K], with strides; the right one, [K, N], as `Operands` laid it out.
+// The operands of a product: the left one, [M, K], with strides; the right one, [K, N], in the layout of `Operands`.
 template <class E>
 struct Left {
     const E* at;
@@ -36,16 +36,16 @@ struct Right {
 
 // --- layouts ---------------------------------------------------------------------------------------------------------
 
-// How operands come from rows, which hold a token each: its features, and zeros up to `row` elements.
+// How operands are made from rows. A row holds one token: its features, and zeros up to `row` elements.
 template <class G>
 struct Operands;
 
 template <>
 struct Operands<FloatGemm> {
     typedef float E;
-    static constexpr i64 QUERIES = 32, KEYS = 48;  // of a block
-    static constexpr i64 STEP = 4;                 // products take a multiple of this many keys
-    static constexpr bool ROWS_SERVE = true;       // rows are operands themselves, on either side, and so are scores
+    static constexpr i64 QUERIES = 32, KEYS = 48;  // per block
+    static constexpr i64 STEP = 4;                 // products take keys in multiples of this
+    static constexpr bool ROWS_SERVE = true;       // rows and scores serve as operands unchanged, on either side
 
     static i64 row(i64 n) { return round_up(n, W); }
     static i64 left_size(i64, i64) { return 0; }
@@ -65,7 +65,7 @@ struct Operands<FloatGemm> {
                 for (int i = 0; i < W; ++i) store(to + (k + i) * N + n, block[i]);
             }
     }
-    // Two rows of a right operand with `QUERIES` columns and K rows.
+    // Writes two rows of a right operand with `QUERIES` columns and K rows.
     static INLINE void put_right(E* to, i64 K, i64 k, i64 n, vf p0, vf p1) {
         store(to + k * QUERIES + n, p0);
         store(to + (k + 1) * QUERIES + n, p1);
@@ -118,9 +118,9 @@ struct Operands<TileGemm> {
     }
 
    private:
-    // Where a right operand of K rows has rows k and k + 1 of column n; k is even.
+    // Address of rows k and k + 1 of column n in a right operand of K rows; k is even.
     static INLINE E* place(E* to, i64 K, i64 k, i64 n) { return to + n / 16 * K * 16 + k * 16 + n % 16 * 2; }
-    // W elements of this row and of the next one, in turn.
+    // W elements of this row and of the next one, interleaved.
     static INLINE vf paired(const E* p, i64 ld) {
         return (vf)(longer(*(const vh_mem*)p) | longer(*(const vh_mem*)(p + ld)) << 16);
     }
@@ -135,7 +135,7 @@ INLINE vf turned(vf x, vf table, vf sign, std::integer_sequence<int, J...>) {
     return x * cosine + pick<(J ^ 1)...>(x, x) * (sine * sign);
 }
 
-// Pairs of x, multiplied as complex numbers by the table's, or by their conjugates for `back`. No table: x times scale.
+// Pairs of x, multiplied as complex numbers by the table's, or if `back` their conjugates. No table: x times scale.
 template <class E, class T>
 INLINE void turn(E* to, const T* x, const float* table, i64 n, float scale, bool back) {
     vf sign;
@@ -155,15 +155,15 @@ INLINE void turn(E* to, const T* x, const float* table, i64 n, float scale, bool
     }
 }
 
-// Rows of one head lie a row of all heads apart, too far for the processor to foresee them. AHEAD: rows, when reading.
+// Rows of one head are a row of all heads apart, too far for the hardware prefetcher. AHEAD: rows to prefetch ahead.
 constexpr i64 AHEAD = 16;
 template <bool WRITE, class T>
 INLINE void fetch(const T* p, i64 n) {
     for (i64 d = 0; d < n; d += 64 / sizeof(T)) __builtin_prefetch(p + d, WRITE, WRITE ? 3 : 2);
 }
 
-// n vectors of `width` features in rows of `ld`; the last `rope` of a row come from `pairs` and are rotated. Rows and
-// columns beyond are zeros.
+// n vectors of `width` features in rows of `ld`; the last `rope` features come from `pairs` and are rotated. Rows and
+// columns beyond are zero.
 template <class E, class T>
 void pack_rows(E* to, i64 ld, i64 n, i64 rows, const T* plain, i64 stride, i64 width, const T* pairs, i64 pairs_stride,
                i64 rope, const float* table) {
@@ -178,7 +178,7 @@ void pack_rows(E* to, i64 ld, i64 n, i64 rows, const T* plain, i64 stride, i64 w
     memset((void*)(to + n * ld), 0, (rows - n) * ld * sizeof(E));
 }
 
-// N rows of M features in rows of M rounded up to W, from their transpose times a factor of every row.
+// N rows of M features in rows of M rounded up to W, from their transpose times one factor per row.
 template <i64 N>
 void transpose_out(float* to, const float* from, i64 M, const float* factor) {
     i64 ld = round_up(M, W);
@@ -200,19 +200,19 @@ float inner(const T* x, const T* y, i64 n) {
     return sum(total);
 }
 
-// --- what a call is about --------------------------------------------------------------------------------------------
+// --- arguments of a call ---------------------------------------------------------------------------------------------
 
 template <class T>
 struct Call {
     const T *q, *kv, *k_rope;        // [B, queries, H, nope + rope], [B, keys, H, nope + value], [B, keys, rope]
     const float *q_table, *k_table;  // rotations [queries or keys, rope / 2, 2] of a row, or null
-    i64 q_table_row, k_table_row;    // from row to row of the batch
+    i64 q_table_row, k_table_row;    // stride along the batch
     const int32_t* segments;         // [B, keys], or null
     i64 B, H, queries, keys, nope, rope, value;
     float scale;
 
     i64 width() const { return nope + rope; }
-    i64 offset() const { return keys - queries; }  // query t stands at position t + offset
+    i64 offset() const { return keys - queries; }  // query t is at position t + offset
     i64 q_at(i64 b, i64 t, i64 h) const { return ((b * queries + t) * H + h) * width(); }
     i64 kv_at(i64 b, i64 t, i64 h) const { return ((b * keys + t) * H + h) * (nope + value); }
     i64 out_at(i64 b, i64 t, i64 h) const { return ((b * queries + t) * H + h) * value; }
@@ -236,7 +236,7 @@ struct Call {
     }
 };
 
-// Which keys of a block the queries of a block see.
+// Which keys of a block are visible to the queries of a block.
 template <class G>
 struct Mask {
     static constexpr i64 QUERIES = Operands<G>::QUERIES, KEYS = Operands<G>::KEYS;
@@ -271,7 +271,7 @@ struct Mask {
     }
 };
 
-// Segments numbered 0, 1, 2... in the order of their numbers, which fit 32 bits.
+// Renumbers segments 0, 1, 2... in the order of their numbers, so that they fit 32 bits.
 void number(int32_t* to, const i64* from, i64 n) {
     if (std::is_sorted(from, from + n)) {
         to[0] = 0;
@@ -304,7 +304,7 @@ struct Best {
 };
 #endif
 
-// segments [B, keys] as the user numbered them go to `numbers`, which the call reads.
+// Writes segments [B, keys], as numbered by the user, to `numbers`, which the call reads.
 template <class T>
 void number_all(const Call<T>& call, const i64* segments, int32_t* numbers, int threads) {
     i64 n = call.keys;

@@ -3,7 +3,7 @@
 
 namespace {
 
-// P^T and dS^T of a block of n keys, from the scores and dP^T.
+// P^T and dS^T of a block of n keys, computed from the scores and dP^T.
 template <class G>
 void softmax_backward(const float* s, const float* dp, typename Operands<G>::E* p, typename Operands<G>::E* ds,
                       typename Operands<G>::E* ds_right, i64 n, const Mask<G>& mask, float scale, const float* high,
@@ -35,7 +35,7 @@ struct Gradients {
     const T *dout, *out;
     const float* lse;
     T *dq, *dkv;
-    float* dk_rope;  // [B, H, keys, rope]: of every head, after the rotation
+    float* dk_rope;  // [B, H, keys, rope]: per head, after the rotation
 };
 
 template <class G, class T>
@@ -47,7 +47,7 @@ __attribute__((noinline)) void backward(const Call<T>& call, const Gradients<T>&
     i64 width = call.width(), nope = call.nope, rope = call.rope, value = call.value, length = call.keys;
     i64 blocks = (length + QUERIES - 1) / QUERIES, S = blocks * QUERIES, kw = O::row(width), vw = O::row(value);
 
-    // Of every block of queries: q and dO as right operands in both directions.
+    // For every block of queries: q and dO as right operands in both orientations.
     i64 qt_size = O::right_size(width, QUERIES), gt_size = O::right_size(value, QUERIES);
     i64 q_size = O::ROWS_SERVE ? QUERIES * kw : O::right_size(QUERIES, width);
     i64 g_size = O::ROWS_SERVE ? QUERIES * vw : O::right_size(QUERIES, value);
@@ -55,7 +55,7 @@ __attribute__((noinline)) void backward(const Call<T>& call, const Gradients<T>&
     E* g = scratch<21, E>(blocks * g_size);
     E* qt = scratch<22, E>(blocks * qt_size);
     E* gt = scratch<23, E>(blocks * gt_size);
-    float* high = scratch<24, float>(S);  // log-sum-exp, of base 2
+    float* high = scratch<24, float>(S);  // log-sum-exp, base 2
     float* delta = scratch<25, float>(S);
     float* dqt = scratch<26, float>(blocks * width * QUERIES);
     memset(dqt, 0, blocks * width * QUERIES * sizeof(float));
@@ -132,7 +132,7 @@ __attribute__((noinline)) void backward(const Call<T>& call, const Gradients<T>&
     }
 }
 
-// The shared rotary key's gradient: the sum over heads, in their order, rotated back.
+// The gradient of the shared rotary key: summed over heads in their order, and rotated back.
 template <class T>
 __attribute__((noinline)) void sum_heads(const Call<T>& call, const float* of_heads, T* dk_rope, i64 b, i64 t) {
     i64 rope = call.rope, from_head = call.keys * rope;

@@ -3,8 +3,8 @@
 
 namespace {
 
-// Probabilities of a block of n keys up to their denominator, from the scores, which may be overwritten. Every query
-// has a running maximum and sum; `factor` is for what was summed before.
+// Unnormalised probabilities of a block of n keys from the scores, which may be overwritten. Every query has a running
+// maximum and sum; `factor` rescales what was summed before.
 template <class G>
 void softmax(float* s, typename Operands<G>::E* p, i64 n, const Mask<G>& mask, float scale, float* high, float* total,
              float* factor) {

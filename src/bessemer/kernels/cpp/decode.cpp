@@ -1,7 +1,7 @@
-// A decoding step of all layers (MLA in its absorbed form over paged latents, DeepSeekMoE, norms, head) in one call.
+// A decoding step through all layers (absorbed MLA over paged latents, DeepSeekMoE, norms, head) in one call.
 //
-// Matrices are float32 or BF16 and read as they lie; everything between two products is float32. What a row gets
-// depends on its own tokens only: products are chains over ascending k (rows.hpp), attention runs over the row's own
+// Matrices are float32 or BF16 and are read in place; everything between two products is float32. A row's result
+// depends only on its own tokens: products are chains over ascending k (rows.hpp), attention runs over the row's own
 // keys in ascending order, and no sum runs over rows.
 //
 // Prefill is a step with many tokens per row. Rows may have different numbers of tokens.
@@ -13,10 +13,10 @@
 
 namespace {
 
-constexpr i64 PAGE = 64;   // tokens of a page
-constexpr i64 GROUP = 16;  // rows of a task that has nothing to share between rows; tokens that attend together
+constexpr i64 PAGE = 64;   // tokens per page
+constexpr i64 GROUP = 16;  // rows per task that shares nothing between rows; also tokens that attend together
 
-// Addresses; absent ones are null. `gate` is null in a dense layer, whose FFN stands in w13 and w2.
+// Addresses; absent ones are null. `gate` is null in a dense layer, whose FFN is in w13 and w2.
 template <class T>
 struct Layer {
     const float* attn_norm;
@@ -89,8 +89,8 @@ __attribute__((noinline)) void activation(const Input& in, const T* w13, i64 inn
     for (i64 m = 0; m < in.M; ++m) swiglu(both + m * PANEL, up + m * PANEL, act + m * ld + f, columns, weight ? weight[m] : 1.0f);
 }
 
-// Q queries of one row, T tokens of H heads, against its keys: ctx [Q, C] = softmax(scale q k^T) c.
-// The first token sees `first` keys, every further one a key more; none sees fewer than one.
+// Q queries of one row (T tokens of H heads) against its keys: ctx [Q, C] = softmax(scale q k^T) c. The first token
+// sees `first` keys, each later one a key more; none sees fewer than one.
 template <class T>
 __attribute__((noinline)) void attend(const Shape& s, double scale, const T* pool, const i64* pages, i64 first, i64 tokens, const float* q, float* ctx) {
     i64 H = s.heads, X = s.latent + s.rope, C = s.latent, Q = tokens * H;
@@ -144,13 +144,13 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
         });
 }
 
-// The tokens of a step on their way through the layers, and what is done to them without a matrix.
+// The state of a step's tokens between layers, and the operations on them that read no matrix.
 struct Tokens {
     const Shape& s;
     const Factors& f;
     i64 B;
     const i64 *begin;         // the tokens of row b are [begin[b], begin[b + 1])
-    const i64 *base, *table;  // position of every row's first token; pages of every row
+    const i64 *base, *table;  // position of each row's first token; pages of each row
     i64 width;                // of the table
     const float* turns;       // rotary table [position, R]
     int threads;
@@ -160,7 +160,7 @@ struct Tokens {
     i64 *position;  // of every token
     i64* cell;      // its place in a pool, in slots
     struct Together {
-        i64 row, first, tokens, sees;  // what the first of them sees; each of the others a key more
+        i64 row, first, tokens, sees;  // `sees`: keys of the first of them; each other sees one more
     }* together;                       // tokens of a row that attend together
     i64 n_together = 0;
 
@@ -183,7 +183,7 @@ struct Tokens {
         for (i64 b = 0; b < B; ++b) {
             i64 T_ = begin[b + 1] - begin[b];
             for (i64 t = 0; t < T_; ++t) {
-                // An MTP module may begin before the text, and then stands where nothing is read yet.
+                // An MTP module may begin before the text; such a token gets a position that nothing reads yet.
                 i64 n = begin[b] + t, p = base[b] + t < 0 ? base[b] + T_ - 1 - (base[b] + t) : base[b] + t;
                 position[n] = p;
                 cell[n] = table[b * width + p / PAGE] * PAGE + p % PAGE;
@@ -197,7 +197,7 @@ struct Tokens {
             for (i64 i = g * GROUP; i < least(n, (g + 1) * GROUP); ++i) each(i);
         });
     }
-    // From here on there are only the tokens `pick`: in ascending order, at most one of a row.
+    // Keeps only the tokens `pick`: in ascending order, at most one per row.
     void keep(const i64* pick, i64 M) {
         for (i64 m = 0, i = 0; m < M; ++m) {
             i64 n = pick[m];
@@ -235,7 +235,7 @@ struct Tokens {
             }
         });
     }
-    // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the way back.
+    // pair: the (token, choice) pairs by expert; those of expert e are [start[e], start[e + 1]). place: the inverse.
     void sort_by_expert() {
         i64 E = s.experts, pairs = N * s.active;
         i64* next = scratch<68, i64>(E + 1);
@@ -245,7 +245,7 @@ struct Tokens {
         memcpy(start, next, (E + 1) * sizeof(i64));
         for (i64 i = 0; i < pairs; ++i) pair[place[i] = next[expert[i]]++] = i;
     }
-    // x += what the experts and the shared ones gave.
+    // x += the outputs of the routed and the shared experts.
     void combine(bool shared) {
         i64 K = s.active;
         rows(N, [&](i64 n) {
@@ -259,10 +259,10 @@ struct Tokens {
     }
 };
 
-// What reads matrices.
+// The operations that read matrices.
 template <class T>
 struct Step : Tokens {
-    // The keys of u enter the pool.
+    // Writes the keys of u to the pool.
     void keys(const Layer<T>& L) {
         dense_product(input<40, T>(u, D, N, D, threads), L.wkv_a, X, kv);
         rows(N, [&](i64 n) {
@@ -363,7 +363,7 @@ struct Step : Tokens {
         });
         combine(shared);
     }
-    // With `pick` the outputs of these M tokens only; where M is 0, keys only.
+    // With `pick`, outputs of only these M tokens; if M is 0, only keys.
     void layer(const Layer<T>& L, i64* record, i64 step, const i64* pick, i64 M) {
         rows(N, [&](i64 n) { norm_row(x + n * D, L.attn_norm, u + n * D, D, f.eps); });
         keys(L);
@@ -379,7 +379,7 @@ struct Step : Tokens {
         else
             dense_ffn(L);
     }
-    // x = the embeddings of the tokens, joined with the states `hidden` [N, D] in an MTP module.
+    // x = the embeddings of the tokens, in an MTP module joined with the states `hidden` [N, D].
     void embed(const Ends<T>& e, const i64* token, const T* hidden) {
         if (!hidden) {
             rows(N, [&](i64 n) { widen_row(e.embed + token[n] * D, x + n * D, D); });
@@ -395,7 +395,7 @@ struct Step : Tokens {
         });
         dense_product(input<43, T>(both, 2 * D, N, 2 * D, threads), e.join, D, x);
     }
-    // Of M rows, those of `pick` or all: the final norm (to `state`) and the logits.
+    // The final norm (to `state`) and the logits of M rows: those of `pick`, or all.
     void finish(const Ends<T>& e, const i64* pick, i64 M, T* state, float* logits) {
         rows(M, [&](i64 m) {
             norm_row(x + (pick ? pick[m] : m) * D, e.norm, u + m * D, D, f.eps);

@@ -3,7 +3,7 @@
 
 #include "simd.hpp"
 
-// As `engine.kernel_steps` writes them, in this order.
+// `engine.kernel_steps` writes these in this order.
 struct Shape {
     i64 dim, heads, q_rank, latent, rope, nope, value, experts, active, groups, kept_groups, rated, inner, shared, dense, vocab, softmax, normed;
 };

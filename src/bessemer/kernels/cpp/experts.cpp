@@ -1,25 +1,25 @@
 // SwiGLU of the routed experts with dispatch and combine: y_n = sum over its K experts of g W2 (silu(W1 x_n) * W3 x_n).
 //
-// Rows are routed tokens in expert order. They are gathered a block at a time into the layout of the products and
-// never stored as [M, D]; the activation and the gate g are applied between the two products; results are added to
-// their token in float32, in ascending order of experts. With one choice per token and no order the same code serves
-// rows that already are in expert order, and with one expert a dense FFN.
+// Rows are routed tokens in expert order. They are gathered a block at a time into the layout of the products and never
+// stored as [M, D]; the activation and the gate g are applied between the two products; results are added to their
+// token in float32, in ascending order of experts. With one choice per token and no order, the same code serves rows
+// already in expert order; with one expert, a dense FFN.
 //
 // Shapes: N tokens, K choices, M = N K rows, D hidden, E experts, F inner width; w13 [E, 2F, D] (gate rows, then up
-// rows), w2 [E, D, F]. T is the dtype in memory, E of the templates the element of the products' operands.
+// rows), w2 [E, D, F]. T is the dtype in memory; as a template parameter, E is the operands' element type.
 #include "gemm.hpp"
 
 namespace {
 
 template <class G>
-constexpr i64 BLOCK = sizeof(typename G::Element) == 2 ? 256 : 96;  // rows of a product
-constexpr i64 CHUNK = 1024;  // rows of an expert whose weight gradient is summed by one task
+constexpr i64 BLOCK = sizeof(typename G::Element) == 2 ? 256 : 96;  // rows per product
+constexpr i64 CHUNK = 1024;  // rows of an expert whose weight gradient one task sums
 
 // Which row is which token. Rows of an expert are in the order of their tokens.
 struct Rows {
     const i64* start;  // [E + 1]: the rows of expert e are start[e], ..., start[e + 1] - 1
-    const i64* order;  // [M]: n K + k of every row; null: row m is m
-    const float* gate;  // by n K + k; null: 1
+    const i64* order;  // [M]: n K + k of each row; null: row m is m
+    const float* gate;  // indexed by n K + k; null: 1
     i64 K;
 
     i64 place(i64 m) const { return order ? order[m] : m; }
@@ -60,7 +60,7 @@ INLINE void put_row(typename G::Element* to, const T* from, i64 n) {
     if (i < n) store_part(to + i, load_part(from + i, (int)(n - i)), (int)(n - i));
     for (i = n; i < G::a_width(n); ++i) put(to + i, 0.0f);
 }
-// Gathered rows lie anywhere: the processor does not guess the next one.
+// Gathered rows may be anywhere, so the hardware prefetcher does not find the next one.
 template <class T>
 INLINE void fetch_row(const T* p, i64 n) {
     for (i64 i = 0; i < n; i += 64 / (i64)sizeof(T)) __builtin_prefetch(p + i);
@@ -74,7 +74,7 @@ INLINE void put_rows(typename G::Element* to, i64 rows, i64 n, Row row) {
         put_row<G>(to + r * G::a_width(n), row(r), n);
     }
 }
-// n < W lanes of a vector as an operand that lies in memory as T: BF16 is rounded even where products are float32.
+// n < W lanes of a vector as an operand stored as T: BF16 is rounded even if products are float32.
 template <class T, class E>
 INLINE void put_rounded(E* to, T* also, vf x, int n) {
     if (sizeof(T) < sizeof(E)) {
@@ -102,7 +102,7 @@ INLINE void add_rows(float* sum, const float* from, const Rows& rows, i64 m, i64
         add_row(sum + rows.token(m + r) * D, from + r * D, D);
     }
 }
-// float32 sums of tokens to where they belong, unless they are there.
+// Moves float32 sums of tokens to their destination, unless they are already there.
 template <class T>
 __attribute__((noinline)) void narrow_rows(T* to, const float* from, i64 n) {
     if ((const void*)to == (const void*)from) return;
@@ -133,7 +133,7 @@ struct Forward {
 
     void run(int threads) {
         sum = sizeof(T) == 4 ? (float*)y : scratch<0, float>(s.N * s.D);
-        // Any number of ranges gives the same bits: a row's result does not depend on other rows.
+        // The number of ranges does not change the bits: a row's result does not depend on other rows.
         i64 ranges = threads <= 1 ? 1 : threads, size = size13() + size2();
         E* packed = nullptr;
         if (ranges > 1) {
@@ -182,13 +182,13 @@ struct Forward {
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// What a caller wants and what it lends; null: not.
+// The results a caller wants and the buffers it provides; null: none.
 template <class T>
 struct Gradients {
     T* dx;  // [N, D]
     float* dgate;  // by n K + k
     void *dw13, *dw2;  // float32 if `wide`, else T
-    bool wide, add;  // add: to what is there
+    bool wide, add;  // add: to the existing content
     T *act, *dh;  // [M, F] and [M, 2F], the operands of weight gradients: written, or read if `ready`
     bool ready;
 };
@@ -204,7 +204,7 @@ struct Backward {
     float* sum;  // [N, D] of dx
 
     struct Chunk {
-        i64 e, first, last, part;  // part: its place in `parts`, -1 if it is all of the expert
+        i64 e, first, last, part;  // part: its index in `parts`, -1 if it covers the whole expert
     };
     i64 size2() const { return G::b_size(s.D, s.F); }
     i64 size13() const { return G::b_size(2 * s.F, s.D); }
@@ -214,7 +214,7 @@ struct Backward {
     void pack13(i64 e, E* to) const { G::pack_b(to, w13 + e * 2 * s.F * s.D, 2 * s.F, s.D, s.D, 1); }
 
     void run(int threads) {
-        // Tokens of a range need dh of all experts; one thread goes without a copy of it.
+        // Tokens of a range need dh of all experts; a single thread needs no copy of it.
         bool apart = out.dx && out.dh && threads > 1;
         if (out.dx) sum = sizeof(T) == 4 ? (float*)out.dx : scratch<0, float>(s.N * s.D);
         if (out.dx && !apart) memset(sum, 0, s.N * s.D * sizeof(float));
@@ -344,7 +344,7 @@ struct Backward {
     }
     static INLINE float sum_of(vf x) { return ::sum(x); }
 
-    // The sum of an expert's weight gradient to where it belongs.
+    // Writes the sum of an expert's weight gradient to its destination.
     __attribute__((noinline)) void hand_over(i64 e, const float* total) const {
         i64 n13 = 2 * s.F * s.D, n2 = s.F * s.D;
         if (out.wide) {
@@ -378,7 +378,7 @@ struct Products<bf16> {
 
 }  // namespace
 
-// Sorts M choices by expert, ties in order, and counts those of each. A choice that is no expert is left out.
+// Sorts M choices by expert, ties in order, and counts those of each expert. Invalid choices are left out.
 extern "C" EXPORT void experts_order(const i64* expert, i64 M, i64 E, i64* count, i64* order) {
     memset(count, 0, E * sizeof(i64));
     for (i64 m = 0; m < M; ++m)

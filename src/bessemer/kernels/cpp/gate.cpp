@@ -4,7 +4,7 @@
 
 namespace {
 
-// The largest numbers so far, in descending order, among equals the first; `index` says which they are.
+// The largest numbers so far and their indices, in descending order; among equals the first comes first.
 INLINE void insert(vf* best, vi* index, i64 count, vf x, vi i) {
     for (i64 k = 0; k < count; ++k) {
         vi larger = (vi)(x > best[k]);
@@ -68,9 +68,9 @@ void choose_experts(const float* score, const float* bias, const GateRule& rule,
 
 namespace {
 
-constexpr i64 BLOCK = 512;  // tokens of a task; fixed, so that sums do not depend on the number of threads
+constexpr i64 BLOCK = 512;  // tokens per task; fixed, so that sums do not depend on the number of threads
 
-// Scores are kept as [N / TOKENS, E, TOKENS]; in the last block what lies beyond N is finite and means nothing.
+// Scores are stored as [N / TOKENS, E, TOKENS]; entries of the last block beyond N are finite and meaningless.
 template <class T>
 void forward(const T* x, const float* w, const float* bias, const i64* choice, i64* expert, float* weight, float* score, i64 N, i64 D, const GateRule& rule, int threads) {
     i64 E = rule.E, K = rule.K;
@@ -101,7 +101,7 @@ void forward(const T* x, const float* w, const float* bias, const i64* choice, i
     });
 }
 
-// Sum over the experts of every token of a block, as W-lane vectors.
+// Sum over the experts for W tokens of a block.
 INLINE vf over_experts(const float* s, i64 E, i64 t) {
     vf total = {};
     for (i64 e = 0; e < E; ++e) total += load(s + e * TOKENS + t);
@@ -119,7 +119,7 @@ float balance(const i64* expert, const float* score, float* count, float* share,
     for (i64 n = 0; n < N; n += TOKENS) {
         const float* s = score + n * E;
         for (i64 t = 0; t < TOKENS; t += W) store(inverse + t, 1.0f / over_experts(s, E, t));
-        for (i64 first = n; first < least(N, n + TOKENS);) {  // the part of this block in one sequence
+        for (i64 first = n; first < least(N, n + TOKENS);) {  // the part of this block within one sequence
             i64 sequence = first / T, end = least(least(N, n + TOKENS), (sequence + 1) * T);
             for (i64 e = 0; e < E; ++e) {
                 const float* mine = s + e * TOKENS;
@@ -138,7 +138,7 @@ float balance(const i64* expert, const float* score, float* count, float* share,
     return total;
 }
 
-// Gradients of x and w. dweight [N, K]; dbalance: of the balance term; count as `balance` left it.
+// Gradients of x and w. dweight [N, K]; dbalance: that of the balance term; count as `balance` wrote it.
 template <class X>
 void backward(const float* dweight, float dbalance, const X* x, const float* w, const i64* expert, const float* score, const float* count, X* dx, float* dw, float* partial, i64 N, i64 D, i64 S, const GateRule& rule, int threads) {
     i64 E = rule.E, K = rule.K, T = N / S, blocks = (N + BLOCK - 1) / BLOCK;
@@ -154,7 +154,7 @@ void backward(const float* dweight, float dbalance, const X* x, const float* w, 
             i64 tokens = least(TOKENS, N - n);
             const float* s = score + n * E;
             memset(slope, 0, E * TOKENS * sizeof(float));
-            // of the balance term: share_e = s_e / sum s, with gradient f count_e
+            // balance term: share_e = s_e / sum s, with gradient f count_e
             for (i64 t = 0; t < TOKENS && f != 0.0f; t += W) {
                 i64 first = (n + t) / T, last = (n + t + W - 1) / T;
                 auto counted = [&](i64 e) {

@@ -8,7 +8,7 @@ constexpr i64 TOKENS = 64;
 
 struct GateRule {
     i64 E, K;        // experts, and how many of them each token gets
-    i64 groups;      // of consecutive experts; 1 where groups play no part
+    i64 groups;      // of consecutive experts; 1 if groups do not matter
     i64 limited;     // groups that a token may use
     i64 rated;       // best experts of a group whose sum rates it
     bool softmax;    // scores are a softmax; else sigmoids
@@ -16,7 +16,7 @@ struct GateRule {
     float scale;     // and multiplied by this
 };
 
-// Scores [E, TOKENS] from logits, in place. Of all these functions: the first `tokens`, a multiple of W.
+// Scores [E, TOKENS] from logits, in place. All these functions process the first `tokens`, a multiple of W.
 void gate_scores(float* s, const GateRule& rule, i64 tokens = TOKENS);
 
 // Experts [K, TOKENS] by scores + bias (null: no bias). NaN counts as the largest number, as in torch.topk.

@@ -1,4 +1,4 @@
-// The products of float32, compiled once for all kernels.
+// The float32 products, compiled once for all kernels.
 #include "gemm.hpp"
 
 namespace {
@@ -7,7 +7,7 @@ __attribute__((noinline)) void copy_rows(float* to, i64 ld_to, const float* from
     for (i64 i = 0; i < rows; ++i) memcpy(to + i * ld_to, from + i * ld, columns * sizeof(float));
 }
 
-// C has R rows and at most V vectors of columns. With AHEAD, K cache lines from `ahead` on come closer meanwhile.
+// C has R rows and at most V vectors of columns. With AHEAD, K cache lines from `ahead` on are prefetched meanwhile.
 template <int R, int V, bool AHEAD>
 __attribute__((noinline)) void registers(int columns, i64 K, const float* a, i64 ars, i64 acs, const float* b, i64 ldb,
                                          float* c, i64 ldc, bool add, const char* ahead) {
@@ -16,7 +16,7 @@ __attribute__((noinline)) void registers(int columns, i64 K, const float* a, i64
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < V; ++j) sum[i][j] = (vf){};
-    // Distances between twelve rows take more registers than there are; between three, as often as needed, two.
+    // Offsets of twelve rows take more registers than there are; offsets within groups of three rows take two.
     constexpr int NEAR = R > 6 ? 3 : R, GROUPS = (R + NEAR - 1) / NEAR;
     const float* rows[GROUPS];
 #pragma GCC unroll 4
@@ -35,7 +35,7 @@ __attribute__((noinline)) void registers(int columns, i64 K, const float* a, i64
 #pragma GCC unroll 4
         for (int i = 0; i < GROUPS; ++i) rows[i] += acs;
     }
-    // What fills no vectors goes through memory of our own: two forms of every access would be most of this code.
+    // Partial vectors go through a local buffer: two forms of every access would be most of this code.
     float part[R * V * W];
     bool whole = columns == V * W;
     float* out = whole ? c : part;
@@ -95,7 +95,7 @@ void FloatGemm::multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 
     for (i64 n = 0; n < N;) {
         i64 left = N - n;
         if constexpr (MR == 12) {
-            if (left > 2 * W && left <= 3 * W) {  // as many sums as in 12 rows of two vectors, and no empty one
+            if (left > 2 * W && left <= 3 * W) {  // as many accumulators as 12 rows of two vectors, and none empty
                 panel<3, 8>(M, left, K, a, ars, acs, b + n, ldb, c + n, ldc, add);
                 return;
             }

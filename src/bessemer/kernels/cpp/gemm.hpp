@@ -1,10 +1,10 @@
-// Matrix products of blocks that fit a core's cache, C = A B or C += A B with C in float32, in two forms with one
+// Products of matrix blocks that fit a core's cache, C = A B or C += A B with C in float32, in two forms with one
 // interface:
 //
 //     FloatGemm   operands in float32, on the vector units
 //     TileGemm    operands in BF16, on the tiles of AMX (or their emulation, which a test compiles)
 //
-// A is [M, K], row-major, as `pack_a` or the caller wrote it; B is [K, N] as `pack_b` wrote it. Every element of C is a
+// A is [M, K], row-major, written by `pack_a` or the caller; B is [K, N], written by `pack_b`. Every element of C is a
 // sum over k in ascending order, whatever M and N are, so a row's result does not depend on the other rows.
 #pragma once
 
@@ -13,7 +13,7 @@
 struct FloatGemm {
     typedef float Element;
     static constexpr int KB = 1;  // K of a packed A is a multiple of this, padded with zeros
-    static constexpr int NV = 2, NR = NV * W;  // columns of a register block
+    static constexpr int NV = 2, NR = NV * W;  // columns per register block
 #if defined(__AVX2__) && !defined(__AVX512F__)
     static constexpr int MR = 6;  // 16 registers
 #else
@@ -30,7 +30,7 @@ struct FloatGemm {
         i64 rs, cs;
     };
     static Left left(const float* a, i64 lda) { return {a, lda, 1}; }
-    // A(m, k) = src[k * ld + m]; needs no room.
+    // A(m, k) = src[k * ld + m]; does not use `room`.
     static Left left_transposed(float* room, const float* src, i64 M, i64 K, i64 ld) { return {src, 1, ld}; }
 
     // B from src(k, n) = src[k * rs + n * cs], where rs or cs is 1: panels of NR columns, [N / NR][K][NR].
@@ -59,7 +59,7 @@ struct FloatGemm {
         }
     }
 
-    // B from K rows, of which row(k) is the address of the k-th.
+    // B from K rows; row(k) is the address of the k-th.
     template <class Row>
     static void pack_b_rows(float* to, i64 K, i64 N, Row row) {
         for (i64 k = 0; k < K; ++k) {
@@ -90,22 +90,22 @@ struct FloatGemm {
     static void multiply(i64 M, i64 N, i64 K, const float* a, i64 lda, const float* b, float* c, i64 ldc, bool add) {
         multiply(M, N, K, a, lda, 1, b, c, ldc, add);
     }
-    // The same with B row-major, as it lies. Reads whole vectors at the end of its rows, so ldb >= N rounded up to W.
-    // `next`: where the caller reads on afterwards.
+    // The same with B row-major, in place. Reads whole vectors at the end of its rows, so ldb >= N rounded up to W.
+    // `next`: where the caller reads next.
     static void multiply_rows(i64 M, i64 N, i64 K, const float* a, i64 ars, i64 acs, const float* b, i64 ldb, float* c,
                               i64 ldc, bool add, const void* next = nullptr);
     static void multiply(i64 M, i64 N, i64 K, Left a, const float* b, float* c, i64 ldc, bool add) {
         multiply(M, N, K, a.p, a.rs, a.cs, b, c, ldc, add);
     }
 
-    struct Session {};  // what a thread holds while it multiplies
+    struct Session {};  // a thread's state while it multiplies
 };
 
 #if defined(__AMX_BF16__) || defined(BESSEMER_EMULATE_TILES)
 #define BESSEMER_TILES 1
 
 #if defined(BESSEMER_EMULATE_TILES)
-// The instructions in plain C++, for machines without them.
+// The AMX instructions in plain C++, for machines without them.
 namespace tiles {
 inline thread_local char memory[8][16][64];
 INLINE void load(int t, const void* p, i64 stride) {
@@ -148,7 +148,7 @@ INLINE void configure() {
 }
 INLINE void release() { _tile_release(); }
 }  // namespace tiles
-// GCC does not know that these read and write memory.
+// GCC does not know that these instructions read and write memory.
 #define TILE_LOAD(t, p, stride)              \
     do {                                     \
         asm volatile("" ::: "memory");       \
@@ -168,7 +168,7 @@ struct TileGemm {
     static constexpr int KB = 32;
 
     static i64 a_width(i64 K) { return round_up(K, 32); }
-    static i64 a_rows(i64 M) { return round_up(M, 16); }  // rows of a packed A, the last ones zeros
+    static i64 a_rows(i64 M) { return round_up(M, 16); }  // rows of a packed A, the last ones zero
     static i64 b_size(i64 K, i64 N) { return round_up(K, 32) * round_up(N, 16); }
 
     // A as `multiply` reads it: rows of ld elements.
@@ -210,7 +210,7 @@ struct TileGemm {
                 }
         }
     }
-    // B from K rows, of which row(k) is the address of the k-th.
+    // B from K rows; row(k) is the address of the k-th.
     template <class Row>
     static void pack_b_rows(bf16* to, i64 K, i64 N, Row row) {
         i64 KP = round_up(K, 32), panel = KP * 16;
@@ -233,7 +233,7 @@ struct TileGemm {
     template <class S>
     static void pack_a(bf16* to, const S* src, i64 M, i64 K, i64 rs, i64 cs) {
         i64 KP = round_up(K, 32), MP = a_rows(M);
-        i64 done_m = 0, done_k = 0;  // a corner in whole vectors
+        i64 done_m = 0, done_k = 0;  // the part covered by whole vectors
         if constexpr (sizeof(S) == 2)
             if (rs == 1) {
                 done_m = M / W * W, done_k = K / (2 * W) * (2 * W);
@@ -256,7 +256,7 @@ struct TileGemm {
                 to[m * KP + k] = m < M && k < K ? as_bf16(src[m * rs + k * cs]) : bf16{0};
     }
 
-    // C [M, N] with rows of ldc. A has a_rows(M) readable rows of lda elements, K rounded up to 32 of them defined.
+    // C [M, N] with rows of ldc. A has a_rows(M) readable rows of lda elements, the first K rounded up to 32 defined.
     static void multiply(i64 M, i64 N, i64 K, const bf16* a, i64 lda, const bf16* b, float* c, i64 ldc, bool add) {
         i64 KP = round_up(K, 32), panel = KP * 16;
         for (i64 n = 0; n < N; n += 32)
@@ -322,7 +322,7 @@ struct TileGemm {
         multiply(M, N, K, a.p, a.ld, b, c, ldc, add);
     }
 
-    // The tiles' configuration of this thread; given back at the end, since oneDNN shares it.
+    // This thread's tile configuration; released at the end, since oneDNN shares it.
     struct Session {
         Session() { tiles::configure(); }
         ~Session() { tiles::release(); }
@@ -331,8 +331,8 @@ struct TileGemm {
    private:
     static INLINE void store_pairs(bf16* p, vu x) { *(vf_mem*)p = (vf)x; }
 #if defined(__AVX512BW__)
-    // 32 x 32 elements transposed, whole cache lines at a time. Interleaved in lanes of 16 bytes, pair p of 16 is of column
-    // 8 (p / 4) + p % 4, or 4 further in the upper half.
+    // Transposes 32 x 32 elements, whole cache lines at a time. Interleaved in lanes of 16 bytes, pair p of 16 belongs
+    // to column 8 (p / 4) + p % 4, or 4 further in the upper half.
     static void transpose_lines(bf16* to, i64 ldt, const bf16* from, i64 ldf) {
         vf low[16], high[16];
 #pragma GCC unroll 16

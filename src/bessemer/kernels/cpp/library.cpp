@@ -1,4 +1,4 @@
-// What the loader asks first, and the way to torch's threads.
+// What the loader calls first, and access to torch's threads.
 #include "parallel.hpp"
 
 #include <dlfcn.h>
@@ -24,7 +24,7 @@ void Buffer::grow(size_t needed) {
     if (!memory) abort();
 }
 
-// 0 if this process may run the code of this library; of AMX the kernel has to be asked.
+// 0 if this process may run this library's code; permission for AMX must be requested from the kernel.
 extern "C" EXPORT int bessemer_start() {
 #if defined(__linux__) && defined(__AMX_BF16__)
     constexpr int request_permission = 0x1023, tile_data = 18;
@@ -36,9 +36,9 @@ extern "C" EXPORT int bessemer_start() {
 extern "C" void product_float32(i64, i64, i64, const float*, i64, i64, const float*, i64, i64, float*, i64, i64);
 extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf16*, i64, i64, float*, i64, i64);
 
-// What a trial of a fresh library calls: 0 if products of small integers are exact, 2 if not.
+// Called to try a new library: 0 if products of small integers are exact, 2 if not.
 extern "C" EXPORT int bessemer_check() {
-    if (bessemer_start()) return 0;  // nothing to try here
+    if (bessemer_start()) return 0;  // cannot be tried here
     constexpr int M = 13, N = 37, K = 35;
     float a[M * K], b[K * N], c[M * N];
     bf16 narrow_a[M * K], narrow_b[K * N];

@@ -1,12 +1,12 @@
-// Rows of logits, in place: cross entropy with its gradient, and log-probabilities with entropy and theirs. A block of
-// rows fits the second-level cache, where the caller's product has just put it.
+// Rows of logits, in place: cross entropy, log-probabilities and entropy, with their gradients. A block of rows fits
+// the second-level cache, where the caller's product has just put it.
 #include "parallel.hpp"
 
 namespace {
 
 constexpr float LARGEST = std::numeric_limits<float>::max();
 
-// A row as float32 vectors; the part behind V counts as `beyond`.
+// A row as float32 vectors; elements past V count as `beyond`.
 template <class T, class Each>
 INLINE void sweep(const T* row, i64 V, float beyond, const Each& each) {
     i64 v = 0;
@@ -37,9 +37,9 @@ INLINE float largest(const T* row, i64 V) {
         odd[0] += x * 0.0f;
     }
     float best = max_of(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
-    float check = sum(odd);  // 0, or NaN where something is infinite or NaN
+    float check = sum(odd);  // 0, or NaN if anything is infinite or NaN
     if (check == 0.0f) return best;
-    for (i64 i = 0; i < V; ++i) {  // -inf alone is a logit of probability 0
+    for (i64 i = 0; i < V; ++i) {  // -inf is allowed: a logit of probability 0
         float x = widen(row[i]);
         if (x != x) return x;
     }
@@ -60,7 +60,7 @@ INLINE float exponentials(const T* row, i64 V, float factor, float top, float* w
     return sum(total[0] + total[1]);
 }
 
-// The same sum for a factor of 1; the row becomes its addends.
+// The same sum for a factor of 1; overwrites the row with the addends.
 template <class T>
 INLINE float replaced(T* row, i64 V, float top) {
     vf total[2] = {};
@@ -79,7 +79,7 @@ void cross_entropy(T* logits, const i64* target, const float* weight, float* nll
     parallel(C, threads, [&](i64 c) {
         T* row = logits + c * V;
         float top = largest(row, V), chosen = widen(row[target[c]]);
-        constexpr bool KEEP = sizeof(T) == 4;  // exp(z - top) takes the place of z; BF16 would round twice
+        constexpr bool KEEP = sizeof(T) == 4;  // exp(z - top) replaces z; BF16 would round twice
         float total = gradient && KEEP ? replaced(row, V, top) : exponentials<false>(row, V, 1.0f, top, nullptr);
         nll[c] = __builtin_logf(total) - (chosen - top);
         if (!gradient) return;
@@ -89,7 +89,7 @@ void cross_entropy(T* logits, const i64* target, const float* weight, float* nll
     });
 }
 
-// logp_c and lse_c of z = logits / temperature, and the entropy where it is asked for.
+// logp_c and lse_c of z = logits / temperature, and the entropy if requested.
 template <class T>
 void logprobs(const T* logits, const i64* target, float* logp, float* lse, float* entropy, i64 C, i64 V, float temperature, int threads) {
     float factor = 1.0f / temperature;

@@ -1,4 +1,4 @@
-// Newton-Schulz iterations of Muon on matrices that stay in a core's cache: X <- a X + (b S + c S^2) X, S = X X^T.
+// Muon's Newton-Schulz iterations on matrices that stay in a core's cache: X <- a X + (b S + c S^2) X, S = X X^T.
 #include "gemm.hpp"
 
 namespace {
@@ -15,7 +15,7 @@ void transposed(float* to, const float* from, i64 rows, i64 columns) {
         }
 }
 
-// A symmetric product [R, R] of A [R, K] and a packed B: what lies on or above the diagonal, then its mirror image.
+// A symmetric product [R, R] of A [R, K] and a packed B: computes the upper triangle and mirrors it.
 void symmetric(i64 R, i64 K, const float* a, const float* b, float* out) {
     constexpr i64 NR = FloatGemm::NR;
     for (i64 n = 0; n < R; n += NR)

@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr i64 BLOCK = 64;  // rows of a task; fixed, so that sums over rows do not depend on the number of threads
+constexpr i64 BLOCK = 64;  // rows per task; fixed, so that sums over rows do not depend on the number of threads
 
 template <class T>
 INLINE float inverse_rms(const T* x, i64 D, float eps) {
@@ -36,7 +36,7 @@ void forward(const T* x, i64 stride, const float* w, T* y, i64 N, i64 D, float e
     });
 }
 
-// dx = s (w dy - z mean(w dy z)) with z = s x; dw is added up block by block in `partial`, then in the blocks' order.
+// dx = s (w dy - z mean(w dy z)) with z = s x; dw is summed per block in `partial`, then over blocks in order.
 template <class T>
 void backward(const T* dy, const T* x, i64 stride, const float* w, T* dx, float* dw, float* partial, i64 N, i64 D, float eps, int threads) {
     i64 blocks = (N + BLOCK - 1) / BLOCK;

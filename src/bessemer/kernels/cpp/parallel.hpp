@@ -1,4 +1,4 @@
-// Tasks over the threads that torch uses, and memory that lasts from call to call.
+// Runs tasks on torch's threads, and provides buffers that persist from call to call.
 #pragma once
 
 #include <atomic>
@@ -6,16 +6,16 @@
 
 #include "simd.hpp"
 
-// Runs work(data, thread) on `threads` threads of torch's own OpenMP pool; here, where there is no pool.
+// Runs work(data, thread) on `threads` threads of torch's own OpenMP pool, or on this thread if there is none.
 void on_threads(int threads, void (*work)(void*), void* data);
 
-// On its own, since a task is compiled wherever its body stands in a loop.
+// A separate function, because a task's body is compiled again in every loop that contains it.
 template <class Task>
 __attribute__((noinline)) void run_tasks(const Task& task, i64 first, i64 last) {
     for (i64 i = first; i < last; ++i) task(i);
 }
 
-// task(i) for every i below n. Which thread runs a task is not determined, so a task must write only what is its own.
+// Runs task(i) for every i below n. Any thread may run a task, so a task must write only its own data.
 template <class Task>
 void parallel(i64 n, int threads, const Task& task) {
     if (threads > n) threads = (int)n;
@@ -44,8 +44,8 @@ struct Buffer {
     void grow(size_t needed);
 };
 
-// A buffer of this thread for n elements, aligned to 64 bytes, with undefined content. Every SLOT is a buffer of its
-// own; a later call with the same slot may move it.
+// This thread's buffer for n elements, aligned to 64 bytes, with undefined content. Every SLOT has its own buffer; a
+// later call with the same slot may move it.
 template <int SLOT, class T>
 T* scratch(i64 n) {
     static thread_local Buffer buffer;

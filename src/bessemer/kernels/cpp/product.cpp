@@ -1,4 +1,4 @@
-// One matrix product of any layout, for tests and measurements of gemm.hpp.
+// A single matrix product of any layout, to test and measure gemm.hpp.
 #include "gemm.hpp"
 
 namespace {

@@ -1,8 +1,8 @@
-// A round of decoding in one call: the MTP module drafts tokens after the newest one, the main model reads the newest
-// token and the drafts, every row accepts drafts and takes its next token (engine.speculative, engine.sampling). With
-// no drafts it is a step and its samples.
+// A round of speculative decoding in one call: the MTP module drafts tokens after the newest one, the main model reads
+// the newest token and the drafts, and every row accepts drafts and takes its next token (engine.speculative,
+// engine.sampling). Without drafts it is one step plus sampling.
 //
-// Every row drafts, accepts and samples by its own logits and random numbers.
+// Every row drafts, accepts and samples with its own logits and random numbers.
 //
 // Shapes: B rows, J drafts, T = J + 1, D hidden, V vocabulary.
 #include "decode.hpp"
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The addresses of a network's layers and ends.
+// The addresses of a network's layers and ends (embedding, final norm, head).
 struct Part {
     const i64 *layers, count, *ends;
 };
@@ -20,22 +20,22 @@ struct Round {
     const i64* shape;
     const double* factors;
     Part main, module;
-    const i64* table;  // pages of every row
+    const i64* table;  // pages of each row
     i64 width;
     const float* turns;  // rotary table
     i64 B, J, vocab;
     const Rules* rules;
     const i64* key;
     i64 draft_stream, accept_stream;
-    // What changes. The module reads the states `hidden` [B, T, D] at base, base + 1, ..., of which known + 1 are true, and
-    // the tokens [B, T] one position further on. The newest token of a row stands at `position`.
+    // State that changes. The module reads the states `hidden` [B, T, D] at base, base + 1, ..., of which known + 1 are
+    // the main model's, and the tokens [B, T] one position later. A row's newest token is at `position`.
     const i64* newest;
     i64 *position, *base, *known, *token;
     T* hidden;
     int threads;
     i64 T_ = J + 1, D = ((const Shape*)shape)->dim, V = ((const Shape*)shape)->vocab;
     i64* fed = scratch<80, i64>(B * T_);      // the newest token and its drafts
-    float* q = scratch<81, float>(J * B * V);  // [J, B, vocab]: what they were drawn from; nothing for greedy rows
+    float* q = scratch<81, float>(J * B * V);  // [J, B, vocab]: the drafts' distributions; unset for greedy rows
 
     void run(const Part& part, const i64* tokens, const T* states, const i64* begin, const i64* first, const i64* pick, i64 M, T* state, float* logits, i64* record) {
         const auto call = [&](auto* step) {
@@ -74,13 +74,13 @@ struct Round {
                 row.normalise();
             });
             if (j + 1 == J) return;
-            // The module goes on from its own state, as if that were the main model's one position further on.
+            // The module continues from its own state, as if it were the main model's state one position later.
             for (i64 b = 0; b < B; ++b) tokens[b] = fed[b * T_ + j + 1], begin[b] = b, first[b] = position[b] + j, last[b] = b;
             begin[B] = B;
             run(module, tokens, state, begin, first, last, B, state, logits, nullptr);
         }
     }
-    // Whether row b accepts draft j, which the main model's logits are for; after a no they exclude it.
+    // Whether row b accepts draft j, whose logits are in `row`; a rejected draft is then excluded from `row`.
     bool accepts(i64 b, i64 j, Distribution& row) const {
         i64 x = fed[b * T_ + j + 1];
         if (!row.finite()) return false;
@@ -93,10 +93,10 @@ struct Round {
     }
 };
 
-// What comes out besides the state: logits [B, T, V]; those after the last accepted draft, `last` [B, V]; both
-// log-probabilities of accepted drafts, [2, B, J]; of every row whether its next draft was refused, and the distribution of
-// that one, q [B, vocab]; the experts of every token; the next token, its log-probabilities, and which tokens it was drawn
-// from, [B, vocab]. From `last` on, everything may be null.
+// Results besides the state: logits [B, T, V]; those after the last accepted draft, `last` [B, V]; both
+// log-probabilities of accepted drafts, [2, B, J]; per row, whether its next draft was rejected, and that draft's
+// distribution, q [B, vocab]; the experts of every token; the next token, its log-probabilities, and the tokens it was
+// drawn from, [B, vocab]. From `last` on, everything may be null.
 struct Results {
     float *logits, *last, *logp;
     bool* refused;

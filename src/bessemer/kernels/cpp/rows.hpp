@@ -1,22 +1,22 @@
 // Products of a few rows with matrices as nn.Linear stores them, [out, in]: y[m, n] = sum over k of x[m, k] w[n, k].
 //
-// Nothing is prepared between calls. In float32 every element is one chain of additions over ascending k, so its bits
+// Nothing is kept between calls. In float32 every element is one chain of additions over ascending k, so its bits
 // depend neither on the other rows nor on how the work is divided: many rows share a panel of w that is transposed
-// once, few rows take it block by block through registers. BF16 matrices go through tiles where there are any and the
-// widths fit (w as it lies is the left operand, so the result comes out transposed), else as float32.
+// once, while few rows read w block by block through registers. BF16 matrices use AMX tiles if there are any and the
+// widths fit (w in place is the left operand, so the result is transposed), and float32 otherwise.
 #pragma once
 
 #include "gemm.hpp"
 
-constexpr int PANEL = 2 * W;  // columns of a register tile
-constexpr int FEW = 4;        // rows up to which a panel is not stored
+constexpr int PANEL = 2 * W;  // columns per register tile
+constexpr int FEW = 4;        // up to this many rows, no panel is stored
 
 template <class T>
 static __attribute__((noinline)) void load_corner(float* to, const T* w, i64 ldw, i64 rows, i64 columns) {
     for (i64 i = 0; i < W; ++i)
         for (i64 j = 0; j < W; ++j) to[i * W + j] = i < rows && j < columns ? widen(w[i * ldw + j]) : 0.0f;
 }
-// Up to W rows of w, from column k on, transposed: block[i] is column k + i; what is not there is 0.
+// Up to W rows of w, from column k on, transposed: block[i] is column k + i; missing elements are 0.
 template <class T>
 INLINE void load_transposed(vf* block, const T* w, i64 ldw, i64 rows, i64 k, i64 K) {
     if (rows >= W && K - k >= W) {
@@ -71,7 +71,7 @@ static __attribute__((noinline)) void few_rows(const float* x, i64 ldx, const T*
     }
 }
 
-// Rows that enter products: float32, and for tiles in BF16 as their right operand.
+// Input rows of products: float32, and for tiles also BF16 in the layout of their right operand.
 struct Input {
     const float* x;
     i64 ld, M, K;
@@ -97,7 +97,7 @@ static void pack_tokens(bf16* to, const float* x, i64 ld, i64 M, i64 K) {
 }
 #endif
 
-// Rows for products with matrices of T. SLOT's memory holds them until its next use; threads share the packing.
+// Rows for products with matrices of T. They stay in SLOT's buffer until its next use; threads share the packing.
 template <int SLOT, class T>
 static Input input(const float* x, i64 ld, i64 M, i64 K, int threads = 1) {
     Input in{x, ld, M, K, nullptr};

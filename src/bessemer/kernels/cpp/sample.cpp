@@ -1,8 +1,8 @@
 // Tokens from logits, row by row.
 #include "sample.hpp"
 
-// `rejected` (may be null) says which rows' last draft, drawn from q [B, vocab], was not accepted. `kept` (may be null),
-// [B, vocab]: which tokens truncation left; it does not go together with drafts.
+// `rejected` (may be null): the rows whose last draft, drawn from q [B, vocab], was rejected. `kept` (may be null), [B,
+// vocab]: the tokens that truncation kept; it cannot be combined with drafts.
 extern "C" EXPORT void sample_rows(const float* logits, i64 B, i64 V, i64 vocab, const double* rules, const i64* key, const i64* position,
                                    const bool* rejected, const float* q, i64* token, float* logp, float* raw, bool* kept, i64 threads) {
     parallel(B, (int)threads, [&](i64 b) {

@@ -1,6 +1,6 @@
-// From the logits of a row to its next token, as `engine.sampling` defines it: temperature, top-k, top-p of what top-k
-// left, min-p, and the inverse of the cumulative distribution at the row's random number; log-probabilities are of the
-// distribution before truncation, or, where the kept tokens are recorded, of these alone.
+// Draws a row's next token from its logits, as `engine.sampling` defines it: temperature, top-k, top-p of what top-k
+// kept, min-p, and the inverse of the cumulative distribution at the row's random number. Log-probabilities are those
+// before truncation, or over only the kept tokens if these are recorded.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr i64 BLOCK = 64;  // tokens that are searched as one
+constexpr i64 BLOCK = 64;  // tokens that the search skips at once
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 struct Rules {
@@ -65,8 +65,8 @@ double exponentials(const float* x, i64 n, float top, float temperature, float* 
     return total;
 }
 
-// The probability of the last token that top-k and top-p keep, of n probabilities in [0, 1]. Bins by exponent and the
-// first bits of the mantissa say in which few tokens it lies, and only these are sorted.
+// The probability of the last token that top-k and top-p keep, of n probabilities in [0, 1]. Bins by exponent and
+// leading mantissa bits narrow it down to a few tokens, and only these are sorted.
 float last_kept(const float* p, i64 n, i64 top_k, double top_p) {
     constexpr int SHIFT = 20, BINS = (0x3f800000 >> SHIFT) + 1;
     struct Bin {
@@ -86,7 +86,7 @@ float last_kept(const float* p, i64 n, i64 top_k, double top_p) {
         bin.mass += p[i];
     }
     float* members = scratch<71, float>(n);
-    // The first token from the top at which `reached` (tokens so far, mass so far) holds; its mass included.
+    // The first token from the top at which `reached` (tokens so far, mass so far) holds; `mass` then includes it.
     auto walk = [&](auto reached, double& mass) {
         i64 count = 0;
         mass = 0.0;
@@ -140,11 +140,11 @@ i64 inverse_cdf(const float* p, i64 n, float threshold, double u) {
     double reached = 0.0;
     for (i64 i = from; i < end; ++i)
         if ((reached += kept(i)) > target) return i;
-    return end - 1;  // only a row of NaN gets here
+    return end - 1;  // reached only by a row of NaN
 }
 
-// What the next token is drawn from, of one row of V logits: p = exp((x - top) / temperature), of which the first
-// `vocab` count where they are at least `threshold`. Temperature 0 has no p: the most likely token is `best`.
+// The distribution of the next token, from a row of V logits: p = exp((x - top) / temperature), of which the first
+// `vocab` count if they are at least `threshold`. Temperature 0 has no p: the most likely token is `best`.
 struct Distribution {
     const float* x;
     i64 V, vocab;
@@ -167,7 +167,7 @@ struct Distribution {
     bool finite() const { return total == total; }
     i64 draw(double u) const { return greedy() ? best : finite() ? inverse_cdf(p, vocab, threshold, u) : 0; }
 
-    // Which of the tokens below `vocab` truncation left; `score` is then of these alone.
+    // Writes which tokens below `vocab` truncation kept; `score` then covers only these.
     void keep(bool* kept) {
         if (greedy() || !finite()) return (void)memset(kept, 0, vocab * sizeof(bool));
         mass = 0.0;
@@ -194,7 +194,7 @@ struct Distribution {
         each_vector(vocab, [&](i64 i, int left) { store_some(p + i, load_some(p + i, left) * scale, left); });
         threshold = 0.0f;
     }
-    // After `normalise`: p becomes (p - q)+, the distribution after a draft from q was rejected; it stays where nothing
+    // After `normalise`: p becomes (p - q)+, the distribution after a draft from q was rejected; unchanged if nothing
     // would be left.
     void exclude(const float* q) {
         vf rest = {};

@@ -1,5 +1,5 @@
-// Vectors of float32 of the width the target has, in the compilers' own vector types: the same source compiles to
-// AVX-512, AVX2 and NEON. Nothing here depends on -ffast-math; NaN and infinity behave as IEEE 754 says.
+// Float32 vectors as wide as the target's, in the compilers' own vector types: the same source compiles to AVX-512,
+// AVX2 and NEON. Nothing here depends on -ffast-math; NaN and infinity follow IEEE 754.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,8 @@ struct bf16 {
 // The functions that Python calls.
 #define EXPORT __attribute__((visibility("default")))
 
-// While it lives, numbers below float32's normal range are 0 in this thread. On x86 they would take a hundred times as
-// long as others, and products of small probabilities and small gradients are full of them.
+// While it lives, subnormal float32 numbers are 0 in this thread. On x86 they take a hundred times as long as others,
+// and products of small probabilities and small gradients are full of them.
 struct NoDenormals {
 #if defined(__SSE__)
     unsigned before = _mm_getcsr();
@@ -52,7 +52,7 @@ struct NoDenormals {
 
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-// The second where either is NaN.
+// Returns the second argument if either is NaN.
 #if defined(__AVX512F__)
 INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
@@ -80,7 +80,7 @@ INLINE bf16 narrow(float x) {
 INLINE void put(float* to, float x) { *to = x; }
 INLINE void put(bf16* to, float x) { *to = narrow(x); }
 
-// Words of 16 bits to 32 and back; GCC needs several instructions for its own form of these.
+// Converts 16-bit words to 32 bits and back; GCC's own conversions take several instructions.
 INLINE vu longer(vh x) {
 #if defined(__AVX512F__)
     return (vu)_mm512_cvtepu16_epi32((__m256i)x);
@@ -99,7 +99,7 @@ INLINE vh shorter(vu x) {
 INLINE vf load(const float* p) { return *(const vf_mem*)p; }
 INLINE vf load(const bf16* p) { return (vf)(longer(*(const vh_mem*)p) << 16); }
 INLINE void store(float* p, vf x) { *(vf_mem*)p = x; }
-// Rounded to BF16, in the lower halves of words of 32 bits.
+// Rounded to BF16, in the lower halves of 32-bit words.
 INLINE vu bf16_bits(vf x) {
 #if defined(__AVX512BF16__)
     return longer((vh)_mm512_cvtneps_pbh((__m512)x));
@@ -136,7 +136,7 @@ INLINE vf load_part(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((1
 INLINE void store_part(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
 #endif
 
-// Elements k of two rows side by side, as tiles want them: lane i holds even[i] below and odd[i] above.
+// Interleaves two rows, as tiles require: lane i holds even[i] in its lower and odd[i] in its upper half.
 INLINE vu pairs(const bf16* even, const bf16* odd) {
     vu low = __builtin_convertvector((vh)(*(const vh_mem*)even), vu);
     return low | __builtin_convertvector((vh)(*(const vh_mem*)odd), vu) << 16;
@@ -233,12 +233,12 @@ INLINE float max_of(vf x) { return folded_max<W / 2>(x)[0]; }
 
 // --- exp and sigmoid -------------------------------------------------------------------------------------------------
 
-// e^x within 2 units in the last place; exactly 0 below -87.33, where results would be denormal and slow; inf above
+// e^x within 2 units in the last place; exactly 0 below -87.33, where results would be subnormal and slow; inf above
 // 88.72; NaN for NaN.
 INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
-    // In place of selects: minimum and maximum return their second operand where it is NaN, and the scaling makes
-    // infinity of what is too large. (x < low) costs one mask.
+    // No selects needed: minimum and maximum return their second operand if it is NaN, and the scaling turns values
+    // that are too large into infinity. (x < low) costs one mask.
     const __m512 low = _mm512_set1_ps(-87.33f);
     const vf y = (vf)_mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(low, (__m512)x));
     __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ);
@@ -270,7 +270,7 @@ INLINE vf vexp(vf x) {
 #endif
 }
 // 2^x for x up to 127, within 2 units in the last place; exactly 1 for 0, exactly 0 below -126; NaN for NaN. Half the
-// work of `vexp`: for a softmax, whose arguments have their maximum subtracted.
+// work of `vexp`; for a softmax, whose arguments have their maximum subtracted.
 INLINE vf vexp2(vf x) {
     const vf low = splat(-126.0f), magic = splat(12582912.0f);
     vf t = x + magic;
@@ -295,7 +295,7 @@ INLINE vf vexp2(vf x) {
 // Within 2 units in the last place above -85; below, where it would be 1e-37 or less, 1e-37 or less.
 INLINE vf vsigmoid(vf x) {
 #if defined(__AVX512F__)
-    // An approximation to 14 bits and one of Newton's steps: a third of the time of a division.
+    // A 14-bit approximation and one Newton step take a third of the time of a division.
     __m512 d = (__m512)(1.0f + (vf)_mm512_min_ps(_mm512_set1_ps(1e37f), (__m512)vexp(-x)));
     vf r = (vf)_mm512_rcp14_ps(d);
     return r + r * (1.0f - (vf)d * r);
