@@ -1,8 +1,8 @@
 """Any Hugging Face causal language model behind the interface of our own network.
 
 Trainer, objectives, Engine, reference policy and checkpoints use a model through `train_outputs`, `head_weight`,
-`embed`, `cfg`, `gates`, `to_compute` and `save`; `CausalLM` offers these over a model of the transformers library (the
-extra `hf`), so the rest of the package treats both alike. `CausalScorer` is a reward model, as `Scorer` is.
+`embed`, `cfg`, `gates`, `to_compute` and `save`. `CausalLM` provides these for a model of the transformers library (the
+extra `hf`), so the rest of the package treats both alike. `CausalScorer` is a reward model, like `Scorer`.
 
 Invariants
 - No code that comes with a model is run: only architectures of the installed transformers, only safetensors.
@@ -45,27 +45,27 @@ from bessemer.model.segments import Packed, Segments
 from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, scores
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Layer types whose cache is keys and values; a recurrent state cannot be shared between sequences like those."""
+"""Layer types whose cache is keys and values, which sequences can share; they cannot share a recurrent state."""
 LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
 PER_LAYER, PER_EXPERT = re.compile("layer|block|depth"), re.compile("expert")
 ALONG_TEXT = re.compile("position|theta|window|length|seq|chunk|_id$|scale|base|top")
 FEW, LONGEST, MOST_OTHERS = 128, 1 << 40, 1_000_000
-"""Names of numbers in config.json, and how large they may be whatever the files hold: counts, lengths, others."""
+"""Limits on the numbers in config.json, whatever the files hold: counts, lengths, others."""
 SPARE_BYTES = 1 << 30
-"""Tables that a network may have besides its parameters."""
+"""Bytes of tables that a network may have in addition to its parameters."""
 CLOSE = 1e-3
 """Largest relative difference in the checks at loading; float32 gives 1e-6, bfloat16 a few 1e-3 at D = 64."""
 
 
 class CausalLMConfig(BaseModel):
-    """Sizes of a transformers model, as far as the rest of the package needs them."""
+    """Sizes of a transformers model that the rest of the package needs."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     model_type: str
-    """The architecture, as config.json names it."""
+    """The architecture's name in config.json."""
     vocab_size: int
-    """Rows of the embedding; may exceed the tokenizer's tokens."""
+    """Rows of the embedding; may exceed the number of tokens."""
     dim: int
     """Width D of the residual stream."""
     n_layers: int
@@ -77,12 +77,12 @@ class CausalLMConfig(BaseModel):
 
 
 class CausalLM(nn.Module):
-    """A transformers model with a head. `inner` is the unchanged transformers model, names of parameters included."""
+    """A transformers model with a head. `inner` is the transformers model, unchanged, including parameter names."""
 
     layers: tuple[Layer, ...] = ()
     """Layers whose routing could be replayed: none."""
     auto = "AutoModelForCausalLM"
-    """The class of transformers that reads and makes such models."""
+    """The transformers class that reads and creates such models."""
     head: str | None = None
     """Name of the matrix that reads hidden states; None: the output embeddings."""
 
@@ -92,7 +92,7 @@ class CausalLM(nn.Module):
         self.cfg = _config_of(inner, self.head_layer)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self.cache_word = "cache" if "cache" in accepted else "past_key_values"
-        """The argument for the KV cache in this version of transformers."""
+        """Name of the KV cache argument in this version of transformers."""
         self.train(False)
 
     def train(self, mode: bool = True) -> CausalLM:
@@ -112,17 +112,17 @@ class CausalLM(nn.Module):
         return self.head_layer.weight
 
     def gates(self) -> dict[str, Gate]:
-        """No gates: those of a transformers model are not balanced here."""
+        """Empty: the gates of a transformers model are not balanced here."""
         return {}
 
     def to_compute(self, dtype: torch.dtype) -> CausalLM:
-        """All parameters in one dtype, as transformers' modules expect; buffers (rotary frequencies) as they are."""
+        """Casts all parameters to one dtype, as transformers' modules expect; buffers (rotary frequencies) stay."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         return self
 
     def set_recompute(self, phases: Collection[str]) -> None:
-        """UserError for any phase: `Transformer.set_recompute` knows those of its own layers."""
+        """Raises UserError for any phase: only `Transformer.set_recompute` can recompute phases of layers."""
         if phases:
             raise UserError(f"{self.cfg.model_type} has no phases to recompute in backward; set recompute = []")
 
@@ -136,15 +136,15 @@ class CausalLM(nn.Module):
         return self.hidden(tokens_BT, _positions(segments)) @ self.head_weight.T
 
     def train_outputs(self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = False) -> TrainOutputs:
-        """As `Transformer.train_outputs`: no MTP depth, and no balance term."""
+        """`Transformer.train_outputs` without MTP depths and without a balance term."""
         hidden_BTD = self.hidden(tokens_BT, _positions(segments))
         return TrainOutputs(hidden_BTD, [], torch.zeros((), device=tokens_BT.device))
 
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        """Writes a plain Hugging Face directory in one step, verified by reading it back. tokenizer_dir: where to copy
-        the tokenizer from. files: further text files by name."""
+        """Writes a plain Hugging Face directory atomically and verifies it by reading it back. tokenizer_dir: where to
+        copy the tokenizer from. files: further text files by name."""
         with replacing(Path(directory)) as fresh:
             try:
                 self.inner.save_pretrained(fresh)
@@ -163,7 +163,7 @@ class CausalLM(nn.Module):
 class CausalScorer(CausalLM):
     """A transformers model with a scalar head, on disk `...ForSequenceClassification` with one label.
 
-    transformers reads a text at its last token that is no padding. Where texts end with the token for padding, the
+    transformers reads the score at a text's last token that is not padding. If texts end with the padding token, the
     saved config has no `pad_token_id`: transformers then refuses batches instead of reading one token too early.
     """
 
@@ -173,7 +173,7 @@ class CausalScorer(CausalLM):
     @classmethod
     @torch.no_grad()
     def of(cls, model: CausalLM, seed: int) -> CausalScorer:
-        """The body of a language model, not copied, with a new head. UserError where transformers has no such model."""
+        """A language model's body, not copied, with a new head. Raises UserError if transformers has no such model."""
         config, body = copy.deepcopy(model.inner.config), model.inner.base_model
         config.num_labels = 1
         config.id2label, config.label2id = {0: "REWARD"}, {"REWARD": 0}
@@ -212,7 +212,7 @@ _Kind = TypeVar("_Kind", bound=CausalLM)
 
 
 def needs_transformers(directory: str | Path) -> bool:
-    """Whether config.json announces an architecture other than `Transformer`'s."""
+    """Whether config.json declares an architecture other than `Transformer`'s."""
     return read_object(Path(directory) / "config.json").get("model_type") not in FAMILIES
 
 
@@ -229,7 +229,7 @@ def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
     kind: type[_Kind] = CausalLM,  # type: ignore[assignment]
 ) -> _Kind:  # fmt: skip
-    """A transformers model. dtype: of all parameters (None: as stored). UserError for one of another kind."""
+    """A transformers model. dtype: of all parameters (None: as stored). Raises UserError if it is not of `kind`."""
     directory = Path(directory)
     check_files(directory)
     values = read_object(directory / "config.json")
@@ -258,7 +258,7 @@ def load_scorer(
 
 @contextmanager
 def _explained(directory: Path) -> Iterator[None]:
-    """Whatever transformers raises for a directory that somebody else wrote is a UserError."""
+    """Turns anything that transformers raises for a foreign directory into a UserError."""
     try:
         yield
     except (UserError, MemoryError):
@@ -272,8 +272,8 @@ def _explained(directory: Path) -> Iterator[None]:
 
 
 def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """UserError for numbers in config.json for which lists would be built that the files cannot fill: layers and
-    experts above all, which have many names."""
+    """Raises UserError for numbers in config.json that would build lists larger than the files can fill: above all
+    counts of layers and experts, which have many names."""
     n = len(checkpoint.entries)
     stacked = [entry.shape[0] for entry in checkpoint.entries.values() if entry.size and len(entry.shape) == 3]
     for key, value in values.items():
@@ -296,7 +296,7 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
-    """UserError for a network that is much larger than the files: transformers would make up the rest."""
+    """Raises UserError for a network much larger than the files: transformers would initialise the rest at random."""
     auto = transformers_library()
     options = {"local_files_only": True, "trust_remote_code": False}
     config = auto.AutoConfig.from_pretrained(directory, **options)
@@ -316,7 +316,7 @@ def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
 
 @torch.no_grad()
 def checked(model: _Kind, where: str) -> _Kind:
-    """The model itself, after checking the invariants on six tokens."""
+    """Returns the model after checking the invariants on six tokens."""
     device = model.embed.weight.device
     tokens_BT = (torch.arange(6, device=device) * 7 % model.cfg.vocab_size)[None]
     ours = model(tokens_BT)
@@ -336,7 +336,7 @@ def checked(model: _Kind, where: str) -> _Kind:
 
 
 def transformers_library() -> ModuleType:
-    """The transformers library; UserError where it is not installed."""
+    """The transformers library; raises UserError if it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -346,7 +346,7 @@ def transformers_library() -> ModuleType:
 
 
 def _read(directory: Path, dtype: str | torch.dtype | None, kind: str) -> Any:
-    """The transformers model of a directory; UserError unless its tensors are exactly those of the files."""
+    """The transformers model of a directory; raises UserError unless its tensors are exactly those of the files."""
     transformers = transformers_library()
     inner, report = getattr(transformers, kind).from_pretrained(
         directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,

@@ -1,14 +1,14 @@
-"""Renders the chat template of a model from elsewhere in a child process with limits on time and memory.
+"""Renders the chat template of a foreign model in a child process with limits on time and memory.
 
-A template is a program from outside. Jinja's sandbox keeps it away from Python and from the system, not from looping
-for hours or from building texts of gigabytes, and neither can be seen in its source. So no template is compiled or
-rendered in the main process. One child (`python -m bessemer.hf.chat_template`) does it for all templates; the kernel
-ends it after CPU_SECONDS on one conversation, whatever it is doing, its memory is limited, and so is the text. The next
-conversation gets a new child.
+A template is an untrusted program. Jinja's sandbox keeps it away from Python and the system, but does not stop it from
+looping for hours or building gigabytes of text, and neither can be seen in its source. So no template is compiled or
+rendered in the main process. One child (`python -m bessemer.hf.chat_template`) does this for all templates. The kernel
+kills it after CPU_SECONDS on one conversation, whatever it is doing; its memory and the length of the text are limited
+too. After a kill, the next conversation gets a new child.
 
 The environment is that of transformers, for which templates are written: blocks are trimmed, loops have break and
-continue, `{% generation %}` marks what the assistant wrote, `tojson` escapes no HTML, and there are `raise_exception`
-and `strftime_now`. Tests compare the texts.
+continue, `{% generation %}` marks what the assistant wrote, `tojson` does not escape HTML, and `raise_exception` and
+`strftime_now` exist. Tests compare the two renderings.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     import jinja2
 
 CPU_SECONDS = 1.0
-"""Processor time of one conversation, the first of a template compiles it; a usual one takes a few milliseconds."""
+"""CPU time for one conversation, including compilation for a template's first. Usually it takes a few milliseconds."""
 PATIENCE = 120.0
 """Seconds to wait for a text: the machine may be busy, and the child may be starting."""
 MEMORY = 1 << 29
-"""Bytes that templates may use beyond what the child needs itself."""
+"""Bytes that templates may use beyond what the child itself needs."""
 LONGEST_TEMPLATE = 1 << 20
-"""Characters; the longest published ones have some ten thousand."""
+"""Characters; the longest published templates have some ten thousand."""
 LONGEST_TEXT = 1 << 22
-"""Characters that a template may write, beyond four times those of the conversation."""
+"""Characters that a template may write beyond four times the length of the conversation."""
 
 
 class ChatTemplate:
-    """`template(messages, add_generation_prompt) -> text`. `names`: the special tokens that it may write. UserError for
-    a template that refuses the conversation or exceeds a limit."""
+    """`template(messages, add_generation_prompt) -> text`. `names`: the special tokens that it may write. Raises
+    UserError if the template refuses the conversation or exceeds a limit."""
 
     def __init__(self, text: str, names: dict[str, str]):
         if find_spec("jinja2") is None:
@@ -74,7 +74,7 @@ def _renderer(pid: int) -> Child:
 
 def main() -> None:
     import jinja2.ext
-    import jinja2.sandbox  # noqa: F401  before the limit
+    import jinja2.sandbox  # noqa: F401  imported before the limit applies
 
     confine(MEMORY)
     serve(_answer)
@@ -94,7 +94,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """What the template raised, on one line that no terminal obeys."""
+    """What the template raised, on one line without terminal control characters."""
     text = str(error)[:300] or type(error).__name__
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
@@ -106,7 +106,7 @@ def _compiled(text: str) -> jinja2.Template:
     namespace = _namespace()
 
     class Generation(jinja2.ext.Extension):
-        """The block adds nothing to the text; what is set in it stays in it."""
+        """The block adds nothing to the text; variables set in it are local to it."""
 
         tags = {"generation"}  # noqa: RUF012  as jinja declares it
 
@@ -126,7 +126,7 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _namespace() -> Callable[..., Any]:
-    """Jinja's `namespace` without names that begin with an underscore: Python's own are behind those."""
+    """Jinja's `namespace` without names that begin with an underscore, which give access to Python's internals."""
     import jinja2.utils
 
     def checked(name: str) -> str:

@@ -1,10 +1,10 @@
 """torch.distributed.checkpoint (DCP): a model directory as a DCP checkpoint, and back.
 
-Keys are the Hugging Face names, as torchtitan's `to_hf` and `from_hf` have them, and config and tokenizer lie beside
-the tensors. A plain model directory needs no conversion for DCP: `HuggingFaceStorageReader` reads its safetensors.
+Keys are the Hugging Face names, as in torchtitan's `to_hf` and `from_hf`; config and tokenizer are next to the tensors.
+A plain model directory needs no conversion for DCP: `HuggingFaceStorageReader` reads its safetensors.
 
-A DCP checkpoint describes itself in a pickle, `.metadata`. It is read here by an unpickler that makes DCP's own records
-and nothing else, so that a hostile one can run nothing.
+A DCP checkpoint describes itself in a pickle, `.metadata`. The unpickler here creates only DCP's own records, so a
+hostile pickle cannot run code.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ RECORDS = {
     "pathlib": {"PosixPath", "PurePosixPath"},
     "pathlib._local": {"PosixPath", "PurePosixPath"},  # their name in Python 3.13
 }  # fmt: skip
-"""What a `.metadata` file may name."""
+"""The classes that a `.metadata` file may name."""
 MOST = 1 << 28
-"""Bytes of the largest `.metadata` file that is read."""
+"""Largest `.metadata` file that is read, in bytes."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -59,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """DCP's own reader with metadata that were read as above."""
+    """DCP's own reader, given metadata read by `read_metadata`."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -72,7 +72,7 @@ class _Reader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Names, shapes and places of the tensors of a DCP checkpoint. UserError for damage, and for a file that would run
+    """Names, shapes and locations of a DCP checkpoint's tensors. Raises UserError if the file is damaged or would run
     code."""
     path = folder / METADATA
     try:
@@ -82,7 +82,7 @@ def read_metadata(folder: Path) -> Metadata:
         places = {name for info in metadata.storage_data.values() for name in [str(info.relative_path)]}
     except UserError:
         raise
-    except Exception as error:  # an unpickler raises anything
+    except Exception as error:  # an unpickler can raise anything
         raise UserError(f"{path} is not a DCP checkpoint that can be read: {error}") from None
     if outside := [name for name in places if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"{path} places tensors outside of its folder, in {outside[0]}; it is damaged or hostile")
@@ -97,8 +97,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bool = True) -> None:
-    """Writes a model directory as a DCP checkpoint, FP8 undone; all tensors are in memory at once. What is at `target`
-    is replaced."""
+    """Writes a model directory as a DCP checkpoint, with FP8 dequantised. All tensors are in memory at once. Replaces
+    whatever is at `target`."""
     checkpoint, cfg, layout = hub.open_directory(source, mtp, Transformer)
     keys = [slot.key for slot in layout if slot.key in checkpoint.entries]
     tensors = {key: checkpoint.read(key, dtype) for key in keys}
@@ -111,14 +111,14 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bo
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without DCP's warning that one process is one process."""
+    """Suppresses DCP's warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name, one in memory at a time."""
+    """Yields every tensor with its name, one in memory at a time."""
     reader = _Reader(folder, metadata)
     for name, record in metadata.state_dict_metadata.items():
         if isinstance(record, TensorStorageMetadata):
@@ -126,14 +126,14 @@ def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
             try:
                 with _alone():
                     dcp.load(state, storage_reader=reader, no_dist=True)
-            except (Exception, CheckpointException):  # the latter is no Exception, and pages long
+            except (Exception, CheckpointException):  # the latter is not an Exception, and its message is pages long
                 raise UserError(f"{folder}: tensor {name} cannot be read, its file is damaged; copy it again") from None
             yield name, state[name]
 
 
 def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) -> None:
-    """Writes a DCP checkpoint as a model directory, with config and tokenizer of `like`, by default those beside it.
-    `how`: as in `hub.convert`. Tensors of anything but the model, such as an optimizer's, are left out."""
+    """Writes a DCP checkpoint as a model directory, with config and tokenizer from `like`, by default from `folder`
+    itself. `how`: as in `hub.convert`. Only the model's tensors are written, not for example the optimizer's."""
     metadata, beside = read_metadata(folder), like or folder
     if not (beside / "config.json").is_file():
         raise UserError(f"{beside} has no config.json; name a model directory of the same shape with --like")

@@ -7,12 +7,12 @@
 llama.cpp computes MLA in the absorbed form, so kv_b_proj is split into the keys' part, transposed, and the values'
 part. The experts of a layer are one tensor. Rotary dimensions stay as they are: pairs are interleaved there too.
 
-- The file gives the same logits there as the directory here. Models that llama.cpp would compute differently or not
-  load are refused (by the sources of llama-cpp-python 0.3.36); nothing is approximated. Two differences remain: it
-  divides gates by max(sum, 6e-5), we by sum + 1e-20, and it may sample rows of the embedding that have no token.
+- The file gives the same logits in llama.cpp as the directory does here. Models that llama.cpp would compute
+  differently or not load are refused (by the sources of llama-cpp-python 0.3.36); nothing is approximated. Two
+  differences remain: it divides gates by max(sum, 6e-5), we by sum + 1e-20, and it may sample rows without a token.
 - Norm gains, gates and routing biases are F32 whatever the dtype: the gate decides between experts.
-- One tensor of the directory at a time is in memory. The file is written under another name, read back by the `gguf`
-  package, compared, and renamed; the old file stays until then.
+- Only one tensor of the directory is in memory at a time. The file is written under another name, read back by the
+  `gguf` package, compared, and renamed; the old file stays until then.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from bessemer.model.transformer import Transformer
 
 ARCH = "deepseek2"
 KINDS = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
-"""Name of the number format, and the file type of the whole file."""
+"""GGUF name of the number format, and the file type number."""
 GATING = {"softmax": 1, "sigmoid": 2}
 SAMPLING = {"temperature": "general.sampling.temp", "top_p": "general.sampling.top_p"}
 MAX_LAYERS, MAX_EXPERTS = 512, 1024
 LITE_LAYERS = {26, 27}
-"""llama.cpp reads a file with so many layers as V2-Lite or similar, whose queries are not compressed."""
+"""llama.cpp treats a file with this many layers as V2-Lite or similar, whose queries are not compressed."""
 BETAS = (32.0, 1.0)
 """beta_fast and beta_slow, which llama.cpp does not read for this architecture."""
 
@@ -83,12 +83,12 @@ EXPERT = re.compile(r"(?<=\.mlp\.experts)\.\d+")
 
 
 class GGUFTensor(NamedTuple):
-    """A tensor of the file: parts of one or more tensors of the directory, one after another."""
+    """A tensor of the file, made of parts of one or more tensors of the directory, one after another."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """As in torch; the file lists the sizes innermost first."""
+    """In torch's order; the file lists the sizes innermost first."""
     keys: tuple[str, ...]
     part: Callable[[Tensor], Tensor] = torch.detach
     """The part of each tensor that is written."""
@@ -103,8 +103,8 @@ class GGUFTensor(NamedTuple):
 
 
 def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | None = None) -> None:
-    """Writes the model of a directory as `file`. dtype: of the matrices (None: as stored, BF16 for FP8, F32 where they
-    are mixed). UserErrors for everything llama.cpp would load differently, or not at all."""
+    """Writes the model of a directory as `file`. dtype: of the matrices (None: as stored, BF16 for FP8, F32 if they are
+    mixed). Raises UserError for anything that llama.cpp would load differently or not at all."""
     directory, file = Path(directory), Path(file)
     check_target(directory, file, force=True)
     chosen = hub.parse_dtype(dtype)
@@ -128,7 +128,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
 
 
 def plan_tensors(cfg: ModelConfig, layout: list[Slot], dtype: torch.dtype) -> list[GGUFTensor]:
-    """Every tensor of the file in order. `layout`: what the directory holds."""
+    """Every tensor of the file in order. `layout`: the tensors of the directory."""
     gathered: dict[str, list[Slot]] = {}
     for slot in layout:
         if not slot.copy:
@@ -157,7 +157,7 @@ def _head_parts(cfg: ModelConfig, which: str, kv_b: Tensor) -> Tensor:
 
 
 def _widest(checkpoint: Checkpoint, layout: list[Slot]) -> torch.dtype:
-    """A dtype that holds every matrix as it is stored; F64, which llama.cpp does not multiply, becomes F32."""
+    """The dtype that holds every matrix without loss; F64, which llama.cpp does not multiply, becomes F32."""
     matrices = [s.key for s in layout if s.key in checkpoint.entries and len(s.shape) > 1 and not s.key.endswith(GATE)]
     found = reduce(torch.promote_types, map(checkpoint.stored_dtype, matrices))
     return found if found in KINDS else torch.float32
@@ -180,7 +180,7 @@ def _write(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], checkpoint
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        # The library takes whole tensors only; the experts of a layer come one by one.
+        # The library takes only whole tensors, but the experts of a layer come one by one.
         [stream] = writer.fout
         writer.write_padding(stream, stream.tell())
         for item in plan:
@@ -210,7 +210,7 @@ def _parts(item: GGUFTensor, checkpoint: Checkpoint) -> Iterator[memoryview]:
 
 
 def _verify(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], sums: dict[str, int]) -> None:
-    """Reads the file with the `gguf` package and compares everything; UserError on the first difference."""
+    """Reads the file with the `gguf` package and compares everything; raises UserError at the first difference."""
     try:
         reader = _library().GGUFReader(file)
         fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -241,7 +241,7 @@ def _library() -> ModuleType:
 
 
 def check_network(cfg: ModelConfig, where: str) -> None:
-    """UserError for a network that llama.cpp's deepseek2 would compute differently or not load."""
+    """Raises UserError for a network that llama.cpp's deepseek2 would compute differently or not load."""
     cfg.require_latent(f"GGUF, in which {where} cannot be written,")
     sparse = cfg.n_dense_layers < cfg.n_layers
     lite = cfg.n_layers in LITE_LAYERS or (cfg.n_layers, cfg.vocab_size) == (48, 128256)  # the latter: Kanana-2
@@ -269,7 +269,7 @@ def check_network(cfg: ModelConfig, where: str) -> None:
 
 
 def general_facts(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Metadata of the file, and the sampling that generation_config.json recommends."""
+    """Metadata of the file, including the sampling settings that generation_config.json recommends."""
     facts = {
         "general.architecture": ARCH, "general.type": "model", "general.name": directory.resolve().name,
         "general.file_type": KINDS[dtype][1], "general.quantization_version": 2,
@@ -282,8 +282,8 @@ def general_facts(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def network_facts(cfg: ModelConfig) -> dict[str, Any]:
-    """Sizes and rules of the network. Keys and values are those of the absorbed form: one head for all queries, as wide
-    as the latent; the `_mla` lengths are the heads' own."""
+    """Sizes and rules of the network. Key and value lengths are those of the absorbed form: one head for all queries,
+    as wide as the latent; the `_mla` lengths are those of the heads."""
     sparse = cfg.n_dense_layers < cfg.n_layers
     facts = {
         "vocab_size": cfg.vocab_size,
@@ -325,7 +325,7 @@ def network_facts(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
-    """Tokenizer and chat template; `rows`: of the embedding, of which the last may have no token."""
+    """Tokenizer and chat template; `rows`: rows of the embedding, the last of which may have no token."""
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json, and a GGUF file holds the tokenizer too; copy it there")
     spec, config = read_object(directory / "tokenizer.json"), read_object(directory / "tokenizer_config.json")
@@ -375,7 +375,7 @@ def read_gguf(file: Path, tokenizer_dir: Path, dtype: torch.dtype = torch.float3
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file}: transformers does not read this GGUF file ({error}); take safetensors") from error
     tokenizer.save_pretrained(tokenizer_dir)
-    # The weights are plain now, but the config still announces quantisation, and transformers would not save the model.
+    # The weights are plain now, but the config still declares quantisation, so transformers would not save the model.
     config = inner.config
     del config.quantization_config
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The tokenizer of another model: its own tokenizer.json and chat template behind the interface of `Tokenizer`.
+"""The tokenizer of a foreign model: its own tokenizer.json and chat template behind the interface of `Tokenizer`.
 
 Differences from our own tokenizer, resolved once when it is loaded:
 - BOS stands where the model's own tokenizer puts it before a document, which may be nowhere (`bos_id` None). A prompt
@@ -7,7 +7,7 @@ Differences from our own tokenizer, resolved once when it is loaded:
   it (`stop_ids`).
 - Byte-level and SentencePiece vocabularies (▁ for a blank, <0x0A> for a byte) both become a table of bytes.
 
-A chat template is Jinja code from outside; `chat_template` renders it, with limits.
+A chat template is untrusted Jinja code; `chat_template` renders it with limits.
 
 Invariants
 - A control token inside a message is text, never control: contents are masked while the template runs.
@@ -49,7 +49,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: ours where the directory has our tokens and one of our templates."""
+    """The tokenizer of a model directory: ours if the directory has our tokens and one of our templates."""
     config = read_object(Path(directory) / "tokenizer_config.json")
     template = _template_of(Path(directory), config)
     ours = token_text(config.get("bos_token")) == BOS and chat.style_of(template) is not None
@@ -96,7 +96,7 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{directory / 'tokenizer.json'} is broken ({error}); download it again") from error
 
     def save(self, directory: str | Path) -> None:
-        """The files as they were read, with the current template."""
+        """Writes the files as they were read, with the current template."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {name: value for name, value in self._config.items() if name != "chat_template"} | self._names
@@ -148,7 +148,7 @@ class HFTokenizer(Tokenizer):
         return ids, answers
 
     def _adopt(self, chat_template: str) -> None:
-        """Sets the template, and finds how answers begin and end in it by rendering a test conversation."""
+        """Sets the template and renders a test conversation to find how answers begin and end in it."""
         self.chat_template, self._template, self._opening, self.eos_id = chat_template, None, "", self._end
         if not chat_template or self.chat_style is not None:
             return
@@ -192,7 +192,7 @@ class HFTokenizer(Tokenizer):
         return spans
 
     def _encode(self, text: str, unmask: dict[str, str], cut: str, begins: bool) -> list[int]:
-        """Ids of template output: control tokens of the template as ids, masked ones as text, and no tag across a
+        """Ids of template output: the template's control tokens as ids, masked ones as text. No tag forms across a
         `cut`."""
         ids: list[int] = []
         place = 0
@@ -210,13 +210,13 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def _controls(self, text: str, start: int = 0):
-        """Control tokens in a text, in order; of two that begin at the same place the longer."""
+        """Control tokens in a text, in order; of two that begin at the same place, the longer one."""
         names = sorted(self._control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or "(?!)").finditer(text, start)
 
     def _mask(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str], str]:
-        """Messages without control tokens in their contents, the token behind every placeholder, and the sign that
-        cuts the tags which a user typed."""
+        """Messages without control tokens in their contents, the token of every placeholder, and the mark that splits
+        tags which a user typed."""
         contents = "".join(message["content"] for message in messages)
         mark, cut = islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents), 2)
         unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
@@ -234,7 +234,7 @@ class HFTokenizer(Tokenizer):
 
 
 def add_system(template: str, system: str) -> str:
-    """A template that starts every conversation without a system message with this one."""
+    """The template, changed so that conversations without a system message start with this one."""
     content = json.dumps(system, ensure_ascii=False)
     return (
         "{%- if messages[0]['role'] != 'system' -%}"
@@ -244,7 +244,7 @@ def add_system(template: str, system: str) -> str:
 
 
 def _first_difference(one: str, other: str) -> int:
-    """Position of the first difference of two texts."""
+    """Position of the first difference between two texts."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
@@ -257,7 +257,7 @@ def _tokenizer(spec: dict) -> tokenizers.Tokenizer:
 
 
 def _without_first_blank(spec: dict) -> dict:
-    """For text that follows other tokens: `Metaspace` adds a blank to the very first piece of a text only."""
+    """The spec for text that follows other tokens: `Metaspace` should add a blank only to the first piece of a text."""
     spec = deepcopy(spec)
     pre = spec.get("pre_tokenizer") or {}
     for part in (pre, *pre.get("pretokenizers", ())):
@@ -267,7 +267,7 @@ def _without_first_blank(spec: dict) -> dict:
 
 
 def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:
-    """The bytes of every id; ids without a token are empty."""
+    """The bytes of each id; empty for ids without a token."""
     kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise UserError("tokenizer.json is neither byte-level nor SentencePiece; no other kind is supported")
@@ -285,7 +285,7 @@ def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str])
 
 
 def _names(directory: Path, config: dict) -> dict[str, str]:
-    """The special tokens named in the directory: eos_token, bos_token, ..."""
+    """The special tokens that the directory names: eos_token, bos_token, ..."""
     older = directory / "special_tokens_map.json"
     named = (read_object(older) if older.is_file() else {}) | config
     texts = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
@@ -293,7 +293,7 @@ def _names(directory: Path, config: dict) -> dict[str, str]:
 
 
 def _template_of(directory: Path, config: dict[str, Any]) -> str:
-    """The Jinja text of the chat template, "" for none. Of several, the one called default."""
+    """The Jinja text of the chat template, or "" if there is none; of several, the one named default."""
     if (directory / TEMPLATE_FILE).exists():
         return read_text(directory / TEMPLATE_FILE)
     found = config.get("chat_template")
@@ -304,7 +304,7 @@ def _template_of(directory: Path, config: dict[str, Any]) -> str:
 
 
 def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
-    """UserError unless the tokenizer is byte-level BPE behind V3's pre-split and nothing else."""
+    """Raises UserError unless the tokenizer is exactly byte-level BPE after V3's pre-split."""
     model, splitter, normalizer = spec["model"], spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
     steps = []
     for step in splitter.get("pretokenizers", [splitter]):

@@ -7,11 +7,11 @@
 
 Invariants
 - Strict in both directions: a missing, unknown, misshapen, doubled or unreadable tensor is a UserError that names
-  tensor and file. The only absences allowed are stated: copies of shared tensors, and all MTP layers at once.
+  tensor and file. Only two absences are allowed: copies of shared tensors, and all MTP layers at once.
 - Every export is read back and compared before it replaces an older one.
 - A checkpoint never has to fit in memory to be converted.
 
-Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`. The target: `replace`.
+Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`. Putting in place: `replace`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SIZES = (
     "vocab_size", "dim", "n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 DENSE_SIZES, SPARSE_SIZES = ("inter_dim",), ("moe_inter_dim", "n_shared_experts")
-"""Fields that are, or divide, a dimension of some tensor: of any network, and of one with such layers."""
+"""Fields that are, or divide, a dimension of some tensor: SIZES in any network, the others in one with such layers."""
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -65,8 +65,8 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
                  eos: int | list[int] = 1, pad: int | None = None, fp8: Scales | None = None) -> None:  # fmt: skip
-    """config.json and generation_config.json (the sampling that R1 advises); with `pad` the config of a reward model,
-    which is only scored; with `fp8` that of quantised weights."""
+    """Writes config.json and generation_config.json (the sampling settings that R1 recommends). With `pad` it is the
+    config of a reward model, which never samples; with `fp8`, that of quantised weights."""
     directory = Path(directory)
     values = to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantization_config(fp8)} if fp8 else {})
     if pad is not None:
@@ -96,7 +96,7 @@ def load(
     *, kind: type[Transformer] = Transformer, context: Mapping[str, Any] | None = None,
 ) -> Transformer:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
-    biases are always float32. mtp=False leaves the MTP layers on the disk. context: as in `open_directory`."""
+    biases are always float32. mtp=False does not load the MTP layers. context: as in `open_directory`."""
     check_finished(Path(directory))
     checkpoint, cfg, layout = open_directory(Path(directory), mtp, kind, context)
     model = _allocate(cfg, parse_dtype(dtype) or checkpoint.stored_dtype(EMBEDDING), device, kind)
@@ -116,12 +116,12 @@ def save(
     fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
     files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Writes a model directory in one step, verified by reading it back.
+    """Writes a model directory atomically and verifies it by reading it back.
 
-    dtype: of every tensor but the routing biases, which stay float32 (None: each as it is in the model). fp8: the
-    matrices of `Slot.fp8` quantised, with scales of that kind; dtype is then that of the other tensors (None:
-    bfloat16). mtp=False drops the MTP layers, for programs that do not know them. tokenizer_dir: where to copy the
-    tokenizer from. files: further text files by name. Other files of a directory that is replaced stay.
+    dtype: of every tensor except the routing biases, which stay float32 (None: each as in the model). fp8: quantises
+    the matrices of `Slot.fp8` with scales of that kind; dtype then applies to the other tensors (None: bfloat16).
+    mtp=False drops the MTP layers, for programs that do not support them. tokenizer_dir: where to copy the tokenizer
+    from. files: further text files by name. Other files of a replaced directory are kept.
     """
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
     state = model.state_dict()
@@ -141,8 +141,8 @@ def write(
     fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
     files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """`save` for tensors stored anywhere, one in memory at a time: `read(slot, dtype)` returns each, `dtype_of(slot)`
-    its stored dtype."""
+    """`save` for tensors stored anywhere, with one in memory at a time: `read(slot, dtype)` returns a tensor,
+    `dtype_of(slot)` its stored dtype."""
     forced = _forced(dtype, fp8)
     layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
@@ -164,10 +164,10 @@ def convert(
     src: str | Path, dst: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
     fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Rewrites a model directory, one tensor in memory at a time, verified by reading it back.
+    """Rewrites a model directory with one tensor in memory at a time, and verifies it by reading it back.
 
-    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; a matrix that is
-    FP8 already, with such scales, keeps its bytes. All files except config and weights are copied. A model at `dst` is
+    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; a matrix already
+    in FP8 with such scales keeps its bytes. All files except config and weights are copied. A model at `dst` is
     replaced, but never the source.
     """
     src = Path(src)
@@ -203,8 +203,8 @@ def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
 def open_directory(
     directory: Path, mtp: bool, kind: type[Transformer], context: Mapping[str, Any] | None = None
 ) -> tuple[Checkpoint, ModelConfig, list[Slot]]:
-    """The checked checkpoint, the config of the part to read, and where each tensor goes. `context`: other values for
-    the fields of `config.CONTEXT`, on which no tensor depends."""
+    """Returns the checked checkpoint, the config of the part to read, and where each tensor goes. `context`: new values
+    for fields of `config.CONTEXT`, on which no tensor depends."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
     cfg, values = read_config(directory).at_length(context or {}), read_object(directory / "config.json")
@@ -222,15 +222,15 @@ def open_directory(
 
 
 def check_kind(values: dict[str, Any], reward: bool, directory: Path) -> None:
-    """UserError for a reward model where a language model is needed, and the other way round."""
+    """Raises UserError for a reward model where a language model is needed, or the reverse."""
     if is_reward_model(values) != reward:
         stored, needed = ("language", "reward") if reward else ("reward", "language")
         raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
 
 
 def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:
-    """UserError for a config.json that announces what the files cannot hold, before anything is built by it: even
-    without memory, a million experts take minutes."""
+    """Raises UserError for a config.json that declares more than the files can hold, before anything is built from it:
+    even on the meta device, a million experts take minutes."""
     where, n = checkpoint.directory, len(checkpoint.entries)
     layers, sparse = cfg.n_layers + cfg.n_mtp, cfg.n_layers + cfg.n_mtp - cfg.n_dense_layers
     least = 8 * layers + 3 * sparse * cfg.n_routed_experts
@@ -248,7 +248,7 @@ def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:
 
 
 def _allocate(cfg: ModelConfig, dtype: torch.dtype, device: str | torch.device, kind: type[Network]) -> Network:
-    """A model with uninitialised memory, since every parameter is about to be read.
+    """A model with uninitialised memory, because every parameter is about to be read.
 
     torch's own `to_empty` takes a second at its first call: on meta tensors it goes through Python and imports sympy.
     """
@@ -295,21 +295,21 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def companions(directory: Path) -> list[str]:
-    """Names of the files beside config and weights: tokenizer, template, whatever else."""
+    """Names of all files other than config and weights: tokenizer, template and anything else."""
     weights = (".safetensors", ".distcp", *PICKLES)
     files = (path for path in directory.iterdir() if path.is_file() and path.suffix not in weights)
     return [path.name for path in files if path.name not in ("config.json", INDEX, ".metadata")]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copies those of the named files that exist."""
+    """Copies the named files that exist."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def token_id_of(directory: Path, which: str) -> int:
-    """Id of bos_token, eos_token or pad_token of the tokenizer in the directory."""
+    """The id of the directory's bos_token, eos_token or pad_token."""
     name = read_object(directory / "tokenizer_config.json").get(which)
     name = name.get("content") if isinstance(name, dict) else name
     for token in read_object(directory / "tokenizer.json").get("added_tokens", []):

@@ -1,15 +1,15 @@
-"""LoRA: low-rank adapters on a frozen model of another family (Hu et al. 2021), by the peft library (the extra `lora`).
+"""LoRA: low-rank adapters on a frozen model of another family (Hu et al. 2021), using the peft library (extra `lora`).
 
     y = W x + alpha / rank * B (A x)       W frozen; A random, B zero at the start, so that the model begins as the base
 
-`attach` puts peft's layers into a `CausalLM`. Everything else sees a model of which few parameters are trainable:
-optimizer, checkpoints and GRPO's reference hold the adapters alone, and the engine samples from base and adapters by
-the trainer's own forward. `LoRAModel.save` writes the merged weights, a plain model for the next stage, and beside them
-the folder `adapter` in peft's format. There is no dropout, as in all of `CausalLM`.
+`attach` puts peft's layers into a `CausalLM`. Everything else sees a model with few trainable parameters: optimizer,
+checkpoints and GRPO's reference hold only the adapters, and the engine samples from base and adapters with the
+trainer's own forward. `LoRAModel.save` writes the merged weights, a plain model for the next stage, and next to them
+the folder `adapter` in peft's format. As everywhere in `CausalLM`, there is no dropout.
 
 Invariants
 - A base is never written to. `merged` shares every weight that no adapter changes.
-- An adapter from elsewhere is data: `merge` reads the few facts of its config that it knows, and refuses the rest.
+- A foreign adapter is data: `merge` reads the few facts of its config that it knows and refuses the rest.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "adapter"
-"""Folder beside a stage's model."""
+"""Folder next to a stage's model directory."""
 WEIGHTS, BASE = "adapter_model.safetensors", "base.json"
 NAME = "default"
-"""peft's name of the only adapter; it is left out in files."""
+"""peft's name for the only adapter; omitted in files."""
 PREFIX = "base_model.model."
-"""What peft puts before the names of a model's modules."""
+"""Prefix that peft adds to the names of a model's modules."""
 UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
 SAVED = ["classifier", "score"]
 """`modules_to_save` of an adapter with a scalar head, as peft writes it for the task SEQ_CLS."""
@@ -63,7 +63,7 @@ ABOUT = frozenset(
 
 
 class LoRAModel(CausalLM):
-    """A `CausalLM` with adapters. Only they are trainable."""
+    """A `CausalLM` with adapters, which alone are trainable."""
 
     plain: type[CausalLM] = CausalLM
     task = "CAUSAL_LM"
@@ -75,7 +75,7 @@ class LoRAModel(CausalLM):
             parameter.requires_grad_(_trained(name))
 
     def adapters(self) -> dict[str, Tensor]:
-        """The adapters' weights by the names that peft gives them in files."""
+        """The adapters' weights by the names that peft uses in files."""
         return {
             PREFIX + name.replace(f".{NAME}.weight", ".weight"): parameter.detach()
             for name, parameter in self.inner.named_parameters()
@@ -84,7 +84,7 @@ class LoRAModel(CausalLM):
 
     @torch.no_grad()
     def merged(self) -> CausalLM:
-        """A plain model of the same function: W + alpha / rank * B A, added in float32 and rounded to W's dtype."""
+        """A plain model that computes the same: W + alpha / rank * B A, added in float32 and rounded to W's dtype."""
         plain = copy.deepcopy(self.inner, {id(parameter): parameter for parameter in frozen(self).values()})
         for name, layer in [*_adapted(plain)]:
             weight = layer.base_layer.get_parameter("weight")
@@ -96,12 +96,12 @@ class LoRAModel(CausalLM):
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        """The merged model as `CausalLM.save` writes it, and the adapter in the folder `adapter` beside it."""
+        """Writes the merged model as `CausalLM.save` does, and the adapter to the folder `adapter` next to it."""
         self.save_adapter(Path(directory).with_name(ADAPTER))
         self.merged().save(directory, tokenizer_dir=tokenizer_dir, files=files)
 
     def save_adapter(self, directory: Path) -> None:
-        """Writes peft's two files and `base.json`, the SHA-256 of the base's weights, in one step."""
+        """Atomically writes peft's two files and `base.json`, which holds the SHA-256 of the base's weights."""
         weights = self.adapters()
         targets = sorted({name.split(".")[-3] for name in weights if ".lora_" in name})
         values = _peft_config(self.config, targets, self.task).to_dict()
@@ -119,13 +119,13 @@ class LoRAModel(CausalLM):
 
 
 class LoRAScorer(LoRAModel, CausalScorer):
-    """A reward model with adapters. Its head is trained whole and lies among them, as in peft (SEQ_CLS)."""
+    """A reward model with adapters. Its head is trained in full and stored with them, as in peft (SEQ_CLS)."""
 
     plain, task = CausalScorer, "SEQ_CLS"
 
 
 def check_installed() -> None:
-    """UserError where peft is missing."""
+    """Raises UserError if peft is not installed."""
     if find_spec("peft") is None:
         raise UserError("LoRA adapters need the peft library: pip install 'bessemer[lora]'")
 
@@ -138,8 +138,8 @@ def own_family(stage: str) -> UserError:
 
 
 def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
-    """The model with fresh adapters, whose A are drawn from `seed`. `base`: the directory it was read from. UserError
-    for a network of our own family, and for targets that it does not have."""
+    """The model with new adapters, whose A matrices are drawn with `seed`. `base`: the directory it was read from.
+    Raises UserError for a network of our own family, and for targets that the model lacks."""
     if not isinstance(network, CausalLM):
         raise own_family(stage)
     known = _matrices(network)
@@ -165,7 +165,7 @@ def describe(model: LoRAModel) -> str:
 
 
 def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what LoRA leaves as it is; nothing of any other model. A tied weight has several names."""
+    """The parameters that LoRA freezes, by name; empty for any other model. A tied weight has several names."""
     if not isinstance(model, LoRAModel):
         return {}
     named = model.named_parameters(remove_duplicate=False)
@@ -173,9 +173,9 @@ def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
-    """Merges an adapter directory into its base and writes a plain model directory. `base`: default the one that the
-    adapter's config names; `dtype`: of the result, default the base's. UserError for an adapter of another base, and
-    for one that holds more than LoRA's matrices."""
+    """Merges an adapter directory into its base and writes a plain model directory. `base`: by default the one that the
+    adapter's config names; `dtype`: of the result, by default the base's. Raises UserError for an adapter of another
+    base, or with more than LoRA's matrices."""
     check_installed()
     values = read_object(adapter / ADAPTER_CONFIG)
     config, targets = _understood(values, adapter)
@@ -202,7 +202,7 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
 
 
 def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig, list[str]]:
-    """The settings and targets of an adapter_config.json. The library would import modules that such a file names."""
+    """The settings and targets of an adapter_config.json. peft itself would import modules that such a file names."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
     if values.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
@@ -235,7 +235,7 @@ def _inject(
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as that Conv1D stores its matrix transposed, which peft then heeds
+        warnings.simplefilter("ignore")  # for example that Conv1D stores its matrix transposed, which peft handles
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(config, targets, LoRAModel.task, rslora), model.inner)  # in place
     return (LoRAScorer if isinstance(model, CausalScorer) else LoRAModel)(model.inner, config, base)
@@ -246,7 +246,7 @@ def _trained(name: str) -> bool:
 
 
 def _matrices(model: CausalLM) -> set[str]:
-    """The last parts of the names of its linear layers, except the head."""
+    """The last name components of the linear layers, except the head."""
     from transformers.pytorch_utils import Conv1D
 
     linear: dict[str, bool] = {}
@@ -258,12 +258,12 @@ def _matrices(model: CausalLM) -> set[str]:
 
 
 def _adapted(inner: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The layers with adapters, by the names of the matrices they change."""
+    """Yields the layers with adapters and the names of the matrices that they change."""
     for name, module in inner.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield name, module
 
 
 def _fingerprint(base: Path) -> str:
-    """SHA-256 over those of the weight files."""
+    """SHA-256 over the SHA-256s of the weight files."""
     return sha256("".join(sha256_of_all(sorted(base.glob("*.safetensors")))).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The names of Hugging Face: config.json <-> ModelConfig, and tensors on disk <-> the state dict.
+"""Hugging Face names: config.json <-> ModelConfig, and tensors on disk <-> the state dict.
 
 config.json
 - from_hf(to_hf(cfg)) == cfg for every config.
@@ -64,7 +64,7 @@ FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 OWN = ("n_kv_heads", "kv_norm", "shared_inter_dim")
-"""Keys that are written for a network of our own alone."""
+"""Keys that are written only for a network of our own."""
 YARN = {
     "rope_factor": "factor",
     "original_seq_len": "original_max_position_embeddings",
@@ -86,8 +86,8 @@ REWARD_SUFFIX = "ForSequenceClassification"
 FAMILIES = {
     "deepseek_v3": V3_DEFAULTS, "kimi_k2": V3_DEFAULTS, "deepseek_v2": V2_DEFAULTS, "bessemer": V3_DEFAULTS,
 }  # fmt: skip
-"""`bessemer` marks networks that no other program computes (`ModelConfig.own`), so that they refuse."""
-# Keys with one value that the network implements.
+"""`bessemer` marks networks that no other program supports (`ModelConfig.own`), so that others refuse them."""
+# Keys of which the network implements only one value.
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
 }  # fmt: skip
@@ -131,7 +131,7 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
 
 
 def reward_model_json(values: dict[str, Any], pad: int) -> dict[str, Any]:
-    """config.json of a reward model: one label, and padding after the last token, where the score is read."""
+    """config.json of a reward model: one label, and the padding after the last token, where the score is read."""
     name = values["architectures"][0].removesuffix("ForCausalLM") + REWARD_SUFFIX
     return values | {
         "architectures": [name], "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}, "pad_token_id": pad,
@@ -144,7 +144,7 @@ def is_reward_model(values: dict[str, Any]) -> bool:
 
 
 def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
-    """The config of a parsed config.json; `where` opens every error message."""
+    """The config of a parsed config.json; every error message begins with `where`."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(
@@ -171,7 +171,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Our rotary fields from either spelling."""
+    """Our rotary fields, from either spelling."""
     old = _flat(values.get("rope_scaling"), values.get("rope_theta"), where, "rope_scaling")
     new = values.get("rope_parameters")
     if new is not None:
@@ -212,7 +212,7 @@ def _flat(rope: dict[str, Any] | None, theta: float | None, where: str, key: str
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
-# Ours: theirs. Several keys = stacked along the rows; {e} = one key per expert, along the leading dimension.
+# Our name: their keys. Several keys are stacked along the rows; {e} is one key per expert, along the first dimension.
 MODEL = {
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
@@ -256,7 +256,7 @@ FP8 = (
 MTP_COPIES = {"embed_tokens.weight": "embed.weight", "shared_head.head.weight": "head.weight"}
 
 SCALE_SUFFIX = "_scale_inv"
-# Rotary frequencies that some exporters store although they follow from the config.
+# Rotary frequencies, which some exporters store although the config determines them.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -269,7 +269,7 @@ class Slot:
     index: tuple[int | slice, ...]
     shape: tuple[int, ...]
     copy: bool = False
-    """A second copy of a shared tensor: written in MTP layers for engines that expect it, compared when read."""
+    """A second copy of a shared tensor: written in MTP layers for engines that expect it, and compared when read."""
 
     @property
     def fp8(self) -> bool:
@@ -281,7 +281,7 @@ class Slot:
 
 
 def slots(cfg: ModelConfig, kind: type[Transformer] = Transformer) -> list[Slot]:
-    """Every tensor of a checkpoint of this shape and kind of network, in the order of writing."""
+    """Every tensor of a checkpoint of this shape and kind of network, in writing order."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in kind(cfg).state_dict().items()}
     layout: list[Slot] = []
@@ -298,7 +298,7 @@ def slots(cfg: ModelConfig, kind: type[Transformer] = Transformer) -> list[Slot]
 
 
 def keys_of(name: str, n_layers: int) -> tuple[str, ...]:
-    """The keys on disk of one of our names, with {e} for the expert. KeyError when the table lacks the name."""
+    """The keys on disk for one of our names, with {e} for the expert. Raises KeyError if the table lacks the name."""
     if name in MODEL:
         return MODEL[name]
     kind, number, rest = name.split(".", 2)

@@ -1,12 +1,12 @@
-"""The Modelfile of a GGUF file, from which `ollama create` makes a model: template, ends, sampling, context.
+"""The Modelfile of a GGUF file, from which `ollama create` makes a model: template, stop tokens, sampling, context.
 
 Ollama's templates are Go's text/template over `.System` (all system messages, joined by a blank line) and `.Messages`
-(by its `template/template.go` and `thinking/template.go`, 2026). With the thoughts in `.Thinking`, where its parser
-puts them, they give the text of `data/chat`; with thinking switched off, that of our server. Three differences remain:
+(its `template/template.go` and `thinking/template.go`, 2026). With the thoughts in `.Thinking`, where its parser puts
+them, they give the text of `data/chat`; with thinking switched off, that of our server. Three differences remain:
 
 - A conversation that ends with the assistant is left open, for the model to continue it.
-- A user's line that begins with `User:` in the style `zero` gets no blank in front; this dialect cannot replace text.
-- Ollama joins messages of one role that follow each other, by a blank line.
+- In the style `zero`, a user's line that begins with `User:` gets no blank in front: this dialect cannot replace text.
+- Ollama joins consecutive messages of the same role with a blank line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bessemer.hf.replace import replacing_file
 
 SUFFIX = ".Modelfile"
 MOST_CONTEXT = 32_768
-"""Ollama reserves the whole context when it loads a model."""
+"""Upper limit in tokens: Ollama reserves memory for the whole context when it loads a model."""
 _RANGE = "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
 _ASKED = '{{ if and $last (ne .Role "assistant") }}'
 _ENDED = f"{{{{ if not $last }}}}{chat.EOS}{{{{ end }}}}"
@@ -37,7 +37,7 @@ _BLANK = (
     f"{{{{ if lt (len .Content) {len(chat.THINK)} }}}} "
     f'{{{{ else if ne (slice .Content 0 {len(chat.THINK)}) "{chat.THINK}" }}}} {{{{ end }}}}'
 )
-"""What stands between `Assistant:` and an answer, unless it begins with a thought."""
+"""What separates `Assistant:` from an answer, unless the answer begins with a thought."""
 _ZERO = (
     f'{_RANGE}{{{{ if eq .Role "user" }}}}User: {{{{ .Content }}}}\n'
     f'{{{{ else if eq .Role "assistant" }}}}Assistant:{_BLANK}{{{{ .Content }}}}{_ENDED}{{{{ end }}}}'
@@ -50,7 +50,7 @@ _SYSTEM = {
 
 
 def style_of(directory: Path) -> str | None:
-    """The style of `data/chat` that a model directory is asked in; None for a template of another kind, or none."""
+    """The `data/chat` style of a model directory; None if its template is of another kind or missing."""
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         return chat.style_of(read_text(jinja))
@@ -58,19 +58,19 @@ def style_of(directory: Path) -> str | None:
 
 
 def template(style: str, bos: str = chat.BOS) -> str:
-    """Ollama's template of a style of `data/chat`; `bos`: what the runner does not put in front itself."""
+    """Ollama's template for a style of `data/chat`; `bos`: the text in front, which the runner does not add itself."""
     return bos + (_R1 if style == "r1" else _SYSTEM[style] + _ZERO)
 
 
 def path_of(file: Path) -> Path:
-    """Beside the GGUF file, with its name: another model in the folder has its own."""
+    """Next to the GGUF file and named after it, so that other models in the folder have their own."""
     if file.suffix == SUFFIX:
         raise UserError(f"{file} is what the Modelfile beside the GGUF file would be called; name it NAME.gguf")
     return file.with_suffix(SUFFIX)
 
 
 def write(directory: str | Path, file: str | Path) -> Path:
-    """Writes the Modelfile of `file`, which was made from the model `directory`; its path."""
+    """Writes the Modelfile of `file`, which was made from the model `directory`, and returns its path."""
     target = path_of(Path(file))
     with replacing_file(target) as fresh:
         fresh.write_text(text(Path(directory), Path(file).name), "utf-8")
@@ -78,7 +78,7 @@ def write(directory: str | Path, file: str | Path) -> Path:
 
 
 def text(directory: Path, name: str) -> str:
-    """The Modelfile of a file `name` in the same folder."""
+    """The text of the Modelfile for a file `name` in the same folder."""
     if not name.isprintable():
         raise UserError(f"{name!r} holds characters that a Modelfile cannot name; name the file plainly")
     config, style = read_object(directory / "tokenizer_config.json"), style_of(directory)
@@ -92,7 +92,7 @@ def text(directory: Path, name: str) -> str:
 
 
 def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """What generation_config.json advises; Ollama's own defaults, which cut and penalise, are switched off."""
+    """What generation_config.json recommends; Ollama's own defaults, which truncate and penalise, are switched off."""
     path = directory / "generation_config.json"
     advised = read_object(path) if path.is_file() else {}
     end = config.get("eos_token")
@@ -107,5 +107,5 @@ def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]
     sampling["repeat_penalty"] = advised.get("repetition_penalty") or 1.0
     context = read_object(directory / "config.json").get("max_position_embeddings")
     values = sampling | ({"num_ctx": min(context, MOST_CONTEXT)} if isinstance(context, int) else {})
-    stops = [("stop", f'"{one}"') for one in ends if one]  # a Modelfile knows no escapes
+    stops = [("stop", f'"{one}"') for one in ends if one]  # a Modelfile has no escapes
     return stops + [(key, f"{value:g}" if isinstance(value, float) else str(value)) for key, value in values.items()]

@@ -17,9 +17,9 @@ from bessemer.errors import UserError
 
 HUB = "hf://"
 MARK = "<!-- written by bessemer push -->"
-"""In our model cards; another card in the repository is its owner's, and stays."""
+"""Marks our model cards; any other card in the repository belongs to its owner and is kept."""
 FILES = ["*.json", "*.safetensors", "*.jinja"]
-"""What is downloaded: weights, configuration, tokenizer; no code and no pickles."""
+"""Files to download: weights, configuration, tokenizer; no code and no pickles."""
 
 
 def address(spec: str) -> tuple[str, str | None]:
@@ -32,8 +32,8 @@ def address(spec: str) -> tuple[str, str | None]:
 
 
 def push(model: Path, card: str, spec: str, private: bool = False) -> str:
-    """Uploads a model directory with its card; returns the address of the commit. UserError: no right to write there,
-    no network, a hub that fails."""
+    """Uploads a model directory with its card and returns the address of the commit. Raises UserError without
+    permission to write there, without a network, or if the hub fails."""
     name, branch = address(spec)
     with _explained(f"cannot push to {name}", "the same command sends what is missing"):
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -50,7 +50,7 @@ def push(model: Path, card: str, spec: str, private: bool = False) -> str:
 
 
 def _ours_to_write(api, name: str, branch: str | None) -> bool:
-    """Whether the repository has no card but ours. The hub makes an empty one of its own for a new repository."""
+    """Whether the repository has no card except ours. The hub itself creates an empty one for a new repository."""
     from huggingface_hub import hf_hub_download
 
     if not api.file_exists(name, "README.md", revision=branch):
@@ -62,7 +62,7 @@ def _ours_to_write(api, name: str, branch: str | None) -> bool:
 
 
 def pull(spec: str, target: Path) -> str:
-    """Downloads a model into a new directory; returns its commit. A download that broke goes on when it is repeated."""
+    """Downloads a model into a new directory and returns its commit. Repeating an interrupted download resumes it."""
     name, revision = address(spec)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already; name a new directory")
@@ -80,7 +80,7 @@ def pull(spec: str, target: Path) -> str:
 
 
 def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path:
-    """The folder of a repository's files in the client's cache, or in another one; it is named after the commit."""
+    """The folder of a repository's files in the client's cache, or in `cache`; it is named after the commit."""
     with _explained(f"cannot download {HUB}{name}", "the same command goes on with what is missing"):
         from huggingface_hub import snapshot_download
 
@@ -88,7 +88,7 @@ def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The hub's answer that an error of the client comes from."""
+    """The HTTP status from which the client's error arose, if any."""
     while error is not None:
         if (response := getattr(error, "response", None)) is not None:
             return int(response.status_code)
@@ -98,7 +98,7 @@ def _status(error: BaseException | None) -> int | None:
 
 @contextmanager
 def _explained(what: str, again: str) -> Iterator[None]:
-    """One sentence for what the hub and its client raise: their own errors, httpx's, the system's."""
+    """Turns the errors of the hub's client, httpx and the system into a UserError of one sentence."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""A model directory or file takes its place in one step, and takes nobody else's.
+"""Puts a model directory or file in place atomically, without overwriting anything else.
 
 - The target is the old or the new one, complete and flushed to disk; never a mixture. The new one is built next to it
   and renamed. Files of an old directory that are not replaced (a model card, a tokenizer) are carried over; its weights
@@ -26,13 +26,13 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and 
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """UserError unless a conversion of `source` may write `target`: what is there already is replaced only with
-    `force`, the source never."""
+    """Raises UserError unless a conversion of `source` may write `target`: existing content is replaced only with
+    `force`, and the source never."""
     try:
         ours, theirs = source.resolve(), target.resolve()
         same = target.exists() and target.samefile(source)
         taken = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
-    except (OSError, RuntimeError) as error:  # no permission to look; symbolic links in a circle
+    except (OSError, RuntimeError) as error:  # no permission to look; circular symbolic links
         raise UserError(f"{target} cannot be written ({error}); choose another place") from None
     if same or ours == theirs or theirs in ours.parents or (ours in theirs.parents and taken):
         where = "is" if same or ours == theirs else "lies in" if ours in theirs.parents else "holds"
@@ -43,8 +43,8 @@ def check_target(source: Path, target: Path, force: bool) -> None:
 
 @contextmanager
 def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
-    """A new folder next to `target` that takes its place when the block succeeds. `drop` names files of the old one
-    that are not carried over."""
+    """Yields a new folder next to `target` that takes its place when the block succeeds. `drop` names files of the old
+    one that are not carried over."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a directory")
     known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
@@ -79,7 +79,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """As `replacing`, for one file."""
+    """`replacing` for a single file."""
     if target.is_dir():
         raise UserError(f"{target} is a directory; name the file to write, such as {target / 'model.gguf'}")
     target = target.resolve()
@@ -98,7 +98,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Afterwards `target` is the new directory, and the old one, if there was one, has the name `fresh` or `old`."""
+    """Puts the new directory at `target`. The old one, if there was one, is then at `fresh` or `old`."""
     if not target.exists():
         os.rename(fresh, target)
         return
@@ -115,7 +115,7 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Two paths swap their names in one step; False where the system cannot do this (Linux can)."""
+    """Swaps two paths atomically; returns False if the system cannot do this (Linux can)."""
     try:
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
     except (OSError, TypeError):
@@ -140,7 +140,7 @@ def _remedy(error: OSError, target: Path) -> str:
 
 
 def lacking(folder: Path) -> str:
-    """What a file system that refuses to write has too little of."""
+    """What a file system that refuses to write has run out of."""
     try:
         facts = os.statvfs(folder)
     except OSError:

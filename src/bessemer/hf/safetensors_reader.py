@@ -1,7 +1,7 @@
 """Strict reading of the safetensors files of a model directory, one tensor at a time.
 
 Headers are parsed here rather than by the library for three reasons: a tensor is read with one `readinto` and freed
-(mapped shards would stay resident), every defect is reported with tensor and file, and duplicate keys are seen at all.
+(mapped shards would stay resident), every defect is reported with tensor and file, and duplicate keys are detected.
 
 Invariants
 - Index and headers agree in both directions, offsets fill each file exactly, no key occurs twice. Pickle is refused.
@@ -34,7 +34,7 @@ WEIGHTS = {
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000
-"""Bytes of a header, as in the library."""
+"""Largest header in bytes, as in the library."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a model directory. Opening reads headers only."""
+    """The tensors of a model directory. Opening it reads only headers."""
 
     def __init__(self, directory: Path, block: int = 128):
         self.directory = directory
@@ -71,11 +71,11 @@ class Checkpoint:
 
     @property
     def widest(self) -> int:
-        """The largest dimension of a tensor that holds something."""
+        """The largest dimension of any tensor that is not empty."""
         return max((n for entry in self.entries.values() if entry.size for n in entry.shape), default=0)
 
     def check(self, slots: list[Slot], others: Iterable[str] = ()) -> None:
-        """UserError unless every slot is present with its shape, FP8 with its scales, and nothing else but `others`.
+        """Raises UserError unless every slot is present with its shape, FP8 with its scales, and else only `others`.
 
         Copies of shared tensors may be absent.
         """
@@ -117,12 +117,12 @@ class Checkpoint:
             )
 
     def stored_dtype(self, key: str) -> torch.dtype:
-        """Dtype of a tensor once FP8 is undone: BF16 for FP8."""
+        """The stored dtype of a tensor, or BF16 for FP8."""
         dtype = self.entries[key].dtype
         return torch.bfloat16 if dtype is torch.float8_e4m3fn else dtype
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, FP8 dequantised, in `dtype` (None: `stored_dtype`)."""
+        """One tensor in `dtype` (None: `stored_dtype`), with FP8 dequantised."""
         dtype = self.stored_dtype(key) if dtype is None else dtype
         raw = self.raw(key)
         if raw.dtype is torch.float8_e4m3fn:
@@ -151,7 +151,7 @@ def _fill(file: FileIO, view: memoryview, entry: Entry, key: str) -> None:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The entries of one safetensors file; UserError when it is cut short, overlapping or no safetensors at all."""
+    """The entries of one safetensors file; UserError if it is truncated, overlapping or not safetensors at all."""
     try:
         size = check_regular(file)
         with open(file, "rb") as stream:
@@ -199,7 +199,7 @@ def _entry(file: Path, key: str, item: Any, base: int) -> Entry:
 
 
 def _files(directory: Path) -> dict[Path, set[str] | None]:
-    """Each safetensors file with the keys that the index places in it (None without an index)."""
+    """Each safetensors file, with the keys that the index assigns to it (None without an index)."""
     present = {path.name for path in directory.glob("*.safetensors")}
     if not (directory / INDEX).is_file():
         if present == {SINGLE}:

@@ -1,11 +1,11 @@
-"""Writing the tensors of a model directory: as a stream, plain or in block FP8, and read back.
+"""Writes the tensors of a model directory as a stream, plain or in block FP8, and reads them back.
 
-The shard of every tensor is planned from shapes alone, so one tensor at a time is in memory. `replace` puts the
-finished directory in its place.
+Shards are planned from shapes alone, so only one tensor is in memory at a time. `replace` puts the finished directory
+in place.
 
 Block FP8 as released (V3 3.3.2; tiles: `precision.formats`). The matrices of `Slot.fp8` are written as F8_E4M3, each
 with `<key>_scale_inv` [ceil(R/128), ceil(C/128)], always F32. Scales are "float32" (amax / 448, as in V3 and R1) or
-"ue8m0" (powers of two, as in V3.1). All other tensors stay plain. `quantization_config` in config.json announces it;
+"ue8m0" (powers of two, as in V3.1). All other tensors stay plain. `quantization_config` in config.json declares this;
 serving engines find the quantised matrices by their names.
 
 - A matrix that is already stored as requested keeps its bytes. Rounding again would move a sixth of all scales by a
@@ -56,7 +56,7 @@ class TensorSpec(NamedTuple):
 
 
 def plan_shards(plan: Iterable[TensorSpec], max_shard_bytes: float) -> list[list[TensorSpec]]:
-    """Consecutive tensors per file; a tensor larger than the limit gets a file of its own."""
+    """Consecutive tensors per file; a tensor larger than the limit gets its own file."""
     shards: list[list[TensorSpec]] = [[]]
     used = 0
     for item in plan:
@@ -69,7 +69,7 @@ def plan_shards(plan: Iterable[TensorSpec], max_shard_bytes: float) -> list[list
 
 
 def write_tensors(directory: Path, plan: list[TensorSpec], tensors: Iterable[Tensor], max_shard_bytes: float) -> dict:
-    """Writes the tensors in the order of the plan; returns the CRC-32 of each by key."""
+    """Writes the tensors in the order of the plan and returns the CRC-32 of each by key."""
     shards = plan_shards(plan, max_shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
@@ -94,7 +94,7 @@ def write_tensors(directory: Path, plan: list[TensorSpec], tensors: Iterable[Ten
 
 
 def verify(directory: Path, plan: list[TensorSpec], sums: dict[str, int]) -> None:
-    """Reads every tensor back and compares dtype, shape and checksum; UserError on the first difference."""
+    """Reads every tensor back and compares dtype, shape and checksum; raises UserError at the first difference."""
     written = Checkpoint(directory)
     for item in plan:
         entry = written.entries.get(item.key)
@@ -138,13 +138,13 @@ def _sync(file: BufferedWriter | TextIOWrapper) -> None:
 
 
 def quantization_config(scales: Scales) -> dict[str, Any]:
-    """As in a released config.json."""
+    """`quantization_config` as in a released config.json."""
     values = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
     return values | ({"scale_fmt": "ue8m0"} if scales == "ue8m0" else {})
 
 
 def fp8_block_size(values: dict[str, Any], where: str) -> int:
-    """Tile width of the FP8 weights that a config.json announces; UserError for any other quantisation."""
+    """Tile width of the FP8 weights that a config.json declares; raises UserError for any other quantisation."""
     config = values.get("quantization_config") or {}
     method, fmt = config.get("quant_method", "fp8"), config.get("fmt", "e4m3")
     rows, columns = config.get("weight_block_size") or (BLOCK, BLOCK)
@@ -164,10 +164,10 @@ class Export:
     dtypes: list[torch.dtype]
     """The dtype of each slot that is not quantised."""
     read: Callable[[Slot, torch.dtype], Tensor]
-    """The tensor of a slot in a dtype. Called again for the comparison."""
+    """Returns the tensor of a slot in a dtype. Called again for the comparison."""
     scales: Scales | None = None
     stored: Callable[[Slot], tuple[Tensor, Tensor] | None] = lambda slot: None
-    """FP8 weight and scales of a slot that are already stored as requested."""
+    """Returns the FP8 weight and scales of a slot if they are already stored as requested."""
 
     def __post_init__(self) -> None:
         if self.scales not in (None, *get_args(Scales)):
@@ -183,7 +183,7 @@ class Export:
         return specs
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor in the order of the plan, lazily."""
+        """Yields every tensor in the order of the plan."""
         if self.scales:
             _warn_of_misreading(self.layout)
         for slot, dtype in zip(self.layout, self.dtypes, strict=True):
@@ -196,7 +196,7 @@ class Export:
                 yield _finite(slot, self.read(slot, dtype))
 
     def compare(self, directory: Path) -> None:
-        """UserError unless every FP8 matrix of the directory represents its source."""
+        """Raises UserError unless every FP8 matrix of the directory represents its source."""
         written = Checkpoint(directory) if self.scales else None
         for slot in self.layout:
             if written is None or not slot.fp8:
@@ -215,7 +215,7 @@ class Export:
 
 
 def stored_fp8(checkpoint: Checkpoint, key: str, scales: Scales | None) -> tuple[Tensor, Tensor] | None:
-    """FP8 weight and float32 scales as stored, if they have the requested layout already."""
+    """The stored FP8 weight and float32 scales if they already have the requested layout, else None."""
     if checkpoint.entries[key].dtype is not torch.float8_e4m3fn or checkpoint.block != BLOCK:
         return None
     factors = checkpoint.raw(key + SCALE_SUFFIX).float()
@@ -255,7 +255,7 @@ def _finite(slot: Slot, tensor: Tensor) -> Tensor:
 def _warn_of_misreading(layout: list[Slot]) -> None:
     """transformers 5 derives the tile size from the number of scales: it reads 192 rows with two scales as 96 + 96.
 
-    It refuses sizes that do not divide evenly (the 576 rows of V3's own kv_a_proj), so those need no warning.
+    It refuses sizes that do not divide evenly (such as V3's own kv_a_proj with 576 rows), so those need no warning.
     """
     for slot in filter(lambda slot: slot.fp8, layout):
         cuts = zip(slot.shape, scale_shape(slot.shape, BLOCK), strict=True)
