@@ -1,7 +1,7 @@
 """The tokenizer of a foreign model: its own tokenizer.json and chat template behind the interface of `Tokenizer`.
 
 Differences from our own tokenizer, resolved once when it is loaded:
-- BOS stands where the model's own tokenizer puts it before a document, which may be nowhere (`bos_id` None). A prompt
+- BOS is where the model's own tokenizer puts it before a document, which may be nowhere (`bos_id` None). A prompt
   has only the BOS that its template writes.
 - An answer ends with the token that the template writes after it (`eos_id`); the tokenizer's own end of text also stops
   it (`stop_ids`).
@@ -57,7 +57,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer in the Hugging Face format with a chat template of its own; made by `load`."""
+    """A tokenizer in the Hugging Face format with its own chat template; created by `load`."""
 
     def __init__(self, spec: dict, config: dict, names: dict[str, str], chat_template: str):
         """`spec` and `config` are tokenizer.json and tokenizer_config.json, `names` the special tokens they name."""

@@ -1,12 +1,12 @@
 """`mla.latent_attention` on a GPU: builds the heads in one pass, then runs torch's best attention for their widths.
 
-    cudnn       rows without segments, on Hopper and newer: it alone takes keys wider than values (192 and 128) as they
-                are, at the highest rate
+    cudnn       rows without segments, on Hopper and newer: the fastest, and the only one that takes keys wider than
+                values (192 and 128) unpadded
     flash       rows without segments elsewhere, and in deterministic runs, which cuDNN cannot serve: values are padded
                 to the width of keys, a fifth more arithmetic
     varlen      packed rows: FlashAttention over the segments one after another, values padded
     efficient   float32, odd widths, old cards: the memory-efficient kernel; segments become a [B, 1, T, T] mask
-    math        scores in memory; used where nothing else runs, and said
+    math        scores in memory; used if nothing else runs, with a warning
 
 The first call for a dtype and two widths tries the candidates, forward and backward, and keeps the first that works.
 

@@ -201,7 +201,7 @@ class Core:
     one for rows split over ranks."""
 
     def forward(self, given: Projected) -> tuple[Tensor, Tensor]:
-        """`attention_forward`."""
+        """`attention_forward`, with keys and values expanded from the latent."""
         return attention_forward(given.q, given.kv, given.k_rope, given.rope, given.scale, given.segments)
 
     def backward(
@@ -223,7 +223,7 @@ WHOLE = Core()
 def attention(
     norm: RMSNorm, mla: MLA, x_BTD: Tensor, rope: Tensor, segments: Segments, recipe: FP8Recipe, core: Core = WHOLE
 ) -> Tensor:
-    """mla(norm(x)), [B, T, D]."""
+    """mla(norm(x)), [B, T, D], with FP8 products; backward recomputes what is not listed above as saved."""
     weights = {"norm": norm.weight, **{name.removesuffix(".weight"): p for name, p in mla.named_parameters()}}
     return _Attention.apply(
         x_BTD, rope, segments, _AttentionContext(mla, norm.eps, recipe, tuple(weights), core), *weights.values()

@@ -61,12 +61,12 @@ class Gate(nn.Module):
         """Maps counts [S, E] of this rank's pieces of sequences to those of whole sequences; None if none are split."""
 
     def scores(self, x_ND: Tensor) -> Tensor:
-        """s_i in float32, [N, E]."""
+        """Affinity s_i of each token to each expert, float32 [N, E]."""
         logits = F.linear(x_ND.float(), self.weight)
         return logits.sigmoid() if self.cfg.score_func == "sigmoid" else logits.softmax(-1)
 
     def choose(self, score_NE: Tensor) -> Tensor:
-        """Experts of each token, [N, K]."""
+        """Experts of each token by biased score, from its best groups only, [N, K]."""
         cfg = self.cfg
         z_NE = score_NE.detach()
         if self.bias_E is not None:

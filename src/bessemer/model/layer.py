@@ -13,7 +13,7 @@ FP8, so do those of a layer with all experts on this device: one operation maps 
 For speed, some code repeats the math of a layer and must change together with it:
 
     SwiGLU          `moe.FFN` (plain), `experts` (hand-written backward; kernel), `kernels.swiglu` (GPU), `fp8._SwiGLU`,
-                    `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp` (a step)
+                    `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp`
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_attention` (sequences split over ranks)
     softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),

@@ -57,7 +57,7 @@ class TrainOutputs(NamedTuple):
 
 
 class MTPModule(nn.Module):
-    """One prediction depth."""
+    """The module of one prediction depth (V3 2.2)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()

@@ -25,9 +25,9 @@ from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, block_factors
 
 VARIABLE = "BESSEMER_FP8_BACKEND"
-"""Forces a backend."""
+"""Environment variable that forces a backend."""
 LOADS = "BESSEMER_FP8_LOADS"
-"""`pointers` makes our products load by pointers instead of tensor descriptors."""
+"""Environment variable: `pointers` makes our products load by pointers instead of tensor descriptors."""
 
 
 @dataclass(frozen=True)

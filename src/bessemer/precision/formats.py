@@ -102,7 +102,7 @@ class PackedE5M6(NamedTuple):
     """float32 powers of two."""
 
     def unpack(self, columns: int, dtype: torch.dtype) -> Tensor:
-        """[M, K] with K = `columns`."""
+        """The matrix in `dtype`, [M, K] with K = `columns`."""
         b = self.code.unflatten(-1, (-1, 3)).to(torch.int16)
         pairs = torch.stack((b[..., 0] << 4 | b[..., 1] >> 4, (b[..., 1] & 15) << 8 | b[..., 2]), -1)
         out = (pairs.flatten(-2)[..., :columns] << 4).view(torch.float16).float()

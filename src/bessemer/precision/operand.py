@@ -40,7 +40,7 @@ class Operand(NamedTuple):
     """float32, [..., M, J]."""
 
     def dequantise(self) -> Tensor:
-        """float32 [..., M, K]."""
+        """The matrix in float32, [..., M, K]."""
         out = as_float32(self.value_MK)
         for part, scale in by_tile(out, self.scale_MJ):
             part.mul_(scale)
