@@ -1,19 +1,19 @@
 """Decoding steps through torch.compile: the same functions, fused, in one call (or one per layer) instead of hundreds.
 
-For CPUs with the kernels switched off: `kernel_steps` is 1.2 to 4 times as fast as this at every size. A GPU decodes in
-`static_steps`: a graph makes launches cheap, and these steps would wait for the device several times each.
+For CPUs with the kernels switched off: `kernel_steps` is 1.2 to 4 times as fast at every size. A GPU decodes with
+`static_steps`: a graph makes launches cheap, whereas each of these steps would wait for the device several times.
 
 A small model's step is bound by the number of calls. When few rows decode, one compiled graph runs the whole network
-and gathers their cache. When the cache of the rows exceeds a core's second-level cache, attention stays outside, one
-row group at a time as in `decode`, and the code between two attentions is one graph. Experts are computed token by
-token from their matrices in place, which the compiler turns into loops over memory; for more tokens than MAX_BYTES
-allows that is slower than the plain step, which is used instead.
+and gathers their cache. When the rows' cache exceeds a core's L2 cache, attention stays outside the graph, one row
+group at a time as in `decode`, and the code between two attention calls is one graph. Experts are computed token by
+token from their matrices in place, which the compiler turns into loops over memory. For more tokens than MAX_BYTES
+allows, the plain step is faster and is used instead.
 
-Compiling takes half a minute for each form at the first start; torch caches the result on disk. Sizes that change from
-step to step (rows, pages) are symbols in the graph, so nothing is compiled again later. One row has graphs of its own:
-the compiler specialises on a size of 1.
+Compiling each form takes half a minute at the first start; torch caches the result on disk. Sizes that change from step
+to step (rows, pages) are symbolic in the graph, so nothing is recompiled later. A single row has its own graphs,
+because the compiler specialises on a size of 1.
 
-Results equal the plain step's up to the last bits. Weights are read in place, so they may change between steps.
+Results equal those of the plain step up to the last bits. Weights are read in place, so they may change between steps.
 
 Shapes: B rows, T tokens of each, N = B * T, P pages of a row, S slots, X = C + R, K experts per token, V vocabulary.
 """
@@ -47,37 +47,37 @@ from bessemer.precision.probe import cpp_compiler
 MAX_DRAFTS = 8
 """Largest number of tokens drafted per step."""
 MAX_BYTES = 64 << 20
-"""Weights of routed experts that the tokens of a step may read per layer, counted once for every token."""
+"""Bytes of routed-expert weights that a step's tokens may read per layer, counted once per token."""
 
 
 class CompiledSteps:
     """The compiled steps of one model."""
 
     def __init__(self, model: Model, vocab: int):
-        """`vocab`: ids that may be sampled. UserError for a foreign model, and where there is no C++ compiler."""
+        """`vocab`: number of ids that may be sampled. UserError for a foreign model, or if there is no C++ compiler."""
         if not isinstance(model, Transformer):
             raise UserError("compiled steps are for models of this family; leave --compile off")
         if cpp_compiler() is None:
             raise UserError("compiled steps need a C++ compiler (g++ or clang++); install one or leave --compile off")
         self.model, self.vocab = model, vocab
-        # after 8 graphs of one function torch warns and continues without, 20 times slower; a process may hold several
-        # models, each with graphs of its own
+        # after 8 graphs of one function torch warns and stops compiling it, which is 20 times slower; a process may
+        # hold several models, each with its own graphs
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # calls between two kernels from C++ instead of Python: a fifth of a step of one row
+        # C++ instead of Python makes the calls between kernels, which saves a fifth of a one-row step
         compile_ = partial(torch.compile, options={"cpp_wrapper": True})
         self._whole, self._draft = compile_(_whole), compile_(_draft)
         self._first, self._between, self._last = compile_(_first), compile_(_between), compile_(_last)
         self._marked: set[tuple[str, int, int]] = set()
-        self._rope = model.rope_table(model.cfg.max_seq_len + MAX_DRAFTS)  # drafts may stand beyond the end
+        self._rope = model.rope_table(model.cfg.max_seq_len + MAX_DRAFTS)  # drafts may lie beyond the end
         sparse = [layer.sparse_ffn.experts for layer in model.layers if not layer.dense]
         one = max((experts.w13[0].nbytes + experts.w2[0].nbytes for experts in sparse), default=0)
         self.max_tokens = MAX_BYTES // max(1, one * model.cfg.n_activated_experts)
-        """Tokens of one pass up to which the compiled forms are faster."""
+        """The most tokens per pass for which the compiled forms are faster."""
 
     def __call__(
         self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
     ) -> ForwardOutput:
-        """T tokens per row, the first at position_B, through the network; all enter the cache."""
+        """Runs T tokens per row, the first at position_B, through the network; all enter the cache."""
         T = token_BT.shape[1]
         length = [position + T for position in position_B.tolist()]
         cache.reserve(length)
@@ -113,8 +113,8 @@ class CompiledSteps:
     def draft(
         self, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, known_B: Tensor, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
-        """The only MTP module over T tokens, the first at position_B: its state at token known_B, [B, D], and its
-        logits there, [B, V]."""
+        """Runs the only MTP module over T tokens, the first at position_B. Returns its state at token known_B, [B, D],
+        and its logits there, [B, V]."""
         length = [position + token_BT.shape[1] for position in position_B.tolist()]
         cache.reserve(length)
         page_BP, pool = cache.pages_BP(max(length)), cache.layers[self.model.cfg.n_layers]
@@ -144,8 +144,8 @@ class CompiledSteps:
         return output, chosen
 
     def _mark(self, name: str, size: Sequence[int], by_row: Sequence[Tensor], pools: Sequence[Tensor] = ()) -> None:
-        """Before a new graph is compiled, marks the sizes that will change: the number of rows (where it is not 1), of
-        pages of a row, and of pages of a pool."""
+        """Before a new graph is compiled, marks the sizes that will change: the numbers of rows (unless it is 1), of
+        pages per row, and of pages per pool."""
         rows, T = size
         if (graph := (name, min(rows, 2), T)) in self._marked:
             return
@@ -196,7 +196,7 @@ def _draft(
 
 
 class _Slots(NamedTuple):
-    """Positions of the tokens of a pass, their slots in the flat pool, and the slots that each may attend to."""
+    """Positions of a pass's tokens, their slots in the flat pool, and the slots that each may attend to."""
 
     position_BT: Tensor
     slot_N: Tensor
@@ -228,7 +228,7 @@ def _first(model: Transformer, token_BT: Tensor, rope: Tensor) -> tuple[Tensor, 
 def _between(
     layer: Layer, after: Layer, x_BTD: Tensor, context_BQX: Tensor, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """From one layer's attention output to the next layer's attention, as `_first`; and the experts chosen."""
+    """From one layer's attention output to the next layer's attention, as in `_first`; also the experts chosen."""
     x_BTD, expert_NK = _after_attention(layer, x_BTD, context_BQX)
     return x_BTD, *_before_attention(after, x_BTD, rope), expert_NK
 
@@ -264,7 +264,7 @@ def _feed_forward(layer: Layer, h_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def gathered_ffn(u_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """The weighted sum over its K experts of every token, [N, D]; the compiler fuses the copies of matrices away."""
+    """Each token's weighted sum over its K experts, [N, D]; the compiler fuses away the copies of the matrices."""
     gate, up = (w13[expert_NK] * u_ND[:, None, None, :]).sum(-1).chunk(2, -1)
     act_NKF = F.silu(gate) * up * weight_NK.unsqueeze(-1)
     return (w2[expert_NK] * act_NKF.unsqueeze(2)).sum((1, 3)).to(u_ND.dtype)

@@ -2,17 +2,17 @@
 
 Prefill has many queries per sequence and uses MLA's expanded form; a step has one or a few and uses the absorbed form:
 multi-query attention whose only key is the cached latent with its rotary part, and whose value is the latent itself.
-W_UK and W_UV act on the query and on the output as views of the stored matrix: nothing is prepared, so an update of the
-weights between two calls cannot go stale.
+W_UK and W_UV act on the query and on the output as views of the stored matrix: nothing is precomputed, so nothing goes
+stale when the weights are updated between two calls.
 
-Padding stands on the right: causality hides it from prefill's attention, it is not routed to any expert, and a step
-sees the slots up to its own position only.
+Padding is on the right: causality hides it from prefill's attention, it is not routed to any expert, and a step sees
+only the slots up to its own position.
 
 The routed experts give the same bits as `model.experts.expert_ffn` without gradients, in fewer calls: a step has a
 handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
-rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times at 64 and less.
+rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times faster at 64 or fewer.
 
-`new_cache`, `prefill` and `step` dispatch on the type of the model: `hf_decode` registers those of foreign models,
+`new_cache`, `prefill` and `step` dispatch on the model's type; `hf_decode` registers the versions for foreign models,
 whose cache has the interface of `LatentCache`.
 
 Shapes: B rows, T tokens of each, N real tokens, M routed rows in expert order, S slots, D hidden, H heads, X = C + R,
@@ -42,7 +42,7 @@ from bessemer.model.transformer import Transformer
 
 Model = Transformer | CausalLM
 PREFILL_TOKENS = 16384
-"""Approximate tokens of one prefill forward, padding included; bounds the memory."""
+"""Approximate number of tokens in one prefill forward pass, padding included; bounds its memory."""
 
 
 class RoutingTrace:
@@ -54,15 +54,15 @@ class RoutingTrace:
         self._all: Tensor | None = None
 
     def add_layer(self, expert_NK: Tensor) -> None:
-        """The choices of the next sparse layer of the current pass."""
+        """Records the choices of the next sparse layer of the current pass."""
         self._layers.append(expert_NK.to(self.dtype))
 
     def add_layers(self, expert_NLK: Tensor) -> None:
-        """The choices of all sparse layers of a pass."""
+        """Records the choices of all sparse layers of a pass."""
         self._all = expert_NLK.to(self.dtype)
 
     def take(self) -> Tensor:
-        """[N, L, K] of the pass that has just ended; the trace is empty afterwards."""
+        """Returns the choices [N, L, K] of the pass that has just ended, and empties the trace."""
         expert_NLK = torch.stack(self._layers, 1) if self._all is None else self._all
         self._layers, self._all = [], None
         return expert_NLK
@@ -72,7 +72,7 @@ class ForwardOutput(NamedTuple):
     """The result of one pass of the model."""
 
     state_BTD: Tensor | None
-    """After the final norm; None from a foreign model."""
+    """Hidden states after the final norm; None for a foreign model."""
     logits_BTV: Tensor
     greedy: GreedyTokens | None = None
 
@@ -90,8 +90,8 @@ class PrefillChunk(NamedTuple):
 
 @singledispatch
 def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
-    """An empty cache for the model; arguments as in `LatentCache`. `drafts`: tokens to draft per step, which need a
-    layer for each of the first MTP modules."""
+    """An empty cache for the model; arguments as in `LatentCache`. `drafts`: tokens to draft per step; each MTP module
+    that drafts needs a layer in the cache."""
     assert isinstance(model, Transformer)
     weight, layers = model.embed.weight, model.cfg.n_layers + min(drafts, len(model.mtp))
     return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
@@ -100,12 +100,12 @@ def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False
 def prefill_all(
     model: Model, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
 ) -> list[Tensor]:
-    """Prefills whole prompts; the logits [V] after each."""
+    """Prefills whole prompts; returns the logits [V] after each."""
     return [logits_V for batch in whole_prompts(cache, prompts) for logits_V in prefill(model, cache, batch, trace)]
 
 
 def whole_prompts(cache: LatentCache, prompts: Sequence[PromptPages]) -> Iterator[list[PrefillChunk]]:
-    """The prompts, with pages for all, in batches of bounded size. Sorting the prompts by length saves padding."""
+    """Allocates pages for all prompts and yields them in batches of bounded size. Sorted prompts need less padding."""
     for prompt in prompts:
         cache.extend(prompt, len(prompt.ids))
     batch: list[PrefillChunk] = []
@@ -124,7 +124,7 @@ def whole_prompts(cache: LatentCache, prompts: Sequence[PromptPages]) -> Iterato
 def prefill(
     model: Model, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
 ) -> Tensor:
-    """Runs chunks, whose pages are allocated, through the model; the logits after each chunk, [len(chunks), V].
+    """Runs chunks, whose pages must be allocated, through the model; returns the logits after each, [len(chunks), V].
 
     Whole prompts run together, padded to the longest; a chunk that continues a prompt runs alone.
     """
@@ -203,10 +203,10 @@ def _prefill_chunk(model: Transformer, cache: LatentCache, chunk: PrefillChunk, 
 def write_mtp_latents(
     model: Transformer, cache: LatentCache, prompt: PromptPages, start: int, state_ND: Tensor
 ) -> None:
-    """The MTP modules' keys for a prompt: of module k at each position the state h^(k-1) there and the token k further.
+    """Writes the MTP modules' keys for a prompt. At position i, module k reads state h^(k-1) and the token at i + k.
 
-    `state_ND` are the main model's states from position `start` on; the last one waits for the next token, as the last
-    of every module does."""
+    `state_ND` are the main model's states from position `start` on. The last state of every module waits for the next
+    token."""
     device = state_ND.device
     for k, module in enumerate(model.mtp[: cache.drafts], start=1):
         if len(prompt.states) >= k:
@@ -220,7 +220,7 @@ def write_mtp_latents(
         u_1ND = layer.attn_norm(x_1ND)
         slot_N = indices(cache.slots(prompt, start, end), device)
         cache.write(index, slot_N, layer.attn.latent(u_1ND, rope)[0])
-        if k < cache.drafts:  # the next module reads what this one makes of the prompt
+        if k < cache.drafts:  # the next module reads this one's output for the prompt
             latent_1SX = cache.read_prompt(index, prompt, end).unsqueeze(0)
             h_1ND = x_1ND + expanded_after(layer.attn, u_1ND, latent_1SX, rope)
             state_ND = feed_forward(layer, layer.route(h_1ND))[0]
@@ -230,7 +230,7 @@ def write_mtp_latents(
 def step(
     model: Model, token_B: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
 ) -> Tensor:
-    """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
+    """Logits [B, V] of the token after `token_B`, which is at `position_B` and enters the cache."""
     assert isinstance(model, Transformer)
     return logits_of(model, hidden_step(model, token_B.unsqueeze(1), position_B, cache, trace).squeeze(1))
 
@@ -283,7 +283,7 @@ def attend(
     """The attention output of every query, [B, T * H, X].
 
     Keys and values are the same tensor, read once; the rotary columns of the value are computed and discarded, which is
-    cheaper than separate products. (With `OwnPages` they are left out, [B, H, C].)
+    cheaper than separate products. (With `OwnPages` they are left out: [B, H, C].)
     """
     if isinstance(groups, OwnPages):
         return paged.attend(q_BQX, cache.layers[index], *groups, cfg.kv_lora_rank, cfg.softmax_scale)
@@ -297,7 +297,7 @@ def attend(
 
 
 def absorbed_output(attn: MLA, context_BQX: Tensor, T: int) -> Tensor:
-    """The output [B, T, D] of the attention layer from the output of `attend`."""
+    """The attention layer's output [B, T, D], from the output of `attend`."""
     B, cfg = context_BQX.shape[0], attn.cfg
     context_HNC = context_BQX.view(B * T, cfg.n_heads, -1)[..., : cfg.kv_lora_rank].transpose(0, 1)
     out_HNV = torch.bmm(context_HNC, _up_projections(attn)[1].transpose(1, 2))  # W_UV ctx
@@ -320,7 +320,7 @@ def _attend(q_BQX: Tensor, latent_BSX: Tensor, group: RowGroup, n_heads: int, sc
 
 
 def expanded_after(attn: MLA, u_BTD: Tensor, latent_BSX: Tensor, rope: Tensor) -> Tensor:
-    """The expanded form for the last T of S cached tokens, [B, T, D]; rope of these T."""
+    """Attention in the expanded form for the last T of S cached tokens, [B, T, D]; `rope` is for these T."""
     cfg = attn.cfg
     T, S = u_BTD.shape[1], latent_BSX.shape[1]
     c_BSC, k_rope_BSR = latent_BSX.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
@@ -365,7 +365,7 @@ def _feed_forward_real(layer: Layer, h_BTD: Tensor, real_N: Tensor, trace: Routi
 
 
 def feed_forward(layer: Layer, attended: Attended) -> Tensor:
-    """`Layer.feed_forward` with the experts below."""
+    """`Layer.feed_forward` with the `expert_ffn` below."""
     sent = layer.dispatch(attended)
     if isinstance(sent, Dispatched):
         experts = layer.sparse_ffn.experts

@@ -1,17 +1,17 @@
-"""`ModelRunner` in static steps (`static_steps`), with the host one token behind the device.
+"""`ModelRunner` with static steps (`static_steps`), where the host runs one token behind the device.
 
-The device samples the next token of every row right after it fed the last, and goes on with it. `sample` asks for a
-copy of those tokens, starts the next step, and only then waits for the copy: while the host appends tokens and looks
-for stops, the device computes. A row that has ended has been fed once too often, into a slot of its own; what came out
-is dropped with the row.
+The device samples every row's next token right after feeding the last one, and continues with it. `sample` requests a
+copy of those tokens, starts the next step, and only then waits for the copy: the device computes while the host appends
+tokens and looks for stops. A row that has ended is fed one token too many, into a slot of its own; the output is
+dropped with the row.
 
-With drafts a step also accepts some (`static_drafts`), and the copy holds them as well: `sample` appends the accepted
-drafts of the last step and the token after them. How far a row has come is known one step later, so pages are reserved
-for the case that all were accepted. A sequence is preempted between its accepted drafts and the token after them, as
-everywhere: `settle` reads the drafts first.
+With drafts, a step also decides which to accept (`static_drafts`), and the copy includes them: `sample` appends the
+accepted drafts of the last step and the token after them. The host learns how far a row has advanced one step late, so
+pages are reserved as if all drafts were accepted. As elsewhere, a sequence is preempted between its accepted drafts and
+the token after them: `settle` reads the drafts first.
 
-Where a token depends on more than its logits (a penalty, a grammar, a thinking budget), or the host reports more than
-tokens (the most likely ones, routes), it decides first, and a step starts when `ModelRunner.sample` has chosen.
+If a token depends on more than its logits (a penalty, a grammar, a thinking budget), or the host reports more than
+tokens (the most likely ones, routes), the host goes first: a step starts once `ModelRunner.sample` has chosen.
 
 Shapes: B live rows, T tokens of a pass, V vocabulary, L sparse layers, K experts per token.
 """
@@ -37,7 +37,7 @@ from bessemer.engine.transfer import Fetch
 
 
 class DeviceRunner(ModelRunner):
-    """`token_B` and `sampled_B3` are the next token of every sequence, which the host has not seen yet."""
+    """`token_B` and `sampled_B3` hold the next token of every sequence, which the host has not seen yet."""
 
     def __init__(
         self,
@@ -54,15 +54,15 @@ class DeviceRunner(ModelRunner):
         self.sampled_B3 = steps.sampled_R3[:0]
         self.token_B = steps.token_R[:0]
         self.kept_BW = steps.token_R.new_zeros(0, words(self.vocab)) if kept else None
-        """Bits of the tokens that `token_B` were drawn from, where they are recorded."""
+        """Bit masks of the tokens that each of `token_B` was drawn from, if they are recorded."""
         self._moved = True
-        """The rows are no longer those of the last step."""
+        """Whether the rows have changed since the last step."""
         self._started = False
-        """`sample` has started the step that `advance` stands for."""
+        """Whether `sample` has already started the step that `advance` would start."""
         self._settled: list[list[float]] | None = None
-        """After `settle`: rows of `sampled_B3`, whose drafts are appended and whose next tokens are not."""
+        """After `settle`: the rows of `sampled_B3`, whose drafts are appended and whose next tokens are not."""
         self._seen: tuple[Tensor, Tensor | None] | None = None
-        """Logits [B, T, V] and experts [B, T, L, K] of the last step, where they are reported."""
+        """Logits [B, T, V] and experts [B, T, L, K] of the last step, if they are reported."""
 
     def _look_at_requests(self) -> None:
         super()._look_at_requests()
@@ -123,7 +123,7 @@ class DeviceRunner(ModelRunner):
         self._append(None if fetch is None else fetch.read(), None if kept is None else ids_of_words(kept.tensor()))
 
     def _append(self, rows: list[list[float]] | None, kept: list[list[int]] | None = None) -> None:
-        """Appends the next token of every sequence, after its accepted drafts. rows None: they are appended already."""
+        """Appends the next token of every sequence, after its accepted drafts. rows None: these are appended."""
         if rows is None:
             assert self._settled is not None
             rows = self._settled
@@ -140,13 +140,13 @@ class DeviceRunner(ModelRunner):
                 sequence.finish = "error"
 
     def _append_accepted(self, rows: list[list[float]]) -> None:
-        """The accepted drafts of the last step."""
+        """Appends the accepted drafts of the last step."""
         logits_BTV, expert_BTLK = (None, None) if self._seen is None else self._seen
         self._append_drafts([static_drafts.accepted(row[3:]) for row in rows], logits_BTV, expert_BTLK)
 
     def _sample_by_host(self) -> None:
-        """`ModelRunner.sample`, which waits once, for accepted drafts as well; where top tokens or routes are reported,
-        drafts come first."""
+        """`ModelRunner.sample` with one wait, which also covers accepted drafts; if top tokens or routes are reported,
+        the drafts are settled first."""
         if not self.depth:
             return super().sample()
         if self._top or self._routing:
@@ -182,7 +182,7 @@ class DeviceRunner(ModelRunner):
         self._moved = True
 
     def _start_step(self, lengths: list[int]) -> None:
-        """Feeds `token_B`, in rows of at most these lengths; what the rows hold afterwards are views of the buffers."""
+        """Feeds `token_B`, in rows of at most these lengths; afterwards the tensors by row are views of the buffers."""
         n, steps, drafter = len(self.sequences), self.steps, self.drafter
         self.cache.reserve(lengths)
         if self._moved:
@@ -205,5 +205,5 @@ class DeviceRunner(ModelRunner):
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """With rows of 0 behind its own."""
+    """The tensor with `rows` rows of zeros appended."""
     return torch.cat((tensor, tensor.new_zeros(rows, *tensor.shape[1:])))

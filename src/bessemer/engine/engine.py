@@ -1,10 +1,9 @@
 """`Engine` turns prompts into completions, for RL rollouts, evaluation, `bessemer generate` and chat.
 
-On a CPU samples run in static batches, with one prefill per distinct prompt of a batch (a prompt's samples are split
-only where they exceed a batch): batches go to processes, one for each core, and their kernels do not profit from rows
-that are refilled. On a GPU all samples of a call go through one `Scheduler`, as many at a time as memory holds. Results
-do not depend on either: every sample has its own random stream, identified by the seed, the prompt's tokens and the
-sample's number.
+On a CPU, samples run in static batches, with one prefill per distinct prompt in a batch (a prompt's samples are split
+only if they exceed a batch). Batches go to processes, one per core, whose kernels gain nothing from refilled rows. On a
+GPU, all samples of a call go through one `Scheduler`, as many at a time as memory holds. Results depend on neither:
+every sample has its own random stream, identified by the seed, the prompt's tokens and the sample's number.
 
 Shapes: B live sequences, L sparse layers, K experts per token.
 """
@@ -49,20 +48,20 @@ from bessemer.precision import probe
 from bessemer.workers import Workers
 
 PREFILL = 8192
-"""Prompt tokens that a step prefills at most where a call's samples go through a scheduler."""
+"""The most prompt tokens that a step prefills when the samples of a call go through a scheduler."""
 GATHER = 16
-"""One in so many rows may be idle until prompts are prefilled together: each prefill takes as many launches as several
-steps."""
+"""One in this many rows may be idle until prompts are prefilled together: each prefill takes as many launches as
+several steps."""
 FEW = 8
-"""Rows up to which steps that are kept have room for the whole context."""
+"""Up to this many rows, steps kept between calls have room for the whole context."""
 
 
 class Engine:
-    """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained in between."""
+    """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained between calls."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
-        """compile: on a CPU where no kernel serves (`kernel_steps`), decoding steps go through torch.compile
-        (`compiled`)."""
+        """compile: on a CPU that no kernel serves (`kernel_steps`), decoding steps go through torch.compile
+        (`compiled`). UserError if model and tokenizer do not belong together."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -77,7 +76,7 @@ class Engine:
         self.grammars = Grammars(tokenizer)
         self.compiled: CompiledSteps | None = None
         self.not_compiled = ""
-        """Why `compile` has compiled nothing, for the user."""
+        """Why `compile` compiled nothing, as a message for the user."""
         if compile and static_steps.serves(model):
             self.not_compiled = "--compile: nothing to compile, the steps of a GPU are CUDA graphs of its own kernels"
         elif compile and KernelSteps.of(model) is not None:
@@ -87,7 +86,7 @@ class Engine:
         self.rows = 0
         """Samples that decode together on a GPU; 0: as many as its memory holds."""
         self.keeps_memory = False
-        """Between calls, the buffers and graphs on a GPU; only where nobody else needs its memory."""
+        """Whether buffers and graphs stay on the GPU between calls; only if nothing else needs its memory."""
         self._steps: Steps | None = None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
@@ -97,7 +96,7 @@ class Engine:
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, in order; the options are those of `generation.plan`.
 
-        on_tokens is called after each step with (prompt index, sample, token) of every sample that is still running.
+        on_tokens is called after each step with the new tokens, a list of (prompt index, sample, token).
         """
         plan = self.plan(prompts, on_tokens=on_tokens, **options)
         if on_tokens is None and not self._continuous(plan.batches):
@@ -110,7 +109,7 @@ class Engine:
         return generation.plan(self.model, self.tokenizer, prompts, **options)
 
     def check_prompt(self, ids: abc.Sequence[int], name: str = "the prompt") -> None:
-        """UserError for a prompt that cannot be answered."""
+        """UserError for a prompt that is empty, leaves no room for an answer, or has ids outside the vocabulary."""
         generation.check_prompt(self.model, ids, name)
 
     def run(self, batch: GenerationBatch) -> list[Completion]:
@@ -118,7 +117,7 @@ class Engine:
         return self.run_all([batch])[0]
 
     def run_all(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
-        """`run` of every batch in this process: one after another, or on a GPU all together."""
+        """`run` for every batch, in this process: one after another, or all together on a GPU."""
         if self._continuous(batches):
             try:
                 return self._run_continuously(batches)
@@ -128,7 +127,7 @@ class Engine:
         return [self._run_batch(batch) for batch in batches]
 
     def release(self) -> None:
-        """Gives back the GPU's memory that `keeps_memory` keeps."""
+        """Frees the GPU memory that `keeps_memory` holds."""
         if self._steps is not None:
             self._steps = None
             torch.cuda.empty_cache()
@@ -137,14 +136,14 @@ class Engine:
         return bool(batches) and static_steps.serves(self.model)
 
     def _run_continuously(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
-        """All samples through one scheduler, those of a batch one after another in the queue."""
+        """Runs all samples through one scheduler; those of a batch are queued one after another."""
         samples = [(batch, sample) for batch in batches for sample in batch.samples]
         record = RoutingRecord() if any(batch.record_routing for batch in batches) else None
         with evaluating(self.model), torch.inference_mode():
             longest = max(len(s.request.prompt) + s.request.max_new_tokens for _, s in samples)
             drafts = batches[0].drafts
             steps = self._steps_for(self.rows or len(samples), longest, drafts)
-            # prompts with a known beginning would be prefilled one by one, which costs more than computing it again
+            # prompts with a cached prefix would be prefilled one by one, which costs more than recomputing it
             scheduler = Scheduler(
                 self, rows=steps.rows, prefill_tokens=PREFILL, drafts=drafts, steps=steps, record=record,
                 prefix_cache=False, gather=max(1, steps.rows // GATHER), kept=batches[0].record_kept,
@@ -165,7 +164,7 @@ class Engine:
         return [[next(completions) for _ in batch.samples] for batch in batches]
 
     def _steps_for(self, rows: int, row_tokens: int, drafts: int) -> Steps:
-        """Static steps for up to `rows` rows, fewer where memory holds fewer: those of the last call, if they are large
+        """Static steps for up to `rows` rows, or for as many as memory holds: those of the last call, if they are large
         enough and no weight has moved."""
         model, steps = self.model, self._steps
         fits = steps is not None and steps.asked >= rows and steps.row_tokens >= row_tokens and steps.depth == drafts
@@ -175,7 +174,7 @@ class Engine:
             free = room.free_bytes(model.embed.weight.device)
             whole = model.cfg.max_seq_len
             if self.keeps_memory and rows <= FEW and room.fits(model, rows, whole, PREFILL, free, drafts):
-                row_tokens = whole  # a conversation grows: its steps are captured once
+                row_tokens = whole  # a conversation grows, but its steps are captured once
             fit = room.rows_that_fit(model, row_tokens, PREFILL, free, drafts)
             n = rows if fit is None or self.rows else min(rows, fit)
             cache_tokens, vocab = n * (row_tokens + static_steps.ahead(drafts)), self.tokenizer.vocab_size
@@ -235,7 +234,7 @@ class Engine:
 
 
 def _emit(batch: GenerationBatch, sequences: list[Sequence]) -> None:
-    """Passes the tokens since the last call to on_tokens."""
+    """Passes the tokens generated since the last call to on_tokens."""
     if batch.on_tokens is None:
         return
     running = [(batch.samples[sequence.number], sequence) for sequence in sequences]
@@ -247,7 +246,7 @@ def _emit(batch: GenerationBatch, sequences: list[Sequence]) -> None:
 def _pass_on(
     events: abc.Sequence[Token | Finished], by_ticket: abc.Mapping[int, tuple[GenerationBatch, Sample]]
 ) -> None:
-    """The tokens of a scheduler's step to on_tokens."""
+    """Passes the tokens of a scheduler's step to on_tokens."""
     for batch, own in groupby(
         (event for event in events if isinstance(event, Token)), key=lambda event: by_ticket[event.ticket][0]
     ):
@@ -257,8 +256,8 @@ def _pass_on(
 
 
 def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -> Engine:
-    """Model and tokenizer of a Hugging Face directory, on this machine's device. MTP layers are loaded only for
-    drafting. compile: the decoding steps are compiled now, for calls with this many drafts."""
+    """Loads the model and tokenizer of a Hugging Face directory onto this machine's device. MTP layers are loaded only
+    for drafting. compile: compiles the decoding steps now, for calls with this many drafts."""
     model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
     engine = Engine(model, load_tokenizer(model_dir), compile=compile)
     engine.keeps_memory = True

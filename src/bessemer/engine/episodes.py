@@ -1,18 +1,18 @@
-"""Generation of episodes of several turns (`tasks/environment.py`), and of plain tasks beside them, turn by turn.
+"""Generates multi-turn episodes (`tasks/environment.py`) turn by turn, and plain tasks along with them.
 
     play = Play(problems, encode, tokenizer, ...)
-    while (turn := play.turn()) is not None:            one call of the engine for all episodes that still run
+    while (turn := play.turn()) is not None:            one engine call for all episodes still running
         play.add(engine.generate(turn.prompts, **turn.options(), ...))
     play.outcomes()                                     a completion, or an episode, for every sample
 
-Tokens go in and tokens come out: what the model wrote is never encoded again, and an observation is appended to it as
-the ids that follow an answer in the chat template. A turn of a plain task is its only one, so a call without
-environments is `Engine.generate` and nothing else.
+Tokens go in and tokens come out: the model's output is never re-encoded, and an observation is appended to it as the
+ids that follow an answer in the chat template. A plain task has one turn, so a call without environments is just
+`Engine.generate`.
 
-The seed of the first turn of a sample is that of its prompt, as without environments; that of turn t > 0 follows from
-the prompt's seed, the sample's number and t. In a turn every live episode asks for as many tokens as the one that may
-still write most, and what exceeds its own bound is cut off: a token depends on those before it alone, so the result is
-that of a call with its own bound.
+The seed of a sample's first turn is that of its prompt, as without environments; the seed of turn t > 0 is derived from
+the prompt's seed, the sample's number and t. In each turn, every live episode requests as many tokens as the one with
+the most left to write, and is then cut to its own bound: a token depends only on those before it, so the result is the
+same as with its own bound.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from bessemer.tasks.environment import (
 _Result = TypeVar("_Result")
 Problems = Sequence[tuple[Task, Problem]]
 GRACE = 5.0
-"""Seconds that a step may take beyond the bound of the tools that it calls."""
+"""Seconds that a step may take beyond the time limit of the tools it calls."""
 
 
 class Spoken(NamedTuple):
-    """A part of an episode, in the order in which it was spoken."""
+    """One message of an episode."""
 
     role: str
     """"assistant" where the model wrote it."""
@@ -55,21 +55,21 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True)
 class PlayedEpisode:
-    """A finished episode as one completion: its tokens are what the model wrote and what it read between, its
-    log-probabilities are 0 at the latter, its text is the model's last turn."""
+    """A finished episode as one completion. Its tokens are what the model wrote and what it read in between, the latter
+    with log-probability 0; its text is the model's last turn."""
 
     completion: Completion
     turns: list[Spoken]
     verdict: Verdict
     failure: str = ""
-    """Why the environment could not bring it to its end; "": it could."""
+    """Why the environment could not finish the episode; "" if it could."""
 
 
 Outcome = Completion | PlayedEpisode
 
 
 class TurnPrompts(NamedTuple):
-    """What the engine is asked for."""
+    """The arguments of one engine call."""
 
     prompts: list[list[int]]
     samples: int
@@ -81,7 +81,7 @@ class TurnPrompts(NamedTuple):
 
 
 class Generates(Protocol):
-    """An `Engine`, or a sampler of RL."""
+    """An `Engine`, or a sampler in RL."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -94,20 +94,20 @@ class Generates(Protocol):
 
 @dataclass
 class _Sample:
-    """One sample. Of an episode, what was spoken so far."""
+    """One sample; for an episode, also its messages so far."""
 
     problem: int
     number: int
     environment: Environment | None
     spoken: list[Spoken] = field(default_factory=list)
     parts: list[Completion] = field(default_factory=list)
-    """Of each turn of the model."""
+    """One for each turn of the model."""
     read: list[list[int]] = field(default_factory=list)
     """The ids between two turns."""
     failure: str = ""
     ended: bool = False
     cut: bool = False
-    """Whether a bound ended it, rather than model or environment."""
+    """Whether a bound ended it, rather than the model or the environment."""
     verdict: Verdict | None = None
 
     @property
@@ -115,7 +115,7 @@ class _Sample:
         return sum(len(part.tokens) for part in self.parts)
 
     def ids(self) -> list[int]:
-        """All that follows the prompt."""
+        """All ids after the prompt."""
         ids: list[int] = []
         for turn, part in enumerate(self.parts):
             ids += part.tokens
@@ -125,10 +125,10 @@ class _Sample:
 
 
 class Play:
-    """The samples of P problems, G each.
+    """Plays G samples of each of P problems.
 
-    `cap` bounds what the model writes in all turns of an episode together, `context` what it may read and write.
-    `once(make)`: of many ranks one makes the value for all; only that one has environments.
+    `cap` bounds the tokens that the model writes over all turns of an episode, `context` all that it reads and writes.
+    `once(make)` makes a value on one of many ranks and returns it on all; only that rank has environments.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Play:
         self._live: list[_Sample] = []
 
     def turn(self) -> TurnPrompts | None:
-        """What to generate next; None where all is played."""
+        """What to generate next; None when everything is played."""
         if self._first:
             return TurnPrompts(self.prompts, self.samples, self.seeds, self.cap)
         if not self._live:
@@ -168,7 +168,7 @@ class Play:
         return TurnPrompts(prompts, 1, seeds, max(self.cap - sample.written for sample in self._live))
 
     def add(self, completions: Sequence[Sequence[Completion]]) -> None:
-        """The completions of the turn."""
+        """Takes the completions of the turn and lets the environments respond."""
         samples = [sample for group in self._all for sample in group] if self._first else self._live
         flat = [completion for group in completions for completion in group]
         for sample, completion in zip(samples, flat, strict=True):
@@ -178,7 +178,7 @@ class Play:
         self._live = [sample for sample in samples if not sample.ended]
 
     def outcomes(self) -> list[list[Outcome]]:
-        """G of every problem, in order. UserError where the environments have failed all their episodes."""
+        """The G outcomes of every problem, in order. UserError if the environments failed in all their episodes."""
         if self._played and all(sample.failure for sample in self._played):
             first = self._played[0]
             raise UserError(
@@ -188,7 +188,7 @@ class Play:
         return [[self._outcome(sample) for sample in group] for group in self._all]
 
     def _begin(self, encode: Callable[[Problem], list[int]]) -> list[list[int]]:
-        """Resets the environments; the prompts of all problems."""
+        """Resets the environments; returns the prompts of all problems."""
         starts = self.once(lambda: self._each(self._played, self._reset)) if self._played else []
         begun: dict[int, Sequence[Message]] = {}
         for sample, (start, failure) in zip(self._played, starts, strict=True):
@@ -230,7 +230,7 @@ class Play:
             sample.ended, sample.cut = True, completion.finish_reason == "length"
 
     def _answer(self, samples: Sequence[_Sample]) -> None:
-        """Lets the environments of samples answer, and judges the episodes that are over."""
+        """Lets the samples' environments respond, and judges the episodes that are over."""
         observed = self.once(lambda: self._each(samples, self._step)) if samples else []
         for sample, (observation, failure) in zip(samples, observed, strict=True):
             sample.failure = failure
@@ -275,7 +275,7 @@ class Play:
             episode.close()
 
     def _each(self, samples: Sequence[_Sample], work: Callable[[_Sample], _Result]) -> list[tuple[_Result | None, str]]:
-        """(result, "") of every sample, or (None, what failed); environments that allow it work at the same time."""
+        """(result, "") for every sample, or (None, what failed); environments that allow it run in parallel."""
 
         def attempt(sample: _Sample) -> tuple[_Result | None, str]:
             environment = _environment(sample)
@@ -311,7 +311,7 @@ class Play:
 def played(
     engine: Generates, problems: Problems, encode: Callable[[Problem], list[int]], **settings: Any
 ) -> tuple[list[list[int]], list[list[Outcome]]]:
-    """(prompts, outcomes) of all problems at once. `settings`: those of `Play`, and what sampling needs besides."""
+    """Plays all problems at once; returns (prompts, outcomes). `settings`: those of `Play`, and sampling options."""
     own = {name: settings.pop(name) for name in ("samples", "seeds", "cap", "context", "once") if name in settings}
     play = Play(problems, encode, engine.tokenizer, **own)
     while (turn := play.turn()) is not None:

@@ -1,14 +1,14 @@
 """The expert-parallel load balancer (EPLB; V3 3.4): which GPU holds which experts, hot experts more than once.
 
-A placement gives every layer R slots, one replica of an expert in each: GPU g has R / gpus consecutive slots, node n
-gpus / nodes consecutive GPUs. An expert's tokens are divided evenly among its replicas, so the load of a replica is the
-load of the expert / its replicas. Two greedy rules make a placement: `replicate` gives spare slots to the hottest
+A placement gives every layer R slots, each with one replica of an expert: GPU g has R / gpus consecutive slots, node n
+gpus / nodes consecutive GPUs. An expert's tokens are divided evenly among its replicas, so a replica's load is its
+expert's load / the number of replicas. Two greedy rules make a placement: `replicate` gives spare slots to the hottest
 experts, `pack` fills bins of equal size. The worked example of the published EPLB is reproduced slot by slot. As there,
 two replicas of one expert may share a GPU.
 
-Hierarchical, if the nodes divide the expert groups: whole groups onto nodes, replication within each node, replicas
-onto its GPUs. Routing reaches few groups, hence few nodes; suited to prefill on few GPUs. Global otherwise: the same
-with one node and one group; suited to decoding on many GPUs.
+Hierarchical, if nodes divides groups: whole groups go to nodes, experts are replicated within a node, and replicas go
+to its GPUs. Routing reaches few groups, hence few nodes, which suits prefill on few GPUs. Global otherwise: the same
+with one node and one group, which suits decoding on many GPUs.
 
 Shapes: L sparse layers, E experts, R replicas, X the most replicas of an expert, G GPUs, I items to pack into B bins.
 """
@@ -70,7 +70,7 @@ def _place_layer(load_E: NDArray, replicas: int, groups: int, nodes: int, gpus: 
 
 
 def replicate(load_E: NDArray, replicas: int) -> NDArray[np.int64]:
-    """The expert of each replica, [replicas]: one each, then one at a time for the largest load per replica.
+    """The expert of each replica, [replicas]: one each, then one at a time to the largest load per replica.
 
     No other allocation has a smaller largest load per replica. Ties go to the expert with fewer replicas, then to the
     lower number, so that without load the spare replicas are spread out.
@@ -124,7 +124,7 @@ def balance(placement: Placement, load_LE: ArrayLike, gpus: int) -> NDArray[np.f
 
 
 def naive_balance(load_LE: ArrayLike, gpus: int) -> NDArray[np.float64]:
-    """`balance` of the experts in order, one slot each; block sizes differ by one where gpus do not divide E."""
+    """`balance` of the experts in order, one slot each; block sizes differ by one if gpus does not divide E."""
     load_LE = _loads(load_LE)
     _check_whole(gpus=gpus)
     n_experts = load_LE.shape[1]

@@ -1,8 +1,8 @@
 """Structured output: a grammar over tokens decides which may come next (llguidance).
 
-A grammar is text in llguidance's own form; `json_grammar` makes one of a JSON schema, `calls_grammar` one of tools.
-What it allows depends on the tokens of its own answer only, so samples stay independent of the batch. Inside of a
-thought it does not apply yet.
+A grammar is text in llguidance's own syntax; `json_grammar` makes one from a JSON schema, `calls_grammar` from tools.
+What it allows depends only on the tokens of its own answer, so samples stay independent of the batch. It applies only
+once a thought has ended.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, DEEPEST, SEPAR
 from bessemer.errors import UserError
 
 WHITESPACE = r"[ \n]{1,12}"
-"""Between the tokens of JSON. Without a bound a weak model writes blanks until its length ends it."""
+"""Between JSON tokens. Without a bound, a weak model writes whitespace until it reaches its length limit."""
 LONGEST = 32_768
-"""Characters of a schema; compiling a longer one would keep other answers waiting."""
+"""Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
 KEPT = 32
-"""Compiled grammars that are kept."""
+"""Number of compiled grammars in the cache."""
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
-    """The grammar of the JSON values of a schema. UserError for a schema that is none or cannot be enforced."""
+    """The grammar of the JSON values that fit a schema. UserError for one that cannot be enforced."""
     guidance = _guidance()
     options = {"whitespace_pattern": WHITESPACE}
     if depth(schema) > DEEPEST:
@@ -46,8 +46,8 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 
 
 def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int, free: bool = False) -> str:
-    """The grammar of an answer that is one to `most` calls of these tools and nothing else; `free`: of any text, which
-    such calls may follow. `marks`: the ids of `data.tools.MARKS` where they are tokens, which `free` needs. UserError
+    """The grammar of an answer that is one to `most` calls of these tools and nothing else; with `free`, any text that
+    such calls may follow. `marks`: the ids of `data.tools.MARKS` if they are tokens, which `free` requires. UserError
     for parameters that cannot be enforced."""
 
     def mark(name: str) -> str:
@@ -65,7 +65,7 @@ def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int, fr
         rules.append(call)
     names = " | ".join(f"call{number}" for number in range(len(tools)))
     calls = f"{mark(CALLS)} call{{1,{most}}} {mark(CALLS_END)}"
-    # R1 writes two line breaks behind its thought
+    # R1 writes two line breaks after its thought
     start = f"start: /(.|\\n)*/ ({calls})?" if free else f"start: /\\n{{0,2}}/ {calls}"
     return str(_guidance().LLMatcher.grammar_from_lark("\n".join([start, f"call: {names}", *rules])))
 
@@ -79,7 +79,7 @@ class Grammars:
         self._vocabulary: Any = None
 
     def start(self, grammar: str, waits: bool) -> GrammarState:
-        """The beginning of an answer; `waits`: it begins with the rest of a thought."""
+        """The state at the beginning of an answer; `waits`: the answer begins inside a thought."""
         return GrammarState(self._compiled(grammar).deep_copy(), self.tokenizer, waits)
 
     def _compile(self, grammar: str) -> Any:
@@ -94,7 +94,7 @@ class Grammars:
 
 
 class GrammarState:
-    """How far one answer is in its grammar."""
+    """How far one answer has got in its grammar."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer, waits: bool):
         self._matcher, self._tokenizer = matcher, tokenizer
@@ -109,12 +109,12 @@ class GrammarState:
 
     @property
     def complete(self) -> bool:
-        """Nothing may follow."""
+        """Whether nothing may follow."""
         return not self.waits and self._matcher.is_stopped()
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty as long as it can."""
+        """Why the answer cannot continue; empty if it can."""
         return _short(self._matcher.get_error()) if self._matcher.is_error() else ""
 
     def allowed(self) -> Tensor | None:

@@ -1,11 +1,11 @@
 """Foreign models in the engine: `decode.new_cache`, `prefill` and `step` through transformers, and their cache.
 
-`SlotCache` replaces transformers' own cache and has the interface and invariants of `LatentCache`: slot s of a row has
-the token at position s, rows [0, rows) are the live ones, every slot is finite. Rows of different length therefore step
-together without left padding, and a row that leaves costs one row's copy. Scheduling, sampling and random streams are
-the same as for our network.
+`SlotCache` replaces transformers' own cache and has the interface and invariants of `LatentCache`: slot s of a row
+holds the token at position s, rows [0, rows) are live, and every slot is finite. Rows of different lengths therefore
+step together without left padding, and removing a row costs a copy of one row. Scheduling, sampling and random streams
+are the same as for our network.
 
-`Engine` imports this module when it gets a foreign model, because it needs transformers.
+`Engine` imports this module only for a foreign model, because it needs transformers.
 
 Shapes: B live rows, P prompts, H key-value heads, S slots, T prompt tokens, W width of a head, D hidden, V vocabulary.
 """
@@ -30,7 +30,7 @@ SLOT_STEP = 64
 
 @decode.new_cache.register(CausalLM)
 def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> SlotCache:
-    """An empty cache. Prefixes are not cached, and the size is bounded by the number of rows only."""
+    """An empty cache. Prefixes are not cached, and only the number of rows bounds the size."""
     return SlotCache(model.cfg.n_layers)
 
 
@@ -38,7 +38,7 @@ def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = Fa
 def prefill(
     model: CausalLM, cache: SlotCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
 ) -> Tensor:
-    """Logits after each prompt, [P, V]. Padding stands on the right, hidden by causality."""
+    """Logits after each prompt, [P, V]. Padding is on the right, hidden by causality."""
     assert all(chunk.whole for chunk in chunks), "a foreign model takes whole prompts"
     device = model.embed.weight.device
     longest = max(chunk.end for chunk in chunks)
@@ -54,7 +54,7 @@ def prefill(
 def step(
     model: CausalLM, token_B: Tensor, position_B: Tensor, cache: SlotCache, trace: RoutingTrace | None = None
 ) -> Tensor:
-    """Logits [B, V] of the token after `token_B`, which stands at `position_B` and enters the cache."""
+    """Logits [B, V] of the token after `token_B`, which is at `position_B` and enters the cache."""
     visible_BS = cache.start_step(position_B)
     hidden_BTD = model.hidden(
         token_B[:, None], position_B[:, None], attention_mask=visible_BS, **{model.cache_word: cache}
@@ -68,7 +68,7 @@ def logits_of(model: CausalLM, hidden_BD: Tensor) -> Tensor:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer: `keys` and `values`, [rows, H, S, W]. The methods are those that transformers calls in a forward."""
+    """One layer: `keys` and `values`, [rows, H, S, W]. The methods are those that transformers' forward calls."""
 
     keys: Tensor
     values: Tensor
@@ -131,7 +131,7 @@ class SlotCache(Cache):
         return sum(states.numel() * states.element_size() for states in stored)
 
     def free_pages(self) -> int | None:
-        """No limit of its own."""
+        """None: the cache has no limit of its own."""
         return None
 
     def open(self, ids: Sequence[int]) -> PromptPages:
@@ -166,7 +166,7 @@ class SlotCache(Cache):
         self._append([source._select(torch.tensor(rows)) for source, rows in self._sources(prompts)])
 
     def _sources(self, prompts: Sequence[tuple[PromptPages, int]]) -> list[tuple[SlotCache, list[int]]]:
-        """The caches of prompts, and the rows of each for the rows to come."""
+        """The prompts' caches, each with the rows to copy from it, one for each new row."""
         sources: dict[int, tuple[SlotCache, list[int]]] = {}
         for prompt, copies in prompts:
             assert prompt.slots is not None, "an admitted prompt was used again"
@@ -176,7 +176,7 @@ class SlotCache(Cache):
         return list(sources.values())
 
     def start_step(self, position_B: Tensor) -> Tensor | None:
-        """Allocates slots for a step; the slots visible to each row, [B, S] (None: all of them)."""
+        """Allocates slots for a step; returns the slots visible to each row, [B, S] (None: all of them)."""
         low, high = (int(x) for x in position_B.aminmax())
         self.position_B, self.slots = position_B, high + 1
         for layer in self.slot_layers:

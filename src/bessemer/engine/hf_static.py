@@ -1,10 +1,10 @@
 """Foreign models in static steps on a GPU: transformers' forward over a cache whose rows never move, with sampling on
-the device and one wait of the host a step.
+the device and one host wait per step.
 
 transformers' own StaticCache has one position for all rows. Here every row has its own: its token goes to the slot of
-its position, and a mask hides the slots behind. A step attends to as many slots as the longest row may have, rounded up
-where steps are graphs. Rows grow together, to twice as many slots; graphs are then captured again. Models whose code
-waits for the device itself run operation by operation (`static_steps.Steps`).
+its position, and a mask hides the slots after it. A step attends to as many slots as the longest row may have, rounded
+up if steps are graphs. Rows grow together, to twice as many slots; graphs are then captured again. Models whose own
+code waits for the device run operation by operation (`static_steps.Steps`).
 
 Shapes: R rows of a step, H key-value heads, S slots, W width of a head.
 """
@@ -25,7 +25,7 @@ from bessemer.engine.transfer import indices, to_device
 from bessemer.hf.causal_lm import CausalLM
 
 FIRST = 1024
-"""Slots of a row at first, or as many as a row may have."""
+"""Initial slots of a row, unless a row may have fewer."""
 
 
 class ForeignSteps(Steps):
@@ -58,7 +58,7 @@ class ForeignSteps(Steps):
 
     @torch.inference_mode(False)
     def grow(self, slots: int) -> None:
-        """Room for so many slots of every row."""
+        """Makes room for this many slots in every row."""
         now = self.stored[0][0].shape[2]
         if slots <= now:
             return
@@ -96,7 +96,7 @@ class StaticLayer(SlotLayer):
     """One layer of `StaticSlots`."""
 
     is_compileable = True
-    """transformers then asks no mask for its values when it takes one token of each row."""
+    """transformers then does not read the mask's values when it takes one token per row."""
     cache: StaticSlots
 
     def __init__(self, cache: StaticSlots, number: int):
@@ -117,7 +117,7 @@ class StaticLayer(SlotLayer):
 
 
 class StaticSlots(SlotCache):
-    """`SlotCache` in buffers that steps read: rows [0, rows) are live, the others stand still."""
+    """`SlotCache` in buffers that steps read: rows [0, rows) are live, the others do not advance."""
 
     def __init__(self, steps: ForeignSteps):
         super().__init__(len(steps.stored))
@@ -129,12 +129,12 @@ class StaticSlots(SlotCache):
         return sum(states.nbytes for stored in self.steps.stored for states in stored)
 
     def reserve(self, length_B: Sequence[int]) -> None:
-        """Slots for the next step."""
+        """Makes room for the next step, in rows of these lengths."""
         self.longest = max(length_B)
         self.steps.grow(self.longest)
 
     def start(self, position_R: Tensor, slots: int) -> None:
-        """A step of rows whose tokens stand at these positions, which sees so many slots."""
+        """Begins a step of rows whose tokens are at these positions, and which sees this many slots."""
         self.position_B, self.slots = position_R, slots
 
     def scrub(self, row: int) -> None:
@@ -169,5 +169,5 @@ def of_one_token(model: CausalLM) -> list[tuple[Tensor, Tensor]]:
 
 
 def token_bytes(model: CausalLM) -> int:
-    """Of a token in the cache."""
+    """Bytes of one token in the cache."""
     return sum(states[0, :, 0].numel() * states.element_size() for layer in of_one_token(model) for states in layer)

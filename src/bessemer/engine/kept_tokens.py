@@ -1,9 +1,9 @@
-"""Which tokens truncation left (top-p, top-k, min-p) where each token of a sample was drawn: DeepSeek-V3.2's sampling
+"""The tokens that truncation (top-p, top-k, min-p) kept when each token of a sample was drawn: DeepSeek-V3.2's sampling
 mask (3.1), as lists of ids.
 
-A few tokens are left where the policy is sure, most of the vocabulary where it is not, so the lists are ragged: 4 bytes
-for each kept id and 4 for each token of a sample. On its way from a device a step's mask is one bit for each token of
-the vocabulary, 16 KB a row with V3's, and travels with the sampled tokens.
+Few tokens are kept where the policy is sure, most of the vocabulary where it is not, so the lists are ragged: 4 bytes
+for each kept id and 4 for each token of a sample. On the way from a device, a step's mask is one bit per token of the
+vocabulary, 16 KB per row for V3's, and travels with the sampled tokens.
 
 Shapes: B rows, V vocabulary, T tokens of a sample, M ids kept at all of them.
 """
@@ -23,7 +23,7 @@ WORD = 64
 
 
 class KeptTokens(NamedTuple):
-    """Of one sample."""
+    """The kept tokens of one sample."""
 
     id_M: Tensor
     """int32: the ids kept at the first token, in ascending order, then those at the second, and so on."""
@@ -36,7 +36,7 @@ class KeptTokens(NamedTuple):
 
 
 def words(vocab: int) -> int:
-    """Words of a mask of so many bits."""
+    """Words that hold a mask of `vocab` bits."""
     return -(-vocab // WORD)
 
 
@@ -54,7 +54,7 @@ def ids_of_mask(kept_BV: Tensor) -> list[list[int]]:
 
 
 def ids_of_words(word_BW: Tensor) -> list[list[int]]:
-    """The same of packed bits: only words that have any are unpacked."""
+    """The same from packed bits; only nonzero words are unpacked."""
     flat = np.ascontiguousarray(word_BW.numpy()).reshape(-1)
     places = np.flatnonzero(flat)
     bits = np.unpackbits(flat[places].astype("<i8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
@@ -63,7 +63,7 @@ def ids_of_words(word_BW: Tensor) -> list[list[int]]:
 
 
 def _by_row(place_N: np.ndarray, rows: int, width: int) -> list[list[int]]:
-    """Ascending places in [rows, width]."""
+    """The columns of ascending flat indices into [rows, width], by row."""
     row_N, id_N = np.divmod(place_N, width)
     ids: list[int] = id_N.tolist()
     ends = accumulate(np.bincount(row_N, minlength=rows).tolist(), initial=0)

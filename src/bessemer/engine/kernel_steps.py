@@ -1,14 +1,14 @@
 """Decoding steps on a CPU in one call of a C++ kernel (`kernels/cpp/decode.cpp`): all layers, from tokens to logits.
-Prefill is the same call with many tokens per row. A round (`kernels/cpp/round.cpp`) is a step with all that happens
-around it: drafts of the MTP module, their acceptance, and the next tokens.
+Prefill is the same call with many tokens per row. A round (`kernels/cpp/round.cpp`) is a step with everything around
+it: the MTP module's drafts, their acceptance, and the next tokens.
 
-The kernel writes the new latents into the cache's pages and attends to the pages in place. It reads the weights where
-they lie, so an update between two steps cannot go stale: every step compares the addresses, and writes the table of
-them again if one has changed. In float32 a row's numbers depend on its own tokens only, bit for bit, whatever the other
-rows, their order, the number of tokens per row and of threads. In BF16 weights and cache are BF16, and what lies
-between two products is float32.
+The kernel writes the new latents into the cache's pages and attends to the pages in place. It reads the weights in
+place, so nothing goes stale when they are updated between two steps: every step compares the addresses, and rewrites
+its table of them if one has changed. In float32, a row's numbers depend only on its own tokens, bit for bit, whatever
+the other rows, their order, the number of tokens per row and of threads. In BF16, weights and cache are BF16, and
+values between two products are float32.
 
-`decode.step` is the reference, and does the work where `KernelSteps.of` returns None.
+`decode.step` is the reference, and is used where `KernelSteps.of` returns None.
 
 Shapes: B rows, T tokens of each, N = B * T, J = T - 1 drafts, D hidden, V vocabulary, L sparse layers, K experts per
 token.
@@ -34,23 +34,23 @@ from bessemer.model.moe import FFN
 from bessemer.model.transformer import Transformer
 
 PASS = 512
-"""Tokens of a prefill that go through the network together: its buffers stay in a core's second-level cache."""
+"""Tokens of a prefill that go through the network together: its buffers stay in a core's L2 cache."""
 
 
 class LiveRows(NamedTuple):
-    """How the live rows go on."""
+    """How the live rows continue."""
 
     newest_B: Tensor
-    """Their tokens that the network has not seen yet."""
+    """Their newest tokens, which the network has not seen yet."""
     position_B: Tensor
-    """Where these stand; a round moves it."""
+    """The positions of these tokens; a round advances them."""
     rules_B4: Tensor
     """`sampling.rules`."""
     key_B: Tensor
 
 
 class DraftStates(NamedTuple):
-    """What the MTP module reads next, see `speculative.Drafter`; a round changes it in place."""
+    """What the MTP module reads next (see `speculative.Drafter`); a round updates it in place."""
 
     base_B: Tensor
     known_B: Tensor
@@ -63,7 +63,7 @@ class Round(NamedTuple):
 
     logits_BTV: Tensor
     last_BV: Tensor
-    """Those after the last accepted draft."""
+    """The logits after the last accepted draft."""
     sampled: SampledTokens | None
     """The tokens after it."""
     logp_2BJ: Tensor | None
@@ -73,7 +73,7 @@ class Round(NamedTuple):
 
 
 class KernelSteps:
-    """The steps of one model; `of` says whether there are any."""
+    """The steps of one model; `of` makes them if the kernels support it."""
 
     def __init__(self, model: Transformer):
         cfg = model.cfg
@@ -118,7 +118,7 @@ class KernelSteps:
     def __call__(
         self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
     ) -> ForwardOutput:
-        """T tokens per row, the first at position_B, through the network; all enter the cache."""
+        """Runs T tokens per row, the first at position_B, through the network; all enter the cache."""
         B, T = token_BT.shape
         state_BTD = self.model.embed.weight.new_empty(B, T, self.model.cfg.dim)
         record = None if trace is None else self._record(B * T)
@@ -131,9 +131,9 @@ class KernelSteps:
     def draft(
         self, k: int, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, last_B: Tensor, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
-        """MTP module k (from 0) over T tokens, the first at position_B: its states [B, T, D], and the logits [B, V] at
-        token last_B. Positions before the beginning are read by nobody; their keys go where those of later tokens will
-        be written."""
+        """Runs MTP module k (from 0) over T tokens, the first at position_B. Returns its states [B, T, D], and the
+        logits [B, V] at token last_B. Nothing reads positions before the beginning; their keys go where those of later
+        tokens will go."""
         out_BTD = torch.empty_like(hidden_BTD, memory_format=torch.contiguous_format)
         rows = self._rows(token_BT, position_B, cache)
         logits_BV = self._run(
@@ -196,7 +196,7 @@ class KernelSteps:
     def _write_mtp_latents(
         self, cache: LatentCache, pieces: Sequence[_Piece], table_BP: Tensor, states: Sequence[Tensor]
     ) -> None:
-        """`decode.write_mtp_latents` of one module, for all pieces at once."""
+        """`decode.write_mtp_latents` for one module and all pieces at once."""
         base, hidden, tokens = [], [], []
         for piece, state_TD in zip(pieces, states, strict=True):
             prompt, before = piece.prompt, piece.prompt.states
@@ -223,8 +223,8 @@ class KernelSteps:
         trace: bool = False,
         kept: bool = False,
     ) -> Round:
-        """The newest tokens and, after each, drafts of the only MTP module, through the network; each row accepts at
-        most most_B of them. sample: the next tokens are wanted. greedy: every row takes its most likely token.
+        """Runs the newest tokens, each followed by drafts of the only MTP module, through the network; each row accepts
+        at most most_B drafts. sample: the next tokens are sampled too. greedy: every row takes its most likely token.
         Tokens are below `vocab`. kept: see `SampledTokens`."""
         B, V, J = len(rows.newest_B), self.model.cfg.vocab_size, 0 if states is None else states.token_BT.shape[1] - 1
         lengths = [position + J + 1 for position in rows.position_B.tolist()]
@@ -260,7 +260,7 @@ class KernelSteps:
         return Round(logits_BTV, logits_BTV[:, 0] if last_BV is None else last_BV, sampled, logp_2BJ, rejected, record)
 
     def _reach(self, length: int) -> None:
-        """Rotations for so many positions, and for the next steps."""
+        """Extends the rotary table to this many positions, with room for the next steps."""
         if len(self._rope) < length:
             self._rope = self.model.rope_table(length + 1024)
 
@@ -308,7 +308,7 @@ class _Piece(NamedTuple):
     start: int
     end: int
     last: bool
-    """The chunk ends here."""
+    """Whether the chunk ends here."""
 
 
 class _Rows(NamedTuple):

@@ -3,17 +3,17 @@
 A page holds PAGE consecutive tokens of a sequence. Each layer has one pool, [pages, PAGE, C + R], and a sequence is a
 list of pages, so sequences of any length share the pool without padding to the longest. Invariants:
 
-- Rows are the live sequences; when one leaves, those behind it move up.
+- Rows are the live sequences; when one leaves, those after it move up.
 - Slot s of a row, in page s // PAGE of its list, holds the token at position s.
 - A page with several users is full and never written again.
 - Every slot is finite, written or not: attention gives hidden slots weight 0, and 0 times NaN must not appear.
 
-Sequences with a common prefix share its full pages. A full page may be cached under a key that stands for all tokens up
+Sequences with a common prefix share its full pages. A full page may be cached under a key that identifies all tokens up
 to its end; a later prompt with the same prefix reuses it. Cached pages without users count as free, and the least
 recently used one is evicted first.
 
-Attention reads a few rows at a time (`RowGroup`): their pages are gathered into one tensor that fits the processor's
-second-level cache, so a step reads each latent from memory once. Rows of similar length share a group.
+Attention reads a few rows at a time (`RowGroup`): their pages are gathered into one tensor that fits the processor's L2
+cache, so a step reads each latent from memory once. Rows of similar length share a group.
 
 Shapes: B live rows, S slots, P pages of a row, X = C + R, L layers.
 """
@@ -39,7 +39,7 @@ PAGE = 64
 MIN_PAGES = 2
 """Pages of a pool, and of a row as compiled steps read it: torch.compile specialises on a size of 1."""
 GROUP_BYTES = 1 << 20
-"""Gathered per row group on a CPU: about one core's second-level cache."""
+"""Gathered per row group on a CPU: about one core's L2 cache."""
 
 
 class CacheFull(Exception):
@@ -57,11 +57,11 @@ class PromptPages:
     cached: int = 0
     """Of these, tokens found in the prefix cache."""
     routing: list[Tensor] = field(default_factory=list)
-    """Chosen experts, [n, L, K] for each chunk, where they are recorded."""
+    """Chosen experts, [n, L, K] for each chunk, if they are recorded."""
     states: list[Tensor] = field(default_factory=list)
     """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
     slots: tuple[Any, int] | None = None
-    """In a foreign model: its `hf_decode.SlotCache` and row."""
+    """For a foreign model: its `hf_decode.SlotCache` and row."""
 
 
 class RowGroup(NamedTuple):
@@ -72,13 +72,13 @@ class RowGroup(NamedTuple):
     page_N: Tensor
     """Their pages, row after row."""
     slots: int
-    """Of the longest row."""
+    """Slots of the longest row."""
     bias: Tensor | None
-    """[b, T, S], -inf where a token must not attend; None where all slots are visible to all."""
+    """[b, T, S], -inf where a token must not attend; None if every token sees all slots."""
 
 
 class OwnPages(NamedTuple):
-    """One new token of every row, and the pages of each: in place of row groups on a GPU (`kernels.paged`)."""
+    """One new token per row, and the pages of each row: replaces row groups on a GPU (`kernels.paged`)."""
 
     table_BP: Tensor
     position_B: Tensor
@@ -145,7 +145,7 @@ class LatentCache:
         return prompt
 
     def extend(self, prompt: PromptPages, length: int) -> None:
-        """Allocates pages for the first `length` tokens. CacheFull leaves everything unchanged."""
+        """Allocates pages for the first `length` tokens. If it raises CacheFull, nothing has changed."""
         prompt.pages += self._allocate(pages_for(length) - len(prompt.pages))
 
     def drop(self, prompt: PromptPages) -> None:
@@ -206,7 +206,7 @@ class LatentCache:
 
     def reserve(self, length_B: Sequence[int]) -> None:
         """Allocates pages so that every row has room for its first length_B tokens."""
-        missing = [-(-n // PAGE) - len(row) for n, row in zip(length_B, self.row_pages, strict=True)]  # every step's
+        missing = [-(-n // PAGE) - len(row) for n, row in zip(length_B, self.row_pages, strict=True)]  # hot path
         if max(missing, default=0) <= 0:
             return
         fresh = iter(self._allocate(sum(n for n in missing if n > 0)))
@@ -223,7 +223,7 @@ class LatentCache:
         return self.table_BP.gather(1, position_BT // PAGE) * PAGE + position_BT % PAGE
 
     def write(self, layer: int, slot_N: Tensor, latent_NX: Tensor) -> None:
-        """Latents into slots of the flat pool."""
+        """Writes latents into slots of the flat pool."""
         self.layers[layer].flatten(0, 1).index_copy_(0, slot_N, latent_NX)
 
     def read(self, layer: int, group: RowGroup) -> Tensor:
@@ -301,7 +301,7 @@ class LatentCache:
 
 
 class PageAllocator:
-    """Page numbers from 0, in plain Python. Invariant: a page is in `_free`, in `_idle`, or has users."""
+    """Allocates page numbers from 0, in plain Python. Invariant: a page is in `_free`, in `_idle`, or has users."""
 
     def __init__(self) -> None:
         self._free: list[int] = []
@@ -320,7 +320,7 @@ class PageAllocator:
         return len(self._free) + len(self._idle)
 
     def grow(self, count: int) -> None:
-        """The pool has grown by `count` pages."""
+        """Adds `count` pages, by which the pool has grown."""
         first = self.total
         self._users += [0] * count
         self._free += range(first + count - 1, first - 1, -1)
@@ -389,7 +389,7 @@ def pages_for(tokens: int) -> int:
 
 
 def _causal_bias(position_B: Tensor, T: int, slots: int, dtype: torch.dtype) -> Tensor:
-    """[b, T, S]: 0 up to position + t, -inf behind it. Positions before the beginning see slot 0."""
+    """[b, T, S]: 0 up to position + t, -inf after it. Positions before the beginning see slot 0."""
     last_BT = (position_B[:, None] + torch.arange(T, device=position_B.device)).clamp(min=0)
     hidden_BTS = torch.arange(slots, device=position_B.device) > last_BT[:, :, None]
     return torch.zeros(hidden_BTS.shape, dtype=dtype, device=hidden_BTS.device).masked_fill_(hidden_BTS, float("-inf"))

@@ -1,12 +1,12 @@
 """The sequences that decode together: they enter with their prompt's logits, sample a token, and go through the model.
 
-One step is `sample` (a token for every sequence), `retire` (finished sequences leave, their rows are free at once) and
+One step is `sample` (a token for every sequence), `retire` (finished sequences leave and free their rows at once) and
 `advance` (the new tokens through the network). Sequences can join between steps; outputs do not depend on batch
-composition, because a token depends on the logits, key and position of its own sequence only.
+composition, because a token depends only on the logits, key and position of its own sequence.
 
 With a drafter a step may append several tokens: `advance` processes the sampled token together with drafts of what
-follows, and appends those that the main model accepts. Where kernels serve, all that `advance` does and the next
-samples are one call.
+follows, and appends those that the main model accepts. Where kernels serve, one call does all of `advance` and samples
+the next tokens.
 
 Shapes: B live sequences, T tokens of one pass, V vocabulary, L sparse layers, K experts per token.
 """
@@ -50,7 +50,7 @@ from bessemer.precision.probe import double, float64_home
 
 
 class ModelRunner:
-    """Live sequences and their rows in the cache. Row b of every tensor, of `sequences` and of the cache agree."""
+    """Live sequences and their rows in the cache. Row b of every tensor, of `sequences` and of the cache match."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class ModelRunner:
         trace_all: bool = True,
         kept: bool = False,
     ):
-        """trace_all: steps record experts in any case, not only where a live request wants them. kept: every sequence
-        records what its tokens were drawn from; all have the same parameters, and there are no drafts."""
+        """trace_all: steps always record experts, not only if a live request wants them. kept: every sequence records
+        the tokens that truncation kept; all must have the same parameters, and there are no drafts."""
         self.model, self.cache, self.trace, self.compiled, self.kept = model, cache, trace, compiled, kept
         self._trace_all = trace_all
         self.kernels = KernelSteps.of(model) if compiled is None else None
@@ -84,9 +84,9 @@ class ModelRunner:
         """Between `sample` and `advance`: the sampled tokens."""
         self.logits_BV: Tensor | None = None
         self.ahead: SampledTokens | None = None
-        """The next tokens, where `advance` has already sampled them."""
+        """The next tokens, if `advance` has already sampled them."""
         self.expert_BLK: Tensor | None = None
-        """The experts of each sequence's last fed token, where they are recorded; 0 for a sequence that needs none."""
+        """The experts of each sequence's last fed token, if they are recorded; 0 for a sequence that needs none."""
         self.rejected: RejectedDrafts | None = None
         self._look_at_requests()
 
@@ -98,7 +98,7 @@ class ModelRunner:
         if self.drafter is not None:
             self._most_B = indices([self.drafter.depth * yes for yes in self._draftable], self.key_B.device)
         self.all_greedy = self._by_logits and all(request.sampling.temperature == 0 for request in requests)
-        """Every sequence takes its most likely token, whatever came before."""
+        """Whether every sequence takes its most likely token, whatever came before."""
         self._top = any(request.top for request in requests)
         self._routing = any(request.routing for request in requests)
         self._tracer = self.trace if self._trace_all or self._routing else None
@@ -168,8 +168,8 @@ class ModelRunner:
         return sample_batch(self.sequences, logits_BV, uniform_B, self.vocab, self.rejected, self.kept)
 
     def settle(self) -> bool:
-        """Before sequences are preempted: whether drafts were appended that a device had accepted, which may finish
-        some."""
+        """Called before preemption: appends drafts that a device has accepted, which may finish some sequences. Returns
+        whether it did so."""
         return False
 
     def retire(self) -> None:
@@ -195,7 +195,7 @@ class ModelRunner:
         return self.positions()
 
     def keep(self, live: list[bool]) -> None:
-        """Drops the other sequences."""
+        """Keeps the sequences where `live` is True, and drops the others."""
         source = self.cache.keep(torch.tensor(live, dtype=torch.bool))
         self.sequences = [self.sequences[b] for b in source.tolist()]
         self._select(to_device(source, self.key_B.device))
@@ -253,8 +253,8 @@ class ModelRunner:
             self._append_drafts(_on_host(states.known_B, states.token_BT, out.logp_2BJ), out.logits_BTV, expert_BTLK)
 
     def _append_drafts(self, rows: Iterable[Accepted], logits_BTV: Tensor | None, expert_BTLK: Tensor | None) -> None:
-        """Appends the accepted drafts to every sequence, up to the one that finishes it. Logits and experts where they
-        are reported."""
+        """Appends the accepted drafts to every sequence, up to the one that finishes it. Logits and experts are for
+        reports."""
         assert self.drafter is not None
         rows = list(rows)
         tried = sum(row.known >= 0 and yes for row, yes in zip(rows, self._draftable, strict=True))
@@ -350,7 +350,7 @@ class ModelRunner:
 
 
 def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float]]:
-    """For the host, which waits for a device once."""
+    """The columns as lists, with a single wait for a device."""
     if sampled.token_B.device.type == "cpu":
         return sampled.token_B.tolist(), sampled.logp_B.tolist(), sampled.raw_logp_B.tolist()
     rows = Fetch(torch.stack([double(column) for column in sampled[:3]], -1)).read()

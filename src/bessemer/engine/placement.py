@@ -1,4 +1,4 @@
-"""Expert loads recorded by the engine, and where the experts of a model would go on a cluster by those loads.
+"""Expert loads recorded by the engine, and the placement of a model's experts on a cluster by those loads.
 
 `ExpertLoads` is a moving average of tokens per expert and window; a window is the traffic of some period, such as one
 call of `Engine.generate`. The newest window has the largest weight, and a busy window weighs more than an idle one.
@@ -50,7 +50,7 @@ def report(
     seed: int = 0,
     loads_file: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Generates, places the experts and evaluates the placement; plain JSON.
+    """Generates, places the experts and evaluates the placement; returns plain JSON.
 
     Traffic: `prompts` as for `Engine.generate`, and the first training `problems` of each task in `names`.
     groups: None uses the model's. loads_file: stores the moving average between calls; read if it exists, and written
@@ -194,8 +194,8 @@ def _questions(engine: Engine, chosen: Sequence[tasks.Task], problems: int) -> l
 
 
 def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Sequence[Prompt]]:
-    """Every n-th prompt, so that each window contains every task. With loads from an earlier call the first window is
-    not needed."""
+    """Each window takes every n-th prompt, so that it contains every task. With loads from an earlier call, one window
+    is enough."""
     least = 1 if known else 2
     if windows < least:
         raise UserError(f"windows must be at least {least}, is {windows}: the last one evaluates the placement")
@@ -211,7 +211,7 @@ def _routing(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]
 
 
 class ExpertLoads:
-    """Moving average of the tokens per window of each expert in each layer."""
+    """Moving average of each expert's tokens per window, in each layer."""
 
     def __init__(self, n_layers: int, n_experts: int, decay: float = 0.9):
         """`decay`: a window's weight relative to the next one; 0 uses the last window only, 1 is the plain mean."""
@@ -245,7 +245,7 @@ class ExpertLoads:
         self._mean_LE += (window_LE - self._mean_LE) / weight
 
     def estimate(self) -> NDArray[np.float64]:
-        """Tokens per window of each expert, [L, E]."""
+        """Tokens per window of each expert, [L, E]. UserError before the first window."""
         if not self.windows:
             raise UserError("no routing was added yet, so nothing is known of the loads; generate with record_routing")
         return self._mean_LE.copy()

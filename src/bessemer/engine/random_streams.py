@@ -1,6 +1,6 @@
-"""The random numbers of sampling: for every sequence a stream of its own, from splitmix64 as a counter-based hash.
+"""The random numbers of sampling: one stream per sequence, from splitmix64 as a counter-based hash.
 
-Number i of a stream depends on its key and on i alone, so nothing is kept between tokens, and a batch changes nothing.
+Number i of a stream depends only on its key and i, so no state is kept between tokens and the batch does not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def stream_key(*parts: int) -> int:
 
 
 DRAFT, ACCEPT = (stream_key(number) for number in (1, 2))
-"""Turn a sequence's random stream into two more, for drafts and for their acceptance."""
+"""XORed into a sequence's key, they give two more streams, for drafts and for their acceptance."""
 
 
 def uniform(key_B: Tensor, position_B: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""How many rows decode together on a GPU: as many as the memory beside the weights holds in full length.
+"""How many rows decode together on a GPU: as many of full length as fit into memory beside the weights.
 
-A row is the latents of its tokens (`accounting.kv_cache_bytes`), the copy of one layer's that attention gathers, and
-what sampling makes of its logits. A part is left free for prefill and for what the allocator cannot use.
+A row takes the latents of its tokens (`accounting.kv_cache_bytes`), the copy of one layer's that attention gathers, and
+sampling's temporaries. Some memory stays free for prefill and for what the allocator cannot use.
 
 Shapes: L layers, V vocabulary.
 """
@@ -21,21 +21,21 @@ from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.transformer import Transformer
 
 GRAPHS = "BESSEMER_CUDA_GRAPHS"
-"""Environment: "off" launches every operation of a decoding step by itself."""
+"""Environment variable: "off" launches every operation of a decoding step separately."""
 SPARE = 0.1
-"""Of the free memory, left to others by a call that wants as many rows as possible."""
+"""Share of the free memory that a call leaves to others when it wants as many rows as possible."""
 SHARED = 0.5
-"""The same where nobody said how much: several models may be served."""
+"""The same if no size is given: several models may be served."""
 LOGITS = 12
-"""Tensors of V float32 numbers that a row's sampling makes at most, a sort of the vocabulary included."""
+"""The most tensors of V float32 numbers that sampling a row takes, including a sort of the vocabulary."""
 FOREIGN = 32
-"""Numbers that a layer of a foreign model holds of a token during prefill, in widths of its residual stream: at most,
-for the usual widths of an FFN."""
+"""The most numbers that a layer of a foreign model holds per token during prefill, in widths of its residual stream,
+for the usual FFN widths."""
 GIB = 1 << 30
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU that tensors may still take, what torch keeps for reuse included; None for other devices."""
+    """Bytes of a GPU that tensors may still take, including what torch keeps for reuse; None for other devices."""
     if device.type != "cuda":
         return None
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -51,15 +51,15 @@ def graphs(device: torch.device) -> Capture | None:
 
 
 def page_bytes(model: Transformer, drafts: int = 0) -> int:
-    """Of a page in all layers, those of the MTP modules that draft included; keys and values of one layer are gathered
-    for attention."""
+    """Bytes of a page in all layers, including those of the MTP modules that draft, and of the keys and values of one
+    layer that are gathered for attention."""
     token, layers = kv_cache_bytes(model.cfg, model.embed.weight.element_size()), model.cfg.n_layers
     return PAGE * (token + (2 + min(drafts, len(model.mtp))) * token // layers)
 
 
 def prefill_bytes(model: Model, tokens: int) -> int:
-    """What the layer with the largest results holds of so many tokens during prefill; their keys and values as well
-    where these have no pages yet."""
+    """Bytes that the layer with the largest intermediate results holds for `tokens` tokens during prefill; for a
+    foreign model also their keys and values, which have no slots yet."""
     if isinstance(model, CausalLM):
         return tokens * (FOREIGN * model.cfg.dim * model.embed.weight.element_size() + foreign_token_bytes(model))
     cfg = model.cfg
@@ -70,14 +70,14 @@ def prefill_bytes(model: Model, tokens: int) -> int:
 
 
 def foreign_token_bytes(model: CausalLM) -> int:
-    """Keys and values of a token."""
+    """Bytes of a token's keys and values."""
     from bessemer.engine import hf_static  # needs transformers
 
     return hf_static.token_bytes(model)
 
 
 def _sampling_bytes(model: Model, drafts: int) -> int:
-    """Of a row; a draft has logits and distributions of its own."""
+    """Bytes of one row; each draft has its own logits and distributions."""
     return LOGITS * 4 * model.cfg.vocab_size * (drafts + 1)
 
 
@@ -89,14 +89,14 @@ def _row_bytes(model: Model, tokens: int, drafts: int) -> int:
 
 
 def fits(model: Model, rows: int, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> bool:
-    """Whether so many rows of so many tokens take less than half of `free` bytes."""
+    """Whether `rows` rows of `tokens` tokens each take less than half of `free` bytes."""
     needed = rows * _row_bytes(model, tokens, drafts) + prefill_bytes(model, prefill_tokens)
     return free is None or needed < free * (1 - SHARED)
 
 
 def rows_that_fit(model: Model, tokens: int, prefill_tokens: int, free: int | None, drafts: int = 0) -> int | None:
-    """Rows of so many tokens, prompt and answer, for which `free` bytes have room; None: any number. UserError where
-    not one has."""
+    """How many rows of `tokens` tokens, prompt and answer, fit into `free` bytes; None: any number. UserError if not
+    even one fits."""
     if free is None:
         return None
     left = int(free * (1 - SPARE)) - prefill_bytes(model, prefill_tokens)
@@ -114,8 +114,8 @@ def make_steps(
     model: Model, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
     spare: float = SPARE, drafts: int = 0,
 ) -> Steps:  # fmt: skip
-    """Static steps of `rows` rows with a cache of `cache_tokens`, or less where the memory but `spare` of it holds
-    less. Rows of a foreign model grow as their tokens do."""
+    """Static steps of `rows` rows with a cache of `cache_tokens`, or fewer if memory less the share `spare` holds
+    fewer. Rows of a foreign model grow with their tokens. UserError if there is no room."""
     device = model.embed.weight.device
     if isinstance(model, CausalLM):
         from bessemer.engine.hf_static import ForeignSteps  # needs transformers

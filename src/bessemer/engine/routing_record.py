@@ -1,4 +1,4 @@
-"""The experts of every token that was fed, until all samples are finished."""
+"""Records the experts of every token fed to the model, until all samples are finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class RoutingRecord:
-    """Sequences by number. One that is preempted starts again, with all its tokens as a prompt."""
+    """Experts by sequence number. A preempted sequence starts again, with all its tokens as a prompt."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, Tensor]] = {}
@@ -17,12 +17,12 @@ class RoutingRecord:
         self._steps: list[tuple[list[int], Tensor]] = []
 
     def start(self, numbers: Sequence[int], expert_NLK: Tensor) -> None:
-        """The tokens before the first sampled one, which these sequences share."""
+        """Records the experts of the tokens before the first sampled one, which these sequences share."""
         for number in numbers:
             self._prompts[number] = (len(self._steps), expert_NLK)
 
     def add_step(self, numbers: list[int], expert_BLK: Tensor) -> None:
-        """One token of each of these sequences was fed to the model; the tensor is kept."""
+        """Records the experts of one token fed for each of these sequences; keeps the tensor, not a copy."""
         self._steps.append((numbers, expert_BLK))
 
     def of(self, numbers: Sequence[int]) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Sampling on the device: every row by rules of its own, with no number that the host would have to wait for.
+"""Sampling on the device: each row by its own rules, without a number that the host would have to wait for.
 
-The same tokens as `sampling.sample` for the same logits, up to the rounding of sums. What no row of a batch needs is
-left out: `Form` says so, and the host knows it from the requests.
+It gives the same tokens as `sampling.sample` for the same logits, up to the rounding of sums. What no row of a batch
+needs is left out: `Form` says what is needed, and the host knows it from the requests.
 
 Shapes: B rows, V vocabulary.
 """
@@ -21,7 +21,7 @@ from bessemer.engine.sequence import SamplingParams
 
 
 class Form(NamedTuple):
-    """What some row of a batch needs."""
+    """What at least one row of a batch needs."""
 
     tempered: bool
     """A temperature other than 0 and 1."""
@@ -48,10 +48,10 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """[B, 3] float64: a token below `vocab` for every row, its log-probability at the row's temperature, and at 1.
 
-    `rules_B4` as in `sampling.rules`; a row draws number `position_B` of its stream `key_B`. The logits stay as they
-    are. A row of NaN gets some token, with log-probabilities that are not finite. rejected: rows whose draft was
-    rejected are sampled from what is left. kept_BW, int64: with `form.kept` gets the bits of the tokens that truncation
-    left (`kept_tokens.pack_bits`), and log-probabilities at the row's temperature are of these alone."""
+    `rules_B4` as in `sampling.rules`; a row draws number `position_B` of its stream `key_B`. The logits are not
+    changed. A row of NaN gets an arbitrary token with log-probabilities that are not finite. rejected: rows whose draft
+    was rejected are sampled from the residual. kept_BW, int64: with `form.kept`, receives the bits of the tokens that
+    truncation kept (`kept_tokens.pack_bits`); log-probabilities at the row's temperature are then over these."""
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     temperature_B1 = _temperature(rules_B4)
     p_BV = _exp(shifted_BV, temperature_B1, form)

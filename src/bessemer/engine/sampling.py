@@ -1,6 +1,6 @@
 """From logits to tokens, with one random stream per sequence.
 
-A token depends on the logits, key and position of its own sequence only, never on the rest of the batch: the uniform
+A token depends only on the logits, key and position of its own sequence, never on the rest of the batch: the uniform
 numbers come from a counter-based hash (`random_streams`), and the token is the inverse of the cumulative distribution
 at that number. A sample is therefore the same alone, in a batch of 512, or after its neighbours have finished, up to
 the last bits of the logits, which depend on the shape of the matrix products: in float32 no token changes, in bfloat16
@@ -9,9 +9,9 @@ some do (bench/batch_invariance.py).
 Truncation follows the usual order: temperature, top-k, top-p of what top-k left, min-p. Each is a threshold on the
 probability; tokens exactly as likely as the last one kept stay too.
 
-Log-probabilities are of the *trained* distribution: softmax(logits / temperature) without truncation, which the
-objective of GRPO differentiates; truncation only selects. Temperature 0 means greedy and counts as 1 here. Where the
-kept tokens are recorded (`SampledTokens.kept_BV`), they are trained on, and log-probabilities are of these alone.
+Log-probabilities are of the *trained* distribution: softmax(logits / temperature) without truncation, which the GRPO
+objective differentiates; truncation only selects. Temperature 0 means greedy and counts as 1 here. If the kept tokens
+are recorded (`SampledTokens.kept_BV`), the trained distribution is over these alone, and so are the log-probabilities.
 
 Sequences with the same parameters are sampled in one call; `sample_batch` groups them.
 
@@ -43,12 +43,12 @@ class SampledTokens(NamedTuple):
 
     token_B: Tensor
     logp_B: Tensor
-    """log softmax(logits / temperature) of the token, over the kept tokens where they are recorded; not finite exactly
+    """log softmax(logits / temperature) of the token, over the kept tokens if they are recorded; not finite exactly
     where the logits were not."""
     raw_logp_B: Tensor
     """log softmax(logits) of the token."""
     kept_BV: Tensor | None = None
-    """Whether truncation left a token, bool [B, vocab]; None unless it is recorded."""
+    """Whether truncation kept each token, bool [B, vocab]; None unless recorded."""
 
 
 class GreedyTokens(NamedTuple):
@@ -74,7 +74,7 @@ def sample_batch(
     sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None = None,
     kept: bool = False,
 ) -> SampledTokens:  # fmt: skip
-    """One token below `vocab` for every sequence; logits_BV is used as scratch. kept: the kept tokens are recorded."""
+    """One token below `vocab` for every sequence; logits_BV is used as scratch. kept: record the kept tokens."""
     groups = _same_params(sequences)
     if kept or len(groups) == 1:
         assert len(groups) == 1, "kept tokens are recorded of samples with the same parameters"
@@ -94,7 +94,7 @@ def sample_batch(
 
 
 def rules(sequences: list[Sequence]) -> Tensor:
-    """What `sample_rows` needs of every sequence: temperature, top_p, top_k, min_p; [B, 4], float64."""
+    """The parameters of every sequence for `sample_rows`: temperature, top_p, top_k, min_p; [B, 4], float64."""
     params = [sequence.request.sampling for sequence in sequences]
     return torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], dtype=torch.float64).view(-1, 4)
 
@@ -108,8 +108,8 @@ def sample_rows(
     rejected: RejectedDrafts | None = None,
     kept: bool = False,
 ) -> SampledTokens:
-    """`sample` for rows with parameters of their own in one pass on a CPU, where `kernels.sampling` serves. Every row
-    uses number `position_B` of its stream `key_B`; the logits stay as they are."""
+    """`sample` for rows with different parameters, in one pass on a CPU, where `kernels.sampling` serves. Every row
+    uses number `position_B` of its stream `key_B`; the logits are not changed."""
     rejected_B, q_BV = (None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)
     kept_BV = torch.empty(len(logits_BV), vocab, dtype=torch.bool) if kept else None
     sampled = kernel.sample(logits_BV, vocab, rules_B4, key_B, position_B, rejected_B, q_BV, kept_BV)
@@ -139,7 +139,7 @@ def _sample_group(
         penalised_BV = penalise(logits_BV, params, *_token_counts(sequences, logits_BV))
         token_B = sample(penalised_BV, params, uniform_B, vocab, allowed_BV).token_B
         return score(logits_BV, params.temperature, token_B)
-    # a device is not asked whether there are any: the host would wait
+    # on a GPU, asking whether there are any would make the host wait
     if (
         rejected is not None
         and params.temperature > 0
@@ -216,10 +216,10 @@ def sample(
     kept: bool = False,
 ) -> SampledTokens:
     """Samples with uniform_B in [0, 1), float64. Only ids below `vocab` are sampled: a model may have spare rows. Of
-    those, allowed_BV, [B, vocab], leaves at least one in every row. kept: the kept tokens are recorded; the temperature
-    is above 0.
+    those, allowed_BV, [B, vocab], leaves at least one in every row. kept: record the kept tokens, which needs a
+    temperature above 0.
 
-    Fresh memory costs more than arithmetic here, so logits_BV is used as scratch: it comes back shifted.
+    Fresh memory costs more than arithmetic here, so logits_BV is used as scratch: it is shifted in place.
     """
     V = logits_BV.shape[1]
     vocab = V if vocab is None else vocab
@@ -245,8 +245,8 @@ def sample(
 
 
 def greedy_tokens(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
-    """Of the ids below `vocab`. Written for torch.compile, which fuses it into one pass; `sample` is faster in eager
-    mode."""
+    """The most likely ids below `vocab`. Written for torch.compile, which fuses it into one pass; `sample` is faster in
+    eager mode."""
     token_BT = logits_BTV[..., :vocab].argmax(-1)
     best_BT1 = logits_BTV.gather(-1, token_BT.unsqueeze(-1))
     top_BT1 = logits_BTV.amax(-1, keepdim=True)
@@ -317,7 +317,7 @@ def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
 
 def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """First token whose cumulative share exceeds uniform_B; never a token with p = 0. p need not be normalised."""
-    device, p_BV = p_BV.device, p_BV.to(uniform_B.device)  # the CPU, where the device has no float64
+    device, p_BV = p_BV.device, p_BV.to(uniform_B.device)  # the CPU if the device has no float64
     p_Bbw = _blocks(p_BV, 0.0)
     block_B, rest_B = _search(p_Bbw.sum(-1), uniform_B)
     chosen_Bw = p_Bbw[torch.arange(len(block_B), device=block_B.device), block_B]

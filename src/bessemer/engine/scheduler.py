@@ -89,11 +89,11 @@ class Scheduler:
         full length; on a GPU at most what its memory holds); a step prefills at most `prefill_tokens` prompt tokens, so
         that long prompts do not stall the others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
-        steps: static steps to decode in, whose sizes then replace `rows` and `cache_tokens`; on a GPU the default are
-        some of its own. record: gets the experts of every token that is fed, and needs `prefix_cache` off, which keeps
-        no pages of earlier prompts. gather: while others decode, prompts start when so many rows are free, so that they
-        are prefilled together; for throughput. kept: sequences record what their tokens were drawn from; all have the
-        same parameters."""
+        steps: static steps to decode with, whose sizes replace `rows` and `cache_tokens`; on a GPU the scheduler makes
+        its own by default. record: receives the experts of every token fed; needs `prefix_cache` off, so that every
+        prompt is computed in full. gather: while others decode, prompts start only when this many rows are free, so
+        that they are prefilled together; for throughput. kept: sequences record the tokens that truncation kept; all
+        must have the same parameters."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
@@ -137,7 +137,7 @@ class Scheduler:
         return self.start(request).number
 
     def start(self, request: Request) -> Sequence:
-        """`add`; the sequence that fills, for a caller that reads it when it is finished instead of events."""
+        """`add`, but returns the sequence, for a caller that reads it when it is finished instead of events."""
         self.engine.check_prompt(request.prompt)
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
@@ -179,7 +179,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """No request waits or runs."""
+        """Whether no request is waiting or running."""
         return not (self.queue or self._prefills or self.runner.sequences)
 
     def stats(self) -> dict[str, float]:
@@ -289,7 +289,7 @@ class Scheduler:
 
     def _preempt(self) -> list[Token | Finished]:
         """Preempts the youngest sequences until the others have room for their next tokens. Returns the events of
-        drafts that had to be settled before."""
+        drafts that had to be settled first."""
         events: list[Token | Finished] = []
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
             if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:

@@ -71,12 +71,12 @@ class SamplingParams:
 
     @property
     def truncated(self) -> bool:
-        """Some tokens may be left out."""
+        """Whether some tokens may be left out."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def penalised(self) -> bool:
-        """The logits are changed before they are sampled from, by the tokens before them or by a bias."""
+        """Whether earlier tokens or a bias change the logits before sampling."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.bias)
 
@@ -101,9 +101,9 @@ class Request:
     thinking_budget: int | None = None
     """After this many tokens inside <think>, the next token is forced to be </think>."""
     grammar: str = ""
-    """What the answer must obey (`grammar.json_grammar`); empty: nothing."""
+    """The grammar that the answer must follow (`grammar.json_grammar`); empty: none."""
     grammar_waits: bool = False
-    """The prompt ends inside a thought, and the grammar is for what comes after it."""
+    """The prompt ends inside a thought, and the grammar applies only after it."""
     client: str = ""
     """Waiting requests are admitted round-robin by client, first come first served within a client."""
 
@@ -155,10 +155,10 @@ class Sequence:
     """The experts of the token preceding each one, if requested."""
     kept_ids: array[int] = field(default_factory=lambda: array("i"))
     kept_counts: array[int] = field(default_factory=lambda: array("i"))
-    """`kept_tokens.KeptTokens`, where they are recorded."""
+    """`kept_tokens.KeptTokens`, if they are recorded."""
     finish: FinishReason | None = None
     error: str = ""
-    """With the finish `error`: what the sequence itself knows of it."""
+    """With the finish `error`: what the sequence itself knows about it."""
     n_emitted: int = 0
     """Tokens already reported to the caller."""
     n_thinking: int | None = None
@@ -175,13 +175,13 @@ class Sequence:
 
     @property
     def draftable(self) -> bool:
-        """The next token depends on the logits alone, so it can be drafted."""
+        """Whether the next token depends only on the logits, so that it can be drafted."""
         free = self.request.thinking_budget is None and self.grammar is None
         return free and not self.request.sampling.penalised
 
     @property
     def must_end_thinking(self) -> bool:
-        """The thought has used up its budget: the next token is </think>."""
+        """Whether the thought has used up its budget: the next token is then </think>."""
         budget = self.request.thinking_budget
         return budget is not None and self.n_thinking is not None and self.n_thinking >= budget
 

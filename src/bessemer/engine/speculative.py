@@ -1,14 +1,14 @@
 """Speculative decoding with the MTP modules (V3 2.2, 5.4.3; Leviathan et al. 2023).
 
-They draft the tokens after the newest one, and the main model processes all of them in one pass; its logits after each
-decide which drafts to accept. A draft x sampled from q is accepted with probability min(1, p(x) / q(x)); at the first
-rejection the next token is sampled from (p - q)+. The output therefore has the same distribution as without drafts, and
-greedy decoding gives the same tokens.
+The modules draft the tokens after the newest one, and the main model processes all of them in one pass; its logits
+after each decide which drafts to accept. A draft x sampled from q is accepted with probability min(1, p(x) / q(x)); at
+the first rejection the next token is sampled from (p - q)+. The output therefore has the same distribution as without
+drafts, and greedy decoding gives the same tokens.
 
 Module k reads, at position i, the state h^(k-1) there (h^0 is the main model's) and the token at i + k, and drafts the
-token at i + k + 1; its keys are one more layer of the cache. Draft k is module k's. Where there are more drafts than
-modules (V3 has one module) the last module goes on: it reads its own output in place of a state that does not exist
-yet. The slots that drafts leave wrong are rewritten from true states before they are read: every step starts with all
+token at i + k + 1; its keys are one more layer of the cache. Module k makes draft k. If there are more drafts than
+modules (V3 has one module), the last module continues: it reads its own output in place of a state that does not exist
+yet. Slots that drafts leave wrong are rewritten from true states before they are read: every step starts with all
 positions that the last pass made known. (The last slots of a cached prefix may belong to another continuation. That can
 cost a draft, never a token.)
 
@@ -33,7 +33,7 @@ from bessemer.model.transformer import Transformer
 
 
 def check_drafts(model: Model, depth: int) -> int:
-    """The number of drafts per step; UserError where the model cannot draft."""
+    """The number of drafts per step; UserError if the model cannot draft."""
     if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= MAX_DRAFTS:
         raise UserError(f"drafts must be a whole number from 0 to {MAX_DRAFTS}, is {depth!r}")
     if depth and not (isinstance(model, Transformer) and len(model.mtp)):
@@ -42,10 +42,10 @@ def check_drafts(model: Model, depth: int) -> int:
 
 
 class Accepted(NamedTuple):
-    """What the host learns of a row's drafts."""
+    """What the host learns about a row's drafts."""
 
     known: int
-    """Drafts that were accepted; below 0 where there were none."""
+    """Number of accepted drafts; below 0 if there were no drafts."""
     tokens: list[int]
     """All drafts, and their log-probabilities at the row's temperature and at 1."""
     logp: list[float]
@@ -79,7 +79,7 @@ class Drafter:
         self.drafted = self.accepted = 0
 
     def admit(self, states_P: Sequence[Sequence[Tensor]], source_B: Tensor, position_B: Tensor) -> None:
-        """New rows: row b continues prompt source_B[b], whose last token stands at position_B[b]. `states_P`: see
+        """New rows: row b continues prompt source_B[b], whose last token is at position_B[b]. `states_P`: see
         `PromptPages.states`."""
         hidden_BD = torch.stack([states[0] for states in states_P])[source_B]
         for k, old_BD in enumerate(self.carried, start=1):
@@ -105,7 +105,7 @@ class Drafter:
         return DraftStates(self.base_B, self.known_B, self.token_BT, self.hidden_BTD)
 
     def update(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, known_B: Tensor) -> None:
-        """The states of a pass over token_BT, the first at base_B, of whose drafts known_B were accepted."""
+        """Stores the states of a pass over token_BT, the first at base_B; known_B of its drafts were accepted."""
         self.hidden_BTD, self.base_B, self.known_B = hidden_BTD, base_B, known_B
         self.token_BT = torch.cat((token_BT[:, 1:], token_BT[:, :1]), 1)
 
@@ -125,7 +125,7 @@ class Drafter:
         return self._pass(state_BD.unsqueeze(1), draft_B.unsqueeze(1), self._position, torch.zeros_like(draft_B))
 
     def _next_module(self, k: int, draft_B: Tensor) -> Tensor:
-        """Module k + 1 at the same positions and one before them, where its token has become known."""
+        """Runs module k + 1 at the same positions and the one before them, where its token has become known."""
         self._drafting = k
         hidden_BTD = torch.cat((self.carried[k - 1].unsqueeze(1), self._out_BTD), 1)
         self.carried[k - 1] = self._out_BTD[self._rows, self.known_B]  # true: it reads no draft
@@ -136,7 +136,7 @@ class Drafter:
     def _positions(self, base_B: Tensor, T: int) -> Tensor:
         """Where the keys of T tokens go, the first at base_B."""
         position_BT = base_B[:, None] + torch.arange(T, device=base_B.device)
-        # what stands before the beginning is read by nobody; its keys go where those of later tokens will be written
+        # nothing reads positions before the beginning; their keys go where those of later tokens will be written
         return torch.where(position_BT < 0, base_B[:, None] + T - 1 - position_BT, position_BT)
 
     @property
@@ -144,8 +144,8 @@ class Drafter:
         return torch.arange(len(self.known_B), device=self.known_B.device)
 
     def _pass(self, hidden_BTD: Tensor, token_BT: Tensor, base_B: Tensor, last_B: Tensor) -> Tensor:
-        """The module over T tokens, the first at position base_B: its states `_out_BTD`, the one at token last_B,
-        `_state`, and the logits there."""
+        """Runs the module over T tokens, the first at position base_B. Sets its states `_out_BTD` and the one at token
+        last_B, `_state`; returns the logits there."""
         if self.kernels is not None:
             self._out_BTD, logits_BV = self.kernels.draft(
                 self._drafting, hidden_BTD, token_BT, base_B, last_B, self.cache

@@ -1,9 +1,9 @@
 """Drafts in static steps: a step drafts, feeds the newest token with its drafts, decides which to accept and samples
-the token after them, all over buffers of fixed addresses. The rules are those of `speculative` and `ModelRunner`; the
+the token after them, all in buffers at fixed addresses. The rules are those of `speculative` and `ModelRunner`; the
 host reads the outcome of a step once, from one tensor.
 
-Every token of a pass is a row of its own to the layers: it has the pages of its sequence, in which the tokens before it
-have just been written.
+To the layers, every token of a pass is a row of its own: it has the pages of its sequence, to which the tokens before
+it have just been written.
 
 Shapes: R rows of a step, J drafts, T = J + 1, D hidden, V vocabulary, L sparse layers, K experts per token.
 """
@@ -27,13 +27,13 @@ from bessemer.engine.speculative import Accepted, Drafter
 from bessemer.model.transformer import Transformer
 
 FRESH = -1.0
-"""In place of the number of accepted drafts: the row has not been through a step."""
+"""Takes the place of the number of accepted drafts if the row has not been through a step."""
 HEAD = 4
 """Columns before those of the drafts: token, its two log-probabilities, accepted drafts."""
 
 
 def accepted(row: Sequence[float]) -> Accepted:
-    """From a row of what `StaticDrafts.step` returns, after its first three columns."""
+    """The drafts of a row that `StaticDrafts.step` returns, given without its first three columns."""
     return Accepted(int(row[0]), [int(token) for token in row[1::3]], list(row[2::3]), list(row[3::3]))
 
 
@@ -49,12 +49,12 @@ class Rows(NamedTuple):
 
 
 Feed = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(tokens [R, T], their positions [R, T], pages [R, P]) -> states after the final norm [R * T, D], and the experts
-[R * T, L, K] where they are recorded."""
+"""(tokens [R, T], their positions [R, T], pages [R, P]) -> states after the final norm [R * T, D], and the experts [R *
+T, L, K] if they are recorded."""
 
 
 def width_with(drafts: int) -> int:
-    """Columns of what `StaticDrafts.step` returns; without drafts, of what `row_sampling.sample` does."""
+    """Number of columns that `StaticDrafts.step` returns, or without drafts `row_sampling.sample`."""
     return HEAD + 3 * drafts if drafts else 3
 
 
@@ -77,11 +77,11 @@ class StaticDrafts:
 
     @property
     def advanced(self) -> tuple[Tensor, ...]:
-        """What a step reads and changes."""
+        """The buffers that a step reads and changes."""
         return self.hidden_RTD, self.token_RT, self.base_R, self.known_R, *self.carried
 
     def load(self, drafter: Drafter, most_B: Tensor) -> None:
-        """Other rows than those of the last step. most_B: drafts that a row may accept, 0 or all."""
+        """Loads rows other than those of the last step. most_B: drafts that a row may accept, 0 or all."""
         n = len(most_B)
         values = (drafter.hidden_BTD, drafter.token_BT, drafter.base_B, drafter.known_B, *drafter.carried, most_B)
         for buffer, value in zip((*self.advanced, self.most_R), values, strict=True):
@@ -89,7 +89,7 @@ class StaticDrafts:
             buffer[n:] = 0
 
     def show(self, drafter: Drafter, n: int) -> RejectedDrafts:
-        """After a step: the drafter holds views of the first n rows; their rejected drafts."""
+        """After a step: gives the drafter views of the first n rows, and returns their rejected drafts."""
         drafter.hidden_BTD, drafter.token_BT = self.hidden_RTD[:n], self.token_RT[:n]
         drafter.base_B, drafter.known_B = self.base_R[:n], self.known_R[:n]
         drafter.carried = [state_RD[:n] for state_RD in self.carried]
@@ -97,8 +97,8 @@ class StaticDrafts:
 
     def step(self, rows: Rows, cache: LatentCache, feed: Feed, form: Form) -> tuple[Tensor, Tensor, Tensor | None]:
         """Moves `rows.position_R` to the token after the accepted drafts. Returns [R, columns]: that token with its
-        log-probabilities, the number of accepted drafts, and every draft with its own; the logits that the token was
-        sampled from, [R, V]; and the experts of the last fed token that stays."""
+        log-probabilities, the number of accepted drafts, and every draft with its log-probabilities; the logits that
+        the token was sampled from, [R, V]; and the experts of the last fed token that is kept."""
         R, T, J, vocab = len(rows.token_R), self.depth + 1, self.depth, self.vocab
         row_R = torch.arange(R, device=rows.token_R.device)
         ahead_T = torch.arange(T, device=rows.token_R.device)
@@ -147,7 +147,7 @@ class StaticDrafts:
         return torch.cat((next_R3, known_R[:, None].double(), draft_R3J), 1), last_RV, expert_RLK
 
     def _draft(self, guess: _Pass, rows: Rows, form: Form) -> tuple[list[Tensor], list[Tensor]]:
-        """`ModelRunner._draft` by every row's own rules."""
+        """`ModelRunner._draft` with every row's own rules."""
         drafts: list[Tensor] = []
         q: list[Tensor] = []
         logits_RV = guess.first_logits(rows.token_R)
@@ -163,7 +163,7 @@ class StaticDrafts:
 
 
 class _Pass(Drafter):
-    """The modules over the first R rows of the buffers, whose pages are those of the table."""
+    """Runs the modules over the first R rows of the buffers, whose pages are in the table."""
 
     def __init__(self, drafts: StaticDrafts, R: int, cache: LatentCache, table_RP: Tensor) -> None:
         super().__init__(drafts.model, cache, drafts.depth)

@@ -1,14 +1,14 @@
 """Decoding steps over buffers that never move, for GPUs: a step feeds a token of every row, samples the next one, and
-leaves all that the next step reads on the device. The host waits for nothing, and a CUDA graph replays a step as one
+leaves everything that the next step reads on the device. The host never waits, and a CUDA graph replays a step as one
 launch.
 
-A graph exists for a number of rows and for what sampling needs (`row_sampling`); where attention gathers pages instead
-of reading those of each row (`kernels.paged`), also for their number. Both are padded to one of a few. Padding rows
-read and write a page of the pool that nobody else has. Graphs are captured when they are first needed, share their
-memory, and read the weights where they are: weights that change in place need no new capture, and `current` says
-whether any has moved.
+There is one graph for each number of rows and each form of sampling (`row_sampling`), and, if attention gathers pages
+instead of reading each row's own (`kernels.paged`), for each number of pages. Both numbers are padded to one of a few.
+Padding rows read and write a page of the pool that no other row has. Graphs are captured when first needed, share their
+memory, and read the weights in place: an update in place needs no new capture, and `current` says if any weight has
+moved.
 
-Where a step cannot be captured (an operation waits for the device, as grouped products do before Hopper; memory is
+If a step cannot be captured (an operation waits for the device, as grouped products do before Hopper, or memory is
 short), one line says so, and steps are launched one operation at a time.
 
 Shapes: R rows of a step, P pages of a row, S = P * PAGE slots, V vocabulary, L sparse layers, K experts per token.
@@ -40,7 +40,7 @@ from bessemer.precision.probe import float64_home
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], None], tuple[Tensor, ...]], Replay]
-"""(step, the tensors that it advances) -> what runs the same step again."""
+"""(step, the tensors that it advances) -> a function that runs the same step again."""
 
 
 def serves(model: Model) -> bool:
@@ -50,7 +50,7 @@ def serves(model: Model) -> bool:
 
 
 class StaticCache(LatentCache):
-    """A cache of a fixed size: `pages` pages, and one more for padding; a table of `rows` rows that is written in
+    """A cache of fixed size: `pages` pages, one more for padding, and a table of `rows` rows that is updated in
     place."""
 
     def __init__(self, steps: StaticSteps, prefix_cache: bool) -> None:
@@ -60,7 +60,7 @@ class StaticCache(LatentCache):
         self.pages.grow(steps.pages)
         self._table_RP.fill_(steps.pages)
         self._written: list[int] = []
-        """Pages of each row that stand in the table."""
+        """Number of pages of each row that are in the table."""
         self._scratch = steps.pages
 
     def keep(self, live_B: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class StaticCache(LatentCache):
         return source
 
     def _rebuild_table(self) -> None:
-        """Writes the entries that are new: the pages of a row never change."""
+        """Writes only the new entries: the pages of a row never change."""
         width, fresh = self._table_RP.shape[1], []
         self._written += [0] * (len(self.row_pages) - len(self._written))
         for b, (pages, written) in enumerate(zip(self.row_pages, self._written, strict=True)):
@@ -90,17 +90,17 @@ class StaticCache(LatentCache):
 
 
 class StepRows(NamedTuple):
-    """What a step needs to know of every row."""
+    """What a step needs to know about every row."""
 
     token_B: Tensor
-    """Fed next; it stands at `position_B`."""
+    """The token to feed next, which is at `position_B`."""
     position_B: Tensor
     key_B: Tensor
     rules_B4: Tensor
 
 
 class Steps:
-    """Buffers and graphs for the steps of one model; a kind of model says what a step is."""
+    """Buffers and graphs for the steps of one model; subclasses define the step for a kind of model."""
 
     expert_RLK: Tensor | None = None
     """The experts of the fed tokens, after a step that records them."""
@@ -115,7 +115,7 @@ class Steps:
         self.model, self.vocab, self.rows, self.row_tokens = model, vocab, rows, row_tokens
         self.sizes = padded_counts(rows)
         self.depth, self.asked = 0, rows
-        """Drafts of a step; rows that were wanted, where memory held fewer."""
+        """Drafts per step; rows that were asked for, of which memory may hold fewer."""
         self.capture = capture
         self._graphs: dict[tuple[int, int, Form, bool], Replay] = {}
         self._addresses = addresses(model)
@@ -124,7 +124,7 @@ class Steps:
         )
         self.rules_R4 = torch.zeros(rows, 4, dtype=torch.float64, device=device)
         self.sampled_R3 = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        """The next token of every row, as `row_sampling.sample` gives it, and what became of its drafts
+        """The next token of every row, as `row_sampling.sample` returns it, and the outcome of its drafts
         (`StaticDrafts.step`)."""
         self.logits_RV = torch.zeros(rows, model.cfg.vocab_size, device=device)
 
@@ -134,7 +134,7 @@ class Steps:
         raise NotImplementedError
 
     def new_cache(self, prefix_cache: bool) -> LatentCache:
-        """An empty cache in the buffers; the last one must not be used any more."""
+        """An empty cache in the buffers; the previous one must not be used any more."""
         raise NotImplementedError
 
     def _width(self) -> int:
@@ -142,16 +142,16 @@ class Steps:
         raise NotImplementedError
 
     def _step(self, size: int, width: int, form: Form, record: bool) -> None:
-        """A step of the first `size` rows: see `run`."""
+        """Runs a step of the first `size` rows; see `run`."""
         raise NotImplementedError
 
     @property
     def current(self) -> bool:
-        """Every weight stands where it stood when the graphs were captured."""
+        """Whether every weight is where it was when these steps were made."""
         return self._addresses == addresses(self.model)
 
     def load(self, rows: StepRows) -> None:
-        """Other rows than those of the last step; with drafts, `StaticDrafts.load` as well."""
+        """Loads rows other than those of the last step; with drafts, call `StaticDrafts.load` as well."""
         n = len(rows.token_B)
         buffers = (self.token_R, self.position_R, self.key_R, self.rules_R4)
         for buffer, values in zip(buffers, rows, strict=True):
@@ -160,8 +160,8 @@ class Steps:
         self._live_R[:n], self._live_R[n:] = 1, 0
 
     def run(self, n: int, form: Form, record: bool) -> None:
-        """A step of the n rows: `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record` `expert_RLK`) are
-        then those of the next tokens."""
+        """Runs a step of the n rows. Afterwards `token_R`, `position_R`, `sampled_R3`, `logits_RV` (and with `record`
+        `expert_RLK`) are those of the next tokens."""
         size, width = next(size for size in self.sizes if size >= n), self._width()
         if form.kept and self.kept_RW is None:
             self._record_kept()
@@ -184,7 +184,7 @@ class Steps:
         self.kept_RW = self.token_R.new_zeros(self.rows, words(self.vocab))
 
     def _sample(self, logits_RV: Tensor, form: Form) -> Tensor:
-        """The next token of the first rows, of which these are the logits."""
+        """The next tokens of the first rows, from their logits."""
         rows = slice(len(logits_RV))
         return row_sampling.sample(
             logits_RV, self.vocab, self.rules_R4[rows], self.key_R[rows], self.position_R[rows], form,
@@ -202,8 +202,8 @@ class StaticSteps(Steps):
         self, model: Transformer, vocab: int, rows: int, pages: int, row_tokens: int, capture: Capture | None = None,
         drafts: int = 0,
     ) -> None:  # fmt: skip
-        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs. With drafts
-        a row has slots beyond its tokens (`ahead`)."""
+        """At most `rows` rows of `row_tokens` tokens, in a cache of `pages` pages. capture None: no graphs. With
+        drafts, a row has slots beyond its tokens (`ahead`)."""
         super().__init__(model, vocab, rows, row_tokens, capture, width_with(drafts))
         cfg, weight = model.cfg, model.embed.weight
         device = weight.device
@@ -224,7 +224,7 @@ class StaticSteps(Steps):
             if self.drafts is not None:
                 self.drafts.expert_RTLK = self.expert_RLK[:, None].repeat(1, drafts + 1, 1, 1)
         self.any_length = self._reads_own_pages()
-        """Attention reads the pages of each row, so a step is the same for every length."""
+        """Whether attention reads each row's own pages, so that a step is the same for every length."""
         self._cache: StaticCache
 
     @property
@@ -232,7 +232,7 @@ class StaticSteps(Steps):
         return self.pages * PAGE
 
     def _reads_own_pages(self) -> bool:
-        """Whether the kernel works here; its first call says why not."""
+        """Whether the kernel works here; if not, its first call says why."""
         if self.table_RP.device.type != "cuda":
             return False
         cfg, pool = self.model.cfg, self.pools[0]
@@ -284,25 +284,25 @@ class StaticSteps(Steps):
 
 
 def ahead(drafts: int) -> int:
-    """Slots behind a row's last token that steps write to: drafts of a step, behind those of the step before it, which
-    the host has not seen yet."""
+    """Slots after a row's last token that steps write to: the drafts of a step, after those of the step before it,
+    which the host has not seen yet."""
     return 2 * drafts
 
 
 def padded_counts(most: int) -> tuple[int, ...]:
-    """The numbers of rows and pages that steps are padded to: 1, 2, 3, 4, 6, 8, 12, ..., `most`; less than a third is
-    idle."""
+    """The numbers of rows and pages that steps are padded to: 1, 2, 3, 4, 6, 8, 12, ..., `most`; less than a third of
+    them is idle."""
     powers = [1 << k for k in range(most.bit_length())]
     return (*sorted(size for size in {*powers, *(3 * power for power in powers)} if size < most), most)
 
 
 def addresses(model: Model) -> list[int]:
-    """Where the weights stand."""
+    """The addresses of the weights."""
     return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
 
 class CudaGraphs:
-    """`Capture` on the current GPU. All graphs share one pool of memory: none keeps a result outside the buffers."""
+    """`Capture` on the current GPU. All graphs share one memory pool: none keeps a result outside the buffers."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
@@ -320,14 +320,14 @@ class CudaGraphs:
             self._stream.wait_stream(before)
             with torch.cuda.stream(self._stream):
                 warm_up()  # compiles, tunes and makes workspaces
-                with _no_waits():  # an operation that waits is found here: in a capture it would leave much behind
+                with _no_waits():  # finds operations that wait: within a capture they would leave a mess behind
                     warm_up()
             before.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         except BaseException:
-            torch.cuda.set_stream(before)  # a capture that fails leaves its own
+            torch.cuda.set_stream(before)  # a failed capture leaves its own stream set
             torch.cuda.synchronize()
             for tensor, value in zip(advanced, saved, strict=True):
                 tensor.copy_(value)
@@ -337,8 +337,8 @@ class CudaGraphs:
 
 @contextmanager
 def _no_waits() -> Iterator[None]:
-    """RuntimeError at the end if an operation of this thread waited for the device. torch reports them for the whole
-    process, as warnings: those of other threads, which may save a checkpoint, do not count."""
+    """Raises RuntimeError at the end if an operation of this thread waited for the device. torch reports waits of the
+    whole process, as warnings; those of other threads, which may be saving a checkpoint, do not count."""
     mode, thread, waits = torch.cuda.get_sync_debug_mode(), threading.get_ident(), []
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
@@ -358,5 +358,5 @@ def _no_waits() -> Iterator[None]:
 
 
 def plain(step: Callable[[], None], advanced: tuple[Tensor, ...]) -> Replay:
-    """A `Capture` that captures nothing: the same steps as with graphs, on any device."""
+    """A `Capture` that captures nothing: runs the same steps as with graphs, on any device."""
     return step

@@ -1,8 +1,8 @@
 """`bessemer chat`: a conversation with a model in the terminal.
 
-The directory's own template makes the prompt, so the model sees the format it was trained on: R1's prompt opens the
-thinking itself, R1-Zero's leaves that to the model. Ctrl-C ends the answer, never the session. Answers go to the
-output, everything else to `notes`, so that the answers of a piped session are all that its output holds.
+The model directory's own template makes the prompt, so the model sees the format it was trained on: R1's prompt opens
+the thinking itself, R1-Zero's leaves that to the model. Ctrl-C ends the answer, never the session. Answers go to
+`output`, everything else to `notes`, so that the output of a piped session holds only the answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bessemer.escape import escaped
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SIGNS = {CALLS: "", CALL: "[calls ", SEPARATOR: " ", CALL_END: "]\n", CALLS_END: ""}
-"""What stands on the screen for the marks of a call, where they are tokens."""
+"""What the screen shows for the marks of a call, if they are tokens."""
 COMMANDS = {
     "/continue": "go on with an answer that was cut or stopped",
     "/think": "show the last thought",
@@ -57,9 +57,9 @@ def chat(
     output: TextIO | None = None,
     notes: TextIO | None = None,
 ) -> None:
-    """Runs a session until /exit or the end of the input. `max_new_tokens` of an answer: None for what the context
-    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`. `input` returns a message
-    and takes the prompt to show; without it a terminal's lines can be edited, and a pipe is read line by line."""
+    """Runs a session until /exit or the end of the input. `max_new_tokens` per answer: None for what the context
+    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`. `input` takes the prompt to
+    show and returns a message; without it, lines can be edited in a terminal, and a pipe is read line by line."""
     engine = load_engine(model_dir, drafts, compile)
     options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
     talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
@@ -96,8 +96,8 @@ def _reader() -> Callable[[str], str]:
         session = PromptSession[str](completer=WordCompleter(words, sentence=True), complete_while_typing=False)
 
         def edited(prompt: str) -> str:
-            # The editor takes Ctrl-C itself. One that comes while it sets up would tear its event loop, and there is
-            # nothing yet that it could end.
+            # The editor takes Ctrl-C itself. During its setup, Ctrl-C would break its event loop, and there is nothing
+            # yet that it could end.
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 return session.prompt(prompt)
@@ -127,19 +127,19 @@ class Conversation:
         self.output, self.notes = output, notes or output
         self.dim = output.isatty()
         self.options = options or {}
-        """Of `Engine.generate`."""
+        """Sampling options for `Engine.generate`."""
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.system = ""
         self.messages: list[Message] = []
         """Questions and answers in turn."""
         self.thought = ""
-        """The last thought, as /think shows it."""
+        """The last thought, in the form that /think shows."""
         self.unfinished: tuple[list[int], Screen] | None = None
-        """The prompt and the answer that /continue goes on with."""
+        """The prompt and the answer that /continue continues."""
 
     def obey(self, line: str) -> None:
-        """One command."""
+        """Runs one command."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/continue" and self.unfinished:
@@ -160,7 +160,7 @@ class Conversation:
             self.note(HELP if command == "/help" else f"there is no command {command}; /help lists them")
 
     def answer(self, line: str) -> None:
-        """One turn; a turn that fails leaves the conversation as it was."""
+        """Runs one turn; a turn that fails leaves the conversation unchanged."""
         # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
         before = self.messages
@@ -175,7 +175,7 @@ class Conversation:
             self.note(f"error: {error}")
 
     def _generate(self, prompt: list[int], screen: Screen) -> None:
-        """An answer, or more of it, and the message it becomes."""
+        """Generates an answer, or more of one, and adds it to the conversation."""
         begun = [*prompt, *screen.ids]
         room = self._context - len(begun)
         self.engine.check_prompt(begun)
@@ -206,7 +206,7 @@ class Conversation:
         return self.engine.model.cfg.max_seq_len
 
     def _prompt(self) -> list[int]:
-        """The conversation as ids; the oldest turns are left out when it leaves too little room for an answer."""
+        """The conversation as ids; drops the oldest turns if it leaves too little room for an answer."""
         room = min(self.max_new_tokens or NEW_TOKENS, self._context // 2)
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         dropped = 0
@@ -240,7 +240,7 @@ class Conversation:
         _write(self.output, text)
 
     def note(self, text: str) -> None:
-        """A line about the conversation."""
+        """Writes a line about the conversation."""
         _write(self.notes, text.removesuffix("\n") + "\n")
 
 
@@ -257,12 +257,12 @@ class Screen:
         self.tokenizer = tokenizer
         self.show = show
         self.dim = dim
-        """On a terminal: thoughts are dim, and folded when they end."""
+        """Whether this is a terminal: thoughts are then dim, and folded when they end."""
         self.decoder = tokenizer.stream()
         self.ids: list[int] = []
         self.text = ""
         self.message: Message = {}
-        """The answer in the conversation, once it is there."""
+        """The message of this answer in the conversation, once it is there."""
         self.think, self.think_end = think_ids(tokenizer)
         self.signs = {token: SIGNS[mark] for mark, token in tokenizer.tool_marks.items() if mark in SIGNS}
         marks = [i for i in prompt if i in (self.think, self.think_end)]
@@ -291,7 +291,7 @@ class Screen:
                 self._fold()
 
     def pause(self, unfinished: bool) -> None:
-        """The end of the answer, or of what there is of it."""
+        """Ends the answer, or what there is of it so far."""
         if not unfinished:
             self._put(self.decoder.flush())
         self._style(False)
@@ -299,14 +299,14 @@ class Screen:
         self.foldable = False  # what has scrolled past a note stays
 
     def styled_thought(self) -> str:
-        """The thought of this answer, to be shown again; empty if there was none."""
+        """The thought of this answer, to show again; empty if there was none."""
         if not self.thought:
             return ""
         return f"{DIM}{self.thought}{PLAIN}\n" if self.dim else self.thought + "\n"
 
     def content(self, style: str | None) -> str:
-        """The answer as a message. The template adds the space before a plain answer and drops R1's thinking, so a
-        thought that never ended leaves nothing."""
+        """The answer as a message. The template adds the space before a plain answer and drops R1's thinking, so
+        nothing remains of a thought that never ended."""
         if style == "r1":
             return "" if self.thinking else self.text
         return self.text.removeprefix(" ")

@@ -1,7 +1,7 @@
-"""What passes between the host and a device while sequences decode, without the host waiting for the device.
+"""Transfers between the host and a device while sequences decode, without making the host wait for the device.
 
 On CUDA a plain copy of pageable memory waits until everything before it has run. Copies here go through pinned memory:
-`to_device` never waits, and `Fetch` waits only where the host reads the numbers, for the copy alone. torch reuses a
+`to_device` never waits, and `Fetch` waits only when the host reads the numbers, and only for the copy. torch reuses a
 pinned block only after its copy has run.
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device."""
+    """Copies a host tensor to the device."""
     if device.type == "cuda" and host.numel():
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
 
 def indices(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Whole numbers of the host as int64 on the device."""
+    """Whole numbers from the host as an int64 tensor on the device."""
     return to_device(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 class Fetch:
-    """A copy of a contiguous tensor on its way to the host, as it is when the device gets there."""
+    """A copy of a contiguous tensor to the host, with the values at the time the device reaches it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -39,7 +39,7 @@ class Fetch:
             self._host = tensor.to("cpu", copy=True)
 
     def tensor(self) -> Tensor:
-        """Waits for the copy: the only wait of a decoding step."""
+        """Waits for the copy and returns it: the only wait of a decoding step."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -1,4 +1,4 @@
-"""The turns of an episode as ids, and joined as one completion.
+"""The turns of an episode as ids, and joined into one completion.
 
 Shapes: L sparse layers, K experts per token.
 """
@@ -22,12 +22,12 @@ from bessemer.tasks.environment import Invocation, Message, ModelTurn
 
 
 def first_ids(tokenizer: Tokenizer, messages: Sequence[Message], schemas: Sequence[dict[str, Any]]) -> list[int]:
-    """The prompt of an episode: its first messages and its tools."""
+    """The prompt ids of an episode: its first messages and its tools."""
     return chat.render_ids(tokenizer, messages, tools=read_tools(list(schemas)))
 
 
 def following_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """What follows an answer that has ended: these messages, and the beginning of the next answer."""
+    """The ids that follow an answer that has ended: these messages, and the beginning of the next answer."""
     if tokenizer.chat_style is not None and all(message["role"] == "tool" for message in messages):
         return chat.outputs_ids(tokenizer, [message["content"] for message in messages])
     before: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -37,7 +37,7 @@ def following_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def read_action(text: str) -> ModelTurn:
-    """A turn of the model with its calls."""
+    """A turn of the model, with its tool calls."""
     _, calls = parse_calls(text)
     return ModelTurn(text, tuple(_invocation(call) for call in calls))
 
@@ -68,8 +68,8 @@ def cut(completion: Completion, most: int, tokenizer: Tokenizer) -> Completion:
 
 
 def joined(parts: Sequence[Completion], read: Sequence[list[int]], ended_itself: bool) -> Completion:
-    """The turns of a sample as one completion; `read`: the ids between each two. At a token stand the experts of the
-    pass in which it was first fed for this sample: the first turn's for the prompt, each turn's for what it read and
+    """The turns of a sample as one completion; `read`: the ids between turns. A token's experts are those of the pass
+    in which it was first fed for this sample: the first turn's for the prompt, each turn's for what it read and
     wrote."""
     between = [[], *read][: len(parts)]
     tokens: list[int] = []
