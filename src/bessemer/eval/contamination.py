@@ -1,24 +1,24 @@
 """Whether held-out questions occur in the training data: the paper's 10-gram test, and a comparison of problems
-(R1-Nature D.1 drops pages that share a 10-gram with an evaluation question; here they are found and reported).
+(R1-Nature D.1 drops pages that share a 10-gram with an evaluation question; here they are reported).
 
-There are two searches, because either alone misleads.
+There are two searches, because either one alone misleads.
 
-By words. Training texts are searched for runs of N words of the questions (a word in Chinese is a character; see
+By words. Training texts are searched for runs of N words from the questions (in Chinese, a word is a character; see
 `tasks/ngrams.py`). What counts as a hit depends on where a question comes from:
-  from a data set     N words in a row that no other question of the evaluation has: runs that several questions share
-                      are the wording of the task ("how many ... are left?") and prove nothing;
-  from a generator    all of its words in a row, not continued by a number or operator at either end: another problem
+  from a data set     N consecutive words that no other question of the evaluation has: runs that questions share
+                      are the wording of the task ("how many ... are left?") and prove nothing.
+  from a generator    all of its words in order, not continued by a number or operator at either end: another problem
                       of the generator may share ten words and two small numbers by chance, and "compute 3 + 4" is not
-                      "compute 3 + 4 * 2". The same holds for questions shorter than N words and for those without a
+                      "compute 3 + 4 * 2". This also applies to questions shorter than N words and to those without a
                       run of their own. Questions of fewer than SHORTEST words are not searched: any page may contain
                       "what is 3?".
 
-By problem. A training problem (of RL, of rejection sampling, or behind a page of a task) is the same as a held-out one
+By problem. A training problem (from RL, rejection sampling, or a page made from a task) is the same as a held-out one
 if both are of one family and have the same `identity`: everything the verifier needs, whatever the order of the
-numbers, the language and the phrasing. The split by numbers rules this out by construction.
+numbers, the language and the phrasing. The split by numbers rules out such matches by construction.
 
-Only the questions and one piece of text are in memory. Hashes find candidates and the words decide, so that no hit is a
-hash collision.
+Only the questions and one piece of text are in memory. Hashes find candidates and the words decide, so no hit is a hash
+collision.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNKNOWN, FIGURE = 0, 1
 NOT_NEEDED = frozenset({"template", "difficulty"})
 """Keys of meta that describe the phrasing of a problem, not its content."""
 UNORDERED = frozenset({"numbers", "terms"})
-"""Keys of meta whose lists mean the same in any order: "3, 7, 2" is "2, 3, 7"."""
+"""Keys of meta whose lists mean the same thing in any order: "3, 7, 2" is "2, 3, 7"."""
 
 
 @dataclass
@@ -52,13 +52,13 @@ class _Question:
     words: list[str]
     ids: np.ndarray
     whole: bool
-    """Whether only all of its words make a hit, not N of them."""
+    """Whether a hit takes all of its words, not just N of them."""
     problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass
 class _Match:
-    """The strongest evidence of a problem in the training data."""
+    """The strongest evidence that a problem is in the training data."""
 
     problem: Problem
     stage: str
@@ -78,7 +78,7 @@ class ContaminationSearch:
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = list(problems)
         self._numbers: dict[str, int] = {}
-        """Ids of the words of the questions; UNKNOWN and FIGURE, below them, are part of no hit."""
+        """Ids of the questions' words; the ids UNKNOWN and FIGURE, below them, are never part of a hit."""
         self._questions = self._read()
         self._figure = np.array([False, True, *map(_is_figure, self._numbers)])
         self._same: dict[Hashable, list[Problem]] = defaultdict(list)
@@ -202,7 +202,7 @@ class ContaminationSearch:
 
 
 def identity(problem: Problem) -> Hashable:
-    """Equal for two problems that are the same in other words. A question of a data set is identified by its words."""
+    """Equal for two problems that differ only in wording. A question from a data set is identified by its words."""
     if not _generated(problem):
         return tuple(words(problem.prompt))
     needed = {key: value for key, value in problem.meta.items() if key not in NOT_NEEDED}
@@ -230,7 +230,7 @@ def _is_figure(word: str) -> bool:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result in a sentence."""
+    """The result as a sentence."""
     searched = result["searched"].values()
     total = sum(counts.get("words", 0) for counts in searched)
     problems = sum(counts.get("problems", 0) for counts in searched)

@@ -1,5 +1,5 @@
-"""`bessemer eval`: a model directory on our tasks and on those of lm-eval, as evaluation rows (`scoring`), and the
-table for a terminal."""
+"""`bessemer eval`: evaluates a model directory on our tasks and on those of lm-eval, as rows (`scoring`) and as a table
+for the terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def evaluate(
     seed: int = 0,
     shots: Shots = NONE,
 ) -> list[dict[str, Any]]:
-    """A row for each of our tasks, over all its languages; with all held-out problems of a task that has fewer."""
+    """A row for each of our tasks, over all its languages, from at most `problems` held-out problems."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     for task in chosen:
         if isinstance(task, Environment) and (shots.count or shots.prefix):
@@ -80,7 +80,7 @@ def _engine(model_dir: Path) -> Engine:
 
 
 def table(rows: list[dict[str, Any]]) -> Group:
-    """Our tasks, and those of lm-eval in a table of their own: their accuracies are no pass@1 of samples."""
+    """Our tasks, and those of lm-eval in a separate table: their accuracies are not pass@1 over samples."""
     theirs = [row for row in rows if row["domain"] == "lm-eval"]
     ours = [row for row in rows if row["domain"] != "lm-eval"]
     return Group(*([_ours(ours)] if ours else []), *([_lm_eval(theirs)] if theirs else []))
@@ -92,7 +92,7 @@ def _lm_eval(rows: list[dict[str, Any]]) -> Table:
         grid.add_column(column, justify="left" if column in ("task", "model", "metric") else "right")
     for row in rows:
         shown = [(row.get("metric"), _percent(row["pass_at_1"]), _between(row["pass_at_1_interval"]))]
-        if row.get("metric") is None:  # no accuracy: the numbers as they are
+        if row.get("metric") is None:  # no accuracy: show the numbers as they are
             shown = [(name, f"{one['value']:.4g}", "-") for name, one in row.get("metrics", {}).items()]
         for metric, value, between in shown:
             grid.add_row(row["task"], row["model"], str(row["n"]), str(row.get("shots", 0)), metric, value, between)
@@ -100,7 +100,7 @@ def _lm_eval(rows: list[dict[str, Any]]) -> Table:
 
 
 def _ours(rows: list[dict[str, Any]]) -> Table:
-    """The models of a task in consecutive rows, in the order in which tasks, temperatures and models first appear."""
+    """Rows of one task are consecutive; tasks, temperatures and models keep their order of first appearance."""
     ks = {row["k"] for row in rows}
     k = "k" if len(ks) > 1 else str(*ks)
     grid = Table(title="held-out problems", title_justify="left", box=None, padding=(0, 2, 0, 0))

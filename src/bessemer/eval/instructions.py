@@ -1,14 +1,14 @@
 """IFEval's verifiable instructions (Zhou et al. 2023): "answer in at least 300 words", "no commas", and 23 others.
 
 An instruction is an id and its arguments, as the public data set states them (`instruction_id_list`, `kwargs`); `check`
-refuses what no checker here can judge, and `follows` judges a reply. A reply follows a prompt if it follows all its
+rejects what no checker here can judge, and `follows` judges a reply. A reply follows a prompt if it follows all its
 instructions, read strictly: R1's figure is this prompt-level strict accuracy.
 
 The checkers are ours and agree with the published ones, except where those need a download or are wrong:
   sentences        a full stop ends one unless an abbreviation, an initial or a lower-case word says otherwise
                    (published: nltk's punkt model)
   language         fastText's lid.176 (published: langdetect)
-  capital words    split at blanks and punctuation (published: nltk's tokenizer, which also divides "DON'T")
+  capital words    split at spaces and punctuation (published: nltk's tokenizer, which also divides "DON'T")
   letter           any character counts as stated (published: for "!" or "#" a letter is drawn at random)
 Keywords are texts, not patterns, and every checker takes time linear in the reply, which is hostile text.
 """
@@ -38,7 +38,7 @@ def follows(instruction: str, arguments: dict[str, Any], reply: str) -> bool:
 
 
 def check(instruction: object, arguments: object, where: str) -> dict[str, Any]:
-    """The arguments that the checker of an instruction needs; UserError that begins with `where`."""
+    """The arguments that an instruction's checker needs; UserError, which begins with `where`, if they do not fit."""
     if instruction not in _CHECKS:
         raise UserError(f"{where}: instruction_id_list holds {instruction!r}, which is none of IFEval's instructions")
     if not isinstance(arguments, dict):
@@ -56,7 +56,7 @@ def check(instruction: object, arguments: object, where: str) -> dict[str, Any]:
 
 
 def sentences(text: str) -> int:
-    """Sentences of an English text; a rest without a full stop is one."""
+    """Number of sentences in an English text; a remainder without a full stop counts as one."""
     words, count, open_sentence = text.split(), 0, False
     for word, following in zip(words, [*words[1:], ""], strict=False):
         bare = word.strip("\"'“”‘’()[]*_")

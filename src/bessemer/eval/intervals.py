@@ -1,6 +1,6 @@
-"""Intervals and tests for a handful of seeds: Student's t, its distribution in closed form, Holm, shares of problems.
+"""Intervals and tests for a handful of seeds: Student's t in closed form, Holm's correction, shares of problems.
 
-A seed is the unit: `values` are differences taken inside each seed. One seed has an interval without ends.
+The seed is the unit: `values` are differences within each seed. With one seed the interval is unbounded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def t_quantile(share: float, freedom: int) -> float:
 
 
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student's interval; with one seed the interval is everything."""
+    """Mean and Student's interval, which is infinite with one seed."""
     middle = statistics.fmean(values)
     reach = smallest_visible(values, confidence)
     return Interval(middle, middle - reach, middle + reach)
@@ -73,12 +73,12 @@ def smallest_visible(values: Sequence[float], confidence: float = 0.95) -> float
 
 
 def wider(*intervals: Interval) -> Interval:
-    """The widest: over seeds, or over the problems inside them."""
+    """The widest of the intervals, such as those over seeds and over the problems within them."""
     return max(intervals, key=lambda one: one.high - one.low)
 
 
 def p_value(values: Sequence[float], threshold: float = 0.0) -> float:
-    """Two-sided, of a mean that differs from the threshold; 1 with one seed."""
+    """Two-sided p value for a mean that differs from the threshold; 1 with one seed."""
     n = len(values)
     if n < 2:
         return 1.0
@@ -89,13 +89,13 @@ def p_value(values: Sequence[float], threshold: float = 0.0) -> float:
 
 
 def equivalent(values: Sequence[float], centre: float, margin: float, confidence: float = 0.95) -> bool:
-    """Two one-sided tests: the mean lies within the margin of the centre (Schuirmann 1987)."""
+    """Whether two one-sided tests show that the mean lies within `margin` of `centre` (Schuirmann 1987)."""
     one_sided = over_seeds(values, 2 * confidence - 1)
     return centre - margin < one_sided.low and one_sided.high < centre + margin
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrected p values of many tests, in their order (Holm 1979)."""
+    """Corrected p values of several tests, in the order given (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
@@ -105,7 +105,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def shares_apart(one: float, other: float, problems: int) -> Interval:
-    """Difference of two shares of as many independent problems, with Newcombe's 95 % interval (1998, method 10)."""
+    """Difference of two shares of `problems` independent problems, with Newcombe's 95 % interval (1998, method 10)."""
     (low, high), (other_low, other_high) = wilson(one, problems), wilson(other, problems)
     gap = one - other
     return Interval(
@@ -114,12 +114,12 @@ def shares_apart(one: float, other: float, problems: int) -> Interval:
 
 
 def over_problems(rates: Sequence[Sequence[float]]) -> Interval:
-    """The mean of the seeds' rates of the same problems, with the bootstrap interval over the problems."""
+    """The mean of the seeds' rates on the same problems, with the bootstrap interval over the problems."""
     return Interval(*bootstrap([statistics.fmean(of_seeds) for of_seeds in zip(*rates, strict=True)]))
 
 
 def stratified(groups: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000) -> Interval:
-    """The mean of the groups' means, with the 95 % percentile bootstrap inside every group."""
+    """The mean of the groups' means, with the 95 % percentile bootstrap within each group."""
     rng = np.random.default_rng(seed)
     means = []
     for values in groups:

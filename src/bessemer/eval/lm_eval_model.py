@@ -1,13 +1,13 @@
 """lm-eval on our models: its model interface (`lm_eval.api.model.LM`) over the Engine, and its results as our rows.
 
-Importing this file imports lm-eval, an extra. Custom tasks (YAML with local JSONL) work without a network; a task's
-YAML may name Python functions, which run as part of lm-eval: include only folders you trust.
+Importing this module imports lm-eval, an optional dependency. Custom tasks (YAML with local JSONL) work offline. A
+task's YAML may name Python functions, which run as part of lm-eval: include only folders you trust.
 
 What is scored
 - A context begins with BOS, as every document in training did (HFLM with add_bos_token=True). An empty context is BOS.
-- Context and continuation are one text: blanks that end the context belong to the continuation, and the ids of the
-  whole are split where the context's ids end. Where a token reaches across that border there is no such place; then
-  both are encoded separately, as prompt and completion are in the Engine.
+- Context and continuation are one text: spaces at the end of the context belong to the continuation, and the ids of the
+  whole are split where the context's ids end. If a token crosses that border, there is no such place; both are then
+  encoded separately, as prompt and completion are in the Engine.
 - Requests longer than max_seq_len lose ids on the left, and are counted in `truncated`.
 - A continuation is greedy if each of its ids is the likeliest of the whole vocabulary.
 
@@ -38,11 +38,11 @@ from bessemer.tasks.verdict_metrics import wilson
 from bessemer.train.loss import chunk_rows
 
 BATCH_TOKENS = 16384
-"""Padded tokens per forward."""
+"""Tokens per forward pass, padding included."""
 MAX_GEN_TOKENS = 256
 """New tokens for tasks that set no limit, as in lm-eval's own models; at most half of max_seq_len."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Keys that tasks use for the number of new tokens; the first one present counts, as in lm-eval."""
+"""Keys that tasks use for the number of new tokens; the first one present is used, as in lm-eval."""
 ACCURACIES = ("exact_match", "acc")
 """Metrics that are an accuracy; the first one that a task has becomes its pass_at_1."""
 
@@ -86,7 +86,7 @@ class BessemerLM(LM):
         return text
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it) of every (context, continuation)."""
+        """(log-probability of the continuation, whether greedy decoding gives it) for every (context, continuation)."""
         return self._score([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
@@ -141,7 +141,7 @@ class BessemerLM(LM):
         return ids[-room:]
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The Engine's sampling options, and the tokens they leave for a prompt."""
+        """The Engine's sampling options, and the number of tokens they leave for a prompt."""
         left = dict(settings)
         lengths = [left.pop(name) for name in LENGTHS if name in left]
         until, temperature = left.pop("until", None) or [], left.pop("temperature", None)
@@ -226,7 +226,7 @@ def evaluate(
     engine: Callable[[], Engine], names: Sequence[str], *, include: Path | None, limit: int | None, chat: bool
 ) -> list[dict[str, Any]]:
     """An evaluation row (`scoring`) for every task that `names` (tasks, groups, tags) stand for. `include`: folder with
-    tasks of your own; `limit`: most questions per task; `chat`: ask in the model's template."""
+    your own tasks; `limit`: the most questions per task; `chat`: ask in the model's template."""
     manager = _manager(names, include)
     lm = BessemerLM(engine())
     if chat and lm.engine.tokenizer.chat_style is None:
@@ -237,7 +237,7 @@ def evaluate(
                 lm, tasks=list(names), task_manager=manager, limit=limit, apply_chat_template=chat, log_samples=False,
                 bootstrap_iters=1000,
             )  # fmt: skip
-    except OSError as error:  # the datasets library's own errors are all of this kind
+    except OSError as error:  # the datasets library's own errors all derive from it
         raise UserError(
             f"the data of {', '.join(names)} cannot be read ({str(error).splitlines()[0]}). Built-in tasks download "
             "theirs; without a network write a task whose dataset_path is json and whose data_files are local"
@@ -249,7 +249,7 @@ def evaluate(
 
 @contextmanager
 def _no_commit() -> Iterator[None]:
-    """lm-eval asks git for the commit of the working directory, and outside a repository git's error is printed."""
+    """lm-eval asks git for the commit of the working directory, which prints git's error outside a repository."""
     before = getattr(evaluator, "get_git_commit_hash", None)
     evaluator.get_git_commit_hash = lambda: None
     try:
@@ -259,7 +259,7 @@ def _no_commit() -> Iterator[None]:
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
-    """The tasks of `include` alone if they suffice: reading the thousands of lm-eval takes seconds."""
+    """The tasks of `include` alone if they suffice: reading lm-eval's thousands of tasks takes seconds."""
     if include is not None and not include.is_dir():
         raise UserError(f"there is no folder {include}; --include is the folder of your task YAML files")
     if include is not None:
@@ -276,7 +276,7 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
 
 
 def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: BessemerLM) -> dict[str, Any]:
-    """lm-eval's "metric,filter" keys as a row, with Wilson's interval: a standard error is 0 where all are right."""
+    """lm-eval's "metric,filter" keys as a row, with Wilson's interval: a standard error is 0 if all are right."""
     n = results["n-samples"][name]["effective"]
     metrics: dict[str, dict[str, float | None]] = {
         key.removesuffix(",none"): {"value": float(value), "stderr": _number(values.get(key.replace(",", "_stderr,")))}
@@ -311,5 +311,5 @@ def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: Besseme
 
 
 def _number(value: object) -> float | None:
-    """None for lm-eval's "N/A", where it has no standard error."""
+    """None for lm-eval's "N/A", which stands for no standard error."""
     return float(value) if isinstance(value, int | float) else None

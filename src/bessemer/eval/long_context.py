@@ -1,11 +1,11 @@
-"""Long-context evaluation: needles found by length and depth (V3 4.3, Figure 8), and loss by position in the row.
+"""Long-context evaluation: needles found, by length and depth (V3 4.3, Figure 8), and loss by position in the row.
 
 Needle problems are those of `tasks.needle` with test keys in held-out text; the model continues the text greedily, and
-the word must be exact. The loss is that of held-out rows: with a model that uses its context it falls with the
-position; with one that cannot distinguish distant positions it rises beyond the training length.
+the word must match exactly. The loss is measured on held-out rows: it falls with the position if the model uses its
+context, and rises beyond the training length if the model cannot distinguish distant positions.
 
-The text comes from a real source. Documents are held out by the rule of the corpus (`data.corpus.is_heldout`), so that
-a corpus and an evaluation with the same source and share agree on every document.
+The text comes from a real source. Documents are held out by the corpus's rule (`data.corpus.is_heldout`), so that a
+corpus and an evaluation with the same source and share agree on every document.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from bessemer.train import loss
 NEEDLE = "needle:"
 """Prefix of the task's name in a recipe: needle:SOURCE."""
 ANSWER = 8
-"""Most tokens of an answer: a word and a full stop."""
+"""The most tokens of an answer: a word and a full stop."""
 FIRST_BUCKET = 64
-"""End of the first bucket of positions; every next bucket ends at twice the position."""
+"""End of the first bucket of positions; each following bucket ends at twice the position."""
 
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """Axes of the needle's heat map."""
+    """Axes of the needle heat map."""
 
     lengths: Sequence[int]
     """Tokens of prompt and answer."""
@@ -47,7 +47,7 @@ class NeedleGrid:
     problems: int
     """Problems per length and depth."""
     needles: int
-    """Needles in every problem, of which one is asked for."""
+    """Needles per problem; the question asks for one of them."""
 
 
 def find_needles(engine: Engine, task: Needle, grid: NeedleGrid, length: int) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def buckets(length: int) -> Iterator[tuple[int, int]]:
 
 
 def needle(source: str, share: float, cache: Path | None, **settings: Any) -> Needle:
-    """The needle task in the text of `source`, with a `share` of its documents held out; `settings` as for `Needle`.
+    """The needle task in the text of `source`, with `share` of its documents held out; `settings` as for `Needle`.
     UserError if a split is left without documents."""
     texts: dict[str, list[str]] = {"train": [], "test": []}
     for document in sources.documents(source, cache):

@@ -1,9 +1,9 @@
-"""Two models on the same problems: by how much they differ, with an interval over problems and seeds. In pass@1, or in
-how readable their answers are and how much of them is in the language of the question.
+"""Compares two models on the same problems: how much they differ, with an interval over problems and seeds. The measure
+is pass@1, or how readable the answers are, or how much of them is in the language of the question.
 
-Problems differ in difficulty far more than models do, so the difference is taken inside each problem before anything is
-averaged. A side is one model, or several that differ in their seed alone; seeds are paired in the order given. The
-interval of several seeds is the wider of Student's over the seeds and the bootstrap over the problems.
+Problems differ in difficulty far more than models do, so the difference is taken within each problem before anything is
+averaged. A side is one model, or several that differ only in their seed; seeds are paired in the order given. With
+several seeds, the interval is the wider of Student's over the seeds and the bootstrap over the problems.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Asked(NamedTuple):
     temperature: float
     top_p: float
     before: str = ""
-    """What stands before the question."""
+    """The text before the question."""
 
     def __str__(self) -> str:
         nucleus = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
@@ -40,19 +40,19 @@ class Asked(NamedTuple):
 
 
 Rates = Mapping[str, float]
-"""Problem (see `scoring`) -> share of its answers that are right, or another measure of them."""
+"""Problem (see `scoring`) -> share of its answers that are correct, or another measure of them."""
 MEASURES = {"pass@1": "by_problem", "readable": "readable_by_problem", "language": "language_by_problem"}
-"""What can be compared, and its key in a row."""
+"""The measures that can be compared, each with its key in a row."""
 Model = Mapping[Asked, Rates]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The measure of the second side less that of the first."""
+    """The second side's measure minus the first side's."""
 
     asked: str
     n: int
-    """Problems."""
+    """Number of problems."""
     seeds: int
     first: float
     second: float
@@ -68,7 +68,7 @@ class Difference:
 
 
 def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked, Rates]:
-    """A model's evaluation rows by what was asked; of two rows that ask the same the last counts."""
+    """A model's evaluation rows by what was asked; of two rows that ask the same, the last counts."""
     if measure not in MEASURES:
         raise UserError(f'no measure "{measure}"; choose among {", ".join(MEASURES)}')
     key = MEASURES[measure]
@@ -100,8 +100,8 @@ def evaluated(model_dir: Path) -> list[Row]:
 def compare(
     first: Sequence[Model], second: Sequence[Model], common: bool = False, only: Sequence[str] = ()
 ) -> list[Difference]:
-    """A difference for everything that all models were asked, and if that is more than one thing, their mean. `common`:
-    on the problems that all were asked; without it different problems are refused. `only`: of these tasks alone."""
+    """A difference for everything that all models were asked, and their mean if there are several. `common`: compare on
+    the problems that all were asked; without it, different problems are a UserError. `only`: only these tasks."""
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise UserError(
             f"{len(first)} models against {len(second)}: name as many seeds on both sides, or one model on one of them"
@@ -136,7 +136,7 @@ def _problems(key: Asked, asked: Sequence[Rates], common: bool) -> list[str]:
 
 
 def _difference(name: str, tasks: Sequence[Sequence[Sequence[Sequence[float]]]]) -> Difference:
-    """Over tasks, which count the same: [task][side][seed][problem]."""
+    """Over tasks, equally weighted: [task][side][seed][problem]."""
     seeds = max(len(side) for side in tasks[0])
     first, second = (fmean(fmean(map(fmean, sides[place])) for sides in tasks) for place in (0, 1))
     by_seed = [
@@ -165,12 +165,12 @@ def _around(middle: float, interval: Interval) -> tuple[float, float]:
 
 
 def facts(lines: Sequence[Difference]) -> list[dict[str, Any]]:
-    """For JSON."""
+    """The differences as JSON."""
     return [asdict(line) | {"verdict": line.verdict} for line in lines]
 
 
 def table(lines: Sequence[Difference], first: str, second: str, measure: str = "pass@1") -> Table:
-    """For the terminal, in points of per cent."""
+    """A table for the terminal, in percentage points."""
     seeds = lines[0].seeds
     basis = f"{seeds} seeds" if seeds > 1 else "one seed of each, which says nothing about other seeds"
     title = f"first: {first}\nsecond: {second}\n{basis}"

@@ -1,35 +1,35 @@
-"""Scoring a model on a task's held-out problems: pass@1 as a mean over samples, pass@k, maj@k (R1 3).
+"""Scores a model on a task's held-out problems: pass@1 as a mean over samples, pass@k, maj@k (R1 3).
 
-The rows are in `results.json`; keys are only ever added.
+The rows go to `results.json`; keys are only ever added.
 
-    {"rows": [...], "contamination": {...}}       the stage `eval`; the second is `ContaminationSearch.result`
+    {"rows": [...], "contamination": {...}}       the stage `eval`; contamination is `ContaminationSearch.result`
     {"model": directory, "rows": [...]}           `bessemer eval --json`
 
 A row is one model on one task at one way of sampling:
-    model                  name of the stage; from the command line the directory
+    model                  name of the stage; on the command line, the directory
     task, domain           name of the task, and what it is counted under (`tasks.base.DOMAINS`; "lm-eval" there)
-    language               "en", "zh", or "en+zh" where both are asked
+    language               "en", "zh", or "en+zh" if both are asked
     n, samples, k          problems; answers to each; k of pass@k and maj@k
     temperature, top_p     how answers were sampled
     pass_at_1              mean over problems and samples
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
-    by_problem             {problem: share of its answers that are right}; a problem is named by a hash of its text
-    readable_by_problem, language_by_problem      the same of `readable` and `language_consistency` below
-    by_difficulty          {difficulty: {n, pass_at_1}}; {} where the task states none
-    mean_length            tokens per answer; null where a file of answers does not say
-    formatted, truncated   shares of answers in the required form; that ran into the length cap (null as above)
-    readable, unreadable   share a person can read, and {reason: answers} of the rest (`tasks/readability.py`)
-    language_consistency   mean share of the thoughts' words in the language of the question; it and `readable` have
+    by_problem             {problem: share of its answers that are correct}; a problem's name is a hash of its text
+    readable_by_problem, language_by_problem      the same for `readable` and `language_consistency` below
+    by_difficulty          {difficulty: {n, pass_at_1}}; {} if the task states none
+    mean_length            tokens per answer; null if a file of answers does not say
+    formatted, truncated   shares of answers in the required form, and cut off at the length cap (null as above)
+    readable, unreadable   share a person can read, and {reason: answers} for the rest (`tasks/readability.py`)
+    language_consistency   mean share of the thoughts' words in the language of the question; this and `readable` have
                            an *_interval, too
     reasons                {verdict: answers}
-    shots, shot_kind       examples before each question, and what they are (`shots.py`); absent without any
-    prefix                 text before every question; absent without one
-    turns, called, failed  of an environment: the model's turns per episode, the share of episodes in which a tool
-                           answered, and the number that the environment failed, which count as wrong
-A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as
-the rates are, where the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests
-of the call that lost ids on the left). Its samples and k are 1, its intervals are Wilson's.
+    shots, shot_kind       examples before each question, and their kind (`shots.py`); absent if there are none
+    prefix                 text before every question; absent if there is none
+    turns, called, failed  for an environment: the model's turns per episode, the share of episodes in which a tool
+                           answered, and the number in which the environment failed, which count as wrong
+A row of an lm-eval task has, instead of mean_length and what follows it, `metric` (what its pass_at_1 is; null, as are
+the rates, if the task has no accuracy), `metrics` {name: {value, stderr}}, `shots`, and `contexts_cut` (requests of the
+call that lost ids on the left). Its samples and k are 1, and its intervals are Wilson's.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")
 
 @dataclass(frozen=True)
 class Answer:
-    """One sample as it is judged: with the start that its prompt already contains."""
+    """One sample as it is judged, including the opening that its prompt already contains."""
 
     text: str
     tokens: int | None = None
     finish_reason: str | None = None
     episode: PlayedEpisode | None = None
-    """Of an environment, with its verdict; `text` is its last turn."""
+    """The episode of an environment, with its verdict; `text` is its last turn."""
 
 
 def evaluate(
@@ -109,7 +109,7 @@ def judge(
     top_p: float | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The evaluation row of the answers to each problem, at least k. `seed` is that of the intervals."""
+    """The evaluation row for the answers to each problem, at least k of them. `seed` is for the intervals."""
     verdicts = [
         [task.verify(problem, one.text) if one.episode is None else one.episode.verdict for one in group]
         for problem, group in zip(problems, groups, strict=True)
@@ -169,7 +169,7 @@ def _of_episodes(episodes: Sequence[PlayedEpisode]) -> dict[str, Any]:
 
 
 def _named(problems: Sequence[Problem]) -> list[str]:
-    """A name for each problem that says whether another evaluation asked the same; one that comes again is numbered."""
+    """A name for each problem, equal in every evaluation that asks the same; repeated problems are numbered."""
     names: list[str] = []
     seen: Counter[str] = Counter()
     for problem in problems:
@@ -180,7 +180,7 @@ def _named(problems: Sequence[Problem]) -> list[str]:
 
 
 def heldout(task: Task, problems: int) -> list[Problem]:
-    """Problems 0..problems-1 of the test split: those of every evaluation of the task."""
+    """Problems 0..problems-1 of the test split, the same in every evaluation. UserError if the task has fewer."""
     size = task.size("test")
     if size is not None and problems > size:
         raise UserError(f"{problems} problems asked for, {task.name} has {size} held-out ones; take at most {size}")

@@ -1,13 +1,13 @@
-"""What stands before a question: worked examples (few-shot prompts, R1 5), their controls, and a text of one's own.
+"""Text before a question: worked examples (few-shot prompts, R1 5), their controls, and a prefix of the user's own.
 
-An example is a conversation of its own before the question's, with its own start and end, as documents share a row in
-pre-training: so it keeps its thoughts in R1's template too, which drops those of earlier turns. Every question has
-examples of its own, from the train split, the same for every model with one tokenizer.
+An example is a separate conversation before the question's, with its own start and end, as documents share a row in
+pre-training. So it keeps its thoughts even in R1's template, which drops those of earlier turns. Every question has its
+own examples, from the train split, the same for every model with the same tokenizer.
 
-    worked           thoughts and a right answer, in the language of the question
-    direct           the same questions, and their right answers without thoughts
+    worked           thoughts and a correct answer, in the language of the question
+    direct           the same questions, and their correct answers without thoughts
     other-language   worked, in the task's other language
-    fables           as many tokens of fables in the language of the question, in as many documents
+    fables           the same number of tokens and documents, but fables in the language of the question
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Shots:
     count: int = 0
     kind: ShotKind = "worked"
     prefix: str = ""
-    """Text before the examples, a document of its own."""
+    """Text before the examples, as a separate document."""
 
     def facts(self) -> dict[str, int | str]:
-        """Keys of an evaluation row; none without any text before the question."""
+        """Keys of an evaluation row; none if there is no text before the question."""
         made: dict[str, int | str] = {"shots": self.count, "shot_kind": self.kind} if self.count else {}
         return made | ({"prefix": self.prefix} if self.prefix else {})
 
     def encoder(
         self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
     ) -> Callable[[Problem], list[int]]:
-        """The prompt of a problem as ids, at most `room` of them if examples stand in it; `cache` holds downloads."""
+        """A function from a problem to its prompt's ids, at most `room` if it has examples; `cache` holds downloads."""
         before = [] if not self.prefix else _document(tokenizer, tokenizer.encode(self.prefix))
 
         def encode(problem: Problem) -> list[int]:
@@ -63,7 +63,7 @@ class Shots:
         return encode
 
     def _pages(self, tokenizer: Tokenizer, task: Task, problem: Problem, longest: int) -> list[Written]:
-        """The examples of a problem, each of at most so many ids; the same pages for all kinds but other-language."""
+        """The examples of a problem, each of at most `longest` ids; the same pages for all kinds but other-language."""
         language = problem.language
         if self.kind == "other-language":
             language = next((one for one in task.all_languages if one != language), "")
@@ -90,7 +90,7 @@ def _document(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: Path | None) -> list[list[int]]:
-    """Documents of fables, each exactly so long; a fable that is too short is followed by the next one's words."""
+    """Documents of fables, of exactly these lengths; a fable that is too short is followed by the next one's words."""
     texts = _texts(problem.language, cache)
     at, made = stable_hash("fable", problem.id), []
     for length in lengths:

@@ -1,15 +1,15 @@
-"""`bessemer eval --suite`: a model's answers to every evaluation of a suite, and their scores.
+"""`bessemer eval --suite`: samples a model's answers to every evaluation of a suite, and scores them.
 
-Answers are written as they come, to OUT/NAME.jsonl: a first line with the settings, then one line per answer:
+Answers are written to OUT/NAME.jsonl as they come: first a line with the settings, then one line per answer:
 
     problem         id of the problem in the data, or its number from 1
-    text            the answer; `reasoning` (or reasoning_content) before it where the thoughts are kept apart
-    evaluation      needed only in a file of several evaluations that is not called NAME.jsonl
+    text            the answer; `reasoning` (or reasoning_content) before it if the thoughts are stored separately
+    evaluation      needed only if several evaluations run and the file is not called NAME.jsonl
     sample          number of the answer, from 0; optional, as are tokens and finish_reason
-    question        a hash of the prompt, which must then be that of the problem; optional
+    question        a hash of the prompt, which must match that of the problem; optional
 
-A second call goes on where the first was killed, and samples what it would have sampled: answer k to a problem depends
-on the seed, the problem and k alone. Answers of any origin can also be scored from such lines, without a model.
+A second call resumes where the first was killed, and samples what it would have sampled: answer k to a problem depends
+only on the seed, the problem and k. Answers of any origin can also be scored from such lines, without a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bessemer.tasks import Problem, stable_hash
 from bessemer.train import setup
 
 ROWS = 64
-"""Answers that a process generates together, and that a kill loses at most."""
+"""Answers that a process generates together: a kill loses at most this many per process."""
 RESULTS = "results.json"
 Answers = dict[str, dict[int, scoring.Answer]]
 """Id of a problem -> number of the sample -> answer."""
@@ -42,7 +42,7 @@ Answers = dict[str, dict[int, scoring.Answer]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a call samples: as the suite says, or the user."""
+    """How a call samples: as set by the suite or the user."""
 
     temperature: float
     top_p: float
@@ -52,7 +52,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Ready:
-    """An evaluation whose data is here."""
+    """An evaluation whose data is available."""
 
     evaluation: Evaluation
     task: Given
@@ -76,7 +76,7 @@ def evaluate_suite(
     seed: int = 0,
     **changes: float,
 ) -> dict[str, Any]:
-    """{suite, model, rows, skipped}: of a model, or without one of a file of `answers`. `samples` and `changes` (of
+    """{suite, model, rows, skipped} for a model, or without one for a file of `answers`. `samples` and `changes` (of
     temperature, top_p, max_new_tokens) replace the suite's own. UserError if no evaluation can be run."""
     chosen = load_suite(suite)
     evaluations = choose(chosen, only)
@@ -111,7 +111,7 @@ def evaluate_suite(
 def prepare(
     evaluations: Sequence[Evaluation], places: Sequence[str], problems: int | None
 ) -> tuple[list[Ready], list[dict[str, str]]]:
-    """The evaluations whose data is here, every row of it checked, and {evaluation, reason} of the others."""
+    """The evaluations whose data is available, with every row checked, and {evaluation, reason} for the others."""
     ready, skipped = [], []
     folder = Path(next((place for place in places if "=" not in place and place != documents.HUB), FOLDER))
     for evaluation in evaluations:
@@ -135,7 +135,7 @@ def prepare(
 def run(
     model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
 ) -> Iterator[dict[str, Any]]:
-    """The row of each evaluation, as soon as all its answers are there."""
+    """Yields the row of each evaluation as soon as all its answers are there."""
     setup.keep_memory()
     engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def run(
 
 
 def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
-    """A row of every evaluation that a file, or a folder of NAME.jsonl, has answers to."""
+    """Yields a row for every evaluation that a file, or a folder of NAME.jsonl files, has answers to."""
     files = [path] if path.is_file() else [path / f"{one.name}.jsonl" for one in ready]
     files = [file for file in files if file.is_file()]
     if not files:
@@ -183,7 +183,7 @@ def _row(one: Ready, answers: Answers, temperature: float | None, top_p: float |
 
 
 def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: Path) -> None:
-    """Adds the answers that the file lacks."""
+    """Generates the answers that the file lacks, and appends them."""
     there = read_answers(file, [one]).get(one.name, {})
     problems = one.problems
     plan = engine.plan(
@@ -209,8 +209,8 @@ def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: 
 
 
 def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
-    """Starts a file of answers, or checks that its settings are these, perhaps in the older form. Half a line at its
-    end, which a kill may leave, is removed."""
+    """Starts a file of answers, or checks that its settings are these, in this or the older form. Removes an incomplete
+    line at its end, which a kill may leave."""
     text, begun = file.read_bytes() if file.is_file() else b"", json.dumps(header).encode()
     whole = text[: text.rfind(b"\n") + 1]
     if begun.startswith(text):
@@ -229,7 +229,7 @@ def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
 
 
 def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
-    """The answers of a file by the name of their evaluation, which a line need not state where only one is `ready`."""
+    """The answers of a file by the name of their evaluation, which a line need not state if only one is `ready`."""
     by_name = {one.name: one for one in ready}
     prompts = {one.name: {problem.id: _digest(problem) for problem in one.problems} for one in ready}
     ids = {one.name: set(one.task.ids) for one in ready}
@@ -257,8 +257,8 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
 
 
 def _whole(record: dict[str, Any], text: str, where: str) -> str:
-    """The answer with its thoughts, from the opening tag that a prompt may have held: so it was in front of thoughts
-    that are closed but not opened, and of an answer without tags that was cut off."""
+    """The answer with its thoughts and the opening tag. The prompt held that tag if thoughts are closed but not opened,
+    or if an answer without tags was cut off."""
     thoughts = record.get("reasoning") or record.get("reasoning_content")
     if thoughts is not None:
         if not isinstance(thoughts, str):
@@ -274,13 +274,13 @@ def _digest(problem: Problem) -> str:
 
 
 def _dated(model: Path) -> dict[str, Any]:
-    """What version 0.2.0 and before wrote of a model."""
+    """What versions up to 0.2.0 wrote about a model."""
     changed = max((file.stat().st_mtime_ns for file in model.glob("*.safetensors")), default=0)
     return {"path": str(model.resolve()), "changed": changed}
 
 
 def _label(model: Path) -> str:
-    """A name for the folder of its answers: `tiny-03-zero` for runs/tiny/03-zero/model."""
+    """A name for the folder of a model's answers: `tiny-03-zero` for runs/tiny/03-zero/model."""
     parts = model.resolve().parts
     return parts[-1] if parts[-1] != "model" else "-".join(parts[-3:-1])
 

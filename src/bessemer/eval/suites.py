@@ -1,8 +1,8 @@
 """Suites of named evaluations (`suites.toml`): the article's AIME, MATH-500, GPQA Diamond, LiveCodeBench and others.
 
-No data set is here. An evaluation reads the release that its user has: a .jsonl, .csv or .parquet file (or a folder of
-them) named after the evaluation, or the hub. A row is read, and an answer judged, by the task family of its kind; the
-prompt adds R1's words to the question.
+No data set is included. An evaluation reads the user's copy: a .jsonl, .csv or .parquet file (or a folder of them)
+named after the evaluation, or the hub. The task family of its kind reads the rows and judges the answers; the prompt
+adds R1's instructions to the question.
 """
 
 import tomllib
@@ -24,14 +24,14 @@ from bessemer.tasks.files import IDS, FileTask, Question, language_of
 from bessemer.tasks.maths import Maths
 
 FOLDER = Path("data/evals")
-"""Where the data is looked for unless --data says otherwise."""
+"""Where the data is looked up unless --data says otherwise."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 _AT_ONCE = 32  # rows whose golds are checked together
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An entry of `suites.toml`, which explains the fields."""
+    """An entry of `suites.toml`, where the fields are explained."""
 
     name: str
     title: str
@@ -47,14 +47,14 @@ class Evaluation:
     lettered: tuple[str, ...] = ()
 
     def wanted(self, folder: Path) -> str:
-        """What to put where, for somebody who lacks the data."""
+        """What to put where, for a user who lacks the data."""
         files = f"{folder / self.name}.jsonl (or .csv, .parquet, or a folder {self.name}/)"
         return f"{self.name}: put {files} with the fields {', '.join(self.fields)}: {self.data.removeprefix('hf://')}"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Evaluations that are run and sampled alike."""
+    """Evaluations that run with the same sampling."""
 
     name: str
     title: str
@@ -93,7 +93,7 @@ class GivenChoice(MultipleChoice, Given):
 
 
 class GivenCode(CodeFile, Given):
-    """The tests stay in the packed form of the record until they are needed: they may be many megabytes."""
+    """The tests stay packed in the record until they are needed: they may take many megabytes."""
 
     def add(self, record: dict[str, Any], question: Question) -> None:
         super().add(record, replace(question, meta=question.meta | {"record": record}))
@@ -104,7 +104,7 @@ class GivenCode(CodeFile, Given):
 
 
 class Instructions(Given):
-    """IFEval: what follows the thoughts must follow every instruction of the prompt."""
+    """IFEval: the reply after the thoughts must follow every instruction of the prompt."""
 
     domain = "general"
     family = "if-eval"
@@ -135,7 +135,7 @@ KINDS: dict[str, type[Given]] = {
 
 
 def load_suite(name: str) -> Suite:
-    """The suite of a name; UserError with the nearest one for another."""
+    """The suite with this name; UserError with the nearest name if there is none."""
     table = _table()
     entry = dict(_known(name, table["suite"], "there is no suite"))
     names = entry.pop("evaluations")
@@ -143,7 +143,7 @@ def load_suite(name: str) -> Suite:
 
 
 def choose(suite: Suite, only: Sequence[str]) -> list[Evaluation]:
-    """The evaluations with these names, in the order of the suite; all of them if none is named."""
+    """The evaluations with these names, in the suite's order; all of them if none is named."""
     by_name = {evaluation.name: evaluation for evaluation in suite.evaluations}
     wanted = {_known(name, by_name, f"suite {suite.name} has no evaluation").name for name in only}
     return [one for one in suite.evaluations if not only or one.name in wanted]
@@ -184,8 +184,8 @@ def check_places(places: Sequence[str], evaluations: Sequence[Evaluation]) -> No
 
 
 def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tuple[Given, list[Problem]]:
-    """The task of an evaluation, and its problems: with `problems`, so many, evenly spread over the data. Ids are those
-    of the data where all differ, else numbers from 1. UserError names the file, the line and the field."""
+    """The task of an evaluation, and its problems: all, or `problems` of them, evenly spread over the data. Ids are
+    those of the data if all differ, else numbers from 1. UserError names the file, the line and the field."""
     task = KINDS[evaluation.kind](evaluation.name)
     task.name = evaluation.name
     ids: list[str] = []
@@ -216,7 +216,7 @@ def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tupl
 
 
 def _rows(evaluation: Evaluation, spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records in the form that the kind reads, without those of other dates."""
+    """Records in the form that the kind reads, without those outside the evaluation's dates."""
     for where, record in documents.records(spec):
         for name, columns in evaluation.rename.items():
             source = next((column for column in columns if column in record), None)

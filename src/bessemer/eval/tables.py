@@ -1,7 +1,7 @@
-"""Evaluations as tables of figures: models side by side, from results.json and long.json.
+"""Evaluations as tables: models side by side, from results.json and long.json.
 
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
-settings (samples, k, temperature, top_p) and the same text before the question are comparable and make one
+settings (samples, k, temperature, top_p) and the same text before the question are comparable and form one
 `StageTable`; of two rows of a model, the last counts. Nothing is interpolated: a measure that no row has is left out.
 The only figures computed here are the plain mean over the tasks of a table, for models evaluated on all of them, and
 its interval.
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of an evaluation row."""
+    """A measure in an evaluation row."""
 
     key: str
     name: str
@@ -38,7 +38,7 @@ class Measure:
     higher_is_better: bool = True
     """Whether the best value of a row is marked."""
     by_problem: str = ""
-    """Key of the same figure problem by problem."""
+    """Key of the same measure by problem."""
 
 
 MEASURES = (
@@ -61,7 +61,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A measure of every model; `cells` are in the order of the models, None where a model was not evaluated."""
+    """One measure of every model; `cells` are in the order of the models, None for one that was not evaluated."""
 
     label: str
     measure: Measure
@@ -87,7 +87,7 @@ class StageTable:
     overall: tuple[TableRow, ...]
     """Every other measure, as a mean over the tasks."""
     details: tuple[tuple[str, tuple[TableRow, ...]], ...]
-    """With several tasks, the same measures task by task; pass@1 by difficulty where tasks have one."""
+    """With several tasks, the same measures by task; pass@1 by difficulty if tasks state one."""
 
 
 def by_sampling(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]]:
@@ -102,7 +102,7 @@ def by_sampling(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ..
 
 
 def stage_tables(rows: Sequence[Row]) -> list[StageTable]:
-    """One table per sampling settings, in the order of the rows; models in the order of their first evaluation."""
+    """One table per set of sampling settings, in the order of the rows; models in order of first evaluation."""
     return [_stage_table(by_task) for by_task in by_sampling(rows).values()]
 
 
@@ -147,7 +147,7 @@ def _sampling(row: Row) -> str:
 
 
 def before(row: Row) -> str:
-    """What stands before the question, in words; "" for the question alone. lm-eval words its own questions."""
+    """The text before the question, in words; "" for the question alone. lm-eval words its own questions."""
     shown = f"{row['shots']} {row['shot_kind']} examples first" if "shot_kind" in row else ""
     return " and ".join(filter(None, (shown, f'after "{row["prefix"]}"' if row.get("prefix") else "")))
 
@@ -180,8 +180,8 @@ def _name(task: tuple[str, ...]) -> str:
 
 
 def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row]]) -> TableRow:
-    """The mean over tasks, with an interval over their problems where these are known; None for a model that lacks a
-    value which another model has."""
+    """The mean over tasks, with an interval over their problems if these are known; None for a model that lacks a value
+    that another model has."""
     measured = [rows for rows in tasks if any(_number(row.get(measure.key)) is not None for row in rows.values())]
 
     def cell(model: str) -> Score | None:
