@@ -1,13 +1,13 @@
-"""The report card of a run: one self-contained HTML file, made from the run directory alone.
+"""The report card of a run: one self-contained HTML file, made only from the run directory.
 
 `write(root)` reads the facts and writes `report.html` into the run directory, atomically. SECTIONS lists what is on the
-page: each section is a function from facts to HTML, "" when the run has nothing for it; those are named in one line at
-the end.
+page: each section is a function from facts to HTML, "" if the run has nothing for it; such sections are named in one
+line at the end.
 
 Transcripts show what the model wrote: samples of each stage, and answers to the same prompts during training. Rollouts
-are a list of folded prompts, each with its answers from first to last. Where scripts run, `card.js` turns them
-into a browser: pick a prompt, step through training. It opens on the prompt whose answers changed most, where they
-became right.
+are a list of folded prompts, each with its answers from first to last. Where scripts run, `card.js` turns the list into
+a browser: pick a prompt, step through training. It opens on the prompt whose answers changed most, at the moment they
+became correct.
 """
 
 import json
@@ -39,7 +39,7 @@ _CHARACTERS = 150_000  # about as many per stage, so that a long run leaves a sm
 
 
 def samples(facts: RunFacts) -> Html:
-    """ "" when no stage left samples."""
+    """The samples of each stage, spread from first to last; "" if no stage left any."""
     parts = []
     for stage in facts.stages:
         if shown := _spread(stage.samples, _SAMPLES):
@@ -54,19 +54,19 @@ def samples(facts: RunFacts) -> Html:
 
 
 def rollouts(facts: RunFacts) -> Html:
-    """ "" when no stage left rollouts."""
+    """Answers to the same prompts during training, for each stage; "" if no stage left rollouts."""
     parts = []
     for stage in facts.stages:
         by_prompt: dict[str, list[Answer]] = {}
         for line in stage.rollouts:
             by_prompt.setdefault(str(line.get("id", line.get("prompt", ""))), []).append(line)
-        # prompts asked at most different steps tell most; if none was asked twice, spread over training
+        # prompts asked at the largest number of steps show most; if none was asked twice, spread over training
         chosen = sorted(by_prompt.values(), key=lambda lines: -_steps(lines))[:_PROMPTS]
         if chosen and _steps(chosen[0]) == 1:
             chosen = _spread(list(by_prompt.values()), _PROMPTS)
         if chosen:
             rivals = [lines for lines in by_prompt.values() if _steps(lines) == _steps(chosen[0])]
-            telling = max(rivals, key=_gain)  # of equals the first
+            telling = max(rivals, key=_gain)  # the first of equals
             chosen = [telling, *(lines for lines in chosen if lines is not telling)][:_PROMPTS]
             most = _most_moments(chosen)
             body = "\n".join(_prompt(lines, most, opened=not place) for place, lines in enumerate(chosen))
@@ -105,7 +105,7 @@ def _steps(lines: list[Answer]) -> int:
 
 
 def _gain(lines: list[Answer]) -> float:
-    """Share of right answers in the last third of training, minus that in the first; 0 where nothing says."""
+    """Share of correct answers in the last third of training, minus that in the first; 0 if unknown."""
     steps: dict[Any, list[bool]] = {}
     for line in lines:
         if line.get("correct") is not None:
@@ -166,7 +166,7 @@ class PageSection:
     title: str
     body: Callable[[RunFacts], Html]
     needs: str
-    """What is missing in a run without it; "" where nobody misses it."""
+    """What a run without this section lacks; "" if that is not worth mentioning."""
     lead: str = ""
 
 

@@ -3,9 +3,9 @@
 Colours in a drawing are placeholders that become CSS variables, so that one SVG serves light and dark themes; text
 stays text in the page's font. Titles, units and legends are HTML (`page.chart`), so that escaping is in one place.
 
-Lines differ by hue and by dash: the hues stay apart for the colour-blind, the dashes in black and white. For `plot.js`,
-which shows values and zooms, a drawing names its lines (`data-line`, "3" or "3 raw" as measured) and says where its
-axes lie and what they span (`data-axes`).
+Lines differ by hue and by dash: the hues are distinct to colour-blind readers, the dashes in black and white. For
+`plot.js`, which shows values and zooms, a drawing names its lines (`data-line`: "3", or "3 raw" as measured) and says
+where its axes lie and what they span (`data-axes`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOST_POINTS = 240  # per line: more than the chart has pixels to show
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2.4)),
                             (0, (4, 1.4, 1.2, 1.4, 1.2, 1.4)))  # fmt: skip
 _EDGE, _PAD = 3.0, 5.0  # points between a drawing's edge and its labels, and between these and the axes
-_SMOOTH_FROM = 60  # points from which a line is drawn faint, with its smoothed form on top
+_SMOOTH_FROM = 60  # number of points from which a line is drawn faint, with its smoothed form on top
 # idle, even, overloaded; the middle is a grey that is visible on white and on black
 _SHARE_COLOURS = LinearSegmentedColormap.from_list("share", ["#e2885c", "#e6dfc8", "#6fb58a"])
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#2a6fb0", "#b9bab6", "#d4641c"])
@@ -150,7 +150,7 @@ def _wide(values: Iterable[float]) -> bool:
 
 
 def short(value: float) -> str:
-    """1234567 -> "1.2M"; for axes and headlines."""
+    """1234567 -> "1.23M"; for axes and headlines."""
     size = abs(value)
     for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if size >= unit:
@@ -225,14 +225,14 @@ def _place(figure: Figure, axes: Axes) -> None:
 
 
 def _labels(axis: Axis) -> list[str]:
-    """The tick labels within the view; one that is empty if there is none."""
+    """The tick labels within the view; a single empty one if there are none."""
     low, high = sorted(axis.get_view_interval())
     places = [place for place in axis.get_majorticklocs() if low <= place <= high]
     return list(axis.get_major_formatter().format_ticks(places)) or [""]
 
 
 def _svg(figure: Figure, axes: Axes, readable: bool = False, named: bool = False) -> str:
-    """The drawing. `readable`: its lines can be read and zoomed; `named`: names stand along x."""
+    """The drawing. `readable`: `plot.js` can read and zoom its lines; `named`: x has names."""
     _place(figure, axes)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -247,7 +247,7 @@ def _svg(figure: Figure, axes: Axes, readable: bool = False, named: bool = False
 
 
 def _extent(figure: Figure, axes: Axes) -> dict[str, Any]:
-    """Of both axes: [first, last] in the drawing's units, and the values there. y runs downwards in a drawing."""
+    """For both axes: [first, last] in the drawing's units, and the values there. y runs downwards in a drawing."""
     width, height = 72 * figure.get_size_inches()
     box = axes.get_position()
     return {

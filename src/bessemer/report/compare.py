@@ -1,6 +1,6 @@
-"""Several runs in one report: the keys in which they differ; their evaluations, curves and times side by side.
+"""Several runs in one report: the recipe keys that differ, and evaluations, curves and times side by side.
 
-Stages are matched by name. A stage that only one run has is named among the differences and compared with nothing.
+Stages are matched by name. A stage that only one run has is listed among the differences but not compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LEFT_OUT = ("rl/words/", "rl/pass/", BALANCE)
 
 
 def write(roots: Sequence[Path]) -> Path:
-    """Make the comparison beside the first run, named after all of them; return its path."""
+    """Write the comparison page next to the first run, named after all of them; return its path."""
     labels = run_labels(roots)
     name = re.sub(r"[^\w.-]+", "-", "-and-".join(labels))[:150]
     path = roots[0].parent / f"{name}.html"
@@ -89,7 +89,7 @@ def _results(runs: dict[str, RunFacts]) -> Html:
 
 
 def _differences(runs: dict[str, RunFacts]) -> Html:
-    """Of two runs, whose evaluations asked the same problems; "" otherwise."""
+    """The differences between two runs whose evaluations asked the same problems; "" otherwise."""
     if len(runs) != 2:
         return Html()
     parts = []
@@ -100,7 +100,7 @@ def _differences(runs: dict[str, RunFacts]) -> Html:
         first, second = (paired.rates(rows, name) for rows in sides)
         try:
             lines = paired.compare([first], [second])
-        except UserError:  # they were asked nothing in common, or other problems
+        except UserError:  # they were asked nothing in common, or different problems
             continue
         rows = [
             [line.asked, str(line.n), *(f"{100 * value:+.1f}" for value in (line.difference, line.low, line.high)),

@@ -1,12 +1,12 @@
 """Models side by side: the stage table, controls, number formats, long contexts; for the page and for a terminal.
 
-Controls are runs that share everything with an RL stage except the reward: the same start, the same tasks, and a random
-reward, a reward for the format alone, or SFT on the samples that the stage itself exported. Whatever a control gains
-too was not learnt from the task. A control that fits several stages belongs to the first.
+Controls are stages that share everything with an RL stage except the reward: the same start, the same tasks, and a
+random reward, a reward for the format alone, or SFT on the samples that the stage itself exported. Whatever a control
+gains as well was not learnt from the task. A control that fits several stages belongs to the first.
 
 Number formats are compared between pre-training stages that share everything else (V3 App. B.1). The loss of a step is
-smoothed as in the paper, e <- 0.9 e + 0.1 loss, and the gap is (e - e of the baseline) over the latter, step by step
-between stages of one seed. The baseline is the stage without FP8, in BF16 where there is one.
+smoothed as in the paper, e <- 0.9 e + 0.1 loss, and the gap is (e - e of the baseline) / e of the baseline, step by
+step between stages of one seed. The baseline is the stage without FP8, in BF16 if there is one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bessemer.runs.files import read_json
 
 
 def stage_table_html(facts: RunFacts, rows: Sequence[Row]) -> Html:
-    """Every stage table of some evaluation rows; "" without any."""
+    """The stage tables of evaluation rows; "" without any."""
     kinds = {stage.name: stage.kind for stage in facts.stages}
     return page.join(*(_stage_table_html(table, kinds) for table in stage_tables(rows)))
 
@@ -58,8 +58,8 @@ def _stage_table_html(table: StageTable, kinds: dict[str, str]) -> Html:
 
 
 def _score(line: TableRow, place: int) -> Html:
-    """One figure, in bold if it is the best of its row; with a bar where there is an interval, and of two models the
-    second with its gain."""
+    """One score, in bold if it is the best of its row, with a bar if it has an interval; of two models, the second also
+    shows its gain."""
     score = line.cells[place]
     if score is None:
         return Html("–")
@@ -153,7 +153,7 @@ def main_rows(facts: RunFacts) -> list[Row]:
 
 
 def _difference(stage: StageFacts, main: StageFacts) -> str:
-    """What distinguishes `stage` from `main`; "" if it is no control of it."""
+    """What distinguishes `stage` from `main`; "" if it is not a control of it."""
     if stage.source != main.source:
         return ""
     if stage.kind == "sft" and main.name in (stage.settings.get("samples") or []):
@@ -168,7 +168,7 @@ def _reward(stage: StageFacts) -> str:
 
 
 def controls_html(facts: RunFacts) -> Html:
-    """ "" without controls."""
+    """Charts and tables of every control group; "" without controls."""
     return page.join(*(_control_group(facts, group) for group in control_groups(facts)))
 
 
@@ -214,9 +214,9 @@ class FormatGap:
     seed: int | None
     tokens: list[int]
     gap: list[float]
-    """Per cent, signed, of every step."""
+    """The signed gap at every step, in per cent."""
     heldout: float | None
-    """Per cent: mean held-out bits per byte at the end, against the baseline's."""
+    """The gap of the mean held-out bits per byte at the end, in per cent."""
 
     @property
     def settled(self) -> list[float]:
@@ -302,13 +302,13 @@ def _format_lead(facts: RunFacts) -> str:
 
 
 def formats_text(facts: RunFacts) -> str:
-    """The table for a terminal; "" when no stages differ by number format alone."""
+    """The table for a terminal; "" if no stages differ only by number format."""
     gaps = format_gaps(facts)
     return f"number formats: {_format_lead(facts)}\n{page.grid([_HEADS, *_format_rows(gaps)])}" if gaps else ""
 
 
 def formats_html(facts: RunFacts) -> Html:
-    """ "" when no stages differ by number format alone."""
+    """The table and the curves of the gaps; "" if no stages differ only by number format."""
     gaps = format_gaps(facts)
     if not gaps:
         return Html()
@@ -343,7 +343,7 @@ def _by(key: str, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 def long_text(facts: RunFacts) -> str:
-    """The figures for a terminal."""
+    """The long-context results for a terminal."""
     parts = []
     for stage, table in _long_tables(facts):
         grid = []
@@ -361,7 +361,7 @@ def long_text(facts: RunFacts) -> str:
 
 
 def long_html(facts: RunFacts) -> Html:
-    """ "" when no stage has evaluated long contexts."""
+    """Needles found, loss by position and loss on short rows; "" if no stage has evaluated long contexts."""
     parts = []
     for stage, table in _long_tables(facts):
         drawn = [_needles(stage, model, rows) for model, rows in _by("model", table["needle"]).items()]

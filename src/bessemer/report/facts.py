@@ -82,7 +82,7 @@ class RunFacts:
 
 
 def read(root: Path) -> RunFacts:
-    """The facts of the run in `root`; UserError if it is no run, or one of its files is damaged."""
+    """The facts of the run in `root`; UserError if it is not a run, or one of its files is damaged."""
     try:
         text = (root / "recipe.toml").read_text(encoding="utf-8")
         recipe = tomllib.loads(text)

@@ -19,8 +19,8 @@ MLA_KERNELS = (512, 64)
 
 
 def model_card(model: Path, name: str, licence: str | None) -> str:
-    """The card of a model directory, in Markdown. A model that belongs to a run gets the run's facts, another one those
-    of its config."""
+    """The card of a model directory, in Markdown. A model that belongs to a run gets the run's facts, any other only
+    those of its config."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     tags = [*TAGS, *filter(None, [config.get("model_type")])]
     head = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -45,7 +45,7 @@ def _network(config: dict[str, Any]) -> str:
 
 
 def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
-    """The commands that chat with the model and serve it; those of other programs as they document them."""
+    """Commands to chat with the model and to serve it; those of other programs follow their documentation."""
     r1 = style_of(model) == "r1"
     vllm = f"vllm serve {name}{' --reasoning-parser deepseek_r1' if r1 else ''}"
     sglang = f"python -m sglang.launch_server --model-path {name}{' --reasoning-parser deepseek-r1' if r1 else ''}"
@@ -79,7 +79,7 @@ def _of_run(facts: RunFacts, stage: StageFacts | None) -> list[str]:
 
 
 def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
-    """The stages from the first to this one, each from the one it starts from."""
+    """The stages from the first to this one, each starting from the one before."""
     by_name, chain = {one.name: one for one in facts.stages}, [stage.name]
     while (source := by_name[chain[0]].source) in by_name and source not in chain:
         chain.insert(0, source)

@@ -1,9 +1,9 @@
-"""The HTML of a report: a few generic pieces, from which every page is built.
+"""The HTML of a report: a few generic pieces from which every page is built.
 
-Every piece takes plain text, escapes it and returns `Html`, which the other pieces insert as it is. Model output is
-hostile: `text` escapes its markup, shows control characters instead of obeying them, and `block` cuts what is too long.
-The page has one script of our own (`card.js` and `plot.js`) and a policy that forbids loading anything and running any
-script except the one with its hash.
+Every piece takes plain text, escapes it and returns `Html`, which the other pieces insert unchanged. Model output is
+hostile: `text` escapes its markup and makes control characters visible, and `block` cuts long text. The page has one
+script of our own (`card.js` and `plot.js`) and a policy that forbids loading anything and running any script except the
+one with its hash.
 """
 
 import base64
@@ -20,7 +20,7 @@ LONGEST = 4000  # characters of one completion that are shown
 
 
 class Html(str):
-    """Markup. Pieces escape a plain string and insert this as it is."""
+    """Markup. Pieces insert it unchanged, whereas they escape a plain string."""
 
 
 def text(value: object) -> Html:
@@ -36,14 +36,14 @@ def join(*parts: str, by: str = "\n") -> Html:
 
 
 def block(value: object) -> Html:
-    """Model output: as it is, line by line, cut when too long."""
+    """Model output, verbatim line by line, cut if too long."""
     whole = str(value)
     cut = f"\n… {len(whole) - LONGEST:,} more characters" if len(whole) > LONGEST else ""
     return Html(f"<pre>{text(whole[:LONGEST] + cut)}</pre>")
 
 
 def document(title: str, body: str, styles: str = "", script: str = "") -> str:
-    """A whole page; `styles` and `script` are what it has beyond the pieces of this module."""
+    """A whole page; `styles` and `script` add to those of this module."""
     css, *scripts = (
         resources.files("bessemer.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("card.css", "card.js", "plot.js")

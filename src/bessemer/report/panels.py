@@ -1,4 +1,4 @@
-"""The charts of a run's metrics: how the panels of a stage are made. `runs/curves.py` lists them."""
+"""The charts of a run's metrics. `runs/curves.py` lists the panels; this module draws them."""
 
 from collections.abc import Collection, Sequence
 
@@ -13,13 +13,13 @@ IN_TABLES = ("eval/", LOADS, "reject/", "long/")  # elsewhere on the page, or in
 COMPARED = {"rl/heldout_pass_at_1": "held-out pass@1", "rl/accuracy": "correct in training"} | dict.fromkeys(
     ("rl/format", "rl/length", "rl/think_share", "rl/entropy"), ""
 )
-"""Metrics on which a stage is compared with its controls, one chart each, and the chart's title where it is not the
+"""Metrics on which a stage is compared with its controls, one chart each, and the chart's title if it is not the
 metric's name."""
 _MOST_LAYERS = 6  # layers whose expert loads are drawn per stage, evenly spaced
 
 
 def training(facts: RunFacts) -> Html:
-    """The curves of training, stage by stage; "" when the run recorded none."""
+    """The curves of training, stage by stage; "" if the run recorded none."""
     parts = []
     for stage in facts.stages:
         if drawn := draw(stage, TRAINING):
@@ -31,7 +31,7 @@ def training(facts: RunFacts) -> Html:
 
 
 def learning(facts: RunFacts, controls: Collection[str]) -> Html:
-    """The alarms and curves of every RL stage that is no control; "" without one."""
+    """The alarms and curves of every RL stage that is not a control; "" without one."""
     parts = []
     for stage in facts.stages:
         if stage.learns_by_reward and stage.name not in controls:
@@ -62,8 +62,8 @@ def draw(stage: StageFacts, panels: Sequence[Panel]) -> Html:
 
 
 def compared(stages: Sequence[StageFacts], metric: str, salt: str = "against") -> Html:
-    """One chart of a metric of several stages over their tokens or, where one has none, their steps; "" if fewer than
-    two recorded it. `salt` sets it apart from other charts of the same stages and metric on the page."""
+    """One chart of a metric for several stages, over their tokens or, if one has none, their steps; "" if fewer than
+    two recorded it. `salt` distinguishes it from other charts of the same stages and metric on the page."""
     found = [(stage, _numbers(stage.series.get(metric, Series()))) for stage in stages]
     found = [(stage, series) for stage, series in found if series.values]
     if len(found) < 2:
@@ -122,7 +122,7 @@ def _alarm(step: int, alarm: Alarm, active: bool) -> Html:
 
 
 def _not_drawn(facts: RunFacts) -> list[str]:
-    """Metrics that are in metrics.jsonl and on no panel."""
+    """Metrics that are in metrics.jsonl but on no panel."""
     drawn = [name for panel in TRAINING + LEARNING for name in panel.metrics]
     below = (*(name for name in drawn if name.endswith("/")), *IN_TABLES)
     names = {name for stage in facts.stages for name in stage.series}

@@ -1,5 +1,5 @@
-"""A plan as one HTML file: the figures, where the time goes, the schedule as a Gantt chart, memory, and the worth of
-each idea."""
+"""A plan as one HTML file: the figures, where the time goes, the schedule as a Gantt chart, memory, and what each idea
+is worth."""
 
 from __future__ import annotations
 

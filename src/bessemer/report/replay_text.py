@@ -17,7 +17,7 @@ PROMPT = 60
 
 
 def describe(found: Replay) -> str:
-    """What was replayed, whether it is the record, and the changed rollouts beside the original ones."""
+    """What was replayed, whether it matches the record, and the changed rollouts beside the original ones."""
     before = f", {found.again} rollouts computed before it" if found.again else ""
     parts = [f"{found.stage}: from the checkpoint of step {found.begun}{before}"]
     for played, recorded, differing in zip(found.original, found.recorded, found.differences(), strict=True):

@@ -34,7 +34,7 @@ def headline(found: Explanation) -> str:
 
 
 def describe(stage: str, found: Explanation) -> str:
-    """Everything, as text."""
+    """The full explanation as text."""
     rise = f"{found.before:.3f} -> {found.after:.3f} ({found.low:+.3f} to {found.high:+.3f})"
     parts = [
         f"{stage}: reward {rise} on {found.problems} held-out problems x {found.samples} answers",
@@ -58,7 +58,7 @@ def describe(stage: str, found: Explanation) -> str:
 
 
 def html(facts: RunFacts) -> Html:
-    """What `bessemer why` has found of the run's stages; "" where it was not asked."""
+    """What `bessemer why` has found about the run's stages; "" if it was not run."""
     parts = []
     for stage in facts.stages:
         kept = read_json(facts.root / f"why-{stage.name}.json")
