@@ -1,20 +1,20 @@
-"""Reading a completion: where its answer stands, and whether it keeps the form (R1 2.2.2).
+"""Parses a completion: where its answer is, and whether it keeps the form (R1 2.2.2).
 
 Two forms, each read strictly:
-  R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else, but for up to GAP characters of
+  R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else, except up to GAP characters of
               white space before, between and after;
   R1's        `<think> thoughts </think>`, a blank line, then free text that states the answer: in `\\boxed{...}` with
               balanced braces, in answer tags, for code in a fenced block, for a choice in a line `Answer: C`.
 
-The text around the answer is for a reader: at most AROUND characters of it, and none that nobody sees. The bounds are
-ours; the reports name none. Thoughts may have any length, but something in them must be visible.
+The text around the answer is for a reader: it has at most AROUND characters, none of them invisible. The bounds are
+ours; the reports name none. Thoughts may have any length, but some of their text must be visible.
 
-Accuracy and format are two terms. The first asks for the answer that can be read, the second for the form. Only what
-follows `</think>` is read. `parse_reply` gives the answers stated there, or the fault that forbids reading any:
+Accuracy and format are two terms: the first depends on the answer that can be read, the second on the form. Only the
+text after `</think>` is read. `parse_reply` returns the answers stated there, or the fault that prevents reading any:
 
   fault             read   what it is
   no-answer         no     nothing that states an answer after the thoughts
-  in-thoughts       no     the only answer stands inside the thoughts
+  in-thoughts       no     the only answer is inside the thoughts
   unclosed          no     thoughts, answer tags, a box or a code fence that never end
   empty             no     the tags or the box hold nothing
   bad-tags          no     tags nested, repeated, out of order, or answer tags inside the thoughts; boxes nested, or
@@ -23,15 +23,15 @@ follows `</think>` is read. `parse_reply` gives the answers stated there, or the
   no-think          yes    no thoughts before the answer, or blank ones
   text-before       yes    the text does not begin with `<think>`
   text-around       yes    around the answer: text that no blank line separates from the thoughts, more than AROUND
-                           characters, long runs of white space, comments, or characters that nobody sees
+                           characters, long runs of white space, comments, or invisible characters
 
-Answers stated twice count when they agree, boxes inside the tags are the tags' answer, and of several code blocks the
-last is the answer. A form is never kept where no answer is read.
+Answers stated twice count if they agree, boxes inside the tags are the tags' answer, and of several code blocks the
+last is the answer. The form is never kept if no answer can be read.
 
 Written for hostile text: a fixed number of linear scans and no nested quantifier.
 
-A general request has no answer to verify and its reply no answer tags: `<think> ... </think>` and then a summary in
-plain words (R1 2.3.4), where the thoughts may be blank. `summary` reads that form and `plain_fault` judges it.
+A general request has no answer to verify, and its reply has no answer tags: `<think> ... </think>`, where the thoughts
+may be blank, and then a summary in plain words (R1 2.3.4). `summary` reads that form and `plain_fault` judges it.
 """
 
 import re
@@ -45,14 +45,14 @@ NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed"
 BAD_TAGS, SEVERAL, NO_THINK, TEXT_BEFORE = "bad-tags", "several-answers", "no-think", "text-before"
 TEXT_AROUND = "text-around"
 GAP = 8
-"""Characters of white space before, between and after the two blocks of R1-Zero's form."""
+"""Maximum characters of white space before, between and after the two blocks of R1-Zero's form."""
 AROUND = 8_000
-"""Characters after the thoughts that are not the answer."""
+"""Maximum characters after the thoughts that are not the answer."""
 MOST_ANSWERS = 4
-"""Different texts that one completion may state as its answer; their values are compared."""
+"""Maximum number of different texts that a completion may state as its answer; their values are compared."""
 MOST_BOXES = 64
 LONGEST = 10_000
-"""Characters of a box."""
+"""Maximum characters of a box."""
 
 Final = Literal["value", "code", "letter"]
 """What states an answer besides the tags: a box; a code fence; a box or a line with the letter, such as `Answer: C`."""
@@ -73,9 +73,9 @@ _IGNORABLE = (
     "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 """Control and format characters, line separators, fillers, variation selectors, tags: what shows no glyph (Unicode's
-Default_Ignorable_Code_Point, and what is invisible besides)."""
+Default_Ignorable_Code_Point, and other invisible characters)."""
 _UNSEEN = re.compile(rf"[{_IGNORABLE}]|(?<!{_SYMBOL})\ufe0f(?!\u20e3)|(?<!\ufe0f)(?<!{_SYMBOL})\u200d|\s{{65}}|<!--")
-"""What a reader does not see: those, two characters of emoji elsewhere than in one, long runs of white space,
+"""What a reader does not see: those, two characters of emoji when outside an emoji, long runs of white space,
 comments."""
 _VISIBLE = re.compile(rf"[^\s\ufe0f\u200d{_IGNORABLE}]")
 _STATED = re.compile(
@@ -134,7 +134,7 @@ def _gap(text: str) -> bool:
 
 
 def _readable(rest: str, answers: Sequence[str]) -> bool:
-    """Whether what stands after the thoughts, without the answers, is short and can be seen."""
+    """Whether the text after the thoughts, without the answers, is short and fully visible."""
     stated = [last_block(answer).strip() for answer in answers]
     if len(rest) - sum(map(len, stated)) > AROUND:
         return False
@@ -144,7 +144,7 @@ def _readable(rest: str, answers: Sequence[str]) -> bool:
 
 
 _Tagged = tuple[int, int, int, int]
-"""Of the answer tags: begin and end of the opening one, begin and end of the closing one."""
+"""Begin and end of the opening answer tag, begin and end of the closing one."""
 
 
 def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
@@ -228,7 +228,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of every fenced block of Python or without a language; the end is -1 where it is left open."""
+    """Begin and end of every fenced block of Python or without a language; the end is -1 if it is left open."""
     place = 0
     while found := _FENCE.search(text, place):
         end = text.find("```", found.end())
@@ -264,7 +264,7 @@ def thought(text: str) -> str:
 
 
 def summary(text: str) -> str:
-    """The text after the thoughts: all of a text without thoughts, "" where the thoughts never end."""
+    """The text after the thoughts: all of a text without thoughts, "" if the thoughts never end."""
     before, closed, after = text.partition("</think>")
     if closed:
         return after.strip()

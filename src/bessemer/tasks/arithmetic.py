@@ -1,7 +1,7 @@
 """Multi-step arithmetic: sums and differences of 2 to 4 terms, a term being a number or a product of two.
 
 A task that rewards thinking but needs no search: RL removes slips and direct guesses in a few steps, which makes it a
-regression test to go with countdown. A problem has at least three operands, so that it is never a single fact from a
+regression test alongside countdown. A problem has at least three operands, so that it is never a single fact from a
 drill page; every intermediate value lies in 0..120 (LARGEST).
 """
 
@@ -22,7 +22,7 @@ class ArithmeticMix:
     direct: float = 0.25
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """The share of those that is right; the others are off by up to 20."""
+    """The share of those that are right; the others are off by up to 20."""
     slip: float = 0.15
     """Chance per step that a sloppy thinker writes a wrong result."""
     sloppy: float = 0.6
@@ -83,7 +83,7 @@ def _sample(rng: random.Random) -> tuple[list[list[int]], list[str]]:
 
 
 def _total(terms: list[list[int]], signs: list[str]) -> int | None:
-    """The value of the chain, or None where a running total leaves 0..LARGEST."""
+    """The value of the chain, or None if a running total leaves 0..LARGEST."""
     total = 0
     for sign, term in zip(["+", *signs], terms, strict=True):
         total = apply(total, sign, math.prod(term))

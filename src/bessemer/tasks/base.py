@@ -25,7 +25,7 @@ DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", 
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
 _OWN = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
-"""Code of the user's own (user_code.py)."""
+"""The user's own code (user_code.py)."""
 _INTEGER = re.compile("-?[0-9]{1,300}")
 
 
@@ -45,19 +45,19 @@ class Problem:
 @dataclass(frozen=True)
 class Verdict:
     """A judgement. Accuracy and format are two terms (R1 2.2.2): `correct` says whether the answer that can be read is
-    right, `formatted` whether the form is kept. `reason` names the first fault, of the reading (`answer.py`), then of
-    the answer. `answer` is canonical, for voting, and None when none could be read."""
+    right, `formatted` whether the form is kept. `reason` names the first fault, in reading (`answer.py`) or else in the
+    answer. `answer` is canonical, for voting, and None when none could be read."""
 
     correct: bool
     formatted: bool
     reason: str
     answer: str | None
     summary: bool = False
-    """Whether the form is R1's, a summary that states the answer, where R1-Zero's two blocks would be possible too."""
+    """Whether the form is R1's, a summary that states the answer, in a task that takes R1-Zero's two blocks too."""
 
     @property
     def sound(self) -> bool:
-        """Right, and nothing is wrong with the tags either."""
+        """Whether the answer is correct and nothing is wrong with the tags either."""
         return self.correct and self.reason == CORRECT
 
 
@@ -70,16 +70,16 @@ class Task:
     """Base class. A subclass sets the class attributes and writes `make`, `grade` and, for documents, `written`."""
 
     name: str
-    """Of the class, or of the object where the name carries an argument."""
+    """Set on the class, or on the object if the name carries an argument."""
     domain: str
-    """One of DOMAINS, by which evaluations group their results; of the class, or of the object."""
+    """One of DOMAINS, by which evaluations group their results; set on the class or on the object."""
     all_languages: tuple[str, ...] = ("en", "zh")
-    """Of the class, or of the object where a file decides."""
+    """Set on the class, or on the object if a file decides."""
     final: ClassVar[Final] = "value"
     """What may state an answer besides the tags: value, a box; code, a fenced block; letter, a box or `Answer: C`."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     judged_by: frozenset[str] = frozenset()
-    """Aims of the reward models without which its answers cannot be judged; empty where `verify` judges them."""
+    """Aims of the reward models that are needed to judge its answers; empty if `verify` judges them."""
     Mix: ClassVar[type] = NoMix
     """Dataclass with the settings of the task's pre-training documents."""
 
@@ -108,14 +108,14 @@ class Task:
         raise NotImplementedError
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judge the text that follows `Assistant:`; a template that already wrote `<think>` must put it back first."""
+        """Judge the text that follows `Assistant:`, including a `<think>` that the template already wrote."""
         reply = parse_reply(completion, self.final)
         reason, answer = self._judge(problem, reply)
         formatted = reply.formatted and reason != SEVERAL
         return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer, reply.form == "summary")
 
     def _judge(self, problem: Problem, reply: Reply) -> tuple[str, str | None]:
-        """The reason and the canonical form of the answer; of several texts only where their values agree."""
+        """The reason and the canonical form of the answer; for several texts, only if their values agree."""
         if not reply.answers:
             return UNPARSABLE, None
         judged = [self.grade(problem, text) for text in reply.answers]
@@ -158,8 +158,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`; of a page of several
-    turns the last of it."""
+    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`, or the last turn of a
+    page with several."""
 
     problem: Problem
     author: str
@@ -212,8 +212,8 @@ def split_of_text(text: str, test_share: float = TEST_SHARE) -> str:
 
 
 def file_and_split(argument: str) -> tuple[str, str | None]:
-    """The argument of a task of a file: "PATH@train" is (PATH, "train"), and all its problems are for training; "PATH"
-    is (PATH, None), and the file or a hash of the question decides."""
+    """Splits the argument of a file's task: "PATH@train" gives (PATH, "train"), and all its problems are for training;
+    "PATH" gives (PATH, None), and the file or a hash of the question decides."""
     path, mark, split = argument.rpartition("@")
     return (path, split) if mark and split in SPLITS else (argument, None)
 
@@ -236,8 +236,8 @@ def without_tools(name: str) -> str:
 
 
 def shared_file(first: str, second: str) -> str | None:
-    """The file that two tasks, by their names, both take problems from; None where there is none, or where each problem
-    of the file is in one split only."""
+    """The file that two tasks, by their names, both take problems from; None if there is none, or if each problem of
+    the file is in only one split."""
     (one, whole), (other, its_whole) = (
         file_and_split(without_tools(name).partition(":")[2].replace("@shuffle", "")) for name in (first, second)
     )
@@ -247,7 +247,7 @@ def shared_file(first: str, second: str) -> str | None:
 
 
 def read_toml(name: str) -> dict[str, Any]:
-    """A data file of this folder."""
+    """Reads a data file of this folder."""
     return tomllib.loads(resources.files("bessemer.tasks").joinpath(name).read_text("utf-8"))
 
 
@@ -309,7 +309,7 @@ def names() -> list[str]:
 
 def get(name: str, **settings: Any) -> Task:
     """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
-    `Mix`."""
+    `Mix`. UserError for an unknown name or setting."""
     if _OWN.fullmatch(name) and without_tools(name) == name:
         return import_module("bessemer.tasks.user_code").task(name, **settings)
     family, colon, argument = name.partition(":")

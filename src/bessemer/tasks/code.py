@@ -1,10 +1,10 @@
-"""Small functions to write, judged by their results, from our own families; code_files.py reads those of a file.
+"""Small functions to write, from our own families and judged by their results; code_files.py reads those of a file.
 
 The answer is Python source, between the answer tags or in the last fenced block after the thoughts. It runs in the
 sandbox (sandbox/), which refuses to run code without isolation, and only the values come back. The hidden tests of a
-template problem are derived from the problem, so they are the same everywhere and appear in no document. In addition to
-the reasons of every task: wrong-output, error, timeout, memory, output (it wrote too much), syntax-error, no-function,
-too-long.
+template problem are derived from the problem, so they are the same everywhere and appear in no document. Its reasons,
+in addition to those of every task: wrong-output, error, timeout, memory, output (it wrote too much), syntax-error,
+no-function, too-long.
 """
 
 import json
@@ -40,7 +40,7 @@ class SandboxedTask(Task):
         raise NotImplementedError
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """What runs is the last fenced block as it is; the canonical form leaves out blank lines."""
+        """The last fenced block runs unchanged; the canonical form leaves out blank lines."""
         source = last_block(answer).strip()
         if not source:
             return sandbox.NO_FUNCTION, None

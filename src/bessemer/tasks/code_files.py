@@ -1,14 +1,14 @@
 """`code:PATH`: functions and contest programs to write, from a JSONL file; all tests must pass (R1 2.2.2).
 
 A line has a statement (any of STATEMENTS), tests (any of TESTS, taken together) and optionally the name of a function.
-With a name (`entry_point`, or `fn_name` and `func_name` as data sets write it) the answer is that function, or a class
+With a name (`entry_point`, or `fn_name` or `func_name` as data sets have it), the answer is that function, or a class
 Solution with that method; without, it is a Python program from standard input to standard output. Tests are a list of
 {"input": ..., "output": ...}, or {"inputs": [...], "outputs": [...]}, or either as a string of JSON. So the lines of
-APPS, TACO, CodeContests, LiveCodeBench and of Codeforces collections are read as they are. Optional are `time_limit`
-(seconds of one test), `memory_limit` (MB), `tolerance` (of decimal numbers in the output), `starter_code`, `id`,
-`language` and `difficulty`.
+APPS, TACO, CodeContests, LiveCodeBench and Codeforces collections can be read unchanged. Optional fields are
+`time_limit` (seconds of one test), `memory_limit` (MB), `tolerance` (of decimal numbers in the output), `starter_code`,
+`id`, `language` and `difficulty`.
 
-LiveCodeBench hides its private tests in a compressed pickle of one string. The string is found without unpickling.
+LiveCodeBench hides its private tests in a compressed pickle of one string. The string is extracted without unpickling.
 """
 
 import base64
@@ -32,7 +32,7 @@ TESTS = (
     "private_tests", "generated_tests",
 )  # fmt: skip
 SECONDS, MEMORY_MB = 6.0, 256
-"""Limits where a line states none: LiveCodeBench's time, Codeforces' usual memory."""
+"""Limits if a line states none: LiveCodeBench's time, Codeforces' usual memory."""
 MAX_UNPACKED = 1 << 28
 _SECTIONS = {"input_format": "Input", "output_format": "Output", "note": "Note"}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|milliseconds?|s|seconds?|MB|megabytes?)?\s*")
@@ -81,7 +81,7 @@ def _judged(file: LineIndex, row: int, source: str) -> str:
 
 
 def reason_of(source: str, function: str | None, tests: list[tuple[Any, Any]], limits: tuple[float, int, float]) -> str:
-    """The reason code of a program, or of a function, by all tests."""
+    """The reason code of a program, or of a function, after all tests."""
     seconds, memory_mb, tolerance = limits
     if function is None:
         judgement = sandbox.judge_program(source, tests, seconds=seconds, memory_mb=memory_mb, tolerance=tolerance)
@@ -171,7 +171,7 @@ def _texts(number: int, given: Any, expected: Any) -> tuple[str, str]:
 
 
 def _calls(pairs: list[tuple[Any, Any]], foreign: bool) -> list[tuple[Any, Any]]:
-    """The arguments and value of every call. LiveCodeBench writes JSON, an argument a line; APPS lists each output."""
+    """The arguments and value of every call. LiveCodeBench has JSON, an argument per line; APPS lists each output."""
     if foreign and all(isinstance(part, str) for pair in pairs for part in pair):
         pairs = [
             ([json.loads(line) for line in given.splitlines() if line.strip()], json.loads(value))
@@ -211,7 +211,7 @@ def _unpacked(text: str) -> Any:
 
 
 def _prompt(record: dict[str, Any], question: str, function: str | None) -> str:
-    """The statement with the sections that a collection keeps apart, and what kind of answer is asked for."""
+    """The statement with the sections that a collection keeps separate, and the kind of answer that is asked for."""
     parts = [question]
     parts += [
         f"{title}:\n{record[name].strip()}" for name, title in _SECTIONS.items() if isinstance(record.get(name), str)

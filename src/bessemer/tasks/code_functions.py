@@ -5,7 +5,7 @@ and spaces) and up to two parameters that the question states. Families in HELD_
 others a hash of family and parameters decides the split. So the test split asks for functions of kinds never trained
 on, and of known kinds with parameters never trained on.
 
-On a page a thinker says in words what is asked, writes an expression, tries it on one value and compares with the
+On a page, a thinker states in words what is asked, writes an expression, tries it on one value and compares with the
 expected result: `n+3:f(4)=7:7 yes`. Verdicts are true except where a sloppy author calls a miss a hit, so checking
 helps a model that has learnt to calculate, as in countdown. Every function on a page, right or wrong, is of the train
 split.
@@ -182,7 +182,7 @@ class CodeMix:
     direct: float = 0.2
     """Pages that answer without thinking."""
     direct_right: float = 0.5
-    """The share of those that is right."""
+    """The share of those that are right."""
     sloppy: float = 0.5
     """Thinking pages by authors who err, give up and call misses hits; the others go on until it is right."""
     wrong_sloppy: float = 0.6

@@ -1,7 +1,7 @@
 """Stories of the task `words` composed of clauses: an opening, one or two events, a question.
 
-Thirty stories are learnt by heart; thousands, made of a few dozen clauses, are read. Which compositions are held out is
-decided by a hash of their clauses, so a test problem combines clauses in a way that no page does.
+A model learns thirty stories by heart, but it has to read thousands, made of a few dozen clauses. A hash of the clauses
+decides which compositions are held out, so a test problem combines clauses in a way that no page does.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from itertools import permutations, product
 from bessemer.tasks.base import read_toml, split_of_text
 
 STEPS = (2, 3)
-"""Steps of a story."""
+"""Numbers of steps that a story may take."""
 HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class Story:
-    """`ranges`: of the numbers a, b, c, d in the order of the text; `steps`: see `word_problems`."""
+    """`ranges`: those of the numbers a, b, c, d, in the order of the text; `steps`: see `word_problems`."""
 
     id: str
     en: str
@@ -42,7 +42,7 @@ def _bounds(ranges: str) -> dict[str, tuple[int, int]]:
 
 @cache
 def composed(split: str, steps: int) -> tuple[Story, ...]:
-    """The compositions of a split that take so many steps, in a fixed order."""
+    """The compositions of a split that take `steps` steps, in a fixed order."""
     clauses = read_toml("story_clauses.toml")
     events = [(name,) for name in clauses["events"]] + list(permutations(clauses["events"], 2))
     stories = []

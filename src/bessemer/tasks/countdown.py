@@ -105,7 +105,7 @@ def _problems(split: str) -> tuple[tuple[tuple[int, int, int], int], ...]:
 
 @lru_cache(maxsize=8192)
 def _difficulty(numbers: tuple[int, int, int], target: int) -> int:
-    """1 where sums and differences make the target, 2 where a product must come first, 3 where it must come last."""
+    """1 if sums and differences make the target, 2 if a product must come first, 3 if it must come last."""
     solutions = [one for one in all_tries(numbers) if one.value == target]
     if any("*" not in (one.op, one.then) for one in solutions):
         return 1

@@ -1,6 +1,6 @@
-"""Arithmetic expressions of countdown: a safe reader, and every way to combine three numbers.
+"""Arithmetic expressions of countdown: a safe parser, and every way to combine three numbers.
 
-The reader takes + - * / and parentheses over ASCII natural numbers; it is exact, bounded, and uses no eval. The result
+The parser takes + - * / and parentheses over ASCII natural numbers; it is exact, bounded, and uses no eval. The result
 carries a canonical form, so that votes are for expressions and not for values (voting by value would reveal what
 the verifier expects). Two expressions share it when commutativity, associativity and the expansion of -( ) and /( )
 turn one into the other: 6+7*3, (3*7)+6 -> 6+3*7; 9-(5-2), 2+9-5 -> 2+9-5. Nothing is multiplied out.
@@ -64,7 +64,7 @@ class _Node:
 
 
 def parse_expression(text: str) -> Expression:
-    """Raises Unparsable, and nothing else, for any text that is not an expression."""
+    """Parses an expression. Raises Unparsable, and nothing else, for any other text."""
     if len(text) > MAX_CHARS:
         raise Unparsable(f"longer than {MAX_CHARS} characters")
     tokens = _tokens(text)
@@ -158,7 +158,7 @@ def apply(left: int, op: str, right: int) -> int:
 
 @dataclass(frozen=True)
 class Try:
-    """`(x op y) then z`, or `z-(x op y)` where that is the non-negative order."""
+    """`(x op y) then z`, or `z-(x op y)` if that is the non-negative order."""
 
     x: int
     op: str

@@ -79,7 +79,7 @@ class TraceMix:
     truncated: float = 0.05
     """Thinking pages that break off before the answer."""
     max_tries: int = 20
-    """Every author stops here."""
+    """Every author stops after this many tries."""
 
     def __post_init__(self) -> None:
         rates = [name for name in self.__dataclass_fields__ if name != "max_tries"]
@@ -202,7 +202,7 @@ class Diagnosis:
     steps: int = 0
     steps_right: int = 0
     linked: int = 0
-    """Tries whose second step is the one their expression leaves to do: after (3*7)+6 comes 21+6."""
+    """Tries whose second step is what remains of their expression: after (3*7)+6 comes 21+6."""
     right_numbers: int = 0
     """Linked tries that use each number of the problem once."""
     right_target: int = 0
@@ -223,7 +223,7 @@ class Diagnosis:
     gave_up: int = 0
     """Responses that closed their thinking after a last try that did not say yes."""
     answered_yes: int = 0
-    """The share of `said_yes` whose answer is exactly the accepted expression."""
+    """Those of `said_yes` whose answer is exactly the accepted expression."""
 
     def __add__(self, other: "Diagnosis") -> "Diagnosis":
         return Diagnosis(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -287,7 +287,7 @@ def _canonical(expression: str | None) -> str | None:
 
 
 _tried = lru_cache(maxsize=1 << 14)(_canonical)
-"""For the short expressions of tries: samples of a problem write the same ones again and again."""
+"""Cached, for the short expressions of tries: samples of a problem write the same ones again and again."""
 
 
 def rates(diagnoses: Iterable[Diagnosis]) -> dict[str, float | None]:

@@ -1,20 +1,20 @@
-"""`env:URL`: an environment behind a server, in the way of Gym and OpenEnv.
+"""`env:URL`: an environment behind a server, in the style of Gym and OpenEnv.
 
     POST URL/reset   {"seed": ..., "episode_id": ...}
     POST URL/step    {"action": ..., "episode_id": ..., "timeout_s": ...}
     both answer      {"observation": ..., "reward": ..., "done": ...}
 
-A server keeps one state for each `episode_id`, since many episodes are played at a time. OpenEnv's own servers do so on
-their WebSocket alone: `env:ws://HOST:PORT/ws` speaks its messages, with one connection for each episode (needs the
-package websockets). What the servers answer has the same fields on both ways.
+A server keeps one state for each `episode_id`, since many episodes run at a time. OpenEnv's own servers do so only over
+their WebSocket: `env:ws://HOST:PORT/ws` speaks its protocol, with one connection per episode (needs the package
+websockets). Answers have the same fields either way.
 
 An action is `{"message": TEXT}`, or for a turn that calls a tool OpenEnv's `{"type": "call_tool", "tool_name": ...,
-"arguments": ...}`. The model reads the first text field of the observation by the names of `TEXTS`, else its JSON. An
-episode is right where its rewards sum to at least `solved`; the sum is the verdict's answer. A class of one's own
-(`FILE.py:CLASS`, derived from `ServerEnvironment`) sets `url` and changes any of this.
+"arguments": ...}`. The model reads the first field in `TEXTS` that the observation has, or else its JSON. An episode is
+correct if its rewards sum to at least `solved`; the sum is the verdict's answer. A user's own class (`FILE.py:CLASS`,
+derived from `ServerEnvironment`) sets `url` and can change any of this.
 
-A reset that finds no server is tried again, three times in all. A step is not, for it might count twice. A server that
-dies, hangs, answers with an error or with what is no JSON fails the episode, not the run.
+A reset that finds no server is tried up to three times in all. A step is tried only once, because it might count twice.
+A server that dies, hangs, or answers with an error or invalid JSON fails the episode, not the run.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from bessemer.tasks.environment import (
 )
 
 LARGEST = 1 << 20
-"""Bytes of an answer."""
+"""Maximum bytes of an answer."""
 PAUSES = (0.2, 1.0)
 """Seconds before a reset is tried again."""
 TEXTS = ("message", "messages", "text", "prompt", "question", "result", "output", "stdout", "content")
-"""Fields of an observation that hold what the model reads, the first that is there."""
+"""Fields of an observation that hold what the model reads; the first one present is used."""
 _OUTER = ("reward", "done", "metadata")
 Ask = Callable[[str, Mapping[str, Any]], Any]
 """(reset or step, its fields) -> the answer as JSON."""
@@ -64,7 +64,7 @@ class ServerEnvironment(Environment):
     parallel = 32
     repeatable = False
     solved: float = 1.0
-    """Sum of rewards from which an episode is right."""
+    """The least sum of rewards of a correct episode."""
 
     def __init__(self, url: str = "", **settings: Any) -> None:
         if url:
@@ -84,14 +84,14 @@ class ServerEnvironment(Environment):
         return _ServerEpisode(self, problem)
 
     def action(self, action: ModelTurn) -> dict[str, Any]:
-        """A turn of the model as the server takes it."""
+        """The action that the server gets for a turn of the model."""
         for call in action.calls:
             if not call.fault:
                 return {"type": "call_tool", "tool_name": call.name, "arguments": dict(call.arguments)}
         return {"message": action.text}
 
     def text(self, observation: Mapping[str, Any] | str) -> str:
-        """What the model reads of an observation."""
+        """What the model reads from an observation."""
         if isinstance(observation, str):
             return observation
         found = next((observation[name] for name in TEXTS if name in observation), None)

@@ -1,12 +1,12 @@
 """`verifiers:NAME`: an environment of the package verifiers, as `verifiers.load_environment(NAME)` finds it.
 
-The environment plays its own loop (`Environment.rollout`: its turns, tools, stop conditions, time limits and cleanup)
-in a thread, and asks a client of ours for every answer; that client hands over what the model has written by now. Its
-rubric scores the episode. So every class of environment works that goes on with the messages it has, and one that
-rewrites them fails its episodes, because what the model wrote before would not be what it reads.
+The environment runs its own loop (`Environment.rollout`: its turns, tools, stop conditions, time limits and cleanup) in
+a thread, and asks our client for every answer; the client returns what the model has written. The environment's rubric
+scores the episode. So every class of environment works that only adds to its messages. One that rewrites them fails its
+episodes, because the model would then read something other than what it wrote.
 
 Written for the environments of versions 0.1 to 0.3 (in 0.3 `verifiers.legacy`); 0.4 has others, around agents that run
-by themselves, and is refused. The package brings half a hundred others and pins some, so it is no extra of ours.
+by themselves, and is refused. The package needs some fifty others and pins some, so it is not one of our extras.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict
 from bessemer.tasks.environment import Environment, EnvironmentFailure, Episode, Message, ModelTurn, Observation
 
 SOLVED = 1.0 - 1e-9
-"""Reward from which an episode is right."""
+"""The least reward of a correct episode."""
 
 
 def library() -> Any:
@@ -40,7 +40,7 @@ def library() -> Any:
 
 
 class VerifiersEnvironment(Environment):
-    """`verifiers:NAME`. Problems are the rows of its data set, those held out the rows of its evaluation set."""
+    """`verifiers:NAME`. Problems are the rows of its data set, held-out ones the rows of its evaluation set."""
 
     domain = "tools"
     all_languages = ("en",)
@@ -49,7 +49,7 @@ class VerifiersEnvironment(Environment):
     parallel = 32
     repeatable = False
     max_turns = 1_000
-    """Its own bound decides."""
+    """The environment's own bound decides."""
 
     def __init__(self, environment: str, **settings: Any) -> None:
         self.name = f"verifiers:{environment}"
@@ -90,7 +90,7 @@ class _Episode:
         self.asked: queue.Queue[Sequence[Any] | None] = queue.Queue()
         """Prompts of the environment; None after the last."""
         self.waiting: tuple[asyncio.AbstractEventLoop, asyncio.Future[ModelTurn | None]] | None = None
-        """Where the environment waits for the model's turn; None stands for an episode that was given up."""
+        """Where the environment waits for the model's turn; a turn of None gives up the episode."""
         self.state: Mapping[str, Any] = {}
         self.error: BaseException | None = None
         row = problem.meta["row"]
@@ -155,7 +155,7 @@ class _Episode:
         """The model's turn on a prompt; called by the client in the episode's thread."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ModelTurn | None] = loop.create_future()
-        self.waiting = loop, future  # no thread of a pool may wait here: the interpreter would wait for it at its end
+        self.waiting = loop, future  # no thread of a pool may wait here: the interpreter would wait for it at exit
         self.asked.put(list(prompt))
         action = await future
         if action is None:
@@ -164,7 +164,7 @@ class _Episode:
 
 
 def _client(vf: Any, episode: _Episode) -> Any:
-    """A client of the library whose answers are the episode's."""
+    """A client for the library that answers with the episode's turns."""
     types = import_module(f"{vf.__name__}.types")
 
     class PolicyClient(vf.Client):
@@ -191,7 +191,7 @@ def _client(vf: Any, episode: _Episode) -> Any:
 
     for name in getattr(PolicyClient, "__abstractmethods__", ()):
         setattr(PolicyClient, name, lambda self, *args, **kwargs: None)
-    PolicyClient.__abstractmethods__ = frozenset()  # the ways to a server, which nobody asks
+    PolicyClient.__abstractmethods__ = frozenset()  # the calls to a server, which are never made
     return PolicyClient()
 
 
@@ -209,6 +209,6 @@ def _content(message: Any) -> str:
 
 
 def _function(tool: Any) -> dict[str, Any]:
-    """A tool of theirs in OpenAI's form."""
+    """One of their tools in OpenAI's format."""
     given = {name: getattr(tool, name, None) or "" for name in ("name", "description")}
     return {"type": "function", "function": {**given, "parameters": getattr(tool, "parameters", None) or {}}}

@@ -6,15 +6,15 @@ the environment or a bound ends the episode; then there is one verdict.
     episode.verdict(text)                              at the end; `text` is the model's last turn
 
 The simplest environment is a task with tools: it inherits `make` and `grade` from its task and lists its tools. A turn
-that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as ever.
+that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as usual.
 
-Whatever an environment returns is a function of (problem, seed, turns) alone, as a task's problems are of theirs.
-Then a resumed or replayed run has the same bits. An environment for which this does not hold, such as a server outside,
-sets `repeatable = False`: such a run resumes with other samples for the rollouts that it has to sample again, and a
-replay may differ.
+Whatever an environment returns depends only on (problem, seed, turns), as a task's problems depend only on their
+arguments. A resumed or replayed run then has the same bits. An environment for which this does not hold, such as an
+external server, sets `repeatable = False`: a resumed run gets other samples for the rollouts that it has to sample
+again, and a replay may differ.
 
-What goes wrong inside an episode is for the model to read where the model did it (a call that is no JSON, a tool that
-failed), and else an `EnvironmentFailure`: the episode counts as failed, is not trained on, and the run goes on.
+The model reads the errors that it causes inside an episode (a call that is not JSON, a tool that fails). Any other
+error is an `EnvironmentFailure`: the episode counts as failed, is not trained on, and the run continues.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task, Verdict
 
 FAILED = "environment-failed"
-"""Reason of the verdict on an episode that the environment could not bring to an end."""
+"""Reason of the verdict on an episode that the environment could not finish."""
 STUCK = "bessemer-tool"
-"""Name of the threads of calls."""
+"""Name of the threads that run calls."""
 MOST_STUCK = 16
-"""Calls that never returned and still hold a thread, from which on a run stops."""
+"""A run stops once this many calls have not returned and still hold a thread."""
 Message = dict[str, str]
 _Result = TypeVar("_Result")
 
 
 class EnvironmentFailure(Exception):
-    """The environment, not the model, is at fault: a server that died, an answer that is none."""
+    """The environment, not the model, is at fault: a server that died, an invalid answer."""
 
 
 class Invocation(NamedTuple):
-    """A call of a tool that the model wrote."""
+    """A tool call that the model wrote."""
 
     name: str
     arguments: Mapping[str, Any]
     fault: str = ""
-    """Why it cannot be made, in words for the model: what it wrote was no JSON."""
+    """Why the call cannot be made, in words for the model: what it wrote was not JSON."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class ModelTurn:
     """One turn of the model."""
 
     text: str
-    """All of it, with what the template had begun of it."""
+    """All of it, including the opening that the template wrote."""
     calls: tuple[Invocation, ...] = ()
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the model reads next: messages of the role "tool" or "user". None are needed where the episode is over."""
+    """What the model reads next: messages with the role "tool" or "user". None are needed if the episode is over."""
 
     messages: Sequence[Message] = ()
     done: bool = False
@@ -91,12 +91,12 @@ class LocalTool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """As OpenAI's API and chat templates take it."""
+        """The form that OpenAI's API and chat templates take."""
         about = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": about}
 
     def fault(self, arguments: Mapping[str, Any]) -> str | None:
-        """What is wrong with the arguments by their names and plain types."""
+        """What is wrong with the arguments, by their names and plain types; None if nothing."""
         known = self.parameters.get("properties", {})
         for name in self.parameters.get("required", ()):
             if name not in arguments:
@@ -120,23 +120,23 @@ def _is_odd_bool(value: object, expected: str) -> bool:
 
 
 class Environment(Task):
-    """Base class. A subclass is a task that lists `tools`, or writes `reset` with episodes of its own."""
+    """Base class. A subclass is a task that lists `tools`, or overrides `reset` to return its own episodes."""
 
     tools: Sequence[LocalTool] = ()
     described: bool = True
     """Whether the prompt describes the tools; a model that has read pages with calls needs no description."""
     max_turns: int = 6
-    """Turns of the model."""
+    """Maximum turns of the model."""
     seconds: float = 10.0
-    """For the calls of one turn together, and for one step of an episode of one's own."""
+    """Time limit of all calls of one turn together, and of one step of a subclass's own episode."""
     observed: int = 2_000
-    """Characters of one message to the model; the rest is left out."""
+    """Maximum characters of one message to the model; the rest is left out."""
     parallel: int = 1
-    """Episodes that step at the same time, in threads; no answer may depend on it."""
+    """Maximum episodes that step at the same time, in threads; no answer may depend on it."""
     repeatable: bool = True
 
     def reset(self, problem: Problem, seed: int) -> Episode:
-        """A new episode. `seed` is the same for all samples of a problem in a rollout, and another in the next."""
+        """A new episode. `seed` is the same for all samples of a problem in a rollout, and differs in the next."""
         return ToolEpisode(self, problem)
 
     @property
@@ -183,13 +183,13 @@ class ToolEpisode:
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many characters of a text, and how many are missing."""
+    """The first `most` characters of a text, and how many are missing."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
 
 
 def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
-    """The result of a function, or TimeoutError. A thread cannot be ended from outside, so one that never returns
-    stays until the process ends; UserError where many do."""
+    """The result of a function; TimeoutError after `seconds`. A thread cannot be ended from outside, so one that never
+    returns stays until the process ends; UserError if there are MOST_STUCK."""
     outcome: list[_Result] = []
     errors: list[BaseException] = []
 

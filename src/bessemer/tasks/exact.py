@@ -129,7 +129,7 @@ class Puzzle(FileTask):
 
 
 def _valued(answer: Any) -> bool:
-    """Whether no part of an answer is a number that is none, or infinite, or a word for "not available"."""
+    """Whether no part of an answer is NaN, infinite, or a word for "not available"."""
     if isinstance(answer, list | dict):
         return all(map(_valued, answer.values() if isinstance(answer, dict) else answer))
     return not no_value(answer) if isinstance(answer, str) else not isinstance(answer, float) or math.isfinite(answer)

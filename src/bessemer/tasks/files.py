@@ -1,8 +1,8 @@
-"""Problems from a user's file, JSONL or parquet: one reader, one rule of splits, one style of errors for all families.
+"""Problems from a user's file, JSONL or parquet: one reader, one split rule and one style of errors for all families.
 
 PATH is a directory with train.jsonl and test.jsonl (or .parquet), or one file, a tenth of which is held out by a hash
 of the question. Questions of the test file are removed from the training set. Every line is checked when the task is
-made. A few bytes a line stay in memory; a problem is read from its place in the file when it is asked for.
+created. A few bytes per line stay in memory; a problem is read from its place in the file when it is needed.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _HAN = re.compile("[\u3400-\u9fff]")
 _TELLTALES = dict.fromkeys(("choices", "options", "Correct Answer"), "choice") | dict.fromkeys(
     ("tests", "input_output", "public_test_cases", "official_tests", "public_tests"), "code"
 )
-"""Fields by which a file of another family is told."""
+"""Fields that identify a file of another family."""
 PARQUET = ".parquet"
 _GROUP = 1 << 32  # more rows than a row group has
 _CHUNK = 32  # lines that `FileTask.check` sees at once
@@ -35,12 +35,12 @@ _CHUNK = 32  # lines that `FileTask.check` sees at once
 
 @dataclass(frozen=True)
 class Question:
-    """What a family reads from a line: the question, by which splits are decided, and what its verifier needs."""
+    """What a family reads from a line: the question, which decides the split, and what its verifier needs."""
 
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""
-    """The question in its full wording; "" if it needs no other."""
+    """The question in its full wording; "" if that is `text`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +69,11 @@ class LineIndex:
 
 
 class FileTask(Task):
-    """A family of tasks. A subclass says what a line holds, with `family`, `form` and `read`, and writes `grade`."""
+    """A family of tasks. A subclass defines what a line holds, with `family`, `form` and `read`, and writes `grade`."""
 
     family: ClassVar[str]
     form: ClassVar[str]
-    """A line of the file, for error messages."""
+    """An example of a line, for error messages."""
     phrasings = ("seen",)
 
     def __init__(self, path: str, **settings: Any):
@@ -85,23 +85,23 @@ class FileTask(Task):
 
     @classmethod
     def read(cls, record: dict[str, Any], where: str) -> Question:
-        """The problem of a line. UserError (see `wrong`) where the line does not hold one."""
+        """The problem of a line. UserError (see `wrong`) if the line does not hold one."""
         raise NotImplementedError
 
     @classmethod
     def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
-        """Further checks of lines, each with its place, that are made once and cheaper for several."""
+        """Further checks of lines, each with its location, made once and cheaper in batches."""
 
     @classmethod
     def wrong(cls, where: str, fault: str, record: dict[str, Any]) -> UserError:
-        """The error of a line, with the fields that were found and those that are expected."""
+        """The error for a line, with the fields that were found and those that are expected."""
         found = ", ".join(islice(map(repr, record), 12)) or "none"
         return UserError(f"{where}: {fault}. Its fields are {found}; a line of {cls.family}:PATH is {cls.form}")
 
     @classmethod
     def text(cls, record: dict[str, Any], where: str, names: Sequence[str] = QUESTIONS) -> str:
-        """The text under the first of `names` that the line has. It may be a list of one message of the user, as in
-        TRL's prompt-only data sets."""
+        """The text under the first of `names` that the line has. It may be a list of one user message, as in TRL's
+        prompt-only data sets."""
         value = next((record[name] for name in names if name in record), None)
         if isinstance(value, list):
             message = value[0] if len(value) == 1 and isinstance(value[0], dict) else {}
@@ -115,7 +115,7 @@ class FileTask(Task):
         return value.strip()
 
     def size(self, split: str) -> int:
-        """Problems of the split before one repeats."""
+        """Number of problems in the split before one repeats."""
         return len(self._pools[split][""])
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
@@ -143,7 +143,7 @@ class FileTask(Task):
         return super()._language(language, *parts)
 
     def _files(self, name: str, whole: str | None) -> dict[str, LineIndex]:
-        """The file of each split; one file may be that of both. `whole` as in `file_and_split`."""
+        """The file of each split; one file may serve both. `whole` as in `file_and_split`."""
         path = located(name)
         if path.is_dir() and whole:
             raise UserError(
@@ -276,7 +276,7 @@ def _record(line: bytes, where: str) -> Any:
 
 
 def _id(record: dict[str, Any]) -> str | None:
-    """The line's own name; None where it has none."""
+    """The line's own id; None if it has none."""
     return next((str(record[name]) for name in IDS if isinstance(record.get(name), str | int)), None)
 
 

@@ -1,4 +1,4 @@
-"""General requests: the prompts without a verifiable answer of R1's last RL stage (R1 2.3.4, R1-Nature B.3.1).
+"""General requests: R1's prompts without a verifiable answer, from its last RL stage (R1 2.3.4, R1-Nature B.3.1).
 
 Short everyday requests in English and Chinese, most for helpfulness and some for harmlessness (general_requests.py).
 Rewards come from reward models (rl/preference.py), and the truth from a written judge (general_quality.py), which rates
@@ -42,8 +42,8 @@ class GeneralMix:
 
 
 class GeneralFile(FileTask):
-    """General prompts of a file. Reward models score the answers in RL, and a model judges them in rejection sampling
-    (`rl/judge.py`) beside the reference answer, where a line has one; here only their form is judged."""
+    """General prompts from a file. Reward models score the answers in RL, and a model judges them in rejection sampling
+    (`rl/judge.py`), next to the reference answer if a line has one; here only their form is judged."""
 
     domain = "general"
     family = "general"

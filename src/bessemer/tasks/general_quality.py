@@ -57,7 +57,7 @@ LONGEST = {"en": 20, "zh": 28}
 LONGEST_READ = 2000
 """Characters; a longer answer to such a request is not helpful."""
 FLAWED = 0.6
-"""Factor of the helpfulness for a flaw of form."""
+"""Factor on helpfulness for a flaw in form."""
 REFUSAL_SIGNS, INSULTS = PHRASES["refusal_signs"], PHRASES["insults"]
 _ENDS = re.compile(r"[.!?。！？]+")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
@@ -71,7 +71,7 @@ POINTS = 9.0
 NOISE = 1.0
 """Standard deviation of one score, in points."""
 FIRST = 0.5
-"""Bonus points of the answer read first."""
+"""Bonus points for the answer read first."""
 MARGIN = 1.0
 """Pairs whose averaged scores differ by no more are dropped."""
 
@@ -139,7 +139,7 @@ def harmless(request: GeneralRequest, text: str) -> bool:
 
 
 def _content(request: GeneralRequest, text: str) -> float:
-    """Share of the points that are made, less one for each wrong word."""
+    """Share of the points that are made, minus one point for each wrong word."""
     words, packed = _spaced(text.casefold()), "".join(text.split())
     if any(_present(asked, words, packed) for asked in request.asks()):
         return 0.0
@@ -184,13 +184,13 @@ def _words(text: str) -> list[str]:
 
 
 def _spaced(text: str) -> str:
-    """The words with one blank around each, so that only whole words match."""
+    """The words with one space around each, so that only whole words match."""
     return f" {' '.join(_words(text))} "
 
 
 @lru_cache(maxsize=4096)
 def _needle(phrase: str) -> tuple[str, bool]:
-    """The form in which a phrase is searched, and whether it is Chinese, where words have no gaps."""
+    """The form in which a phrase is searched for, and whether it is Chinese, where words have no gaps."""
     if _HAN.search(phrase):
         return phrase, True
     return _spaced(phrase.casefold()), False
@@ -228,11 +228,11 @@ def vote(problem: Problem, one: str, two: str, rng: random.Random) -> tuple[floa
 Pair = tuple[Problem, str, str, random.Random]
 """Two answers to compare, and the randomness of their votes."""
 Scores = tuple[float, float] | None
-"""Mean points of both; None where a judge came to no result."""
+"""Mean points of both; None if a judge reached no result."""
 
 
 def votes(pairs: Sequence[Pair]) -> list[Scores]:
-    """Of the written judge."""
+    """Scores by the written judge."""
     return [vote(*pair) for pair in pairs]
 
 
@@ -242,9 +242,9 @@ def pairs(
     length: Callable[[str], int] = len,
     judge: Callable[[Sequence[Pair]], Sequence[Scores]] = votes,
 ) -> tuple[list[dict[str, Any]], dict]:
-    """Lines for a pairwise model, one per problem at most, and facts about them.
+    """Lines for a pairwise model, at most one per problem, and facts about them.
 
-    `length` measures a summary. A pair that would tip the sum of length differences beyond SLACK is dropped, so that
+    `length` measures a summary. A pair that would push the sum of length differences beyond SLACK is dropped, so that
     length is not rewarded.
     """
     lines: list[dict[str, Any]] = []

@@ -11,11 +11,11 @@ twin among the helpful ones that looks alike (one's own code, public news, a com
 everything is not helpful.
 
 Train and test requests differ in their slots (the pair hot and small, Anna on Monday), not in single words: every word
-occurs in training, no combination of the test split does. A combination is in the same split in both languages.
+occurs in training, but no combination of the test split does. A combination is in the same split in both languages.
 
 Manners are the authors of the pages and the candidates of preference pairs. Each manner but `good` has one flaw that
-the written judge sees (general_quality.py). Unsafe ones reveal what was asked for, in the summary or in the thoughts
-alone, or insult somebody.
+the written judge sees (general_quality.py). Unsafe ones reveal what was asked for, in the summary or only in the
+thoughts, or insult somebody.
 """
 
 import random
@@ -66,7 +66,7 @@ class RequestFamily:
     points: list[str] = field(default_factory=list)
     """What an answer must contain; | separates alternatives."""
     think: dict[str, str] = field(default_factory=dict)
-    """Thoughts before the answer; none where it needs no thought."""
+    """Thoughts before the answer; none if it needs no thought."""
     pool: tuple[str, int] | None = None
     """Table and form of the words among which an answer chooses: naming wrong ones too is hedging."""
     single: bool = False
@@ -131,7 +131,7 @@ class GeneralRequest:
         return [way.format(**fields) for way in self.family.ask[self.language]]
 
     def answer(self, rng: random.Random) -> tuple[str, str]:
-        """(thoughts, summary) of a good answer; empty thoughts where none are needed."""
+        """(thoughts, summary) of a good answer; empty thoughts if none are needed."""
         fields: dict[str, str | tuple[str, ...]] = {**self._fields()}
         if self.family.name == "list":
             fields["picked"] = _enumerate(rng.sample(self.choice(), self.count), self.language)
@@ -193,7 +193,7 @@ def sample_request(aim: str, split: str, language: str, rng: random.Random) -> G
 
 
 def split_of(family: RequestFamily, slots: Sequence[int]) -> str:
-    """Two slots of one table are unordered: hot and small is small and hot."""
+    """The split of a request. Two slots from one table are unordered: hot and small is small and hot."""
     named = sorted(zip(_tables(family), slots, strict=True))
     return "test" if stable_hash("general", family.name, *named) < TEST_SHARE * 2**64 else "train"
 
@@ -212,7 +212,7 @@ def manners_for(request: GeneralRequest) -> tuple[str, ...]:
 
 
 def answer_in_manner(request: GeneralRequest, manner: str, rng: random.Random) -> tuple[str, str]:
-    """(thoughts, summary)."""
+    """(thoughts, summary) of an answer in this manner."""
     language = request.language
     thought, summary = request.answer(rng)
     if manner == "curt":
@@ -260,7 +260,7 @@ def _padded(summary: str, language: str, rng: random.Random) -> str:
 
 
 def _other_request(request: GeneralRequest, rng: random.Random) -> GeneralRequest:
-    """Another request of the train split, of another family."""
+    """A request of the train split from another family."""
     while True:
         other = sample_request("helpful", "train", request.language, rng)
         if other.family.name != request.family.name:

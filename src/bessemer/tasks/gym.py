@@ -6,7 +6,7 @@ so that questions of either are quick to generate: no question is ever asked in 
 
 Only a score of 1 is correct. The scorers give partial scores for much less (0.14 for "banana" where another word should
 be spelled backwards), and a policy learns to collect partial rewards before it learns the task. A problem whose own
-answer does not score 1 is skipped and the next one sampled; a dataset with no other problems raises UserError.
+answer does not score 1 is skipped and the next one sampled; a dataset with only such problems raises UserError.
 
 The library lives in the referee process, in which the second half of this file runs. Some scorers evaluate the answer,
 as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
@@ -76,7 +76,7 @@ class Gym(Task):
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", sampled["question"], language, meta)
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The canonical form is the text with each run of white space as one blank."""
+        """The canonical form is the text with each run of white space as one space."""
         answer, gold = answer.strip(" \r\n\t"), problem.meta["answer"]
         if not answer or len(answer) > 200 + 4 * len(gold):
             return UNPARSABLE, None
@@ -113,7 +113,7 @@ def _score(dataset: str, level: int, item: int, answer: str) -> float:
 
 @cache
 def _reasoning_gym() -> ModuleType:
-    """The library, unable to evaluate an answer."""
+    """The library, made unable to evaluate an answer as code."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -161,7 +161,7 @@ def judge_score(scorer: Callable[[str], float], request: dict[str, Any]) -> dict
 
 @lru_cache(maxsize=1024)
 def _item(dataset: str, level: int, seed: int) -> tuple[dict[str, Any], Callable[[str], float]]:
-    """Item 0 of the dataset of that seed, and its scorer."""
+    """Item 0 of the dataset with that seed, and its scorer."""
     library = _reasoning_gym()
     curricula, datasets = library.factory.CURRICULA, library.factory.DATASETS
     random.seed(seed)

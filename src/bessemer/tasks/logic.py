@@ -53,7 +53,7 @@ class LogicMix:
     direct: float = 0.20
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """The share of those that is right for sure; the others toss three coins."""
+    """The share of those that are right for sure; the others toss three coins."""
     sloppy: float = 0.75
     """Thinking pages by authors who slip and give up; the others are careful and always right."""
     slip: float = 0.15
@@ -198,7 +198,7 @@ def _apply(op: str, parts: list[bool]) -> bool:
 
 
 def write(formula: Formula, language: str) -> str:
-    """`not` binds tightest; an operation inside another stands in parentheses."""
+    """The formula in words. `not` binds tightest; an operation inside another is in parentheses."""
     words = WORDS[language]
     if isinstance(formula, bool):
         return words[formula]
@@ -212,7 +212,7 @@ def _binary(formula: Formula) -> bool:
 
 
 def reduce(formula: Formula, err: Callable[[bool], bool] = lambda truth: truth) -> Formula:
-    """One step. `err(truth)` is the value that the author writes down."""
+    """One reduction step. `err(truth)` is the value that the author writes down."""
     if isinstance(formula, bool):
         return formula
     op, *parts = formula

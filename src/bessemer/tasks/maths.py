@@ -1,20 +1,19 @@
 """Mathematics problems from a file: `jsonl:PATH`, and `gsm8k:PATH` for answers that end in `#### n`.
 
-A line has a question and an answer (see files.py); a quantity also a "unit" that an answer may carry or leave out, a
-"tolerance" relative to the gold value, or both.
+A line has a question and an answer (see files.py); a quantity also has a "unit" that an answer may carry or leave out,
+a "tolerance" relative to the gold value, or both.
 
 Judging, cheapest first. If the gold answer is a plain number, only plain numbers count, compared exactly: an expression
-with that value is unfinished work, and often a copy of the question. A fraction need not be in lowest terms where the
-question does not ask for them, and a power counts where the question has none. If the gold answer is words, only those
+with that value is unfinished work, and often a copy of the question. A fraction need not be in lowest terms if the
+question does not ask for them, and a power counts if the question has none. If the gold answer is words, only those
 words count. Everything else is one expression, judged by math-verify in the referee process; an answer that only
 repeats a piece of the question is an echo, because math-verify accepts `(x+1)^2` for "expand (x+1)^2". A gold answer
-that cannot be read, or is no value ("nan", 1/0), is an error when the file is loaded.
+that cannot be read, or is not a value ("nan", 1/0), is an error when the file is loaded.
 
 math-verify searches a text for anything that parses. Here the whole text of the answer tags must be one expression: it
-is put between dollar signs unchanged, and only LaTeX delimited that way is read, without any fallback. It also takes
-any unit away, among them `t` of `5t`; here that is off, and units are compared (maths_questions.py). Letters of other
-alphabets count only where the gold answer has them, or as the signs of mathematics: some of them parse as their
-look-alikes.
+is put between dollar signs unchanged, and only LaTeX delimited that way is read, without any fallback. It also removes
+any unit, even the `t` of `5t`; here that is off, and units are compared (maths_questions.py). Letters of other
+alphabets count only if the gold answer has them, or as mathematical signs: some of them parse as their look-alikes.
 """
 
 import logging
@@ -60,7 +59,7 @@ _HUGE = re.compile(r"[0-9]{61}|\^ ?\{? ?-?[0-9]{4}")
 _LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最简|约分|化简", re.IGNORECASE)
 _POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
 SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞√±×÷·−≤≥≠∈∪∩∅°²³⁴")
-"""Beyond ASCII, what an expression may hold whatever the gold answer does."""
+"""Non-ASCII characters that an expression may hold whatever the gold answer holds."""
 
 
 class Maths(FileTask):
@@ -90,7 +89,7 @@ class Maths(FileTask):
 
     @classmethod
     def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
-        """Gold answers that only algebra can read. Those read together share one fork of the referee."""
+        """Checks gold answers that only algebra can read. Those read together share one fork of the referee."""
         golds = {
             split_unit(question.meta["gold"])[0]: where
             for where, question in reversed(questions)
@@ -174,7 +173,7 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
 
 
 def _echoes(answer: str, prompt: str) -> bool:
-    """Whether the question contains the answer, if it is of some length; braces and spaces are ignored."""
+    """Whether the question contains the answer, if that has more than two characters; braces and spaces are ignored."""
     return len(_bare(answer)) > 2 and _bare(answer) in _bare(prompt)
 
 
@@ -183,7 +182,7 @@ def _bare(text: str) -> str:
 
 
 def _measured(record: dict[str, Any], gold: str) -> dict[str, Any]:
-    """The fields of a quantity. ValueError where they do not fit each other."""
+    """The fields of a quantity. ValueError if they do not fit each other."""
     found = {name: record[name] for name in MEASURED if record.get(name) is not None}
     unit, tolerance = found.get("unit", ""), found.get("tolerance", 0)
     if not isinstance(unit, str) or isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
@@ -267,7 +266,7 @@ def _valued(expressions: list[Any]) -> bool:
 
 
 def judge_same(library: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
-    """{"same": verdict, "canonical": how sympy writes the answer}, or canonical None where it is no expression."""
+    """{"same": verdict, "canonical": how sympy writes the answer}, or canonical None if it is not an expression."""
     answer = _parsed(library, request["answer"])
     if not answer:
         return {"same": False, "canonical": None}

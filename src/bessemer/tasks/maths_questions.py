@@ -1,12 +1,12 @@
 """The forms of an answer that need no algebra: numbers, quantities and words.
 
 Plain numbers are read as people write them in final answers: 42, -3.50, 1,234, 3/4, \\frac{3}{4}, \\frac34, 2^{10},
-1.2\\times 10^3. They judge nearly all answers to GSM8K-like problems exactly and in microseconds. Digits are ASCII, and
-few enough that no number is expensive.
+1.2\\times 10^3. This judges nearly all answers to GSM8K-like problems exactly and in microseconds. Digits are ASCII,
+and few enough that no number is expensive.
 
-A unit after an answer (a percent or degree sign, a currency before it too, \\text{...}, one of BARE) is split off and
-compared: it must be that of the gold answer or, where that has none, one that the question names. Leaving it out is
-fine.
+A unit after an answer (a percent or degree sign, \\text{...}, one of BARE) or a currency sign on either side is split
+off and compared: it must be that of the gold answer or, if that has none, one that the question names. It may be left
+out.
 """
 
 import re
@@ -26,9 +26,9 @@ _PEELS = tuple(
 _WORDS = re.compile(r"(?:\\(?:text|mbox|textbf|mathrm) ?\{(?P<inner>[A-Za-z][A-Za-z ]*)\}|(?P<bare>[A-Za-z]{3,}))")
 MAX_NUMERAL = 400
 MAX_POWER = 1000
-"""Bits of a power."""
+"""Maximum bits of a power."""
 NO_VALUE = frozenset(("nan", "not a number", "inf", "infinity", "n/a", "#n/a", "not available", "not applicable"))
-"""What programs write where there is no value: no answer, though every echo of it would be right."""
+"""What programs write if there is no value: not an answer, though every echo of it would be right."""
 _DIGITS = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMERAL = re.compile(
     rf"(?P<sign>[+-]?) ?(?:"
@@ -106,13 +106,13 @@ class Numeral:
 
 
 def _plainly(text: str) -> str:
-    """Without the spaces and signs that LaTeX puts into numbers: 1{,}234 and 1,\\!234 are 1,234."""
+    """The text without the spaces and signs that LaTeX puts into numbers: 1{,}234 and 1,\\!234 are 1,234."""
     text = text.replace("{,}", ",").replace("\\!", "").replace("\u2212", "-")
     return re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", ",", text)
 
 
 def parse_numeral(text: str) -> Numeral | None:
-    """None where the text is anything but one plain number."""
+    """The number in a text; None if the text is anything but one plain number."""
     return _numeral(_NUMERAL.fullmatch(_plainly(text))) if len(text) <= MAX_NUMERAL else None
 
 
@@ -142,7 +142,7 @@ def _numeral(match: re.Match[str] | None) -> Numeral | None:
 def parse_quantity(text: str, unit: str) -> Fraction | None:
     """A number, also in scientific notation, alone or with `unit`; None for anything else.
 
-    The unit may stand in \\text or \\mathrm; it is not converted.
+    The unit may be in \\text or \\mathrm; it is not converted.
     """
     if len(text) > MAX_NUMERAL:
         return None
@@ -169,7 +169,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def unit_form(unit: str) -> str:
-    """cm^2 and \\text{ cm}^2, degrees and ^\\circ have one form; m s and ms have two."""
+    """The form to compare. cm^2 and \\text{ cm}^2, degrees and ^\\circ have one form; m s and ms have two."""
     unit = re.sub(r"\\(?:text|mbox|mathrm|textrm|textnormal|rm)(?![a-zA-Z])", " ", unit)
     unit = re.sub(r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree", "°", unit).replace("²", "^2").replace("³", "^3")
     unit = re.sub(r"\\cdot|\\[,;:! ]|[\s~·*]+", "·", re.sub(r"\\([%$])", r"\1", unit))
@@ -189,7 +189,7 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
 
 
 def no_value(text: str, *more: str) -> bool:
-    """Whether a gold answer is what programs write where they have no value: NO_VALUE, or one of `more`."""
+    """Whether a gold answer is what programs write if they have no value: NO_VALUE, or one of `more`."""
     words = _WORDS.fullmatch(text.strip())
     plain = words["inner"] or words["bare"] if words else re.sub(r"\\(?:text|mbox|mathrm) ?\{(.*)\}", r"\1", text)
     return " ".join(plain.lower().split()).lstrip("+-").strip(" .") in NO_VALUE.union(more)

@@ -24,8 +24,8 @@ from bessemer.tasks.answer import NO_ANSWER
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, Verdict, read_toml, split_of_text
 
 ADJECTIVES, SPEAKERS, WORDS = (words.split() for words in read_toml("needle.toml").values())
-"""WORDS are modern, so the old plays and fables that hide them hardly use them; the needle of the usual test has
-nothing to do with the essays around it either."""
+"""WORDS are modern, so the old plays and fables that hide them hardly use them; in the usual test, too, the needle has
+nothing to do with the essays around it."""
 STEM = "The {key} says"
 SENTENCE = STEM + " {word}."
 
@@ -43,9 +43,9 @@ class NeedleMix:
     longest: float = 600
     """Longest page; one that does not fit a row of the corpus is cut there."""
     between: float = 60
-    """Text between two needles, on average; more where `most` bounds their number."""
+    """Text between two needles, on average; more if `most` bounds their number."""
     most: float = 32
-    """Most needles of a page; with 1 a page never has rival sentences."""
+    """Maximum needles per page; with 1 a page never has rival sentences."""
     times: float = 2.5
     """Mean number of times each needle occurs on a page. More repeats teach more: every occurrence but the first is
     something to retrieve."""
@@ -90,7 +90,7 @@ class Needle(Task):
         seed: int = 0,
         measure: Callable[[str], int] = len,
     ) -> Problem:
-        """A problem whose prompt measures at most `size`, and at least `size` less one piece of text.
+        """A problem whose prompt measures at most `size`, and at least `size` minus one piece of text.
 
         The needle to complete is at `depth` (0: at the start, 1: at the end). UserError if the needles do not
         fit.
@@ -113,7 +113,7 @@ class Needle(Task):
         return Problem(f"{self.name}/{split}/{seed}/{size}/{depth:g}/{index}", prompt, "en", meta)
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """The first word of the completion; formatted: a full stop after it."""
+        """Judges the first word of the completion; formatted if a full stop follows it."""
         match = _ANSWER.match(completion)
         if match is None:
             return Verdict(False, False, NO_ANSWER, None)
@@ -183,7 +183,7 @@ def _plant(pieces: list[str], facts: list[_Fact], depth: float, rng: random.Rand
 
 
 def _joined(pieces: list[str], facts: Iterator[tuple[int, _Fact]] | Sequence[tuple[int, _Fact]]) -> str:
-    """The text with each fact before the piece of its number; the facts come in the order of their places."""
+    """The text with each fact before the piece at its place; the facts come in the order of their places."""
     parts, done = [], 0
     for place, fact in facts:
         parts += [*pieces[done:place], _sentence(fact)]

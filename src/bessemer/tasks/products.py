@@ -1,9 +1,9 @@
-"""Products of two numbers of two digits: what a small model cannot do in its head, and a calculator can.
+"""Products of two two-digit numbers, which a small model cannot compute in its head but a calculator can.
 
 The smallest task in which calling a tool pays. Most authors of its pages write the product down and guess its value,
 nearly always wrong; a few call the calculator and copy its answer. So RL has something to amplify: the call. Pages with
-a call have several turns (`Written.turns`); the corpus encodes them as the conversation that they are. No prompt
-describes the tool: the pages have taught its form.
+a call have several turns (`Written.turns`); the corpus encodes them as conversations. No prompt describes the tool: the
+pages have taught its form.
 """
 
 import json
@@ -25,7 +25,7 @@ class ProductsMix:
     calls: float = 0.2
     """Pages that call the calculator; the others guess."""
     right: float = 0.02
-    """The share of guesses that is right."""
+    """The share of guesses that are right."""
     slip: float = 0.2
     """Chance that a caller calls with a wrong number."""
 

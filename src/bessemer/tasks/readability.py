@@ -1,8 +1,8 @@
 """Whether a person can read an answer: the filters of R1's rejection sampling, one measure for training and evaluation.
 
-R1 drops answers whose thoughts mix languages, run on in long paragraphs or hold code blocks, and cold-start data that
-repeats itself (R1 2.3.1, 2.3.3). The paper gives no thresholds; those here are ours, and the stages that filter have
-settings for them. Readable does not mean right: a wrong answer may read well.
+R1 drops answers whose thoughts mix languages, run on in long paragraphs or contain code blocks, and cold-start data
+that repeats itself (R1 2.3.1, 2.3.3). The paper gives no thresholds; those here are ours, and the stages that filter
+have settings for them. Readable does not mean right: a wrong answer may read well.
 
 Reasons, in the order they are checked
   blank            nothing to read
@@ -12,7 +12,7 @@ Reasons, in the order they are checked
   repetitive       too many lines, or runs of ten words, that occurred before (loops)
   long-paragraph   more words without a line break than a paragraph holds
 
-The thoughts are the text inside `<think>`; an answer without any is read as a whole, and a program is one in every
+The thoughts are the text inside `<think>`; an answer without any is read as a whole, and a program passes in every
 language. Every measure is linear in the length of the text.
 
 `share` is the measure behind R1's language-consistency reward (R_lang, first RL stage): the share of target-language
@@ -108,7 +108,7 @@ def longest_paragraph(text: str) -> int:
 
 
 def has_code(text: str) -> bool:
-    """A fence, or two lines in a row that begin like a program's."""
+    """Whether a text has a code fence, or two consecutive lines that begin like a program's."""
     if _FENCE.search(text):
         return True
     marks = [_CODE_LINE.match(line) is not None for line in text.split("\n")]
@@ -135,14 +135,14 @@ def share(text: str, language: str) -> float:
 
 
 def _prose(span: re.Match[str]) -> str:
-    """What a span between backticks holds beside code: words that neither Python nor a string of it has."""
+    """The prose in a span between backticks: words that are neither Python's keywords nor in a string."""
     parts = (part.strip(",.;:!?") for part in _QUOTED.sub(" ", span[1]).split())
     return f" {' '.join(part for part in parts if len(part) > 1 and part.isalpha() and part not in _KEYWORDS)} "
 
 
 def consistency(completion: str, language: str) -> float:
-    """R_lang of a completion: `share` of its thoughts, or of its summary where a plain reply has blank thoughts. 0 for
-    a completion that skips the thoughts it should have, so that skipping earns nothing."""
+    """R_lang of a completion: `share` of its thoughts, or of its summary if a plain reply has blank thoughts. 0 for a
+    completion that skips the thoughts it should have, so that skipping earns nothing."""
     thoughts = thought(completion)
     if thoughts.strip():
         return share(thoughts, language)
@@ -150,5 +150,5 @@ def consistency(completion: str, language: str) -> float:
 
 
 def reply_consistency(completion: str, language: str) -> float:
-    """The smaller of `consistency` and the summary's `share`, the answer itself left out."""
+    """The smaller of `consistency` and the summary's `share` without the answer itself."""
     return min(consistency(completion, language), share(prose(completion), language))

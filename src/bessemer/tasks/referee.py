@@ -2,7 +2,7 @@
 
 Those libraries evaluate the text they are given, some without any bound, and math-verify's own timeout is an alarm
 signal, which works only in the main thread. So they never see a completion in the main process. The referee is one
-long-lived child that has imported them. Every verdict is computed in a fork of it, which has limits of processor time
+long-lived child that has imported them. Every verdict is computed in a fork of it, which has limits on processor time
 (`CPU_SECONDS`), memory and wall-clock time, cannot write files, and ends after the verdict, together with any damage
 that the text did. A bomb costs its fork a third of a second; the referee and the next verdict are unaffected.
 
@@ -31,7 +31,7 @@ CPU_SECONDS = 0.35
 WALL_SECONDS = 20.0
 """Wall-clock time of one verdict, for text that blocks without using the processor."""
 PATIENCE = 120.0
-"""Seconds to wait for a reply of the referee: it may be importing, or sampling a problem."""
+"""Seconds to wait for a reply from the referee: it may be importing, or sampling a problem."""
 OPERATIONS = {
     "gym-names": ("bessemer.tasks.gym", "library_names", None),
     "gym-problem": ("bessemer.tasks.gym", "library_problem", None),
@@ -41,7 +41,7 @@ OPERATIONS = {
 }
 """(module, prepare, judge). `prepare(request)` runs in the referee, may import and cache anything, sees no completion.
 `judge(prepared, request)` sees the completion and runs in a fork with limits. Both return JSON; an operation without
-`judge` replies with what it prepared. A UserError becomes {"error": ...}, a fork that does not come back {"fault":
+`judge` replies with what it prepared. A UserError becomes {"error": ...}, a fork that does not return {"fault":
 "timeout"} or {"fault": "crash"}."""
 MEMORY = 1 << 30
 """Bytes a verdict may use beyond the referee's own."""
@@ -60,7 +60,7 @@ class RefereeFault(Exception):
 
 
 def ask(operation: str, **request: Any) -> dict[str, Any]:
-    """The reply to one of OPERATIONS. RefereeFault where a text cannot be judged within the limits."""
+    """The reply to one of OPERATIONS. RefereeFault if a text cannot be judged within the limits."""
     reply = _referee(os.getpid()).ask({"operation": operation, **request})
     if "fault" in reply:
         raise RefereeFault(reply["fault"])
@@ -140,7 +140,7 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def plain(text: str) -> bool:
-    """Numbers, one-letter names, pi, + - * / ^ and calls of FUNCTIONS; no attribute, no string, no other name."""
+    """Whether a text has only numbers, one-letter names, pi, + - * / ^ and calls of FUNCTIONS; no other name."""
     return len(text) <= MAX_ALGEBRA and _PLAIN.fullmatch(text) is not None and not re.search(r"\.\s*[A-Za-z]", text)
 
 

@@ -26,7 +26,7 @@ class SumsMix:
     direct: float = 0.4
     """Pages that answer without thinking."""
     direct_right: float = 0.1
-    """The share of those that is right: chance."""
+    """The share of those that are right: chance."""
     slip: float = 0.01
     """Chance that a step of a thought is wrong."""
     other_language: float = 0.0

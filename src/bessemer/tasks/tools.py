@@ -1,12 +1,12 @@
 """Tools for models, and `tools:NAMES:TASK`, any task with some of them: `tools:calculator:arithmetic`,
 `tools:calculator+python:gsm8k:PATH`.
 
-`calculator` is exact: integers, decimals and fractions through + - * / ^ and parentheses, by a reader of our own.
-`python` runs a program in the code sandbox, as the task `code` does, and is refused where that is.
+`calculator` is exact: integers, decimals and fractions through + - * / ^ and parentheses, by our own parser.
+`python` runs a program in the code sandbox, as the task `code` does, and is refused where that task is.
 `no-calculator` has the calculator's name and answers every call with an error: a control.
 
-Nothing a model writes can hold one up or fill its memory: numbers, digits, exponents and the length of the text are
-bounded, and the sandbox has a clock of its own.
+Nothing that a model writes can stall a tool or fill its memory: numbers, digits, exponents and the length of the text
+are bounded, and the sandbox has a clock of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bessemer.tasks.environment import Environment, LocalTool, shortened
 
 MOST_CHARS = 500
 MOST_DIGITS = 400
-"""Of numerator and denominator, at every step, and of a number that is written."""
+"""Maximum digits of numerator and denominator at every step, and of a number in the text."""
 DEEPEST = 40
 PYTHON_SECONDS = 5.0
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|(\*\*|[-+*/^()]))", re.ASCII)
 
 
 def calculate(expression: str) -> str:
-    """The exact value: an integer, or a fraction in lowest terms. ValueError in words for a model."""
+    """The exact value: an integer, or a fraction in lowest terms. ValueError, in words for a model, if none."""
     if len(expression) > MOST_CHARS:
         raise ValueError(f"the expression is longer than {MOST_CHARS} characters")
     return str(_Reader(expression).value())
@@ -132,7 +132,7 @@ def _small(value: Fraction) -> Fraction:
 
 
 def run_python(code: str) -> str:
-    """What a program prints, and how it ends where it does not end well. UserError where nothing isolates it."""
+    """What a program prints, and how it ended if it failed. UserError if nothing isolates it."""
     if len(code) > sandbox.SOURCE_LIMIT:
         raise ValueError(f"the program is longer than {sandbox.SOURCE_LIMIT} characters")
     result = sandbox.run(code, seconds=PYTHON_SECONDS)
@@ -184,7 +184,7 @@ class TaskWithTools(Environment):
         self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         if "python" in chosen:
-            sandbox.resolve_level()  # UserError where it would only fail later
+            sandbox.resolve_level()  # UserError now, where it would only fail later
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         return self.task.make(split, index, seed, language, phrasing)

@@ -1,6 +1,6 @@
-"""Tasks and rewards of one's own, named in a recipe by file: `my_task.py:MyTask`, `my_rewards.py:brevity`.
+"""The user's own tasks and rewards, named in a recipe by file: `my_task.py:MyTask`, `my_rewards.py:brevity`.
 
-The file starts at the recipe's folder. It is the user's own code, named in the user's own recipe: it runs in this
+The path is relative to the recipe's folder. The code is the user's own, named in the user's own recipe: it runs in this
 process with the user's rights, outside the sandbox, and the first load prints a warning. A stage records its SHA-256
 (pipeline/inputs.py) and runs again when the file has changed. The modules that it imports are not hashed.
 """

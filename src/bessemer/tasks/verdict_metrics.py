@@ -1,7 +1,7 @@
 """Scores over k samples per problem: pass@k, maj@k (the paper's cons@k), and a mean with its 95 % interval.
 
 maj@k, exactly: take k of the n samples without replacement, give each answer one vote (None abstains), and let the
-answer with most votes win. Ties are broken at random, and the score is the expectation: when t answers tie, each
+answer with the most votes win. Ties are broken at random, and the score is the expectation: when t answers tie, each
 counts 1/t. So the score is deterministic and favours neither the first nor the right answer.
 """
 
@@ -17,7 +17,7 @@ from bessemer.errors import UserError
 from bessemer.tasks.base import Verdict
 
 FEW = 5
-"""Problems above 0, or below 1, below which a bootstrap is too narrow."""
+"""If fewer problems are above 0, or below 1, a bootstrap is too narrow."""
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -66,8 +66,8 @@ def _wins(votes: Counter, answer: str, abstain: int, k: int) -> Fraction:
 def mean_interval(rates: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of rates, one for each problem: 95 % percentile bootstrap over the problems.
 
-    Where fewer than FEW of them lie above 0, or below 1, resampling sees too little spread (of 0 of 6 it makes the
-    interval 0 to 0). There the interval also spans Wilson's of that mean over the problems, the widest that rates
+    If fewer than FEW of them are above 0, or below 1, resampling sees too little spread (for 0 of 6 it gives the
+    interval 0 to 0). The interval then also spans Wilson's for that mean over the problems, the widest that rates
     between 0 and 1 can have.
     """
     mean, low, high = bootstrap(rates, seed)
@@ -114,7 +114,7 @@ def score(verdicts: Sequence[Sequence[Verdict]], k: int | None = None, seed: int
 
 
 def pass_at_1(verdicts: Sequence[Sequence[Verdict]]) -> list[float]:
-    """Of every problem, the share of its samples that are right."""
+    """The share of correct samples of every problem."""
     return [sum(v.correct for v in samples) / len(samples) for samples in verdicts]
 
 

@@ -1,14 +1,14 @@
-"""Word problems in the manner of GSM8K, parallel in English and Chinese: a story, two or three steps, an integer.
+"""Word problems in the style of GSM8K, parallel in English and Chinese: a story, two or three steps, an integer.
 
 The language does not affect sampling: problem i of a seed is the same story with the same numbers in both. Most
-stories are composed of clauses (`composed_stories`), the others written one by one (stories.toml); all are our own
-text. A story has its wording in both languages; `ranges` of the numbers a, b, c, d in the order of the text; and
+stories are composed of clauses (`composed_stories`), the others are written one by one (stories.toml); all are our own
+text. A story has its wording in both languages; `ranges` for the numbers a, b, c, d in the order of the text; and
 `steps`, each `left op right` over these numbers, over x and y (the results of the first and the second step) and over
 constants that the text implies ("legs of a cow").
 
-Compositions are held out of training and, by the rule all tasks share, sets of numbers: a test problem is a story no
-page contains, with numbers no page about any story combines. `phrasing="held-out"` asks for stories in settings of
-which no page has a clause (`HELD_OUT`). Every intermediate value lies in 1..LARGEST and every division comes out even.
+Compositions and, by the rule that all tasks share, sets of numbers are held out of training: a test problem is a story
+no page contains, with numbers no page about any story combines. `phrasing="held-out"` asks for stories in settings that
+no page has a clause about (`HELD_OUT`). Every intermediate value lies in 1..LARGEST and every division comes out even.
 A trace has one short line per step: `first:3*4=12`, `then:12-5=7`.
 """
 
@@ -25,7 +25,7 @@ Step = tuple[int, str, int, int]
 
 OPS = "+-*/"
 ONE_BY_ONE = 0.3
-"""Training problems about a story that was written by itself."""
+"""Share of the training problems whose story was written individually."""
 ORDER = {"en": ("first:", "then:"), "zh": ("先:", "再:")}
 
 
@@ -44,7 +44,7 @@ class WordsMix:
     direct: float = 0.25
     """Pages that answer without thinking."""
     direct_right: float = 0.3
-    """The share of those that is right; the others are off by up to 20."""
+    """The share of those that are right; the others are off by up to 20."""
     sloppy: float = 0.75
     """Thinking pages by authors who slip, misread and give up; the others are careful and always right."""
     slip: float = 0.08

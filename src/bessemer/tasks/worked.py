@@ -29,15 +29,15 @@ SUMMARIES = {
         "<answer>{}</answer>就是答案。",
     ),
 }
-"""What follows the thoughts in R1's form where the model wrote no summary: a sentence in the language of the question,
+"""What follows the thoughts in R1's form if the model wrote no summary: a sentence in the language of the question,
 chosen by a hash of the problem."""
 FIRST_PAGES, LOOKED_AT = 4096, 400
-"""An example is looked for from one of the first pages of its task on, in so many pages."""
+"""The search for examples starts at one of the first FIRST_PAGES pages of a task and reads LOOKED_AT pages."""
 
 
 def in_r1_form(problem: Problem, text: str) -> str:
-    """An answer as thoughts and a summary: the model's own where it wrote more than the tagged answer. Unchanged where
-    no answer can be read."""
+    """An answer as thoughts and a summary: the model's own if it wrote more than the tagged answer. Unchanged if no
+    answer can be read."""
     reply, final = parse_reply(text), summary(text)
     if reply.answer is None:
         return text
@@ -49,7 +49,7 @@ def in_r1_form(problem: Problem, text: str) -> str:
 
 def examples(task: Task, language: str, key: str) -> Iterator[Written]:
     """Pages of the train split that think in their own language and are right; `key` chooses where to begin. UserError
-    for a task without pages, and after pages among which no other is one."""
+    for a task without pages, and when LOOKED_AT pages have no more of them."""
     pages = base.get(task.name, languages=[language])
     first = stable_hash("example", key) % FIRST_PAGES
     for index in range(first, first + LOOKED_AT):

@@ -1,8 +1,8 @@
-"""Running untrusted code: `run` a program, `judge` a function by its answers, or `judge_program` by its output.
+"""Runs untrusted code: `run` a program, `judge` a function by its answers, or `judge_program` by its output.
 
 The output of a program may be a lie, so printing a pass must not help: `judge` sends the arguments of one test at a
 time and compares the answer on this side; expected values never enter the sandbox. Printing a marker, exiting early or
-redefining anything does not help: only right answers pass. Without isolation nothing runs, unless the user forces it
+redefining anything does not help: only correct answers pass. Without isolation nothing runs, unless the user forces it
 with an environment variable (FORCE).
 """
 
@@ -22,16 +22,16 @@ from bessemer.system import is_linux
 from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, SandboxError, SandboxProcess
 
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
-"""Environment variable; "1" lets hostile code run with the user's own rights where no isolation works."""
+"""Environment variable; "1" lets hostile code run with the user's own rights if no isolation works."""
 ELSEWHERE = (
     "the sandbox is built from namespaces of Linux: rewards and scores of code need Linux (a container or a virtual "
     "machine with it will do), everything else runs here"
 )
 SOURCE_LIMIT = 100_000
 INPUT_LIMIT = 1 << 25
-"""Characters of the input of a test."""
+"""Maximum characters of a test's input."""
 TOTAL_SECONDS = 60.0
-"""Of a program over all of its tests, if that is more than ten times the time of one."""
+"""Time limit of a program over all its tests, if that is more than ten times the limit of one test."""
 OK, ERROR, TIMEOUT, MEMORY, OUTPUT = "ok", "error", "timeout", "memory", "output"
 CORRECT, WRONG_OUTPUT, NO_FUNCTION, SYNTAX_ERROR = "correct", "wrong-output", "no-function", "syntax-error"
 _ERRORS = {"no-function": NO_FUNCTION, "MemoryError": MEMORY} | dict.fromkeys(
@@ -136,7 +136,7 @@ def judge_program(
 ) -> Judgement:
     """Run a program on the input of every test and compare its output (see `same_output`), until the first failure.
 
-    A test is (input, expected output). `seconds` is the time of one test; all have TOTAL_SECONDS, or ten times that.
+    A test is (input, expected output). `seconds` limits one test; all have TOTAL_SECONDS, or 10 * `seconds` if more.
     """
     if not tests:
         raise ValueError("judging takes at least one test")
@@ -201,7 +201,7 @@ def _close(expected: str, got: str, tolerance: float) -> bool:
 
 
 def same(expected: Any, got: Any) -> bool:
-    """Equal in value and shape. A bool is no number; where a float is expected, a relative error of 10^-9 is fine."""
+    """Equal in value and shape. A bool is not a number; if a float is expected, a relative error of 10^-9 is fine."""
     if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
         return expected is got
     if isinstance(expected, float):
@@ -219,7 +219,7 @@ def level() -> str:
 
 
 def resolve_level(isolation: str | None = None) -> str:
-    """The named level, else `level()`. UserError where that is "none" and FORCE is not set."""
+    """The named level, else `level()`. UserError if that is "none" and FORCE is not set."""
     if isolation is not None:
         if isolation not in LEVELS:
             raise UserError(f"the sandbox has no level {isolation!r}; known: {', '.join(LEVELS)}")
@@ -235,13 +235,13 @@ def resolve_level(isolation: str | None = None) -> str:
 
 
 def _possible() -> bool:
-    """Whether a level may work at all. Every one watches processes by pidfd."""
+    """Whether a level may work at all. Every level watches processes by pidfd."""
     return is_linux() and hasattr(os, "pidfd_open")
 
 
 @cache
 def trial(name: str) -> str:
-    """Why a level does not work here, found by running a program at that level; "" where it does."""
+    """Why a level does not work here, found by running a program at that level; "" if it does."""
     if name == "none":
         return ""
     if not _possible():
@@ -249,7 +249,7 @@ def trial(name: str) -> str:
     if name == "bubblewrap" and shutil.which("bwrap") is None:
         return "not installed"
     try:
-        # a module that is not loaded yet: where Python itself lies under /tmp, a program finds none
+        # a module that is not loaded yet: if Python itself is under /tmp, a program finds none
         program = f"import colorsys, os\nprint(os.path.exists({__file__!r}), os.getuid())"
         result = run(program, isolation=name, seconds=10)
     except SandboxError as error:
@@ -281,7 +281,7 @@ def _read_verdict(process: SandboxProcess, expected: Any) -> tuple[str, str]:
 
 
 def _reply(line: bytes) -> dict[str, Any]:
-    """A line of JSON that may be anything at all; {} where it is not an object."""
+    """A line of JSON that may be anything at all; {} if it is not an object."""
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):

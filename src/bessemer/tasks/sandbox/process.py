@@ -2,21 +2,21 @@
 
 bubblewrap   bwrap builds the sandbox: new namespaces of every kind, a read-only root with the interpreter and the
              system's libraries, an empty /tmp of 16 MB, no network
-namespaces   the same, built by inside/confine.py where bubblewrap is not installed
+namespaces   the same, built by inside/confine.py if bubblewrap is not installed
 none         rlimits, the filter of system calls (which also refuses new processes) and the clock, but the program reads
              and writes files with the user's rights
 
 There are three pipes in addition to standard input, output and error: `ask` carries what we send, `reply` the answers
 line by line (first `ready`), `info` the number of the process whose death ends everything inside. Time is counted from
-`ready`, on this side; output is counted while it is read, and the memory of all processes together is looked at while
-they run. When a sandbox is closed, every process of it is gone and reaped, however it was left.
+`ready`, on this side; output is counted while it is read, and the memory of all processes together is checked while
+they run. When a sandbox is closed, all its processes are gone and reaped, however it was left.
 
-Both levels run the program in a user namespace of its own, also for root, because the kernel counts processes by user
-and namespace: no sandbox meets the limit of another. A user other than root maps only itself there; for root, this side
-maps root and nobody, which `maps` tells bubblewrap.
+Both levels run the program in a user namespace of its own, even for root, because the kernel counts processes by user
+and namespace: no sandbox runs into the limit of another. A user other than root maps only itself there; for root, this
+side maps root and nobody, which `maps` tells bubblewrap.
 
-bubblewrap's own `--die-with-parent` can leave a process behind: killed between making its child and letting it go, it
-leaves that one waiting. So process 1 inside watches our process (`alive`, a pidfd) and ends with it.
+bubblewrap's own `--die-with-parent` can leave a process behind: killed between creating its child and releasing it,
+bubblewrap leaves the child waiting. So process 1 inside watches our process (`alive`, a pidfd) and ends with it.
 """
 
 import errno
@@ -135,7 +135,7 @@ class SandboxProcess:
         return self
 
     def _map_ids(self) -> None:
-        """Map root and nobody into bubblewrap's new user namespace, and let it go on; where that fails, it says why."""
+        """Map root and nobody into bubblewrap's new user namespace, and let it continue; if that fails, it says why."""
         self._first = self._read_info()
         with suppress(OSError):
             for kind in ("uid", "gid"):
@@ -186,7 +186,7 @@ class SandboxProcess:
         return taken
 
     def finish(self) -> int:
-        """Wait for the end; the exit status, 128 + n after signal n."""
+        """Wait for the end; return the exit status, 128 + n after signal n."""
         self._pump(lambda: not self._sinks)
         return self.close()
 
@@ -261,7 +261,7 @@ class SandboxProcess:
 def _command(
     mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
 ) -> list[str]:
-    """The command line of a sandbox. Processor time is bounded a little above wall time, which thus strikes first."""
+    """The command line of a sandbox. Processor time is bounded slightly above wall time, which thus strikes first."""
     scratch = SCRATCH if mode == "once" else 0
     numbers = (
         ask,
@@ -326,7 +326,7 @@ def _readable() -> tuple[str, ...]:
 
 @cache
 def _hidden() -> tuple[str, ...]:
-    """Installed packages below those: not needed, and one of them may contain the tests."""
+    """Installed packages below those paths: not needed, and one of them may contain the tests."""
     library, stdlib = Path(sys.base_prefix, "lib"), Path(sysconfig.get_path("stdlib"))
     folders = [stdlib, library / "python3", Path("/usr/lib/python3"), Path("/lib/python3")]
     packages = [folder / name for folder in folders for name in ("site-packages", "dist-packages")]

@@ -1,10 +1,9 @@
-"""The memory of a whole sandbox: the kernel's limit is one of each process, so the trusted side counts their sum.
+"""The memory of a whole sandbox: the kernel limits each process by itself, so the trusted side counts their sum.
 
-A sandbox of one process is bounded by the kernel. Where there are several, their memory is read from /proc, the more
-often the nearer it comes to the bound, and all end together when it is exceeded. Between two looks they may take a
-little more. Memory that processes share, such as that of a forked interpreter, counts once where /proc lets us see it
-(PSS), else once for each. Under a kernel that lists no children (CONFIG_PROC_CHILDREN) each process has its own limit
-alone.
+A sandbox of one process is bounded by the kernel. If there are several, their memory is read from /proc, more often the
+closer it comes to the bound, and all are ended together when it is exceeded. Between two checks they may take a little
+more. Shared memory, such as that of a forked interpreter, counts once if /proc shows it (PSS), else once for each
+process. Under a kernel that lists no children (CONFIG_PROC_CHILDREN), each process only has its own limit.
 """
 
 import os
@@ -12,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 INTERVAL, SHORTEST = 0.005, 0.001
-"""Seconds between two looks."""
+"""Longest and shortest time between two checks, in seconds."""
 SPEED = 4e9
-"""Bytes a second that a process may take at most."""
+"""The most bytes per second that a process can take."""
 
 
 def processes(first: int) -> list[int]:
@@ -29,8 +28,8 @@ def processes(first: int) -> list[int]:
 
 
 def look(first: int, most: int) -> float | None:
-    """Seconds until the next look; None where the processes below `first`, which is ours, hold more than `most` bytes
-    together."""
+    """Seconds until the next check; None if the processes below `first`, which is ours, together hold more than `most`
+    bytes."""
     programs = processes(first)[1:]
     if len(programs) < 2:
         return INTERVAL
@@ -46,13 +45,13 @@ def _resident(pid: int) -> int:
 
 
 def _proportional(pid: int) -> int:
-    """The same, of which each of n processes that share a page has one n-th."""
+    """The same, where a page that n processes share counts 1 / n for each."""
     shared = _sum(f"/proc/{pid}/smaps_rollup", (b"Pss_Anon:", b"Pss_Shmem:"))
     return _resident(pid) if shared is None else shared
 
 
 def _sum(path: str, names: tuple[bytes, ...]) -> int | None:
-    """Of the lines that begin so, which are in KiB; None where the file cannot be read."""
+    """Bytes in the lines that begin with `names`, which are in KiB; None if the file cannot be read."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError:

@@ -1,15 +1,15 @@
-"""What confines the program: namespaces where bubblewrap is not installed, process 1 in them, limits and a call filter.
+"""Confines the program: namespaces if bubblewrap is not installed, process 1 in them, limits and a call filter.
 
 `enter_namespaces` makes user, mount, pid, network, IPC and UTS namespaces with three processes: the launcher stays
-outside the new pid namespace and waits; its child is process 1 inside, with which the kernel ends every other process
-of the namespace; the child of that one runs the program. Needs Linux 5.12 (mount_setattr).
+outside the new pid namespace and waits; its child is process 1 inside, with whose end the kernel ends every other
+process of the namespace; the child of process 1 runs the program. Needs Linux 5.12 (mount_setattr).
 
-`limit` takes user id, capabilities, rlimits and system calls away from this process before it runs the program. Refused
-are the calls that reach outside (sockets, other processes' memory, keys, new namespaces, mounts), that hold memory no
-rlimit counts (memfd, System V IPC), or that open a large part of the kernel (io_uring, bpf, perf). The filter knows
-x86-64 and AArch64; on other machines the namespaces stand alone.
+`limit` takes away user id and capabilities, sets rlimits and filters system calls before this process runs the program.
+It refuses the calls that reach outside (sockets, other processes' memory, keys, new namespaces, mounts), that hold
+memory no rlimit counts (memfd, System V IPC), or that open a large part of the kernel (io_uring, bpf, perf). The filter
+knows x86-64 and AArch64; other machines have only the namespaces.
 
-Errors of C calls are OSError with the name of the call.
+Errors in C calls are OSError with the name of the call.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NOBODY = 65534
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 SCRATCH = b"mode=1777,size=%d,nr_inodes=4k"
-"""Of /tmp: a file or folder takes a kilobyte of the kernel's memory that the size does not count."""
+"""Mount options of /tmp: a file or folder takes a kilobyte of kernel memory that the size does not count."""
 STACK, FILES = 8 << 20, 64
 WATCH_SECONDS = 0.1
 
@@ -67,7 +67,7 @@ _NEW_NAMESPACES = 0x7E020000
 
 
 def call(name: str, *args: object) -> int:
-    """Integers go as C longs: the variadic functions among these (prctl, syscall) read nothing narrower."""
+    """Call a C function. Integers go as C longs: variadic ones (prctl, syscall) read nothing narrower."""
     result = getattr(_libc, name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
     if result < 0:
         number = ctypes.get_errno()
@@ -76,14 +76,14 @@ def call(name: str, *args: object) -> int:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the parent dies. Any later change of user or capabilities undoes this."""
+    """Have this process killed when the parent dies. Any later change of user or capabilities undoes this."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def report_pid(info: int, pid: int) -> None:
-    """Name the process whose death ends the program, in the form of bubblewrap's --info-fd."""
+    """Report the process whose death ends the program, in the form of bubblewrap's --info-fd."""
     os.write(info, b'{"child-pid": %d}\n' % pid)
     os.close(info)
 
@@ -99,7 +99,7 @@ def fork_program(pipes: tuple[int, int]) -> None:
 
 
 def protect() -> None:
-    """Put this process, and its children until they take rights of their own, out of the reach of ptrace.
+    """Put this process, and its children until they take rights of their own, out of reach of ptrace.
 
     Process 1 of a namespace is ours and cannot be killed from inside, so with this the program cannot impersonate it.
     """
@@ -109,7 +109,7 @@ def protect() -> None:
 def end_program(pid: int, isolated: bool) -> int:
     """Wait for child `pid`, end and reap what it has left behind, and return its exit status (128 + n after signal n).
 
-    Only process 1 of a namespace may say `isolated`: the kernel then ends every other process of it at once.
+    Only process 1 of a namespace may pass `isolated`: the kernel then ends every other process of it at once.
     """
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if isolated:
@@ -122,7 +122,7 @@ def end_program(pid: int, isolated: bool) -> int:
 
 
 def exit_as(pid: int, pipes: tuple[int, int]) -> None:
-    """Close the pipes and exit as child `pid` does (128 + n after signal n), reaping all other children before."""
+    """Close the pipes and exit as child `pid` does (128 + n after signal n), reaping all other children first."""
     for fd in pipes:
         os.close(fd)
     while True:
@@ -156,7 +156,7 @@ def enter_namespaces(
 
 
 def enter_bubblewrap(alive: int, scratch: int) -> None:
-    """In bubblewrap's process 1: mount /tmp (bubblewrap bounds no inodes), give up every right but those by which
+    """In bubblewrap's process 1: mount /tmp (bubblewrap bounds no inodes), give up every right except those with which
     root becomes nobody and ends a program, and end with the trusted process, whose pidfd is `alive`."""
     if scratch:
         _tmpfs(b"/tmp", SCRATCH % scratch)
@@ -167,8 +167,8 @@ def enter_bubblewrap(alive: int, scratch: int) -> None:
 
 
 def _end_with(pidfd: int) -> None:
-    """Exit soon after that process does. A timer interrupts whatever this one waits for, and no fork of it has one; a
-    thread would be a process that the program sees."""
+    """Exit soon after that process does. A timer interrupts whatever this process waits for, and its forks do not
+    inherit it; a thread would be a process that the program sees."""
     ended = select.poll()
     ended.register(pidfd, select.POLLIN)
     signal.signal(signal.SIGALRM, lambda *_: ended.poll(0) and os._exit(1))
@@ -249,14 +249,14 @@ def _make_parents(target: str) -> None:
 
 
 def _protect(target: str, flags: int) -> None:
-    """Read-only, without set-id programs and devices; `flags` AT_RECURSIVE for the mounts below it too."""
+    """Make a mount read-only, without set-id programs and devices; `flags` AT_RECURSIVE: also the mounts below it."""
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY | NO_SETUID | NO_DEVICES)
     size = ctypes.sizeof(attributes)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), flags, ctypes.byref(attributes), size)
 
 
 def limit(cpu: int, memory: int, file: int, processes: int, *, parent: int, isolated: bool) -> None:
-    """Take rights from this process. CPU in seconds, memory and file in bytes. If `isolated`, root becomes nobody.
+    """Take rights away from this process. CPU in seconds, memory and file in bytes. If `isolated`, root becomes nobody.
 
     For root RLIMIT_NPROC counts nothing; for nobody it counts the processes of this user namespace, or before Linux
     5.14 all of the user's. Without namespaces a new process could survive, so none is allowed.

@@ -1,9 +1,9 @@
-"""The start: from the trusted side into the process that runs the program.
+"""The entry point: from the trusted side into the process that runs the program.
 
     main.py MODE LEVEL ASK REPLY INFO ALIVE PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
 MODE is once, or each (see serve.py). ASK, REPLY, INFO and ALIVE are file descriptors (see ../process.py), PARENT the
-trusted process, CPU seconds, MEMORY and FILE bytes; without FILE nothing can be written. The program may read below
+trusted process, CPU seconds, MEMORY and FILE bytes; if FILE is 0, nothing can be written. The program may read below
 each +PATH and not below a -PATH.
 """
 

@@ -1,4 +1,4 @@
-"""Running the program, in a process without any rights left.
+"""Runs the program, in a process without any rights left.
 
 The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that many bytes of source. `run` executes a
 script: its exit status and output are the result. `call` answers every line of arguments (a Python literal, from the
@@ -6,10 +6,10 @@ trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": .
 process, it can only send lines; the trusted side, which knows the expected values, judges them.
 
 In mode `each` the trusted side sends the length of the source, the source, and then for every test the length of its
-input and the input. Process 1 runs each test in a fork of itself that has taken its own rights away, and passes on what
-it writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
-system that it could write to. When it ends, every process that it left is ended too, and only then a line says
-{"status": ...}. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
+input and the input. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
+writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
+system that it could write to. When it ends, every process that it left behind is ended too, and only then is {"status":
+...} sent. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
 """
 
 import os
@@ -37,7 +37,7 @@ def serve(ask: int, reply: int) -> None:
 
 def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
     """Return in the fork of a test, when its program has ended; process 1 never returns."""
-    # A fork closes it by number; Python 3.13 would complain of that on the program's own error output.
+    # A fork closes it by number; Python 3.13 would complain about that on the program's own error output.
     questions = os.fdopen(ask, "rb", closefd=False)
     os.write(reply, b"ready\n")
     source = questions.read(int(questions.readline()))
@@ -63,7 +63,7 @@ def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
 
 
 def _relay(pid: int, pipes: dict[int, int], isolated: bool) -> int:
-    """Pass on what the program writes to its pipes until it ends, then end what it left; its exit status."""
+    """Pass on what the program writes to its pipes until it ends, then end what it left; return its exit status."""
     ended, poll = os.pidfd_open(pid), select.poll()
     for fd in (ended, *pipes):
         poll.register(fd, select.POLLIN)
@@ -108,7 +108,7 @@ def _call(source: str, name: str, questions, reply: int) -> None:
     _send(reply, '{"value": true}' if callable(space.get(name)) else '{"error": "no-function", "text": ""}')
     for line in questions:
         try:
-            # Looked up for every call, as the program may bind it again; what cannot be called is an error like others.
+            # Looked up for every call, as the program may rebind it; what cannot be called is an error like any other.
             answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"  # type: ignore[operator]
         except BaseException as error:
             answer = _error(error)
