@@ -123,7 +123,7 @@ class DeviceRunner(ModelRunner):
         self._append(None if fetch is None else fetch.read(), None if kept is None else ids_of_words(kept.tensor()))
 
     def _append(self, rows: list[list[float]] | None, kept: list[list[int]] | None = None) -> None:
-        """Appends the next token of every sequence, after its accepted drafts. rows None: these are appended."""
+        """Appends every sequence's next token after its accepted drafts. rows None: the drafts are already appended."""
         if rows is None:
             assert self._settled is not None
             rows = self._settled

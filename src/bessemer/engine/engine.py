@@ -86,7 +86,7 @@ class Engine:
         self.rows = 0
         """Samples that decode together on a GPU; 0: as many as its memory holds."""
         self.keeps_memory = False
-        """Whether buffers and graphs stay on the GPU between calls; only if nothing else needs its memory."""
+        """Whether buffers and graphs stay on the GPU between calls; set it only if nothing else needs the memory."""
         self._steps: Steps | None = None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""

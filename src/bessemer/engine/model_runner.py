@@ -50,7 +50,7 @@ from bessemer.precision.probe import double, float64_home
 
 
 class ModelRunner:
-    """Live sequences and their rows in the cache. Row b of every tensor, of `sequences` and of the cache match."""
+    """Live sequences and their rows in the cache. Row b of every tensor, `sequences` and the cache is one sequence."""
 
     def __init__(
         self,

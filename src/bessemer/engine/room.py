@@ -114,7 +114,7 @@ def make_steps(
     model: Model, vocab: int, rows: int, row_tokens: int, cache_tokens: int, prefill_tokens: int,
     spare: float = SPARE, drafts: int = 0,
 ) -> Steps:  # fmt: skip
-    """Static steps of `rows` rows with a cache of `cache_tokens`, or fewer if memory less the share `spare` holds
+    """Static steps of `rows` rows with a cache of `cache_tokens`, or fewer if the memory that `spare` leaves holds
     fewer. Rows of a foreign model grow with their tokens. UserError if there is no room."""
     device = model.embed.weight.device
     if isinstance(model, CausalLM):

@@ -49,8 +49,8 @@ class Rows(NamedTuple):
 
 
 Feed = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(tokens [R, T], their positions [R, T], pages [R, P]) -> states after the final norm [R * T, D], and the experts [R *
-T, L, K] if they are recorded."""
+"""(tokens [R, T], their positions [R, T], pages [R, P]) -> states after the final norm [R * T, D], and the experts
+[R * T, L, K] if they are recorded."""
 
 
 def width_with(drafts: int) -> int:

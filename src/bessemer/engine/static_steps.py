@@ -5,8 +5,8 @@ launch.
 There is one graph for each number of rows and each form of sampling (`row_sampling`), and, if attention gathers pages
 instead of reading each row's own (`kernels.paged`), for each number of pages. Both numbers are padded to one of a few.
 Padding rows read and write a page of the pool that no other row has. Graphs are captured when first needed, share their
-memory, and read the weights in place: an update in place needs no new capture, and `current` says if any weight has
-moved.
+memory, and read the weights in place: an update in place needs no new capture, and `current` says whether any weight
+has moved.
 
 If a step cannot be captured (an operation waits for the device, as grouped products do before Hopper, or memory is
 short), one line says so, and steps are launched one operation at a time.
@@ -320,7 +320,7 @@ class CudaGraphs:
             self._stream.wait_stream(before)
             with torch.cuda.stream(self._stream):
                 warm_up()  # compiles, tunes and makes workspaces
-                with _no_waits():  # finds operations that wait: within a capture they would leave a mess behind
+                with _no_waits():  # finds operations that wait: in a capture they would leave much to clean up
                     warm_up()
             before.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
