@@ -48,7 +48,7 @@ class Spoken(NamedTuple):
     """One message of an episode."""
 
     role: str
-    """"assistant" where the model wrote it."""
+    """"assistant" if the model wrote it."""
     tokens: int
     text: str
 

@@ -187,7 +187,7 @@ def _same_params(sequences: list[Sequence]) -> list[list[int]]:
 
 
 def _allowed(sequences: list[Sequence], vocab: int, device: torch.device) -> Tensor | None:
-    """The tokens that the sequences' grammars allow, [B, vocab]; None where no grammar decides."""
+    """The tokens that the sequences' grammars allow, [B, vocab]; None if no grammar decides."""
     masks = [None if sequence.grammar is None else sequence.grammar.allowed() for sequence in sequences]
     if all(mask is None for mask in masks):
         return None
@@ -338,7 +338,7 @@ def _search(p_BW: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(x_BV: Tensor, fill: float) -> Tensor:
-    """[B, b, w]; a vocabulary that is no multiple of w is padded."""
+    """[B, b, w]; a vocabulary that is not a multiple of w is padded."""
     spare = -x_BV.shape[1] % BLOCK
     return (F.pad(x_BV, (0, spare), value=fill) if spare else x_BV).unflatten(-1, (-1, BLOCK))
 

@@ -130,7 +130,7 @@ class Finished(NamedTuple):
     ticket: int
     reason: FinishReason
     message: str = ""
-    """With `error`: what went wrong with this request alone."""
+    """With `error`: what went wrong with this request; others are unaffected."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
 
