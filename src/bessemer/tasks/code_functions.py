@@ -184,7 +184,7 @@ class CodeMix:
     direct_right: float = 0.5
     """The share of those that are right."""
     sloppy: float = 0.5
-    """Thinking pages by authors who err, give up and call misses hits; the others go on until it is right."""
+    """Thinking pages by authors who err, give up and call misses hits; the others continue until they are right."""
     wrong_sloppy: float = 0.6
     """Chance that a sloppy author's next expression is wrong."""
     wrong_careful: float = 0.3

@@ -184,7 +184,7 @@ class TaskWithTools(Environment):
         self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         if "python" in chosen:
-            sandbox.resolve_level()  # UserError now, where it would only fail later
+            sandbox.resolve_level()  # UserError now instead of a failure later
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         return self.task.make(split, index, seed, language, phrasing)
