@@ -49,11 +49,11 @@ class SourceTable(ConfigTable):
     filters: Literal["none", "repetition", "web", "code"] = "none"
     """Quality filters: a set of rules with its published thresholds."""
     rules: dict[str, float | bool] = Field(default_factory=dict)
-    """Thresholds of single rules that replace those of `filters`; false removes a rule, a rule outside `filters` is
+    """Thresholds of single rules, in place of those of `filters`; false removes a rule, and a rule outside `filters` is
     added."""
     bad: Literal["refuse", "skip"] = "refuse"
-    """Treatment of unreadable input. refuse: end the build with an error that names the place; skip: leave it out and
-    count it."""
+    """What to do with unreadable input. refuse: end the build with an error that names the place; skip: leave it out
+    and count it."""
     longest: Bytes = 10_000_000
     """Maximum bytes of a document, line or page; longer ones count as unreadable."""
     retries: int = Field(3, ge=0)
@@ -98,14 +98,14 @@ class DecontaminateTable(ConfigTable):
     n: int = Field(10, ge=5)
     """Consecutive words that count as a match (R1-Nature D.1: 10)."""
     problems: int = Field(1000, ge=1)
-    """Held-out problems per language of a task that generates endlessly many."""
+    """Held-out problems per language of a task that generates them without end."""
 
 
 class EngineTable(ConfigTable):
     """[engine]: where jobs run. It does not change the output."""
 
     kind: Literal["processes", "ray"] = "processes"
-    """processes: of this machine; ray: tasks on a Ray cluster (RAY_ADDRESS) whose nodes all see the sources and
+    """processes: on this machine; ray: tasks on a Ray cluster (RAY_ADDRESS) whose nodes all see the sources and
     --out."""
     workers: int = Field(0, ge=0)
     """Jobs that run in parallel; 0: one per core."""

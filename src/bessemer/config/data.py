@@ -26,11 +26,10 @@ class CorpusConfig(StageConfig):
     heldout: float = Field(0.02, ge=0, lt=0.5)
     """Share of documents held out for validation, chosen by hash."""
     tokenizer: StageRef | None = None
-    """Earlier stage whose tokenizer to use: that of a model to train further, or another corpus, such as the one of
-    shorter rows that the extended model was trained on. Default: a tokenizer of its own."""
+    """Earlier stage whose tokenizer to use: a model to be trained further, or another corpus, such as the one with
+    shorter rows that a model was trained on before its extension. Default: a tokenizer of its own."""
     tool_tokens: bool = False
-    """The stage's own tokenizer has V3's nine marks of tool calls as tokens. Without them the same marks tokenise as
-    bytes."""
+    """Give the stage's own tokenizer V3's nine tool-call marks as tokens. Otherwise these marks tokenise as bytes."""
     fim_rate: float = Field(0.1, ge=0, le=1)
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)
@@ -48,7 +47,7 @@ class ImportConfig(StageConfig):
     """System message for conversations without one, written into the model's chat template."""
     style: Literal["zero", "r1-zero"] | None = None
     """Chat template, exported with the model. r1-zero: R1-Zero's (R1 Table 1); zero: the same without its preamble.
-    Default: the model's own or, where it has none, r1-zero."""
+    Default: the model's own or, if it has none, r1-zero."""
 
 
 class ExamplesConfig(StageConfig):
@@ -71,10 +70,10 @@ class RejectConfig(SamplingConfig):
     """Answers per problem."""
     judge: JudgeConfig | None = None
     """A model that judges answers to problems with a reference answer and no rule, such as general prompts (R1 2.3.3).
-    Without it such answers are dropped."""
+    Without it, such answers are dropped."""
     answers: Literal["right", "wrong", "all"] = "right"
-    """Which answers to keep. right: right ones in the form; wrong, all: for controls, readable ones that are wrong, and
-    every readable one."""
+    """Which answers to keep. right: right ones in the required form; wrong, all: controls, readable ones that are
+    wrong, or every readable one."""
     keep: int = Field(1, ge=1)
     """Maximum number of answers kept per problem."""
     temperature: float = Field(1.0, gt=0)

@@ -31,11 +31,11 @@ class EvalConfig(SamplingConfig):
     max_new_tokens: Tokens = 160
     """Length cap of a completion (R1: 32,768); of an episode, what the model writes in all turns together."""
     shots: list[Annotated[int, Field(ge=0)]] = Field(default=[0])
-    """Numbers of examples before the question, each evaluated in turn (R1 5: few-shot prompts degrade it; 0). They are
-    training pages of the task, other ones for every problem."""
+    """Numbers of examples before the question, each evaluated in turn (R1 5: 0, as few-shot prompts degrade it). They
+    are training pages of the task, different ones for every problem."""
     shot_kind: ShotKind = "worked"
-    """worked: pages that think and are right; direct: their questions with the answers alone; other-language: worked,
-    in the other language of the task; fables: as many tokens of fables, a control."""
+    """worked: pages with thoughts and a right answer; direct: their questions with the answers alone; other-language:
+    worked, in the task's other language; fables: the same number of tokens of fables, a control."""
     prefix: str = ""
     """Text before the examples and the question, such as an instruction; a document of its own."""
     searched_words: Tokens = 50_000_000
@@ -46,7 +46,7 @@ class LongEvalConfig(StageConfig):
     models: list[StageRef]
     """Stages whose models are compared: the one before the extension first, the longest last."""
     switched: list[StageRef] = Field(default_factory=list)
-    """Those of `models` to evaluate also with the last model's positions, without training: the effect of YaRN
+    """Those of `models` to evaluate also with the last model's position encoding, without training: the effect of YaRN
     alone."""
     haystack: SourceName = ""
     """Source of the text that hides the needles, held out in the same way as the documents of `corpus`. Empty: no
@@ -68,8 +68,8 @@ class LongEvalConfig(StageConfig):
     short: StageRef | None = None
     """Corpus of short rows, to measure what the extension costs on them. Default: not measured."""
     short_parts: list[str] = Field(default_factory=list)
-    """Parts of `short` to measure. Default: all. Rows are read without a document mask, so parts of many short
-    documents that were trained with a mask say little."""
+    """Parts of `short` to measure. Default: all. Rows are read without a document mask, so parts with many short
+    documents say little if the model was trained with a mask."""
     short_bound: float = Field(0.1, gt=0)
     """Acceptable increase over the first model in bits per byte, as a mean over those parts; a larger one is
     reported."""

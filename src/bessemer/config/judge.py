@@ -14,28 +14,28 @@ class JudgeConfig(ConfigTable):
     runtime_only: ClassVar = frozenset({"api_key_env", "concurrency", "timeout", "retries"})
 
     stage: StageRef | None = None
-    """Earlier stage whose model judges. A stage of kind import makes one of any model directory."""
+    """Earlier stage whose model judges. For a model directory, name a stage of kind import."""
     url: str | None = None
-    """Instead of a stage: OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a provider).
-    Its replies are kept in the cache, so that no request is paid for twice, not even in another run."""
+    """Instead of a stage: an OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a
+    provider). Its replies are cached, so no request is paid for twice, not even in another run."""
     served_model: str | None = None
     """Name of the model at `url`."""
     api_key_env: str | None = None
-    """Environment variable that holds the API key, which is written nowhere. It travels as it is: use https, except on
-    this machine."""
+    """Environment variable that holds the API key. The key is stored nowhere, but it is sent in clear text: use https,
+    except on this machine."""
     samples: int = Field(4, ge=1)
-    """Judgements of each answer, of which the majority counts, or of each pair, half of them in each order (R1: 4 of
-    each pair, in random order)."""
+    """Judgements of each answer, by majority, or of each pair, half of them in each order (R1: 4 of each pair, in
+    random order)."""
     temperature: float = Field(0.7, ge=0, le=2)
     """Sampling temperature (undocumented)."""
     max_new_tokens: Tokens = 1024
     """Length cap of a judgement."""
     concurrency: int = Field(8, ge=1, le=256)
-    """Requests to `url` at the same time."""
+    """Concurrent requests to `url`."""
     timeout: Seconds = 300.0
     """Maximum time of a request."""
     retries: int = Field(8, ge=0)
-    """Further tries of a request that fails or is answered with 429 or 5xx; pauses grow to a minute."""
+    """Retries of a request that fails or is answered with 429 or 5xx; pauses grow to a minute."""
 
     @field_validator("url")
     @classmethod

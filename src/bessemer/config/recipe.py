@@ -65,28 +65,28 @@ class LayoutConfig(ConfigTable):
     ep: int = Field(1, ge=1)
     """Expert-parallel ranks (V3: 64)."""
     dp: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Data-parallel ranks (V3: 2, of 64 expert-parallel ranks each); auto: the started ranks divided by pp, ep and
+    """Data-parallel ranks (V3: 2, of 64 expert-parallel ranks each); auto: the number of ranks divided by pp, ep and
     cp."""
     cp: int = Field(1, ge=1)
-    """Context-parallel ranks: each computes a slice of every row, for rows too long for one rank (V3: none). 2 cp
-    must divide the row length. RL, whose row lengths vary, uses data-parallel ranks instead."""
+    """Context-parallel ranks: each computes a slice of every row, for rows too long for one rank (V3: none). The row
+    length must be a multiple of 2 cp. RL, whose row lengths vary, uses data-parallel ranks instead."""
     node: int = Field(8, ge=1)
     """Ranks per node; a token crosses to another node at most once."""
     exchange: Literal["auto", "all-to-all", "deepep"] = "auto"
     """How tokens reach experts on other ranks. deepep: DeepSeek's kernels for NVLink and RDMA; every rank needs the
-    wheel deep_ep. auto: deepep on GPUs if all ranks can use it, otherwise all-to-all."""
+    deep_ep wheel. auto: deepep on GPUs if all ranks can use it, otherwise all-to-all."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipe-v"] = "auto"
     """Pipeline schedule. auto: dualpipe if pp is even (V3); 1f1b otherwise, and in steps with fewer than 2 pp
     micro-batches."""
     recompute: list[Literal["attend", "experts", "finish"]] = Field(default_factory=list)
-    """Phases of every layer that backward recomputes instead of storing their activations. Not with fp8, which
+    """Phases of every layer that the backward pass recomputes instead of storing their activations. Not with fp8, which
     recomputes by its own rules."""
     deterministic: bool = False
-    """On a GPU: training steps that repeat bit for bit, so that a resumed run is the one that was never stopped. They
-    are slower; the run tells its tokens per second. On a CPU they always repeat."""
+    """On a GPU: training steps that are reproducible bit for bit, so a resumed run equals one that never stopped. They
+    are slower; the run reports its tokens per second. On a CPU they are always reproducible."""
     timeout: Seconds = 600.0
-    """Maximum time that one rank waits for another; after it the run ends with a report of which rank waits for
-    which. For samples it is the time without progress."""
+    """Maximum time that one rank waits for another; then the run ends and reports which rank waits for which. For
+    sampling it is the time without progress."""
 
     @property
     def fewest(self) -> int:
@@ -100,15 +100,15 @@ class Head(ConfigTable):
     name: str
     """The run's name; its folder is runs/NAME unless --out says otherwise."""
     seed: int = 0
-    """Seed of every random choice in the run."""
+    """Seed for every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
-    """preset = "tiny", plus any field of the model's config to override."""
+    """preset = "tiny", plus any fields of the model config to override."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers that get the run's metrics, too (pip install 'bessemer[trackers]'). Each takes its own
-    environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. One that fails does not stop the run."""
+    """Experiment trackers that also receive the run's metrics (pip install 'bessemer[trackers]'). Each reads its own
+    environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A tracker that fails does not stop the run."""
     folder: str | None = None
-    """Where relative paths in this recipe start; what is not there is looked for in the working directory. Default: the
-    recipe's own folder. The copy that a run keeps of its recipe states it."""
+    """Where relative paths in this recipe start; a path that does not exist there is looked up in the working
+    directory. Default: the recipe's own folder. A run's copy of its recipe records it."""
 
 
 class Recipe(Head):

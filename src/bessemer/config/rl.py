@@ -21,25 +21,27 @@ class RolloutConfig(ConfigTable):
     """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
     Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
     precision: Literal["trainer", "bfloat16"] = "trainer"
-    """Weights that sample: the trainer's own, or a copy of them rounded to BF16, half as large and faster on processors
-    with AMX. Evaluations sample from it, too. rl/sampler_gap measures the difference; routing_replay and correction
-    remove what it does to the updates. vLLM always rounds."""
+    """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
+    processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; routing_replay and
+    correction remove its effect on the updates. vLLM always rounds."""
     workers: int = Field(1, ge=1)
     """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs."""
     gpus: int | None = Field(None, ge=0)
-    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. A Ray that the run
-    starts has those beside the trainer's. One of your own believes that the trainer's are free, so start it with the
-    others (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
+    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. A Ray cluster that
+    the run starts gets the GPUs that the trainer does not use. One of your own does not know which these are, so start
+    it with them alone (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """vLLM: share of a GPU's memory that weights, cache and workspace of a worker take together."""
+    """vLLM: share of a GPU's memory for a worker's weights, cache and workspace together."""
     max_model_len: int | None = Field(None, ge=1)
-    """vLLM: most tokens of a prompt with its answer. Default: the model's context. Less leaves room for more rows."""
+    """vLLM: maximum tokens of a prompt with its answer. Default: the model's context. A lower value leaves room for
+    more rows."""
     sleep: bool = False
-    """vLLM: give the GPU's memory back between batches (the weights wait in the node's memory), and share GPUs with the
-    trainer, which needs its own part of them: lower gpu_memory_utilization. Without it vLLM has GPUs of its own."""
+    """vLLM: release the GPU's memory between batches (the weights wait in the node's memory), and share GPUs with the
+    trainer. The trainer needs memory of its own, so lower gpu_memory_utilization. Without sleep, vLLM has GPUs of its
+    own."""
     rows: int = Field(0, ge=0)
-    """Samples decoded together. 0: on a GPU as many as its memory holds in full length; on a CPU half the rollout, a
-    quarter from 512 samples on, 64 to 512. Workers beyond a rollout's number of such batches are idle."""
+    """Samples decoded together. 0: on a GPU, as many as its memory holds at full length; on a CPU, half the rollout or,
+    from 512 samples on, a quarter, between 64 and 512. Workers in excess of a rollout's batches are idle."""
 
 
 class RLConfig(AskingConfig, OnPolicyConfig):
@@ -74,12 +76,12 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     rollouts: int = Field(60, ge=1)
     """Number of rollouts; each is followed by updates_per_rollout optimizer steps."""
     keep_every: int = Field(0, ge=0)
-    """Rollouts between checkpoints that are kept for good, so that `bessemer replay` begins near any step. 0: only the
-    newest two are kept, and older steps are replayed from the stage's start."""
+    """Rollouts between checkpoints that are kept permanently, so that `bessemer replay` can start near any step. 0:
+    only the newest two are kept, and older steps are replayed from the stage's start."""
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
     samples: int = Field(16, ge=1)
-    """Completions per problem, the group size G (R1: 16). With another advantage than "group" 1 will do."""
+    """Completions per problem, the group size G (R1: 16). With an advantage other than "group", 1 is enough."""
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
     max_resamples: int = Field(1, ge=1)
@@ -97,7 +99,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     filter_pool: int = Field(4, ge=2)
     """Candidate problems per problem used; if too few pass the filter, rejected ones fill the rollout."""
     max_off_policy_rollouts: int = Field(0, ge=0, le=1)
-    """How many rollouts ahead of its own updates a rollout is generated (R1: 0). 1: by a policy that is
+    """How many rollouts sampling runs ahead of the updates (R1: 0). 1: samples come from a policy that is
     updates_per_rollout steps old."""
     rollout: RolloutConfig = RolloutConfig()
     """Where samples are generated."""
@@ -115,12 +117,12 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Sampling temperature (R1-Zero: 1)."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the most likely tokens that together hold this mass, so that no very unlikely token becomes a target
-    (DeepSeek-V3.2 3.1; R1-Zero: 1). Held-out evaluations of the stage sample so, too."""
+    (DeepSeek-V3.2 3.1; R1-Zero: 1). The stage's held-out evaluations use it, too."""
     keep_sampling_mask: bool = True
-    """With top_p below 1: policy, reference and corrections choose among the tokens that the sampler's truncation left,
-    with probabilities that sum to 1 over these (DeepSeek-V3.2 3.1, Keep Sampling Mask); rl/kept_tokens is their mean
-    number. false: log-probabilities are over the whole vocabulary, as most trainers have them, though samples come from
-    the truncated distribution, which biases the gradient; for comparison."""
+    """With top_p below 1: policy, reference and corrections renormalise their probabilities over the tokens that the
+    sampler's truncation left (DeepSeek-V3.2 3.1, Keep Sampling Mask); rl/kept_tokens is the mean number of these.
+    false: log-probabilities are over the whole vocabulary, as in most trainers, although samples come from the
+    truncated distribution, which biases the gradient; for comparison."""
     lr: Points = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
     clip_low: float = Field(0.2, gt=0)
@@ -136,8 +138,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     unbiased_kl: bool = False
     """Multiply k3 by the ratio pi/pi_old: its gradient is then that of the divergence (DeepSeek-V3.2 3.1; R1: no)."""
     off_policy_mask: float = Field(0.0, ge=0)
-    """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens is larger, as the
-    policy has left them already (DeepSeek-V3.2 3.1; R1: no). 0: none."""
+    """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens exceeds this, as
+    the policy has already moved away from them (DeepSeek-V3.2 3.1; R1: no). 0: none."""
     reference_every: int = Field(400, ge=1)
     """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
     surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
@@ -154,26 +156,26 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     token (PPO, for comparison; costs that network's memory and time)."""
     supervision: Literal["outcome", "process"] = "outcome"
     """What is rewarded with advantage = "group". outcome: the whole output (R1); process: every calculation in it, 1 if
-    it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule for its process reward
-    model)."""
+    it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule in place of its process
+    reward model)."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
     critic_lr: Points = Points(1e-3)
     """Learning rate of the critic over optimizer steps (undocumented)."""
     format_reward: float = Field(0.1, ge=0)
-    """Weight of the format reward relative to accuracy (R1: 1; for small models a large weight teaches only the
+    """Weight of the format reward relative to accuracy (R1: 1; in small models a large weight teaches only the
     form)."""
     accuracy_needs_format: bool = False
-    """Whether a right answer out of the form earns no accuracy either: R1-Zero's two blocks and nothing around them, or
-    R1's thoughts and a short summary where the template opens the thoughts. By default accuracy and format are two
-    terms (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
+    """Whether a right answer earns accuracy only in the right form: R1-Zero's two blocks and nothing around them or,
+    where the template opens the thoughts, R1's thoughts and a short summary. By default accuracy and format are
+    separate terms (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
     language_reward: float = Field(0.0, ge=0)
     """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
     R1's first RL stage: 1)."""
     language_scope: Literal["thoughts", "reply"] = "thoughts"
-    """What language consistency reads: the thoughts (R1 2.3.2); or the summary too, and the less consistent of the two
-    counts (for small models, whose thoughts are mostly numbers, so that a summary in another language costs
-    nothing)."""
+    """What language consistency reads. thoughts: the thoughts (R1 2.3.2); reply: the summary too, and the less
+    consistent of the two counts (for small models, whose thoughts are mostly numbers, so a summary in another language
+    would cost nothing)."""
     preference_reward: float = Field(1.0, ge=0)
     """Weight of a reward model's score on general prompts (R1: 1)."""
     export_samples: Exported = "nothing"
@@ -183,7 +185,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Tokens before the length cap over which a penalty grows to 1 (DAPO: 4,096; R1: none)."""
     reward: Literal["task", "format", "random"] | OwnCode = "task"
     """What is rewarded: the task's verdict; FILE.py:FUNCTION, a function of your own in place of the accuracy, which
-    runs with your rights; or, for controls, only the form, or a random value."""
+    runs with your permissions; or, as controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
     eval_tasks: list[TaskName] = Field(default=[])

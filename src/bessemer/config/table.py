@@ -72,13 +72,13 @@ class StageConfig(ConfigTable):
     kind: str
     """Which stage this is."""
     name: str = ""
-    """Name of the stage, for other stages, --set and its folder. Default: its kind."""
+    """The stage's name, used by other stages, by --set and in its folder. Default: its kind."""
     source: StageRef | None = Field(default=None, alias="from")
     """The earlier stage whose output this one starts from. Default: the stage before it."""
     like: str | None = Field(default=None, exclude=True)
-    """Earlier stage whose keys apply wherever this table does not set them."""
+    """Earlier stage from which this one inherits every key that it does not set."""
     seed: int | None = None
-    """Random seed of this stage alone, to repeat it on the same inputs. Default: the recipe's."""
+    """Random seed for this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
     def fingerprint_values(self) -> dict[str, Any]:
         """The values that decide the output, as JSON, under the names their keys had first."""
@@ -96,9 +96,9 @@ class AskingConfig(StageConfig):
     ignore_at_default = frozenset({"prompt_template"})
 
     prompt_template: Literal["model", "zero", "r1-zero"] = "model"
-    """Form in which the model is asked. model: its own chat template; r1-zero: R1-Zero's, a preamble and `User: ...
-    Assistant:` (R1 Table 1); zero: the same without the preamble. A stage that trains exports it with the model, so
-    that later stages, `bessemer eval` and the server ask in it too."""
+    """Prompt format. model: the model's own chat template; r1-zero: R1-Zero's, a preamble and `User: ... Assistant:`
+    (R1 Table 1); zero: the same without the preamble. A training stage exports it with the model, so later stages,
+    `bessemer eval` and the server use it too."""
 
 
 class SamplingConfig(AskingConfig):
@@ -107,8 +107,8 @@ class SamplingConfig(AskingConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {"precision"}
 
     precision: Precision = "device"
-    """Dtype in which the models answer; device: bfloat16 on a GPU that has it, float32 on a CPU; auto: on a CPU the one
-    that measures faster."""
+    """Dtype in which the models answer. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: on a CPU,
+    whichever measures faster."""
 
 
 def changed(settings: BaseModel, name: str) -> bool:

@@ -19,9 +19,9 @@ class LoRAConfig(ConfigTable):
     rank: int = Field(16, ge=1)
     """Rank of an adapter's two matrices."""
     alpha: int = Field(32, ge=1)
-    """What the adapters add is multiplied by alpha / rank."""
+    """The adapters' output is multiplied by alpha / rank."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Matrices that get adapters: all in the layers, or those of these names, such as ["q_proj", "v_proj"]."""
+    """Matrices that get adapters: all in the layers, or those with these names, such as ["q_proj", "v_proj"]."""
 
     @field_validator("targets")
     @classmethod
@@ -53,29 +53,29 @@ class OptimizerConfig(StageConfig):
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the optimizer's moments (V3: bfloat16)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of a moving average of the weights, also validated and exported as model-ema/; 0: none (V3 has one in
-    CPU memory; its decay is undocumented)."""
+    """Decay of a moving average of the weights, which is also validated, and exported as model-ema/; 0: none (V3 keeps
+    one in CPU memory; its decay is undocumented)."""
     precision: Precision = "auto"
-    """Compute dtype; auto: the one that measures faster on this machine, on a GPU bfloat16; device: bfloat16 on a GPU
-    that has it, float32 on a CPU. Master weights and gradients are always float32."""
+    """Compute dtype. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: the same on a GPU, whichever
+    measures faster on a CPU. Master weights and gradients are always float32."""
     fp8: Literal[
         "off", "paper", "power-of-two", "block-gradients", "per-tensor", "short-sums", "coarse", "unscaled", "outlier"
     ] = "off"
     """Matrices of attention, FFN and experts in FP8, with activations stored in FP8 (V3: paper). power-of-two: all
-    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: 14 bits inside
-    a block, as an H800 keeps. coarse, unscaled, outlier: controls, with two mantissa bits, without factors, or with one
-    for a tensor that follows a channel 1,000 times as large. On a CPU, FP8 is emulated, and
+    scaling factors are powers of two; block-gradients, per-tensor: variants for comparison; short-sums: sums of 14 bits
+    inside a block, as on an H800. coarse, unscaled, outlier: controls with two mantissa bits, without scaling factors,
+    or with the factor of a tensor whose first channel is 1,000 times as large. On a CPU, FP8 is emulated, and
     slower."""
     micro_rows: int = Field(4, ge=1)
-    """Rows per forward; changes memory and speed only."""
+    """Rows per forward pass; affects memory and speed only."""
     save_seconds: Seconds = 60.0
-    """Time between checkpoints, or more, so that training waits for them at most 5 % of the time. 0: after every
-    step."""
+    """Minimum time between checkpoints; it grows so that training waits for them at most 5 % of the time. 0: after
+    every step."""
     profile_steps: list[int] = Field(default_factory=list)
-    """Optimizer steps (from 1) whose torch.profiler traces are written to state/profile of the stage. On a GPU the
-    phases of the layers are ranges of NVIDIA's tools, too."""
+    """Optimizer steps (from 1) whose torch.profiler traces are written to the stage's state/profile. On a GPU the
+    phases of the layers are also ranges in NVIDIA's tools."""
     memory_snapshot: bool = False
-    """On a GPU: record every allocation, and if memory runs out write them to state/profile of the stage."""
+    """On a GPU: record every allocation and, if memory runs out, write the record to the stage's state/profile."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
@@ -89,9 +89,9 @@ class FineTuningConfig(OptimizerConfig):
     ema_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
     lora: LoRAConfig | None = None
-    """Train adapters alone, on a model of another family (pip install 'bessemer[lora]'): only they have gradients and
-    moments, and GRPO's reference is no second copy of the weights. The stage exports the merged model, and beside it
-    the adapter in peft's format. Default: all weights are trained."""
+    """Train only adapters, on a model of another family (pip install 'bessemer[lora]'): only they have gradients and
+    moments, and GRPO's reference needs no second copy of the weights. The stage exports the merged model and, beside
+    it, the adapter in peft's format. Default: all weights are trained."""
 
 
 class OnPolicyConfig(FineTuningConfig):
@@ -104,10 +104,10 @@ class OnPolicyConfig(FineTuningConfig):
     clip: float = Field(1.0, gt=0, alias="clip_norm")
     """Maximum gradient norm."""
     micro_tokens: int = Field(4096, ge=16)
-    """Padded tokens per forward; changes memory and speed only."""
+    """Padded tokens per forward pass; affects memory and speed only."""
     precision: Precision = "device"
-    """Compute dtype of sampling and training; device: bfloat16 on a GPU that has it, float32 on a CPU; auto: on a CPU
-    the one that measures faster. Master weights and gradients are always float32."""
+    """Compute dtype of sampling and training. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: on a
+    CPU, whichever measures faster. Master weights and gradients are always float32."""
 
     def fingerprint_values(self) -> dict[str, Any]:
         """Without `precision` where it is the default of today or of before, float32: finished runs stay finished."""
@@ -138,33 +138,34 @@ class PretrainConfig(OptimizerConfig):
     )
 
     corpus: StageRef | None = None
-    """Corpus stage to train on, if `from` names a model to train further; the optimizer then starts fresh, so that lr
-    should rise from 0 again. Default: the corpus is the stage of `from`, and the weights are random."""
+    """Corpus stage to train on, if `from` names a model to train further; the optimizer then starts fresh, so lr should
+    rise from 0 again. Default: `from` names the corpus, and the weights are random."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
     weights_seed: int | None = None
-    """Seed of the random weights alone, so that two runs can read the same rows. Default: the stage's seed."""
+    """Seed for the random weights alone, so that two runs can still read the same rows. Default: the stage's seed."""
     tokens: Tokens = 8_000_000
     """Tokens to train on, padding included."""
     mixture: dict[str, Weight] = Field(default_factory=dict)
     """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
     ["2M", 0.5], ["2M", 0.2]] switches to a cool-down mix at 2M tokens. A corpus of one part needs none."""
     temperature: float | None = Field(None, ge=0, le=1)
-    """Alternative to a mixture: shares proportional to (tokens of the part)^temperature."""
+    """Instead of a mixture: shares proportional to (tokens of the part)^temperature."""
     epoch_caps: dict[str, float] = Field(default_factory=dict)
     """Part = maximum number of times it is read."""
     on_cap: Literal["redistribute", "refuse"] = "redistribute"
     """If a part reaches its cap before the end: redistribute its share to the other parts, or refuse the run."""
     lengths: Steps | None = None
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
-    shorter rows mean more rows. Default: the corpus' row_length throughout (V3 in pre-training)."""
+    shorter rows mean more rows. Default: the corpus' row_length throughout (as V3 in pre-training)."""
     lr: Points
     """Learning rate over consumed tokens; a point written ["14.3T", 2.2e-5, "cosine"] is reached by half a cosine (V3:
     0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
-    """Rows per forward; changes memory and speed only (with fp8 also the last digits: tiles run along the tokens)."""
+    """Rows per forward pass; affects memory and speed only (with fp8 also the last digits: tiles run along the
+    tokens)."""
     gamma: Points = Points(0.001)
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
     mtp_lambda: Points = Points([["0", 0.3]])
@@ -174,11 +175,11 @@ class PretrainConfig(OptimizerConfig):
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     routing: Literal["gate", "token"] = "gate"
-    """What chooses a token's experts; token: a fixed random choice for every entry of the vocabulary (Roller et al.
-    2021, hash layers), a control. Gates still weigh them."""
+    """What chooses a token's experts. token: a fixed random choice for every entry of the vocabulary (Roller et al.
+    2021, hash layers), a control. Gates still weight the experts."""
     token_noise: float = Field(0.0, ge=0, lt=1)
-    """Share of the tokens of training rows that others, drawn evenly from the vocabulary, replace, as inputs and as
-    targets; a control. Held-out rows stay as they are."""
+    """Share of tokens in training rows that are replaced, as inputs and as targets, by tokens drawn uniformly from the
+    vocabulary; a control. Held-out rows stay unchanged."""
     validate_every: Tokens = 1_000_000
     """Tokens between measurements of the held-out bits per byte of every part."""
     sample_every: Tokens = 1_000_000
@@ -188,11 +189,11 @@ class PretrainConfig(OptimizerConfig):
     prompts: list[str] = Field(default_factory=list)
     """Texts to continue, for reading."""
     document_mask: bool = False
-    """Tokens attend to their own document only. V3 packs without a mask; with many short documents per row, small
+    """Tokens attend to their own document only. V3 packs without a mask; if rows hold many short documents, small
     models learn to copy from a prompt far sooner with one."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the layers. auto: with a GPU, or on a CPU where our own kernels are off and the training is long
-    enough to gain from it. Never with fp8 or on many ranks."""
+    """torch.compile the layers. auto: on a GPU, or on a CPU if our own kernels are off and the training is long enough
+    to gain from it. Never with fp8 or on several ranks."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(tokens)
@@ -207,16 +208,16 @@ class ExtendConfig(PretrainConfig):
     length: int = Field(ge=16)
     """Tokens per row, and the model's maximum length from then on (V3: 32,768, then 131,072)."""
     rope_factor: float = Field(40.0, gt=1)
-    """YaRN's scale s, equal in every phase: the reachable length over the original length (V3: 40)."""
+    """YaRN's scale s, the same in every phase: the reachable length over the original length (V3: 40)."""
     original_length: int | None = Field(None, ge=8)
     """Length at which the model was trained before any extension. Default: the row length of its pre-training corpus;
     for an imported model, the value in its config."""
     tokens: Tokens = 1_000_000
     """Tokens to train on, padding included (V3: 62.9B in each phase)."""
     gamma: Points = Points(0.0)
-    """Update speed of the routing bias (V3: 0 since 14.3T)."""
+    """Update speed of the routing bias (V3: 0 from 14.3T on)."""
     mtp_lambda: Points = Points(0.1)
-    """Weight of the MTP loss (V3: 0.1 since 10T)."""
+    """Weight of the MTP loss (V3: 0.1 from 10T on)."""
     model: dict[str, Any] = Field(default_factory=dict, max_length=0)
     """Not available for this kind: the model is that of the stage it starts from."""
 
@@ -241,8 +242,8 @@ class SFTConfig(FineTuningConfig):
     batch_rows: int | None = Field(None, ge=1)
     """Packed rows per optimizer step. Default: 8, or fewer if the data gives fewer than 20 steps."""
     batch_examples: int = Field(0, ge=0)
-    """Conversations per optimizer step, instead of batch_rows (R1: 128). Steps end with a row, so that each has a few
-    more or less; their mean is exact. 0: batch_rows decides."""
+    """Conversations per optimizer step, instead of batch_rows (R1: 128). Steps end at row boundaries, so each has a few
+    more or fewer; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for training, exported with the model. Default: the model's own."""
     mtp_lambda: float = Field(0.1, ge=0)
@@ -267,8 +268,8 @@ class DistillConfig(OnPolicyConfig):
     teacher: StageRef | None = None
     """The earlier stage whose model teaches; the student is the model of `from`."""
     teachers: dict[str, StageRef] = Field(default={})
-    """Specialists: {task = stage}, the teachers of these tasks in place of `teacher` (DeepSeek-V3.2 makes one model of
-    RL specialists by SFT on their answers; on-policy distillation, and here: by their distributions)."""
+    """Specialists: {task = stage}, which teach these tasks in place of `teacher` (DeepSeek-V3.2 merges RL specialists
+    into one model by SFT on their answers; here the student learns their distributions on its own samples)."""
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
     steps: int = Field(100, ge=1)
@@ -302,7 +303,7 @@ class RewardModelConfig(FineTuningConfig):
     """Earlier reward-model stage to continue from: its weights, and some of its judged answers. New answers are sampled
     from the model of `from`, the policy that was trained with it (DeepSeekMath 4.1.4, iterative GRPO)."""
     replay: float = Field(0.1, ge=0, lt=1)
-    """Share of the training answers that are those of `previous` (DeepSeekMath: 0.1)."""
+    """Share of the training answers taken from `previous` (DeepSeekMath: 0.1)."""
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
     data: list[SourceName] = Field(default_factory=list)
@@ -311,31 +312,32 @@ class RewardModelConfig(FineTuningConfig):
     made: int = Field(2000, ge=0)
     """Prompts of the task `general` to generate judged answers for (R1: 66,000 pairs, 106,000 labelled answers)."""
     tasks: list[TaskName] = Field(["general"])
-    """Task families of these prompts, in turn; others than general need a `judge` and samples."""
+    """Task families of these prompts, in turn; any other than general needs a `judge` and samples."""
     samples: int = Field(0, ge=0)
     """Answers per generated prompt sampled from the starting model, judged like the written ones."""
     judge: JudgeConfig | None = None
     """A model that compares answers for aim = "helpful" (R1: V3; pairs whose mean scores differ by more than 1 are
-    kept, chosen and rejected ones of the same total length). Default: the written judge of `general`, with noise."""
+    kept, with chosen and rejected answers of the same total length). Default: the rule-based judge of `general`, with
+    noise."""
     max_new_tokens: Tokens = 100
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
     """Share of prompts held out, chosen by hash, to measure the accuracy and the scale of rewards."""
     heldout_data: list[SourceName] = Field(default=[])
-    """Files of judged answers to measure on, in the format of `data`; all of `data` is then trained on."""
+    """Files of judged answers to measure on, in the format of `data`; all of `data` is then used for training."""
     epochs: int = Field(1, ge=1)
     """Passes over the rows (R1: 1)."""
     row_length: int = Field(256, ge=8)
     """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192 in training, no
     limit in use)."""
     lr: float = Field(gt=0)
-    """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, its schedule
+    """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, schedule
     undocumented)."""
     batch_rows: int = Field(8, ge=1)
     """Packed rows per optimizer step."""
     batch_examples: int = Field(0, ge=0)
-    """Pairs or labelled answers per optimizer step, instead of batch_rows (R1: 256). Steps end with a row, so that each
-    has a few more or less; their mean is exact. 0: batch_rows decides."""
+    """Pairs or labelled answers per optimizer step, instead of batch_rows (R1: 256). Steps end at row boundaries, so
+    each has a few more or fewer; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for reading answers. Default: the model's own."""
     balance_alpha: float = Field(1e-4, ge=0)

@@ -198,7 +198,7 @@ class Steps(Points):
     def _add(self, number: int, point: object) -> None:
         super()._add(number, point)
         if self.cosine[-1]:
-            raise UserError(f"point {number}: these values change in steps, so no cosine leads to them")
+            raise UserError(f"point {number}: these values change in steps, so leave 'cosine' out")
 
     def __call__(self, tokens: float) -> float:
         return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]
