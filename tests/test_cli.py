@@ -116,7 +116,7 @@ def test_run_and_run_again(call, recipe, tmp_path):
     del facts["checksum"]  # as before there was one
     done.write_text(json.dumps(facts))
     _, out, _ = call("run", recipe, "--set", "b.words=bye")
-    assert re.search(r"^note: [\d.]+s, 5m 00s with what was done before; report: ", out, re.M), out
+    assert re.search(r"^note: [\d.]+s, 5m 00s with earlier work; report: ", out, re.M), out
     status, out, _ = call("report", "note")
     assert status == 0 and out.strip() == "runs/note/report.html"
 
@@ -134,7 +134,7 @@ def test_run_until_and_out(call, recipe, tmp_path):
 
 def test_an_interrupted_run_says_how_to_go_on(call, recipe):
     status, out, err = call("run", recipe, "--set", "b.stop=true")
-    assert status == 130 and out == "" and "go on with: bessemer run runs/note/recipe.toml" in err
+    assert status == 130 and out == "" and "continue with: bessemer run runs/note/recipe.toml" in err
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_eval(call, stub, model):
      (("--task", "a", "--limit", 3), "--limit has no effect without --lm-eval"),
      (("--task", "a", "--chat", "no"), "--chat has no effect"),
      (("--task", "a", "--only", "mmlu"), "--only has no effect without --suite"),
-     (("--task", "a", "--suite", "r1"), "--suite goes with neither --task"),
-     (("--suite", "r1", "--k", 2), "--suite goes with neither --task, --lm-eval nor --k"),
-     (("--suite", "r1", "--answers", "a.jsonl"), "name either a model, or with --answers")],
+     (("--task", "a", "--suite", "r1"), "--suite cannot be combined with --task"),
+     (("--suite", "r1", "--k", 2), "--suite cannot be combined with --task, --lm-eval or --k"),
+     (("--suite", "r1", "--answers", "a.jsonl"), "name either a model, or a file of answers")],
 )  # fmt: skip
 def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complaint):
     status, out, err = call("eval", model, *arguments)
@@ -234,7 +234,7 @@ def test_eval_of_a_suite(call, stub, model):
         (model, {"suite": "r1", "samples": 2, "max_new_tokens": 9, "only": ["mmlu", "c-eval"]}),
         (None, {"suite": "r1", "only": [], "data": ["d", "mmlu=x.csv"], "answers": Path("a.jsonl")}),
     ]
-    assert call("eval", "--suite", "r1") == (2, "", "error: name either a model, or with --answers a file of answers\n")
+    assert call("eval", "--suite", "r1") == (2, "", "error: name either a model, or a file of answers with --answers\n")
 
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):

@@ -41,7 +41,7 @@ def decided(*overrides, gpus=8, present=8, chosen=None, asked=None, text=TEXT):
 @pytest.mark.parametrize(
     ("given", "n", "words"),
     [
-        ({}, 8, "8 of 8 GPUs: one process for each, --gpus 1 for one alone"),
+        ({}, 8, "8 of 8 GPUs: one process each; --gpus 1 uses one alone"),
         ({"gpus": 1, "present": 1}, 1, ""),
         ({"gpus": 0, "present": 0}, 1, ""),
         ({"asked": 1}, 1, "1 of 8 GPUs: --processes 1"),
@@ -58,7 +58,7 @@ def test_every_gpu_or_why_not(given, n, words):
 @pytest.mark.parametrize(
     ("overrides", "n", "words"),
     [
-        (["layout.pp=2"], 8, "one process for each"),
+        (["layout.pp=2"], 8, "one process each"),
         (["layout.pp=2", "layout.dp=2"], 4, "4 of 8 GPUs: [layout]"),
         (["layout.dp=1"], 1, "1 of 8 GPUs: [layout]"),
         (["pretrain.batch_rows=3"], 3, '3 of 8 GPUs: stage "pretrain": a step of 3 rows is too small for pp 1 x dp 8'),
@@ -69,9 +69,9 @@ def test_every_gpu_or_why_not(given, n, words):
             "4 of 8 GPUs: [layout], and 4 are for the workers",
         ),
         (["zero.rollout.engine=ray", "zero.rollout.workers=9"], 1, "1 of 8 GPUs: 9 are for the workers"),
-        (["zero.rollout.engine=vllm", "zero.rollout.sleep=true"], 8, "one process for each"),
-        (["zero.routing_replay=true"], 8, "one process for each"),
-        (["zero.advantage=critic"], 8, "one process for each"),
+        (["zero.rollout.engine=vllm", "zero.rollout.sleep=true"], 8, "one process each"),
+        (["zero.routing_replay=true"], 8, "one process each"),
+        (["zero.advantage=critic"], 8, "one process each"),
     ],
     ids=[
         "a multiple of the layout's",

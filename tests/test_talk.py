@@ -25,7 +25,7 @@ def test_generate_says_what_was_cut_and_how_to_go_on(call, run):
     room = CONTEXT - 1 - len(load_engine(run / "01-zero" / "model").tokenizer.encode("the fox"))
     status, out, err = call("generate", run, "the fox", "--max-tokens", 9, "--seed", 4)
     assert status == 0 and out.startswith("the fox")
-    assert err == f"1 text cut at 9 tokens; --max-tokens, here at most {room}, lets it go on\n"
+    assert err == f"1 text cut at 9 tokens; --max-tokens, here at most {room}, allows more\n"
     status, out, err = call("generate", run, "the fox", "the fox", "--max-tokens", 5000, "--json")
     texts = json.loads(out)
     cut = sum(one["finish_reason"] == "length" for one in texts)

@@ -67,14 +67,14 @@ run nosuch.toml | no recipe at nosuch.toml; available recipes:
 run dir | dir is a directory; name the recipe itself
 run latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8
 run empty.toml | a recipe needs at least one [[stage]] table
-run mark.toml | messages must be a list, is int
-run sft.toml | chat5.jsonl:1: messages must be a list, is int
+run mark.toml | messages must be a list, not int
+run sft.toml | chat5.jsonl:1: messages must be a list, not int
 run nodata.toml | none.jsonl
 run sft.toml --until sftt | no stage "sftt" in the recipe "x"; stages: base, sft
 run sft.toml --out file | a file is in the way; choose another folder with --out
 run sft.toml --set sft.lr=nan | key "lr" is NaN
-run | 'RECIPE'; bessemer run --help says more
-frobnicate | No such command 'frobnicate'; bessemer --help says more
+run | 'RECIPE'; see bessemer run --help
+frobnicate | No such command 'frobnicate'; see bessemer --help
 """
 CASES = [tuple(part.strip() for part in line.split(" | ")) for line in WRONG.strip().splitlines()]
 

@@ -74,7 +74,7 @@ def test_what_came_later_does_not_redo_old_stages(tmp_path):
 def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
     path = recipe_in(tmp_path)
     path.write_text(path.read_text().replace('compile = "off"', 'compile = "on"'))
-    with pytest.raises(UserError, match='compile = "on" and fp8 do not go together; set compile = "off"'):
+    with pytest.raises(UserError, match='compile = "on" and fp8 cannot be combined; set compile = "off"'):
         stages_run.run(path, tmp_path / "run")
 
 

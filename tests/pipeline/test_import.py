@@ -318,7 +318,7 @@ def test_a_base_without_a_template_gets_that_of_r1_zero(tmp_path, capsys):
     once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{base}"\n')
     _, tokenizer = setup.load_model(tmp_path / "run" / "01-import" / "model")
     assert tokenizer.decode(question_ids(tokenizer, "1+2?")) == f"{ZERO_PREAMBLE}\nUser: 1+2?\nAssistant:"
-    assert "it is asked in R1-Zero's" in capsys.readouterr().err
+    assert "R1-Zero's is used" in capsys.readouterr().err
 
 
 def test_a_changed_directory_is_imported_again(tmp_path):

@@ -212,7 +212,7 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path, call)
     process.send_signal(signal.SIGTERM)
     status, said = finished(process)
     assert status == 130, said
-    assert f'stopped in stage "pretrain", nothing is lost; go on with: bessemer run {out}/recipe.toml' in said
+    assert f'stopped in stage "pretrain"; nothing is lost; continue with: bessemer run {out}/recipe.toml' in said
     done = max(losses(out))
     status, said = finished(start(base, out, *SHORT))
     assert status == 0 and f"resuming at step {done}," in said

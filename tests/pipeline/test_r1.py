@@ -229,7 +229,7 @@ def test_every_model_is_in_the_stage_table(chain):
         ("r1.max_new_tokens=0", "max_new_tokens must be at least 1"),
         ('logits.teacher="later"', 'teacher = "later" does not exist'),
         ('logits.teachers={countdown="later"}', 'teachers = "later" does not exist'),
-        ('logits.teachers={words="r1"}', 'teachers names "words", which is none of its tasks'),
+        ('logits.teachers={words="r1"}', 'teachers names "words", which is not one of its tasks'),
         ("student.model={n_heds=3}", "n_heds"),
     ],
 )
@@ -254,7 +254,7 @@ def test_logits_of_two_tokenizers_cannot_be_compared(chain, tmp_path):
 def test_teachers_of_two_forms_are_refused(chain, tmp_path):
     recipe, out, _ = chain
     other = stages_run.copy_without(out, tmp_path / "out", "12-logits", "13-eval")
-    with pytest.raises(UserError, match='teacher "zero" answers in the form zero, "r1" in r1; let one form be taught'):
+    with pytest.raises(UserError, match='teacher "zero" answers in the form zero, "r1" in r1; use one form for all'):
         stages_run.run(recipe, other, 'logits.teachers={countdown="zero"}')
 
 

@@ -84,7 +84,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
     root, _ = whole
     with pytest.raises(UserError, match="has made 8 steps so far; there is no step 9"):
         replay(root, "zero", 9)
-    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start computes the 1 rollouts before it again"):
+    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start recomputes the 1 rollouts before it"):
         replay(root, "zero", 3)
     with pytest.raises(UserError, match='only keys of "zero" have an effect'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
@@ -93,7 +93,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
     shutil.rmtree(root / "03-zero" / "state")  # as in a stage taken from another run
-    with pytest.raises(UserError, match=r"\(no checkpoint is there\); --from-start computes the 2 rollouts"):
+    with pytest.raises(UserError, match=r"\(no checkpoint is there\); --from-start recomputes the 2 rollouts"):
         replay(root, None, 5)
     found = replay(root, None, 5, from_start=True)
     assert (found.begun, found.again) == (0, 2) and found.differences() == [{}]

@@ -194,7 +194,7 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
     policy = Trainer(
         CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.runtime
     )
-    with pytest.raises(UserError, match="makes a critic of a network of the DeepSeek family, and this is another"):
+    with pytest.raises(UserError, match="needs a network of the DeepSeek family, and this is another"):
         critic.Critic(policy, GatheredModel(policy), loop_.settings, 2)
 
 

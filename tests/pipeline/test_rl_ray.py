@@ -257,7 +257,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
     ("changes", "complaint"),
     [
         (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "local"'),
-        (["rollout.engine=vllm", "routing_replay=true"], "rollouts by vLLM do not bring them"),
+        (["rollout.engine=vllm", "routing_replay=true"], "which vLLM rollouts do not report"),
         (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "rollout.engine"),
@@ -299,9 +299,9 @@ def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
 
 def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, monkeypatch):
     connection = ray_cluster.RayCluster(weights=0)
-    with pytest.raises(UserError, match="3 rollout workers need a CPU each, and Ray has 2 CPUs"):
+    with pytest.raises(UserError, match="3 rollout workers need a CPU each, but Ray has 2 CPUs"):
         WorkerPool(connection, "ray", str(base / "model"), 3, 0, print)
-    with pytest.raises(UserError, match="1 rollout workers need 2 GPUs each, and Ray has 0 GPUs"):
+    with pytest.raises(UserError, match="1 rollout workers need 2 GPUs each, but Ray has 0 GPUs"):
         WorkerPool(connection, "ray", str(base / "model"), 1, 2, print)
     with pytest.raises(UserError, match=r"does not see .*nowhere: keep the run directory on a file system"):
         WorkerPool(connection, "ray", str(tmp_path / "nowhere"), 1, 0, print)

@@ -55,7 +55,7 @@ def test_the_next_attempt_says_that_the_last_was_killed(tmp_path):
     assert (tmp_path / ".lock").read_text() == ""
     (tmp_path / ".lock").write_text("123 999999999\n")
     with RunDir.open(tmp_path, "toy") as rundir:
-        assert rundir.killed == "the last attempt (process 123) was killed; going on from what it saved"
+        assert rundir.killed == "the last attempt (process 123) was killed; continuing from what it saved"
     if "oom_kill 0\n" not in Path("/proc/vmstat").read_text():
         (tmp_path / ".lock").write_text("123 0\n")
         with RunDir.open(tmp_path, "toy") as rundir:
@@ -66,7 +66,7 @@ def test_the_next_attempt_says_that_the_last_was_killed(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_a_disk_that_does_not_answer(tmp_path, number):
-    message = f"the disk of {tmp_path}/x does not answer \\({os.strerror(number)}\\)"
+    message = f"the disk of {tmp_path}/x does not respond \\({os.strerror(number)}\\)"
     with pytest.raises(UserError, match=message), explained(tmp_path):
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
     assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x"), tmp_path) is None, "a bug of ours"

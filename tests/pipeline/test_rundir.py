@@ -57,7 +57,7 @@ def test_a_reward_model_is_nobody_to_talk_to(root):
 def test_errors_list_what_exists(root):
     with pytest.raises(UserError, match=r"no model or run at tinny; available runs: runs/tiny"):
         model_dir("tinny")
-    with pytest.raises(UserError, match=r"none yet; go on with: bessemer run"):
+    with pytest.raises(UserError, match=r"none yet; continue with: bessemer run"):
         model_dir(root)
     make(root, "01-pretrain", done=False)
     make(root, "02-eval", model=False)

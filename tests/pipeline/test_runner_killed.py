@@ -46,7 +46,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(toy, undisturbed):
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
         assert process.returncode == 130
-        assert 'stopped in stage "first", nothing is lost; go on with: bessemer run' in said
+        assert 'stopped in stage "first"; nothing is lost; continue with: bessemer run' in said
         assert f"--out {toy.out}" in said
     checkpoint = (toy.out / "01-first" / "state" / "checkpoint.json").read_text()
     assert f'"step": {stage_lines(toy, "first")}' in checkpoint  # nothing done was lost

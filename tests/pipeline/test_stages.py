@@ -209,7 +209,7 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
     run.killed_at("zero", 0)  # in the first evaluation, before any update
     with monkeypatch.context() as patch:
         patch.setattr(StageMetrics, "write", stages_run.send_at(signal.SIGTERM, "zero", 2))
-        with pytest.raises(Interrupted, match='stopped in stage "zero", nothing is lost'):
+        with pytest.raises(Interrupted, match='stopped in stage "zero"; nothing is lost'):
             run()
     run.killed_at("zero", 6)  # goes on from step 4, with the reference of step 3
     run.killed_at("eval", 3)

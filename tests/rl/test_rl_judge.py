@@ -205,7 +205,7 @@ def test_a_refused_request_is_no_verdict_unless_all_are(tmp_path):
 def test_what_is_no_chat_completion_is_no_verdict(tmp_path, body):
     with JudgeServer(lambda prompt: (200, body, {}) if "answer 0\n" in prompt else RIGHT) as server:
         assert judge(server, tmp_path).verdicts(questions(2)) == [None, True]
-        with pytest.raises(UserError, match="no chat completion"):
+        with pytest.raises(UserError, match="not a chat completion"):
             judge(server, tmp_path).verdicts(questions(1))
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
         serve_module.serve(tmp_path / "none")
     with pytest.raises(UserError, match="anybody could use the model"):
         serve_module.serve(r1, host="0.0.0.0")
-    with pytest.raises(UserError, match="is no address of this machine"):
+    with pytest.raises(UserError, match="is not an address of this machine"):
         serve_module.serve(r1, host="256.1.1.1", force=True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

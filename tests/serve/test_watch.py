@@ -214,7 +214,7 @@ def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
         assert httpx.get(f"{url}/api/curves", params=query | {"over": "years"}).status_code == 422
         state = httpx.get(f"{url}/api/state").json()["runs"][0]
     told = [alarm["message"] for alarm in state["alarms"] if alarm["title"] == "not finite"]
-    assert told[0] == "train/loss was no finite number once at step 20000" and len(told) == 3
+    assert told[0] == "train/loss was not finite once at step 20000" and len(told) == 3
     assert "3 damaged lines" in state["trouble"][0]
 
 

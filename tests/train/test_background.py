@@ -95,7 +95,7 @@ def test_where_memory_has_no_room_for_a_copy_training_waits(tmp_path, monkeypatc
     run = trainer(steps=3, state_dir=tmp_path, save_seconds=0, warn=said.append)
     run.run()
     assert callers == {threading.current_thread().name} and run._writer._copies.held == 0
-    assert len(said) == 1 and "written while training waits" in said[0]
+    assert len(said) == 1 and "waits while checkpoints are written" in said[0]
     assert checkpoint.latest(tmp_path)[1].counters["step"] == 3
 
 

@@ -94,5 +94,5 @@ def test_every_row_follows_its_own_teacher(pair):
 
 def test_a_task_without_a_teacher_is_refused():
     config = DistillConfig(kind="distill", name="one", tasks=["arithmetic", "countdown"], teachers={"countdown": "r1"})
-    with pytest.raises(UserError, match="nobody teaches arithmetic; name its stage in teachers"):
+    with pytest.raises(UserError, match="arithmetic has no teacher; name one in teachers"):
         Distill().resolve(config, None)

@@ -64,7 +64,7 @@ def _misused(error: Any) -> NoReturn:
         sys.exit(2)
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "bessemer"
-    _end(f"{error.format_message().rstrip('.')}; {command} --help says more")
+    _end(f"{error.format_message().rstrip('.')}; see {command} --help")
 
 
 def _end(error: object) -> NoReturn:
@@ -86,7 +86,9 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if (why := unsupported()) and "--help" not in sys.argv:
         raise UserError(why)

@@ -20,31 +20,35 @@ RUNS = Path("runs/claims")
 
 @app.command()
 def claims(
-    only: Annotated[str | None, typer.Option(metavar="IDS", help="Some claims, such as L6,M7, and their runs.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="IDS", help="Only these claims, such as L6,M7, and their runs.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smallest runs: 15 minutes on two cores.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="All runs, every seed: a night. Run again, it goes on.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="All runs, every seed: a night. The same command resumes it.")
+    ] = False,
     part: Annotated[
-        str | None, typer.Option(metavar="PART", help="The runs of one part alone (pretrain, ...); none: run nothing.")
+        str | None, typer.Option(metavar="PART", help="Only the runs of one part (pretrain, ...); none: run nothing.")
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Seeds of every arm. Default: one; with --full three to five."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The runs and their minutes; runs nothing.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, one core each.")] = 2,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs lie.")] = RUNS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their minutes; run nothing.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs in parallel, one core each.")] = 2,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")] = RUNS,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also join the results of the runs to DIR, in the form of the package."),
+        typer.Option(metavar="DIR", help="Also add the runs' results to DIR, in the package's format."),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="The claims and their ids; computes nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the claims and their ids; compute nothing.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page to write. Default: claims.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a popular account says of DeepSeek-R1: 119 claims, re-made by small runs, computed, or audited, on one page.
+    """Check 119 claims of a popular account of DeepSeek-R1 by small runs, by calculation or by audit, on one page.
 
-    Without --quick and --full the runs take an hour or three, with one seed. Finished runs are not repeated, and
-    those that the package holds count. Exit status 1: a published figure is not what arithmetic gives, two runs that
+    Without --quick or --full the runs take one to three hours, with one seed. Finished runs are not repeated, and
+    results that come with the package count. Exit status 1: arithmetic contradicts a published figure, two runs that
     differ by chance alone differ too much, or a run failed."""
     from bessemer.claims import registry
 
@@ -137,7 +141,7 @@ def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[
     try:
         failed = runner.run(planned, tier, folder, at_once, lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
-        print("stopped, nothing is lost; the same command goes on", file=sys.stderr)
+        print("stopped; nothing is lost; run the same command again to continue", file=sys.stderr)
         sys.exit(runner.INTERRUPTED)
     return [f"{job.name} failed: {why}" for job, why in failed]
 

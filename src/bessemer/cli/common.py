@@ -19,7 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its last finished model.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory, or a run, for its last finished model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
 Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module drafts at each step.")]
@@ -43,7 +45,7 @@ NoVerify = Annotated[
     bool,
     typer.Option(
         "--no-verify",
-        help="Load the model of a run without comparing it with the checksums that its stage left.",
+        help="Load a run's model without comparing it with the checksums that its stage recorded.",
         callback=_skip_comparison,
     ),
 ]

@@ -13,13 +13,11 @@ Side = Annotated[
     str,
     typer.Argument(
         metavar="MODEL[,MODEL]",
-        help="A model directory, a run, or RUN/STAGE; of one model trained with several seeds, all of them.",
+        help="A model directory, a run, or RUN/STAGE; for one model trained with several seeds, all of them.",
     ),
 ]
 
-RunStage = Annotated[
-    str, typer.Argument(metavar="RUN[/STAGE]", help="A run, with the stage if several of it are of kind rl.")
-]
+RunStage = Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run; add the stage if several are of kind rl.")]
 
 
 @app.command()
@@ -29,7 +27,7 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ask both this task anew, such as countdown; may be repeated. Default: the evaluations of their runs."
+            help="Evaluate both on this task now, such as countdown; may be repeated. Default: their runs' evaluations."
         ),
     ] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
@@ -41,21 +39,22 @@ def compare(
     measure: Annotated[
         str,
         typer.Option(
-            help="pass@1; readable, the share of answers that a person can read; language, the share of their words in "
-            "the question's language."
+            help="pass@1; readable: share of answers that a person can read; language: share of their words in the "
+            "question's language."
         ),
     ] = "pass@1",
     only: Annotated[
-        list[str] | None, typer.Option(help="Of what both were asked, this task; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help="Compare on this task only; may be repeated. Default: all that both were asked."),
     ] = None,
     common: Annotated[
-        bool, typer.Option("--common", help="Where other problems were asked: compare on those that are the same.")
+        bool, typer.Option("--common", help="If the two were asked different problems, compare on those in common.")
     ] = False,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
-    """Whether one model is better than another, problem by problem: the difference of their pass@1, or of another
-    measure, with its interval."""
+    """Test whether one model is better than another, problem by problem: the difference in pass@1, or in another
+    measure, with its confidence interval."""
     from bessemer.eval import paired
     from bessemer.runs.directory import model_dir
 
@@ -85,11 +84,11 @@ def whatif(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="A change; may be repeated.")
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="RUN", help="The run that exists. Default: runs/NAME.")] = None,
-    usd: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of this machine, in dollars.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="The existing run. Default: runs/NAME.")] = None,
+    usd: Annotated[float | None, typer.Option(min=0.0, help="Price of this machine per hour, in dollars.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which stages of a run a change makes again, with time, memory and price. Nothing is run or moved."""
+    """Show which stages of a run a change would rerun, with time, memory and price. Nothing is run or moved."""
     from bessemer.config.recipe import Recipe
     from bessemer.plan import whatif as fates
     from bessemer.runs.directory import run_dir
@@ -105,22 +104,21 @@ def whatif(
 
 @app.command()
 def replay(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN[/STAGE]", help="A run, with the stage where it has several of RL.")
-    ],
+    run: Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run; add the stage if several are of kind rl.")],
     step: Annotated[int, typer.Option(min=1, help="Optimizer step; all steps of its rollout are replayed.")],
-    rollouts: Annotated[int, typer.Option(min=1, help="Rollouts from there on.")] = 1,
+    rollouts: Annotated[int, typer.Option(min=1, help="Rollouts to replay from there on.")] = 1,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Then once more with this key changed; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replay once more with this key changed; may be repeated."),
     ] = None,
     from_start: Annotated[
-        bool, typer.Option("--from-start", help="Where no checkpoint before the step is kept: from the stage's start.")
+        bool,
+        typer.Option("--from-start", help="If no checkpoint before the step is kept: start at the stage's beginning."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """An RL step of a run again, bit for bit: rollouts, rewards, gradients; then with a setting changed, side by side.
-    Nothing of the run is touched."""
+    """Replay an RL step of a run bit for bit: rollouts, rewards, gradients; then with a setting changed, side by side.
+    The run itself is not touched."""
     from bessemer.pipeline import replay as replays
     from bessemer.report import replay_text
 
@@ -141,7 +139,7 @@ def why(
     samples: Annotated[int, typer.Option(min=4, help="Answers per problem and model.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """What made the reward of an RL stage rise: which ways of answering it chose, what each earned, what was new."""
+    """Show why the reward of an RL stage rose: which ways of answering it chose, what each earned, what was new."""
     from bessemer.pipeline import why as causes
     from bessemer.report import card
     from bessemer.report import why as words

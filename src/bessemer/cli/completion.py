@@ -81,7 +81,7 @@ def completion(
     shell: Annotated[Shell, typer.Argument(help="The shell that the script is for.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- WORD...]", help="Print what may stand in place of the last word, as scripts ask."),
+        typer.Argument(metavar="[-- WORD...]", help="Print what may replace the last word; used by the scripts."),
     ] = None,
 ) -> None:
     """Print the script that completes commands, options, recipes and runs: eval "$(bessemer completion bash)"."""

@@ -9,7 +9,7 @@ import typer
 from bessemer.cli.common import AsJson, app, print_json
 
 data = typer.Typer(
-    help="Training data: raw text to tokenised shards, and what a run made as data sets.", no_args_is_help=True
+    help="Training data: raw text to tokenised shards, and a run's outputs as data sets.", no_args_is_help=True
 )
 app.add_typer(data, name="data")
 
@@ -77,7 +77,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what a run's stages made as data sets that TRL reads: conversations for SFT, preferences, rollouts."""
+    """Export what a run's stages made as data sets that TRL reads: conversations for SFT, preferences, rollouts."""
     from bessemer.runs.directory import run_dir
     from bessemer.runs.export import export as export_run
 

@@ -139,7 +139,7 @@ def _about_workers(facts: dict[str, Any]) -> tuple[str, str, str]:
         return "workers", "ok", "one process does all the work"
     text = f"{n} processes train and sample in parallel; {shared} MiB of shared memory for the weights they share"
     if shared < _NEED_SHARED_MB:
-        return "workers", "slow", f"{text}: too little for most models, one process will do the work; raise --shm-size"
+        return "workers", "slow", f"{text}: too little for most models, so one process does the work; raise --shm-size"
     return "workers", "ok", text
 
 
@@ -174,7 +174,7 @@ def _about_exchange(facts: dict[str, Any]) -> tuple[str, str, str]:
 def _about_compiler(facts: dict[str, Any]) -> tuple[str, str, str]:
     if facts["compiler"]:
         return "compiler", "ok", f"{facts['compiler']}: torch.compile works"
-    return "compiler", "slow", "no C++ compiler: torch.compile is off, everything runs eagerly; install g++"
+    return "compiler", "slow", "no C++ compiler: torch.compile is off, so everything runs eagerly; install g++"
 
 
 def _about_kernels(facts: dict[str, Any]) -> tuple[str, str, str]:

@@ -44,9 +44,9 @@ def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus
         return None
     n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if asked not in (None, n_ranks):
-        raise UserError(f"{n_ranks} ranks were started, --processes is {asked}; leave it out")
+        raise UserError(f"{n_ranks} ranks were started, but --processes is {asked}; leave it out")
     if 0 < here < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and asked is None:
-        print(f"{here} of {gpus.usable} GPUs: so many ranks were started here", file=sys.stderr)
+        print(f"{here} of {gpus.usable} GPUs: that many ranks were started here", file=sys.stderr)
     if n_ranks == recipe.layout.fewest == 1:
         return None
     try:
@@ -80,7 +80,7 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
         return least, _use(least, gpus, "no stage of this recipe runs on several")
     if _fault(recipe, least):
         return least, ""  # what is wrong with any number is said by the run itself
-    why = "one process for each, --gpus 1 for one alone"
+    why = "one process each; --gpus 1 uses one alone"
     if sampling:
         why = f"{sampling} are for the workers that sample"
     for n in range(most, least, -least):

@@ -49,21 +49,22 @@ def convert(
         ),
     ] = None,
     mtp: Annotated[
-        bool | None, typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: hf yes.")
+        bool | None,
+        typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: yes, except for gguf."),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype. Default: unchanged; bfloat16 next to FP8 matrices.")
     ] = None,
     fp8: Annotated[
-        bool, typer.Option("--fp8", help="Matrices in FP8 with a scale per 128 x 128 tile, as V3 was released.")
+        bool, typer.Option("--fp8", help="Matrices in FP8 with a scale per 128 x 128 tile, as in V3's release.")
     ] = False,
     scales: Annotated[
-        Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as V3.1 was released. Default: float32.")
+        Scales | None, typer.Option(help="With --fp8. ue8m0: powers of two, as in V3.1's release. Default: float32.")
     ] = None,
     like: Annotated[
         Path | None,
         typer.Option(
-            help="Of a DCP checkpoint: the model directory with its config and tokenizer. Of an adapter: its base."
+            help="For a DCP checkpoint: the model directory with its config and tokenizer. For an adapter: its base."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at DST; never the source.")] = False,
@@ -137,7 +138,9 @@ def convert(
 @app.command()
 def push(
     model: Model,
-    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; made if it is new.")],
+    name: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; created if it does not exist.")
+    ],
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", metavar="ID", help="Licence of the weights, such as mit.")
     ] = None,
@@ -160,7 +163,7 @@ def pull(
     folder: Annotated[Path | None, typer.Argument(metavar="[DST]", help="The new directory. Default: NAME.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a model of the Hugging Face hub: weights, configuration, tokenizer; no code."""
+    """Download a model from the Hugging Face hub: weights, configuration, tokenizer; no code."""
     from bessemer.hf import remote
 
     target = folder or Path(remote.address(name)[0].split("/")[1])
@@ -176,11 +179,14 @@ def placement(
     model: Model,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Expert replicas in total. Default: the experts, rounded up to the GPUs.")
+        int | None,
+        typer.Option(
+            min=1, help="Expert replicas in total. Default: the experts, rounded up to a multiple of the GPUs."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines that hold the GPUs.")] = 1,
     task: Annotated[list[str] | None, typer.Option(help="Traffic: problems of a task; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Traffic: prompts, as bessemer generate takes them.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Traffic: prompts, in the format of bessemer generate.")] = None,
     problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 32,
     loads: Annotated[Path | None, typer.Option(help="File that stores the loads between calls.")] = None,
     seed: Seed = 0,

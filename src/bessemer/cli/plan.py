@@ -22,30 +22,30 @@ def plan(
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="Devices, such as 2048xH800.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
                     "layout.dp, layout.cp, node, schedule, tokens, batch, seq, micro_rows, precision, mtp, routing, "
-                    "recompute, stages, in_step, usd, model.KEY; several after it, or repeated. With --here as in a "
-                    "run.")] = None,
+                    "recompute, stages, in_step, usd, model.KEY; takes several; may be repeated. With --here as in "
+                    "bessemer run.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine for a few seconds and predict the "
                                        "run.")] = False,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
                                              "Default: runs/NAME.")] = None,
-    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Published claims next to predictions: "
+    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Show published claims next to predictions: "
                                               "deepseek-v3.")] = None,
     draws: Annotated[int | None, typer.Option(metavar="N", help="With --audit: draw the uncertain inputs N times (400 "
                                               "is usual), and say how likely the published cost is.")] = None,
-    seed: Annotated[int | None, typer.Option(help="With --draws: of the draws. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --draws: their seed. Default: 0.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="A pipeline schedule alone: gpipe, 1f1b, "
+    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="Show only a pipeline schedule: gpipe, 1f1b, "
                                                  "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
     pp: Annotated[int, typer.Option("--pp", metavar="P", help="With --schedule: pipeline ranks.")] = 4,
-    micro: Annotated[int, typer.Option("--micro", metavar="M", help="With --schedule: micro-batches of a step.")] = 8,
+    micro: Annotated[int, typer.Option("--micro", metavar="M", help="With --schedule: micro-batches per step.")] = 8,
     costs: Annotated[str, typer.Option(metavar="F,I,W[,F&B]", help="With --schedule: times of a stage's forward, input "
                                        "gradients, weight gradients, and of an overlapped pair (default: the "
                                        "sum).")] = "1,1,1",
     svg: Annotated[Path | None, typer.Option(help="With --schedule: write its chart to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """What a run would cost, whether it fits, and whether a published claim can be true."""
+    """Predict what a run would cost, whether it fits, and whether a published claim can be true."""
     names = [word for word in words or [] if "=" not in word]
     settings = [*(set_ or []), *(word for word in words or [] if "=" in word)]
     if len(names) > 1:

@@ -11,10 +11,10 @@ from bessemer.errors import UserError
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The recipes that come with the package: bessemer run NAME."""
+    """List the recipes that come with the package: bessemer run NAME."""
     from bessemer.config.builtin import builtin_recipes, purpose
     from bessemer.config.table import nearest
 
@@ -37,7 +37,7 @@ def recipes(
     width = max(len(f"{command} {one}") for one, command in commands.items())
     for one, command in commands.items():
         print(f"{f'{command} {one}':<{width}}  {purpose(known[one])}")
-    print("\nbessemer recipes NAME prints one; bessemer init FILE.toml --from NAME begins one of your own with it")
+    print("\nbessemer recipes NAME prints one; bessemer init FILE.toml --from NAME starts your own from it")
 
 
 @app.command()
@@ -45,10 +45,10 @@ def init(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The recipe to write; its stem names the run.")],
     source: Annotated[
         str,
-        typer.Option("--from", metavar="NAME", help="The built-in recipe to begin from; bessemer recipes lists them."),
+        typer.Option("--from", metavar="NAME", help="The built-in recipe to start from; bessemer recipes lists them."),
     ] = "tiny",
 ) -> None:
-    """Write a recipe of your own, from a built-in one. Files beside that one that it names come along."""
+    """Write a recipe of your own, from a built-in one. Files beside it that it names are copied, too."""
     from bessemer.config.builtin import write_own
 
     written = write_own(file, source)
@@ -65,10 +65,12 @@ def keys(
     ] = None,
     json_schema: Annotated[
         bool,
-        typer.Option("--json-schema", help="A JSON schema of recipes, by which editors complete and check them."),
+        typer.Option(
+            "--json-schema", help="Print a JSON schema of recipes, with which editors complete and check them."
+        ),
     ] = False,
 ) -> None:
-    """Every key a recipe may have, its default and what it does."""
+    """List every key that a recipe may have, its default and what it does."""
     if not json_schema:
         from bessemer.config.help import describe_keys
 

@@ -104,7 +104,7 @@ def run(
     if table := card.table(root):
         print(table)
     now, whole = time.monotonic() - began, sum(result.seconds for result in results)
-    took = show_seconds(now) + (f", {show_seconds(whole)} with what was done before" if whole > now + 1 else "")
+    took = show_seconds(now) + (f", {show_seconds(whole)} with earlier work" if whole > now + 1 else "")
     print(f"{loaded.name}: {took}; report: {report}")
     if models := writing_models(root):
         others = [name for name, _ in models[:-1]]
@@ -157,11 +157,11 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; of several, a comparison."),
+        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several are compared."),
     ],
     open_: Annotated[YesNo, typer.Option("--open", help="Open it in the browser.")] = YesNo.no,
 ) -> None:
-    """Write a run's report card, or the comparison of several runs: one HTML file."""
+    """Write a run's report card, or a comparison of several runs, as one HTML file."""
     from bessemer.report import card, compare
     from bessemer.runs.directory import run_dir
 
@@ -176,13 +176,13 @@ def report(
 def watch(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several over each other."),
+        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several are overlaid."),
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8100,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
 ) -> None:
-    """Follow runs on a live page: curves, expert loads, rollouts, alarms, planned against measured time. It reads the
-    directories alone, so the runs may be over, go on, or lie on a mounted disk."""
+    """Follow runs on a live page: curves, expert loads, rollouts, alarms, planned against measured time. It only reads
+    the directories, so the runs may be finished, in progress, or on a mounted disk."""
     import os
     import webbrowser
 
@@ -206,7 +206,7 @@ def track(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
     to: Annotated[str, typer.Option("--to", metavar="NAMES", help="tensorboard, wandb, mlflow, trackio, or several.")],
 ) -> None:
-    """Send a run's metrics to experiment trackers: what they lack. A recipe's key trackers does so during the run."""
+    """Send a run's metrics to experiment trackers that lack them. The recipe key trackers does this during the run."""
     from bessemer.config.table import nearest
     from bessemer.runs import trackers
     from bessemer.runs.directory import run_dir
@@ -224,8 +224,8 @@ def doctor(
     folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine: what it can run, and what will be slow on it. Started by torchrun, all machines together:
-    who is where, and how fast they reach each other."""
+    """Measure this machine: what it can run, and what will be slow on it. Under torchrun, all machines are
+    measured together: which rank is where, and how fast they reach each other."""
     from bessemer.cli import doctor as machine
     from bessemer.cli import many
 
@@ -241,11 +241,12 @@ def doctor(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its last finished model."),
+        typer.Argument(metavar="[MODEL]", help="A model directory, or a run, for its last finished model."),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
     suite: Annotated[
-        str | None, typer.Option(help="Published evaluations and how they sample: r1. Goes on where it was stopped.")
+        str | None,
+        typer.Option(help="Published evaluations with their sampling settings: r1. The same command resumes it."),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="NAME[,NAME]", help="Evaluations of the suite. Default: all.")
@@ -254,7 +255,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="FOLDER|NAME=PATH|hf://",
-            help="Data of the suite: a folder of NAME.jsonl, .csv or .parquet; of one evaluation a path or an hf:// "
+            help="Data of the suite: a folder of NAME.jsonl, .csv or .parquet; for one evaluation, a path or an hf:// "
             "address; hf://: the public data sets. May be repeated. Default: data/evals.",
         ),
     ] = None,
@@ -285,13 +286,15 @@ def evaluate(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
     ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval tasks; code in them runs.")] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="Folder of your own lm-eval tasks; their code is executed.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per lm-eval task. Default: all.")] = None,
     chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
 ) -> None:
-    """pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
+    """Evaluate a model: pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
     from bessemer.runs.directory import model_dir
 
     ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
@@ -307,13 +310,13 @@ def evaluate(
     if not task and not lm_eval and not suite:
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     if (model is None) == (answers is None):
-        raise UserError("name either a model, or with --answers a file of answers")
+        raise UserError("name either a model, or a file of answers with --answers")
     folder, rows = None if model is None else model_dir(model), []
     from bessemer.eval import evaluate as evaluation
 
     if suite:
         if task or lm_eval or k:
-            raise UserError("--suite goes with neither --task, --lm-eval nor --k; make two calls")
+            raise UserError("--suite cannot be combined with --task, --lm-eval or --k; make two calls")
         from bessemer.eval import suite_run
 
         result = suite_run.evaluate_suite(folder, suite=suite, **chosen(ours | of_suite | {"only": _names(only)}))

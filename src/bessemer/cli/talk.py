@@ -40,7 +40,8 @@ def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help='More prompts: one a line, or {"prompt": "..."} a line in a .jsonl file.')
+        Path | None,
+        typer.Option(help='More prompts: one per line, or in a .jsonl file one {"prompt": "..."} per line.'),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -88,7 +89,7 @@ def _about_cuts(completions: Sequence["Completion"], asked: int | None, context:
     if asked is not None and asked > min(rooms):
         notes.append(f"--max-tokens {asked}: the context of {context} tokens leaves {min(rooms)} after the prompt")
     if len(cut) > full:
-        more = f"--max-tokens, here at most {max(rooms)}, lets it go on"
+        more = f"--max-tokens, here at most {max(rooms)}, allows more"
         notes.append(f"{len(cut) - full}{of} cut at {asked or NEW_TOKENS} tokens; {more}")
     if full:
         notes.append(f"{full}{of} cut where the model's context of {context} tokens is full")

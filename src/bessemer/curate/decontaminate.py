@@ -73,7 +73,7 @@ class Index:
 
     def __init__(self, wanted: Sequence[EvalText], n: int) -> None:
         if n < SHORTEST:
-            raise UserError(f"decontaminate.n is {n}; fewer than {SHORTEST} consecutive words occur on any page")
+            raise UserError(f"decontaminate.n is {n}; raise it to {SHORTEST} or more, as fewer words match any page")
         self._known: list[_Known] = []
         seen: set[bytes] = set()
         for one in wanted:

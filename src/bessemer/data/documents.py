@@ -239,7 +239,7 @@ def check_hub(spec: str) -> tuple[list[str], str]:
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(
-            f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional @REVISION behind the "
+            f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional @REVISION after the "
             "name and an optional #split"
         )
     if find_spec("datasets") is None:  # an extra, not a dependency
@@ -297,7 +297,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     elif messages is not None:
         name = "messages" if "messages" in record else "conversations"
         raise UserError(
-            f'{where}: {name} must be a list, is {type(messages).__name__}; write {{"messages": [{{"role": "user", '
+            f'{where}: {name} must be a list, not {type(messages).__name__}; write {{"messages": [{{"role": "user", '
             '"content": "..."}, ...]}'
         )
     else:

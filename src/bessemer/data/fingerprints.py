@@ -100,7 +100,7 @@ def _unlike(path: Path, why: str) -> UserError:
     run = path.parents[2]
     return UserError(
         f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {run}/recipe.toml --out {run}), "
-        "which makes the stage anew. --no-verify loads it as it is"
+        "which runs the stage again. --no-verify loads it as it is"
     )
 
 

@@ -136,7 +136,7 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
             raise ValueError(f"its rows have {int(rows['end'][-1])} pieces, it lists {len(pieces)}")
     except Exception as error:  # whatever numpy raises for a header that it cannot parse
         raise UserError(
-            f"the plan of {name} in {plan} is broken ({error}); delete that folder, it is made again"
+            f"the plan of {name} in {plan} is broken ({error}); delete that folder, and it is made again"
         ) from error
     return _OpenShard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
 

@@ -209,7 +209,7 @@ def follow(folder: Path) -> tuple[Path, dict[str, Any]]:
     target = Path(facts["link"])
     meta = read_meta(target)
     if sha256_of(target / "meta.json") != facts["sha256"]:
-        raise UserError(f"{target} was built again since {folder} was made from it; run that stage again")
+        raise UserError(f"{target} was rebuilt after {folder} was made from it; run that stage again")
     return target, meta | {"row_length": facts["row_length"]}
 
 

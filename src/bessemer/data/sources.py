@@ -118,7 +118,7 @@ def _unknown(name: str) -> str:
         return f"there is no file or directory {name}{looked_in(name)}"
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SOURCES)}"
-    return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name, works too"
+    return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name also works"
 
 
 def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> Path:

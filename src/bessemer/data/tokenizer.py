@@ -168,7 +168,7 @@ class Tokenizer:
         if lacking := [name for name in needed if self._tok.token_to_id(name) is None]:
             raise UserError(
                 f'style "{style}" needs the tokens {" and ".join(lacking)}, which this model\'s tokenizer lacks; leave '
-                'it out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
+                'style out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
             )
         return chat.jinja(style)
 
@@ -191,7 +191,7 @@ class Tokenizer:
         self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
-        raise UserError(f"this tokenizer carries none of our chat templates; name a style: {', '.join(chat.STYLES)}")
+        raise UserError(f"this tokenizer has none of our chat templates; name a style: {', '.join(chat.STYLES)}")
 
     @property
     def think_id(self) -> int:

@@ -174,8 +174,8 @@ def _nearest(
     steps = [recorded[place][0] - config.updates_per_rollout + 1 for place in sorted(places) if place < len(recorded)]
     kept = f"checkpoints are there for steps from {steps[0]} on" if steps else "no checkpoint is there"
     raise UserError(
-        f"no checkpoint before this step is kept ({kept}); --from-start computes the {number} rollouts before it "
-        "again. keep_every in the stage's table keeps checkpoints of later runs"
+        f"no checkpoint before this step is kept ({kept}); --from-start recomputes the {number} rollouts before "
+        "it. keep_every in the stage's table keeps checkpoints in later runs"
     )
 
 

@@ -151,7 +151,7 @@ def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
             adopted.append(item.name)
     if adopted:
         progress.say(
-            f"{', '.join(adopted)}: made by a version that did not record the files it read; they are taken to be "
+            f"{', '.join(adopted)}: made by a version that did not record the files it read; they are assumed "
             "unchanged, and compared from now on"
         )
 
@@ -309,7 +309,7 @@ def _write_wall(ctx: StageContext) -> None:
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
     default = root == Path("runs") / recipe.name
-    return f'stopped {where} stage "{name}", nothing is lost; go on with: bessemer run {root}/recipe.toml' + (
+    return f'stopped {where} stage "{name}"; nothing is lost; continue with: bessemer run {root}/recipe.toml' + (
         "" if default else f" --out {root}"
     )
 

@@ -45,9 +45,11 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
         raise UserError(f'{where}: corpus = "{corpus.name}" is of kind {corpus.kind}; name a stage of kind corpus')
     if source is None or not find_kind(source.kind).makes_model:
         given = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
-        raise UserError(f"{where} has a corpus, and goes on from a model; its from {given}: name a stage with a model")
+        raise UserError(
+            f"{where} has a corpus, so it continues from a model, but its from {given}; name a stage with a model"
+        )
     if config.model:
-        raise UserError(f'{where} goes on from the model of "{source.name}", whose sizes stay; leave model out')
+        raise UserError(f'{where} continues from the model of "{source.name}", whose sizes are fixed; leave model out')
 
 
 def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int | None) -> None:
@@ -68,7 +70,7 @@ def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recip
             )
     if config.mixture and config.temperature is not None:
         raise UserError(
-            f"{where}: temperature makes the shares from the parts' sizes; leave mixture out, or temperature"
+            f"{where}: temperature derives the shares from the parts' sizes; leave mixture out, or temperature"
         )
     if unknown := [name for name in config.epoch_caps if config.mixture and name not in config.mixture]:
         raise UserError(f'{where}: epoch_caps names "{unknown[0]}", the mixture has {", ".join(config.mixture)}')

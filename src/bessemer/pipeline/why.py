@@ -29,7 +29,7 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
     for stage in (config.source, config.name):
         if stage is None or stage not in folders or read_done(folders[stage]) is None:
             raise UserError(
-                f'stage "{stage}" of {root} is not finished; bessemer why compares the models around a stage'
+                f'stage "{stage}" of {root} is not finished; bessemer why compares the models before and after a stage'
             )
     assert config.source is not None
     with places.of_recipe(recipe.folder, root / places.REVISIONS):

@@ -157,7 +157,7 @@ def _length_collapse(history: MetricHistory) -> Alarm | None:
         return None
     return Alarm(
         "length-collapse",
-        f"answers shrank from {length.peak:.0f} to {length.now:.0f} tokens and accuracy did not gain "
+        f"answers shrank from {length.peak:.0f} to {length.now:.0f} tokens and accuracy did not rise "
         f"({right.start:.1%} to {right.now:.1%})",
         "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers",
         'pre-train longer on worked problems, lower format_reward, or use normalise = "token"',
@@ -189,8 +189,8 @@ def _collapse(history: MetricHistory) -> Alarm | None:
         "collapse",
         f"accuracy fell from {right.peak:.1%} to {right.now:.1%}",
         "steps too large (a learning rate too high for so few samples, too many updates on one rollout), or a reward "
-        "that is for something else than right answers",
-        "go on from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout",
+        "for something other than right answers",
+        "continue from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout",
     )
 
 
@@ -218,7 +218,7 @@ def _entropy_explosion(history: MetricHistory) -> Alarm | None:
         "entropy-explosion",
         f"entropy rose from {entropy.start:.2g} to {entropy.now:.2g} nats per token",
         "the policy dissolves into noise: steps too large, or a reward that does not depend on the answer",
-        "go on from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts",
+        "continue from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts",
     )
 
 
@@ -251,8 +251,8 @@ def _never_ending(history: MetricHistory) -> Alarm | None:
         "never-ending",
         f"{cut.now:.0%} of the answers are cut off at the cap" + (", and accuracy falls" if falling else ""),
         "the cap is too low for what the policy has learnt to write, or it no longer ends its answers",
-        "raise max_new_tokens if the rollouts still get somewhere at the cap; else lower lr, or set overlong to punish "
-        "what comes near it",
+        "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or set overlong to "
+        "penalise answers near it",
     )
 
 
@@ -266,7 +266,7 @@ def _sampler_mismatch(history: MetricHistory) -> Alarm | None:
     return Alarm(
         "sampler-mismatch",
         f"trainer and sampler disagree by {gap.now:.2g} nats per token",
-        "the sampler is another model than the trainer's: stale weights, another precision, routing that differs, or "
+        "the sampler's model is not the trainer's: stale weights, another precision, routing that differs, or "
         "another temperature",
         "sample with the trainer's precision and weights, replay the sampler's routing, or correct with truncated "
         "importance weights",

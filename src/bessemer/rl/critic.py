@@ -55,8 +55,8 @@ class Critic:
         whole.refresh()
         if not isinstance(whole.model, Transformer):
             raise UserError(
-                f'stage "{settings.name}": advantage = "critic" makes a critic of a network of the DeepSeek family, '
-                'and this is another; use "group"'
+                f'stage "{settings.name}": advantage = "critic" needs a network of the DeepSeek family, and this '
+                'is another; use "group"'
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
         begun = critic_of(whole.model)

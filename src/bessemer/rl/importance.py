@@ -89,7 +89,7 @@ def check_replay(stage: str, model: Transformer | CausalLM) -> None:
     """UserError for a model without routed experts."""
     if all(layer.dense for layer in model.layers):
         raise UserError(
-            f'stage "{stage}": routing_replay has nothing to replay, no layer of this model has routed experts; set it '
+            f'stage "{stage}": routing_replay has nothing to replay: no layer of this model has routed experts; set it '
             "to false"
         )
 

@@ -356,5 +356,5 @@ def _content(reply: bytes) -> str:
     except (ValueError, RecursionError, LookupError, TypeError):
         content = 0
     if content is not None and not isinstance(content, str):
-        raise _Refused("the reply is no chat completion")
+        raise _Refused("the reply is not a chat completion")
     return content or ""

@@ -159,7 +159,7 @@ class RewardModel:
                 "or train the reward model again"
             )
         if tokenizer.chat_style is None and not isinstance(tokenizer, HFTokenizer):
-            raise UserError(f"{name}: its tokenizer carries none of our chat templates; train the reward model again")
+            raise UserError(f"{name}: its tokenizer has none of our chat templates; train the reward model again")
         self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
 
     @classmethod

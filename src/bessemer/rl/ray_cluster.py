@@ -91,7 +91,7 @@ class RayCluster:
                 )
                 instead = 'rollout.engine to "local"'
             raise UserError(
-                f"{needed}, and {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run --shm-size=...), or "
+                f"{needed}, but {shared_free() >> 20} MiB are free: enlarge /dev/shm (docker run --shm-size=...), or "
                 f"set {instead}"
             )
         with _visible(self._gpu_names):
@@ -104,7 +104,7 @@ class RayCluster:
             if needed > have.get(name, 0):
                 each = "a CPU" if name == "CPU" else f"{gpus} GPU{'s' * (gpus > 1)}"
                 raise UserError(
-                    f"{workers} rollout workers need {each} each, and Ray has {have.get(name, 0):g} {name}s; {hint}"
+                    f"{workers} rollout workers need {each} each, but Ray has {have.get(name, 0):g} {name}s; {hint}"
                 )
 
     def gpus(self) -> int:

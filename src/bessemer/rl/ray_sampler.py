@@ -55,13 +55,13 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool, top_p: float = 1.0) 
         raise ray_cluster.not_installed(rollout.engine)
     if rollout.engine == "vllm" and replay:
         raise UserError(
-            f'stage "{stage}": routing_replay needs the experts that the sampler chose, and rollouts by vLLM do not '
-            'bring them; set rollout.engine to "ray", or routing_replay to false'
+            f'stage "{stage}": routing_replay needs the experts that the sampler chose, which vLLM rollouts do not '
+            'report; set rollout.engine to "ray", or routing_replay to false'
         )
     if rollout.engine == "vllm" and top_p < 1:
         raise UserError(
-            f'stage "{stage}": rollouts by vLLM bring neither the tokens that top_p leaves nor log-probabilities of '
-            'these; set rollout.engine to "ray", or top_p to 1'
+            f'stage "{stage}": vLLM rollouts report neither the tokens that top_p leaves nor their '
+            'log-probabilities; set rollout.engine to "ray", or top_p to 1'
         )
     sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
     rounded = {"precision": rollout.precision} if changed(rollout, "precision") else {}
@@ -119,7 +119,7 @@ def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
         share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if rollout.engine == "vllm" else ""
         raise UserError(
             f"{rollout.workers} rollout workers of {each} GPU{'s' * (each > 1)} need {rollout.workers * each} beside "
-            f"the {ranks} of the trainer, and this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
+            f"the {ranks} of the trainer, but this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
             f"train on fewer (--gpus){share}"
         )
     return names[ranks:] if each else []
@@ -131,7 +131,7 @@ def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> Wo
     try:
         gpus = min(1, cluster.gpus()) if rollout.gpus is None else rollout.gpus
         if rollout.engine == "vllm" and not gpus:
-            raise UserError("rollouts by vLLM need GPUs, and Ray has none")
+            raise UserError("vLLM rollouts need GPUs, but Ray has none")
         vllm = VLLMSettings(rollout.gpu_memory_utilization, rollout.max_model_len, rollout.sleep)
         assert ctx.source is not None
         directory = str((ctx.source / "model").resolve())

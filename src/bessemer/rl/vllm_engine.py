@@ -140,7 +140,7 @@ def check_length(batch: GenerationBatch, most: int | None) -> None:
     needed = max(len(sample.request.prompt) + sample.request.max_new_tokens for sample in batch.samples)
     if most is not None and needed > most:
         raise UserError(
-            f"rollout.max_model_len is {most}, and a prompt with its answer may have {needed} tokens: raise it, or "
+            f"rollout.max_model_len is {most}, but a prompt with its answer may have {needed} tokens: raise it, or "
             "lower max_new_tokens"
         )
 

@@ -151,7 +151,7 @@ def _take_lock(root: Path) -> tuple[IO[str], str]:
         memory = before[1].isdigit() and int(before[1]) < _oom_kills()
         why = " (this machine has run out of memory since: if that was why, use shorter rows or fewer workers)"
         killed = (
-            f"the last attempt (process {before[0]}) was killed{why if memory else ''}; going on from what it saved"
+            f"the last attempt (process {before[0]}) was killed{why if memory else ''}; continuing from what it saved"
         )
     return lock, killed
 
@@ -265,7 +265,7 @@ def _last_model(root: Path) -> Path:
     )
     raise UserError(
         f"no finished model in {root}; its stages: {listed or 'none yet'}; "
-        f"go on with: bessemer run {root}/recipe.toml --out {root}"
+        f"continue with: bessemer run {root}/recipe.toml --out {root}"
     )
 
 

@@ -55,14 +55,14 @@ def explain(error: BaseException, path: Path) -> UserError | None:
     if number in _FULL or "No space left on device" in str(error):
         lack = lacking(Path(where).parent)
         return UserError(
-            f"disk full: cannot write {where}; free some {lack} and run the same command again, what was saved is kept"
+            f"disk full: cannot write {where}; free some {lack} and run the same command again; what was saved is kept"
         )
     if number == errno.ENAMETOOLONG:
         return UserError(f"the name {str(where)[:40]}... is too long for the file system; give a shorter one")
     if number in _AWAY:
         assert isinstance(error, OSError)
         return UserError(
-            f"the disk of {where} does not answer ({error.strerror}); mend or mount it, and run the same command again"
+            f"the disk of {where} does not respond ({error.strerror}); repair or mount it, and run the same command again"
         )
     if isinstance(error, FileNotFoundError) and not path.exists():
         return UserError(f"{path} has vanished while it was in use: deleted, moved, or its disk unmounted; {BACK}")

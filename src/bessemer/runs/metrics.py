@@ -96,7 +96,7 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
     except ValueError:
         line = None
     if not isinstance(line, dict):
-        raise UserError(f"{where}: not a JSON object; the file was edited or damaged, delete that line")
+        raise UserError(f"{where}: not a JSON object; the file was edited or damaged; delete that line")
     return line
 
 

@@ -357,7 +357,7 @@ def main() -> None:
         os.dup2(log.fileno(), 2)
 
         def report(name: str, why: str) -> None:
-            rest = f"the run goes on, and bessemer track {root} --to {name} sends the rest"
+            rest = f"the run continues, and bessemer track {root} --to {name} sends the rest"
             print(f"tracker {name} stopped: {escaped(why[:300])}; {rest}", file=ours, flush=True)
 
         try:
@@ -370,7 +370,7 @@ def main() -> None:
                     break
             mirror.close()
         except UserError as error:
-            print(f"trackers: {error}; the run goes on", file=ours, flush=True)
+            print(f"trackers: {error}; the run continues", file=ours, flush=True)
 
 
 if __name__ == "__main__":

@@ -145,11 +145,11 @@ async def prepare(
     prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking, use.tools), size)
     grammar = await _grammar(body.response_format)
     if grammar and use.tools:
-        what = 'an answer of one form calls no tools; leave one of the two out, or say "tool_choice": "none"'
+        what = 'an answer in a fixed format calls no tools; leave one of the two out, or say "tool_choice": "none"'
         raise unsupported("response_format", what)
     grammar = grammar or await tool_calling.grammar(use, model.tokenizer)
     if grammar and prompt.thinking and None in think_ids(model.tokenizer):
-        what = 'this model\'s thoughts end in plain text, before which no format holds; say "thinking": false'
+        what = 'this model\'s thoughts end in plain text, so no format can begin after them; say "thinking": false'
         raise unsupported("tool_choice" if use.forced else "response_format", what)
     return responder(body, model, prompt, client, grammar, use)
 

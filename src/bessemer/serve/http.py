@@ -83,7 +83,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except OSError as error:
-        raise UserError(f"{host!r} is no address of this machine ({error.strerror}); use 127.0.0.1") from error
+        raise UserError(f"{host!r} is not an address of this machine ({error.strerror}); use 127.0.0.1") from error
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

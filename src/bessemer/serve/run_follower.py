@@ -252,7 +252,7 @@ class RunFollower:
                     times = "once" if column.bad == 1 else f"{column.bad} times, last"
                     found.append({
                         "stage": stage, "step": column.bad_step, "active": False, "title": "not finite",
-                        "message": f"{name} was no finite number {times} at step {column.bad_step}",
+                        "message": f"{name} was not finite {times} at step {column.bad_step}",
                         "cause": "", "advice": "",
                     })  # fmt: skip
         return found

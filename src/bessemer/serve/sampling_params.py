@@ -34,7 +34,7 @@ def sampling(body: Generation, defaults: dict[str, Any], vocab_size: int) -> Sam
 def _bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     for name in given:
         if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
-            raise invalid(f"logit_bias: {name!r} is no token id below {vocab_size}", "logit_bias")
+            raise invalid(f"logit_bias: {name!r} is not a token id below {vocab_size}", "logit_bias")
     return tuple(sorted((int(name), value) for name, value in given.items()))
 
 

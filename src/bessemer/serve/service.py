@@ -126,7 +126,7 @@ class Service:
             self.connection, self.process = launch(folder, config)
             kind, *rest = self.connection.recv()
         except (EOFError, OSError):  # the latter where it had not even read what to load
-            raise UserError(f"{folder}: the model's process ended while it loaded (no memory left?)") from None
+            raise UserError(f"{folder}: the model's process ended while loading it (no memory left?)") from None
         if kind == worker.REFUSED:
             raise UserError(rest[1])
         self.facts: WorkerFacts = rest[0]

@@ -186,7 +186,7 @@ class CheckpointWriter:
             if not self._told:
                 self._told = True
                 self.say(
-                    f"checkpoints are written while training waits: a copy of {need / 1e9:.1f} GB would not leave half "
+                    f"training waits while checkpoints are written: a copy of {need / 1e9:.1f} GB would not leave half "
                     f"of the {room / 1e9:.1f} GB of memory that are free"
                 )
             checkpoint.save(self.state_dir, step, state, self.keep, counters)

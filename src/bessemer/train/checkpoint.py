@@ -218,7 +218,7 @@ def latest(
 
 
 def none_intact(state_dir: Path, n: int) -> UserError:
-    return UserError(f"none of the {n} checkpoints in {state_dir} is whole; delete it to start this stage again")
+    return UserError(f"none of the {n} checkpoints in {state_dir} is intact; delete it to start this stage again")
 
 
 def load(path: Path) -> State:

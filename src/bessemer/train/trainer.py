@@ -391,5 +391,5 @@ class Trainer(Checkpointed):
 
 def _stacked(model: Transformer | CausalLM) -> dict[str, int]:
     if not isinstance(model, Transformer):
-        raise UserError('optimizer = "muon" knows the matrices of our own networks only; set optimizer = "adamw"')
+        raise UserError('optimizer = "muon" supports only our own networks; set optimizer = "adamw"')
     return model.hidden_matrices()

@@ -59,7 +59,7 @@ class Corpus(Stage[CorpusConfig]):
                     f'stage "{config.name}": "{source}" is tokenised already; limits and fim_parts are for other parts'
                 )
             elif source in config.mix:
-                raise UserError(f'stage "{config.name}": mix is for documents of tasks, "{source}" is not one')
+                raise UserError(f'stage "{config.name}": mix is for documents of tasks, which "{source}" is not')
         other = None if config.tokenizer is None else recipe.stage(config.tokenizer)
         if other is not None and other.kind != "corpus" and not find_kind(other.kind).makes_model:
             raise UserError(

@@ -50,10 +50,10 @@ class Distill(Stage[DistillConfig]):
                 raise UserError(f'stage "{config.name}": {name} holds out no problem to evaluate on')
         preflight.refuse_environments(config.name, config.tasks, "a teacher scores single answers; choose other tasks")
         if unknown := [name for name in config.teachers if name not in config.tasks]:
-            raise UserError(f'stage "{config.name}": teachers names "{unknown[0]}", which is none of its tasks')
+            raise UserError(f'stage "{config.name}": teachers names "{unknown[0]}", which is not one of its tasks')
         if missing := [name for name in config.tasks if config.teachers.get(name, config.teacher) is None]:
             raise UserError(
-                f'stage "{config.name}": nobody teaches {missing[0]}; name its stage in teachers, or a teacher of all'
+                f'stage "{config.name}": {missing[0]} has no teacher; name one in teachers, or a teacher for all'
             )
         lineage.check_lora(config, recipe)
         return {}
@@ -127,13 +127,13 @@ class _Run:
             )
         if tokenizer.chat_style is None:
             raise UserError(
-                f'stage "{self.ctx.name}": teacher "{name}" has a chat template that is none of ours; import it with '
+                f'stage "{self.ctx.name}": teacher "{name}" has a chat template that is not ours; import it with '
                 'style = "zero"'
             )
         if name != self.names[0] and self.tokenizer.chat_style != tokenizer.chat_style:
             raise UserError(
                 f'stage "{self.ctx.name}": teacher "{name}" answers in the form {tokenizer.chat_style}, '
-                f'"{self.names[0]}" in {self.tokenizer.chat_style}; let one form be taught'
+                f'"{self.names[0]}" in {self.tokenizer.chat_style}; use one form for all'
             )
         self.tokenizer.chat_style = tokenizer.chat_style
 

@@ -39,7 +39,7 @@ class Eval(Stage[EvalConfig]):
             if not getattr(config, key):
                 raise UserError(f'stage "{config.name}": {key} is empty')
         if config.k is not None and config.k > config.samples:
-            raise UserError(f'stage "{config.name}": k is {config.k}, of {config.samples} samples; lower k')
+            raise UserError(f'stage "{config.name}": k is {config.k}, but samples is {config.samples}; lower k')
         for name in config.tasks:
             tasks.get(name)
         for task in _tasks(config):

@@ -75,7 +75,7 @@ class Import(Stage[ImportConfig]):
             tokenizer.save(Path(scratch) / "tokenizer")
             model.save(ctx.dir / "model", tokenizer_dir=Path(scratch) / "tokenizer")
         if bare and config.style is None:
-            ctx.say('this model has no chat template; it is asked in R1-Zero\'s (style = "r1-zero")')
+            ctx.say('this model has no chat template; R1-Zero\'s is used (style = "r1-zero")')
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
 

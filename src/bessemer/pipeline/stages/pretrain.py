@@ -86,7 +86,7 @@ class Pretrain(Stage[_Config]):
             raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
         distributed.check(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
-            raise UserError(f'stage "{config.name}": compile = "on" and fp8 do not go together; set compile = "off"')
+            raise UserError(f'stage "{config.name}": compile = "on" and fp8 cannot be combined; set compile = "off"')
         self.check_data(config, recipe, preflight.context_of(recipe, config.name))
         return {} if cfg is None or config.corpus else {"model": cfg.model_dump()}
 
@@ -124,7 +124,7 @@ class Pretrain(Stage[_Config]):
         warm = config.lr.values[0] < max(config.lr.values)
         ctx.say(
             f'the weights of "{config.source}"{has_mtp}; the optimizer starts fresh, the learning rate '
-            + (f"rises anew to {max(config.lr.values):g}" if warm else f"at {config.lr(0):g} without a warm-up")
+            + (f"rises again to {max(config.lr.values):g}" if warm else f"at {config.lr(0):g} without a warm-up")
         )
 
         def network() -> distributed.Network | ModelShard:

@@ -86,7 +86,7 @@ class RewardModelling(Stage[RewardModelConfig]):
             other = recipe.stage(config.previous)
             if not isinstance(other, RewardModelConfig) or other.aim != config.aim:
                 raise UserError(
-                    f'stage "{config.name}": previous = "{other.name}" is no reward model for aim = "{config.aim}"; '
+                    f'stage "{config.name}": previous = "{other.name}" is not a reward model for aim = "{config.aim}"; '
                     "name one"
                 )
         lineage.check_lora(config, recipe)
