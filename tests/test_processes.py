@@ -103,8 +103,8 @@ def test_a_fault_of_the_recipe_is_left_to_the_run():
 
 def test_what_is_asked_for_must_fit_the_layout():
     for overrides, words in (
-        (["layout.pp=3"], "--processes is 8, [layout] makes 3 ranks or a multiple"),
-        (["layout.dp=2"], "--processes is 8, [layout] makes 2 ranks"),
+        (["layout.pp=3"], "--processes is 8, but [layout] makes 3 ranks or a multiple"),
+        (["layout.dp=2"], "--processes is 8, but [layout] makes 2 ranks"),
     ):
         with pytest.raises(UserError) as caught:
             decided(*overrides, asked=8)

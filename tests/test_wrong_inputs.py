@@ -41,7 +41,7 @@ generate runs/tiny --file latin.txt | latin.txt, line 1 is not UTF-8 text (byte 
 generate runs/tiny --file number.jsonl | number.jsonl, line 1: not an object with a text under "prompt"
 generate runs/tiny hi --max-tokens 0 | '--max-tokens'
 generate runs/tiny hi --temperature nan | '--temperature'
-generate runs/tiny hi --temperature inf | temperature must be a number at least 0, is inf
+generate runs/tiny hi --temperature inf | temperature must be a number at least 0, not inf
 generate runs/tiny hi --top-p 0 | use temperature 0 for the most likely token
 generate runs/tiny hi --max-token 5 | --max-token
 chat file | file is a file

@@ -149,10 +149,10 @@ def test_torch_has_the_same_order(make, kind, sizes):
 @pytest.mark.parametrize(
     ("name", "ranks", "micro", "words"),
     [
-        ("dualpipe", 5, 20, "even number of pipeline ranks, is 5; use 6"),
-        ("dualpipe", 4, 6, "at least 8, is 6; use 8"), ("dualpipe", 4, 11, "is 11; use 12"),
-        ("dualpipe-v", 4, 7, "at least 8 micro-batches, is 7"), ("zbv", 4, 6, "at least 7 micro-batches"),
-        ("interleaved", 4, 10, "multiples of 4, is 10; use 12"), ("1f1b", 0, 4, "at least one rank"),
+        ("dualpipe", 5, 20, "even number of pipeline ranks, not 5; use 6"),
+        ("dualpipe", 4, 6, "at least 8, not 6; use 8"), ("dualpipe", 4, 11, "not 11; use 12"),
+        ("dualpipe-v", 4, 7, "at least 8 micro-batches, not 7"), ("zbv", 4, 6, "at least 7 micro-batches"),
+        ("interleaved", 4, 10, "multiples of 4, not 10; use 12"), ("1f1b", 0, 4, "at least one rank"),
         ("dualpip", 4, 8, 'did you mean "dualpipe"'), ("best", 4, 8, "there are: gpipe, 1f1b"),
     ],
 )  # fmt: skip

@@ -138,7 +138,7 @@ def test_what_the_model_has_stays(ours, foreign):
         (["further.from=new"], 'continues from a model, but its from is "new" of kind corpus'),
         (["further.corpus=base"], 'corpus = "base" is of kind import; name a stage of kind corpus'),
         (["further.model.dim=64"], 'continues from the model of "base", whose sizes are fixed; leave model out'),
-        (["new.row_length=256"], 'row_length of "new" is 256, the model of "base" reads 128 tokens'),
+        (["new.row_length=256"], 'row_length of "new" is 256, but the model of "base" reads 128 tokens'),
         (["new.tokenizer=null"], "were made with another tokenizer than the model has"),
     ],
 )

@@ -116,9 +116,9 @@ def test_what_is_there_is_counted(folder):
     [
         ("collect.others=4", "collect", "others is 4, .*others.jsonl hold only 3"),
         ("collect.others=0", "collect", "others_data has no effect while others is 0"),
-        ("collect.max_new_tokens=300", "collect", 'max_new_tokens is 300, the model of "base" reads 256'),
-        ("dev.row_length=512", "dev", 'row_length is 512, the model of "base" reads 256'),
-        ("helpful.row_length=512", "helpful", 'row_length is 512, the model of "dev" reads 256'),
+        ("collect.max_new_tokens=300", "collect", 'max_new_tokens is 300, but the model of "base" reads 256'),
+        ("dev.row_length=512", "dev", 'row_length is 512, but the model of "base" reads 256'),
+        ("helpful.row_length=512", "helpful", 'row_length is 512, but the model of "dev" reads 256'),
         ('helpful.heldout_data=["none.jsonl"]', "helpful", "no file or directory .*none.jsonl"),
         ("r1.max_new_tokens=300", "r1", "max_new_tokens is 300"),
         ('r1.reward_models=["helpful", "helpful"]', "r1", "two reward models are for helpful"),

@@ -161,7 +161,7 @@ def check_swiglu_backward():
     assert not act.dequantise().isnan().any() and dh.dequantise()[8:].isfinite().all()
     none = backends.swiglu_backward(torch.zeros(0, 256), quantise(torch.zeros(0, 512)), None, [0, 0])
     assert none[0].value_MK.shape == (256, 0) and none[2].value_MK.shape == (512, 0)
-    with pytest.raises(UserError, match="F must be a multiple of 128, is 100"):
+    with pytest.raises(UserError, match="F must be a multiple of 128, not 100"):
         backends.swiglu_backward(torch.zeros(2, 100), quantise(torch.zeros(2, 200)), None, None)
 
 
@@ -228,7 +228,7 @@ def check_e5m6():
             got, formats.pack_e5m6(group, scale).unpack(group.shape[1], torch.float32), rtol=0, atol=0, equal_nan=True
         )
     assert backends.pack_e5m6(torch.zeros(0, 128), torch.zeros(0, 1)).code.shape == (0, 192)
-    with pytest.raises(UserError, match="K must be a multiple of 8, is 12"):
+    with pytest.raises(UserError, match="K must be a multiple of 8, not 12"):
         backends.pack_e5m6(torch.zeros(2, 12), torch.ones(2, 1))
 
 
@@ -672,7 +672,7 @@ HOPPER = dict(device=torch.device("cuda"), group="block", shape=(4096, 2112, 716
         ("deep_gemm", "grouped_gemm", {"group": "tile"}, "by blocks"),
         ("deep_gemm", "grouped_wgrad", WGRAD, None),
         ("deep_gemm", "grouped_wgrad", WGRAD | {"out_dtype": torch.bfloat16}, "float32 here"),
-        ("deep_gemm", "grouped_wgrad", WGRAD | {"shape": (4100, 7168, 8192)}, "rows of a gradient .* are 4100"),
+        ("deep_gemm", "grouped_wgrad", WGRAD | {"shape": (4100, 7168, 8192)}, "rows of a gradient .* not 4100"),
         ("deep_gemm", "grouped_wgrad", WGRAD | {"count": UNKNOWN}, "asks the host for every group's rows"),
         ("deep_gemm", "grouped_wgrad", WGRAD | {"release": "old"}, "has no k_grouped_fp8_gemm_nt_contiguous"),
         ("deep_gemm", "grouped_wgrad", WGRAD | {"release": None}, "cannot be imported .ModuleNotFoundError"),
@@ -701,7 +701,7 @@ def test_what_is_refused_on_hopper(monkeypatch, name, call, change, why):
         ("cuda", {"_capability": (10, 0)}, "on Hopper"),
         ("cuda", {"_installed": False}, "came with 3.4"),
         ("cuda", {"forced": "pointers"}, "BESSEMER_FP8_LOADS=pointers"),
-        ("cuda", {"columns": 200}, "a multiple of 16 bytes, has 200"),
+        ("cuda", {"columns": 200}, "a multiple of 16 bytes, but has 200"),
         ("cuda", {"offset": 8}, "begin at a multiple of 16 bytes"),
         ("cuda", {"offset": 32}, None),
     ],

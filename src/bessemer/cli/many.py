@@ -63,7 +63,7 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
     if asked is not None:
         if asked % least or (fixed and asked != least):
             raise UserError(
-                f"--processes is {asked}, [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
+                f"--processes is {asked}, but [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
             )
         return asked, _use(asked, gpus, f"--processes {asked}")
     sampling = _sampling(recipe)

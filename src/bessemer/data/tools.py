@@ -103,7 +103,7 @@ def read_tools(values: object) -> tuple[Tool, ...]:
         except (ValueError, RecursionError):
             raise UserError("tools is a text that is not JSON; write a list of tools") from None
     if not isinstance(values, list | tuple):
-        raise UserError(f"tools must be a list, is {type(values).__name__}")
+        raise UserError(f"tools must be a list, not {type(values).__name__}")
     if len(values) > MOST_TOOLS:
         raise UserError(f"{len(values)} tools are too many; at most {MOST_TOOLS} are described to a model")
     tools = tuple(value if isinstance(value, Tool) else Tool.of(value) for value in values)

@@ -17,11 +17,11 @@ from bessemer.errors import UserError
 def dualpipe(ranks: int, micro: int) -> Table:
     """P = `ranks`, M = `micro`, both even, M at least 2P."""
     if ranks < 2 or ranks % 2:
-        raise UserError(f"dualpipe needs an even number of pipeline ranks, is {ranks}; use {max(2, ranks + 1)}")
+        raise UserError(f"dualpipe needs an even number of pipeline ranks, not {ranks}; use {max(2, ranks + 1)}")
     if micro < 2 * ranks or micro % 2:
         least = max(2 * ranks, micro + micro % 2)
         raise UserError(
-            f"dualpipe on {ranks} ranks needs an even number of micro-batches, at least {2 * ranks}, is {micro}; "
+            f"dualpipe on {ranks} ranks needs an even number of micro-batches, at least {2 * ranks}, not {micro}; "
             f"use {least}"
         )
     steps = []
@@ -37,9 +37,9 @@ def dualpipe(ranks: int, micro: int) -> Table:
 def dualpipe_v(ranks: int, micro: int) -> Table:
     """R = `ranks`, M = `micro` at least 2R."""
     if ranks < 1:
-        raise UserError(f"dualpipe-v needs at least one pipeline rank, is {ranks}")
+        raise UserError(f"dualpipe-v needs at least one pipeline rank, not {ranks}")
     if micro < 2 * ranks:
-        raise UserError(f"dualpipe-v on {ranks} ranks needs at least {2 * ranks} micro-batches, is {micro}")
+        raise UserError(f"dualpipe-v on {ranks} ranks needs at least {2 * ranks} micro-batches, not {micro}")
     stages = 2 * ranks
     steps = [
         _eight_steps(ranks, rank, micro - stages + rank + 1, [(0, rank), (0, stages - 1 - rank)])

@@ -49,10 +49,10 @@ def interleaved(ranks: int, micro: int, slices: int = 2) -> Table:
     divides the time until the last rank has work by V. M must be a multiple of P."""
     _positive("interleaved", ranks, micro)
     if slices < 2:
-        raise UserError(f"interleaved needs at least 2 slices of the model per rank, is {slices}; with one it is 1f1b")
+        raise UserError(f"interleaved needs at least 2 slices of the model per rank, not {slices}; with one it is 1f1b")
     if micro % ranks:
         raise UserError(
-            f"interleaved on {ranks} ranks needs micro-batches in multiples of {ranks}, is {micro}; "
+            f"interleaved on {ranks} ranks needs micro-batches in multiples of {ranks}, not {micro}; "
             f"use {-(-micro // ranks) * ranks}"
         )
     steps = []
@@ -84,7 +84,7 @@ def _looped(name: str, ranks: int, slices: int, micro: int, steps: Sequence[Sequ
 
 def _positive(name: str, ranks: int, micro: int) -> None:
     if ranks < 1 or micro < 1:
-        raise UserError(f"{name} needs at least one rank and one micro-batch, is {ranks} and {micro}")
+        raise UserError(f"{name} needs at least one rank and one micro-batch, not {ranks} and {micro}")
 
 
 def zb1p(ranks: int, micro: int) -> Table:
@@ -109,9 +109,9 @@ def zb1p(ranks: int, micro: int) -> Table:
 def zbv(ranks: int, micro: int) -> Table:
     """R ranks, M at least 2R - 1 micro-batches (fewer leave the V half empty)."""
     if ranks < 1:
-        raise UserError(f"zbv needs at least one pipeline rank, is {ranks}")
+        raise UserError(f"zbv needs at least one pipeline rank, not {ranks}")
     if micro < 2 * ranks - 1:
-        raise UserError(f"zbv on {ranks} ranks needs at least {2 * ranks - 1} micro-batches, is {micro}")
+        raise UserError(f"zbv on {ranks} ranks needs at least {2 * ranks - 1} micro-batches, not {micro}")
     steps = tuple(_v(rank, ranks, micro) for rank in range(ranks))
     place = tuple([*range(ranks), *reversed(range(ranks))])
     return Table("zbv", 2 * ranks, (place,), micro, steps)

@@ -192,4 +192,4 @@ def _check_shared(replicas: int, gpus: int) -> None:
 def _check_whole(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -198,7 +198,7 @@ def _windows(traffic: Sequence[Prompt], windows: int, known: bool) -> list[Seque
     is enough."""
     least = 1 if known else 2
     if windows < least:
-        raise UserError(f"windows must be at least {least}, is {windows}: the last one evaluates the placement")
+        raise UserError(f"windows must be at least {least}, not {windows}: the last one evaluates the placement")
     if len(traffic) < windows:
         raise UserError(
             f"{len(traffic)} prompts do not fill {windows} windows; give more prompts or problems, or fewer windows"
@@ -216,7 +216,7 @@ class ExpertLoads:
     def __init__(self, n_layers: int, n_experts: int, decay: float = 0.9):
         """`decay`: a window's weight relative to the next one; 0 uses the last window only, 1 is the plain mean."""
         if not 0 <= decay <= 1:
-            raise UserError(f"decay must lie between 0 and 1, is {decay}")
+            raise UserError(f"decay must lie between 0 and 1, not {decay}")
         self.decay = float(decay)
         self.windows = 0
         """Number of windows; those without tokens are not counted."""

@@ -46,7 +46,7 @@ def graphs(device: torch.device) -> Capture | None:
     """How steps are captured on this device; None: not at all."""
     wanted = os.environ.get(GRAPHS, "auto")
     if wanted not in ("auto", "off"):
-        raise UserError(f'{GRAPHS} must be "auto" or "off", is {wanted!r}')
+        raise UserError(f'{GRAPHS} must be "auto" or "off", not {wanted!r}')
     return CudaGraphs() if wanted == "auto" and device.type == "cuda" else None
 
 

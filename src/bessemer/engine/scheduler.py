@@ -142,7 +142,7 @@ class Scheduler:
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         if request.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, is {request.max_new_tokens}")
+            raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
         if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
         strings = check_stop_strings(request.stop_strings)

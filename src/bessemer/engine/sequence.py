@@ -61,13 +61,13 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 bound = f"at least {low:g}" if high == MAX_FLOAT else f"between {low:g} and {high:g}"
-                raise UserError(f"{name} must be a number {bound}, is {value!r}")
+                raise UserError(f"{name} must be a number {bound}, not {value!r}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UserError(f"temperature {self.temperature:g} is too small for float32; 0 takes the most likely token")
         if self.top_p == 0:
             raise UserError("top_p 0 keeps no token; use temperature 0 for the most likely token")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UserError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), is {self.top_k!r}")
+            raise UserError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), not {self.top_k!r}")
 
     @property
     def truncated(self) -> bool:
@@ -269,7 +269,7 @@ def check_stop_strings(strings: Iterable[str] | None) -> list[str]:
         raise UserError(f"stop_strings must be a list of strings; write [{strings!r}]")
     checked = list(strings or ())
     if not all(isinstance(string, str) and string for string in checked):
-        raise UserError(f"stop_strings must be strings of at least one character, are {checked!r}")
+        raise UserError(f"stop_strings must be strings of at least one character, not {checked!r}")
     return checked
 
 
@@ -277,7 +277,7 @@ def check_positive(**values: int) -> None:
     """UserError for a value that is not a whole number of at least 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} must be a whole number of at least 1, is {value!r}")
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:

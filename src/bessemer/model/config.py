@@ -122,10 +122,10 @@ class ModelConfig(BaseModel):
     def _check(self) -> ModelConfig:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "v_head_dim", "qk_nope_head_dim"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, is {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("kv_lora_rank", "n_kv_heads", "shared_inter_dim"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, is {getattr(self, name)}")
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.n_kv_heads and self.kv_lora_rank:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} needs kv_lora_rank 0: heads share a latent already")
         if self.kv_norm and self.kv_lora_rank:
@@ -135,14 +135,14 @@ class ModelConfig(BaseModel):
         if self.shared_inter_dim and not self.n_shared_experts:
             raise ValueError(f"shared_inter_dim {self.shared_inter_dim} needs n_shared_experts")
         if self.qk_rope_head_dim <= 0 or self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim must be even and positive, is {self.qk_rope_head_dim}")
+            raise ValueError(f"qk_rope_head_dim must be even and positive, not {self.qk_rope_head_dim}")
         for name, most in (("n_layers", MAX_LAYERS), ("n_mtp", MAX_LAYERS), ("n_routed_experts", MAX_EXPERTS)):
             if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is not between 0 and {most}, is {getattr(self, name)}")
+                raise ValueError(f"{name} must be between 0 and {most}, not {getattr(self, name)}")
         if not 0 <= self.n_dense_layers <= self.n_layers:
             raise ValueError(f"n_dense_layers {self.n_dense_layers} is not between 0 and n_layers {self.n_layers}")
         if self.rope_factor < 1.0:
-            raise ValueError(f"rope_factor must be at least 1, is {self.rope_factor}")
+            raise ValueError(f"rope_factor must be at least 1, not {self.rope_factor}")
         if self.n_dense_layers == self.n_layers and not self.n_mtp:
             return self
         experts, groups, limit = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups

@@ -161,8 +161,8 @@ def length_probes(
             context = context_of(recipe, name)
             if context is not None and length > context:
                 raise UserError(
-                    f'stage "{config.name}": {key} is {length:,.0f}, the model of "{name}" reads {context:,} tokens; '
-                    f"lower {key}, or extend the model first (a stage of kind extend)"
+                    f'stage "{config.name}": {key} is {length:,.0f}, but the model of "{name}" reads {context:,} '
+                    f"tokens; lower {key}, or extend the model first (a stage of kind extend)"
                 )
 
         yield probe

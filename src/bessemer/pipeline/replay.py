@@ -134,7 +134,7 @@ def replay(
 
 def _stage(recipe: Recipe, name: str | None) -> RLConfig:
     if recipe.layout.fewest > 1:
-        raise UserError(f"{recipe.name} ran on many ranks; only a run of one process can be replayed yet")
+        raise UserError(f"{recipe.name} ran on many ranks; so far only a run of one process can be replayed")
     return rl_stage(recipe, name)
 
 
@@ -187,7 +187,7 @@ def _changed(root: Path, name: str, changes: Sequence[str]) -> Recipe | None:
     for change in changes:
         address = change.partition("=")[0].strip()
         if "." in address and not address.startswith(f"{name}."):
-            raise UserError(f'--set {change}: only keys of "{name}" have an effect on its replay')
+            raise UserError(f'--set {change}: only keys of "{name}" affect its replay; leave it out')
         full.append(change if "." in address else f"{name}.{change}")
     return Recipe.load(root / "recipe.toml", full)
 

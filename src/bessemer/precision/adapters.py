@@ -77,9 +77,9 @@ def _triton_refuses(call: Call) -> str | None:
     if call.name == "quantise" and call.group == "tensor":
         return "it has no kernel for one factor over the whole tensor"
     if call.name == "swiglu_backward" and call.shape and call.shape[1] % TILE:
-        return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, is {call.shape[1]}"
+        return f"its tiles of gate and up must not share columns: F must be a multiple of {TILE}, not {call.shape[1]}"
     if call.name in ("pack_e5m6", "unpack_e5m6") and call.shape and call.shape[1] % 8:
-        return f"it packs eight numbers into three words: K must be a multiple of 8, is {call.shape[1]}"
+        return f"it packs eight numbers into three words: K must be a multiple of 8, not {call.shape[1]}"
     if call.name in ("rms_norm", "rms_norm_backward") and call.shape and call.shape[1] > 16384:
         return f"a program takes a whole row, of 16384 numbers at most; these have {call.shape[1]}"
     return None
@@ -120,7 +120,7 @@ def by_pointers(device: torch.device, *values: Tensor) -> str | None:
         return "this Triton has no tensor descriptors (they came with 3.4)"
     for value in values:
         if value.shape[-1] % 16:
-            return f"a row must be a multiple of 16 bytes, has {value.shape[-1]}"
+            return f"a row must be a multiple of 16 bytes, but has {value.shape[-1]}"
         if value.data_ptr() % 16:
             return "an operand must begin at a multiple of 16 bytes"
     return None
@@ -171,7 +171,7 @@ def _torch_refuses(call: Call) -> str | None:
     if call.group == "tensor":
         return "it is used for w by tiles or by blocks"
     if call.shape and (any(size % 16 for size in call.shape) or 0 in call.shape):
-        return f"M, N and K must be multiples of 16, are {list(call.shape)}"
+        return f"M, N and K must be multiples of 16, not {list(call.shape)}"
     return None
 
 
@@ -223,9 +223,9 @@ def _deep_gemm_refuses(call: Call) -> str | None:
     if call.out_dtype not in (None, dtype):
         return f"its results are {dtype} here, not {call.out_dtype}"
     if call.shape and (call.shape[1] % 64 or call.shape[2] % TILE or 0 in call.shape):
-        return f"N must be a multiple of 64 and K of {TILE}, are {call.shape[1]} and {call.shape[2]}"
+        return f"N must be a multiple of 64 and K of {TILE}, not {call.shape[1]} and {call.shape[2]}"
     if wgrad and call.shape and call.shape[0] % 64:
-        return f"rows of a gradient must be a multiple of 64, are {call.shape[0]}"
+        return f"rows of a gradient must be a multiple of 64, not {call.shape[0]}"
     if wgrad and isinstance(call.count, DeviceCounts):
         return "for weight gradients it asks the host for every group's rows, which the device alone knows"
     if wgrad:

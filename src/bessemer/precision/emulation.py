@@ -37,7 +37,7 @@ def reference_gemm(x: Operand, w: Operand, bits: int | None = None, promote: int
     if promote is None:
         return _sum(x_MK, w_NK, bits) * _row_factor(x)[:, None] * _row_factor(w)
     if promote % MMA or TILE % promote:
-        raise ValueError(f"promote must be a multiple of {MMA} that divides {TILE}, is {promote}")
+        raise ValueError(f"promote must be a multiple of {MMA} that divides {TILE}, not {promote}")
     y_MN = x_MK.new_zeros(len(x_MK), len(w_NK))
     for start in range(0, K, promote):
         part_MN = _sum(x_MK[:, start : start + promote], w_NK[:, start : start + promote], bits)

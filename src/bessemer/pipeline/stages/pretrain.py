@@ -145,7 +145,7 @@ class Pretrain(Stage[_Config]):
         model = distributed.model_of(network)
         cfg = start.cfg or model.cfg
         if tokenizer.vocab_size > cfg.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {cfg.vocab_size}")
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, but the model only {cfg.vocab_size}")
         if feed.row_length > cfg.max_seq_len:
             raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
         model.set_recompute(ctx.recipe.layout.recompute)

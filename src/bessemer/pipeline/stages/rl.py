@@ -131,7 +131,8 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
     aims: dict[str, str] = {}
     for stage in map(recipe.stage, config.reward_models):
         if not isinstance(stage, RewardModelConfig):
-            raise UserError(f'stage "{config.name}": reward_models names "{stage.name}", of kind {stage.kind}')
+            wrong = f'reward_models names "{stage.name}", of kind {stage.kind}; name stages of kind reward-model'
+            raise UserError(f'stage "{config.name}": {wrong}')
         if stage.aim in aims:
             raise UserError(f'stage "{config.name}": two reward models are for {stage.aim}; give one for each aim')
         aims[stage.aim] = stage.name
