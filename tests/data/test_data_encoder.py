@@ -139,7 +139,7 @@ def test_added_tokens_that_meet_are_not_left_to_gigatoken():
 
 
 def test_half_a_character_is_refused(tokenizer):
-    with pytest.raises(UserError, match="half a surrogate"):
+    with pytest.raises(UserError, match="a lone surrogate"):
         fast.Encoder(tokenizer).encode_batch(["good", "bad \ud800"])
 
 

@@ -260,7 +260,7 @@ def test_lists_of_tools():
     ("message", "word"),
     [
         ({"role": "user", "content": "x", "tool_calls": [called("now", "{}")]}, "no template renders"),
-        ({"role": "assistant", "tool_calls": "now"}, "no list"),
+        ({"role": "assistant", "tool_calls": "now"}, "not a list"),
         ({"role": "assistant", "tool_calls": [{"name": "now"}]}, "not {"),
         ({"role": "assistant", "tool_calls": [called(f"now{SEPARATOR}", "{}")]}, "1 to 64"),
         ({"role": "assistant", "tool_calls": [called("now", None)]}, "not {"),

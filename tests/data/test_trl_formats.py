@@ -125,7 +125,7 @@ CONVERSATION_FAULTS = [
     ({"messages": [{"role": "function", "content": "a"}]}, "role 'function'; choose system, user, assistant or tool"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, r"not text \(list\); write one str"),
     ({"messages": [{"role": "user", "content": 3}]}, r"content that is not text \(int\); write one string"),
-    ({"prompt": "q\ud800", "completion": "a"}, "half a surrogate pair"),
+    ({"prompt": "q\ud800", "completion": "a"}, "a lone surrogate"),
 ]
 
 
@@ -144,7 +144,7 @@ PREFERENCE_FAULTS = [
     ({}, "this one has nothing"),
     ({"prompt": "q", "chosen": "a"}, "each record must be .*; this one has prompt, chosen"),
     ({"prompt": "q", "chosen": 1, "rejected": "b"}, "chosen is int; write a string or a list of messages"),
-    ({"prompt": "q", "chosen": "\ud800", "rejected": "b"}, "chosen holds half a surrogate pair"),
+    ({"prompt": "q", "chosen": "\ud800", "rejected": "b"}, "chosen holds a lone surrogate"),
     ({"prompt": ASK, "chosen": "a", "rejected": "b"}, "chosen is a string and prompt a list of messages; write both"),
     ({"prompt": "q", "chosen": BLUE, "rejected": "b"}, "rejected is a string and chosen a list"),
     ({"prompt": "q", "chosen": BLUE, "rejected": GREEN}, "begin differently, so they hold no prompt; add prompt"),

@@ -311,7 +311,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff), which is no character") from None
+        raise UserError(f"{where}: holds a lone surrogate (\\ud800-\\udfff), which is not a character") from None
     return Document(text, domain, tuple(messages) if messages is not None else None, prompted, tools)
 
 

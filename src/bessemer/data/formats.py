@@ -163,7 +163,7 @@ def _characters(where: str, name: str, *texts: str) -> None:
         for text in texts:
             text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {name} holds half a surrogate pair, which is no character; mend the text") from None
+        raise UserError(f"{where}: {name} holds a lone surrogate, which is not a character; correct the text") from None
 
 
 def _lacks(where: str, record: dict[str, Any], form: str) -> UserError:

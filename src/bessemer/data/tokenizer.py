@@ -329,7 +329,7 @@ def _check_utf8(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"a text holds half a surrogate pair, which UTF-8 cannot express: {error}") from error
+        raise UserError(f"a text holds a lone surrogate, which UTF-8 cannot express: {error}") from error
 
 
 def token_text(entry: object) -> str | None:

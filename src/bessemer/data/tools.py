@@ -189,7 +189,7 @@ def call_text(name: str, arguments: str | Mapping[str, Any]) -> str:
 def check_calls(calls: object, where: str) -> None:
     """UserError that begins with `where` unless these are an assistant's `tool_calls`."""
     if not isinstance(calls, list | tuple):
-        raise UserError(f"{where} has tool_calls that are no list")
+        raise UserError(f"{where} has tool_calls that are not a list")
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | Mapping):

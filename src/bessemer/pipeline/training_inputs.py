@@ -21,8 +21,8 @@ def model_and_corpus(ctx: StageContext, corpus: str) -> tuple[Path, Path]:
     at = ctx.inputs[corpus]
     if load_tokenizer(at / "tokenizer").fingerprint != load_tokenizer(folder).fingerprint:
         raise UserError(
-            f'stage "{ctx.name}": the rows of "{corpus}" were made with another tokenizer than the model has; give '
-            'that stage tokenizer = "..." with the name of the stage that the model is from'
+            f'stage "{ctx.name}": the rows of "{corpus}" were made with another tokenizer than the model has; set '
+            'tokenizer = "..." in that stage to the stage that the model is from'
         )
     return folder, at
 

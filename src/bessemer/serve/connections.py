@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
     def refuse_bytes(self) -> None:
         """What came is no request, or its head is too large."""
         if not self._complete and self._unread_bytes > HEAD_BYTES:
-            why = f"the head of the request is larger than {HEAD_BYTES} bytes, or this is no HTTP request"
+            why = f"the head of the request is larger than {HEAD_BYTES} bytes, or this is not an HTTP request"
             self.refuse(ApiError(431, why, code="head_too_large"))
         else:
             self.refuse(ApiError(400, "this is not a valid HTTP/1.1 request", code="invalid_http"))

@@ -127,11 +127,9 @@ def _size(config: EvalConfig, task: tasks.Task) -> int:
             f'stage "{config.name}": {task.name} has no rule that judges an answer; evaluate on other tasks'
         )
     if size == 0 or (size is None and config.problems == "all"):
-        why = (
-            "is endless; give problems a number"
-            if size is None
-            else "holds out no problem; write @test behind its file"
-        )
+        why = "is endless; give problems a number"
+        if size == 0:
+            why = "holds out no problem; write @test after its file"
         raise UserError(f'stage "{config.name}": {task.name} {why}')
     if config.problems == "all":
         assert size is not None
