@@ -135,7 +135,7 @@ def test_what_the_model_has_stays(ours, foreign):
             ["further.corpus=null"],
             'has from = "base" of kind import, which is a model; to train it further, name the corpus',
         ),
-        (["further.from=new"], 'continues from a model, but its from is "new" of kind corpus'),
+        (["further.from=new"], 'from must name a stage with a model, but it is "new" of kind corpus'),
         (["further.corpus=base"], 'corpus = "base" is of kind import; name a stage of kind corpus'),
         (["further.model.dim=64"], 'continues from the model of "base", whose sizes are fixed; leave model out'),
         (["new.row_length=256"], 'row_length of "new" is 256, but the model of "base" reads 128 tokens'),

@@ -59,7 +59,7 @@ def test_a_smaller_forward_that_fits_is_named(network, stays, share):
     rows = 32
     while fixed + gpu_faults.kept(network, rows, 4096, 2, True) > gpu_faults.USABLE * total:
         rows //= 2
-    assert f"Lower micro_rows from 32 to {rows}" in text and "continues from the last checkpoint" in text
+    assert f"Lower micro_rows from 32 to {rows}" in text and "resumes from the last checkpoint" in text
     assert text.startswith(f'stage "base" ran out of memory on {CARD} ({total / GIB:.1f} GiB): weights ')
 
 
@@ -69,7 +69,7 @@ def test_where_no_forward_fits(network, stays):
     assert 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout]' in text
     text = said(network, stays, fixed)
     assert f'set moments = "bfloat16" (saves {stays["moments"] / 2 / GIB:.1f} GiB)' in text
-    assert "more than the card holds" in text and "continues" not in text
+    assert "more than the card holds" in text and "resumes" not in text
 
 
 def test_rl_lowers_tokens(network, stays):
@@ -139,6 +139,6 @@ def test_a_card_that_fails_ends_in_one_sentence_and_a_bug_does_not(words, known)
         raise error
     if known:
         assert str(caught.value).startswith(f'stage "zero": the GPU failed ({words.splitlines()[0]})')
-        assert "continues from the last checkpoint" in str(caught.value) and "\n" not in str(caught.value)
+        assert "resumes from the last checkpoint" in str(caught.value) and "\n" not in str(caught.value)
     else:
         assert caught.value is error

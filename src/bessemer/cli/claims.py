@@ -20,13 +20,9 @@ RUNS = Path("runs/claims")
 
 @app.command()
 def claims(
-    only: Annotated[
-        str | None, typer.Option(metavar="IDS", help="Only these claims, such as L6,M7, and their runs.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="IDS", help="Only claims such as L6,M7, and their runs.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smallest runs: 15 minutes on two cores.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="All runs, every seed: a night. The same command resumes it.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="All runs, every seed: a night. Can be resumed.")] = False,
     part: Annotated[
         str | None, typer.Option(metavar="PART", help="Only the runs of one part (pretrain, ...); none: run nothing.")
     ] = None,

@@ -49,8 +49,7 @@ def convert(
         ),
     ] = None,
     mtp: Annotated[
-        bool | None,
-        typer.Option("--mtp/--no-mtp", help="Keep the multi-token-prediction layers. Default: yes, except for gguf."),
+        bool | None, typer.Option("--mtp/--no-mtp", help="Keep the MTP layers. Default: yes, except for gguf.")
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype. Default: unchanged; bfloat16 next to FP8 matrices.")
@@ -138,9 +137,7 @@ def convert(
 @app.command()
 def push(
     model: Model,
-    name: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; created if it does not exist.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; created if new.")],
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", metavar="ID", help="Licence of the weights, such as mit.")
     ] = None,
@@ -180,9 +177,7 @@ def placement(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],
     replicas: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Expert replicas in total. Default: the experts, rounded up to a multiple of the GPUs."
-        ),
+        typer.Option(min=1, help="Expert replicas in total. Default: experts, rounded up to a multiple of GPUs."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines that hold the GPUs.")] = 1,
     task: Annotated[list[str] | None, typer.Option(help="Traffic: problems of a task; may be repeated.")] = None,

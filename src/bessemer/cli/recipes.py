@@ -65,9 +65,7 @@ def keys(
     ] = None,
     json_schema: Annotated[
         bool,
-        typer.Option(
-            "--json-schema", help="Print a JSON schema of recipes, with which editors complete and check them."
-        ),
+        typer.Option("--json-schema", help="Print a JSON schema, for completion and checks in editors."),
     ] = False,
 ) -> None:
     """List every key that a recipe may have, its default and what it does."""

@@ -241,12 +241,11 @@ def doctor(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or a run, for its last finished model."),
+        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its last finished model."),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
     suite: Annotated[
-        str | None,
-        typer.Option(help="Published evaluations with their sampling settings: r1. The same command resumes it."),
+        str | None, typer.Option(help="Published evaluations and their sampling: r1. Can be resumed.")
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="NAME[,NAME]", help="Evaluations of the suite. Default: all.")
@@ -286,9 +285,7 @@ def evaluate(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
     ] = None,
-    include: Annotated[
-        Path | None, typer.Option(help="Folder of your own lm-eval tasks; their code is executed.")
-    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval tasks; their code is run.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per lm-eval task. Default: all.")] = None,
     chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
     no_verify: NoVerify = False,

@@ -40,8 +40,7 @@ def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
     file: Annotated[
-        Path | None,
-        typer.Option(help='More prompts: one per line, or in a .jsonl file one {"prompt": "..."} per line.'),
+        Path | None, typer.Option(help='More prompts: one per line, or {"prompt": "..."} in a .jsonl file.')
     ] = None,
     max_tokens: Annotated[
         int | None,

@@ -33,12 +33,10 @@ class RolloutConfig(ConfigTable):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """vLLM: share of a GPU's memory for a worker's weights, cache and workspace together."""
     max_model_len: int | None = Field(None, ge=1)
-    """vLLM: maximum tokens of a prompt with its answer. Default: the model's context. A lower value leaves room for
-    more rows."""
+    """vLLM: maximum tokens of prompt and answer. Default: the model's context. Less leaves room for more rows."""
     sleep: bool = False
-    """vLLM: release the GPU's memory between batches (the weights wait in the node's memory), and share GPUs with the
-    trainer. The trainer needs memory of its own, so lower gpu_memory_utilization. Without sleep, vLLM has GPUs of its
-    own."""
+    """vLLM: release the GPU's memory between batches (the weights wait in the node's memory) and share GPUs with the
+    trainer, which needs memory too: lower gpu_memory_utilization. Without it, vLLM has GPUs of its own."""
     rows: int = Field(0, ge=0)
     """Samples decoded together. 0: on a GPU, as many as its memory holds at full length; on a CPU, half the rollout or,
     from 512 samples on, a quarter, between 64 and 512. Workers in excess of a rollout's batches are idle."""

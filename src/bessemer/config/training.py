@@ -164,8 +164,7 @@ class PretrainConfig(OptimizerConfig):
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
-    """Rows per forward pass; affects memory and speed only (with fp8 also the last digits: tiles run along the
-    tokens)."""
+    """Rows per forward pass; affects memory and speed only (with fp8 also the last digits: tiles run along tokens)."""
     gamma: Points = Points(0.001)
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
     mtp_lambda: Points = Points([["0", 0.3]])
@@ -317,8 +316,7 @@ class RewardModelConfig(FineTuningConfig):
     """Answers per generated prompt sampled from the starting model, judged like the written ones."""
     judge: JudgeConfig | None = None
     """A model that compares answers for aim = "helpful" (R1: V3; pairs whose mean scores differ by more than 1 are
-    kept, with chosen and rejected answers of the same total length). Default: the rule-based judge of `general`, with
-    noise."""
+    kept, chosen and rejected ones of equal total length). Default: the rule-based judge of `general`, with noise."""
     max_new_tokens: Tokens = 100
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)

@@ -45,9 +45,7 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
         raise UserError(f'{where}: corpus = "{corpus.name}" is of kind {corpus.kind}; name a stage of kind corpus')
     if source is None or not find_kind(source.kind).makes_model:
         given = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
-        raise UserError(
-            f"{where} has a corpus, so it continues from a model, but its from {given}; name a stage with a model"
-        )
+        raise UserError(f"{where} has a corpus, so from must name a stage with a model, but it {given}")
     if config.model:
         raise UserError(f'{where} continues from the model of "{source.name}", whose sizes are fixed; leave model out')
 

@@ -69,15 +69,13 @@ def explain(
         return UserError(text + "That is more than the card holds: " + _smaller(stays, config))
     if not fits:
         text += 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout], and the same '
-        text += f"command continues from the last checkpoint; or shorten the rows, or {_smaller(stays, config)}"
+        text += f"command resumes from the last checkpoint; or shorten the rows, or {_smaller(stays, config)}"
         return UserError(text)
     value = fits if key == "micro_rows" else max(16, getattr(config, key) * fits // rows)
     text += f"Lower {key} from {getattr(config, key)} to {value}"
     if forward is not None:
         text += f", which keeps about {(kept(model, fits, length, number, mtp) or 0) / GIB:.1f} GiB"
-    return UserError(
-        text + "; results change by rounding alone, and the same command continues from the last checkpoint"
-    )
+    return UserError(text + "; results change by rounding alone, and the same command resumes from the last checkpoint")
 
 
 def _smaller(stays: dict[str, int], config: OptimizerConfig) -> str:
@@ -103,7 +101,7 @@ def of_stage(stage: str) -> UserError:
         f'stage "{stage}" ran out of memory on {card.name} ({card.total_memory / GIB:.1f} GiB), of which this process '
         f"held {torch.cuda.max_memory_allocated() / GIB:.1f} at most. Lower what is computed at once (rollout.rows in "
         "RL, max_new_tokens), free the card of other programs (nvidia-smi), or take a smaller model; the same command "
-        "continues from the last checkpoint"
+        "resumes from the last checkpoint"
     )
 
 
@@ -116,5 +114,5 @@ def of_error(error: RuntimeError, stage: str) -> UserError | None:
         return None
     return UserError(
         f'stage "{stage}": the GPU failed ({words}). `dmesg` and `nvidia-smi -q` say more; CUDA_VISIBLE_DEVICES leaves '
-        "a card out. The same command continues from the last checkpoint"
+        "a card out. The same command resumes from the last checkpoint"
     )
