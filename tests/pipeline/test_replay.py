@@ -86,7 +86,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
         replay(root, "zero", 9)
     with pytest.raises(UserError, match=r"steps from 5 on.*--from-start recomputes the 1 rollouts before it"):
         replay(root, "zero", 3)
-    with pytest.raises(UserError, match='only keys of "zero" have an effect'):
+    with pytest.raises(UserError, match='only keys of "zero" affect its replay'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
     with pytest.raises(UserError, match='"pretrain" is of kind pretrain; name a stage of kind rl as RUN/STAGE: zero'):
         replay(root, "pretrain", 5)
