@@ -238,7 +238,7 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({'aim = "harmless"': 'aim = "harmless"\nprevious = "helpful"'}, 'no reward model for aim = "harmless"'),
+        ({'aim = "harmless"': 'aim = "harmless"\nprevious = "helpful"'}, 'not a reward model for aim = "harmless"'),
         ({'aim = "helpful"': 'aim = "helpful"\nprevious = "pretrain"'}, "is not a reward model"),
         ({"[[stage]]": "[layout]\ndp = 7\n\n[[stage]]"}, "a step of 6 rows is too small for pp 1 x dp 7 x ep 1"),
         ({'aim = "helpful"': 'aim = "helpful"\nreplay = 0.2'}, "replay has no effect without previous"),
