@@ -63,7 +63,8 @@ def test_every_key_is_explained():
     told = describe_keys("data")
     for words in (
         "confidence (number",
-        "from (string, required)",
+        "source (tables)",
+        "source.from (string, required)",
         "engine.unit_bytes (bytes",
         "dedup.threshold (number",
     ):

@@ -2,13 +2,13 @@
 
 import json
 import textwrap
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from bessemer.config.curation import Curation, SourceTable
+from bessemer.config.curation import Curation
 from bessemer.config.recipe import STAGES, Head, LayoutConfig, stage_config
 from bessemer.config.table import StageConfig, StageRef, tables_in
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
@@ -20,7 +20,7 @@ DATA = "data"
 def describe_keys(kind: str | None = None) -> str:
     """The keys of all tables of a recipe, of one stage kind (UserError for an unknown kind), or of a data recipe."""
     if kind == DATA:
-        return _table("data recipe", Curation) + "\n\n" + _table("[[source]]", SourceTable)
+        return _table("data recipe", Curation)
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', stage_config(kind, "keys"))
     tables = [_table("top level", Head), _table("[layout]", LayoutConfig)]
@@ -39,11 +39,12 @@ def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
         if issubclass(table, StageConfig) and name == "kind":
             continue
         inner = next(iter(tables_in(field.annotation)), None)
-        facts = "table" if inner is not None else _type(field) + _default(field)
+        listed = get_origin(field.annotation) in (list, tuple)
+        facts = ("tables" if listed else "table") if inner is not None else _type(field) + _default(field)
         lines.append(f"  {prefix}{field.alias or name} ({facts})")
         lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
         if inner is not None:
-            lines += _keys(inner, f"{prefix}{name}.")
+            lines += _keys(inner, f"{prefix}{field.alias or name}.")
     return lines
 
 
