@@ -1,16 +1,16 @@
 """A micro-batch at a stage, phase by phase: forward, and later backward in the same pieces (V3 3.2.1, Fig. 4).
 
 What a phase passes to later ones is detached from its graph, so that the graph of every phase can be differentiated
-on its own: from the gradients of its outputs to those of its inputs. The bits are those of one graph, and the data of
-the outputs are not kept for it.
+on its own: from the gradients of its outputs to those of its inputs. The gradients are bit-identical to those of one
+graph, and the outputs' data are not kept for backward.
 
     Serial      every phase runs at once, where it is called
-    Overlapped  communication runs in a thread of its own, on a GPU also on a stream of its own
+    Overlapped  communication runs in its own thread, and on a GPU also on its own stream
 
 `run(exchange, phase, after)` starts a phase after another one and returns a handle for the next. Computation is done
 when it returns (on a GPU: queued); communication continues in the background. The phases of one micro-batch follow one
 another, those of two may overlap; they share nothing but weights, and communication reads none. On CPUs the thread is
-tested to the bit. The streams have not yet run on a GPU.
+tested bit for bit. The streams have not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Serial:
         return None
 
     def on(self, exchange: bool) -> AbstractContextManager:
-        """Where the backward of what is made inside will run."""
+        """The context to run a phase in; the backward of what is made inside runs there too."""
         return nullcontext()
 
     def share(self, x: Tensor) -> None:
-        """`x` is read by the other kind of phase than the one that made it."""
+        """Called for an `x` that one kind of phase has made and the other will read."""
 
 
 class Overlapped(Serial):
-    """Communication next to computation. A GPU needs the thread as well: an exchange has to learn how much it will
-    receive, and only its own thread waits for that number."""
+    """Runs communication alongside computation. A GPU needs the thread as well: an exchange has to learn how much it
+    will receive, and only its own thread waits for that number."""
 
     def __init__(self, device: torch.device):
         cuda = device.type == "cuda"
-        # a thread starts on device 0, where whatever it touches would make a second context
+        # a thread starts on device 0, where anything it touches would create a second context
         self._thread = ThreadPoolExecutor(1, "exchange", partial(torch.cuda.set_device, device) if cuda else None)
         self._streams = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if cuda else ()
 
@@ -80,7 +80,7 @@ class Overlapped(Serial):
 
 
 class _Output:
-    """An output of a phase, where its graph ends, and the gradient that later phases compute for it."""
+    """An output of a phase: the end of its graph, and the gradient that later phases compute for it."""
 
     def __init__(self, x: Tensor):
         self.edge = get_gradient_edge(x)

@@ -1,7 +1,7 @@
-"""Which gradients of a step are complete on this rank, told while its last backwards run.
+"""Reports which gradients of a step are complete on this rank, while its last backwards run.
 
-The last step of a slice that adds gradients is a B, and then its parts are complete one after the other; or a W, or a
-pair, and they are complete at its end. A parameter of two slices (the embedding, with MTP) is complete when both are.
+If the last step of a slice that adds gradients is a B, the slice's parts are completed one after the other; if it is a
+W or a pair, at its end. A parameter of two slices (the embedding, with MTP) is complete when both are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Completed = Callable[[list[nn.Parameter]], object]
 
 
 def last_steps(steps: Sequence[Step]) -> dict[tuple[int, int], int]:
-    """The number of the last step that adds gradients, by (lane, stage)."""
+    """(lane, stage) -> the number of the last step that adds its gradients."""
     return {
         (action.lane, action.stage): number
         for number, step in enumerate(steps)
@@ -40,7 +40,7 @@ def alike(mine: Sequence[Step], theirs: Sequence[Step]) -> bool:
 
 
 class CompleteGradients:
-    """Of one step of a table; `slices[lane, stage]` are those of this rank, and `steps` its steps."""
+    """Passes parameters to `tell` once their gradients are complete. `slices[lane, stage]` and `steps`: this rank's."""
 
     def __init__(self, slices: Mapping[tuple[int, int], Slice], steps: Sequence[Step], tell: Completed):
         self._steps, self._tell = steps, tell
@@ -48,12 +48,12 @@ class CompleteGradients:
         for key, number in last_steps(steps).items():
             self._ending.setdefault(number, []).append(slices[key])
         self._left = {part: part.parts() for parts in self._ending.values() for part in parts}
-        """The parts of every slice that are not complete."""
+        """The parts of every slice that are not yet complete."""
         self._holders = Counter(p for parts in self._left.values() for one in parts for p in one)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
-        """Around the step of this number."""
+        """To be entered around the step of this number."""
         ending, step = self._ending.get(number, []), self._steps[number]
         for part in ending if isinstance(step, Action) and step.kind == "B" else ():
             part.reached = partial(self._reached, part)

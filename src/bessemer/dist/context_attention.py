@@ -1,21 +1,21 @@
 """Attention over rows that are split over ranks (`context_parallel`): softmax over the tokens of all of them.
 
-The latent of a token (C numbers of c_KV and R of the rotated shared key) is all that other ranks need of it; V3: 576
-numbers instead of the 40,960 of its keys and values. The latents of all ranks are gathered; keys and values of all
-heads are rebuilt from them block by block, from the last block to the first, and freed after it. Softmax is accumulated
-over the blocks by its running log denominator. So between forward and backward a rank holds its own queries, latents
-and output, and nothing that grows with the whole row. Backward gathers and rebuilds again, and sends every rank the sum
-of the gradients of its latents.
+The latent of a token (C numbers of c_KV and R of the rotated shared key) is all that other ranks need of it: in V3, 576
+numbers instead of the 40,960 of its keys and values. The latents of all ranks are gathered; the keys and values of all
+heads are rebuilt from them block by block, from the last block to the first, and freed after each. Softmax is
+accumulated over the blocks with a running log denominator. So between forward and backward a rank holds its own
+queries, latents and output, and nothing that grows with the whole row. Backward gathers and rebuilds again, and sends
+every rank the sum of the gradients of its latents.
 
     forward    all-gather of latents
     backward   all-gather of latents, reduce-scatter of their gradients in float32
 
 Scores, softmax and sums are float32 whatever the dtype of the arguments. The gradient of W_UKV is computed in the same
-pass, also by schedules that defer weight gradients.
+pass, even under schedules that defer weight gradients.
 
-In FP8 (`FP8Core`) latents travel as they are multiplied: normalised and quantised by tiles, V3: 656 bytes instead of
-1,152. Keys and values are then those of whole rows. Backward quantises what a rank's own queries add to the gradient
-of a key, where a whole row quantises the sum over all queries: as many bits, rounded n times.
+In FP8 (`FP8Core`) latents are sent in the form in which they are multiplied, normalised and quantised by tiles: in V3,
+656 bytes instead of 1,152. Keys and values then equal those of whole rows. Backward quantises what a rank's own queries
+add to the gradient of a key, where a whole row quantises the sum over all queries: as many bits, but rounded n times.
 
 Shapes: B rows, T tokens of a row, t tokens of it on this rank, H heads, N/R nope and rope widths of a key, V value
 width, C latent rank, X = C + R, n = B * H; S keys of a block.
@@ -42,7 +42,7 @@ from bessemer.precision.fp8_linear import forward, input_gradient, weight_gradie
 from bessemer.precision.operand import Operand
 
 QUERIES = 64
-"""Queries whose scores exist at once."""
+"""Queries whose scores are in memory at once."""
 KEYS = 1024
 """Keys that are rebuilt at once: a multiple of QUERIES, so that the first block of keys that a query meets includes its
 own."""
@@ -59,8 +59,8 @@ def attention(mla: MLA, x_BTD: Tensor, rope: Tensor, segments_BT: Tensor | None,
 
 @dataclass(frozen=True)
 class Cut:
-    """How rows are split: rank r of the n of a group has chunks r and 2n - 1 - r of `size` tokens; the last chunk of a
-    row may be shorter."""
+    """How rows are split: rank r of a group of n has chunks r and 2n - 1 - r of `size` tokens; the last chunk of a row
+    may be shorter."""
 
     group: dist.ProcessGroup
     n: int
@@ -97,7 +97,7 @@ class _Queries(NamedTuple):
 
 
 def blocks(cut: Cut, t: int) -> Iterator[tuple[_Keys, list[_Queries]]]:
-    """Every block of keys with the queries of a rank with t tokens that attend to it, the last keys first."""
+    """Every block of keys, the last first, with the queries that attend to it on a rank with t tokens."""
     for chunk in range(cut.own[1], -1, -1):
         for first in range((cut.size - 1) // KEYS * KEYS, -1, -KEYS):
             keys = _Keys(chunk, first, min(first + KEYS, cut.size))
@@ -159,7 +159,7 @@ class _Work:
         """[rank, B, half, size, X]."""
 
     def shared(self, latent: Tensor) -> int:
-        """R."""
+        """The rope width R."""
         return latent.shape[-1] - self.rank_C
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class _Work:
         return F.linear(latent_BSX[..., : self.rank_C], self.weight), latent_BSX[..., self.rank_C :]
 
     def _multiplied(self, dkv: Tensor, latent_BSX: Tensor, dweight: Tensor) -> Tensor:
-        """Backward of the product in `_projected`: the gradient of c_KV; that of the weight is added."""
+        """Backward of the product in `_projected`: returns the gradient of c_KV, and adds the weight's to `dweight`."""
         dweight += dkv.flatten(0, 1).t() @ latent_BSX[..., : self.rank_C].flatten(0, 1)
         return dkv @ self.weight
 
@@ -245,7 +245,7 @@ class _Work:
         return x.float().transpose(1, 2).flatten(0, 1)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """Back, in the compute dtype."""
+        """The inverse of `_heads`, in the compute dtype."""
         x = x.unflatten(0, (self.B, self.H)).transpose(1, 2)
         return x.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
 
@@ -288,7 +288,7 @@ class FP8Core(fp8.Core):
 
 
 class _FP8Work(_Work):
-    """Latents are bytes: values and factors of the operand that W_UKV multiplies, and the shared rotated key."""
+    """Latents are bytes: values and scales of the operand that W_UKV multiplies, and the shared rotated key."""
 
     def __init__(self, given: fp8.Projected, cut: Cut):
         self.recipe, self.given = given.recipe, given

@@ -1,21 +1,20 @@
 """Context parallelism: rows split over several ranks, for rows whose activations one rank cannot hold.
 
 A row of T tokens is split into 2n chunks. Rank r of n computes the tokens of chunks r and 2n - 1 - r, an early one and
-a late one, so that all ranks attend to equally many keys. Their weights are the same. Tokens meet in four places:
+a late one, so that all ranks attend to equally many keys. All ranks have the same weights. Tokens interact in four
+places:
 
     attention      attends to all earlier tokens: `context_attention` gathers their latents
     MTP            depth k reads the embedding of the token k further on, which every rank looks up itself
     loss           predicts the next token, `Batch.predicted`
     balance loss   counts whole sequences: `Context.counts`
 
-Every rank is given the whole rows of tokens, so no token is sent. At depth k of MTP the last k positions do not exist;
-the rank with the end of the row, number 0, has k fewer.
+Every rank gets the whole rows of tokens, so no token is sent. At MTP depth k the last k positions do not exist, so rank
+0, which has the end of the row, has k fewer. In FP8 training, tiles of 1 x 128 lie along features and are the same as
+for whole rows. The tiles of weight gradients lie along tokens and are cut with the rows.
 
-In FP8 training quantised tiles of 1 x 128 lie along features and are those of whole rows. Tiles along tokens, of weight
-gradients, are cut with the rows.
-
-torch's own context_parallel replaces the attention kernels of CUDA only, sends keys and values of all heads, which are
-71 times as wide as their latent (V3), and has no segments.
+torch's own context_parallel replaces only CUDA's attention kernels, sends the keys and values of all heads, which are
+71 times as wide as their latent (V3), and does not support segments.
 
 Shapes: B rows, T tokens of a row, t tokens of it on this rank, D hidden.
 """
@@ -39,14 +38,14 @@ from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.model.transformer import mtp_inputs
 
 Attend = Callable[[Layer, Tensor, Tensor | None], Attended]
-"""(layer, its input, experts to replay as in `gate.Gate`) -> the layer's first phase."""
+"""(layer, its input, experts to replay as in `gate.Gate`) -> the output of the layer's first phase."""
 RopeTable = Callable[[int], Tensor]
 """Number of positions -> their rotations, [T, R/2, 2]."""
 
 
 @dataclass(frozen=True)
 class WholeAttend:
-    """The first phase of a layer over whole rows, or with `Layer.forward` all of them."""
+    """Runs a layer's first phase over whole rows; its fields are also the arguments for the whole `Layer.forward`."""
 
     rope: Tensor
     segments: Segments
@@ -56,10 +55,10 @@ class WholeAttend:
 
 
 class WholeRows:
-    """Whole rows on one rank; `Context` splits them."""
+    """Keeps rows whole on one rank; `Context` splits them."""
 
     def length(self, T: int) -> int:
-        """Tokens of a row on this rank."""
+        """How many of a row's T tokens this rank holds. `Context` raises UserError if T cannot be split."""
         return T
 
     def positions(self, T: int, k: int = 0) -> Tensor | None:
@@ -67,22 +66,22 @@ class WholeRows:
         return None
 
     def take(self, tokens_BT: Tensor) -> Tensor:
-        """This rank's tokens, [B, t], or what lies along them."""
+        """This rank's part, [B, t, ...], of tokens or of anything else with leading dimensions [B, T]."""
         return tokens_BT
 
     def attention(self, T: int, k: int, table: RopeTable, segments: Segments) -> Attend:
-        """The first phase of layers, for rows of T tokens at depth k of MTP (0: the main model)."""
+        """Returns what runs a layer's first phase for rows of T tokens at MTP depth k (0: the main model)."""
         return WholeAttend(table(T - k), first_tokens(segments, T - k))
 
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """What depth k reads at this rank's positions: h^{k-1}, and the embeddings of the tokens k further on."""
+        """What depth k reads at this rank's positions: h^{k-1}, and the embeddings of the tokens k positions ahead."""
         h, embedded, _ = mtp_inputs(k, h_BTD, tokens_BT, None, embedding_VD)
         return h, embedded
 
 
 @dataclass(frozen=True)
 class Context(WholeRows):
-    """This rank's chunks of rows that are split over the `n` ranks of a group; its number there is `rank`."""
+    """Splits rows over the `n` ranks of a group, in which this rank has number `rank`."""
 
     group: dist.ProcessGroup
     n: int
@@ -122,7 +121,7 @@ class Context(WholeRows):
         return h_BTD[:, : len(at)], F.embedding(tokens_BT[:, at + k], embedding_VD)
 
     def counts(self, count_SE: Tensor) -> Tensor:
-        """Expert counts of whole sequences, for `Gate.sum_counts`: the sum over all ranks."""
+        """Sums expert counts over the group, so that they cover whole sequences; for `Gate.sum_counts`."""
         count_SE = count_SE.clone()
         with watchdog.waiting("the experts' counts of a sequence", dist.get_process_group_ranks(self.group)):
             dist.all_reduce(count_SE, group=self.group)

@@ -1,24 +1,24 @@
-"""The exchange by DeepEP, DeepSeek's library of dispatch and combine kernels (V3 3.2.2), where its wheel is present.
+"""The exchange by DeepEP, DeepSeek's library of dispatch and combine kernels (V3 3.2.2), if its wheel is installed.
 
 Inside a node its kernels write over NVLink; between nodes a token goes over RDMA once to each of its nodes, and from
-there over NVLink. They send tokens, gates and FP8 rows with their scales at once, and sum the copies of a token in
-float32, in the order of ranks, as `expert_parallel` does hop by hop; inside a node rows arrive in the same order, too,
-so that results have the same bits.
+there over NVLink. They send tokens, gates and FP8 rows with their scales together, and sum the copies of a token in
+float32, in rank order, as `expert_parallel` does hop by hop. Inside a node rows also arrive in the same order, so the
+results have the same bits.
 
     forward    dispatch: the layout of the tokens, then the tokens. The host waits once, for the numbers of rows that
                arrive, and not for the rows. combine: without a wait
-    backward   of dispatch: a combine of the same handle. Of combine: a dispatch of the handle, which knows all numbers.
-               The host does not wait
+    backward   of dispatch: a combine with the same handle. Of combine: a dispatch with the handle, which knows all
+               numbers. The host does not wait
 
 Inside a node a collective of ours exchanges these row counts first, and `num_worst_tokens` is set to the exact size.
 Without it `Buffer` polls for the counts while holding the GIL, so no other thread could launch computation or report a
 hang. Between nodes `Buffer` has no such argument, and releases the GIL.
 
 We call `Buffer`, the interface of 1.x that 2.x keeps (checked against deepseek-ai/DeepEP at commit dd758ca, version
-2.1.0), and not the `ElasticBuffer` of 2.x, which needs NCCL 2.30.4 or newer. Its kernels run on a stream of their own,
-which waits for the stream of the exchange and is waited for by it, so `chunk.Overlapped` needs no other events. They
-take BF16 and FP8 rows; other dtypes go by all-to-all. They give up after 100 seconds without another rank, so the ranks
-meet before each step, where one may have worked alone for longer.
+2.1.0), and not the `ElasticBuffer` of 2.x, which needs NCCL 2.30.4 or newer. Its kernels run on their own stream, and
+this and the exchange's stream wait for each other, so `chunk.Overlapped` needs no other events. The kernels take BF16
+and FP8 rows; other dtypes go by all-to-all. They give up after 100 seconds without another rank, so the ranks meet
+before each step, because one may have worked alone for longer.
 
 Shapes as in `exchange`.
 """
@@ -45,15 +45,15 @@ from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
 
 NODE = 8
-"""Ranks of a node that its kernels for several nodes are made for."""
+"""Ranks per node that its kernels for several nodes are made for."""
 RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
-"""Sizes of a group that it has settings for."""
+"""Group sizes for which it has settings."""
 WIDEST = 8184
-"""Hidden size whose rows fit the shared memory of a warp."""
+"""The largest hidden size whose rows fit the shared memory of a warp."""
 TOP_K, LOCAL_EXPERTS = 32, 1024
-"""Most experts of a token, and of a rank."""
+"""The most experts per token and per rank."""
 CAPABILITY = (9, 0)
-"""Hopper: its wheels are made for it unless they were built without its features."""
+"""Hopper, for which its wheels are built unless Hopper's features were turned off."""
 
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -98,7 +98,7 @@ def absent() -> str:
 
 
 def unfit_shape(ranks: int, node: int, hidden: int, top_k: int, n_experts: int) -> str:
-    """Why its kernels do not take groups of so many ranks, `node` of them on a node, or such layers; empty if so."""
+    """Why its kernels cannot serve groups of `ranks` ranks, `node` per node, or such layers; empty if they can."""
     if ranks not in RANKS:
         return f"it serves groups of {', '.join(map(str, RANKS))} ranks, not of {ranks}"
     if ranks > node != NODE:
@@ -112,7 +112,7 @@ def unfit_shape(ranks: int, node: int, hidden: int, top_k: int, n_experts: int) 
 
 
 def unfit_card(device: torch.device) -> str:
-    """Why this rank's card or its links do not carry it; empty if they do."""
+    """Why this rank's GPU or its links cannot run DeepEP; empty if they can."""
     package = _package()
     built_for = getattr(package.Buffer, "is_sm90_compiled", lambda: True)()
     if torch.cuda.get_device_capability(device) < (CAPABILITY if built_for else (8, 0)):
@@ -129,11 +129,11 @@ def _package() -> ModuleType:
 
 
 _buffers: dict[tuple[dist.ProcessGroup, int], Buffer] = {}
-"""Of this process, by group and hidden size: kept for all stages of a run."""
+"""This process's buffers, by group and hidden size; kept for all stages of a run."""
 
 
 def buffer_of(group: dist.ProcessGroup, hidden: int) -> Buffer:
-    """The buffer for the ranks of a group on the CPU, over which it is set up. Collective over them where it is new."""
+    """The buffer for the ranks of a CPU group, over which it is set up. Collective over them if it is new."""
     key = (group, hidden)
     if key not in _buffers:
         made, n = _package().Buffer, group.size()
@@ -157,7 +157,7 @@ groups.at_leave.append(close)
 
 
 class DeepEP(Exchange):
-    """`buffer` as `buffer_of` makes it; `own` is this rank's number in the group, with `node` ranks on every node."""
+    """`buffer` is from `buffer_of`; `own` is this rank's number in the group, which has `node` ranks on every node."""
 
     def __init__(self, buffer: Buffer, own: int, node: int, n_experts: int, other: AllToAll):
         ranks = buffer.group_size
@@ -168,9 +168,9 @@ class DeepEP(Exchange):
         self.node = node
         self._counting = other.hops[0].group if ranks <= node else None
         self._forwarded_P = torch.arange(ranks) % node != own % node
-        """Ranks that a token reaches through another one on their node, or inside this one."""
+        """The ranks that a token reaches over NVLink: from a rank of their node that it came to, or from this one."""
         self._sent_L: Tensor | None = None
-        """Bytes by link, added up where the tokens are."""
+        """Bytes by link, added up on the tokens' device."""
 
     def begin(self) -> None:
         group = self.buffer.group
@@ -196,7 +196,7 @@ class DeepEP(Exchange):
         return _Combine.apply(y_RD, back) if isinstance(back, _Way) else self.other.returned(y_RD, back)
 
     def _count(self, way: _Way, x_ND: Tensor) -> None:
-        """As the two hops count: a token goes once to every other node, and from there to other ranks."""
+        """Counts bytes as the two hops do: a token goes once to every other node, and from there to other ranks."""
         self._forwarded_P = self._forwarded_P.to(x_ND.device)
         tokens = {"node": (way.to_P * self._forwarded_P).sum()}
         if way.to_N is not None:
@@ -212,27 +212,27 @@ class DeepEP(Exchange):
 
 
 class _Way:
-    """One dispatch, which its combine and both backwards go again."""
+    """The route of one dispatch, which its combine and both backwards take again."""
 
     def __init__(self, buffer: Buffer, recipe: FP8Recipe | None, counting: dist.ProcessGroup | None):
         self.buffer, self.recipe, self.counting = buffer, recipe, counting
-        """Numbers of rows travel over the group `counting`, if there is one."""
+        """Row counts are exchanged over the group `counting`, if there is one."""
         self.handle: object = None
         self.arrived: Operand | None = None
-        """In FP8 the rows that came."""
+        """In FP8, the rows that arrived."""
         self.expert_RK: Tensor
         """Numbers among this rank's experts; -1 for those of others."""
         self.rows: int
         """Rows of all of this rank's experts, M."""
         self.to_P: Tensor
-        """Tokens sent to every rank, and to every node where there are several."""
+        """Tokens sent to every rank, and to every node if there are several."""
         self.to_N: Tensor | None
 
     def waiting(self) -> AbstractContextManager[object]:
         return watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(self.buffer.group))
 
     def send(self, x: Rows, weight_NK: Tensor, expert_NK: Tensor, n_experts: int) -> tuple[Rows, Tensor]:
-        """(rows, gates) that came."""
+        """Dispatches tokens; returns the (rows, gates) that arrived."""
         expert_NK = expert_NK.to(getattr(_package(), "topk_idx_t", torch.int64)).contiguous()
         with self.waiting():
             self.to_P, self.to_N, per_expert, to_NP, _ = self.buffer.get_dispatch_layout(expert_NK, n_experts)
@@ -241,7 +241,7 @@ class _Way:
             choices_P = per_expert.view(len(self.to_P), -1).sum(1)
             _, theirs = counted(torch.stack((self.to_P.long(), choices_P), 1), self.counting)
             tokens, choices = (sum(numbers) for numbers in zip(*theirs, strict=True))
-            tokens = max(tokens, 1)  # 0 would make it count; a row of nobody's choice is left alone
+            tokens = max(tokens, 1)  # 0 would make `Buffer` count; a row that nobody chose is ignored
         with self.waiting():
             rows, idx_RK, weight_RK, counts, self.handle, _ = self.buffer.dispatch(
                 x, num_tokens_per_rank=self.to_P, num_tokens_per_rdma_rank=self.to_N, is_token_in_rank=to_NP,
@@ -282,8 +282,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Results back to their tokens, summed; backward sends gradients to the same places, in FP8 if the way has a
-    recipe."""
+    """Sends results back to their tokens and sums them; backward sends gradients to the same places, in FP8 if the way
+    has a recipe."""
 
     @staticmethod
     def forward(ctx, y_RD: Tensor, way: _Way) -> Tensor:

@@ -51,7 +51,7 @@ def read(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None],
     context: Mapping[str, Any] | None = None, split_rows: bool = True,
 ) -> tuple[Network | ModelShard, Tokenizer]:  # fmt: skip
-    """(network, tokenizer) of a model directory. On many ranks only our own format, of which each reads its shard.
+    """(network, tokenizer) of a model directory. On many ranks it must be in our own format; each reads its shard.
     `context`: as in `hub.open_directory`; `split_rows`: as in `layout_of`."""
     if ranks is None:
         return setup.load_model(folder, context)
@@ -66,7 +66,7 @@ def adapted(
     network: Network | ModelShard, config: FineTuningConfig, folder: Path, seed: int,
     say: Callable[[str], None],
 ) -> Network | ModelShard:  # fmt: skip
-    """The network of `folder` as the stage trains it: with adapters where its table has [lora]."""
+    """The network of `folder` as the stage trains it: with adapters if its table has [lora]."""
     if config.lora is None:
         return network
     made = lora.attach(model_of(network), config.lora, seed, folder, config.name)
@@ -77,8 +77,8 @@ def adapted(
 def read_scorer(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None], new_head: int | None
 ) -> Scorer | CausalScorer | ModelShard:
-    """A reward model: the one of a directory, or with the seed of a `new_head` the body of its language model. Rows are
-    not split, since a pair's two scores are compared."""
+    """A reward model: the one in a directory, or with `new_head`, a seed, the body of its language model under a new
+    head. Rows are not split, because a pair's two scores are compared."""
     if ranks is None:
         if new_head is None:
             return load_scorer(folder, torch.float32, setup.device())
@@ -106,7 +106,7 @@ def compilable(network: Network | ModelShard) -> bool:
 
 
 def compile_layers(network: Network | ModelShard) -> None:
-    """`setup.compile_layers`, of a shard as its slices call them."""
+    """As `setup.compile_layers`; for a shard, the layers that its slices call."""
     if not isinstance(network, ModelShard):
         assert isinstance(network, Transformer), "another family's layers are compiled by their own library"
         return setup.compile_layers(network)
@@ -123,7 +123,7 @@ def trainer(network: Network | ModelShard, *arguments: Any, **options: Any) -> T
 
 
 def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """(cross entropy in nats, loss tokens) of held-out batches, sums."""
+    """(cross entropy in nats, loss tokens), both summed over held-out batches."""
     if not isinstance(trainer, DistributedTrainer):
         return loss.heldout_nats(trainer.model, batches)
     return heldout_nats(trainer.shard, batches)
@@ -143,7 +143,7 @@ def gather(trainer: Trainer) -> Transformer | CausalLM | None:
 
 
 class GatheredModel:
-    """The whole network on every rank, next to the shard that the rank trains; on one process the trained model."""
+    """The whole network on every rank, next to the shard that the rank trains; on one process, the trained model."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.model, self._copied_at = trainer.model, -1
@@ -162,7 +162,7 @@ class GatheredModel:
 
 
 class RoundedModel:
-    """A copy of the network in another dtype, for sampling, next to the one that is trained."""
+    """A copy of the network in another dtype, for sampling, next to the trained one."""
 
     def __init__(self, policy: GatheredModel, trainer: Trainer, dtype: torch.dtype, workers: Workers) -> None:
         self.model = copy.deepcopy(policy.model).requires_grad_(False).to_compute(dtype)
@@ -203,7 +203,7 @@ def save(
                 network=type(trainer.model), tokenizer_dir=tokenizer_dir, files=files,
             )  # fmt: skip
         return
-    trainer.finish()  # what could not be written is said before the model is there
+    trainer.finish()  # reports a failed save before the model is there
     if kind == "ema":
         with trainer.optimizer.averaged():
             trainer.model.save(directory, tokenizer_dir=tokenizer_dir)
@@ -280,7 +280,7 @@ def _schedule_text(schedule: str, pp: int) -> str:
 def _mesh(
     cfg: ModelConfig, ranks: Ranks, layout_config: LayoutConfig, say: Callable[[str], None], split_rows: bool = True
 ) -> tuple[mesh.Mesh, str]:
-    """The mesh and the schedule's name. `split_rows`: as in `layout_of`; not for rows of any length."""
+    """The mesh and the schedule's name. `split_rows`: as in `layout_of`; False for rows of arbitrary length."""
     layout, schedule, slices = layout_of(layout_config, ranks.n, split_rows)
     mesh.check(layout, cfg, ranks.n, slices)
     backend = mesh.choose_exchange(layout_config.exchange, layout, cfg, ranks, say)

@@ -143,7 +143,7 @@ class DistributedTrainer(Trainer):
         return values
 
     def _run(self) -> bool:
-        """From step to step weights are gathered while forward begins. Between steps others read them through slices,
+        """Between steps, weights are gathered while the next forward begins. Other code reads them through slices,
         which wait, or after `settle`."""
         self._goes_on = True
         at_end = super()._run()
@@ -172,9 +172,9 @@ class DistributedTrainer(Trainer):
         return self._sums_of(batches, executor.losses, terms)
 
     def _warm(self, executor: Executor, work: Sequence[Work]) -> None:
-        """Before a step with micro-batches of a shape that no step had: what is done for the first time is done before
-        messages are under way. The ranks of an exchange need not meet a new shape in the same step, so all do as many
-        as any of them."""
+        """Called before a step: warms up for micro-batches of new shapes, so that first-time work is done before
+        messages are under way. The ranks of an exchange need not meet a new shape in the same step, so all run as many
+        warm-ups as any of them."""
         new = {_shape(one): one for one in work if _shape(one) not in self._warmed}
         self._warmed |= new.keys()
         most = int(self._reduced([float(len(new))], dist.ReduceOp.MAX)[0])
@@ -209,8 +209,8 @@ class DistributedTrainer(Trainer):
         return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
 
     def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
-        """Sums over all ranks: last stages know the loss and its tokens, first stages count rows and tokens, all others
-        add their balance terms."""
+        """Sums over all ranks: last stages know the loss and its tokens, first stages count rows and tokens, and all
+        others add their balance terms."""
         last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._losses) for name in self._sums}
         alpha = self.objective.balance_alpha(**terms)
         other_stages = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._losses)
@@ -288,7 +288,7 @@ class DistributedTrainer(Trainer):
     def _write(self) -> Path:
         """Returns as soon as the copies are under way."""
         start = time.monotonic()
-        self.finish()  # the buffer is free
+        self.finish()  # frees the buffer
         self._copies.begin()
         random_tensors, random_values = guard.capture_rng(self.generators)
         counters = self._counters() | {"updates": self.optimizer.steps, "rng": random_values, "extras": self.extras}
@@ -366,7 +366,7 @@ class DistributedTrainer(Trainer):
         return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
 
     def _stored(self, reader: CheckpointReader) -> dict[str, DistributedTrainer]:
-        """The companions that a checkpoint has: all, but for one from before the first step."""
+        """The companions that a checkpoint has: all, unless it is from before the first step."""
         return {
             name: other
             for name, other in self.companions.items()

@@ -15,7 +15,7 @@ from bessemer.errors import UserError
 
 
 def dualpipe(ranks: int, micro: int) -> Table:
-    """P = `ranks`, M = `micro`, both even, M at least 2P."""
+    """DualPipe for P = `ranks` and M = `micro`; UserError unless both are even and M is at least 2P."""
     if ranks < 2 or ranks % 2:
         raise UserError(f"dualpipe needs an even number of pipeline ranks, not {ranks}; use {max(2, ranks + 1)}")
     if micro < 2 * ranks or micro % 2:
@@ -35,7 +35,7 @@ def dualpipe(ranks: int, micro: int) -> Table:
 
 
 def dualpipe_v(ranks: int, micro: int) -> Table:
-    """R = `ranks`, M = `micro` at least 2R."""
+    """DualPipeV for R = `ranks` and M = `micro`; UserError unless M is at least 2R."""
     if ranks < 1:
         raise UserError(f"dualpipe-v needs at least one pipeline rank, not {ranks}")
     if micro < 2 * ranks:
@@ -49,7 +49,7 @@ def dualpipe_v(ranks: int, micro: int) -> Table:
 
 
 def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tuple[Step, ...]:
-    """One rank's steps: `mine` is (lane, stage) of phase 0 and of phase 1, `pairs` the repeats of step 4."""
+    """One rank's steps: `mine` is (lane, stage) of phase 0 and of phase 1; step 4 runs `pairs` times."""
     steps: list[Step] = []
     forwards, backwards = [0, 0], [0, 0]
     deferred: deque[Action] = deque()  # weight gradients
@@ -75,7 +75,7 @@ def _eight_steps(H: int, h: int, pairs: int, mine: list[tuple[int, int]]) -> tup
         steps += [I(1), deferred.popleft(), F(1)]
     for number in range(pairs):  # 4: F0&B1 F1&B0
         forward, backward = F(0), B(1)
-        # in the middle the first backward needs a micro-batch that has just arrived, so it cannot overlap
+        # on the middle ranks the first backward needs a micro-batch that has just arrived, so it cannot overlap
         separate = number == 0 and h == H - 1
         steps += [forward, backward] if separate else [Pair(forward, backward)]
         steps.append(Pair(F(1), B(0)))

@@ -5,8 +5,7 @@
 
 Rank r of a group of n holds experts r E/n to (r+1) E/n - 1. `dispatch` gives it all rows for its experts in expert
 order, as `moe.dispatch` does on one device; `combine` sums the results of every token and returns them. Both are
-differentiable, and backward goes the same ways in the other direction. `mesh.choose_exchange` says which backend a run
-takes.
+differentiable, and backward takes the same routes in reverse. `mesh.choose_exchange` chooses the backend of a run.
 
 A backend overrides `dispatch`, which ends in `rows`, and `returned`.
 
@@ -32,13 +31,13 @@ from bessemer.precision.operand import Operand
 
 
 def on_cpu(device: torch.device) -> bool:
-    """Elsewhere the host runs ahead of the device, and `index_add_` adds in any order."""
+    """Whether the device is the CPU; on others the host runs ahead, and `index_add_` adds in any order."""
     return device.type == "cpu"
 
 
 class Copies:
-    """Rows that are copies of tokens: they can be made of the tokens, and summed again. `token_S` is the token of each,
-    and `n_rows` how many are of one; others are of token T, which does not exist and is nothing."""
+    """Rows that are copies of tokens: makes them from the tokens, and sums them again. `token_S` is each row's token.
+    `n_rows` of the rows are copies; the others are of token T, which does not exist and counts as zeros."""
 
     def __init__(self, token_S: Tensor, n_tokens: int, n_rows: int | None = None):
         self.token_S, self.n_tokens = token_S, n_tokens
@@ -50,8 +49,8 @@ class Copies:
         return (fp8.with_nothing(x_TD) if self._more else x_TD).index_select(0, self.token_S)
 
     def total(self, x_SD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The sum of the rows of every token, in their order, [T, D] in the dtype of x; 0 for a token without any. In
-        float32 and rounded once, or on a CPU in `dtype`."""
+        """Each token's sum of its rows, in row order: [T, D] in the dtype of x, 0 for a token without rows. Summed in
+        float32, or on a CPU in `dtype`, and rounded once."""
         if len(x_SD) and self.n_tokens and not on_cpu(x_SD.device):
             order, begin_T = self._bags
             return F.embedding_bag(order, x_SD, begin_T, mode="sum")
@@ -60,7 +59,7 @@ class Copies:
 
     @cached_property
     def _bags(self) -> tuple[Tensor, Tensor]:
-        """The rows token by token, in their order, and where those of each token begin."""
+        """The rows token by token, in row order, and where each token's rows begin."""
         count_T = self.token_S.new_zeros(self.n_tokens + 1)
         count_T = count_T.scatter_add_(0, self.token_S, torch.ones_like(self.token_S))[:-1]
         return self.token_S.sort(stable=True).indices[: self.n_rows], count_T.cumsum(0) - count_T
@@ -70,7 +69,7 @@ class Copies:
         return _Made.apply(x_TD, self, False)
 
     def anchor(self, x_TD: Tensor) -> Tensor:
-        """A tensor without memory that stands for the rows where they are sent in FP8, and carries their gradient."""
+        """A tensor without memory that stands for rows sent in FP8, and carries their gradient."""
         return _Made.apply(x_TD, self, True)
 
     def summed(self, x_SD: Tensor) -> Tensor:
@@ -110,42 +109,42 @@ class Sent(NamedTuple):
     rows_MD: Tensor
     weight_M: Tensor
     count_E: Tensor
-    """Rows of each of this rank's experts, those included that fill them up."""
+    """Rows of each of this rank's experts, including those that fill it up."""
     copies: Copies
     """The received token of each row."""
     operand: Operand | None
     back: object
     """What the backend needs to return results."""
     filled: bool = False
-    """As in `moe.Dispatched`; rows of nothing are those of a token that does not exist."""
+    """As in `moe.Dispatched`; filler rows are those of a token that does not exist."""
 
 
 class Exchange:
-    """One rank's end of it; layers may share it."""
+    """One rank's end of the exchange; layers may share it."""
 
     def __init__(self, links: tuple[str, ...], n_local: int):
         self.links, self.n_local = links, n_local
-        """Names that its bytes are counted under; the number of this rank's experts."""
+        """The names under which its bytes are counted, and the number of this rank's experts."""
         self.sent_bytes: Counter[str] = Counter()
-        """Rows sent forward to other ranks, by link, since `bytes_sent` was asked."""
+        """Bytes of the rows sent to other ranks in forward, by link, since the last `bytes_sent`."""
 
     def begin(self) -> None:
-        """Called before a step or an evaluation, with all that its exchanges wait for at hand. Collective."""
+        """Called before a step or an evaluation, once all that its exchanges wait for is ready. Collective."""
 
     def dispatch(self, x_ND: Tensor, routing: moe.Routing, recipe: FP8Recipe | None = None) -> Sent:
-        """All rows for this rank's experts, in expert order; with a recipe in FP8. Collective."""
+        """Sends tokens; returns all rows for this rank's experts, in expert order, with a recipe in FP8. Collective."""
         raise NotImplementedError
 
     def returned(self, y_RD: Tensor, back: object) -> Tensor:
-        """Results of received tokens, summed on the tokens' ranks: [N, D]. Collective."""
+        """Sends results of received tokens back, to be summed on the tokens' ranks: [N, D]. Collective."""
         raise NotImplementedError
 
     def combine(self, y_MD: Tensor, sent: Sent) -> Tensor:
-        """For every own token the sum over all of its experts, [N, D]."""
+        """For every own token, the sum of the results of all its experts, [N, D]. Collective."""
         return self.returned(sent.copies.summed(y_MD), sent.back)
 
     def bytes_sent(self) -> list[float]:
-        """By link, since the last call."""
+        """Bytes sent since the last call, in the order of `links`."""
         sent = [float(self.sent_bytes[link]) for link in self.links]
         self.sent_bytes.clear()
         return sent
@@ -169,7 +168,7 @@ class Exchange:
 
 
 def of_rows(x: Operand, token_M: Tensor, filled: bool) -> Operand:
-    """The operand's rows of these tokens; `filled`: some are of the token after the last, which is nothing."""
+    """The operand's rows of these tokens; `filled`: some are of the token after the last, whose row is zeros."""
     value, scale = x.value_MK.view(torch.uint8), x.scale_MJ
     if filled:
         value, scale = fp8.with_nothing(value), fp8.with_nothing(scale, 1.0)

@@ -1,25 +1,25 @@
 """Runs a pipeline schedule: any table, on real ranks (V3 3.2.1).
 
-A rank goes down its list. It waits for what a step needs from another rank and sends the result on; sends never wait,
+A rank works down its list. It waits for what a step needs from another rank and sends the result on; sends never wait,
 so a table that `table.check` accepts cannot hang.
 
     F    forward of a slice, phase by phase, keeping the graph of every phase (`chunk`)
-    B    backward: adds the gradients of the slice's parameters and sends on the gradient of its input
-    I    the same without the gradients of matrices, which are deferred to a store (`model.deferred`); frees the graphs
-    W    the gradients that the I deferred
-    F&B  forward of one micro-batch and backward of another, alternating; the exchanges of each run next to the
+    B    backward: adds to the gradients of the slice's parameters and sends on the gradient of its input
+    I    B without the gradients of matrices, which are deferred to a store (`model.deferred`); frees the graphs
+    W    the gradients that an I deferred
+    F&B  forward of one micro-batch and backward of another, alternating; the exchanges of each run alongside the
          computation of the other (`chunk.Overlapped`)
 
 A slice's balance term is differentiated where it arises. Only the order in which gradients are added depends on the
-schedule, so every schedule gives the gradients of the whole network to float32's last digits; a pair has the bits of
-its F followed by its B.
+schedule, so every schedule gives the gradients of the whole network up to the last digits of float32; a pair is
+bit-identical to its F followed by its B.
 
-`Channels` holds the messages between stages, in an order that both ends know in advance, so no message needs a name: a
+`Channels` passes the messages between stages in an order that both ends know in advance, so no message needs a tag: a
 table says what every rank sends to every other, and when. `orders` lists the messages of each direction (from one rank
-to another); the receiver takes them in that order, earlier than it needs them if it needs them in another one. Each
-direction is a process group of its own, because NCCL runs the operations of a group one after the other: two ranks that
-both sent first in the same group would never receive. A rank waits only for a message that it needs, has then posted
-the receives of all messages before it, and those were sent by earlier steps of the table.
+to another). The receiver takes them in that order, some earlier than it needs them if it needs them in another order.
+Each direction has its own process group, because NCCL runs the operations of a group one after the other: two ranks
+that both sent first in the same group would never receive. A rank waits only for a message that it needs. By then it
+has posted the receives of all messages before it, and earlier steps of the table have sent those.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
 
 AHEAD = 1
-"""Receives of a direction that are posted before they are needed; in the first step none are."""
+"""How many receives per direction are posted before they are needed; none in the first step."""
 
 
 class Work(NamedTuple):
@@ -60,16 +60,16 @@ class Work(NamedTuple):
     mtp: bool = True
     """Whether the MTP modules run."""
     filler: bool = False
-    """Whether its tokens are left out of the loads of the experts (`Batch.filler`)."""
+    """Whether the expert loads leave out its tokens (`Batch.filler`)."""
     choice_BTLK: Tensor | None = None
     """The experts of every token in all sparse layers, as in `Transformer.train_outputs`; a stage takes its own."""
 
 
 class Executor:
     """One rank of a pipeline, with `slices[lane, stage]` for every stage that the table places on it, all of one model.
-    `pipelines` are the ranks of every pipeline of the world; creating an executor is collective over all ranks.
-    `uncounted` is entered around every piece of computation whose tokens no gate may count: backward, which may
-    recompute, and all of a filler."""
+    `pipelines` lists the ranks of every pipeline in the world; creating an executor is collective over all ranks.
+    `uncounted` is entered around all computation whose tokens no gate may count: backward, which may recompute, and
+    everything of a filler."""
 
     def __init__(
         self, table: Table, me: int, slices: dict[tuple[int, int], Slice], pipelines: Sequence[Sequence[int]],
@@ -80,7 +80,7 @@ class Executor:
         self.table, self.me, self.slices, self.uncounted = table, me, slices, uncounted
         self._device = next(next(iter(slices.values())).parameters()).device
         self.channels, self.store = Channels(table, pipelines, self._device), Store()
-        if table.ranks > 1 or defers(table):  # what a store serves cannot be compiled
+        if table.ranks > 1 or defers(table):  # modules that a store serves cannot be compiled
             for part in slices.values():
                 self.store.serve(part)
         self._streams = streams or (Overlapped(self._device) if self._device.type == "cuda" else Serial())
@@ -90,14 +90,14 @@ class Executor:
         self._chunks: dict[Action, tuple[Chunk, Tensor]] = {}
 
     def set_table(self, table: Table) -> None:
-        """Another number of micro-batches for the same slices, from the next step on."""
+        """Changes the number of micro-batches, for the same slices, from the next step on."""
         self.table = table
         self.channels.set_table(table)
 
     def run(self, work: Sequence[Sequence[Work]], completed: Completed | None = None) -> None:
-        """One step: `work[lane][micro]`, equal on all ranks. Adds to the gradients of the parameters. `completed` gets
-        parameters as soon as this rank adds nothing more to their gradients, on all ranks of a stage in the same
-        order."""
+        """Runs one step on `work[lane][micro]`, the same on all ranks of the pipeline, and adds to the parameters'
+        gradients. Parameters are passed to `completed` as soon as this rank adds nothing more to their gradients, in
+        the same order on all ranks of a stage."""
         self._work = work
         self._losses: list[Tensor] = []
         self.channels.begin(self._room)
@@ -110,11 +110,11 @@ class Executor:
         assert not self._chunks and not len(self.store), "the table leaves work undone"
 
     def warm(self, work: Work) -> None:
-        """Computes every slice forward and backward as it will for `work`, on noise and without messages; gradients are
-        zero afterwards, as before.
+        """Runs every slice forward and backward as for `work`, but on noise and without messages. Gradients are zero
+        or None afterwards, as before.
 
-        What a GPU does for the first time (tuning and loading kernels, taking memory) waits for everything it has been
-        given, so also for messages that are under way; and the rank that is to take them may wait in the same way.
+        What a GPU does for the first time (tuning and loading kernels, allocating memory) waits for everything queued
+        on it, including messages under way, and the rank that is to receive those may be waiting in the same way.
         Collective over the ranks of an exchange."""
         draw = torch.Generator(self._device).manual_seed(0)
         parameters = [parameter for part in self.slices.values() for parameter in part.parameters()]
@@ -122,7 +122,7 @@ class Executor:
         for later in (False, True):
             for (lane, stage), part in sorted(self.slices.items()):
                 x, key = work.tokens_BT, Action("F", stage, 0, lane)
-                if not part.first:  # noise, for zeros would all go to the same experts
+                if not part.first:  # noise, because zeros would all go to the same experts
                     x = part.room(x).normal_(generator=draw).requires_grad_()
                 chunk = Chunk(_phases(part, x, work), self._streams)
                 list(chunk.forward(self.uncounted))
@@ -139,7 +139,7 @@ class Executor:
 
     def sum_shared(self) -> None:
         """Sums the gradients of parameters that several pipeline ranks hold (the two copies of DualPipe, and the
-        embedding where MTP modules on the last stage need it). All of them get the same sum. The reference for
+        embedding if MTP modules on the last stage need it). All of them get the same sum. The reference for
         `Zero1.sum_shared`, which sums whole buckets."""
         parameters = [pair for one in self.slices.values() for pair in one.named_parameters()]
         gradients = {name: p.grad for name, p in parameters if p.grad is not None}
@@ -151,18 +151,18 @@ class Executor:
         return [rank for rank in holding(name, self.slices, self._holders) if rank != self.me]
 
     def sum_with_others(self, name: str, x: Tensor) -> None:
-        """Sums x over the ranks that hold the parameter `name`. All of them call in the same order."""
+        """Sums x in place over the ranks that hold the parameter `name`. All of them call it in the same order."""
         if others := self.others(name):
             self.channels.begin_sum(others, x)()
 
     def begin_sum(self, name: str, x: Tensor) -> Callable[[], None]:
-        """Starts the same; what it returns waits for it."""
+        """Starts the sum of `sum_with_others` and returns a function that waits for it."""
         return self.channels.begin_sum(self.others(name), x)
 
     @property
     def mirrored(self) -> bool:
-        """Whether this rank and the only other one that holds parameters of it complete them in the same steps, so that
-        their sums can start in a step."""
+        """Whether only one other rank holds parameters of this one, and both complete them in the same steps, so that
+        their sums can start during a step."""
         others = {rank for ranks in sharing_ranks(self.table) if self.me in ranks for rank in ranks} - {self.me}
         steps = self.table.steps
         return len(others) == 1 and alike(steps[self.me], steps[others.pop()])
@@ -180,7 +180,7 @@ class Executor:
             self._send_on(step)
 
     def _overlapped(self, pair: Pair) -> None:
-        """The slots of V3 Fig. 4, two per round, until neither has layers left: each exchange next to a computation."""
+        """Runs the slots of V3 Fig. 4, two per round, until neither has layers left: exchanges next to computation."""
         forward, backward = self._forward(pair.forward), self._backward(pair.backward, later=True)
         key, running = _of(pair.backward), True
         next(backward, None)  # the phase after the last exchange of a slice
@@ -247,13 +247,13 @@ def _of(action: Action) -> Action:
 
 
 def _advance(phases: Iterator[None]) -> bool:
-    """Runs one phase; whether there are more."""
+    """Runs one phase and returns whether there are more."""
     return next(phases, phases) is None
 
 
 def message(action: Action, stages: int) -> Action | None:
-    """The action at another stage that needs the result of this one: F its output, B the gradient of its input. The
-    message is identified by that action."""
+    """The action at another stage that needs the result of this one: F its output, B the gradient of its input; None if
+    there is none. That action identifies the message."""
     kind, stage, micro, lane = action
     if kind == "F":
         return Action("F", stage + 1, micro, lane) if stage < stages - 1 else None
@@ -261,7 +261,7 @@ def message(action: Action, stages: int) -> Action | None:
 
 
 def orders(table: Table) -> dict[tuple[int, int], list[Action]]:
-    """Messages from rank to rank in the order in which they are sent; of a pair, the forward's first."""
+    """The messages of each direction, (sender, receiver), in sending order; of a pair, the forward's first."""
     messages: dict[tuple[int, int], list[Action]] = {}
     for rank, steps in enumerate(table.steps):
         for action in actions(steps):
@@ -271,7 +271,7 @@ def orders(table: Table) -> dict[tuple[int, int], list[Action]]:
 
 
 def defers(table: Table) -> bool:
-    """Whether it has backwards whose gradients of matrices come later."""
+    """Whether any backward of the table defers its gradients of matrices."""
     return any(isinstance(step, Pair) or step.kind in "IW" for steps in table.steps for step in steps)
 
 
@@ -284,7 +284,7 @@ def sharing_ranks(table: Table) -> list[tuple[int, ...]]:
 
 
 def wanted(table: Table, pipelines: Sequence[Sequence[int]]) -> Iterator[Wanted]:
-    """The groups of all pipelines of the world, in an order that all ranks share: directions, and equal parameters."""
+    """The groups of all pipelines in the world, for directions and equal parameters, in an order all ranks share."""
     ways, shared = sorted(orders(table)), sharing_ranks(table)
     for peers in pipelines:
         yield from (Wanted("messages", (peers[source], peers[target])) for source, target in ways)
@@ -292,8 +292,8 @@ def wanted(table: Table, pipelines: Sequence[Sequence[int]]) -> Iterator[Wanted]
 
 
 class Channels:
-    """This rank's ends of all directions. `pipelines` are the ranks of every pipeline of the world, in the order of the
-    table. Collective over all ranks of the world."""
+    """This rank's ends of all directions. `pipelines` lists the ranks of every pipeline in the world, in the order of
+    the table. Creating it is collective over all ranks of the world."""
 
     def __init__(self, table: Table, pipelines: Sequence[Sequence[int]], device: torch.device):
         self.table, self._orders, world = table, orders(table), dist.get_rank()
@@ -319,18 +319,18 @@ class Channels:
         self._begun = False
 
     def set_table(self, table: Table) -> None:
-        """Another number of micro-batches, between the same stages and ranks."""
+        """Changes the number of micro-batches, between the same stages and ranks."""
         self.table, self._orders = table, orders(table)
 
     def begin(self, room: Callable[[Action], Tensor]) -> None:
-        """Starts a step; `room(message)` is an empty tensor for that message."""
+        """Starts a step; `room(message)` returns an empty tensor to receive that message."""
         self._room = room
         self._ahead, self._begun = AHEAD if self._begun else 0, True
         self._expected = {source: deque(self._orders.get((source, self.me), ())) for source in self._from}
         self._arriving = {source: {} for source in self._from}
 
     def send(self, action: Action, x: Tensor | None) -> None:
-        """Passes the result of an action to the stage that needs it, if any; on this rank or another."""
+        """Passes the result of an action to the stage that needs it, if any, on this rank or another."""
         sent = message(action, self.table.stages)
         if sent is None:
             return
@@ -367,7 +367,7 @@ class Channels:
         self._arriving[source][message] = dist.irecv(x, peer, group), x
 
     def end(self) -> None:
-        """Ends a step; every message has been received."""
+        """Ends a step, once its messages have been received."""
         if self._sent:
             with watchdog.waiting("others to take its messages", [peer for peer, _ in self._to.values()]):
                 for handle, _ in self._sent:
@@ -376,8 +376,8 @@ class Channels:
         assert not self._local and not any(self._expected.values()) and not any(self._arriving.values()), "work undone"
 
     def begin_sum(self, others: Sequence[int], x: Tensor) -> Callable[[], None]:
-        """Starts to sum x over this rank and the others, in place; the same bits on all of them. What it returns waits
-        for it."""
+        """Starts summing x in place over this rank and the others, to the same bits on all of them. Returns a function
+        that waits for the sum."""
         group = self._shared[tuple(sorted([self.me, *others]))]
         work = dist.all_reduce(x, group=group, async_op=True)
 

@@ -1,30 +1,30 @@
-"""Tokens to their experts and back, where a layer's experts live on several ranks (V3 3.2.2).
+"""Sends tokens to their experts and back when a layer's experts live on several ranks (V3 3.2.2).
 
-Rank r of an expert-parallel group of n holds experts r E/n to (r+1) E/n - 1. `Exchange.dispatch` gives it all rows for
-its experts in expert order, as `moe.dispatch` does on one device; `combine` returns the results and sums them.
+Rank r of an expert-parallel group of n holds experts r E/n to (r+1) E/n - 1. `Exchange.dispatch` gives a rank all rows
+for its experts in expert order, as `moe.dispatch` does on one device; `combine` returns the results and sums them.
 
 A token makes one hop or two. In a hop it is sent once to every place that needs it, however many experts it has there:
 
     one hop     to the ranks of its experts
-    two hops    to the nodes of its experts, to the rank there with the sender's number within the node; from there to
-                the ranks of that node. On the way back every hop sums the copies of a token before it sends
+    two hops    to the nodes of its experts, where the rank with the sender's number within its node receives it; from
+                there to the ranks of that node. On the way back every hop sums the copies of a token before it sends
 
 With node-limited routing a token goes to at most `n_limited_groups` nodes, so the slow links carry that many copies of
 it instead of K. Nothing is dropped or padded; a rank may send or receive nothing.
 
-In FP8 training rows go to the experts in FP8 with power-of-two scales, forward and, as gradients, backward; everything
-that is returned is in the compute dtype (V3 3.3.3).
+In FP8 training, rows sent to the experts (activations in forward, gradients in backward) are in FP8 with power-of-two
+scales; everything returned from them is in the compute dtype (V3 3.3.3).
 
-The host waits once in a hop, for the numbers of rows, and not in backward. A hop is made of differentiable all-to-alls.
-Sums are in float32, in the order of rows, and rounded once; tensors are sent as bytes, so every dtype works.
+The host waits once per hop, for the row counts, and not in backward. A hop consists of differentiable all-to-alls.
+Sums are in float32, in row order, and rounded once. Tensors are sent as bytes, so every dtype works.
 
     send_rows     rows to the places that need them        backward: returned, the copies of a token summed
-    grad_anchor   stands in for `send_rows` where rows are sent separately as FP8 bytes: no memory, no message, only the
+    grad_anchor   stands in for `send_rows` when rows are sent separately as FP8 bytes: no memory, no message, only the
                   gradient's path back
     return_       results returned, copies summed          backward: sent again, in FP8 if the route has a recipe
-    exchanged     rows that have no gradient
+    exchanged     rows without a gradient
 
-This is the reference of the exchange's backends (`exchange.Exchange`): it runs on every device and in every dtype.
+This is the reference among the backends of `exchange.Exchange`: it runs on every device and in every dtype.
 
 Shapes: T tokens at some place of their route, M rows of own experts, D hidden, K experts per token, S rows sent, R rows
 received.
@@ -53,15 +53,15 @@ class Route(NamedTuple):
     copies: Copies
     """The token of each sent row."""
     send: list[int]
-    """Rows to every place, S in total."""
+    """Rows sent to each place, S in total."""
     receive: list[int]
-    """Rows from every place, R in total."""
+    """Rows received from each place, R in total."""
     group: dist.ProcessGroup
     recipe: FP8Recipe | None
 
 
 def counted(mine_P2: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]], list[list[int]]]:
-    """Two numbers for every place, and those that the places have for this rank. The host waits for them."""
+    """Swaps two numbers with every place: (this rank's for each place, each place's for this rank). The host waits."""
     theirs_P2 = torch.empty_like(mine_P2)
     with watchdog.waiting("tokens for the experts", dist.get_process_group_ranks(group)):
         dist.all_to_all_single(theirs_P2, mine_P2, group=group)
@@ -70,7 +70,7 @@ def counted(mine_P2: Tensor, group: dist.ProcessGroup) -> tuple[list[list[int]],
 
 
 def _where(mask: Tensor, number: int) -> Tensor:
-    """The places where a mask is true, of which the host knows the number; so it need not wait for a GPU."""
+    """The indices where a mask is true. The host knows how many there are, so it need not wait for a GPU."""
     if on_cpu(mask.device):
         return mask.flatten().nonzero().squeeze(1)
     return mask.logical_not().flatten().to(torch.uint8).sort(stable=True).indices[:number]
@@ -86,7 +86,7 @@ def _rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGro
 
 
 def exchanged(x: Tensor, route: Route) -> Tensor:
-    """Sends rows [S, ...]; no gradient."""
+    """Sends rows [S, ...] and returns the rows received [R, ...]; no gradient."""
     return _rows(x, route.send, route.receive, route.group)
 
 
@@ -96,7 +96,7 @@ def send_rows(x_TD: Tensor, route: Route) -> Tensor:
 
 
 def grad_anchor(x_TD: Tensor, route: Route | None = None) -> Tensor:
-    """A tensor without memory that stands in for the result of `send_rows`, or without a route for x itself."""
+    """A tensor without memory that stands in for the result of `send_rows`, or for x itself if there is no route."""
     return _Send.apply(x_TD, route, True)
 
 
@@ -124,7 +124,7 @@ def _empty(x_TD: Tensor, rows: int) -> Tensor:
 
 
 def return_(y_RD: Tensor, route: Route) -> Tensor:
-    """Returns results to the tokens' ranks, copies summed: [T, D]."""
+    """Sends results back to the tokens' ranks and sums the copies of each token: [T, D]."""
     return _Return.apply(y_RD, route)
 
 
@@ -157,18 +157,18 @@ def unpacked(payload: Tensor, columns: int) -> Operand:
 
 
 class Hop(NamedTuple):
-    """Places that tokens can be sent to at once: the ranks of a process group."""
+    """The places that tokens can be sent to in one hop: the ranks of a process group."""
 
     group: dist.ProcessGroup
     places: int
     own: int
     """This rank's index among them."""
     first: int
-    """The first expert that can be reached."""
+    """The first expert that this hop reaches."""
     width: int
-    """Experts of one place."""
+    """Experts per place."""
     link: str
-    """The name its bytes are counted under."""
+    """The name under which its bytes are counted."""
 
 
 class _At(NamedTuple):
@@ -208,7 +208,7 @@ class AllToAll(Exchange):
         return y_RD
 
     def _hop(self, at: _At, hop: Hop, recipe: FP8Recipe | None) -> tuple[_At, Route, int]:
-        """The tokens there, and how many of their choices are."""
+        """Sends tokens one hop on: (the tokens that arrived, their route, how many of their choices are there)."""
         place_TK = torch.div(at.expert_TK - hop.first, hop.width, rounding_mode="floor")
         place_TK = place_TK.masked_fill(at.expert_TK < 0, -1)
         at_PTK = place_TK == torch.arange(hop.places, device=place_TK.device)[:, None, None]

@@ -1,6 +1,6 @@
-"""The pre-flight of many ranks: who is where, and how fast they reach each other, before a run waits for a slow link.
+"""The pre-flight of many ranks: who is where, and how fast they reach each other, before a slow link delays a run.
 
-Bandwidths follow nccl-tests, so that they compare with its figures and those of makers: bytes over time, times
+Bandwidths follow nccl-tests, to be comparable with its figures and the vendors': bytes over time, times
 2 (n-1)/n for an all-reduce and (n-1)/n for an all-to-all ("bus bandwidth").
 """
 
@@ -22,14 +22,14 @@ from bessemer.dist.ranks import Ranks
 
 ROUNDS = 5
 SLOW = 0.5
-"""A link with less than this share of the median of its kind is named."""
+"""A link slower than this fraction of the median of its kind is reported."""
 
 
 def measure(ranks: Ranks) -> dict[str, Any]:
-    """Facts of all ranks (JSON), on all of them. Collective; takes a few seconds.
+    """Measures the links between the ranks; returns the facts (JSON) on all ranks. Collective; takes a few seconds.
 
     `ranks`: host and device of each. `gigabytes_per_second`: of an all-reduce and an all-to-all over all ranks.
-    `links`: from each rank to the next of its host, and to the same place on the next host.
+    `links`: from each rank to the next on its host, and to the same place on the next host.
     """
     size = (1 << 28) if ranks.device.type == "cuda" else 1 << 22
     data = torch.ones(size // 4, device=ranks.device)
@@ -98,7 +98,7 @@ def _pair(ranks: Ranks, data: Tensor, sender: int, receiver: int) -> float:
 
 
 def _neighbours(who: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Every rank and the next of its host, in a ring."""
+    """Every rank and the next on its host, in a ring."""
     pairs = []
     for host in dict.fromkeys(one["host"] for one in who):
         here = [rank for rank, one in enumerate(who) if one["host"] == host]
@@ -107,7 +107,7 @@ def _neighbours(who: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def _across(who: Sequence[dict[str, Any]], hosts: Sequence[str]) -> list[tuple[int, int]]:
-    """Every rank and the one at its place on the next host: with one network card a GPU, each card once."""
+    """Every rank and the one at its place on the next host: with one network card per GPU, each card once."""
     at = {(one["host"], one["place"]): rank for rank, one in enumerate(who)}
     pairs = []
     for host, other in zip(hosts, [*hosts[1:], *hosts[:1]], strict=True):
@@ -130,7 +130,7 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("network", "ok", ", ".join(f"{what} {rate:,.3g} GB/s" for what, rate in rates.items()) + " (bus bandwidth)")
     )
     without = [rank for rank, one in enumerate(who) if one["deepep"]]
-    if 0 < len(without) < n:  # all would go without it
+    if 0 < len(without) < n:  # one rank without it means that none uses it
         rank = without[0]
         text = f"DeepEP cannot be used, for rank {rank} ({who[rank]['host']}) cannot: {who[rank]['deepep']}"
         found.append(("exchange", "slow", text))

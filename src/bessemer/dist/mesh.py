@@ -4,9 +4,9 @@ World = pp * dp * cp * ep. Ranks are numbered with ep innermost, so that an expe
 numbers and spans as few nodes as possible, then cp, and pp outermost, where the messages are smallest. Within one
 pipeline rank
 
-    experts            are split over the ep ranks of a group, and equal on all dp * cp ranks
-    everything else    is equal on all dp * cp * ep ranks
-    batches            differ on each of the dp * ep ranks; the cp ranks of one compute a part of every row each
+    experts            are split over the ep ranks of a group, and the same on all dp * cp ranks
+    everything else    is the same on all dp * cp * ep ranks
+    batches            differ on each of the dp * ep ranks; cp ranks share a batch and each compute a part of every row
 
 V3: pp 16, dp 2, ep 64 on 2,048 ranks.
 """
@@ -33,14 +33,14 @@ from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 
 Backend = Literal["all-to-all", "deepep"]
-"""What exchanges tokens (`exchange.Exchange`)."""
+"""Which backend exchanges tokens (`exchange.Exchange`)."""
 Asked = Literal["auto", "all-to-all", "deepep"]
 Kind = Literal["pp", "ep", "cp", "expert", "dense", "network", "within"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the four dimensions, and of a node."""
+    """The sizes of the four dimensions and of a node."""
 
     pp: int = 1
     dp: int = 1
@@ -70,7 +70,7 @@ class Layout:
     def groups(self, kind: Kind) -> list[list[int]]:
         """Every group of a kind: "pp"; "ep"; "cp", ranks with parts of the same rows; "expert", ranks with equal
         experts; "dense", ranks with equal other parameters; for two hops "network", the ranks of an ep group with the
-        same number within their node, and "within", an ep group's ranks of one node."""
+        same number within their node, and "within", the ranks of an ep group on one node."""
         p, e, size = range(self.pp), range(self.ep), self.ep // self.nodes
         copies = [(j, c) for j in range(self.dp) for c in range(self.cp)]
         n, k = range(self.nodes), range(size)
@@ -90,7 +90,7 @@ class Layout:
 
     @property
     def kinds(self) -> dict[Kind, Use]:
-        """The kinds of groups that training needs, and what they serve."""
+        """The kinds of groups that training needs, each with its use."""
         kinds: dict[Kind, Use] = {"pp": "sums", "expert": "sums", "dense": "sums"}
         if self.cp > 1:
             kinds["cp"] = "sums"
@@ -119,8 +119,8 @@ def describe(layout: Layout) -> str:
 
 
 def check(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> None:
-    """UserError for a layout that does not fit the model or the world, with the nearest that do. `slices`: different
-    slices of the model per pipeline rank."""
+    """Raises UserError, with the nearest layouts that fit, if a layout does not fit the model or the world. `slices`:
+    how many different slices of the model each pipeline rank holds."""
     if why := refusal(layout, cfg, world, slices):
         near = nearest(layout, cfg, world, slices)
         hint = f"these fit: {'; '.join(map(str, near))}" if near else f"no layout fits {world} ranks"
@@ -152,13 +152,13 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
 
 
 def headed(cfg: ModelConfig) -> ModelConfig:
-    """The config to check a layout by for a reward model or a teacher, which have no MTP: their last stage may have the
-    head alone, so they are cut wherever their language model is."""
+    """The config to check the layout of a reward model or a teacher against. They have no MTP, but their last stage may
+    hold only the head, so they can be cut wherever their language model can."""
     return cfg.model_copy(update={"n_mtp": 1})
 
 
 def nearest(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1, most: int = 3) -> list[Layout]:
-    """Layouts that fit, the smallest factors of change first; with the same cp if it divides the world."""
+    """Up to `most` layouts that fit, the smallest factors of change first; they keep cp if it divides the world."""
 
     def distance(other: Layout) -> float:
         pairs = ((layout.pp, other.pp), (layout.dp, other.dp), (layout.ep, other.ep))
@@ -178,8 +178,8 @@ def _factors(world: int) -> Iterator[tuple[int, int]]:
 def choose_exchange(
     wanted: Asked, layout: Layout, cfg: ModelConfig, ranks: Ranks, say: Callable[[str], None]
 ) -> Backend:
-    """What the recipe names, or the fastest that every rank can use; says which and why. UserError on all ranks if one
-    of them cannot use what is named. Collective."""
+    """The backend that the recipe names, or the fastest that every rank can use; says which and why. UserError on all
+    ranks if any of them cannot use the one that is named. Collective."""
     if layout.ep == 1:
         return "all-to-all"
     if wanted == "all-to-all" or (wanted == "auto" and ranks.device.type != "cuda"):
@@ -196,8 +196,8 @@ def choose_exchange(
 
 
 def check_exchange(wanted: Asked, layout: Layout, cfg: ModelConfig, here: bool) -> None:
-    """UserError, before anything runs, for what the recipe names and the layout or the model does not allow; `here`:
-    or this machine."""
+    """Raises UserError, before anything runs, if the layout or the model rules out the backend that the recipe names,
+    or with `here` if this machine does."""
     if wanted == "deepep" and layout.ep > 1:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if why := unfit_for_deepep(layout, cfg, device) if here else unfit_layout(layout, cfg):
@@ -210,19 +210,19 @@ def _refusal(why: str) -> UserError:
 
 
 def unfit_for_deepep(layout: Layout, cfg: ModelConfig, device: torch.device) -> str:
-    """Why this rank cannot use it; empty if it can."""
+    """Why this rank cannot use DeepEP; empty if it can."""
     if device.type != "cuda":
         return "it needs GPUs"
     return unfit_layout(layout, cfg) or deepep.absent() or deepep.unfit_card(device)
 
 
 def unfit_layout(layout: Layout, cfg: ModelConfig) -> str:
-    """The same of a layout and a model, whatever the machine."""
+    """Why DeepEP cannot serve a layout and a model on any machine; empty if it can."""
     return deepep.unfit_shape(layout.ep, layout.node, cfg.dim, cfg.n_activated_experts, cfg.n_routed_experts)
 
 
 def exchanges_here() -> dict[str, str]:
-    """Backends of this machine: why each is not there, or nothing."""
+    """For each backend, why this machine cannot use it; empty if it can."""
     return {
         "deepep": deepep.absent() or ("" if torch.cuda.is_available() else "it needs GPUs"),
         "all-to-all": "",
@@ -230,8 +230,8 @@ def exchanges_here() -> dict[str, str]:
 
 
 class Mesh:
-    """The process groups of this rank. Collective over all ranks of the world. `backend` of the exchange, as
-    `choose_exchange` found it."""
+    """This rank's process groups. Creating it is collective over all ranks of the world. `backend`: of the exchange, as
+    `choose_exchange` returns it."""
 
     def __init__(
         self, layout: Layout, cfg: ModelConfig, slices: int = 1, device: torch.device | None = None,
@@ -252,8 +252,8 @@ class Mesh:
             self.group[kind] = groups.get(use, mine)
 
     def of(self, cfg: ModelConfig) -> Mesh:
-        """The same ranks and groups for another network, such as a critic or a teacher. DeepEP's buffers may not serve
-        its shape: then all-to-alls do."""
+        """The same ranks and groups for another network, such as a critic or a teacher. If DeepEP cannot serve its
+        shape, it uses all-to-alls."""
         other = copy.copy(self)
         other.cfg = cfg
         if self.backend == "deepep" and unfit_layout(self.layout, cfg):
@@ -267,13 +267,13 @@ class Mesh:
         return range(self.ep * local, (self.ep + 1) * local)
 
     def context(self) -> WholeRows:
-        """How rows are split."""
+        """How rows are split over ranks."""
         return Context(self.group["cp"], self.layout.cp, self.cp) if self.layout.cp > 1 else WholeRows()
 
     def device_mesh(self) -> DeviceMesh:
         """These groups under torch's names, for tools that take a `DeviceMesh` (FSDP, DTensor, checkpoints): pp, dp,
-        cp, ep, each where it has several ranks. Two hops are ep_network and ep_node; data and context parallelism in
-        one run are dp_cp, whose ranks have equal experts. Makes no group."""
+        cp, ep, each if it has several ranks. Two hops are ep_network and ep_node; data and context parallelism in
+        one run are dp_cp, whose ranks have the same experts. Makes no new groups."""
         layout, dims = self.layout, list[tuple[str, str, int]]()
         copies = layout.dp * layout.cp
         name = "dp_cp" if layout.dp > 1 and layout.cp > 1 else "cp" if layout.cp > 1 else "dp"
@@ -291,7 +291,7 @@ class Mesh:
         return DeviceMesh.from_group(made, self.device.type, ranks, mesh_dim_names=names)
 
     def exchange(self) -> Exchange | None:
-        """One hop if an expert-parallel group fits in a node, else two; None where every rank has all experts.
+        """One hop if an expert-parallel group fits in a node, else two; None if every rank has all experts.
         Collective over the ranks of an expert-parallel group."""
         experts, n, layout = self.cfg.n_routed_experts, len(self.experts), self.layout
         if layout.ep == 1:

@@ -49,7 +49,7 @@ class ModelShard:
         self.place = table.place
         """Pipeline rank of stage s in lane l: `place[l][s]`."""
         self.exchange, self.context = mesh.exchange(), mesh.context()
-        """The exchange is None where every rank has all experts."""
+        """The exchange is None if every rank has all experts."""
         whole = mesh.layout.ep == mesh.layout.cp == 1
         self.slices = {
             (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context, whole)
@@ -83,8 +83,8 @@ class ModelShard:
         cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None,
         kind: type[Transformer] = Transformer, new_head: int | None = None, mtp: bool = True,
     ) -> ModelShard:  # fmt: skip
-        """`kind` of network. `new_head`: the seed of a `Scorer`'s head, on the body of the directory's language
-        model."""
+        """`kind`: class of the network. `new_head`: seed for the head of a `Scorer` whose body is the directory's
+        language model."""
         stored = kind if new_head is None else Transformer
         checkpoint, cfg, layout = hub.open_directory(folder, mtp, stored, context)
         with torch.device("meta"):
@@ -118,7 +118,7 @@ class ModelShard:
 
     @property
     def n_pipelines(self) -> int:
-        """Pipelines that run in parallel on micro-batches of their own; the cp ranks of one share theirs."""
+        """Pipelines that run in parallel, each on its own micro-batches; context-parallel ranks share theirs."""
         return self.mesh.layout.dp * self.mesh.layout.ep
 
     @property
@@ -131,8 +131,8 @@ class ModelShard:
         return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """Allocates a shard that was built on the meta device: norms ones, buffers zeros, matrices uninitialised."""
-        made: dict[int, nn.Parameter] = {}  # the embedding may be the head, too
+        """Allocates a shard built on the meta device: norms are ones, buffers zeros, matrices uninitialised."""
+        made: dict[int, nn.Parameter] = {}  # the embedding may also be the head
         for module in self.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in made:
@@ -180,15 +180,15 @@ def gather_into(shard: ModelShard, into: Transformer | None) -> None:
 
 
 def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> list[range]:
-    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as can
-    be."""
+    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as
+    possible."""
     cuts, first = n_pipelines * micro, pipeline_index * micro
     return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]
 
 
 def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
-    """Those that this rank's pipeline computes of batches that all ranks pass, on its device: every so many, and
-    fillers at the end where there are fewer than on another."""
+    """The share of this rank's pipeline in `batches`, which all ranks pass: every n-th of them for n pipelines, and a
+    filler if it has fewer than another pipeline. On the rank's device, at its context-parallel positions."""
     mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
     n = -(-len(batches) // shard.n_pipelines)
     mine += [batches[0].as_filler()] * (n - len(mine))
@@ -199,8 +199,8 @@ def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
 def forward(
     shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read], lane: int = 0
 ) -> list[_Read | None]:
-    """What `read` makes of the last stage's outputs, without MTP, the weight of the head and the batch; None on other
-    ranks.
+    """Runs the batches forward, without MTP. For each returns `read(outputs, head weight, batch)` on the rank of the
+    last stage, and None on other ranks.
 
     Micro-batches go through this lane one after another. All ranks of a pipeline pass the same batches, and all
     pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
@@ -255,7 +255,7 @@ def _run(phases: Phases) -> Any:
 
 @torch.no_grad()
 def heldout_nats(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, float]:
-    """As `train.loss.heldout_nats`, over all ranks. All pass the same batches, which are split over the pipelines."""
+    """As `train.loss.heldout_nats`, over all ranks. All pass the same batches, which the pipelines divide."""
     sums = torch.zeros(2, dtype=torch.float64, device=shard.device)
 
     def add(out: TrainOutputs, head_VD: Tensor, batch: Batch) -> None:

@@ -1,9 +1,9 @@
-"""The processes of a run: starting them on this machine, how they find each other, agree, and follow rank 0.
+"""The processes of a run: how they start on this machine, find each other, agree, and follow rank 0.
 
 torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) starts them, or `launch` does, through
-torch's own agent; `Ranks.join` is the first call of each. Rank 0 leads: it keeps the run directory, decides which
-stage is next and runs alone what is not distributed. The others `follow` its orders. Small facts go through torch's
-store as JSON, tensors through process groups.
+torch's own agent; each calls `Ranks.join` first. Rank 0 leads: it keeps the run directory, decides which stage is next
+and runs by itself what is not distributed. The others `follow` its orders. Small facts go through torch's store as
+JSON, tensors through process groups.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ USER_ERROR, STOPPED = 2, 130
 SHUTDOWN_SECONDS = 300
 """Time for a last checkpoint after a signal; torch's own default is 30."""
 MAX_RESTARTS = 3
-"""Restarts without progress, at most."""
+"""The most restarts without progress."""
 
 _Made = TypeVar("_Made")
 
@@ -71,7 +71,7 @@ class Ranks:
     @classmethod
     def join(cls, facts: dict[str, Any], timeout: float, folder: Path | None = None) -> Ranks:
         """Joins the other processes. UserError on all of them, with the same message, if their facts (versions, the
-        recipe) differ. `timeout`: seconds that one may wait for another; `folder`: for what a hang leaves behind."""
+        recipe) differ. `timeout`: seconds that one may wait for another; `folder`: for the traces of a hang."""
         store, me, n = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         device, fault = _device()
         ranks = cls(store, me, n, device)
@@ -109,8 +109,8 @@ class Ranks:
         return self._read(key)
 
     def meet(self, what: str) -> None:
-        """Waits until all ranks are here, however long the others take: the layout's timeout is for the time without
-        a sign (`heartbeat.beat`) of any of them."""
+        """Waits until all ranks are here, however long the others take: the layout's timeout limits only the time
+        without a sign of progress (`heartbeat.beat`) from any of them."""
         key, self._met = f"met/{self._met}", self._met + 1
         self.store.add(key, 1)
         began = asked = time.monotonic()
@@ -126,14 +126,14 @@ class Ranks:
                 beats = seen
 
     def all_gather(self, value: _Made, what: str) -> list[_Made]:
-        """Every rank's value on all of them, pickled: both ends are this very program."""
+        """Every rank's value on all of them, pickled, since both ends run this same program."""
         values: list[Any] = [None] * self.n
         with watchdog.waiting(what, range(self.n)):
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, make: Callable[[], _Made], what: str) -> _Made:
-        """What rank 0 makes, on all ranks; the others `meet` it."""
+        """What `make` returns on rank 0, pickled, on all ranks; the others wait for it as in `meet`."""
         values: list[Any] = [make() if self.me == 0 else None]
         self.meet(what)
         with watchdog.waiting(what, range(self.n)):
@@ -141,7 +141,7 @@ class Ranks:
         return values[0]
 
     def order(self, what: dict[str, Any]) -> None:
-        """Sent by rank 0 to all others."""
+        """Sends an order (plain JSON) from rank 0 to all others."""
         self.store.set(f"order/{self._orders}", json.dumps(what))
         self._orders += 1
 
@@ -179,11 +179,11 @@ class Ranks:
         return self.store.add(f"reported/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
 
     def report_lost(self, why: str) -> None:
-        """One of the ranks that lost their connection says which rank is gone."""
+        """Prints which rank is gone, on one of the ranks that lost their connection to it."""
         try:
             if not self._first("lost"):
                 return
-            # torch's agent sees its processes end, and names the one; elsewhere the watchdogs tell
+            # torch's agent sees its processes end and names the one; without it the watchdogs tell
             started_by_agent = "TORCHELASTIC_RUN_ID" in os.environ
             gone = self._watchdog.silent() if self._watchdog is not None and not started_by_agent else []
         except dist.DistError:
@@ -204,7 +204,7 @@ class Ranks:
                 raise UserError(f"rank {rank} on {theirs['host']}: {theirs['fault']}")
         for what in mine:
             values = [json.dumps(theirs.get(what)) for theirs in facts_of]
-            common = max(values, key=values.count)  # of as many, rank 0's
+            common = max(values, key=values.count)  # in a tie, the lowest rank's
             odd = next((rank for rank, value in enumerate(values) if value != common), None)
             if odd is not None:
                 values_shown = " and ".join(
@@ -229,7 +229,7 @@ def _device() -> tuple[torch.device, str]:
 
 
 def _stack(device: torch.device) -> dict[str, str | None]:
-    """What has to be the same under all ranks for their kernels and messages to fit."""
+    """What must be the same on all ranks for their kernels and messages to match."""
     if device.type != "cuda":
         return {"device": device.type, "driver": None, "NCCL": None}
     major, minor = torch.cuda.get_device_capability(device)
@@ -246,11 +246,11 @@ def _source() -> str:
 
 
 def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpus: int = 0) -> int:
-    """Runs `bessemer ARGUMENTS` as n ranks on this machine, which has so many GPUs, and returns the exit status.
+    """Runs `bessemer ARGUMENTS` as n ranks on this machine, which has `gpus` GPUs, and returns the exit status.
 
     A rank that is killed, or that ends because it waited too long, takes the others with it, and all are restarted: the
-    run continues from its last checkpoint. An error that the user must fix, or a requested stop, ends it. The value of
-    `progress()` changes when the run has advanced.
+    run continues from its last checkpoint. An error that the user must fix, or a requested stop, ends the run. The
+    value of `progress()` changes when the run has advanced.
     """
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,14 +1,14 @@
-"""The pipeline schedules by name, and how many micro-batches each of them takes. DualPipe is in `dualpipe`.
+"""The pipeline schedules by name, and how many micro-batches each takes. DualPipe is in `dualpipe`.
 
     gpipe, 1f1b    stage r on rank r; whole backwards. V3 Table 2 compares DualPipe with 1F1B
     interleaved    1F1B with V slices of the model per rank: stages r, r + P, r + 2P, ... on rank r
 
-Zero-bubble schedules split every backward, so that weight gradients fill what would be idle time (Qi et al. 2024):
+Zero-bubble schedules split every backward, so that weight gradients fill time that would be idle (Qi et al. 2024):
 
     zb1p    a stage per rank. As 1F1B, but a rank passes its input gradient on at once and computes the weight gradient
-            r turns later: it holds no more micro-batches than the first rank of 1F1B. V3 Table 2 compares with it
-    zbv     stages r and 2P - 1 - r on rank r. The last stage is on rank 0 again, so a micro-batch comes back to where
-            it started, and with F = I = W no rank is idle between its first and its last step
+            r turns later: it holds no more micro-batches than the first rank of 1F1B. V3 Table 2 includes it
+    zbv     stages r and 2P - 1 - r on rank r. The last stage is on rank 0 again, so a micro-batch returns to where it
+            started, and with F = I = W no rank is idle between its first and its last step
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _positive(name: str, ranks: int, micro: int) -> None:
 
 
 def zb1p(ranks: int, micro: int) -> Table:
-    """P ranks, any number of micro-batches."""
+    """ZB1P for P = `ranks` and any number of micro-batches."""
     _positive("zb1p", ranks, micro)
     steps = []
     for rank in range(ranks):
@@ -107,7 +107,7 @@ def zb1p(ranks: int, micro: int) -> Table:
 
 
 def zbv(ranks: int, micro: int) -> Table:
-    """R ranks, M at least 2R - 1 micro-batches (fewer leave the V half empty)."""
+    """ZBV for R = `ranks` and M = `micro`, at least 2R - 1 (fewer leave the V half empty); else UserError."""
     if ranks < 1:
         raise UserError(f"zbv needs at least one pipeline rank, not {ranks}")
     if micro < 2 * ranks - 1:
@@ -212,7 +212,7 @@ def micro_batches(name: str, ranks: int, at_least: int) -> int:
 
 
 def of_step(name: str, ranks: int, at_least: int) -> tuple[str, int]:
-    """(schedule, micro-batches) of a step that is cut into at least so many: what "auto" picks there."""
+    """(schedule, micro-batches) of a step that is cut into at least `at_least` of them, with "auto" resolved."""
     micro = micro_batches(name, ranks, at_least)
     return schedule(name, ranks, micro).name, micro
 

@@ -1,7 +1,7 @@
 """Checkpoints that many ranks write together, and models exported from a checkpoint.
 
-The format is that of `train.checkpoint`, where it is read; any other layout can read it, one process included. A tensor
-that several ranks hold is written by one of them. All ranks save together and see the same outcome: if one cannot
+The format is that of `train.checkpoint`; any other layout can read it, including a single process. A tensor that
+several ranks hold is written by one of them. All ranks save together and see the same outcome: if one cannot
 write, the save fails on all. `Saver` writes in the background, from copies, while training continues.
 """
 
@@ -45,9 +45,9 @@ class Saver:
     def save(
         self, step: int, tensors: dict[str, Tensor], counters: dict[str, Any], copied: torch.cuda.Event | None = None
     ) -> Path:
-        """Starts writing state_dir/step-XXXXXXXX. `tensors` are those of this rank by their names on disk: copies, or
-        tensors that do not change before `finish`; whole after `copied`. Waits for the previous save and raises its
-        error."""
+        """Starts writing state_dir/step-XXXXXXXX and returns that path. `tensors` are this rank's, by their names on
+        disk: copies, or tensors that do not change before `finish`, complete once `copied` has happened. Waits for the
+        previous save and raises its error."""
         text = checkpoint.as_json(counters)
 
         def write() -> None:
@@ -112,15 +112,15 @@ def export(
     checkpoint: Path, cfg: ModelConfig, directory: Path, *, kind: Literal["model", "ema"] = "model",
     dtype: torch.dtype = torch.float32, network: type[Transformer] = Transformer, **options: Any,
 ) -> None:  # fmt: skip
-    """Writes the masters of a checkpoint of such a network, or their moving average, rounded to this compute dtype, as
-    a Hugging Face directory; one tensor in memory at a time. `options` as in `hub.write`. Damaged for a damaged
-    file."""
+    """Writes the float32 masters in a checkpoint of this class of `network`, or their moving average ("ema"), rounded
+    to this compute dtype, as a Hugging Face directory, with one tensor in memory at a time. `options` as in
+    `hub.write`. Raises Damaged for a damaged file."""
     _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, network, options)
 
 
 def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
-    """Exports the float32 masters of a checkpoint that stores its model config, as every stage's does; `options` as in
-    `hub.write`. UserError if it is damaged or not of a language model."""
+    """Exports the float32 masters of a checkpoint that stores its model config, as those of all stages do; `options` as
+    in `hub.write`. UserError if it is damaged or not of a language model."""
     try:
         reader = CheckpointReader(checkpoint)
         cfg = ModelConfig(**reader.config)

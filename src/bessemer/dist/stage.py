@@ -25,7 +25,7 @@ from bessemer.model.transformer import MTPModule, TrainOutputs, Transformer
 
 
 def cut(cfg: ModelConfig, stages: int, head: int | None = None) -> list[range]:
-    """Layers of every stage, such that the slowest stage is as fast as possible. The cost of a layer is the number of
+    """The layers of every stage, cut so that the slowest stage is as fast as possible. A layer costs the number of
     weights that a token uses; the last stage also has the head, of `head` weights (None: a language model's), and the
     MTP modules with their uses of the head. V3 on 16 stages: four layers each, and the last main layer, MTP and head on
     the last (the paper does not say)."""
@@ -41,7 +41,7 @@ def partition(costs: Sequence[float], last: float, stages: int) -> list[range]:
     return list(_partition(tuple(costs), last, stages))
 
 
-@lru_cache(maxsize=1024)  # the planner asks hundreds of times for the same
+@lru_cache(maxsize=1024)  # the planner asks for the same cut hundreds of times
 def _partition(costs: tuple[float, ...], last: float, stages: int) -> tuple[range, ...]:
     sums = [0.0, *accumulate(costs)]
     if stages > len(costs):
@@ -85,7 +85,7 @@ def keep(model: Transformer, slices: Iterable[Slice]) -> None:
 
 
 def unheard(part: int) -> None:
-    """Nobody asked."""
+    """Does nothing: the default listener."""
 
 
 class PhaseOutput(NamedTuple):
@@ -125,7 +125,7 @@ def through(
 def _whole(
     layer: Layer, _: None, x_BTD: Tensor, attend: WholeAttend, carried: object = (), choice_NK: Tensor | None = None
 ) -> Phases:
-    """The same of a layer that exchanges nothing: it is called whole, in one phase, so it may be compiled."""
+    """`through` for a layer that exchanges nothing: it is called whole, in one phase, so it may be compiled."""
     return *layer(x_BTD, attend.rope, attend.segments, choice_NK), carried
     yield
 
@@ -167,10 +167,10 @@ class Slice(nn.Module):
         self.reads: Callable[[int], object] = unheard
         """Called with the number of a part before forward reads its weights."""
         self.reached: Callable[[int], object] = unheard
-        """Called in a backward when those of the part of this number, and of all after it, are complete."""
+        """Called in backward with the number of a part when its gradients and those of all later parts are complete."""
 
     def parts(self) -> list[list[nn.Parameter]]:
-        """Its parameters in the order in which forward first reads them: of the embedding, each layer, and the end."""
+        """Its parameters by part, in the order in which forward reads them: the embedding, each layer, and the end."""
         end = (self.norm, self.head, cast(nn.ModuleList, self.mtp))
         seen, parts = set[nn.Parameter](), list[list[nn.Parameter]]()
         for modules in ((self.embed,), *((layer,) for layer in self.layers.values()), end):
@@ -180,8 +180,8 @@ class Slice(nn.Module):
         return parts
 
     def _enter(self, part: int, x: Tensor) -> None:
-        """Forward comes to a part with x. Autograd runs the nodes of a graph that are ready by their age, youngest
-        first, and adds to gradients at once; so where it comes to the node that made x, it is done with all that
+        """Called when forward reaches a part with input x. Of the nodes that are ready, autograd runs the youngest
+        first, and it adds to gradients at once; so when it reaches the node that made x, it has finished all that
         followed."""
         self.reads(part)
         if x.grad_fn is not None:

@@ -51,7 +51,7 @@ class OrderedStep(NamedTuple):
     rank: int
     step: Step
     waits: tuple[tuple[int, bool], ...]
-    """Positions in the order of the steps whose results it needs, and whether the result is of another rank."""
+    """For each step whose result it needs, its position in the order and whether it is another rank's."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Table:
 
     @cached_property
     def order(self) -> tuple[OrderedStep, ...]:
-        """All steps, each behind those that it waits for. AssertionError with the steps that wait for each other."""
+        """All steps, each after those that it waits for. AssertionError if steps wait for each other, naming them."""
         ordered: list[OrderedStep] = []
         position: dict[tuple[str, int, int, int], int] = {}
         at, moved = [0] * self.ranks, True
@@ -129,7 +129,7 @@ class Table:
 
 
 def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
-    """The actions of these steps; of a pair the forward first."""
+    """The actions of these steps; of a pair, the forward first."""
     for step in steps:
         if isinstance(step, Pair):
             yield from step

@@ -53,9 +53,9 @@ class Timeline:
     """When every step of a table happens."""
 
     spans: tuple[tuple[TimedStep, ...], ...]
-    """Of every rank, in order."""
+    """The steps of every rank, in order."""
     live: tuple[int, ...]
-    """Of every rank, the peak number of micro-batches with live activations, summed over its slices of the model."""
+    """For every rank, the peak number of micro-batches with live activations, summed over its slices of the model."""
 
     @property
     def makespan(self) -> float:
@@ -63,7 +63,7 @@ class Timeline:
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """Of every rank, time without work, from the first step of any rank to the last."""
+        """For every rank, the time without work, from the first step of any rank to the last."""
         return tuple(self.makespan - sum(span.end - span.start for span in spans) for spans in self.spans)
 
     @property
@@ -73,7 +73,7 @@ class Timeline:
 
 
 def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Timeline:
-    """Every step starts when its rank is free and its inputs are there; inputs from another rank take a `message`."""
+    """Starts every step when its rank is free and its inputs are there; an input from another rank takes `message`."""
     ends: list[float] = []
     spans: list[list[TimedStep]] = [[] for _ in table.steps]
     for rank, step, waits in table.order:
@@ -159,7 +159,7 @@ def as_svg(table: Table, timeline: Timeline, width: int = 1600, row: int = 26) -
 
 
 def _box(span: TimedStep, x: float, y: float, width: float, height: float) -> str:
-    """One step; of a pair the forward above the backward."""
+    """One step; a pair's forward is above its backward."""
     title = f"<title>{escape(label(span.step))}: {span.start:g} to {span.end:g}</title>"
     parts = span.step if isinstance(span.step, Pair) else (span.step,)
     each = height / len(parts)

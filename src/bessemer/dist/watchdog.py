@@ -6,15 +6,15 @@ When its rank has waited longer than `timeout`, it reads the last status of all 
 and which ranks have gone silent, and ends the process. torchrun, or whatever else started the ranks, then ends the rest
 and restarts them from the last checkpoint.
 
-On a GPU a wait returns at once: the device waits, and the host goes on until it asks for a number. So the end of every
-`waiting` leaves an event in the stream (`follow_device`), and the thread polls those. An operation counts as waiting
-since it was queued, or since the one before it was done, whichever is later.
+On a GPU a wait returns at once: the device waits, and the host runs on until it reads a result. So every `waiting`
+ends by recording an event in the stream (`follow_device`), and the thread polls these events. An operation counts as
+waiting from the time it was queued, or from the end of the operation before it, whichever is later.
 
-Work whose length nobody knows, such as sampling, is not bounded by `timeout` but by the time without a sign of
-progress: `Ranks.meet` renews its wait while the others' signs (`heartbeat`) come, which their watchdogs pass on.
+For work of unknown length, such as sampling, `timeout` limits only the time without a sign of progress: `Ranks.meet`
+renews its wait as long as the other ranks' watchdogs pass on heartbeats (`heartbeat`).
 
-What a hang leaves behind: the stacks of all threads and torch's flight recorder of every rank (read by
-`torchfrtrace`), in a folder of the run.
+A hang leaves the stacks of all threads and every rank's torch flight recorder (read by `torchfrtrace`) in a folder of
+the run.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ EXIT = 75
 LOST = 76
 """Exit status of a process that lost its connection to another."""
 OVER, HUNG = "watchdog/over", "watchdog/hung"
-"""Keys of the store: a rank ends with an error, and it is a wait that took too long."""
+"""Store keys. OVER: a rank is ending with an error. HUNG: the error is a wait that took too long."""
 BEATS = "watchdog/beats"
-"""Key of the store: a number that grows while any rank gets on (`heartbeat`)."""
+"""Store key of a counter that grows while any rank makes progress (`heartbeat`)."""
 DUMP_SECONDS = 20.0
-"""Most time that writing traces may take."""
+"""Time limit for writing traces."""
 
 
 class Activity(NamedTuple):
     what: str
     ranks: Sequence[int] | None
-    """The ranks it waits for; None: it computes."""
+    """The ranks it waits for; None if it computes."""
     since: float
     """On this machine's monotonic clock; in a status that ranks exchange, Unix time."""
 
 
 class RankStatus:
-    """What this rank does. Several threads may wait at once (an exchange during computation, a save), so each has an
-    entry of its own."""
+    """What this rank is doing. Several threads may wait at once (an exchange during computation, a save), so each has
+    its own entry."""
 
     step = 0
     working = Activity("working", None, time.monotonic())
     waits: ClassVar[dict[int, Activity]] = {}
     queued: ClassVar[deque[tuple[Activity, Callable[[], bool]]]] = deque()
-    """What the device was given to wait for, and whether it is done."""
+    """Waits queued on the device, each with a function that says whether the device is past it."""
     mark: ClassVar[Callable[[], Callable[[], bool]] | None] = None
-    """Marks a place in the work of the device: whether it has come there. None: a wait holds the host."""
+    """Marks a place in the device's work and returns a test for having reached it. None: waits block the host."""
     reached = 0.0
-    """When the device was last seen to have done something that was queued."""
+    """When the device was last seen to have finished a queued wait."""
 
     @classmethod
     def current(cls) -> Activity:
-        """The longest wait, if any."""
+        """The longest wait, or `working` if there is none."""
         waits = [*cls.waits.values()]
         while cls.queued and cls.queued[0][1]():
             cls.queued.popleft()
@@ -84,7 +84,7 @@ class RankStatus:
 
 
 def follow_device() -> None:
-    """From now on `waiting` on this rank is followed on its GPU."""
+    """Makes every later `waiting` on this rank follow its GPU as well."""
     import torch
 
     def mark() -> Callable[[], bool]:
@@ -103,13 +103,13 @@ def follow_device() -> None:
 
 
 def at(step: int) -> None:
-    """Called when this rank starts a step."""
+    """Records that this rank starts a step."""
     RankStatus.step, RankStatus.working = step, Activity("working", None, time.monotonic())
 
 
 @contextmanager
 def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
-    """Marks this thread as waiting for `what` from these ranks; may be nested."""
+    """Marks this thread as waiting for `what` from these ranks. Calls may be nested."""
     thread = threading.get_ident()
     outer = RankStatus.waits.get(thread)
     RankStatus.waits[thread] = Activity(what, ranks, time.monotonic())
@@ -126,13 +126,13 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
 
 
 def renew() -> None:
-    """The wait of this thread counts from now on: those it waits for get on."""
+    """Restarts the clock of this thread's wait, because the ranks it waits for are making progress."""
     thread = threading.get_ident()
     RankStatus.waits[thread] = RankStatus.waits[thread]._replace(since=time.monotonic())
 
 
 class Watchdog:
-    """The watchdog thread of one rank; `store` is torch's, shared by `n` ranks. `folder`: for what a hang leaves."""
+    """One rank's watchdog thread. `store`: torch's, shared by `n` ranks; `timeout`: seconds; `folder`: for traces."""
 
     def __init__(self, store: Store, me: int, n: int, timeout: float, folder: Path | None = None):
         self.store, self.me, self.n, self.timeout, self.folder = store, me, n, timeout, folder
@@ -146,7 +146,7 @@ class Watchdog:
         self._thread.join()
 
     def silent(self) -> list[int]:
-        """The ranks that give no sign of life in the time in which each gives one. DistError without the store."""
+        """The ranks that report nothing within one reporting interval. Raises DistError if the store is gone."""
         before = self._all()
         time.sleep(self.every + 1.0)
         after = self._all()
@@ -159,7 +159,7 @@ class Watchdog:
             if got_on:
                 RankStatus.working = RankStatus.working._replace(since=time.monotonic())
             doing, now = RankStatus.current(), time.time()
-            waited = time.monotonic() - doing.since  # a clock that jumps ends no run
+            waited = time.monotonic() - doing.since  # a jump of the clock must not end a run
             doing = doing._replace(since=now - waited)
             try:
                 if got_on:
@@ -192,7 +192,7 @@ class Watchdog:
         self._end(EXIT)
 
     def _end(self, status: int) -> None:
-        """Ends a rank whose main thread waits, perhaps in a kernel of the device."""
+        """Ends this rank, whose main thread is waiting, perhaps in a kernel on the device."""
         if status == EXIT and self.folder is not None:
             leaving = threading.Thread(target=leave_traces, args=(self.folder, self.me), daemon=True)
             leaving.start()
@@ -212,7 +212,7 @@ def leave_traces(folder: Path, me: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"rank-{me}.txt", "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        # A build with NCCL has a recorder of its own for NCCL, which is empty where gloo does the work.
+        # A build with NCCL has a separate recorder for NCCL, which stays empty when gloo does the work.
         recorders = [name for name in ("_dump_nccl_trace", "_dump_fr_trace") if hasattr(c10d, name)]
         if recorders:
             trace = max((getattr(c10d, name)() for name in recorders), key=len)
@@ -220,7 +220,7 @@ def leave_traces(folder: Path, me: int) -> None:
 
 
 def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | None], now: float, timeout: float) -> str:
-    """Who waits for whom, from the last status of every rank: [time, step, what, ranks it waits for, since]."""
+    """Says who waits for whom, from every rank's last status: [time, step, what, ranks it waits for, since]."""
     silent, busy = [], []
     for rank, status in enumerate(others):
         if rank == me:

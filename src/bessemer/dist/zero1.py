@@ -5,12 +5,12 @@ for everything else the expert-parallel ones as well. Each of n ranks updates an
 shares are gathered again. The gradient norm is one number over all ranks: each share counts once, and a parameter that
 two pipeline ranks hold (`sum_shared` has made their gradients equal) counts half on each.
 
-Vectors are buckets of neighbouring parameters. The sum of a bucket starts in the last backward of a step, as soon as it
-has the last of its gradients (`completed`). Where another pipeline rank holds the same parameters, the sum with that
-rank comes first. It starts likewise where both complete them in the same steps (`early`), else at the end; on a CPU,
-where only the host can wait for one sum before another, the second always starts at the end. Updated buckets are
-gathered in the order in which forward reads them, and forward waits for each where it first reads it (`needed`); other
-code that reads the weights calls `settle` first. On a GPU only the stream waits.
+Each vector is a bucket of neighbouring parameters. A bucket's sum starts in the last backward of a step, as soon as the
+last of its gradients is complete (`completed`). If another pipeline rank holds the same parameters, the sum with that
+rank comes first. It too starts in backward if both ranks complete the parameters in the same steps (`early`), else at
+the end. On a CPU only the host can make one sum wait for another, so the second always starts at the end. Updated
+buckets are gathered in the order in which forward reads them, and forward waits for each when it first reads it
+(`needed`); other code that reads the weights calls `settle` first. On a GPU only the stream waits.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from bessemer.train.update_rules import adamw_
 from bessemer.workers import Workers
 
 Begin = Callable[[str, Tensor], Callable[[], None]]
-"""Starts to sum a vector over the pipeline ranks that hold the parameter of this name; what it returns waits for it."""
+"""Starts summing a vector over the pipeline ranks that hold the named parameter; returns a function that waits."""
 BUCKET = 1 << 26
-"""Elements from which on a bucket is full. Its float32 gradients, 256 MB, take by calculation 1 ms on NVLink and 5 ms
-on 400 Gb/s: a hundred times the start of a collective, and little to wait for at the end of a backward. Models below
-this size have nothing to gain."""
+"""Elements that make a bucket full. Its float32 gradients, 256 MB, take a calculated 1 ms on NVLink and 5 ms on 400
+Gb/s: a hundred times the start-up of a collective, and little to wait for at the end of a backward. Models below this
+size have nothing to gain."""
 FILLING = 1 / 256
-"""Most that a full bucket may be filled up to equal shares; else it takes more parameters."""
+"""The largest fraction by which a full bucket may be padded to equal shares; otherwise it takes more parameters."""
 
 
 def buckets(sizes: Sequence[int], shares: int, whole: bool = False) -> list[slice]:
-    """Cuts parameters of these sizes, in the order in which forward reads them, into buckets. No parameter is cut, and
-    what is left over is in the first bucket, whose sum nothing hides. `shares`, `whole`: as in `Group`."""
+    """Divides parameters of these sizes, in the order in which forward reads them, into buckets. No parameter is cut,
+    and the remainder goes into the first bucket, whose sum nothing hides. `shares`, `whole`: as in `Group`."""
     found, end, size = list[slice](), len(sizes), 0
     for start in reversed(range(1, len(sizes))):
         size += -(-sizes[start] // ALIGN) * ALIGN
@@ -61,7 +61,7 @@ def buckets(sizes: Sequence[int], shares: int, whole: bool = False) -> list[slic
 
 
 def vector_size(sizes: Sequence[int], shares: int) -> int:
-    """Elements of all buckets of AdamW's parameters, filling included."""
+    """Elements of all buckets of AdamW's parameters, including padding."""
     aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
     return sum(_filled(sum(aligned[part]), shares) for part in buckets(aligned, shares))
 
@@ -71,7 +71,7 @@ def _filled(size: int, shares: int) -> int:
 
 
 class ShardedGroup(Group):
-    """One bucket: parameters as flat vectors, of which this rank updates one share."""
+    """One bucket: parameters in flat vectors, of which this rank updates one share."""
 
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int,
@@ -84,7 +84,7 @@ class ShardedGroup(Group):
         self._sharing: Callable[[], None] | None = None
         """Waits for the sum with other pipeline ranks."""
         self._after = torch.cuda.Stream(self.grad.device) if holders > 1 and self.grad.is_cuda else None
-        """Where the sum over the ranks waits for that with other pipeline ranks."""
+        """The stream in which the sum over `ranks` waits for the sum with other pipeline ranks."""
         self._summing: dist.Work | None = None
         self._gathering: dist.Work | None = None
         self._incomplete = {slot.parameter for slot in self.slots}
@@ -94,7 +94,7 @@ class ShardedGroup(Group):
         return {"model": self.master, **self.state()}
 
     def complete(self, parameter: nn.Parameter, early: Begin | None) -> None:
-        """The gradient of this parameter is complete."""
+        """Notes that this parameter's gradient is complete; once all of the bucket's are, starts its sum if it can."""
         self._incomplete.discard(parameter)
         if self._incomplete:
             return
@@ -104,8 +104,8 @@ class ShardedGroup(Group):
             self.begin_shared(early)
 
     def begin_shared(self, begin: Begin) -> None:
-        """Starts the sum with the other pipeline ranks that hold these parameters, unless it has started; on a GPU also
-        the one that follows."""
+        """Starts the sum with the other pipeline ranks that hold these parameters, unless it has started. On a GPU,
+        also starts the sum over `ranks` that follows it."""
         if self._sharing is not None or self._summing is not None:
             return
         self._sharing = begin(self.slots[0].name, self.grad)
@@ -122,7 +122,7 @@ class ShardedGroup(Group):
             self._summing = cast(dist.Work, reduce_scatter(self.summed, self.grad, group=self.ranks, async_op=True))
 
     def square(self) -> Tensor:
-        """Sum of squares of this rank's share of the summed gradient, divided by the pipeline ranks that hold it."""
+        """Sum of squares of this rank's share of the summed gradient, divided by the number of `holders`."""
         assert self._summing is not None, "begin_sum() comes first"
         with watchdog.waiting("gradients of equal parameters", dist.get_process_group_ranks(self.ranks)):
             self._summing.wait()
@@ -137,7 +137,7 @@ class ShardedGroup(Group):
         )  # fmt: skip
 
     def publish(self, source: Tensor | None = None) -> None:
-        """Starts the all-gather of updated shares; `wait` waits for it."""
+        """Starts the all-gather of the updated shares, for which `wait` waits."""
         self.wait()
         share = self.compute[self.mine]
         share.copy_(self.master if source is None else source)
@@ -161,7 +161,7 @@ class ShardedGroup(Group):
 
 
 class ShardedMuonGroup(ShardedGroup):
-    """Matrices for Muon; every matrix is whole on one rank."""
+    """Matrices for Muon; each is whole on one rank."""
 
     MOMENTS = ("m",)
 
@@ -182,9 +182,9 @@ class ShardedMuonGroup(ShardedGroup):
 
 
 class Zero1(Optimizer):
-    """AdamW, and Muon for the matrices that `stacked` names, of one rank's shard of the network. `model` has the
-    parameters of its slices and its own experts under the names of the whole network (`stage.keep`); `others(name)` are
-    the other pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
+    """Updates one rank's shard of the network by AdamW, and by Muon for the matrices that `stacked` names. `model` has
+    the parameters of its slices and its own experts under the names of the whole network (`stage.keep`); `others(name)`
+    are the other pipeline ranks that hold a parameter. All ranks call `grad_norm` and then `step`."""
 
     groups: list[ShardedGroup]  # type: ignore[assignment]
 
@@ -193,7 +193,7 @@ class Zero1(Optimizer):
         super().__init__(model, **options)
         self._group_of = {slot.parameter: group for group in self.groups for slot in group.slots}
         self.early: Begin | None = None
-        """For `completed`: how sums with other pipeline ranks start, where they may start before the end."""
+        """How `completed` starts sums with other pipeline ranks; None if they must wait for the last backward."""
 
     def _home(self, name: str) -> tuple[str, int]:
         return "expert" if EXPERTS in name else "dense", 1 + len(self.others(name))
@@ -224,13 +224,13 @@ class Zero1(Optimizer):
         return square.sqrt()
 
     def completed(self, parameters: Iterable[nn.Parameter]) -> None:
-        """These have their gradients of the whole step. All ranks call in the same order."""
+        """Notes that these have their gradients of the whole step. All ranks call it in the same order."""
         for parameter in parameters:
             self._group_of[parameter].complete(parameter, self.early)
 
     def sum_shared(self, begin: Begin) -> None:
-        """After the last backward: starts the sums of gradients over the pipeline ranks that hold their parameter, and
-        then over all others, where they have not."""
+        """After the last backward: for parameters that several pipeline ranks hold, starts the sums over those ranks
+        and then over all other copies, unless they have started."""
         shared = [group for group in self.groups if group.holders > 1]
         for group in shared:
             group.begin_shared(begin)
@@ -238,7 +238,7 @@ class Zero1(Optimizer):
             group.begin_sum()
 
     def needed(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Code that computes with these waits for them."""
+        """Waits until the updated values of these parameters are gathered."""
         for parameter in parameters:
             self._group_of[parameter].wait()
 
@@ -251,8 +251,8 @@ class Zero1(Optimizer):
             group.wait()
 
     def pieces(self, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The tensors that this rank writes into a checkpoint, by their names on disk, each as `copy` returns it.
-        Of the ranks that hold a tensor one writes it, chosen by its name; gathers one vector at a time."""
+        """The tensors that this rank writes into a checkpoint, by their names on disk, each as `copy` returns it. One
+        of the ranks that hold a tensor writes it, chosen by its name. Collective; gathers one vector at a time."""
         pieces = {}
         for group in self.groups:
             n, me = dist.get_world_size(group.ranks), dist.get_rank(group.ranks)
@@ -278,7 +278,7 @@ class Zero1(Optimizer):
 
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader | CompanionReader) -> None:
-        """Exact inverse of `pieces`, from a checkpoint of any layout."""
+        """The exact inverse of `pieces`, from a checkpoint of any layout."""
         self.settle()
         for group in self.groups:
             for kind, share in group.checkpoint_shares().items():
