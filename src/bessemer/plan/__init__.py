@@ -1,1 +1,1 @@
-"""What a run costs before it starts: memory, time, layout search. Every figure states its unit and its assumptions."""
+"""What a run will cost: memory, time, and a search for its layout. Every figure states its unit and assumptions."""

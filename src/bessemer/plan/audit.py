@@ -1,4 +1,4 @@
-"""Claims of the DeepSeek reports next to the planner's predictions: error, verdict and assumptions of each.
+"""Claims of the DeepSeek reports next to the planner's predictions, with the error, verdict and assumptions of each.
 
 Published values are read from `claims.toml`; no prediction uses them."""
 
@@ -19,7 +19,7 @@ from bessemer.plan.plan_config import published, setup, tokens_of
 from bessemer.plan.step_time import step_time
 
 CLOSE, LOOSE = 0.10, 0.35
-"""Bounds of the verdicts, chosen by us: a reader may prefer others, so the error stands beside each."""
+"""Bounds of the verdicts. They are our choice, and a reader may prefer others, so each verdict comes with its error."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Claim:
     source: str
     assumptions: str
     exact: bool = False
-    """The prediction is arithmetic, not an estimate."""
+    """Whether the prediction is arithmetic, not an estimate."""
 
     @property
     def error(self) -> float:
@@ -103,8 +103,8 @@ EXTENSION, EXTENSION_STEPS = ((32768, 1920), (131072, 480)), 1000
 
 
 def _extension_hours(plan: RunPlan, length: int, batch: int) -> float:
-    """GPU hours of a phase in the layout of pre-training, with rows cut over as many ranks as they are longer. The
-    layout that was used is not published."""
+    """GPU hours of a phase in the layout of pre-training, with rows n times as long cut over n ranks. The layout that
+    was used is not published."""
     own, cut = plan.setup, length // plan.setup.length
     longer = replace(own, length=length, cp=cut, micro=batch * cut // own.ranks)
     return EXTENSION_STEPS * step_time(longer).seconds * plan.gpus / 3600
@@ -129,11 +129,11 @@ def _serving(plan: RunPlan) -> Predicted:
     def unit(batch: int) -> Deployment:
         return Deployment(shape, device, 144, batch, CONTEXT, 32)
 
-    # published: 20 to 22 tokens a second for every answer
+    # published: 20 to 22 tokens per second for every answer
     answering = unit(max((n for n in range(8, 257, 4) if 21 * decode(unit(n)).seconds <= 1), default=8))
     per_node = 8 * decode(answering).rate(answering)
     yield "decode", per_node / 1e3, f"EP144, {answering.batch} answers a GPU: each gets the published 21 tokens/s"
-    hits = 342 / 608  # of the tokens read, published
+    hits = 342 / 608  # share of the tokens read, published
     reading = 8 * prefill(shape, device, 32, 16384, 4096, cached=hits).rate
     busy = (
         f"EP32, 16K new tokens a GPU in prompts of 4K of which {100 * hits:.0f} % are cached, never without work; the "

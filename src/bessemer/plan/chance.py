@@ -1,8 +1,8 @@
-"""How sure a plan is: the planner's uncertain inputs drawn from their ranges, and what comes out.
+"""How sure a plan is: draws the planner's uncertain inputs from their ranges and computes the results.
 
-Inputs and their ranges are in `ranges.toml`. A Latin hypercube draws every input's n equal shares of probability once
-each, in random order, so few draws cover a range; inputs are independent. `reference.toml` has what other large runs
-cost, `heldout.toml` the runs that test the ranges. The same draws go through the planner for each.
+Inputs and their ranges are in `ranges.toml`. A Latin hypercube draws once from each of every input's n equal shares of
+probability, in random order, so few draws cover a range; inputs are independent. `reference.toml` has what other large
+runs cost, `heldout.toml` the runs that test the ranges. The planner uses the same draws for each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bessemer.plan.training_setup import Setup
 
 RATES = ("gemm", "attention", "memory", "exchange")
 Draws = dict[str, np.ndarray]
-"""For every input, its values (n)."""
+"""For every input, its n values."""
 
 
 def triangular(share: np.ndarray, low: float, mode: float, high: float) -> np.ndarray:
@@ -44,8 +44,8 @@ def draw(n: int, seed: int) -> Draws:
 
 
 def drawn(setup: Setup, draws: Draws, real_routing: bool) -> Iterator[Setup]:
-    """The setup under every draw. `real_routing`: loads of experts and the cut into stages are uncertain too, as they
-    are for a run of which neither was published."""
+    """The setup under every draw. `real_routing`: expert loads and the cut into stages are uncertain too, as for a run
+    that published neither."""
     for i in range(len(draws["gemm"])):
         one = replace(
             setup, in_step=float(draws["in_step"][i]), factors=RateFactors(*(float(draws[name][i]) for name in RATES))
@@ -56,7 +56,7 @@ def drawn(setup: Setup, draws: Draws, real_routing: bool) -> Iterator[Setup]:
 
 
 def step_seconds(setups: Sequence[Setup]) -> np.ndarray:
-    """Seconds of a step of setups that share a schedule: as `step_time`, with one pass over the table for all."""
+    """Seconds per step of setups that share a schedule: as `step_time`, with one pass over the table for all."""
     table = table_of(setups[0])
     costs = [step_costs(one, table) for one in setups]
     message = np.array([one.send for one in costs])
@@ -101,13 +101,13 @@ def percentile(values: np.ndarray, value: float) -> float:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, ties in order of place."""
+    """Spearman's rank correlation; ties are ranked in order of position."""
     a, b = (np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(float) for values in (x, y))
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(x) else 0.0
 
 
 def next_one(ratios: Sequence[float], share: float = 0.9) -> Quantiles:
-    """The interval of one more ratio like those, Student's t over their logarithms."""
+    """The prediction interval for one more ratio like these, by Student's t on their logarithms. `share`: coverage."""
     logs, n = np.log(ratios), len(ratios)
     middle = float(logs.mean())
     wide = t_quantile(0.5 + share / 2, n - 1) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)

@@ -26,7 +26,7 @@ RAMP = 8
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run costs, and under which assumptions. Step times are those of the full batch; hours cover all tokens."""
+    """What a run costs, and its assumptions. Step times are those of the full batch; hours cover all tokens."""
 
     cfg: ModelConfig
     setup: Setup
@@ -64,7 +64,7 @@ class RunPlan:
 
     @property
     def highest(self) -> int:
-        """Bytes of the rank that needs most."""
+        """Bytes of the rank that needs the most."""
         return max(sum(kinds.values()) for kinds in self.memory)
 
     @property
@@ -73,7 +73,7 @@ class RunPlan:
 
     @property
     def bound(self) -> str:
-        """What limits the speed of a step, in words."""
+        """What limits the speed of a step, as a phrase."""
         parts = self.step.parts
         share = parts["bubble"] / self.step.seconds
         times = next(iter(self.step.stages[len(self.step.stages) // 2].layers), None)
@@ -117,8 +117,8 @@ def plan_run(
     batch: Callable[[float], float] | None = None,
     usd_hour: float | None = None,
 ) -> RunPlan:
-    """The plan of a run over `tokens`. `batch`: sequences of a step as a function of consumed tokens, if they grow;
-    where they are too few for the schedule, 1F1B is assumed."""
+    """The plan of a run over `tokens`. `batch`: sequences per step as a function of consumed tokens, if they grow; if
+    they are too few for the schedule, 1F1B is assumed. `usd_hour`: dollars per device hour."""
     step = step_time(setup)
     hours = tokens * step.seconds / setup.step_tokens * setup.layout.world / 3600
     if batch is not None:
@@ -148,8 +148,8 @@ def _ramp_hours(setup: Setup, tokens: float, batch: Callable[[float], float]) ->
 
 
 def ideas(plan: RunPlan) -> dict[str, dict[str, float] | str]:
-    """For each idea, the run without it and all else equal: GPU hours per trillion tokens, their ratio to the plan's
-    and, where the network is the same, GiB of the fullest rank; or the reason why it is impossible."""
+    """For each idea, the run without it, all else equal: GPU hours per trillion tokens, their ratio to the plan's and,
+    if the network keeps MLA, GiB of the fullest rank; or the reason why the run is impossible."""
     setup, shape = plan.setup, plan.setup.shape
     changes: dict[str, Setup] = {}
     if setup.fp8:

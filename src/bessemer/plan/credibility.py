@@ -1,11 +1,11 @@
-"""Can a published cost be true? Three views of it, none of which reads it: `bessemer plan --audit NAME --draws N`.
+"""Can a published cost be true? Three views of it, none of which uses it: `bessemer plan --audit NAME --draws N`.
 
     inside      the planner under every draw of its uncertain inputs (`chance`)
     outside     the planner's point prediction, corrected by its errors on all other published runs
-    reference   what others published for large runs, as 6 N D FLOPs per GPU second, and the bill at their rate
+    reference   large runs that others published, as 6 N D FLOPs per GPU second, and the bill at their rate
 
-The ramp of the batch, the context extension and post-training are not drawn: the ramp costs the share that the plan
-gives it, and the hours are those of pre-training.
+The batch ramp, the context extension and post-training are not drawn: the ramp costs the share that the plan gives it,
+and the hours are those of pre-training only.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Held:
     name: str
     published: float
     point: float
-    """Tokens per second per GPU by the plan with its usual inputs."""
+    """Tokens per second per GPU that the planner predicts with its usual inputs."""
     drawn: Quantiles
     recorded: Quantiles
-    """The point prediction with the planner's errors on the runs that were looked at before."""
+    """The point prediction with the planner's errors on the runs looked at before."""
     seen: bool
     """Looked at before the ranges were set."""
 
     @property
     def error(self) -> float:
-        """Of the point prediction."""
+        """The relative error of the point prediction."""
         return self.point / self.published - 1
 
 
@@ -59,7 +59,7 @@ class Credibility:
     hours: np.ndarray
     usd: np.ndarray
     inputs: list[dict[str, Any]]
-    """Of every input: its range and source, its rank correlation with the hours, its share of their variance in %."""
+    """For every input: its range and source, its rank correlation with the hours, its share of their variance in %."""
     outside: Quantiles
     others: list[Held]
     reference: list[dict[str, Any]]
@@ -76,7 +76,7 @@ class Credibility:
 
     @property
     def covered(self) -> tuple[int, int]:
-        """Test runs inside their 90 % intervals: of the draws, of the record."""
+        """How many test runs lie inside their 90 % intervals: (of the draws, of the record)."""
         return (
             sum(one.drawn.holds(one.published) for one in self.test),
             sum(one.recorded.holds(one.published) for one in self.test),
@@ -165,11 +165,11 @@ def _range(one: Quantiles, unit: str) -> str:
 
 @cache
 def reference() -> list[dict[str, Any]]:
-    """Large runs that others published, and what V3 would cost at their rate: million hours, from 6 N D."""
+    """Large runs that others published, and V3's million GPU hours at their rate, from 6 N D."""
     runs: list[dict[str, Any]] = read_toml("reference.toml")["run"]
     ours = runs[0]
     for run in runs:
-        if "hours" not in run:  # a benchmark of V3 itself, in tokens per second and GPU
+        if "hours" not in run:  # a benchmark of V3 itself, in tokens per second per GPU
             run["v3_hours"] = ours["tokens"] / run["tokens_s"] / 3600 / 1e6
             continue
         run["tflops"] = 6 * run["active"] * run["tokens"] / run["hours"] / 3600 / 1e12
@@ -179,7 +179,7 @@ def reference() -> list[dict[str, Any]]:
 
 @cache
 def outside_view() -> Quantiles:
-    """Million GPU hours if V3's pre-training differs from its prediction as all other runs do."""
+    """Million GPU hours if V3's pre-training differs from its prediction as other runs differ from theirs."""
     runs = [*validate.other_runs(), *validate.held_out()]
     record = chance.next_one([run.predicted / run.published for run in runs])
     hours = audit.v3().gpu_hours / 1e6
@@ -196,7 +196,7 @@ def inside_view(draws: int, seed: int) -> np.ndarray:
 
 @cache
 def credibility(name: str, draws: int, seed: int) -> Credibility:
-    """UserError for an unknown audit and for too few draws."""
+    """The three views of an audit; UserError for an unknown audit and for fewer than `LEAST_DRAWS` draws."""
     audit.check(name)
     if draws < LEAST_DRAWS:
         raise UserError(f"--draws {draws}: an interval needs at least {LEAST_DRAWS}; the usual number is 400")
@@ -238,7 +238,7 @@ def _false(plan: RunPlan, times: int, published: float, hours: np.ndarray) -> di
     setup, true = plan.setup, times * published * 1e6
     rate = plan.tokens / true / 3600
     use = rate * setup.shape.flops(setup.length) / (setup.device.bf16 * 1e12)
-    slow = plan.gpu_hours / setup.in_step  # hours of kernels as fast as alone, as if all were kernels
+    slow = plan.gpu_hours / setup.in_step  # GPU hours if kernels were as fast as alone and all time were kernels
     worst = max(run["v3_hours"] for run in reference() if run["active"] > 10e9)
     slowest = f"the least efficient large run published would need {worst:.1f}M GPU hours, this {true / 1e6:.1f}M"
     return {

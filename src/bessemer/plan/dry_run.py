@@ -1,8 +1,8 @@
 """What every rank of a run would hold, computed on one machine before anything runs (`bessemer run RECIPE --dry-run`).
 
-Weights, gradients and optimizer state are those of the real classes: `ModelShard` and `Zero1` are made as a rank of
-the world makes them, with torch's fake process group in place of a network and the model on the meta device, so nothing
-is allocated. Activations are computed (`plan.memory`).
+Weights, gradients and optimizer state are those of the real classes: `ModelShard` and `Zero1` are created as a rank of
+the world creates them, with torch's fake process group in place of a network and the model on the meta device, so
+nothing is allocated. Activations are calculated (`plan.memory`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DryRun:
     ramp: list[dict[str, Any]]
     """Where the number of micro-batches or the schedule changes: tokens, rows, micro, schedule."""
     ranks: dict[int, dict[str, int]]
-    """World rank -> bytes by kind, of the first, a middle and the last pipeline rank."""
+    """World rank -> bytes by kind, for the first, a middle and the last pipeline rank."""
     device: Device | None
 
     @property
@@ -95,8 +95,8 @@ def dry_run(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats,
     recompute: Collection[str] = (), on: Device | None = None,
 ) -> dict[int, dict[str, int]]:  # fmt: skip
-    """Bytes by kind of the first, a middle and the last pipeline rank, for micro-batches of `rows` sequences of
-    `length` tokens."""
+    """World rank -> bytes by kind, for the first, a middle and the last pipeline rank, with micro-batches of `rows`
+    sequences of `length` tokens."""
     room = None if on is None else on.room
     computed = memory.per_rank(cfg, layout, table, rows, length, numbers, recompute, room=room)
     ranks = {}
@@ -134,7 +134,7 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
 
 @contextmanager
 def _as_rank(rank: int, world: int) -> Iterator[None]:
-    """This process as one rank of a world with a fake process group."""
+    """Makes this process one rank of a world with a fake process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # the import registers "fake"
 
     if dist.is_initialized():

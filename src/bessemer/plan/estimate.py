@@ -1,8 +1,8 @@
 """How long a recipe takes on this machine, from a few seconds of measurement (`bessemer plan RECIPE --here`).
 
-Measured: optimizer steps of the pre-training, held-out forwards, decoding with a network of that shape. Assumed: the
-length of answers (half of their cap) and the time of a corpus stage. If the run exists, planned stages are compared
-with its measured ones.
+Measured: optimizer steps of pre-training, held-out forward passes, and decoding with a network of that shape. Assumed:
+the length of answers (half of their cap) and the time of a corpus stage. If the run exists, planned times are compared
+with those it measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
 
 ANSWER = 0.5
-"""Mean length of answers over `max_new_tokens`."""
+"""Ratio of answers' mean length to `max_new_tokens`."""
 CORPUS = 60.0
 """Seconds of a corpus stage: download, tokenizer, packing. Not measured."""
 
@@ -79,7 +79,7 @@ class LocalEstimate:
 
 
 def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> LocalEstimate:
-    """`seconds`: length of each measurement; `run`: the run directory to compare with, if it exists."""
+    """`seconds`: of each measurement; `run`: directory to compare with, if it exists. Needs a pre-training stage."""
     settings, cfg, length = pretraining(recipe, needed_for="--here measures")
     model = Transformer(cfg).initialise(recipe.seed).to(setup.device())
     if settings.fp8 != "off":
@@ -106,8 +106,8 @@ def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> L
 
 
 def training_rate(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
-    """Tokens per second of the stage's trainer, on random tokens. Steps of the first third of the time are not counted:
-    kernels are then compiled for every number of rows that an expert may get."""
+    """Tokens per second of the stage's trainer, on random tokens. Steps in the first third of the time do not count,
+    because kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)
     trainer = Trainer(
         model, objective.next_token, None, settings, runtime(settings, choice.dtype, setup.workers()),
@@ -120,7 +120,7 @@ def training_rate(model: Transformer, settings: PretrainConfig, length: int, sec
         trainer.update(_batch(size, length, model) for size in sizes)
 
     def steps(least: int, seconds: float) -> float:
-        """Median seconds of a step: other work on the machine comes in bursts."""
+        """Median seconds per step, because other work on the machine comes in bursts."""
         taken: list[float] = []
         while len(taken) < least or sum(taken) < seconds:
             began = time.monotonic()
@@ -151,8 +151,8 @@ def _held_out(model: Transformer, length: int, seconds: float) -> float:
 
 
 def _decoding(model: Transformer, seconds: float) -> float:
-    """Tokens per second of the engine with a batch as large as a rollout's, on all cores. The network is untrained, so
-    that answers run to their cap."""
+    """Tokens per second of the engine with a batch as large as a rollout's, on all cores. The network is untrained, and
+    answers run to their cap."""
     workers = setup.workers()
     task = Arithmetic()
     tokenizer = Tokenizer.train((task.document(i) for i in range(200)), min(400, model.cfg.vocab_size))
@@ -181,7 +181,7 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: 
         evaluations = 2 + stage.rollouts // stage.eval_every
         asked = evaluations * stage.eval_problems * 4 * len(stage.tasks)
         mean = ANSWER * sum(stage.max_new_tokens.values) / len(stage.max_new_tokens.values)
-        # the log-probabilities of the policy and of the reference take a forward pass each
+        # the log-probabilities of the policy and of the reference each take a forward pass
         return (samples + asked) * mean / decode + samples * mean * (1 + 2 / 3) / train
     if isinstance(stage, EvalConfig):
         answers = len(stage.models) * len(stage.temperatures) * n_problems(stage) * stage.samples

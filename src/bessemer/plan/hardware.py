@@ -1,9 +1,9 @@
-"""Devices, clusters, and the seconds of one kernel or one message on a device.
+"""Devices, clusters, and the time of one kernel or one message on a device.
 
-Makers' figures are in `hardware.toml`, published measurements of kernels in `efficiency.toml`:
+Vendors' figures are in `hardware.toml`, published measurements of kernels in `efficiency.toml`:
 
-    GEMM        FLOPs / (R q K / (K + K0)), at least its memory traffic; R and K0 are fitted to the published points of
-                the format, and R scales from device to device with the best GEMM that each reaches
+    GEMM        FLOPs / (R q K / (K + K0)), at least the time of its memory traffic; R and K0 are fitted to the format's
+                published points, and R scales from device to device with the best GEMM that each reaches
     attention   FlashAttention, causal: FLOPs / R (1 + L0 / L)
     memory      bytes / (share of the bandwidth)
     exchange    bytes per token and node over DeepEP's bandwidth
@@ -27,8 +27,8 @@ from bessemer.errors import UserError
 
 GIB = 2**30
 RESERVE = 0.06
-"""Share of the memory left to the runtime: context, communication buffers, fragmentation. An assumption; NCCL and a
-CUDA context alone take 2 to 4 GiB."""
+"""Fraction of memory left to the runtime: context, communication buffers, fragmentation. An assumption; NCCL and a CUDA
+context alone take 2 to 4 GiB."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ClusterSpec:
 
 
 def read_toml(name: str) -> dict[str, Any]:
-    """A data file of this package."""
+    """Reads a data file of this package."""
     return tomllib.loads(resources.files("bessemer.plan").joinpath(name).read_text(encoding="utf-8"))
 
 
@@ -86,7 +86,7 @@ def device(name: str) -> Device:
 
 
 def parse_cluster(text: str) -> ClusterSpec:
-    """ "2048xH800" -> 2,048 of them."""
+    """ "2048xH800" -> 2,048 of them; UserError for text of another form."""
     match = re.fullmatch(r"\s*([0-9_,]+)\s*[x*]\s*(\S+)\s*", text, re.IGNORECASE)
     if not match:
         raise UserError(f"--cluster {text}: write a number and a device, such as 2048xH800 or 8xH100")
@@ -121,7 +121,7 @@ class Op:
 
 
 def gemm(name: str, m: float, n: int, k: float, format: str, *, groups: int = 1, write: int = 2, read: int = 0) -> Op:
-    """`groups` products [m, k] x [k, n]. `write`, `read`: bytes written and, where the product is added to the output,
+    """`groups` products [m, k] x [k, n]. `write`, `read`: bytes written and, if the product is added to the output,
     read per element of the output."""
     size = 1 if format == "fp8" else 2
     traffic = groups * (size * (m * k + k * n) + (write + read) * m * n)
@@ -139,7 +139,7 @@ def efficiency() -> dict[str, Any]:
 
 
 def wave_fill(shape: tuple[int, int, int, int], units: int) -> float:
-    """Mean share of the multiprocessors that have a tile, over all waves."""
+    """Fraction of the multiprocessors that have a tile, averaged over all waves."""
     groups, m, n, _ = shape
     tiles = groups * math.ceil(m / TILE) * math.ceil(n / TILE)
     return tiles / (math.ceil(tiles / units) * units)
@@ -171,7 +171,7 @@ def best_gemm(format: str, name: str) -> float:
 
 @dataclass(frozen=True)
 class RateFactors:
-    """Factors on the published rates of `efficiency.toml`; 1: as published."""
+    """Factors on the rates published in `efficiency.toml`; 1: as published."""
 
     gemm: float = 1.0
     attention: float = 1.0

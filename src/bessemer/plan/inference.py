@@ -1,13 +1,13 @@
-"""Prefill and decode of a deployment, and what is built from them: the cheapest serving unit and a GRPO rollout.
+"""Times of prefill and decode in a deployment, and what follows from them: the cheapest serving unit, a GRPO rollout.
 
-Decode (V3 3.4): every GPU computes the attention of its own answers and a share of the experts. Each layer reads its
-weights and cached latents once a step, attends to latents in the absorbed form (V3 2.1.1) and sends tokens with
-DeepEP's low-latency kernels. Two micro-batches alternate, so that the slower of computation and communication counts.
+Decode (V3 3.4): every GPU computes the attention of its own answers and a share of the experts. In each step, a layer
+reads its weights and cached latents once, attends to latents in the absorbed form (V3 2.1.1) and sends tokens with
+DeepEP's low-latency kernels. Two micro-batches alternate, so the slower of computation and communication counts.
 
-RL (R1-Nature B.1): rollouts, then updates, on the same devices. A rollout ends with its longest answer: it takes as
-long as the cap times a decoding step, or as all tokens need at the full batch, whichever is longer. Updates go over
-the tokens of the rollout once, forward and backward, and forward only for the log-probabilities of the policy and of
-the reference.
+RL (R1-Nature B.1): rollouts, then updates, on the same devices. A rollout ends with its longest answer: it takes a
+decoding step for every token up to the cap, or the time of all tokens at the full batch, whichever is longer. Updates
+pass once over the tokens of the rollout, forward and backward, and forward only for the log-probabilities of the policy
+and of the reference.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Deployment:
     """Redundant experts, beyond one copy of each."""
     fp8: bool = True
     accepted: float = 0.0
-    """Drafts of the MTP module that are accepted per step."""
+    """Accepted MTP drafts per step."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def _layer(deployment: Deployment, rows: int, local: int, dense: bool) -> list[O
 
 
 def _absorbed(device: Device, flops: float) -> Op:
-    """A kernel that takes as long as FlashMLA's arithmetic."""
+    """An operation that takes as long as FlashMLA's arithmetic."""
     seconds = flops / (1e12 * efficiency()["decode"]["tflops"] * device.bf16 / 989.4)
     return memory_op("absorbed attention", seconds * 1e12 * device.bandwidth * efficiency()["memory"]["stream"])
 
 
 def _latency(deployment: Deployment, rows: int) -> float:
-    """Seconds of a dispatch and a combine with low-latency kernels: measured for 128 tokens, proportional for more,
-    half of it fixed for fewer."""
+    """Seconds of a dispatch and a combine with low-latency kernels: measured for 128 tokens, proportional for more; for
+    fewer, half of the time is fixed."""
     table = efficiency()["decode"]["low_latency"]
     near = min(table, key=lambda row: abs(math.log(row[0] / deployment.ep)))
     share = rows / 128
@@ -128,10 +128,10 @@ class PrefillTime:
 def prefill(
     shape: ModelShape, device: Device, ep: int, tokens: int, length: int, fp8: bool = True, cached: float = 0.0,
 ) -> PrefillTime:  # fmt: skip
-    """Prompts of `length` in batches of `tokens` new ones per GPU; the first `cached` share of every prompt is in the
-    cache. New tokens attend to it, and its keys and values are made again from its latents. Two micro-batches
-    alternate, so that the slower of computation and communication counts. Kernels are those of training, and take as
-    much longer within a layer as there (`IN_STEP`)."""
+    """The time for prompts of `length` tokens in batches of `tokens` new tokens per GPU; a share `cached` of every
+    prompt, its beginning, is in the cache. New tokens attend to it, and its keys and values are recomputed from its
+    latents. Two micro-batches alternate, so the slower of computation and communication counts. Kernels are those of
+    training, and slow down within a layer by the same factor (`IN_STEP`)."""
     kernels = Kernels.of(device, efficiency()["exchange"]["units"] if ep > 1 else 0)
     at = destinations(shape, ep, device.devices)
     local = max(1, shape.experts // ep) if shape.experts else 0
@@ -157,7 +157,7 @@ def prefill(
 
 
 CONTEXT, SPEED = 4989, 20
-"""Mean tokens in the cache of an answer, and least tokens per second of every answer, as published for DeepSeek's own
+"""Mean tokens in an answer's cache, and minimum tokens per second of every answer, as published for DeepSeek's own
 service (open-infra-index, 2025-02-28)."""
 UNITS = (1, 8, 16, 32, 64, 144, 320)
 """Sizes of a serving unit that are considered, in GPUs."""
@@ -191,7 +191,7 @@ class ServingOffer:
 
 
 def cheapest_unit(shape: ModelShape, device: Device, fp8: bool) -> ServingOffer | None:
-    """None if no unit can hold the network with one answer, or none is fast enough."""
+    """The unit with the most tokens per second per GPU; None if none can hold one answer at `SPEED` or faster."""
     best: ServingOffer | None = None
     for ep in UNITS:
         if ep > max(1, shape.experts):
@@ -211,7 +211,7 @@ def cheapest_unit(shape: ModelShape, device: Device, fp8: bool) -> ServingOffer 
 
 
 MEAN = 0.25
-"""Mean length of answers over the cap: an assumption; R1-Zero's grew from hundreds of tokens to over ten thousand."""
+"""Ratio of answers' mean length to the cap, an assumption: R1-Zero's grew from hundreds of tokens to over 10,000."""
 ACCEPTED = 0.85
 """Share of the MTP module's drafts that are accepted (V3 5.4.3: 85 to 90 %)."""
 
@@ -234,9 +234,9 @@ def rollout_time(
     shape: ModelShape, device: Device, gpus: int, answers: int, cap: int, train_rate: float, ep: int,
     accepted: float = 0.0, mean: float = MEAN, critic: bool = False,
 ) -> RolloutTime:  # fmt: skip
-    """`train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling unit; `accepted`: drafts of
-    an MTP module that are accepted per step. R1's sampler drafted (R1-Nature B.1), the one of `rl` does not. A `critic`
-    computes values once, and its own updates."""
+    """The time of one rollout. `train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling
+    unit; `accepted`: accepted MTP drafts per step (R1's sampler drafted, R1-Nature B.1; that of `rl` does not). A
+    `critic` adds one pass for values and its own updates."""
     batch = max(1, -(-answers // gpus))
     deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted)
     step = decode(deployment).seconds / (1 + accepted)

@@ -1,5 +1,5 @@
-"""The kernels of one micro-batch, phase by phase: forward, gradients of inputs (B) and gradients of weights (W) of a
-layer (V3 3.2.3, 3.3).
+"""The kernels of one micro-batch in a layer, phase by phase: forward, gradients of inputs (B) and gradients of weights
+(W) (V3 3.2.3, 3.3).
 
 In FP8, the operands of every matrix of attention, FFN and experts are quantised first, those of W along the tokens; B
 recomputes norms, up-projections and the activation of an FFN. In BF16, nothing is cast and B recomputes only the norms.
@@ -31,7 +31,7 @@ class Phase:
         return Phase(self.forward + other.forward, self.input + other.input, self.weight + other.weight)
 
     def recomputed(self) -> Phase:
-        """The same with recomputation: backward begins with the forward."""
+        """This phase with recomputation: backward begins with the forward."""
         return Phase(self.forward, self.forward + self.input, self.weight)
 
     @property
@@ -48,9 +48,9 @@ OWN_ROWS = frozenset(
 def attend(
     shape: ModelShape, tokens: int, length: int, fp8: bool, gated: bool = True, tp: int = 1, cp: int = 1,
 ) -> Phase:  # fmt: skip
-    """Norm, attention, residual; norm and, in a layer with experts, the routing decision. With `tp` ranks that split
-    the heads, each works on the rows of all of them; what makes MLA's latents is whole on each, for its own rows. With
-    `cp` ranks that split every row, each makes keys and values of the other parts from their latents."""
+    """Norm, attention, residual; norm and, in a layer with experts, the routing decision. When `tp` ranks split the
+    heads, each works on the rows of all of them; the matrices that compute MLA's latents are whole on each, for its own
+    rows. When `cp` ranks split every row, each computes keys and values of the other parts from their latents."""
     if tp > 1:
         shape = replace(shape, heads=shape.heads // tp, kv_heads=shape.kv_heads and max(1, shape.kv_heads // tp))
     gathered = tokens * tp
@@ -132,11 +132,11 @@ def ffn(
     input_ = (
         *ops(("cast dy", D * (BF16 + FP8) if fp8 and not sent else 0)),
         gemm(f"{name} down dx", m, inner, D, form, groups=groups),
-        # reads the gradient and the saved inputs, writes the gradients of gate and up, and the activation again
+        # reads the gradient and the saved inputs; writes the gradients of gate and up, and the recomputed activation
         *ops(("activation back", inner * BF16 + wide * (cast or BF16) + wide * (BF16 + cast) + inner * BF16)),
         gemm(f"{name} up dx", m, D, wide, form, groups=groups),
     )
-    # operands of W along the tokens: FP8 ones are cast back first, BF16 ones are cast and transposed in one pass
+    # W's operands lie along the tokens: FP8 ones are cast back first, BF16 ones are cast and transposed in one pass
     kept, fresh = (2 * D, wide + inner) if sent else (D, D + wide + inner)
     weight = (
         *ops(("turn", kept * (FP8 + BF16 + BF16 + FP8) + fresh * (BF16 + FP8) if fp8 else 0)),

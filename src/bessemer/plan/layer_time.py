@@ -8,7 +8,7 @@ two streams, each in order. For a forward layer F and the backward layer B that 
 
 (combine B takes gradients to the experts, dispatch B returns them.) A piece of work starts when its stream is free and
 its inputs are ready: F runs attend, dispatch, experts, combine; B runs combine, experts, dispatch, attend.
-Communication takes multiprocessors from computation only where the two overlap.
+Communication takes multiprocessors from computation only while the two overlap.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def _plus(*terms: Ways) -> Ways:
 
 
 def tensor_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
-    """Seconds that the split matrices of attention, or of a dense FFN, wait for messages: rows are gathered before the
-    first and summed and scattered after the last, in both directions; weight gradients gather the inputs once more
+    """Seconds that the split matrices of attention, or of a dense FFN, wait for messages. Rows are gathered before the
+    first matrix and reduce-scattered after the last, in both directions; weight gradients gather the inputs once more
     (Korthikanti et al. 2022, 4.2.2). `again`: backward repeats the forward."""
     if setup.tp == 1:
         return 0.0, 0.0, 0.0
@@ -148,7 +148,7 @@ def tensor_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
 
 
 def context_messages(kernels: Kernels, setup: Setup, again: bool) -> Ways:
-    """Seconds to gather the keys and values of the other parts of a row, or the latents of MLA, and to return their
+    """Seconds to gather the keys and values of the other parts of a row, or MLA's latents, and to return their
     gradients: all-gather and reduce-scatter, not hidden (Llama 3 report, arXiv 2407.21783, 3.3.2)."""
     if setup.cp == 1:
         return 0.0, 0.0, 0.0
@@ -169,7 +169,7 @@ def _ways(kernels: Kernels, phase: Phase, setup: Setup) -> tuple[float, float, f
 
 
 def row_bytes(setup: Setup, way: str) -> int:
-    """Bytes of a token in a dispatch (FP8 with its scaling factors) or a combine (BF16) (V3 3.3.3)."""
+    """Bytes of a token in a dispatch (FP8 with scaling factors) or a combine (BF16) (V3 3.3.3)."""
     dim = setup.shape.dim
     return dim + 4 * -(-dim // TILE) if setup.fp8 and way == "dispatch" else 2 * dim
 
@@ -186,7 +186,7 @@ def exchange_seconds(setup: Setup, way: str, at: Destinations) -> float:
 
 
 def cuts(setup: Setup, stages: int) -> list[range]:
-    """Layers of every stage: as the executor cuts them (`stage.cut`), or equally many."""
+    """The layers of every stage: as the executor cuts them (`stage.cut`), or with `even` equally many each."""
     shape = setup.shape
     if setup.even:
         blocks = shape.n_layers + shape.n_mtp

@@ -3,13 +3,13 @@
     weights, gradients, masters, moments, routing    exact: the layers of the rank's stages, its own routed experts and
                    everything else whole (`stage.cut`, `keep_experts`), with compute weights and float32 gradients of
                    all of it, masters and moments of a share (`zero1.Zero1`). With two copies of the model (DualPipe) a
-                   rank holds two stages. Tests compare with the real classes, to the byte
-    operands       weights in FP8, kept for a step (`precision.weights`): once on a CPU, on a GPU as often as fits
-                   beside the rest, twice at most
-    activations    what micro-batches keep between their forward and their backward, at the step of the schedule where
-                   that is most: `model.accounting` for a stage, the table for how many
-    working        what is needed while one layer, or the loss, is computed: exchange buffers, gradients of the rows of
-                   the experts, one chunk of logits; the largest of them, once. An estimate (`working`)
+                   rank holds two stages. Tests compare these with the real classes, to the byte
+    operands       weights in FP8, kept for a step (`precision.weights`): once on a CPU; on a GPU, as often as fits
+                   beside the rest, at most twice
+    activations    what micro-batches keep between their forward and their backward, at the peak of the schedule:
+                   `model.accounting` gives the bytes of a stage, the table how many micro-batches
+    working        what is needed while one layer, or the loss, is computed: exchange buffers, gradients of the experts'
+                   rows, one chunk of logits; the larger of the two, once. An estimate (`working`)
 
 Routing is assumed balanced: every rank's experts get as many rows as its tokens send. The runtime's own memory (CUDA
 context, NCCL buffers, fragmentation) is not counted.
@@ -60,7 +60,7 @@ def per_rank(
     recompute: Collection[str] = (), mtp: bool = True, cuts: Sequence[range] | None = None, room: float | None = None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Bytes by kind of every pipeline rank, for micro-batches of `rows` sequences of `length` tokens. `cuts`: layers of
-    every stage; by default those of `stage.cut`. `room`: bytes that a GPU may fill."""
+    every stage; by default those of `stage.cut`. `room`: bytes that a GPU may use; None: a CPU."""
     cuts = cuts or cut(cfg, table.stages)
     need = working(cfg, layout, rows, length, numbers)
     saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp, layout.ep == 1)
@@ -96,8 +96,8 @@ def saved_by_stage(
 
 
 def most_live(steps: tuple[Step, ...], saved: Mapping[int, int]) -> int:
-    """Most bytes saved at the same time on one rank. A forward saves those of its stage and B frees them; after an I
-    (input gradients only) its W frees them."""
+    """The most bytes saved at the same time on one rank. A forward saves those of its stage and a B frees them; after
+    an I (input gradients only), its W frees them."""
     most = now = 0
     for action in actions(steps):
         if action.kind == "F":
@@ -111,11 +111,11 @@ def most_live(steps: tuple[Step, ...], saved: Mapping[int, int]) -> int:
 def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: NumberFormats) -> dict[str, int]:
     """Bytes in use only while a layer or the loss is computed; estimates.
 
-    Layer: backward of the experts, with its input rows and their gradients, gradients between the two matrices in
+    Layer: backward of the experts, with its input rows and their gradients, the gradients between the two matrices in
     float32, and the exchange buffers on both sides. Loss: one chunk of logits in the compute dtype, in float32 and
-    after the softmax, and the head's gradient in float32, with its chunk's in the compute dtype. Core (context
-    parallelism): the latents of all ranks with their gradients in float32, this rank's queries, outputs and gradients
-    in float32 with one copy being written, and a block of keys and values with its gradients.
+    after the softmax, and the head's gradient in float32, with the chunk's in the compute dtype. Core (context
+    parallelism): the latents of all ranks with their gradients in float32; this rank's queries, outputs and gradients
+    in float32, with one copy being written; and a block of keys and values with its gradients.
     """
     tokens, number = rows * length // layout.cp, numbers.compute
     routed = tokens * cfg.n_activated_experts
@@ -136,8 +136,8 @@ class VectorKind(NamedTuple):
     """What decides which flat vector a parameter belongs to (a group of `Optimizer`)."""
 
     expert: bool
-    """Optimizer state is sharded over the ranks with the same experts; for other parameters, over all data-parallel
-    ranks."""
+    """Its optimizer state is sharded over the ranks with the same experts; that of other parameters, over all ranks of
+    the stage."""
     decayed: bool
     full: bool
     """Float32 whatever the compute dtype: norm gains and gates."""
@@ -154,7 +154,7 @@ class RankParams:
     parameters: int
     """Without padding."""
     ranks: dict[bool, int]
-    """Over how many ranks optimizer state is sharded: of experts (True), of everything else (False)."""
+    """How many ranks share the optimizer state: of experts (True), of everything else (False)."""
     gates: int
     """Layers with a routing bias and a load counter."""
     experts: int
@@ -190,7 +190,7 @@ def rank_params(
 def _params_of(
     cfg: ModelConfig, layout: Layout, mine: frozenset[int], others: frozenset[int], number: int, cuts: tuple[range, ...]
 ) -> RankParams:
-    """Of a rank with the stages `mine`, where other ranks hold `others`."""
+    """The parameters of a rank that holds the stages `mine` while other ranks hold `others`."""
     copies = layout.dp * layout.cp
     last, ranks = len(cuts) - 1, {True: copies, False: copies * layout.ep}
     found: dict[VectorKind, list[int]] = {}

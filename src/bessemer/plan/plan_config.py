@@ -1,5 +1,5 @@
-"""The planner's input: options by hand (`--set layout.pp=8 batch=8192 precision=bf16 ...`) over those of a published
-run or a recipe, checked and made into a `Setup`, or one clear error."""
+"""The planner's input: the user's options (`--set layout.pp=8 batch=8192 precision=bf16 ...`) over those of a published
+run or a recipe, checked and turned into a `Setup`, or one clear error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Every option of a plan; None where it is not set."""
+    """Every option of a plan; None if it is not set."""
 
     pp: int | None = None
     """Pipeline ranks."""
@@ -43,13 +43,13 @@ class PlanConfig:
     cp: int | None = None
     """Context-parallel ranks."""
     node: int | None = None
-    """Ranks of a node; by default the devices of a node."""
+    """Ranks per node; by default the devices per node."""
     schedule: str | None = None
     """A pipeline schedule, or auto."""
     tokens: float | None = None
     """Tokens of the whole run."""
     batch: tuple[tuple[float, float], ...] | None = None
-    """Sequences of a step, as points over consumed tokens."""
+    """Sequences per step, as (tokens, sequences) points over consumed tokens."""
     seq: int | None = None
     """Tokens of a sequence."""
     micro_rows: int | None = None
@@ -57,7 +57,7 @@ class PlanConfig:
     precision: str | None = None
     """fp8 or bf16."""
     mtp: int | None = None
-    """1: with the MTP modules, 0: without."""
+    """1: with the MTP modules; 0: without."""
     routing: str | None = None
     """balanced, or a load trace (JSON: tokens of each expert, layer by layer)."""
     recompute: tuple[str, ...] | None = None
@@ -65,14 +65,14 @@ class PlanConfig:
     stages: str | None = None
     """balanced: pipeline stages of nearly equal work; even: of equal numbers of layers."""
     in_step: float | None = None
-    """Time of kernels in a step over their time alone."""
+    """Ratio of kernels' time in a step to their time alone."""
     usd: float | None = None
     """Dollars per device hour."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes to the network's config."""
 
     def over(self, other: PlanConfig) -> PlanConfig:
-        """This config, with options that it does not set taken from `other`."""
+        """This config, with the options that it does not set taken from `other`."""
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None and f.name != "model"}
         return replace(other, **given, model={**other.model, **self.model})
 
@@ -87,11 +87,11 @@ class PlanConfig:
         return (self.pp or 1) * (self.ep or 1) * (self.cp or 1)
 
     def for_search(self, given: PlanConfig) -> PlanConfig:
-        """The same, with only those searched options set that the user gave."""
+        """This config, with the searched options set only if the user gave them."""
         return replace(self, **{name: getattr(given, name) for name in SEARCHED})
 
     def rows(self, tokens: float) -> float:
-        """Sequences of a step after `tokens` consumed tokens."""
+        """Sequences per step after `tokens` consumed tokens."""
         points = self.batch or ((0.0, 1.0),)
         for (at, value), (end, then) in pairwise(points):
             if at <= tokens < end:
@@ -109,7 +109,7 @@ def published(name: str) -> PlanConfig:
 
 
 def parse(settings: Sequence[str]) -> PlanConfig:
-    """The config of `--set` arguments, each one or several key=value."""
+    """The config from `--set` arguments, each with one or more key=value; UserError for one it cannot read."""
     values: dict[str, Any] = {"model": {}}
     known = {f.name for f in fields(PlanConfig)} - {"model"}
     for setting in (part for text in settings for part in text.split()):
@@ -185,8 +185,8 @@ _READ: dict[str, Callable[[str, str], Any]] = {
 
 
 def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
-    """(schedule, micro-batches of a step), with `target` rounded down to what the schedule allows. "auto": DualPipe
-    where possible, otherwise 1F1B."""
+    """(schedule, micro-batches per step), with `target` rounded down to a multiple the schedule allows. "auto":
+    DualPipe if possible, otherwise 1F1B."""
     if name == "auto":
         name = "dualpipe" if ranks % 2 == 0 and target >= schedules.least("dualpipe", ranks) else "1f1b"
     multiple = schedules.SCHEDULES[name].multiple(ranks)
@@ -194,14 +194,14 @@ def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
 
 
 def tokens_of(config: PlanConfig, name: str) -> float:
-    """The token budget; UserError for a run without one."""
+    """The token budget; UserError if the config has none."""
     if config.tokens is None:
         raise UserError(f"{name} has no budget; say how many tokens it trains on, such as --set tokens=1T")
     return config.tokens
 
 
 def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
-    """The run on a cluster; UserError for an impossible layout, with the nearest possible ones."""
+    """The setup of the run on a cluster; UserError for an impossible layout, with the nearest possible ones."""
     node = config.node or cluster.device.devices
     pp, ep, cp = config.pp or 1, config.ep or 1, config.cp or 1
     dp = config.dp or max(1, cluster.size // (pp * ep * cp))
@@ -211,7 +211,7 @@ def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
 
 
 def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layout: Layout) -> Setup:
-    """The run in a valid layout."""
+    """The setup of the run in a valid layout; UserError if the batch is too small for it."""
     rows = config.micro_rows or 1
     batch = config.rows(config.tokens or 0.0) if config.batch else layout.dp * layout.ep * rows * 4 * layout.pp
     each = layout.dp * layout.ep * rows
@@ -233,8 +233,8 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
 
 
 def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig, Recipe | None]:
-    """(name, network, config, recipe if it is one) of a preset or a recipe's path, with the user's options over its
-    own; UserError if it is neither."""
+    """(name, network, config, recipe or None) of a preset or a recipe's path, with the user's options over its own;
+    UserError if `name` is neither."""
     if name in PRESETS:
         return name, preset(name, **given.model), given.over(published(name)), None
     path = Path(name)
@@ -247,7 +247,7 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
 
 
 def begun(recipe: Recipe) -> Iterator[PretrainConfig]:
-    """The stages that pre-train from random weights, whose network the recipe defines."""
+    """The stages that pre-train from random weights; the recipe defines their network."""
     return (stage for stage in recipe.stages if isinstance(stage, PretrainConfig) and stage.corpus is None)
 
 
@@ -264,8 +264,8 @@ def pretraining(
 def pretraining(
     recipe: Recipe, model: dict[str, Any] | None = None, needed_for: str = ""
 ) -> tuple[PretrainConfig | None, ModelConfig, int]:
-    """(pre-training stage or None, network with the changes `model`, tokens of a sequence) of a recipe. `needed_for`:
-    the option whose error is raised for a recipe without pre-training."""
+    """(pre-training stage or None, network with the changes `model`, tokens per sequence) of a recipe. `needed_for`:
+    the option named in the UserError for a recipe without pre-training; empty: no error."""
     settings = next(begun(recipe), None)
     if settings is None and needed_for:
         raise UserError(
@@ -285,7 +285,7 @@ def _longest_row(recipe: Recipe, cfg: ModelConfig) -> int:
 
 
 def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> PlanConfig:
-    """The layout of a recipe, and its pre-training on sequences of `length` tokens if it has one."""
+    """The layout of a recipe and, if it has one, its pre-training, on sequences of `length` tokens."""
     table = recipe.layout
     parallel = table.pp * table.ep * table.cp > 1 or table.dp not in (1, "auto")
     layout: dict[str, Any] = {"pp": table.pp, "ep": table.ep, "node": table.node} if parallel else {}

@@ -1,7 +1,7 @@
-"""The best layout of a cluster.
+"""Finds the best layout for a run on a cluster.
 
-Every combination of (PP, EP, DP), schedule, recomputation, micro-batch and precision that the user did not fix is
-sorted by a lower bound of its time and pruned by memory; the most promising ones are simulated.
+All combinations of (PP, EP, DP), schedule, recomputation, micro-batch and precision that the user left open are sorted
+by a lower bound on their time and pruned by memory; the most promising ones are simulated.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from bessemer.plan.step_time import step_time
 from bessemer.plan.training_setup import Setup
 
 SIMULATED = 24
-"""Most candidates that are simulated."""
+"""The most candidates to simulate."""
 SCHEDULES = ("dualpipe", "dualpipe-v", "zb1p", "1f1b", "interleaved")
 RECOMPUTE = ((), ("experts",), ("attend",), ("attend", "experts"))
 ROWS = (1, 2, 4)
 PIPELINES = 32
-"""Most pipeline ranks that are considered, unless the user sets them."""
+"""The most pipeline ranks to consider, unless the user sets them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits, simulated."""
+    """A layout that fits, and its simulated rate."""
 
     setup: Setup
     rate: float
     """Tokens per second per device."""
     bytes: int
-    """Bytes of the rank that needs most."""
+    """Bytes of the rank that needs the most."""
 
     def facts(self) -> dict[str, Any]:
         layout = self.setup.layout
@@ -129,7 +129,7 @@ def _layouts(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> list
 
 
 def _enough(setup: Setup) -> int:
-    """Micro-batches that suffice to reach the peak memory of a rank."""
+    """Enough micro-batches to reach the peak memory of a rank."""
     return min(setup.micro, 4 * setup.layout.pp)
 
 
@@ -144,8 +144,8 @@ def _peak_bytes(cfg: ModelConfig, setup: Setup) -> int:
 
 
 def _lower_bound(setup: Setup) -> float:
-    """Seconds per token and device that no order of work can beat: computation, communication where no pair hides it,
-    and the bubble by the schedule's formula (V3 Table 2)."""
+    """Seconds per token and device that no order of work can beat: computation, communication that no pair hides, and
+    the bubble by the schedule's formula (V3 Table 2)."""
     times = {dense: layer_times(setup, dense, 0) for dense in (True, False)}
     shape, pp = setup.shape, setup.layout.pp
     hidden = setup.schedule.startswith("dualpipe")

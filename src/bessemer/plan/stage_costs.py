@@ -1,8 +1,8 @@
 """What every stage of a recipe costs on planned devices.
 
-Pre-training from random weights is the plan's own. RL, rejection sampling and evaluation are priced by their answers,
-with the decoding steps and rollouts of `plan.inference`; other training by the tokens that the stage expects, at the
-plan's rate. Reading, tokenising, judging and downloads take no GPU and count as nothing.
+Pre-training from random weights costs what the plan says. RL, rejection sampling and evaluation are priced by their
+answers, with the decoding steps and rollouts of `plan.inference`; other training by the tokens that the stage expects,
+at the plan's rate. Reading, tokenising, judging and downloads need no GPU and count as nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bessemer.plan.training_setup import ModelShape
 from bessemer.train import lineage, setup
 
 TOGETHER = 512
-"""Answers that a GPU decodes at a time, where a stage asks for more at once."""
+"""Answers that a GPU decodes at a time if a stage asks for more at once."""
 NO_GPU = ("corpus", "import", "examples")
 """Kinds of stages without work for a GPU."""
 
@@ -40,9 +40,9 @@ class StageCost:
     kind: str
     gpu_hours: float
     work: str
-    """What is counted, in words."""
+    """What is counted, as a phrase."""
     rollout: RolloutTime | None = None
-    """The last rollout of an RL stage with its updates."""
+    """The last rollout of an RL stage, with its updates."""
 
     def facts(self) -> dict[str, Any]:
         rollout = {} if self.rollout is None else {
@@ -53,7 +53,7 @@ class StageCost:
 
 
 def stage_costs(plan: RunPlan, recipe: Recipe | None) -> list[StageCost]:
-    """The stages that use the GPUs, in order; none without a recipe. The sampler of RL does not draft."""
+    """The cost of each stage that uses GPUs, in order; none without a recipe. RL's sampler does not use MTP drafts."""
     return [] if recipe is None else [cost for stage in recipe.stages if (cost := _cost(plan, recipe, stage))]
 
 
@@ -75,7 +75,7 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
     if isinstance(stage, EvalConfig):
         try:
             problems = n_problems(stage)
-        except UserError as error:  # all problems of files that are elsewhere
+        except UserError as error:  # all of a file's problems, and the file is elsewhere
             return StageCost(stage.name, stage.kind, 0.0, f"not counted: {error}")
         each = problems * stage.samples * len(stage.temperatures)
         hours = sum(_answers(plan, recipe, name, each, stage.max_new_tokens) for name in stage.models)
@@ -100,7 +100,7 @@ def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
 
 
 def _answers(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int) -> float:
-    """GPU hours of answers alone, without updates."""
+    """GPU hours of sampling answers, without updates."""
     rounds = math.ceil(answers / (TOGETHER * plan.gpus))
     one = _rollout(plan, recipe, name, math.ceil(answers / rounds), cap, math.inf)
     return rounds * one.seconds * plan.gpus / 3600
@@ -114,13 +114,13 @@ def _rollout(
 
 
 def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:
-    """How many times as fast the model of `name` trains as the plan's, by the FLOPs of a token."""
+    """How many times as fast the model of `name` trains as the plan's, by FLOPs per token."""
     length = plan.setup.length
     return plan.setup.shape.flops(length) / _shape(plan, recipe, name).flops(length)
 
 
 def _shape(plan: RunPlan, recipe: Recipe, name: str | None) -> ModelShape:
-    """The network of `name`: the plan's, but for models that began in another stage and that the recipe tells."""
+    """The network of `name`: the plan's, unless it began in another stage and the recipe gives its config."""
     if lineage.origin(recipe, name) is next(begun(recipe), None):
         return plan.setup.shape
     cfg = lineage.config_of(recipe, name)

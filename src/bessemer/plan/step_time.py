@@ -1,9 +1,9 @@
 """The time of one optimizer step: kernels -> layers -> stages -> the schedule's table -> gradient sum and update.
 
-Tables are those of the executor. The communication of a layer overlaps computation only in pairs (`layer_time.pair`);
-a forward or backward by itself runs one piece after the other. After the last micro-batch, gradients are
-reduce-scattered in float32 over the ranks that hold a parameter (both copies under DualPipe) and weights gathered in
-the compute dtype, with nothing to hide either; then AdamW updates this rank's share (V3 3.2.3).
+Tables are those of the executor. A layer's communication overlaps computation only in pairs (`layer_time.pair`); a
+forward or backward by itself runs one piece after the other. After the last micro-batch, gradients are reduce-scattered
+in float32 over the ranks that hold a parameter (both copies under DualPipe), AdamW updates this rank's share (V3
+3.2.3), and weights are gathered in the compute dtype, with nothing to hide the messages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bessemer.plan.training_setup import Setup, destinations
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of one pipeline stage by itself, and the times of its layers in pairs."""
+    """Seconds of one pipeline stage by itself, and of its layers in pairs."""
 
     forward: float
     input: float
@@ -32,11 +32,11 @@ class StageTimes:
     layers: tuple[LayerTimes, ...] = field(repr=False)
     """With the multiprocessors that communication leaves in a pair."""
     around: tuple[float, float] = (0.0, 0.0)
-    """Embedding, head and input of MTP modules in pairs: forward, backward."""
+    """Seconds of the embedding, the head and the input of MTP modules in pairs: forward, backward."""
 
 
 def step_key(step: Step) -> tuple:
-    """Equal for steps that take equally long, whatever their micro-batch."""
+    """A key that is equal for steps that take equally long, whatever their micro-batch."""
     return (step.forward.stage, step.backward.stage) if isinstance(step, Pair) else (step.kind, step.stage)
 
 
@@ -86,8 +86,8 @@ class StepTime:
 
     @cached_property
     def parts(self) -> dict[str, float]:
-        """Means over the ranks of a pipeline: forwards, backwards (of inputs, and of weights where they are not split),
-        weight gradients, overlapped pairs, bubble, optimizer; the rows of ISCA 2025, Table 4."""
+        """Means over the ranks of a pipeline: forwards, backwards (of inputs, and of weights if not split off), weight
+        gradients, overlapped pairs, bubble, optimizer; the rows of ISCA 2025, Table 4."""
         kinds = {"F": "forward", "B": "backward", "I": "backward", "W": "weights"}
         parts = dict.fromkeys(("forward", "backward", "weights", "pairs"), 0.0)
         for spans in self.timeline.spans:
@@ -100,7 +100,7 @@ class StepTime:
 
 
 def step_time(setup: Setup) -> StepTime:
-    """Raises UserError for an impossible schedule, and for FP8 on a device without it."""
+    """The time of one step; UserError for an impossible schedule, and for FP8 on a device without it."""
     if setup.fp8 and setup.device.fp8 is None:
         raise UserError(f"{setup.device.name} has no FP8; set precision=bf16")
     table = table_of(setup)
@@ -182,7 +182,7 @@ def _params_of_rank(setup: Setup, table: Table, rank: int) -> tuple[float, float
 
 
 def _groups(setup: Setup, table: Table, rank: int) -> list[tuple[float, int, int]]:
-    """(parameters, ranks that replicate them, how many of those in a node) of experts and of everything else."""
+    """(parameters, ranks that replicate them, how many of those share a node) of experts and of everything else."""
     expert, rest = _params_of_rank(setup, table, rank)
     layout = setup.layout
     return [
@@ -202,8 +202,8 @@ def step_end(setup: Setup, table: Table) -> tuple[float, float]:
         )  # fmt: skip
         share = sum(params / ranks for params, ranks, _ in groups)
         whole = 0.0 if setup.fsdp else sum(params for params, _, _ in groups)
-        # all gradients are read for their norm and cleared; of this rank's share the gradient is read, masters and two
-        # moments in BF16 are read and written, weights are written
+        # all gradients are read for their norm and cleared; in this rank's share, gradients are read, masters and two
+        # BF16 moments are read and written, weights are written
         update = memory_op("update", 2 * GRADIENT * whole + (GRADIENT + 8 + 8 + WEIGHT) * share)
         worst = max(worst, (sync, setup.in_step * kernels.seconds(update)))
     return worst

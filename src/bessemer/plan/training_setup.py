@@ -1,4 +1,4 @@
-"""What a plan assumes: the sizes of the network, where its experts are, and how the run is laid out."""
+"""What a plan assumes: the sizes of the network, where its experts are, and the layout of the run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from bessemer.model.config import ModelConfig
 from bessemer.plan.hardware import AS_PUBLISHED, Device, RateFactors
 
 IN_STEP = 1.2
-"""Time of kernels within a training step over their time alone: lower sustained clocks, tails, gaps. The only number
-taken from a training profile: the compute streams of the public DeepSeek trace are busy 124.3 ms for 4 + 4 layers
-(profile-data, H800), where the same kernels alone take 103.6. It uses the time of no whole run."""
+"""Ratio of kernels' time within a training step to their time alone: lower sustained clocks, tails, gaps. It is the
+only number taken from a training profile: the compute streams of the public DeepSeek trace are busy 124.3 ms for 4 + 4
+layers (profile-data, H800), and the same kernels alone take 103.6. No whole run's time went into it."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class ModelShape:
         )  # fmt: skip
 
     def without_mla(self) -> ModelShape:
-        """The same with multi-head attention: keys and values of every head, as wide as those of MLA without RoPE."""
+        """This shape with multi-head attention: keys and values of every head, as wide as MLA's without RoPE."""
         return replace(self, kv_heads=self.heads, qk=self.v, rope=0, q_rank=0, kv_rank=0)
 
     def linears(self) -> Iterator[tuple[str, int, int]]:
-        """Matrices of the attention of one layer: (name, rows N, columns K)."""
+        """The attention matrices of one layer: (name, rows N, columns K)."""
         if self.kv_heads:
             yield "qkv", self.heads * self.qk + self.kv_heads * (self.qk + self.v), self.dim
         else:
@@ -93,18 +93,18 @@ class ModelShape:
         return local_experts * self.ffn_params(self.expert_inner), self.attention_params() + rest
 
     def kv_bytes(self, number: int = 2) -> int:
-        """Bytes of the cache per token, over all layers."""
+        """Bytes of cache per token, over all layers; `number`: bytes of each number."""
         one = self.kv_heads * (self.qk + self.v) if self.kv_heads else self.kv_rank + self.rope
         return self.n_layers * one * number
 
     @property
     def params(self) -> int:
-        """All parameters, without MTP."""
+        """The number of parameters, without MTP."""
         sums = [sum(self.layer_params(i < self.dense, self.experts)) for i in range(self.n_layers)]
         return sum(sums) + (1 if self.tied else 2) * self.vocab * self.dim
 
     def flops(self, length: int, causal: bool = True) -> float:
-        """FLOPs of a token, forward and backward, without MTP."""
+        """FLOPs per token, forward and backward, without MTP."""
         sums = [sum(self.layer_params(i < self.dense, self.chosen)) for i in range(self.n_layers)]
         span = (length + 1) / 2 if causal else length
         attention = 2 * span * self.heads * (self.qk + self.v) * self.n_layers
@@ -129,20 +129,20 @@ class Setup:
     recompute: tuple[str, ...] = ()
     """Phases that the backward pass recomputes; "layer": whole layers."""
     imbalance: float = 1.0
-    """Rows of the busiest expert-parallel rank over the mean."""
+    """Ratio of the busiest expert-parallel rank's rows to the mean."""
     in_step: float = IN_STEP
     even: bool = False
-    """Pipeline stages of equally many layers; otherwise of nearly equal work (`stage.cut`)."""
+    """Pipeline stages have equally many layers; otherwise nearly equal work (`stage.cut`)."""
     fsdp: bool = False
     """Weights are sharded over the data-parallel ranks too, and gathered layer by layer."""
     tp: int = 1
-    """Tensor parallelism with sequence parallelism: ranks, among the layout's, that split the heads and inner columns
-    of the layers they share, and each keep a part of the row outside them (Korthikanti et al. 2022, arXiv 2205.05198).
+    """Tensor parallelism with sequence parallelism: how many of the layout's ranks split the heads and inner columns of
+    the layers they share. Outside these, each keeps a part of the row (Korthikanti et al. 2022, arXiv 2205.05198).
     Experts are not split."""
     tp_overlap: bool = False
-    """Messages of `tp` run in `tp` pieces beside the products that need them; the first piece alone is waited for."""
+    """Messages of `tp` run in `tp` pieces beside the products that need them; only the first piece is waited for."""
     cp: int = 1
-    """Ranks, among the layout's, that each compute a part of every row."""
+    """Context parallelism: how many of the layout's ranks each compute a part of every row."""
     slices: int = 2
     """Virtual stages of a pipeline rank under "interleaved"."""
     factors: RateFactors = AS_PUBLISHED
@@ -163,7 +163,7 @@ class Setup:
 
     @property
     def piece(self) -> int:
-        """Ranks of a stage with a whole micro-batch of their own."""
+        """Groups of a stage's ranks, each with a whole micro-batch of its own."""
         return self.ranks // (self.tp * self.cp)
 
     @property
@@ -187,7 +187,7 @@ class Destinations(NamedTuple):
 @cache
 def destinations(shape: ModelShape, ep: int, node: int) -> Destinations:
     """How many ranks and nodes a token is sent to under balanced routing, with the experts in order over `ep` ranks,
-    `node` ranks per node. Every expert is equally likely, and the gate's rules choose from independent scores (groups
+    `node` of them per node. Every expert is equally likely; the gate's rules choose from independent scores (groups
     ranked by the sum of their K_r/M best, V3 2.1.2)."""
     if not shape.experts:
         return Destinations(0.0, 0.0)
@@ -208,8 +208,8 @@ def _mean_distinct(numbers: np.ndarray) -> float:
 
 
 def imbalance(path: Path, ep: int) -> float:
-    """Rows of the busiest of `ep` ranks over the mean, averaged over the layers of a load trace: JSON with a list of
-    tokens per expert for every layer (or an object of such lists)."""
+    """Ratio of the rows of the busiest of `ep` ranks to the mean, averaged over the layers of a load trace: JSON with a
+    list of tokens per expert for every layer (or an object of such lists). UserError for a trace it cannot use."""
     try:
         trace = json.loads(path.read_text(encoding="utf-8"))
         layers = list(trace.values()) if isinstance(trace, dict) else trace

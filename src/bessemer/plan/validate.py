@@ -1,7 +1,7 @@
 """Predictions next to published values, with every error: `python -m bessemer.plan.validate` writes docs/planner.md.
 
-The model is calibrated on `efficiency.toml` (single kernels) and `IN_STEP` (one number of a training profile); it is
-validated on `claims.toml` and `validation.toml`; `page.toml` has the text of the page. A test compares the page with
+The model is calibrated on `efficiency.toml` (single kernels) and `IN_STEP` (one number from a training profile) and
+validated on `claims.toml` and `validation.toml`. `page.toml` has the text of the page. A test compares the page with
 the output of this module.
 """
 
@@ -42,7 +42,7 @@ def other_runs() -> list[Comparison]:
 
 
 def held_out() -> list[Comparison]:
-    """Runs of other systems that nothing was set after."""
+    """Held-out runs of other systems, which no parameter was set by."""
     return [_predict(run) for run in read_toml("heldout.toml")["run"]]
 
 
@@ -73,7 +73,7 @@ def setup_of(run: dict[str, Any]) -> Setup:
 
 
 def isca() -> list[Comparison]:
-    """Parts of a step of V3, means over the ranks of a pipeline."""
+    """The parts of a step of V3, as means over the ranks of a pipeline."""
     measured, parts = read_toml("claims.toml")["isca"], audit.v3().step.parts
     names = {"forward": "1F", "bubble": "bubble", "backward": "1B", "weights": "1W", "pairs": "1F1B"}
     names["optimizer"] = "optimizer"
@@ -90,7 +90,7 @@ def pair(in_step: float = 1.0) -> Comparison:
 
 
 def imbalances() -> list[tuple[float, float]]:
-    """(load of the busiest expert rank over the mean, thousand GPU hours per trillion tokens of V3)."""
+    """(ratio of the busiest expert rank's load to the mean, thousand GPU hours per trillion tokens of V3)."""
     setup = audit.v3().setup
     hours = []
     for busiest in (1.0, 1.1, 1.2, 1.3):
@@ -100,7 +100,7 @@ def imbalances() -> list[tuple[float, float]]:
 
 
 def gemms() -> list[Comparison]:
-    """The fit of the FP8 GEMMs at the points that it was fitted to."""
+    """The FP8 GEMM fit at the points to which it was fitted."""
     table = efficiency()["gemm"]["fp8"]
     rate, k0 = fit_gemm("fp8")
     units = device(table["device"]).units
@@ -162,7 +162,7 @@ def _pairs() -> dict[str, float]:
 
 
 def local_runs() -> list[Comparison]:
-    """Stages of this repository's recipes: seconds as predicted by `bessemer plan RECIPE --here`, and as measured."""
+    """Stages of this repository's recipes: seconds predicted by `bessemer plan RECIPE --here` and measured."""
     return [
         Comparison(f"{run['what']}; {run['load']}", run["measured"], run["planned"], run["unit"], "")
         for run in read_toml("validation.toml")["own"]

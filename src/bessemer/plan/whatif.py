@@ -1,8 +1,8 @@
-"""What a change of a recipe would cost a run that exists: which stages are kept, which are made again, and how long
-that takes (`bessemer whatif`).
+"""What a change to a recipe would cost an existing run: which stages are kept, which run again, and how long that takes
+(`bessemer whatif`).
 
-A stage is made again when its keys, its inputs or its files differ from what its record says, as `bessemer run` decides
-it. Its time is what it took in the run, scaled by the estimates of its work before and after the change.
+As `bessemer run` decides, a stage runs again if its keys, its inputs or its files differ from what its record says. Its
+time is what it took in the run, scaled by the estimates of its work before and after the change.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class StageFate:
     """ "kept", "goes on" (unfinished), "again", "new", or "dropped" """
     why: str
     seconds: float
-    """Expected from now on; 0 where it is kept."""
+    """Expected from now on; 0 if it is kept."""
     before: float | None
     """Seconds that it took in the run."""
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """The whole answer."""
+    """What a change would cost."""
 
     run: str
     stages: tuple[StageFate, ...]
     memory: tuple[int, int] | None
-    """Bytes that a process of pre-training holds, before and after; None without pre-training."""
+    """Bytes that a pre-training process holds, before and after; None without pre-training."""
     usd: float | None
-    """Price of an hour of this machine."""
+    """Dollars per hour of this machine."""
 
     @property
     def seconds(self) -> float:
@@ -84,7 +84,7 @@ class WhatIf:
 
 
 def whatif(recipe: Recipe, root: Path, usd: float | None = None) -> WhatIf:
-    """`recipe` with its changes against the run in `root`, of which nothing is touched; UserError without a run."""
+    """Compares the changed `recipe` with the run in `root`, which is not touched; UserError if there is no run."""
     if not (root / "recipe.toml").is_file():
         raise UserError(
             f"no run at {root} to compare with; name one with --run, or ask bessemer plan RECIPE --here what it takes"
