@@ -39,7 +39,7 @@ class Card:
     values: dict[str, Any]
     """Everything computed for this card, by name."""
     beside: list[PartFinding]
-    """What else was measured, which the verdict does not read."""
+    """Other measurements, which the verdict does not read."""
 
     @property
     def open(self) -> bool:
@@ -79,14 +79,14 @@ def _earlier() -> dict[str, EarlierRun]:
 
 
 Results = Mapping[str, Mapping[str, Measured]]
-"""What runs gave: claim, metric of its rule, seed by seed. They take the place of runs from before the rules."""
+"""What runs gave: claim -> metric of its rule -> values by seed. They replace runs from before the rules."""
 
 
 def make(
     names: Sequence[str], results: Results = MappingProxyType({}), again: Results = MappingProxyType({})
 ) -> list[Card]:
-    """The cards of these claims, with everything computed that they need; seconds for all of them. `again`: one seed of
-    a shorter run, which is compared with `results`."""
+    """The cards of these claims; computes everything they need, in seconds for all of them. `again`: one seed of a
+    shorter run, which is compared with `results`."""
     cards = [_card(name, claims()[name], results.get(name), again.get(name, {})) for name in names]
     tested = [
         (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None

@@ -1,7 +1,7 @@
-"""Decoding with the guesses of an MTP module (V3 5.4.3): processor time against decoding without, one answer at a time.
+"""Decoding with an MTP module's guesses (V3 5.4.3): processor time against decoding without, one answer at a time.
 
 One network reads countdown pages and answers held-out questions: text it has not seen. Then it learns one page by heart
-and recites it: the most that guessing can give at this depth. With a module that was drawn anew it guesses at random.
+and recites it: the most that guessing can gain at this depth. With a freshly initialised module it guesses at random.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ QUESTIONS, NEW, BY_HEART, ROUNDS = 6, 96, 200, 3
 
 
 def numbers(layers: int, seed: int) -> dict[str, float]:
-    """`unseen`, `memorised` and `random`: times as fast as without guesses, by the best number of them; `accepted N`:
-    share of N guesses that the network confirms on unseen text."""
+    """`unseen`, `memorised` and `random`: how many times as fast as without guesses, for the best number of guesses;
+    `accepted N`: share of N guesses that the network accepts on unseen text."""
     task = tasks.get("countdown")
     pages = [task.document(i, seed) for i in range(PAGES)]
     tokenizer = Tokenizer.train(pages, 420)
@@ -56,7 +56,7 @@ def numbers(layers: int, seed: int) -> dict[str, float]:
 
 
 def _learn(model: Transformer, ids: torch.Tensor, steps: int, seed: int) -> None:
-    """At most so many steps; fewer once the losses of the network and of its module are small."""
+    """Trains for at most `steps` steps; fewer once the losses of the network and of its module are small."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     generator, window = torch.Generator().manual_seed(seed), min(WINDOW, len(ids) - 2)
     smooth = [9.0, 9.0]
@@ -83,7 +83,7 @@ def _learn(model: Transformer, ids: torch.Tensor, steps: int, seed: int) -> None
 def _faster(
     model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], new: int
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """(times as fast as without guesses, share accepted) by the number of guesses; they take turns."""
+    """(times as fast as without guesses, share accepted), each by the number of guesses; the runs take turns."""
     engine = Engine(model, tokenizer)
     seconds: dict[int, list[float]] = {drafts: [] for drafts in (0, *DRAFTS)}
     answers: dict[int, list[int]] = {}

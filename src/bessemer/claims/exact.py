@@ -1,6 +1,6 @@
 """What follows from published shapes and published figures by arithmetic alone: no run, no noise.
 
-Each function computes the values of one claim by the names that its rule and its sentences use.
+Each function computes the values of one claim, under the names that its rule and its sentences use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _experts() -> Values:
 
 
 def _heads(cfg: ModelConfig) -> int:
-    """Numbers that keys and values of every head take, a layer and token."""
+    """Numbers in the keys and values of all heads, per layer and token."""
     return cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
 
 
@@ -59,14 +59,14 @@ def _cache() -> Values:
 
 
 def _without_cache() -> Values:
-    """Each of T tokens sends all before it through the network again."""
+    """The cost if each of T tokens sends all before it through the network again, relative to a cache."""
     cfg, length = v3(), 1024
     again = sum(n * accounting.flops_per_token(cfg, n).forward for n in range(1, length + 1))
     return {"length": length, "ratio": again / (length * accounting.flops_per_token(cfg, length).forward)}
 
 
 def _recompute() -> Values:
-    """MB a token and forward passes a token, for a new token after LENGTH others, with ordinary attention."""
+    """MB per token and forward passes per token, for a new token after LENGTH others, with ordinary attention."""
     cfg = v3()
     forward = accounting.flops_per_token(cfg, LENGTH).forward
     again = 2 * cfg.dim * _heads(cfg) * cfg.n_layers * LENGTH  # keys and values of all tokens from the kept inputs
@@ -83,7 +83,7 @@ def _recompute() -> Values:
 
 
 def nodes_touched(cfg: ModelConfig) -> float:
-    """Mean number of nodes of a token that chooses its experts at random, without a limit."""
+    """Mean number of nodes that a token goes to if it chooses its experts at random, without a limit."""
     experts, chosen = cfg.n_routed_experts, cfg.n_activated_experts
     others = experts - experts // cfg.n_expert_groups
     return cfg.n_expert_groups * (1 - math.comb(others, chosen) / math.comb(experts, chosen))
@@ -111,7 +111,7 @@ def _kept() -> Values:
 
 @cache
 def _released() -> Values:
-    """Bytes of the weights on disk, tensor by tensor: FP8 with a float32 factor for every block, or BF16."""
+    """Bytes of the weights on disk, tensor by tensor: FP8 with a float32 scale per block, or BF16."""
     slots = mapping.slots(v3())
     size = 0
     for slot in slots:
@@ -175,7 +175,7 @@ def _against_gpt4() -> Values:
 
 
 def _against_meta() -> Values:
-    """6 N D over GPU hours: the 405B dense network of Meta against V3."""
+    """6 N D over GPU hours: Meta's dense 405B network against V3."""
     runs = {run["name"]: run for run in read_toml("reference.toml")["run"]}
     theirs, ours = runs["Llama 3.1 405B"], runs["DeepSeek-V3"]
     params, tokens, hours = (theirs[key] / ours[key] for key in ("active", "tokens", "hours"))

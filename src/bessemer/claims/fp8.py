@@ -1,7 +1,7 @@
-"""FP8 against BF16: training in formats that differ in nothing else (fp8.toml), each beside the BF16 run of its seed.
+"""FP8 against BF16: training runs that differ only in format (fp8.toml), each beside the BF16 run of its seed.
 
-Numbers of an arm, in per cent of BF16's: `training`, the mean gap of the smoothed loss after the first tenth, and
-`heldout`, that of the held-out bits per byte at the end (`report.comparisons.FormatGap`).
+Numbers of an arm, in percent of BF16's: `training`, the mean gap of the smoothed loss after the first tenth, and
+`heldout`, the gap of the held-out bits per byte at the end (`report.comparisons.FormatGap`).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ SHAPES: dict[str, list[str]] = {
     "whole": ["bf16.tokens=1M", 'bf16.lr=[["0", 0.0], ["40K", 1e-3], ["750K", 1e-3], ["1M", 1e-4]]'],
 }
 MINUTES = {"short": 4.0, "whole": 14.0}
-"""Of FP8 on one core with AMX; BF16 takes a third, sums of 14 bits five times as long."""
+"""Minutes of an FP8 run on one core with AMX; BF16 takes a third as long, sums of 14 bits five times as long."""
 
 
 def recipe(arm: str, seed: int, shape: str) -> Recipe:
-    """Corpus, the BF16 run, and the arm's."""
+    """The recipe of one run: the corpus, the BF16 run, and the arm's."""
     whole = Recipe.parse(registry.data("fp8.toml").decode(), [*SHAPES[shape], f"seed={seed}"], "fp8.toml")
     kept = ("corpus", BASE, arm)
     return whole.model_copy(update={"stages": [stage for stage in whole.stages if stage.name in kept]})
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """For each seed the BF16 run and what is compared with it; none in the quick tier."""
+    """For each seed, the BF16 run and the runs compared with it; none in the quick tier."""
     if tier == "quick":
         return []
     shape, chosen = SHAPE[tier], FORMATS if tier == "full" else DEFAULT

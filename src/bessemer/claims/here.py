@@ -1,4 +1,4 @@
-"""What takes a second to see: small parts of the real system, run on this machine while the page is made."""
+"""What takes a second to check: small parts of the real system, run on this machine while the page is made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bessemer.rl.reward import group_advantages
 
 
 def _gate() -> Values:
-    """V3's gate, drawn at random, on random tokens: the most nodes that one of them uses."""
+    """V3's gate with random weights, on random tokens: the most nodes that one token uses."""
     cfg, tokens = v3(), 1024
     generator = torch.Generator().manual_seed(0)
     gate = Gate(cfg)
@@ -41,7 +41,7 @@ def _processor() -> Values:
 
 
 def _fp8() -> Values:
-    """The three products of a linear layer, with the formats of operands and results."""
+    """The three products of a linear layer, with the formats of their operands and results."""
     generator = torch.Generator().manual_seed(0)
     x, dy, w = (torch.randn(128, 128, generator=generator).bfloat16() for _ in range(3))
     operand, gradient, weight = PAPER.quantised(x), PAPER.quantised_gradient(dy), PAPER.quantised_weight(w)
@@ -62,7 +62,7 @@ def _fp8() -> Values:
 
 
 def _guesses() -> Values:
-    """A network drawn at random answers with and without guesses of its own module."""
+    """A network with random weights answers with and without the guesses of its own MTP module."""
     tokenizer = Tokenizer.train(["Use 3, 4, 6 to make 18."], SMALLEST)
     engine = Engine(Transformer(preset("tiny", vocab_size=tokenizer.vocab_size)).initialise(0).eval(), tokenizer)
     prompts = ["Use 3, 4, 6 to make 18.", "make 4", "6, 3"]

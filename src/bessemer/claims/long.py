@@ -1,7 +1,7 @@
 """Long contexts: both extensions of the recipe `long`, and what its models find in 2,048 tokens before and after.
 
-Numbers, shares of the needles: `before` of the model of the pre-training, `switched` of the same with the new positions
-and no training on them, `after` of the one extended twice, and `chance` of a guess among the words that are hidden.
+Numbers are shares of the needles found: `before` by the pre-trained model, `switched` by the same model with the new
+positions but no training on them, `after` by the model extended twice, and `chance` by a guess among the hidden words.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def recipe(seed: int) -> Recipe:
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """The whole recipe for every seed, in the tier "full" alone."""
+    """The whole recipe for every seed, only in the tier "full"."""
     settings: dict[str, Any] = {"recipe": tomllib.loads(_text())}
     about = "pre-training at 128 tokens, extensions to 512 and 2,048, needles before and after"
     return [
@@ -64,7 +64,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
 
 
 def gap(name: str, other: str) -> Callable[[dict[str, float]], float]:
-    """The first number less the second."""
+    """The first number minus the second."""
     return lambda one: one[name] - one[other]
 
 
@@ -72,7 +72,7 @@ RULE = "needle at 2,048, after - before"
 METRICS = {
     ("D2", RULE): Metric(gap("after", "before"), (ARM,), negative=(ARM,), of_negative=gap("before", "chance")),
 }
-"""The model before the extension must find no more than a guess would."""
+"""The negative control: before the extension the model must find no more than a guess would."""
 BESIDE = [
     Beside("D2", RULE, "needle at 2,048, new positions without training - before",
            Metric(gap("switched", "before"), (ARM,), negative=(ARM,), of_negative=gap("before", "chance"))),

@@ -1,6 +1,6 @@
-"""What is measured on this machine and trains nothing, or hardly anything: pipelines, caches, sums, bytes, drafts.
+"""Measurements on this machine that train nothing, or hardly anything: pipelines, caches, sums, bytes, drafts.
 
-An arm is one measurement, a seed one round of it.
+An arm is one measurement, and a seed is one round of it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _caches(shape: str, seed: int) -> Numbers:
 
 
 def _sums(shape: str, seed: int) -> Numbers:
-    """Mean errors of products whose sums keep 14 bits, or all of float32, promoted every 128 columns and never."""
+    """Mean errors of products whose sums keep 14 bits, or all of float32's, promoted every 128 columns or never."""
     from bessemer.claims.numerics import errors
 
     k, bits = SUMS["k"], SUMS["bits"]
@@ -80,7 +80,7 @@ MEASURED: dict[str, tuple[Callable[[str, int], Numbers], float, str]] = {
     "bytes": (_bytes, 0.1, "bytes kept for backward in BF16 and in FP8"),
     "drafts": (_drafts, 3.0, "decoding with the guesses of an MTP module, on unseen and on memorised text"),
 }
-"""Arm -> what measures it, its minutes, and what it is."""
+"""Arm -> (the function that measures it, its minutes, what it is)."""
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
@@ -100,7 +100,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
 
 
 def own(name: str, other: str | None = None) -> Callable[[Numbers], float]:
-    """A number, or one over another."""
+    """A number of an arm, or the ratio of one to another."""
     return lambda one: one[name] if other is None else one[name] / one[other]
 
 
@@ -133,5 +133,5 @@ METRICS: dict[tuple[str, str], Metric] = {
         own("unseen"), ("drafts",), ("drafts",), ("drafts",), of_positive=own("memorised"), of_negative=own("random")
     ),
 }  # fmt: skip
-"""Where a negative control is a ratio of equals, P2's is taken less 1: it must not show that anything is idle."""
+"""P2's negative control, a ratio of equals, is taken minus 1: it must not show that anything is idle."""
 BESIDE: tuple[Beside, ...] = ()

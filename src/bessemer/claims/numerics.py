@@ -1,4 +1,4 @@
-"""FP8 on this machine: errors of sums (V3 3.3.2, Fig. 7b), and bytes that a step keeps for its backward (V3 3.3.3)."""
+"""FP8 on this machine: errors of sums (V3 3.3.2, Fig. 7b), and the bytes that a step keeps for backward (V3 3.3.3)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 
 def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[float, float]:
     """(maximum, mean) error of a product of two random normal matrices of 256 x k, divided by the root mean square of
-    the result. They are quantised as in the paper, or by tensor where nothing is promoted, since only one factor can be
-    applied then; the reference is float64 on the same E4M3 operands. `bits`, `promote` as in `reference_gemm`."""
+    the result. They are quantised as in the paper, or by tensor if nothing is promoted, since only one factor can then
+    be applied; the reference is float64 on the same E4M3 operands. `bits`, `promote` as in `reference_gemm`."""
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(ROWS, k, generator=generator) for _ in range(2))
     whole = promote is None
@@ -34,21 +34,21 @@ def errors(k: int, bits: int | None, promote: int | None, seed: int) -> tuple[fl
 
 
 def allocations(function: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """A function's result, and the bytes that torch allocated (positive) and freed (negative) meanwhile, in order."""
+    """A function's result, and the bytes that torch allocated (positive) or freed (negative) meanwhile, in order."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
         found = function()
     return found, [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def kept_bytes(cfg: ModelConfig, rows: int, length: int, recipe: str | None, seed: int) -> int:
-    """Bytes that a forward in BF16, or in FP8 by a recipe of that name, keeps for its backward, by the allocator."""
+    """Bytes that a forward in BF16, or by the FP8 recipe of this name, keeps for its backward, from the allocator."""
     model = Transformer(cfg).initialise(seed).to_compute(torch.bfloat16).train()
     model.set_fp8(FP8_RECIPES[recipe] if recipe else None)
     tokens = torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
     loss = torch.ones(rows, length)
     loss[:, 0] = 0
     batch, terms = Batch(tokens, loss), {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
-    next_token(model, batch, **terms).total.backward()  # what is made once is made
+    next_token(model, batch, **terms).total.backward()  # what is made only once is now made
     kept, moved = allocations(lambda: next_token(model, batch, **terms))
     assert kept.total.requires_grad
     return sum(moved)

@@ -1,7 +1,7 @@
-"""The claims as one HTML file in English and Chinese: the question, the answer, the verdicts, what it would have cost,
+"""The claims as one HTML file in English and Chinese: the question, the answer, the verdicts, what V3 would have cost,
 twelve cards, and the rest by chapter.
 
-Both languages are in the page and filled from the same values; a button shows one of them.
+The page holds both languages, filled from the same values; a button switches between them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STYLES = {
 
 
 def committed() -> list[Card]:
-    """The cards by the results that the package holds: those of docs/claims.html."""
+    """The cards from the results in the package: those of docs/claims.html."""
     return make(list(claims()), runs.best(results.committed().results))
 
 
@@ -200,7 +200,7 @@ def _details(card: Card) -> Html:
 
 
 def _reach(one: PartFinding) -> Interval:
-    """The interval of a part; of a single run its value."""
+    """The interval of a part; for a single run, its value."""
     assert one.value is not None, "a picture needs a value"
     return one.interval or Interval(one.value, one.value, one.value)
 
@@ -216,8 +216,8 @@ def _marks(one: PartFinding) -> list[float]:
 
 
 def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Html:
-    """An interval beside its threshold, on one scale with `others`; the paper's figure is a diamond, the positive
-    control grey."""
+    """A picture of an interval and its threshold, on one scale with `others`; the paper's figure is a diamond, the
+    positive control grey."""
     assert one.part is not None and one.value is not None, "only parts of a rule have pictures"
     reach = _reach(one)
     threshold, margin = float(one.part.threshold or 0), float(one.part.margin or 0)
@@ -250,7 +250,7 @@ def _gap(claim: str, one: PartFinding, others: Sequence[PartFinding] = ()) -> Ht
 
 
 def _unrun(cards: Sequence[Card]) -> Html:
-    """Which claims wait for runs, wholly or in part, and which have few or can have none yet."""
+    """Which claims wait for runs, wholly or in part, which have few seeds, and which no runs are written for."""
     waiting = [card for card in cards if card.verdict is ClaimVerdict.NOT_RUN]
     partly = [card for card in cards if card.open]
     few = [card for card in cards if any(Doubt.FEW in one.doubts for one in card.findings)]

@@ -1,4 +1,4 @@
-"""What the page says of the parts of a rule, in both languages: measured values, what was needed, what follows."""
+"""What the page says about the parts of a rule, in both languages: measured values, requirements, conclusions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def words() -> dict[str, Any]:
 
 
 def both(texts: Sequence[object], **values: object) -> Html:
-    """A text in both languages, of which the page shows one."""
+    """A text in both languages; the page shows one of them."""
     english, chinese = ((str(one).format(**values) if values else str(one)).replace(" %", "\u202f%") for one in texts)
     if english == chinese:
         return page.text(english)
@@ -38,12 +38,12 @@ COLON, SEMICOLON, COMMA, SPACE = (both(pair) for pair in ((": ", "："), ("; ", 
 
 
 def pictured(one: PartFinding) -> bool:
-    """Whether the card has a picture of a part, which says its value and what was needed."""
+    """Whether the card has a picture of a part, which shows its value and what was needed."""
     return bool(one.seeds) or one.score is not None
 
 
 def decided(claim: str, one: PartFinding) -> Html:
-    """A part in a line: its value and what was needed, unless a picture says so, and what follows."""
+    """A part in one line: its value and what was needed, unless a picture shows them, and what follows."""
     pieces = [judged(one)]
     if one.value is not None and not pictured(one):
         pieces = [value(claim, one), needed(claim, one), outcome(claim, one)]
@@ -57,7 +57,7 @@ def decided(claim: str, one: PartFinding) -> Html:
 
 
 def beside(claim: str, one: PartFinding) -> Html:
-    """What stands beside a rule, in a line: its value, what the rule's own part needs, what follows, and the runs."""
+    """A measurement beside a rule, in one line: its value, what the rule's part needs, what follows, and the runs."""
     parts = (value(claim, one), needed(claim, one), outcome(claim, one), runs(one))
     return page.join(plain(claim, one), page.join(*parts, by=SEMICOLON), by=COLON)
 
@@ -100,7 +100,7 @@ def judged(one: PartFinding) -> Html:
 
 
 def outcome(claim: str, one: PartFinding) -> Html:
-    """What follows from a part, and why it is no more."""
+    """What follows from a part, and why no more follows."""
     if one.part is None or one.outcome not in (Outcome.WEAK, Outcome.UNCLEAR):
         return judged(one)
     controls = metrics()["control"]

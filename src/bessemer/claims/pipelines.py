@@ -1,9 +1,9 @@
-"""Pipelines whose stages sleep: the real executor on real processes, with real messages, and no computation.
+"""Pipelines whose stages sleep: the real executor on real processes, with real messages but no computation.
 
 A stage sleeps for as long as it would compute: one unit in F, one in I (the gradient of its input) and one in W; a B is
-I and W. So 8 ranks need no core, and what is measured is the schedule and its executor. A layer's two exchanges sleep,
-too, where they are given a time, and run beside the other half of a pair where the executor overlaps. Idle is a rank
-that waits for a message, or has nothing left to do (V3 Table 2).
+I and W. So 8 ranks need no core, and the measurement is of the schedule and its executor. A layer's two exchanges sleep
+too if they are given a time, and run beside the other half of a pair if the executor overlaps. A rank is idle while it
+waits for a message or has nothing left to do (V3 Table 2).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bessemer.dist.timeline import Costs, simulate
 from bessemer.model.deferred import gradient
 
 WIDTH = 8
-"""Numbers that a stage sends on."""
+"""How many numbers a stage sends on per row."""
 
 
 class Case(NamedTuple):
@@ -38,22 +38,22 @@ class Case(NamedTuple):
 
     schedule: str
     exchange: float = 0.0
-    """Seconds of an exchange, of which a forward has two and a backward two."""
+    """Seconds per exchange; a forward has two exchanges and a backward two."""
     overlap: bool = False
     """Whether exchanges run beside computation, in pairs."""
 
 
 class PipelineStep(NamedTuple):
-    """A step of a pipeline."""
+    """One timed step of a pipeline."""
 
     seconds: float
     """From the first rank's start to the last rank's end."""
     idle: float
-    """Share of all ranks' time in which they wait."""
+    """Share of all ranks' time that they spend waiting."""
 
 
 class _Asleep(torch.autograd.Function):
-    """x; sleeps in forward and in backward, and for the weight's gradient, which a store may defer."""
+    """Returns x; sleeps in forward and in backward, and for the weight's gradient, which a store may defer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
@@ -72,7 +72,7 @@ class _Asleep(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """x; sleeps in forward and in backward, as an exchange of tokens does."""
+    """Returns x; sleeps in forward and in backward, in place of an exchange of tokens."""
 
     @staticmethod
     def forward(ctx, x: Tensor, seconds: float) -> Tensor:
@@ -87,7 +87,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class SleepingStage(nn.Module):
-    """What the executor needs of a `Slice`: one layer in its five phases."""
+    """What the executor needs from a `Slice`: one layer in its five phases."""
 
     def __init__(self, stage: int, stages: int, unit: float, exchange: float) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def _work() -> Work:
 
 
 def measure(ranks: int, micro: int, unit: float, cases: Sequence[Case]) -> list[PipelineStep]:
-    """A step of every case, on as many processes as ranks; one more goes first, in which they find each other."""
+    """Times a step of every case, on one process per rank; a step before them lets the ranks find each other."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     answers = context.SimpleQueue()
@@ -180,14 +180,14 @@ def _timed(spans: Sequence[Sequence[tuple[float, float, float]]]) -> PipelineSte
 
 
 def expected(name: str, ranks: int, micro: int) -> float:
-    """The idle share by the schedule's table, where F, I and W take one unit each."""
+    """The idle share by the schedule's table, with one unit each for F, I and W."""
     timeline = simulate(schedule(name, ranks, micro), Costs(1, 1, 1))
     return sum(timeline.idle) / (timeline.makespan * ranks)
 
 
 def numbers(ranks: int, micro: int, unit: float, exchange: float) -> dict[str, float]:
-    """Idle shares of the schedules, measured and by their tables, and the share of the time of exchanges that overlap
-    takes away."""
+    """Idle shares of the schedules, measured and by their tables, and the share of the exchanges' time that overlap
+    hides."""
     names = ("gpipe", "1f1b", "zb1p", "dualpipe")
     serial, beside = Case("dualpipe", exchange), Case("dualpipe", exchange, overlap=True)
     cases = [*map(Case, names), Case("1f1b"), serial, beside, serial]

@@ -1,4 +1,4 @@
-"""What the planner says of a claim: predictions that read no published duration, and its own record on other runs."""
+"""What the planner says about a claim: predictions that use no published duration, and its record on other runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _audit() -> dict[str, tuple[float, float]]:
 
 @cache
 def _without() -> Values:
-    """How many times as long V3 takes without one of its ideas, and the memory of BF16."""
+    """How many times as long V3 takes without each of its ideas, and the memory that it takes in BF16."""
     worth = {name: cost for name, cost in ideas(_plan()).items() if not isinstance(cost, str)}
     return {
         "fp8": worth["FP8"]["factor"], "dualpipe": worth["DualPipe and its overlap"]["factor"],
@@ -59,7 +59,7 @@ DRAWS = 400
 
 
 def inside_view() -> Quantiles:
-    """The same, by draws of the planner's uncertain inputs."""
+    """Million GPU hours of V3's pre-training, by draws of the planner's uncertain inputs."""
     return Quantiles.of(credibility.inside_view(DRAWS, 0))
 
 
@@ -67,7 +67,7 @@ reference = credibility.reference
 
 
 def floor() -> float:
-    """Million hours if every operation of V3 ran at the FP8 peak."""
+    """Million GPU hours if every operation of V3 ran at the FP8 peak."""
     device = _plan().setup.device
     assert device.fp8 is not None, "an H800 has FP8"
     work = accounting.flops_per_token(_plan().cfg, 4096).training * _plan().tokens
@@ -75,7 +75,7 @@ def floor() -> float:
 
 
 def values(name: str) -> Values:
-    """The planner's values of a claim, by the names of its rule and its sentences."""
+    """The planner's values for a claim, under the names that its rule and its sentences use."""
     made = {} if name in ("K1", "K3", "K9") else dict(_without())
     if name == "M21":
         made["gib"] = _plan().highest / GIB
@@ -109,7 +109,7 @@ def values(name: str) -> Values:
 
 
 def _optimizer() -> Values:
-    """GiB of masters and moments of the first stage: a GPU's share, and what all it trains needs whole."""
+    """GiB of masters and moments on the first stage: a GPU's share, and the whole for all that it trains."""
     plan, numbers = _plan(), NumberFormats(fp8=True)
     cut = cuts(plan.setup, plan.step.table.stages)
     params = memory.rank_params(plan.cfg, plan.setup.layout, plan.step.table, 0, numbers.compute, cut)

@@ -1,8 +1,8 @@
 """The pre-training arms: small networks that differ from the reference in one choice (arms.toml), on the same rows.
 
 An arm is a list of settings on the recipe pretrain.toml, and a seed. `pretrain_measures`, `pretrain_speed` and
-`pretrain_spikes` say what numbers a run gives, `pretrain_metrics` how the metrics of the claims' rules follow from
-those of several arms.
+`pretrain_spikes` compute the numbers of a run; `pretrain_metrics` says how the metrics of the claims' rules follow from
+the numbers of several arms.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SIZES = {
 }
 SAME = ("ref", "ref'", "bpb")
 CORPUS, SPEED = "corpus", "speed"
-"""The job that makes the corpora, which all arms take over, and the one that times networks."""
+"""The job that makes the corpora, which all arms reuse, and the job that times networks."""
 OTHER_WEIGHTS = 1000
-"""Added to the seed of the first weights of an arm "again"."""
+"""Added to the seed of the initial weights of an arm with `again`."""
 FIRST_SEEDS = 3
-"""Seeds of every arm that come before any arm's fourth."""
+"""How many seeds of every arm run before the further seeds of any arm."""
 MEASURES = 1
-"""Of `pretrain_measures`: raise it when a number changes its meaning; older results are then left out."""
+"""Version of `pretrain_measures`: raise it when a number changes its meaning, and older results are left out."""
 
 
 class Arm(ConfigTable):
@@ -68,7 +68,7 @@ class Shape(ConfigTable):
     tokens: int
     lr: float
     minutes: float
-    """Of the reference, on one core."""
+    """Minutes of the reference, on one core."""
 
 
 @cache
@@ -120,8 +120,8 @@ def _base() -> dict[str, Any]:
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """The corpora, then the arms in their order, the first seeds of all before the rest; the wide ones last. `seeds`:
-    of every arm, instead of those of the tier."""
+    """The corpora, then the arms in order, the first seeds of all before the rest; the wide ones last. `seeds`: how
+    many for every arm, instead of the tier's number."""
     shape = SHAPE[tier]
     donor = ArmJob(
         "pretrain", CORPUS, 0, "all", {"base": _base()}, 1.0, "texts and tokenizer", _corpora, arms=False
@@ -152,7 +152,7 @@ def _job(name: str, seed: int, shape: str, donor: str) -> ArmJob:
 
 
 def _spikes(of: ArmJob) -> ArmJob:
-    """Counts the jumps of a run's loss: beside that run, as one that diverged has them, too."""
+    """The job that counts jumps of a run's loss: a separate one, because a run that diverged has them too."""
     made = {"of": of.settings, "window": pretrain_spikes.WINDOW, "deviations": pretrain_spikes.DEVIATIONS}
     about = f"jumps of the loss in the training of {of.arm}"
     return ArmJob("pretrain", SPIKES + of.arm, of.seed, of.shape, made, 0.1, about, donor=of.name)

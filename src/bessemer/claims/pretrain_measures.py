@@ -1,19 +1,19 @@
-"""What a trained arm is worth: the numbers of one finished run, all of them teacher-forced, in the arm's precision.
+"""How good a trained arm is: the numbers of one finished run, all of them teacher-forced, in the arm's precision.
 
 bpb, bpb_PART        bits per byte of held-out rows; bpb is the mean over the parts that were read
 bpb_unread           the mean over domains that no arm reads
-overfit              held-out less training bits per byte, where documents were read many times
-copy                 share of pages of number puzzles whose target is copied right into the first failed try
-needle_N             share of hidden words told right, N tokens of text and the needle in its first tenth
+overfit              held-out minus training bits per byte, if documents were read many times
+copy                 share of pages of number puzzles whose target is copied correctly into the first failed try
+needle_N             share of hidden words given correctly, with N tokens of text and the needle in its first tenth
 cloze                share of sentences whose true continuation is the likeliest of four
-maxvio, dead         load of the busiest expert over the mean, less 1, and experts under a hundredth of it, whole
-                     validation set (Wang et al. 2024, MaxVio_global); means over layers
-rise_best_M          rise of bits a token without every token's M best experts, the next best in their place
+maxvio, dead         ratio of the busiest expert's load to the mean, minus 1, and number of experts under a hundredth of
+                     the mean, over the validation set (Wang et al. 2024, MaxVio_global); means over layers
+rise_best_M          rise in bits per token without every token's M best experts, the next best in their place
 rise_random_M        the same without M experts drawn from all for every token
-information          what a token's expert (a dense network: one of its five strongest neurons) says of its domain,
-                     as a share of what there is to say; information_untrained: of fresh gates
-damage               switching off a domain's two experts of highest lift in every layer: rise of its own bits a token
-                     less that of the others; damage_shuffled: the experts of another domain
+information          what a token's expert (in a dense network: one of its five strongest neurons) says about its
+                     domain, as a share of all there is to say; information_untrained: of fresh gates
+damage               with a domain's two experts of highest lift in every layer switched off: rise in its own bits per
+                     token minus that in the others'; damage_shuffled: with the experts of another domain off
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from bessemer.tasks.needle import Needle
 from bessemer.train.loss import heldout_nats
 
 ROWS, FEW = 48, 12
-"""Held-out rows of each part, for bits per byte and for what is measured many times."""
+"""Held-out rows of each part: for bits per byte, and for what is measured many times."""
 DOMAINS = ("fables", "web", "fables-zh", "code", "countdown")
 PAGES, NEEDLES, CLOZES = 256, 64, 160
 LENGTHS = (64, 128, 240)
 """Tokens of text that hide a needle."""
 FIRST_PAGE = 2_000_000
-"""Index of the first page of number puzzles, behind those that the corpus holds."""
+"""Index of the first page of number puzzles, beyond those in the corpus."""
 _TRY = re.compile(r"<think>[^<:]*:(\d+)")
 
 
 class Trained:
-    """A finished run and what it is measured on."""
+    """A finished run, and the data to measure it on."""
 
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
         self.stages = {path.name.partition("-")[2]: path for path in folder.iterdir() if path.is_dir()}
@@ -86,7 +86,7 @@ class Trained:
 
     @torch.no_grad()
     def scores(self, texts: Sequence[list[int]], ends: Sequence[int]) -> list[tuple[float, bool]]:
-        """(mean log-probability, whether each is the likeliest) of the last `ends` tokens of texts of ids."""
+        """For each text of ids: (mean log-probability, whether each is the likeliest) of its last `ends` tokens."""
         found: list[tuple[float, bool]] = []
         for at in range(0, len(texts), 32):
             some = texts[at : at + 32]
@@ -124,7 +124,7 @@ def numbers(folder: Path, config: PretrainConfig) -> dict[str, float]:
 
 
 def copy(run: Trained, task: Task) -> float:
-    """Pages `...:TARGET low`: the number after the first colon of the thoughts is that of the question."""
+    """Share of pages `...:TARGET low` with the question's number given right after the first colon of the thoughts."""
     texts, ends = [], []
     for index in range(FIRST_PAGE, FIRST_PAGE + 8 * PAGES):
         page = task.document(index)
@@ -139,7 +139,7 @@ def copy(run: Trained, task: Task) -> float:
 
 
 def needle(run: Trained, task: Needle, length: int) -> float:
-    """The word of one of three hidden sentences, which lies in the first tenth of the text."""
+    """Share of right answers for the word of one hidden sentence of three (two in short texts), in the first tenth."""
     texts, ends = [], []
     for index in range(NEEDLES):
         problem = task.hidden(
@@ -157,7 +157,7 @@ def needle(run: Trained, task: Needle, length: int) -> float:
 
 
 def cloze(run: Trained, rows: Rows) -> float:
-    """A sentence of a held-out fable after what precedes it, against sentences of three other fables."""
+    """Share of held-out fables' sentences that are likelier, after what precedes them, than three other fables'."""
     fables = [re.split(r"(?<=[.!?”\"])\s+", run.tokenizer.decode(ids)) for ids in rows.documents()]
     fables = [fable for fable in fables if len(fable) > 4]
     texts, ends = [], []

@@ -1,8 +1,8 @@
 """How the metrics of the claims' rules follow from the numbers of pre-training arms.
 
-Each entry is (claim, metric of rules.toml): a function of the arms' numbers, evaluated inside every seed, and the arms
-that it takes. A control is the same function of other arms: the positive one must show the effect, the negative one
-must not. Numbers have the names of `pretrain_measures`, and of `speed`.
+Each entry maps (claim, metric of rules.toml) to a function of the arms' numbers, evaluated for every seed separately,
+and the arms that it takes. A control is the same function of other arms: the positive one must show the effect, the
+negative one must not. Numbers have the names of `pretrain_measures` and of `pretrain_speed`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from bessemer.claims.runs import Beside, Metric
 
 Numbers = Mapping[str, float]
 SPIKES, WIDE = "spikes-", "wide"
-"""Before an arm: the one that counts its spikes. The shape of the arms that are trained twice as wide."""
+"""The prefix for the arm that counts another arm's spikes, and the shape of the arms trained twice as wide."""
 BEST = 2
-"""Experts that "best experts masked" means; the heavier mask is the positive control."""
+"""How many experts "best experts masked" means; the heavier mask is the positive control."""
 LONGEST = "needle_240"
 SHARES = {
     "fables": 0.16, "web": 0.14, "fables-zh": 0.15, "idioms": 0.05, "code": 0.13, "countdown": 0.19,
     "arithmetic": 0.05, "needles": 0.13,
 }  # fmt: skip
-"""Of the parts in the reference's mixture: what "weighted" means."""
+"""The shares of the parts in the reference's mixture: what "weighted" means."""
 
 
 def own(name: str) -> Callable[[Numbers], float]:
@@ -30,12 +30,12 @@ def own(name: str) -> Callable[[Numbers], float]:
 
 
 def gap(name: str) -> Callable[[Numbers, Numbers], float]:
-    """The first arm's number less the second's."""
+    """The first arm's number minus the second's."""
     return lambda one, other: one[name] - other[name]
 
 
 def ratio(name: str) -> Callable[[Numbers, Numbers], float]:
-    """The first arm's number over the second's, less 1."""
+    """The ratio of the first arm's number to the second's, minus 1."""
     return lambda one, other: one[name] / other[name] - 1
 
 
@@ -53,13 +53,13 @@ def above_the_better(one: Numbers, other: Numbers, third: Numbers) -> float:
 
 
 def by_noise(noisy: Numbers, clean: Numbers, other_noisy: Numbers, other_clean: Numbers) -> float:
-    """What replaced tokens cost in bits per byte: the first pair's less the second's."""
+    """What replaced tokens cost in bits per byte: the first pair's cost minus the second's."""
     return (noisy["bpb"] - clean["bpb"]) - (other_noisy["bpb"] - other_clean["bpb"])
 
 
 def worst_part(seeds: Sequence[tuple[Numbers, ...]]) -> list[float]:
-    """Of each seed the gap in the part that is worst in the mean of the other seeds: the largest of several gaps would
-    be above 0 by chance. One seed: its own worst."""
+    """For each seed, the gap in the part that is worst in the mean of the other seeds, since the largest of several
+    gaps would be above 0 by chance. With one seed, its own worst."""
     gaps = [{part: one[f"bpb_{part}"] - other[f"bpb_{part}"] for part in SHARES} for one, other in seeds]
     found = []
     for place, own_gaps in enumerate(gaps):
@@ -100,7 +100,7 @@ METRICS: dict[tuple[str, str], Metric] = {
     ("M20", "spikes a run: ref - DACT"): Metric(
         JUMPS, ("spikes-ref", "spikes-DACT"), ("spikes-TEN", "spikes-ref"), ("spikes-ref'", "spikes-ref")
     ),
-    # no negative control: the reference against itself lies above M4's threshold of 0.8, too
+    # no negative control: the reference against itself also lies above M4's threshold of 0.8
     ("M4", "tokens/s(ref) / tokens/s(DACT)"): Metric(own("ref/DACT"), ("speed",)),
     ("M19", "tokens/s(ref) / tokens/s(DACT)"): Metric(
         own("ref/DACT"), ("speed",), (), ("speed",), of_negative=own("ref/ref")

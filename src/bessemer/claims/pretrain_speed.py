@@ -1,6 +1,6 @@
-"""How long a training step of an arm takes against another's: in turn, in one process, so that what else the machine
-does meets all of them. Seconds are those that the processor worked for it: on one thread of an idle machine the same as
-a clock's."""
+"""How long a training step of one arm takes compared with another's. They take turns in one process, so that other load
+on the machine affects all alike. Seconds are of processor time: on one thread of an idle machine the same as a
+clock's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ARMS = ("ref", "ref'", "DACT", "MHA")
 
 
 def ratios(shapes: dict[str, ModelConfig], seed: int) -> dict[str, float]:
-    """`ref/DACT`: tokens a second of the reference over those of DACT; `MHA/ref`: seconds a step of MHA over those of
-    the reference; `ref/ref`: of the reference over another's of its kind. Medians over rounds; forward and backward."""
+    """`ref/DACT`: tokens per second of the reference over those of DACT; `MHA/ref`: seconds per step of MHA over those
+    of the reference; `ref/ref`: the same of two references. Medians over rounds, of forward and backward."""
     torch.set_num_threads(1)
     networks = {
         arm: Transformer(cfg).initialise(seed).to_compute(torch.bfloat16).train() for arm, cfg in shapes.items()

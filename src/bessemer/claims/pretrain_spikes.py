@@ -1,4 +1,4 @@
-"""Jumps of the training loss (E3), counted in the metrics that a run has left, whether it survived or not."""
+"""Jumps of the training loss (E3), counted in the metrics that a run left, whether it survived or not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ WINDOW, DEVIATIONS = 32, 5.0
 
 
 def spikes(lines: Iterable[dict[str, Any]]) -> int:
-    """Steps of `metrics.jsonl` whose loss lies more than DEVIATIONS standard deviations above the mean of the WINDOW
-    steps before it, and steps that were skipped because a number was not finite."""
+    """The number of steps in `metrics.jsonl` whose loss lies more than DEVIATIONS standard deviations above the mean of
+    the WINDOW steps before it, plus the steps skipped because a number was not finite."""
     losses: list[float] = []
     found = skipped = 0
     for line in lines:

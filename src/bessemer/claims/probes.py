@@ -1,7 +1,7 @@
-"""Looking into and interfering with the experts of a trained network, by hooks on its gates: no weight changes.
+"""Observes and manipulates the experts of a trained network through hooks on its gates; no weight changes.
 
-A probe gives, for a forward pass, what each token activated: [N, K] of every layer, with the number of things that
-there are to choose from.
+For a forward pass, a probe returns what each token activated, in every layer [N, K], and how many experts (or neurons)
+there were to choose from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bessemer.model.transformer import Transformer
 
 Probe = Callable[[Batch], list[tuple[Tensor, int]]]
 STRONGEST = 5
-"""Neurons of a dense layer that count as chosen by a token."""
+"""How many neurons of a dense layer count as chosen by a token."""
 
 
 def _gates(model: Transformer) -> list[Gate]:
@@ -42,7 +42,7 @@ def _forward(model: Transformer, batch: Batch) -> None:
 
 
 def choices(model: Transformer) -> Probe:
-    """The experts of each token."""
+    """A probe for the experts of each token."""
 
     def probe(batch: Batch) -> list[tuple[Tensor, int]]:
         found: list[tuple[Tensor, int]] = []
@@ -58,7 +58,7 @@ def choices(model: Transformer) -> Probe:
 
 
 def neurons(model: Transformer) -> Probe:
-    """The strongest neurons of each token in the dense layers that an arm with experts has none of."""
+    """A probe for each token's strongest neurons in the dense layers whose place experts take in other arms."""
     layers = [layer.ffn for layer in list(model.layers)[1:] if isinstance(layer.ffn, FFN)]
 
     def probe(batch: Batch) -> list[tuple[Tensor, int]]:
@@ -77,8 +77,8 @@ def neurons(model: Transformer) -> Probe:
 
 
 def information(probe: Probe, domains: Mapping[str, Sequence[Batch]]) -> float:
-    """I(one of the things that a token activates; the domain of its text) / H(domain), the mean over layers. Domains
-    count alike."""
+    """I(an expert or neuron that a token activates; the domain of its text) / H(domain), averaged over layers. All
+    domains have the same weight."""
     counts: list[list[Tensor]] = []  # [domain][layer]
     for batches in domains.values():
         layers: list[Tensor] = []
@@ -95,7 +95,7 @@ def information(probe: Probe, domains: Mapping[str, Sequence[Batch]]) -> float:
 
 
 def mutual_information(count_DE: Tensor) -> Tensor:
-    """Of counts [domains, things], every domain with the same weight, as a share of the domains' entropy."""
+    """The mutual information in counts [domains, experts], as a share of the domains' entropy; domains count alike."""
     p_DE = count_DE / count_DE.sum(1, keepdim=True) / len(count_DE)
     independent_DE = p_DE.sum(0, keepdim=True) / len(count_DE)
     terms = torch.where(p_DE > 0, p_DE * (p_DE / independent_DE.clamp(min=1e-30)).clamp(min=1e-30).log(), 0.0)
@@ -103,7 +103,7 @@ def mutual_information(count_DE: Tensor) -> Tensor:
 
 
 def loads(model: Transformer, batches: Sequence[Batch]) -> Tensor:
-    """Tokens of every expert, [layers, E]."""
+    """The number of tokens of every expert, [layers, E]."""
     probe, total = choices(model), torch.zeros(len(_gates(model)), model.cfg.n_routed_experts, dtype=torch.float64)
     for batch in batches:
         real_N = batch.loss_BT.flatten() > 0
@@ -113,14 +113,14 @@ def loads(model: Transformer, batches: Sequence[Batch]) -> Tensor:
 
 
 def _rechosen(gate: Gate, x_ND: Tensor, excluded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The gate's choice where scores of excluded experts, `excluded(choice [N, K]) -> [N, E]` of bool, are -inf."""
+    """The gate's choice with the scores of excluded experts, `excluded(choice [N, K]) -> bool [N, E]`, set to -inf."""
     score_NE = gate.scores(x_ND)
     return gate.choose(score_NE.masked_fill(excluded(gate.choose(score_NE)), float("-inf")))
 
 
 @contextmanager
 def _with_choice(model: Transformer, choose: Callable[[int, Gate, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
-    """Inside, the experts are choose(layer, gate, its input, the choice it was given)."""
+    """Inside, the experts are those of choose(layer, gate, its input, the choice it was given)."""
 
     def hook(place: int) -> Callable[[nn.Module, tuple], tuple]:
         def before(gate: nn.Module, arguments: tuple) -> tuple:
@@ -136,8 +136,8 @@ def _with_choice(model: Transformer, choose: Callable[[int, Gate, Tensor, Tensor
 
 @contextmanager
 def without(model: Transformer, most: int, random: bool = False) -> Iterator[None]:
-    """Inside, no token goes to its `most` best experts; `random`: to as many drawn from all. The next best take their
-    place, and gates are normalised over those."""
+    """Inside, no token goes to its `most` best experts, or with `random` to as many drawn from all. The next best take
+    their place, and gates are normalised over these."""
     generator = torch.Generator().manual_seed(0)
 
     def choose(place: int, gate: Gate, x_ND: Tensor, given: Tensor | None) -> Tensor:
@@ -156,8 +156,8 @@ def without(model: Transformer, most: int, random: bool = False) -> Iterator[Non
 
 @contextmanager
 def switched_off(model: Transformer, expert_LM: Tensor) -> Iterator[None]:
-    """Inside, M experts of every layer are off; the next best take their place, or, where experts are chosen outside
-    the gate, the experts after them."""
+    """Inside, M experts of every layer are off. The next best take their place or, if experts are chosen outside the
+    gate, the experts after them."""
 
     def choose(place: int, gate: Gate, x_ND: Tensor, given: Tensor | None) -> Tensor:
         n_experts = gate.weight.shape[0]

@@ -1,4 +1,4 @@
-"""The claims, the rules that decide them and the experiments behind them: data files of this room, as typed objects."""
+"""The claims, the rules that decide them and the experiments behind them: the package's data files as typed objects."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClaimEntry(ConfigTable):
         return self.paper if isinstance(self.paper, str) else self.paper[language]
 
     def sources(self) -> tuple[str, str]:
-        """In both languages."""
+        """The source in both languages."""
         return (self.source, self.source) if isinstance(self.source, str) else (self.source[0], self.source[1])
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class ClaimRule(ConfigTable):
 
 
 class Rules(ConfigTable):
-    """rules.toml."""
+    """The contents of rules.toml."""
 
     confidence: float
     seeds: int
@@ -108,7 +108,7 @@ class Rules(ConfigTable):
 
 
 class Experiment(ConfigTable):
-    """What is or would be run."""
+    """What is run, or would be."""
 
     does: Text
     limit: Text
@@ -118,12 +118,12 @@ Table = TypeVar("Table", bound=ConfigTable)
 
 
 def data(name: str) -> bytes:
-    """A data file of this room."""
+    """A data file of this package."""
     return resources.files("bessemer.claims").joinpath(name).read_bytes()
 
 
 def entry(kind: type[Table], values: dict[str, Any], where: str) -> Table:
-    """A table of a data file; what is wrong with it becomes one sentence that names file and key."""
+    """A table of a data file; an error in it becomes a UserError of one sentence that names file and key."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -165,7 +165,7 @@ def rules() -> Rules:
 
 
 def rules_hash() -> str:
-    """Of rules.toml, by which a reader sees that no rule changed after a result."""
+    """The hash of rules.toml, which shows a reader that no rule changed after a result."""
     return hashlib.sha256(data("rules.toml")).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""ZeRO-1 on two real processes against one (V3 3.2): optimizer bytes of a rank, and losses of the same steps."""
+"""ZeRO-1 on two real processes against one (V3 3.2): optimizer bytes per rank, and losses of the same steps."""
 
 from __future__ import annotations
 

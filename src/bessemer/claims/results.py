@@ -1,7 +1,7 @@
 """Results on disk: one file for every finished job, and the committed files of the package.
 
-results/PART.json in the package holds a list of `runs.ArmResult`, a line for an arm and seed. What was run
-under other rules, or with other settings of the arm than today's, is named and left out.
+results/PART.json in the package holds a list of `runs.ArmResult`, one line per arm and seed. Results from other rules,
+or from other settings of the arm than today's, are reported and left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bessemer.errors import UserError
 from bessemer.runs.files import write_atomic, write_json
 
 FILE = "result.json"
-"""In the directory of a job."""
+"""Name of the result file in a job's directory."""
 
 
 class Sifted(NamedTuple):
@@ -36,7 +36,7 @@ def write(folder: Path, result: ArmResult) -> None:
 
 
 def read(folder: Path) -> ArmResult | None:
-    """The result of a job's directory; None where there is none, UserError where the file is broken."""
+    """The result in a job's directory; None if there is none, UserError if the file is broken."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -56,7 +56,7 @@ COMMITTED = resources.files("bessemer.claims").joinpath("results")
 
 
 def committed(folder: Traversable = COMMITTED) -> Sifted:
-    """The results that the package holds, or a folder in the same form."""
+    """The results in the package, or in a folder of the same form; UserError if a file is broken."""
     found: list[ArmResult] = []
     left_out: list[str] = []
     for file in (folder.joinpath(f"{name}.json") for name in sorted(PARTS)):
@@ -73,13 +73,13 @@ def committed(folder: Traversable = COMMITTED) -> Sifted:
 
 
 def finished(out: Path) -> Sifted:
-    """The results of the jobs below a folder of runs."""
+    """The results of the jobs in a folder of runs."""
     found = [read(path.parent) for path in sorted(out.glob(f"*/{FILE}"))]
     return sifted((one for one in found if one is not None and (one.metrics or one.diverged)), str(out))
 
 
 def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
-    """Without those of other rules and of other settings."""
+    """Leaves out the results from other rules and other settings."""
     known, rules = digests(), registry.rules_hash()
     kept: list[ArmResult] = []
     others: dict[str, list[str]] = {}
@@ -97,19 +97,19 @@ def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
 
 
 def merged(*several: Sequence[ArmResult]) -> list[ArmResult]:
-    """One result for each job, the last one given."""
+    """One result per job: the last one given."""
     return list({(one.part, one.shape, one.arm, one.seed): one for results in several for one in results}.values())
 
 
 def joined(held: Sequence[ArmResult], own: Sequence[ArmResult]) -> list[ArmResult]:
-    """The seeds of both. A seed that both have comes from the source with more seeds of its arm; `held` on a tie."""
+    """The seeds of both. A seed that both have comes from the source with more seeds of its arm; on a tie, `held`."""
     seeds = [Counter((one.part, one.shape, one.arm) for one in results) for results in (held, own)]
     more = [one for one in own if seeds[1][one.part, one.shape, one.arm] > seeds[0][one.part, one.shape, one.arm]]
     return merged(own, held, more)
 
 
 def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
-    """Writes PART.json for every part, as the package holds them; what the files hold already is joined to it."""
+    """Writes PART.json for every part, as in the package, joined with what the files hold; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     results = joined(committed(folder).results, results)
     written = []
@@ -126,7 +126,7 @@ def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
 
 
 def of_job(job: ArmJob, folder: Path) -> ArmResult | None:
-    """The job's finished result, if it is one of today's settings and rules."""
+    """The job's finished result, if it has today's settings and rules."""
     one = read(folder)
     return one if one is not None and (one.settings, one.rules) == (job.digest, registry.rules_hash()) else None
 
@@ -136,7 +136,7 @@ def evidence(
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, Measured]], list[str]]:
     """(what judges each claim, one seed of this tier's own runs beside it, a sentence for every A/A test that failed).
 
-    What the package holds judges, unless the own runs add seeds to a metric. A full run joins its results to them."""
+    The package's results judge, unless the own runs add seeds to a metric. A full run's results join the package's."""
     results = joined(held, own)
     judged, wrong = runs.best(results), runs.different(results)
     if tier == "full":

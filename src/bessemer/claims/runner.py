@@ -1,7 +1,7 @@
-"""Running jobs, some at a time, each in a process of its own with one core.
+"""Runs jobs, several at a time, each in its own process with one core.
 
-`python -m bessemer.claims.runner PART SHAPE ARM SEED TIER FOLDER` is the child: it runs the job's recipe with the
-recipe runner and measures, or measures alone. A finished job is not run again; an interrupted one goes on.
+`python -m bessemer.claims.runner PART SHAPE ARM SEED TIER FOLDER` is the child: it runs the job's recipe, if it has
+one, with the recipe runner, and measures. A finished job is not run again; an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bessemer.errors import UserError
 
 INTERRUPTED = 130
 RUN = "run"
-"""The run directory inside a job's, beside its result and what it printed."""
+"""The run directory inside a job's directory, beside its result and its log."""
 
 
 class Failed(NamedTuple):
@@ -33,8 +33,8 @@ class Failed(NamedTuple):
 
 
 def run(jobs: Sequence[ArmJob], tier: Tier, out: Path, at_once: int, say: Callable[[str], None]) -> list[Failed]:
-    """Runs what is not finished, at most `at_once` jobs at a time; those that failed. KeyboardInterrupt after a stop
-    signal, when all jobs have saved."""
+    """Runs the jobs that are not finished, at most `at_once` at a time, and returns those that failed. Raises
+    KeyboardInterrupt after a stop signal, once all jobs have saved."""
     waiting = [job for job in jobs if not done(job, out)]
     total, minutes = len(waiting), sum(job.minutes for job in waiting) / max(1, at_once)
     if total:
@@ -104,7 +104,7 @@ def _start(job: ArmJob, tier: Tier, out: Path) -> subprocess.Popen:
 
 @contextmanager
 def _stopping(running: dict[ArmJob, tuple[subprocess.Popen, float]]):
-    """The first signal lets the running jobs save and end."""
+    """Lets the running jobs save and end when a stop signal arrives."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def _stopping(running: dict[ArmJob, tuple[subprocess.Popen, float]]):
 
 
 def run_job(job: ArmJob, out: Path, command: str = "") -> ArmResult:
-    """Runs one job in this process and writes its result; `command` is noted in it."""
+    """Runs one job in this process, and writes and returns its result; `command` is recorded in it."""
     from bessemer.pipeline import runner
 
     folder = out / job.name
@@ -154,7 +154,7 @@ def _short(value: float) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What numbers were made with."""
+    """The machine and versions that numbers were made with."""
     import torch
 
     from bessemer import __version__

@@ -1,20 +1,20 @@
-"""Runs behind the trained claims: which there are, and the numbers that they gave.
+"""The runs behind the trained claims: which there are, and the numbers that they gave.
 
-A *part* is a family of runs in a module of its own, named in `PARTS`. It has
+A *part* is a family of runs in its own module, named in `PARTS`. It has
 
     jobs(tier, seeds) -> list[ArmJob]              what the tier runs; `seeds`: of every arm, instead of the tier's
-    measure(job, folder) -> {metric: number}       what a finished run gives; `folder` is its run directory
+    measure(job, folder) -> {metric: number}       the numbers of a finished run; `folder` is its run directory
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
     BESIDE: [Beside]                               what else stands on a card, beside its rule
     SHAPE: {tier: shape}                           which shape (or size) of the runs a tier has
-    SIZES: {shape: [English, Chinese]}             what a reader is told of it, in figures
-    SAME: (arm, arm, number)                       the A/A test: what may differ by chance alone; or None
+    SIZES: {shape: [English, Chinese]}             what a reader is told of a shape, in figures
+    SAME: (arm, arm, number)                       the A/A test: what may differ only by chance; or None
 
-To add an experiment: give the module of its part more jobs and an entry in METRICS; to add a family of runs: write such
-a module and name it in PARTS. A job with a `recipe` is run by the recipe runner (`run_job`), so it goes on after a
-kill; one without is done inside `measure`, in its own process. A job with a `donor` starts after the job of that name
-and takes over its finished stages, or measures what that left (`donated`). The command line, the scheduling, the files
-of results and the cards need nothing else.
+To add an experiment, give the module of its part more jobs and an entry in METRICS. To add a family of runs, write such
+a module and name it in PARTS. A job with a `recipe` is run by the recipe runner (`run_job`), so it resumes after a
+kill; a job without one does its work in `measure`, in its own process. A job with a `donor` starts after the job of
+that name and reuses its finished stages, or measures what that job left (`donated`). The command line, the scheduling,
+the result files and the cards need nothing else.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class ArmJob:
     arm: str
     seed: int
     shape: str
-    """Arms are compared within a shape (and its tokens) alone."""
+    """Arms are compared only within a shape (and its tokens)."""
     settings: Mapping[str, Any]
-    """What the numbers follow from, the seed aside: results of other settings are not mixed."""
+    """What the numbers follow from, apart from the seed: results of different settings are not mixed."""
     minutes: float
     """Estimate, on one core."""
     about: str = ""
     recipe: Callable[[], Recipe] | None = None
     donor: str | None = None
-    """Name of the job whose finished stages it takes over, or whose run it measures."""
+    """Name of the job whose finished stages it reuses, or whose run it measures."""
     arms: bool = True
-    """Whether it is an arm with numbers of its own, not only a donor."""
+    """Whether it is an arm with its own numbers, not only a donor."""
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class ArmJob:
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Short name of an arm's settings."""
+    """A short hash of an arm's settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -87,7 +87,7 @@ class ArmResult:
     settings: str
     """Digest of the job's settings."""
     rules: str
-    """Hash of the rules under which it was run."""
+    """Hash of the rules under which it ran."""
     metrics: Mapping[str, float]
     diverged: str = ""
     """Why there are no numbers: the run did not survive."""
@@ -108,31 +108,31 @@ class Runs:
                 self.arms[one.arm][one.seed] = one.metrics
 
     def seeds(self, *arms: str) -> list[int]:
-        """The seeds that all of these arms have numbers for."""
+        """The seeds for which all of these arms have numbers."""
         return sorted(set.intersection(*(set(self.arms.get(arm, {})) for arm in arms)))
 
 
 @dataclass(frozen=True)
 class Metric:
     """How a rule's metric follows from the numbers of arms. `of` takes the numbers of the arms, one argument each, and
-    is evaluated inside every seed; controls are the same metric of other arms."""
+    is evaluated for every seed separately; controls are the same metric of other arms."""
 
     of: Callable[..., float]
     arms: tuple[str, ...]
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
     of_positive: Callable[..., float] | None = None
-    """Where a control is another number of the same runs, such as a heavier mask."""
+    """For a control that is another number of the same runs, such as a heavier mask."""
     of_negative: Callable[..., float] | None = None
     over: Callable[[list[tuple[Mapping[str, float], ...]]], list[float]] | None = None
-    """Instead of `of`, where a seed's value needs the other seeds: the arms' numbers of all seeds -> the values."""
+    """Instead of `of`, if a seed's value needs the other seeds: the arms' numbers of all seeds -> the values."""
 
     @property
     def needs(self) -> set[str]:
         return {*self.arms, *self.positive, *self.negative}
 
     def measured(self, runs: Runs, most: int | None = None) -> Measured | None:
-        """The metric over seeds, at most `most` of them; None where an arm is missing."""
+        """The metric over seeds, at most `most` of them; None if an arm is missing."""
         values = self._values(runs, self.of, self.arms, most)
         if not values:
             return None
@@ -147,17 +147,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class Beside:
-    """A measurement that a card shows beside its rule: the question of one part of it, asked of other runs. It is
-    compared with that part's threshold and has controls of its own; no verdict reads it."""
+    """A measurement that a card shows beside its rule: the question of one part of the rule, asked of other runs. It is
+    compared with that part's threshold and has its own controls; no verdict reads it."""
 
     claim: str
     like: str
     """The metric of that part."""
     name: str
-    """Its own, which metrics.toml explains."""
+    """Its own name, which metrics.toml explains."""
     metric: Metric
     shape: str = ""
-    """Of its runs, where that is another than a tier's."""
+    """The shape of its runs, if it is not the tier's."""
 
 
 class RunsPart(Protocol):
@@ -181,8 +181,8 @@ def part(name: str) -> RunsPart:
 def planned(
     tier: Tier, parts: Sequence[str], claims: Iterable[str] | None = None, seeds: int | None = None
 ) -> list[ArmJob]:
-    """The jobs of a tier in the order in which they are run, donors before those they serve. With `claims` those that
-    their cards need."""
+    """The jobs of a tier in the order in which they run, donors before the jobs they serve. With `claims`, only the
+    jobs that their cards need."""
     found: list[ArmJob] = []
     for name in parts:
         module = part(name)
@@ -213,7 +213,7 @@ def donated(job: ArmJob, folder: Path) -> Path:
 
 
 def beside(claim: str) -> list[Beside]:
-    """What stands on a claim's card beside its rule."""
+    """What a claim's card shows beside its rule."""
     return [one for name in PARTS for one in part(name).BESIDE if one.claim == claim]
 
 
@@ -231,8 +231,8 @@ def _runs(results: Sequence[ArmResult], tier: Tier) -> dict[str, Runs]:
 
 
 def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) -> dict[str, dict[str, Measured]]:
-    """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier, what stands beside the rules
-    included. `most`: seeds that count."""
+    """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier, including what stands beside
+    the rules. `most`: how many seeds count, at most."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
 
     def note(claim: str, metric: str, how: Metric, name: str, shape: str) -> None:
@@ -248,7 +248,7 @@ def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) 
 
 
 def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, list[str]]:
-    """Arms of which no tier has a number -> those of the claims whose rules need them."""
+    """Arms for which no tier has a number -> those of the claims whose rules need them."""
     seen = {one.arm for one in results if not one.diverged}
     wanted, lacking = set(claims), defaultdict[str, set[str]](set)
     for name in PARTS:
@@ -259,8 +259,8 @@ def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, li
 
 
 def best(results: Sequence[ArmResult]) -> dict[str, dict[str, Measured]]:
-    """The same from the largest runs that have the seeds which the rules ask for, or, where none has, from those with
-    the most seeds."""
+    """As `measured`, from the largest runs with as many seeds as the rules ask for or, if there are none, from those
+    with the most seeds."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
     for tier in TIERS:  # from the smallest to the largest
         for claim, metrics in measured(results, tier).items():
@@ -272,7 +272,7 @@ def best(results: Sequence[ArmResult]) -> dict[str, dict[str, Measured]]:
 
 
 def different(results: Sequence[ArmResult]) -> list[str]:
-    """The A/A tests that fail: a sentence for every pair of arms that chance alone tells apart and that differ."""
+    """The A/A tests that fail: a sentence for every pair of arms that may differ only by chance, yet differ by more."""
     wrong = []
     for tier in TIERS:
         for name, of_part in _runs(results, tier).items():

@@ -1,6 +1,6 @@
 """From evidence to a verdict, by rules that were fixed before any run.
 
-A rule has parts. The evidence decides each part on its own (`Outcome`); `combine` makes the verdict of them.
+A rule has parts. The evidence decides each part on its own (`Outcome`); `combine` turns the outcomes into the verdict.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, s
 
 
 class Doubt(StrEnum):
-    """Why a part does not hold, or holds weakly: for the reader; the rules decide without it."""
+    """Why a part does not hold, or holds only weakly. For the reader; the rules decide without it."""
 
     FEW = "few seeds"
     SPREAD = "spread"
-    """The interval reaches over the threshold."""
+    """The interval crosses the threshold."""
     BLIND = "blind"
     """The positive control does not show the effect."""
     ANYHOW = "anyhow"
-    """The negative control shows it, too."""
+    """The negative control shows the effect too."""
     UNCONTROLLED = "uncontrolled"
     SMALL = "small"
     EARLIER = "earlier"
@@ -33,7 +33,7 @@ class Doubt(StrEnum):
 
 
 class ClaimVerdict(StrEnum):
-    """What the evidence says of a claim."""
+    """What the evidence says about a claim."""
 
     SHOWN = "shown"
     PART = "shown in part"
@@ -44,7 +44,7 @@ class ClaimVerdict(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What the evidence says of one part of a claim."""
+    """What the evidence says about one part of a claim."""
 
     HOLDS = "holds"
     WEAK = "holds, weakly"
@@ -57,16 +57,16 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gave for one metric: a value for every seed, those of its controls, and what the problems add."""
+    """What runs gave for one metric: a value per seed, those of its controls, and the interval over problems."""
 
     values: Sequence[float]
     positive: Sequence[float] | None = None
     negative: Sequence[float] | None = None
     over_problems: Interval | None = None
     earlier: bool = False
-    """From before the rules: it can show a claim in part at most."""
+    """From before the rules: it can show a claim in part, at most."""
     size: Sequence[str] = ("", "")
-    """Of the runs, for the reader: English, Chinese."""
+    """Size of the runs, for the reader: English, Chinese."""
 
 
 class Again(NamedTuple):
@@ -96,14 +96,14 @@ class PartFinding:
     again: Again | None = None
     seeds: int = 0
     size: Sequence[str] = ("", "")
-    """Of the runs that decided: English, Chinese."""
+    """Size of the runs that decided: English, Chinese."""
     value: float | None = None
-    """Computed, or the mean over seeds."""
+    """The computed value, or the mean over seeds."""
     between: tuple[float, float] | None = None
-    """The computed ends that a value must lie between, or outside of."""
+    """The computed bounds that the value must lie between, or outside of."""
     doubts: tuple[Doubt, ...] = ()
     score: PublishedScore | None = None
-    """What a part of published scores compares."""
+    """The published scores that the part compares, if it does."""
 
     def facts(self) -> dict[str, Any]:
         made = {
@@ -120,17 +120,17 @@ class PartFinding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that there is on one claim."""
+    """All the evidence on one claim."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Computed, by name: for the parts X and S and for the sentences of the card."""
+    """Computed values by name: for the parts of kinds X and S, and for the sentences of the card."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
     again: Mapping[str, Measured] = field(default_factory=dict)
-    """One seed of this machine beside the measured ones."""
+    """One seed from this machine, beside the measured ones."""
 
 
 def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tuple[ClaimVerdict, list[PartFinding]]:
-    """The verdict on a claim, and that on each of its parts."""
+    """The verdict on a claim, and the finding on each of its parts."""
     rule = rules.claim.get(name)
     findings = list(_audit(claim))
     for part in rule.parts if rule else ():
@@ -148,8 +148,8 @@ def judge(name: str, claim: ClaimEntry, evidence: Evidence, rules: Rules) -> tup
 
 
 def beside(like: Part, name: str, measured: Measured, rules: Rules, controls: tuple[bool, bool]) -> PartFinding:
-    """What a measurement says by the threshold of another part, `like`; which of that part's `controls`, the positive
-    and the negative one, it has. No verdict is made of it."""
+    """The finding on a measurement by the threshold of another part, `like`. `controls`: whether it has that part's
+    (positive, negative) control. No verdict uses it."""
     positive, negative = (
         named if has else "" for named, has in zip((like.positive, like.negative), controls, strict=True)
     )
@@ -158,7 +158,7 @@ def beside(like: Part, name: str, measured: Measured, rules: Rules, controls: tu
 
 
 def combine(outcomes: Sequence[Outcome], needs_all: bool = False) -> ClaimVerdict:
-    """The verdict of a claim whose parts came out so."""
+    """The verdict on a claim whose parts have these outcomes."""
     seen = set(outcomes)
     if Outcome.FAILS in seen and (needs_all or not seen & {Outcome.HOLDS, Outcome.WEAK}):
         return ClaimVerdict.CONTRADICTED
@@ -180,7 +180,7 @@ def _audit(claim: ClaimEntry) -> list[PartFinding]:
 
 
 def computed(part: Part, values: Mapping[str, Any]) -> PartFinding:
-    """An exact value or the planner's against the threshold."""
+    """Compares an exact value, or the planner's, with the threshold."""
     if part.metric not in values:
         return PartFinding(part, Outcome.OPEN, part.metric)
     value = values[part.metric]
@@ -217,7 +217,7 @@ def as_printed(value: float, printed: str) -> str:
 
 
 def score(part: Part, published: PublishedScore) -> PartFinding:
-    """Two published scores, in points, with the interval that the number of problems leaves."""
+    """Compares two published scores, in points, with the interval that follows from the number of problems."""
     gap = shares_apart(published.one / 100, published.other / 100, published.problems)
     points = Interval(*(100 * end for end in gap))
     label = f"{published.on}: {published.one:.1f} / {published.other:.1f} ({published.problems:,})"
@@ -225,7 +225,7 @@ def score(part: Part, published: PublishedScore) -> PartFinding:
 
 
 def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
-    """A metric over seeds against the rule: interval, controls, number of seeds, size of the effect."""
+    """Judges a metric over seeds by the rule: interval, controls, number of seeds, size of the effect."""
     if measured is None:
         return PartFinding(part, Outcome.OPEN, part.metric)
     interval = over_seeds(measured.values, rules.confidence)
@@ -237,20 +237,20 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         threshold, margin = part.threshold or 0.0, part.margin or 0.0
         if equivalent(measured.values, threshold, margin, rules.confidence):  # two one-sided tests
             outcome = Outcome.HOLDS
-    if few:  # no spread of its own: the direction, at most
+    if few:  # too few for a spread of their own: at most the direction
         point = Interval(interval.middle, interval.middle, interval.middle)
         problems = measured.over_problems or point
         outcome = Outcome.WEAK if _side(part, problems) is Outcome.HOLDS else Outcome.UNCLEAR
     doubts = {Doubt.FEW: few, Doubt.SPREAD: outcome is Outcome.UNCLEAR}
     control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
-    if control is not None and few:  # a point, like what it is a control of
+    if control is not None and few:  # a point, like the value that it controls
         control = Interval(control.middle, control.middle, control.middle)
     if control is not None and not _fires(part, control):
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
         doubts[Doubt.BLIND] = True
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
     if negative is not None and _fires(part, negative):
-        outcome = Outcome.UNCLEAR  # what must not show it shows it, too
+        outcome = Outcome.UNCLEAR  # what must not show the effect shows it too
         doubts[Doubt.ANYHOW] = True
     missing = bool(part.positive and control is None) or bool(part.negative and negative is None)
     doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier, Doubt.SMALL: _small(part, interval, rules)}
@@ -265,7 +265,7 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
 
 
 def again(decided: Measured | None, one: Measured | None, rules: Rules) -> Again | None:
-    """Where a further run falls: mean +- t s sqrt(1 + 1/n) of the seeds that decided."""
+    """One more run and where it should fall: mean +- t s sqrt(1 + 1/n) of the seeds that decided."""
     if decided is None or one is None or len(decided.values) < 2:
         return None
     n = len(decided.values)
@@ -291,7 +291,7 @@ def _side(part: Part, interval: Interval) -> Outcome:
 
 
 def _fires(part: Part, control: Interval) -> bool:
-    """Whether a control shows the effect that the run looks for: harm, where the claim is that there is none."""
+    """Whether a control shows the effect that the run looks for: harm, if the claim is that there is none."""
     threshold, margin = part.threshold or 0.0, part.margin or 0.0
     if part.side == "equal":
         return control.low > threshold + margin or control.high < threshold - margin
@@ -304,7 +304,7 @@ def _small(part: Part, interval: Interval, rules: Rules) -> bool:
 
 
 def agrees(reference: Sequence[float], again: Sequence[float], rules: Rules) -> bool:
-    """The A/A test: the reference and itself with other weights differ by nothing that can be seen."""
+    """The A/A test: the reference and the reference with other initial weights show no visible difference."""
     gaps = [one - other for one, other in zip(reference, again, strict=True)]
     interval = over_seeds(gaps, rules.aa_confidence)
     return interval.low <= 0 <= interval.high or statistics.fmean(gaps) == 0

@@ -1,7 +1,7 @@
-"""Six ways of keeping what attention needs of earlier tokens, timed on one layer: bytes and seconds of a new token.
+"""Six ways to keep what attention needs from earlier tokens, timed on one layer: bytes, and seconds for a new token.
 
     none        nothing: the layer computes all tokens again
-    inputs      hidden states: keys and values of all tokens again
+    inputs      hidden states: the layer computes the keys and values of all tokens again
     keys        keys and values of every head
     groups      keys and values of two groups of heads (GQA)
     expanded    latents (MLA), expanded to keys and values of all tokens
@@ -29,11 +29,11 @@ ROUNDS = 5
 
 LENGTHS = (128, 512, 2048)
 ROWS = 16
-"""Rows of the comparison of caches; without a cache one row is enough work."""
+"""Rows when caches are compared; without a cache, one row is enough work."""
 
 
 class Remembered:
-    """What every way has kept of B rows of S tokens, and its step for one more token."""
+    """What every way has kept from B rows of S tokens, and its step for one more token."""
 
     def __init__(self, cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ class Remembered:
         return self.attention.latent(self.inputs[:, -1:], self.rope[-1:])
 
     def _attend(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The new token's output [B, 1, D] from keys and values of all tokens, its own included; of G groups."""
+        """The new token's output [B, 1, D] from the keys and values, in G groups, of all tokens including itself."""
         q = torch.cat(self.attention.queries(self.inputs[:, -1:], self.rope[-1:]), -1)
         q = q[:, 0].unflatten(1, (keys.shape[1], -1))  # [B, G, H / G, N + R]
         score = (q @ keys.transpose(-1, -2)) * self.cfg.softmax_scale
@@ -102,7 +102,7 @@ class Remembered:
 
 @torch.inference_mode()
 def seconds(kept: Remembered, names: Sequence[str]) -> dict[str, float]:
-    """Processor seconds of a step of each way, medians over rounds in which they take turns."""
+    """Processor seconds per step of each way: medians over rounds in which they take turns."""
     steps = {name: getattr(kept, f"step_{name}") for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-1, ROUNDS):
@@ -115,7 +115,7 @@ def seconds(kept: Remembered, names: Sequence[str]) -> dict[str, float]:
 
 
 def numbers(cfg: ModelConfig, seed: int) -> dict[str, float]:
-    """Microseconds a token of every way at every length, bytes at the longest, and what the claims ask."""
+    """Microseconds per token of every way at every length, bytes at the longest, and what the claims ask."""
     found: dict[str, float] = {}
     cached = ("keys", "groups", "expanded", "latents")
     for length in LENGTHS:

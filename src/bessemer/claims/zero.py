@@ -1,15 +1,15 @@
-"""The arms of R1-Zero: one base, and what reinforcement, fine-tuning and their controls make of it (zero-arms.toml).
+"""The arms of R1-Zero: one base, and what RL, fine-tuning and their controls make of it (zero-arms.toml).
 
 An arm is a selection of the stages of zero.toml, with a seed. Its numbers are means over the languages of its
 evaluations, by the names below; shares lie between 0 and 1.
 
-    pass@1 [task] [T]         of the task that is paid for, at temperature 1; of others; at other temperatures
-    pass@K                    K = 16, and 64 where it was asked
-    best                      pass@1 at its best temperature
+    pass@1 [task] [T]         on the rewarded task at temperature 1; on other tasks; at other temperatures
+    pass@K                    K = 16, and 64 if it was asked for
+    best                      pass@1 at the best temperature
     readable, language, repeat, truncated, tokens   of the same answers
-    again ...                 the same from other random numbers
+    again ...                 the same numbers from another random seed
     pass@1 N KIND             after N examples (`eval/shots.py`)
-    cpu_s                     processor seconds a rollout, or of all rounds of sampling and fine-tuning
+    cpu_s                     processor seconds per rollout, or for all rounds of sampling and fine-tuning
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIZES = {
 }
 SAME = ("right", "right-again", "pass@1")
 OTHER_SEED = 1000
-"""Added to the seed of what is done again."""
+"""Added to the seed of whatever is repeated."""
 Row = Mapping[str, Any]
 Numbers = Mapping[str, float]
 
@@ -70,7 +70,7 @@ class StageShape(ConfigTable):
 
     set: list[str] = Field(default_factory=list)
     minutes: float = 1.0
-    """Factor of the arms' minutes."""
+    """Factor on the arms' minutes."""
 
 
 @cache
@@ -90,7 +90,7 @@ def _data() -> dict[str, Any]:
 
 
 def base_of(arm: str) -> str:
-    """The arm whose base model it starts from; itself where it trains one."""
+    """The arm whose base model it starts from; itself if it trains one."""
     one = arms()[arm]
     return one.base or ("base" if one.stages else arm)
 
@@ -120,7 +120,7 @@ def _whole() -> dict[str, Any]:
 
 
 def _tables(names: set[str]) -> dict[str, Any]:
-    """What zero.toml says of these stages and of those that they are like: nothing else decides an arm's numbers."""
+    """The tables in zero.toml of these stages and of those they are `like`: nothing else decides an arm's numbers."""
     data = _whole()
     tables = {table.get("name", table.get("kind")): table for table in data["stage"]}
     found, left = {"model": data["model"]}, sorted(names)
@@ -133,14 +133,14 @@ def _tables(names: set[str]) -> dict[str, Any]:
 
 
 def asked(arm: str, shape: str) -> list[str]:
-    """Its evaluations; in the shape "sums" the first, and for a base the first again."""
+    """The arm's evaluations; in the shape "sums", only "eval" and, for a base, "again"."""
     own = arms()[arm]
     return own.asked if shape != "sums" else ["eval", *([] if own.stages else ["again"])]
 
 
 def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
-    """Every arm's first seed before any arm's second; bases before what starts from them. `seeds`: of every arm,
-    instead of those of the tier."""
+    """The jobs of a tier, every arm's first seed before any arm's second, and bases before what starts from them.
+    `seeds`: how many for every arm, instead of the tier's number."""
     chosen = [name for name, arm in arms().items() if tier == "full" or (arm.quick if tier == "quick" else arm.default)]
     several = {name: seeds or (arms()[name].seeds if tier == "full" else 1) for name in chosen}
     order = [(name, seed) for seed in range(1, max(several.values()) + 1) for name in chosen if seed <= several[name]]
@@ -178,7 +178,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
 
 
 def numbers(rows: Sequence[Row], paid: str, again: bool = False) -> dict[str, float]:
-    """The numbers of the rows of one stage of kind eval."""
+    """The numbers from the rows of one stage of kind eval; `paid`: the rewarded task."""
     groups: dict[tuple[str, float, int, str], list[Row]] = {}
     for row in rows:
         key = row["task"], row["temperature"], row.get("shots", 0), row.get("shot_kind", "")
@@ -202,7 +202,7 @@ def numbers(rows: Sequence[Row], paid: str, again: bool = False) -> dict[str, fl
 
 
 def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
-    """What the answers are like, besides right or wrong."""
+    """Properties of the answers other than right or wrong."""
     answers = [row["n"] * row["samples"] for row in rows]
     return {
         "readable": fmean(row["readable"] for row in rows),
@@ -218,12 +218,12 @@ def _of_answers(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def gap(name: str, other: str | None = None, times: float = 1.0) -> Any:
-    """The first arm's number less the second's."""
+    """The first arm's number minus the second's."""
     return lambda one, two: times * (one[name] - two[other or name])
 
 
 def again(name: str, times: float = 1.0) -> Any:
-    """The same model's answers once more, less its answers: what must show nothing."""
+    """A model's number when it is asked again minus its first number: this must show nothing."""
     return lambda base: times * (base[f"again {name}"] - base[name])
 
 
@@ -235,7 +235,7 @@ def unpaid(one: Numbers, other: Numbers) -> float:
 
 
 def shown(kind: str) -> Any:
-    """How much more the first arm gains by three examples than the second, in points."""
+    """How much more the first arm gains from three examples than the second, in points."""
 
     def gain(numbers: Numbers) -> float:
         return 100 * (numbers[f"pass@1 3 {kind}"] - numbers["pass@1"])
@@ -244,7 +244,7 @@ def shown(kind: str) -> Any:
 
 
 def rises(base: Numbers, cold: Numbers, dev2: Numbers, dev3: Numbers, r1: Numbers) -> float:
-    """Of the four stages of R1, how many raise what they are for: reading, pass@1, other tasks, everyday requests."""
+    """How many of R1's four stages raise what they are for: readability, pass@1, other tasks, everyday requests."""
     others = [fmean(one[name] for name in UNPAID) for one in (dev2, dev3)]
     return sum((
         cold["readable"] > base["readable"], dev2["pass@1"] > cold["pass@1"], others[1] > others[0],
@@ -253,7 +253,7 @@ def rises(base: Numbers, cold: Numbers, dev2: Numbers, dev3: Numbers, r1: Number
 
 
 def rises_again(*stages: Numbers) -> float:
-    """How many of the same models seem to rise when they are asked once more."""
+    """How many of the same models seem to improve when they are merely asked again."""
     names = ("readable", "pass@1", "pass@1", "readable")
     return sum(one[f"again {name}"] > one[name] for one, name in zip(stages, names, strict=True))
 
@@ -310,11 +310,11 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
 }
 """A control is the same function of other arms, or another function: the positive one must show the effect, the
-negative one must not. `base` is compared with itself where nothing may differ."""
+negative one must not. `base` is compared with itself when nothing may differ."""
 
 
 def _against(arm: str, name: str) -> Beside:
-    """R1-Zero against another way of learning from as many answers, by G4's part."""
+    """R1-Zero against another way of learning from as many answers, judged by G4's part."""
     how = Metric(POINTS, ("right", arm), ("right", "coin"), ("right-again", "right"))
     return Beside("G4", "pass@1 at equal rollouts, GRPO - PPO, points", name, how)
 
