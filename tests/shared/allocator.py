@@ -1,16 +1,16 @@
-"""What torch's allocator says of a function."""
+"""Memory that a function allocates, as torch's profiler reports it."""
 
 import pytest
 from torch.autograd.profiler import profile
 
-counted_with_kernels = pytest.mark.skipif(  # a string: nothing is built before the first such test runs
+counted_with_kernels = pytest.mark.skipif(  # a string, so that nothing is built before the first such test runs
     "not __import__('bessemer.kernels.library', fromlist=['available']).available()",
     reason="bytes are counted as the kernels keep them, and there are none here",
 )
 
 
 def live_and_highest(function) -> tuple[int, int]:
-    """(bytes allocated and not freed, the highest that was meanwhile) while function ran; what it returns lives to its
+    """(bytes still allocated at the end, the peak) while `function` ran; its return value is kept alive until the
     end."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
         alive = function()  # noqa: F841

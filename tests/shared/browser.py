@@ -1,4 +1,4 @@
-"""Headless Chromium for the tests of the pages, and axe-core, which finds what shuts people out of them."""
+"""Headless Chromium for the tests of the pages, and axe-core, which finds accessibility faults in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = [
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser, or a skipped test with the reason."""
+    """A browser; skips the test, with the reason, if there is none."""
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="the page is tested with playwright, which is not installed"
     )
@@ -39,7 +39,7 @@ def chromium() -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core finds on a page as it is now, its own best practices included: rule, elements and why."""
+    """What axe-core, with its best practices, finds on a page in its present state: rule, element and reason."""
     folder = pytest.importorskip("axe_playwright_python", reason="axe-core comes with axe-playwright-python")
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(resources.files(folder.__name__).joinpath("axe.min.js").read_text("utf-8") + ";0")

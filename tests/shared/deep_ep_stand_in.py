@@ -1,8 +1,8 @@
 """DeepEP's `Buffer` for tests: its signatures and layouts, over gloo between real processes on a CPU.
 
-The package needs NVLink, so this takes its place. It refuses what its kernels would (dtypes, shapes, order of calls)
-and computes with the plainest means: every rank gathers what all have and picks its own. Signatures, return values and
-handles as in deepseek-ai/DeepEP, deep_ep/buffers/legacy.py at commit dd758ca (2.1.0).
+The package needs NVLink, so this takes its place. It refuses what its kernels would refuse (dtypes, shapes, order of
+calls) and computes in the plainest way: every rank gathers everything and picks its own part. Signatures, return values
+and handles are those of deepseek-ai/DeepEP, deep_ep/buffers/legacy.py at commit dd758ca (2.1.0).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EventOverlap:
 class Buffer:
     num_sms: int = 20
     nvl_peers = 8
-    """Ranks of a node; the kernels have 8, tests fewer."""
+    """Ranks in a node: 8 for the kernels, fewer in tests."""
 
     def __init__(
         self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
@@ -53,7 +53,7 @@ class Buffer:
         )
         self.nodes = max(1, self.group_size // self.nvl_peers)
         self.calls = []
-        """Names of calls, and the handles that they were given or gave."""
+        """Names of the calls, and the handles that they took or returned."""
 
     def destroy(self):
         assert self.explicitly_destroy and self._gather("destroy") == ["destroy"] * self.group_size
@@ -138,7 +138,7 @@ class Buffer:
             assert len(idx) <= num_worst_tokens, "more tokens than there is room for"
             counts, idx = [], torch.cat((idx, idx.new_full((spare, idx.shape[1]), -1)))
             weights = torch.cat((weights, weights.new_full((spare, idx.shape[1]), float("nan"))))
-        # [i, r]: rows of ranks 0 to i that rank r has
+        # [i, r]: rows that ranks 0 to i have for rank r
         prefix = torch.stack([part[3].sum(0) for part in parts]).cumsum(0).int()
         source = torch.cat((*picked, torch.full((spare,), -1))).int()
         channels = torch.zeros(self.group_size, self.num_sms // 2, dtype=torch.int32)
@@ -177,7 +177,7 @@ class Buffer:
         return total.bfloat16(), total_w, EventOverlap()
 
     def _mine(self, parts, x, spare):
-        """Own rows of all ranks; those that are spare have whatever lay there."""
+        """This rank's rows from all ranks; spare rows keep whatever memory held."""
         rows = [part[3][:, self.rank] for part in parts]
         value = [part[1][mine] for part, mine in zip(parts, rows, strict=True)]
         value = torch.cat((*value, value[0].new_full((spare, value[0].shape[1]), 255)))

@@ -1,7 +1,7 @@
-"""Real processes that need not start Python and import torch first, two seconds each: forks of the tests' own.
+"""Real processes without the two seconds that starting Python and importing torch take: forks of the test process.
 
-For tests of what a process leaves when it is killed or stopped; how a program starts is for those that start it, and
-whole runs with libraries that keep threads (tokenizers, Ray, inductor) are, too: one such fork waited forever.
+For tests of what a process leaves behind when it is killed or stopped. Tests of how a program starts must start it, and
+so must whole runs with libraries that keep threads (tokenizers, Ray, inductor): one such fork waited forever.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from collections.abc import Callable
 
 
 class Fork(subprocess.Popen):
-    """work() in a fork, which leads a session of its own; its result is the exit status. With pipes of text for what it
-    says, and all else that Popen has."""
+    """work() in a fork that leads its own session; the return value is the exit status. stdout and stderr are pipes of
+    text, and the rest is as in Popen."""
 
     def __init__(self, work: Callable[[], int | None]) -> None:
         self._work = work
         super().__init__(["fork"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def _execute_child(self, *given) -> None:
-        # c2pwrite and errwrite, in every Python from 3.11 on
+        # c2pwrite and errwrite, in every Python from 3.11
         out, err = given[13], given[15]
         self.pid = os.fork()
         if not self.pid:

@@ -1,4 +1,4 @@
-"""An FP8 linear layer as one autograd function: x is saved in FP8, W is quantised again in backward."""
+"""An FP8 linear layer as one autograd function: x is saved in FP8, and backward quantises W again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fp8_linear(x_TK: Tensor, weight_NK: Tensor, recipe: FP8Recipe = PAPER) -> Te
 
 
 def fp8_grouped_linear(x_TK: Tensor, count: Sequence[int], weight_GNK: Tensor, recipe: FP8Recipe = PAPER) -> Tensor:
-    """Tokens in the order of their experts, `count` of each, through each expert's own matrix, [T, N]."""
+    """Tokens grouped by expert, `count` for each, through each expert's own matrix, [T, N]."""
     if sum(count) != len(x_TK) or len(count) != len(weight_GNK):
         raise ValueError(
             f"{len(count)} groups of {sum(count)} tokens in all do not fit {len(x_TK)} tokens and {len(weight_GNK)} "

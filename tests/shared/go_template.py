@@ -1,4 +1,4 @@
-"""The part of Go's text/template that Ollama's templates are written in, as far as our Modelfiles use it.
+"""The part of Go's text/template that our Modelfiles use in their Ollama templates.
 
 `if`, `else`, `range $i, $x :=`, variables, fields, and the functions eq, ne, lt, len, slice, and, not. Go's own
 text/template (1.27) gave the same texts for 3,000 random conversations.
@@ -11,7 +11,7 @@ _WORD = re.compile(r'"[^"]*"|[()]|:=|[^\s(),]+')
 
 
 def collate(messages):
-    """What Ollama hands to a template: .System and .Messages."""
+    """What Ollama passes to a template: .System and .Messages."""
     joined = []
     for message in messages:
         if joined and joined[-1]["Role"] == message["role"]:
@@ -24,14 +24,14 @@ def collate(messages):
 
 
 def render(template, values):
-    pieces = _ACTION.split(template)  # text and actions in turn
+    pieces = _ACTION.split(template)  # alternating text and actions
     end, text = _block(pieces, 0, values, {"$": values}, True)
     assert end == len(pieces), "an end without its beginning"
     return text
 
 
 def _block(pieces, at, dot, names, runs):
-    """(index of the action that ends it, its text). `at`: the index of its first text."""
+    """(index of the action that ends the block, its text). `at`: the index of its first text."""
     text = ""
     while True:
         text += pieces[at] if runs else ""
@@ -57,7 +57,7 @@ def _block(pieces, at, dot, names, runs):
 
 
 def _if(pieces, at, condition, dot, names, runs):
-    """(index of its end, the text of the branch that holds)."""
+    """(index of its end, the text of the branch taken)."""
     text, done = "", not runs
     while True:
         holds = not done and (condition == "" or bool(_value(condition, dot, names)))
@@ -75,7 +75,7 @@ def _value(expression, dot, names):
 
 
 def _call(words, dot, names):
-    """(value of a term, or of a function and its terms; the words after it)."""
+    """(value of a term, or of a function applied to its terms; the words after it)."""
     function = _FUNCTIONS.get(words[0])
     words, terms = words[1:] if function else words, []
     while words and words[0] != ")":
@@ -100,7 +100,7 @@ def _operand(word, dot, names):
 
 
 def _slice(value, start, end=None):
-    """Of a text by bytes; out of range is an error, as it is in Go."""
+    """Slices by bytes; out of range is an error, as in Go."""
     whole = value.encode() if isinstance(value, str) else value
     assert 0 <= start <= (len(whole) if end is None else end) <= len(whole), "error calling slice: index out of range"
     part = whole[start:end]

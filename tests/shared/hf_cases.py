@@ -1,4 +1,4 @@
-"""Tiny random models of other houses, made by transformers itself, in memory or on disk."""
+"""Tiny random models of other architectures, made by transformers itself, in memory or on disk."""
 
 import torch
 import transformers
@@ -27,7 +27,7 @@ MODELS = {"GPT2": "GPT2LMHeadModel"}
 
 
 def made(kind: str, seed: int = 0, **changes):
-    """A random model of a kind, in float32 and evaluation mode."""
+    """A random model of the given kind, in float32 and evaluation mode."""
     house, shape = KINDS[kind]
     config = getattr(transformers, CONFIGS.get(house, f"{house}Config"))(**(shape | changes))
     torch.manual_seed(seed)

@@ -15,11 +15,11 @@ from triton_layer_checks import hopper_kernels
 
 FIGURES = Path(__file__).parents[2] / "bench" / "results" / "ptxas_sm90.json"
 SHARED_MEMORY = 227 * 1024
-"""Bytes that a program may have on compute capability 9.0."""
+"""Bytes available to a program on compute capability 9.0."""
 
 
 class Job(NamedTuple):
-    """A kernel with what it is compiled for."""
+    """A kernel and what it is compiled for."""
 
     kind: str
     kernel: object
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name in the table of figures."""
+        """The key in the table of figures."""
         function = self.kernel.fn if hasattr(self.kernel, "configs") else self.kernel
         module = function.fn.__module__.rpartition(".")[2]
         constants = " ".join(f"{k}={int(v)}" for k, v in self.constants.items())
@@ -43,9 +43,9 @@ class Compiled(NamedTuple):
     job: Job
     ptx: str
     registers: int
-    """Of a thread."""
+    """Per thread."""
     spilled: int
-    """Bytes stored and loaded again for want of registers."""
+    """Bytes spilled to memory for lack of registers."""
     shared: int
     """Bytes of shared memory."""
 
@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
         return {name: getattr(self, name) for name in ("registers", "spilled", "shared")}
 
     def faults(self) -> list[str]:
-        """What no kernel of ours may do."""
+        """What none of our kernels may do."""
         faults = [f"{self.job.label}: {self.spilled} bytes are spilled"] if self.spilled else []
         if self.shared > SHARED_MEMORY:
             faults.append(f"{self.job.label}: {self.shared} bytes of shared memory do not fit")
@@ -110,7 +110,7 @@ ALONE = {"GROUPS": 1, "ROOM": 1}
 
 
 def everything() -> Iterator[Job]:
-    """The samples, and every configuration that tuning may choose for a product."""
+    """The samples, and every configuration that autotuning may choose for a product."""
     from bessemer.precision import triton_gemm
 
     yield from samples()
@@ -120,7 +120,7 @@ def everything() -> Iterator[Job]:
         for blocks in (True, False)
     ]
     for kind, kernel, variants in (
-        # weight gradients are added, whose operands both have factors for every row
+        # only weight gradients are added, and both of their operands have a factor for every row
         ("gemm", triton_gemm._gemm, [way | {"ADD": add} for way in ways for add in {False, not way["BLOCKS"]}]),
         ("grouped_gemm", triton_gemm._grouped, [GROUPS | way for way in ways]),
         (
@@ -136,13 +136,13 @@ def everything() -> Iterator[Job]:
 
 
 def compiled(job: Job) -> Compiled:
-    """Through the assembler, whose own report gives registers and spills."""
+    """Runs NVIDIA's assembler too, whose report gives registers and spills."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = job.kernel.fn if hasattr(job.kernel, "configs") else job.kernel  # without its tuning
+    kernel = job.kernel.fn if hasattr(job.kernel, "configs") else job.kernel  # without autotuning
     types = job.types
     if types is None:
         types = {n: "*fp8e4nv" for n in ("x", "w", "dy", "value", "out")}
@@ -160,13 +160,13 @@ def compiled(job: Job) -> Compiled:
     signature = {n: "constexpr" if n in job.constants else types.get(n, "i32") for n in kernel.arg_names}
     free = {p.name for p in kernel.params if p.do_not_specialize} | {"M", "sx_row", "sw_row", "sdy_row"}
     free |= {n for n, kind in signature.items() if kind.startswith("tensordesc")}
-    # the rest are multiples of 16 in every model
+    # the others are multiples of 16 in every model
     aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] != "constexpr" and n not in free]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(job.constants), attrs=attributes)
     options = {"num_warps": job.warps, "num_stages": job.stages, "maxnreg": job.maxnreg}
     report = io.StringIO()
-    with tempfile.TemporaryDirectory() as fresh, contextlib.redirect_stdout(report):  # what is cached is not assembled
+    with tempfile.TemporaryDirectory() as fresh, contextlib.redirect_stdout(report):  # a cached kernel is not assembled
         knobs.nvidia.dump_ptxas_log, before = True, os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = fresh
         try:
@@ -184,7 +184,7 @@ def compiled(job: Job) -> Compiled:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on."""
+    """Versions that the figures depend on."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
 
@@ -193,5 +193,5 @@ def versions() -> dict[str, str]:
 
 
 def committed() -> dict:
-    """The table of figures, {"versions": ..., "kernels": {label: figures}}."""
+    """The committed table of figures, {"versions": ..., "kernels": {label: figures}}."""
     return json.loads(FIGURES.read_text())

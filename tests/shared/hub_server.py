@@ -1,6 +1,6 @@
-"""A hub of models and data sets on this machine: one repository whose branch can be moved to another commit.
+"""A model and data set hub on this machine: one repository whose branch can be moved to another commit.
 
-Writing follows the hub's interface: large files first (LFS), then one commit of lines of JSON."""
+Writing follows the hub's protocol: large files first (LFS), then one commit as lines of JSON."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ import pytest
 
 
 class HubServer(ThreadingHTTPServer):
-    """`commits` maps each commit to its files; `head` is the one that the branch `main` names."""
+    """`commits` maps each commit to its files; `head` is the commit that the branch `main` points to."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -22,15 +22,15 @@ class HubServer(ThreadingHTTPServer):
         self.head = ""
         self.exists = True
         self.token: str | None = None
-        """Whoever writes must bring it; None: nobody may write."""
+        """The token that writing requires; None: nobody may write."""
         self.large: dict[str, bytes] = {}
         """LFS objects by SHA-256."""
         self.failures: dict[str, int] = {}
-        """{a part of a path: status} of requests that fail."""
+        """{a part of a path: status} for the requests that fail."""
         self.requests: list[str] = []
 
     def commit(self, files: dict[str, bytes]) -> str:
-        """Moves the branch to a new commit with these files."""
+        """Moves the branch to a new commit that holds these files."""
         self.head = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self.commits[self.head] = files
         return self.head
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The server, as the hub of the client's settings."""
+    """Runs the server and points the client's settings at it."""
     from huggingface_hub import constants
 
     with HubServer() as server:

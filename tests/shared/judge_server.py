@@ -1,7 +1,7 @@
-"""A judge on the loopback address whose replies the test decides: `with JudgeServer(reply) as server`.
+"""A judge on the loopback address, whose replies the test decides: `with JudgeServer(reply) as server`.
 
-`reply(prompt)` gives the text of a chat completion, or (status, body, headers) as they are. `server.asked` holds the
-requests that were answered with a completion.
+`reply(prompt)` gives the text of a chat completion, or (status, body, headers) to send verbatim. `server.asked` holds
+the requests that were answered with a completion.
 """
 
 import json
@@ -47,7 +47,7 @@ class JudgeServer:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_):
-                """A client that gave up is part of the test."""
+                """A client that gives up is part of the test."""
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"

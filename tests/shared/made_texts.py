@@ -1,4 +1,4 @@
-"""Texts for tests about text: English prose, and files of it."""
+"""Generated texts for tests: English prose, and files of it."""
 
 import json
 import random
@@ -19,7 +19,7 @@ LINKS = ["because", "while", "although", "until", "before", "after", "since", "w
 
 
 def prose(seed: int, sentences: int = 12) -> str:
-    """English that the language model knows for English, and no two of which are alike."""
+    """Text that the language detector takes for English; no two are alike."""
     draw = random.Random(seed)
     said = [
         f"The {draw.choice(NOUNS)} {draw.choice(VERBS)} {draw.choice(('the', 'a', 'that'))} {draw.choice(NOUNS)} "

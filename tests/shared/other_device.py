@@ -1,7 +1,7 @@
-"""A device that is neither a CPU nor CUDA and has no float64, as MPS: CPU tensors in disguise. An operation that
-mixes it with CPU tensors of more than one number, or makes a float64 there, raises.
+"""A device that is neither a CPU nor CUDA and has no float64, like MPS: CPU tensors in disguise. An operation raises if
+it mixes the device with CPU tensors of more than one number, or makes a float64 there.
 
-Import it in a process of its own: torch keeps the device for ever. No tensor of it may be made in inference mode."""
+Import it in a process of its own: torch keeps the device forever. None of its tensors may be made in inference mode."""
 
 import torch
 from torch.utils import _pytree as pytree
@@ -79,7 +79,7 @@ def _perform(func, args, kwargs):
 
 
 class OtherDevice(TorchDispatchMode):
-    """Inside, tensors can be made on `OTHER`."""
+    """A context in which tensors can be made on `OTHER`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _perform(func, args, kwargs or {})
@@ -94,6 +94,6 @@ def _copy(source, target, non_blocking=False):
     return target
 
 
-_library = torch.library.Library("aten", "IMPL")  # torch.tensor asks for these behind any mode
+_library = torch.library.Library("aten", "IMPL")  # torch.tensor calls these without going through a mode
 _library.impl("empty_strided", _empty, "PrivateUse1")
 _library.impl("_copy_from", _copy, "PrivateUse1")

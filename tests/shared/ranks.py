@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 
 def on_ranks(n: int, function, *arguments) -> list:
-    """[function(rank, *arguments) for every rank], each in a process of its own. AssertionError with the traceback of
-    the first rank that failed."""
+    """[function(rank, *arguments) for every rank], each in a process of its own. Raises AssertionError with the
+    traceback of the first rank that fails."""
     context = get_context("fork")
     answers, read = context.SimpleQueue(), context.Event()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def _rank(rank, n, store, answers, read, function, arguments):
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
         answers.put((rank, True, function(rank, *arguments)))
-        read.wait(30)  # tensors are read from this process
+        read.wait(30)  # tensors are read from this process's memory
         dist.destroy_process_group()
     except BaseException:
         answers.put((rank, False, traceback.format_exc()))

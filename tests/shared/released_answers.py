@@ -1,7 +1,7 @@
-"""200 made answers in the form of a released R1, with scores computed by hand: ten problems, twenty answers each.
+"""200 made-up answers in the form of a released R1, scored by hand: ten problems, twenty answers each.
 
 The answers continue a prompt that has already opened `<think>`. Per problem: 11 right in R1's form, 3 right in another
-form, 6 that earn nothing; so accuracy is 14/20 = 0.7 and format, which a wrong answer may keep, 13/20 = 0.65.
+form, 6 that earn nothing. So accuracy is 14/20 = 0.7, and format, which a wrong answer may keep, is 13/20 = 0.65.
 """
 
 PROBLEMS = [  # question, gold answer, how R1 writes it, a wrong answer
@@ -41,9 +41,9 @@ def answers(right: str, wrong: str) -> list[tuple[str, bool, bool]]:
         f"Put it into \\boxed{{}}: \\boxed{{{right}}}",
     ]
     made = [(THOUGHTS + END + text, True, True) for text in good]
-    # a box among the thoughts is a thought; the final part decides
+    # a box among the thoughts does not count; the final part decides
     made[0] = (f"Maybe \\boxed{{{wrong}}}? No.\n" + END + good[0], True, True)
-    # R1 now and then closes the block that the template opened at once: right, and not in form
+    # R1 sometimes closes at once the block that the template opened: right, but not in form
     made += [("\n" + END + text, True, False) for text in (good[0], good[2], good[6])]
     made += [
         (THOUGHTS + END + f"{steps}\\boxed{{{wrong}}}", False, True),

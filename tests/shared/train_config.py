@@ -1,4 +1,4 @@
-"""A trainer's table and runtime from one list of values."""
+"""A trainer's config and runtime from one set of values."""
 
 from dataclasses import fields
 
@@ -10,8 +10,8 @@ SCHEDULES = ("batch_rows", "row_scale", "gamma")
 
 
 def train_config(eps: float = 1e-8, **values) -> tuple[PretrainConfig, Runtime]:
-    """(config, runtime): values that `Runtime` names go there, where a number is a constant schedule, the others are
-    keys of a pre-training stage. No checkpoint by time unless `save_seconds` says so."""
+    """(config, runtime). Values that `Runtime` names go into it, where a number is a constant schedule; the others are
+    keys of a pre-training stage. No checkpoints by time unless `save_seconds` is given."""
 
     class Config(PretrainConfig):
         pass

@@ -1,6 +1,6 @@
-"""Checks of the Triton kernels of a layer against torch in float64, and what a Hopper card would run of them.
+"""Checks of a layer's Triton kernels against torch in float64, and a list of what a Hopper card would run of them.
 
-`test_fp8_kernels` runs them in its processes, where the interpreter is on or its compiler ready.
+`test_fp8_kernels` runs them in its own processes, where the interpreter is on or its compiler is ready.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from bessemer.kernels.gate import Rule
 
 SHAPES = [(2, 5, 3, 24, 8, 12), (1, 3, 11, 40, 16, 40)]
-"""B, T, H, nope, rope and value widths."""
+"""B, T, H, and the nope, rope and value widths."""
 
 
 def normal(*shape, seed=0):
@@ -23,7 +23,7 @@ def close(found, wanted, bound=2e-6):
 def check_norm():
     from bessemer.kernels import triton_norm
 
-    triton_norm.PARTS = 4  # so that a program takes several rows; one for each row would take the interpreter seconds
+    triton_norm.PARTS = 4  # so that a program takes several rows; one program a row would take the interpreter seconds
     wide = normal(3, 2, 300)
     for x in (normal(2, 4, 200), wide[..., 20:150], normal(15, 40), normal(1, 3)):
         gain, dy = normal(x.shape[-1], seed=1) + 1, normal(*x.shape, seed=2)
@@ -96,7 +96,7 @@ def check_gate():
 
 
 def check_gate_of_nan():
-    """Experts exist whatever the scores are: the step is skipped later, and nothing is read out of bounds."""
+    """The chosen experts exist whatever the scores: nothing is read out of bounds, and the step is skipped later."""
     from bessemer.kernels import triton_gate
 
     for rule in rules():
@@ -122,7 +122,7 @@ def check_swiglu_without_weights():
 
 
 def check_paged_attention():
-    """Rows of 1 to 200 tokens in pages that are scattered over the pool; few rows split their pages. Slots that a row
+    """Rows of 1 to 200 tokens in pages scattered over the pool; batches of few rows split their pages. Slots that a row
     does not see, and pages that it does not have, hold NaN."""
     from bessemer.kernels import paged, triton_paged
 
@@ -149,7 +149,7 @@ def check_paged_attention():
 
 
 def check_losses():
-    """With blocks narrower than the vocabulary, which ends inside one."""
+    """With blocks narrower than the vocabulary, which is not a multiple of them."""
     from bessemer.kernels import triton_loss
     from bessemer.train import loss as torchs
 
@@ -203,7 +203,7 @@ def logprobs_are_right(z, target, temperature, bound):
 
 
 def hopper_kernels():
-    """(name, kernel, warps, types of its arguments, constants), at V3's widths."""
+    """(name, kernel, warps, argument types, constants), at V3's widths."""
     from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm, triton_paged
 
     half, full, whole = "*bf16", "*fp32", "*i64"
