@@ -1,4 +1,4 @@
-"""No test here touches a network, and none uses more than one core."""
+"""No test here uses the network or more than one core."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Small random networks that exercise every mechanism, and the measure of error used throughout.
+"""Small random networks that exercise every mechanism, and the error measure used throughout.
 
-Weights are large enough that routing is decided and norms matter; routing biases are negative, so that a wrong mask
-value for excluded groups (0 instead of -inf) changes the result.
+The weights are large enough that routing is decisive and norms matter. Routing biases are negative, so that a wrong
+mask value for excluded groups (0 instead of -inf) changes the result.
 """
 
 import torch
@@ -27,7 +27,7 @@ def tiny(**changes) -> ModelConfig:
 
 @torch.no_grad()
 def random_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
-    """Like a trained one: norm gains off 1, routing biases off 0. In eval mode."""
+    """As if trained: norm gains off 1, routing biases off 0. In eval mode."""
     model = Transformer(cfg).initialise(seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     for name, tensor in model.state_dict().items():

@@ -1,6 +1,6 @@
-"""The network once more, written from the papers over the keys on disk: float64, one token and one head at a time.
+"""A second implementation, written from the papers over the keys on disk: float64, one token and one head at a time.
 
-Shares no code with `bessemer.model` but the config. Slow and plain on purpose.
+It shares no code with `bessemer.model` except the config, and is slow and plain on purpose.
 """
 
 import math
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 
 class Naive:
-    """Equations of V2 2.1, V3 2.1 and V3 2.2 over the tensors of a Hugging Face directory."""
+    """Equations of V2 2.1, V3 2.1 and V3 2.2, over the tensors of a Hugging Face directory."""
 
     def __init__(self, directory, cfg):
         self.w = {key: tensor.double() for key, tensor in load_file(directory / "model.safetensors").items()}
@@ -62,7 +62,7 @@ class Naive:
         return theta * (1 - ramp) + theta / cfg.rope_factor * ramp
 
     def rotate(self, x, position):
-        """Pairs (x_2j, x_2j+1) as complex numbers times e^(i position theta_j)."""
+        """Pairs (x_2j, x_2j+1) as complex numbers, multiplied by e^(i position theta_j)."""
         out = torch.empty_like(x)
         for j in range(len(x) // 2):
             turned = complex(x[2 * j], x[2 * j + 1]) * complex(math.cos(position * self.angle(j)),
@@ -104,7 +104,7 @@ class Naive:
         return (gate * torch.sigmoid(gate) * up) @ self.w[p + "down_proj.weight"].T
 
     def moe(self, u, p):
-        """V3 2.1.2 for one token: sigmoid, group limit over biased scores, gates from unbiased ones."""
+        """V3 2.1.2 for one token: sigmoid, group limit on biased scores, gates from unbiased scores."""
         cfg = self.cfg
         s = torch.sigmoid(self.w[p + "gate.weight"] @ u).tolist()
         z = [a + b for a, b in zip(s, self.w[p + "gate.e_score_correction_bias"].tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""Models of other houses through our surface, against transformers itself.
+"""Models of other architectures through our interface, against transformers itself.
 
 Bound 1e-5 on |difference| / |expected|, as in test_hub_parity: float32 rounds at 6e-8, a wrong mask gives over 0.1.
 """
@@ -46,7 +46,7 @@ def test_hidden_states_are_ready_for_the_head(pair):
 
 
 def test_packed_samples_are_separate_samples(pair):
-    """Hidden states and gradients of a packed row are those of its samples alone; segment ids need not count up."""
+    """A packed row's hidden states and gradients are those of its samples alone; segment ids need not ascend."""
     ours, theirs = pair
     ids = tokens(2, 20, seed=1)
     segments = torch.tensor([[5] * 3 + [2] * 1 + [9] * 10 + [4] * 6, [1] * 8 + [2] * 12])

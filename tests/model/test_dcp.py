@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: read by torch itself, and back; damaged and hostile checkpoints."""
+"""torch.distributed.checkpoint: read by torch itself and by us; damaged and hostile checkpoints are refused."""
 
 import io
 import pickle
@@ -47,7 +47,7 @@ def test_torch_reads_what_is_written_and_it_comes_back_the_same(call, model, tmp
 
 
 def test_a_model_directory_is_itself_a_checkpoint_for_dcp(model):
-    """As torchtitan's `initial_load_in_hf` reads it."""
+    """torchtitan reads it with `initial_load_in_hf`."""
     wanted = weights(model)
     state = {key: torch.zeros_like(value) for key, value in wanted.items()}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(model)), no_dist=True)
@@ -55,7 +55,7 @@ def test_a_model_directory_is_itself_a_checkpoint_for_dcp(model):
 
 
 def save_shards(me, model, out):
-    """As a trainer does: every matrix in two halves of two ranks, in a nested state beside an optimizer."""
+    """Saves as a trainer does: every matrix split in halves over two ranks, in a nested state next to an optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

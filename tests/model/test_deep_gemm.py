@@ -1,7 +1,7 @@
-"""Experts with real counts reach DeepGEMM: rows filled up to its multiples of 128, in the layouts and dtypes it takes.
+"""Experts with uneven counts reach DeepGEMM: rows padded to its multiples of 128, in the layouts and dtypes it takes.
 
-The package needs a Hopper card, so a stand-in with its signatures takes its place: it computes with the emulation and
-refuses whatever DeepGEMM's contiguous layout would not take.
+The package needs a Hopper card, so a stand-in with its signatures takes its place. It computes with the emulation and
+refuses whatever DeepGEMM's contiguous layout would refuse.
 """
 
 import sys
@@ -22,9 +22,9 @@ torch.set_num_threads(1)
 
 
 class DeepGEMM:
-    """m_grouped_fp8_gemm_nt_contiguous((x, sx), (w, sw), out, group of every row), out = x w^T; the dense form; and
-    those for weight gradients, which add to a float32 d. Names of arguments are those of release 2.1.1.post3 and later,
-    and so are the assertions (csrc/apis/gemm.hpp, csrc/jit_kernels/impls/sm90_fp8_gemm_1d1d.hpp)."""
+    """m_grouped_fp8_gemm_nt_contiguous((x, sx), (w, sw), out, group of every row), out = x w^T; the dense form; and the
+    weight-gradient forms, which add to a float32 d. Argument names and assertions are those of release 2.1.1.post3 and
+    later (csrc/apis/gemm.hpp, csrc/jit_kernels/impls/sm90_fp8_gemm_1d1d.hpp)."""
 
     def __init__(self):
         self.groups, self.columns, self.products = [], [], []
@@ -37,7 +37,7 @@ class DeepGEMM:
         assert (group_M[:used].diff() >= 0).all() and (group_M[used:] == -1).all() and group_M.max() < len(w[0])
         count = torch.bincount(group_M[:used], minlength=len(w[0])).tolist()
         out.copy_(emulation.grouped_gemm(self.checked(x), count, self.blocks(w), out.dtype, "block"))
-        out[used:] = float("nan")  # skipped
+        out[used:] = float("nan")  # DeepGEMM skips these rows
         self.groups.append(count)
 
     def fp8_gemm_nt(self, a, b, d, c=None, recipe=None):
@@ -49,7 +49,7 @@ class DeepGEMM:
             d += emulation.gemm(self.checked(a), self.checked(b), torch.float32, "tile")
 
     def k_grouped_fp8_gemm_nt_contiguous(self, a, b, d, ks, ks_tensor, c=None, recipe=(1, 1, 128)):
-        """Group after group lies by itself in a and b, as [m, k] and [n, k]; their factors are [m, sum / 128]."""
+        """a and b hold one group after another, each as [m, k] or [n, k]; their factors are [m, sum / 128]."""
         (groups, m, n), total = d.shape, sum(ks)
         assert recipe == (1, 1, 128) and c is d and d.dtype == torch.float32 and d.is_contiguous()
         assert type(ks) is list and len(ks) == groups and all(type(k) is int and k % 128 == 0 for k in ks) and total
@@ -84,7 +84,7 @@ class DeepGEMM:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """This CPU as a Hopper card with that package."""
+    """Makes this CPU appear as a Hopper card with that package."""
     for module, names in card().items():
         for name, value in names.items():
             monkeypatch.setattr(module, name, value)
@@ -102,7 +102,7 @@ CFG = tiny(dim=256, moe_inter_dim=128, n_routed_experts=6, n_activated_experts=2
 
 
 def case(dtype=torch.bfloat16, tokens=90, seed=0):
-    """Layer, tokens and routing: one expert has no row, none a multiple of 128."""
+    """Layer, tokens and routing: one expert has no rows, and no count is a multiple of 128."""
     draw = torch.Generator().manual_seed(seed)
     experts = moe.Experts(CFG)
     experts.fp8 = PAPER
@@ -132,8 +132,8 @@ def test_experts_with_real_counts_reach_deep_gemm(hopper):
 
 
 def test_filled_rows_change_nothing(hopper, monkeypatch):
-    """Output and gradients are those without them, bit for bit: tiles along the tokens were filled up with zeros
-    before, too. The gradient of the tokens is summed in float32 as on a GPU, and in BF16 without."""
+    """Output and gradients are bit for bit those without padding: tiles along the tokens were always filled up with
+    zeros. Only the gradient of the tokens differs: it is summed in float32 as on a GPU, and without padding in BF16."""
     _, found = run(*case())
     monkeypatch.setattr(backends, "ORDER", ("emulation",))
     monkeypatch.setattr(adapters, "_capability", lambda device: (0, 0))
@@ -145,7 +145,7 @@ def test_filled_rows_change_nothing(hopper, monkeypatch):
 
 @pytest.mark.parametrize("count", [[70, 0, 300, 128], [0, 500, 0], [130], [0, 0]])
 def test_weight_gradients_of_groups(hopper, count):
-    """Values as by emulation, in a result of their own and added to one; groups without rows add nothing."""
+    """The values equal the emulation's, in a new result and added to a given one; groups without rows add nothing."""
     draw = torch.Generator().manual_seed(1)
     dy, x = (quantise(torch.randn(sum(count), columns, generator=draw)) for columns in (64, 192))
     sides = [emulation.retile(side, count, False) for side in (dy, x)]
@@ -170,7 +170,7 @@ def test_weight_gradients_of_one_matrix(hopper):
     assert weight_gradient(dy, x, PAPER, add_to=into) is into and hopper.products == [(1, 1, 128)] * 2
     exact = dy.dequantise().double().t() @ x.dequantise().double()
     assert relative(wanted, exact) < 0.05 and torch.equal(into, 1 + wanted)
-    weight_gradient(dy, quantise(torch.randn(256, 100, generator=draw)), PAPER)  # 100 inputs do not fit
+    weight_gradient(dy, quantise(torch.randn(256, 100, generator=draw)), PAPER)  # a width of 100 does not fit
     assert len(hopper.products) == 2
 
 

@@ -1,4 +1,4 @@
-"""GGUF files against the model they were made from, with the file written by the `gguf` package alone."""
+"""GGUF files against the model they came from; only the `gguf` package writes them."""
 
 import gguf
 import numpy as np
@@ -21,12 +21,12 @@ TEMPLATE = (
 
 
 def interleaved(weight, heads):
-    """llama.cpp keeps the two halves of each rotary pair side by side."""
+    """llama.cpp keeps the two halves of each rotary pair next to each other."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(model, path, quantise):
-    """What llama.cpp's converter writes; `quantise`: the matrices of the layers in Q8_0."""
+    """Writes what llama.cpp's converter writes; `quantise`: the layers' matrices in Q8_0."""
     c = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(c.num_hidden_layers)

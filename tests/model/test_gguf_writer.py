@@ -1,7 +1,7 @@
-"""GGUF files written here, read with the `gguf` package alone: tensors, metadata and what is refused.
+"""GGUF files that we write, read with the `gguf` package alone: tensors, metadata and what is refused.
 
-Names are checked against the package's own table of deepseek2, values against the safetensors of the source, written
-out by naive loops. What llama.cpp makes of such a file: `test_other_engines.py`.
+Names are checked against the package's own table for deepseek2, values against the source's safetensors, computed by
+naive loops. What llama.cpp makes of such a file is in `test_other_engines.py`.
 """
 
 import json
@@ -28,12 +28,12 @@ from bessemer.precision.formats import dequantise_blocks, quantise_blocks
 
 TEXTS = ["the quick brown fox", "<think>two and two</think> <answer>4</answer>", "盛钢水 1234"] * 4
 SPARE = 5
-"""Rows of the embedding that belong to no token."""
+"""Rows of the embedding without a token."""
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A tokenizer of our own, saved."""
+    """A saved tokenizer of ours."""
     made = tokenizer.Tokenizer.train(TEXTS, 300, chat_style="r1")
     made.save(tmp_path_factory.mktemp("tokenizer"))
     return made
@@ -65,7 +65,7 @@ def read(file):
 
 
 def expected(stored, cfg, dtype):
-    """What the file must hold, from the tensors of the source: loops, and the names of the `gguf` package."""
+    """What the file must hold, computed from the source's tensors by loops, under the `gguf` package's names."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, cfg.n_layers)
 
     def name(key):
@@ -168,7 +168,7 @@ def test_the_shape_and_the_rules(source, tmp_path):
     ],
 )
 def test_groups_are_named_only_where_they_limit(source, tmp_path, changes, limited):
-    """llama.cpp refuses a file that allows every group, and knows no choice that ignores groups it was told of."""
+    """llama.cpp refuses a file that allows every group, and has no routing that ignores groups named in the file."""
     gguf_file.write(source(**changes), tmp_path / "out.gguf")
     facts = read(tmp_path / "out.gguf")[1]
     assert [key for key in facts if "expert_group" in key] == limited * [
@@ -199,7 +199,7 @@ def test_tokenizer_and_template(source, tmp_path, words):
 
 
 def test_the_split_is_that_of_our_tokenizer():
-    """The model room cannot import the data room, so the rules stand in both."""
+    """The model package cannot import the data package, so both hold the rules."""
     assert hf_tokenizer.SPLITS == (tokenizer.DIGITS, tokenizer.CJK, tokenizer.WORDS)
 
 
@@ -306,7 +306,7 @@ def test_a_tied_head_that_differs_is_refused(source, tmp_path):
 
 
 def test_a_write_the_system_refuses_leaves_the_old_file(source, tmp_path):
-    """A file-size limit in a forked child: write() fails half way through the tensors."""
+    """A file-size limit in a forked child makes write() fail half way through the tensors."""
     directory, file = source(), tmp_path / "out.gguf"
     file.write_bytes(b"old")
     child = os.fork()
@@ -331,7 +331,7 @@ FLIPPED = {"magic": 0, "number of tensors": 8, "length of a key": 24, "name of t
 
 @pytest.mark.parametrize("place", FLIPPED.values(), ids=FLIPPED)
 def test_damage_between_writing_and_reading_back_is_found(source, tmp_path, monkeypatch, place):
-    """One bit of the file."""
+    """A single flipped bit in the file."""
     directory, file = source(), tmp_path / "out.gguf"
     original = gguf_file._write
 
@@ -378,7 +378,7 @@ print(peak[0], (root / "out.gguf").stat().st_size / 2**20)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_stays_below_the_experts_of_one_layer(tmp_path, words):
-    """In the file the experts of a layer are tensors of 8 MiB, on their way there they are 256 KiB each."""
+    """The experts of a layer are tensors of 8 MiB in the file, but pass through memory in pieces of 256 KiB."""
     words.save(tmp_path)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -1,5 +1,5 @@
-"""What a GPU runs of the network, as far as a CPU can prove it: grouped products in value and gradient, and on the meta
-device, which has no numbers to give to the host, that no launch depends on E and no layer waits."""
+"""The network's GPU path, as far as a CPU can check it: grouped products in value and gradient, and, on the meta
+device, which holds no numbers that the host could read, that no launch count depends on E and no layer waits."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ VIEWS = ("view", "transpose", "t", "permute", "slice", "split", "select", "unsqu
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A CPU takes the GPU's way through the experts."""
+    """Makes a CPU take the GPU's path through the experts."""
     monkeypatch.setattr(kernel, "serves", lambda *tensors: False)
     monkeypatch.setattr(grouped, "serves", lambda x, w13, w2: w2.dim() == 3)
 
@@ -45,7 +45,7 @@ def test_grouped_products_are_the_reference_in_value_and_gradient(on_gpu, counts
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_rows_are_gathered_and_summed_as_by_the_loop(on_gpu, monkeypatch, dtype):
-    """From tokens to tokens, and weight gradients added to the float32 gradients that a trainer keeps."""
+    """From tokens to tokens, with weight gradients added to the float32 gradients that a trainer keeps."""
     monkeypatch.setattr(experts, "_combined", grouped.combine)
     generator = torch.Generator().manual_seed(1)
     E, K, N, D, F = 6, 3, 21, 16, 8
@@ -81,11 +81,11 @@ def test_swiglu_keeps_nan_and_zero_weights():
 
 
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_consecutive", "equal"}
-"""Operations that give the host a number, or a tensor whose size is one."""
+"""Operations that give the host a number, or a tensor whose size depends on one."""
 
 
 class Launches(TorchDispatchMode):
-    """Names of the operations that would start a kernel, also inside our own."""
+    """Names of the operations that would start a kernel, those inside our own operations included."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
 
 def fused(function):
     def one_kernel(*arguments):
-        arguments[0].abs()  # stands for it
+        arguments[0].abs()  # stands for the kernel
         with _disable_current_modes():
             return function(*arguments)
 
@@ -112,7 +112,7 @@ def fused(function):
 
 
 def layer_launches(n_experts):
-    """Of forward and backward of a layer's experts, dispatch and combine included."""
+    """Launches in forward and backward of a layer's experts, dispatch and combine included."""
     generator = torch.Generator().manual_seed(1)
     x, gate = (torch.randn(24, n, generator=generator, requires_grad=True) for n in (16, 3))
     w13, w2 = torch.randn(n_experts, 16, 16, requires_grad=True), torch.randn(n_experts, 16, 8, requires_grad=True)
@@ -138,15 +138,15 @@ def test_experts_launch_as_many_kernels_for_any_number_of_experts_and_wait_for_n
 
 KERNELS = {"expert_order": 0, "expert_ffn": 0, "expert_ffn_backward": 0, "rms_norm_backward": 2, "gate_choice": 5,
            "_varlen_attn": 2, "_varlen_attn_backward": 4}  # fmt: skip
-"""Kernels of an operation that is not one. Experts are counted above, with dispatch and combine. A norm's backward adds
-up its parts. The gate clears its counts and takes the mean, product and factor of the balance term. Varlen fills a
-tensor forward, and is three kernels and a filled tensor backward."""
+"""Kernels of operations that do not launch exactly one. Experts, dispatch and combine are counted above. A norm's
+backward sums its parts. The gate clears its counts and takes the mean, product and factor of the balance term. Varlen
+fills a tensor forward; backward it is three kernels and a filled tensor."""
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_training_layer_is_at_most_150_kernels_for_any_number_of_experts(on_gpu, monkeypatch, packed):
     """Forward and backward of attention, gate, routed and shared experts, norms and residuals, with gradients added to
-    those of a trainer. On the meta device; our operations count as what they launch on CUDA, and views as nothing."""
+    a trainer's. On the meta device; our operations count as what they launch on CUDA, and views as nothing."""
     monkeypatch.setattr(kernel, "sorts", lambda expert_NK: False)
     monkeypatch.setattr(experts, "_combined", grouped.combine)
     for name in ("forward", "backward"):
@@ -174,7 +174,7 @@ def test_a_training_layer_is_at_most_150_kernels_for_any_number_of_experts(on_gp
 
 
 def one_attention(q, k, v, **settings):
-    """Stands for a fused kernel, forward and backward, where meta tensors would take torch's formula apart."""
+    """Stands for a fused kernel, forward and backward, since on meta tensors torch would decompose the operation."""
     assert settings["attn_mask"] is None, "no mask for rows without segments, none for packed ones"
     return OneAttention.apply(q, k, v)
 
@@ -191,7 +191,7 @@ class OneAttention(torch.autograd.Function):
 
 
 def test_a_whole_layer_launches_as_many_kernels_for_any_number_of_experts():
-    """On the meta device, which leaves the experts out and cuts attention into single operations."""
+    """On the meta device, which leaves out the experts and splits attention into single operations."""
 
     def launched(n_experts):
         cfg = tiny(n_routed_experts=n_experts, dim=64, moe_inter_dim=32)
@@ -206,7 +206,7 @@ def test_a_whole_layer_launches_as_many_kernels_for_any_number_of_experts():
 
 
 def test_training_never_asks_the_device_for_a_number():
-    """Forward and backward of a whole network with its MTP module; segments and balancing included."""
+    """Forward and backward of a whole network with its MTP module, including segments and balancing."""
     cfg = tiny(dim=64, moe_inter_dim=32)
     model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train()
     ids, segments = tokens(cfg).to("meta"), torch.empty(2, 20, dtype=torch.int64, device="meta")
@@ -220,7 +220,7 @@ def test_training_never_asks_the_device_for_a_number():
 
 
 class Kernels:
-    """Stands for Triton kernels: takes grids and arguments as launches do, and counts as one operation each."""
+    """Stands for Triton kernels: takes grids and arguments as launches do, and counts each as one operation."""
 
     names: list[str]
     best_config = None
@@ -236,7 +236,7 @@ class Kernels:
 
 
 class DeepGEMM(Kernels):
-    """Takes the products of the package of that name."""
+    """Stands for the package of that name and takes its products."""
 
     def m_grouped_fp8_gemm_nt_contiguous(self, x, w, out, group_M):
         assert group_M.dtype == torch.int32 and len(group_M) == len(x[0]) == len(out) and len(out) % 128 == 0
@@ -249,14 +249,14 @@ class DeepGEMM(Kernels):
 
 @pytest.mark.parametrize("package", ["triton", "deep_gemm"])
 def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_experts(on_gpu, monkeypatch, package):
-    """Forward and backward on the meta device: the launchers as they are, kernels that only look at what they get."""
+    """Forward and backward on the meta device, with the real launchers and kernels that only check their arguments."""
     pytest.importorskip("triton")
     from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
 
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(adapters, "_installed", lambda name: name.split(".")[0] in ("triton", package))
-    monkeypatch.setattr(torch.version, "cuda", "12.6")  # too old for torch's product
+    monkeypatch.setattr(torch.version, "cuda", "12.6")  # too old for torch's own product
     monkeypatch.setattr(attention_gpu.F, "scaled_dot_product_attention", one_attention)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))
 
@@ -289,7 +289,7 @@ def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_e
 
 
 def pieces(q, k, v, packed, scale):
-    """What FlashAttention computes for packed rows: every piece between two ends by itself."""
+    """What FlashAttention computes for packed rows: each piece between two ends on its own."""
     q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
     ends = packed.end_S.tolist()
     assert ends[-1] == q.shape[1]
@@ -303,7 +303,7 @@ def pieces(q, k, v, packed, scale):
 
 @pytest.mark.parametrize("kind", ["varlen", "flash", "any"])
 def test_attention_of_a_gpu_is_the_equation(monkeypatch, kind):
-    """Heads, padding, ends of segments, gradients; torch's kernels, which a CPU lacks, as they are defined."""
+    """Heads, padding, segment ends and gradients; torch's GPU kernels are replaced by their definitions."""
     cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     B, T, H, nope, turned, value = 3, 37, 2, 10, 6, 7
@@ -394,7 +394,7 @@ def test_the_best_attention_that_works_is_chosen_and_a_slow_one_is_said(
 
 
 def test_segments_that_resume_are_not_packed():
-    """Tokens see their whole segment, wherever it lies; only neighbours can be packed."""
+    """Tokens see their whole segment, wherever its parts are; only contiguous segments can be packed."""
     back = torch.tensor([[0, 0, 1, 1, 0]])
     assert torch.equal(Packed.of(back, torch.device("cpu")), back)
     empty = Packed.of(torch.zeros(2, 0, dtype=torch.int64), torch.device("cpu"))
@@ -402,7 +402,7 @@ def test_segments_that_resume_are_not_packed():
 
 
 def test_a_layer_on_a_gpu_is_one_graph():
-    """torch.compile follows it from end to end, packed or not."""
+    """torch.compile traces it without a graph break, packed or not."""
     cfg = tiny(dim=64, moe_inter_dim=32)
     layer = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train().layers[1]
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False)

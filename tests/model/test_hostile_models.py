@@ -1,5 +1,5 @@
-"""Model directories of a hostile sender are refused at once: the table of bench/hostile_models.py without the slowest,
-which the benchmark runs through the command line, with time and memory measured."""
+"""Model directories from a hostile sender are refused at once: the cases of bench/hostile_models.py without the
+slowest. The benchmark itself goes through the command line and measures time and memory."""
 
 import importlib.util
 import time

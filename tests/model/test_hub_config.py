@@ -1,4 +1,4 @@
-"""config.json: no field is lost on the way to disk and back, both rope spellings are read, foreign rules refused."""
+"""config.json: no field is lost in a round trip, both rope spellings are read, unknown rules are refused."""
 
 import json
 

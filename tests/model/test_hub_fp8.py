@@ -1,4 +1,4 @@
-"""Released checkpoints are block FP8: the same model comes out, in the dtype asked for, or a UserError does."""
+"""Released checkpoints are block FP8: loading gives the same model in the dtype asked for, or a UserError."""
 
 import json
 
@@ -21,13 +21,13 @@ KV_A = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
 
 
 def is_fp8(key: str) -> bool:
-    """What the release quantises (V3 3.3.1): projections, but not eh_proj."""
+    """What the release quantises (V3 3.3.1): the projections, except eh_proj."""
     return key.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and "eh_proj" not in key
 
 
 @pytest.fixture(params=["float", "ue8m0", "ue8m0-bytes"])
 def quantised(request, tmp_path):
-    """(directory in the released form, the weights it stands for by key)."""
+    """(directory in the released form, the weights that it represents, by key)."""
     random_model(CFG).save(tmp_path, dtype="bfloat16")
     file = tmp_path / "model.safetensors"
     stored, exact = {}, {}
@@ -106,7 +106,7 @@ def test_the_released_checkpoint_tensor_by_tensor():
     layout = slots(preset("v3"))
     size = {slot.key: torch.Size(slot.shape).numel() for slot in layout}
     scales = {slot.key: torch.Size(scale_shape(slot.shape)).numel() for slot in layout if is_fp8(slot.key)}
-    assert len(size) == len(layout)  # no key twice
+    assert len(size) == len(layout)  # no key occurs twice
     assert sum(size.values()) == accounting.stored_params(preset("v3")) == 684_489_845_504
     assert len(size) + len(scales) == 91_991
     assert sum(scales.values()) == 41_540_496

@@ -1,7 +1,7 @@
-"""Writing block FP8 as released. What is written is held against a rounding by table in float64, against torch's own
-reader of such checkpoints, and against transformers.
+"""Writing block FP8 as released. What is written is compared with a table-driven rounding in float64, with torch's own
+reader of such checkpoints, and with transformers.
 
-Measured, random networks, |difference| / |value|: a matrix is off by 2.7 to 2.8 %, which is what three fraction bits
+Measured on random networks, |difference| / |value|: a matrix is off by 2.7 to 2.8 %, which is what three fraction bits
 give. Logits of the preset tiny with all experts active, so that no routing flips: 7.7 to 9.3 % in six cases, where BF16
 gives 0.7 to 0.8 %; with 4 of 16 active 11 to 15 %.
 """
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is not cut evenly by tiles:Use
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows; one dense layer, two sparse ones, one of MTP
 CFG = tiny(dim=160, kv_lora_rank=136, moe_inter_dim=130, n_routed_experts=4, n_expert_groups=2, n_limited_groups=1,
            n_activated_experts=2)  # fmt: skip
-# whole tiles and fractions of one tile only, which transformers reads
+# only whole tiles and fractions of a single tile, which transformers reads
 EVEN = tiny(dim=256, kv_lora_rank=120, moe_inter_dim=128, inter_dim=256, q_lora_rank=128, n_mtp=0)
 SCALES = ["float32", "ue8m0"]
 KV_A = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
@@ -82,7 +82,7 @@ def model():
 
 @pytest.fixture(scope="module", params=SCALES)
 def written(request, model, tmp_path_factory):
-    """(kind of scales, directory as `save` writes it), in several files."""
+    """(kind of scales, directory as `save` writes it), over several files."""
     directory = tmp_path_factory.mktemp("fp8")
     model.save(directory, fp8=request.param, max_shard_bytes=200_000)
     return request.param, directory
@@ -120,7 +120,7 @@ def test_values_against_a_table_in_float64(model, written):
     table = table[table.isfinite()].unique()
     found, state = stored(directory), model.state_dict()
     for slot in slots(CFG):
-        if not slot.fp8 or "experts.1." in slot.key:  # a sample of the experts is enough
+        if not slot.fp8 or "experts.1." in slot.key:  # a sample of the experts suffices
             continue
         exact = slot.of(state).double()
         values, factors = found[slot.key].double(), found[slot.key + "_scale_inv"].double()
@@ -133,7 +133,7 @@ def test_values_against_a_table_in_float64(model, written):
             scaled = exact[tile] / factors[p, q]
             above = torch.searchsorted(table, scaled.clamp(-448, 448).contiguous())
             nearest = torch.minimum((table[above] - scaled).abs(), (table[(above - 1).clamp(min=0)] - scaled).abs())
-            # ties, and products that float32 rounds onto one, may go either way
+            # ties, and products that float32 rounds to a tie, may go either way
             assert ((values[tile] - scaled).abs() <= nearest * (1 + 1e-5) + 1e-7).all(), slot.key
 
 
@@ -145,7 +145,7 @@ def test_powers_of_two(written):
 
 
 def test_torch_reads_the_same_matrices(written):
-    """torch.distributed.checkpoint knows this layout; it shares no code with ours."""
+    """torch.distributed.checkpoint knows this layout and shares no code with ours."""
     directory = written[1]
     ours = hub.load(directory, dtype=torch.float32).state_dict()
     theirs = {slot.key: torch.full(slot.shape, torch.nan) for slot in slots(CFG)}
@@ -158,10 +158,10 @@ def test_torch_reads_the_same_matrices(written):
 
 @pytest.mark.parametrize("scales", SCALES)
 def test_transformers_computes_the_same_logits(scales, tmp_path):
-    """On the CPU it dequantises. 1e-5: float32, as in test_hub_parity."""
+    """On a CPU, transformers dequantises. 1e-5: float32, as in test_hub_parity."""
     random_model(EVEN).save(tmp_path, fp8=scales)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of shapes that it would misread, for one
+        warnings.simplefilter("error")  # for example about shapes that transformers would misread
         random_model(EVEN).save(tmp_path, fp8=scales)
     theirs, info = DeepseekV3ForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
@@ -174,7 +174,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
 
 
 def test_what_transformers_would_misread_is_said(model, tmp_path):
-    """192 rows are 128 + 64 in the release and 96 + 96 to transformers 5.24."""
+    """192 rows are 128 + 64 in the release but 96 + 96 to transformers 5.24."""
     with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] is not cut evenly by tiles of 128"):
         model.save(tmp_path, fp8="float32")
     with warnings.catch_warnings():
@@ -197,7 +197,7 @@ def test_the_loss_is_that_of_e4m3(scales, tmp_path):
 
 
 def test_the_size(model, written, tmp_path):
-    """One byte a weight and four a tile instead of two a weight: B.1's sum for this shape."""
+    """One byte a weight and four a tile instead of two a weight: the sum of B.1 for this shape."""
     model.save(tmp_path, dtype="bfloat16")
     plain, fp8 = (sum(tensor.nbytes for tensor in stored(d).values()) for d in (tmp_path, written[1]))
     saved = sum(torch.Size(slot.shape).numel() for slot in slots(CFG) if slot.fp8)
@@ -213,7 +213,7 @@ def test_save_and_convert_write_the_same(model, written, tmp_path):
 
 
 def test_again_changes_nothing(written, tmp_path):
-    """FP8 to FP8 keeps every byte; powers of two are float32 scales as they are."""
+    """FP8 to FP8 keeps every byte; scales that are powers of two are valid float32 scales."""
     scales, directory = written
     hub.convert(directory, tmp_path / "a", fp8=scales)
     hub.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
@@ -221,7 +221,7 @@ def test_again_changes_nothing(written, tmp_path):
 
 
 def test_scales_that_rounding_again_would_change_are_kept(model, tmp_path):
-    """(448 S) / 448 is not S here, as for one in six of the float32 numbers."""
+    """(448 S) / 448 is not S here, as for one float32 number in six."""
     model.save(tmp_path / "a", fp8="float32")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     awkward = torch.full_like(tensors[KV_A + "_scale_inv"], 1.7)
@@ -234,7 +234,7 @@ def test_scales_that_rounding_again_would_change_are_kept(model, tmp_path):
 
 
 def test_float32_scales_become_powers_of_two(model, tmp_path):
-    """From FP8 with float32 scales: rounded anew, so within half a step of what the first rounding left."""
+    """From FP8 with float32 scales: rounded again, so within half a step of the result of the first rounding."""
     model.save(tmp_path / "a", fp8="float32")
     hub.convert(tmp_path / "a", tmp_path / "b", fp8="ue8m0")
     hub.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
@@ -271,8 +271,8 @@ def test_tiles_of_another_size_are_cut_anew(model, tmp_path):
 
 
 def test_by_way_of_bfloat16(written, tmp_path):
-    """FP8 to BF16 and back. Powers of two: nothing is lost, BF16 holds the products. Float32 scales: every weight keeps
-    its byte, a scale moves by what BF16 rounds away (2^-8 at most; 0.38 % was seen), and by nothing the next time."""
+    """FP8 to BF16 and back. Power-of-two scales lose nothing: BF16 holds the products. With float32 scales every weight
+    keeps its byte, and a scale moves by BF16's rounding (2^-8 at most; 0.38 % was seen), but only once."""
     scales, directory = written
     trips = [directory]
     for n in range(2):
@@ -354,7 +354,7 @@ def test_a_stored_byte_that_is_no_number_is_refused(model, tmp_path):
 
 
 def rounded_after(weight, block, ue8m0):
-    """The classic mistake: the scale is rounded to a power of two when the weights have been divided already."""
+    """The classic mistake: the scale is rounded to a power of two after the weights have been divided by it."""
     values, factors = quantise_blocks(weight, block)
     return values, 2 ** torch.ceil(torch.log2(factors))
 
@@ -366,7 +366,7 @@ def barely_off(weight, block, ue8m0):
 
 
 def too_coarse(weight, block, ue8m0):
-    """Consistent, but with a scale of 64 times the size: six of the seven binades of a small weight are lost."""
+    """Consistent, but the scales are 64 times too large: a small weight loses six of its seven binades."""
     _, factors = quantise_blocks(weight, block, ue8m0)
     wide = (factors * 64).repeat_interleave(block, 0)[: len(weight)].repeat_interleave(block, 1)[:, : weight.shape[1]]
     return (weight / wide).to(torch.float8_e4m3fn), factors * 64
@@ -401,7 +401,7 @@ def test_unknown_scales(model, tmp_path):
 
 
 def test_the_command(model, written, tmp_path):
-    """The whole way once, in a process of its own: streaming, config, weights, and back to plain ones."""
+    """One end-to-end run in a process of its own: streaming, config, weights, and back to plain weights."""
     scales, directory = written
     model.save(tmp_path / "a")
 

@@ -1,8 +1,8 @@
-"""Multi-token prediction against two strangers: the equations in naive float64, and transformers' own MTP model.
+"""Multi-token prediction against two independent implementations: naive float64 equations, and transformers' MTP model.
 
-The naive network reads the files we wrote, so names, order of concatenation and shapes on disk are part of the test.
-transformers hands the NORMALISED state of depth k to depth k+1, the paper's h^k is the state before that norm: the two
-agree for D = 1, which is all that is released.
+The naive network reads the files we wrote, so names, concatenation order and shapes on disk are part of the test.
+transformers hands the NORMALISED state of depth k to depth k+1, while the paper's h^k is the state before that norm:
+the two agree for D = 1, which is all that is released.
 """
 
 import pytest
@@ -41,7 +41,7 @@ def test_mtp_equals_transformers(tmp_path):
     random_model(cfg).save(tmp_path)
     ours = hub.load(tmp_path).eval()
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # its list has only DeepSeek-V3's own 61
+    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # its list has only DeepSeek-V3's own index, 61
     module = MtpModel.from_pretrained(theirs).eval()
     ids = tokens(cfg, rows=1, length=16)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_dropping_mtp_leaves_the_main_model_alone(tmp_path):
 
 
 def test_announced_but_absent_mtp_is_stated(tmp_path):
-    """What transformers itself writes: num_nextn_predict_layers 1 and no such layer."""
+    """transformers itself writes num_nextn_predict_layers 1 without such a layer."""
     cfg = tiny()
     random_model(cfg).save(tmp_path, mtp=False)
     hub.write_config(cfg, tmp_path)

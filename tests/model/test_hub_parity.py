@@ -1,6 +1,6 @@
 """Against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, in both directions.
 
-Bound 1e-5 on |difference| / |logits|: float32 rounds at 6e-8 and a network of three layers with softmaxes adds a few
+Bound 1e-5 on |difference| / |logits|: float32 rounds at 6e-8, and a three-layer network with softmaxes adds a few
 hundred such errors. Each wrong rule tried (0 for -inf, half-split rope, sigmoid without scale) gives more than 1e-2.
 
 V2 against V3, for the reader: softmax gate without bias, gates not normalised, groups rated by their best expert, YaRN
@@ -20,7 +20,7 @@ from bessemer.hf import hub
 
 hf_logging.disable_progress_bar()
 BOUND = 1e-5
-# its grouped GEMM refuses widths that are no multiple of 16 bytes
+# its grouped GEMM refuses widths that are not multiples of 16 bytes
 EAGER = dict(attn_implementation="eager", experts_implementation="eager")
 
 V3_CASES = {
@@ -47,7 +47,7 @@ V2_CASES = {
 
 
 def hf_model(cfg):
-    """The same shape in transformers, from its own config class: our adapter has no part in it."""
+    """The same shape in transformers, built with its own config class rather than our adapter."""
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.yarn:
         rope |= dict(rope_type="yarn", factor=cfg.rope_factor, original_max_position_embeddings=cfg.original_seq_len,
@@ -100,7 +100,7 @@ def from_theirs(cfg, directory) -> float:
 
 
 def to_theirs(cfg, directory) -> float:
-    """We write, transformers reads without missing or unexpected keys and without a complaint."""
+    """We write, and transformers reads without missing keys, unexpected keys or warnings."""
     ours = random_model(cfg)
     ours.save(directory, mtp=False)
     kind = DeepseekV2ForCausalLM if cfg.score_func == "softmax" else DeepseekV3ForCausalLM
@@ -112,7 +112,7 @@ def to_theirs(cfg, directory) -> float:
 
 @pytest.fixture
 def no_complaints(caplog):
-    """Fails when transformers logs a warning, which is how it reports keys that do not fit."""
+    """Fails when transformers logs a warning, which is how it reports keys that do not match."""
     hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING, logger="transformers"):
         yield
@@ -130,13 +130,13 @@ def test_logits_agree_both_ways(changes, tmp_path, no_complaints):
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cfg=configs())
 def test_logits_agree_for_random_shapes(cfg, tmp_path_factory):
-    assume(not cfg.limited or cfg.n_rated_experts == 2)  # transformers rates groups by two whatever K and M
+    assume(not cfg.limited or cfg.n_rated_experts == 2)  # transformers always rates groups by two
     assert from_theirs(cfg, tmp_path_factory.mktemp("theirs")) < BOUND
     assert to_theirs(cfg, tmp_path_factory.mktemp("ours")) < BOUND
 
 
 def test_unexpected_keys_would_be_seen(tmp_path, caplog):
-    """The check above can fail: with MTP layers at an index other than 61 transformers does complain."""
+    """Shows that the check above can fail: with MTP layers at an index other than 61, transformers does complain."""
     cfg = tiny()
     random_model(cfg).save(tmp_path)
     _, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -144,7 +144,7 @@ def test_unexpected_keys_would_be_seen(tmp_path, caplog):
 
 
 def test_bfloat16_agrees_to_its_own_precision(tmp_path):
-    """Written in BF16 both sides hold the same weights; gate, norms and biases are read as float32 by us."""
+    """Written in BF16, both sides hold the same weights; we read gate, norms and biases as float32."""
     cfg = tiny(n_mtp=0)
     random_model(cfg).save(tmp_path, dtype="bfloat16")
     ours = hub.load(tmp_path, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Loading is strict: each defect of a checkpoint is one UserError that names the tensor and the file."""
+"""Loading is strict: each defect of a checkpoint gives one UserError that names the tensor and the file."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def sharded(original, tmp_path):
 
 
 def edit(directory, change):
-    """Rewrites the single file with the library's own writer."""
+    """Rewrites the only file with the library's own writer."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -57,7 +57,7 @@ def refused(directory, *words, **options):
 
 
 def test_both_layouts_load_exactly(original, single):
-    """The library reads our files, we read the library's, and every tensor of the model comes back bit for bit."""
+    """The library reads our files, we read the library's, and every tensor comes back bit for bit."""
     edit(single, lambda tensors: None)
     state = hub.load(single).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in original.state_dict().items())
@@ -115,7 +115,7 @@ def test_copy_that_is_none(single):
     refused(single, f"{key} differs from the main model's")
     hub.load(single, mtp=False)
     edit(single, lambda tensors: tensors.pop(key))
-    hub.load(single)  # an absent copy says nothing new
+    hub.load(single)  # an absent copy adds no information
 
 
 def test_stored_rotary_frequencies_are_derived(single):

@@ -1,6 +1,6 @@
-"""Writing: what lands on disk, when, and what happens when it cannot.
+"""Writing a model: what reaches the disk, when, and what happens if writing fails.
 
-The crash test kills a forked process before its n-th file operation, for every n, and looks at what a reader finds.
+The crash test kills a forked process before its n-th file operation, for every n, and checks what a reader finds.
 """
 
 import errno
@@ -73,7 +73,7 @@ def test_shards(model, tmp_path, limit):
 
 
 def test_dtypes(model, tmp_path):
-    """Forced: all but the routing biases. By default: as each parameter is."""
+    """A forced dtype applies to all but the routing biases; by default each parameter keeps its own."""
     model.save(tmp_path / "forced", dtype="bfloat16")
     stored = load_file(tmp_path / "forced" / "model.safetensors")
     wide = {key for key, tensor in stored.items() if tensor.dtype == torch.float32}
@@ -139,7 +139,7 @@ def test_full_disk_leaves_the_old_directory(model, tmp_path, monkeypatch):
 
 
 def test_a_write_the_system_really_refuses(model, tmp_path):
-    """A file-size limit in a forked child: write() fails half way through the shard."""
+    """A file-size limit in a forked child makes write() fail half way through the shard."""
     model.save(tmp_path / "m")
     child = os.fork()
     if not child:
@@ -158,8 +158,8 @@ def test_a_write_the_system_really_refuses(model, tmp_path):
 
 
 def _die_before(step: int) -> None:
-    """From now on the process kills itself before its file operation number `step`, reading not counted. The event
-    ctypes.dlsym announces the exchange of two directories, which has none of its own."""
+    """From now on the process kills itself before file operation number `step`; reads are not counted. The event
+    ctypes.dlsym stands for the exchange of two directories, which has no audit event of its own."""
     changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
     done = 0
 
@@ -247,7 +247,7 @@ def test_convert_never_writes_over_its_source(model, tmp_path):
 
 
 def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
-    """The other's template with these weights would be a mixture; what is no part of a model stays."""
+    """Its template with these weights would be a mixture of two models; files that are not part of a model stay."""
     model.save(tmp_path / "a")
     model.save(tmp_path / "b", tokenizer_dir=tokenizer(tmp_path / "t"), files={"notes.md": "mine"})
     (tmp_path / "a" / "generation_config.json").unlink()
@@ -303,7 +303,7 @@ print(converted, size, loaded, len(list((root / "b").glob("*.safetensors"))))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_stays_that_of_one_tensor(tmp_path):
-    """A checkpoint of 20 and more shards: converting it takes a small part of its size, loading it its size once."""
+    """A checkpoint of at least 20 shards: converting takes a small part of its size, loading its size once."""
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     converted, size, loaded, shards = map(float, done.stdout.split())

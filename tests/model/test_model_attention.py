@@ -25,7 +25,7 @@ NOPE, ROPE, VALUE = 7, 4, 6
 
 
 def projections(T=9, dtype=torch.float32, B=2, H=3):
-    """q, kv and k_rope as MLA's matrices give them, and the table of rotations."""
+    """q, kv and k_rope as MLA's matrices produce them, and the table of rotations."""
     generator = torch.Generator().manual_seed(0)
     shapes = (B, T, H, NOPE + ROPE), (B, T, H, NOPE + VALUE), (B, T, ROPE)
     angle = torch.randn(T, ROPE // 2, generator=generator)
@@ -48,19 +48,19 @@ def mla_of(cfg) -> MLA:
 
 
 def absorbed_reference(mla: MLA, x_BTD: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """`MLA.absorbed` over a whole sequence with its own latent: equals `MLA.forward`."""
+    """`MLA.absorbed` over a whole sequence with its own latent; equals `MLA.forward`."""
     T = x_BTD.shape[1]
     visible = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril().expand(x_BTD.shape[0], -1, -1)
     return mla.absorbed(x_BTD, mla.latent(x_BTD, rope), visible, rope)
 
 
-# one query, a part of a block, exactly one and two blocks of 64, and a ragged third
+# one query, part of a block, exactly one and two blocks of 64, and a ragged third block
 LENGTHS = [1, 9, 64, 128, 150]
 
 
 @pytest.fixture(params=["kernel", "torch"])
 def form(request, monkeypatch):
-    """The kernel, where this machine has a compiler, and the code that serves where it has none."""
+    """The kernel, if this machine has a compiler, and the code that serves without one."""
     if request.param == "torch":
         monkeypatch.setattr(attention_cpu.kernel, "serves", lambda *a: False)
     elif not library.available():
@@ -91,14 +91,14 @@ def test_gradients_of_the_core(form, T, dtype, bound):
         wanted = torch.autograd.grad(in_float64(*exact, table, segments), exact, cotangent.double())
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == dtype
-            assert relative(a, b) < bound if b.norm() > 1e-9 else a.norm() < bound  # one key: no score gradient
+            assert relative(a, b) < bound if b.norm() > 1e-9 else a.norm() < bound  # one key has no score gradient
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_attention_without_a_graph(monkeypatch, T, backend, segmented):
-    """Values and gradients against float64; a rounded output moves the gradient by as much as it was rounded."""
+    """Values and gradients against float64; rounding the output moves the gradient by as much."""
     if backend == "gpu":  # torch's attention
         monkeypatch.setattr(mla_module, "attention_cpu", None)
         monkeypatch.setattr(mla_module, "_on_cpu", lambda x: False)
@@ -138,7 +138,7 @@ def test_rotations_may_differ_from_row_to_row():
 
 @pytest.mark.parametrize("numbers", [[3, 3, 1, 1, 3], [0, 1, 2, 3, 4], [7, 7, 7, 8, 9]], ids=["back", "rising", "few"])
 def test_segments_may_have_any_numbers_in_any_order(form, numbers):
-    """A number that comes back is the same segment again; every row of a batch has its own borders."""
+    """A number that recurs is the same segment again; each row of a batch has its own boundaries."""
     inputs, table = projections(200)
     at = torch.tensor(numbers)
     segments = torch.stack((at.repeat_interleave(40), at.repeat_interleave(40).roll(30)))
@@ -148,8 +148,8 @@ def test_segments_may_have_any_numbers_in_any_order(form, numbers):
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["plain", "segments"])
 def test_memory_grows_with_the_length(form, segmented):
-    """Kept for backward, and the most that is held in forward and backward together: four times the tokens, four times
-    the bytes."""
+    """Memory kept for backward, and the peak of forward and backward together: four times the tokens, four times the
+    bytes."""
 
     def bytes_at(T):
         inputs, table = projections(T, B=1, H=2)
@@ -216,7 +216,7 @@ def test_absorbed_equals_expanded(changes):
 
 
 def test_absorbed_decodes_token_by_token_from_the_cache():
-    """One query per row, rows at different positions, S larger than what a row may see."""
+    """One query per row, rows at different positions, S larger than what any row may see."""
     cfg = tiny(**YARN)
     mla, x = mla_of(cfg), torch.randn(2, 9, cfg.dim, generator=torch.Generator().manual_seed(2))
     table = rope_table(cfg, 9)
@@ -245,6 +245,6 @@ def test_latent_norm_is_applied_to_the_latent_only():
 
 
 def test_latent_norms_keep_their_own_epsilon():
-    """The released code gives rms_norm_eps to the block norms only; Moonlight (1e-5) shows the difference."""
+    """The released code passes rms_norm_eps to the block norms only; Moonlight (1e-5) shows the difference."""
     layer = random_model(tiny(norm_eps=1e-5)).layers[0]
     assert (layer.attn_norm.eps, layer.attn.q_norm.eps, layer.attn.kv_norm.eps) == (1e-5, 1e-6, 1e-6)

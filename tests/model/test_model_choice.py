@@ -1,4 +1,4 @@
-"""A choice of experts made elsewhere is taken as it is; gates, loads, balance and gradients are those of this pass."""
+"""Expert choices can be passed in; gates, loads, balance and gradients are still those of this pass."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def stream(cfg, seed=3):
 
 
 def random_choice(cfg, shape, seed=5):
-    """K different experts each, in any order and of any group."""
+    """K different experts each, in any order and from any groups."""
     noise = torch.rand(*shape, cfg.n_routed_experts, generator=torch.Generator().manual_seed(seed))
     return noise.argsort(-1)[..., : cfg.n_activated_experts].to(torch.int16)
 
@@ -53,7 +53,7 @@ def test_below_zero_the_gate_chooses_itself():
 
 @pytest.mark.parametrize("changes", [{}, dict(norm_topk_prob=False), V2], ids=["v3", "plain-gates", "softmax"])
 def test_layer_and_gradients_equal_a_loop_in_float64(changes):
-    """Token by token: the experts named, weighed by the scores of this pass; every gradient, the router's included."""
+    """Token by token: the given experts, weighted by the scores of this pass; every gradient, the router's included."""
     cfg = tiny(**changes)
     layer, h = layer_of(cfg), stream(cfg).requires_grad_()
     choice, target = random_choice(cfg, (S * T,)), stream(cfg, 9)
@@ -94,7 +94,7 @@ def test_layer_and_gradients_equal_a_loop_in_float64(changes):
 
 
 class Told(Naive):
-    """The network that shares no code, told whom to ask: one choice per token, layer after layer."""
+    """The naive network with a given routing: one choice per token, layer after layer."""
 
     def moe(self, u, p):
         cfg, experts = self.cfg, next(self.choices).tolist()

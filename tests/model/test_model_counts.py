@@ -1,4 +1,4 @@
-"""Counts equal the published totals (V3 4.2; ISCA 2025, Tables 1 and 2) and the tensors of real networks."""
+"""Counts equal the published totals (V3 4.2; ISCA 2025, Tables 1 and 2) and those of the tensors of real networks."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_counts_equal_real_networks(changes):
 
 
 def test_flops_count_matrices_and_nothing_else():
-    """Against a sum over the matrices that one token meets: two FLOPs per weight."""
+    """Against a sum over the matrices that one token passes through: two FLOPs per weight."""
     cfg = tiny(n_mtp=0)
     with torch.device("meta"):
         model = Transformer(cfg)
@@ -72,7 +72,7 @@ def test_flops_count_matrices_and_nothing_else():
             used += parameter.numel() // cfg.n_routed_experts * cfg.n_activated_experts
     flops = accounting.flops_per_token(cfg, seq_len=9)
     assert flops.matmul == 2 * used
-    scores = sum(t for t in range(1, 10)) / 9  # keys that a query sees, averaged
+    scores = sum(t for t in range(1, 10)) / 9  # keys that a query sees, on average
     assert flops.attention == pytest.approx(2 * scores * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * 3)
     assert accounting.flops_per_token(cfg, 9, causal=False).attention == pytest.approx(flops.attention * 9 / scores)
 

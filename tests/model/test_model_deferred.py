@@ -1,5 +1,5 @@
-"""Backward in two parts, I and W: the bits of one, each product once, and nothing kept between them that W can do
-without."""
+"""Backward in two parts, I and W: bit-identical to one part, each product once, and between them only W's inputs
+kept."""
 
 import re
 from collections import Counter
@@ -92,7 +92,7 @@ def test_without_gradients_there_before():
 
 @pytest.mark.parametrize("way", ["at once", "deferred"])
 def test_gradients_added_where_they_lie_have_the_bits_of_autograd(way, monkeypatch):
-    """Two batches; FP8 products add to the gradients of their weights themselves."""
+    """Two batches; FP8 products accumulate into their weights' gradients themselves."""
     cfg = tiny()
     (plain, _), (adding, store) = trained(cfg, *KINDS["fp8"]), trained(cfg, *KINDS["fp8"])
     given = []
@@ -135,21 +135,21 @@ def counting(real, name, counted):
 
 
 def products(function, monkeypatch):
-    """GEMMs, by the operation that did them, while function ran."""
+    """Counts the GEMMs that `function` runs, by operation."""
     counted = Counter()
     with monkeypatch.context() as patch:
         for name in ("gemm", "grouped_gemm", "grouped_wgrad"):
             patch.setattr(backends, name, counting(getattr(backends, name), name, counted))
         with profile(use_cpu=True) as profiler:
             function()
-    if not counted:  # in FP8 how many a backend needs is its own affair
+    if not counted:  # in FP8 a backend may use as many as it needs
         counted["mm"] = sum(event.name() in ("aten::mm", "aten::addmm") for event in profiler.kineto_results.events())
     return counted
 
 
 @pytest.mark.parametrize("kind", ["float32", "fp8"])
 def test_every_product_is_made_once(kind, monkeypatch):
-    """I + W make as many as B, W one for each matrix: nothing is gone through twice."""
+    """I + W run as many products as B, and W one for each matrix: nothing is computed twice."""
     cfg = tiny()
     model, store = trained(cfg, *KINDS[kind])
     store.serve(model)
@@ -170,12 +170,12 @@ def test_every_product_is_made_once(kind, monkeypatch):
         assert first["grouped_wgrad"] == 0
     else:
         used = sum(int((layer.ffn.gate.load_E > 0).sum()) for layer in layers if not layer.dense)
-        kernels = library.available()  # whose products are not torch's
+        kernels = library.available()  # whose products do not go through torch
         assert second["mm"] == (5 if kernels else 7) * len(layers) + len(model.mtp) + (0 if kernels else 2 * used)
 
 
 def read_by_gradients(cfg, tokens, sent):
-    """Elements of the inputs and output gradients of all matrices, for one micro-batch; what two matrices read is held
+    """Elements of all matrices' inputs and output gradients for one micro-batch; a tensor that two matrices read counts
     once. `sent`: routed experts read copies of the tokens, not the tokens that the shared expert reads."""
     latents = cfg.q_lora_rank + cfg.kv_lora_rank
     heads = cfg.n_heads * (cfg.qk_head_dim + cfg.qk_nope_head_dim + 2 * cfg.v_head_dim)
@@ -192,8 +192,8 @@ def read_by_gradients(cfg, tokens, sent):
 
 
 def test_what_waits_holds_what_its_gradients_read():
-    """After I: in BF16 an input and an output gradient of every matrix, in FP8 about half of what they take with
-    copies of the rows that are sent; after W nothing."""
+    """After I, BF16 holds an input and an output gradient of every matrix, and FP8 about half of what those take with
+    copies of the rows that are sent; after W nothing is left."""
     cfg, held = preset("tiny"), {}
     for kind in ("bf16", "fp8-bf16"):
         dtype, recipe = KINDS[kind]
@@ -209,7 +209,7 @@ def test_what_waits_holds_what_its_gradients_read():
             with store.open(0):
                 loss.backward()
 
-        held[kind] = live_bytes(inputs) - kept.nbytes  # weights in FP8, until the optimizer's step
+        held[kind] = live_bytes(inputs) - kept.nbytes  # weights in FP8, kept until the optimizer's step
         assert live_bytes(lambda store=store: store.run(0)) == pytest.approx(-held[kind], rel=0.01)
     assert held["bf16"] == pytest.approx(2 * read_by_gradients(cfg, 4 * 128, sent=False), rel=0.05)
     assert held["fp8-bf16"] < 0.6 * 2 * read_by_gradients(cfg, 4 * 128, sent=True)

@@ -46,7 +46,7 @@ def test_reference_is_the_equation(counts):
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_fast_equals_reference_in_value_and_gradient(counts, dtype, bound):
-    """Against the reference in float64; bounds are a few roundings of the dtype."""
+    """Against the reference in float64; the bounds are a few roundings of the dtype."""
     exact = run(expert_ffn_reference, in_float64(case(counts, dtype)))
     for found, wanted in zip(run(expert_ffn, case(counts, dtype)), exact, strict=True):
         assert found.shape == wanted.shape and found.dtype == dtype
@@ -69,7 +69,7 @@ def test_an_empty_expert_gets_zero_gradient():
 
 
 def test_mixed_dtypes_as_in_training():
-    """Rows in BF16, gates in float32: the gradient of the gate stays float32."""
+    """Rows in BF16, gates in float32: the gate's gradient stays float32."""
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.bfloat16)
     weights = weights.detach().float().requires_grad_()
     expert_ffn(rows, weights, count, w13, w2).float().sum().backward()
@@ -92,8 +92,8 @@ def test_custom_op_is_registered_properly():
 
 
 def test_the_compiler_never_looks_inside():
-    """It gives up where parameters have gradients of another dtype, as the optimizer makes them for BF16, and goes on
-    with what is called there."""
+    """torch.compile gives up on parameters whose gradients have another dtype, as the optimizer makes them for BF16. It
+    then falls back to the functions called from there."""
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.bfloat16)
     parameters = [torch.nn.Parameter(w.detach()) for w in (w13, w2)]
     for parameter in parameters:

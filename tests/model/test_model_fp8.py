@@ -1,4 +1,4 @@
-"""Training in FP8: which matrices, the layer against a plain one made of FP8 Linears, and what is kept for backward."""
+"""Training in FP8: which matrices, the layer against a plain one of FP8 Linears, and what is kept for backward."""
 
 import re
 from typing import NamedTuple
@@ -60,12 +60,12 @@ FORMATS = {
     "ffn.experts.w13": "fp8", "ffn.experts.w2": "fp8", "ffn.shared.w13.weight": "fp8", "ffn.shared.w2.weight": "fp8",
     "enorm.weight": "high", "hnorm.weight": "high", "eh_proj.weight": "high",
 }  # fmt: skip
-"""Reference D.4, by the end of the name."""
+"""Reference D.4, by the last part of the name."""
 
 
 @pytest.mark.parametrize("cfg", [tiny(), tiny(**V2)], ids=["v3", "v2"])
 def test_every_parameter_and_its_format(monkeypatch, cfg):
-    """What a step really quantises as a weight, against the table, and against what FP8 checkpoints hold."""
+    """What a step quantises as weights, against the table and against what FP8 checkpoints hold."""
     quantised = set()
     original = FP8Recipe.quantised_weight
     monkeypatch.setattr(FP8Recipe, "quantised_weight", lambda self, w: quantised.add(w.data_ptr()) or original(self, w))
@@ -102,7 +102,7 @@ def test_without_a_recipe_nothing_changes():
 
 
 class _Rounded(torch.autograd.Function):
-    """A value that backward finds rounded; the gradient passes."""
+    """A value that backward sees rounded; the gradient passes through."""
 
     @staticmethod
     def forward(ctx, x, rounded):
@@ -114,11 +114,11 @@ class _Rounded(torch.autograd.Function):
 
 
 POWERS = FP8Recipe(power_of_two=True)
-"""With powers of two alone, FP8 Linears and the layer quantise alike."""
+"""With powers of two only, FP8 Linears and the layer quantise alike."""
 
 
 class Exactly(NamedTuple):
-    """Stands for `Packed` where nothing is to be lost."""
+    """Stands for `Packed` but loses nothing."""
 
     value: torch.Tensor
     scale_MJ: torch.Tensor
@@ -128,7 +128,7 @@ class Exactly(NamedTuple):
 
 
 def plain_attention(layer, x, rope, segments):
-    """The same function of Linears, autograd and torch's softmax; everything that is kept is kept exactly."""
+    """The same function from Linears, autograd and torch's softmax; everything that is kept is kept exactly."""
     mla, cfg = layer.attn, layer.cfg
     x = layer.attn_norm(x)
     if cfg.q_lora_rank:
@@ -146,8 +146,8 @@ def plain_attention(layer, x, rope, segments):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("exactly", [True, False], ids=["exact", "e5m6"])
 def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly):
-    """Without the rounding of the kept output all gradients agree but for float32's last bits, which now and then tip
-    an FP8 rounding; with it they move a little. W_O's wgrad is checked by itself below."""
+    """Without the rounding of the kept output, all gradients agree except for float32's last bits, which sometimes flip
+    an FP8 rounding; with it they move a little. W_O's wgrad has its own test below."""
     if exactly:
         monkeypatch.setattr(fp8.backends, "pack_e5m6", Exactly)
         monkeypatch.setattr(fp8.backends, "unpack_e5m6", Exactly.unpack)
@@ -174,7 +174,7 @@ def test_attention_equals_the_plain_one(monkeypatch, changes, segmented, exactly
 
 
 def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch):
-    """W_O's gradient is that of the output in E5M6, quantised once more along the tokens, by powers of two."""
+    """W_O's gradient is computed from the output in E5M6, quantised again along the tokens, by powers of two."""
     cfg = tiny()
     layer = in_training(cfg).layers[1]
     seen = {}
@@ -192,8 +192,8 @@ def test_what_attention_keeps_of_its_output_is_what_w_o_learns_from(monkeypatch)
 @pytest.mark.parametrize("gradient", ["tile", "block", "tensor"])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
-    """Against autograd on the same function of FP8 Linears, whose gate and up backward finds as they were kept. The
-    second matrix learns from their product quantised once, so it is compared apart."""
+    """Against autograd on the same function of FP8 Linears, whose backward sees gate and up as they were kept. The
+    second matrix learns from their product quantised once, so it is compared separately."""
     recipe = FP8Recipe(gradient=gradient, power_of_two=True)
     generator = torch.Generator().manual_seed(3)
 
@@ -228,7 +228,7 @@ def test_swiglu_keeps_fp8_inputs_and_learns_from_them(gradient, grouped):
 
 
 def layer_in_float64(layer, x, rope_TR2, choice):
-    """A MoE layer's output and its gradients by loops and autograd, float64 throughout, routed as told."""
+    """A MoE layer's output and its gradients by loops and autograd, in float64 throughout, with the given routing."""
     cfg, w = layer.cfg, {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     H, R, C, N = cfg.n_heads, cfg.qk_rope_head_dim, cfg.kv_lora_rank, cfg.qk_nope_head_dim
     turn = torch.view_as_complex(rope_TR2.double())
@@ -266,8 +266,8 @@ def layer_in_float64(layer, x, rope_TR2, choice):
 
 
 def test_a_whole_layer_against_float64():
-    """Rows of two tiles, experts of two or more. Without FP8 the layer is the loops; with it the output and every
-    gradient are off by a few of E4M3's roundings in a row, 2.6 % each (6 to 11 % were measured)."""
+    """Rows of two tiles, experts of at least two. Without FP8 the layer equals the loops; with it the output and every
+    gradient are off by a few successive E4M3 roundings of 2.6 % each (6 to 11 % were measured)."""
     cfg = tiny(dim=256, moe_inter_dim=256, v_head_dim=64, n_routed_experts=4, n_activated_experts=2,
                n_expert_groups=1, n_limited_groups=1, max_seq_len=128, init_std=0.06)  # fmt: skip
     draw = torch.Generator().manual_seed(5)
@@ -292,8 +292,8 @@ def test_a_whole_layer_against_float64():
 
 
 def test_what_is_dispatched_is_retiled_without_loss(monkeypatch):
-    """V3 3.3.3: powers of two for the rows sent to the experts and for the gradients sent back, so that from 1 x 128 to
-    128 x 1 nothing is rounded again. The gradient between the two matrices is not sent and has ordinary factors."""
+    """V3 3.3.3: rows sent to the experts and gradients sent back have power-of-two factors, so that going from 1 x 128
+    to 128 x 1 rounds nothing again. The gradient between the two matrices is not sent and has ordinary factors."""
     lost = []
     original = backends.retile
 
@@ -317,7 +317,7 @@ def test_what_is_dispatched_is_retiled_without_loss(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_sent_to_the_experts(dtype):
-    """Each token quantised once, by powers of two, and copied; the gradients of its copies add up."""
+    """Each token is quantised once, by powers of two, and copied; the gradients of its copies add up."""
     x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     token = torch.tensor([4, 0, 0, 2, 5, 4, 4])
     rows, sent = fp8.send(x, token, PAPER)
@@ -330,7 +330,7 @@ def test_what_is_sent_to_the_experts(dtype):
 
 
 def test_bytes_on_the_way_to_an_expert():
-    """Reference D.6: 7168 + 56 * 4 a token of V3, in FP8."""
+    """Reference D.6: 7168 + 56 * 4 bytes for a token of V3, in FP8."""
     _, sent = fp8.send(torch.ones(2, 7168), torch.tensor([1]), PAPER)
     assert sum(part.nbytes for part in sent) == 7392
 
@@ -340,7 +340,7 @@ def test_bytes_on_the_way_to_an_expert():
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.15), (torch.bfloat16, 0.15)])
 def test_gradients_point_the_same_way(dtype, bound):
-    """Dense routing, so that no token changes its experts by a rounding: the gradients of all parameters together."""
+    """Dense routing, so that no rounding changes a token's experts: the gradients of all parameters together."""
     cfg = tiny(n_activated_experts=12, n_expert_groups=1, n_limited_groups=1)
     exact, quantised = in_training(cfg, None), in_training(cfg).to_compute(dtype)
     data = batch(cfg, rows=4, length=40)
@@ -351,7 +351,7 @@ def test_gradients_point_the_same_way(dtype, bound):
 
 
 def test_tokens_are_counted_once():
-    """The gate runs again in backward."""
+    """The gate runs again in backward, which must not count."""
     cfg = tiny()
     model, plain = in_training(cfg), in_training(cfg, None)
     for one in (model, plain):
@@ -375,7 +375,7 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 @counted_with_kernels
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
-    """Within 5 %: in FP8, in BF16 and in float32; and FP8 keeps less than a 2.1th of BF16 by plain operations
+    """Within 5 % in FP8, in BF16 and in float32. FP8 keeps less than 1/2.1 of what BF16 keeps with plain operations
     that send rows, as on a GPU."""
     cfg, found = preset(name), {}
     data = batch(cfg, rows=4, length=128)
@@ -405,7 +405,7 @@ def test_kept_bytes_of_other_shapes():
 @counted_with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
-    """Attention keeps no probabilities; those of 1,100 tokens would be 49 MiB beside 63 in float32."""
+    """Attention keeps no probabilities: those of 1,100 tokens would be 49 MiB on top of 63 in float32."""
     cfg = preset("tiny")
     model = Transformer(cfg).initialise(0).to_compute(dtype)
     model.train()
@@ -423,7 +423,7 @@ def test_pack_is_given_powers_of_two():
 
 
 class _Passes(TorchDispatchMode):
-    """Float32 results of torch with as many numbers as a layer's activations."""
+    """Float32 results of torch operations that have at least as many numbers as a layer's activations."""
 
     def __init__(self, numbers):
         super().__init__()
@@ -439,7 +439,7 @@ class _Passes(TorchDispatchMode):
 
 
 def _hidden(function):
-    """Stands for a kernel: what it computes inside is not seen."""
+    """Stands for a kernel: what it computes inside is not counted."""
 
     def one_kernel(*arguments, **named):
         with _disable_current_modes():
@@ -449,7 +449,7 @@ def _hidden(function):
 
 
 def test_between_its_products_attention_makes_no_pass_in_float32(monkeypatch):
-    """In bfloat16, with every call of the table, the attention core and the norm's backward one kernel."""
+    """In bfloat16. Every call of the table, the attention core and the norm's backward count as one kernel each."""
     cfg = tiny(**{"q_lora_rank": 256})
     layer = in_training(cfg).layers[1].bfloat16()
     for norm in (layer.attn_norm, layer.attn.q_norm, layer.attn.kv_norm):

@@ -29,7 +29,7 @@ def inputs(cfg, n=60, seed=3):
 
 
 def naive(gate, x):
-    """One token in float64 as in the gate of V3 2.1.2: {expert: weight}."""
+    """One token in float64, as in the gate of V3 2.1.2: {expert: weight}."""
     cfg = gate.cfg
     logit = (gate.weight.detach().double() @ x.double()).tolist()
     if cfg.score_func == "sigmoid":
@@ -84,7 +84,7 @@ def test_published_check():
 
 
 def test_bias_chooses_and_nothing_more():
-    """A bias changes who is chosen, never the weight of a given choice, and no gradient reaches it."""
+    """A bias changes which experts are chosen, never the weight of a given choice, and gets no gradient."""
     cfg = tiny(n_expert_groups=1, n_limited_groups=1)
     gate, x = gate_of(cfg, (0, 0)), inputs(cfg)
     before = gate(x, 1)
@@ -115,7 +115,7 @@ def test_gate_computes_in_float32():
 
 
 def test_balance_equals_a_loop():
-    """V3 eq. 17-20 per sequence, counting real selections; the scores are normalised sigmoids."""
+    """V3 eq. 17-20 per sequence, counting actual selections; the scores are normalised sigmoids."""
     cfg = tiny()
     gate, S, T = gate_of(cfg, (-0.3, 0.3)), 3, 7
     x = inputs(cfg, S * T)
@@ -141,14 +141,14 @@ def test_balance_of_a_balanced_gate_is_one_per_sequence():
 
 
 def test_balance_gradient_lowers_crowded_experts():
-    """f carries no gradient, P does: descent takes score from the expert that has all tokens."""
+    """f carries no gradient but P does: descent lowers the score of the expert that has all the tokens."""
     score = torch.full((6, 4), 0.5, requires_grad=True)
     sequence_balance(score, torch.tensor([[6.0, 0.0, 0.0, 0.0]]), 1).backward()
     assert (score.grad[:, 0] > 0).all() and (score.grad[:, 1:] < 0).all()
 
 
 def test_load_is_counted_only_while_training():
-    """Not in eval, not under no_grad: recomputation or sampling must not count tokens twice."""
+    """Not in eval or under no_grad: recomputation and sampling must not count tokens twice."""
     cfg = tiny()
     gate, x = gate_of(cfg), inputs(cfg)
     gate.eval()(x, 1)

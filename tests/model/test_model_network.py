@@ -1,4 +1,4 @@
-"""The whole network: phases, causality, isolation of segments, initial weights, dtypes, and what it may import."""
+"""The whole network: phases, causality, segment isolation, initial weights, dtypes, and what it may import."""
 
 import subprocess
 import sys
@@ -51,14 +51,14 @@ def test_phases_in_float64_equal_the_written_block():
 
 
 def test_causality():
-    """A later token changes nothing before it, in the main model and in every MTP depth, and something after it."""
+    """A later token changes nothing before it, and something after it, in the main model and at every MTP depth."""
     cfg = tiny(n_mtp=2)
     model, ids = random_model(cfg), tokens(cfg)
     changed = ids.clone()
     changed[:, 11] = (changed[:, 11] + 1) % cfg.vocab_size
     with torch.no_grad():
         a, b = model.train_outputs(ids), model.train_outputs(changed)
-        # routed rows are multiplied in groups whose size may change, so equality is to rounding, not bitwise
+        # routed rows are multiplied in groups whose size may change, so equality is up to rounding, not bitwise
         assert relative(b.hidden_BTD[:, :11], a.hidden_BTD[:, :11]) < 1e-6
         assert relative(b.hidden_BTD[:, 11:], a.hidden_BTD[:, 11:]) > 1e-3
         for k, (x, y) in enumerate(zip(a.mtp_hidden, b.mtp_hidden, strict=True), start=1):
@@ -80,7 +80,7 @@ def test_segments_are_isolated():
 
 
 def test_a_segment_is_what_it_would_be_alone():
-    """Scores depend on distance only, so packing moves a document without changing it."""
+    """Scores depend only on distance, so packing moves a document without changing it."""
     cfg = tiny()
     model, ids = random_model(cfg), tokens(cfg)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_balance_sums_all_moe_layers_mtp_included():
 
 
 def test_every_parameter_gets_a_gradient():
-    """Including embedding and head through MTP; nothing in the network is dead."""
+    """Embedding and head through MTP included; nothing in the network is dead."""
     cfg = tiny(n_mtp=2)
     model = random_model(cfg).train()
     outputs = model.train_outputs(tokens(cfg, rows=4))
@@ -127,7 +127,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_initial_weights():
-    """Deterministic, N(0, init_std) for every matrix, ones for gains, zero biases; another seed gives others."""
+    """Deterministic: N(0, init_std) for every matrix, ones for gains, zero biases; another seed gives other weights."""
     cfg = preset("tiny")
     model = Transformer(cfg).initialise(3)
     torch.manual_seed(99)
@@ -140,7 +140,7 @@ def test_initial_weights():
         elif tensor.dim() == 1:
             assert (tensor == 1).all()
         else:
-            # standard error of a std is std / sqrt(2 n); five of them
+            # standard error of a std is std / sqrt(2 n); the bound is five of them
             slack = 5 / (2 * tensor.numel()) ** 0.5
             assert tensor.std().item() == pytest.approx(cfg.init_std, rel=slack), name
             assert abs(tensor.mean().item()) < 5 * cfg.init_std / tensor.numel() ** 0.5, name
@@ -162,7 +162,7 @@ def test_compute_dtype_leaves_gates_and_gains_in_float32():
     with torch.no_grad():
         found, wanted = model(ids), exact(ids)
     assert found.dtype == torch.bfloat16
-    # most tokens: a few flip to another expert where two scores are closer than BF16 tells
+    # most tokens: a few flip to another expert if two scores are closer than BF16 resolves
     error = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     assert error.median() < 3e-2
 
@@ -213,7 +213,7 @@ def test_presets():
 
 
 def test_the_model_never_imports_torch_distributed():
-    """Model code is math. torch itself loads torch.distributed, so the sources are asked, not sys.modules."""
+    """Model code is pure math. torch itself loads torch.distributed, so the test reads the sources, not sys.modules."""
     code = (
         "import ast, pathlib, bessemer.model as m\n"
         "for path in pathlib.Path(m.__path__[0]).glob('*.py'):\n"
@@ -228,7 +228,7 @@ def test_the_model_never_imports_torch_distributed():
 
 
 def test_saving_needs_the_room_that_writes_directories():
-    """`Transformer` knows no file format; where nothing imported `bessemer.hf`, the error names the import."""
+    """`Transformer` knows no file format; if nothing has imported `bessemer.hf`, the error names the import."""
     code = (
         "from bessemer.errors import UserError\n"
         "from bessemer.model.config import preset\n"

@@ -1,4 +1,4 @@
-"""Phases recomputed in backward: the same bits, fewer bytes."""
+"""Phases recomputed in backward: the same bits, in fewer bytes."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def gradients(model):
 
 
 def in_phases(model):
-    """The whole network as a pipeline's only stage, weight gradients afterwards."""
+    """The whole network as a pipeline's only stage, with weight gradients deferred."""
     part, store, data = Slice(model, 0, 1), Store(), batch(model.cfg)
     store.serve(part)
 
@@ -78,8 +78,8 @@ def test_same_bits_in_a_pipeline_with_weight_gradients_later():
 @counted_with_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fewer_bytes_are_kept(dtype):
-    """Each phase by itself keeps less, all of them least: the residual stream and rows on their way. As computed,
-    within 2 %."""
+    """Recomputing any one phase keeps less. Recomputing all keeps least: the residual stream and rows in transit. As
+    computed, within 2 %."""
     cfg, kept = preset("tiny"), {}
     data = batch(cfg, rows=4, length=128)
     for phases in ((), *((phase,) for phase in PHASES), PHASES):

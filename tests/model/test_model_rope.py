@@ -1,4 +1,4 @@
-"""RoPE and YaRN: the numbers of the released code, and rotation as multiplication of complex numbers."""
+"""RoPE and YaRN: the numbers of the released code, and rotation as complex multiplication."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_frequencies():
 
 
 def test_yarn_follows_the_config_not_the_length():
-    """A long batch does not switch it on, a short one not off."""
+    """A long batch does not switch it on, and a short one does not switch it off."""
     assert torch.equal(mla.rope_table(SHORT, 9000)[:10], mla.rope_table(SHORT, 10))
     assert torch.equal(mla.rope_table(LONG, 9000)[:10], mla.rope_table(LONG, 10))
     assert not torch.equal(mla.rope_table(LONG, 10), mla.rope_table(SHORT, 10))
@@ -50,7 +50,7 @@ def test_table_scale(mscale, all_dim, wanted):
 
 
 def test_v2_temperature():
-    """V2 3.1.4: m = 0.0707 ln s + 1; without mscale_all_dim the softmax scale is the plain one."""
+    """V2 3.1.4: m = 0.0707 ln s + 1; without mscale_all_dim the softmax scale is unchanged."""
     cfg = preset("v2-lite")
     assert cfg.softmax_scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
     assert preset("v3", rope_factor=40.0, mscale_all_dim=0.0).softmax_scale == SHORT.softmax_scale
@@ -68,7 +68,7 @@ def test_rotation_is_complex_multiplication_of_interleaved_pairs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_key_of_one_token_behind_a_latent_of_odd_width(dtype):
-    """A part of one row is contiguous, but its pairs start at an odd element."""
+    """A slice of one row is contiguous, but its pairs start at an odd element."""
     joint = torch.randn(1, 1, 13).to(dtype)
     found = mla.rotate(joint[..., 5:], mla.rope_table(tiny(), 4)[3:])
     assert torch.equal(found, mla.rotate(joint[..., 5:].clone(), mla.rope_table(tiny(), 4)[3:]))

@@ -1,4 +1,4 @@
-"""The Modelfile beside a GGUF file: read back as Ollama reads it, its template against our own rendering."""
+"""The Modelfile next to a GGUF file: parsed as Ollama does, its template against our own rendering."""
 
 import json
 import re
@@ -17,7 +17,7 @@ COMMAND = re.compile(r'(?:#[^\n]*|([A-Z]+) (?:(\w+) )??("""(?:.*?)"""|"[^"\n]*"|
 
 
 def parsed(text):
-    """Commands as in Ollama's parser: a value in three quotes spans lines, one quote ends at its line."""
+    """Commands as in Ollama's parser: a value in triple quotes spans lines, one in single quotes ends on its line."""
     found, at = [], 0
     while at < len(text):
         match = COMMAND.match(text, at)
@@ -60,7 +60,7 @@ def test_the_template_gives_our_text(style, messages):
 
 @pytest.mark.parametrize("style", chat.STYLES)
 def test_thoughts(style):
-    """Ollama keeps R1's apart, and hands them back; earlier ones are not shown. R1-Zero's stay in the text."""
+    """Ollama keeps R1's thoughts apart and passes them back; earlier ones are not shown. R1-Zero's stay in the text."""
     if style == "r1":
         held = [USER, {"role": "assistant", "content": "ten", "thinking": "3+7"}, USER]
         ours = [USER, {"role": "assistant", "content": "<think>\n3+7</think>ten"}, USER]

@@ -1,4 +1,4 @@
-"""Networks for comparison: keys and values without a latent (MHA, GQA, MQA), shared experts of another width."""
+"""Networks for comparison: keys and values without a latent (MHA, GQA, MQA), shared experts of a different width."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def turned(x_TR, theta=10000.0):
 
 
 def attention_in_float64(mla, x_TD):
-    """One head after the other; heads of a group read the same keys and values."""
+    """One head after another; heads of a group read the same keys and values."""
     cfg, w = mla.cfg, {name: p.detach().double().requires_grad_() for name, p in mla.named_parameters()}
     N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     latent = x_TD @ w["wq_a.weight"].T
@@ -89,7 +89,7 @@ def test_counts_are_those_of_the_tensors(cfg):
 
 
 def test_cache_of_the_claims():
-    """48 numbers a layer for MLA, 528 for all keys and values, and those of groups between them."""
+    """48 numbers a layer for MLA, 528 for all keys and values, and grouped heads in between."""
     width = {name: ModelConfig.make({**SHAPE, **dict(n_heads=8, kv_lora_rank=rank, n_kv_heads=groups, v_head_dim=32,
                                                      qk_nope_head_dim=32, qk_rope_head_dim=16)}).kv_width
              for name, rank, groups in (("MLA", 32, 0), ("MHA", 0, 0), ("GQA", 0, 2), ("MQA", 0, 1))}  # fmt: skip

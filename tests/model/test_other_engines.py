@@ -1,7 +1,7 @@
-"""A saved directory in other programs: transformers generates our greedy tokens, llama.cpp does from a GGUF file, and
-the fields are there that vLLM and SGLang read (neither runs here).
+"""A saved directory in other programs: transformers and, from a GGUF file, llama.cpp generate our greedy tokens, and
+the fields that vLLM and SGLang read are there (neither runs here).
 
-Networks are random with norm gains off 1 and negative routing biases, and every row of logits is spread wide, so that
+Networks are random, with norm gains off 1 and negative routing biases, and every row of logits is spread wide, so that
 equal tokens mean equal mathematics. `bench/llama_cpp.py` is the long form, with a trained model.
 """
 
@@ -55,7 +55,7 @@ def greedy(model, words, prompts, **options):
 
 
 def telling(rows, words):
-    """The rows, once they say enough: many tokens, and both ways to end."""
+    """Asserts that the rows are informative, with many different tokens and both ways to end, and returns them."""
     assert len({token for tokens in rows for token in tokens}) > 30
     assert {tokens[-1] == words.eos_id for tokens in rows} == {True, False}
     return rows
@@ -63,7 +63,7 @@ def telling(rows, words):
 
 @pytest.fixture
 def saved(words, tmp_path):
-    """Makes (model, its directory, prompts). The stop token has changed places with one that some rows draw."""
+    """Makes (model, its directory, prompts). The stop token trades places with one that some rows draw."""
 
     def make(mtp=False, **changes):
         model = random_model(tiny(vocab_size=words.vocab_size, **{"max_seq_len": 256, **changes}))
@@ -84,7 +84,7 @@ def saved(words, tmp_path):
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_transformers_generates_the_same_greedy_tokens(saved, words, changes):
-    """By the Auto classes; the prompt of the chat comes from the template in the directory, the stop token from
+    """Through the Auto classes; the chat prompt comes from the template in the directory, the stop token from
     generation_config.json."""
     model, directory, prompts = saved(**changes)
     theirs = AutoModelForCausalLM.from_pretrained(directory)
@@ -141,12 +141,12 @@ def test_llama_cpp_has_the_same_tokenizer_and_template(saved, words, peer, tmp_p
 
 def test_what_vllm_and_sglang_read_from_the_configs(saved):
     """vllm/model_executor/models/deepseek_v2.py and model_arch_config_convertor.py, sglang/srt/configs/model_config.py
-    and models/deepseek_v2.py. vLLM goes through transformers' config class, whose attributes these are."""
+    and models/deepseek_v2.py. vLLM goes through transformers' config class, which has these attributes."""
     model, directory, _ = saved()
     raw = json.loads((directory / "config.json").read_text())
     for values in (raw, vars(AutoConfig.from_pretrained(directory))):
         assert values["architectures"] == ["DeepseekV3ForCausalLM"]
-        # Without these two neither loads routing biases, and vLLM takes a softmax.
+        # Without these two, neither loads routing biases, and vLLM uses a softmax.
         assert (values["topk_method"], values["scoring_func"]) == ("noaux_tc", "sigmoid")
         for key, wanted in dict(
             n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5, n_routed_experts=12,
@@ -167,7 +167,7 @@ def test_what_vllm_and_sglang_read_from_the_configs(saved):
 
 
 def test_uncompressed_queries_and_yarn_are_spelled_as_engines_test_for_them(saved):
-    """`q_lora_rank is not None` chooses q_a_proj; a rope_scaling that is set is taken for YaRN's."""
+    """`q_lora_rank is not None` selects q_a_proj; any rope_scaling that is set is taken to be YaRN's."""
     _, directory, _ = saved(**CASES["yarn"], q_lora_rank=0)
     raw = json.loads((directory / "config.json").read_text())
     assert raw["q_lora_rank"] is None
@@ -185,7 +185,7 @@ def test_what_reasoning_parsers_and_chat_servers_read_from_the_tokenizer(saved, 
     # The template writes BOS itself.
     assert raw["add_bos_token"] is False
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    # Parsers look the tags up in the vocabulary, and in text that was decoded without special tokens.
+    # Parsers look the tags up in the vocabulary, and in text decoded without special tokens.
     vocabulary = tokenizer.get_vocab()
     assert [vocabulary[tag] for tag in (chat.THINK, chat.THINK_END)] == [words.think_id, words.think_end_id]
     thought = "<think>2</think>2"
@@ -202,8 +202,8 @@ def test_a_draft_layer_holds_what_engines_load_for_speculation(saved):
 
 
 def test_the_servable_preset_fits_the_kernels():
-    """MLA kernels take a latent of 512 and 64 rotary dimensions; with VLLM_MLA_DISABLE=1 attention kernels want heads
-    in steps of 8, no wider than 256."""
+    """MLA kernels take a latent of 512 and 64 rotary dimensions; with VLLM_MLA_DISABLE=1 attention kernels need head
+    widths that are multiples of 8 and at most 256."""
     cfg = preset("servable")
     assert (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim, cfg.v_head_dim) == (512, 64, 128, 128)
     assert cfg.n_heads % 16 == 0

@@ -1,4 +1,4 @@
-"""The reward model's network: on disk a plain DeepseekV3ForSequenceClassification, scoring alike in transformers.
+"""The reward model's network: on disk a plain DeepseekV3ForSequenceClassification, with transformers' scores.
 
 Bound 1e-5 as in test_hub_parity: float32 in a network of three layers.
 """
@@ -52,7 +52,7 @@ def test_it_is_made_from_our_networks_alone():
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True), V2], ids=["v3", "tied", "v2"])
 def test_transformers_reads_the_same_scores(changes, tmp_path):
-    """Right padding, as their model looks for the last token that is no padding."""
+    """Right padding, since their model looks for the last token that is not padding."""
     network = scorer(tiny(**changes))
     network.save(tmp_path)
     kind = DeepseekV2ForSequenceClassification if changes is V2 else DeepseekV3ForSequenceClassification
