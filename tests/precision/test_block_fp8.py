@@ -21,7 +21,7 @@ def normal(*shape, seed=0, std=0.006):
      ((7168, 16384), (56, 128)), ((18432, 7168), (144, 56)), ((7168, 2048), (56, 16))],
 )  # fmt: skip
 def test_published_scale_shapes(shape, wanted):
-    """Reference B.1; kv_a has five rows of tiles, the last half empty."""
+    """Reference B.1; kv_a has five rows of tiles, and the last is half empty."""
     assert scale_shape(shape) == wanted
 
 

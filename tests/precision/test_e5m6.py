@@ -27,7 +27,7 @@ def test_named_values():
 
 
 def test_rounding_is_to_the_nearest_value_and_ties_to_even():
-    """Against a search in the list of all values, half-way points included."""
+    """Against a search through the list of all values, half-way points included."""
     values = every_value()
     middles = (values[1:] + values[:-1]) / 2
     x = torch.cat([values, middles, middles * (1 + 2**-20), normal(5000).double().abs() * torch.logspace(-7, 4, 5000)])
@@ -35,7 +35,7 @@ def test_rounding_is_to_the_nearest_value_and_ties_to_even():
     above = torch.searchsorted(values, x).clamp(max=len(values) - 1)
     below = (above - 1).clamp(min=0)
     up, down = values[above] - x, x - values[below]
-    even = torch.where(above % 2 == 0, above, below)  # of two neighbours one has an even last bit
+    even = torch.where(above % 2 == 0, above, below)  # one of two neighbours has an even last bit
     wanted = values[torch.where(up < down, above, torch.where(down < up, below, even))]
     assert torch.equal(round_e5m6(x.float()).double(), wanted)
     assert torch.equal(round_e5m6(-x.float()).double(), -wanted)

@@ -1,4 +1,4 @@
-"""bench/gpu/first_hour.py where there is no GPU: a rehearsal with real processes, its page, and checks that fail."""
+"""bench/gpu/first_hour.py without a GPU: a rehearsal with real processes, its page, and checks that fail."""
 
 import json
 import subprocess

@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 
 
 def apart(got, wanted):
-    """Relative distance, as DeepGEMM's calc_diff: 1 - 2 <a, b> / (|a|^2 + |b|^2)."""
+    """Relative distance as in DeepGEMM's calc_diff: 1 - 2 <a, b> / (|a|^2 + |b|^2)."""
     got, wanted = got.double(), wanted.double()
     return float(1 - 2 * (got * wanted).sum() / (got.square().sum() + wanted.square().sum()))
 
@@ -130,13 +130,13 @@ def test_a_short_accumulator_and_its_cure():
 
 @pytest.mark.parametrize("bits", [6, 11, 14])
 def test_a_short_accumulator_equals_a_loop(bits):
-    """Exact sums of 32 products in float64, truncated to so many bits, one after the other; all values are whole
-    numbers that float32 holds, so nothing else is rounded."""
+    """Exact sums of 32 products in float64, each truncated to `bits` bits in turn. All values are whole numbers that
+    float32 holds, so nothing else is rounded."""
     draw = torch.Generator().manual_seed(0)
 
     def operand(rows):
         whole = torch.randint(-8, 17, (rows, 256), generator=draw)
-        whole[:, ::50] = 448  # what comes after is short of bits
+        whole[:, ::50] = 448  # large, so that the sums after it run out of bits
         return Operand(whole.to(torch.float8_e4m3fn), 2.0 ** torch.randint(-2, 3, (rows, 2), generator=draw))
 
     x, w = operand(5), operand(7)
@@ -159,17 +159,17 @@ def test_a_short_accumulator_equals_a_loop(bits):
 
 
 def test_two_mantissa_bits():
-    """The control's rounding against one in fractions; twice the error of E4M3."""
+    """The control's rounding against values computed by hand; about twice the error of E4M3."""
     x = torch.tensor([1.0, 1.12, 1.13, -1.375, 1.125, 0.0, 1.2 * 2.0**-66, float("inf")])
     assert round_mantissa(x, 2).tolist() == [1.0, 1.0, 1.25, -1.5, 1.0, 0.0, 1.25 * 2.0**-66, float("inf")]
     x = normal(64, 256)
     error = {name: apart(FP8_RECIPES[name].quantised(x).dequantise(), x) for name in ("paper", "coarse")}
-    assert 3.5 < error["coarse"] / error["paper"] < 6  # squares of errors, E4M3's own on top
+    assert 3.5 < error["coarse"] / error["paper"] < 6  # squares of errors, with E4M3's own on top
 
 
 def test_controls_without_their_own_factors():
-    """No factor: what is below E4M3's smallest vanishes, what is above 448 is cut off. An outlier: its range is taken
-    from all others, by exactly the factor that a quantisation by tensor would give them."""
+    """`unscaled` has no factors: values below E4M3's smallest vanish, and values above 448 are clipped. `outlier` takes
+    its range from all other values: it gives exactly what per-tensor quantisation with an outlier would give."""
     x = torch.tensor([[2.0**-11, -(2.0**-9), 1.0, 500.0, -1e6]])
     assert FP8_RECIPES["unscaled"].quantised(x).dequantise().tolist() == [[0.0, -(2.0**-9), 1.0, 448.0, -448.0]]
     x = normal(64, 256)
@@ -208,12 +208,12 @@ def test_a_linear_and_its_gradients(dtype):
     assert apart(x.grad.flatten(0, 1), flat_dy @ weight.detach().double()) < 2e-3
     assert apart(weight.grad, flat_dy.t() @ flat_x) < 3e-3
     turned = [quantise(quantise(t.float()).dequantise().t()) for t in (flat_dy, flat_x)]
-    assert apart(weight.grad, reference_gemm(*turned)) < 1e-12  # re-tiled from what was kept, not from the original
+    assert apart(weight.grad, reference_gemm(*turned)) < 1e-12  # re-tiled from what was kept, not the original
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_what_serves_a_cpu_is_the_gemm(power_of_two):
-    """One float32 GEMM of what the operands stand for, against the reference block by block; experts, too."""
+    """One float32 GEMM of the dequantised operands against the block-by-block reference, experts included."""
     x, w = quantise(normal(60, 300), "tile", power_of_two), quantise(normal(3, 90, 300, seed=1), "block", power_of_two)
     each = [Operand(w.value_MK[g], w.scale_MJ[g]) for g in range(3)]
     for group in ("tile", "block"):
@@ -228,7 +228,7 @@ def test_what_serves_a_cpu_is_the_gemm(power_of_two):
 @pytest.mark.parametrize("gradient", ["tile", "block", "tensor"])
 @pytest.mark.parametrize("bits", [None, 12])
 def test_experts_whose_rows_begin_anywhere(gradient, bits):
-    """Groups of 70, 0 and 130 rows: no block of the gradient may be read with the factor of another."""
+    """Groups of 70, 0 and 130 rows: no block of the gradient may be read with another block's factor."""
     recipe, count = FP8Recipe(gradient=gradient, bits=bits), [70, 0, 130]
     x, weight = normal(200, 160).requires_grad_(), normal(3, 140, 160, seed=1).requires_grad_()
     dy = normal(200, 140, seed=2) * torch.logspace(0, 3, 200)[:, None]
@@ -247,8 +247,8 @@ def test_experts_whose_rows_begin_anywhere(gradient, bits):
 
 
 def test_outliers_hurt_blocks_more_than_tiles():
-    """Tokens with outliers in the gradient: why 128 x 128 is not for gradients (V3 App. B.2). E4M3 itself spans
-    2^18, so it takes factors beyond 10^4 until a block loses its other tokens."""
+    """With outliers in the gradient's tokens, shows why 128 x 128 is not for gradients (V3 App. B.2). E4M3 itself spans
+    2^18, so a block loses its other tokens only at factors beyond 10^4."""
     x, weight, dy = normal(256, 256), normal(256, 256, seed=1).requires_grad_(), normal(256, 256, seed=2)
     dy[::64] *= 1e5
     error = {}
@@ -270,8 +270,8 @@ def test_experts_do_not_share_tiles():
         own = fp8_linear(own_x, own_w)
         own.square().sum().backward()
         assert torch.equal(y[rows], own) and torch.equal(x.grad[rows], own_x.grad)
-        # Shared tiles would differ by E4M3 rounding, some 1e-2. Where rows begin in memory decides which GEMM kernel a
-        # CPU takes, and so the order of these sums: the last bits of float32 may differ (they do on an AMD EPYC).
+        # Shared tiles would differ by E4M3 rounding, some 1e-2. Where rows begin in memory decides which GEMM kernel
+        # serves, and so the order of these sums: the last bits of float32 may differ (they do on an AMD EPYC).
         assert (weight.grad[g] - own_w.grad).norm() <= 1e-6 * own_w.grad.norm()
     assert weight.grad[1].eq(0).all()
     with pytest.raises(ValueError, match="do not fit 300 tokens"):

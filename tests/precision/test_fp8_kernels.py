@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter against the emulation, and the table of backends.
 
 What needs the interpreter runs in a process of its own (`in_interpreter`): the switch must be set before triton is
-imported, and no other test may find it set. It runs once; every check in it reports by itself.
+imported, and no other test may see it set. The process runs once; each of its checks reports separately.
 """
 
 import functools
@@ -43,7 +43,7 @@ def apart(got, wanted):
 
 
 def same(got, wanted):
-    """Every bit of values and factors; what is not finite only has to be NaN after all."""
+    """Values and factors agree in every bit; where a value is not finite, both need only dequantise to NaN."""
     bad = wanted.dequantise().isnan()
     assert torch.equal(got.dequantise().isnan(), bad)
     assert got.value_MK.shape == wanted.value_MK.shape and got.scale_MJ.shape == wanted.scale_MJ.shape
@@ -54,7 +54,7 @@ def same(got, wanted):
 
 
 def of_all_sizes(rows, columns, seed=0):
-    """Values over 2^60, with exact zeros, negative zeros, and ties of the E4M3 grid in rows of factor 1."""
+    """Values over 2^60, with zeros, negative zeros, and ties of the E4M3 grid in rows with factor 1."""
     x = normal(rows, columns, seed=seed) * torch.logspace(-9, 9, columns)
     x[:, ::7] = 0
     x[:, 3::11] = -0.0
@@ -98,7 +98,7 @@ def check_edge_values():
             same(backends.quantise(x, group, power_of_two), quantise(x, group, power_of_two))
     got = backends.quantise(x)
     assert got.scale_MJ[0].tolist() == [1.0] * 3
-    assert got.value_MK.float()[1:3, :TILE].isnan().all() and got.scale_MJ[1:3, 0].isnan().all()  # either would do
+    assert got.value_MK.float()[1:3, :TILE].isnan().all() and got.scale_MJ[1:3, 0].isnan().all()  # both are right
     assert backends.gemm(got, got, torch.float32)[1:3].isnan().all()
     h = torch.ones(3, 2 * TILE)
     h[1, 0], h[2, 2 * TILE - 1] = float("nan"), float("inf")
@@ -140,8 +140,8 @@ def check_swiglu():
 
 
 def check_swiglu_backward():
-    """Values up to the last bit of a sigmoid; and bit for bit that tiles along the tokens are those of the tiles along
-    the features, of every group by itself."""
+    """Values agree up to a sigmoid's last bit; tiles along the tokens are, bit for bit, those made from the tiles along
+    the features, for each group separately."""
     for rows, count in ((200, None), (300, [70, 0, 1, 229]), (256, [128, 128])):
         h, dact, weight = normal(rows, 512) * 3, normal(rows, 256, seed=1), normal(rows, seed=2)
         dact[:, 5] = 0
@@ -166,8 +166,8 @@ def check_swiglu_backward():
 
 
 def check_rms_norm():
-    """Bit for bit the norm's kernel and the quantisation's, one after the other; torch's up to the last bits of a sum,
-    which factors show."""
+    """Bit for bit the norm's kernel followed by the quantisation's. It agrees with torch up to the last bits of a sum,
+    which may show in the factors."""
     from bessemer.kernels import triton_norm
     from bessemer.model.norm import normalise, normalise_backward
     from bessemer.precision import triton_rms_norm
@@ -186,7 +186,7 @@ def check_rms_norm():
             same(got, quantise(triton_norm.forward(*given[1:]), "tile", power))
             same(dx, quantise(two, "tile", power))
             assert torch.equal(dgain, dgain_two)
-            bound = 1e-12 if dtype == torch.float32 else 5e-4  # the interpreter cuts float32 off to bfloat16
+            bound = 1e-12 if dtype == torch.float32 else 5e-4  # the interpreter truncates float32 to bfloat16
             assert apart(got.dequantise(), quantise(normalise(*given[1:]), "tile", power).dequantise()) < bound
             wanted, right = normalise_backward(*given)
             assert apart(dx.dequantise(), quantise(wanted, "tile", power).dequantise()) < bound
@@ -203,7 +203,7 @@ def check_rms_norm():
 
 
 def check_e5m6():
-    """Bit for bit `formats`: values of all sizes and signs, ties, subnormals, what saturates, what is not finite."""
+    """Agrees bit for bit with `formats`: all sizes and signs, ties, subnormals, saturated and non-finite values."""
     for rows, columns in ((19, 304), (1, 8), (33, 128)):
         x = of_all_sizes(rows, columns)
         x[0, :8] = torch.tensor([1 + 2**-7, -1 - 3 * 2**-7, 7e4, -65280.0, 2**-14, 3 * 2**-21, -(2**-22), -0.0])
@@ -236,7 +236,7 @@ def check_gemm():
     for M, N, K in ((5, 7, 128), (130, 140, 300), (1, 1, 1), (33, 257, 129), (64, 64, 384)):
         for group in ("tile", "block"):
             x, w = quantise(of_rows(M, K)), quantise(of_rows(N, K, seed=1), group)
-            # The interpreter cuts float32 off to bfloat16, which costs 5e-6; rounding to nearest costs 1.4e-6.
+            # The interpreter truncates float32 to bfloat16, which costs 5e-6; rounding to nearest costs 1.4e-6.
             for dtype, bound in ((torch.float32, 1e-12), (torch.bfloat16, 1e-5)):
                 for w_group in {"tile", group}:
                     got = backends.gemm(x, w, dtype, w_group)
@@ -244,14 +244,14 @@ def check_gemm():
 
 
 def of_rows(rows, columns, seed=0):
-    """Factors that differ by 2^13 from tile to tile: one that is left out, or taken from elsewhere, shows."""
+    """Factors differ by 2^13 from tile to tile, so that one left out or taken from elsewhere shows."""
     size = 2.0 ** torch.randint(-6, 7, (rows, -(-columns // TILE)), generator=torch.Generator().manual_seed(seed))
     return normal(rows, columns, seed=seed) * size.repeat_interleave(TILE, 1)[:, :columns]
 
 
 def check_nan_stays_in_its_row():
-    """Through the factors, that is: the interpreter reads an E4M3 NaN as 480."""
-    for K in (200, 208):  # by pointers and by descriptors
+    """Only through the factors: the interpreter reads an E4M3 NaN as 480."""
+    for K in (200, 208):  # with pointers and with descriptors
         x, w = normal(4, K), normal(5, K, seed=1)
         x[1], w[3] = float("nan"), float("inf")
         x, w = quantise(x), quantise(w)
@@ -297,8 +297,8 @@ def check_grouped():
 
 
 def check_descriptors_load_what_pointers_do():
-    """Bit for bit, of matrices that lie between numbers that must not be read, or not seen: tiles that overhang a
-    group, a matrix, and the columns."""
+    """Bit for bit, for matrices surrounded by numbers that must not be read or must not show: tiles extend beyond a
+    group, a matrix and the columns."""
     from bessemer.precision import triton_gemm
 
     forms, tiled = [], triton_gemm.tiled
@@ -338,7 +338,7 @@ def check_descriptors_load_what_pointers_do():
 
 
 def check_weight_gradients_that_are_added():
-    """Bit for bit the product and one addition; of groups without rows, nothing."""
+    """Bit for bit the product and one addition; groups without rows add nothing."""
     count = [70, 0, 1, 59]
     dy, x = (quantise(of_rows(130, columns, seed=columns)) for columns in (80, 150))
     sides = backends.retile(dy, count), backends.retile(x, count)
@@ -354,7 +354,7 @@ def check_weight_gradients_that_are_added():
 
 
 def check_no_program_writes_rows_of_another():
-    """The last program first, and the first last: what one writes into another's rows stays there."""
+    """Programs run in reverse order too: what one writes into another's rows would stay there."""
     from triton.runtime.interpreter import interpreter_builder
 
     x = quantise(of_rows(130, 304))
@@ -375,14 +375,14 @@ def check_no_program_writes_rows_of_another():
 
 
 def between(operand):
-    """The same operand, with NaN before its first row and behind its last; 480 in the interpreter."""
+    """The same operand, with NaN before its first row and after its last; the interpreter reads these as 480."""
     rows = operand.value_MK.flatten(0, -2).view(torch.uint8)
     whole = F.pad(rows, (0, 0, 4, 100), value=0x7F).view(torch.float8_e4m3fn)
     return Operand(whole[4 : 4 + len(rows)].view(operand.value_MK.shape), operand.scale_MJ)
 
 
 def check_counts_that_the_host_does_not_know():
-    """Bit for bit what the host's counts give, and zeros behind the groups; the emulation likewise."""
+    """Bit for bit what counts on the host give, and zeros after the groups; the emulation likewise."""
     for counts in ([70, 0, 1, 3], [0, 130, 0, 0], [0, 0, 0, 128]):
         whole = not any(c % TILE for c in counts)
         rows, total = sum(counts), sum(counts) + (TILE if whole else 0)
@@ -417,7 +417,7 @@ def check_counts_that_the_host_does_not_know():
 
 
 def behind(got, wanted, count):
-    """The same columns, and zeros of factor 1 behind them."""
+    """The same columns, followed by zeros of factor 1."""
     used = wanted.value_MK.shape[1]
     assert got.value_MK.shape[1] == count.columns >= used and got.scale_MJ.shape[1] == count.columns // TILE
     same(Operand(got.value_MK[:, :used], got.scale_MJ[:, : used // TILE]), wanted)
@@ -466,7 +466,7 @@ def check_tensor_groups_are_refused():
 
 
 def check_hopper_code():
-    """Instructions, and the figures of the assembler: those of `bench/gpu/ptxas.py` where its versions are these."""
+    """Instructions, and the assembler's figures: those of `bench/gpu/ptxas.py` if the versions are the same."""
     known = hopper.committed()["kernels"] if hopper.committed()["versions"] == hopper.versions() else {}
     for job in hopper.samples():
         one = hopper.compiled(job)
@@ -501,7 +501,7 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_") and name
 
 @functools.cache
 def in_interpreter():
-    """What went wrong in every check, empty where nothing did."""
+    """What went wrong in each check; empty if nothing did."""
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         backends.VARIABLE: "triton",
@@ -533,7 +533,7 @@ def test_kernels_compile_for_hopper(tmp_path):
 
 
 class Tuned:
-    """Stands for a kernel with its tuning, which takes the last configuration."""
+    """Stands for an autotuned kernel; tuning picks the last configuration."""
 
     def __init__(self, configs, said):
         self.configs, self.best_config, self.fn, self._said = configs, configs[-1], self, said
@@ -586,7 +586,7 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
 
 @needs_triton
 def test_what_is_tried_has_registers_enough():
-    """Every configuration that tuning may choose is in the table of the assembler's figures, and spills nothing."""
+    """Every configuration that tuning may choose is in the assembler's table of figures, and none spills."""
     known, found = hopper.committed()["kernels"], {job.label for job in hopper.everything()}
     assert found == known.keys()
     assert not [label for label, figures in known.items() if figures["spilled"]]
@@ -604,7 +604,7 @@ def test_no_kernel_is_compiled_anew_for_the_rows_that_routing_gives():
         triton_quantise._swiglu_backward: {"M", "scale_column"}, triton_gemm._grouped.fn: {"M", "sx_column", "SIZE"},
         triton_gemm._wgrad.fn: {"TILES", "SIZE"},
     }  # fmt: skip
-    for kernel, names in rows.items():  # what else follows them is a multiple of 128
+    for kernel, names in rows.items():  # any other size that follows the rows is a multiple of 128
         assert {p.name for p in kernel.params if p.do_not_specialize} == names
 
 
@@ -747,7 +747,7 @@ def test_the_card_decides(monkeypatch, capability, order):
 
 
 def test_factors_as_scaled_mm_wants_them(monkeypatch):
-    """x's column by column; w's blocks column by column, each filled up to a multiple of four."""
+    """x's column by column; w's blocks column by column, each padded to a multiple of four."""
     taken = {}
 
     def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, **how):
@@ -768,7 +768,7 @@ def test_factors_as_scaled_mm_wants_them(monkeypatch):
 
 
 def test_bad_operands():
-    """The same errors from every backend: they come before one is chosen."""
+    """The same errors from every backend: operands are checked before one is chosen."""
     x, w = quantise(normal(20, 256)), quantise(normal(30, 128))
     value, scale = x
     bad = {
@@ -805,7 +805,7 @@ def test_bad_operands():
 
 
 def main():
-    """Every check, or those named: its name and what went wrong, after a zero byte each."""
+    """Runs all checks, or those named. After a zero byte each, prints its name and what went wrong."""
     for name in sys.argv[1:] or CHECKS:
         print(f"\0{name}")
         try:

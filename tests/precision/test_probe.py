@@ -1,4 +1,4 @@
-"""The compute dtype follows from measured rates; the measurement gives plausible ones."""
+"""The compute dtype follows from measured rates, and the measurement gives plausible rates."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from bessemer.train import setup
     [
         (170.0, 87.0, torch.float32),  # a CPU that lists BF16 but has no matrix unit for it
         (100.0, 100.0, torch.float32),
-        (100.0, 119.0, torch.float32),  # not worth the rounding
+        (100.0, 119.0, torch.float32),  # too little gain for the rounding
         (100.0, 121.0, torch.bfloat16),
         (60_000.0, 700_000.0, torch.bfloat16),
     ],
@@ -32,7 +32,7 @@ def test_rates_are_measured_for_both_dtypes():
 
 
 def test_the_rate_is_that_of_the_fastest_run(monkeypatch):
-    """Four runs of 4, 2, 1 and 3 ms on a made-up clock: 2 * 64^3 operations in 1 ms; the first two runs warm up."""
+    """Four runs of 4, 2, 1 and 3 ms on a fake clock: 2 * 64^3 operations in 1 ms; the first two runs warm up."""
     now, took = [0.0], iter([0.009, 0.0001, 0.004, 0.002, 0.001, 0.003, 1.0])
     real = torch.mm
 
@@ -55,7 +55,7 @@ def test_it_multiplies_in_the_dtype_asked_for(monkeypatch):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """The files by which Linux shows a GPU, in folders of their own."""
+    """The files in which Linux describes a GPU, in a temporary folder."""
     folder = tmp_path / "nvidia" / "gpus" / "0000:3b:00.0"
     folder.mkdir(parents=True)
     (folder / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n")
