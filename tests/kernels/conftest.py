@@ -6,7 +6,7 @@ from bessemer.kernels import library
 
 
 def load(monkeypatch: pytest.MonkeyPatch, instructions: str) -> library.Status:
-    """The library that BESSEMER_KERNELS=instructions gives, from now on."""
+    """Makes the library for BESSEMER_KERNELS=`instructions` the one in use."""
     monkeypatch.setenv(library.VARIABLE, instructions)
     library.forget()
     return library.status()
@@ -14,7 +14,7 @@ def load(monkeypatch: pytest.MonkeyPatch, instructions: str) -> library.Status:
 
 @pytest.fixture(params=["auto", "emulated-amx"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The best instruction set of this machine; then AVX2 with AMX's code on emulated tiles."""
+    """This machine's best instruction set; then AVX2 with AMX's code on emulated tiles."""
     status = load(monkeypatch, request.param)
     if status.instructions == "off":
         pytest.skip(status.why)

@@ -1,4 +1,4 @@
-"""The network of `model.transformer` once more in float64, as its papers write it: no cache, no kernels, one text."""
+"""A second `model.transformer` in float64, as the papers write it: no cache, no kernels, one text at a time."""
 
 import torch
 
@@ -57,7 +57,7 @@ def experts_of(gate, u, cfg):
 
 @torch.no_grad()
 def forward(model, ids):
-    """(logits [T, V], experts [T, L, K]) of a text."""
+    """(logits [T, V], experts [T, L, K]) of one text."""
     cfg, routes = model.cfg, []
     x = model.embed.weight.double()[torch.tensor(ids)]
     for layer in model.layers:

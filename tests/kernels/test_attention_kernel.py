@@ -8,14 +8,14 @@ import torch
 from bessemer.kernels import attention as kernel
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
-SHAPES = [  # B, T, H, N, R, V: of the presets, of tests, ragged, and around blocks of 32, 48, 64
+SHAPES = [  # B, T, H, N, R, V: the presets', tests', ragged ones, and around blocks of 32, 48, 64
     (2, 130, 2, 32, 16, 32), (1, 97, 2, 128, 64, 128), (2, 9, 3, 7, 4, 6), (1, 2, 1, 32, 16, 32),
     (1, 200, 1, 20, 2, 33), (1, 64, 2, 16, 8, 48), (1, 49, 1, 16, 16, 16), (3, 33, 1, 5, 6, 1),
 ]  # fmt: skip
 
 
 def drawn(B, T, H, N, R, V, dtype=FLOAT, seed=0, rows=False, S=None):
-    """q, kv, k_rope, a table of rotations (`rows`: of each row its own), and a gradient."""
+    """q, kv, k_rope, a rotation table (`rows`: one for each row), and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     S = S or T
     shapes = (B, T, H, N + R), (B, S, H, N + V), (B, S, R), (B, T, H, V)
@@ -81,7 +81,7 @@ def test_equals_the_equation(instructions, dtype, bound, kind):
 
 
 def test_new_queries_after_cached_keys(instructions):
-    """Bit for bit what the same queries get among all: a prompt in pieces is the prompt in one."""
+    """Bit for bit what the same queries give among all: a prompt in pieces gives what the whole prompt gives."""
     q, kv, k_rope, table, _ = drawn(2, 150, 2, 32, 16, 32)
     whole, whole_lse = kernel.attention(q, kv, k_rope, table, table, None, 0.3)
     for T in (1, 30, 97):
@@ -111,18 +111,18 @@ def test_results_depend_on_neither_threads_nor_other_rows(instructions):
 
 
 def test_scores_far_apart_and_tiny(instructions):
-    """Scores of thousands: equal ones share, others get exactly 0. Scores of 1e-20: all share."""
+    """With scores in the thousands, equal ones share the weight and others get exactly 0. Scores of 1e-20 all share."""
     generator = torch.Generator().manual_seed(0)
     q, kv, k_rope, _, dout = drawn(1, 100, 2, 32, 16, 32)
     kv[..., :32] = torch.randint(-1, 2, kv[..., :32].shape, generator=generator)
     k_rope, whole = (torch.randint(-1, 2, x.shape, generator=generator).float() for x in (k_rope, q))
-    table = torch.eye(2)[torch.randint(0, 2, (100, 8), generator=generator)]  # none or a quarter of a turn
+    table = torch.eye(2)[torch.randint(0, 2, (100, 8), generator=generator)]  # none, or a quarter turn
     for given, bound in ((whole * 1000, None), (whole * 16, 3e-5), (q * 1e-20, 3e-6)):
         exact = [x.double().requires_grad_() for x in (given, kv, k_rope)]
         wanted, _ = reference(*exact, table, table, None, 0.3)
         out, lse = kernel.attention(given, kv, k_rope, table, table, None, 0.3)
         assert close(out, wanted.detach(), 1e-6)
-        if bound:  # of thousands, float32 stores the log-sum-exp to three digits behind the point
+        if bound:  # at thousands, float32 stores the log-sum-exp to three decimal places
             found = kernel.attention_backward(dout, given, kv, k_rope, table, None, 0.3, out, lse)
             for a, b in zip(found, torch.autograd.grad(wanted, exact, dout.double()), strict=True):
                 assert close(a, b, bound)
@@ -130,7 +130,7 @@ def test_scores_far_apart_and_tiny(instructions):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 is slow at denormal numbers")
 def test_no_denormal_numbers(instructions):
-    """Small probabilities times small gradients made backward 20 times as slow. Outside the kernel they stay."""
+    """Small probabilities times small gradients made backward 20 times slower. Outside the kernel denormals remain."""
     q, kv, k_rope, table, dout = drawn(1, 256, 2, 32, 16, 32)
     out, lse = kernel.attention(q * 20, kv, k_rope, table, table, None, 0.14)
     found = kernel.attention_backward(dout * 1e-20, q * 20, kv, k_rope, table, None, 0.14, out, lse)
@@ -143,14 +143,14 @@ def test_no_denormal_numbers(instructions):
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("column, value", [(3, float("nan")), (35, float("nan")), (35, float("inf"))])
 def test_what_is_not_finite_reaches_those_who_see_it(instructions, dtype, column, value):
-    """In a key and in a value."""
+    """NaN and infinity in a key and in a value."""
     q, kv, k_rope, table, dout = drawn(2, 150, 2, 32, 16, 32, dtype)
     clean, _ = kernel.attention(q, kv, k_rope, table, table, None, 0.3)
     kv[0, 140, 1, column] = value
     out, lse = kernel.attention(q, kv, k_rope, table, table, None, 0.3)
     assert not out[0, 140:, 1].isfinite().all(-1).any()
     assert torch.equal(out[0, :, 0], clean[0, :, 0]) and torch.equal(out[1], clean[1])
-    assert torch.equal(out[0, :96, 1], clean[0, :96, 1])  # blocks that do not read the key
+    assert torch.equal(out[0, :96, 1], clean[0, :96, 1])  # blocks that do not read that key
     dq, dkv, dk_rope = kernel.attention_backward(dout, q, kv, k_rope, table, None, 0.3, out, lse)
     assert not dq[0, 140:, 1].isfinite().all(-1).any() and dq[1].isfinite().all() and dkv[1].isfinite().all()
     assert not dkv[0, :141, 1].isfinite().all(-1).any() and not dk_rope[0, :141].isfinite().all(-1).any()

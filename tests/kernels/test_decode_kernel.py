@@ -1,5 +1,4 @@
-"""Decoding steps of all layers in one call: against float64, against `decode.step`, and bit for bit against each
-other."""
+"""Decoding steps of all layers in one call: against float64, against `decode.step`, and bit for bit across batches."""
 
 import exact_network
 import pytest
@@ -38,7 +37,7 @@ def texts(*lengths, vocab=77):
 
 
 class Rows:
-    """Texts as rows of a cache, each prefilled alone, so that their latents do not depend on the others."""
+    """Texts as rows of a cache, each prefilled alone, so that no row's latents depend on the others."""
 
     def __init__(self, model, rows, drafts=0):
         self.cache, self.rows = new_cache(model, drafts=drafts), [list(row) for row in rows]
@@ -77,7 +76,7 @@ def test_steps_equal_float64(instructions, variant):
 @pytest.mark.parametrize("variant", ["v3", "odd widths", "dense"])
 @torch.inference_mode()
 def test_bfloat16_equals_float64_up_to_its_rounding(instructions, variant):
-    """Every token takes every expert: of two nearly equal ones rounding may take the other."""
+    """Every token takes every expert: between two almost equal ones, rounding could pick the other."""
     every = dict(n_routed_experts=4, n_activated_experts=4, n_expert_groups=1, n_limited_groups=1)
     model = network(torch.bfloat16, **VARIANTS[variant], **every)
     held = Rows(model, texts(1, 5, 70, 130, 2, *[8] * 15))
@@ -100,7 +99,7 @@ def test_a_row_does_not_depend_on_the_others_on_threads_or_on_guesses(instructio
         for part in ([0], [21], [19, 20], [3, 7, 5], [9, 2, 0, 21], [*range(21, 9, -1)]):
             found = Rows(model, [rows[b] for b in part]).go_on(steps, new_BT[part]).logits_BTV
             assert torch.equal(found, together[part]), "other rows, another order"
-        held, before = Rows(model, rows), torch.get_num_threads()  # prefill's sums may follow the threads
+        held, before = Rows(model, rows), torch.get_num_threads()  # prefill's sums may depend on threads
         try:
             torch.set_num_threads(2)
             assert torch.equal(held.go_on(steps, new_BT).logits_BTV, together), "two threads"
@@ -115,7 +114,7 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
         steps = KernelSteps.of(model)
 
         def filled(cuts=(), parts=slice(None), steps=steps, model=model, rows=rows):
-            """(logits after the last cut, routes, latents) of the rows."""
+            """(logits after the last part, routes, latents) of the rows."""
             cache, trace = new_cache(model), RoutingTrace(model.cfg)
             prompts = [cache.open(row) for row in rows[parts]]
             for cut in (*cuts, 150):
@@ -146,7 +145,7 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
 
 @torch.inference_mode()
 def test_steps_equal_the_torch_path_after_every_update(instructions):
-    """Weights that change in place, that move, and a cache that grows."""
+    """Weights that change in place, weights that move, and a cache that grows."""
     model, rows = network(), texts(3, 9, 60)
     steps, ours, theirs = KernelSteps.of(model), Rows(model, rows), Rows(model, rows)
     for n in range(12):

@@ -1,5 +1,5 @@
-"""The experts' kernel: with dispatch and combine, with rows in expert order, and with one expert, against the plain
-loop in float64."""
+"""The experts' kernel with dispatch and combine, on rows in expert order, and with one expert: against the plain loop
+in float64."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from bessemer.kernels import experts as kernel
 from bessemer.model.experts import dense_ffn, expert_ffn, expert_ffn_reference, routed_ffn
 
 SHAPES = [(1, 1, 1, 1, 1), (50, 6, 5, 5, 2), (40, 40, 7, 24, 1), (300, 96, 8, 48, 3), (2500, 32, 2, 20, 2)]
-"""N, D, E, F, K; in the last one an expert has more rows than one task sums."""
+"""N, D, E, F, K; in the last shape one expert has more rows than one task sums."""
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 def relative(found, wanted):
-    """Distance in units of the wanted tensor's length."""
+    """Distance relative to the norm of the expected tensor."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
@@ -72,7 +72,7 @@ def test_values_and_gradients_equal_float64(instructions, dtype):
 
 @pytest.mark.parametrize("expert", [[0], [4], [4, 0]], ids=str)
 def test_all_tokens_on_few_experts(instructions, expert):
-    """The others have no rows and get zeros."""
+    """The other experts have no rows, and zero gradients."""
     choice = torch.tensor(expert).expand(70, -1)
     arguments = case(70, 24, 5, 12, len(expert), torch.float32, choice)
     assert_near(routed_ffn, routed_reference, arguments, torch.float32)
@@ -105,14 +105,14 @@ def test_a_bad_row_reaches_its_own_token_only(instructions, dtype, bad):
 
 
 def test_large_and_tiny_gates(instructions):
-    """SwiGLU far out: silu(-200) is 0 for every purpose, silu(200) is 200."""
+    """SwiGLU in its tails: silu(-200) is 0 for all purposes, silu(200) is 200."""
     x, w13, w2 = torch.tensor([[200.0], [-200.0], [1e-30], [-1e-3]]), torch.ones(2, 1), torch.ones(1, 1)
     torch.testing.assert_close(dense_ffn(x, w13, w2).double(), x.double() * torch.nn.functional.silu(x.double()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_depend_on_nothing_but_the_numbers(instructions, dtype):
-    """Not on threads; and gradients that wait (`weight_gradient`) are those that do not."""
+    """They do not depend on threads or other rows, and deferred gradients (`weight_gradient`) equal immediate ones."""
     x, choice, gate, w13, w2 = case(5000, 32, 3, 24, 2, dtype)
     order, count = kernel.sort(choice, 3)
     routes, dy = kernel.Routes(count, order, gate.detach()), torch.randn(5000, 32).to(dtype)
@@ -131,14 +131,14 @@ def test_bits_depend_on_nothing_but_the_numbers(instructions, dtype):
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    some = slice(100, 130)  # and rows not on each other
+    some = slice(100, 130)  # nor do rows depend on each other
     order, count = kernel.sort(choice[some], 3)
     alone, _ = kernel.forward(x[some], kernel.Routes(count, order, gate.detach()[some].contiguous()), w13, w2, False)
     assert torch.equal(alone, results[0][0][some])
 
 
 def test_gradients_are_added_where_they_belong(instructions):
-    """Straight to the float32 gradient of a BF16 weight; torch.autograd.grad returns them and adds nothing."""
+    """Straight into the float32 gradient of a BF16 weight; torch.autograd.grad returns them and adds nothing."""
     x, choice, gate, w13, w2 = case(90, 32, 4, 16, 2, torch.bfloat16)
     weights = [torch.nn.Parameter(w.detach()) for w in (w13, w2)]
     returned = torch.autograd.grad(routed_ffn(x, choice, gate, *weights).sum(), weights)
@@ -154,7 +154,7 @@ def test_gradients_are_added_where_they_belong(instructions):
             assert weight.grad is mine
             assert relative(mine - 0.5, times * grad.float()) < 3e-3
     exact = [grad.clone() for grad in before]
-    weights[0].register_hook(lambda grad: grad * 0)  # one who wants to see the addend does
+    weights[0].register_hook(lambda grad: grad * 0)  # a hook still sees the gradient before it is added
     routed_ffn(x, choice, gate, *weights).sum().backward()
     assert torch.equal(weights[0].grad, exact[0]) and not torch.equal(weights[1].grad, exact[1])
 

@@ -1,4 +1,4 @@
-"""How the kernels come: real compilers, real processes, real damage. Most tests build three lines of C++."""
+"""How the kernels are built: real compilers, real processes, real damage. Most tests build three lines of C++."""
 
 import ctypes
 import fcntl  # noqa: F401 (as nobody, who may not read Python's files, no module can be imported any more)
@@ -56,7 +56,7 @@ def place(tmp_path, monkeypatch):
     """An empty cache and a small source tree."""
     folder, sources = tmp_path / "cache", tmp_path / "cpp"
     sources.mkdir()
-    for path in [tmp_path, *tmp_path.parents] if os.getuid() == 0 else ():  # for nobody, too
+    for path in [tmp_path, *tmp_path.parents] if os.getuid() == 0 else ():  # for the user nobody, too
         if not path.stat().st_mode & stat.S_IXOTH:
             path.chmod(path.stat().st_mode | stat.S_IXOTH)
     (sources / "small.cpp").write_text(SMALL.replace("CHECK", "0"))
@@ -68,7 +68,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """compiler(script): $CXX is a script with a line of `runs` for every call."""
+    """compiler(script): makes $CXX a script that adds a line to `runs` at every call."""
 
     def made(script: str, name: str = "compiler") -> Path:
         path = tmp_path / name
@@ -81,19 +81,19 @@ def compiler(tmp_path, monkeypatch):
 
 
 def runs(tmp_path) -> int:
-    """Calls of the compiler so far: two a build, one source and the link."""
+    """Compiler calls so far: two a build, one for the source and one to link."""
     path = tmp_path / "runs"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def process(sources: Path, before: str = "") -> subprocess.Popen[str]:
-    """A fresh process that asks for the library."""
+    """A fresh process that requests the library."""
     command = [sys.executable, "-c", before + PROCESS, str(sources)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def forked(work: Callable[[], object]) -> object:
-    """work() in a fork of this process, whose rights it may change."""
+    """work() in a fork of this process, which may change its own rights."""
 
     def answer(pipe: Connection) -> None:
         try:
@@ -114,7 +114,7 @@ def forked(work: Callable[[], object]) -> object:
 
 
 def as_nobody() -> object:
-    """What a user without rights in our folders gets."""
+    """What a user without rights to our folders gets."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -123,7 +123,7 @@ def as_nobody() -> object:
 
 
 def refused() -> str:
-    """The one line of why there is no library."""
+    """The one-line reason why there is no library."""
     with pytest.raises(BuildError) as why:
         build.built("baseline")
     assert str(why.value).isprintable() and len(str(why.value)) < 400
@@ -196,7 +196,7 @@ def test_broken_compilers(compiler, tmp_path, script, words):
     compiler(script)
     assert words in refused()
     tried = runs(tmp_path)
-    assert words in refused() and runs(tmp_path) == tried  # not by every process that starts
+    assert words in refused() and runs(tmp_path) == tried  # not again by every process that starts
     build.forget_failures()
     assert words in refused() and runs(tmp_path) == 2 * tried
 
@@ -270,7 +270,7 @@ def test_a_damaged_library_is_built_again(compiler, tmp_path, damage):
 
 
 def test_a_cache_that_can_only_be_read(place):
-    """Serves what is in it, whether it is one's own or the administrator's."""
+    """Serves what it holds, whether it belongs to the user or to an administrator."""
     place.mkdir()
     place.chmod(0o555)
     assert "Permission denied" in forked(as_nobody)
@@ -291,7 +291,7 @@ def test_a_full_disk_is_not_remembered(place, compiler):
 
 
 def test_a_full_cache(place):
-    """Files of at most 4 KB; then there is room again."""
+    """With a limit of 4 KB a file the build is refused; once the limit is gone, it works again."""
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
     assert process(build.SOURCES, small).communicate(timeout=60)[0].startswith("refused: ")
     build.forget_failures()
@@ -325,7 +325,7 @@ def test_a_cache_that_is_a_file(place):
 
 @needs_root
 def test_nobody_s_home(monkeypatch):
-    """A container's user without HOME and without a line in /etc/passwd."""
+    """A container's user without HOME or an entry in /etc/passwd."""
     for name in ("HOME", "XDG_CACHE_HOME", cache.VARIABLE):
         monkeypatch.delenv(name, raising=False)
     assert forked(as_nobody) == "no home directory for the kernels; set BESSEMER_KERNEL_CACHE to a folder of yours"
@@ -376,7 +376,7 @@ def test_other_machines(monkeypatch, tmp_path):
 
 
 def forbid_amx() -> None:
-    """seccomp: arch_prctl(ARCH_REQ_XCOMP_PERM, ...) fails with EPERM, as a virtual machine's or a sandbox's may."""
+    """seccomp: arch_prctl(ARCH_REQ_XCOMP_PERM, ...) fails with EPERM, as a virtual machine or a sandbox may do."""
     libc = ctypes.CDLL(None, use_errno=True)
     load_call, load_argument, is_equal, ret = 0x20, 0x20, 0x15, 0x06
     program = b"".join(
@@ -394,7 +394,7 @@ def forbid_amx() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX is of x86")
 def test_a_processor_that_lists_amx_and_may_not_use_it(monkeypatch, tmp_path):
-    """The real start function and a real refusal by the kernel."""
+    """The real start function, refused by the operating system's kernel."""
     (build.SOURCES / "small.cpp").write_text(START.replace("FOLDER", str(ROOT / "src/bessemer/kernels/cpp")))
     monkeypatch.setattr(build, "TRIAL", "")
     monkeypatch.delenv(library.VARIABLE, raising=False)
@@ -444,7 +444,7 @@ def test_a_library_without_our_functions(monkeypatch, tmp_path):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86")
 @pytest.mark.parametrize("command", [GXX, CLANG])
 def test_amx_compiles(command, tmp_path, monkeypatch):
-    """What no other test builds; without generating code, which takes most of the time."""
+    """No other test builds this code. Code generation, which takes most of the time, is left out."""
     if command is None:
         pytest.skip("no clang++")
     monkeypatch.setattr(build, "SOURCES", ROOT / "src/bessemer/kernels/cpp")

@@ -1,4 +1,4 @@
-"""The kernels for rows of logits against float64."""
+"""The kernels over rows of logits against float64."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_cross_entropy_equals_float64(instructions, dtype):
 def test_logprobs_equal_float64(instructions, dtype, temperature, with_entropy):
     for C, V in ((1, 2), (5, 33), (6, 2048)):
         logits, target, weight = rows(C, V, dtype)
-        logits[0, 0] = -torch.inf  # a token that cannot be: no part of the entropy
+        logits[0, 0] = -torch.inf  # an impossible token, which adds nothing to the entropy
         target[0] = 1
         exact = logits.double().requires_grad_()
         logp = (exact / temperature).log_softmax(-1)
@@ -53,7 +53,7 @@ def test_logprobs_equal_float64(instructions, dtype, temperature, with_entropy):
         if with_entropy:
             close(found_entropy, entropy, 1e-5)
         other = torch.linspace(-1, 1, C)
-        # autograd of the masked token is NaN, so the formulas
+        # autograd gives NaN for the masked token, hence the formulas
         one_hot = F.one_hot(target, V).double()
         want = weight[:, None] * (one_hot - p)
         if with_entropy:

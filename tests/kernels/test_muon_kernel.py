@@ -1,4 +1,4 @@
-"""Newton-Schulz as a kernel against the plain iterations in float64."""
+"""The Newton-Schulz kernel against the plain iterations in float64."""
 
 import torch
 

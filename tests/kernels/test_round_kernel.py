@@ -1,5 +1,5 @@
-"""A round of decoding in one call: against the path that drafts, verifies and samples in torch, and the same bits in
-any company."""
+"""A round of decoding in one call: against the torch path that drafts, verifies and samples, and bit-identical in any
+batch."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ SAMPLINGS = [
 
 
 def flat(**values):
-    """Main model and module almost agree: drafts are accepted and refused. Some ids are beyond the tokenizer's."""
+    """Main model and module almost agree: drafts are accepted and rejected. Some ids are beyond the tokenizer's."""
     return network(vocab_size=285, init_std=0.03, max_seq_len=512, **values)
 
 
 def started(model, samplings, drafts):
-    """A runner with a sequence for each of the samplings, prefilled."""
+    """A runner with a prefilled sequence for each prompt; the samplings take turns."""
     runner = ModelRunner(model, TOKENIZER, new_cache(model, drafts=drafts), RoutingTrace(model.cfg), drafts)
     requests = [
         Request(tuple(ids), 3 + b, 24, samplings[b % len(samplings)], top=b % 2)
@@ -46,10 +46,10 @@ def started(model, samplings, drafts):
 )
 @torch.inference_mode()
 def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatch):
-    """Step by step: tokens and log-probabilities, what was drafted and accepted, and what the next step starts from."""
+    """Step by step: tokens, log-probabilities, drafts and acceptances, and the state in which the next step starts."""
     model = flat()
     with monkeypatch.context() as patch:
-        patch.setattr("bessemer.engine.kernel_steps.PASS", 17)  # prompts come in pieces
+        patch.setattr("bessemer.engine.kernel_steps.PASS", 17)  # prompts are prefilled in pieces
         ours, sequences = started(model, samplings, drafts)
         patch.setattr(KernelSteps, "of", lambda model: None)
         theirs, expected = started(model, samplings, drafts)
@@ -76,7 +76,7 @@ def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatc
 
 
 def same_drafts(ours, theirs, live):
-    """The drafters, and what was refused, in the rows that go on."""
+    """Drafters and rejected drafts agree in the rows that continue."""
     mine, reference = ours.drafter, theirs.drafter
     assert (mine.drafted, mine.accepted) == (reference.drafted, reference.accepted)
     assert torch.equal(mine.known_B[live], reference.known_B[live])

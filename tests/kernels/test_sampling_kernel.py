@@ -1,4 +1,4 @@
-"""Sampling in one pass against `engine.sampling`, which its own tests compare with the definition."""
+"""Sampling in one pass against `engine.sampling`, whose own tests compare it with the definition."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ PARAMS = [
 
 
 def together(logits_BV, params, vocab, seed):
-    """Row b sampled with params[b % len(params)] in one call, and row by row by the reference."""
+    """Row b sampled with params[b % len(params)]: in one call, and row by row by the reference."""
     key = torch.tensor([stream_key(seed, b) for b in range(len(logits_BV))])
     position = torch.arange(len(key)) * 7
     each = [params[b % len(params)] for b in range(len(key))]
@@ -55,7 +55,7 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
 
 
 def test_what_is_kept_ends_at_the_same_token(instructions):
-    """Tokens of nearly equal probability: one more or one less shows in many draws."""
+    """With tokens of nearly equal probability, one token too many or too few shows in many draws."""
     logits = torch.randn(30 * len(PARAMS), 300, generator=torch.Generator().manual_seed(5)) * 0.05
     found, (token, _, _) = together(logits, PARAMS, 300, 6)
     assert torch.equal(found.token_B, token)
@@ -63,7 +63,7 @@ def test_what_is_kept_ends_at_the_same_token(instructions):
 
 @pytest.mark.parametrize(("V", "vocab"), [(7, 7), (130, 130), (4099, 4090)])
 def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, vocab):
-    """Every random token lies among them, and their probabilities sum to 1."""
+    """Every sampled token is among the kept ones, whose probabilities sum to 1."""
     generator = torch.Generator().manual_seed(V)
     logits = torch.randn(60, V, generator=generator) * 3
     logits[::5] = logits[::5].round()
@@ -85,7 +85,7 @@ def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, voc
 
 
 def test_after_a_refused_draft_what_is_left_is_sampled(instructions):
-    """Where q is nowhere below p, nothing is left, and p stays."""
+    """If q is nowhere below p nothing is left, and p is sampled."""
     generator = torch.Generator().manual_seed(9)
     logits, other = (torch.randn(20 * len(PARAMS), 67, generator=generator) for _ in range(2))
     logits[:, 61:] -= 5.0
