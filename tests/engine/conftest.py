@@ -1,4 +1,4 @@
-"""A small network with every mechanism of V3 and weights large enough to disagree, and a tokenizer of 300 ids."""
+"""A small network with every mechanism of V3 and weights large enough that errors show, and a tokenizer of 300 ids."""
 
 import pytest
 import torch

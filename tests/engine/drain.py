@@ -1,10 +1,10 @@
-"""What several tests of the scheduler share."""
+"""Shared by several of the scheduler's tests."""
 
 from bessemer.engine.sequence import Token
 
 
 def drain(scheduler, late=(), every=3):
-    """Steps until idle, adding one late request every few steps. {ticket: (tokens, Finished)}, tickets in order."""
+    """Steps until idle, adding a late request every few steps. {ticket: (tokens, Finished)}, tickets in order."""
     late, found, tickets, n = list(late), {}, [], 0
     while late or not scheduler.idle:
         if late and n % every == 0:

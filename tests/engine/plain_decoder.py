@@ -1,4 +1,4 @@
-"""The plain decoder that the fast path is compared with: the whole model again for every token, each row alone.
+"""The plain decoder that the fast path is compared with: it runs the whole model for every token, on each row alone.
 
 No cache, no batch, no padding, no absorbed form; sampling has its own reference in the tests.
 """
@@ -20,7 +20,7 @@ def next_logits(model: Transformer, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def greedy(model: Transformer, prompt: Sequence[int], new_tokens: int, vocab: int | None = None) -> list[int]:
-    """The most likely continuation by ids below `vocab`, token by token."""
+    """The most likely continuation with ids below `vocab`, token by token."""
     row = list(prompt)
     for _ in range(new_tokens):
         row.append(int(next_logits(model, [row])[0, :vocab].argmax()))
@@ -28,7 +28,7 @@ def greedy(model: Transformer, prompt: Sequence[int], new_tokens: int, vocab: in
 
 
 def logprobs(model: Transformer, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """What the trainer computes for `tokens` after `prompt`: log_softmax(logits / temperature), [len(tokens)]."""
+    """The trainer's log-probabilities of `tokens` after `prompt`: log_softmax(logits / temperature), [len(tokens)]."""
     row = torch.tensor([[*prompt, *tokens]], device=model.embed.weight.device)
     logp_TV = (model(row)[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
     return logp_TV.gather(-1, row[0, len(prompt) :, None]).squeeze(-1)

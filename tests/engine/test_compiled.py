@@ -1,4 +1,4 @@
-"""CompiledSteps steps: the plain step's numbers, whatever the batch looks like, and nothing compiled twice."""
+"""Compiled steps: the plain step's numbers, whatever the batch looks like, and nothing compiled twice."""
 
 from functools import partial
 
@@ -19,13 +19,13 @@ compiles = pytest.mark.skipif(compiled.cpp_compiler() is None, reason="torch.com
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    """They would take the steps."""
+    """With kernels, they would serve the steps."""
     monkeypatch.setattr(KernelSteps, "of", lambda model: None)
 
 
 @pytest.fixture
 def engine(cfg, tokenizer):
-    """Two layers, one of each kind: graphs of more would take longer to compile and show no more."""
+    """Two layers, one of each kind: more would take longer to compile and show nothing new."""
     return Engine(Transformer(cfg.model_copy(update={"n_layers": 2})).initialise(3), tokenizer)
 
 
@@ -54,12 +54,12 @@ def test_compiled_steps_say_the_same(engine, fast, prompts):
     with torch._dynamo.config.patch(error_on_recompile=True):  # other sizes, the same graph
         agree(engine, fast, prompts, max_new_tokens=70)
         with torch.no_grad():
-            engine.model.head.weight.mul_(0.5)  # weights are read where they lie
+            engine.model.head.weight.mul_(0.5)  # weights are read in place
         agree(engine, fast, prompts[:3])
 
 
 def test_one_row_drafts_and_rows_one_by_one_say_the_same(engine, prompts, monkeypatch):
-    """Traced and not compiled: what the compiler makes of a graph shows above, and these seven take it a minute."""
+    """Traced, not compiled: the test above covers the compiler, which would take a minute for these seven graphs."""
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", partial(trace, torch.compile))
         fast = Engine(engine.model, engine.tokenizer, compile=True)
@@ -67,7 +67,7 @@ def test_one_row_drafts_and_rows_one_by_one_say_the_same(engine, prompts, monkey
     agree(engine, fast, prompts[:1], temperature=0.0, drafts=1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         agree(engine, fast, [prompts[2]], max_new_tokens=90)
-    monkeypatch.setattr(kv_cache, "GROUP_BYTES", 1)  # no two rows fit: attention goes row by row
+    monkeypatch.setattr(kv_cache, "GROUP_BYTES", 1)  # no two rows fit together: attention goes row by row
     agree(engine, fast, prompts[:4], record_routing=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         agree(engine, fast, prompts, max_new_tokens=70)
@@ -94,7 +94,7 @@ def test_kernels_go_before_compiled_steps(engine, monkeypatch):
 
 
 def test_a_gpu_s_steps_are_not_compiled(engine):
-    """They are graphs: the option says so, and neither looks for a compiler nor keeps rows out of the graphs."""
+    """They are CUDA graphs: the option says so, looks for no compiler and keeps no rows out of the graphs."""
     on_device = Engine(engine.model.to("meta"), engine.tokenizer, compile=True)
     assert on_device.compiled is None and "CUDA graphs" in on_device.not_compiled
     assert isinstance(Scheduler(on_device, rows=2).runner, DeviceRunner)

@@ -24,7 +24,7 @@ from bessemer.model.transformer import Transformer
 
 
 def begun(model, rows, copies=1, **options):
-    """(logits after each of these prompts, a cache in which they are rows)."""
+    """(logits after each of these prompts, a cache that holds them as rows)."""
     cache = new_cache(model, **options)
     prompts = [cache.open(row) for row in rows]
     logits = torch.stack(prefill_all(model, cache, prompts))
@@ -37,7 +37,7 @@ def positions(rows):
 
 
 def go_on(model, cache, rows, steps, seed=9):
-    """Steps with random tokens; every row's logits against the plain decoder's."""
+    """Steps with random tokens; compares every row's logits with the plain decoder's."""
     generator = torch.Generator().manual_seed(seed)
     rows = [list(row) for row in rows]
     for _ in range(steps):
@@ -49,7 +49,7 @@ def go_on(model, cache, rows, steps, seed=9):
 
 
 def distance(x, y):
-    """Relative norm: float32 sums in another order differ by 1e-6 of it, a wrong position by 0.1 and more."""
+    """Relative norm: float32 sums in another order differ by 1e-6 of it, a wrong position by at least 0.1."""
     return float((x - y).norm() / y.norm())
 
 
@@ -97,7 +97,7 @@ def test_rows_are_read_in_blocks_of_like_length(model, monkeypatch):
 @pytest.mark.parametrize("lengths", [(250, 257, 254, 240), (257, 250), (300, 5, 310, 255, 260)])
 @torch.no_grad()
 def test_rows_of_unequal_pages_keep_their_own_context(model, lengths):
-    """Some share a block although one has a page more; the order in which blocks are read must not show."""
+    """Some share a block although one has a page more; the order in which blocks are read must not matter."""
     rows = [[(3 + 5 * i + n) % 290 + 3 for n in range(length)] for i, length in enumerate(lengths)]
     _, cache = begun(model, rows)
     for seed in range(4):
@@ -106,7 +106,7 @@ def test_rows_of_unequal_pages_keep_their_own_context(model, lengths):
 
 @torch.no_grad()
 def test_a_prompt_in_parts_is_the_prompt(model, prompts):
-    """Taken in over several turns, beside others, and from where a remembered beginning ends."""
+    """A prompt taken in over several steps, alongside others, and from the end of a cached prefix."""
     long = (prompts[7] * 3)[:150]
     cache = new_cache(model, prefix_cache=True)
     held = cache.open(long)
@@ -127,7 +127,7 @@ def test_a_prompt_in_parts_is_the_prompt(model, prompts):
 
 @torch.no_grad()
 def test_padding_is_seen_by_nothing(model, prompts):
-    """Beside a longer prompt a short one is padded; the bits of its latents do not change."""
+    """A short prompt next to a longer one is padded; its latents do not change."""
     short, long = prompts[4], prompts[7]
     _, alone = begun(model, [short, short])
     _, padded = begun(model, [short, long])
@@ -211,7 +211,7 @@ def test_pages_are_free_used_or_remembered():
     assert pages.match([*ids, 7]) == first and pages.match(ids) == first[:2] and pages.match([1, *ids]) == []
     pages.release(first)
     assert pages.available == 4
-    pages.share(found := pages.match(ids))  # in use again: only the third may be forgotten
+    pages.share(found := pages.match(ids))  # in use again: only the third page may be evicted
     taken = pages.allocate(2)
     assert set(taken).isdisjoint(found) and pages.match([*ids, 7]) == found and pages.available == 0
     pages.release(found)
@@ -232,7 +232,7 @@ def test_experts_equal_the_loop(cfg):
 @pytest.mark.parametrize("form", ["kernel", "torch"])
 @torch.no_grad()
 def test_attention_after_cached_tokens(monkeypatch, cfg, form):
-    """The last tokens of a row, given the latents of all, come out as in the whole row."""
+    """The last tokens of a row, given the latents of all, come out as when the whole row runs at once."""
     if form == "torch":
         monkeypatch.setattr(decode.attention, "serves", lambda *a: False)
     model = Transformer(cfg).initialise(1).eval()

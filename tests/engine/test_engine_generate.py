@@ -1,4 +1,4 @@
-"""The engine: what it generates, that batching never shows, and that the model is left as it was."""
+"""The engine: what it generates, that batching never affects it, and that the model is left as it was."""
 
 import math
 from itertools import chain
@@ -103,7 +103,7 @@ def test_sequences_end_at_the_models_longest(engine, cfg):
 def test_stop_strings_end_a_row_at_once_and_are_cut_off(engine, tokenizer, prompts):
     free = [group[0] for group in engine.generate(prompts, max_new_tokens=40, temperature=0, stop_ids=[])]
     texts = (tokenizer.decode(c.tokens[n : n + 2]) for c in free for n in range(9, 38))
-    needle = next(text[-2:] for text in texts if len(text) > 1 and text.isascii())  # over the seam of two tokens
+    needle = next(text[-2:] for text in texts if len(text) > 1 and text.isascii())  # across the boundary of two tokens
     found = engine.generate(prompts, max_new_tokens=40, temperature=0, stop_ids=[], stop_strings=["never ever", needle])
     hits = 0
     for before, (c,) in zip(free, found, strict=True):
@@ -152,7 +152,7 @@ def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
 
 
 def test_the_model_is_left_as_it_was(engine, prompts):
-    """Modes, loads, weights; and the rotary table must still serve training, which an inference tensor cannot."""
+    """Modes, loads and weights; and the rotary table must still serve training, which an inference tensor cannot."""
     model = engine.model
     model.train()
     model.layers[1].ffn.eval()

@@ -1,4 +1,4 @@
-"""The expert-parallel load balancer: the published worked example, what holds for every placement, brute force."""
+"""The expert-parallel load balancer: the published worked example, invariants of every placement, and brute force."""
 
 from itertools import combinations, product
 
@@ -26,7 +26,7 @@ def test_the_published_example_slot_by_slot():
 
 @st.composite
 def cases(draw):
-    """Sizes that can be served, and loads with zeros, ties and a wide range."""
+    """Sizes that can be served, with loads that have zeros, ties and a wide range."""
     nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     groups, members, layers = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 2))
     gpus, experts = nodes * per_node, groups * members
@@ -83,7 +83,7 @@ def test_no_other_numbers_of_replicas_are_better(load, spare):
 
 
 def best_packing(weights, room):
-    """The smallest possible weight of the heaviest bin, by trying everything."""
+    """The smallest possible weight of the heaviest bin, by trying every packing."""
     if not weights:
         return 0
     first, rest = weights[0], range(1, len(weights))
@@ -97,7 +97,7 @@ def best_packing(weights, room):
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from([(2, 1), (2, 2), (3, 2), (4, 2), (2, 3), (3, 3)]), st.data())
 def test_packing_against_brute_force(shape, data):
-    """Pairs come out best; triples within 4/3 - 1/3m (Kellerer & Woeginger 1993, the same rule)."""
+    """Pairs are packed optimally; triples within 4/3 - 1/3m (Kellerer & Woeginger 1993, the same rule)."""
     bins, room = shape
     weights = data.draw(st.lists(st.integers(0, 12), min_size=bins * room, max_size=bins * room))
     packed = pack(np.array(weights, dtype=float), bins)

@@ -1,4 +1,4 @@
-"""A grammar decides what may come next, whatever comes and goes around its answer."""
+"""A grammar decides which tokens may follow, whatever other requests come and go."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ SAMPLINGS = [
 
 
 def requests(prompts, tokenizer, n=15):
-    """Every third is free; the others obey a schema."""
+    """Every third request is free; the others obey a schema."""
     grammars = [json_grammar(schema) for schema in SCHEMAS]
     return [
         Request(
@@ -52,7 +52,7 @@ def alone(engine, request, **options):
 
 
 def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, tokenizer):
-    """In a cache too small for all, so that some are preempted and go on."""
+    """The cache is too small for all of them, so that some are preempted and resumed."""
     wanted = requests(prompts, tokenizer)
     scheduler = Scheduler(engine, rows=16, cache_tokens=5 * PAGE, prefill_tokens=20)
     found, _ = drain(scheduler, wanted, every=1)
@@ -73,7 +73,7 @@ def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, token
 
 
 def test_the_mask_is_what_the_definition_allows(tokenizer):
-    """Against every token in turn: allowed exactly where the text so far and the token begin one of the words."""
+    """Against every token in turn: allowed exactly if the text so far plus the token begins one of the words."""
     words = ["the fox", "fox", "two and two", "盛钢"]
     state = Grammars(tokenizer).start(json_grammar({"enum": words}), waits=False)
     texts = [json.dumps(word, ensure_ascii=False).encode() for word in words]
@@ -93,7 +93,7 @@ def test_the_mask_is_what_the_definition_allows(tokenizer):
 
 
 def test_thoughts_are_free_and_drafts_keep_the_form(model, prompts, tokenizer):
-    """A grammar begins behind </think>; with drafts such answers take one token a step."""
+    """A grammar begins after </think>; with drafts, such answers take one token a step."""
     think, end = tokenizer.think_id, tokenizer.think_end_id
     engine, grammar = Engine(model, tokenizer), json_grammar(SCHEMAS[1])
     request = Request(
@@ -108,7 +108,7 @@ def test_thoughts_are_free_and_drafts_keep_the_form(model, prompts, tokenizer):
 
 
 def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
-    """A large one forces a token or bans it; a small one changes probabilities by its definition."""
+    """A large bias forces or bans a token; a small one changes probabilities as defined."""
     free = Request(tuple(prompts[4]), 1, 6, SamplingParams(0.0))
     first = alone(engine, free)[0][0].token
     banned = alone(engine, Request(free.prompt, 1, 6, SamplingParams(0.0, bias=((first, -100.0),))))[0]

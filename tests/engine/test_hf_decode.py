@@ -1,4 +1,4 @@
-"""The Engine with models of other houses: transformers' greedy tokens, the trainer's log-probabilities, our streams."""
+"""The Engine with other model families: transformers' greedy tokens, the trainer's log-probabilities, our streams."""
 
 import io
 import sys
@@ -55,12 +55,12 @@ def prompts():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts, as_gpu):
-    """Prompts of different length together; rows end at different steps, by length and by the stop id. On the way of
-    a GPU rows are also refilled, and grow."""
+    """Prompts of different lengths together; rows end at different steps, by length and by the stop id. On the GPU's
+    path rows are also refilled, and grow."""
     window = {"sliding_window": 128} if kind == "gemma3" else {}
     engine = Engine(model(kind, **window), tokenizer)
     stop = tokenizer.eos_id
-    with torch.no_grad():  # a token that is drawn often ends the rows at different times
+    with torch.no_grad():  # a token that is often sampled ends the rows at different times
         engine.model.head_weight[stop] = engine.model.head_weight[2:60].mean(0) * 4
     found = engine.generate(prompts, max_new_tokens=40, temperature=0)
     reasons = set()
@@ -86,7 +86,7 @@ def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts, as_gp
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_trainer(kind, temperature, tokenizer, prompts):
-    """What the sampler says of each token against one full forward without a cache; measured: 2e-6."""
+    """The sampler's log-probability of each token against one full forward without a cache; measured: 2e-6."""
     window = {"sliding_window": 128} if kind == "gemma3" else {}
     engine = Engine(model(kind, **window), tokenizer)
     groups = engine.generate(prompts, samples=3, max_new_tokens=25, temperature=temperature, seed=4)
@@ -103,7 +103,7 @@ def test_logprobs_are_those_of_the_trainer(kind, temperature, tokenizer, prompts
 
 
 def test_samples_of_static_steps_are_those_of_fixed_batches(engine, prompts, as_gpu):
-    """Through the scheduler, with every rule of sampling, penalties and a row of NaN."""
+    """Through the scheduler, with every sampling rule, penalties and a row of NaN."""
     wanted = requests(prompts)[::2]
     expected = [alone(engine, one) for one in wanted]
     as_gpu()
@@ -121,7 +121,7 @@ def test_samples_of_static_steps_are_those_of_fixed_batches(engine, prompts, as_
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 def test_a_step_waits_for_the_device_once(kind, tokenizer, monkeypatch):
-    """On the meta device, transformers' part included."""
+    """On the meta device, with transformers' part included."""
     monkeypatch.setattr(device_runner, "Fetch", MadeUp)
     monkeypatch.setattr(MadeUp, "reads", [])
     window = {"sliding_window": 128} if kind == "gemma3" else {}
@@ -203,7 +203,7 @@ def test_a_conversation_is_asked_in_the_models_own_template(engine, tokenizer):
 
 
 def test_rows_that_leave_take_their_slots_along():
-    """The cache alone: after rows left and others grew, every live row still has its own keys."""
+    """The cache alone: after some rows have left and others have grown, every live row still has its own keys."""
     cache = hf_decode.SlotCache(1)
     cache.rows = 4
     (layer,) = cache.layers

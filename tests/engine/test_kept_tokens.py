@@ -1,4 +1,4 @@
-"""Which tokens truncation left, as completions record them: in fixed batches and in steps like a GPU's."""
+"""Which tokens truncation kept, as completions record them: in fixed batches and in steps as on a GPU."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def records(found):
 
 
 def naive(model, vocab, prompt, completion, top_p, temperature):
-    """By the definition, in one forward: the most likely tokens until their mass reaches top_p."""
+    """From the definition, in one forward: the most likely tokens until their mass reaches top_p."""
     ids = torch.tensor([[*prompt, *completion.tokens]])
     with torch.inference_mode():
         logits = model(ids)[0, len(prompt) - 1 : -1].double()
@@ -31,7 +31,7 @@ def naive(model, vocab, prompt, completion, top_p, temperature):
 
 
 def agree(found, expected):
-    """The same tokens, and but for one in a thousand the same sets: rounding may decide about the last of them."""
+    """The same tokens, and the same sets except for one in a hundred: rounding may decide about a set's last token."""
     sets = same = 0
     for one, other in zip(records(found), records(expected), strict=True):
         assert one.tokens == other.tokens and torch.equal(one.kept.count_T.sum(), torch.tensor(len(one.kept.id_M)))
@@ -70,7 +70,7 @@ def test_they_are_those_of_the_definition(engine, prompts, kernels, monkeypatch)
 
 @pytest.mark.parametrize("pages", [None, 7], ids=["roomy", "cache too small for all"])
 def test_steps_on_a_device_record_the_same(engine, prompts, pages, monkeypatch):
-    """Rows are refilled while others decode, and preempted where they grow into a page that is not there."""
+    """Rows are refilled while others decode, and preempted when they grow into a page that is not available."""
     prompts = [prompts[-1][: PAGE - n] for n in (9, 6, 4, 2)] if pages else prompts
     expected, preempted, preempt = engine.generate(prompts, **CALL), [], DeviceRunner.preempt
     monkeypatch.setattr(DeviceRunner, "preempt", lambda runner, b: preempted.append(b) or preempt(runner, b))

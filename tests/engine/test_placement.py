@@ -1,4 +1,4 @@
-"""Expert loads out of a real engine's records, their moving average and file, and the report made of them."""
+"""Expert loads from a real engine's records, their moving average and file, and the report on them."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def records(engine, prompts, **more):
 
 
 def test_counts_are_what_the_gates_of_the_plain_model_count(engine, prompts):
-    """The trainer's own counters see the same tokens; two scores closer than 1e-6 may swap places, nothing else."""
+    """The trainer's own counters see the same tokens; only two scores closer than 1e-6 may swap places."""
     model, cfg = engine.model, engine.model.cfg
     groups = engine.generate(prompts, samples=2, **OPTIONS)
     loads = ExpertLoads(cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts)
@@ -52,7 +52,7 @@ def test_the_average_weighs_the_newest_most(decay):
     loads = ExpertLoads(2, 5, decay=decay)
     for window in windows:
         loads.add(window)
-        loads.add([])  # silence is no window
+        loads.add([])  # no completions, no window
     weights = [decay**2, decay, 1]
     expected_LE = sum(w * expert_counts(window, 2, 5) for w, window in zip(weights, windows, strict=True)) / sum(
         weights
@@ -109,7 +109,7 @@ def test_what_is_no_record(tmp_path):
     with pytest.raises(UserError, match="record_routing=True"):
         loads.add([None])
     with pytest.raises(UserError, match="nothing is known"):
-        loads.estimate()  # a refused window leaves nothing behind
+        loads.estimate()  # a refused window leaves no trace
     with pytest.raises(UserError, match="decay"):
         ExpertLoads(2, 4, decay=1.1)
     (tmp_path / "no.json").write_text("{")
@@ -128,7 +128,7 @@ def folder(model, tokenizer, tmp_path):
 
 
 def test_report_places_by_the_past_and_judges_on_what_comes_next(folder, engine, prompts, tmp_path):
-    """Every figure again from the engine's records, with plain loops."""
+    """Recomputes every figure from the engine's records, with plain loops."""
     kept = tmp_path / "loads.json"
     sizes = dict(replicas=20, gpus=4, nodes=2, windows=2, max_new_tokens=12, seed=4)
     facts = json.loads(json.dumps(placement.report(folder, prompts=prompts, loads_file=kept, **sizes)))
@@ -167,7 +167,7 @@ def test_report_asks_tasks_and_says_what_it_cannot_do(folder, cfg, tokenizer, pr
     assert "one node" in placement.describe(facts) and facts["judged_on_tokens"] > 20
     ExpertLoads(7, 16).save(tmp_path / "other.json")
     for change, message in (
-        (dict(prompts=prompts[:3], replicas=17), "not a multiple of 2 GPUs"),  # sizes first: they cost nothing
+        (dict(prompts=prompts[:3], replicas=17), "not a multiple of 2 GPUs"),  # sizes first: checking is free
         (dict(prompts=prompts[:3]), "3 prompts do not fill 4 windows"),
         (dict(prompts=prompts, windows=1), "windows must be at least 2"),
         (dict(names=["countdwon"]), "countdown"),

@@ -1,4 +1,4 @@
-"""What the engine records of its routing: every token that was fed, in every sparse layer, whatever the batching."""
+"""What the engine records of its routing: every token fed, in every sparse layer, whatever the batching."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ OPTIONS = dict(samples=3, max_new_tokens=20, seed=4, stop_ids=list(range(3, 20))
 
 @torch.no_grad()
 def whole(model, ids):
-    """What the network chooses when it reads all of it at once, [T, L, K]."""
+    """The experts that the network chooses when it reads everything at once, [T, L, K]."""
     x, found = model.embed(torch.tensor([ids])), []
     for layer in model.layers:
         attended = layer.attend(x, model.rope_table(len(ids)))
@@ -29,7 +29,7 @@ def records(groups):
 
 
 def test_every_fed_token_has_its_experts(engine, prompts):
-    """One whole pass in another order of sums: scores closer than 1e-6 may swap places, nothing else."""
+    """Against one full pass, whose sums have another order: only scores closer than 1e-6 may swap places."""
     model, cfg = engine.model.eval(), engine.model.cfg
     same = total = 0
     lengths = set()

@@ -1,4 +1,4 @@
-"""Random streams, cuts and log-probabilities."""
+"""Random streams, truncation and log-probabilities."""
 
 import math
 
@@ -12,7 +12,7 @@ from bessemer.errors import UserError
 
 
 def test_streams_are_splitmix64():
-    """First outputs for state 0 and for 1234567, as published with the generator; the top 53 bits become the number."""
+    """First outputs for states 0 and 1234567, as published with the generator; the top 53 bits become the number."""
     known = {0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4], 1234567: [6457827717110365317, 3203168211198807973]}
     for key, outputs in known.items():
         found = uniform(torch.tensor([key, key]), torch.tensor([0, 1]))
@@ -53,7 +53,7 @@ def test_inverse_cdf_never_takes_a_token_without_probability():
 
 
 def nucleus(p, sampling):
-    """The kept set of one row, by the definition."""
+    """The kept set of one row, from the definition."""
     order = sorted(range(len(p)), key=lambda i: -p[i])
     kept = order[: sampling.top_k or len(p)]
     mass, total, nearest = 0.0, sum(p[i] for i in kept), []

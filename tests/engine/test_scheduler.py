@@ -1,4 +1,4 @@
-"""Continuous batching: whatever comes and goes around a request, it gets the tokens it would get alone."""
+"""Continuous batching: whatever other requests come and go, each gets the tokens that it would get alone."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ SAMPLINGS = [
 
 
 def requests(prompts, n=24, **options):
-    """Requests of every sort: prompts of 1 to 140 tokens, answers of 1 to 60."""
+    """Requests of every kind: prompts of 1 to 140 tokens, answers of 1 to 60."""
     long = (prompts[7] * 2)[:100]
     made = [*prompts, long, long]
     return [
@@ -79,7 +79,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(
     again = Request((*prompt[:128], 9, 9), stream_key(2), 20)
     ((tokens, end),), _ = drain(scheduler, [again])
     assert end.cached_tokens == 128 and [t.token for t in tokens] == alone(engine, again).tokens
-    turn = (*again.prompt, *(t.token for t in tokens), 7, 7, 7)[:150]  # the next turn: what was answered is known too
+    turn = (*again.prompt, *(t.token for t in tokens), 7, 7, 7)[:150]  # the next turn: the answer is cached too
     ((_, end),), _ = drain(scheduler, [Request(turn, stream_key(3), 3)])
     assert end.cached_tokens == 128 and len(turn) == 150
 
@@ -97,7 +97,7 @@ def test_nobody_waits_for_one_who_sends_many(engine, prompts):
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 12])
 def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
-    """Waiting, half taken in, decoding: its pages are free and the others do not notice."""
+    """Waiting, partly prefilled or decoding: its pages are freed and the others are not affected."""
     scheduler = Scheduler(engine, rows=4, prefill_tokens=40)
     wanted = [Request(tuple(prompts[i % 8]), stream_key(i), 30, stop_ids=()) for i in range(6)]
     tickets = [scheduler.add(request) for request in wanted]
@@ -130,7 +130,7 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
         inner(self)
         if not broken:
             broken.append(True)
-            self.cache.layers[0][self.cache.row_pages[1][-1]] = float("nan")  # as the network would have left it
+            self.cache.layers[0][self.cache.row_pages[1][-1]] = float("nan")  # as the network would leave it
             self.logits_BV[1], self.ahead = float("nan"), None
 
     monkeypatch.setattr(ModelRunner, "advance", overflow)
@@ -143,7 +143,7 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
     for request, (tokens, end) in zip(wanted, found.values(), strict=True):
         if end.reason != "error":
             assert [t.token for t in tokens] == alone(engine, request).tokens
-    results, _ = drain(scheduler, wanted)  # the pages it left are clean
+    results, _ = drain(scheduler, wanted)  # the pages it left have been cleaned
     assert [[t.token for t in tokens] for tokens, _ in results] == [alone(engine, r).tokens for r in wanted]
 
 

@@ -1,4 +1,4 @@
-"""Speculative decoding: the same tokens or the same distribution, and guesses made from the right states."""
+"""Speculative decoding: the same tokens or the same distribution, and drafts made from the right states."""
 
 from itertools import pairwise, product
 
@@ -21,7 +21,7 @@ from bessemer.model.transformer import Transformer
 
 
 def flat(cfg, tokenizer, **changes):
-    """A model whose distributions are almost flat: main model and module agree, most guesses are taken."""
+    """A model whose distributions are almost flat: main model and module agree, so most drafts are accepted."""
     return Engine(Transformer(cfg.model_copy(update={"init_std": 0.02, **changes})).initialise(5), tokenizer)
 
 
@@ -44,8 +44,8 @@ def no_kernels(monkeypatch):
 @pytest.mark.parametrize("drafts", [1, 2])
 @pytest.mark.usefixtures("no_kernels")
 def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
-    """The first guess of every turn is what the module says when it reads the whole text at once (as in training),
-    however many guesses were taken before; its keys of refused and of chained guesses were written over."""
+    """The first draft of every step has the module's logits on the whole text at once (as in training), however many
+    drafts were accepted before: its keys of rejected and of chained drafts were overwritten."""
     engine = flat(cfg, tokenizer)
     seen, inner = [], Drafter.first_logits
 
@@ -68,7 +68,7 @@ def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monk
 
 @pytest.mark.parametrize(("n_mtp", "prompt"), [(2, 0), (3, 1), (3, 7)], ids=["1 token", "2 tokens", "70 tokens"])
 def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt, monkeypatch):
-    """Guess k is what module k says when it reads the whole text with the guesses before it at once, as in training."""
+    """Draft k has module k's logits on the whole text and the drafts before it, read at once as in training."""
     engine = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.05)
     seen, draft = [], ModelRunner._draft
 
@@ -95,7 +95,7 @@ def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt
 
 
 def test_several_modules_in_company(cfg, tokenizer, prompts):
-    """Greedy tokens of the plain engine, and with a full cache and prompts in pieces those of each request alone."""
+    """Greedy tokens of the plain engine; with a full cache and prompts in pieces, those of each request alone."""
     engine = flat(cfg, tokenizer, n_mtp=2)
     requests = wanted(prompts)[:6]
     together, _ = drain(Scheduler(engine, drafts=4, cache_tokens=4 * PAGE, prefill_tokens=30), requests, every=1)

@@ -1,4 +1,4 @@
-"""Drafts as a GPU makes them: the tokens of `speculative`, from steps over fixed buffers, with one wait of the host."""
+"""Drafts as on a GPU: the tokens of `speculative`, from steps over fixed buffers in which the host waits once."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SAMPLINGS = [{"temperature": 0.0}, {}, {"temperature": 0.8, "top_p": 0.9}]
 
 
 def warmed(step, advanced):
-    """A capture that warms up as one for a GPU does: what a step changes and is not named keeps its change."""
+    """A capture that warms up as on a GPU: changes to tensors that are not named in `advanced` remain."""
     saved = [tensor.clone() for tensor in advanced]
     for _ in range(2):
         step()
@@ -48,8 +48,8 @@ def test_samples_are_those_of_fixed_batches(cfg, tokenizer, prompts, n_mtp, draf
 
 
 def test_requests_of_every_sort_get_what_they_would_get_alone(cfg, tokenizer, prompts, as_gpu):
-    """With penalties, top tokens and routes, and where sequences are preempted between accepted and rejected drafts:
-    what the CPU's drafts give."""
+    """With penalties, top tokens and routes, and with sequences preempted between accepted and rejected drafts: the
+    same results as the CPU's drafts."""
     engine = flat(cfg, tokenizer)
     requests = wanted(prompts)[:9]
     scheduler = Scheduler(engine, drafts=2)
@@ -73,7 +73,7 @@ def test_requests_of_every_sort_get_what_they_would_get_alone(cfg, tokenizer, pr
 
 
 def test_a_preempted_sample_goes_on_as_if_it_had_not_been(cfg, tokenizer, prompts, as_gpu):
-    """Its accepted drafts are kept, and the token after a rejected one comes from what that left."""
+    """Its accepted drafts are kept, and the token after a rejected one is sampled from the residual."""
     engine = flat(cfg, tokenizer)
     requests = [Request(tuple(prompts[k]), stream_key(9, k), 90, SamplingParams(1.0)) for k in (2, 3, 4, 5)]
     scheduler = Scheduler(engine, drafts=2)
@@ -89,7 +89,7 @@ def test_a_stop_inside_the_drafts_and_a_row_of_nan_end_alone(cfg, tokenizer, pro
     engine = flat(cfg, tokenizer)
     (free,) = engine.generate([prompts[3]], max_new_tokens=25, drafts=3, seed=1, stop_ids=[])
     with torch.no_grad():
-        engine.model.embed.weight[tokenizer.vocab_size] = float("nan")  # a spare row, which no sample has
+        engine.model.embed.weight[tokenizer.vocab_size] = float("nan")  # a spare row without a sample
     as_gpu()
     for stop in {free[0].tokens[n] for n in (9, 10)}:
         scheduler = Scheduler(engine, drafts=3)

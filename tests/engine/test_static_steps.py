@@ -1,4 +1,4 @@
-"""Decoding as a GPU does it: steps over fixed buffers with the host one token behind, on a CPU, and on the meta device,
+"""Decoding as on a GPU: steps over fixed buffers with the host one token behind, on a CPU, and on the meta device,
 which has no numbers to give to the host."""
 
 import sys
@@ -31,7 +31,7 @@ CALL = dict(samples=3, max_new_tokens=24, seed=4)
 
 @pytest.fixture
 def as_gpu(monkeypatch):
-    """Called, it lets a CPU take a GPU's way."""
+    """A function that makes a CPU take the GPU's path."""
 
     def take(capture=plain, any_length=False) -> None:
         monkeypatch.setattr(static_steps, "serves", lambda model: True)
@@ -84,7 +84,7 @@ def test_requests_of_every_sort_get_what_they_would_get_alone(engine, prompts, o
 
 
 def test_experts_are_recorded_as_in_fixed_batches(engine, prompts, as_gpu, monkeypatch):
-    """Also of samples that are preempted and start again with all their tokens as a prompt."""
+    """Including samples that are preempted and restart with all their tokens as a prompt."""
     expected = engine.generate(prompts, record_routing=True, **CALL)
     as_gpu()
     engine.rows, engine.keeps_memory = 6, True
@@ -100,7 +100,7 @@ def test_experts_are_recorded_as_in_fixed_batches(engine, prompts, as_gpu, monke
 
 @pytest.mark.parametrize("form", [SAMPLINGS[:2], SAMPLINGS], ids=["plain", "every rule"])
 def test_rows_are_sampled_by_their_own_rules(form):
-    """Against the sampler of equal rows, with a vocabulary that is no multiple of a block and spare ids."""
+    """Against the sampler for equal rows, with spare ids and a vocabulary that is not a multiple of a block."""
     generator = torch.Generator().manual_seed(3)
     B, V, vocab = 64, 300, 290
     logits = 3 * torch.randn(B, V, generator=generator)
@@ -134,12 +134,12 @@ WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique
 
 
 class Transfers(TorchDispatchMode):
-    """Fails where the host would wait for the device, or copies to it other than through pinned memory. (Numbers of a
-    meta tensor cannot be read at all.)"""
+    """Fails if the host would wait for the device, or copies to it other than through pinned memory. (Numbers of a meta
+    tensor cannot be read at all.)"""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.__name__.partition(".")[0], kwargs or {}
-        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim()]  # numbers travel with the launch
+        tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim()]  # scalars travel with the launch
         assert name not in WAITS or all(x.device.type == "cpu" for x in tensors), name
         devices = {x.device.type for x in tensors} | ({kwargs["device"].type} if kwargs.get("device") else set())
         if tensors and len(devices) > 1:
@@ -152,10 +152,10 @@ class Transfers(TorchDispatchMode):
 
 
 class MadeUp:
-    """`Fetch` of a device without numbers."""
+    """`Fetch` for a device without numbers."""
 
     reads: ClassVar[list[int]] = []
-    """For each, the steps that had begun before."""
+    """For each read, how many steps had begun before it."""
     steps = 0
 
     def __init__(self, tensor):
@@ -167,13 +167,13 @@ class MadeUp:
         return [[5 + len(MadeUp.reads) % 7, -1.0, -1.0]] * self.shape[0]
 
     def tensor(self):
-        """Asked for together with the tokens, and there with them."""
+        """Requested together with the tokens, and available when they are."""
         return torch.ones(self.shape, dtype=self.dtype)
 
 
 @pytest.fixture
 def on_meta(tokenizer, monkeypatch):
-    """A scheduler in BF16 that records experts, and what it takes until it is idle: (tokens, reads of every step)."""
+    """A BF16 scheduler that records experts, and a function that runs it until idle: (tokens, reads of every step)."""
     for module in (device_runner, model_runner):
         monkeypatch.setattr(module, "Fetch", MadeUp)
     run = StaticSteps.run
@@ -205,8 +205,8 @@ def on_meta(tokenizer, monkeypatch):
 
 
 def test_a_step_waits_for_the_device_once_and_prefill_never(on_meta):
-    """Requests come, decode, grow into new pages and end, with every rule of sampling. When the host waits for a step's
-    tokens, the next step has begun."""
+    """Requests arrive, decode, grow into new pages and end, with every sampling rule. By the time the host waits for a
+    step's tokens, the next step has begun."""
     scheduler, drained = on_meta
     for k in range(4):
         scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), stream_key(k), 4 + k, SAMPLINGS[k % 4], stop_ids=()))
@@ -229,7 +229,7 @@ def test_kept_tokens_come_with_the_tokens(on_meta):
 
 
 def test_a_step_waits_once_where_the_host_decides_first(on_meta):
-    """Penalties count the tokens so far, a bias needs none; the step begins when they are known."""
+    """Penalties count the tokens so far (a bias needs none), so the step begins when they are known."""
     scheduler, drained = on_meta
     penalised = SamplingParams(0.9, top_p=0.9, repetition_penalty=1.2, bias=((5, 1.0), (9, -2.0)))
     scheduler.add(Request((3, 4, 5) * 21, stream_key(1), 4, penalised, stop_ids=()))
@@ -256,7 +256,7 @@ def test_steps_that_cannot_be_captured_run_as_they_are(engine, prompts, as_gpu, 
 
 
 def test_weights_change_in_place_and_moved_ones_are_captured_again(engine, prompts, as_gpu, monkeypatch):
-    """An optimizer step, a refresh of a worker and a load of other values keep every address."""
+    """An optimizer step, a worker's refresh and loading other values keep every address."""
     as_gpu()
     engine.keeps_memory, model = True, engine.model
     engine.generate(prompts, **CALL)
@@ -315,7 +315,7 @@ def test_rows_are_padded_by_less_than_a_third():
 
 
 class Stub:
-    """torch.cuda as far as a capture goes, and what it was asked for, in order."""
+    """torch.cuda as far as a capture needs it; logs what is asked of it, in order."""
 
     def __init__(self, monkeypatch, fails=""):
         self.log, self.mode, self.fails = [], 0, fails
@@ -374,7 +374,7 @@ def test_a_capture_warms_up_first_and_leaves_the_rows_where_they_were(monkeypatc
 
     def step():
         stub.log.append(f"step in mode {stub.mode}")
-        if "capture" not in stub.log:  # a captured step does not run
+        if "capture" not in stub.log:  # a captured step is only recorded, not run
             position.add_(1)
             assert position.tolist() == [4, 5]
 
@@ -412,7 +412,7 @@ def test_waits_of_other_threads_do_not_count(monkeypatch):
 
 
 def test_padding_rows_stand_still_on_a_page_of_their_own(engine, as_gpu, monkeypatch):
-    """Five rows in steps of six, then fewer; the pages that no row has stay as they were."""
+    """Five rows in steps of six, then fewer; pages that belong to no row stay as they were."""
     as_gpu()
     scheduler = Scheduler(engine, rows=6, cache_tokens=12 * PAGE)
     steps, runner = scheduler.runner.steps, scheduler.runner

@@ -1,4 +1,4 @@
-"""Model directories as text and as conversation."""
+"""Model directories that complete text and chat in a terminal."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def test_a_session_survives_everything(folder, monkeypatch):
     )  # fmt: skip
     _, notes = talks(folder, *lines, max_new_tokens=5)
     assert asked[-1] == "still here" and len(asked) == 5
-    assert notes.count("error: the prompt has") == notes.count("error") == 1  # the long line, no other
+    assert notes.count("error: the prompt has") == notes.count("error") == 1  # only for the long line
     for words in (
         "not UTF-8", "no command /what; /help lists them", "/exit or Ctrl-D leaves", "name a file", "forgotten",
         "system message: none", "cannot write /nosuch/place: No such file or directory", "nothing to go on with",
@@ -96,7 +96,7 @@ def test_the_system_message_reaches_the_model_and_the_file(folder, engine, token
 
 
 def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
-    """Nothing is lost and nothing comes twice at the seam, even inside a character; the context ends it at last."""
+    """Nothing is lost or repeated at the seam, even inside a character; in the end the context is full."""
     talk = Conversation(engine, io.StringIO(), {"temperature": 0.0}, 7, notes=io.StringIO())
     talk.answer("the fox")
     prompt = talk.unfinished[0]
@@ -114,7 +114,7 @@ def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
 
 
 def scripted(engine, monkeypatch, *pieces):
-    """An engine that answers with the given ids; KeyboardInterrupt where an exception stands."""
+    """An engine that answers with the given ids, and raises where an exception is given."""
 
     def generate(prompts, on_tokens, **options):
         for piece in pieces:
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(engine, tokenizer, monke
 
 
 def folded(lines, tokens):
-    """What replaces a thought that took so many lines."""
+    """What replaces a thought that took `lines` lines."""
     up = f"\x1b[{lines - 1}A" if lines > 1 else ""
     return f"{PLAIN}{up}\r\x1b[J{DIM}thought for {tokens} tokens, 0.0 s (/think shows it){PLAIN}\n"
 
@@ -151,7 +151,7 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
     seen = f"{PLAIN}{DIM}<think>two</think>"  # 18 columns: two lines of ten
     assert talk.output.getvalue() == f"{seen}{folded(2, thought)} 4{PLAIN}\n"
     assert talk.thought == f"{DIM}<think>two</think>{PLAIN}\n"
-    talk.style = "r1"  # whose prompt has opened the thinking
+    talk.style = "r1"  # a template that has already opened the thinking
     ids = tokenizer.encode("钢two\n</think>\n\n4")  # wide characters count twice
     talk.engine = scripted(engine, monkeypatch, *ids)
     talk.output = Terminal()
@@ -160,13 +160,13 @@ def test_thinking_is_dim_and_then_folded(engine, tokenizer, monkeypatch):
     assert talk.messages[-1]["content"] == "钢two\n</think>\n\n4"
     talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two\n" * 6 + "</think> 4"))
     talk.output = Terminal()
-    talk.answer("a long one")  # it has left the screen and cannot be taken back
+    talk.answer("a long one")  # it has scrolled off the screen and cannot be taken back
     assert "thought for" not in talk.output.getvalue() and talk.output.getvalue().endswith(
         f"</think>{PLAIN} 4{PLAIN}\n"
     )
     talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two"), KeyboardInterrupt())
     talk.answer("and again")
-    assert talk.messages[-1]["content"] == ""  # a thought that never ended is no answer
+    assert talk.messages[-1]["content"] == ""  # an unfinished thought is not an answer
     talk.output, talk.dim = io.StringIO(), False
     talk.engine = scripted(engine, monkeypatch, *tokenizer.encode("two</think> 4"))
     talk.answer("into a file")
