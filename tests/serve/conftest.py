@@ -1,4 +1,4 @@
-"""Small random models with every mechanism of V3, one in R1's and one in R1-Zero's template, and a server over each."""
+"""Small random models with every mechanism of V3, in R1's and in R1-Zero's template, and a server over each."""
 
 import os
 
@@ -39,21 +39,21 @@ def zero_engine(zero):
 
 @pytest.fixture(scope="session")
 def server(r1):
-    """With the model in a process of its own, as it is served; other servers here have it in a thread."""
+    """Runs the model in a process of its own, as in production; the other servers here run it in a thread."""
     with running(r1, launch=launch) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Not for the whole session: it keeps an event loop running, beside which no test could run its own."""
+    """Not session-wide: it keeps an event loop running, and tests could then not run their own."""
     with chromium() as browser:
         yield browser
 
 
 @pytest.fixture(scope="session")
 def run_server(tmp_path_factory):
-    """Over a run of two models, with the records of their training: what the chat page is for."""
+    """Serves a run of two models with the records of their training, which is what the chat page is made for."""
     with running(make_run(tmp_path_factory.mktemp("run"))) as server:
         yield server
 

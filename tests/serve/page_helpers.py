@@ -1,7 +1,7 @@
 """The chat page under test: a run of two small random models and headless Chromium; `serving.running` is the server.
 
-The weights are random, so answers are noise that hardly ever ends by itself: tests set budgets. What a model must say
-for a test (hostile text, errors) is fed into the browser in the place of the server's reply.
+The weights are random, so answers are noise that hardly ever ends by itself, and tests set budgets. What a model must
+say for a test (hostile text, errors) is fed to the browser in place of the server's reply.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def wait_for(true, what: str, seconds: float = 15.0) -> None:
 
 
 class Chat:
-    """What a person does with the page, and what they see. Any complaint of the browser fails `check`."""
+    """What a person does with the page, and what they see. Any error or warning in the browser fails `check`."""
 
     def __init__(self, browser, url: str, width: int = 1100, before: str = "", **options):
         self.url, self.expected = url, 0
@@ -116,13 +116,13 @@ class Chat:
         self.page.wait_for_selector(".chip[aria-pressed=true]")
 
     def check(self) -> None:
-        """No request left the server, and nobody complained but about statuses that the test itself made."""
+        """No request left the server, and the browser complained only about statuses that the test itself made."""
         serious = [text for text in self.complaints if not ("Failed to load resource" in text and self.expected)]
         self.context.close()
         assert not serious and not self.foreign
 
     def set(self, **settings: Any) -> None:
-        """Types into the panel of settings; the attribute is the field's name."""
+        """Types into the settings panel; each keyword is a field's name."""
         self.page.click("#tune")
         for name, value in settings.items():
             field = self.page.locator(f"#settings [name={name}]")
@@ -134,7 +134,7 @@ class Chat:
         self.page.press("#question", "Enter")
 
     def done(self, answers: str = ".turn:last-child .answer") -> None:
-        """Waits until these answers have ended, one way or another."""
+        """Waits until these answers have ended in any way."""
         self.page.wait_for_selector(answers)
         ended = ":is([data-phase=done], [data-phase=stopped], [data-phase=failed])"
         wait_for(
@@ -146,12 +146,12 @@ class Chat:
         self.done()
 
     def watch(self) -> None:
-        """From now on `window.seen` collects every pair of phase and thought (open, folded) that is shown."""
+        """From now on `window.seen` collects every pair of phase and thought state (open, folded) that is shown."""
         self.page.evaluate(WATCH)
 
     def endless(self, thinking: bool = False) -> None:
-        """Answers go on past their end, as noise that happens to end early would tell nothing; `thinking`: so do their
-        thoughts."""
+        """Lets answers run past their end, since noise that happens to end early would prove nothing; with `thinking`,
+        their thoughts too."""
         more = {"ignore_eos": True} | ({"logit_bias": {str(ADDED.index(THINK_END)): -100}} if thinking else {})
 
         def go_on(route):
@@ -160,11 +160,11 @@ class Chat:
         self.page.route("**/v1/chat/completions", go_on)
 
     def text(self, selector: str) -> str:
-        """textContent: what is there, folded or not."""
+        """textContent: includes folded text."""
         return self.page.locator(selector).first.text_content()
 
     def answer(self, part: str = ".text") -> str:
-        """The last answer's text (or `.thought`) as the model wrote it, without the tokens that have no text."""
+        """The last answer's text (or `.thought`) as the model wrote it, without tokens that have no text."""
         lines = self.page.locator(f".turn:last-child .answer {part} .line").evaluate_all(SAID)
         return "\n".join(line.removesuffix("\n") for line in lines)
 
@@ -174,7 +174,7 @@ class Chat:
     def feed(
         self, *chunks: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None, times: int = 1
     ) -> None:
-        """The next requests for an answer get these chunks, or with another status the first as the body."""
+        """The next answer requests get these chunks. With a status other than 200, the first chunk is the body."""
         if status == 200:
             body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
             kind = "text/event-stream"
@@ -195,6 +195,6 @@ def chunk(finish: str | None = None, tokens: list[dict] | None = None, **delta: 
 
 
 def token(text: str, logprob: float = -0.5, others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One token of a chunk; some bytes of a character are given as such."""
+    """One token of a chunk; its `bytes` may be replaced by part of a character's."""
     top = [{"token": other, "logprob": logprob - 1, "bytes": None} for other in others]
     return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": top}

@@ -1,4 +1,4 @@
-"""A real server on a free port of the loopback address, in a thread of the tests' process, and models for it."""
+"""A real server on a free port of the loopback address, in a thread of the test process, and models for it."""
 
 import json
 import os
@@ -32,15 +32,15 @@ def write_model(folder, style, context=CONTEXT, seed=3, tool_tokens=False):
 
 
 class Thread(threading.Thread):
-    """What a process is to the service."""
+    """A thread with the interface that the service expects of a process."""
 
     def __init__(self, work, pipe):
         super().__init__(target=work, daemon=True)
         self.pipe = pipe
 
     def kill(self):
-        """Ends its pipe. The service has closed its end by now, but a process that another test forked in between and
-        that still lives has a copy, and the worker would wait for that one."""
+        """Shuts its pipe down. The service has closed its end by now, but a process that another test forked meanwhile
+        may still hold a copy, and the worker would wait for that one."""
         with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as pipe:
             pipe.shutdown(socket.SHUT_RDWR)
 
@@ -48,7 +48,7 @@ class Thread(threading.Thread):
 
 
 def in_thread(folder, config):
-    """A worker in another thread of this process: it does the same, and it starts at once."""
+    """A worker in another thread of this process: it behaves the same and starts at once."""
     ours, theirs = Pipe()
 
     def work():
@@ -93,7 +93,7 @@ class Running:
         return self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **options)
 
     def events(self, path, **body):
-        """The JSON of every event of a stream; [DONE] must end it."""
+        """The JSON of every event of a stream, which must end with [DONE]."""
         with httpx.stream("POST", self.url + path, json=body | {"stream": True}, timeout=60) as answer:
             assert answer.status_code == 200, answer.read()
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -107,7 +107,7 @@ class Running:
         return sum(model.service.stats.open for model in self.models.loaded.values())
 
     def settles(self, seconds=10.0):
-        """Whether every slot is free again before long, by the counts of the server and of the schedulers."""
+        """Whether every slot is free again within `seconds`, according to the server and the schedulers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             stats = [model.service.stats for model in self.models.loaded.values()]
@@ -127,7 +127,7 @@ def running(folder, **options):
 
 
 def error_of(answer):
-    """The error of an answer, whose form is checked."""
+    """The error in an answer; checks its form."""
     body = answer.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}, body
     assert body["error"]["message"] and body["error"]["type"]

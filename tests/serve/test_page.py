@@ -63,7 +63,7 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
     seen = chat.page.evaluate("window.seen")
     assert "thinking open" in seen and "thinking folded" not in seen and seen[-1] == "done folded"
     thought, seconds = re.fullmatch(r"Thought for (\d+) tokens?, ([\d.]+) m?s", chat.text(f"{BAR} summary")).groups()
-    told = server.chat(question, **sampling).json()  # the same without a browser and without a stream
+    told = server.chat(question, **sampling).json()  # the same request without a browser or a stream
     assert chat.answer() == told["choices"][0]["message"]["content"] != ""
     assert chat.answer(".thought") == told["choices"][0]["message"]["reasoning_content"]
     assert int(thought) == told["usage"]["completion_tokens_details"]["reasoning_tokens"] and float(seconds) > 0
@@ -76,7 +76,7 @@ def test_an_answer_streams_and_its_thought_is_folded(chat, server):
 
 def test_stopping_keeps_what_came_and_frees_the_slot(chat, server, monkeypatch):
     step = Scheduler.step
-    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])  # it outlasts slow browsers
+    monkeypatch.setattr(Scheduler, "step", lambda self: (time.sleep(0.01), step(self))[1])  # outlasts slow browsers
     chat.endless()
     chat.send("Tell me all.")
     chat.page.wait_for_selector(f"{BAR} .line")
@@ -95,7 +95,7 @@ def test_questions_are_edited_and_answers_retried(chat):
     first = chat.answer()
     chat.page.click(f"{BAR} >> text=Retry")
     chat.done()
-    assert chat.answer() == first  # a fixed seed says the same again
+    assert chat.answer() == first  # a fixed seed gives the same answer again
     chat.page.hover(".turn:nth-child(2) .question")
     chat.page.click(".turn:nth-child(2) >> text=Edit")
     chat.page.keyboard.type(" and a half")
@@ -127,7 +127,7 @@ def test_two_models_answer_side_by_side_at_once(browser, server):
     chat.page.click("#stop")
     chat.done()
     assert chat.page.locator(".answer header b").all_text_contents() == ["r1", "zero"]
-    assert chat.page.evaluate("document.documentElement.scrollWidth") == 360  # columns scroll, the page does not
+    assert chat.page.evaluate("document.documentElement.scrollWidth") == 360  # the columns scroll, not the page
     assert chat.page.evaluate("document.querySelector('.columns').scrollWidth") > 500
     chat.check()
 
@@ -138,7 +138,7 @@ def test_the_card_shows_probabilities_and_experts(chat):
     plain = chat.answer()
     chat.page.click("#details")
     chat.page.wait_for_selector(f"{BAR} .text .token")
-    for part in (f"{BAR} .thought .lines", f"{BAR} .text"):  # whatever was sampled, all of it is tokens
+    for part in (f"{BAR} .thought .lines", f"{BAR} .text"):  # whatever was sampled, every character belongs to a token
         assert "".join(chat.page.locator(f"{part} .token").all_text_contents()) == chat.text(part) != ""
     assert chat.answer() == plain and "</think>" in chat.text(f"{BAR} .thought .lines")
     chat.page.hover(f"{BAR} .text .token >> nth=0")
@@ -166,13 +166,13 @@ def test_hostile_output_stays_text(chat):
     assert "<script>" in chat.text("#card")
     chat.page.click("#details")
     chat.page.wait_for_selector(".token", state="detached")
-    assert chat.answer() == HOSTILE  # plain, the marks of the format are hidden but there
+    assert chat.answer() == HOSTILE  # in the plain view the format's marks are hidden but present
     assert chat.page.locator("#middle :is(script, img, b b, a)").count() == 0
     assert chat.page.evaluate("window.owned") is None
 
 
 def test_tokens_find_their_text(chat):
-    """Characters of several tokens, tags without text, text held back: nothing is lost, nothing said twice."""
+    """Characters of several tokens, tags without text, text held back: nothing is lost or repeated."""
     half = [
         {**token("bytes:x"), "bytes": list("炉".encode()[:2])},
         {**token("bytes:y"), "bytes": list("炉".encode()[2:])},
@@ -228,7 +228,7 @@ def test_trouble_is_said_in_plain_words_and_overcome(chat):
     chat.feed({"error": {"message": "full", "code": "queue_full"}}, status=429, headers={"Retry-After": "1"})
     chat.send("Is there room?")
     chat.page.wait_for_selector(f"{BAR}[data-phase=queued] >> text=The queue is full.")
-    chat.done()  # asked again by itself
+    chat.done()  # the page retries by itself
     assert chat.answer()
 
     chat.feed({"error": {"message": "the step failed"}}, status=500)
@@ -239,7 +239,7 @@ def test_trouble_is_said_in_plain_words_and_overcome(chat):
     chat.page.click(f"{BAR} >> text=Retry")
     chat.page.wait_for_selector("#notice >> text=The server does not answer")
     chat.page.unroute("**/v1/**")
-    chat.page.wait_for_selector("#notice", state="hidden")  # found again by itself
+    chat.page.wait_for_selector("#notice", state="hidden")  # the page finds the server again by itself
     chat.page.click(f"{BAR} >> text=Retry")
     chat.done()
     assert chat.answer()
@@ -303,14 +303,14 @@ def test_markdown_is_shown_and_nothing_of_it_runs(chat):
         assert words in shown, shown
     assert "#" not in shown and "- one" not in shown and chat.page.locator("#middle :is(a, img)").count() == 0
     assert chat.page.locator(f"{BAR} em").all_text_contents() == ["small", "lean"]
-    assert chat.answer() == MARKDOWN  # the marks are hidden, not lost
+    assert chat.answer() == MARKDOWN  # the marks are hidden, not removed
     chat.feed(chunk(reasoning_content="- 3 + 5\n* 4"), chunk(content="2"), chunk(finish="stop"))
     chat.ask("And a thought?")
-    assert chat.page.locator(f"{BAR} .thought .item").count() == 0  # a minus there is a minus
+    assert chat.page.locator(f"{BAR} .thought .item").count() == 0  # a minus there is not a list item
 
 
 def test_examples_come_from_the_run_and_answers_are_checked(chat):
-    """The tasks of the picked model, held out; a right answer is said to be right, a wrong one wrong."""
+    """Offers held-out problems of the picked model's tasks; a right answer is marked right and a wrong one wrong."""
     chat.page.click("text=/^zero$/")
     chat.page.wait_for_selector("text=Countdown · English")
     assert chat.page.locator("#start h3").all_text_contents() == ["Countdown · English", "Countdown · Chinese"]
@@ -329,7 +329,7 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
             chat.page.click(f"{BAR} >> text=Retry")
         chat.done()
         chat.page.wait_for_selector(f"{BAR} .verdict >> text={verdict}")
-    chat.open()  # the verdict is kept
+    chat.open()  # the verdict has been saved
     assert chat.text(f"{BAR} .verdict").startswith("✗")
     chat.feed(chunk(content="4"), chunk(finish="stop"))
     chat.ask("Something of my own?")
@@ -338,7 +338,7 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
 
 @pytest.mark.parametrize("model", ["zero", "r1"])
 def test_a_cut_answer_says_so_and_goes_on_from_inside_its_thought(chat, server, model):
-    """What the page sends to go on is what the model would have written: the server ends up with one longer answer."""
+    """To continue, the page sends exactly what the model has written: the server ends up with one longer answer."""
     chat.page.click(f"text=/^{model}$/")
     chat.set(thinking="always", max_tokens=30, seed=3, temperature=0)
     chat.endless(thinking=True)
@@ -349,7 +349,7 @@ def test_a_cut_answer_says_so_and_goes_on_from_inside_its_thought(chat, server, 
     sent = []
     chat.page.on("request", lambda request: "completions" in request.url and sent.append(request.post_data_json))
     chat.page.click(f"{BAR} >> text=Continue")
-    chat.page.wait_for_selector(f"{BAR} .figures >> text=/^60 tokens/")  # it ended once before
+    chat.page.wait_for_selector(f"{BAR} .figures >> text=/^60 tokens/")  # the first part has already ended
     opened = f"<think>\n{thought}" if model == "r1" else f"<think>{thought}"
     assert sent[0]["messages"][-1] == {"role": "assistant", "content": opened}
     assert chat.answer(".thought").startswith(thought) and len(chat.answer(".thought")) > len(thought)
@@ -376,7 +376,7 @@ def test_conversations_are_kept_exported_and_deleted(chat):
     (turn,) = json.loads(saved["conversation.json"])["turns"]
     assert turn["question"] == "first *one*" and turn["answers"][0]["thought"] == "so"
     chat.open()
-    assert chat.questions() == ["first *one*"]  # the one that was open
+    assert chat.questions() == ["first *one*"]  # the conversation that was open
     chat.page.click("#list")
     chat.page.click(".talks li >> nth=1 >> .quiet")
     assert chat.questions() == [] and chat.page.locator(".talk span").all_text_contents() == ["second"]
@@ -398,12 +398,12 @@ def test_chinese_and_themes(chat):
     chat.ask("你好")
     assert chat.text(f"{BAR} .acts") == "复制继续重试"
     named = chat.page.locator("button:not(.example), label, h2, summary").all_text_contents()
-    known = {"r1", "zero", "Top-p", "Top-k", "Min-p"}  # Chinese has no other words
+    known = {"r1", "zero", "Top-p", "Top-k", "Min-p"}  # Chinese uses the same words
     assert {word for word in map(str.strip, named) if re.fullmatch(r"[ -~]+", word)} <= known
 
 
 def test_every_word_of_the_page_has_a_translation():
-    """Each text that a script says, by its call of t(...) and by the tables of settings, is in the Chinese list."""
+    """Each text in a script, in calls of t(...) and in the tables of settings, is in the Chinese list."""
     page = Path(app.__file__).with_name("page")
     scripts = {path.name: path.read_text("utf-8") for path in page.glob("*.js")}
     listed = set(re.findall(r'^\s+.*?"((?:[^"\\]|\\.)*)":', scripts["words.js"], re.M))
@@ -420,11 +420,11 @@ def test_every_word_of_the_page_has_a_translation():
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_axe_finds_nothing(browser, server, scheme, width):
-    """The empty page with its panels, then a checked answer with its tokens, thought and card; no panel is cut off."""
+    """The empty page with its panels, then a checked answer with its tokens, thought and card. No panel is cut off."""
     chat = Chat(browser, server.url, width=width, color_scheme=scheme)
     for panel in ("#list", "#tune"):
         chat.page.click(panel)
-        if width < 1000:  # one covers the page
+        if width < 1000:  # a panel covers the page
             assert violations(chat.page) == []
             shown = "[...document.querySelectorAll('aside:not([hidden]), aside:not([hidden]) *')]"
             assert chat.page.evaluate(f"{shown}.every(e => e.getBoundingClientRect().right <= innerWidth)")
@@ -446,7 +446,7 @@ def test_axe_finds_nothing(browser, server, scheme, width):
 
 
 def test_colours_are_apart():
-    """WCAG's contrast of every pair of colours that text is set in, in both themes: at least 4.5."""
+    """WCAG contrast of every pair of text and background colours, in both themes, is at least 4.5."""
     style = (Path(app.__file__).parent / "page" / "style.css").read_text("utf-8")
     named = re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", style)
     assert len(named) > 18
@@ -463,7 +463,7 @@ def test_colours_are_apart():
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance by WCAG 2."""
+    """Relative luminance as defined by WCAG 2."""
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

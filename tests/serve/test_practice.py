@@ -1,4 +1,4 @@
-"""What the server tells of a model's training, the problems it offers, and its verdict on answers."""
+"""What the server reports of a model's training, the problems it offers, and its verdicts on answers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def facts(server):
 
 
 def test_a_models_training_is_told(run_server):
-    """zero practised countdown and read about two tasks; r1 went on from it. The evaluation at 0.6 counts."""
+    """zero practised countdown and read about two tasks; r1 was trained from it. The evaluation at 0.6 counts."""
     told = facts(run_server)
     assert [(skill["task"], skill["practised"]) for skill in told["zero"]["skills"]] == [
         ("countdown", True),
@@ -33,8 +33,8 @@ def test_a_models_training_is_told(run_server):
 
 
 def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
-    """A stage's inputs are followed, not its `from` alone; a reward model's tasks are not the policy's; of an imported
-    model nobody knows how long its texts were."""
+    """All inputs of a stage are followed, not only its `from`. A reward model's tasks are not the policy's. How long an
+    imported model's texts were is unknown."""
     (tmp_path / "recipe.toml").write_text(
         "".join(
             f'[[stage]]\nkind = "{kind}"\nname = "{name}"\n{more}\n'
@@ -51,7 +51,7 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
     dev = practice.of_model(tmp_path / "04-dev" / "model")
     assert [skill.task for skill in dev.skills] == ["logic"] and dev.trained_length is None
     assert practice.of_model(tmp_path / "05-own" / "model").trained_length == 2000
-    assert practice.of_model(tmp_path) == practice.Practice()  # no run
+    assert practice.of_model(tmp_path) == practice.Practice()  # not a run
     os.mkfifo(tmp_path / "01-base" / "results.json")
     (tmp_path / "02-picked" / "results.json").write_text('{"rows": [7]}')
     own = '[[stage]]\nname = "own"\n'
@@ -61,7 +61,7 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
 
 
 def test_problems_are_held_out_and_judged_by_their_task(run_server):
-    """Of the tasks that the model practised; zero has only read about arithmetic, and its answers can be judged."""
+    """Problems of the tasks that the model practised. zero only read about arithmetic; its answers can be judged."""
     shown = {
         model: httpx.get(run_server.url + "/v1/problems", params={"model": model}).json()["data"]
         for model in ("zero", "r1")
@@ -100,7 +100,7 @@ def test_a_verdict_is_refused_by_name(run_server, changed, what):
 
 
 def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
-    """Its recipe may name code and files; neither is touched."""
+    """Its recipe may name code and files; none of them is touched."""
     evil, seen = tmp_path / "evil.py", tmp_path / "seen"
     evil.write_text(f"open({str(seen)!r}, 'w')\nclass Task: pass\n")
     (tmp_path / "q.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
@@ -125,7 +125,7 @@ def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
 
 
 def test_hostile_answers_are_judged_in_time(run_server):
-    """At most two at a time; none runs, none is right, and the server goes on answering."""
+    """At most two at a time: none is executed, none is right, and the server keeps answering."""
     body = {"model": "zero", "task": "countdown", "language": "en", "number": 0}
     hostile = [
         "<answer>" + "9**" * 60_000 + "9</answer>",
@@ -140,7 +140,7 @@ def test_hostile_answers_are_judged_in_time(run_server):
 
 
 def test_unasked_an_answer_stays_within_the_trained_length(run_server):
-    """1,100 positions of 4,096. Whoever names a length gets it; a prompt beyond them has the rest of the context."""
+    """1,100 positions of 4,096. A request that names a length gets it; a longer prompt has the rest of the context."""
     for words, total in ((510, 1100), (2015, 4096)):
         chat = [{"role": "user", "content": "a " * words}]
         size = run_server.post("/tokenize", messages=chat, model="zero").json()["count"]

@@ -1,4 +1,4 @@
-"""The official client against a real server, and every answer against the Engine's own of the same seed."""
+"""The official client against a real server; every answer is compared with the Engine's for the same seed."""
 
 import asyncio
 from typing import Literal
@@ -11,7 +11,7 @@ from bessemer.data.chat import render_ids
 from bessemer.serve.replies import ChatLogprobs, ChatReply, Finish, Routing, TextReply, Usage
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
-"""generation_config.json's, which count where a request names none."""
+"""From generation_config.json; they apply when a request names none."""
 
 
 class Delta(BaseModel):
@@ -31,7 +31,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """One event of a stream; the OpenAPI document gives events as text."""
+    """One event of a stream; the OpenAPI document describes events as text."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -90,7 +90,7 @@ def test_a_stream_says_the_same_as_a_whole_answer(server):
 
 
 def test_zero_opens_its_thought_itself(zero_server, zero_engine):
-    """What the model writes between the tags is thought, whatever stands before and after is not."""
+    """What the model writes between the tags is thought; what comes before and after is not."""
     options = {"seed": 1, "temperature": 1.5}
     _, samples = expected(zero_engine, question("the quick fox"), n=60, max_new_tokens=24, **options)
     choices = zero_server.chat("the quick fox", n=60, max_tokens=24, **options).json()["choices"]
@@ -175,7 +175,7 @@ def test_log_probabilities_and_routing_are_the_engines(server, engine):
     for row in rows:
         figures = [entry.logprob for entry in row.top_logprobs]
         assert len(figures) == 3 and figures == sorted(figures, reverse=True) and row.logprob <= figures[0] + 1e-5
-    # token k was drawn after token len(ids) + k - 1 went through the network
+    # token k was sampled after token len(ids) + k - 1 passed through the network
     routing = sample.routing[len(ids) - 1 :].tolist()
     assert choice.routing == [[list(layer) for layer in token] for token in routing[: len(shown)]]
 

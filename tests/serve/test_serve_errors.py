@@ -1,4 +1,4 @@
-"""Whatever is sent, the answer is an error in OpenAI's form, and the next request is served as if nothing had been."""
+"""Whatever is sent, the answer is an error in OpenAI's form, and the next request is served as usual."""
 
 import json
 import socket
@@ -136,7 +136,7 @@ def test_broken_heads(server, lines, status, code):
 
 
 def test_a_large_but_honest_head_and_body(server):
-    """20 kB of cookies of other services on this machine, and a body with more lines than the parser takes at once."""
+    """20 kB of other local services' cookies, and a body with more lines than the parser takes at once."""
     cookie = {"Cookie": "; ".join(f"c{n}={'x' * 200}" for n in range(60))}
     body = json.dumps({"prompt": "the fox", "max_tokens": 1, "unknown": list(range(40_000))}, indent=1)
     answer = httpx.post(
@@ -221,7 +221,7 @@ def test_an_api_key_is_asked_for_everywhere_but_at_the_door(r1):
 
 
 def test_another_name_is_refused(r1):
-    """A web page that gives its own name this address (DNS rebinding) is not let in."""
+    """A web page that points its own name at this address (DNS rebinding) is refused."""
     with running(r1, config=ServeConfig(hosts=("127.0.0.1", "localhost", "[::1]"))) as server:
         assert httpx.get(server.url + "/v1/models", headers={"Host": "localhost:99"}).status_code == 200
         answer = httpx.get(server.url + "/v1/models", headers={"Host": "evil.example"})
@@ -246,7 +246,7 @@ def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
         (wrong / path.name).write_bytes(path.read_bytes())
     config = json.loads((wrong / "config.json").read_text())
     spec = json.loads((wrong / "tokenizer.json").read_text())
-    for n in range(config["vocab_size"]):  # a tokenizer of another, larger model
+    for n in range(config["vocab_size"]):  # another, larger model's tokenizer
         spec["model"]["vocab"].setdefault(f"!{n}", len(spec["model"]["vocab"]))
     (wrong / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="do not belong together"):

@@ -1,4 +1,4 @@
-"""Floods of heads and bodies, before any key is checked: others are answered within a second, and memory stays."""
+"""Floods of heads and bodies, before any key is checked: others are answered within a second, memory stays low."""
 
 import asyncio
 import os
@@ -60,13 +60,13 @@ def process(r1):
 
 
 def memory(pid, what):
-    """Megabytes."""
+    """In megabytes."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(what + ":"))
     return int(line.split()[1]) / 1024
 
 
 async def attack(port, blocks, until):
-    """One client: sends, reads nothing, and comes back when it is thrown out."""
+    """One client: it sends, reads nothing, and reconnects when it is thrown out."""
     while time.monotonic() < until:
         with suppress(OSError):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -83,7 +83,7 @@ async def attack(port, blocks, until):
 
 
 async def slowest(port, until):
-    """Seconds of the slowest of many calls of /health."""
+    """The slowest of many calls of /health, in seconds."""
     worst = 0.0
     while time.monotonic() < until:
         started = time.monotonic()
@@ -107,9 +107,9 @@ def test_a_flood_delays_nobody_and_fills_nothing(process):
 
     before, found = memory(pid, "VmRSS"), {}
     for name, blocks in FLOODS.items():
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM starts anew
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM
         worst = asyncio.run(flood(blocks))
-        if worst >= 1.0:  # other work of this machine may do that, but not twice
+        if worst >= 1.0:  # other load on this machine can do that, but not twice
             worst = asyncio.run(flood(blocks))
         found[name] = (round(worst, 2), round(memory(pid, "VmHWM") - before))
     print(found)

@@ -1,4 +1,4 @@
-"""A Hugging Face model of another architecture, through the same server."""
+"""A Hugging Face model of another architecture behind the same server."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The form of an answer: JSON, biased tokens, and OpenAI's newer responses."""
+"""Answer formats: JSON, biased tokens, and OpenAI's newer responses."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
                            response_format=FORMAT, thinking_budget=12, seed=3)  # fmt: skip
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == choice["message"]["content"]
     two = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
-    for choice in two:  # this model opens its thoughts itself, and so has none
+    for choice in two:  # this model opens its thoughts itself, so these have none
         jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
     found = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
     assert found["message"]["content"].startswith("{")

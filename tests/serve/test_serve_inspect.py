@@ -1,4 +1,4 @@
-"""`examples/inspect_tasks.py`: inspect-ai asks our problems of our server, and our verifiers judge the answers."""
+"""`examples/inspect_tasks.py`: inspect-ai puts our problems to our server, and our verifiers judge the answers."""
 
 import asyncio
 import importlib.util
@@ -29,7 +29,7 @@ def example():
 
 
 def judged(example, text, thoughts=None, stop="stop"):
-    """The score of an answer to the first problem of arithmetic."""
+    """The score of an answer to the first arithmetic problem."""
     output = ModelOutput.from_content("bessemer/zero", text, stop_reason=stop)
     if thoughts is not None:
         output.message.content = [ContentReasoning(reasoning=thoughts), ContentText(text=text)]
@@ -39,7 +39,7 @@ def judged(example, text, thoughts=None, stop="stop"):
 
 
 def test_answers_get_the_verdicts_of_the_task(example):
-    """Thoughts in the text and thoughts kept apart, right and wrong, cut off among the thoughts."""
+    """Thoughts in the text or separate, right and wrong answers, and one cut off inside its thoughts."""
     value = tasks.get("arithmetic", languages=["en"]).problem("test", 0).meta["value"]
     right, wrong = f"<answer>{value}</answer>", f"<answer>{value + 1}</answer>"
     assert judged(example, f"<think>so</think>{right}") == judged(example, right, "so") == ("C", "correct")
@@ -49,7 +49,7 @@ def test_answers_get_the_verdicts_of_the_task(example):
 
 
 def test_a_served_model_is_asked_and_judged(example, server, engine, tmp_path):
-    """Its greedy answers are the engine's, thoughts and all, and every one has a verdict."""
+    """Its greedy answers are the engine's, thoughts included, and every answer has a verdict."""
     model = get_model("openai-api/bessemer/r1", base_url=f"{server.url}/v1", api_key="none", memoize=False)
     settings = dict(display="none", log_dir=str(tmp_path), temperature=0.0, max_tokens=24)
     (log,) = evaluated(example.verified("countdown", 6), model, **settings)

@@ -1,4 +1,4 @@
-"""Slots, queues, connections, failures and the end of a server."""
+"""Slots, queues, connections, failures and shutdown of a server."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from bessemer.serve.models import find_models
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
-"""As long as the context: some 150 tokens."""
+"""Runs to the end of the context, some 150 tokens."""
 
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch):
-    """Steps of models in threads take `steps.seconds` more, as a larger model's would: these tests are about requests
-    that overlap. Who needs an answer that outlasts slow machines makes steps slower."""
+    """Adds `steps.seconds` to each step of a model in a thread, as if it were larger, because these tests need requests
+    to overlap. A test that needs an answer to last longer raises it."""
     step, pace = Scheduler.step, SimpleNamespace(seconds=0.003)
 
     def slowly(self):
@@ -45,7 +45,7 @@ def steps(monkeypatch):
 
 
 def request(body, path=CHAT):
-    """The bytes of a request."""
+    """The request as bytes."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
@@ -100,7 +100,7 @@ def test_a_full_queue_is_refused_and_drains(r1, steps):
 
 
 def test_a_thousand_half_open_connections(r1):
-    """Silent ones, half a header, half a body: all are closed in time, and nobody else waits for them."""
+    """Silent ones, half a header, half a body: all are closed in time, and no other request waits for them."""
     with running(r1, limits=ConnectionLimits(request_seconds=3.0, connections=600)) as server:
         starts = (b"", b"POST /v1/chat/comp", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
                   b"Content-Type: application/json\r\n\r\n{")  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_thousand_half_open_connections(r1):
 
 
 def receive(plug):
-    """The status and the JSON of one answer."""
+    """The status and JSON of one answer."""
     data = b""
     while b"\r\n\r\n" not in data or len(data.split(b"\r\n\r\n", 1)[1]) < length(data):
         part = plug.recv(65536)
@@ -138,7 +138,7 @@ def length(answer):
 
 
 def test_a_connection_serves_one_request_after_another(r1):
-    """Refused and pipelined ones too, for longer than one request may take; a late or a broken body ends it."""
+    """Refused and pipelined ones too, for longer than one request may take; a late or broken body closes it."""
     short = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 1}
     chunked = request({}).replace(b"Content-Length: 2", b"Transfer-Encoding: chunked").removesuffix(b"{}")
     with running(r1, limits=ConnectionLimits(request_seconds=1.0)) as server:
@@ -162,7 +162,7 @@ def test_a_connection_serves_one_request_after_another(r1):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plug:
             plug.sendall(chunked.replace(b"/v1/chat", b"/v1/none"))
             assert receive(plug)[0] == 404
-            plug.sendall(b"this is no length\r\n")  # of the body of an answered request
+            plug.sendall(b"this is no length\r\n")  # part of the body of an answered request
             with suppress(ConnectionResetError):
                 assert plug.recv(99) == b""
         wait_for(lambda: len(server.server.server_state.connections) == 0)
@@ -184,7 +184,7 @@ def test_who_does_not_read_is_given_up(r1):
 
 
 def test_a_failing_step_costs_only_who_was_reading(r1, steps, monkeypatch):
-    """The running answer ends with an error event; one that had not begun is taken on by the new scheduler; a request
+    """The running answer ends with an error event. A request that had not begun moves to the new scheduler. A request
     that breaks every scheduler ends too."""
     steps.seconds = 0.02
     step, fuse = Scheduler.step, threading.Event()
@@ -220,10 +220,10 @@ def test_a_failing_step_costs_only_who_was_reading(r1, steps, monkeypatch):
 
 
 def test_a_killed_model_is_replaced(server):
-    """Killed for memory, say: who waited for it is told, and the next request has it again."""
+    """For example, killed for memory: clients that waited get an error, and the next request starts it again."""
     first = server.models.loaded["r1"].service
     before = first.stats.generated
-    plug = raw_request(server.port, LONG | {"stream": False, "n": 64})  # its model is fast: see `server`
+    plug = raw_request(server.port, LONG | {"stream": False, "n": 64})  # its model is fast: see the fixture `server`
     wait_for(lambda: first.stats.generated > before)
     first.process.kill()
     said = b""
@@ -237,7 +237,7 @@ def test_a_killed_model_is_replaced(server):
 
 
 def test_a_model_killed_while_it_loads_is_unavailable(run_folder):
-    """By the system, say, when memory is short. The server goes on, and loads it for the next request."""
+    """For example, killed when memory is short. The server stays up and loads it for the next request."""
     kill = threading.Event()
 
     def fragile(folder, config):
@@ -257,7 +257,7 @@ def test_a_model_killed_while_it_loads_is_unavailable(run_folder):
 
 @pytest.fixture(scope="module")
 def run_folder(r1, zero, tmp_path_factory):
-    """A run of three finished stages that write, one of them damaged."""
+    """A run of three finished stages with models that generate, and one that is damaged."""
     root = tmp_path_factory.mktemp("runs") / "mine"
     for name, source in (("01-base", zero), ("02-zero", zero), ("03-broken", r1), ("04-r1", r1)):
         folder = root / name / "model"
@@ -297,8 +297,8 @@ def test_the_models_of_a_run(run_folder, steps):
 
 
 def test_signals_end_a_server(r1):
-    """After the first the answers under way end, and new questions are refused; after the second they are cut off. The
-    process ends without a word: no traceback, and no library that reports leaks."""
+    """After the first signal, running answers finish and new requests are refused; after the second, they are cut off.
+    The process ends silently: no traceback, and no library that reports leaks."""
     code = f"""
 import time, serving
 from bessemer.engine.scheduler import Scheduler
@@ -338,7 +338,7 @@ def refused(url):
         httpx.get(url + "/health")
     except httpx.ConnectError:
         return True
-    except httpx.TransportError:  # it came in just when the door closed
+    except httpx.TransportError:  # arrived just as the port closed
         return False
     return False
 

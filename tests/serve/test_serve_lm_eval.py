@@ -1,4 +1,4 @@
-"""lm-eval over HTTP against the same questions put to the model directly, in every way it can send a text."""
+"""lm-eval over HTTP gives what asking the model directly gives, in every way that lm-eval can send a text."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def remote(server, folder, **options):
 
 @pytest.fixture(scope="module")
 def direct(engine):
-    """Log-probabilities after BOS, and what the model itself would say among the questions."""
+    """Log-probabilities after BOS; the questions include the model's own greedy continuations."""
     asked, begun = list(PAIRS), ["the", "fox", "over the lazy", "two", "4 4"]
     said = engine.generate(begun, temperature=0, max_new_tokens=1)
     for prompt, (answer,) in zip(begun, said, strict=True):
@@ -50,11 +50,11 @@ WAYS = {
 def test_log_probabilities_are_those_of_the_model(server, r1, engine, direct, way):
     asked, scores = direct
     api = remote(server, r1, **WAYS[way])
-    if way == "ids with BOS":  # what was sent is what is scored, so BOS must be in it
+    if way == "ids with BOS":  # exactly the ids sent are scored, so BOS must be among them
         bos = [engine.tokenizer.bos_id]
         split = api._encode_pair
         api._encode_pair = lambda *pair: (bos + (ids := split(*pair))[0], ids[1])
-    if api.tokenizer_backend == "remote":  # takes id 0 for no BOS, and begins what has no context with EOS
+    if api.tokenizer_backend == "remote":  # takes id 0 to mean no BOS, and starts a question without context with EOS
         asked, scores = zip(*(both for both in zip(asked, scores, strict=True) if both[0][0]), strict=True)
     got = api.loglikelihood(requests("loglikelihood", asked))
     for pair, (logp, greedy), (expected, as_greedy) in zip(asked, got, scores, strict=True):
@@ -73,7 +73,7 @@ def test_generations_are_the_engines(server, r1, engine):
 
 
 def test_chats_are_the_engines(server, engine):
-    """A thought of four tokens, ended for the model, and what follows it."""
+    """A thought of four tokens, closed by the budget, and the answer after it."""
     api = LocalChatCompletion(base_url=server.url + "/v1/chat/completions", model="r1", max_retries=1)
     marks = {engine.tokenizer.think_id, engine.tokenizer.think_end_id}
     for question in ("the fox", "lazy", "brown dog", "4", "two"):

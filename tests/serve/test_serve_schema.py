@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: what it allows is never answered with a 5xx, and every answer is one it describes."""
+"""The OpenAPI document is true: nothing that it allows is answered with a 5xx, and it describes every answer."""
 
 import warnings
 
@@ -10,7 +10,7 @@ checks = pytest.importorskip("schemathesis.checks")
 
 CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 SHORT = {"max_tokens": 3, "max_completion_tokens": 3, "max_output_tokens": 3, "n": 2}
-"""Lengths above these only take time."""
+"""Greater lengths would only take time."""
 
 
 def shortened(body):

@@ -1,4 +1,4 @@
-"""Tools over HTTP: demanded calls fit their schemas, streams say the same, outputs come back, hostile requests end."""
+"""Tools over HTTP: required calls fit their schemas, streams agree, outputs are passed back, hostile requests end."""
 
 import json
 
@@ -30,7 +30,7 @@ FREE = {"thinking": False, "max_tokens": 400}
 
 @pytest.fixture(scope="module", params=["r1", "zero"])
 def tool_server(request, tmp_path_factory):
-    """R1's template with the marks as tokens, and the plain one whose tokenizer has none."""
+    """R1's template, with the tool marks as tokens, and the plain one, whose tokenizer has no such tokens."""
     folder = tmp_path_factory.mktemp("tools")
     with running(write_model(folder, request.param, 1400, tool_tokens=request.param == "r1")) as server:
         yield server
@@ -75,7 +75,7 @@ def test_demanded_calls_fit_their_schemas_and_streams_say_the_same(tool_server):
     two = api.chat.completions.create(**asked, tool_choice=find, n=2, seed=1, temperature=1.0).choices
     assert all(len(choice.message.tool_calls) == 1 for choice in two)
     assert {name for choice in two for name, _ in checked(choice.message.tool_calls)} == {"find"}
-    if asked["model"] == "r1":  # thoughts before a demanded call are free
+    if asked["model"] == "r1":  # thoughts before a required call are free
         thought = tool_server.chat(tools=TOOLS, tool_choice=find, thinking_budget=9, seed=1, max_tokens=400).json()[
             "choices"
         ][0]
@@ -91,7 +91,7 @@ def test_a_model_that_decides_for_itself_keeps_to_strict_schemas(tool_server):
     marks = tool_server.models.loaded[tool_server.models.default.name].tokenizer.tool_marks
     free = tool_server.post("/v1/chat/completions", **asked | {"max_tokens": 20}, seed=1).json()["choices"][0]
     assert free["message"]["content"] and "tool_calls" not in free["message"]
-    if marks:  # as good as a model that likes to call
+    if marks:  # stands for a model that likes to call tools
         for seed in range(3):
             bias = {str(marks[CALLS]): 100}
             answer = tool_server.post("/v1/chat/completions", **asked, seed=seed, logit_bias=bias).json()
@@ -239,7 +239,7 @@ def test_responses_call_functions_too(tool_server):
 
 
 def test_what_a_model_writes_freely_is_passed_on_as_it_is():
-    """No JSON, no such tool, no name: a client sees what the model wrote, and nothing is lost."""
+    """Invalid JSON, an unknown tool, no name: a client sees what the model wrote, and nothing is lost."""
     use = ToolUse(read_tools(TOOLS))
     calls = [f"find{SEPARATOR}no json", f"none{SEPARATOR}{{}}", "a b"]
     text = "Well." + CALLS + "".join(CALL + call + CALL_END for call in calls) + CALLS_END

@@ -1,4 +1,4 @@
-"""Text of an answer: whole characters, no part of a stop string, thoughts separate from content."""
+"""An answer's text: whole characters, no part of a stop string, thoughts separate from content."""
 
 import json
 
@@ -17,7 +17,7 @@ STOPS = st.lists(st.text("abfox <think>/\n盛", min_size=1, max_size=4), max_siz
 
 
 def generated(ids, stops):
-    """What the engine would have made of these ids: it ends with the token that completes a stop string."""
+    """What the engine would have generated of these ids: it ends with the token that completes a stop string."""
     for n in range(len(ids)):
         if any(stop in TOKENIZER.decode(ids[: n + 1]) for stop in stops):
             return ids[: n + 1]
@@ -25,7 +25,7 @@ def generated(ids, stops):
 
 
 def written(ids, tokenizer=TOKENIZER, stops=(), **options):
-    """(thought, content, deltas one by one) of a whole answer."""
+    """(thought, content, the single deltas) of a whole answer."""
     parser = ReasoningParser(tokenizer, stops, **options)
     deltas = [delta for i in ids for delta in parser.push(i)] + parser.end()
     join = lambda kind: "".join(delta.text for delta in deltas if delta.thinking is kind)  # noqa: E731
@@ -54,7 +54,7 @@ def test_thought_and_content_are_separated(thought, content, stops):
 
 
 class Plain:
-    """A foreign tokenizer: the tags are text, here cut at every letter."""
+    """A foreign tokenizer: the tags are text, here split into letters."""
 
     think_id = property(lambda self: TOKENIZER.special_id("<no such token>"))
     think_end_id = think_id
@@ -67,7 +67,7 @@ LETTERS = {TOKENIZER.token_bytes(i): i for i in range(TOKENIZER.vocab_size)}
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab <think>/\n", max_size=12), st.text("ab <think>/\n", max_size=12), STOPS, st.booleans())
 def test_tags_that_are_text(thought, content, stops, opened):
-    """A thought only at the very beginning, ended by the first closing tag; whatever is no tag is shown."""
+    """A thought only at the very beginning, ended by the first closing tag; anything that is not a tag is shown."""
     stops = [stop for stop in stops if not set(stop) & set("</think>")]
     text = ("" if opened else "<think>") + thought + "</think>" + content
     ids = generated([LETTERS[bytes([byte])] for byte in text.encode()], stops)

@@ -1,4 +1,4 @@
-"""The live page: reading along with files that are written, cut, replaced and taken away; the server; the browser."""
+"""The live page: following files that are written, truncated, replaced and removed; the server; the browser."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def steps(follower, stage="pretrain"):
 @contextmanager
 def serving(*followers):
     server, bound = watch.server_of(followers), bind("127.0.0.1", 0)
-    bound.listen(64)  # a question may come before the server's thread runs
+    bound.listen(64)  # a request may arrive before the server's thread runs
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -96,7 +96,7 @@ def run(tmp_path):
 
 def test_a_growing_file_is_read_line_by_line(tmp_path):
     tail = LineTail(tmp_path / "x.jsonl")
-    assert tail.read() == (False, [])  # it comes later
+    assert tail.read() == (False, [])  # the file appears later
     with open(tmp_path / "x.jsonl", "ab", buffering=0) as file:
         file.write(b'{"a": 1}\n{"a"')
         assert tail.read() == (False, [{"a": 1}])
@@ -104,7 +104,7 @@ def test_a_growing_file_is_read_line_by_line(tmp_path):
         file.write(b": 2}\nnot JSON\n[1]\n" + b"[" * 100_000 + b'\n\xff\x00\n{"a": NaN}\n')
         anew, lines = tail.read()
     assert not anew and lines[0] == {"a": 2} and math.isnan(lines[1]["a"]) and tail.broken == 4
-    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": 5}\n' + b'{"b": 6}\n' * 20_000)  # longer than before
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": 5}\n' + b'{"b": 6}\n' * 20_000)  # replaced by a longer file
     anew, lines = tail.read()
     assert anew and lines[:3] == [{"a": 1}, {"a": 5}, {"b": 6}] and len(lines) == 20_002
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n')
@@ -209,7 +209,7 @@ def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
         query = {"stage": "pretrain", "panel": "Training loss", "low": 100, "high": 110}
         near = httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]
         assert near["x"] == list(range(100, 111)) and near["y"] == [n % 89 for n in range(100, 111)]
-        query |= {"over": "minutes", "low": 0.99, "high": 1.01}  # a step is a second
+        query |= {"over": "minutes", "low": 0.99, "high": 1.01}  # a step takes a second
         assert httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]["x"] == [1.0]
         assert httpx.get(f"{url}/api/curves", params=query | {"over": "years"}).status_code == 422
         state = httpx.get(f"{url}/api/state").json()["runs"][0]
@@ -259,7 +259,7 @@ def test_the_server_of_a_run_has_the_page(run_server):
 
 @contextmanager
 def opened(browser, url, width, scheme, locale="en-US"):
-    """The page, of which nobody may complain and which asks nobody else."""
+    """The page; it must raise no complaint and contact no other host."""
     options = {"color_scheme": scheme, "locale": locale}
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     page, complaints = context.new_page(), []
@@ -285,12 +285,12 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         page.click("#answers summary >> nth=0")
         answer = page.locator("#answers details[open] pre").last.text_content()
         assert answer.startswith("</pre><script>window.owned = 1</script><img") and "\u241b[2J\ufffdright" in answer
-        page.wait_for_selector("#alarms >> text=/groups too hard/")  # read after the answers
+        page.wait_for_selector("#alarms >> text=/groups too hard/")  # alarms are read after the answers
         clock = page.locator("#clock tr", has_text="pretrain").first.locator(".n")
         wait_for(lambda: clock.all_text_contents() == ["1 min 20 s", "1 min 40 s", "125 %"], "the clock")
         page.click("#stages >> text=/^pretrain$/")
         figure = page.locator("figure", has=page.locator(".title:text-is('Training loss')"))
-        figure.locator(".legend li >> nth=3").wait_for()  # two metrics of two runs
+        figure.locator(".legend li >> nth=3").wait_for()  # two metrics for each of two runs
         figure.focus()
         page.keyboard.press("ArrowLeft")
         assert figure.locator(".tip .at").text_content() == "100"
@@ -329,7 +329,7 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
         assert paper == {"light": "rgb(251, 250, 248)", "dark": "rgb(22, 21, 20)"}[scheme]
         page.click("#language")
         check_chinese(page)
-        with opened(browser, url, width, scheme, "zh-TW") as again:  # the browser's language, and back
+        with opened(browser, url, width, scheme, "zh-TW") as again:  # the browser's own language, and back
             check_chinese(again)
             again.click("#language")
             again.wait_for_selector("html[lang=en] #alarms >> text=/groups too hard/")

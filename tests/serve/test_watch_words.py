@@ -1,4 +1,4 @@
-"""The live page in Chinese: every text that its scripts or the server say, found in the code that says it."""
+"""The live page in Chinese: every text in its scripts or from the server, found in the code that produces it."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ from bessemer.serve import run_follower, watch
 
 
 def sentences(node, scope):
-    """What an expression can say, {} for what changes."""
+    """All texts that an expression can produce, with {} for the variable parts."""
     if isinstance(node, ast.Constant):
         return {str(node.value)}
     if isinstance(node, ast.IfExp):
@@ -27,7 +27,7 @@ def sentences(node, scope):
 
 
 def said_by_server():
-    """Every name of a picture or a line, and the texts of alarms and troubles, from the code that says them."""
+    """Names of all charts and curves, and the texts of alarms and errors, from the code that produces them."""
     found = {text for panel in curves.TRAINING + curves.LEARNING for text in (panel.title, panel.unit) if text}
     found |= {*curves.NAMES.values()}
     for module in (alarms, run_follower):
