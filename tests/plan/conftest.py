@@ -1,4 +1,4 @@
-"""No test leaves a world behind."""
+"""No test leaves a process group behind."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the planner learnt of other systems' layouts, and its draws: against sums by hand, counting and simulation."""
+"""The planner's other layouts and its random draws, against sums by hand, counting and simulation."""
 
 import json
 from dataclasses import replace
@@ -23,14 +23,14 @@ PLAIN = Setup(LLAMA, Layout(8, 8), device("H100"), "1f1b", 16, 1, 8192)
 
 
 class Counting(Kernels):
-    """Counts the bytes that a rank receives in collectives, a byte a second."""
+    """Counts the bytes that a rank receives in collectives, at a byte a second."""
 
     def collective(self, bytes_, ranks, per_node):
         return bytes_ * (ranks - 1) / ranks
 
 
 def test_bytes_of_tensor_parallelism():
-    """Counted piece by piece: a gather gives the rows of three others, a reduce-scatter their sums of its own."""
+    """Counted part by part: a gather brings the rows of three others, a reduce-scatter their sums for its own."""
     on, setup = Counting(device("H100"), 132), replace(PLAIN, tp=4)
     own, dim = 8192 // 4, 8192
     gather = scatter = sum(2 * own * dim for _ in range(3))
@@ -42,7 +42,7 @@ def test_bytes_of_tensor_parallelism():
 
 def test_bytes_of_context_parallelism():
     on, rows = Counting(device("H100"), 132), 8192 // 4
-    keys_and_values = 2 * 8 * (128 + 128)  # bytes a token: 8 heads in BF16
+    keys_and_values = 2 * 8 * (128 + 128)  # bytes per token: 8 heads in BF16
     assert layer_time.context_messages(on, replace(PLAIN, cp=4), False)[:2] == (
         3 * rows * keys_and_values, 2 * 3 * rows * keys_and_values
     )  # fmt: skip
@@ -51,7 +51,7 @@ def test_bytes_of_context_parallelism():
 
 
 def test_split_layers_do_the_same_work():
-    """All ranks of a tensor- or context-parallel group together do the products of one rank alone."""
+    """All ranks of a tensor- or context-parallel group together do as many FLOPs as one rank without it."""
     whole = layer_kernels.attend(LLAMA, 8192, 8192, False, gated=False) + layer_kernels.dense(LLAMA, 8192, False)
     for tp, cp in ((4, 1), (1, 4), (2, 4)):
         own = 8192 // (tp * cp)
@@ -114,7 +114,7 @@ def test_many_steps_at_once_are_steps_one_by_one():
 
 
 def test_the_interval_of_one_more_covers():
-    """In 4,000 simulated records of eight runs, 90 % of ninth runs lie inside."""
+    """In 4,000 simulated records of eight runs, 90 % of ninth runs fall inside the interval."""
     generator = np.random.default_rng(0)
     runs = np.exp(generator.normal(-0.3, 0.2, (4000, 9)))
     inside = [chance.next_one(list(eight)).holds(ninth) for *eight, ninth in runs]
@@ -129,7 +129,7 @@ def test_what_matters_and_where_a_figure_lies():
 
 
 def test_the_credibility_of_the_published_cost(monkeypatch):
-    """Reproducible, and honest about its own test."""
+    """Reproducible, and honest about how it does on its own test."""
     small = {name: {"run": read_toml(name)["run"][:2]} for name in ("validation.toml", "heldout.toml")}
     monkeypatch.setattr(credibility, "read_toml", lambda name: small.get(name) or read_toml(name))
     call = ["plan", "--audit", "deepseek-v3", "--draws", "20", "--seed", "5"]
@@ -153,7 +153,7 @@ def test_the_credibility_of_the_published_cost(monkeypatch):
 
 
 def test_test_runs_are_apart():
-    """No run is both for tuning and for the test, and no source of a range is a test run."""
+    """No run is used both for tuning and for the test, and no range has a test run as its source."""
     seen, test = (read_toml(name)["run"] for name in ("validation.toml", "heldout.toml"))
     assert not {(run["source"], run["tokens_s"]) for run in seen} & {(run["source"], run["tokens_s"]) for run in test}
     assert len(test) == 16 and all({"source", "assumed"} <= run.keys() for run in test)

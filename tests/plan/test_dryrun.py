@@ -1,4 +1,4 @@
-"""`bessemer run RECIPE --dry-run`: a cluster's layout on one machine."""
+"""`bessemer run RECIPE --dry-run`: a cluster's layout, checked on one machine."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_v3_on_2048_ranks():
 
 
 def test_v3_toml_is_the_paper_s_run():
-    """Every item of pre-training that the conformance table knows is as published."""
+    """Every item of V3's pre-training in the conformance table is as published; only the needle test is not."""
     recipe = Recipe.load(V3)
     v3 = [row for row in rows(recipe) if row["section"].startswith(("V3 2", "V3 3", "V3 4"))]
     assert [row["item"].split()[0] for row in v3 if row["state"] != "as published"] == ["Needle"]
@@ -61,7 +61,7 @@ def test_what_cannot_be_is_said(overrides, world, words):
 
 
 def test_rows_cut_over_ranks():
-    """cp 4: the same weights and a quarter of the optimizer's share, and of a row."""
+    """cp 4: the same weights, a quarter of the optimizer's share, and a quarter of a row."""
     plain, cut = (
         dry_run.of_recipe(Recipe.load(V3, ["layout.dp=2", f"layout.cp={cp}", "pretrain.fp8=off"]), device_name="h800")
         for cp in (1, 4)

@@ -1,4 +1,4 @@
-"""`bessemer plan RECIPE --here`: measured here, and compared with a run that was made."""
+"""`bessemer plan RECIPE --here`: rates measured on this machine, compared with a finished run."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_planned_beside_measured(tmp_path):
     said = found.describe()
     assert "1m 40s" in said and "not measured" in said
     longer = estimate(Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=32M"]), seconds=0.05)
-    rate = longer.rates["training_tokens_per_second"]  # its own: a loaded machine changes from second to second
+    rate = longer.rates["training_tokens_per_second"]  # measured again: a loaded machine changes from second to second
     assert longer.stages["pretrain"] > 32_000_000 / rate > 0
 
 

@@ -1,4 +1,4 @@
-"""What a rank is planned to hold is what it holds: to the byte before the first step, within 5 % while it trains."""
+"""A rank holds what the planner says: to the byte before the first step, within 5 % during training."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpi
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
 def test_held_is_what_the_real_classes_hold(name, layout, micro):
-    """Every pipeline rank, in BF16 with BF16 moments and in float32: to the byte, filling included."""
+    """On every pipeline rank, in BF16 with BF16 moments and in float32: to the byte, padding included."""
     table = schedule(name, layout.pp, micro)
     for cfg in MODELS:
         if table.stages > cfg.n_layers + cfg.n_mtp:
@@ -57,7 +57,7 @@ def test_held_with_one_table_for_both_ends():
 
 
 def test_v3_at_scale_takes_no_memory_here():
-    """2,048 ranks: the whole network is in the pipeline ranks, experts once in each copy and DualPipe's lane."""
+    """2,048 ranks: the pipeline ranks hold the whole network, and the experts once per copy and DualPipe lane."""
     cfg, layout = V3, Layout(16, 2, 64)
     table = schedule("dualpipe", 16, 120)
     found = [memory.rank_params(cfg, layout, table, pp) for pp in range(16)]
@@ -86,8 +86,8 @@ def config(dtype):
 
 
 def on_a_rank(rank, name, layout, dtype, fp8):
-    """Bytes held before a step, kept by the forwards of a step, and the most that a step took on top, at least and at
-    most: what gloo's threads free the profiler does not see, so what is left at the end is what it missed."""
+    """Bytes held before a step, bytes kept by a step's forwards, and a lower and an upper bound of a step's peak on
+    top. The profiler misses what gloo's threads free: what it still counts at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
     training = DistributedTrainer(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
     executor = training._executor_for(MICRO)
@@ -125,8 +125,8 @@ CASES = [("dualpipe", Layout(2, 1, 2), torch.bfloat16, True), ("1f1b", Layout(2,
 
 @pytest.mark.parametrize(("name", "layout", "dtype", "fp8"), CASES, ids=str)
 def test_memory_of_real_ranks(name, layout, dtype, fp8):
-    """Mean of the ranks of a pipeline stage, for real routing is not balanced. In FP8 the emulation on a CPU needs
-    working memory that no GPU does, so only what is kept is compared there."""
+    """Averaged over the ranks of a pipeline stage, because real routing is not balanced. In FP8 the CPU emulation needs
+    working memory that no GPU needs, so only what is kept is compared there."""
     table, numbers = schedule(name, layout.pp, MICRO), NumberFormats(dtype.itemsize, 4, fp8, fused=False)
     found = on_ranks(layout.world, on_a_rank, name, layout, dtype, fp8)
     kept = memory.saved_by_stage(
@@ -146,7 +146,7 @@ def test_memory_of_real_ranks(name, layout, dtype, fp8):
 
 
 def test_operands_are_kept_as_often_as_fits():
-    """On a CPU once; on a GPU twice, once or not at all, by the room that is left."""
+    """Once on a CPU; on a GPU twice, once or not at all, depending on the memory left."""
     layout, table, numbers = Layout(1, 1, 2), schedule("1f1b", 1, 2), NumberFormats(fp8=True)
     model = Transformer(TINY)
     (once,) = (kinds["operands"] for kinds in memory.per_rank(TINY, layout, table, 1, 128, numbers))

@@ -1,4 +1,4 @@
-"""The planner: kernels, layers, steps, runs, search; its figures against sums done otherwise."""
+"""The planner's kernels, layers, steps, runs and search, with its figures checked against independent sums."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_shapes_count_as_the_model_does():
-    """But for norms and biases, which no kernel multiplies with."""
+    """Except for norms and biases, which no kernel multiplies with."""
     for name in ("v3", "moonlight", "v2-lite", "tiny"):
         cfg = preset(name)
         shape = ModelShape.of(cfg)
@@ -59,14 +59,14 @@ def test_shapes_count_as_the_model_does():
 
 
 def test_kernels_do_the_flops_of_the_model():
-    """All phases of all layers, head included; in FP8 plus the up-projections that are made again."""
+    """All phases of all layers, head included; in FP8 plus the recomputed up-projections."""
     tokens, length = 4096, 4096
     for fp8 in (False, True):
         layers = [kernels.attend(SHAPE, tokens, length, fp8, gated=False) + kernels.dense(SHAPE, tokens, fp8)] * 3
         sparse = kernels.experts(SHAPE, tokens, 4, 7.5, fp8) + kernels.finish(SHAPE, tokens, fp8)
         layers += [kernels.attend(SHAPE, tokens, length, fp8) + sparse] * 58
         total = sum(phase.flops for phase in layers) + kernels.head(SHAPE, tokens).flops
-        core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention makes scores again: 5 for 4
+        core = sum(op.flops for op in layers[0].input if op.length) / 5  # FlashAttention recomputes scores: 5 for 4
         again = sum(2 * n * k for name, n, k in SHAPE.linears() if "up" in name) * 61 * tokens if fp8 else 0
         wanted_flops = accounting.flops_per_token(V3, length).training * tokens + 61 * core + again
         assert total == pytest.approx(wanted_flops, rel=1e-5)
@@ -164,7 +164,7 @@ def test_a_step_is_its_parts():
 
 
 def test_the_published_run():
-    """Within what the validation page says; without that number anywhere in what the planner reads."""
+    """Within what the validation page says, although no file that the planner reads contains that number."""
     plan = audit.v3()
     assert plan.hours_per_trillion / 1e3 == pytest.approx(180, rel=0.12)
     assert plan.fits and plan.highest > 0.8 * plan.setup.device.room
@@ -275,7 +275,7 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
 
 
 def test_every_stage_of_the_recipes_for_gpus_has_its_hours(call):
-    """Stages without pre-training, of a student of another size and of files that are not here, included."""
+    """Including stages without pre-training, of a student of another size, and of files that are missing here."""
     evening = json.loads(call(ROOT / "recipes/one-gpu.toml", "--cluster", "1xH100", "--json").out)
     assert evening["fits"] and 3 < sum(stage["gpu_hours"] for stage in evening["stages"]) < 8
     assert 0.9e9 < evening["params_total"] < 1.1e9 and 0.25e9 < evening["params_active"] < 0.35e9
@@ -291,7 +291,7 @@ def test_every_stage_of_the_recipes_for_gpus_has_its_hours(call):
 
 
 def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
-    """R1's own sampler drafted, so only the audit of its published cost counts drafts."""
+    """R1's own sampler used drafts, so only the audit of its published cost counts drafts."""
     plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
     zero = recipe.stage("zero")
     given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 300, plan.rate, 64)
