@@ -1,4 +1,4 @@
-"""Messages in an order that needs no names: known from the table, the same at both ends, and no rank waits for ever."""
+"""Messages need no names: both ends know their order from the table, and no rank waits forever."""
 
 from collections import deque
 
@@ -17,7 +17,7 @@ SIZES = [("gpipe", 4, 3), ("1f1b", 4, 6), ("1f1b", 2, 4), ("interleaved", 4, 8),
 
 
 def everything(table):
-    """All messages there can be, from the stages alone."""
+    """All possible messages, derived from the stages alone."""
     for lane, place in enumerate(table.place):
         for micro in range(table.per_lane):
             for stage in range(1, table.stages):
@@ -34,13 +34,13 @@ def test_every_message_once_on_its_way(name, ranks, micro):
 
 
 class Ends:
-    """Ranks that send and receive as NCCL does: a group does what each end asked for in that order, a send when the
-    other end receives and not before."""
+    """Ranks that send and receive as NCCL does: a group performs each end's requests in their order, and a send
+    completes only when the other end receives."""
 
     def __init__(self, table, group):
         self.table, self.group, self.orders = table, group, orders(table)
         self.asked = {}
-        """Of an end of a group (group, rank), what is not done yet."""
+        """{(group, rank): requests that are not complete}."""
         self.done = set()
         self.posted = dict.fromkeys(self.orders, 0)
 
@@ -56,7 +56,7 @@ class Ends:
             right.popleft()
 
     def busy(self, rank):
-        """Whether anything that a rank has asked for is under way."""
+        """Whether any request of this rank is incomplete."""
         return any(asked for (_, who), asked in self.asked.items() if who == rank)
 
     def has(self, way, wanted):
@@ -68,7 +68,7 @@ class Ends:
 
 
 def needed(action, table):
-    """(who sends it, what) of what a piece of work waits for."""
+    """(sender, message) for everything that an action waits for."""
     kind, stage, micro, lane = action
     if kind == "F" and stage:
         yield table.place[lane][stage - 1], Action("F", stage, micro, lane)
@@ -81,8 +81,8 @@ def one_way(source, target):
 
 
 def stuck(table, group, cold=False):
-    """Runs every rank; those that do not come to their end. `cold`: what a rank computes for the first time waits for
-    everything that its device has been given, as tuning and loading a kernel do."""
+    """Runs every rank and returns those that cannot finish. `cold`: the first time a rank computes something, it waits
+    for all work given to its device, as tuning and loading a kernel do."""
     ends, at, here, moved = Ends(table, group), [0] * table.ranks, set(), True
     known = [set() for _ in range(table.ranks)]
     while moved:
@@ -126,13 +126,13 @@ def test_nor_in_any_other_size(name, ranks, micro):
 
 
 def test_one_group_for_both_directions_would_hang():
-    """Why each direction has its own: two neighbours that send at the same time would wait for each other."""
+    """Why each direction has its own group: two neighbours that send at the same time would wait for each other."""
     assert stuck(schedule("dualpipe", 4, 8), lambda source, target: frozenset((source, target)))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_wait_for_the_whole_device_in_the_middle_of_a_step_would_hang(ahead, monkeypatch):
-    """Why `Executor.warm` comes before the messages; to take no message early is not enough."""
+    """Why `Executor.warm` comes before the messages; taking no message early is not enough."""
     monkeypatch.setattr("test_channels.AHEAD", ahead)
     assert stuck(schedule("dualpipe", 4, 8), one_way, cold=True)
 

@@ -1,4 +1,4 @@
-"""Rows cut over ranks: the core by itself, then loss, gradients and steps, against the same rows on one process."""
+"""Rows cut over ranks: attention alone, then loss, gradients and steps, against the same rows on one process."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def batch(number, segmented=False):
 
 
 class Replaying(NextToken):
-    """With the experts that a batch prescribes, where it does."""
+    """Replays the experts that a batch prescribes, if any."""
 
     def __call__(self, model, batch, **terms):
         out = model.train_outputs(batch.tokens_BT, batch.segments, choice_BTLK=batch.extras.get("choice_BTLK"))
@@ -45,7 +45,7 @@ class Replaying(NextToken):
 
 
 def prescribed(number, segmented):
-    """A batch without segments replays experts."""
+    """A batch; one without segments replays experts."""
     made = batch(number, segmented)
     return made if segmented else replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
 
@@ -108,7 +108,7 @@ def rope_of(length):
 @pytest.mark.parametrize(("n", "segmented", "dtype"), [(2, False, torch.float32), (3, True, torch.float32),
                                                        (4, True, torch.bfloat16)])  # fmt: skip
 def test_attention_over_ranks_is_attention(n, segmented, dtype):
-    """Output, gradient of the input and of every weight; float32 to its last digits, BF16 within its rounding."""
+    """Output and gradients of the input and of every weight: float32 to its last digits, BF16 within its rounding."""
     bound = 2e-6 if dtype == torch.float32 else 2e-2
     layer, x, dy, segments = one_layer(segmented, dtype)
     x.requires_grad_()
@@ -122,7 +122,7 @@ def test_attention_over_ranks_is_attention(n, segmented, dtype):
 
 
 def fp8_attention(x, dy, rope, segments, **core):
-    """Output, gradient of the input, and those of the weights, in FP8."""
+    """Output and gradients of the input and of the weights, in FP8."""
     layer = Transformer(CFG).initialise(3).layers[1].train()
     x = x.clone().requires_grad_()
     y = fp8.attention(layer.attn_norm, layer.attn, x, rope, segments, PAPER, **core)
@@ -155,8 +155,8 @@ def fp8_on_a_rank(rank, n):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_attention_in_fp8_over_ranks_is_that_of_whole_rows(n):
-    """Where no token attends to another chunk, up to roundings that the last digits turn over; else the gradients of
-    keys are quantised in parts, and as far from the exact ones as those of whole rows."""
+    """If no token attends to another chunk, equal except where the last digits flip a rounding. Otherwise the keys'
+    gradients are quantised in parts, and are as far from the exact ones as those of whole rows."""
     for own_chunks, found in zip((True, False), zip(*on_ranks(n, fp8_on_a_rank, n), strict=True), strict=True):
         x, dy, rope, segments = fp8_case(n, own_chunks)
         y, dx, grads = fp8_attention(x, dy, rope, segments)
@@ -208,8 +208,8 @@ STEPS = [
 
 @pytest.mark.parametrize(("layout", "name", "micro", "segmented", "recompute"), STEPS, ids=str)
 def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro, segmented, recompute):
-    """Every figure and gradient, MTP and balance terms among them, to float32's last digits; loads exactly. In FP8
-    gradients of keys, and tiles along tokens, are rounded in other parts."""
+    """Every metric and gradient, MTP and balance terms included, to float32's last digits; loads exactly. In FP8 the
+    keys' gradients and the tiles along tokens are rounded in other parts."""
     found = on_ranks(layout.world, gradients_on_a_rank, layout, name, micro, segmented, recompute)
     model, bound = stepped(recompute), 0.1 if recompute == "fp8" else 2e-5
     trainer = Trainer(model, Replaying(), None, *config())
@@ -232,7 +232,7 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
 
 
 def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
-    """Some steps, from the checkpoint that is there; then the held-out loss, and a checkpoint."""
+    """Some steps from the checkpoint that is there, then the held-out loss and a checkpoint."""
     part = ModelShard(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
     training = DistributedTrainer(part, next_token, None, *config(), folder, model_config=CFG.model_dump(), warn=print)
     assert training.start() == (first > 0)
@@ -250,7 +250,7 @@ def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
 
 
 def test_steps_held_out_loss_and_a_checkpoint_that_goes_on_without_cutting(tmp_path):
-    """Two steps over cut rows and two over whole ones are four steps of one process."""
+    """Two steps over cut rows and two over whole ones equal four steps of one process."""
     cut = on_ranks(4, steps_on_a_rank, Layout(pp=2, cp=2), "1f1b", 2, tmp_path, 0, 2)
     rest = on_ranks(2, steps_on_a_rank, Layout(pp=2), "1f1b", 2, tmp_path, 2, 2)
     trainer = Trainer(Transformer(CFG).initialise(1), next_token, None, *config())

@@ -1,4 +1,4 @@
-"""PPO's critic on many ranks against the one of one process: values, advantages, updates, and its place in the policy's
+"""PPO's critic on many ranks against that of one process: values, advantages, updates, and its place in the policy's
 checkpoint."""
 
 import shutil
@@ -32,7 +32,7 @@ SETTINGS = RLConfig(
 
 
 def groups(number, n=5):
-    """A rollout, drawn: three samples each of so many prompts."""
+    """A random rollout: three samples for each prompt."""
     draw = torch.Generator().manual_seed(number)
 
     def ids(least, most):
@@ -53,12 +53,12 @@ def groups(number, n=5):
 
 
 class Run:
-    """Policy, reference and critic, whole or this rank's."""
+    """Policy, reference and critic, whole or only this rank's part."""
 
     def __init__(self, folder, schedule=None, layout=None, dtype=torch.float32):
         network = Transformer(CFG).initialise(1)
         if layout is not None:
-            zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # in a rank's own process
+            zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # this process is the rank's own
             network = ModelShard(network, Mesh(layout, CFG), schedule)
         self.policy = distributed.trainer(
             network, GRPO(kl=0.0), None, SETTINGS, Runtime(workers=Workers(1), compute_dtype=dtype), folder,
@@ -70,7 +70,7 @@ class Run:
         self.reference = Reference(self.policy, self.whole, Workers(1), 99, 1.0)
 
     def rollout(self, number):
-        """Two updates on one rollout: all that must be as on one process."""
+        """Two updates on one rollout; returns everything that must equal one process."""
         rows = groups(number)
         self.critic.assign_advantages(rows, self.reference)
         flat = [row for group in rows for row in group]
@@ -83,7 +83,7 @@ class Run:
         return found, self.critic.metrics()
 
     def state(self):
-        """Masters and moments of the critic, as the checkpoint has them."""
+        """The critic's master weights and moments as in the checkpoint."""
         self.policy.finish()
         reader = CheckpointReader(self.policy.state_dir / f"step-{self.policy.step:08d}")
         names = [name for name in sorted(reader.locations) if name.startswith("extras/critic/")]
@@ -91,7 +91,7 @@ class Run:
 
 
 def two_rollouts(folder, *where):
-    """The run, what it gave, and a copy of its folder as it was between the two."""
+    """The run, its results, and a copy of its folder as it was between the two rollouts."""
     run = Run(folder, *where)
     assert not run.resumed
     first = run.rollout(1)
@@ -107,7 +107,7 @@ def two_rollouts(folder, *where):
 
 
 def on_a_rank(rank, folder, alone, schedule, layout):
-    """Two rollouts; the second again after a kill; and again from a checkpoint of one process."""
+    """Two rollouts; the second again after a kill, and again from a checkpoint of one process."""
     run, both = two_rollouts(folder / "run", schedule, layout)
     ended = run.state()
     again = Run(folder / "between", schedule, layout)
@@ -134,12 +134,12 @@ def alone(tmp_path_factory):
 
 
 def near(found, wanted):
-    """What two rollouts gave, to rounding; the second's values have been learnt from the first."""
+    """The results of two rollouts agree up to rounding; the second's values were learnt from the first."""
     for (mine, metrics), (theirs, known) in zip(found, wanted, strict=True):
         for name, of_rows in theirs.items():
             for one, other in zip(mine[name], of_rows, strict=True):
                 assert one == pytest.approx(other, rel=1e-3, abs=2e-4), name
-        share = metrics["critic/clip_share"]  # of a few tokens rounding decides which error is the worse one
+        share = metrics["critic/clip_share"]  # on few tokens, rounding decides which error is the larger
         assert metrics == pytest.approx(known | {"critic/clip_share": share}, rel=1e-3, abs=1e-5)
         assert share == pytest.approx(known["critic/clip_share"], abs=0.03)
 
@@ -149,8 +149,8 @@ LAYOUTS = [("dualpipe", Layout(2, 1, 1)), ("zbv", Layout(2, 1, 2))]
 
 @pytest.mark.parametrize(("schedule", "layout"), LAYOUTS, ids=str)
 def test_a_critic_on_many_ranks_is_that_of_one_process(alone, tmp_path, schedule, layout):
-    """Values, returns, advantages and metrics; weights within a tenth of AdamW's steps, first moments closer; after a
-    kill bit for bit; and checkpoints that the other may go on from."""
+    """Values, returns, advantages and metrics; weights within a tenth of AdamW's steps, first moments closer. Bit for
+    bit after a kill, and either can resume from the other's checkpoint."""
     folder, run, wanted = alone
     ranks = on_ranks(layout.world, on_a_rank, tmp_path, folder / "between", schedule, layout)
     assert max(map(abs, (value for row in wanted[1][0]["values"] for value in row))) > 0.01
@@ -173,7 +173,7 @@ def test_a_critic_on_many_ranks_is_that_of_one_process(alone, tmp_path, schedule
         assert not any(found["counted"]), "values count no expert's load"
         held += found["held"]
     n = sum(value.numel() for value in run.critic.trainer.model.parameters())
-    copies = 2 if schedule == "dualpipe" else 1  # which holds every stage twice
+    copies = 2 if schedule == "dualpipe" else 1  # DualPipe holds every stage twice
     assert n <= held / copies < n + 100_000, "every rank has a share"
     shutil.rmtree(tmp_path / "between" / "step-00000004")
     moved = Run(tmp_path / "between")

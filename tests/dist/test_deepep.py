@@ -1,4 +1,4 @@
-"""DeepEP as the exchange: the bits of all-to-all, few calls and no wait in backward, and who may use it.
+"""DeepEP as the exchange: the bits of all-to-all, few calls, no wait in backward, and who may use it.
 
 The package needs NVLink; a stand-in with its signatures computes over gloo (tests/shared/deep_ep_stand_in.py).
 """
@@ -41,8 +41,8 @@ def install(node):
 
 
 def problem(rank, case):
-    """Rank 0 has most tokens, rank 1 none at all; expert 5 gets nobody. Or all tokens go to expert 2; or only the
-    first half of the ranks gets any."""
+    """Rank 0 has most tokens, rank 1 none, and expert 5 gets none. Or all tokens go to expert 2; or only the first half
+    of the ranks gets any."""
     own = torch.Generator().manual_seed(100 + rank)
     N = [40, 0, 7, 12][rank] if case == "uneven" else 11
     x = torch.randn(N, D, generator=own).bfloat16()
@@ -89,7 +89,7 @@ def hopping(rank, n, node):
 
 
 def both(rank, n, node):
-    """For every case: names of what differs from all-to-all, and what DeepEP was asked for."""
+    """For every case: names of what differs from all-to-all, and the calls that DeepEP received."""
     install(node)
     reference = hopping(rank, n, node)
     buffer = deepep.buffer_of(dist.new_group(list(range(n)), backend="gloo"), D)
@@ -108,7 +108,7 @@ def both(rank, n, node):
         }
         told.append((case, fp8, off, bytes_, wanted_bytes, [call for call, _ in buffer.calls],
                      len({handle for _, handle in buffer.calls if handle})))  # fmt: skip
-    x, calls = torch.randn(3, D).requires_grad_(), len(buffer.calls)  # float32 goes by all-to-all
+    x, calls = torch.randn(3, D).requires_grad_(), len(buffer.calls)  # float32 goes through all-to-all
     sent = exchange.dispatch(x, moe.Routing(torch.tensor([[0, 5, 7]] * 3), torch.ones(3, K), None))
     exchange.combine(sent.rows_MD, sent).sum().backward()
     told.append(len(buffer.calls) == calls and torch.equal(x.grad, torch.full_like(x, 3.0)))
@@ -117,12 +117,12 @@ def both(rank, n, node):
 
 
 ONCE = ["layout", "dispatch", "combine", "dispatch again", "combine"]
-"""Forward twice, of which the first asks for the layout; backward by the same handle."""
+"""Two forwards, the first with the layout, and a backward that uses the same handle."""
 
 
 @pytest.mark.parametrize(("n", "node"), [(2, 8), (4, 8), (4, 2)], ids=["two", "four", "two-nodes"])
 def test_the_bits_of_all_to_all(n, node):
-    """Between nodes it does not say in which order rows arrive, so sums over them may run in another."""
+    """Between nodes DeepEP does not fix the order in which rows arrive, so sums over them may differ in order."""
     found = on_ranks(n, both, n, node)
     for *cases, other_dtype in found:
         assert other_dtype
@@ -139,8 +139,8 @@ def test_the_bits_of_all_to_all(n, node):
 
 
 def overlapped(rank):
-    """A step of DualPipe's pairs on two expert-parallel ranks: by DeepEP, whose exchanges take any time, against
-    all-to-all one after the other."""
+    """A DualPipe step with pairs on two expert-parallel ranks: through DeepEP, whose exchanges take random times,
+    against all-to-all without overlap."""
     install(8)
     table, runs = schedule("dualpipe-v", 1, 3), []
     for backend, streams in (("all-to-all", Serial()), ("deepep", Jittery(rank))):
@@ -160,7 +160,7 @@ def overlapped(rank):
 
 
 def meetings():
-    """When a trainer's ranks meet: before every step, and before rows that are held out."""
+    """When a trainer's ranks meet: before every step, and before held-out rows."""
     training, met = across(Layout(ep=2), "1f1b"), []
     training.shard.exchange.begin = lambda: met.append(what)
     what = "step"
@@ -192,7 +192,7 @@ def out_of_step(rank, buffer):
 
 
 class InBF16:
-    """An exchange of a float32 model's rows in BF16."""
+    """Exchanges a float32 model's rows in BF16."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -206,8 +206,8 @@ class InBF16:
 
 
 def test_dualpipe_s_halves_keep_their_bits():
-    """And the stand-in would have noticed ranks that call in another order. The benchmark of the first hour compares
-    both backends."""
+    """The stand-in also notices ranks that call in different orders, and the benchmark of the first hour compares both
+    backends."""
     for off, forward, backward, said, freed, rows, met in on_ranks(2, overlapped):
         assert off == [] and forward == backward == 3 * 4 and freed
         assert said == "ranks are in different calls" and met == ["step", "step", "held out"]
@@ -243,7 +243,7 @@ def chosen(rank):
 
 
 def test_all_ranks_take_the_same():
-    """One without the wheel makes all fall back, or refuse."""
+    """One rank without the wheel makes all fall back, or refuse."""
     mine, theirs = on_ranks(2, chosen)
     assert mine == theirs
     for (answer, said), (*_, wanted, words) in zip(mine, CHOICES, strict=True):

@@ -1,4 +1,4 @@
-"""Samples that several ranks generate together are those of one process, in order."""
+"""Samples that several ranks generate together equal those of one process, in order."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_all_ranks_have_the_samples_of_one_process(kind):
 
 
 class Talk(Environment):
-    """Two turns, between which it says the same; an episode is the task itself."""
+    """Two turns with one message in between; the task is its own episode."""
 
     name, domain, max_turns, resets = "talk", "words", 2, 0
     start = [{"role": "user", "content": "one fox"}]  # noqa: RUF012
@@ -85,7 +85,7 @@ class Talk(Environment):
 
 
 def episodes(rank, ranks=None):
-    """(tokens and verdicts of two problems' samples, environments reset here)."""
+    """(tokens and verdicts of two problems' samples, number of environments reset here)."""
     if ranks:
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
         sampler, once = ShardedSampler(engine(), lambda: None, ranks), lambda make: ranks.broadcast(make, "episodes")
@@ -108,14 +108,14 @@ def test_episodes_are_those_of_one_process_and_rank_0_alone_has_environments():
 
 
 def changed(mine, step):
-    """Another model in the place of this one."""
+    """Replaces this model's weights by another's."""
     with torch.no_grad():
         for own, other in zip(mine.model.parameters(), engine(9 + step).model.parameters(), strict=True):
             own.copy_(other)
 
 
 def ordered(rank, folder):
-    """Two calls of a model, of a judge in turn with it, and of a student that is trained."""
+    """Two calls of a model and a judge in turn, then calls of a student that is being trained."""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     if rank:
         helper, loaded = Helper(ranks), []
@@ -138,7 +138,7 @@ def ordered(rank, folder):
 
 
 def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
-    """The others load every model once, and follow the weights of one that changes."""
+    """The others load every model once, and follow the weights of a model that changes."""
     wanted = {}
     for seed in (1, 2, 9, 10):
         mine = engine(seed)
@@ -152,7 +152,7 @@ def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
 
 
 def led_by_rank_0(rank, folder):
-    """A part of a stage that rank 0 runs with the other as helper, one that fails, and one that is stopped."""
+    """Parts of a stage that rank 0 runs with the other as helper: one succeeds, one fails, and one is stopped."""
     ranks, made = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
     ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), ranks=ranks)
 

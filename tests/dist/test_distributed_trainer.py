@@ -1,4 +1,4 @@
-"""Training steps with pipeline, experts, data and optimizer state in parallel against the trainer on one process."""
+"""Training steps parallel over pipeline, experts, data and optimizer state, against the trainer on one process."""
 
 from itertools import pairwise
 
@@ -45,7 +45,7 @@ def part_of(layout, name, cfg=CFG, fp8=False):
 
 
 def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None, warn=print, bucket=1 << 14, **more):
-    """On a rank, in many buckets."""
+    """This rank's trainer, with many buckets."""
     zero1.BUCKET, zero1.FILLING = bucket, 0.25
     part = part_of(layout, name, cfg, fp8)
     objective = GRPO(kl=0.0) if more.get("terms") == {} else next_token
@@ -55,7 +55,7 @@ def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None
 
 
 def samples(lot, micro, replay=True):
-    """Micro-batches of RL, with the experts of another policy to replay."""
+    """RL micro-batches, with another policy's experts to replay."""
     made = [replayed(lot * micro + number) for number in range(micro)]
     for one in made:
         choice = {"choice_BTLK": one.extras["choice_BTLK"]} if replay else {}
@@ -64,7 +64,7 @@ def samples(lot, micro, replay=True):
 
 
 def warmed(rank, name, layout, micro, warms):
-    """Two steps: what they give, and how often they were warmed up."""
+    """Two steps: their results, and how often they were warmed up."""
     training = across(layout, name)
     training._warms = warms
     calls, warm = [], Executor.warm
@@ -82,7 +82,7 @@ def warmed(rank, name, layout, micro, warms):
 
 
 def test_a_warm_up_leaves_no_trace():
-    """Metrics, weights and loads of experts are those without, bit by bit. Kernels are tuned in it and not after it."""
+    """Metrics, weights and expert loads are bit for bit those without it. Kernels are tuned in it and never after."""
     layout = Layout(2, 1, 2)
     cold, warm = (on_ranks(layout.world, warmed, "dualpipe", layout, 4, warms) for warms in (False, True))
     for one, other in zip(cold, warm, strict=True):
@@ -106,7 +106,7 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
 
 
 def replaying(rank, name, layout, micro):
-    """The steps, and in the same processes one of RL that replays experts."""
+    """The steps, and an RL step in the same processes that replays experts."""
     training = across(layout, name, terms={})
     values = training.update(samples(training.shard.pipeline_index, micro))
     moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
@@ -116,7 +116,7 @@ def replaying(rank, name, layout, micro):
 
 
 def at_home(lots, micro, dtype=torch.float32, fp8=False, **more):
-    """The trainer, after the same steps, and what it logged."""
+    """The one-process trainer after the same steps, and what it logged."""
 
     trainer = Trainer(model_of(CFG, fp8), next_token, None, *config(dtype, **more))
     values = [trainer.update([b for lot in range(lots) for b in batches(step, lot, micro)]) for step in range(STEPS)]
@@ -129,7 +129,7 @@ LAYOUTS = [("1f1b", Layout(2, 1, 2), 3), ("dualpipe", Layout(2, 1, 2), 4), ("gpi
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
 def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
-    """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of a step of AdamW (whose
+    """Loss and norm to float32's last digits, routing biases exactly, weights within a tenth of an AdamW step (whose
     first steps divide a gradient by itself, however small)."""
     both = on_ranks(layout.world, replaying, name, layout, micro)
     found = [steps for steps, _ in both]
@@ -141,7 +141,7 @@ def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
         for mine, wanted in zip(theirs, values, strict=True):
             for key in ("train/total", "train/loss", "train/mtp_1", "train/balance", "train/grad_norm"):
                 assert mine[key] == pytest.approx(wanted[key], rel=1e-4), key
-            if layout.ep > 1:  # once at most to the other rank, in every sparse layer and MTP module
+            if layout.ep > 1:  # at most once to the other rank, in every sparse layer and MTP module
                 sparse = CFG.n_layers - CFG.n_dense_layers + CFG.n_mtp
                 assert 0.2 * sparse < mine["moe/sent_bytes/node"] / (4 * CFG.dim) <= sparse
         held |= own.keys()
@@ -157,7 +157,7 @@ def test_steps_across_ranks_are_the_trainer_s(name, layout, micro):
 
 
 def replays_as_at_home(found, lots, micro):
-    """Metrics, gradients (the first moments after one step) and loads of experts."""
+    """Metrics, gradients (the first moments after one step) and expert loads."""
 
     def step(replay):
         trainer = Trainer(model_of(CFG), GRPO(kl=0.0), None, *config(terms={}))
@@ -179,7 +179,7 @@ def replays_as_at_home(found, lots, micro):
 
 
 def test_moments_are_shared_out():
-    """dp 4: each rank holds a quarter of the moments that one process holds, up to the filling."""
+    """dp 4: each rank holds a quarter of the moments that one process holds, up to padding."""
     found = on_ranks(4, on_a_rank, "gpipe", Layout(1, 4, 1), 1)
     trainer, _ = at_home(1, 1)
     whole = sum(t.nbytes for g in trainer.optimizer.groups for t in g.moments.values())
@@ -187,7 +187,7 @@ def test_moments_are_shared_out():
 
 
 def test_in_bfloat16_and_in_fp8():
-    """All ranks end with the same weights, near those of one process."""
+    """All ranks end with the same weights, and with losses and norms near those of one process."""
     for fp8 in (False, True):
         found = on_ranks(2, on_a_rank, "gpipe", Layout(1, 1, 2), 2, torch.bfloat16, fp8)
         _, values = at_home(2, 2, torch.bfloat16, fp8)
@@ -199,7 +199,7 @@ def test_in_bfloat16_and_in_fp8():
 
 
 def with_few(rank, name, layout, fp8, phases):
-    """Three micro-batches where four are needed: one of them is a filler."""
+    """Three micro-batches where four are needed, so one of them is a filler."""
     training = across(layout, name, fp8=fp8)
     training.model.set_recompute(phases)
     values = training.update(training.mine(batches(0, 0, 3)))
@@ -214,8 +214,8 @@ def with_few(rank, name, layout, fp8, phases):
     ids=str,
 )  # fmt: skip
 def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
-    """Neither as rows and tokens, nor in the loss, nor in what the routing biases move by and MaxVio is measured from,
-    with MTP, in FP8, and where backward recomputes the gate."""
+    """They do not count as rows or tokens, in the loss, or in what moves the routing biases and gives MaxVio: with MTP,
+    in FP8, and if backward recomputes the gate."""
     trainer = Trainer(model_of(CFG, fp8), next_token, None, *config())
     wanted = trainer.update(batches(0, 0, 3))
     routed = {gate: CFG.n_activated_experts * 3 * 2 * (13 if gate == "mtp0" else 14) for gate in trainer.gates}
@@ -233,13 +233,13 @@ def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
 
 
 def without_mtp(rank, layout):
-    """lambda 0: the modules neither run nor count tokens."""
+    """lambda 0: the MTP modules neither run nor count tokens."""
     training = across(layout, "1f1b", terms=TERMS | {"mtp_lambda": 0.0})
     return training.update(batches(0, 0, 2)), [reading(layout, ahead) for ahead in (False, True)]
 
 
 def reading(layout, ahead):
-    """Three steps from rows, the last with one row alone."""
+    """Three steps that read rows, the last with a single row."""
     training, asked, logged = across(layout, "1f1b", read_ahead=ahead), [], []
     runtime, T = training.runtime, batch(0, False).tokens_BT.shape[1]
     runtime.tokens, runtime.batch_rows = 5 * T, lambda tokens: 2 if tokens < 4 * T else 1
@@ -271,7 +271,7 @@ def test_a_weight_of_zero_leaves_mtp_out_and_reading_ahead_changes_nothing():
 def poisoned(rank, layout):
     warnings = []
     training = across(layout, "1f1b", warn=warnings.append)
-    if rank == 1:  # the end of the pipeline
+    if rank == 1:  # the last stage of the pipeline
         with torch.no_grad():
             training.model.head.weight[3, 3] = float("nan")
     before = {name: value.clone() for name, value in training.optimizer.masters().items()}
@@ -297,7 +297,7 @@ def with_muon(rank, name, layout, micro):
 
 @pytest.mark.parametrize(("name", "layout", "micro"), [("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 4, 1), 1)])
 def test_muon_s_matrices_stay_whole(name, layout, micro):
-    """Every rank moves some of them; the weights are those of one process to a tenth of a step."""
+    """Every rank updates some of them; the weights equal those of one process to a tenth of a step."""
     found = on_ranks(layout.world, with_muon, name, layout, micro)
     trainer, values = at_home(layout.dp * layout.ep, micro, optimizer="muon")
     weights, matrices = trainer.optimizer.masters(), model_of(CFG).hidden_matrices()
@@ -309,7 +309,7 @@ def test_muon_s_matrices_stay_whole(name, layout, micro):
             moved = (torch.from_numpy(value) - weights[parameter][part]).abs().max()
             assert moved < 0.1 * LR, (parameter, float(moved))
     whole = sum(p.numel() for n, p in model_of(CFG).named_parameters() if n in matrices)
-    if layout.dp == 4:  # a rank has a fourth and not all of them
+    if layout.dp == 4:  # a rank has about a fourth, not all of them
         assert all(whole / 4 <= own < whole / 2 for *_, own in found)
 
 

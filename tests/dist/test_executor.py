@@ -1,4 +1,4 @@
-"""Every schedule on real ranks gives the loss and the gradients of the whole network."""
+"""Every schedule on real ranks gives the whole network's loss and gradients."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def batch(number, segmented):
 
 
 def replayed(number):
-    """A batch with experts to replay, drawn; the gate is left to choose at the last three tokens of a row."""
+    """A batch with random experts to replay; the gate still chooses at the last three tokens of a row."""
     made = batch(number, False)
     return replace(made, extras={"choice_BTLK": choice(made.tokens_BT, number)})
 
@@ -51,7 +51,7 @@ def choice(tokens_BT, number):
 
 
 def run(executor, work):
-    """Every parameter is told once, and its gradient is then complete."""
+    """Runs the work; every parameter is reported once, when its gradient is complete."""
     told = {}
 
     def completed(parameters):
@@ -85,7 +85,7 @@ def on_a_rank(rank, name, ranks, micro, cfg, fp8, segmented):
 
 
 def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
-    """Pipeline, experts and data in parallel: every (dp, ep) rank has micro-batches of its own."""
+    """Parallel over pipeline, experts and data: every (dp, ep) rank has its own micro-batches."""
     model, mesh = model_of(CFG, fp8), Mesh(layout, CFG)
     table = schedule(name, layout.pp, micro)
     keep_experts(model, mesh.experts)
@@ -121,13 +121,13 @@ def on_a_rank_of_a_mesh(rank, name, layout, micro, fp8):
     ids=lambda value: str(value),
 )  # fmt: skip
 def test_pipeline_experts_and_data_at_once(name, layout, micro, fp8):
-    """One step by the gates' choice, and one that replays another."""
+    """One step with the gates' choice, and one that replays other experts."""
     found = on_ranks(layout.world, on_a_rank_of_a_mesh, name, layout, micro, fp8)
     totals = []
     for step, made in enumerate((lambda number: batch(number, False), replayed)):
         total, grads = whole(layout.dp * layout.ep * micro, CFG, fp8, False, made)
         totals.append(total)
-        # in FP8 tiles along the tokens begin with every rank's own, so weight gradients are rounded otherwise
+        # in FP8, tiles along tokens start with each rank's own tokens, so weight gradients round differently
         assert sum(steps[step][0] for steps, _ in found) == pytest.approx(total, rel=1e-6)
         for steps, (begin, end) in found:
             for parameter, grad in steps[step][1].items():
@@ -176,7 +176,7 @@ def test_without_mtp_with_segments_and_tied_to_no_other():
 
 
 def test_in_fp8():
-    """Every stage quantises what the whole network quantises there, so even that agrees."""
+    """Every stage quantises what the whole network quantises there, so FP8 agrees too."""
     compare("dualpipe", 2, 4, fp8=True)
     compare("zb1p", 2, 3, fp8=True)
 

@@ -1,4 +1,4 @@
-"""Experts on several ranks give what they give on one: values, gradients, bytes."""
+"""Experts on several ranks give what they give on one rank: values, gradients, bytes."""
 
 import pytest
 import torch
@@ -18,20 +18,20 @@ def relative(found, wanted):
 
 
 def problem(rank, n, seed=0):
-    """One rank's tokens and routing, and all experts; rank 0 has most tokens, rank 1 none at all."""
+    """One rank's tokens and routing, and all experts; rank 0 has most tokens, rank 1 none."""
     generator = torch.Generator().manual_seed(seed)
     w13, w2 = (torch.randn(shape, generator=generator) * 0.2 for shape in ((E, 2 * F, D), (E, D, F)))
     own = torch.Generator().manual_seed(100 + rank)
     N = [40, 0, 7, 12][rank]
     x = torch.randn(N, D, generator=own)
     score = torch.rand(N, E, generator=own)
-    score[:, 5] = 0  # expert 5 gets nobody
+    score[:, 5] = 0  # no token goes to expert 5
     weight, expert = score.topk(K, -1)
     return x, expert, weight, w13, w2, torch.randn(N, D, generator=own)
 
 
 class PlainExchange(AllToAll):
-    """The plain all-to-all: a row for every token and expert, summed on the token's rank."""
+    """The naive all-to-all: a row for every token and expert, summed on the token's rank."""
 
     def dispatch(self, x_ND, routing, recipe=None):
         each = moe.Routing(routing.expert_NK.reshape(-1, 1), routing.weight_NK.reshape(-1, 1), routing.balance)
@@ -58,7 +58,7 @@ def exchange_of(kind, rank, n):
 
 
 def there_and_back(rank, n, kind, fp8, as_gpu=False):
-    """`as_gpu`: with the operations that a GPU would take."""
+    """`as_gpu`: with the operations that a GPU would run."""
     if as_gpu:
         exchange.on_cpu = expert_parallel.on_cpu = lambda device: False
     x, expert, weight, w13, w2, dy = problem(rank, n)
@@ -77,7 +77,7 @@ def there_and_back(rank, n, kind, fp8, as_gpu=False):
 
 
 def at_home(n, fp8):
-    """The same on one device: all ranks' tokens together."""
+    """The same on one device, with all ranks' tokens together."""
     parts = [problem(rank, n) for rank in range(n)]
     x, expert, weight, dy = (torch.cat([part[i] for part in parts]) for i in (0, 1, 2, 5))
     experts = moe.Experts.__new__(moe.Experts)
@@ -96,7 +96,7 @@ def at_home(n, fp8):
 def test_several_ranks_are_one(kind, n, fp8):
     found = on_ranks(n, there_and_back, n, kind, fp8)
     y, grads, _ = at_home(n, fp8)
-    # In FP8 sums of another order now and then tip a rounding, and tiles along the tokens begin elsewhere.
+    # In FP8 another order of sums sometimes flips a rounding, and tiles along the tokens begin elsewhere.
     bound = 4e-2 if fp8 else 2e-6
     assert relative(torch.cat([torch.from_numpy(f[0]) for f in found]), y) < (1e-6 if not fp8 else 1e-2)
     for i, wanted in enumerate(grads):
@@ -104,7 +104,7 @@ def test_several_ranks_are_one(kind, n, fp8):
 
 
 def both_ways(rank, n, kind):
-    """Whether a CPU's way and a GPU's have the same rows, and how far results are from one another."""
+    """Whether the CPU's and the GPU's paths have the same rows, and how far apart their results are."""
     told = []
     for fp8 in (False, True):
         (y, grads, sent, count), (y2, grads2, sent2, count2) = (
@@ -118,14 +118,14 @@ def both_ways(rank, n, kind):
 
 @pytest.mark.parametrize("kind", ["one", "two"])
 def test_a_gpu_s_way_gives_the_same(kind):
-    """Rows found without a wait, and sums in the order of rows instead of atomic ones: float32 has the same bits."""
+    """Rows are found without a wait, and sums follow the row order instead of being atomic: the same float32 bits."""
     for told in on_ranks(4, both_ways, 4, kind):
         assert told == [(True, 0.0), (True, 0.0)]
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bfloat16", "fp8"])
 def test_the_host_waits_once_in_a_hop(monkeypatch, fp8):
-    """On the meta device, where no number can be read but those of the rows; forward and backward."""
+    """On the meta device, where only the row counts can be read; forward and backward."""
     asked = []
 
     def counted(mine_P2, group):
@@ -150,7 +150,7 @@ def test_the_host_waits_once_in_a_hop(monkeypatch, fp8):
 
 
 def test_bytes_on_every_link():
-    """Counted against the routing: copies per expert, per rank, per node and rank."""
+    """Counted from the routing: copies per expert, per rank, and per node and rank."""
     n, local = 4, E // 4
     row = D * 4
     parts = [problem(rank, n) for rank in range(n)]
@@ -168,7 +168,7 @@ def test_bytes_on_every_link():
             else:
                 assert sent["network"] == row * sum(len({r // 2 for r in ranks} - {rank // 2}) for ranks in homes)
         if kind == "two":
-            # inside a node go the tokens of this number's ranks in both nodes, to the other rank of the node
+            # within a node: tokens of both nodes' ranks with this local number, sent to the node's other rank
             for rank, (_, _, sent, _) in enumerate(found):
                 other = rank ^ 1
                 senders = [rank, rank ^ 2]

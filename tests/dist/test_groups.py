@@ -1,4 +1,4 @@
-"""Process groups: few communicators, made once, with the layout's timeout; what a GPU's rank asks of NCCL and CUDA."""
+"""Process groups: few communicators, made once, with the layout's timeout; what a GPU rank asks of NCCL and CUDA."""
 
 import os
 import platform
@@ -24,8 +24,8 @@ from bessemer.model.config import preset
 
 
 def alone(work, *arguments):
-    """work(...) in a fork that is the only rank of a run, whose ranks wait at most 17 seconds. Not in this process,
-    whose later forks could not destroy its groups."""
+    """work(...) in a fork that is the only rank of a run, whose ranks wait at most 17 seconds. This process itself
+    could not destroy the groups in its later forks."""
     return on_ranks(1, _join, work, *arguments)[0]
 
 
@@ -46,8 +46,8 @@ def timeouts(folder):
 
 
 def test_every_group_has_the_layout_s_timeout(tmp_path):
-    """17 seconds, and a minute in which the watchdog reports first. The world, files, and one for all else of a rank
-    that is alone."""
+    """17 seconds, plus a minute in which the watchdog reports first. A rank that is alone has three groups: the world,
+    files, and one for everything else."""
     assert alone(timeouts, tmp_path) == [timedelta(seconds=77)] * 3
 
 
@@ -65,8 +65,8 @@ def test_the_stages_of_a_run_share_their_groups_and_a_new_run_has_its_own(tmp_pa
 
 
 def communicators(layout, schedule):
-    """Of every rank: groups that it is in, as `Mesh`, `Channels`, checkpoints and held-out rows make them, and the
-    world's two."""
+    """For each rank, how many groups it is in, as `Mesh`, `Channels`, checkpoints and held-out rows create them; and
+    the number of all groups. The world's two are not counted."""
     table, pipelines = schedules.schedule(schedule, layout.pp, 120), layout.groups("pp")
     wanted = {one.shared for one in (*layout.wanted(), *executor.wanted(table, pipelines))}
     return Counter(rank for one in wanted for rank in one.ranks), len(wanted)
@@ -98,7 +98,7 @@ def test_equal_ranks_are_one_group_unless_they_may_run_side_by_side():
 
 
 def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
-    """This build of torch has no NCCL: its options as torch declares them."""
+    """This build of torch has no NCCL; its options are faked as torch declares them."""
     made = SimpleNamespace(Options=lambda: SimpleNamespace(is_high_priority_stream=False, config=SimpleNamespace()))
     monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
     most = {}
@@ -116,7 +116,7 @@ def test_what_nccl_and_cuda_are_asked_for(monkeypatch):
 
 
 def test_the_exchange_s_thread_sets_its_device(monkeypatch):
-    """Else all ranks of a machine would make a context on its first GPU."""
+    """Otherwise all ranks of a machine would create a context on its first GPU."""
     chosen = {}
     stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: None)
     monkeypatch.setattr(
@@ -136,7 +136,7 @@ def whole_layers():
     called, layers = Counter(), [*training.model.layers, *(module.layer for module in training.model.mtp)]
     for number, layer in enumerate(layers):
 
-        def whole(*given, number=number, layer=layer):  # what `compile` would put in its place
+        def whole(*given, number=number, layer=layer):  # stands for what `compile` would install
             called[number] += 1
             return layer._call_impl(*given)
 
@@ -158,7 +158,7 @@ def compared(rank, facts, faults):
 
 
 def test_the_rank_that_differs_is_named():
-    """Two of three agree; rank 0 may be the odd one."""
+    """Two of three agree; the odd one may be rank 0."""
     cpu, gpu = {"device": "cpu", "NCCL": None}, {"device": "cuda 9.0", "NCCL": "2.29.7"}
     for facts, faults, words in (
         (

@@ -1,9 +1,8 @@
-"""Messages and sums as a GPU has them: a wait returns at once and holds later work of the device, not the host.
+"""Messages and sums as on a GPU: a wait returns at once and holds up later work of the device, not the host.
 
-Real gloo processes whose `dist` is `Late`, and whose sums and gathers of ZeRO-1 are those of `LateSums`. What is
-received is NaN until work that was queued after the wait reads it, so what reads too early, or without a wait, shows in
-the results. What is sent leaves late, each direction after a delay of its own, so whatever is changed before it has
-left shows, too.
+Real gloo processes whose `dist` is `Late`, and whose ZeRO-1 sums and gathers are those of `LateSums`. What is received
+is NaN until work that was queued after the wait reads it, so a read that is too early, or without a wait, shows in the
+results. What is sent leaves late, with a different delay for each direction, so a change before it has left shows too.
 """
 
 import os
@@ -30,7 +29,7 @@ from bessemer.kernels import library
 
 
 class Late:
-    """torch.distributed, but for its messages."""
+    """torch.distributed, except for its messages."""
 
     def __init__(self, seed):
         self.draw, self.directions = random.Random(seed), {}
@@ -86,7 +85,7 @@ class Direction(threading.Thread):
 
 
 class Device(TorchDispatchMode):
-    """The device comes to what was queued after a wait when the message is there."""
+    """A device that reaches what was queued after a wait once the message has arrived."""
 
     def __init__(self, late):
         super().__init__()
@@ -114,7 +113,7 @@ def steps(name, layout, micro):
 def on_a_rank(rank, name, layout, micro):
     os.environ["BESSEMER_KERNELS"] = "off"  # they read by address, which no dispatch mode sees
     library.forget()
-    with Device(Late(rank)):  # with torch's own messages; under any mode some operations are others
+    with Device(Late(rank)):  # with torch's own messages; some operations differ under any mode
         wanted, weights = steps(name, layout, micro)
     executor.dist = late = Late(rank)
     marks = []
@@ -134,7 +133,7 @@ def test_no_message_is_read_early_or_changed_before_it_has_left():
 
 
 class LateSums(Late):
-    """The reduce-scatter and the all-gather of ZeRO-1."""
+    """ZeRO-1's reduce-scatter and all-gather."""
 
     changed = 0
 
@@ -168,8 +167,8 @@ def noted(order, group, begin):
 
 
 def in_buckets(micro=1, **options):
-    """Two steps on 2 data-parallel ranks, in which weights are gathered while the next forward begins, and the order of
-    what was made and summed in the second."""
+    """Two steps on 2 data-parallel ranks, in which weights are gathered while the next forward begins; also the order
+    of gradients and sums in the second step."""
     training, order = across(Layout(1, 2), "gpipe", **options), []
     training._goes_on = True
     training.model.embed.weight.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
@@ -219,8 +218,8 @@ def sums_on_a_rank(rank):
 
 
 def test_buckets_are_summed_in_backward_and_gathered_in_forward():
-    """The bits are those of one bucket, whose sum starts at the end; no sum is read early, no gradient changed after
-    its sum began, and no weight read before it is there. What is broken on purpose shows."""
+    """The bits are those of one bucket whose sum starts at the end. No sum is read early, no gradient changes after its
+    sum began, and no weight is read before it has arrived. Deliberate faults show."""
     for found in on_ranks(2, sums_on_a_rank):
         assert found["the bits of one bucket"] and found["norm"] < 1e-6
         order = found["order"]
@@ -237,7 +236,7 @@ def test_buckets_are_summed_in_backward_and_gathered_in_forward():
 
 
 class LateShared:
-    """The sums over the two copies of DualPipe: NaN until they are waited for."""
+    """The sums over DualPipe's two copies, NaN until they are waited for."""
 
     waits = True
 
@@ -261,7 +260,7 @@ class LateShared:
 
 
 def of_two_copies(early=True):
-    """Two steps of DualPipe on 2 x 2 ranks, and in the second what was begun by how many steps before the end."""
+    """Two steps of DualPipe on 2 x 2 ranks, and how many actions before the end of the second each sum began."""
     training, begun = across(Layout(2, 2), "dualpipe"), {}
     optimizer, ran = training.optimizer, []
     ahead = training._executor_for(4)
@@ -308,8 +307,8 @@ def copies_on_a_rank(rank):
 
 
 def test_the_two_copies_of_dualpipe_are_summed_while_backward_runs():
-    """The bits are those of sums at the end, one parameter after the other. One of a rank's two stages is complete two
-    steps before the other. What is broken on purpose shows."""
+    """The bits are those of sums at the end, one parameter after another. One of a rank's two stages is complete two
+    steps before the other. Deliberate faults show."""
     for found in on_ranks(4, copies_on_a_rank):
         early = found["early"]
         assert found["bits"] and not found["at the end"]

@@ -1,4 +1,4 @@
-"""The pre-flight: links measured between real processes, and what is said of those that are slow."""
+"""The pre-flight check: links measured between real processes, and the report on slow ones."""
 
 import json
 import os

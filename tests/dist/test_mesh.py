@@ -1,4 +1,4 @@
-"""Layouts: every rank once in every kind of group, refusals with what fits, and a layer of the model across ranks."""
+"""Layouts: every rank once in each kind of group, refusals that name what fits, and a model layer across ranks."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_every_rank_is_once_in_every_kind_of_group(pp, dp, ep, node, cp):
 
 
 def test_v3():
-    """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes; 128 ranks have equal dense weights, 2 equal experts."""
+    """E.1: 16 pipeline ranks, experts over 64 ranks on 8 nodes; 128 ranks share dense weights and 2 share experts."""
     layout, cfg = Layout(pp=16, dp=2, ep=64), preset("v3")
     check(layout, cfg, 2048)
     assert {kind: len(layout.groups(kind)[0]) for kind in KINDS} == {
@@ -78,7 +78,7 @@ def test_the_nearest_are_near():
 
 
 def layer_on_a_rank(rank, layout, fp8):
-    """The second layer of the same random model everywhere; this rank's experts and rows alone."""
+    """The second layer of the same random model on every rank, with only this rank's experts and rows."""
     torch.manual_seed(0)
     model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
     model.train()
@@ -113,7 +113,7 @@ def relative(found, wanted):
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layer_across_ranks_is_the_layer(layout, fp8):
-    """Experts over ep, data over dp, one node or two: output, gradient of the input and of every weight."""
+    """Experts over ep, data over dp, one node or two: output and gradients of the input and of every weight."""
     found = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
     model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
     model.train()
@@ -132,7 +132,7 @@ def test_a_layer_across_ranks_is_the_layer(layout, fp8):
 
 
 def named(rank):
-    """For every layout of four ranks: names and members of the dimensions, and groups that were made for them."""
+    """For every layout of four ranks: names and members of the dimensions, and how many new groups were created."""
     told = []
     for layout in (*LAYOUTS, Layout(2, 1, 2), Layout(1, 2, 1, cp=2), Layout(1, 1, 2, cp=2), Layout(2, 2, 1)):
         mesh = Mesh(layout, TINY)
@@ -150,7 +150,7 @@ def named(rank):
 
 
 def test_torch_s_tools_see_named_dimensions():
-    """A DeviceMesh of the groups that are there; FSDP shards a module over one dimension of it."""
+    """A DeviceMesh over the existing groups; FSDP shards a module over one of its dimensions."""
     found = on_ranks(4, named)
     assert all(shape == (2, 4) for _, shape in found)
     for rank, (told, _) in enumerate(found):

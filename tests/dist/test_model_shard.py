@@ -1,4 +1,4 @@
-"""A rank's part of a network, however it is made; forward alone; the whole put together again."""
+"""A rank's part of a network, however it is created; forward alone; gathering the whole network again."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ ODD = CFG.model_copy(update={"moe_inter_dim": 9})  # experts that cannot be draw
 
 
 def made(rank, cfg, layout, schedule, folder):
-    """(same names, same values) of three ways to make the part, and the whole again."""
+    """Checks that three ways to make the part give the same names and values; returns the whole network."""
     mesh = Mesh(layout, cfg)
     cut = ModelShard(Transformer(cfg).initialise(5), mesh, schedule).model.state_dict()
     fresh = ModelShard.fresh(cfg, mesh, schedule, 5, torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_fresh_read_and_cut_out_are_the_same(cfg, layout, schedule, tmp_path):
 
 
 def drawn(rank, cfg, layout):
-    """Numbers that a rank draws, of those it holds."""
+    """Whether a rank draws exactly the numbers that it holds."""
     transformer.APART, count = 0, []
     normal = torch.Tensor.normal_
     torch.Tensor.normal_ = lambda x, *given, **named: (count.append(x.numel()), normal(x, *given, **named))[1]
@@ -62,7 +62,7 @@ def drawn(rank, cfg, layout):
 
 
 def test_of_a_large_model_a_rank_draws_what_it_holds(monkeypatch):
-    """The weights of one process, experts of any width."""
+    """They are the weights of one process, with experts of any width."""
     monkeypatch.setattr(transformer, "APART", 0)
     layout = Layout(2, 1, 2)
     whole = Transformer(ODD).initialise(5).state_dict()

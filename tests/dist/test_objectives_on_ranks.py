@@ -1,5 +1,5 @@
 """Reward models and distillation on many ranks against one process: steps, scores, exports, kills, and checkpoints that
-the other goes on from."""
+either can resume from."""
 
 import shutil
 from dataclasses import replace
@@ -40,8 +40,8 @@ TEXTS = [text(number, 4 + number * 5 % 17) for number in range(60)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A student; a larger teacher, one that two pipeline ranks cannot cut into four slices, and one of another family;
-    judged texts as rows."""
+    """A student; teachers: a larger one, one that two pipeline ranks cannot cut into four slices, and one of another
+    family; judged texts as rows."""
     folder = tmp_path_factory.mktemp("base")
     for name, changes in {"student": {}, "larger": {"dim": 48, "n_layers": 5}, "shallow": {"n_layers": 1}}.items():
         cfg = CFG.model_copy(update={"init_std": 0.2, **changes})
@@ -55,7 +55,7 @@ def base(tmp_path_factory):
 
 
 class Run:
-    """A training, whole or this rank's; `values` are those of every step."""
+    """A training run, whole or only this rank's part; `values` holds those of every step."""
 
     def __init__(self, network, objective, rows, folder, **settings):
         self.values = []
@@ -65,7 +65,7 @@ class Run:
         )  # fmt: skip
 
     def train(self, steps):
-        """To this step, and a checkpoint of it."""
+        """Trains up to this step and saves a checkpoint."""
         self.trainer.start()
         while self.trainer.step < steps:
             self.values.append(self.trainer.update(self.batches()))
@@ -73,7 +73,7 @@ class Run:
         self.trainer.finish()
 
     def figures(self):
-        """Without what depends on time or layout."""
+        """The values without those that depend on time or layout."""
         left_out = ("train/tokens_per_second", "moe/sent_bytes/node")
         return [{name: value for name, value in one.items() if name not in left_out} for one in self.values]
 
@@ -97,7 +97,7 @@ class Rewards(Run):
 
 
 class Distilled(Run):
-    """Of three teachers."""
+    """With three teachers."""
 
     def __init__(self, kind, base, folder, schedule=None, layout=None):
         network, ranks, self.said = hub.load(base / "student"), None, []
@@ -126,7 +126,7 @@ RUNS = {"pairs": Rewards, "labels": Rewards, "distilled": Distilled}
 
 
 def trained(kind, base, folder, *where):
-    """The run, and a copy of its folder half-way."""
+    """The run; a copy of its folder half-way is left behind."""
     half = RUNS[kind](kind, base, folder, *where)
     half.train(1)
     if not where or dist.get_rank() == 0:
@@ -180,8 +180,8 @@ LAYOUTS = [("labels", "dualpipe", Layout(2, 2, 1)), ("pairs", "zbv", Layout(2, 1
 
 @pytest.mark.parametrize(("judged", "schedule", "layout"), LAYOUTS, ids=str)
 def test_steps_are_those_of_one_process(base, alone, tmp_path, judged, schedule, layout):
-    """Losses and norms of gradients to rounding, exported weights within a tenth of AdamW's steps, a second half
-    repeated after a kill bit for bit, and checkpoints that do not depend on the layout."""
+    """Losses and gradient norms to rounding, exported weights within a tenth of AdamW's steps, a second half repeated
+    bit for bit after a kill, and checkpoints that do not depend on the layout."""
     (home, wanted), kinds = alone, (judged, "distilled")
     for found in on_ranks(layout.world, on_a_rank, base, tmp_path, home, kinds, schedule, layout):
         for kind, (values, again, moved, scores, said) in found.items():

@@ -1,4 +1,4 @@
-"""Overlapped pairs: the bits of a forward and then a backward, whatever runs beside what."""
+"""Overlapped pairs: the bits of a forward followed by a backward, whatever overlaps with what."""
 
 import time
 from contextlib import contextmanager, nullcontext
@@ -25,7 +25,7 @@ from bessemer.train.objective import balance_weight, next_token
 
 
 class Jittery(Overlapped):
-    """Exchanges that take their time, now more and now less."""
+    """Exchanges that take a random time."""
 
     def __init__(self, seed):
         super().__init__(torch.device("cpu"))
@@ -69,7 +69,7 @@ def step(table, pipelines, rank, cfg, fp8, exchange, experts, first, streams):
 
 
 def different(found, wanted):
-    """Names of what is not the same to the last bit."""
+    """Names of everything that differs in any bit."""
     (losses, grads, loads), (losses_, grads_, loads_) = found, wanted
     assert grads.keys() == grads_.keys() and loads.keys() == loads_.keys()
     names = [name for name in grads if not torch.equal(grads[name], grads_[name])]
@@ -86,7 +86,7 @@ def on_a_rank(rank, name, layout, micro, cfg, fp8):
     )  # fmt: skip
     wanted = run(apart(table), streams=Serial())
     pairs = sum(isinstance(one, Pair) for one in table.steps[mesh.pp])
-    for gate, load_E in wanted[2].items():  # every token once, though FP8 makes gates again in backward
+    for gate, load_E in wanted[2].items():  # every token once, though backward runs gates again in FP8
         tokens = 2 * (13 if gate.startswith("mtp") else 14) * table.per_lane
         assert load_E.sum() == tokens * cfg.n_activated_experts, gate
     return pairs, different(run(table, streams=Serial()), wanted), different(run(table, streams=Jittery(rank)), wanted)
@@ -103,8 +103,8 @@ DENSE = CFG.model_copy(update={"n_layers": 5, "n_dense_layers": 3})
     ids=["dualpipe", "v-and-dense", "v-on-one-rank-and-experts", "dualpipe-and-experts"],
 )  # fmt: skip
 def test_pairs_have_the_bits_of_forward_and_then_backward(name, layout, micro, cfg, fp8):
-    """Chunks of unequal layers, dense ones among them, MTP at the end; one after the other, and really beside one
-    another with exchanges of any length."""
+    """Chunks of unequal layers, some of them dense, with MTP at the end. Run in sequence, and truly overlapped with
+    exchanges of random length."""
     for pairs, serial, beside in on_ranks(layout.world, on_a_rank, name, layout, micro, cfg, fp8):
         assert pairs > 0 and serial == [] and beside == []
 
@@ -117,7 +117,7 @@ def alone(rank, fp8):
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 def test_phases_have_the_bits_of_one_graph(fp8):
-    """All but the embedding, to whose gradient the first layer and the MTP module add in another order."""
+    """Except the embedding, where the first layer's and the MTP module's gradients are added in another order."""
     (grads,) = on_ranks(1, alone, fp8)
     _, wanted = whole(3, CFG, fp8, False)
     assert grads.keys() == wanted.keys()
@@ -147,7 +147,7 @@ def test_phases_keep_no_more_than_one_graph(fp8):
 
 
 class Kinds(Serial):
-    """Which kind of phase is running, and for which the ends of its graph are made."""
+    """Records the kind of the running phase, and the kind for which the ends of its graph are made."""
 
     running = made_for = None
 
@@ -164,8 +164,8 @@ class Kinds(Serial):
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 def test_gradients_arrive_in_the_stream_that_their_boundary_was_made_for(fp8, monkeypatch):
-    """On a GPU autograd makes the stream of a boundary wait for the one that computes its gradient. If they differed,
-    an exchange would hold up the computation beside it."""
+    """On a GPU, autograd makes a boundary's stream wait for the stream that computes its gradient. If they differed, an
+    exchange would hold up the computation that overlaps with it."""
     streams, arrived = Kinds(), []
 
     class Output(chunk._Output):
@@ -185,7 +185,7 @@ def test_gradients_arrive_in_the_stream_that_their_boundary_was_made_for(fp8, mo
 
 
 class Noted(Serial):
-    """What ran, in order."""
+    """Records what ran, in order."""
 
     def __init__(self):
         self.ran = []
@@ -196,7 +196,7 @@ class Noted(Serial):
 
 
 def noted(rank):
-    """Two sparse layers, of which one micro-batch's forward overlaps with another's backward."""
+    """Two sparse layers, in which one micro-batch's forward overlaps with another's backward."""
     F, B = partial(Action, "F", 0), partial(Action, "B", 0)
     table = Table("a pair", 1, ((0,),), 2, ((F(0), Pair(F(1), B(0)), B(1)),))
     model = model_of(CFG.model_copy(update={"n_layers": 2, "n_dense_layers": 0, "n_mtp": 0}), False)
@@ -214,9 +214,9 @@ def noted(rank):
 
 
 def test_the_order_is_that_of_the_trace():
-    """E.4: in each slot the exchange first, then what is computed beside it."""
+    """E.4: in each slot the exchange comes first, then what is computed meanwhile."""
     slots = [
-        ("B", "exchange"), ("W", "compute"), ("F", "compute"),  # 1: combine B; attention W of before, attention F
+        ("B", "exchange"), ("W", "compute"), ("F", "compute"),  # 1: combine B; previous attention W, attention F
         ("F", "exchange"), ("B", "compute"),  # 2: dispatch F; MLP B
         ("B", "exchange"), ("W", "compute"), ("F", "compute"),  # 3: dispatch B; MLP W, MLP F
         ("F", "exchange"), ("B", "compute"),  # 4: combine F; attention B

@@ -1,4 +1,4 @@
-"""Pipeline schedules: complete, free of deadlock, as fast as published, and in torch's order where torch has them."""
+"""Pipeline schedules: complete, deadlock-free, as fast as published, and in torch's order if torch has them."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ from bessemer.dist.table import Action, Pair, Table, check
 from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
 from bessemer.errors import UserError
 
-# Derived from the figure of V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks
+# Derived from the figure in V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks
 # h = 0, 1, ...
 PUBLISHED = [
     (4, 8, 3.0, 26, 2, 5, [3, 3]),
@@ -58,7 +58,7 @@ def test_dualpipe_v_is_dualpipe_folded(R, M):
 
 @pytest.mark.parametrize(("P", "M"), [(8, 20), (4, 4), (2, 7), (1, 3)])
 def test_the_classics_have_their_bubbles(P, M):
-    """E.6 for F = I = W = 1: 1F1B (P-1)(F+B), ZB1P (P-1)(F+B-2W); activations of P micro-batches at most."""
+    """E.6 for F = I = W = 1: 1F1B (P-1)(F+B), ZB1P (P-1)(F+B-2W); activations of at most P micro-batches."""
     for make, bubble, live in (
         (gpipe, 3 * (P - 1), M),
         (one_f_one_b, 3 * (P - 1), min(P, M)),
@@ -106,7 +106,7 @@ def test_every_table_is_complete_and_ends(name, ranks, micro):
 
 
 def torch_order(kind, ranks, slices, micro, place):
-    """pipeline_order of one of torch's schedules, for stages that are only numbers."""
+    """pipeline_order of one of torch's schedules, for stages that are mere numbers."""
     stages = [
         SimpleNamespace(
             num_stages=ranks * slices, group_size=ranks, group_rank=0, stage_index=i, group=None, has_backward=True,
@@ -206,7 +206,7 @@ def test_the_svg_has_every_piece_of_work_in_its_place():
 
 
 def test_the_guide_s_dualpipe_is_dualpipe():
-    """Every pre-training step of the command that promises it; with the recipe's own micro-batches it would be 1F1B."""
+    """For every pre-training step of the command that promises it; with larger micro-batches it would be 1F1B."""
     root = Path(__file__).parents[2]
     (line,) = (line for line in (root / "docs/guide.md").read_text().splitlines() if line.endswith("with DualPipe"))
     words = shlex.split(line, comments=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: saved under one layout, gone on with under another, and again; damage and refusals."""
+"""Checkpoints of many ranks: saved under one layout, resumed under another, and again; damage and refusals."""
 
 import time
 
@@ -18,11 +18,11 @@ from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
 ALL = 8
-"""Micro-batches of a step, of all ranks together."""
+"""Micro-batches in a step, over all ranks."""
 
 
 def steps_of(rank, name, layout, first, last, folder, ema=0.0):
-    """Steps `first` to `last` under a layout, saved at the end; from the newest checkpoint if `first` is not 0."""
+    """Runs steps `first` to `last` under a layout and saves; resumes from the newest checkpoint unless `first` is 0."""
     micro = ALL // (layout.dp * layout.ep)
     training = across(layout, name, state_dir=folder, ema_decay=ema)
     assert training.start() == (first > 0) and training.step == first
@@ -78,7 +78,7 @@ def test_what_one_process_saved_many_go_on_with(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
-    """Bit for bit what one process with these masters writes."""
+    """Bit for bit what one process with the same master weights writes."""
     on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path / "state", 0.5)
     path = tmp_path / "state" / "step-00000001"
     sharded_checkpoint.export(path, CFG, tmp_path / "model", dtype=dtype)
@@ -162,7 +162,7 @@ def test_damage_that_one_rank_meets_sends_all_to_the_checkpoint_before(tmp_path)
 
 
 def failing(rank, folder):
-    """Rank 1 alone finds its disk full; what is copied is what is saved, whatever happens to the tensors then."""
+    """Only rank 1 finds its disk full, and saving fails on all ranks."""
     write = sharded_checkpoint.write_tensors
 
     def full(path, tensors):
@@ -185,12 +185,12 @@ def test_a_rank_that_cannot_write_makes_it_fail_on_all(tmp_path):
     said = on_ranks(2, failing, tmp_path)
     assert said[0] == said[1] and "rank 1 cannot write: No space left on device" in said[0]
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001"]
-    on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])  # what was left behind is swept away
+    on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])  # sweeps away what was left behind
     assert not list(tmp_path.glob(".tmp-*"))
 
 
 def in_the_background(rank, folder):
-    """A step goes on while a checkpoint is written, and changes nothing in it."""
+    """A step runs while a checkpoint is written, and changes nothing in it."""
     write = sharded_checkpoint.write_tensors
 
     def slow(path, tensors):
@@ -203,7 +203,7 @@ def in_the_background(rank, folder):
     before = {name: value.clone() for name, value in training.optimizer.masters().items()}
     training.save()
     update(training, 1, 4)
-    training.save()  # waits for the first
+    training.save()  # waits for the first save
     training.finish()
     assert CheckpointReader(folder / "step-00000002").updates == 2
     saved = checkpoint.load(folder / "step-00000001").tensors["model"]

@@ -41,7 +41,7 @@ def test_the_report_names_the_cause(others, wanted):
 
 
 def test_threads_wait_side_by_side():
-    """An exchange beside the computation, begun later and ended earlier or later: what is left is right."""
+    """An exchange alongside the computation, begun later and ended earlier or later: what remains is reported."""
     inside, out = threading.Event(), threading.Event()
 
     def exchange():
@@ -106,7 +106,7 @@ the_host_goes_on()
 
 
 def test_a_device_that_waits_too_long_is_seen_though_its_host_goes_on(tmp_path):
-    """What NCCL does: a wait returns at once. The stacks and torch's flight recorder are left behind."""
+    """As with NCCL, a wait returns at once. The stacks and torch's flight recorder are written to files."""
     done = subprocess.run([sys.executable, "-c", QUEUED, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT
     assert "rank 0 has waited 1 s for gradients of micro-batch 7 of rank 1 in step 3" in done.stderr
@@ -115,7 +115,7 @@ def test_a_device_that_waits_too_long_is_seen_though_its_host_goes_on(tmp_path):
 
 
 def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
-    """The host runs ahead: what it has queued long ago may have begun just now."""
+    """The host runs ahead: what it queued long ago may only just have begun."""
     status, done = watchdog.RankStatus, {"first": False, "second": False}
     monkeypatch.setattr(status, "queued", type(status.queued)())
     monkeypatch.setattr(status, "reached", 0.0)
@@ -134,13 +134,13 @@ def test_a_queued_operation_waits_since_the_one_before_it_was_done(monkeypatch):
 
 
 def test_ranks_that_get_on_are_waited_for_and_hung_ones_are_not(monkeypatch):
-    """`meet` renews its wait with every sign of the others: until one has ended, or the signs stop."""
+    """`meet` extends its wait at every sign of life from the others, until one has ended or the signs stop."""
     store, status, since, clock = dist.HashStore(), watchdog.RankStatus, [], [0.0]
     met = Ranks(store, 0, 3, torch.device("cpu"))
     events = [*["beat"] * 3, "nothing", "nothing", "beat", "over", "beat", "arrives", "arrives"]
 
     def sleep(seconds):
-        """What the others do meanwhile."""
+        """Plays what the others do meanwhile."""
         assert 0 < seconds <= 0.1
         clock[0] += 1.0
         since.append(status.current().since)
@@ -160,7 +160,7 @@ def test_ranks_that_get_on_are_waited_for_and_hung_ones_are_not(monkeypatch):
 
 
 def test_signs_of_a_rank_reach_the_others():
-    """Through its watchdog, while its main thread is busy; and a report counts from the last one."""
+    """They go through its watchdog while its main thread is busy, and a report counts from the latest one."""
     store, working = dist.HashStore(), watchdog.RankStatus.working
     dog = watchdog.Watchdog(store, 0, 2, 0.2)
     try:
