@@ -1,4 +1,4 @@
-"""A small bilingual corpus made on the spot and a tokenizer trained on it once; no test here touches a network."""
+"""A small bilingual corpus generated here and a tokenizer trained on it once; no test here uses the network."""
 
 import os
 import random

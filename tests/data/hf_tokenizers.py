@@ -1,4 +1,4 @@
-"""Tokenizer directories of other houses, small and made here: byte-level and SentencePiece's kind."""
+"""Small tokenizer directories as other models have them, generated here: byte-level and SentencePiece-like."""
 
 import json
 
@@ -42,7 +42,7 @@ CONTROLS = ("<|im_start|>", "<|im_end|>", "<|text|>")
 
 
 def byte_level(directory, template=CHATML, controls=CONTROLS, bos=None, size=400, **names):
-    """As in GPT-2, Qwen, Llama 3; with `bos` the tokenizer itself puts that token in front of every text."""
+    """As in GPT-2, Qwen and Llama 3; with `bos`, the tokenizer itself puts that token before every text."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -63,7 +63,7 @@ def llama3(directory, template=LLAMA3):
 
 
 def sentencepiece(directory, template=MISTRAL, scheme="first"):
-    """As in Llama 2 and Mistral: ▁ for a blank, bytes for what is rare, a blank before the very first piece."""
+    """As in Llama 2 and Mistral: ▁ for a space, bytes for rare characters, a space before the very first piece."""
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -80,7 +80,7 @@ def sentencepiece(directory, template=MISTRAL, scheme="first"):
 
 
 def words(directory):
-    """Neither of the two."""
+    """A word-level tokenizer, which is neither kind."""
     tok = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
     tok.pre_tokenizer, tok.normalizer = pre_tokenizers.Whitespace(), normalizers.NFC()
     tok.add_special_tokens([AddedToken("</s>", special=True)])

@@ -1,4 +1,4 @@
-"""Templates from outside: the texts are those of transformers, and what a template does harms nothing but itself."""
+"""Templates from outside: they render what transformers renders, and a harmful one harms nothing but itself."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""FIM and split boundaries: the text is kept, the rates are met, the held-out side is left alone."""
+"""FIM and split boundaries: the text is kept, the rates are met, the held-out side is untouched."""
 
 import pytest
 

@@ -36,7 +36,7 @@ def test_weights_other_than_one_count_as_tokens():
         dict(tokens_BT=torch.zeros(2, 3, dtype=torch.int32)),
         dict(loss_BT=torch.zeros(2, 3, dtype=torch.float64)),
         dict(loss_BT=torch.zeros(2, 4)),
-        dict(loss_BT=torch.ones(2, 3)),  # the first token of a row has nothing to be predicted from
+        dict(loss_BT=torch.ones(2, 3)),  # nothing predicts the first token of a row
         dict(segments_BT=torch.zeros(3, 2, dtype=torch.int64)),
         dict(extras={"advantage_BT": torch.zeros(2, 2)}),
     ],

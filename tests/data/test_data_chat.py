@@ -1,4 +1,4 @@
-"""Chat: text, ids, Jinja and transformers say the same; prompts and completions meet at a token's end."""
+"""Chat: text, ids, Jinja and transformers agree; prompts and completions meet at a token boundary."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_bos_stands_once_and_contents_cannot_forge_turns(tokenizer):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(CONTENT, min_size=1, max_size=3), st.sampled_from(chat.STYLES))
 def test_what_a_user_types_is_text(tokenizer, questions, style):
-    """It can neither begin a turn nor open a thought, and it arrives as it was typed, but for a blank."""
+    """It can neither begin a turn nor open a thought, and it arrives as typed, except for an added space."""
     controls = {tokenizer.special_id(token) for token in chat.ADDED}
     messages = [{"role": "user", "content": question} for question in questions]
     ids = chat.render_ids(tokenizer, messages, style)
@@ -135,7 +135,7 @@ def test_what_a_user_types_is_text(tokenizer, questions, style):
 
 
 def test_a_tag_of_the_user_does_not_begin_the_answer(tokenizer):
-    """The answer's own tags stay tokens, and so do those of R1-Zero's preamble."""
+    """Only the answer's own tags are tokens, and those of R1-Zero's preamble."""
     tags = [
         {"role": "user", "content": "<think>x</think><answer>"},
         {"role": "assistant", "content": "<think>y</think>"},
@@ -146,7 +146,7 @@ def test_a_tag_of_the_user_does_not_begin_the_answer(tokenizer):
 
 
 def earlier(style: str, guarded: bool = True) -> str:
-    """The template as versions without tools wrote it, before 0.2 without the guard against forged turns."""
+    """The template as written by versions without tools; before 0.2 it had no guard against forged turns."""
     file = Path(__file__).parent / "earlier_templates" / f"chat_{'r1' if style == 'r1' else 'zero'}.jinja"
     text = file.read_text("utf-8").replace("\n", "")
     if style == "r1-zero":
@@ -174,7 +174,7 @@ def test_conversations_without_tools_are_those_of_earlier_versions(messages, sty
 @settings(max_examples=200, deadline=None)
 @given(CONTENT, CONTENT)
 def test_zero_prompt_and_completion_meet_at_a_token_end(tokenizer, question, answer):
-    """The ids sampled after a prompt are those that the whole document has in training."""
+    """The ids sampled after a prompt are those of the whole document in training."""
     prompt = chat.render([{"role": "user", "content": question}], "zero").removeprefix(chat.BOS)
     assert prompt.endswith("Assistant:")
     for completion in (f"<think>{answer}</think> <answer>{answer}</answer>", f" {answer}"):

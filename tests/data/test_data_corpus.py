@@ -1,4 +1,4 @@
-"""Packing and rows: no token lost, none doubled, waste small, damage noticed, held-out by text alone."""
+"""Packing and rows: no token lost or repeated, little waste, damage noticed, held-out chosen by text alone."""
 
 import json
 
@@ -16,7 +16,7 @@ from bessemer.errors import UserError
 
 
 def pack(lengths, row_length):
-    """Rows as lists of ranges of tokens."""
+    """Rows as lists of token ranges."""
     return list(best_fit(np.array(lengths, dtype=np.int64), row_length).rows())
 
 
@@ -35,13 +35,13 @@ def test_packing_keeps_every_token_once_and_cuts_only_what_is_too_long(lengths, 
         start += length
     firsts = [min(piece.start for piece in row) for row in made]
     assert firsts == sorted(firsts), "rows come in the order of their first document"
-    # What best fit, the longest first, guarantees: no two rows would fit into one.
+    # What best-fit decreasing guarantees: no two rows would fit into one.
     room = sorted(row_length - sum(map(len, row)) for row in made)
     assert len(room) < 2 or room[-1] + room[-2] < row_length or row_length - room[-1] > room[-2]
 
 
 def test_packing_takes_the_tightest_row():
-    # Rows with room 4 and 3 are there when the piece of 3 comes: it belongs into the room of 3.
+    # Rows with room for 4 and for 3 exist when the piece of 3 comes: it belongs in the latter.
     assert pack([6, 7, 3], 10) == [[range(6)], [range(6, 13), range(13, 16)]]
 
 
@@ -73,7 +73,7 @@ def content(part):
 
 
 def documents_of(part, tokenizer):
-    """The documents that lie whole in the rows, as ids."""
+    """The documents that lie entirely within the rows, as ids."""
     found = []
     for row in content(part).tolist():
         current = None

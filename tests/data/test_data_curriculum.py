@@ -1,4 +1,4 @@
-"""Curricula: where sections begin, and that none reads a row twice that it need not."""
+"""Curricula: where sections begin, and that none reads a row twice without need."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from bessemer.data.rows import open_rows
 def test_stretches_change_with_the_length_and_keep_their_rows():
     lengths = lambda tokens: 32 if tokens < 1000 else 64  # noqa: E731 (a schedule)
     found = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
-    # steps of 256 tokens: four until 1,024, then four more
+    # steps of 256 tokens: four up to 1,024, then four more
     assert found == [CurriculumSection(32, 0, 0, 32), CurriculumSection(64, 1024, 32, 16)]
 
 
@@ -33,7 +33,7 @@ def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
     epochs = first.epochs(40)
     assert made.epochs(40 * 32, 40) == epochs and second.epochs(0) == pytest.approx(epochs, abs=0.02)
     assert second.epochs(20)["a"] > epochs["a"]
-    shares = made.realised(60 * 32, 50)  # half of the second stretch
+    shares = made.realised(60 * 32, 50)  # half of the second section
     read = np.array([40 * 32, 10 * 64])
     wanted = np.array([first.realised(0, 40)["a"], second.realised(0, 10)["a"]]) @ read / read.sum()
     assert shares["a"] == pytest.approx(wanted) and sum(shares.values()) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The fast encoder gives the ids of the tokenizer itself, whatever the text."""
+"""The fast encoder gives the tokenizer's own ids, whatever the text."""
 
 import random
 import unicodedata
@@ -16,7 +16,7 @@ from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 from bessemer.errors import UserError
 
 SPLIT = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated") for rule in (DIGITS, CJK, WORDS)])
-# one or more of every kind that a rule tells apart
+# at least one character of every kind that a rule distinguishes
 ALPHABET = 'aZéλж\u0301ªẞ0９½;.("#_-、。“€+ \n\r\t\x0b\x85\xa0\u3000\u2028\x00\x1f\u200b\xad你龥好〇のゟカー・㐀𠀀🙂﷽'
 SAMPLES = [
     "Hello, world! (this is) a test.\n\n  Indented:\n\tTab\r\n", "3.14159 1234567 12a 1 000", "x_1 == 'abc'; y += 2",
@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def encoders(tokenizer) -> list[fast.Encoder]:
-    """One that may use gigatoken, and one that does not."""
+    """One encoder that may use gigatoken, and one that may not."""
     both = [fast.Encoder(tokenizer), fast.Encoder(tokenizer)]
     both[1]._gigatoken = None
     return both
@@ -87,13 +87,13 @@ PARTS = st.one_of(st.sampled_from(ALPHABET), st.sampled_from(["<think>", "</thin
 @given(st.lists(st.lists(PARTS, max_size=40).map("".join), max_size=6))
 @settings(deadline=None, max_examples=300)
 def test_ids_are_those_of_the_tokenizer(tokenizer, encoders, texts):
-    """By gigatoken, too, where it is installed."""
+    """Also through gigatoken, if it is installed."""
     for one in encoders:
         assert [ids.tolist() for ids in one.encode_batch(texts)] == tokenizer.encode_batch(texts)
 
 
 def test_added_tokens_inside_one_another(tokenizer):
-    """The leftmost counts, of these the longest; one inside a control token is text, as that is."""
+    """The leftmost wins, and of several there the longest; one inside a control token is text, as that is."""
     added = [("<t>", False), ("<t>x", False), ("[<t>]", True), ("x[", False)]
     tokens = [
         {"id": tokenizer.vocab_size + n, "content": content, "special": special, "single_word": False, "lstrip": False,
@@ -116,12 +116,12 @@ def test_what_is_remembered_changes_nothing(tokenizer, monkeypatch):
         for text in SAMPLES:
             assert encoder.encode_batch([text])[0].tolist() == tokenizer.encode(text), text
     assert encoder.encode_batch([]) == []
-    new = "a\U00016d40b"  # a letter since Unicode 16
+    new = "a\U00016d40b"  # a letter only since Unicode 16
     assert encoder.encode_batch(["x", new, "y z"])[1].tolist() == tokenizer.encode(new)
 
 
 def test_gigatoken_cuts_around_every_character(tokenizer, monkeypatch):
-    """Its tables may be of another Unicode version than the library's; also after its cache began anew."""
+    """Its tables may have another Unicode version than the library's; also after its cache has been reset."""
     pytest.importorskip("gigatoken")
     monkeypatch.setattr(fast, "MOST_CHARACTERS", 1 << 16)
     encoder = fast.Encoder(tokenizer)

@@ -1,6 +1,6 @@
-"""Fetch: hash checked always, atomic, one download at a time, and an error that says what to put where.
+"""Fetch: hashes are always checked, writes atomic, downloads one at a time; an error says what to put where.
 
-The registries are stood in for by small programs; nothing leaves the machine.
+Small programs stand in for the registries; nothing leaves the machine.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from bessemer.errors import UserError
 
 @pytest.fixture
 def wheel(tmp_path):
-    """A wheel with one file of text, and its pin."""
+    """A wheel with one text file, and its pin."""
     path = tmp_path / "store" / "tiny_text-1.0-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -41,7 +41,7 @@ def wheel(tmp_path):
 
 
 def copies(path, count=None):
-    """A client that copies `path` into the folder it is told, and counts its calls."""
+    """A client that copies `path` into the given folder and counts its calls."""
 
     def command(package, folder):
         if count is not None:
@@ -99,7 +99,7 @@ def test_offline_the_error_names_file_and_folder(wheel, tmp_path, monkeypatch):
 
 @pytest.fixture
 def address(wheel):
-    """Of a web server with the wheel."""
+    """The address of a web server that has the wheel."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(wheel[0].parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -112,7 +112,7 @@ GONE = [sys.executable, "-c", "import sys; sys.exit('No matching distribution fo
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_package_that_has_left_its_registry_comes_from_a_mirror(wheel, tmp_path, monkeypatch, address, own):
-    """From the user's, or from the package's own; a folder without the file is passed over."""
+    """From the user's mirror, or from the package's own; a folder without the file is skipped."""
     path, package = wheel
     monkeypatch.setattr(fetching, "_command", lambda *_: GONE)
     if own:

@@ -1,4 +1,4 @@
-"""Mixture: exact shares, every row once an epoch, the same rows whatever the batch size."""
+"""Mixture: exact shares, every row once an epoch, the same rows for any batch size."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 def part(n_rows, mark, row_length=4, tokenizer="t"):
-    """Rows that carry their part and number as tokens; the last token is padding."""
+    """Rows whose tokens are their part and number; the last token is padding."""
     folder = Path(FOLDER.name) / f"{mark}-{row_length}-{tokenizer}"
     folder.mkdir()
     writer = shards.ShardWriter(folder, "train", 0, np.dtype("<u2"))
@@ -40,12 +40,12 @@ GOLDEN_ROWS = [("b", 15), ("c", 343), ("b", 6), ("b", 15)]
 def test_permute_is_a_permutation(n, key):
     images = permute(np.arange(n), n, key)
     assert sorted(images.tolist()) == list(range(n))
-    # Element by element it is the same function.
+    # It gives the same images element by element.
     assert permute(np.array([n - 1]), n, key)[0] == images[-1]
 
 
 def test_permute_mixes():
-    """Neighbours do not stay neighbours, and a place says nothing about its image."""
+    """Neighbours do not stay neighbours, and a position says nothing about its image."""
     n = 10_000
     images = permute(np.arange(n), n, 5)
     assert np.mean(np.abs(np.diff(images)) == 1) < 0.001
@@ -138,7 +138,7 @@ def test_parts_must_be_alike(odd, word):
 
 
 def ramp(points):
-    """A function of tokens through these points."""
+    """A piecewise linear function of tokens through these points."""
     return lambda tokens: float(np.interp(tokens, *zip(*points, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Shards: many are one corpus, rows of any length hold the same documents, damage is noticed when it is read."""
+"""Shards: many form one corpus, rows of any length hold the same documents, and damage is noticed on reading."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def content(rows):
 
 
 def split(documents, tokenizer, folder, row_length=64):
-    """The same documents in shards of a hundred, as processes side by side would write them."""
+    """The same documents in shards of a hundred, as parallel processes would write them."""
     folder.mkdir()
     done = []
     for number, first in enumerate(range(0, len(documents), 100)):
@@ -47,7 +47,7 @@ def test_many_shards_are_one_corpus(documents, tokenizer, tmp_path):
     assert tokens_of(many) == tokens_of(one.train)
     assert [ids.tolist() for ids in many.documents()] == [ids.tolist() for ids in one.train.documents()]
     first = [len(np.load(plan_files(tmp_path / "many" / "rows-64", name)[1])) for name in many._names]
-    across = [first[0], first[0] - 1, 0, many.n_rows - 1]  # rows on both sides of a border, in any order
+    across = [first[0], first[0] - 1, 0, many.n_rows - 1]  # rows on both sides of a shard border, in any order
     assert (many.take(across) == content(many)[across]).all()
     with pytest.raises(IndexError):
         many.take([many.n_rows])
@@ -138,7 +138,7 @@ def everything(folder):
 
 
 def test_one_wrong_bit_in_any_file_is_a_message(documents, tokenizer, tmp_path):
-    """In meta.json too, which holds a checksum of itself."""
+    """Also in meta.json, which holds its own checksum."""
     corpus.build(documents[:60], tokenizer, 32, tmp_path / "c", heldout=0.3)
     good, chance = everything(tmp_path / "c"), random.Random(4)
     files = [path for path in (tmp_path / "c").rglob("*") if path.is_file() and not path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Sources: local files with mistakes named by file and line, package readers on made-up archives, the hub's errors."""
+"""Sources: mistakes in local files are named by file and line; package readers on constructed archives; hub errors."""
 
 import io
 import json

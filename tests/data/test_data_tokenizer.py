@@ -1,4 +1,4 @@
-"""Tokenizer: lossless, deterministic, V3's pre-split, control tokens only as ids, the same ids through transformers."""
+"""Tokenizer: lossless, deterministic, V3's pre-split, control tokens only by id, the same ids in transformers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from bessemer.data import chat
 from bessemer.data.tokenizer import SMALLEST, Tokenizer
 from bessemer.errors import UserError
 
-# Any text UTF-8 can hold, with the dangerous pieces made likely.
+# Any text that UTF-8 can hold, with the dangerous pieces made likely.
 PIECES = st.sampled_from(
     [*chat.ADDED, "\n", " ", "  ", "123", "4567", "你好", "ひらがな", "😀", "a.\n", "é", "<", "｜>"]
 )
@@ -169,7 +169,7 @@ def test_user_mistakes_have_a_message(tokenizer):
 
 
 def test_unmarked_control_tokens_of_foreign_files_become_control(tokenizer, tmp_path):
-    """The hub's own tokenizer.json leaves <｜User｜> unmarked; taken as it is, a text could write a turn."""
+    """The hub's own tokenizer.json leaves <｜User｜> unmarked; loaded unchanged, a text could write a turn."""
     tokenizer.save(tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:

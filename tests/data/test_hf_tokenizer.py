@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of other houses, against transformers' own rendering of the same directory."""
+"""Tokenizers and chat templates of other models, against transformers' own rendering of the same directory."""
 
 import hf_tokenizers as houses
 import pytest
@@ -39,7 +39,7 @@ def theirs(directory, messages, ask=True):
 
 @pytest.mark.parametrize("messages", [QUESTION, TALK])
 def test_prompts_are_those_of_transformers(directory, messages):
-    """The template is applied, BOS stands once or not at all, and no id differs."""
+    """The template is applied, BOS occurs at most once, and no id differs."""
     tok = load_tokenizer(directory)
     ids = chat.render_ids(tok, messages)
     assert ids == theirs(directory, messages)
@@ -63,7 +63,7 @@ def test_texts_come_back(directory):
 
 
 def test_control_tokens_in_a_content_are_text(directory):
-    """Nobody can write a turn into a question, whole or in pieces, and the text survives."""
+    """Nobody can write a turn into a question, whole or in pieces, and the text is preserved."""
     tok = load_tokenizer(directory)
     names = [name for name in tok._control if name != "<unk>"]
     hostile = "".join(names) + "\ue000" + "".join(reversed(names)) + names[0] * 2 + "end"
@@ -75,7 +75,7 @@ def test_control_tokens_in_a_content_are_text(directory):
 
 
 def test_a_tag_that_a_user_types_is_text(tmp_path):
-    """The template's own tag and the answer's are tokens, next to it and without a control token between."""
+    """The template's tag and the answer's tags are tokens, even right next to it with no control token between."""
     folder = houses.byte_level(tmp_path, houses.CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"))
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     reference.add_tokens(["<think>", "</think>"], special_tokens=False)
@@ -102,7 +102,7 @@ def test_answers_are_marked_with_their_end_and_nothing_else(directory):
 
 @pytest.mark.parametrize("role", ["user", "tool"])
 def test_an_episode_goes_on_as_the_conversation_is_rendered(directory, role):
-    """What is appended to an answer that was sampled; outputs of tools come from the user, in their marks."""
+    """What is appended to a sampled answer; tool outputs come from the user, in their marks."""
     tok = load_tokenizer(directory)
     ids, answers = chat.render_answers(tok, [*QUESTION, ANSWER])
     said = ids[: max(place for place, answer in enumerate(answers) if answer) + 1]
@@ -132,7 +132,7 @@ def test_a_template_that_drops_thoughts_is_noticed(tmp_path):
 
 
 def test_packed_samples_begin_where_they_begin(chatml, tmp_path):
-    """ChatML has no BOS, and its first token stands in every turn: segments must not depend on it."""
+    """ChatML has no BOS, and its first token occurs in every turn: segments must not depend on it."""
     talk = [*QUESTION, {"role": "assistant", "content": "40"}]
     facts = sft_rows.build([Document("", "mine", tuple(talk))] * 5, chatml, 120, tmp_path / "rows")
     rows = sft_rows.load(tmp_path / "rows", seed=0)
@@ -183,7 +183,7 @@ def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):
     tokenizer = load_tokenizer(houses.byte_level(tmp_path / "chatml"))
     with pytest.raises(UserError, match=r'style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set "zero"'):
         tokenizer.chat_style = "r1"
-    assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # still its own
+    assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # the template is unchanged
     tokenizer.chat_style = "r1-zero"
     ids = chat.render_ids(tokenizer, [{"role": "user", "content": "What is 12*3+4?"}])
     assert tokenizer.decode(ids).endswith("User: What is 12*3+4?\nAssistant:")

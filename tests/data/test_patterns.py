@@ -1,4 +1,4 @@
-"""Patterns of tokenizers from outside are tried out in another process before they are used."""
+"""Regular expressions from foreign tokenizers are tried in another process before they are used."""
 
 import json
 

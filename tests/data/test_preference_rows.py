@@ -1,4 +1,4 @@
-"""Judged answers in rows: pairs stay whole and side by side, marks sit on last tokens."""
+"""Judged answers in rows: pairs stay whole and adjacent, and marks are on last tokens."""
 
 import pytest
 

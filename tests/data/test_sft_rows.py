@@ -1,4 +1,4 @@
-"""Conversations in rows: only answers count, samples do not see each other, nothing is cut, every row once an epoch."""
+"""Conversations in rows: only answers count, samples do not see each other, nothing is cut, each row once an epoch."""
 
 import json
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_marked_tokens_are_what_the_assistant_said(packed, tokenizer):
 
 
 def test_a_sample_does_not_feel_its_neighbours(packed):
-    """The loss of a row is the sum of the losses of its samples alone."""
+    """A row's loss is the sum of its samples' losses alone."""
     _, _, rows = packed
     cfg = preset("tiny", vocab_size=300, dim=32, n_layers=2, n_heads=2, inter_dim=64, moe_inter_dim=16)
     model = Transformer(cfg).initialise(0)
@@ -137,7 +137,7 @@ def test_a_damaged_directory_is_named(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("examples", [1, 3, 7, 1000])
 def test_steps_of_a_number_of_conversations(packed, examples):
-    """Steps follow each other without a gap; after each, the conversations so far reach its goal, not a row earlier."""
+    """Steps follow each other without a gap, and each ends with the first row whose conversations reach its goal."""
     _, facts, rows = packed
     of_step, row, ends, epochs = rows.rows_of_steps(examples, 2), 0, [], 2
     while row < epochs * rows.n_rows:

@@ -1,4 +1,4 @@
-"""Calls of tools: what is rendered is what transformers renders, and nobody but the model makes a call."""
+"""Tool calls: we render what transformers renders, and nobody but the model makes a call."""
 
 import json
 
@@ -76,7 +76,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def marked(texts):
-    """A tokenizer in which the marks are tokens."""
+    """A tokenizer in which the tool marks are tokens."""
     return Tokenizer.train(texts[:300], 420, tool_tokens=True)
 
 
@@ -124,7 +124,7 @@ def test_r1_writes_what_v3_1_documents():
 
 @pytest.mark.parametrize("style", chat.STYLES)
 def test_turns_continue_the_same_ids(tokenizer, marked, style):
-    """What a rollout of several turns strings together is what SFT trains on, and outputs are never an answer."""
+    """What a rollout of several turns strings together is what SFT trains on, and outputs never count as answers."""
     for tok in (tokenizer, marked):
         first = chat.render_ids(tok, TALK[:1], style, tools=TOOLS)
         second = chat.render_ids(tok, TALK[:2], style, tools=TOOLS)
@@ -273,7 +273,7 @@ def test_messages_that_are_none(message, word):
 
 
 def test_conversations_with_tools_are_read_and_trained_on(marked, tmp_path):
-    """TRL's column `tools`, in the forms in which data sets have it; parquet fills every message with every key."""
+    """TRL's column `tools`, in the forms that data sets use; parquet fills every message with every key."""
     listed = [tool.as_openai() for tool in TOOLS]
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow

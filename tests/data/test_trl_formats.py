@@ -1,4 +1,4 @@
-"""TRL's data set formats: every form of its documentation is read, and what cannot be read is named with its line."""
+"""TRL's data set formats: every documented form is read, and what cannot be read is named with its line."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_conversations(tmp_path, kind, record, messages):
 
 
 def test_of_a_prompt_no_answer_is_learnt(tokenizer):
-    """The completion alone, whatever the prompt holds; of a conversation all answers."""
+    """With a prompt, only the completion is learnt; in a conversation, all answers are."""
     prompted = document({"prompt": EARLIER, "completion": say("It is blue.")}, "own", "here")
     whole = document({"messages": list(prompted.messages)}, "own", "here")
     for style in ("zero", "r1"):
