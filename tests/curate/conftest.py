@@ -1,4 +1,4 @@
-"""A data recipe that several tests of this room use."""
+"""A data recipe that several of these tests use."""
 
 from pathlib import Path
 

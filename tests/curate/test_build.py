@@ -1,4 +1,4 @@
-"""A build as a whole: what it leaves out, that it goes on where it was, and that nobody can tell who did the work."""
+"""A whole build: what it leaves out, that it resumes where it stopped, the same result whoever does the work."""
 
 import json
 import os
@@ -28,7 +28,7 @@ MORE = '[decontaminate]\ntasks = ["jsonl:{tasks}"]'
 
 @pytest.fixture
 def made(tmp_path, recipe):
-    """A recipe over three sources with copies, a leaked question and broken lines, and what should be left."""
+    """A recipe over three sources with copies, a leaked question and broken lines."""
     first = [prose(i) for i in range(40)]
     near = first[5].replace("the", "this", 1)
     leaked = prose(900, 2)
@@ -59,7 +59,7 @@ def made(tmp_path, recipe):
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """Everything that a build is for; reports hold times."""
+    """All output of a build but its reports, which hold times."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -68,7 +68,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_of_other_things_is_left_alone(made, tmp_path):
-    """A build replaces documents/, tokenizer/ and its parts: never those of a home directory."""
+    """A build replaces its own documents/, tokenizer/ and parts, never those in a home directory."""
     home = tmp_path / "home"
     (home / "documents").mkdir(parents=True)
     (home / "documents" / "thesis.tex").write_text("x")
@@ -99,7 +99,7 @@ def test_what_is_left_and_why(made, tmp_path):
         assert source["kept"]["documents"] == sum(side["documents"] for side in source["tokens"].values())
     assert facts["sources"]["code"]["kept"]["documents"] == 3
     left = [one.text for one in documents.read_files(tmp_path / "out" / "documents" / "second", "x")]
-    # the last is nearly a copy of the contaminated one, which is not there to be a copy of
+    # the last one is a near copy of the contaminated one, which was removed before
     assert left == [*(prose(100 + i) for i in range(30)), f"{prose(80)} {prose(81)}"]
     found = corpus.load(tmp_path / "out" / "english")
     assert found.train.facts["documents"] + found.heldout.facts["documents"] == 71
@@ -144,7 +144,7 @@ def test_only_what_changed_is_done_again(made, tmp_path):
     assert all(step["done_now"] == 0 for step in again["steps"].values())
     assert before == {step: _times(out, step) for step in before}
     code = tmp_path / "raw" / "code.txt"
-    os.utime(code, (1, 1))  # the same bytes: read again, and found to be the same
+    os.utime(code, (1, 1))  # the same bytes: read again, and found unchanged
     touched = build(load(made), out)
     assert {name: step["done_now"] for name, step in touched["steps"].items()} == {
         "read": 1, "sign": 0, "match": 0, "join": 0, "tokenizer": 0, "write": 0
@@ -205,7 +205,7 @@ def test_interrupted_it_says_so_and_leaves_no_worker(made, tmp_path):
     process = program("build", made, "--out", out, "--set", "engine.workers=2", "--set", "engine.unit_bytes=500")
     while not list((out / "work" / "read").glob("*/*/facts.json")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.rstrip().endswith("stopped; run the same command again to continue")
@@ -235,7 +235,7 @@ def test_what_was_altered_is_found(made, tmp_path):
     for pattern in ("documents/first/*.zst", "english/train-*.tokens", "english/train-*.ends.npy"):
         file = next(iter(sorted(out.glob(pattern))))
         data = file.read_bytes()
-        file.unlink()  # it has a second name under work/
+        file.unlink()  # it also has a hard link under work/
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(UserError, match=file.name):
             check(out)

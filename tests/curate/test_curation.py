@@ -1,4 +1,4 @@
-"""Data recipes: the mistakes in them are named with their fix."""
+"""Data recipes: their mistakes are named together with the fix."""
 
 from pathlib import Path
 

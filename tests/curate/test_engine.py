@@ -1,4 +1,4 @@
-"""Worker processes: killed ones are noticed, and none outlives its parent."""
+"""Worker processes: a killed one is noticed, and none outlives its parent."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def _wait(condition, seconds: float = 60.0) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_killed_worker_is_named_and_the_other_jobs_are_done(tmp_path):
-    """The first job waits for somebody to write to a pipe, and nobody does: killed, tried again alone, killed again."""
+    """The first job waits on a pipe that nobody writes to: it is killed, tried again alone, and killed again."""
     fifo = tmp_path / "pipe.txt"
     os.mkfifo(fifo)
     jobs = [_job(tmp_path / "out", path, path.stem) for path in [fifo, *(tmp_path / f"{i}.txt" for i in range(3))]]

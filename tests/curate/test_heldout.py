@@ -1,4 +1,4 @@
-"""Decontamination: questions and solutions of an evaluation are found, what merely resembles them is not."""
+"""Decontamination: an evaluation's questions and solutions are found, and what merely resembles them is not."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Languages: by script where that decides, by the model elsewhere."""
+"""Languages: by script if that decides, otherwise by the model."""
 
 import pytest
 from made_texts import prose
@@ -10,7 +10,7 @@ from bessemer.curate.filters import UNKNOWN, language
     ("text", "expected"),
     [
         (prose(5), "en"),
-        ("阿猫阿狗：旧时人们常用的小名。", "zh"),  # the model alone says Japanese of many such entries
+        ("阿猫阿狗：旧时人们常用的小名。", "zh"),  # the model alone would call many such entries Japanese
         ("嚼处春冰敲齿冷，咽时雪液沃心寒。", "zh"),
         ("我们在 Linux 上运行 Python 程序，然后检查输出的结果是不是正确。", "zh"),
         ("これは日本語の文章です。猫は魚が好きで、毎日たくさん食べています。", "ja"),

@@ -1,4 +1,4 @@
-"""Copies: all that a comparison of everything with everything finds, however the work is cut."""
+"""Copies: everything that comparing all pairs would find, however the work is split."""
 
 import random
 
@@ -36,7 +36,7 @@ def test_clusters_are_those_of_union_find(pairs):
 
 @pytest.fixture
 def signed(tmp_path):
-    """Three units with exact and near copies within and across them, and the texts."""
+    """Three units with exact and near copies within and across them, and their texts."""
     draw = random.Random(4)
     vocabulary = [f"w{n}" for n in range(3000)]
     texts = [" ".join(draw.choices(vocabulary, k=draw.randint(60, 200))) for _ in range(60)]

@@ -1,4 +1,4 @@
-"""Signatures: they estimate the similarity they are said to, and depend on a text alone."""
+"""Signatures: they estimate similarity as promised, and depend only on the text."""
 
 import random
 
@@ -61,5 +61,5 @@ def test_short_texts_have_one_shingle_and_chinese_counts_characters():
     signs, _ = signatures(["one two", "one two", "one three", "狮子和老鼠", "狮子和老虎"])
     assert (signs[0] == signs[1]).all()
     assert (signs[0] == signs[2]).mean() < 0.1
-    assert (signs[3] == signs[4]).mean() < 0.1  # five characters are one shingle, and these differ in one
+    assert (signs[3] == signs[4]).mean() < 0.1  # five characters are one shingle, and these differ in one character
     assert keys(signs, SHAPE).shape == (SHAPE.bands, 5)

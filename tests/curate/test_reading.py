@@ -1,4 +1,4 @@
-"""Readers: every form is read, and whatever is wrong with a file is named while the rest of it is read on."""
+"""Readers: every form is read, and faults in a file are named while the rest of it is read."""
 
 import dataclasses
 import gzip
@@ -127,12 +127,12 @@ def test_names_and_patterns_start_at_the_recipe(tmp_path, monkeypatch):
         with places.of_recipe(beside):
             ((unit,), _) = origins.units(_source(Path(spec)), 1000, None)
         assert Path(unit.pieces[0].path).read_text() == wanted
-    with places.of_recipe(here):  # as version 0.2.0 named them, so that its builds stay finished
+    with places.of_recipe(here):  # as version 0.2.0 named them, so that its builds still count as finished
         assert origins.units(_source(Path("raw/*.txt")), 1000, None)[0][0].pieces[0].path == "raw/a.txt"
 
 
 def test_a_data_set_is_read_file_by_file(tmp_path, monkeypatch):
-    """The library takes a folder owner/name under the working directory for the data set of that name."""
+    """The library takes a folder owner/name under the working directory to be the data set of that name."""
     pytest.importorskip("datasets")
     want = [prose(i, 2) for i in range(6)]
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -188,14 +188,14 @@ def test_what_is_wrong_with_a_record_is_named(tmp_path):
 
 def test_a_line_of_a_gigabyte_is_left_out_in_little_memory(tmp_path):
     path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:  # most of it is a hole, so the disk holds little of it
+    with path.open("wb") as file:  # mostly a hole, so that it takes little disk space
         file.write(b'{"text": "before"}\n')
         file.seek(1 << 30)
         file.write(b'\n{"text": "behind"}\n')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert _read(path, 1 << 40) == (["before", "behind"], {"too-long": 1})
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert after - before < 100_000  # KB; a line of the source's longest is 10,000
+    assert after - before < 100_000  # KB; the longest line that a source allows is 10,000
 
 
 def test_encodings_are_told_apart_and_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""Rules of quality: every one can fail, and good texts of both languages break none."""
+"""Quality rules: every one can fail, and good texts in both languages break none."""
 
 import random
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from bessemer.curate.words import words
 from bessemer.tasks import ngrams
 
-# what both agree about: ngrams leaves other alphabets out, here they are letters too
+# what both agree on: ngrams leaves out other alphabets, which are letters here too
 SHARED = "aAzZ éÉ ñ Ж б λ 09 7 你 好 の カ -+*/=<>^%×÷ , . ! ? ' \n\t ， 。 “ （".replace(" ", "") + "  "
 texts = st.text(alphabet=SHARED, max_size=60)
 
@@ -32,4 +32,4 @@ def test_a_word_has_one_number_wherever_it_stands():
 
 def test_other_scripts_are_words_too():
     assert len(words(["שלום עולם"]).hashes_W) == 2
-    assert len(words(["สวัสดี"]).hashes_W) == 6  # written without spaces: by the character
+    assert len(words(["สวัสดี"]).hashes_W) == 6  # written without spaces, so split into characters
