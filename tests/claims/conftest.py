@@ -1,4 +1,4 @@
-"""All cards, computed once."""
+"""All the cards, computed once."""
 
 import pytest
 

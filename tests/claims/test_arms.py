@@ -1,4 +1,4 @@
-"""What the arms need: masks of experts, experts by token, MTP targets of another row, noise, counts of spikes."""
+"""What the arms are built from: expert masks, experts by token, MTP targets of another row, noise, spike counts."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_the_best_experts_are_masked_and_come_back(model, batch):
     with probes.without(model, 2, random=True):
         drawn = probes.choices(model)(batch)[0][0]
     kept = [(row[:, None] == own[None]).any(1).float().mean() for row, own in zip(drawn, plain[0][0], strict=True)]
-    assert 0.5 < float(torch.stack(kept).mean()) < 1  # two of sixteen are missing, not the best two
+    assert 0.5 < float(torch.stack(kept).mean()) < 1  # two random experts of sixteen are masked, not the best two
     again = probes.choices(model)(batch)
     assert all(torch.equal(one, other) for (one, _), (other, _) in zip(plain, again, strict=True))
 
@@ -57,7 +57,7 @@ def test_experts_that_are_off_get_no_token(model, batch):
 
 
 def test_information():
-    """Domains that share nothing say all, equal ones nothing, and a case by hand."""
+    """It is 1 for domains that share no expert, 0 for identical ones, and as computed by hand in between."""
     assert probes.mutual_information(torch.eye(3)).item() == pytest.approx(1)
     assert probes.mutual_information(torch.ones(2, 4)).item() == pytest.approx(0, abs=1e-12)
     counts = torch.tensor([[3.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
@@ -110,17 +110,17 @@ def test_noise_replaces_the_same_tokens_in_any_batch():
     changed, more = tenth != tokens, half != tokens
     assert 0.08 < changed.float().mean() < 0.12 and 0.47 < more.float().mean() < 0.53
     assert not (changed & ~more).any() and torch.equal(tenth[changed], half[changed])
-    assert not more[:, [0, 200]].any()  # neither what is not learnt nor BOS
+    assert not more[:, [0, 200]].any()  # neither tokens without a loss nor BOS
     alone = with_noise(Batch(tokens[4:], loss[4:]), 0.1, 5, 14, 2048, 0)
     assert torch.equal(alone.tokens_BT, tenth[4:])
     assert not torch.equal(with_noise(Batch(tokens, loss), 0.1, 6, 10, 2048, 0).tokens_BT, tenth)
 
 
 def test_spikes_are_far_above_the_steps_before_them():
-    calm = [3.0 + 0.1 * (-1) ** step for step in range(2 * WINDOW)]  # five deviations are about 0.5
+    calm = [3.0 + 0.1 * (-1) ** step for step in range(2 * WINDOW)]  # five standard deviations are about 0.5
     lines = [{"values": {"train/loss": loss, "train/skipped": 0}} for loss in (*calm, 3.45, 3.7, 3.0, 3.0)]
     assert spikes(lines) == 1
     lines.insert(50, {"values": {"val/bpb/web": 9.0}})
     skipped = [{"values": {"train/skipped": 2}}, {"values": {"train/skipped": 2, "train/loss": 3.0}}]
     assert spikes([*lines, *skipped]) == 3
-    assert spikes([{"values": {"train/loss": loss}} for loss in [1.0] * (WINDOW - 1) + [9.0]]) == 0  # too early to say
+    assert spikes([{"values": {"train/loss": loss}} for loss in [1.0] * (WINDOW - 1) + [9.0]]) == 0  # too few steps

@@ -1,4 +1,4 @@
-"""The registry is whole, and the cards' figures are those that other ways of counting give."""
+"""The registry is complete, and the cards' figures agree with independent ways of counting."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def test_both_languages_say_the_same():
 
 
 def test_no_sentence_says_what_has_not_been_run():
-    """The page says so itself, from the results that there are."""
+    """The page derives that from the results that exist."""
     stale = re.compile(r"(run|made|measured) yet|not (been )?(run|repeated)|尚未|还没有")
     texts = {name: [*(claim.found or ()), *(claim.limit or ())] for name, claim in registry.claims().items()}
     texts |= {name: [*one.does, *one.limit] for name, one in registry.experiments().items()}
@@ -65,7 +65,7 @@ def test_every_kind_has_what_decides_it():
 
 
 def test_verdicts(made):
-    """What this version says: a change here is a change of what the page claims."""
+    """The verdicts of this version: to change this test is to change what the page claims."""
     found = {
         verdict: " ".join(name for name, card in made.items() if card.verdict is verdict) for verdict in ClaimVerdict
     }
@@ -78,7 +78,7 @@ def test_verdicts(made):
 
 
 def test_results_of_runs_take_their_place():
-    """The seam for the trained arms: three seeds, a control that must show harm, one that must not."""
+    """How trained arms enter a card: three seeds, one control that must show harm and one that must not."""
     same = Measured([-0.004, -0.002, -0.003], positive=[0.02, 0.03, 0.025], negative=[0.001, -0.001, 0.0])
     metric = "bpb(ref) / bpb(MHA) - 1"
     results = {"L6": {metric: same}, "F7": {"held-out, FP8 / BF16 - 1, %": Measured([0.1, 0.12, 0.11])}}
@@ -92,7 +92,7 @@ def test_results_of_runs_take_their_place():
 
 
 def test_figures_by_other_ways(made):
-    """Published totals and hand counts, not the code that made the cards."""
+    """Against published totals and hand counts, not against the code that made the cards."""
     assert exact.COMPUTED["L5"]()["share"] == pytest.approx(100 * (512 + 64) / (128 * (128 + 128)))
     assert exact.COMPUTED["L4"]()["context_gb"] == pytest.approx(128 * 256 * 61 * 2 * 131072 / 1e9)
     assert exact.COMPUTED["M12"]()["stored_ratio"] == pytest.approx(671.026 / 37.552, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The page of the claims in headless Chromium: two widths, two languages, keyboard, and what axe-core finds."""
+"""The claims page in headless Chromium: two widths, two languages, the keyboard, and no violation by axe-core."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, file, request):
-    """The page, of which nobody may complain and which asks for nothing."""
+    """The page, which must log nothing to the console, raise no error and request no other file."""
     width, language, scheme = getattr(request, "param", (1280, "en-GB", "light"))
     context = browser.new_context(viewport={"width": width, "height": 850}, locale=language, color_scheme=scheme)
     tab, complaints = context.new_page(), []
@@ -77,7 +77,7 @@ def test_one_language_is_shown_and_nothing_sticks_out(opened):
 
 @pytest.mark.parametrize("opened", VIEWS[:2], indirect=True)
 def test_axe_finds_nothing(opened):
-    """With the details of one card of every verdict open, and the glossary; all are made alike."""
+    """With one card of every verdict and the glossary open; all cards are built alike."""
     opened.evaluate(
         OPEN, ":is(#F7, #L5, #L6, #Z2) details, .chapter:has(#D5), #D5 details, #D2 details, #method details"
     )

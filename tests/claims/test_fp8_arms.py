@@ -1,4 +1,4 @@
-"""FP8 arms: formats differ in nothing else, and a real pair of runs gives the gaps."""
+"""FP8 arms: they differ in the number format alone, and a real pair of runs gives the gaps."""
 
 import pytest
 

@@ -42,4 +42,4 @@ def test_a_model_that_knows_the_place_before_is_a_control_that_fires():
         return cards.make(["D2"], {"D2": measured})[0].verdict
 
     assert verdict(0.0) is ClaimVerdict.SHOWN
-    assert verdict(0.2) is ClaimVerdict.PART  # the source says the rest
+    assert verdict(0.2) is ClaimVerdict.PART  # the part that rests on the source still holds

@@ -1,4 +1,4 @@
-"""Measures of this machine: bytes and errors against formulas, replicas against one process, drafts."""
+"""Measurements on this machine: bytes and errors against formulas, replicas against one process, drafts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Pipelines whose stages sleep: who sleeps when, and that the real executor takes no less than its table."""
+"""Pipelines whose stages sleep: which sleeps when, and that the real executor is no faster than its table."""
 
 from contextlib import nullcontext
 
@@ -32,7 +32,7 @@ def test_a_stage_sleeps_a_unit_in_f_in_i_and_in_w(monkeypatch):
     chunk = Chunk(part.phases(x, torch.zeros(1, 1)), Serial())
     list(chunk.forward())
     list(chunk.backward(torch.ones(1, pipelines.WIDTH), nullcontext))
-    assert sum(slept) == 8 + 1 + 8 + 1 + 8  # B is I and W
+    assert sum(slept) == 8 + 1 + 8 + 1 + 8  # backward (B) is input gradients (I) plus weight gradients (W)
 
 
 def test_idle_is_waiting_and_the_ends():

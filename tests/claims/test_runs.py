@@ -1,4 +1,4 @@
-"""The runs behind the trained claims: what is planned, how results are kept and mixed, what they say to the rules."""
+"""The runs behind the trained claims: what is planned, how results are kept and merged, what the rules make of them."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
 
 
 def test_what_stands_beside_a_rule_is_like_a_part_of_it():
-    """Every experiment has its arms and its words, and none takes the name of a rule's metric."""
+    """Every comparison beside a rule has its arms and its texts, and none takes the name of a rule's metric."""
     rules, words = registry.rules().claim, registry.metrics()
     named: dict[str, set[str]] = {}
     for name in runs.PARTS:
@@ -75,11 +75,11 @@ def test_every_arm_is_a_recipe(shape):
     for arm in (name for name, one in pretrain.arms().items() if one.quick or shape != "nano"):
         made = pretrain.recipe(arm, 2, shape)
         config = made.stage("pretrain")
-        find_kind("pretrain")().resolve(config, made)  # complains before anything runs
+        find_kind("pretrain")().resolve(config, made)  # raises before anything runs
         rate = pretrain.shapes()[shape].lr * pretrain.arms()[arm].rate
         assert config.lr(config.tokens) == pytest.approx(rate / 10)
         network(arm, shape)
-    for arm in ("LATE", "REV") if shape != "nano" else ():  # the same totals of every part
+    for arm in ("LATE", "REV") if shape != "nano" else ():  # every domain's total share is unchanged
         config = pretrain.recipe(arm, 1, shape).stage("pretrain")
         half = config.tokens / 2
         for part, share in SHARES.items():
@@ -97,7 +97,7 @@ def test_planned_runs():
     assert names.index("pretrain-claims-MULTI-DTOT-3") < names.index("pretrain-claims-ref-4")
     assert {job.seed for job in runs.planned("default", ["pretrain"], seeds=2)} == {0, 1, 2}
     assert not runs.planned("quick", ["pretrain"], ["K1"])
-    # what takes over from a run that takes over from another needs all three
+    # a run that reuses one that itself reuses another needs all three
     chain = [job.arm for job in runs.planned("full", ["zero"], ["R5"], seeds=1)]
     assert chain == ["base", "right", "cold", "dev2", "dev3", "r1"]
     wide = [job for job in runs.planned("full", ["pretrain"], ["M5"], seeds=1) if job.shape == "wide"]
@@ -155,7 +155,7 @@ def tier(shape: str) -> runs.Tier:
 
 
 def latent_as_good(shape: str = "short", seeds: int = 3, change: float = -0.004) -> list[ArmResult]:
-    """Seeds in which MLA is a little better than MHA, and a narrower latent much worse."""
+    """Results in which MLA is slightly better than MHA, and a narrower latent much worse."""
     noise = random.Random(0)
     means = {"ref": 2.0 * (1 + change), "ref'": 2.0 * (1 + change), "MHA": 2.0, "MLA-24": 2.05}
     return [
@@ -173,7 +173,7 @@ def test_verdicts_need_seeds_and_controls():
     assert verdict_on(latent_as_good()) is ClaimVerdict.SHOWN
     assert verdict_on(latent_as_good(seeds=1)) is ClaimVerdict.PART
     assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
-    blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # nothing shows that harm would be seen
+    blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # no control shows that harm would be noticed
     assert verdict_on(blind) is ClaimVerdict.PART
     assert runs.missing(blind, registry.claims())["MLA-24"] == ["L12", "L6"]
     assert runs.missing(blind, ["L12"]) == {"MLA-24": ["L12"]}
@@ -206,10 +206,10 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
     judged, again, _ = results.evidence("default", held, latent_as_good(seeds=3, change=0.03))
     [card] = cards.make(["L6"], judged, again)
     assert card.verdict is ClaimVerdict.CONTRADICTED and card.facts()["parts"][0]["seeds"] == 3
-    assert not any(again.values())  # a seed that judges is not compared with itself
+    assert not any(again.values())  # seeds that decide are not compared with themselves
     judged, _, _ = results.evidence("default", held, latent_as_good(seeds=1, change=0.03))
     [card] = cards.make(["L6"], judged)
-    assert card.verdict is ClaimVerdict.PART  # as many: the committed one
+    assert card.verdict is ClaimVerdict.PART  # on a tie the committed seeds decide
     for tier in ("default", "full"):
         judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
         assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.SHOWN
@@ -220,7 +220,7 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
 
 def test_what_stands_beside_a_rule_changes_no_verdict():
     found = latent_as_good()
-    worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # the latent is 5 % worse than it
+    worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # MLA is 5 % worse than this arm
     [card] = cards.make(["L6"], runs.best(found + worse))
     [one] = card.beside
     assert card.verdict is ClaimVerdict.SHOWN and len(card.findings) == 1
@@ -228,7 +228,7 @@ def test_what_stands_beside_a_rule_changes_no_verdict():
     assert "whose keys and values are normalised" in page._card(card) and "beside the rule: " in cards.describe([card])
     assert card.facts()["beside"][0]["outcome"] == "fails"
     [alone] = cards.make(["L6"], runs.best([one for one in found + worse if one.arm != "MHA"]))
-    assert alone.verdict is ClaimVerdict.NOT_RUN and alone.beside  # the rule's own part still waits
+    assert alone.verdict is ClaimVerdict.NOT_RUN and alone.beside  # the rule's own part has not been run
     [earlier] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
     assert earlier.earlier is not None and len(earlier.beside) == 1
 
@@ -243,7 +243,7 @@ def test_noise_and_spikes_are_differences_of_differences():
     found = [result(arm, seed, spikes=n + seed % 2) for arm, n in jumps.items() for seed in (1, 2, 3)]
     assert verdict_on(found, "M20") is ClaimVerdict.SHOWN
     calm = [one for one in found if one.arm != "spikes-TEN"] + [result("spikes-TEN", n, spikes=3) for n in (1, 2, 3)]
-    assert verdict_on(calm, "M20") is ClaimVerdict.NOT_SHOWN  # jumps would not have been seen
+    assert verdict_on(calm, "M20") is ClaimVerdict.NOT_SHOWN  # the control has no more spikes: they would go unnoticed
     heads = {"MULTI-MHA": 0.3, "MULTI-ONE": 0.5, "MULTI": 0.4, "MULTI'": 0.4}
     many = [result(arm, seed, overfit=one + 0.001 * seed) for arm, one in heads.items() for seed in (1, 2, 3)]
     assert verdict_on(many, "L2") is ClaimVerdict.SHOWN
@@ -280,7 +280,7 @@ def test_chance_that_differs_too_much_fails():
 
 
 def test_the_worst_part_is_chosen_by_other_seeds():
-    """Without any difference its mean is 0; that of each seed's own worst part is not."""
+    """With no real difference its mean is then 0; choosing each seed's own worst part would be biased."""
     noise, found, own = random.Random(1), [], []
     for _ in range(300):
         seeds = [tuple({f"bpb_{part}": noise.gauss(0, 1) for part in SHARES} for _ in range(2)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Verdicts follow from evidence by rules that were there first."""
+"""Verdicts follow from the evidence by rules fixed in advance."""
 
 import pytest
 
@@ -48,23 +48,23 @@ def test_parts_make_a_verdict(outcomes, verdict, of_all):
         (GAIN, Measured(CLEAR), HOLDS),
         (GAIN, Measured([-1.0, -1.1, -0.9]), FAILS),
         (GAIN, Measured([1.0, -1.1, 0.4]), UNCLEAR),
-        (GAIN, Measured([1.0, 1.1]), WEAK),  # two seeds
+        (GAIN, Measured([1.0, 1.1]), WEAK),  # only two seeds
         (GAIN, Measured([1.0]), WEAK),
-        (GAIN, Measured([1.0], over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # the problems alone leave it open
-        (GAIN, Measured(CLEAR, over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # the wider of the two intervals
-        (GAIN, Measured(CLEAR, positive=[1.0, -1.0, 0.0]), UNCLEAR),  # a control that must work does not
-        (GAIN, Measured(CLEAR, negative=CLEAR), UNCLEAR),  # a control that must not work does
+        (GAIN, Measured([1.0], over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # too few problems to decide
+        (GAIN, Measured(CLEAR, over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # the wider interval counts
+        (GAIN, Measured(CLEAR, positive=[1.0, -1.0, 0.0]), UNCLEAR),  # the positive control shows no effect
+        (GAIN, Measured(CLEAR, negative=CLEAR), UNCLEAR),  # the negative control shows an effect
         (GAIN, Measured(CLEAR, positive=CLEAR, negative=[0.1, -0.1, 0.05]), HOLDS),
-        (GAIN, Measured(CLEAR, earlier=True), WEAK),  # from before the rules
+        (GAIN, Measured(CLEAR, earlier=True), WEAK),  # measured before the rules were fixed
         (GAIN, None, OPEN),
-        (GAIN.model_copy(update={"paper": 5.0}), Measured(CLEAR), WEAK),  # less than half of the paper's effect
+        (GAIN.model_copy(update={"paper": 5.0}), Measured(CLEAR), WEAK),  # less than half the paper's effect
         (GAIN.model_copy(update={"paper": 1.9}), Measured(CLEAR), HOLDS),
         (BOUND, Measured([0.05, 0.06, 0.04], positive=[0.9, 1.0, 1.1]), HOLDS),
-        (BOUND, Measured([0.05, 0.06, 0.04], positive=[0.9, -1.0, 0.1]), UNCLEAR),  # blind: harm would not be seen
+        (BOUND, Measured([0.05, 0.06, 0.04], positive=[0.9, -1.0, 0.1]), UNCLEAR),  # blind: harm would go unnoticed
         (BOUND, Measured([0.9, 1.0, 1.1]), FAILS),
         (EQUAL, Measured([0.01, -0.01, 0.0]), HOLDS),
         (BOUND, Measured([0.05, 0.06, 0.04], negative=[0.01, -0.01, 0.0]), HOLDS),
-        (BOUND, Measured([0.05, 0.06, 0.04], negative=[0.2, 0.21, 0.19]), UNCLEAR),  # harm where there can be none
+        (BOUND, Measured([0.05, 0.06, 0.04], negative=[0.2, 0.21, 0.19]), UNCLEAR),  # harm where none is possible
         (EQUAL, Measured([0.01, -0.5, 0.3]), UNCLEAR),
         (EQUAL, Measured([0.045, -0.045, 0.0]), HOLDS),  # by two one-sided tests, not by the 95 % interval
         (EQUAL, Measured([0.5, 0.52, 0.51]), FAILS),

@@ -1,4 +1,4 @@
-"""Ways of keeping what attention needs: the same output, and the bytes that shapes give."""
+"""Ways of caching what attention needs: the same output, and the number of bytes that the shapes imply."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WAYS = ("none", "inputs", "keys", "expanded", "latents")
 @torch.inference_mode()
 def test_all_ways_compute_the_same_attention():
     kept = Remembered(CFG, 3, 20)
-    kept.keys[:, :, -1] = kept.values[:, :, -1] = kept.latents[:, -1] = 0  # each step fills in what is new
+    kept.keys[:, :, -1] = kept.values[:, :, -1] = kept.latents[:, -1] = 0  # each step fills in the new token's entries
     expected = kept.step_none()
     for name in WAYS:
         assert torch.allclose(getattr(kept, f"step_{name}")(), expected, atol=1e-5), name

@@ -1,4 +1,4 @@
-"""Arms of R1-Zero: what each runs, what it takes over, and its numbers from a real run and from planted rows."""
+"""R1-Zero's arms: what each runs and reuses, and its numbers from a real run and from planted rows."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_controls_differ_from_r1_zero_in_one_thing():
     sampled = [stage for stage in rounds.stages if stage.kind == "reject"]
     asked = [range(stage.first_problem, stage.first_problem + stage.problems) for stage in sampled]
     assert sum(len(one) for one in asked) * 16 == right.rollouts * right.prompts_per_rollout * right.samples
-    assert [i for one in asked for i in one] == list(range(384))  # nothing twice
+    assert [i for one in asked for i in one] == list(range(384))  # no problem is asked twice
     assert [stage.source for stage in sampled] == ["base", "tuned-1", "tuned-2", "tuned-3"]
     doses = [zero.recipe(arm, 1, "countdown").stages[0].mix["countdown"] for arm in ("dose-0", "dose-3")]
     for mix in doses:
@@ -93,7 +93,7 @@ def test_numbers_are_means_over_languages_by_what_was_asked():
     assert zero.numbers([ROW], "arithmetic") == {"pass@1 countdown": 0.25}
     assert zero.numbers([ROW], "countdown", again=True)["again pass@1"] == 0.25
     wide = zero.numbers([ROW | {"samples": 64, "k": 64}], "countdown")
-    assert wide == {"pass@64": 0.5}  # pass@1 is that of all problems
+    assert wide == {"pass@64": 0.5}  # pass@1 comes from the row over all problems
 
 
 def planted(numbers):
@@ -113,16 +113,16 @@ def test_metrics_take_the_arms_that_the_rules_name():
     after = found["Z2", "pass@1 after - before, points"]
     assert after.values == pytest.approx([50, 50]) and after.negative == pytest.approx([-5, -5])
     assert found["Z3", "pass@1, right - coin, points"].values == pytest.approx([55, 55])
-    assert found["Z3", "pass@1, right - coin, points"].positive == pytest.approx([40, 40])  # over the best temperature
+    assert found["Z3", "pass@1, right - coin, points"].positive == pytest.approx([40, 40])  # over its best temperature
     assert found["Z4", "readable share after - before"].values == pytest.approx([-0.1, -0.1])
     few = found["Z7", "(few - zero shots) of R1-Zero - of the base, points"]
     assert few.values == pytest.approx([-20 - 5] * 2) and few.positive == pytest.approx([-50, -50])
     assert found["Z8", "change on unpaid tasks, points"].values == pytest.approx([5, 5])
-    assert found["R2", "pass@1, with - without, points"] is None  # no arm of the mixed corpus
+    assert found["R2", "pass@1, with - without, points"] is None  # there is no arm with the mixed corpus
 
 
 def test_a_small_run_gives_the_numbers(tmp_path):
-    """The base's job and R1-Zero's at a size that learns nothing; the second takes over what the first made."""
+    """The jobs of the base and of R1-Zero at a size that learns nothing; the second reuses the first one's stages."""
     small = {"corpus": {"limits": {"sums": 30_000}, "vocab_sample": 20_000}, "base": {"tokens": 4096},
              "right": {"rollouts": 1, "prompts_per_rollout": 4, "samples": 4, "eval_problems": 2, "minimum_pass": 0.0},
              "eval": {"problems": 3, "samples": 2, "temperatures": [1.0]},

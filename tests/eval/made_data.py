@@ -1,4 +1,4 @@
-"""Rows made up for the tests, in the form of each public release."""
+"""Invented rows in the format of each public release."""
 
 import base64
 import csv
@@ -18,7 +18,7 @@ CALLS = [{"input": "[1, 2]\n3", "output": "[3, 6]", "testtype": "functional"}]
 
 
 def packed(tests: list[dict]) -> str:
-    """LiveCodeBench's form of private tests."""
+    """Private tests as LiveCodeBench encodes them."""
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
 
 
@@ -65,11 +65,11 @@ ROWS = {
     ],
     "c-eval": [{"id": 0, "question": "哪个是水果？", "A": "石头", "B": "苹果", "C": "铁", "D": "木", "answer": "B"}],
 }  # fmt: skip
-"""CNMO is missing, as data of a user may be."""
+"""CNMO is missing, since a user may lack the data of an evaluation."""
 
 
 def write_data(folder: Path) -> Path:
-    """A folder for --data, with files of every kind."""
+    """A folder for --data with files of every format."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in ROWS.items():
         if name == "gpqa-diamond":

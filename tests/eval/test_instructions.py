@@ -1,4 +1,4 @@
-"""IFEval's checkers against the published ones (as lm-eval carries them), where those run without a download."""
+"""IFEval's checkers against the published ones in lm-eval, as far as those run without a download."""
 
 import random
 import sys
@@ -46,7 +46,7 @@ PIECES = [
 
 @pytest.fixture(scope="module")
 def published():
-    """lm-eval's registry of checkers, with stand-ins for what it would install or download."""
+    """lm-eval's registry of checkers, with stubs for the packages and data it would install or download."""
     pytest.importorskip("lm_eval")
     nltk = pytest.importorskip("nltk")
     langdetect = types.ModuleType("langdetect")
@@ -63,7 +63,7 @@ def published():
         patch.setattr(nltk, "word_tokenize", tokenize)
         yield instructions_registry.INSTRUCTION_DICT
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
-        del sys.modules[name]  # they were imported with the stand-ins
+        del sys.modules[name]  # they were imported with the stubs
 
 
 def replies(number):

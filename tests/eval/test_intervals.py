@@ -1,4 +1,4 @@
-"""Intervals of a handful of seeds: against scipy and closed forms, and by coverage in a thousand simulated runs."""
+"""Intervals from a few seeds against scipy and closed forms, and their coverage in a thousand simulated runs."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_holm_by_hand():
 
 
 def test_newcombes_own_example():
-    """Newcombe 1998, Table II, case (a), is 56/70 - 48/80; with equal groups: 56/70 - 42/70 by statsmodels' formula."""
+    """Newcombe 1998, Table II, case (a) is 56/70 - 48/80; for equal groups, 56/70 - 42/70 by statsmodels' formula."""
     l1, u1 = (bound for bound in stats.binomtest(56, 70).proportion_ci(method="wilson"))
     l2, u2 = (bound for bound in stats.binomtest(42, 70).proportion_ci(method="wilson"))
     low, high = 0.2 - math.hypot(0.8 - l1, u2 - 0.6), 0.2 + math.hypot(u1 - 0.8, 0.6 - l2)
@@ -58,7 +58,7 @@ def test_newcombes_own_example():
 
 
 def test_intervals_cover_95_in_100():
-    """1,000 simulated studies: seeds of a normal metric, and problems of a benchmark."""
+    """In 1,000 simulated studies: over seeds with a normal metric, and over the problems of a benchmark."""
     rng = np.random.default_rng(1)
     seeds = rng.normal(0.7, 0.3, size=(RUNS, 3))
     covered = sum(one.low <= 0.7 <= one.high for one in map(ours.over_seeds, seeds.tolist()))
@@ -81,7 +81,7 @@ def test_bootstrap_over_problems_covers():
 
 
 def test_rules_rarely_show_what_is_not_there():
-    """Without an effect a one-sided claim comes out as holding in 2.5 of 100 studies; A/A fails in 1 of 100."""
+    """Without an effect a one-sided claim is found to hold in 2.5 % of studies; the A/A test fails in 1 %."""
     rng = np.random.default_rng(3)
     part = Part(kind="R", side="above", metric="gain", threshold=0.0, margin=0.1)
     outcomes = [run(part, Measured(values), rules()).outcome for values in rng.normal(0, 1, (RUNS, 3)).tolist()]

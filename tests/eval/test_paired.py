@@ -1,4 +1,4 @@
-"""`bessemer compare`: differences inside problems, their intervals, and what cannot be compared."""
+"""`bessemer compare`: differences per problem, their intervals, and what cannot be compared."""
 
 import json
 
@@ -21,7 +21,7 @@ def model(*shares, asked=SUMS):
 
 
 def simulated(rng, n, gain, seeds=1, spread=0.0, samples=16):
-    """Two sides on n problems of very different difficulty; a seed moves all its problems."""
+    """Two sides on n problems of very different difficulty; a seed shifts all its problems alike."""
     easy = rng.beta(0.5, 0.5, n)
     sides = []
     for more in (0.0, gain):
@@ -33,7 +33,7 @@ def simulated(rng, n, gain, seeds=1, spread=0.0, samples=16):
 
 @pytest.mark.parametrize("seeds, spread", [(1, 0.0), (3, 0.03)])
 def test_the_interval_covers_what_is_true(seeds, spread):
-    """In 400 simulated comparisons, at the nominal rate less what so few can tell."""
+    """In 400 simulated comparisons, at the nominal rate minus an allowance for so few."""
     rng = np.random.default_rng(3)
     inside = 0
     for _ in range(400):
@@ -43,7 +43,7 @@ def test_the_interval_covers_what_is_true(seeds, spread):
 
 
 def test_pairing_sees_what_two_intervals_would_not():
-    """Problems differ by far more than the models: unpaired intervals overlap widely, the paired one excludes 0."""
+    """Problems differ far more than the models do: unpaired intervals overlap widely, the paired one excludes 0."""
     hard, easy = [0.0, 0.1] * 20, [0.9, 1.0] * 20
     (line,) = paired.compare([model(*hard, *easy)], [model(*(share + 0.04 for share in (*hard, *easy)))])
     assert line.difference == pytest.approx(0.04) and line.low > 0.03 and line.verdict == "the second is better"
@@ -107,7 +107,7 @@ def test_other_measures_than_accuracy():
 
 
 def test_two_stages_of_a_run_by_the_command(call, tmp_path):
-    """From the evaluation of their run, and asked anew."""
+    """From their run's evaluation, and by asking them again."""
     root = write_run(tmp_path / "tiny")
     row = {"model": "zero", "domain": "maths", "task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
     (root / "02-eval").mkdir()

@@ -1,4 +1,4 @@
-"""Suites of published evaluations: made rows in the form of each release, answers of a small model and of files."""
+"""Published evaluation suites: invented rows in each release's format, answers from a small model and from files."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def loaded(name, data):
 
 
 def r1(answer, thoughts="Let me see. It could be \\boxed{1}, but no."):
-    """An answer in the form of the released R1: after the opening tag, which its prompt holds."""
+    """An answer in the released R1's form: it starts after the opening tag, which the prompt contains."""
     return f"{thoughts}\n</think>\n\nFirst we look at it.\n\n**Answer:** {answer}\n"
 
 
@@ -106,14 +106,14 @@ def test_livecodebench_runs_the_programs_of_its_dates(data):
 
 
 def two_hundred(folder):
-    """200 answers in R1's form to two AIME problems, 100 each, of which the comments give the score."""
+    """200 answers in R1's form to two AIME problems, 100 each; the comments give the correct ones."""
     wrong = ["\\boxed{3}", "\\boxed{3}", "no box, but 2", "\\boxed{2} or \\boxed{4}"]
-    lines = [{"problem": 60, "text": r1("\\boxed{2}")} for _ in range(60)]  # 60 of 100
+    lines = [{"problem": 60, "text": r1("\\boxed{2}")} for _ in range(60)]  # correct: 60 of 100
     lines += [{"problem": 60, "text": r1(wrong[n % 4])} for n in range(40)]
     lines += [
         {"problem": "61", "reasoning": "Twenty tens.", "text": "So\n\n\\boxed{200}."} for _ in range(25)
-    ]  # 25 of 100
-    lines += [{"problem": "61", "text": r1("\\boxed{30}")} for _ in range(45)]  # the majority, and wrong
+    ]  # correct: 25 of 100
+    lines += [{"problem": "61", "text": r1("\\boxed{30}")} for _ in range(45)]  # the majority answer, and wrong
     cut = {"text": "I think and think, \\boxed{200}, and never end", "finish_reason": "length"}
     lines += [{"problem": "61", **cut} for _ in range(30)]
     return write_jsonl(folder / "aime-2024.jsonl", lines)
@@ -169,7 +169,7 @@ def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tm
 
     killed = tmp_path / "killed"
     killed.mkdir()
-    (killed / "aime-2024.jsonl").write_text(whole[: len(whole) * 2 // 3])  # ends within a line
+    (killed / "aime-2024.jsonl").write_text(whole[: len(whole) * 2 // 3])  # cut in the middle of a line
     again = cli(*call, "--samples", 3, "--out", "killed", cwd=tmp_path)
     assert again.returncode == 0 and "R1-Zero" in again.stdout and "77.9 %" in again.stdout, again.stderr
     assert sorted((killed / "aime-2024.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
@@ -183,7 +183,7 @@ def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tm
 
 
 def test_only_files_of_answers_are_continued(model, data, tmp_path):
-    """Answers were once written into the data itself, after its last line was cut off."""
+    """Answers were once appended to the data file itself, and its last line was lost."""
     for name, content in (("aime-2024.jsonl", '{"problem": "1 + 1", "answer": 2}'), ("results.json", '{"rows": []}')):
         folder = tmp_path / name
         folder.mkdir()
@@ -208,9 +208,9 @@ def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
 
     run("grown", 1)
     for file in Path(model).glob("*.safetensors"):
-        os.utime(file)  # another date, the same weights
+        os.utime(file)  # a new date, the same weights
     assert run("grown", 3) == (whole := run("at-once", 3))
-    path = tmp_path / "grown" / "aime-2024.jsonl"  # with the first line that version 0.2.0 wrote
+    path = tmp_path / "grown" / "aime-2024.jsonl"  # given the header line that version 0.2.0 wrote
     header, *answers = path.read_text().splitlines()
     dated = json.dumps(json.loads(header) | {"model": suite_run._dated(Path(model))})
     path.write_text("\n".join([dated, *answers]) + "\n")

@@ -1,4 +1,4 @@
-"""A run directory of the whole R1 recipe with its controls, as a real run leaves it.
+"""The run directory of a whole R1 recipe with its controls, as a real run leaves it.
 
 As a program: `fake_r1.py DIR` makes one to look at.
 """
@@ -29,7 +29,7 @@ STAGES = (
     ("alone", "rl", {"from": "small", "tasks": ["countdown", "shop"]}),
     ("eval", "eval", {"from": "r1"}),
 )
-# model: pass@1, pass@16, cons@16, readable, language, well-formed, cut off, tokens; shop comes lower
+# model: pass@1, pass@16, cons@16, readable, language, well-formed, cut off, tokens; on shop pass@1 is lower
 MODELS = {
     "pretrain": (0.20, 0.87, 0.49, 0.61, 0.82, 0.71, 0.03, 68),
     "zero": (0.71, 0.96, 0.87, 0.52, 0.74, 0.94, 0.11, 141),
@@ -87,8 +87,8 @@ def _rows() -> list[dict]:
 
 
 def _learning(rng: random.Random, name: str) -> list[dict]:
-    """120 steps: stages paid by the task get better, the coin goes nowhere, the form alone is hacked, and in the last
-    part of r1 the reward model is."""
+    """120 steps: stages rewarded by the task improve, the coin goes nowhere, reward for the form alone is hacked, and
+    so is the reward model in the last part of r1."""
     start, end = {"coin": (0.2, 0.2), "form": (0.2, 0.17), "dev2": (0.5, 0.68), "r1": (0.7, 0.75)}.get(name, (0.2, 0.7))
     lines = []
     for step in range(121):

@@ -1,4 +1,4 @@
-"""A run directory as a real run leaves it, with figures like those of small runs, in a fraction of a second.
+"""A run directory as a real run leaves it, with figures like those of small runs, made in a fraction of a second.
 
 As a program: `fake_run.py DIR` makes one to look at.
 """

@@ -1,4 +1,4 @@
-"""The report card: everything a run recorded is on it, nothing a model wrote gets out of its box."""
+"""The report card: everything a run recorded is on it, and text written by a model cannot inject markup."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from bessemer.report import card, charts, facts, page, panels
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags nest, and keeps what there is."""
+    """Checks that tags nest, and collects tags, attributes and text."""
 
     EMPTY = ("meta", "col", "br", "img", "link", "input", "path", "use", "image")
 
@@ -80,7 +80,7 @@ def test_one_file_that_asks_for_nothing(text):
             assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
         assert not name.startswith("on")
     assert "url(http" not in text and "@import" not in text and "<!DOCTYPE svg" not in text
-    # one script, ours, and a policy that runs no other: it names the hash of this one's text
+    # one script, ours, and a policy that permits no other: it states this script's hash
     assert page.tags.count("script") == 1 and not any(tag == "script" for tag, _, _ in page.attributes)
     script = text.split("<script>")[1].split("</script>")[0]
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -97,7 +97,7 @@ def test_one_file_that_asks_for_nothing(text):
         "import",
     ):
         assert unsafe not in script
-    assert len(text) < 600_000  # small enough to mail
+    assert len(text) < 600_000  # small enough to e-mail
 
 
 def test_charts_take_the_colours_of_the_page(text):
@@ -105,9 +105,9 @@ def test_charts_take_the_colours_of_the_page(text):
     assert len(svgs) > 15
     for svg in svgs:
         ElementTree.fromstring(svg)
-        # stand-ins are all replaced, and no black or white was left to vanish on one of the two themes
+        # all placeholders are replaced, and no black or white is left that would vanish in one of the two themes
         assert "var(--" in svg and "#010" not in svg and "#000000" not in svg and "#ffffff" not in svg
-        assert "<text" in svg  # text stays text
+        assert "<text" in svg  # labels are text, not paths
     ids = [re.findall(r'<clipPath id="([^"]+)"', svg) for svg in svgs]
     flat = [found for svg in ids for found in svg]
     assert len(flat) == len(set(flat))  # one chart's clip must not cut another's lines
@@ -118,7 +118,7 @@ def test_charts_take_the_colours_of_the_page(text):
 
 
 def test_the_papers_recipe(text, tmp_path):
-    """The four states; the rows of a run that is older than they are know only on and off."""
+    """All four states are shown; the rows of a run older than these states know only on and off."""
     assert "6 of 8 items of the papers" in text and "recipe on, 2 off." in text
     assert text.count('<span class="pill on">on</span>') == 6 and text.count('<span class="pill off">off</span>') == 2
     root = fake_run.make(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_rollouts_that_never_repeat_a_prompt_are_spread_over_training(tmp_path):
 def test_curves_stay_small_and_true():
     _, y = charts._thin(list(range(10_000)), [float(value) for value in range(10_000)])
     assert len(y) <= charts._MOST_POINTS and y == sorted(y) and abs(sum(y) / len(y) - 4999.5) < 25
-    assert charts._smooth([1.0, 9.0]) == [1.0, 9.0]  # a few points are shown as they are
+    assert charts._smooth([1.0, 9.0]) == [1.0, 9.0]  # too few points to smooth
     flat = charts._smooth([5.0] * 200)
     assert flat == [5.0] * 200
     assert [charts.short(v) for v in (0, 0.00022, 3e-3, 1.5, 21400, 8e6, -0.5)] == [

@@ -23,7 +23,7 @@ def section(text, anchor):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One, a run of another seed that learnt less, and one without RL."""
+    """A run, one with another seed that learnt less, and one without RL."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("one", "less", "bare"):
         fake_run.make(folder / name)
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
 
 
 def test_runs_side_by_side(runs):
-    """Each figure stands under its run, each curve has a line of every run that recorded it."""
+    """Each figure is in its run's column, and each curve has a line for every run that recorded it."""
     text = compare.write([runs / "one", runs / "less"]).read_text("utf-8")
     shown = section(text, "results")
     heads = re.findall(r'<th scope="col">([^<]+)<small>', shown)

@@ -1,4 +1,4 @@
-"""The comparison of number formats: who is compared with whom, and the gap against a loop."""
+"""The comparison of number formats: which stages are compared, and the gap against a plain loop."""
 
 from pathlib import Path
 

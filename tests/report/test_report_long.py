@@ -79,7 +79,7 @@ def test_a_terminal_gets_the_figures(root):
 def test_a_share_of_none_or_all_has_an_interval():
     none, all_ = tables.needles_found(cells(0.0, 0.0)), tables.needles_found(cells(1.0, 1.0))
     assert (none["share"], none["low"], all_["share"], all_["high"]) == (0.0, 0.0, 1.0, 1.0)
-    assert 0.05 < none["high"] < 0.1 and 0.9 < all_["low"] < 0.95  # 40 problems: about 1 - 0.05^(1/40)
+    assert 0.05 < none["high"] < 0.1 and 0.9 < all_["low"] < 0.95  # 40 problems: the bound is about 1 - 0.05^(1/40)
 
 
 def test_a_run_without_one_has_no_such_section(root):

@@ -1,4 +1,4 @@
-"""The report in headless Chromium: values under the pointer, zoom, where rollouts open, and what axe-core finds."""
+"""The report in headless Chromium: values under the pointer, zoom, where rollouts open, no violation by axe-core."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, root, request):
-    """The page, of which nobody may complain and which asks for nothing."""
+    """The page, which must log nothing to the console, raise no error and request no other file."""
     width, scheme = getattr(request, "param", (1280, "light"))
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, complaints = context.new_page(), []
@@ -127,7 +127,7 @@ def test_axe_finds_nothing(opened):
     assert figure.locator(".tip").is_visible() and violations(opened) == []
 
 
-# What the colour-blind see: Machado, Oliveira and Fernandes 2009, table 1, severity 1, for linear RGB.
+# Simulated colour blindness: Machado, Oliveira and Fernandes 2009, table 1, severity 1, for linear RGB.
 SEEN = {
     "all cones": np.eye(3),
     "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
@@ -153,7 +153,7 @@ def lab(light):
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_lines_can_be_told_apart(theme):
-    """Whatever cones one has: a distance of 16 in CIELAB, where 2.3 is just noticeable; and 3 to 1 against the card."""
+    """Also by the colour-blind: 16 apart in CIELAB, where 2.3 is just noticeable, and 3:1 contrast with the card."""
     css = Path(card.__file__).with_name("card.css").read_text("utf-8").split("prefers-color-scheme: dark")[theme]
     hues = [re.search(rf"--s{number}: (#\w+)", css)[1] for number in range(1, 7)]
     for kind, matrix in SEEN.items():

@@ -56,8 +56,8 @@ def test_the_stage_table(text):
         "every measure, task by task", "tokens per answer 68 141 104 132 129 126 131 95",
     ):  # fmt: skip
         assert part in seen, part
-    assert "<b>74.0</b>" in shown and shown.count("<b>71.0</b>") == 0  # the best of its line alone
-    assert "20 % → 74 %" in words(text)  # the headline is R1, not the student that came after it
+    assert "<b>74.0</b>" in shown and shown.count("<b>71.0</b>") == 0  # only the best of its line is bold
+    assert "20 % → 74 %" in words(text)  # the headline is R1's, not that of the later student
 
 
 def test_the_stage_table_on_a_terminal(root):
@@ -67,7 +67,7 @@ def test_the_stage_table_on_a_terminal(root):
     assert lines[1].split() == MAIN
     assert lines[2].startswith("search: countdown en, pass@1 %") and lines[2].split()[-3:] == ["74.0", "49.0", "31.0"]
     assert lines[3].split()[-3:] == ["68-80", "43-55", "25-37"]
-    assert len({len(line) for line in lines[1:]}) == 1  # columns stand under their names
+    assert len({len(line) for line in lines[1:]}) == 1  # columns align with their headings
     assert comparisons.stage_table_text([]) == ""
     title, _, heads, *_ = beside.split("\n")
     assert (
@@ -78,7 +78,7 @@ def test_the_stage_table_on_a_terminal(root):
 
 
 def test_a_control_stands_beside_one_stage_only(root):
-    """Another stage paid by the task from the same model would have the same controls."""
+    """A second stage rewarded by the task from the same model would match the same controls."""
     found = read(root)
     zero = next(stage for stage in found.stages if stage.name == "zero")
     twin = replace(zero, name="zero-language")
@@ -101,7 +101,7 @@ def test_what_is_not_there_is_left_out():
     assert cells["u en"][0] is None and cells["t en"][0].value == 0.5
     assert [line.label for line in table.overall] == ["readable", "tokens per answer"]
     readable, length = table.overall
-    assert readable.cells[0] is None and readable.cells[1].value == 0.4  # asked of one task, by one model
+    assert readable.cells[0] is None and readable.cells[1].value == 0.4  # measured on one task and for one model
     assert length.cells[0].value == 10.0 and length.cells[1] is None
     assert "–" in comparisons.stage_table_html(facts.RunFacts(None, {}, "", [], [], 0.0), [row("a"), row("b", "u")])
     assert tables.stage_tables([{"model": "a", "pass_at_1": None}, {"model": "b"}]) == []
@@ -214,7 +214,7 @@ def test_rollouts_are_a_list_without_scripts_and_a_browser_with_them(text):
     assert browser.count("<details") == 8 and browser.count('data-step="200"') == 8
     assert browser.count('class="when"') == 8 * 6 and browser.count("<pre>") == 8 * 6 * 2
     script = text.split("<script>")[1]
-    for name in ("browser", "prompt", "when", "moment", "step"):  # what the script looks for is what the page has
+    for name in ("browser", "prompt", "when", "moment", "step"):  # the page has what the script looks for
         assert f".{name}" in script and (f'class="{name}"' in shown or f"data-{name}" in shown)
 
 
