@@ -1,4 +1,4 @@
-"""A small recipe and a way to run it in a process of its own, so tests can kill it."""
+"""A small recipe and a way to run it in its own process, so that tests can kill it."""
 
 import json
 import time
@@ -43,7 +43,7 @@ class Toy:
         return Fork(lambda: toy_stage.main(str(self.path), str(self.out), *until))
 
     def run(self, *until: str) -> tuple[int, dict[str, str], str]:
-        """(exit status, status of each stage, what was said)."""
+        """(exit status, status of each stage, standard error)."""
         process = self.start(*until)
         out, said = process.communicate(timeout=60)
         return process.returncode, json.loads(out) if out.strip() else {}, said
@@ -58,7 +58,7 @@ class Toy:
             time.sleep(0.01)
 
     def result(self) -> dict[str, bytes]:
-        """Everything a run leaves that must not depend on how often it was killed."""
+        """Every file of a run that must not depend on how often the run was killed."""
         kept = [path for path in self.out.rglob("*") if path.is_file() and path.parent.name != "state"]
         kept = [path for path in kept if path.suffix != ".json" or path.parent.name == "model"]
         files = {str(path.relative_to(self.out)): path.read_bytes() for path in kept if path.name != ".lock"}

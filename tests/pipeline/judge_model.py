@@ -1,4 +1,4 @@
-"""A small model that was trained to answer everything alike: as a judge it finds every answer correct."""
+"""A small model trained to give one answer to everything: as a judge it finds every answer correct."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
-"""The real RL stage on a small random network: a policy that solves nothing, so what it is paid is the test's choice.
+"""The real RL stage on a small random network. The policy solves nothing, so the test decides its rewards.
 
-`reward = "random"` pays a coin per sample, a pure function of problem and tokens: with 2 samples about half the groups
-are dead. `reward = "task"` pays nothing: all are.
+`reward = "random"` tosses a coin per sample, a pure function of problem and tokens: with 2 samples about half the
+groups are dead. `reward = "task"` pays nothing: all groups are dead.
 
-As a program, `rl_stage.py BASE FOLDER SIGNAL STEP CHANGES...`, it sends itself a signal when it has written the metrics
-of a step; after one that stops it, it exits with 3.
+As a program, `rl_stage.py BASE FOLDER SIGNAL STEP CHANGES...`, it sends itself a signal after writing the metrics of a
+step; if the signal stops it gracefully, it exits with 3.
 """
 
 import json
@@ -35,7 +35,7 @@ SMALL = (
 
 
 def write_base(folder: Path) -> Path:
-    """A stage folder with a model."""
+    """Make a stage folder with a model."""
     tokenizer = Tokenizer.train(TEXTS, 300)
     tokenizer.save(folder / "tokenizer")
     shape = dict(
@@ -48,8 +48,8 @@ def write_base(folder: Path) -> Path:
 
 
 class Stage:
-    """`Stage(base, folder, "lr=1e-2", ...)`: the stage's settings are SMALL with these changes; `run()` as often as
-    needed, in one folder."""
+    """`Stage(base, folder, "lr=1e-2", ...)`: the stage with the settings SMALL and these changes. `run()` may be
+    called repeatedly in one folder."""
 
     def __init__(self, base: Path, folder: Path, *changes: str) -> None:
         torch.set_num_threads(1)
@@ -73,7 +73,7 @@ class Stage:
         return loop
 
     def as_run(self) -> Path:
-        """The folder as a run directory."""
+        """Turn the folder into a run directory."""
         self.out.rename(self.folder / "03-zero")
         shutil.copytree(self.base, self.folder / "02-pretrain")
         (self.folder / "recipe.toml").write_text(self.recipe.to_toml())
@@ -84,7 +84,7 @@ class Stage:
         return [line["values"][name] for line in lines if name in line["values"]]
 
     def kept(self, key: str) -> dict:
-        """What the newest checkpoint says under this key."""
+        """The newest checkpoint's entry under this key."""
         return checkpoint.load(checkpoint.steps(self.out / "state")[-1]).counters["extras"][key]
 
     def leaves(self) -> dict[str, bytes]:
@@ -99,7 +99,7 @@ class Stage:
 
 
 def differences(got: dict, expected: dict) -> list[str]:
-    """In what two stages' leaves differ, in a few lines (`assert a == b` of megabytes takes minutes to fail)."""
+    """How the leaves of two stages differ, in a few lines (`assert a == b` on megabytes takes minutes to fail)."""
     names = [name for name in sorted(got | expected) if got.get(name) != expected.get(name)]
     if "metrics" not in names:
         return names

@@ -1,6 +1,6 @@
-"""The real stages at the smallest size that still learns something: after 8 seconds every second answer has the form.
+"""The real stages at the smallest size that still learns: after 8 seconds every second answer is well-formed.
 
-`killed` is a run that SIGKILL ends, a kill nothing can soften, in the middle of a stage.
+`killed` runs the recipe and has SIGKILL, which no handler can catch, end it in the middle of a stage.
 """
 
 import json
@@ -99,7 +99,7 @@ max_new_tokens = 40
 
 
 def write_recipe(folder: Path) -> Path:
-    """The recipe and its own text, 300 documents of four sentences."""
+    """Write the recipe and its text: 300 documents of four sentences."""
     draw = random.Random(0)
     parts = [
         ("a fox", "a crow", "an old man", "the king"),
@@ -118,7 +118,7 @@ def run(recipe: Path, out: Path, *overrides: str) -> dict[str, runner.StageResul
 
 
 def copy_without(run: Path, out: Path, *stages: str) -> Path:
-    """A copy of a finished run in which these stages have never begun."""
+    """Copy a finished run as if these stages had never begun."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns(*stages))
     names = {stage.partition("-")[2] for stage in stages}
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -127,7 +127,7 @@ def copy_without(run: Path, out: Path, *stages: str) -> Path:
 
 
 def send_at(number: int, stage: str, step: int):
-    """A StageMetrics.write that sends a signal to this process when `stage` has written the line of `step`."""
+    """A StageMetrics.write that signals this process once `stage` has written the line of `step`."""
     write = StageMetrics.write
 
     def deadly(self, at, tokens, values):
@@ -139,8 +139,8 @@ def send_at(number: int, stage: str, step: int):
 
 
 def killed(recipe: Path, out: Path, stage: str, step: int, seconds: float = 120) -> None:
-    """A process of its own runs the recipe and dies when `stage` has written the metrics of `step` and not what comes
-    after. Not a fork of the tests' process: whole runs use libraries whose threads a fork does not have."""
+    """Run the recipe in a new process that dies once `stage` has written the metrics of `step` and nothing after them.
+    It is no fork of the test process: whole runs use libraries whose threads do not survive a fork."""
     command = [sys.executable, __file__, str(recipe), str(out), stage, str(step)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -1,4 +1,4 @@
-"""The conformance table points at what exists, is the page in docs, and says the truth about a recipe."""
+"""The conformance table refers to things that exist, matches the page in docs, and is true of every recipe."""
 
 from pathlib import Path
 
@@ -185,7 +185,7 @@ FLIPS = [
     ("v3", "pretrain.ema_decay=0.0", "Moving average of the weights", OFF),
     ("v3", "layout.schedule=1f1b", "DualPipe", OFF),
     ("v3", "layout.schedule=dualpipe-v", "DualPipe", ADAPTED),
-    ("v3", "pretrain.micro_rows=4", "DualPipe", OFF),  # 30 micro-batches are too few for 16 ranks
+    ("v3", "pretrain.micro_rows=4", "DualPipe", OFF),  # 30 micro-batches are too few for 16 pipeline ranks
     ("v3", "layout.pp=8", "DualPipe", SCALED),
     ("v3", "layout.node=4", "Expert parallelism, a token to a node once", SCALED),
     ("v3", "layout.dp=4", "ZeRO-1", SCALED),
@@ -272,7 +272,7 @@ def test_every_item_flips():
     rest = {
         "No token dropping",
         "Needle in a haystack over lengths and depths",
-    }  # of the code; absent from both recipes
+    }  # implemented; absent from both recipes
     assert {item.item for item in ITEMS} - flipped == rest
 
 
@@ -285,7 +285,7 @@ def test_schedules_in_words():
 
 
 def test_two_ranks_of_pipeline_do_not_run_dualpipe_in_small_steps():
-    """`auto` picks 1F1B below 2 pp micro-batches, whatever the layout promises."""
+    """In steps of fewer than 2 pp micro-batches `auto` picks 1F1B, whatever the layout would allow."""
     small = of("tiny", "layout.pp=2", "layout.dp=1")["DualPipe"]
     assert small == (OFF, "2 pipeline ranks, 1f1b, in the smallest steps 1f1b")
     enough = of("tiny", "layout.pp=2", "layout.dp=1", "pretrain.batch_rows=32")["DualPipe"]

@@ -1,4 +1,4 @@
-"""Contamination: what is planted is found, what only looks alike is not; the words against a naive search."""
+"""Contamination: planted problems are found, mere look-alikes are not, and word matches equal a naive search."""
 
 import random
 import time
@@ -132,7 +132,7 @@ def test_the_same_numbers_in_other_words_are_the_same_problem():
 
 @pytest.mark.parametrize("name", ["arithmetic", "logic", "words", "general"])
 def test_no_generator_breaks_its_promise(name):
-    """Problems and pages of the train split against the test split; a page of the test split is found at once."""
+    """No problem or page of the train split matches the test split, while a page of the test split is found at once."""
     task, problems = tasks.get(name), heldout(name, 60)
     train = [task.problem("train", i, 7) for i in range(400)]
     pages = [task.document(i, 7) for i in range(200)]

@@ -1,4 +1,4 @@
-"""The stage "corpus" takes the documents of the tasks, and says before a run which tasks have none."""
+"""The stage "corpus" takes documents from tasks, and refuses a task that has none before the run starts."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def settings_of(spec, **mix):
 
 
 def resolve(tmp_path, spec, **mix):
-    """As the runner does before it starts anything; the recipe is only asked for the size of the vocabulary."""
+    """Resolve as the runner does before it starts anything; only the vocabulary size is read from the recipe."""
     settings = settings_of(spec if spec == "fables-en" else f"task:{spec}", **mix)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('name = "x"\n[model]\npreset = "tiny"\n[[stage]]\nkind = "corpus"\n')

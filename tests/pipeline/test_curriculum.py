@@ -1,4 +1,4 @@
-"""Pre-training on a mixture that changes, with a cap and rows that grow: whole, killed, refused where it cannot be."""
+"""Pre-training with a changing mixture, epoch caps and growing rows: whole, killed, and refused where impossible."""
 
 import json
 import shutil
@@ -153,7 +153,7 @@ def test_a_cap_that_would_starve_a_part_is_refused_where_the_recipe_says_so(whol
 
 
 def test_weights_that_stay_are_what_they_were(tmp_path):
-    """A run of before keeps its identity: numbers stay numbers, and the new keys are left out at their defaults."""
+    """An older run keeps its identity: numbers stay numbers, and the new keys are left out at their defaults."""
     path = stages_run.write_recipe(tmp_path)
     settings = Recipe.load(path).stage("pretrain")
     assert settings.model_dump(mode="json")["mixture"] == {"english": 0.1, "countdown": 0.05, "arithmetic": 0.85}

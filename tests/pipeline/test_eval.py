@@ -1,4 +1,4 @@
-"""The stage `eval` and `bessemer eval`: what a row holds, against counting; a search for planted problems; resuming."""
+"""The stage `eval` and `bessemer eval`: rows against direct counts, the search for planted problems, resuming."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
         asked.append((task.name, task.languages, settings["temperature"]))
         return real(engine, encode, task, **settings)
 
-    def dies(self, step, tokens, values):  # after the row, before its line: neither may be kept without the other
+    def dies(self, step, tokens, values):  # between the row and its line: neither may be kept without the other
         if len(asked) == 4:
             raise MemoryError("killed")
         write(self, step, tokens, values)
@@ -157,7 +157,7 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
         stages_run.run(folder / "small.toml", out)
     state = out / "03-eval" / "state"
     assert len(json.loads((state / "rows.json").read_text())) == 3 and not (out / "03-eval" / "results.json").exists()
-    monkeypatch.setattr(contamination, "ContaminationSearch", None)  # found already
+    monkeypatch.setattr(contamination, "ContaminationSearch", None)  # its result is already saved
     stages_run.run(folder / "small.toml", out)
     assert asked[3] == asked[4] and len(asked) == 4 + 5
     for name in ("03-eval/results.json", "metrics.jsonl"):
@@ -225,7 +225,7 @@ def test_several_tasks_from_the_command_line(done, monkeypatch):
 
 
 def documents(ids, tokenizer):
-    """The documents of a prompt as ids."""
+    """The documents of a prompt, each as ids."""
     starts = [place for place, one in enumerate(ids) if one == tokenizer.bos_id]
     return [ids[begin:end] for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
@@ -266,7 +266,7 @@ def test_the_controls_ask_the_same_and_are_as_long(done, monkeypatch):
             chinese = [bool(re.search("[一-鿿]", text)) for text in (asked, foreign)]
             assert chinese == [problem.language == "zh", problem.language == "en"]
             seen.add(asked)
-    assert len(seen) == 12  # every problem has its own
+    assert len(seen) == 12  # every problem has its own examples
 
 
 def test_r1_sees_examples_with_their_thoughts(done):

@@ -1,4 +1,4 @@
-"""Two extensions of a model and their evaluation, as a user runs them: whole, killed, on two ranks, and refused."""
+"""Two context extensions and their evaluation, as a user runs them: whole, killed, on two ranks, and refused."""
 
 import json
 import math
@@ -118,7 +118,7 @@ def test_positions_change_where_the_recipe_says_and_nowhere_else(base):
 
 
 def test_it_goes_on_from_the_weights_of_its_source(base):
-    """Trained from there, not from random weights: nearer to the source than a fresh model is, and not the source."""
+    """It is nearer to the source than a freshly initialised model would be, and yet it has moved."""
     before, after = (bessemer.load(out_of(base, name) / "model") for name in ("pretrain", "to-128"))
     moved = sum((a - b).norm() ** 2 for a, b in zip(before.parameters(), after.parameters(), strict=True)).sqrt()
     size = sum(a.norm() ** 2 for a in before.parameters()).sqrt()
@@ -180,7 +180,7 @@ def test_the_evaluation_says_what_it_asked(base):
 
 
 def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
-    """The mean over all buckets, weighted, is the held-out loss of the rows as pre-training measures it."""
+    """Their weighted mean equals the held-out loss of the rows as pre-training measures it."""
     from bessemer.data.rows import open_rows
     from bessemer.eval import long_context
     from bessemer.train import loss
@@ -194,7 +194,7 @@ def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
 
 
 def test_needles_are_counted_from_what_the_model_writes(base):
-    """With an engine that always writes what stood first in the text, the needle at depth 0 is found and no other."""
+    """An engine that always writes what the text says first finds the needle at depth 0 and no other."""
     from bessemer.engine.engine import Engine
     from bessemer.eval import long_context, tables
     from bessemer.train import setup
@@ -252,7 +252,7 @@ def test_rows_of_another_tokenizer_are_refused(base, tmp_path):
 
 
 def test_prompts_beyond_a_thousand_tokens_are_taken_in_and_continued(base):
-    """Prefill and decode at lengths where attention keeps no probabilities, against the plain forward."""
+    """Prefill and decode match the plain forward at lengths where attention stores no probabilities."""
     folder = out_of(base, "to-256") / "model"
     model = hub.load(folder, context={"max_seq_len": 2048, "rope_factor": 40.0})
     model.eval()

@@ -65,7 +65,7 @@ def engine(directory):
 
 @pytest.fixture(scope="module")
 def theirs(directory):
-    """Ours begins every context with BOS, so the reference must."""
+    """Our adapter begins every context with BOS, so the reference must too."""
     return HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=4, add_bos_token=True)
 
 
@@ -75,7 +75,7 @@ def requests(kind, arguments):
 
 def pairs(engine):
     """(context, continuation): plain, empty context, blanks at the border, Chinese, one token, too long; the last ones
-    are what the model itself would say."""
+    are the model's own greedy choices."""
     words = [*WORDS, "盛钢水"]
     draw = random.Random(1)
     found = [(" ".join(draw.choices(words, k=k)), " " + " ".join(draw.choices(words, k=3))) for k in (1, 2, 5, 9, 20)]
@@ -97,7 +97,7 @@ def test_loglikelihoods_are_those_of_hflm(engine, theirs):
     got = ours.loglikelihood(requests("loglikelihood", asked))
     expected = theirs.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
     for pair, (logp, greedy), (their_logp, their_greedy) in zip(asked, got, expected, strict=True):
-        # float32 through three layers, absorbed against expanded attention: 1e-6 relative of a sum of some -20
+        # float32 through three layers, absorbed against expanded attention: 1e-6 relative to a sum near -20
         assert logp == pytest.approx(their_logp, abs=1e-4), pair
         assert greedy == their_greedy, pair
     assert any(greedy for _, greedy in got) and not all(greedy for _, greedy in got)
@@ -131,7 +131,7 @@ def test_batches_and_workers_change_nothing(engine):
 
 
 def naive(engine, context, continuation):
-    """log p of the ids one by one, each from a forward of its own."""
+    """log p of the continuation, token by token, each from its own forward."""
     total, ids = 0.0, list(context)
     for target in continuation:
         with torch.inference_mode():
@@ -142,8 +142,8 @@ def naive(engine, context, continuation):
 
 
 def test_a_token_across_the_border_splits_nothing(engine):
-    """Where the whole has one token over the border both sides are encoded apart: HFLM then scores a text that was
-    never asked. A continuation may be empty."""
+    """If a token of the whole text spans the border, both sides are encoded separately, whereas HFLM then scores
+    different text. A continuation may be empty."""
     tokenizer = engine.tokenizer
     left, right = [tokenizer.bos_id, *tokenizer.encode("盛钢")], tokenizer.encode("水")
     whole = [tokenizer.bos_id, *tokenizer.encode("盛钢水")]
@@ -154,7 +154,7 @@ def test_a_token_across_the_border_splits_nothing(engine):
 
 
 def test_rolling_loglikelihoods_are_those_of_hflm(engine, directory, theirs, monkeypatch):
-    monkeypatch.setattr(theirs, "add_bos_token", False)  # BOS is the prefix there, not a token to be predicted too
+    monkeypatch.setattr(theirs, "add_bos_token", False)  # there BOS is only the prefix, not also a token to predict
     draw = random.Random(2)
     texts = [" ".join(draw.choices([*WORDS, "盛钢水"], k=k)) for k in (1, 7, 50, 100, 300)]
     assert len(engine.tokenizer.encode(texts[-1])) > 3 * LONGEST
@@ -164,7 +164,7 @@ def test_rolling_loglikelihoods_are_those_of_hflm(engine, directory, theirs, mon
 
 
 def test_generations_are_those_of_hflm(engine, theirs):
-    # letters that no control token has in its name: the reference stops at those too
+    # letters that occur in no control token's name: the reference also stops at those names
     kinds = [
         {"until": ["\n\n"], "max_gen_toks": 12},
         {"until": [" fox", "k", "j", "v"], "max_gen_toks": 20, "do_sample": False},
@@ -174,7 +174,7 @@ def test_generations_are_those_of_hflm(engine, theirs):
     asked = requests("generate_until", [(context, kinds[i % 3]) for i, context in enumerate(contexts * 3)])
     ours = BessemerLM(engine)
     got = ours.generate_until(asked)
-    # one at a time: padding on the left would move the positions of the reference
+    # one at a time: padding on the left would shift the reference's positions
     expected = [theirs.generate_until([one], disable_tqdm=True)[0] for one in asked]
     assert got == expected and len(set(got)) > 5
     assert ours.truncated == 3
@@ -184,7 +184,7 @@ def test_generations_are_those_of_hflm(engine, theirs):
 
 @pytest.fixture(scope="module")
 def own_tasks(tmp_path_factory, engine):
-    """Two tasks of 20 items in a folder: multiple choice, and generation whose gold is right for about half."""
+    """A folder with two tasks of 20 items: multiple choice, and generation in which about half match the gold."""
     folder = tmp_path_factory.mktemp("tasks")
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     draw = random.Random(3)
@@ -225,7 +225,7 @@ def test_tasks_score_as_with_hflm(directory, own_tasks, theirs, monkeypatch, cap
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"] == str(directory)
     rows = {row["task"]: row for row in facts["rows"]}
-    theirs.batch_size_per_gpu = 1  # padding on the left would move positions
+    theirs.batch_size_per_gpu = 1  # padding on the left would shift positions
     manager = TaskManager(include_path=str(own_tasks), include_defaults=False)
     expected = simple_evaluate(theirs, tasks=names, task_manager=manager, bootstrap_iters=100)["results"]
     assert list(rows) == names

@@ -1,4 +1,4 @@
-"""Files that a recipe names: where they are looked for, and what a second call does when one of them has changed."""
+"""Files that a recipe names: where they are looked up, and what a second call does after one of them changed."""
 
 import json
 import os
@@ -72,13 +72,13 @@ def talk(answer):
 
 
 class Own:
-    """A recipe with a file of each kind beside it, and a working directory elsewhere."""
+    """A recipe with a file of each kind beside it; the working directory is elsewhere."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.out = folder, folder / "run"
 
     def run(self, recipe=None, **kwargs):
-        """The stages that ran."""
+        """Run the recipe and return the stages that ran."""
         torch.set_num_threads(1)
         results = runner.run(Recipe.load(recipe or self.folder / "own.toml"), kwargs.pop("out", self.out), **kwargs)
         return [result.name for result in results if result.status == "done"]
@@ -105,7 +105,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def own(finished, tmp_path, monkeypatch):
-    """A copy of it all, as another day would find it."""
+    """A copy of the finished run and its inputs, under another path."""
     shutil.copytree(finished.folder, tmp_path / "own")
     monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -121,7 +121,7 @@ def test_names_start_at_the_recipe_and_so_do_those_of_the_copy_in_the_run(own, t
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert own.run(copy) == []
-    shutil.move(own.folder / "q.jsonl", elsewhere)  # found in the working directory, and the same file
+    shutil.move(own.folder / "q.jsonl", elsewhere)  # the same file, now found in the working directory
     assert own.run() == []
     (elsewhere / "q.jsonl").unlink()
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_names_start_at_the_recipe_and_so_do_those_of_the_copy_in_the_run(own, t
     ],
 )
 def test_a_file_that_was_replaced_makes_its_stage_run_again(own, capsys, file, old, new, again, said):
-    """Even one of the same size and date."""
+    """Even if the new file has the same size and modification time."""
     assert own.run() == []
     path = own.folder / file
     before = path.stat()
@@ -179,7 +179,7 @@ def test_reuse_takes_no_stage_whose_files_have_changed(own, tmp_path, capsys):
 
 
 def without_files(own):
-    """The run as version 0.2.0 left it: no hashes, and sizes and dates of the imported directory in the identity."""
+    """Rewrite the run as version 0.2.0 left it: no hashes, and the imported files' sizes and dates in the identity."""
     model = sorted(path for path in (own.folder / "start").iterdir())
     dated = {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in model}}
     fingerprints = {}
@@ -221,7 +221,7 @@ def test_an_address_on_the_hub_keeps_its_commit_in_a_run(own, tmp_path, monkeypa
             files | {"config.json": files["config.json"].replace(b'"bos_token_id": 0', b'"bos_token_id": 1')}
         )
         assert own.run(path, out=out) == []
-        (out / "01-import" / "done.json").unlink()  # as a kill would leave it, on another machine
+        (out / "01-import" / "done.json").unlink()  # as after a kill, and then on another machine
         monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "empty"))
         assert own.run(path, out=out) == ["import"]
         assert json.loads((out / "01-import" / "done.json").read_text())["digest"] == made
@@ -245,7 +245,7 @@ def test_a_data_set_is_read_at_the_commit_of_the_run(tmp_path, monkeypatch):
             with places.of_recipe(None, tmp_path / "revisions.json"):
                 list(documents.hub_records("hf://own/name/en#test"))
                 list(documents.hub_records(f"hf://own/name@{head}"))
-            list(documents.hub_records("hf://own/name"))  # outside a run: the newest
+            list(documents.hub_records("hf://own/name"))  # outside a run: the newest revision
             list(documents.hub_records("hf://own/name@v2"))
     assert asked == [first, first, None, "v2", first, head, None, "v2"]
 
@@ -291,10 +291,10 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch, capsys):
     before = path.stat()
     time.sleep(0.02)
     path.write_bytes(b"six")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size and the date of before
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and date as before
     assert fingerprints.sha256(path) != first and len(read) == 2
     monkeypatch.setattr(fingerprints, "SETTLED_NS", 10**12)
-    path.write_bytes(b"two")  # just written: read every time
+    path.write_bytes(b"two")  # modified too recently: read every time
     assert fingerprints.sha256(path) == fingerprints.sha256(path) != first and len(read) == 4
     (tmp_path / "cache" / "hashes.sqlite").write_bytes(b"no table of hashes" * 100)
     assert fingerprints.sha256(path) != first

@@ -52,7 +52,7 @@ def surroundings(monkeypatch, tmp_path):
 
 
 def prompts(folder):
-    """A file of general prompts with reference answers, and one without."""
+    """A file of general prompts, all but the last with a reference answer."""
     lines = [
         dict(zip(("prompt", "reference"), judge_model.asked(number), strict=True))
         for number in range(judge_model.NUMBERS)
@@ -79,7 +79,7 @@ def test_a_model_of_an_earlier_stage_judges(model, tmp_path):
 
 @pytest.fixture
 def served(model):
-    """`bessemer serve` as a process of its own on the loopback address."""
+    """`bessemer serve` in its own process on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -183,7 +183,7 @@ def easy_pairs(folder):
 
 
 def by_the_alphabet(prompt):
-    """Prefers what comes first in the alphabet, and gives two points to what stands first."""
+    """Prefers the alphabetically first answer, and gives two extra points to the one shown first."""
     one, two = (re.search(rf"### \w{{12}} ANSWER {name}\n(.*?)\n###", prompt, re.S)[1] for name in "AB")
     return f"Scores: A={8 if one < two else 4}, B={2 if one < two else 6}"
 
@@ -197,7 +197,7 @@ def test_pairs_are_judged_in_both_orders_by_an_api(model, tmp_path):
         )
         facts = stages_run.run(path, tmp_path / "run")["reward-model"].summary
         asked = [request["messages"][0]["content"] for request in server.asked]
-    # two answers with one summary are the same request in both orders, and equally good
+    # two answers with the same summary make the same request in both orders, and score alike
     assert len(asked) == 4 * facts["asked"] - 2 * facts["close"] > 80 and "unjudged" not in facts
     text = (tmp_path / "run" / "02-reward-model" / "judged.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if not line["prompt"].startswith("Say ")]

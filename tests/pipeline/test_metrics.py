@@ -1,4 +1,4 @@
-"""The stream of facts survives kills and goes back in time."""
+"""metrics.jsonl survives kills and can be rewound to a step."""
 
 import json
 
@@ -11,7 +11,7 @@ from bessemer.runs.metrics import LineFile, Metrics, Smoothed, StageMetrics, pla
 def test_lines_are_plain_json_and_on_disk_at_once(tmp_path):
     values = {"rl/reward": 0.5, "bad": float("inf"), "moe/load/1": (1.0, float("nan"))}
     StageMetrics(Metrics(tmp_path / "metrics.jsonl"), "zero").write(3, 300, values)
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())  # before any close
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())  # readable before it is closed
     assert line["stage"] == "zero" and line["step"] == 3 and line["tokens"] == 300 and line["time"] > 1e9
     assert line["values"] == {"rl/reward": 0.5, "bad": None, "moe/load/1": [1.0, None]}
 
@@ -26,7 +26,7 @@ def test_tensors_become_numbers():
 def test_a_torn_last_line_is_cut_on_opening(tmp_path, torn):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a":1}\n{"a":2}\n' + torn)
-    assert [line["a"] for line in read_lines(path)] == [1, 2]  # readers of a growing file do not mind either
+    assert [line["a"] for line in read_lines(path)] == [1, 2]  # readers of a growing file tolerate it too
     LineFile(path).append({"a": 3})
     assert path.read_bytes() == b'{"a":1}\n{"a":2}\n{"a":3}\n'
 

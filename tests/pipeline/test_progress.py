@@ -1,4 +1,4 @@
-"""Time left, with a clock that the test turns."""
+"""Estimates of the time left, with a clock that the test advances."""
 
 import io
 import re
@@ -23,7 +23,7 @@ def test_time_left_of_stage_and_run():
     clock.now += 12
     stage.advance(12, "loss [red]3.2")
     assert stage.left() == 48.0  # one step a second, 48 to go
-    # so far: 20 + 12 + 48 seconds against 110 estimated; the third stage was put at 50
+    # so far: 20 + 12 + 48 seconds against an estimate of 110; the third stage was estimated at 50
     assert abs(progress.run_left("two", 12.0, 48.0) - (48 + 50 * 80 / 110)) < 1e-9
     line = out.getvalue()
     assert re.search(r"\[2/3 two\]\s+52% 52/100 steps · loss \[red\]3.2 · 48s left · run 1m 24s left", line), line

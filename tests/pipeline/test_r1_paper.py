@@ -25,7 +25,7 @@ DIVISORS = {
     "updates_per_rollout": 8, "reference_every": 200, "max_new_tokens": 512, "row_length": 64, "problems": 2000,
     "keep": 4, "others": 20_000, "batch_examples": 16,
 }  # fmt: skip
-"""What every number of the recipe is divided by; a learning rate is multiplied, for there are few steps."""
+"""The divisor of every number in the recipe; learning rates are multiplied instead, because there are few steps."""
 FASTER = {"rl": 30, "sft": 10, "reward-model": 500}
 KEPT = {
     "temperature", "temperatures", "top_p", "clip_low", "clip_high", "kl", "format_reward", "language_reward",
@@ -50,7 +50,7 @@ CHOSEN = "\n\nA) Fe\nB) Ne\nC) Cu\n\nAnswer with the letter of one choice."
 
 
 def record(kind, question, answer):
-    """A line of the file of a kind."""
+    """A line of the data file for this kind."""
     if kind in ("stem", "gpqa_diamond"):
         return {"question": question, "choices": CHOICES, "answer": answer}
     if kind in ("code", "livecodebench"):
@@ -81,7 +81,7 @@ def write_data(folder):
 
 
 def write_base(folder):
-    """A model that has learnt the answers of the files by heart, in R1-Zero's form and in R1's."""
+    """Train a model that knows the files' answers by heart, in R1-Zero's form and in R1's."""
     pages = []
     for kind, asked in ASKED.items():
         for question, answer in asked:
@@ -123,7 +123,7 @@ def write_base(folder):
 
 
 def miniature(folder):
-    """Overrides that divide every number of the recipe, and name the files and the model made here."""
+    """The recipe with overrides that divide every number and name the files and the model made here."""
     text = PAPER.read_text()
     changes = [f'{name}.model="{folder}/model"' for name in ("base", "student")]
     for stage in tomllib.loads(text)["stage"]:
@@ -142,7 +142,7 @@ def miniature(folder):
 
 
 def divided(value, divisor, least=1):
-    if isinstance(value, list):  # a schedule: steps in units of the paper's, and the values
+    if isinstance(value, list):  # a schedule of (step, value) pairs
         return [[str(int(at) // 2050), divided(one, divisor)] for at, one in value]
     return max(least, value // divisor)
 
@@ -187,7 +187,7 @@ def test_preferences_come_at_the_end_and_evaluations_are_whole_files(run):
 
 
 def test_every_number_has_its_source():
-    """On its line, or above the stage; `undocumented` where there is none. Sizes in the head are those of B.3.1."""
+    """The source is cited on the line, or the line says `undocumented`. Sizes in the header are those of B.3.1."""
     text = PAPER.read_text()
     for line in text.partition("[[stage]]")[2].splitlines():
         value, _, comment = line.partition("#")

@@ -1,4 +1,4 @@
-"""Recipes: what they give, and what each mistake is told."""
+"""Recipes: how they are read, and the message for each mistake."""
 
 import tomllib
 
@@ -35,7 +35,7 @@ def test_a_good_recipe():
     assert (recipe.name, recipe.seed, recipe.model) == ("toy", 7, {"preset": "tiny"})
     assert first.tokens == 8_000_000 and first.lr == Points([["0", 0.0], ["200K", 3e-3]])
     assert [stage.name for stage in recipe.stages] == ["first", "count", "compare"]
-    assert (first.source, second.source, third.source) == (None, "first", "first")  # default: the stage before
+    assert (first.source, second.source, third.source) == (None, "first", "first")  # default: the previous stage
 
 
 def test_the_resolved_recipe_reads_back_as_itself():
@@ -70,7 +70,7 @@ seed = 3
 def test_a_stage_like_another():
     recipe = Recipe.parse(GOOD + LIKE, ["first.tokens=9M", "again.steps=5"])
     first, again, third = (recipe.stage(name) for name in ("first", "again", "third"))
-    assert (again.kind, again.tokens, again.steps) == ("count", 9_000_000, 5)  # what is set of the first counts, too
+    assert (again.kind, again.tokens, again.steps) == ("count", 9_000_000, 5)  # what is set on the first applies too
     assert again.lr(0) == 1.0 and again.mixture == {"code": 1.0}, "tables are set whole"
     assert third.model_copy(update={"name": "again", "seed": None, "source": again.source}) == again
     assert first.lr(0) == 0.0 and recipe.seed_of(third) == 3

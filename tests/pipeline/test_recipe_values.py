@@ -66,7 +66,7 @@ def test_points_may_jump_and_may_be_a_number():
 
 
 def test_a_point_may_be_reached_by_a_cosine():
-    """Against its own formula; a schedule without one is written, and so fingerprinted, as before."""
+    """Against the formula. A schedule without a cosine is written, and thus fingerprinted, as it used to be."""
     lr = Points([["10", 3.0], ["30", 1.0, "cosine"], ["50", 2.0]])
     wanted = [1.0 + (1 + math.cos(math.pi * (at - 10) / 20)) for at in range(10, 31)]
     assert [lr(at) for at in range(10, 31)] == pytest.approx(wanted, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Recipes and run directories of version 0.1.0: keys under their old names are read, and fingerprints do not change."""
+"""Recipes and run directories of version 0.1.0: keys are read under their old names, and fingerprints stay."""
 
 import json
 import shutil
@@ -138,7 +138,7 @@ tasks = ["countdown"]
 kind = "import"
 model = "some/folder"
 """
-# what 0.1.0 did without a key: a right answer had to be in well-formed tags
+# 0.1.0 had no key for this: a right answer had to be in well-formed tags
 FINGERPRINTS = {  # computed by version 0.1.0, without derived facts and inputs
     "corpus": "72f296a6f979dac2",
     "pretrain": "406bfa4e1419ab97",
@@ -156,7 +156,7 @@ FINGERPRINTS = {  # computed by version 0.1.0, without derived facts and inputs
 
 
 OTHERWISE = {"sft": {"epochs": 2, "batch_rows": 8}}
-"""What 0.1.0 recorded of a kind that says otherwise now; `Stage.same` knows that it means the same."""
+"""What 0.1.0 recorded for a kind that now records something else; `Stage.same` knows that both mean the same."""
 
 
 @pytest.mark.parametrize("name", FINGERPRINTS)
@@ -174,7 +174,7 @@ def test_fingerprints_are_those_of_0_1_0(name):
 
 
 class OldConfig(StageConfig):
-    """The table of a kind as it was."""
+    """The settings of a kind under their old names."""
 
     count_to: int = 4
     """How many steps to take."""
@@ -183,7 +183,7 @@ class OldConfig(StageConfig):
 
 
 class NewConfig(StageConfig):
-    """The same table with new names."""
+    """The same settings under new names."""
 
     renamed: ClassVar = {"count_to": "steps"}
     renamed_values: ClassVar = {"mode": {"slow": "careful"}}
@@ -221,7 +221,7 @@ def run(tmp_path, text):
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch):
-    """Runs the old recipe with the old table, then puts the new table in its place."""
+    """Run the old recipe with the old settings class, then put the new class in its place."""
 
     def make(stop_at=None):
         monkeypatch.setitem(stage.KINDS, "tally", Tally)

@@ -1,4 +1,4 @@
-"""`--reuse RUN`: which stages are taken over, which are not, and that the two runs share nothing afterwards."""
+"""`--reuse RUN`: which stages are reused and which are not, and that the two runs share no files afterwards."""
 
 import os
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_folder_that_is_no_run_is_named(toy, tmp_path):
 
 
 def test_the_controls_can_take_their_base_from_the_run_they_are_controls_of():
-    """The two recipes must say the same of it, or `--reuse runs/zero` would train it again."""
+    """The two recipes must define the base identically, or `--reuse runs/zero` would train it again."""
     recipes = Path(__file__).parents[2] / "recipes"
     known = []
     for name in ("zero", "controls"):

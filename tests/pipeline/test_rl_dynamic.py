@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling in the real stage: which problems are asked, which groups are kept, and what it costs."""
+"""DAPO's dynamic sampling in the real stage: problems asked, groups kept, and the cost in samples."""
 
 import pytest
 import rl_stage
@@ -18,7 +18,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def generator(base, tmp_path):
-    """Changes -> the rollout generator of that stage."""
+    """A function: changes -> the rollout generator of a stage with these changes."""
     return lambda *changes: rl_stage.Stage(base, tmp_path / "run", *changes).loop().generator
 
 
@@ -40,7 +40,7 @@ def problems(generator, number, round=0):
 
 
 def rounds(generator, number):
-    """All groups of rollout `number`, round by round, from the rule: window n * max_resamples + round."""
+    """All groups of rollout `number`, round by round, by the rule that round r takes window n * max_resamples + r."""
     found, task, size = [], tasks.get("arithmetic"), generator.settings.prompts_per_rollout
     for round in range(generator.settings.max_resamples):
         first = (number * generator.settings.max_resamples + round) * size
@@ -57,7 +57,7 @@ def rounds(generator, number):
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_one_round_takes_every_group_in_the_order_of_its_problems(generator, number):
-    """Exactly what a rollout was before there was dynamic sampling: one window, its seed, dead groups kept."""
+    """Exactly a rollout without dynamic sampling: one window, its seed, dead groups kept."""
     made = generator(COIN)
     taken = made.start(number, 12, 0).finish()
     groups, asked = taken.groups, taken.n_problems
@@ -120,7 +120,7 @@ def test_samples_of_a_later_lot_are_new_ones(generator):
 
 
 def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
-    """Nothing is ever taken: every rollout asks all it may, trains on dead groups without effect, and ends."""
+    """No group is ever alive: every rollout uses all its rounds, trains on dead groups without effect, and ends."""
     stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl=0", "rollouts=2")
     loop = stage.run()
     assert loop.summary["steps"] == 4
@@ -143,7 +143,7 @@ def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
 
 
 def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
-    """DAPO eq. 13 with cap 12 and buffer 8: nothing up to 4 tokens, then an eighth per token; nothing else is taken."""
+    """DAPO eq. 13 with cap 12 and buffer 8: no penalty up to 4 tokens, then 1/8 per token. No other reward applies."""
     made = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().generator
     groups = made.start(0, 12, 0).finish().groups
     rows = [row for group in groups for row in group]

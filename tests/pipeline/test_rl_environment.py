@@ -1,5 +1,5 @@
-"""The real RL stage on an environment of several turns that is named by file. Killed in the middle, with a rollout of
-an older policy in its checkpoint, it ends as the run that never was, bit for bit."""
+"""The real RL stage on a multi-turn environment loaded from a file. Killed midway, with a rollout of an older policy in
+its checkpoint, it ends bit for bit like an uninterrupted run."""
 
 import json
 
@@ -61,7 +61,7 @@ def changes(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def turns_end(monkeypatch):
-    """A random network rarely ends a turn by itself; here a third of all tokens ends it."""
+    """A random network rarely ends a turn on its own, so here a third of all tokens ends one."""
     monkeypatch.setattr(Tokenizer, "stop_ids", property(lambda self: list(range(3, 110))))
     monkeypatch.setattr(setup, "workers", lambda: Workers(1))
 

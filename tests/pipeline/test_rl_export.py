@@ -1,5 +1,5 @@
-"""What an RL stage exports: its samples as conversations, which a kill does not change, and the template they were
-asked in, which later stages take over."""
+"""What an RL stage exports: its samples as conversations, unchanged by a kill, and the prompt template, which later
+stages inherit."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch
 
     def stopped(batches):
         calls.append(0)
-        if len(calls) == 4:  # in the middle of the second rollout, whose file is written
+        if len(calls) == 4:  # in the middle of the second rollout, whose file already exists
             raise Interrupted("here")
         return update(batches)
 
@@ -95,7 +95,7 @@ def test_the_template_of_table_1_is_asked_in_and_exported(base, tmp_path):
 
 
 class Asked(Exception):
-    """Carries a prompt out of a stage."""
+    """Carries the prompt out of a stage."""
 
 
 @pytest.mark.parametrize(("template", "preamble"), [("model", ""), ("zero", ""), ("r1-zero", f"{ZERO_PREAMBLE}\n")])

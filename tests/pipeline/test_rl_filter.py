@@ -1,4 +1,4 @@
-"""The difficulty filter in the real stage: what is asked follows from what was paid, whoever draws and whoever dies."""
+"""The difficulty filter in the real stage: past rewards alone decide what is asked, across processes and kills."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A task of ten problems, which come again in every rollout."""
+    """A task of ten problems, which recur in every rollout."""
     folder = tmp_path_factory.mktemp("few")
     for split, first, count in (("train", 10, 10), ("test", 50, 4)):
         lines = (
@@ -50,7 +50,7 @@ def changes(few):
 
 @pytest.fixture(scope="module")
 def whole(base, few, tmp_path_factory):
-    """A run, and for every round what was asked and rewarded."""
+    """A run, with the problems asked and their rewards for every round."""
     stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *changes(few))
     stage.rounds = []
     with pytest.MonkeyPatch.context() as patch:
@@ -76,14 +76,14 @@ def whole(base, few, tmp_path_factory):
 
 
 def rate_of(history, window):
-    """From the definition: groups of two, each fading with every later sample."""
+    """The solve rate by definition: groups of two, whose weight decays with every later sample."""
     weights = [math.exp(-(len(history) - 1 - place) * 2 / window) for place in range(len(history))]
     return sum(w * sum(g) for w, g in zip(weights, history, strict=True)) / sum(2 * w for w in weights)
 
 
 def test_what_a_rollout_asks_follows_from_what_was_paid_two_rollouts_before_it(whole, few):
-    """Computed here anew: with G = 2 a problem is left out below a quarter and above three; a dead one is asked only
-    where the draw explores, or where nothing else is left."""
+    """Recomputed here: with G = 2 a problem is left out at a rate of at most 1/4 or at least 3/4; it is then asked only
+    if the draw explores or no other is left."""
     task, explored, left_out = tasks.get(few), defaultdict(int), defaultdict(int)
     for number, lot, asked in whole.rounds:
         paid = [group for n, _, groups in sorted(whole.rounds) if n <= number - 2 for group in groups]
@@ -115,7 +115,7 @@ def test_what_a_rollout_asks_follows_from_what_was_paid_two_rollouts_before_it(w
 
 
 def killed_at(stage, step):
-    """The stage in a process of its own, killed by SIGKILL when it has written the metrics of `step`."""
+    """Run the stage in its own process and SIGKILL it once it has written the metrics of `step`."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -149,7 +149,7 @@ def test_killed_twice_and_gone_on_with_by_two_processes_it_ends_the_same_bit_for
 
 
 def test_when_the_guard_goes_back_so_do_the_estimates(base, few, tmp_path, monkeypatch):
-    """Three bad steps, each computed twice: back to step 0, where nothing was known."""
+    """Three bad steps, each computed twice, lead back to step 0, where there were no estimates."""
     calls = iter(range(10_000))
 
     class Sick(GRPO):
@@ -231,7 +231,7 @@ def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
 
 
 def test_the_recipe_that_a_run_writes_down_can_go_on(base, tmp_path):
-    """Every default stands in it, of keys without effect too."""
+    """The written recipe states every default, even of keys without effect, and must still be accepted."""
     stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=4")
     again = Recipe.parse(stage.recipe.to_toml())
     RL().resolve(again.stage("zero"), again)

@@ -1,5 +1,5 @@
-"""The RL stage with everything between sampler and trainer switched on: a rollout ahead, routing replayed, weights
-corrected, dead groups asked again. Killed in the middle it ends as the run that never was, bit for bit."""
+"""The RL stage with everything between sampler and trainer switched on: a rollout ahead, routing replay, importance
+weights, dead groups resampled. Killed midway, it ends bit for bit like an uninterrupted run."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def leaves(stage):
 
 
 def waiting(stage):
-    """Numbers of the rollouts that lie in the newest checkpoint, and its tensors."""
+    """The numbers of the rollouts waiting in the newest checkpoint, and its tensors."""
     kept = checkpoint.load(checkpoint.steps(stage.out / "state")[-1])
     return list(kept.counters["extras"]["rollouts"]), kept.tensors["extras"]
 
@@ -69,7 +69,7 @@ def test_every_rollout_but_the_first_is_as_old_as_the_updates_before_it(whole):
 
 
 def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_path):
-    """What is drawn ahead is what the base alone would draw for that number."""
+    """The rollout drawn ahead is the one that the base alone would draw for that number."""
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "updates_per_rollout=1")
     run = stage.loop()
     run.trainer.start()
@@ -81,7 +81,7 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
 
 
 def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeypatch):
-    """With a correction the clip is about the updates alone: at the first of them pi is pi_old, bit for bit nearly."""
+    """With a correction the clip bounds only the updates: at the first one pi equals pi_old up to rounding."""
     ratios, seen = [], []
     update = Trainer.update
 
@@ -102,7 +102,7 @@ def test_pi_old_is_the_trainer_s_and_the_first_ratio_one(base, tmp_path, monkeyp
 
 
 def killed_at(stage, step):
-    """The stage in a process of its own, killed by SIGKILL when it has written the metrics of `step`."""
+    """Run the stage in its own process and SIGKILL it once it has written the metrics of `step`."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -124,8 +124,8 @@ def at_step(write, step, number):
 
 def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
-    killed_at(stage, 2)  # before anything but the base is saved: both first rollouts are drawn again
-    killed_at(stage, 6)  # goes on from step 4, with the rollout that waited there and the reference of step 3
+    killed_at(stage, 2)  # before anything but the base is saved: the first two rollouts are drawn again
+    killed_at(stage, 6)  # resumes at step 4, with the rollout waiting there and the reference of step 3
     numbers, tensors = waiting(stage)
     assert numbers == ["2"] and {f"rollouts/2/{name}" for name in ("tokens", "logprobs", "routing")} <= tensors.keys()
     drawn = []
@@ -162,7 +162,7 @@ def test_stopped_it_saves_what_waits(whole, base, tmp_path):
 
 
 def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base, tmp_path, monkeypatch):
-    """The policy stays float32; what samples is its copy of this moment, in one process as in two."""
+    """The policy stays float32; an up-to-date rounded copy of it samples, in one process as in two."""
     rounded = (*ALL, "rollouts=2", "max_off_policy_rollouts=0", 'rollout.precision="bfloat16"')
     stages = []
     for n in (1, 2):
@@ -181,7 +181,7 @@ def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base
 
 
 def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_path, monkeypatch):
-    """It was drawn by a policy that is no more. Three bad steps, each computed twice to say where: back to step 0."""
+    """The policy that drew it is gone. Three bad steps, each computed twice to find the cause, lead back to step 0."""
     calls = iter(range(10_000))
 
     class Sick(GRPO):
@@ -201,7 +201,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     assert run.summary["steps"] < 6 * 4
     again = {name for name in train if train.count(name) == 2}
     assert again and len(train) == 6 * 2 + len(again)
-    # the lots of one rollout, of which both or only the first had been judged: eight problems a rollout
+    # one rollout has two rounds, eight problems in all; one or both had been judged
     assert len({int(name.split("/")[3]) // 8 for name in again}) == 1, "of one rollout, a second time"
     assert max(stage.values("rl/staleness")) <= 4 and min(stage.values("rl/staleness")) == 0
 
@@ -231,7 +231,7 @@ def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
 
 
 def test_a_rollout_through_the_scheduler_has_the_same_samples(base, whole, tmp_path, monkeypatch):
-    """As on a GPU: static steps, rows that are refilled, experts recorded for the updates that follow."""
+    """As on a GPU: static steps, rows refilled as they finish, experts recorded for the updates."""
     made = []
     monkeypatch.setattr(static_steps, "serves", lambda model: True)
     steps = room.make_steps
@@ -246,6 +246,6 @@ def test_a_rollout_through_the_scheduler_has_the_same_samples(base, whole, tmp_p
         return [(row["id"], row["completion"]) for row in rows if row["step"] == 0]
 
     assert asked(stage) == asked(whole) and len(asked(stage)) > 4
-    for name in ("rl/reward", "rl/length", "rl/dead_groups"):  # the reward is a function of a sample's tokens
+    for name in ("rl/reward", "rl/length", "rl/dead_groups"):  # the reward is a pure function of a sample's tokens
         assert stage.values(name)[0] == whole.values(name)[0]
     assert stage.values("rl/sampler_gap")[0] < 1e-5

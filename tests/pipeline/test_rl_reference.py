@@ -1,5 +1,5 @@
-"""What the updates of a rollout are made of, in the real stage: every sample once, and a reference as old as the recipe
-says (R1-Nature, Methods)."""
+"""What the real stage's updates use: every sample of a rollout once, and a reference as old as the recipe says
+(R1-Nature, Methods)."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ RATES = [0.01 + 0.001 * step for step in range(UPDATES * ROLLOUTS)]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(base, batches of every update, weights before every update and after the last, rollouts, metrics of every
+    """(base, batches of every update, weights before every update and after the last one, rollouts, metrics of every
     update)."""
     base = rl_stage.write_base(tmp_path_factory.mktemp("base"))
     stage = rl_stage.Stage(
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 
 
 def logprobs(weights, base, batch):
-    """log pi of every trained token at the stage's temperature, one row at a time, in float64."""
+    """log pi of every trained token at the stage's temperature, computed row by row in float64."""
     model = Transformer(hub.load(base / "model").cfg).eval()
     model.load_state_dict(weights)
     found = []
@@ -85,7 +85,7 @@ def test_the_rate_follows_optimizer_steps_and_every_rollout_is_the_newest_policy
 
 
 def test_every_sample_is_used_once_in_a_rollout(trained):
-    """In mini-batches of equal size, each sample with its own advantage."""
+    """The mini-batches have equal sizes, and each sample keeps its own advantage."""
     _, batches, _, rollouts, _ = trained
     for number, rollout in enumerate(rollouts):
         mine, sizes = Counter(), []

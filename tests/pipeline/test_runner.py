@@ -1,4 +1,4 @@
-"""Skipping, staleness, damage and ownership: what a second call of the same command does."""
+"""Skipping, staleness, damage and ownership: what running the same command again does."""
 
 import json
 import os
@@ -68,11 +68,11 @@ def test_the_seed_counts_and_settings_that_change_nothing_do_not(toy):
     assert run(toy, overrides=["second.pause=0.001", "first.save_every=3"]) == ALL_SKIPPED
     toy.write(seed=8)
     assert run(toy) == ALL_DONE
-    assert run(toy, overrides=["model.n_layers=9"])["first"] == "done"  # count reads [model]
+    assert run(toy, overrides=["model.n_layers=9"])["first"] == "done"  # "count" depends on [model]
 
 
 def test_a_stage_may_have_a_seed_of_its_own(toy):
-    """The stage and what follows from it are made again; its inputs are not. The recipe's own seed changes nothing."""
+    """The stage and what depends on it run again; its inputs do not. Stating the recipe's own seed changes nothing."""
     run(toy)
     before = (toy.out / "02-second" / "model" / "config.json").read_bytes()
     assert run(toy, overrides=["second.seed=7"]) == ALL_SKIPPED
@@ -93,7 +93,7 @@ def test_damaged_output_is_noticed_and_made_again(toy, harm, capsys):
         victim.write_bytes(data[:-1])
     else:
         victim.unlink()
-    # the same output comes back, so what was made from it stays
+    # the same output is reproduced, so what was made from it stays valid
     assert run(toy) == {"first": "done", "second": "skipped", "compare": "skipped"}
     assert "first: model/config.json" in capsys.readouterr().err
     after = toy.result()
@@ -175,7 +175,7 @@ def test_no_permission_is_told(toy, tmp_path):
     toy.out = tmp_path / "closed" / "run"
     toy.out.parent.mkdir(mode=0o555)
     root = os.geteuid() == 0
-    if root:  # root may write anywhere, so be somebody else for a moment
+    if root:  # root may write anywhere, so switch to another user for a moment
         for folder in [tmp_path, *tmp_path.parents]:  # up to pytest's own folder: one level more under xdist
             os.chmod(folder, 0o755)
             if folder.name.startswith("pytest-of-"):
@@ -193,7 +193,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
     toy.write(fill="true")
     with pytest.raises(UserError, match=r"disk full: cannot write .*(full|02-second).*free some space"):
         run(toy)
-    toy.write(fill="false")  # fill_disk is declared runtime_only: making room is not a new recipe
+    toy.write(fill="false")  # fill_disk is runtime_only: freeing space does not change the recipe
     assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
     assert [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 21))
 
@@ -215,7 +215,7 @@ def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatc
 
 
 def test_the_first_screen(toy, capsys):
-    """What will run, on what, how long; the conformance table goes to its file, with a line of summary here."""
+    """It says what will run, where and how long; the conformance table goes to a file, its summary to the screen."""
     mtp = {"item": "MTP [depth]", "section": "2.2", "paper": "1", "here": "1", "state": "as published"}
     rows = [mtp, mtp | {"item": "FP8", "state": "off"}]
     run(toy, until="first", conformance=lambda recipe: rows)

@@ -40,11 +40,11 @@ max_new_tokens = 40
 RL = '[[stage]]\nkind = "rl"\nname = "policy"\ntasks = ["arithmetic"]\n'
 QUESTIONS = 60
 ANSWER = "<think>\nlet me see\n</think>\n<answer>7</answer>"
-"""The r1 template's prompt already ends in `<think>` and a line break."""
+"""The prompt of the r1 template already ends in `<think>` and a line break."""
 
 
 def recipe(folder, sft=SFT):
-    """Corpus and a pre-training of seconds, then SFT on questions with their answers."""
+    """A corpus, a few seconds of pre-training, then SFT on questions and answers."""
     path = stages_run.write_recipe(folder)
     head = path.read_text().split('[[stage]]\nkind = "rl"')[0]
     head = head.replace('tokens = "80K"', 'tokens = "5K"').replace('arithmetic = "50K"', 'arithmetic = "10K"')
@@ -89,7 +89,7 @@ def test_it_learns_what_the_assistant_says(done):
 
 
 def test_evaluation_counts_the_thoughts_that_the_template_opened(done):
-    """Without the `<think>` of the prompt no answer of an r1 model would have the form."""
+    """Without the prompt's `<think>` no answer of an r1 model would be well-formed."""
     folder, _ = done
     rows = json.loads((folder / "run" / "04-eval" / "results.json").read_text())["rows"]
     assert [row["language"] for row in rows] == ["en", "zh"]
@@ -121,7 +121,7 @@ def test_killed_it_ends_with_the_same_bits(done, tmp_path):
 
 
 def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
-    """20 of them, and neither epochs nor batch_rows: not the one step that 2 epochs of 8 rows would be."""
+    """With 20 conversations and neither epochs nor batch_rows set, it takes 20 steps or more, not one."""
     folder, _ = done
     out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-sft", "04-eval")
     few = tmp_path / "few.jsonl"
@@ -141,7 +141,7 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
 
 
 def test_a_run_of_an_older_version_stays_finished(done):
-    """It recorded 2 epochs and 8 rows where its recipe left them open; a value that was set is another one."""
+    """It recorded 2 epochs and 8 rows when its recipe left them open; an explicitly set value counts as a change."""
     _, results = done
     recorded = json.loads((results["sft"].folder / "stage.json").read_text())["identity"]
     stage, config = SFTStage(), SFTConfig(kind="sft", lr=1e-3, lr_final=1e-4)

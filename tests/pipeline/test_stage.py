@@ -1,4 +1,4 @@
-"""What a stage is handed."""
+"""What a stage receives from the runner."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def test_rewind_takes_samples_and_rollouts_back_too(ctx):
 
 
 def test_samples_and_lines_of_a_log_show_control_characters(ctx):
-    """They reached the terminal and the log raw, from the samples of a young model."""
+    """Samples of a barely trained model once sent them raw to the terminal and the log."""
     hostile = "\x1b[2J\x9b1m \x00\r tab\tand\nline \u202e\ud800"
     shown = "\\x1b[2J\\x9b1m \\x00\\r tab\tand\n{}line \\u202e\\ud800"
     ctx.sample(1, 1, hostile, title=hostile[:4])
@@ -68,7 +68,7 @@ def test_every_is_true_once_per_period(monkeypatch):
 
 
 def test_two_stages_of_one_kind_are_our_mistake():
-    register(Count)  # again is fine: a module may be imported twice
+    register(Count)  # registering again is fine: a module may be imported twice
 
     class Other(Stage):
         kind = "count"
@@ -79,7 +79,7 @@ def test_two_stages_of_one_kind_are_our_mistake():
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_what_is_measured_before_the_first_step_is_written_once(ctx, step):
-    """A run that was killed after the checkpoint of step 0 measures again."""
+    """A run killed after the checkpoint of step 0 measures again, but must not write a second line."""
 
     class Log(StepLog):
         def begin(self, trainer):

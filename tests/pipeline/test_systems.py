@@ -1,5 +1,5 @@
-"""What other systems than this one lack, taken away from real processes: calls of Linux and of its C library, fork,
-fcntl and resource, /proc and /sys."""
+"""Real processes deprived of what other systems lack: Linux and C library calls, fork, fcntl and resource, /proc and
+/sys."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ def refuse(event, arguments):
         raise AttributeError(arguments[1])
 sys.addaudithook(refuse)
 """
-"""A sitecustomize, which every Python process reads that is started with its folder on the path."""
+"""A sitecustomize, which every Python process imports if its folder is on the path."""
 
 COMMANDS = """
 import json, os, signal, sys, threading, time, urllib.request
@@ -81,11 +81,11 @@ HOMES = {
     "os.fork": {"workers.py", "tasks/referee.py"}, "os.pidfd_open": {"tasks/sandbox/process.py"},
     "os.memfd_create": set(), "os.uname": set(), "os.copy_file_range": set(),
 }  # fmt: skip
-"""Modules and calls that some system lacks, and the files that have another way."""
+"""Modules and calls that some systems lack, and the only files that may use them, since these have a fallback."""
 
 
 def test_what_a_system_may_lack_is_used_where_there_is_another_way():
-    """Everywhere but inside the sandbox, which is Linux's."""
+    """This holds everywhere except inside the sandbox, which needs Linux."""
     package, strays = Path(system.__file__).parent, []
     words = re.compile(rf"\b({'|'.join(one.removeprefix('os.') for one in HOMES)})\b")
     for path in package.rglob("*.py"):
@@ -105,8 +105,8 @@ def test_what_a_system_may_lack_is_used_where_there_is_another_way():
 
 
 def test_a_run_a_data_build_doctor_and_a_server_need_none_of_it(tmp_path):
-    """All in one process that lacks it, as do those that it starts. Two cores are granted to it, so that it must do
-    the work of two."""
+    """All run in one deprived process, and its children are deprived too. It is granted two cores, so it has to do the
+    work of two."""
     (tmp_path / "sitecustomize.py").write_text(ELSEWHERE)
     recipe, out = stages_run.write_recipe(tmp_path), tmp_path / "run"
     (tmp_path / "data.toml").write_text(
@@ -125,7 +125,7 @@ def test_a_run_a_data_build_doctor_and_a_server_need_none_of_it(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(system.__file__).parents[1]}",
         "OMP_NUM_THREADS": "2",
-        "BESSEMER_KERNELS": library.status().instructions,  # /proc would say which, and the suite has built them
+        "BESSEMER_KERNELS": library.status().instructions,  # normally from /proc; the suite has built these
     }
     command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -134,7 +134,7 @@ def test_a_run_a_data_build_doctor_and_a_server_need_none_of_it(tmp_path):
     assert (tmp_path / "data" / "manifest.json").exists()
     *said, tried = done.stdout.splitlines()
     assert "tokens 3" in said and "everything else runs here" in done.stdout
-    assert "/proc/vmstat" in json.loads(tried)  # the walls stood
+    assert "/proc/vmstat" in json.loads(tried)  # the restrictions were active
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_run_directory_is_held_by_a_living_process_where_files_cannot_be_locke
 
 
 def test_a_mac_counts_memory_in_bytes_and_its_files_to_10240(monkeypatch):
-    """As macOS does: it refuses the limit that it calls infinite."""
+    """macOS refuses the very limit that it reports as infinite."""
     raw, asked = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     monkeypatch.setattr(sys, "platform", "linux")
     assert system.peak_memory() >= raw << 10

@@ -38,7 +38,7 @@ def test_learning_rate(v3):
 
 
 def test_the_batch_ramp_gives_the_derived_step_count(v3):
-    """Steps of the ramp take as many tokens as the warm-up, which the paper counts in steps, is given here."""
+    """The ramp's first 2,000 steps, the paper's warm-up, take the 28.1B tokens that the recipe gives for it."""
     tokens = steps = warm_up = 0
     while tokens < 469e9:
         tokens += int(v3.batch_rows(tokens)) * 4096

@@ -1,4 +1,4 @@
-"""`bessemer whatif`: what it says of a change is what a run with that change then does."""
+"""`bessemer whatif`: a run with the change does what the command predicted."""
 
 import json
 

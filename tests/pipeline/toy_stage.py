@@ -1,5 +1,5 @@
-"""A stage kind for the tests: it counts instead of training, and behaves as a real one must. `main` runs a recipe with
-it in a directory and ends as the program does."""
+"""A stage kind for the tests: it counts instead of training, but behaves as a real one must. `main` runs a recipe of
+such stages in a directory and exits as the program does."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from bessemer.pipeline.stage import Stage, register
 from bessemer.runs.context import Interrupted
 from bessemer.runs.files import write_atomic
 
-ROUNDING = ""  # a test changes it to get another result from the same config
+ROUNDING = ""  # a test changes it to get a different result from the same config
 
 
 class CountConfig(StageConfig):
@@ -45,7 +45,7 @@ class CountConfig(StageConfig):
 
 @register
 class Count(Stage):
-    """A chain of hashes: the result depends on every step, the seed and the input, like training does."""
+    """A chain of hashes: like training, its result depends on every step, the seed and the input."""
 
     kind = "count"
 
@@ -88,7 +88,7 @@ class CompareConfig(StageConfig):
 
 @register
 class Compare(Stage):
-    """Reads several stages, makes no model."""
+    """Reads several stages and makes no model."""
 
     kind = "compare"
     uses_model = False
