@@ -1,4 +1,4 @@
-"""A small real network (GRPO runs through the true model and Engine here), about 10 ms per forward."""
+"""A small network of the real architecture (GRPO runs through the real model and Engine here), 10 ms per forward."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def tokenizer():
 
 @pytest.fixture
 def make_model(tokenizer):
-    """Seed -> a network whose weights are large enough for its predictions to differ; with other fields if asked."""
+    """A function: seed, config overrides -> a network with weights large enough for its predictions to differ."""
 
     def make(seed: int, **fields: int) -> Transformer:
         shape = dict(

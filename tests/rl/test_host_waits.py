@@ -1,7 +1,7 @@
-"""Where the host waits for a GPU in a training step: once for each number in `ONCE_A_STEP`, and nowhere else.
+"""Where the host waits for a GPU in a training step: for each number in `ONCE_A_STEP`, and nowhere else.
 
-The steps run on the meta device, whose tensors hold nothing. Every question for a number is noted with the function
-that asks, and answered by 1; a tensor whose size would be such an answer (nonzero, a mask as an index) cannot exist.
+The steps run on the meta device, whose tensors hold no data. Every read of a number is recorded with the function that
+reads it, and answered with 1; a tensor of data-dependent size (nonzero, indexing with a mask) cannot exist there.
 """
 
 import traceback
@@ -32,7 +32,7 @@ B, T = 4, 24
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The functions of the package that ask a device for a number, and how often."""
+    """The package's functions that read a number from the device, each with its count."""
     found = Counter()
 
     def asked(tensor):
@@ -53,7 +53,7 @@ def waits(monkeypatch):
 
 
 def batch(segmented=True, **extras):
-    """Rows with prompts and padding, in which two texts share a row."""
+    """Rows with prompts and padding; two texts share each row."""
     loss = torch.zeros(B, T)
     loss[:, 5:9], loss[:, 15:20] = 1, 0.5
     segments = (torch.arange(T) >= 10).long().expand(B, -1) if segmented else None

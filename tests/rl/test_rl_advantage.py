@@ -24,7 +24,7 @@ def test_each_prompt_is_compared_with_its_own_samples():
 
 
 def test_all_samples_of_a_rollout_together():
-    """An easy problem's samples are all above the common mean, a hard one's all below it; groups of one will do."""
+    """All samples of an easy problem are above the common mean, those of a hard one below it; groups of one work."""
     easy, mixed, hard = (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)
     groups = [
         [ScoredSample(Problem("p", "", "en"), [], None, Verdict(True, True, "", None), reward) for reward in rewards]
@@ -46,7 +46,7 @@ def test_without_the_std_only_the_mean_is_taken_away():
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_equal_rewards_teach_exactly_nothing(scale):
-    """0.1 has no exact binary form: rounding of the mean must not become an advantage of one."""
+    """0.1 has no exact binary form: dividing by a tiny std must not turn the mean's rounding error into a signal."""
     rewards = torch.tensor([[1.0] * 7, [0.0] * 7, [0.1] * 7, [1.1] * 7])
     assert group_advantages(rewards, scale).abs().max() < 1e-7
     assert not group_advantages(rewards, True).any()

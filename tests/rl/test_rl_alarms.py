@@ -1,4 +1,4 @@
-"""Alarms: each rings on a history made for it and on no other; healthy runs stay silent, the documented one too."""
+"""Alarms: each rings on a history made for it and no other; healthy runs stay silent, as does the documented one."""
 
 import json
 import math
@@ -30,7 +30,7 @@ STUCK = {"accuracy": (0.1, 0.1), "format": (0.7, 0.7), "length": (68, 68)}  # le
 
 
 def made(rollouts=40, noise=0.0, **ends):
-    """Metric tables of a run whose figures go evenly from one value to another, where they are after four fifths."""
+    """Metric tables of a run whose figures move linearly from one value to another, reached after 4/5 of the run."""
     rng = random.Random(3)
     lines = []
     for number in range(rollouts):
@@ -52,7 +52,7 @@ def codes(history):
 @pytest.mark.parametrize(
     ("code", "ends"),
     [
-        # what the log tells of the first documents: format .88 -> .99, accuracy .06 -> .04
+        # as the log reports for the first documents: format .88 -> .99, accuracy .06 -> .04
         ("format-hacking", {"accuracy": (0.06, 0.04), "format": (0.88, 0.99), "length": (57, 60)}),
         ("length-collapse", {**STUCK, "length": (57, 27)}),
         ("thinking-stops", {"think_share": (0.8, 0.2)}),
@@ -82,18 +82,18 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
     for ends in (
         {},
         STUCK,
-        # the probe whose retries grew (length 10.8 -> 39.7), and the one that thinks throughout
+        # the probe run whose retries grew (length 10.8 -> 39.7), and the one that thinks throughout
         {"accuracy": (0.18, 0.57), "format": (0.6, 0.99), "length": (10.8, 39.7), "think_share": (0.51, 0.97),
          "language": (0.5, 0.95), "truncated": (0.0, 0.05)},
         # a shorter answer that is right more often is no collapse
         {"accuracy": (0.3, 0.8), "length": (150, 60)},
-        # traces of search are certain token by token
+        # in search traces nearly every token is certain
         {"entropy": (0.08, 0.03)},
-        # bfloat16, and a reward model that joins without harm
+        # bfloat16, and a reward model that does no harm
         {"sampler_gap": (0.012, 0.012), "preference": (0.4, 0.7)},
         # samples drawn one rollout ahead are older than the policy, which is no fault of the sampler
         {"sampler_gap": (0.1, 0.1), "staleness": (2, 2)},
-        # calls of tools took the place of thoughts
+        # tool calls replaced thoughts
         {"think_share": (0.8, 0.2), "turns": (1.1, 2.0), "accuracy": (0.2, 0.9)},
         # already good at the start
         {"accuracy": (0.9, 0.93), "format": (0.9, 1.0), "dead_groups": (0.6, 0.7)},
@@ -104,7 +104,7 @@ def test_healthy_runs_stay_silent_from_first_to_last(seed):
 
 
 def test_the_tiny_recipe_as_it_learnt_stays_silent():
-    """As measured, then on to where docs/results.md and docs/log.md say it ended: half solved, a third cut off."""
+    """As measured, then on to the end that docs/results.md and docs/log.md report: half solved, a third cut off."""
     tracker = AlarmTracker()
     held = {0: 0.211, 10: 0.398, 20: 0.434, 30: 0.492}
     for number in range(32):
@@ -129,7 +129,7 @@ def test_said_once_and_again_only_in_the_report():
 
 
 def test_a_resumed_tracker_is_where_it_was():
-    """Also through JSON, as metrics.jsonl keeps the tables: what is not finite comes back as null."""
+    """Also through JSON, as metrics.jsonl stores the tables: non-finite values come back as null."""
     ends = {"truncated": (0.1, 0.9), "kl": (0.0, 4.0), "preference": (0.2, 0.9), "accuracy": (0.6, 0.2)}
     lines = list(enumerate(made(noise=0.1, **ends)))
     lines[7][1]["rl/kl"] = math.nan
@@ -163,7 +163,7 @@ def test_one_bad_rollout_is_no_alarm():
 
 
 def test_the_form_may_come_before_the_task():
-    """Format rises at once and accuracy later: silent while it is early, and once it has followed."""
+    """Format rises at once, accuracy later: no alarm while it is early, and none once accuracy has followed."""
     lines = [
         {"rl/accuracy": 0.1 if n < 12 else 0.1 + 0.02 * (n - 12), "rl/format": min(1.0, 0.5 + 0.1 * n)}
         for n in range(40)
@@ -180,7 +180,7 @@ def test_cut_answers_matter_sooner_where_accuracy_falls():
 
 
 def test_a_reward_model_is_measured_from_where_it_joined():
-    """R1: preference rewards only in the last part; the true figure is the held-out one where there is one."""
+    """R1 uses preference rewards only in the last part. The held-out accuracy, if any, is the one to watch."""
     before = made(rollouts=20, accuracy=(0.5, 0.7))
     late = made(rollouts=20, accuracy=(0.7, 0.7), preference=(0.4, 0.8))
 
@@ -193,14 +193,14 @@ def test_a_reward_model_is_measured_from_where_it_joined():
     assert codes(before + late) == []
     assert codes(with_held(before, 0.4, 0.6) + with_held(late, 0.6, 0.62)) == []
     assert codes(with_held(before, 0.4, 0.6) + with_held(late, 0.55, 0.4)) == ["reward-model-hacking"]
-    # it fell between the last question before and the first one after
+    # it fell between the last evaluation before and the first one after
     assert codes(with_held(before, 0.4, 0.6) + with_held(late, 0.45, 0.45)) == ["reward-model-hacking"]
     fallen = active(before + made(rollouts=20, accuracy=(0.7, 0.55), preference=(0.4, 0.8)))
     assert [alarm.code for alarm in fallen] == ["reward-model-hacking"] and "while accuracy fell" in fallen[0].message
 
 
 def test_mixing_is_judged_among_answers_that_think():
-    """An answer without thoughts has a language share of 0, which is no mixing."""
+    """An answer without thoughts has a language share of 0, which does not count as mixing."""
     assert codes(made(language=(0.45, 0.48), think_share=(0.5, 0.5))) == []
     assert codes(made(language=(0.35, 0.35), think_share=(0.9, 0.9))) == ["language-mixing"]  # mixed from the start
 

@@ -1,4 +1,4 @@
-"""A rollout through a checkpoint and back."""
+"""A rollout survives a round trip through a checkpoint."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from bessemer.train import checkpoint
 
 @pytest.fixture
 def groups(engine, tokenizer):
-    """Make groups of real samples, scored, one of them as by a reward model."""
+    """A function that makes scored groups of real samples, one of them as if scored by a reward model."""
 
     def groups(record_routing, top_p=1.0):
         chosen = rollout.problems_of([tasks.get("arithmetic"), tasks.get("countdown")], "train", 0, 3, seed=0)

@@ -1,4 +1,4 @@
-"""The difficulty filter by itself: moving estimates against their definition, and what is chosen of candidates."""
+"""The difficulty filter alone: moving estimates against their definition, and which candidates are chosen."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_the_older_estimates_do_not_change_when_something_is_seen():
 
 
 def named(count):
-    """Problems of which none speaks for another."""
+    """Problems of separate families: none informs the estimate of another."""
     return [ProblemKey(f"family {n}", str(n)) for n in range(count)]
 
 
@@ -92,8 +92,8 @@ def test_what_is_known_comes_back_from_json_to_the_bit():
 
 
 def test_on_a_pool_of_many_dead_problems_most_of_what_is_asked_is_alive_and_the_learnt_is_found_again():
-    """300 problems, a third never solved, a third always, a third half the time. After 150 rollouts those never solved
-    begin to be: exploring finds them."""
+    """300 problems: a third never solved, a third always, a third half the time. After 150 rollouts the model starts to
+    solve the first third, and exploration finds them."""
     coin, rates = random.Random(5), {str(n): (0.0, 1.0, 0.5)[n % 3] for n in range(300)}
     estimates, alive, asked = Estimates(8, 2.0), [], []
     for rollout in range(450):

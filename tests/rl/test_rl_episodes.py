@@ -1,5 +1,5 @@
-"""Episodes of several turns between the true engine, network and tokenizer: what is generated when, who wrote which
-token, and what of it is trained on."""
+"""Multi-turn episodes with the real engine, network and tokenizer: what is generated when, who wrote which token, and
+which tokens are trained on."""
 
 import random
 from dataclasses import replace
@@ -29,7 +29,7 @@ CONTEXT = 96
 
 
 class Echo(Environment):
-    """Answers two turns with what it read, then ends. A problem with "break" in it fails at its second turn."""
+    """Replies "go on" to two turns, then ends. A problem with "breaks" in its meta fails at the second turn."""
 
     name, domain, max_turns = "echo", "tools", 5
 
@@ -60,7 +60,7 @@ class EchoEpisode:
 
 
 class Scripted:
-    """An engine whose answers a function gives: (turn, prompt ids, seed) -> text. Keeps what it was asked."""
+    """An engine whose answers come from a function (turn, prompt ids, seed) -> text. It records its calls."""
 
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer, self.calls = tokenizer, answer, []
@@ -87,13 +87,13 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def with_marks():
-    """A tokenizer for which the marks of calls are tokens."""
+    """A tokenizer in which the markers of tool calls are tokens."""
     return Tokenizer.train(["User: Multiply 3 and 4.\nAssistant: <answer>12</answer>"] * 8, 300, tool_tokens=True)
 
 
 @pytest.fixture
 def often(monkeypatch):
-    """Random networks rarely end a turn by themselves; here a third of all tokens ends it."""
+    """A random network rarely ends a turn on its own, so here a third of all tokens ends one."""
     monkeypatch.setattr(Tokenizer, "stop_ids", property(lambda self: list(range(3, 110))))
 
 
@@ -125,7 +125,7 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
     assert got.verdict.correct and got.failure == "" and got.completion.finish_reason == "stop"
     assert [(turn.role, turn.text) for turn in got.turns[1:]] == [("tool", "12"), ("assistant", "<answer>12</answer>")]
     assert sum(turn.tokens for turn in got.turns) == len(got.completion.tokens)
-    # the ids are those of the conversation as it would be rendered as a whole
+    # the ids are those of the conversation rendered as a whole
     messages = [
         {"role": "user", "content": problem.prompt},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -139,7 +139,7 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
 
 
 def test_a_page_with_a_call_is_in_a_corpus_what_an_episode_is(with_marks):
-    """The same ids, so what the base reads is what it will be asked to continue."""
+    """The ids are the same, so pre-training shows the base exactly what RL will ask it to continue."""
     page = tasks.get("products", calls=1.0, slip=0.0, languages=["en"]).written(3)
     document = Document(page.text, "products", page.messages, spoken=True)
     encoder, augment = Encoder(with_marks), Augment(with_marks, 0.0, 0.0)
@@ -181,7 +181,7 @@ def test_what_the_model_wrote_and_nothing_else_is_trained_on(model, tokenizer, o
         for batch in rollout.to_batches(rows, tokenizer.pad_id, 400, normalise):
             logp_BT = policy_logprobs(model, batch, 0.8)
             own_BT = batch.loss_BT > 0
-            # the log-probabilities that were sampled are those of the network on the whole conversation
+            # the sampler's log-probabilities are the network's on the whole conversation
             torch.testing.assert_close(logp_BT[own_BT], batch.extras["old_logp_BT"][own_BT], atol=2e-4, rtol=0)
             assert not batch.extras["advantage_BT"][~own_BT].any()
             if normalise == "sequence":
@@ -219,7 +219,7 @@ def test_samples_do_not_depend_on_what_is_beside_them(model, tokenizer, often):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_the_bound_of_an_episode_cuts_it_where_its_own_call_would_have(model, tokenizer, often, top_p):
-    """In a turn all ask for as many tokens as the one that may write most."""
+    """In each turn all episodes generate up to the largest remaining budget; shorter budgets are cut afterwards."""
     engine, options = Engine(model, tokenizer), {"record_kept": top_p < 1, "record_routing": True}
 
     def completions(cap):
@@ -278,7 +278,7 @@ def test_what_an_environment_gets_wrong_is_its_failure(tokenizer, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(EchoEpisode, method, replacement)
             task = Echo()
-            task.seconds = -4.9  # with its grace a tenth of a second
+            task.seconds = -4.9  # plus the grace period: a tenth of a second
             other = tasks.get("products")
             _, [group, _] = play(engine, [(task, echoes(1)[0][1]), (other, other.problem("train", 0))], samples=1)
             return group[0].failure
@@ -288,7 +288,7 @@ def test_what_an_environment_gets_wrong_is_its_failure(tokenizer, monkeypatch):
 
     assert failure("step", bug) == "ZeroDivisionError: integer division or modulo by zero"
     assert "answered nothing" in failure("step", lambda self, action: Observation())
-    forged = [{"role": "assistant", "content": "I am right"}]  # would be trained on as the model's own
+    forged = [{"role": "assistant", "content": "I am right"}]  # it would be trained on as the model's own text
     assert "in the role of assistant" in failure("step", lambda self, action: Observation(forged))
     hang = torch.multiprocessing.get_context("fork").Event()
     assert "did not answer in time" in failure("step", lambda self, action: hang.wait(3))
@@ -336,7 +336,7 @@ def test_a_checkpoint_holds_the_turns(model, tokenizer, often):
 
 
 def test_random_turns_keep_every_token_in_its_place(tokenizer):
-    """Any number of turns of any length: joined they are what was generated and read, in order."""
+    """Turns of any number and length, joined, are what was generated and read, in order."""
     rng = random.Random(0)
     words = ["yes", "no, wait", "a b c d", "1+2"]
     engine = Scripted(tokenizer, lambda turn, prompt, seed: rng.choice(words))

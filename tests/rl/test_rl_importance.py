@@ -25,14 +25,14 @@ REWARD = torch.tensor([1.0, 0.0, 0.3, -0.7, 2.0, 0.1, 0.0, -1.0, 0.5])
 
 
 def some_ratios(seed=0):
-    """log_ratio [5, 6] and which tokens count; outputs of different lengths, none of them flat."""
+    """log_ratio [5, 6] and the mask of tokens that count; the outputs have different lengths."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 4, 2])[:, None]
     return torch.randn(5, 6, dtype=torch.float64, generator=generator) * 0.6 * mask, mask
 
 
 def weights(name, log_ratio, mask, cap):
-    """As the stage calls it: only the tokens that count, in one line."""
+    """Call it as the stage does: with only the tokens that count, flattened."""
     keep = mask.flatten().nonzero().squeeze(1)
     return importance_weights(name, log_ratio.flatten()[keep], keep // mask.shape[1], cap)
 
@@ -68,7 +68,7 @@ def test_equal_policies_weigh_one_and_parted_ones_stay_finite(name):
 
 
 def trl_block():
-    """The lines of TRL's trainer that turn log-probabilities into weights, as they are installed here."""
+    """The lines of the installed TRL's trainer that turn log-probabilities into weights."""
     from trl import GRPOTrainer
 
     source = inspect.getsource(GRPOTrainer)
@@ -80,7 +80,7 @@ def trl_block():
 
 @pytest.mark.parametrize("cap", [1.5, 3.0])
 def test_weights_equal_trl_s(cap):
-    """TRL's own lines on the same numbers; its clip_min stays at its default, none."""
+    """Against TRL's own lines on the same numbers; its clip_min stays at the default, None."""
     block, (log_ratio, mask) = trl_block(), some_ratios(1)
     sampler = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for name in CORRECTIONS:
@@ -100,7 +100,7 @@ def test_weights_equal_trl_s(cap):
 
 
 class Table(nn.Module):
-    """The policy as a network: the hidden state names the row of the table. A prompt of one token precedes."""
+    """The policy as a network: the hidden state selects the row of the table. The prompt is one token."""
 
     def __init__(self, seed):
         super().__init__()
@@ -119,7 +119,7 @@ class Table(nn.Module):
 
 
 def perturbed(kind):
-    """A policy and a sampler that should be the same and is not."""
+    """A policy, and the log-probabilities of a sampler that should equal it but does not."""
     policy, sampler = Table(0), Table(0)
     if kind == "noise":
         with torch.no_grad():
@@ -128,7 +128,7 @@ def perturbed(kind):
 
 
 def expected_loss(policy, sampler, correction, cap, kl=0.0):
-    """Of the objective over all outputs, each as often as the sampler writes it; pi_old is the policy itself."""
+    """The objective over all outputs, each weighted by its probability under the sampler; pi_old is the policy."""
     tokens = torch.cat((torch.zeros(9, 1, dtype=torch.int64), SEQUENCES), 1)
 
     def laid_out(values):
@@ -155,8 +155,8 @@ def policy_gradient(policy):
 
 @pytest.mark.parametrize("kind", ["noise", "temperature"])
 def test_the_corrected_gradient_is_the_policy_gradient(kind):
-    """Over every output: exact with whole outputs weighed and nothing cut, much nearer than none with tokens weighed
-    or weights cut. Without correction the gradient is that of another sampler's data."""
+    """Over every output: exact with sequence weights and no cap, and much nearer than without correction with token
+    weights or a cap. Without correction the gradient is that of another sampler's data."""
     policy, sampler = perturbed(kind)
     wanted = policy_gradient(policy)
 
@@ -172,7 +172,7 @@ def test_the_corrected_gradient_is_the_policy_gradient(kind):
 
 
 def test_the_gap_is_the_sampler_s_whatever_pi_old_is():
-    """The k3 estimate over all outputs is the divergence of the sampler from the policy, exactly."""
+    """Over all outputs the k3 estimate equals the KL divergence of the sampler from the policy exactly."""
     policy, sampler = perturbed("noise")
     metrics = expected_loss(policy, sampler, "token-truncate", 2.0).metrics
     weight, gap = sampler.sum(1).exp(), sampler - policy.logp().detach()
@@ -182,7 +182,7 @@ def test_the_gap_is_the_sampler_s_whatever_pi_old_is():
 
 
 def test_the_divergence_from_the_reference_is_not_weighed():
-    """As in TRL, where the weight comes before beta * KL is added."""
+    """As in TRL, which applies the weight before it adds beta * KL."""
     policy, sampler = perturbed("noise")
     added = [
         gradient(expected_loss(policy, sampler, correction, 1.2, kl), policy)

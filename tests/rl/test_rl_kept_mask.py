@@ -1,4 +1,4 @@
-"""Keep Sampling Mask (DeepSeek-V3.2 3.1) between the true Engine and the true network: the policy chooses among the
+"""Keep Sampling Mask (DeepSeek-V3.2 3.1) with the real Engine and network: the policy's softmax covers exactly the
 tokens that the sampler chose among."""
 
 from dataclasses import replace
@@ -48,7 +48,7 @@ def kept_ids(row):
 
 
 def naive(model, row):
-    """Of one sample's tokens, float64: log-probabilities and entropies over its kept tokens, row by row."""
+    """Log-probabilities and entropies of one sample's tokens over the kept tokens, row by row in float64."""
     ids = torch.tensor([row.prompt_tokens + row.completion.tokens])
     logits = model(ids)[0, len(row.prompt_tokens) - 1 : -1].double() / T
     logp, entropy = [], []
@@ -72,7 +72,7 @@ def test_the_policy_that_sampled_has_ratio_one_with_the_mask_alone(model, rows, 
 
 
 def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
-    """Of the policy a step further, with a reference; all in plain sums over each sample's own kept tokens."""
+    """For a policy one step on, with a reference; the expected values are plain sums over each sample's kept tokens."""
     model, reference = make_model(3), make_model(8)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +102,7 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
 
 
 def test_an_update_does_not_depend_on_how_its_rows_were_cut(make_model, rows):
-    """Rows of many kept tokens beside rows of few; a filler has none."""
+    """Rows with many kept tokens may lie beside rows with few; a filler has none."""
     found = []
     for max_tokens in (10_000, 100, 1):
         model = make_model(3)

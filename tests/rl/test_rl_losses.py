@@ -1,4 +1,4 @@
-"""The objective against brute force: every sequence of a table policy enumerated, in float64 where that is possible.
+"""The objective against brute force: every sequence of a table policy is enumerated, in float64 where possible.
 
 The policy writes two tokens over three letters: logits[0] for the first, logits[1 + first] for the second.
 """
@@ -67,7 +67,7 @@ def test_the_surrogate_gradient_is_the_policy_gradient_at_ratio_one():
 
 
 def test_the_mean_over_all_groups_is_the_policy_gradient():
-    """All 81 groups of two. A mean that holds the sample itself costs the factor 1 - 1/G (Dr. GRPO's form)."""
+    """Over all 81 groups of two. A mean that includes the sample itself costs the factor 1 - 1/G (Dr. GRPO's form)."""
     logits = table(1).requires_grad_()
     logp = token_logp(logits)
     old, total = logp.detach(), 0.0
@@ -86,13 +86,13 @@ def test_k3_is_unbiased_and_never_negative():
         kl = grpo_terms(old, old, ref, torch.zeros_like(old), 0.2, 0.2).kl
         assert (kl >= 0).all() and (kl > 0).any()
         weight = old.sum(1).exp()
-        divergence = (weight * (old - ref).sum(1)).sum()  # of whole sequences, by the chain rule
+        divergence = (weight * (old - ref).sum(1)).sum()  # KL of whole sequences, by the chain rule
         assert float((weight[:, None] * kl).sum()) == pytest.approx(float(divergence), rel=1e-12)
     assert not grpo_terms(old, old, old, torch.zeros_like(old), 0.2, 0.2).kl.any()
 
 
 def test_the_divergence_pulls_towards_the_reference():
-    """Gradient descent on k3 alone ends at the reference, whatever the sampler."""
+    """Gradient descent on k3 alone converges to the reference, whatever the sampler."""
     ref = table(3)
     logits = table(2).requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=4.0)
@@ -106,7 +106,7 @@ def test_the_divergence_pulls_towards_the_reference():
 
 
 def test_times_the_ratio_its_gradient_is_that_of_the_divergence():
-    """At samples of pi_old: of KL(pi | ref) after every prefix. Plain k3 pulls elsewhere."""
+    """On samples of pi_old, k3 times the ratio has the gradient of KL(pi | ref) after each prefix; plain k3 has not."""
     sampler, reference = table(4), table(5)
 
     def pull(unbiased):
@@ -119,7 +119,7 @@ def test_times_the_ratio_its_gradient_is_that_of_the_divergence():
     logits = sampler.clone().requires_grad_()
     logp, ref = logits.log_softmax(-1), reference.log_softmax(-1)
     divergence = (logp.exp() * (logp - ref)).sum(-1)
-    weight = torch.cat((torch.ones(1), sampler.log_softmax(-1)[0].exp())).double()  # of the prefixes
+    weight = torch.cat((torch.ones(1), sampler.log_softmax(-1)[0].exp())).double()  # probabilities of the prefixes
     exact = gradient((weight * divergence).sum(), logits)
     assert apart(pull(True), exact) < 1e-5 and apart(pull(False), exact) > 0.1
 
@@ -142,7 +142,7 @@ def test_only_what_the_policy_left_and_was_bad_is_masked():
 
 
 def cut(ratio, advantage, low, high):
-    """(is the gradient cut, surrogate, clipped) of one token."""
+    """(gradient is zero, surrogate, clipped) of one token."""
     logp = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
     zero = torch.zeros((), dtype=torch.float64)
     terms = grpo_terms(logp, zero, None, torch.tensor(advantage, dtype=torch.float64), low, high)
@@ -155,7 +155,7 @@ def cut(ratio, advantage, low, high):
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
 @pytest.mark.parametrize("ratio", [1e-4, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 5.0, 10.9, 11.1, 100.0])
 def test_the_clip_cuts_exactly_where_it_should(ratio, advantage, low, high):
-    """Better already than the clip allows, or worse already: only there. Moves back are never cut."""
+    """Only if a good token is already above the range, or a bad one below it. Moves back are never cut."""
     is_cut, surrogate, clipped = cut(ratio, advantage, low, high)
     should = ratio > 1 + high if advantage > 0 else ratio < 1 - low
     assert is_cut == clipped == should
@@ -176,7 +176,7 @@ def test_policies_that_parted_stay_finite_and_are_pulled_back():
     )
     assert all(value.isfinite().all() for value in terms)
     terms.kl.sum().backward()
-    # a token the reference would never write: dk3/dlogp = 1 - pi_ref/pi
+    # for a token the reference would never write, dk3/dlogp = 1 - pi_ref/pi
     assert logp.grad.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
 
 
@@ -199,14 +199,14 @@ def by_hand(name, logp, old, worth, low, high):
 @pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize("start", [4, 6])
 def test_surrogates_against_their_formulas(name, start):
-    """Value and gradient, at the sampler's own table and far from it, tokens in any order."""
+    """Value and gradient, at the sampler's own table and far from it, with the tokens shuffled."""
     logits = table(start).requires_grad_()
     logp, old = token_logp(logits), token_logp(table(4))
     weight = torch.rand(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     values = torch.stack([by_hand(name, logp[o], old[o], REWARD[o], 0.2, 0.28) for o in range(9)])
     expected = (weight * values).sum()
     order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
-    output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # numbers of outputs need not be 0, 1, 2, ...
+    output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # output numbers need not be 0, 1, 2, ...
     tokens = (x.flatten()[order] for x in (logp, old, REWARD[:, None].expand(9, 2), output))
     terms = SURROGATES[name](*tokens, 0.2, 0.28)
     got = (weight.flatten()[order] * terms.value).sum()
@@ -217,7 +217,7 @@ def test_surrogates_against_their_formulas(name, start):
 
 @pytest.mark.parametrize(("name", "share"), [("grpo", 1.0), ("gspo", 0.5), ("cispo", 1.0), ("reinforce", 1.0)])
 def test_every_surrogate_is_the_policy_gradient_at_ratio_one(name, share):
-    """gspo's ratio is a mean over the output's two tokens, so each of them counts a half."""
+    """gspo's ratio is a mean over the output's two tokens, so each counts half."""
     logits = table(0).requires_grad_()
     logp = token_logp(logits)
     old = logp.detach()
@@ -229,7 +229,7 @@ def test_every_surrogate_is_the_policy_gradient_at_ratio_one(name, share):
 
 
 class Table(nn.Module):
-    """The table policy in the trainer's clothes: the hidden state of a context is its one-hot vector."""
+    """The table policy with the trainer's interface: the hidden state of a context is its one-hot vector."""
 
     def __init__(self, logits):
         super().__init__()
@@ -262,7 +262,7 @@ def enumerated(sampler, reference, temperature):
 @pytest.mark.parametrize("kl", [0.0, 0.05])
 @pytest.mark.parametrize("start", [4, 6])
 def test_the_whole_objective_against_enumeration(start, kl, temperature):
-    """start 4 is the sampler's own table: ratio 1; start 6 is far from it, and the clip cuts somewhere."""
+    """start 4 is the sampler's own table, with ratio 1; start 6 is far from it, so that the clip binds somewhere."""
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     batch = enumerated(sampler, reference, temperature)
     model = Table(logits.detach())
@@ -298,11 +298,11 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
 
 
 STOPPING = [(0,), *itertools.product((1, 2), range(LETTERS))]
-"""All outputs of the same table where letter 0 ends one: lengths differ, and so do the normalisations."""
+"""All outputs of the same table if letter 0 ends an output: lengths differ, so the normalisations do too."""
 
 
 def outputs_of(sampler):
-    """One sample of each, with what the sampler says of it."""
+    """One sample of each, with the sampler's log-probabilities."""
     rows = []
     for letters, worth in zip(STOPPING, REWARD.tolist(), strict=False):
         logp = [float(sampler.log_softmax(-1)[c, a]) for c, a in zip((0, 1 + letters[0]), letters, strict=False)]
@@ -315,8 +315,8 @@ def outputs_of(sampler):
 @pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize("start", [4, 6])
 def test_every_surrogate_and_normalisation_against_enumeration(start, name, normalise):
-    """Loss and gradient through the real batches, cut in two, each output weighted by its probability; float64 loops
-    give the expectation. start 4 is the sampler's own table."""
+    """Loss and gradient through real micro-batches, each output weighted by its probability, against float64 loops.
+    start 4 is the sampler's own table."""
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     model = Table(logits.detach())
     objective = GRPO(0.2, 0.28, 0.05, surrogate=name, constant=20 if normalise == "constant" else 0)
@@ -350,8 +350,8 @@ def test_every_surrogate_and_normalisation_against_enumeration(start, name, norm
 
 @pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
 def test_only_the_mean_over_outputs_of_means_leans_towards_short_ones(normalise):
-    """Over all outputs, sums give the gradient of the expected reward, whatever divides them; a mean over each output
-    does not (Dr. GRPO 3.1)."""
+    """Over all outputs, token sums give the gradient of the expected reward, whatever the divisor; a mean over each
+    output does not (Dr. GRPO 3.1)."""
     sampler = table(4)
     model = Table(sampler)
     (batch,) = rollout.to_batches(outputs_of(sampler), 0, 10_000, normalise)
@@ -371,7 +371,7 @@ def test_a_constant_divisor_counts_outputs_not_tokens():
 
 
 def test_the_whole_objective_climbs_the_expected_reward():
-    """At the sampler's own table its gradient is the policy gradient, by float32's rounding."""
+    """At the sampler's own table its gradient is the policy gradient, up to float32 rounding."""
     sampler = table(4)
     model = Table(sampler)
     GRPO(kl=0.0)(model, enumerated(sampler, sampler, 1.0)).total.backward()

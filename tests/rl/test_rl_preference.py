@@ -1,4 +1,4 @@
-"""Reward models in use: what they read, the same score in any company, a fixed scale, and every mistake named."""
+"""Reward models in use: what they read, scores independent of the batch, a fixed scale, every mistake named."""
 
 import json
 import math

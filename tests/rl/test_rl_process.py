@@ -98,7 +98,7 @@ def test_samples_get_the_steps_of_their_tokens():
         assert len(row.advantage) == len(row.completion.tokens)
         text, expected = "", []
         for token in row.completion.tokens:
-            begun = sum(end in text for end in ends)  # steps that ended before this token
+            begun = sum(end in text for end in ends)  # steps that end before this token
             expected.append(sum(values[begun:]))
             text = tokenizer.decode([*tokenizer.encode(text), token])
         assert row.advantage == pytest.approx(expected, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Routing replay between the true Engine and the true network: what the trainer computes, with and without."""
+"""Routing replay with the real Engine and network: what the trainer computes with it and without it."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ LAYERS, K = 1, 2
 
 @pytest.fixture
 def sampled(tokenizer):
-    """Model -> its samples, routing recorded; of lengths 1 to 40."""
+    """A function: model -> its samples of lengths 1 to 40, with their routing recorded."""
 
     def sampled(model, **options):
         options = dict(samples=6, max_new_tokens=40, seed=2, record_routing=True) | options
@@ -49,12 +49,12 @@ def gaps(model, rows, see=lambda batch: batch):
 
 
 def without(batch):
-    """The batch without the choice to replay."""
+    """The batch without the expert choices to replay."""
     return replace(batch, extras={k: v for k, v in batch.extras.items() if k != "choice_BTLK"})
 
 
 def disturbed(model, size=0.02):
-    """Another router than the trainer's: a tenth of its choices differ."""
+    """Perturb the router so that a tenth of its choices differ from the trainer's."""
     with torch.no_grad():
         for n, gate in enumerate(model.gates().values()):
             noise = torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(n))
@@ -88,7 +88,7 @@ def test_without_a_record_there_is_nothing_to_replay(sampled, model):
 
 
 def test_replay_of_the_policy_s_own_choice_gives_the_sampler_s_logprobs(sampled, model):
-    """1e-6 in the mean; the worst of hundreds is a few float32 steps, as logp is about -6 here."""
+    """Equal to 1e-6 on average; the worst of hundreds is off by a few float32 steps, since logp is about -6 here."""
     gap = gaps(model, sampled(model))
     assert gap.mean() < 1e-6 and gap.max() < 5e-6
 
@@ -96,9 +96,9 @@ def test_replay_of_the_policy_s_own_choice_gives_the_sampler_s_logprobs(sampled,
 @pytest.mark.parametrize("seed", [3, 4, 5])
 @pytest.mark.parametrize("sampler", ["bfloat16", "router"])
 def test_replay_closes_what_other_choices_opened(make_model, sampled, sampler, seed):
-    """A sampler in bfloat16, or with another router: the worst ratios come from tokens that went elsewhere.
-    Measured without and with replay: largest gap 1.5 to 2.5 and 0.06 to 0.09 (bfloat16 by the kernels; by torch 1.3 to
-    2.0 and 0.10 to 0.13), 3.2 to 3.6 and 0.11 to 0.14 (router, in the mean 0.07 to 0.08 and 0.008 to 0.009)."""
+    """With a sampler in bfloat16 or with another router, the worst ratios come from tokens routed to other experts.
+    Largest gap measured without and with replay: 1.5 to 2.5 and 0.06 to 0.09 (bfloat16 by the kernels; by torch 1.3 to
+    2.0 and 0.10 to 0.13), 3.2 to 3.6 and 0.11 to 0.14 (router; mean gap 0.07 to 0.08 and 0.008 to 0.009)."""
     other = make_model(seed)
     rows = sampled(
         disturbed(other) if sampler == "router" else other.to_compute(torch.bfloat16), stop_ids=[], samples=18
@@ -114,7 +114,7 @@ def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
     choice = batch.extras["choice_BTLK"]
     pairs = int((choice[..., 0] >= 0).sum())
-    assert routing_disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may decide one
+    assert routing_disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may flip one
     batch.extras["choice_BTLK"] = own_choice(model, batch).flip(-1).short().where(choice >= 0, choice)
     assert routing_disagreement(model, batch) == 0.0, "the order does not count"
     other = batch.extras["choice_BTLK"]
@@ -124,7 +124,7 @@ def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
 
 
 def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, sampled):
-    """The ratios of a policy whose router moved are those of a network told whom to ask; the reference is not told."""
+    """If the router moved, the policy's ratios use the recorded experts; the reference routes by itself."""
     rows, model = sampled(disturbed(make_model(3)), stop_ids=[]), make_model(3)
     (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
     model.train()
@@ -143,7 +143,7 @@ def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, s
 
 
 def test_padding_and_the_last_token_are_free_to_go_anywhere(sampled, make_model):
-    """Nothing trained on comes after them: another choice there moves no log-probability and no gradient."""
+    """No trained token follows them, so another choice there changes no log-probability and no gradient."""
     rows = sampled(make_model(3))
     results = []
     for fill in (-1, 5):
@@ -159,7 +159,7 @@ def test_padding_and_the_last_token_are_free_to_go_anywhere(sampled, make_model)
 
 
 def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
-    """Through the trainer; the largest gap of a step is that of its worst micro-batch."""
+    """Through the trainer. A step's largest gap is that of its worst micro-batch."""
     rows, found = sampled(disturbed(make_model(3)), stop_ids=[]), []
     for max_tokens in (60, 10_000):
         made = train_config(lr=1e-3, eps=1e-4, weight_decay=0.0)
@@ -172,7 +172,7 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
 
 
 def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
-    """Fillers count nowhere, and need the tensors of the objective all the same."""
+    """Fillers count nowhere, but still need the objective's tensors."""
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
     settings = RLConfig(kind="rl", tasks=["arithmetic"], lr=Points(1e-3), correction="token-truncate")
     correction, filler = ImportanceCorrection(model, Workers(1), settings), batch.as_filler()

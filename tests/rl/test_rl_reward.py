@@ -1,4 +1,4 @@
-"""What a sample is paid: the paper's sum, a reward model's part, the price of length, the control arms."""
+"""A sample's reward: the paper's sum, a reward model's share, the overlong penalty, the control arms."""
 
 import math
 
@@ -22,7 +22,7 @@ FOUR = [(True, True), (True, False), (False, True), (False, False)]
 
 def test_accuracy_format_and_language_are_added():
     rows = [sampled(c, f) for c, f in FOUR]
-    assert [Reward().of(row, 9) for row in rows] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weight
+    assert [Reward().of(row, 9) for row in rows] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weights
     assert [Reward(0.1).of(row, 9) for row in rows] == [1.1, 1.0, 0.1, 0.0]
     assert [Reward(0.1, language=1.0).of(row, 9) for row in rows] == [1.6, 1.5, 0.6, 0.5]
 

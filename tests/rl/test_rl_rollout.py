@@ -1,4 +1,4 @@
-"""Which problems, which samples, and how they lie in a batch."""
+"""Which problems a rollout asks, which samples it draws, and how they are laid out in batches."""
 
 from dataclasses import replace
 
@@ -111,7 +111,7 @@ def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_
     lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
 
     def filled(bound):
-        """Parts as full as `bound` allows: their padded tokens."""
+        """The padded sizes of parts filled as far as `bound` allows."""
         sizes, start = [], 0
         while start < len(lengths):
             n = min(len(lengths) - start, max(1, bound // lengths[start]))
@@ -137,7 +137,7 @@ def test_every_pipeline_has_as_many_parts_as_far_as_there_are_rows(max_tokens, n
 
 
 def test_rows_for_a_gpu_have_few_lengths(monkeypatch):
-    """The same tokens, losses and advantages, and padding up to a multiple."""
+    """The tokens and loss weights are the same, padded up to a multiple of BUCKET."""
     rows = some_rows()
     plain = rollout.to_batches(rows, PAD, 10_000, "token")[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -194,7 +194,7 @@ def test_a_problem_that_comes_twice_is_sampled_twice(engine, draw):
 
 
 def test_what_the_template_wrote_of_the_answer_is_judged_with_it(engine, tokenizer, monkeypatch):
-    """R1's prompt ends in `<think>`: without it no answer would have the form."""
+    """R1's prompt ends in `<think>`: without it no answer would be well-formed."""
     heard = []
     verify = lambda self, problem, text: heard.append(text) or Verdict(False, False, "", None)  # noqa: E731
     monkeypatch.setattr(tasks.Task, "verify", verify)
@@ -205,7 +205,7 @@ def test_what_the_template_wrote_of_the_answer_is_judged_with_it(engine, tokeniz
 
 
 def group_of(engine, monkeypatch, *texts):
-    """The samples of an English question whose answers are these texts."""
+    """Samples of one English question with these texts as answers."""
     verify = lambda self, problem, text: Verdict(False, False, "", None)  # noqa: E731
     monkeypatch.setattr(tasks.Task, "verify", verify)
     generate, left = type(engine).generate, iter(texts)
@@ -265,7 +265,7 @@ def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():
 
 @pytest.mark.parametrize("begun", ["", "<think>\n"])
 def test_with_needs_format_nothing_is_paid_that_stands_around_the_blocks(begun):
-    """A template that opens the thoughts asks for R1's summary, one that does not for R1-Zero's blocks."""
+    """A template that opens the thoughts expects R1's summary; one that does not expects R1-Zero's blocks."""
     task, problem = tasks.get("words"), tasks.Problem("p", "...", "en", {"value": 7})
     thoughts = "<think>\nt\n</think>".removeprefix(begun)
     blocks = ["<answer>7</answer>", "\n<answer>\n7\n</answer>\n"]

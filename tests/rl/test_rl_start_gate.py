@@ -1,4 +1,4 @@
-"""The start gate: what a base solves decides, how it fails advises."""
+"""The start gate: what a base solves decides, and how it fails determines the advice."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_a_base_that_solves_something_may_start():
     decision = start_gate(GOOD, 0.02, format_reward=1.0)
     assert decision.passed and decision.warnings == ()
     assert decision.message == "the model solves 20.0% of held-out problems (pass@4 50.0%)"
-    assert start_gate({"pass_at_1": 0.2, "pass_at_k": 0.5}, 0.02).passed  # older rows know less
+    assert start_gate({"pass_at_1": 0.2, "pass_at_k": 0.5}, 0.02).passed  # rows of older versions have fewer keys
 
 
 def test_a_hopeless_one_is_refused_with_advice():
@@ -46,5 +46,5 @@ def test_what_may_start_but_will_learn_little_is_warned():
     form = GOOD | {"pass_at_1": 0.04, "pass_at_k": 0.2}
     assert "the form alone may be learnt" in start_gate(form, 0.02, format_reward=0.5).warnings[0]
     assert start_gate(form, 0.02, format_reward=0.0).warnings == ()
-    forced = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0}, 0.0)  # a minimum of 0 starts anything
+    forced = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0}, 0.0)  # a minimum of 0 admits any base
     assert forced.passed and "0%" in forced.warnings[0]

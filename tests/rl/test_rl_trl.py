@@ -1,7 +1,7 @@
 """The objective against TRL's GRPOTrainer on the same rollout: loss and gradient, one network on both sides.
 
 TRL runs its own path (transformers' DeepseekV3ForCausalLM, prompts padded left, its chunked head); ours runs over the
-same weights, padded right. Which of TRL's settings is which of ours:
+same weights, padded right. TRL's settings correspond to ours as follows:
 
     TRL                                        here
     loss_type "grpo"                           surrogate "grpo",  normalise "sequence"
@@ -77,8 +77,8 @@ CASES = {
 
 
 class Rollout:
-    """Four outputs of different lengths with invented advantages; the sampler's and the reference's log-probabilities
-    lie some way from the policy's, so that clips bind."""
+    """Four outputs of different lengths with invented advantages. The log-probabilities of sampler and reference differ
+    enough from the policy's for clips to bind."""
 
     def __init__(self, model, temperature):
         generator = torch.Generator().manual_seed(5)
@@ -96,7 +96,7 @@ class Rollout:
             self.ref.append((mine + 0.5 * torch.randn(len(answer), generator=generator)).tolist())
 
     def theirs(self, rows):
-        """What TRL's trainer hands to its loss."""
+        """The inputs that TRL's trainer passes to its loss."""
 
         def padded(values, left=False, fill=0):
             width = max(map(len, values))
@@ -140,8 +140,8 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def policy(make_model, tokenizer, directory):
-    """Ours, and where transformers finds it."""
-    model = make_model(3, n_expert_groups=2, n_limited_groups=1)  # K/M = 2, which transformers has fixed
+    """Our model, saved where transformers will load it."""
+    model = make_model(3, n_expert_groups=2, n_limited_groups=1)  # K/M = 2, hard-coded in transformers
     if not directory.exists():
         tokenizer.save(directory.parent / "tokenizer")
         model.save(directory, tokenizer_dir=directory.parent / "tokenizer", mtp=False)
@@ -150,7 +150,7 @@ def policy(make_model, tokenizer, directory):
 
 @pytest.fixture
 def peer(policy, directory, tmp_path):
-    """settings -> a GRPOTrainer in training mode, on one device, its own loading of the model."""
+    """A function: settings -> a GRPOTrainer in training mode, with its own copy of the model."""
 
     def make(beta=0.0, **settings):
         config = GRPOConfig(
@@ -158,7 +158,7 @@ def peer(policy, directory, tmp_path):
             per_device_train_batch_size=4, max_completion_length=CAP, gradient_checkpointing=False,
             disable_tqdm=True, **{"use_bias_correction_kl": False} | settings,
         )  # fmt: skip
-        # its grouped GEMM refuses widths that are no multiple of 16 bytes
+        # its grouped GEMM refuses widths that are not a multiple of 16 bytes
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
         )
@@ -175,7 +175,7 @@ def peer(policy, directory, tmp_path):
 
 
 def gradients(model, embedding, head):
-    """Embedding, head, and the size of everything: the order of the rest differs between the two networks."""
+    """Gradients of embedding and head, and the norm of all: the other parameters come in different orders."""
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     return embedding.weight.grad, head.weight.grad, norm
 

@@ -1,4 +1,4 @@
-"""GRPO through the real trainer and network: what an update depends on, and what it must not depend on."""
+"""GRPO through the real trainer and network: what an update depends on and what it must not depend on."""
 
 import itertools
 
@@ -21,15 +21,15 @@ LR = 1e-3
 
 
 def trainer(model, objective=None, eps=1e-4, workers=1):
-    """eps: Adam divides a gradient by its own size, so with the usual 1e-8 an entry that should be zero moves its
-    weight by the whole learning rate, in the direction of a rounding error."""
+    """eps is large because Adam divides a gradient by its own size: with the usual 1e-8, a rounding error in an entry
+    that should be zero moves its weight by the whole learning rate."""
     made = train_config(lr=LR, eps=eps, weight_decay=0.0, workers=Workers(workers))
     return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, *made)
 
 
 @pytest.fixture
 def rows(engine, tokenizer):
-    """A rollout of the true Engine with made-up rewards; its advantages differ within every group."""
+    """A rollout of the real Engine with invented rewards; the advantages differ within every group."""
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 290, (n,), generator=generator).tolist() for n in (3, 9, 6)]
     limits = itertools.cycle((2, 9, 15))
@@ -58,7 +58,7 @@ def weights(model):
 
 @pytest.fixture
 def update(make_model):
-    """Two updates from the same batches (the second at ratios other than 1) of a fresh copy of the policy."""
+    """A function: apply two updates from the same batches to a fresh copy of the policy, the second off policy."""
     reference = make_model(8).eval()
 
     def update(batches):
@@ -71,7 +71,7 @@ def update(make_model):
 
 
 def close(got, expected):
-    """The weights agree to 1e-6, and the change of the weights, about a thousandth of them, to 1e-3."""
+    """The weights agree to 1e-6 and their change, about a thousandth of their size, to 1e-3."""
     (change, before, logged), (change_0, before_0, logged_0) = got, expected
     assert torch.equal(before, before_0)
     assert float(change_0.norm() / before.norm()) > 1e-4, "something was learnt"
@@ -119,7 +119,7 @@ def test_an_update_does_not_depend_on_the_order_of_rows(rows, update):
 
 @pytest.mark.parametrize("surrogate", ["grpo", "gspo"])
 def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, surrogate):
-    """Three updates from five micro-batches: weights and everything logged but the speed."""
+    """After three updates from five micro-batches, the weights and all metrics except speed are identical."""
     reference, found = make_model(8).eval(), []
     for n in (1, 2):
         run = trainer(make_model(3), GRPO(0.2, 0.28, 0.001, surrogate=surrogate), workers=n)
@@ -135,7 +135,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_both_normalisations_against_a_loop(rows, make_model, normalise):
-    """Outputs one at a time, unpadded, in float64: the mean over outputs of means, or the mean over all tokens."""
+    """The loop takes outputs one at a time, unpadded, in float64: the mean of per-output means or over all tokens."""
     policy, reference = make_model(4), make_model(8)
     objective = GRPO(0.2, 0.28, 0.05, 0.9)
     batches = with_reference(rollout.to_batches(rows, PAD, 60, normalise), reference, 0.9)
@@ -166,7 +166,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer, temperature):
-    """The ratio of a policy that just sampled is 1: what the Engine reports is what the trainer computes."""
+    """The ratio of a policy that has just sampled is 1: the Engine's log-probabilities equal the trainer's."""
     groups = engine.generate([[0, 9, 8], [0, 40]], samples=6, max_new_tokens=40, temperature=temperature, seed=2)
     problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
     rows = [
@@ -192,7 +192,7 @@ def test_rewarded_tokens_become_likelier_and_the_others_less_likely(rows, make_m
     for _ in range(5):
         run.update(batches)
     (batch,) = batches
-    # mean change of log pi per output, against the advantage of the output
+    # mean change of log pi per output against its advantage
     change = (reference_logprobs(model, batch, 1.0) - batch.extras["old_logp_BT"]) * batch.loss_BT
     moved = change.sum(1)
     advantage = batch.extras["advantage_BT"].gather(1, batch.loss_BT.argmax(1, keepdim=True)).squeeze(1)
@@ -209,7 +209,7 @@ def test_equal_rewards_change_nothing(rows, make_model):
 
 
 def test_prompts_and_padding_get_no_gradient(make_model):
-    """A batch whose only trained token follows token 5: no other embedding of its future may move."""
+    """Only one token is trained, and it follows token 5: no embedding of later tokens may receive a gradient."""
     model = make_model(3)
     completion = Completion([7], "", [-1.0], [-1.0], "stop", 2)
     row = ScoredSample(Problem("p", "", "en"), [4, 5], completion, Verdict(True, True, "", None), 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""GAE against its definition, the clipped value loss by hand, and a critic that learns what it should expect."""
+"""GAE against its definition, the clipped value loss by hand, and a critic that learns the right values."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def at_the_end(reward_R, length_R, width):
 
 
 def gae_by_definition(rewards, value, length, lam, gamma):
-    """Every advantage as its own double sum, O(T^2)."""
+    """Every advantage as an explicit sum, O(T^2) in all."""
     values = [*value[:length], 0.0]
     delta = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(length)]
     return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
@@ -62,11 +62,11 @@ def test_what_stands_behind_an_end_does_not_matter():
 @pytest.mark.parametrize(
     ("value", "old", "wanted", "error", "slope", "clipped"),
     [
-        (0.5, 0.5, 1.0, 0.125, -0.5, 0),  # nothing moved: half the square
-        (0.6, 0.5, 1.0, 0.08, -0.4, 0),  # on the way, within the clip
-        (0.9, 0.5, 1.0, 0.045, 0.0, 1),  # too far in one rollout: held at 0.7, no gradient
-        (0.2, 0.5, 1.0, 0.32, -0.8, 0),  # away: the plain error is the worse one and pulls back
-        (1.5, 0.5, 1.0, 0.125, 0.5, 0),  # past it: pulls back
+        (0.5, 0.5, 1.0, 0.125, -0.5, 0),  # unmoved: half the squared error
+        (0.6, 0.5, 1.0, 0.08, -0.4, 0),  # moving towards the target, within the clip
+        (0.9, 0.5, 1.0, 0.045, 0.0, 1),  # too far in one rollout: clipped at 0.7, no gradient
+        (0.2, 0.5, 1.0, 0.32, -0.8, 0),  # moving away: the unclipped error is larger and pulls back
+        (1.5, 0.5, 1.0, 0.125, 0.5, 0),  # past the target: pulls back
     ],
 )
 def test_the_clipped_value_loss(value, old, wanted, error, slope, clipped):
@@ -97,7 +97,7 @@ def test_a_critic_begins_with_the_policy_s_layers_and_expects_nothing(model):
 
 @torch.no_grad()
 def test_a_value_is_read_before_its_token(model):
-    """From the hidden state of the token before: the last token of an output changes no value of it."""
+    """It comes from the hidden state before its token, so an output's last token changes none of its values."""
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     (batch,) = rollout.to_batches([row([4, 5], [7, 8, 9]), row([6], [3, 3])], PAD, 100, "token")
@@ -112,7 +112,7 @@ def test_a_value_is_read_before_its_token(model):
 
 @pytest.mark.parametrize("normalise", ["sequence", "token"])
 def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
-    """Against a loop over outputs, in three micro-batches; and prompts and padding count nothing."""
+    """Against a loop over outputs, in three micro-batches; prompts and padding count for nothing."""
     critic = critics.critic_of(model).eval()
     torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(1))
     rows = [row([4, 5], [7, 8, 9], -1.0, 1.0), row([6], [3], -0.2, 0.5), row([6, 9, 9], [3, 4, 5, 6, 7], 1.0, -1.0)]
@@ -142,7 +142,7 @@ def test_advantages_of_tokens_lie_where_their_tokens_lie():
 
 
 def test_a_critic_learns_what_each_first_token_is_worth(model):
-    """Outputs that begin with 7 are worth 1, with 8 worth 0: known after the first token, a half before it."""
+    """Outputs that begin with 7 are worth 1, those with 8 are worth 0: so after the first token, and 1/2 before it."""
     run = Trainer(critics.critic_of(model), critics.ValueLoss(), None, *train_config(lr=3e-3, weight_decay=0.0))
     rows = [row([4, 5], [first, 9, 9], 0.0, float(first == 7)) for first in (7, 8)]
 

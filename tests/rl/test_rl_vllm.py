@@ -1,4 +1,4 @@
-"""What vLLM is handed, as far as that can be known without it: names and values of weights, the words of a request."""
+"""What vLLM receives, as far as it can be tested without vLLM: names and values of weights, fields of a request."""
 
 import os
 from importlib.util import find_spec
@@ -71,7 +71,7 @@ def test_its_settings_and_the_attention_that_a_shape_needs(tmp_path):
 
 
 class Receiver:
-    """vLLM's side of a transfer, as its sources of 0.33 have it: a session, and views of a buffer that is reused."""
+    """vLLM's side of a transfer, modelled on the source of 0.33: a session, and views of a buffer that is reused."""
 
     def __init__(self):
         self.log, self.weights = [], {}
@@ -98,7 +98,7 @@ class Receiver:
 
 
 def test_weights_are_handed_over_in_chunks_that_a_receiver_can_read(monkeypatch):
-    """BF16 of odd sizes between float32, a tensor larger than a chunk, two GPUs."""
+    """With odd-sized BF16 tensors between float32 ones, a tensor larger than a chunk, and two GPUs."""
     mapped = vllm_weights.MappedWeights
     made = []
     monkeypatch.setattr(mapped, "_buffer", lambda self, gpu, size: torch.full((size,), 255, dtype=torch.uint8))

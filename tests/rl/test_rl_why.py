@@ -1,4 +1,4 @@
-"""What `bessemer why` names first, on groups whose cause is planted: ten seeds each."""
+"""What `bessemer why` names first on groups with a planted cause, ten seeds each."""
 
 import random
 from statistics import fmean
@@ -18,7 +18,7 @@ TASK = Reward(format=0.0)
 
 
 def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0.9):
-    """Answers of a model with these habits to the same problems."""
+    """Answers to one fixed set of problems by a model with these habits."""
     draw, made = random.Random(5), []
     for number in range(PROBLEMS):
         value, hard = draw.randint(10, 99), draw.random()
