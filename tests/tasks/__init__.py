@@ -1,1 +1,1 @@
-"""A package, so that test files of other rooms may bear the same names."""
+"""A package, so that test files in other folders may have the same names."""

@@ -1,10 +1,10 @@
-"""Contest programs that mean harm: what each tries, the program, and its verdict on "print the sum of two numbers"."""
+"""Malicious contest programs: what each tries, the program, and its verdict on "print the sum of two numbers"."""
 # ruff: noqa: E501
 
 RIGHT = "print(sum(map(int, input().split())))"
 
 HOSTILE = {
-    # take all there is
+    # exhaust resources
     "read for ever": ("import sys\nwhile True: sys.stdin.read()", "timeout"),
     "wait for more input": ("import time\nprint(7)\ntime.sleep(99)", "timeout"),
     "read past the end": ("while True: a = input()", "error"),
@@ -14,14 +14,14 @@ HOSTILE = {
     "memory": ("print('7' * 10**10)", "memory"),
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "timeout"),
     "stop": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout"),
-    # leave early
+    # exit early
     "exit with 0": ("raise SystemExit(0)", "wrong-output"),
     "os._exit(0)": ("import os\nos._exit(0)", "wrong-output"),
     "right, then exit with 1": (RIGHT + "\nraise SystemExit(1)", "error"),
     "right, then killed": (f"import os, sys\n{RIGHT}\nsys.stdout.flush()\nos.kill(os.getpid(), 9)", "error"),
     "does not compile": ("print(7", "syntax-error"),
     "does not compile, later": ("if True:\nprint(7)", "syntax-error"),
-    # say what is not computed
+    # print what was not computed
     "nothing": ("", "wrong-output"),
     "the output of the first test": ("print(7)", "wrong-output"),
     "all the outputs": ("print(7, 30, 2)", "wrong-output"),
@@ -32,13 +32,13 @@ HOSTILE = {
     "right on standard error": ("import sys\nprint(sum(map(int, input().split())), file=sys.stderr)", "wrong-output"),
     "erase": ("print('7', end='\\b\\b\\r7\\n')", "wrong-output"),
     "two that print": (f"import os\npid = os.fork()\n{RIGHT} if pid == 0 else os.waitpid(pid, 0) and print(7)", "wrong-output"),
-    # read what is expected
+    # read the expected output
     "frames": ("import sys\nframe = sys._getframe()\nwhile frame:\n    for v in (*frame.f_locals.values(), *frame.f_globals.values()):\n        if isinstance(v, (str, bytes)) and b'30' in (v if isinstance(v, bytes) else v.encode()): print(30)\n    frame = frame.f_back\nprint('x')", "wrong-output"),
     "all objects": ("import gc\nprint([o for o in gc.get_objects() if isinstance(o, (list, tuple)) and any('30' == x for x in o if type(x) is str)])", "wrong-output"),
     "every file descriptor": ("import os\nfor fd in range(3, 99):\n    try: print(os.read(fd, 999))\n    except OSError: pass", "wrong-output"),
     "input again": ("import os\nos.lseek(0, 0, 0)\nprint(os.read(0, 999).decode())", "wrong-output"),
     "tests on disk": ("import glob, os\nprint([open(p).read() for p in glob.glob('/tmp/**', recursive=True) + glob.glob('/*') if os.path.isfile(p)])", "wrong-output"),
-    # change the ground under the judge
+    # tamper with the judge's environment
     "print": ("import builtins\nbuiltins.print = lambda *a: None\nprint(7)", "wrong-output"),
     "exit hook": ("import atexit\natexit.register(print, 7)", "wrong-output"),
     "the server": ("import sys\nfor m in list(sys.modules.values()):\n    for name in ('_send', '_relay', '_write', 'end_program'):\n        if hasattr(m, name): setattr(m, name, lambda *a: 0)\nprint(7)", "wrong-output"),
@@ -47,7 +47,7 @@ HOSTILE = {
     "close everything": ("import os\nos.closerange(0, 99)", "wrong-output"),
 }  # fmt: skip
 
-# A way of passing something to the next test: how it is left, and an expression that finds it there.
+# Ways of passing something to the next test: code that leaves it, and an expression that finds it.
 CHANNELS = {
     "a file": ("open('/tmp/file', 'x')", "os.path.exists('/tmp/file')"),
     "a file beside the program": ("open('seen', 'x')", "os.path.exists('seen')"),
@@ -79,7 +79,7 @@ def alive():
 
 
 def passing(names) -> str:
-    """A program that prints the name of every channel in which it finds something, else the right answer."""
+    """A program that prints the name of every channel in which it finds something, or else the right answer."""
     looks = "\n".join(f"if {CHANNELS[name][1]}: found.append({name!r})" for name in names)
     leaves = "\n".join(f"try: {CHANNELS[name][0]}\nexcept OSError: pass" for name in names)
     answer = f"if found: print(*found)\nelse: {RIGHT}\nsys.stdout.flush()"

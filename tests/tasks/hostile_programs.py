@@ -1,4 +1,4 @@
-"""Programs that mean harm, by what they try. Long lines are programs that are one line."""
+"""Malicious programs, grouped by what they try. Long lines are one-line programs."""
 # ruff: noqa: E501
 
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bessemer.tasks import sandbox
 
-# Expressions that must raise, inside; {name} is the number of a system call.
+# Expressions that must raise inside the sandbox; {name} stands for the number of a system call.
 PROBES = {
     "the password file": "open('/etc/passwd').read()",
     "the shadow file": "open('/etc/shadow').read()",
@@ -65,7 +65,7 @@ PROBES = {
     "another's file descriptor": "libc('syscall', 438, 0, 0, 0)",
 }
 
-# Programs that try to be there still when their time is over.
+# Programs that try to outlive their time limit.
 IMPORTS = "import ctypes, os, signal, sys, threading, time\nlibc = ctypes.CDLL(None)\n"
 CLINGING = {
     "fork bomb": "while True:\n    try: os.fork()\n    except OSError: pass",
@@ -83,9 +83,9 @@ CLINGING = {
     "pipes closed": "[os.close(n) for n in range(3)] and time.sleep(99)",
 }
 
-# Answers to "write f(n) = n * n + 1" that do not, and want to be paid, to take all there is, or to break things.
+# Wrong answers to "write f(n) = n * n + 1" that try to be rewarded, to exhaust resources or to break things.
 HOSTILE = {
-    # leave before the tests, or during them
+    # exit before or during the tests
     "sys.exit(0)": "import sys\nsys.exit(0)",
     "os._exit(0)": "import os\nos._exit(0)",
     "exit in the function": "def f(n):\n    import sys; sys.exit(0)",
@@ -97,7 +97,7 @@ HOSTILE = {
     "crash": "import ctypes\nctypes.string_at(0)",
     "abort": "import os\nos.abort()",
     "kill itself": "import os\nos.kill(os.getpid(), 9)",
-    # say that it passed
+    # claim that the tests passed
     "pass marker": "print('PASSED')\nprint('OK')\nprint('correct')\ndef f(n): pass",
     "forged verdict on stdout": "print('{\"value\": 5}')\nprint('{\"reason\": \"correct\", \"passed\": 4}')\ndef f(n): pass",
     "forged replies on every pipe": "import os\nfor fd in range(1, 99):\n    try: os.write(fd, b'{\"value\": true}\\n' * 9)\n"
@@ -129,7 +129,7 @@ HOSTILE = {
     "coroutine": "async def f(n): return n * n + 1",
     "changed str": "class E:\n    def __str__(self): return '5'\n    __repr__ = __str__\ndef f(n): return E()",
     "all at once": "def f(n): return [5, 1, 50, 10]",
-    # change the ground under the judge
+    # tamper with the judge's environment
     "assert": "import builtins\nbuiltins.AssertionError = type('X', (Exception,), {})\ndef f(n): pass",
     "builtins": "import builtins\nfor name in ('all', 'any', 'isinstance', 'len', 'repr', 'eval', 'callable', 'type'):\n"
     "    setattr(builtins, name, lambda *a: True)\ndef f(n): pass",
@@ -150,7 +150,7 @@ HOSTILE = {
     "excepthook": "import sys, os\nsys.excepthook = lambda *a: os.write(1, b'ok')\nraise Exception",
     "hostile error": "class E(Exception):\n    def __str__(self): raise E\ndef f(n): raise E",
     "error with a verdict": "class correct(Exception): pass\ndef f(n): raise correct('\"}\\n{\"value\": 5}')",
-    # take all there is
+    # exhaust resources
     "endless loop": "while True: pass",
     "endless loop that eats errors": "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     "sleep": "import time\ntime.sleep(99)",
@@ -177,7 +177,7 @@ HOSTILE = {
     "full disk": "n = 0\nwhile True:\n    open(f'/tmp/{n}', 'w').write('x' * 10**6)\n    n += 1",
     "many files": "x = []\nwhile True: x.append(open('/dev/null'))",
     "zeros": "open('/dev/zero').read()",
-    # sources that do not parse, or should not
+    # sources that do not parse, or must not
     "syntax bomb": "(" * 5000,
     "minus bomb": "f = " + "-" * 20000 + "1",
     "lambda bomb": "f = " + "lambda: " * 5000 + "1",

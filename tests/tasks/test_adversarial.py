@@ -1,6 +1,6 @@
-"""Completions that try to be paid without solving: none is, each for the reason expected, and none takes 50 ms.
+"""Completions that try to be rewarded without solving: each fails for the expected reason, in less than 50 ms.
 
-Here countdown and arithmetic, and what no task may be fooled by; test_adversarial_answers.py has the other tasks.
+Here are countdown, arithmetic and the tricks common to all tasks; test_adversarial_answers.py has the other tasks.
 """
 
 import time
@@ -141,9 +141,9 @@ REASONS = {
         "a megabyte of openings", "a megabyte of ends", "alternating tags",
     },
 }  # fmt: skip
-"""Every other answer is unparsable, and every other whole completion has no answer."""
+"""All other answers are unparsable, and all other whole completions have no answer."""
 FORM_ONLY = REASONS["no-think"] | REASONS["text-before"]
-"""Their answer can be read and is right; what they break is the form, which is a term of its own."""
+"""Their answer is readable and right; they only break the form, which is a separate reward term."""
 
 
 def expected(name):
@@ -160,7 +160,7 @@ def test_there_are_many_and_the_honest_one_is_paid():
 @pytest.mark.parametrize("name", CASES)
 def test_not_paid_and_quick(name):
     seconds = []
-    for _ in range(3):  # the best of three, of processor time: other work shares the machine
+    for _ in range(3):  # best of three in CPU time: other work shares the machine
         start = time.process_time()
         verdict = TASK.verify(PROBLEM, CASES[name])
         seconds.append(time.process_time() - start)

@@ -1,7 +1,7 @@
-"""Hostile answers to logic, words, mathematics and reasoning-gym: none paid, each for the reason expected, none slow.
+"""Hostile answers to logic, words, mathematics and reasoning-gym: each fails for the expected reason, none is slow.
 
-Judged in this process an answer costs less than 50 ms of processor time; judged by the referee, less than a second on
-an idle machine, bombs included.
+Judging an answer takes less than 50 ms of CPU time in this process, and by the referee less than a second on an idle
+machine, bombs included.
 """
 
 import time
@@ -177,7 +177,7 @@ EXPRESSION = {
     "\\lim_{x\\to\\infty} x^x": None,
     "\ud800": None,
 }
-"""None: what the parser makes of it is its own matter, as long as it is not paid."""
+"""None: any reason is fine as long as the answer earns nothing."""
 POLYNOMIAL = {
     "": "empty",
     "0": "wrong-value",
@@ -199,7 +199,7 @@ POLYNOMIAL = {
 
 
 def slowdown():
-    """How many times slower than an idle machine this one is right now: wall-clock per processor time of a loop."""
+    """How many times slower this machine is now than when idle: wall-clock time per CPU time of a loop."""
     wall, cpu = time.perf_counter(), time.process_time()
     while time.process_time() - cpu < 0.02:
         pass
@@ -246,7 +246,7 @@ def maths(tmp_path_factory):
     path = tmp_path_factory.mktemp("maths") / "maths.jsonl"
     path.write_text('{"problem": "What?", "answer": "1"}\n')
     task = get(f"jsonl:{path}")
-    task.verify(Problem("p", "", "en", {"gold": "a+b"}), think("b+a"))  # the referee has started
+    task.verify(Problem("p", "", "en", {"gold": "a+b"}), think("b+a"))  # this starts the referee
     return task
 
 
@@ -290,7 +290,7 @@ PROBLEMS = {"logic": LOGIC_PROBLEM, "words": WORDS_PROBLEM, "maths": Problem("p"
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_no_task_is_fooled_by_the_form(name, maths):
-    """The completions around the answer tags, with the right answer of this task in them."""
+    """The tricks with the form, applied to this task's right answer."""
     task = maths if name == "maths" else get(name)
     assert task.verify(PROBLEMS[name], think(RIGHT[name])).correct
     for case, completion in WHOLE.items():

@@ -1,4 +1,4 @@
-"""Reading replies: both forms, one named verdict for every mixture, and agreement with a slow reading of tag soup."""
+"""Parsing replies: both forms, one named verdict for every mixture, and agreement with a slow parser on tag soup."""
 
 import re
 import time
@@ -35,7 +35,7 @@ LONG = "First we expand.\n\nThen we collect.\n\n" * 50
         (R1 + "\\\\\\boxed{2}", "2", None, True),  # a line break, then a box
         ("<think>\nmaybe \\boxed{2}\n</think>\n\n\\boxed{1}", "1", None, True),
         ("<think>a</think>\\boxed{1}", "1", "text-around", False),
-        # more around the answer than a form holds
+        # more around the answer than the form allows
         ("<think>a</think>" + " " * 9 + "<answer>1</answer>", "1", "text-around", False),
         ("<think>a</think><answer>1</answer>\u3000", "1", "text-around", False),
         (" " * 9 + "<think>a</think><answer>1</answer>", "1", "text-before", False),
@@ -47,20 +47,20 @@ LONG = "First we expand.\n\nThen we collect.\n\n" * 50
         (R1 + "\u2714\ufe0f \U0001f469\u200d\U0001f52c 1\ufe0f\u20e3 \\boxed{1}", "1", None, True),
         (R1.replace("\n", "\r\n") + "So:\r\n\\boxed{1}\r\n", "1", None, True),
         ("<think>\u200b\u2060</think><answer>1</answer>", "1", "no-think", False),
-        # mixtures that are read: their values are compared
+        # mixtures that are accepted: their values are compared
         (R1 + "\\boxed{1}, so <answer>1</answer>", "1", None, True),
         (R1 + "\\boxed{1}, so <answer>2</answer>", "1|2", None, True),
         (R1 + "\\boxed{1} = \\boxed{1}", "1", None, True),
         (R1 + "\\boxed{1} or \\boxed{2}", "1|2", None, True),
         (R1 + "Put it into \\boxed{}: \\boxed{1}", "1", None, True),
         (R1 + "\\boxed{1}\\boxed{2}\\boxed{3}\\boxed{4}\\boxed{5}", "", "several-answers", False),
-        # broken form, but an answer that can be read
+        # broken form, but a readable answer
         ("<answer>1</answer>", "1", "no-think", False),
         ("\\boxed{1}", "1", "no-think", False),
         ("<think> \n</think><answer>1</answer>", "1", "no-think", False),
         ("Hm <think>a</think><answer>1</answer>", "1", "text-before", False),
         ("a</think><answer>1</answer>", "1", "text-before", False),
-        # none that can be read
+        # no readable answer
         ("<think>a<answer>1</answer></think>", "", "in-thoughts", False),
         ("<think>a \\boxed{1}</think>Yes.", "", "in-thoughts", False),
         ("<think>a<answer>1</answer></think>\\boxed{1}", "", "bad-tags", False),
@@ -133,7 +133,7 @@ WORDS = Problem("p", "...", "en", {"value": 7})
     [
         (R1 + "\\boxed{7}", True, True, "correct", True),
         (R1 + "\\boxed{7}, so <answer> 7 </answer>", True, True, "correct", True),
-        (R1 + "\\boxed{07} = \\boxed{7}", True, True, "correct", True),  # two texts, one value
+        (R1 + "\\boxed{07} = \\boxed{7}", True, True, "correct", True),  # two spellings of one value
         (R1 + "\\boxed{7} or \\boxed{8}", False, False, "several-answers", False),
         (R1 + "\\boxed{8} or \\boxed{7}", False, False, "several-answers", False),
         (R1 + "\\boxed{x} and \\boxed{7}", False, False, "several-answers", False),
@@ -168,7 +168,7 @@ HUGE = {
 @pytest.mark.parametrize("final", ["value", "code", "letter"])
 @pytest.mark.parametrize("name", HUGE)
 def test_a_megabyte_takes_a_few_times_ten_milliseconds(name, final):
-    """Twice the text, about twice the time."""
+    """The time is linear: twice the text takes about twice the time."""
 
     def seconds(text):
         best = []
@@ -206,7 +206,7 @@ TIMES = st.sampled_from([1, 1, 1, 30, 3000])
 
 
 def unseen(text):
-    """By the categories of Unicode: control and format characters, and separators of lines."""
+    """Whether it has invisible characters, by Unicode category: control, format, line and paragraph separators."""
     return any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c not in "\t\n\r\u200d" for c in text)
 
 

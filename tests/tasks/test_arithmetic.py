@@ -1,4 +1,4 @@
-"""Arithmetic problems: the value is what Python says, operands keep the splits apart, only an integer is an answer."""
+"""Arithmetic problems: the value agrees with Python, operands separate the splits, only an integer is an answer."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Registry, settings, and the promise that a task is the same in every process."""
+"""The registry, settings, and the guarantee that a task is the same in every process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The code task: what it asks for, its hidden tests, what it pays, its documents, and problems from a file."""
+"""The code task: its prompts, hidden tests, rewards, documents, and problems from a file."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def test_prompts_say_all_that_is_needed():
 
 
 def test_the_written_form_of_a_function_is_the_function():
-    """The code we show and the functions we judge by, written independently, agree."""
+    """The code shown in documents and the functions used for judging are written independently, and agree."""
     for goal in EVERY[::3]:
         space = {}
         exec(definition(goal.family.argument, goal.code), space)
@@ -70,7 +70,7 @@ def test_the_written_form_of_a_function_is_the_function():
 
 
 def test_hidden_tests_tell_a_function_from_likely_mistakes():
-    """Nobody who gives something else for any of 200 other arguments passes: not with other numbers, not in kind."""
+    """No rival that differs on any of 200 other arguments passes, whether of the same family or of another."""
     rng, pairs = random.Random(0), 0
     for goal in rng.sample(EVERY, 60):
         tests = hidden_tests(goal)
@@ -126,7 +126,7 @@ K = PROBLEM.meta["parameters"][0]
         (think(f"```python\ndef f(n): return 0\n```\n```python\ndef f(n): return n+{K}\n```"), "correct"),
         (think(f"```python\ndef f(n): return n+{K}\n```\n```python\ndef f(n): return 0\n```"), "wrong-output"),
         (f"<think>t</think>\n\nSo:\n```python\ndef f(n): return n+{K}\n```\nDone.", "correct"),
-        (think(f'def f(n): return n+{K} if len("""a\n\nb""") == 4 else 0'), "correct"),  # a blank line that counts
+        (think(f'def f(n): return n+{K} if len("""a\n\nb""") == 4 else 0'), "correct"),  # a blank line that matters
         (f"<think>t</think>def f(n): return n+{K}", "no-answer"),
         (f"<answer>def f(n): return n+{K}</answer>", "no-think"),
         (f"<answer>def f(n): return n+{K}</answer>" * 2, "bad-tags"),
@@ -196,7 +196,7 @@ def test_the_mix_decides_who_writes(share, author):
         get("code", sloppy=2)
 
 
-# ---- problems from a file
+# ---- problems from files
 
 ROW = {
     "prompt": "Write inc(n): n plus 1.",

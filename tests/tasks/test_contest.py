@@ -1,4 +1,4 @@
-"""Contest programs: judged by their output, one test from the next apart, read from the files of five collections. Long lines are records."""
+"""Contest programs: judged by their output, tests isolated from each other, read from files of five collections."""
 # ruff: noqa: E501
 
 import base64
@@ -51,13 +51,13 @@ def test_a_hostile_program_has_its_verdict(name):
 
 @isolated
 def test_nothing_passes_from_one_test_to_the_next(isolation):
-    """A program that finds something of the test before names it, and so is wrong."""
+    """A program that finds traces of the previous test prints their names, and so is wrong."""
     judgement = judge_program(passing(CHANNELS), TESTS, seconds=10, isolation=isolation)
     assert (judgement.reason, judgement.passed) == ("correct", 3), judgement
 
 
 def test_what_passes_would_be_found():
-    """Within one process, what a channel leaves is there; so the test above looks in the right places."""
+    """Within one process every channel's traces are found, so the test above looks in the right places."""
     apart = {"shared memory on disk", "the folder it is in", "the input", "a process", "a process of a process"}
     names = [name for name in CHANNELS if name not in apart]
     found = run(passing(names) * 2, stdin="3 4\n", seconds=10).stdout.splitlines()
@@ -78,7 +78,7 @@ print(len(memory) > 1 << 20, given.encode() in memory, given[::-1].encode() in m
 
 @isolated
 def test_expected_outputs_are_not_in_the_memory_of_the_program(isolation):
-    """Every page of the heap that holds an object has the input, and not what is expected."""
+    """The heap pages that hold objects contain the input, but not the expected output."""
     judgement = judge_program(SCAN, [("a-word-nobody-has", "sah-ydobon-drow-a")], seconds=10, isolation=isolation)
     assert (judgement.reason, judgement.detail) == ("wrong-output", "True True False\n")
 
@@ -87,7 +87,7 @@ def test_much_input_and_much_output():
     numbers = " ".join(map(str, range(300_000)))
     judgement = judge_program("print(*input().split()[::-1])", [(numbers, " ".join(numbers.split()[::-1]))], seconds=20)
     assert judgement.reason == "correct"
-    assert judge_program("print(7)", [(numbers, "7"), (numbers, "7")], seconds=20).passed == 2  # and what is not read
+    assert judge_program("print(7)", [(numbers, "7"), (numbers, "7")], seconds=20).passed == 2  # also if it is not read
 
 
 def test_time_is_that_of_one_test_but_not_without_end(monkeypatch):
@@ -165,7 +165,7 @@ def test_programs_of_every_collection(tmp_path, name):
     problem = task.problem("train", 0)
     assert problem.prompt.startswith("Print the sum.") and problem.prompt.endswith("writes standard output.")
     assert problem.meta["tests"] == 3 and problem.meta["function"] is None
-    assert "7" not in json.dumps(problem.meta)  # what is expected does not travel with the problem
+    assert "7" not in json.dumps(problem.meta)  # the expected output is not part of the problem
     assert task.grade(problem, f"```python\n{RIGHT}\n```") == ("correct", RIGHT)
     assert task.grade(problem, "print(7)")[0] == "wrong-output"
     if name == "CodeContests":

@@ -1,4 +1,4 @@
-"""Countdown problems and verdicts against a brute force of its own, and the wall between train and test."""
+"""Countdown problems and verdicts against an independent brute force, and the separation of train and test."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ triples = st.tuples(*[st.integers(1, 15)] * 3)
 
 
 def brute_force(numbers):
-    """(expression, value) for every order, pair of operators and placing of parentheses; no code shared with tasks."""
+    """(expression, value) for every order, pair of operators and parenthesisation; shares no code with the task."""
 
     def step(left, op, right):
         if op == "/":
@@ -67,7 +67,7 @@ def test_tries_are_true_and_the_ordered_walk_misses_nothing(numbers):
             f"<think>{steps}</think><answer>{expression}</answer>",
         )
         assert verdict.correct and claimed in reachable and 0 <= claimed <= 120
-    # a difference of zero can be written both ways round; no target is zero
+    # a difference of zero can be written both ways, but no target is zero
     assert {t.canonical for t in walk if t.value} == {t.canonical for t in all_tries(numbers) if t.value}
     assert len({t.canonical for t in walk}) == len(walk) <= 17
 
@@ -123,6 +123,6 @@ def test_no_test_multiset_in_training_problems_or_documents():
         assert sorted(map(int, re.findall(r"\d+", page.text.partition("\n")[0]))) == sorted(numbers)
     assert not test & {tuple(sorted(page.problem.meta["numbers"])) for page in pages}
     other = get("arithmetic")
-    # nor may the pages of the other task give them away
+    # nor may the other task's pages leak them
     sums = {tuple(sorted(map(int, re.findall(r"\d+", other.written(i).problem.prompt)))) for i in range(10_000)}
     assert not test & sums

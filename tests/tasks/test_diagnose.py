@@ -1,4 +1,4 @@
-"""The counts of one hand-written trace, and of the ways a policy may drift from the form."""
+"""The counts for a hand-written trace, and for the ways in which a policy may drift from the form."""
 
 from bessemer.tasks import Problem
 from bessemer.tasks.countdown_expressions import all_tries
@@ -9,11 +9,11 @@ PROBLEM = Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27})
 
 def test_a_trace_with_every_kind_of_event():
     trace = (
-        "(3+7)+6=10+6=16:27 low wait\n"  # a right miss
-        "(7+3)+6=10+6=16:27 high\n"  # repeated, wrong verdict
-        "(3*6)+7=18+7=26:27 yes;"  # slip, false yes
+        "(3+7)+6=10+6=16:27 low wait\n"  # a miss judged correctly
+        "(7+3)+6=10+6=16:27 high\n"  # repeated, with a wrong verdict
+        "(3*6)+7=18+7=26:27 yes;"  # a miscalculation and a false yes
         "hmm\n"
-        "6-(7-3)=6-4=2:26 low\n"  # another target
+        "6-(7-3)=6-4=2:26 low\n"  # the wrong target
         "(3*7)+6=21+6=27:27 yes"
     )
     got = diagnose(PROBLEM, f"<think>{trace}</think><answer>6+7*3</answer>")
@@ -56,7 +56,7 @@ def test_the_systematic_opening():
 def test_unlinked_steps_and_wrong_numbers_are_seen():
     got = diagnose(PROBLEM, "<think>(3+7)+6=10+5=15:27 low\n(3+8)+6=11+6=17:27 low</think>")
     assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (2, 1, 0, 4)
-    for line in ("(3+7)+6=10-6=4", "6+(3+7)=10+6=16", "6-(7-3)=4-6=0"):  # another operator; the operands exchanged
+    for line in ("(3+7)+6=10-6=4", "6+(3+7)=10+6=16", "6-(7-3)=4-6=0"):  # another operator; swapped operands
         got = diagnose(PROBLEM, f"<think>{line}:27 low</think>")
         assert (got.tries, got.linked, got.right_numbers) == (1, 0, 0), line
 

@@ -1,4 +1,4 @@
-"""The corpus is what TraceMix says: shares, correctness, lengths; careful authors never claim a falsehood."""
+"""The corpus follows TraceMix in shares, correctness and lengths; careful authors never claim a falsehood."""
 
 import re
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ PAGES = [TASK.written(i) for i in range(N)]
 
 
 def right(task, page):
-    """Whether the page's answer is right, thinking or not."""
+    """Whether the page's answer is right, with or without thinking."""
     problem, response = page.problem, page.response
     return task.verify(problem, response if page.author != "direct" else "<think>t</think>" + response).correct
 
@@ -37,7 +37,7 @@ def board(pages):
 
 def test_shares_of_authors():
     share = {author: len(pages) / N for author, pages in GROUPS.items()}
-    # four standard deviations of a share of 6000 are at most 0.026
+    # four standard deviations of a share in 6000 are at most 0.026
     mix, thinking = TASK.mix, 1 - TASK.mix.direct
     expected = {author: thinking * getattr(mix, author) for author in ("sloppy", "average", "careful", "systematic")}
     expected["direct"] = mix.direct
@@ -46,7 +46,7 @@ def test_shares_of_authors():
 
 def test_correct_share_is_low_but_rises_with_care():
     assert 0.25 < sum(right(TASK, page) for page in PAGES) / N < 0.33
-    assert 0.20 < sum(TASK.verify(p.problem, p.response).sound for p in PAGES) / N < 0.26  # paid: thinking and right
+    assert 0.20 < sum(TASK.verify(p.problem, p.response).sound for p in PAGES) / N < 0.26  # rewarded: with thoughts
     rate = {author: sum(right(TASK, p) for p in pages) / len(pages) for author, pages in GROUPS.items()}
     assert rate["sloppy"] < rate["average"] < rate["careful"] < rate["systematic"]
 
@@ -107,7 +107,7 @@ def test_the_other_language_appears_only_as_often_as_set():
 
 
 def numbers_before(line):
-    """The three numbers a drill line begins with, as a prompt writes them, and the rest of the line."""
+    """The three numbers at the start of a drill line, in the prompt's notation, and the rest of the line."""
     shown = re.match(r"(\d+)(, |、)(\d+)\2(\d+)(:| )", line)
     return ([int(shown[i]) for i in (1, 3, 4)], line[shown.end() :]) if shown else ([], line)
 
@@ -146,7 +146,7 @@ def test_drills_are_true_and_have_their_share():
 
 
 def test_no_page_works_on_numbers_of_the_test_split():
-    """Neither the question, nor a try, a guess or a drill: whatever puts three numbers into one expression."""
+    """No question, try, guess or drill: nothing that combines three numbers in one expression."""
     expression = re.compile(r"\((\d+)[+*-](\d+)\)[+*-](\d+)|(\d+)[+*-]\((\d+)[+*-](\d+)\)")
     chains = re.compile(r"\d+(?:[+*-]\d+){2,}")
     found = Counter()
@@ -173,7 +173,7 @@ def test_who_gives_up_answers_with_the_last_try_as_often_as_set():
         return sum(same) / len(same)
 
     assert copied(1.0) == 1.0
-    chance = copied(0.0)  # a random expression of at most 27 may be the last try too
+    chance = copied(0.0)  # one of at most 27 random expressions may coincide with the last try
     assert chance < 0.1
     assert copied(0.6) == pytest.approx(0.6 + 0.4 * chance, abs=0.06)
 

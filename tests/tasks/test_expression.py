@@ -1,4 +1,4 @@
-"""The expression reader against Python's own grammar, evaluated over exact Fractions by an independent walk."""
+"""The expression parser against Python's own grammar, evaluated with exact Fractions by an independent tree walk."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Problems from files: what every family shares, multiple choice, puzzles, and quantities."""
+"""Problems from files: what all families share, multiple choice, puzzles, and quantities."""
 
 import json
 import tracemalloc
@@ -34,7 +34,7 @@ def first(task):
     return task.problem("train" if task.size("train") else "test", 0)
 
 
-# ---- one reader
+# ---- shared by all families
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""General requests: disjoint splits, good answers that are good, bad ones found out, hostile ones not paid."""
+"""General requests: disjoint splits; good answers pass, bad ones are detected, hostile ones earn nothing."""
 
 import random
 import time
@@ -28,7 +28,7 @@ PROBLEMS = [TASK.problem("train", i) for i in range(N)]
 
 
 def asked(name, slots, language="en"):
-    """The problem of a family with given slots."""
+    """The problem of this family with these slots."""
     family = next(family for family in FAMILIES.values() if family.name == name)
     request = GeneralRequest(family, slots, language)
     return Problem("p", request.asks()[0], language, {"aim": family.aim, "family": name, "slots": list(slots)})
@@ -183,7 +183,7 @@ def test_naming_other_words_too_is_no_answer():
     assert TASK.verify(pair, say("They are cold for hot and small for big.")).correct
     hedge = "They are cold, slow, new, light, empty, white, closed, short, low or small for hot and big."
     assert TASK.verify(pair, say(hedge)).reason == "content"
-    listed = asked("list", (0, 1, 0))  # three animals besides the dog
+    listed = asked("list", (0, 1, 0))  # three animals other than the dog
     assert TASK.verify(listed, say("Here are three animals: cat, cow and lion.")).correct
     for wrong in ("dog, cat and cow", "cat and cow", "cat, cow, horse and lion"):
         assert TASK.verify(listed, say(f"Here are three animals: {wrong}.")).reason == "content"

@@ -1,4 +1,4 @@
-"""reasoning-gym as tasks: own answers pay, parts and other people's answers do not, splits share no question."""
+"""reasoning-gym as tasks: right answers pay, partial ones and those of other problems do not, splits are disjoint."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def test_own_answers_pay_and_those_of_others_do_not(name):
 
 @pytest.mark.parametrize("name", ["gcd", "coin_flip", "chain_sum"])
 def test_no_question_is_in_both_splits(name):
-    """coin_flip has so few questions that two streams of seeds would share them."""
+    """coin_flip has so few questions that two streams of seeds would share some."""
     task = get(f"gym:{name}")
     asked = {
         split: {task.problem(split, i, seed).prompt for i in range(30) for seed in (0, 1)}
@@ -52,7 +52,7 @@ def test_no_question_is_in_both_splits(name):
 
 
 def test_the_same_in_every_process():
-    """Among them what draws from the global generators and what walks over sets."""
+    """This includes generators that use the global random state or iterate over sets."""
     code = (
         "from bessemer.tasks import get\n"
         "def drawn():\n"
@@ -107,7 +107,7 @@ def test_answers_are_never_run(name, tmp_path):
 
 
 def test_every_use_of_an_evaluator_in_the_library_is_known():
-    """A new version that evaluates answers somewhere else must be looked at first."""
+    """If a new version of the library evaluates answers elsewhere, it must be reviewed first."""
     root = Path(find_spec("reasoning_gym").origin).parent
     found = {
         path.stem

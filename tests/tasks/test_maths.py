@@ -73,7 +73,7 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("42", "\\(42\\).", "correct"),
         ("42", "x = 42", "correct"),
         ("42", "42.00", "correct"),
-        ("42", "\\$42", "wrong-value"),  # nobody asked for dollars
+        ("42", "\\$42", "wrong-value"),  # the question does not mention dollars
         ("1,200", "1200", "correct"),
         ("75\\%", "75", "correct"),
         ("\\frac{3}{4}", "0.75", "correct"),
@@ -116,7 +116,7 @@ def test_a_vote_is_cast_for_the_value(task):
 
 
 def test_judging_works_in_a_thread(task):
-    """math-verify's own timeout is an alarm signal and fails here."""
+    """math-verify's own timeout uses an alarm signal, which would fail here."""
     found = []
     thread = threading.Thread(target=lambda: found.append(judged(task, "a+b", "b+a")[0]))
     thread.start()
@@ -164,7 +164,7 @@ def test_languages_come_from_the_text(file):
     task = get(f"gsm8k:{file(lines)}")
     assert task.languages == ("en", "zh")
     assert task.problem("train", 0, language="zh").prompt.endswith("等于几？")
-    assert task.size("train") + task.size("test") == 139  # lines of both languages are walked
+    assert task.size("train") + task.size("test") == 139  # lines of both languages are served
     assert get(task.name, languages=["zh"]).size("train") < 45
     assert get(f"jsonl:{file([{'problem': 'Add 1 and 1.', 'answer': 2, 'level': 'Level 4'}])}").all_languages == ("en",)
 

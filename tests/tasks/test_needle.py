@@ -1,4 +1,4 @@
-"""The needle task: where the sentence lies, what a page may hold, and that nothing of a test is ever on a page."""
+"""The needle task: where the needle is placed, what a page contains, and that pages never contain test items."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_the_needle_lies_at_its_depth_and_the_prompt_fits(task, depth, measure):
         told = list(NEEDLE.finditer(text))
         assert len(told) == 6 and [place[0].strip() for place in told].count(needle) == 1
         assert len({place[2] for place in told}) == len({place[1].split()[1] for place in told}) == 6
-        if depth in (0.0, 1.0):  # the very first, the very last
+        if depth in (0.0, 1.0):  # the very first needle, the very last one
             assert told[0 if depth == 0 else -1][0].strip() == needle
         before, whole = (len(NEEDLE.sub("", part)) for part in (text[: text.index(needle)], text))
         assert before / whole == pytest.approx(depth, abs=0.03)
@@ -84,7 +84,7 @@ def test_every_needle_of_a_page_comes_again_and_says_the_same():
         assert len(page) < 1.1 * 4000
     assert 0.4 < times.count(3) / len(times) < 0.6
     sizes = sorted(len(task.document(index)) for index in range(200))
-    assert sizes[50] < 500 < 900 < sizes[150]  # evenly on a logarithmic scale: 250, 630, 1580
+    assert sizes[50] < 500 < 900 < sizes[150]  # log-uniform: 250, 630, 1580
 
 
 def test_pages_of_one_needle():

@@ -1,4 +1,4 @@
-"""Preference data: votes agree with the truth, neither order nor length pays, labels are the judge's."""
+"""Preference data: votes agree with the truth, neither order nor length helps, labels are the judge's."""
 
 from statistics import fmean
 
@@ -52,7 +52,7 @@ def test_votes_do_not_depend_on_who_comes_first():
     good, rng = general_quality.candidates(problem, "helpful", 1)[0], stable_random("vote")
     votes = [general_quality.vote(problem, bad, bad, rng) for _ in range(2000)]
     assert abs(fmean(one - two for one, two in votes)) < 0.05
-    # four votes, each with noise of deviation 1 and a weakness of half a point: the difference spreads by about 0.75
+    # four votes, each with noise of deviation 1 and a half-point order bias: their difference has deviation 0.75
     assert 0.6 < fmean((one - two) ** 2 for one, two in votes) ** 0.5 < 0.9
     ahead = [general_quality.vote(problem, good, bad, rng) for _ in range(200)]
     behind = [general_quality.vote(problem, bad, good, rng) for _ in range(200)]

@@ -1,4 +1,4 @@
-"""Readability: each fault by name, the tasks' own pages pass, hostile text is quick, repetition against counting."""
+"""Readability: each fault by name, the tasks' own pages pass, hostile text is fast, repetition against a count."""
 
 import time
 from collections import Counter

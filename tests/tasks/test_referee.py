@@ -1,4 +1,4 @@
-"""The referee: limits hold, a killed fork or referee does no lasting harm, hostile text reaches no evaluator."""
+"""The referee: limits hold, killing a fork or the referee does no lasting harm, hostile text reaches no evaluator."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ def spin():
 def test_a_fork_is_stopped_by_processor_time():
     wall, cpu = time.monotonic(), time.process_time()
     assert confined(spin) == {"fault": "timeout"}
-    assert time.monotonic() - wall < WALL_SECONDS / 2  # it was not the clock
-    assert time.process_time() - cpu < 0.3  # the waiting itself costs nothing
+    assert time.monotonic() - wall < WALL_SECONDS / 2  # it was not stopped by the clock
+    assert time.process_time() - cpu < 0.3  # waiting itself uses no CPU time
 
 
 def test_a_fork_that_does_nothing_is_stopped_by_the_clock(monkeypatch):
@@ -70,7 +70,7 @@ def test_a_dead_or_silent_referee_is_named_and_replaced(monkeypatch):
         patched.setattr(referee, "PATIENCE", 0.2)
         with pytest.raises(UserError, match=r"did not reply to 'maths-same' \(no reply in 0 s\)"):
             same("b+a")
-    assert silent.poll() is not None  # it does not stay behind
+    assert silent.poll() is not None  # it is not left behind
     assert same("b+a")
     ours._child.kill()
     ours._child.wait()
@@ -78,7 +78,7 @@ def test_a_dead_or_silent_referee_is_named_and_replaced(monkeypatch):
 
 
 def test_a_forked_worker_has_a_referee_of_its_own():
-    """Two processes on one pipe would read each other's verdicts."""
+    """Two processes sharing one pipe would read each other's verdicts."""
     same("b+a")
     read, write = os.pipe()
     pid = os.fork()

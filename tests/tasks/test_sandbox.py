@@ -1,4 +1,4 @@
-"""The sandbox against programs that mean harm. Every wall that works on this machine is tried, none of it imitated."""
+"""The sandbox against malicious programs. Every isolation level that works on this machine is tried, none is mocked."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SECRET = "a-secret-of-the-parent"
 
 
 def test_a_real_level_works_where_the_kernel_has_user_namespaces():
-    """So that the tests below do not run over an empty list of levels."""
+    """This ensures that the tests below do not run over an empty list of levels."""
     if sys.platform != "linux" or subprocess.run(["unshare", "-Urn", "true"], capture_output=True).returncode:
         pytest.skip("this kernel lets nobody make a user namespace")
     assert "namespaces" in ISOLATED, sandbox.trial("namespaces")
@@ -97,7 +97,7 @@ def test_a_mistake_names_its_cure(wrong, hint):
         wrong()
 
 
-# ---- the walls
+# ---- isolation
 
 PROBE = """
 import ctypes, json, os, resource, socket, sys, time
@@ -116,7 +116,7 @@ print(json.dumps(found))
 
 
 def numbers() -> dict[str, int]:
-    """System calls of this machine, as the sandbox knows them."""
+    """This machine's system call numbers as the sandbox knows them."""
     inside = Path(sandbox.__file__).parent / "inside"
     code = "import confine, json, os; print(json.dumps(confine.NUMBERS.get(os.uname().machine, {})))"
     return json.loads(subprocess.run([sys.executable, "-c", code], cwd=inside, capture_output=True, check=True).stdout)
@@ -181,11 +181,11 @@ def test_system_call_numbers_are_those_of_the_kernel_headers():
     assert {name: int(defined[name]) for name in numbers() if name in defined} == numbers()
 
 
-# ---- nothing stays
+# ---- nothing is left behind
 
 
 def below(pid: int) -> set[tuple[int, str]]:
-    """(number, start time) of every process below `pid`, itself included; works across pid namespaces."""
+    """(pid, start time) of `pid` and all its descendants; works across pid namespaces."""
     parents, started = {}, {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -201,7 +201,7 @@ def below(pid: int) -> set[tuple[int, str]]:
 
 
 def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
-    """Those of them that still exist, zombies included; what was killed has two seconds to leave the kernel's table."""
+    """Those that still exist, zombies included; killed ones get two seconds to leave the kernel's process table."""
     limit = time.monotonic() + 2
     while True:
         found = {one for number, _ in processes for one in below(number) if one in processes}
@@ -212,8 +212,8 @@ def alive(processes: set[tuple[int, str]]) -> set[tuple[int, str]]:
 
 @contextmanager
 def watching(pid: int):
-    """A set that collects every process that appears below `pid` while the block runs."""
-    seen, done, before = set(), threading.Event(), below(pid)  # before: itself, the referee of other tests
+    """Yield a set that collects every process that appears below `pid` while the block runs."""
+    seen, done, before = set(), threading.Event(), below(pid)  # before: itself, other tests' referee
 
     def look():
         while not done.wait(0.03):
@@ -232,8 +232,8 @@ def watching(pid: int):
 @pytest.mark.parametrize("name", CLINGING)
 def test_nothing_stays(isolation, name):
     ends = name == "an orphan left behind"
-    began = PROCESSES / 2 if name.startswith("fork") else 2  # 2: the launcher, the program
-    for seconds in [10] if ends else [0.5, 2, 8]:  # a busy machine may not have begun the program after 0.5 s
+    began = PROCESSES / 2 if name.startswith("fork") else 2  # 2: the launcher and the program
+    for seconds in [10] if ends else [0.5, 2, 8]:  # a busy machine may not have started the program in 0.5 s
         with watching(os.getpid()) as seen:
             result = run(IMPORTS + CLINGING[name], seconds=seconds, isolation=isolation)
         assert result.status == ("ok" if ends else "timeout")
@@ -249,7 +249,7 @@ def test_without_walls_there_is_no_new_process(name):
         pytest.skip("this machine's system calls are not known, so nothing refuses them")
     with watching(os.getpid()) as seen:
         run(IMPORTS + CLINGING[name], seconds=0.3, isolation="none")
-    assert len(seen) <= 1 and alive(seen) == set()  # none is seen of a program that ended between two looks
+    assert len(seen) <= 1 and alive(seen) == set()  # a program that ends between two polls is not seen
     program = IMPORTS + "print([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58)])"
     assert os.uname().machine != "x86_64" or run(program, seconds=5, isolation="none").stdout == "[-1, -1, -1]\n"
 
@@ -257,11 +257,11 @@ def test_without_walls_there_is_no_new_process(name):
 @every
 def test_it_dies_with_its_parent_however_that_dies(isolation):
     program = IMPORTS + "libc.prctl(1, 0)\nif os.fork() == 0: libc.prctl(1, 0)\ntime.sleep(60)"
-    if isolation == "none":  # which ends what does not resist
+    if isolation == "none":  # this level only ends programs that do not resist
         program = "import time; time.sleep(60)"
     code = f"from bessemer.tasks import sandbox; sandbox.run({program!r}, seconds=60, isolation={isolation!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
-    inside = 1 if isolation == "none" else 4  # else the launcher, process 1, the program and its child
+    inside = 1 if isolation == "none" else 4  # otherwise the launcher, pid 1, the program and its child
     limit = time.monotonic() + 20
     while len(seen := below(parent.pid)) < 1 + inside and time.monotonic() < limit:
         time.sleep(0.05)
@@ -295,7 +295,7 @@ RIGHT = "def f(n):\n    return n * n + 1"
         ("print('hello')\nclass C:\n    def __call__(self, n): return float(n * n + 1)\nf = C()", "correct"),
         ("def f(n):\n    return n + n + 1", "wrong-output"),
         ("def f(n):\n    return str(n * n + 1)", "wrong-output"),
-        ("def f(n):\n    return 10 // n", "error"),  # right for 2, and then it divides by 0
+        ("def f(n):\n    return 10 // n", "error"),  # right for 2, then divides by 0
         ("def f():\n    return 5", "error"),
         ("def g(n):\n    return n * n + 1", "no-function"),
         ("f = 5", "no-function"),
@@ -336,7 +336,7 @@ def test_hostile_code_is_not_paid_and_not_slow(isolation, name):
     began, before = time.monotonic(), below(os.getpid())
     judgement = judge(HOSTILE[name], "f", TESTS, seconds=0.4, memory_mb=128, isolation=isolation)
     assert not judgement.correct and judgement.passed < len(TESTS)
-    assert time.monotonic() - began < 8  # 0.4 s, the start and the end, on a machine that others use too
+    assert time.monotonic() - began < 8  # 0.4 s plus start and end, on a shared machine
     assert below(os.getpid()) <= before  # no child is left, dead or alive
 
 
@@ -346,7 +346,7 @@ def test_there_are_enough_of_them():
 
 @isolated
 def test_the_parent_can_take_what_hostile_code_took(isolation):
-    """After all of that the right answer is still paid, by the same process."""
+    """After all hostile code the same process still accepts the right answer."""
     assert judge(RIGHT, "f", TESTS, seconds=5, isolation=isolation).correct
 
 
@@ -365,7 +365,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize("forced", [None, "1", "yes"])
 def test_without_isolation_code_does_not_run_unless_forced_by_name(forced):
-    """On a kernel that refuses further namespaces, made with one of its own, and with bubblewrap out of sight."""
+    """Tried inside a namespace that refuses further namespaces, with bubblewrap off the path."""
     command = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
     env = {name: value for name, value in os.environ.items() if name != sandbox.FORCE}
     env |= {"PATH": "/absent"} | ({sandbox.FORCE: forced} if forced else {})

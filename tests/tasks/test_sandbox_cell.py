@@ -1,4 +1,4 @@
-"""The limits of a whole sandbox: processes, memory and files are its own, whatever runs beside it or in it."""
+"""Limits apply to a whole sandbox: processes, memory and files are its own, whatever runs beside it or inside."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_honest_threads_run_beside_a_neighbour_that_forks(isolation):
 
 @isolated
 def test_the_memory_of_all_processes_together_is_bounded(isolation):
-    """15 children that take all they get had 3.8 GB under a limit of 256 MB. Between two looks they take a little."""
+    """15 greedy children once got 3.8 GB under a limit of 256 MB. Now they only get a little between two polls."""
     done, peak, before = threading.Event(), [0], below(os.getpid())
 
     def measure():
@@ -115,7 +115,7 @@ def test_memory_that_forks_share_counts_once(isolation):
 
 @isolated
 def test_folders_are_few_and_end_at_once(isolation):
-    """A folder holds a kilobyte of the kernel's memory that the size of /tmp does not count."""
+    """Each folder takes a kilobyte of kernel memory that does not count towards the size of /tmp."""
     began = time.monotonic()
     result = run(FOLDERS, seconds=20, isolation=isolation)
     n, error = map(int, result.stdout.split())
@@ -147,7 +147,7 @@ print(*left)
 
 @pytest.mark.skipif("bubblewrap" not in ISOLATED, reason="bubblewrap does not work here")
 def test_bubblewrap_dies_with_a_parent_that_dies_in_the_first_milliseconds():
-    """With its own --die-with-parent one in ten of these left a process that waits for ever."""
+    """With bubblewrap's own --die-with-parent, one run in ten left a process that waits for ever."""
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, check=True)
     left = [int(pid) for pid in done.stdout.split()]
     assert len(left) >= 24

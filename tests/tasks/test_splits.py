@@ -1,4 +1,4 @@
-"""A file's split is stated: held out by a hash, or whole for training or for evaluation. General prompts of a file."""
+"""A file's split: held out by a hash, or the whole file for training or evaluation. General prompts from a file."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_a_line_that_is_no_general_prompt(tmp_path, line, fault):
 
 
 def test_prompt_only_data_sets(tmp_path):
-    """TRL's, as text and as a message, in JSONL and in parquet: the same problems. Their aim is to help."""
+    """TRL's form, as text or message, in JSONL or parquet, gives the same problems. Their aim is "helpful"."""
     prompts = [f"Name colour {n}." for n in range(5)]
     rows = [{"prompt": [{"role": "user", "content": text}] if n % 2 else text} for n, text in enumerate(prompts)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

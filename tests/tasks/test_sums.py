@@ -1,4 +1,4 @@
-"""The last digits of sums: thoughts go step by step, guesses are right by chance, words are in the language asked."""
+"""Last digits of sums: thoughts go step by step, guesses are right by chance, words are in the requested language."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""docs/tasks.md: its example is run, its lists are those of the code."""
+"""docs/tasks.md: its example runs, and its lists match the code."""
 
 import re
 from pathlib import Path

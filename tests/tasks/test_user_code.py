@@ -1,4 +1,4 @@
-"""Tasks and rewards from a file of the user's own: loaded by name, warned about, hashed; the example runs."""
+"""Tasks and rewards from a user's own file: loaded by name, warned about, hashed; the example runs."""
 
 import re
 import shutil

@@ -70,7 +70,7 @@ def test_k_out_of_range():
 
 
 def test_none_and_all_right_have_an_interval():
-    """0 of 6 does not mean that nothing will ever be right; one right sample more does not make it surer."""
+    """0 of 6 does not mean that nothing will ever be right, and one more right sample must not narrow the interval."""
     none, all_ = mean_interval([0.0] * 6), mean_interval([1.0] * 6)
     assert none[:2] == (0.0, 0.0) and none[2] == pytest.approx(0.390, abs=1e-3), "Wilson's, as tables print it"
     assert (all_[0], all_[2]) == (1.0, 1.0) and all_[1] == pytest.approx(1 - none[2])
@@ -81,7 +81,7 @@ def test_none_and_all_right_have_an_interval():
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.97])
 @pytest.mark.parametrize("n", [6, 20, 60])
 def test_the_interval_holds_the_truth_as_often_as_it_says(share, n):
-    """On problems that are right or wrong. The bootstrap alone holds a share of 0.02 in 20 problems a third of the
+    """For problems that are right or wrong. The bootstrap alone covers a share of 0.02 in 20 problems a third of the
     time."""
     draw = np.random.default_rng(5)
     held = [low <= share <= high for _ in range(200) for _, low, high in [mean_interval(draw.random(n) < share)]]
@@ -98,7 +98,7 @@ def test_interval_is_seeded_and_near_the_normal_one():
 
 
 def test_interval_against_every_resample():
-    """Of four values there are 256 resamples: the 2.5 % and 97.5 % points of their means, exactly."""
+    """Four values have 256 resamples: the ends are the exact 2.5 % and 97.5 % points of their means."""
     values = [0.0, 0.25, 0.5, 1.0]
     means = [fmean(picks) for picks in product(values, repeat=4)]
     expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")

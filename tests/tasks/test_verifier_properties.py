@@ -1,6 +1,6 @@
-"""Answers made right or wrong by construction (bench/verifier_properties.py): no verdict is wrong, either way.
+"""Answers that are right or wrong by construction (bench/verifier_properties.py): no verdict is wrong, either way.
 
-The whole run, 100,000 answers of a family, is committed: bench/results/verifier_properties.json.
+The result of the whole run, 100,000 answers per family, is committed: bench/results/verifier_properties.json.
 """
 
 import importlib.util
@@ -144,13 +144,13 @@ def test_a_hundred_thousand_hostile_characters_take_less_than_a_tenth_of_a_secon
     for text in HOSTILE.values():
         for frame in FRAMES:
             completion, seconds = frame.replace("{}", text).replace("{{7}}", "{7}"), []
-            for _ in range(3):  # the best of three, of processor time
+            for _ in range(3):  # best of three in CPU time
                 began = time.process_time()
                 verdict = task.verify(problem, completion)
                 seconds.append(time.process_time() - began)
                 if seconds[-1] < 0.05:
                     break
             slow += [(frame, text[:20], min(seconds))] if min(seconds) >= 0.1 else []
-            # what stands among the thoughts is free; the blanks around one 7 are white space in the answer tags
+            # text inside the thoughts is free; the blanks around one 7 are white space in the answer tags
             assert not verdict.sound or frame.startswith("<think>{}"), (frame, text[:20])
     assert slow == []

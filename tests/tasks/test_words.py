@@ -1,4 +1,4 @@
-"""Word problems: parallel in both languages, right by an evaluation of their own, stories and numbers held out."""
+"""Word problems: parallel in both languages, right by an independent evaluation, stories and numbers held out."""
 
 import re
 from collections import Counter, defaultdict
@@ -39,7 +39,7 @@ def test_there_are_enough_stories_and_no_two_alike():
     for texts in ([s.id for s in everything], [s.en for s in everything], [s.zh for s in everything]):
         assert len(set(texts)) == len(everything)
     patterns = {s.steps for s in TRAINED}
-    assert {s.steps for s in HELD_OUT} - patterns <= {("a*b", "c-x")}  # new stories, known kinds of steps
+    assert {s.steps for s in HELD_OUT} - patterns <= {("a*b", "c-x")}  # new stories with known kinds of steps
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_story_tells_the_same_in_both_languages(story):
     told = [re.findall(r"\{(\w+)\}", text) for text in (story.en, story.zh)]
     letters = [[slot for slot in slots if len(slot) == 1] for slots in told]
     assert letters[0] == letters[1] == list(story.ranges)  # each number once, in the same order
-    # which things and people there are, not how often they are named
+    # compare which things occur, not how often
     assert {s for s in told[0] if s == "thing"} == {s for s in told[1] if s == "thing"}
     used = set("".join(story.steps)) & set("abcd")
     assert used == set(story.ranges)
@@ -75,7 +75,7 @@ def test_no_story_and_no_numbers_of_the_test_are_trained_on():
     assert known < stories(documents) <= known | trained and stories(TRAIN) <= known | trained
     assert stories(TEST) <= tested and not tested & (known | trained)
     clauses = {clause for id in stories(documents) for clause in id.split(".")}
-    assert {clause for id in stories(TEST) for clause in id.split(".")} <= clauses  # none of them is new
+    assert {clause for id in stories(TEST) for clause in id.split(".")} <= clauses  # no clause is new
     for split, problems in (("train", (*TRAIN, *documents)), ("test", TEST)):
         assert all(split_of(list(p.meta["numbers"].values())) == split for p in problems)
     unseen = get("words", phrasing="held-out")
