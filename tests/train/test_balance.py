@@ -40,7 +40,7 @@ def test_every_gate_of_a_run_moves_mtp_included():
 
 
 def test_update_uses_the_counts_of_the_whole_step():
-    """The bias after one step in 4 micro-batches is that of the loads of all rows routed with the initial weights."""
+    """After one step of 4 micro-batches the bias follows from the loads of all rows routed with the initial weights."""
     run = trainer(steps=1, micro_rows=2)
     with torch.enable_grad():
         fresh = model().train()
@@ -80,7 +80,7 @@ def test_recomputation_does_not_count_twice():
 
 
 def test_bias_evens_out_a_skewed_gate():
-    """With a strong preference in the scores, a hundred bias steps bring MaxVio down (LFB: 0.7 -> 0.04)."""
+    """If the scores strongly prefer some experts, a hundred bias steps bring MaxVio down (LFB: 0.7 -> 0.04)."""
     network = model()
     with torch.no_grad():
         network.layers[1].ffn.gate.weight[0] += 0.3 * torch.randn(32, generator=torch.Generator().manual_seed(1))

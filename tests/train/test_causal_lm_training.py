@@ -1,4 +1,4 @@
-"""The trainer on models of other houses: resume to the bit, helpers, SFT and GRPO through the same objectives."""
+"""The trainer on other model families: bitwise resume, worker processes, SFT and GRPO with the same objectives."""
 
 import copy
 from functools import partial
@@ -25,7 +25,7 @@ def config(rows=3, **more):
 
 
 def rows(first, count):
-    """Two packed samples a row; the first three tokens of each are its prompt."""
+    """Two packed samples per row; the first three tokens of each are its prompt."""
     ids = torch.stack([tokens(24, seed=n) for n in range(first, first + count)])
     segments = torch.tensor([0] * 10 + [1] * 14).expand(count, -1).contiguous()
     loss = torch.ones(count, 24)
@@ -55,7 +55,7 @@ def test_stopped_and_resumed_it_is_the_same_run(kind, tmp_path):
 
 
 def test_the_loss_is_that_of_transformers():
-    """Summed over the trained tokens of the separate samples, as transformers computes it from labels."""
+    """Against transformers' loss from labels, summed over the trained tokens of the separate samples."""
     model, batch = CausalLM(made("llama")), rows(0, 2)
     loss = objective.next_token(model, batch, mtp_lambda=0.0, balance_alpha=0.0)
     theirs, total = made("llama"), 0.0
@@ -88,7 +88,7 @@ def test_bfloat16_computes_with_float32_masters():
 
 
 def test_grpo_moves_tokens_by_their_advantage_and_stays_near_a_copy():
-    """Likelier where the advantage was positive, less likely where it was negative; the copy is the reference."""
+    """Tokens become likelier if their advantage is positive and less likely if negative; the reference is a copy."""
     model = CausalLM(made("llama"))
     reference = copy.deepcopy(model).requires_grad_(False)
     batch = Batch(tokens(4, 12), torch.cat((torch.zeros(4, 4), torch.ones(4, 8)), 1))

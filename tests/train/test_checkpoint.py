@@ -1,4 +1,4 @@
-"""Every way a checkpoint can go wrong."""
+"""Every way in which a checkpoint can go wrong."""
 
 import ctypes
 import errno
@@ -140,7 +140,7 @@ def test_other_config_is_named(tmp_path, change, words):
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A real file system that is really full: a small tmpfs, or the file size limit where mounting is not allowed."""
+    """A real file system that gets full: a small tmpfs, or a file size limit if mounting is not allowed."""
     directory = tmp_path / "small"
     directory.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -167,7 +167,7 @@ def test_full_disk(full_disk):
 
 @pytest.mark.parametrize("failing", range(1, 12))
 def test_crash_at_any_file_operation_leaves_a_checkpoint(tmp_path, monkeypatch, failing):
-    """Stops dead at the n-th sync or rename of a save that replaces step 1; afterwards step 1 or 0 is whole."""
+    """A save that replaces step 1 dies at its n-th sync or rename; step 1, old or new, must still be whole."""
     save(tmp_path, 0, state(0.0))
     save(tmp_path, 1, state(1.0))
 
@@ -226,7 +226,7 @@ def test_random_states_come_back():
         return torch.randn(3).tolist(), legacy, [g.random() for g in own.values()]
 
     np.random.seed(0), random.seed(0)
-    draw()  # one Gaussian each: the other half of the pair waits in the state
+    draw()  # one Gaussian each: the second of the pair is cached in the state
     tensors, values = guard.capture_rng(own)
     values = json.loads(json.dumps(values))
     expected = draw()

@@ -1,4 +1,4 @@
-"""Deterministic steps: torch is strict inside a step and nowhere else. A stub says that there is a GPU."""
+"""Deterministic steps: torch is strict inside a step and nowhere else. A stub pretends that there is a GPU."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def gpu(monkeypatch):
 
 @determinism.held
 def step(rate=1000.0):
-    """A step that returns what it ran under."""
+    """A step that reports whether torch was strict."""
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     return {"strict": strict, "train/tokens_per_second": rate}
 

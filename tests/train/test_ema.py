@@ -1,4 +1,4 @@
-"""The moving average of the weights: what it is, that it travels with checkpoints, and that looking changes nothing."""
+"""The moving average of the weights: its value, that checkpoints keep it, and that reading it changes nothing."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tiny_run import trainer
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_the_mean_of_the_masters_and_leaves_them_alone(dtype):
-    """Against the sum over the steps, in float64; within `averaged` forward reads it, afterwards the weights again."""
+    """Against a float64 sum over the steps. Inside `averaged` forward uses the average, afterwards the weights."""
     decay, wanted = 0.8, {}
 
     def follow(run):

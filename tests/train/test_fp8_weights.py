@@ -1,4 +1,4 @@
-"""Weights in FP8 are quantised once per optimizer step: the same bits, and never an operand of weights that changed."""
+"""FP8 weights are quantised once per optimizer step: same bits, and never a stale operand after weights changed."""
 
 from types import SimpleNamespace
 
@@ -14,12 +14,12 @@ from bessemer.workers import Workers
 
 torch.set_num_threads(1)
 MATRICES = 2 * 5 + 2 + 2 * (2 + 2) + 5
-"""Attention of two layers and of the MTP module; a dense FFN, and experts with a shared one in the other two."""
+"""Attention of two layers and the MTP module; a dense FFN in one, experts with a shared expert in the other two."""
 
 
 @pytest.fixture
 def quantised(monkeypatch):
-    """The weights that were quantised, one entry for every time."""
+    """The ids of quantised weights, one entry per quantisation."""
     names = []
     original = FP8Recipe.quantised_weight
     monkeypatch.setattr(FP8Recipe, "quantised_weight", lambda self, w: names.append(id(w)) or original(self, w))
@@ -27,7 +27,7 @@ def quantised(monkeypatch):
 
 
 def steps(number: int = 3, copies: int | None = None, dtype=torch.float32, forget: bool = False, **changes):
-    """A trainer after some steps of two micro-batches, with the gradient norms and losses of each."""
+    """A trainer after some steps of two micro-batches, and the gradient norm and losses of each step."""
     network = tiny_run.model().set_fp8(PAPER)
     training = tiny_run.trainer(network, compute_dtype=dtype, **changes)
     if forget:
@@ -51,7 +51,7 @@ def same_weights(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_once_a_step_and_the_same_bits(quantised, dtype):
     fresh, wanted = steps(dtype=dtype, forget=True)
-    # two micro-batches, forward and backward; the two up-projections of attention also in recomputation
+    # two micro-batches, forward and backward; recomputation adds the two up-projections of attention
     assert len(quantised) == 3 * 2 * (2 * MATRICES + 3 * 2)
     quantised.clear()
     kept, found = steps(dtype=dtype)
@@ -62,7 +62,7 @@ def test_once_a_step_and_the_same_bits(quantised, dtype):
 
 
 def test_helper_processes_see_that_weights_changed():
-    """A helper's own operands go with the weights in shared memory."""
+    """A helper's cached operands must follow the weights in shared memory."""
     alone, wanted = steps()
     workers = Workers(2)
     try:
@@ -116,7 +116,7 @@ def test_whoever_writes_to_the_weights_is_noticed(tmp_path, quantised):
 
 
 def test_a_gpu_keeps_what_fits(monkeypatch):
-    """None in the first step; then as many copies as the peak of that step leaves room for, and fewer if it grows."""
+    """None in the first step, then as many copies as fit beside that step's peak, and fewer if the peak grows."""
     assert [weights.fitting(room, 10) for room in (-5, 9, 10, 25, 99)] == [0, 0, 1, 2, 2]
     memory = SimpleNamespace(peak=60.0, free=30.0, reserved=64.0, total=100.0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
@@ -127,7 +127,7 @@ def test_a_gpu_keeps_what_fits(monkeypatch):
     assert kept.copies == 0
     kept.drop()
     assert kept.copies == 0 and not kept._peak, "nothing was asked for yet"
-    kept._sizes[0] = 12  # 94 - 6 - 60 = 28 are left
+    kept._sizes[0] = 12  # 94 - 6 - 60 = 28 remain
     kept.drop()
     assert kept.copies == 2
     kept.drop()

@@ -1,4 +1,4 @@
-"""Real NaNs, in forward, in backward and for good."""
+"""Real NaNs: in forward, in backward, and persistent ones."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from bessemer.errors import UserError
 
 
 class Poison:
-    """Hooks into one module and turns its output (or the gradient of it) into NaN while armed."""
+    """Hooks one module and turns its output, or the gradient of its output, into NaN while armed."""
 
     def __init__(self, module, backward=False):
         self.armed = False
@@ -24,7 +24,7 @@ class Poison:
 
 
 def poisoned(name, backward=False, bad_steps=(), **options):
-    """A run in which the given steps (counted from 0, as attempts) are bad."""
+    """A run in which the given steps are bad, counting attempts from 0."""
     network, told = model(), []
     poison = Poison(network.get_submodule(name), backward)
     attempts = iter(range(10**6))
@@ -68,7 +68,7 @@ def test_a_skipped_step_is_as_if_its_rows_were_not_there():
     skipping, _ = poisoned("norm", bad_steps={2}, steps=4)
     skipping.run()
     lrs = [(0, 0), (1, 1), (3, 3)]
-    for tokens, step in lrs:  # the schedules go on counting the skipped tokens
+    for tokens, step in lrs:  # the schedules count the skipped tokens too
         clean.tokens, clean.step = tokens * ROWS * 16, step
         clean.update([batches(next(order) * ROWS, ROWS)])
     for name, value in clean.optimizer.masters().items():
@@ -90,7 +90,7 @@ def test_three_in_a_row_roll_back_and_go_past_the_rows(tmp_path):
 
 
 def test_progress_between_rollbacks_forgives(tmp_path):
-    """Three bad patches with checkpoints between them are three accidents, not one that does not recover."""
+    """Three bad patches with checkpoints in between are three incidents, not one run that fails to recover."""
     bad = {4, 5, 6, 12, 13, 14, 20, 21, 22}
     run, told = poisoned("norm", bad_steps=bad, steps=16, state_dir=tmp_path, save_steps=2)
     assert run.run() and sum("rollback 1 of 2" in line for line in told) == 3

@@ -1,4 +1,4 @@
-"""Traces of named steps, and what a GPU's metrics are made of."""
+"""Traces of selected steps, and how a GPU's metrics are computed."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def test_peaks_are_those_of_the_card_and_of_no_other(card, tera):
 
 
 def test_named_steps_leave_a_trace(tmp_path):
-    """Of the steps that are named and no others; the five phases of every layer are in it, and results are the same."""
+    """Only the selected steps do. The trace has the five phases of every layer, and the results stay the same."""
     said = []
     plain = trainer(steps=3)
     plain.run()
@@ -67,7 +67,7 @@ def test_ranges_of_nvidias_tools(monkeypatch):
 
 
 def test_metrics_of_a_gpu(monkeypatch):
-    """MFU of two cards that need a second for a step at half of one's peak."""
+    """MFU of two cards that together compute at half the peak of one."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 2})

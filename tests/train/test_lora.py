@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
 
 
 def adapted(folder, drawn=True, **options):
-    """A model with adapters; `drawn`: as after training, so that B is not 0."""
+    """A model with adapters; `drawn` makes B non-zero, as after training."""
     model = lora.attach(load(folder), LoRAConfig(**(LORA.model_dump() | options)), 5, folder, "sft")
     if drawn:
         generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ def trainer(model, folder=None, goal=objective.next_token, **options):
 
 
 def pefts_own(folder, weights, kind):
-    """peft's model of the same base and adapters."""
+    """peft's model with the same base and adapters."""
     config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(made(kind), config)
     peft.set_peft_model_state_dict(theirs, {name: tensor.clone() for name, tensor in weights.items()})
@@ -75,7 +75,7 @@ def pefts_own(folder, weights, kind):
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
 def test_training_is_that_of_peft_in_a_plain_loop(bases, kind):
-    """Gradients of the first step, and the adapters after three steps of AdamW with clipped gradients."""
+    """Compared: the first step's gradients, and the adapters after three AdamW steps with clipped gradients."""
     model = adapted(bases[kind])
     theirs = pefts_own(bases[kind], model.adapters(), kind)
     named = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
@@ -120,7 +120,7 @@ def test_grpo_with_lora_is_grpo_on_merged_weights_with_projected_gradients(bases
     losses = [goal(one, batch).total for one in (model, merged)]
     for loss in losses:
         loss.backward()
-    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), abs=1e-5)  # of terms of about 1
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), abs=1e-5)  # its terms are about 1
     full, scale, compared = dict(merged.inner.named_parameters()), LORA.alpha / LORA.rank, 0
     for name, layer in model.inner.named_modules():
         if hasattr(layer, "lora_A"):
@@ -132,7 +132,7 @@ def test_grpo_with_lora_is_grpo_on_merged_weights_with_projected_gradients(bases
 
 
 def test_the_reference_is_the_base_and_shares_its_weights(bases):
-    """Also after steps of the policy; from then on a copy of its adapters, every so many steps."""
+    """This holds after policy steps too, until the reference takes a copy of the adapters at its interval."""
     base, model = load(bases["llama-tied"]), adapted(bases["llama-tied"], drawn=False)
     run = trainer(model, goal=GRPO(kl=0.1))
     policy = type("Policy", (), {"model": model, "refresh": lambda self: None})()
@@ -186,7 +186,7 @@ def test_helpers_change_nothing_and_bfloat16_keeps_float32_masters_of_adapters(b
 
 
 def test_base_and_adapters_say_what_the_merged_model_says(bases):
-    """To rounding: of float32, and of BF16, to which the merged weights are rounded once more."""
+    """They agree up to rounding, in float32 and in BF16, where the merged weights are rounded once more."""
     model = adapted(bases["qwen2"])
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         one, other = (copy.deepcopy(each).to_compute(dtype) for each in (model, model.merged()))
@@ -207,7 +207,7 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
         assert call("convert", tmp_path / "adapter", target, *more)[0] == 0
         assert (target / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
     before = content(tmp_path / "adapter")
-    model.save(tmp_path / "model")  # a stage that is killed after it saved saves again
+    model.save(tmp_path / "model")  # a stage killed after saving saves again
     assert content(tmp_path / "adapter") == before and set(before) == {lora.ADAPTER_CONFIG, lora.WEIGHTS, lora.BASE}
 
 
@@ -277,6 +277,6 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
     refused("must be whole numbers", r="8")
     refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
     refused(r"lora_A.weight is \[4, 48\], and should be \[8, 48\]", r=8)
-    (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself writes it
+    (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself would write it
     refused(r"is \[32, 4\], and should be \[16, 4\]", tmp_path / "narrow")
     refused("has no matrix down_proj", bases["gpt2"])

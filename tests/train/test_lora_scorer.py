@@ -37,7 +37,7 @@ def bases(tmp_path_factory):
 
 
 def adapted(folder, **options):
-    """A reward model with adapters as after training: B is not 0."""
+    """A reward model with adapters as after training, with B non-zero."""
     model = lora.attach(
         CausalScorer.of(load(folder), 3), LoRAConfig(**(LORA.model_dump() | options)), 5, folder, "helpful"
     )
@@ -63,7 +63,7 @@ def rows(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2"])
 def test_training_is_that_of_peft_in_a_plain_loop(bases, rows, kind):
-    """Padded texts one a row in their model, packed ones in ours. No text begins with a BOS."""
+    """peft gets one padded text per row, our model packed rows. No text begins with a BOS."""
     model = adapted(bases[kind])
     theirs = theirs_of(bases[kind])
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="SEQ_CLS")
@@ -122,7 +122,7 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     assert load_file(tmp_path / "theirs" / lora.WEIGHTS).keys() == load_file(tmp_path / "adapter" / lora.WEIGHTS).keys()
     lora.merge(tmp_path / "theirs", tmp_path / "merged", base)
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights[0]
-    further = lora.attach(read, LORA, 5, tmp_path / "model", "helpful-2")  # `previous`: its head goes on
+    further = lora.attach(read, LORA, 5, tmp_path / "model", "helpful-2")  # `previous`: its head is trained on
     further.save(tmp_path / "next" / "model")
     assert score_ids(load_scorer(tmp_path / "next" / "model"), texts, PAD) == pytest.approx(expected, abs=1e-5)
     assert call("convert", tmp_path / "next" / "adapter", tmp_path / "next" / "again")[0] == 0

@@ -11,7 +11,7 @@ N, D, V = 70, 24, 50
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one ragged."""
+    """Use several chunks, the last one partial."""
     monkeypatch.setattr(loss, "chunk_rows", lambda weight: 16)
 
 
@@ -31,7 +31,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-7), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_cross_entropy_equals_reference(dtype, bound):
-    """Bounds: sums are float32 throughout; bfloat16 carries 8 bits in logits and gradients."""
+    """The bounds: all sums are float32, and bfloat16 has 8 significant bits in logits and gradients."""
     hidden, weight, target, weights = inputs(dtype)
     ours = cross_entropy(hidden, weight, target, weights)
     (ours * 0.7).backward()
@@ -102,12 +102,12 @@ def test_logprobs_equal_reference(temperature, entropy):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("way", ["kernel", "torch", "reference"])
 def test_of_kept_tokens_logprobs_entropy_and_gradients_are_those_of_their_logits_alone(way, temperature, monkeypatch):
-    """float64, row by row, with a softmax over just these; in the others' logits there is no gradient at all."""
+    """Against a float64 softmax over the kept tokens, row by row; the other logits get no gradient at all."""
     hidden, weight, target, _ = inputs()
     g = torch.Generator().manual_seed(2)
     a, b = torch.randn(N, generator=g), torch.randn(N, generator=g)
     rows = [sorted({int(t), *torch.randint(V - 10, (n % 7 * 3,), generator=g).tolist()}) for n, t in enumerate(target)]
-    shuffled = [(n, v) for n, ids in enumerate(rows) for v in ids] + [(-1, 0), (N, 3)]  # the last two are for nobody
+    shuffled = [(n, v) for n, ids in enumerate(rows) for v in ids] + [(-1, 0), (N, 3)]  # the last two belong to no row
     shuffled = [shuffled[i] for i in torch.randperm(len(shuffled), generator=g)]
     kept = Kept(torch.tensor([v for _, v in shuffled]), torch.tensor([n for n, _ in shuffled]))
     if way == "torch":

@@ -1,4 +1,4 @@
-"""Muon: the orthogonal factor against an SVD, the whole rule in float64 and against torch.optim.Muon."""
+"""Muon: the orthogonal factor against an SVD, the full rule in float64 and against torch.optim.Muon."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_orthogonal_factor_keeps_directions_and_evens_their_sizes(shape):
 
 
 def test_in_bf16_the_iteration_corrects_its_own_rounding():
-    """As on a GPU."""
+    """BF16 is what a GPU uses for the iteration."""
     x = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     inside = u.mT @ update_rules.newton_schulz(x, torch.bfloat16) @ v.mT
@@ -42,7 +42,7 @@ def test_large_stacks_go_in_parts(monkeypatch):
 
 
 class Net(nn.Module):
-    """A plain matrix, a stack of two beside each other, a pile of experts, and what is not Muon's."""
+    """A plain matrix, two matrices in one weight, stacked experts, and parameters that Muon leaves to AdamW."""
 
     STACKED = {"wide.weight": 1, "gate_up.weight": 2, "experts": 2}  # noqa: RUF012
 
@@ -65,14 +65,14 @@ def gradients(net, step):
 
 
 def matrices(name, tensor):
-    """The separate matrices of a parameter."""
+    """The individual matrices of a parameter."""
     for part in tensor.reshape(-1, *tensor.shape[-2:]):
         yield from part.chunk(Net.STACKED[name])
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.05])
 def test_steps_equal_torchs_muon_and_adamw(clip):
-    """torch's orthogonalisation runs in bfloat16, so an update agrees to about 2^-8 times its steps."""
+    """torch orthogonalises in bfloat16, so an update agrees to about 2^-8 times the number of its iterations."""
     ours, theirs = Net(), Net()
     optimizer = Optimizer(ours, stacked=Net.STACKED)
     parts = {name: [nn.Parameter(m.clone()) for m in matrices(name, theirs.get_parameter(name).detach())]
@@ -106,7 +106,7 @@ def test_steps_equal_torchs_muon_and_adamw(clip):
                 whole.copy_(torch.cat(part).reshape(whole.shape))
     for name, p in ours.named_parameters():
         moved = (p - start[name]).norm()
-        tolerance = 0.03 if name in Net.STACKED else 0.01  # the others feel the matrices
+        tolerance = 0.03 if name in Net.STACKED else 0.01  # the others see the matrices' error
         assert (p - theirs.get_parameter(name)).norm() < tolerance * moved, name
 
 

@@ -11,7 +11,7 @@ from bessemer.train.objective import next_token
 
 
 def naive(network, batch, mtp_lambda, alpha):
-    """Sums with loops over positions; the balance term as alpha * mean over sequences, times tokens."""
+    """Sums by loops over positions; the balance term is alpha * mean over sequences * tokens."""
     out = network.train_outputs(batch.tokens_BT, batch.segments_BT)
     tokens, weights, B = batch.tokens_BT, batch.loss_BT, batch.tokens_BT.shape[0]
 
@@ -60,13 +60,13 @@ def test_metrics_are_sums_and_add_up():
     m = loss.metrics
     assert loss.tokens == 4 * (T - 1)
     assert m["total"].item() == pytest.approx((m["loss"] + 0.3 * m["mtp_1"] + 0.01 * m["balance"]).item(), rel=1e-6)
-    # Untrained: every prediction costs log V; MTP has one token less per row but the same divisor.
+    # Untrained: every prediction costs log V; MTP has one token fewer per row but the same divisor.
     assert (m["loss"] / loss.tokens).item() == pytest.approx(torch.log(torch.tensor(64.0)).item(), rel=0.05)
     assert (m["mtp_1"] / m["loss"]).item() == pytest.approx((T - 2) / (T - 1), rel=0.02)
 
 
 def test_balance_term_is_alpha_times_layers_when_balanced():
-    """sum_i f_i P_i is about 1 per layer and sequence for a balanced gate, so the term is about alpha * layers."""
+    """For a balanced gate sum_i f_i P_i is about 1 per layer and sequence, so the term is about alpha * layers."""
     network, batch = model(), batches(0, 8)
     loss = next_token(network, batch, mtp_lambda=0.3, balance_alpha=0.01)
     layers = len(network.gates())

@@ -9,7 +9,7 @@ from bessemer.train.optimizer import Optimizer
 
 
 class Net(nn.Module):
-    """Matrices, norms, biases, a tied pair."""
+    """Matrices, norms, biases and a tied pair."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -37,12 +37,12 @@ def loss(net, seed):
 
 
 def naive(net, steps, clip, dtype=torch.float32, lr=1e-2):
-    """Masters, gradients and moments parameter by parameter."""
+    """The same training with masters, gradients and moments per parameter."""
     masters = [p.detach().clone().float() for p in net.parameters()]
     if dtype != torch.float32:
         net.to_compute(dtype)
         for p in net.parameters():
-            p.grad_dtype = torch.float32  # two uses of one parameter add up in float32
+            p.grad_dtype = torch.float32  # gradients from both uses of a tied parameter add up in float32
     masters = [nn.Parameter(m) for m in masters]
     groups = [
         {"params": [m for m in masters if m.dim() >= 2], "weight_decay": 0.1},
@@ -98,7 +98,7 @@ def test_bfloat16_compute_keeps_float32_masters():
 
 
 def test_bfloat16_gradients_accumulate_in_float32():
-    """256 + 1 is 256 in bfloat16: the small one must survive."""
+    """In bfloat16 256 + 1 is 256: the small gradient must survive."""
     net = nn.Linear(1, 1, bias=False)
     net.to_compute = net.to
     optimizer = Optimizer(net, compute_dtype=torch.bfloat16)
@@ -113,12 +113,12 @@ def test_bfloat16_moments_stay_close():
     assert all(value.dtype == torch.bfloat16 for name, value in ours.state_dict().items() if name.startswith("m/"))
     for name, value in ours.masters().items():
         moved = exact.masters()[name] - dict(Net().named_parameters())[name]
-        # Moments carry 8 bits, so 12 steps agree to about 12 * 2^-8 of the way travelled.
+        # Moments have 8 bits, so 12 steps agree to about 12 * 2^-8 of the distance travelled.
         assert (value - exact.masters()[name]).norm() < 0.05 * moved.norm(), name
 
 
 def test_state_survives_regrouping_exactly():
-    """12 steps at once, or 6 steps and 6 more in another optimizer with another order of parameters."""
+    """12 steps at once, against 6 steps and 6 more in another optimizer with another parameter order."""
 
     class Reordered(Net):
         def named_parameters(self, *args, **kwargs):
@@ -134,10 +134,10 @@ def test_state_survives_regrouping_exactly():
     assert list(second.masters()) != list(first.masters())
     flat(net, 6, 1.0, optimizer=second, start=6)
     for name, value in whole.masters().items():
-        # The gradient norm adds parameters in another order, hence a last bit of values around 1.
+        # The gradient norm sums in another order, hence a difference in the last bit of values around 1.
         assert (value - second.masters()[name]).abs().max() < 1e-6
     for name, value in whole.state_dict().items():
-        # Rounding is that of the largest entries: one near zero is what they leave over, on any processor.
+        # The rounding error scales with the largest entries; entries near zero are differences of these.
         gap = (value.float() - second.state_dict()[name].float()).abs().max()
         assert gap <= 5e-7 * value.float().abs().max()
 
@@ -169,7 +169,7 @@ def test_tied_parameter_is_counted_once_and_padding_is_nothing():
 
 
 def test_norm_of_a_long_vector_is_accurate():
-    """One float32 sum over 8M squares is wrong in the third digit."""
+    """A naive float32 sum over 8M squares is wrong in the third digit."""
     net = nn.Linear(2048, 4096, bias=False)
     optimizer = Optimizer(net)
     net.weight.grad.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-3)
@@ -210,7 +210,7 @@ def test_works_under_compile():
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 def test_a_step_copies_no_number_to_the_device(monkeypatch, moments):
-    """On a GPU such a copy waits for the update of the group before."""
+    """On a GPU such a copy would wait for the previous group's update."""
     optimizer = Optimizer(Net(), moments_dtype=moments)
     monkeypatch.setattr(torch, "tensor", lambda *given, **options: pytest.fail("a number comes from the host"))
     optimizer.step(0.1, 2.0, 3.0, 1.0)

@@ -1,4 +1,4 @@
-"""What making the optimizer needs at its peak, counted as bytes of live tensors on the meta device."""
+"""Peak memory while the optimizer is made, counted as bytes of live tensors on the meta device."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ SHAPE = dict(dim=256, inter_dim=768, moe_inter_dim=256, vocab_size=512)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages that operations under it return, while anything holds them."""
+    """Counts the bytes of all storages returned by operations under it, for as long as anything holds them."""
 
     def __init__(self, known=()):
         super().__init__()
@@ -61,7 +61,7 @@ def test_making_the_optimizer_peaks_at_what_stays(dtype, moments, muon):
 
 @pytest.mark.parametrize("shares", [8, 64])
 def test_a_rank_makes_its_share_alone(shares):
-    """Masters and moments of one share, never of the whole: what stays is little more than weights and gradients."""
+    """It has masters and moments of one share, never of the whole: little stays besides weights and gradients."""
     with torch.device("meta"):
         parameters = [torch.nn.Parameter(torch.zeros(1 << 16)) for _ in range(64)]
     with Live(parameters) as live:
@@ -76,7 +76,7 @@ def test_a_rank_makes_its_share_alone(shares):
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
 def test_a_step_with_moments_in_bfloat16_takes_blocks(muon, monkeypatch):
-    """No temporary of the size of the vector: some blocks, and with Muon the products of its matrices."""
+    """There is no temporary as large as the vector: only a few blocks, and with Muon the products of its matrices."""
     monkeypatch.setattr(update_rules, "GPU_BLOCK", 1 << 14)
     size = 1 << 20
     w, grad, m, v = (torch.zeros(size, dtype=d, device="meta") for d in (torch.float32,) * 2 + (torch.bfloat16,) * 2)

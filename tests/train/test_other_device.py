@@ -1,6 +1,6 @@
-"""Training and sampling on a device that is neither a CPU nor CUDA and has no float64, as MPS: the numbers of the CPU.
+"""Training and sampling on a device like MPS, neither CPU nor CUDA and without float64, match the CPU's numbers.
 
-In a process of its own, since torch keeps such a device for ever."""
+They run in their own process, since torch cannot unregister such a device."""
 
 import json
 import os

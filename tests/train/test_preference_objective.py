@@ -1,4 +1,4 @@
-"""Reward objectives against float64 formulas, against TRL on the same network, and whatever way a step is cut."""
+"""Reward objectives against float64 formulas and against TRL on the same network, however a step is split."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def labels(tmp_path_factory):
 
 @torch.no_grad()
 def score(model, ids):
-    """Of one text alone, its last token, in float64 from there on."""
+    """The score of one text alone, read at its last token, as float64."""
     return model(torch.tensor([ids]))[0, -1].double()
 
 
@@ -79,8 +79,8 @@ def test_pointwise_is_binary_cross_entropy(labels):
 
 
 def test_pairwise_agrees_with_trl(pairs, tmp_path):
-    """TRL's own `compute_loss` over transformers' model of our directory; only the accelerator stands aside."""
-    model = network(n_limited_groups=1)  # K/M = 2 as in V3: transformers rates a group by two experts, always
+    """Against TRL's own `compute_loss` on transformers' model of our directory; only the accelerator is stubbed."""
+    model = network(n_limited_groups=1)  # K/M = 2 as in V3: transformers always scores a group by its top two experts
     hub.save(model, tmp_path)
     theirs = DeepseekV3ForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager"

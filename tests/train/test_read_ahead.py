@@ -1,4 +1,4 @@
-"""Batches of the next step are read while this one is computed, and nobody can tell but by the clock."""
+"""The next step's batches are read while the current step is computed, with no effect other than speed."""
 
 import threading
 from dataclasses import replace
@@ -17,7 +17,7 @@ def reader_lives():
 
 
 def grown(tokens):
-    """Rows of a step."""
+    """The rows per step, which double after four steps."""
     return ROWS if tokens < 4 * ROWS * T else 2 * ROWS
 
 
@@ -26,7 +26,7 @@ def masters(run):
 
 
 def test_stops_resumes_and_rollbacks_give_the_same_bits(tmp_path):
-    """Steps of two sizes, three bad ones and a rollback to where steps were smaller, a stop and a resume."""
+    """Steps of two sizes, three bad ones with a rollback to where steps were smaller, a stop and a resume."""
 
     def made(folder, ahead, stop_at=None):
         asked = []
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_no_thread():
 
     def interrupt(run):
         assert reading.wait(60)
-        threading.Timer(0.05, go_on.set).start()  # while the trainer waits for the thread
+        threading.Timer(0.05, go_on.set).start()  # fires while the trainer waits for the thread
         raise KeyboardInterrupt
 
     run = trainer(steps=6, data=data, read_ahead=True, on_step=[interrupt])

@@ -1,4 +1,4 @@
-"""When layers are compiled, and what a stage computes in."""
+"""When layers are compiled, and in which precision a stage computes."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ PACKAGE = Path(bessemer.__file__).parent
         ("on", True, None, True, 0.0, True),
         ("auto", False, "g++", False, 1e15, True),
         ("auto", False, "g++", True, 1e15, False),
-        ("auto", False, "g++", False, 2e13, False),  # the tiny recipe: compiling would cost more than it gives
+        ("auto", False, "g++", False, 2e13, False),  # the tiny recipe: compiling would cost more than it saves
         ("auto", False, None, False, 1e20, False),
     ],
 )
@@ -41,7 +41,7 @@ def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernel
 
 @pytest.mark.parametrize("setting", ["auto", "on"])
 def test_a_gpu_without_a_compiler_runs_uncompiled_and_says_why(monkeypatch, setting):
-    """Here is no CUDA, so the trial fails as any other: what it says names the cause and the fix."""
+    """Without CUDA the trial fails like any other failure; the warning names the cause and the fix."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     setup.probe.gpu_compiler_trouble.cache_clear()
     said = []
@@ -84,7 +84,7 @@ def has_card(monkeypatch, card):
 
 
 def training_stages():
-    """(recipe, stage, the key as its file has it) of every stage that trains, in every recipe."""
+    """The settings of every stage that trains, in every recipe."""
     for file in sorted(path for path in RECIPES.glob("*.toml") if "[[stage]]" in path.read_text()):
         for config in Recipe.load(file).stages:
             if isinstance(config, OptimizerConfig):
@@ -107,7 +107,7 @@ def test_no_stage_trains_in_float32_on_a_gpu_unless_its_recipe_says_so(monkeypat
 
 
 def test_what_is_not_trained_is_loaded_to_sample():
-    """Only what trains afterwards reads float32 weights: there are no other calls of `load_model` without a dtype."""
+    """Only code that goes on to train loads float32 weights: no other call of `load_model` omits the dtype."""
     found = {
         str(file.relative_to(PACKAGE)): len(calls)
         for file in PACKAGE.rglob("*.py")
@@ -138,7 +138,7 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card):
     has_card(monkeypatch, card)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(setup, "device", lambda: GPU)
-    monkeypatch.setattr(setup.attention_gpu, "_try", lambda *trial: None)  # every kernel works
+    monkeypatch.setattr(setup.attention_gpu, "_try", lambda *trial: None)  # pretend that every kernel works
     setup.attention_gpu._tried.cache_clear()
     said, before = [], torch.get_float32_matmul_precision()
     config = RLConfig(kind="rl", tasks=["countdown"])

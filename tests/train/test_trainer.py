@@ -1,4 +1,4 @@
-"""The loop: same result however a step is cut, stopped or killed."""
+"""The training loop: the same result however a step is split, stopped or killed."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from bessemer.train.trainer import Trainer
 
 
 def everything(run):
-    """All of a run's state as one dict of tensors."""
+    """A run's whole state: one dict of tensors, and the counters."""
     state = run._state()
     flat = {f"{stem}/{name}": t.clone() for stem, part in state.tensors.items() for name, t in part.items()}
     return flat, {key: value for key, value in state.counters.items()}
@@ -41,9 +41,9 @@ def noisy(model, batch, **terms):
     return Loss(loss.total * noise, loss.tokens, loss.metrics)
 
 
-# First: at the end of this file, the last of the suite, one core would wait for it.
+# This test comes first: at the end of the suite's last file, one core would idle while it runs.
 def test_compiled_objective_learns_the_same():
-    """Tracing only (inductor takes a minute): parameters that are views of flat vectors survive torch.compile."""
+    """Parameters that are views of flat vectors survive torch.compile. It only traces: inductor takes a minute."""
     terms = {"mtp_lambda": 0.0, "balance_alpha": 1e-3}
     plain, compiled = (trainer(model(n_mtp=0), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
     compiled.objective = torch.compile(next_token, backend="aot_eager")
@@ -53,7 +53,7 @@ def test_compiled_objective_learns_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bitwise(tmp_path, dtype):
-    """20 steps, against 7 + 6 + 7 in fresh processes' worth of objects: weights, moments, biases, random states."""
+    """20 steps against 7 + 6 + 7 with all objects made anew: weights, moments, biases and random states are equal."""
 
     def run(directory, stop_at=None, seed=0):
         torch.manual_seed(1 if seed == 0 else 99)
@@ -69,7 +69,7 @@ def test_resume_is_bitwise(tmp_path, dtype):
 
     straight, log = run(tmp_path / "straight")
     _, log1 = run(tmp_path / "cut", stop_at=7)
-    _, log2 = run(tmp_path / "cut", stop_at=13, seed=3)  # another initial model and seed: all must come from disk
+    _, log2 = run(tmp_path / "cut", stop_at=13, seed=3)  # another model and seed: all state must come from disk
     last, log3 = run(tmp_path / "cut", seed=4)
     assert log == log1 | log2 | log3 and list(log) == list(range(1, 21))
     assert_same_bits(everything(straight), everything(last))
@@ -78,7 +78,7 @@ def test_resume_is_bitwise(tmp_path, dtype):
 
 def test_resume_after_kill_9_is_bitwise(tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(tmp_path / "killed"), "14"]
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's, with what rooms share
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's path, which has the tests' shared helpers
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path)
     for line in process.stdout:
         if int(line) == 8:
@@ -124,14 +124,14 @@ def test_a_resume_on_other_kernels_says_so(tmp_path, monkeypatch):
 
 
 def assert_close_moments(one, two):
-    """First moments are linear in the gradients (weights are not: Adam amplifies the rounding of tiny gradients)."""
+    """First moments are linear in the gradients; weights are not, as Adam amplifies rounding in tiny gradients."""
     for name, m in one.optimizer.state_dict().items():
         if name.startswith("m/"):
             assert (m - two.optimizer.state_dict()[name]).norm() <= 1e-5 * m.norm() + 1e-9, name
 
 
 def test_result_does_not_depend_on_micro_batches():
-    """1 x 8 and 4 x 2 rows: the same sums in another order, so float32 rounding only."""
+    """1 x 8 and 4 x 2 rows give the same sums in another order, so they differ only by float32 rounding."""
     # K/M = 2 as in V3
     whole, cut = (trainer(model(n_activated_experts=4), steps=3, micro_rows=rows) for rows in (8, 2))
     logs = []
@@ -149,7 +149,7 @@ def test_result_does_not_depend_on_micro_batches():
 
 
 def test_uneven_rows_are_averaged_by_token():
-    """A row with 3 loss tokens next to one with 15: the step's gradient is that of all 18 tokens together."""
+    """With 3 loss tokens in one row and 15 in another, the step's gradient is that of all 18 tokens together."""
     data = batches(0, 2)
     data.loss_BT[0, 4:] = 0
     terms = {"mtp_lambda": 0.3, "balance_alpha": 0.0}
@@ -187,7 +187,7 @@ def test_rows_are_read_once_in_order():
 
 
 def test_clip_bounds_the_update_not_the_log():
-    """Clipping scales the gradient before Adam: two runs, the clipped one sees the gradient at norm `clip`."""
+    """Clipping scales the gradient before Adam: the clipped run's Adam sees a gradient of norm `clip`."""
     run, clipped = trainer(clip=1e9), trainer(clip=0.01)
     values = [r.update([batches(0, 4)]) for r in (run, clipped)]
     norm = values[0]["train/grad_norm"]

@@ -1,4 +1,4 @@
-"""Batches that go to a GPU: nobody waits, and no memory is given away too early. (torch.cuda is a log here.)"""
+"""Copying batches to a GPU: nothing waits, and no memory is released too early. (torch.cuda is a mock that logs.)"""
 
 import contextlib
 from dataclasses import replace
@@ -16,7 +16,7 @@ GPU = torch.device("cuda")
 
 
 def full_batch():
-    """A batch with every tensor that there can be."""
+    """A batch with every optional tensor."""
     batch = batches(0, 2)
     numbers = torch.zeros(2, 16, dtype=torch.int64)
     packed = Packed.of(numbers, torch.device("cpu"))
@@ -60,7 +60,7 @@ def test_the_copy_runs_beside_the_computation(monkeypatch):
 
 
 def test_every_tensor_leaves_from_pinned_memory(monkeypatch):
-    """On the meta device's way there is a copy for each tensor, made by the one function that pins."""
+    """Every tensor is copied once, from pinned memory and without waiting; any other copy fails the test."""
     pinned = []
 
     class Pinned:

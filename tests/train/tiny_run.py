@@ -1,4 +1,4 @@
-"""A small real run for the tests of this room: the true network, random rows by arithmetic, about 10 ms per step.
+"""A small real run for the tests of this folder: the real network, rows made by arithmetic, about 10 ms per step.
 
 As a script (`python tiny_run.py STATE_DIR STEPS`) it trains and can be killed.
 """
@@ -32,7 +32,7 @@ def model(seed: int = 0, **changes) -> Transformer:
 
 
 def batches(first_row: int, n_rows: int) -> Batch:
-    """Row r counts upwards in steps of 1 + r mod 3 from a place of its own: learnable, and a function of r only."""
+    """Row r counts up from its own start in steps of 1 + r mod 3: learnable, and a function of r alone."""
     rows = torch.arange(first_row, first_row + n_rows)
     tokens = (rows[:, None] * 7 + torch.arange(T)[None] * (1 + rows[:, None] % 3)) % V
     loss = torch.ones(n_rows, T)
