@@ -1,5 +1,5 @@
-"""The command line as a fixture; and a mark for the files whose tests take ten seconds or more together, so that
-`-m "not slow"` leaves them out."""
+"""The command line as a fixture, and the mark `slow` for files whose tests take ten seconds or more in total, so that
+`-m "not slow"` skips them."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from bessemer import cli
 
-os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # on a Mac: numbers here are compared with a CPU's
+os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests compare with a CPU's numbers
 
 SLOW = {
     "test_build.py",

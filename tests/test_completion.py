@@ -1,4 +1,4 @@
-"""bessemer completion: what the parser knows is offered, and a real bash puts it in."""
+"""`bessemer completion`: it offers what the parser knows, and a real bash inserts it."""
 
 import os
 import pty
@@ -17,7 +17,7 @@ from bessemer.config.recipe import STAGES
 
 
 def offered(line):
-    """The words offered for the last of a line."""
+    """The words offered to complete the last word of a line."""
     return [word for word, _ in candidates(line.split(" "))]
 
 
@@ -82,7 +82,7 @@ def test_what_the_scripts_read(call, folder):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_a_real_bash_completes(folder):
-    """Keys into a terminal: TAB after each beginning, then the line's words are printed instead of run."""
+    """Keys typed into a terminal: TAB after each beginning; the completed line is printed, not run."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "bessemer"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m bessemer "$@"\n')
@@ -101,7 +101,7 @@ def test_a_real_bash_completes(folder):
     beginnings = ("conv", "eval --shot-kind=oth", "report runs/m", "convert tex", "chat --system thesi")
     try:
         os.write(keyboard, b"PS1=; source ./script\n")
-        for beginning in beginnings:  # Ctrl-A and Ctrl-E: the ends of the line
+        for beginning in beginnings:  # Ctrl-A and Ctrl-E: start and end of the line
             os.write(keyboard, f"bessemer {beginning}\t\x01printf '<%s>' \x05; echo\n".encode())
         os.write(keyboard, b"exit\n")
         screen = b""

@@ -1,4 +1,4 @@
-"""`bessemer convert` on real models: what it accepts, and that nothing is lost by it."""
+"""`bessemer convert` on real models: what it accepts, and that it loses nothing."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ def content(folder):
 
 
 def test_a_model_is_never_lost(call, run, tmp_path):
-    """68 tensors were dropped from a finished model by naming it twice."""
+    """Naming a finished model as both source and target once dropped 68 of its tensors."""
     before, model = content(run), run / "01-zero" / "model"
     (tmp_path / "link").symlink_to(model)
     copy = tmp_path / "copy"

@@ -1,4 +1,4 @@
-"""bessemer data export: what a run's stages wrote, as data sets that TRL reads with its own functions."""
+"""`bessemer data export`: the stages' data of a run as data sets that TRL's own functions read."""
 
 import json
 
@@ -33,7 +33,7 @@ ROLLOUTS = [
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of five stages, one of which wrote nothing and another of which is still being written."""
+    """A run of five stages: one wrote no data, another is still writing."""
     root = tmp_path / "a-run"
     files = {
         "01-corpus/meta.json": [{}],
@@ -86,7 +86,7 @@ def test_trl_reads_what_is_written_and_renders_it_as_we_do(run, tmp_path, call):
 
 
 def test_preferences_without_a_prompt_are_cut_as_trl_cuts_them():
-    """Its own extraction is the reference, for texts and for messages."""
+    """TRL's own extraction is the reference, for texts and for messages."""
     said = [chat.exchange("Why?", answer) for answer in ("So.", "No.")]
     for chosen, rejected in (
         ("The sky is blue.", "The sky is green."), ("The sky is gray.", "The sky is green."), ("ab", "ac"), tuple(said),
@@ -123,7 +123,7 @@ def test_what_cannot_be_exported(run, tmp_path):
 
 
 def test_trl_trains_on_the_same_tokens_of_a_completion(tmp_path):
-    """SFTTrainer's own preparation: the same ids, and of them the completion is learnt, not an answer in the prompt."""
+    """As SFTTrainer prepares them: the same ids, with a loss on the completion and not on answers in the prompt."""
     write_run(tmp_path / "run")
     folder = tmp_path / "run" / "01-zero" / "model"
     tokenizer, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)

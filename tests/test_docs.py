@@ -1,4 +1,4 @@
-"""The pages say what is there: links lead somewhere, the walkthrough's lines hold what they name, both READMEs agree.
+"""The pages match the repository: links resolve, the walkthrough's lines hold what they name, both READMEs agree.
 
 `python tests/test_docs.py` brings the walkthrough's line numbers up to date.
 """
@@ -22,7 +22,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
     plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.replace(" ", "-") for heading in plain}
@@ -53,7 +53,7 @@ def test_the_readme_is_short_and_both_languages_say_the_same():
 
 
 def test_the_site_s_pages_have_links_that_lead_somewhere(tmp_path):
-    """Every link of the site is that of a file here, brought to where its target is there."""
+    """The site's links are those of the files here, rewritten to where the targets are on the site."""
     command = [sys.executable, ROOT / ".ci" / "site_pages.py", tmp_path / "site"]
     subprocess.run(command, check=True, capture_output=True)
     pages = tmp_path / "site" / "docs"
@@ -66,7 +66,7 @@ def test_the_site_s_pages_have_links_that_lead_somewhere(tmp_path):
 
 
 def found_at(name: str, path: str) -> int:
-    """The line where a file defines `name` (`Class.method`: inside that class), or else where it first mentions it."""
+    """The line where a file defines `name` (for `Class.method`, inside that class), or else first mentions it."""
     lines = (WALKTHROUGH.parent / path).resolve().read_text(encoding="utf-8").splitlines()
     owner, _, last = name.rpartition(".")
     start = next((number for number, line in enumerate(lines) if owner and re.match(rf"class {owner}\b", line)), 0)

@@ -1,4 +1,4 @@
-"""The doctor's judgements, on machines that are not here."""
+"""The doctor's verdicts on simulated machines."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Files for clusters that no test has at hand: their form, and what they start, with the scheduler's own commands
-replaced by programs that write down how they were called."""
+"""Example files for clusters that the tests do not have: their format and what they start, with the scheduler's
+commands replaced by programs that log how they were called."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ os.execve(command[0], command, os.environ | {"SRUN_CPUS": cpus})
 
 @pytest.fixture
 def commands(tmp_path):
-    """A folder with srun, scontrol and a virtual environment's torchrun, and the list of their calls."""
+    """A folder with stubs of srun, scontrol and a virtual environment's torchrun, and a function that lists calls."""
     log = tmp_path / "calls"
 
     def program(path, then):
@@ -45,7 +45,7 @@ def commands(tmp_path):
 
 
 def launched(call):
-    """(torchrun's arguments as torchrun reads them, those of bessemer)."""
+    """(torchrun's arguments, parsed by torchrun; bessemer's arguments)."""
     parsed = get_args_parser().parse_args(call)
     assert parsed.module and parsed.training_script == "bessemer"
     return parsed, parsed.training_script_args

@@ -1,4 +1,4 @@
-"""`bessemer push` and `pull` against a hub on this machine, spoken to by the real client over HTTP."""
+"""`bessemer push` and `pull` against a local hub, through the real client over HTTP."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from bessemer.runs.files import write_json
 ROW = {"task": "countdown", "language": "en", "model": "zero", "temperature": 1.0, "n": 5, "samples": 16,
        "pass_at_1": 0.5, "pass_at_1_interval": [0.4, 0.6]}  # fmt: skip
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # raised by the client itself
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""requirements.lock: what `make` installs with --require-hashes belongs to pyproject.toml and constraints.txt."""
+"""requirements.lock, which `make` installs with --require-hashes, matches pyproject.toml and constraints.txt."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and say what they said when they were written."""
+"""The notebooks run from the first cell to the last and give the outputs stored in them."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ EXACT = "a_dualpipe_table"  # whole numbers and their ratios, so the same on eve
 
 
 def said(book, exact):
-    """The text of every cell, in how many pieces it may come; of numbers that rounding decides, that they are there."""
+    """The joined output of every cell; unless `exact`, numbers are masked, since they depend on rounding."""
     cells = (cell for cell in book.cells if cell.cell_type == "code")
     texts = ["".join(out.get("text") or out["data"]["text/plain"] for out in cell.outputs) for cell in cells]
     return texts if exact else [re.sub(r"-?\d[\d.,]*(e-?\d+)?", "#", text) for text in texts]

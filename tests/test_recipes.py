@@ -1,4 +1,4 @@
-"""Recipes of the package by name, a recipe of one's own, the schema for editors, and the wheel outside the clone."""
+"""The package's recipes by name, a recipe of one's own, the schema for editors, and the wheel outside the clone."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_every_recipe_of_the_repository_has_a_name():
 
 def test_a_name_that_could_mean_two_things_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()  # a folder is no recipe
+    (tmp_path / "tiny").mkdir()  # a folder is not a recipe
     assert Recipe.load("tiny").name == "tiny"
     (tmp_path / "tiny.toml").write_text('name = "mine"\n[[stage]]\nkind = "corpus"\nparts = { a = "fables-en" }\n')
     with pytest.raises(UserError, match=r"write \./tiny\.toml or builtin:tiny"):
@@ -108,8 +108,8 @@ rollouts = 2
     ("old", "new", "where"),
     [
         ("GOOD", "GOOD", None),
-        ('tasks = ["countdown"]', "", "stage/1"),  # required, except through `like`
-        ("rollouts = 2", "rollout = 2", None),  # a table of another stage's kind: the schema does not know which
+        ('tasks = ["countdown"]', "", "stage/1"),  # required unless `like` is used
+        ("rollouts = 2", "rollout = 2", None),  # a key of some kind: under `like` the schema does not know of which
         ("rollouts = 2", "roll = 2", "stage/2"),
         ("dim = 64", "dims = 64", "model"),
         ('"1.5M"', '"1.5Z"', "stage/0/tokens"),
@@ -134,8 +134,8 @@ def test_the_schema_of_data_recipes():
 
 
 def test_the_wheel_outside_the_clone(tmp_path):
-    """Built and installed as pip does it, next to the libraries of this environment; the clone is not on its path."""
-    tree = tmp_path / "tree"  # the build leaves its own files behind
+    """Built and installed as by pip, beside the libraries of this environment; the clone is not on its path."""
+    tree = tmp_path / "tree"  # a copy, since the build leaves files behind
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)

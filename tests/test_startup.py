@@ -1,4 +1,4 @@
-"""What starting costs: reading recipes and their help imports nothing heavy, `bessemer --help` is instant."""
+"""The cost of starting: reading recipes and their help imports nothing heavy, and `bessemer --help` is instant."""
 
 import json
 import os
@@ -50,7 +50,7 @@ print("torch._dynamo" in sys.modules)
 
 
 def loaded(code: str) -> list[str]:
-    """The heavy modules that a fresh process has after running `code`."""
+    """The heavy modules that a fresh process has loaded after running `code`."""
     code = f"import json, sys\n{code}\nprint(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -77,7 +77,7 @@ def test_the_live_page_reads_a_run_and_imports_nothing_heavy(tmp_path):
 
 
 def test_help_is_instant():
-    """0.25 s of CPU on two cores; the least of three, since other work on a machine makes any of them slower."""
+    """It takes 0.25 s of CPU time on two cores; the test takes the best of three, as other work slows them."""
 
     def cpu_seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -89,8 +89,8 @@ def test_help_is_instant():
 
 
 def test_the_network_comes_without_torch_s_compiler_and_builds_no_kernels(tmp_path):
-    """torch's compiler takes as long to import as torch itself, and only `compile` needs it. Kernels are built when
-    the first of them is called."""
+    """torch's compiler takes as long to import as torch itself, and only `compile` needs it. Kernels are built on the
+    first call of one."""
     environment = os.environ | {"BESSEMER_KERNEL_CACHE": str(tmp_path / "none")}
     command = [sys.executable, "-c", NETWORK]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Trackers as mirrors of metrics.jsonl: real libraries, read back by their readers; kills, new attempts, failures."""
+"""Trackers mirror metrics.jsonl: real libraries, read back by their own readers; kills, new attempts, failures."""
 
 import json
 import os
@@ -66,8 +66,8 @@ def mlflow(root):
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """Of LevelDB's log format, in which wandb keeps an offline run: blocks of 32 KiB after a header of 7 bytes. A
-    record is whole (1) or has a first (2), middle (3) and last (4) part, each after checksum, length and kind."""
+    """Records in LevelDB's log format, which wandb uses for offline runs: 32 KiB blocks after a header of 7 bytes. A
+    record is whole (1) or split into first (2), middle (3) and last (4), each after checksum, length and kind."""
     at, parts = 7, b""
     while at + 7 <= len(data):
         if (left := -at % 32768) and left < 7:
@@ -108,8 +108,8 @@ def trackio(root):
 
 
 def send(root, name):
-    """trackio reads its variables once, when it is imported, and wandb names an offline run by the second: each of
-    their calls has a process of its own."""
+    """trackio and wandb get a new process per call: the one reads its environment once, at import, and the other names
+    an offline run by the second."""
     if name not in ("trackio", "wandb"):
         assert trackers.track(root, [name]) == []
         return
@@ -126,14 +126,14 @@ def test_curves_go_on_after_a_kill_and_a_new_attempt_has_its_own(run, name):
     pytest.importorskip(trackers.TRACKERS[name][0])
     write(run, "base", range(1, 6))
     send(run, name)
-    metrics = Metrics(run / "metrics.jsonl")  # killed; the checkpoint was of step 3
+    metrics = Metrics(run / "metrics.jsonl")  # killed; the last checkpoint was at step 3
     metrics.rewind("base", 3)
     metrics.close()
-    send(run, name)  # nothing new
+    send(run, name)  # nothing new to send
     write(run, "base", range(4, 8))
     write(run, "rl", range(1, 3))
     send(run, name)
-    metrics = Metrics(run / "metrics.jsonl")  # another learning rate: the stage was set aside and begins anew
+    metrics = Metrics(run / "metrics.jsonl")  # another learning rate: the stage was set aside and starts over
     metrics.rewind("rl", -1)
     metrics.close()
     time.sleep(0.002)
@@ -148,7 +148,7 @@ def test_curves_go_on_after_a_kill_and_a_new_attempt_has_its_own(run, name):
 
 
 def test_beside_a_run_and_to_its_end(run):
-    """What is written just before the end arrives, from a process that Ctrl-C of the run does not reach."""
+    """Lines written just before the end arrive, sent by a process that the run's Ctrl-C does not reach."""
     with trackers.mirrored(run, ["tensorboard"]):
         write(run, "base", range(1, 3))
         deadline = time.monotonic() + 60
@@ -180,7 +180,7 @@ def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeyp
 def test_a_tracker_that_hangs_is_left_behind(run, monkeypatch, capfd):
     monkeypatch.setattr(trackers, "PATIENCE", 3.0)
     write(run, "base", range(1, 4))
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts the connection and never answers
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         with trackers.mirrored(run, ["mlflow"]):
@@ -201,7 +201,7 @@ def test_a_killed_run_takes_its_mirror_with_it(run):
     process.wait()
     process.stdout.close()
     deadline = time.monotonic() + 60
-    while True:  # it sends what there is, then ends and frees the lock
+    while True:  # the mirror sends what there is, then ends and frees the lock
         try:
             assert time.monotonic() < deadline
             assert (run / "trackers.json").exists()

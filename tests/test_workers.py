@@ -1,4 +1,4 @@
-"""Worker processes: order, errors, sudden ends, and results that do not depend on how many there are."""
+"""Worker processes: order, errors, sudden deaths, and results independent of their number."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def test_map_keeps_the_order_though_later_items_finish_first(n):
 
 
 def test_two_workers_really_run_side_by_side():
-    """Each waits for the other; one after the other they would wait forever."""
+    """Each waits for the other; run one after the other they would wait forever."""
     meeting = multiprocessing.get_context("fork").Barrier(2, timeout=10)
     assert len(list(Workers(2).map(lambda i: meeting.wait(), range(2)))) == 2
 
@@ -142,13 +142,13 @@ print("left" if any(map(runs, pids)) else "ended")
 
 
 def test_garbage_ends_its_helpers_once_and_a_fork_never_does():
-    """Workers of a model that is let go lie in a cycle; a pipe closed twice may by then be somebody else's."""
+    """A released model's workers are in a reference cycle; a pipe closed twice may by then belong to someone else."""
     done = subprocess.run([sys.executable, "-c", PIDS], capture_output=True, text=True)
     assert (done.stdout.split("\n"), done.stderr) == (["alive", "ended", ""], "")
 
 
 def running(pid):
-    """Zombies nobody has collected yet do not count."""
+    """Whether the process runs; zombies not yet reaped do not count."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -192,7 +192,7 @@ def test_training_is_bitwise_the_same_with_any_number_of_workers(optimizer):
 
 def test_every_token_is_counted_once():
     _, loads = trained(Workers(2))
-    # 6 rows x 24 tokens x 4 experts a layer; the MTP module sees one token less a row
+    # 6 rows x 24 tokens x 4 experts per layer; the MTP module sees one token fewer per row
     assert loads[0]["1"].sum() == 6 * 24 * 4
     assert loads[0]["mtp0"].sum() == 6 * 23 * 4
 
