@@ -1,4 +1,4 @@
-"""The claims page in headless Chromium: two widths, two languages, the keyboard, and no violation by axe-core."""
+"""The claims page in headless Chromium: two widths, two languages, the keyboard, no axe-core violations."""
 
 import re
 from pathlib import Path

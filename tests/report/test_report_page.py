@@ -1,4 +1,4 @@
-"""The report in headless Chromium: values under the pointer, zoom, where rollouts open, no violation by axe-core."""
+"""The report in headless Chromium: values under the pointer, zoom, where rollouts open, no axe-core violations."""
 
 import json
 import re
