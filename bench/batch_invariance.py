@@ -3,7 +3,7 @@
     python bench/batch_invariance.py MODEL [--requests 150] [--tokens 32] [--out FILE]
 
 Every request has its own prompt and seed. It runs alone (its batch is one row), then among 8, 64 and all others, as the
-server would batch it. Counted are answers of which a token differs.
+server would batch it. An answer counts as different if any of its tokens differs.
 """
 
 from __future__ import annotations

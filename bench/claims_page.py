@@ -1,8 +1,8 @@
-"""The page of the claims in docs, and its counts in both READMEs, from the results that the package holds.
+"""Writes docs/claims.html, and its counts in both READMEs, from the results in the package.
 
     python bench/claims_page.py [--runs runs/claims]
 
-With --runs the finished runs of that folder are first joined to the package's results. A test says when this is due.
+With --runs, the finished runs in that folder are first added to the package's results. A test fails when this is due.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Damages every kind of file of a run, a byte or a cut at a time, and looks at what its readers make of it.
+"""Damages every kind of file in a run, one bit or one cut at a time, and records what its readers do with it.
 
     python bench/corruption.py               all kinds; results go to bench/results/corruption.json
-    python bench/corruption.py done.json 20  one kind, so many damages a file, to the screen only
+    python bench/corruption.py done.json 20  one kind, that many damages a file, to the screen only
 
-A flipped bit or a cut must end in a one-line error, in the stage being made again, or in the same result. A traceback
-is never right. Where nothing can know better, as with a weight in a directory that comes from elsewhere or a lost line
-of metrics, a different result is allowed, and counted: `unnoticed`. GGUF files are not among them: they are read from
-packages alone, whose SHA-256 is pinned.
+A flipped bit or a cut must end in a one-line error, in a rerun of the stage, or in the same result. A traceback is
+never right. Where nothing can detect the damage, as with a weight in a directory from elsewhere or a lost line of
+metrics, a different result is allowed and counted as `unnoticed`. GGUF files are not covered: they are read only from
+packages, whose SHA-256 is pinned.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHORT = (
 
 
 class Again(Exception):
-    """The runner would make a stage again."""
+    """Raised when the runner would run a stage again."""
 
 
 def again(item: Any, *_: Any) -> None:
@@ -104,14 +104,14 @@ def rewind_metrics(out: Path) -> Any:
 
 class Kind(NamedTuple):
     folder: str
-    """Copied for every damage."""
+    """The folder copied for each damage."""
     files: str
-    """Pattern of those that are damaged."""
+    """Pattern of the files to damage."""
     read: Callable[[Path], Any]
     strict: bool = True
     """Whether a different result is wrong."""
     share: float = 1.0
-    """Of the damages that are tried: readers that take long get fewer."""
+    """Share of the damages to try: slow readers get fewer."""
 
 
 KINDS = {
@@ -140,7 +140,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def damages(data: bytes, n: int, draw: random.Random) -> list[tuple[str, bytes]]:
-    """`n` flips of a bit, half of them in the first and last 200 bytes, and a third as many cuts."""
+    """`n` bit flips, half of them in the first and last 200 bytes, and a third as many cuts."""
     ends = [*range(min(200, len(data))), *range(max(0, len(data) - 200), len(data))]
     found = []
     for turn in range(n):

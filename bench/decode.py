@@ -8,7 +8,7 @@ ignore stop tokens and decode the same number of tokens. Rounds alternate betwee
 median over the rounds with the minimum and the maximum.
 
     plain       our decoder with default settings
-    compiled    the same with its steps through torch.compile, compiled before the timing starts; where no kernel serves
+    compiled    the same with its steps through torch.compile, compiled before the timing; only where no kernel serves
     tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and "decoding alone",
                 with the time of prefill and the first token subtracted on both sides
     guesses     our decoder at batch 1 with 0 to 3 draft tokens from the MTP module, in processor seconds of the same

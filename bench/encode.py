@@ -3,10 +3,10 @@
     pip install 'bessemer[gigatoken]'
     python bench/encode.py [--megabytes 12] [--rounds 3] [--json bench/results/encode.json]
 
-Texts are the source code of the installed Python packages, one text per file, in an order drawn once, and the
-paragraphs of this repository's documents; the tokenizer is trained on some of them. Texts go in batches of 256. Times
-are those of the processor, the least of the rounds, since other work on a machine makes any of them slower; the first
-round of the last two is apart, as their caches of pieces are empty. All ids are compared.
+The texts are the source code of the installed Python packages, one text per file, in an order drawn once, and the
+paragraphs of this repository's documents; the tokenizer is trained on some of them. A batch is 256 texts. Figures are
+processor time, the least over the rounds, since other work on the machine only slows a round; the first round is also
+given, because the caches of the last two encoders are empty then. All ids are compared.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Losses are smoothed as in the paper (e <- 0.9 e + 0.1 loss). The gap of a format
 same seed, in per cent, at every step. Prints the run's table and the verdict by the rules in docs/results.md, fixed
 before the run. Stages that have not finished are left out.
 
---same-weights takes each seed's BF16 model as it ended and computes the loss of the same held-out rows and its gradient
-in every format. Nothing is trained, so nothing drifts apart: what differs is rounding (and the routing that it tips).
+--same-weights takes each seed's final BF16 model and computes the loss on the same held-out rows and its gradient in
+every format. Nothing is trained, so nothing drifts apart: only rounding differs (and the routing that it changes).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PAPER, CONTROL = "FP8, paper", "FP8, coarse"
 
 
 def verdict(gaps: list[comparisons.FormatGap]) -> str:
-    """Whether the study can see harm, and what it shows of the paper's recipe; only seeds that have both formats."""
+    """Whether the study can see harm, and what it shows about the paper's recipe; only seeds that have both formats."""
     by_seed = {label: {one.seed: one for one in gaps if one.label == label} for label in (PAPER, CONTROL)}
     seeds = sorted(seed for seed in by_seed[PAPER].keys() & by_seed[CONTROL].keys() if seed is not None)
     pairs = [(by_seed[PAPER][seed], by_seed[CONTROL][seed]) for seed in seeds]
@@ -100,7 +100,7 @@ ROWS = 4
 
 def same_weights(run: Path) -> dict[str, dict[str, list[float]]]:
     """Format -> "loss gap %" and "gradient error %" of each seed, against float32. The gradient's error is the norm of
-    the difference over all parameters, by the norm of the gradient."""
+    the difference over all parameters, divided by the norm of the gradient."""
     found: dict[str, dict[str, list[float]]] = {}
     corpus = next(run.glob("*-corpus"))
     parts = [open_rows(meta.parent, "heldout") for meta in sorted(corpus.glob("*/meta.json"))]

@@ -1,11 +1,11 @@
-"""How training speed grows: tokens/s of `small` against row length, width, routed experts and rows, both sides.
+"""How training speed scales: tokens/s of `small` by row length, width, routed experts and rows, for both sides.
 
     python bench/growth.py --json bench/results/growth.json
 
-One axis moves, the others stay: 16 rows of 256, width 256, 36 experts of which 4 are active. Along the axis of lengths
-a step keeps 4,096 tokens. A step is as in `train_speed.py`, on one core or `--threads`; both sides take steps in turn.
-The peer runs eagerly, in its faster of float32 and autocast: compiling it takes minutes a point and gives 1.2 to 1.6
-times the speed there. Routing is real.
+One axis varies, the others stay at 16 rows of 256, width 256, 36 experts of which 4 are active. On the row-length axis
+every step has 4,096 tokens. A step is as in `train_speed.py`, on one core or `--threads`; the sides take steps in turn.
+The peer runs eagerly, in the faster of float32 and autocast: compiling it takes minutes per point and makes it 1.2 to
+1.6 times as fast. Routing is real.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AXES: dict[str, list[tuple[float, tuple[int, int], dict[str, Any]]]] = {
     ],
     "rows": [(rows, (rows, 256), {}) for rows in (2, 4, 8, 16, 32)],
 }
-"""By axis: the place on it, rows and length of a step, and fields of the preset."""
+"""By axis: its value, rows and length of a step, and the preset fields that it changes."""
 
 
 def point(args: argparse.Namespace, shape: tuple[int, int], fields: dict[str, Any]) -> dict[str, Any]:

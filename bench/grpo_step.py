@@ -3,16 +3,16 @@
     python bench/grpo_step.py --json bench/results/grpo_step.json
     python bench/grpo_step.py --quick --rounds 1 --steps 2
 
-A step is the work of both sides between two optimizer steps: sample PROMPTS x 16 completions, verify them, compute
+A step is what either side does between two optimizer steps: sample PROMPTS x 16 completions, verify them, compute
 group-relative advantages and log-probabilities under the reference (the paper's KL), forward, backward, clip, AdamW.
-There is one update per rollout, so neither side recomputes the sampler's log-probabilities. Real routing (the tiny
-preset with random weights, exported to a Hugging Face directory that both sides load). Float32, and BF16 compute with
-float32 masters on both sides (`--dtypes`; TRL's bf16 is autocast). Every completion has exactly LENGTH tokens: the
+There is one update per rollout, so neither side recomputes the sampler's log-probabilities. Routing is real (the tiny
+preset with random weights, exported to a Hugging Face directory that both sides load). Both sides compute in float32,
+and in BF16 with float32 masters (`--dtypes`; TRL's bf16 is autocast). Every completion has exactly LENGTH tokens: the
 peer's end token is suppressed (min_new_tokens), ours is not a stop token (stop_ids = []).
 
 The peer generates with transformers (use_cache). Its figure is its best of: grouped or eager experts; a paged
 continuous batch; the whole rollout as one micro-batch or four; compiled; one or two threads. It uses our allocator
-setting in all cases and no gradient checkpointing (its default, which costs a second forward pass). Ours uses one
+setting in all cases, without gradient checkpointing (on by default; it costs a second forward pass). Ours uses one
 process or two. Each case runs in its own process, and the cases alternate `--rounds` times, so that other work on the
 machine slows both sides equally; the load average at each start is recorded. With one thread the CPU seconds of the
 process are reported too, which other work hardly affects.

@@ -1,10 +1,10 @@
-"""Model directories of a hostile sender: each must end in one line of error, within 10 seconds and 2 GB.
+"""Model directories from a hostile sender: each must end in a one-line error, within 10 seconds and 2 GB.
 
     python bench/hostile_models.py                  every kind; results go to bench/results/hostile_models.json
     python bench/hostile_models.py fifo template    those whose names contain one of the words, to the screen only
 
 Each kind is a small sound model, ours or a Llama, with one thing changed, and is given to `bessemer generate` in a
-process of its own. The command must exit with 2 and have said exactly one line, `error: ...`; time, memory (children
+process of its own. The command must exit with 2 and print exactly one line, `error: ...`; time, memory (children
 included) and the line are recorded. Memory is limited from outside too, so that a kind that gets through harms nobody.
 """
 
@@ -143,7 +143,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a tokenizer nested 100,000 deep": ("llama", raw("tokenizer.json", "[" * 100_000)),
     "a config of 20 GB": ("ours", sparse_file("config.json", 20 << 30)),
     "a config that is no UTF-8": ("ours", raw("config.json", b"\xff\xfe{}")),
-    # what is no file
+    # not regular files
     "a FIFO as weights": ("ours", replaced(WEIGHTS, os.mkfifo)),
     "a FIFO as config": ("ours", replaced("config.json", os.mkfifo)),
     "a FIFO as a Llama's weights": ("llama", replaced(WEIGHTS, os.mkfifo)),
@@ -198,7 +198,7 @@ def write_bases(folder: Path) -> None:
 
 
 def changed(bases: Path, name: str, directory: Path) -> Path:
-    """A directory of this kind."""
+    """Makes a directory of this kind."""
     base, change = KINDS[name]
     shutil.copytree(bases / base, directory)
     change(directory)
@@ -248,7 +248,7 @@ def run(names: list[str]) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_bases(folder)
-        for base in ("ours", "llama"):  # the sound ones answer
+        for base in ("ours", "llama"):  # the unchanged models answer
             found = attempt(folder / base, folder / "log")
             if found["status"]:
                 raise SystemExit(f"the sound model {base} does not work: {found}")

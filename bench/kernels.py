@@ -1,4 +1,4 @@
-"""C++ kernels against the torch code they replace: single operations, whole training steps and decoding, as they grow.
+"""C++ kernels against the torch code they replace: single operations, whole training steps and decoding, by size.
 
     python bench/kernels.py --threads 1 --json bench/results/kernels.json
     python bench/kernels.py --only curves --dtype bfloat16
@@ -6,7 +6,7 @@
 Both sides run in one process, one call of each in turn, so that other work on the machine slows both; figures are the
 best of `--repeats` calls by processor time (one thread), or by the clock (more). Routing is real: random weights,
 random tokens. "step" is forward, backward, clipping and AdamW of 4,096 tokens; "decode" is one step of the engine's
-network, cache included, sampling not.
+network, with the cache, without sampling.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Meter:
         for turn in range(self.repeats + 1):
             for side, setting in (("torch", "off"), ("kernels", "auto")):
                 with kernels(setting):
-                    library.available()  # found again after the change, outside the measurement
+                    library.available()  # loaded for the new setting, outside the measurement
                     begin = self.clock()
                     work()
                     if turn:

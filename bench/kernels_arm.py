@@ -1,7 +1,7 @@
 """The kernels on another processor: `python bench/kernels_arm.py` repeats the calls of the kernels' tests on ARM.
 
 The tests run here; every call of a kernel is recorded with its memory before and after. Then the library is built for
-the other instruction set, `replay.cpp` makes the same calls with it, and the results are compared. ARM runs in qemu:
+the other instruction set, `replay.cpp` makes the same calls with it, and the results are compared. qemu runs ARM:
 this needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user). `--instructions baseline`
 or `avx2` compares other x86 code with what the recording used; `--record emulated-amx` records AMX's code, for
 `--instructions emulated-amx` on ARM with `--arm`.
@@ -29,10 +29,10 @@ from bessemer.kernels import build, library
 
 ROOT = Path(__file__).parents[1]
 MOST_BYTES, MOST_CALLS = 8 << 20, 40
-"""Of a call's memory, and of calls of one function: qemu is twenty to fifty times as slow."""
+"""Limits on a call's memory and on the calls of one function: qemu is twenty to fifty times slower."""
 TOLERANCE = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (8e-3, 1e-3), torch.float64: (1e-6, 1e-7)}
-"""Relative error of a number, and absolute error in units of the memory's largest; at least of the call's largest or 1,
-since gradients may be what is left of equal terms. A function of BF16 may round what it keeps in float32, too."""
+"""Relative error of a number, plus absolute error in units of the largest number in the memory or the call, since
+gradients may be what is left of equal terms. A BF16 function may round its float32 results, too."""
 
 
 class Memory(NamedTuple):
@@ -42,7 +42,7 @@ class Memory(NamedTuple):
     before: Tensor
     after: Tensor
     addresses: list[tuple[int, int, int]]
-    """(place in this memory, number of the memory, offset) of the addresses that a table of them holds."""
+    """(place in this memory, number of the memory, offset) for each address, if it is a table of addresses."""
 
 
 class Call(NamedTuple):
@@ -56,7 +56,7 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """A plug-in of pytest that keeps the calls made with one instruction set."""
+    """A pytest plug-in that keeps the calls made with one instruction set."""
 
     def __init__(self, instructions: str):
         self.instructions, self.calls, self.seen = instructions, [], Counter()  # type: ignore[var-annotated]
@@ -146,7 +146,7 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
     for call in calls:
         floats = [m.after[: len(m.after) // 8 * 8].view(m.dtype) for m in call.memories if m.dtype.is_floating_point]
         largest = max((float(one.abs().nan_to_num(0, 0).max()) for one in floats if len(one)), default=0.0)
-        ill = 1000 if largest > 1000 else 1  # the rounding of a score of 7,000 is a thousandth of its exponential
+        ill = 1000 if largest > 1000 else 1  # rounding a score of 7,000 changes its exponential by a thousandth
         for number, memory in enumerate(call.memories):
             if not memory.after.numel():
                 continue
@@ -162,7 +162,7 @@ def compare(calls: list[Call], results: bytes) -> list[str]:
             relative, absolute = TOLERANCE[torch.bfloat16 if call.name.endswith("bfloat16") else memory.dtype]
             a, b = ours.double(), theirs.double()
             finite = a.isfinite()
-            if not torch.equal(finite, b.isfinite()):  # which of too large numbers are NaN depends on the order
+            if not torch.equal(finite, b.isfinite()):  # which overflows become NaN depends on the order
                 differ = int((finite != b.isfinite()).sum())
                 wrong.append(f"{call.name}: {differ} of {len(a)} numbers of memory {number} are finite in one alone")
                 continue

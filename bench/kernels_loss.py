@@ -1,4 +1,4 @@
-"""The loss of a 300-step run with the C++ kernels and without, for several seeds: how far apart they end.
+"""The loss of a 300-step run with the C++ kernels and without, for several seeds: how far apart the two end.
 
     python bench/kernels_loss.py --json bench/results/kernels_loss.json
     python bench/kernels_loss.py --steps 300 --seeds 3 --dtype bfloat16
@@ -6,8 +6,8 @@
 Each run trains `tiny` with its MTP module, Muon, on documents of the countdown task, 16 rows of 256 per step; a seed
 chooses the initial weights and the documents, the same for both sides. The loss is that of fresh documents at the end
 and the mean of the last 20 training steps. The control is the torch path with its micro-batches cut in half: the same
-mathematics in another order of sums, which is what a kernel is too. A run is a process of its own on one core. The
-file of --json is written after each run, and runs that it holds already are not made again.
+mathematics summed in another order, as a kernel does. Each run is a process of its own on one core. The --json file is
+written after each run, and runs that it already holds are skipped.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python bench/llama_speed.py MODEL [--rounds 3] [--tokens 96] [--threads 1] [--json bench/results/llama_speed.json]
 
 MODEL is a directory of our model family, such as runs/zero/03-zero/model; llama.cpp reads it through a GGUF file that
-we write. Both sides ignore stop tokens. Of llama.cpp's forms (flash attention or not, cache in F32 or F16) each row
-count has its fastest. Its batch goes through `llama_decode` itself, all rows in one call, and the next tokens are one
+we write. Both sides ignore stop tokens. For each row count llama.cpp uses its fastest form (flash attention or not,
+cache in F32 or F16). Its batch goes through `llama_decode` itself, all rows in one call, and the next tokens are one
 `argmax` of all logits. Rounds alternate between the sides; figures are tokens of all rows divided by the time of whole
 calls, prefill included: medians, with minimum and maximum. Requires llama-cpp-python, which builds llama.cpp.
 """
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path = [place for place in sys.path if Path(place or ".").resolve() != HERE]  # llama_cpp.py beside this is a bench
+sys.path = [place for place in sys.path if Path(place or ".").resolve() != HERE]  # llama_cpp.py here is a benchmark
 import llama_cpp as llama
 
 sys.path.insert(0, str(HERE))
@@ -44,11 +44,11 @@ FORMS = {
 }
 
 SILENT = llama.llama_log_callback(lambda *_: None)
-"""Lives as long as llama.cpp may call it."""
+"""Kept alive here, since llama.cpp may call it at any time."""
 
 
 class Peer:
-    """llama.cpp on a GGUF file for so many rows of so many tokens."""
+    """llama.cpp on a GGUF file, with room for `rows` rows of `length` tokens."""
 
     def __init__(self, file: Path, rows: int, length: int, threads: int, flash: bool, kind: int):
         self.model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())

@@ -8,7 +8,7 @@ which has no fused CPU kernel when keys and values differ in width, as in MLA. W
 documents of 500 tokens. One row, one thread, float32. Times are processor time, since the machine is shared; the
 backends alternate, and figures are medians with the minimum and the maximum. Memory is measured by torch's allocator:
 bytes saved for backward, and the peak over both directions, without the arguments. The kernel's own working memory, a
-kilobyte a token and thread, is not torch's.
+kilobyte per token and thread, is not counted.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A step is forward, backward, clip and AdamW on ROWS rows of LENGTH random tokens in float32, through the trainer. The
 SFT cases train the next token; the GRPO cases also compute log-probabilities under the reference, which full training
-keeps as a second network; sampling is no part of a step. Each case runs in its own process on one core, and the cases
+keeps as a second network; a step excludes sampling. Each case runs in its own process on one core, and the cases
 alternate `--rounds` times, so that other work slows all of them; the load average at each start is recorded.
 
 Other work hardly affects `cpu_seconds`. `peak` is the largest resident size during the steps, after loading; `held` the

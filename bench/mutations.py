@@ -3,9 +3,9 @@
     python bench/mutations.py               every item that the results do not hold yet, about a minute each
     python bench/mutations.py clip rope     those whose names contain one of the words, again
 
-Each mutation replaces one text in the item's file in a copy of the tree and runs the item's test file there until its
-first failure. A test that stays green is the finding: it has to be strengthened, or the table names the wrong one.
-Results go to bench/results/mutations.json after every item, so an interrupted run goes on where it stopped.
+Each mutation replaces one piece of text in the item's file in a copy of the tree and runs the item's test file there
+until its first failure. A test that stays green is a finding: it needs strengthening, or the table names a wrong one.
+Results go to bench/results/mutations.json after every item, so an interrupted run resumes where it stopped.
 """
 
 import json
@@ -123,7 +123,7 @@ def main(words: list[str]) -> None:
 
 
 def run(file: str, test: str, text: list[str]) -> dict[str, object]:
-    """Whether a test file is red with one text replaced, and the first failure."""
+    """Whether a test file fails with one piece of text replaced, and the first failure."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout

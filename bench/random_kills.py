@@ -1,15 +1,15 @@
-"""Kills a run of every kind of stage at random moments, lets it go on each time, and compares it with one never killed.
+"""Kills a run of every kind of stage at random moments, resumes it each time, and compares it with one never killed.
 
     nice -n 15 python bench/random_kills.py --work runs/random-kills --kills 200
 
 The recipe is a chain of all twelve kinds at the smallest size that keeps each of them busy for seconds. Every round
-makes the run from nothing: for each stage in turn the process gets SIGKILL at random fractions of the stage's time (a
-sixth of the kills: in the first second of the process instead), and the same command goes on. Then these must be equal,
-byte for byte: every output file of every stage, the summaries, and the metrics but for seconds and speeds. Nothing may
-be moved aside, no temporary file and no process may be left.
+starts the run afresh: in each stage in turn the process gets SIGKILL at random fractions of the stage's time (a sixth
+of the kills: in the first second of the process instead), and the same command resumes it. Then these must be equal,
+byte for byte: every output file of every stage, the summaries, and the metrics except seconds and speeds. Nothing may
+be moved aside, and no temporary file or process may be left.
 
 Each round is drawn from its own seed, which is printed. Results go to bench/results/random_kills.json after every
-round, so an interrupted measurement goes on where it stopped; a round that differs ends it and keeps its folder.
+round, so an interrupted measurement resumes where it stopped; a round that differs ends it and keeps its folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from bessemer import cli  # noqa: E402
 from bessemer.runs.directory import damage, stage_folders  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "random_kills.json"
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: what a killed run leaves becomes our child
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: processes that a killed run leaves become our children
 LEFT_SECONDS = 5.0
 """How long the children of a killed run may take to end."""
 IGNORED = ("seconds", "per_second", "version", "wall")
@@ -218,7 +218,7 @@ max_new_tokens = 32
 
 
 def write_inputs(folder: Path) -> Path:
-    """Data, a model that knows the answers in them by heart, and the recipe; made once."""
+    """Writes the data, a model that has memorised its answers, and the recipe, unless they exist; returns its path."""
     recipe = folder / "kills.toml"
     if not recipe.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def start(recipe: Path, out: Path) -> int:
-    """The command line's `run` in a process of its own, forked after the imports to save their seconds."""
+    """Forks a process that does `bessemer run` without the seconds that the imports take; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -270,7 +270,7 @@ def left_over() -> list[str]:
 
 
 def place(out: Path) -> str:
-    """The stage that is under way."""
+    """The stage in progress."""
     folders = stage_folders(out) if out.exists() else []
     return next((name for _, name, at in folders if not (at / "done.json").exists()), "between")
 
@@ -278,8 +278,8 @@ def place(out: Path) -> str:
 def kill_at(
     recipe: Path, out: Path, stage: str, number: int, seconds: float, from_start: bool
 ) -> dict[str, Any] | None:
-    """Starts the run and kills it `seconds` after it began (or went on with) the stage, or as soon as that is done;
-    None if the run ended before."""
+    """Starts the run and kills it `seconds` after it began (or resumed) the stage, or as soon as the stage is done;
+    None if the run ended first."""
     folder, begun = out / f"{number:02d}-{stage}", time.time_ns()
     from_start = from_start or (folder / "done.json").exists()
     pid, clock = start(recipe, out), time.monotonic()
@@ -352,7 +352,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     work = args.work.resolve()
-    if not (work / "kills.toml").exists():  # in a process of its own: nothing of training stays here
+    if not (work / "kills.toml").exists():  # in a process of its own, so no training state stays here
         if (pid := os.fork()) == 0:
             write_inputs(work)
             os._exit(0)

@@ -9,7 +9,7 @@ From them follow the times of two schedules:
 
     sequential   (`after`) sampling on both cores, then the updates on both cores: items are processed in pairs, a pair
                  takes as long as its longer item, and the remaining work takes one core
-    concurrent   (`beside`) one core for the sampler, one for the trainer: a rollout takes as long as the longer of both
+    concurrent   (`beside`) one core for the sampler, one for the trainer: a rollout takes as long as the slower one
 
 The second needs `max_off_policy_rollouts = 1`, hence older samples; it is worth building only if it is clearly shorter.
 """

@@ -2,10 +2,10 @@
 
     python bench/serve_soak.py MODEL [--streams 300] [--seconds 600] [--out FILE]
 
-So many clients hold one stream each, all the time: whoever has its answer asks again, every tenth leaves in the middle,
-every twentieth asks for JSON. Memory (resident, of the server's process and the model's) is sampled every second. The
-figure is the growth from the average of the second fifth of the time to that of the last; the first fifth fills caches.
-Lost: a stream that ends without [DONE] though its client stayed, or an error.
+That many clients hold one stream each at all times: a client asks again once it has its answer, every tenth request is
+abandoned midway, and every twentieth asks for JSON. Memory (resident, server and model processes) is sampled every
+second. The figure is its growth from the mean of the second fifth of the time to that of the last; the first fills the
+caches. Lost: a stream that ends without [DONE] though its client stayed, or an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from serve_streams import question
 
 
 async def client(port: int, n: int, tokens: int, until: float, counts: Counter[str]) -> None:
-    """One stream after another."""
+    """Opens one stream after another."""
     number = 0
     while time.monotonic() < until:
         number += 1
@@ -54,7 +54,7 @@ async def client(port: int, n: int, tokens: int, until: float, counts: Counter[s
 
 
 def resident(pid: int) -> float:
-    """Megabytes."""
+    """Megabytes of a process in memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 

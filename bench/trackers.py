@@ -26,7 +26,7 @@ from machine import processor
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 FIRST, LAST = 120, 320
-"""Steps between which is measured; before, the trackers import their libraries and make their databases."""
+"""First and last step measured; before them the trackers import their libraries and create their databases."""
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def wait_for(process: subprocess.Popen, root: Path, step: int) -> None:
 
 
 def spent(root: Path) -> float:
-    """Processor seconds of the session of the run's trackers: their process, its children, and those it waited for."""
+    """Processor seconds of the session of the run's trackers: their process, its children, and those already reaped."""
     stats = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

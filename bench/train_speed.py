@@ -31,7 +31,7 @@ ROWS, LENGTH = 16, 256
 
 @contextlib.contextmanager
 def before_others(wanted: bool):
-    """Inside, the threads of this process and of its helpers run before everyone else's."""
+    """A context in which the threads of this process and of its helpers run before all others."""
 
     def schedule(policy: int, priority: int) -> None:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:

@@ -1,8 +1,8 @@
-"""Answers made right or wrong by construction, judged by every verifier: the wrong verdicts in both directions.
+"""Answers right or wrong by construction, judged by every verifier: counts wrong verdicts in both directions.
 
 `python bench/verifier_properties.py [COUNT] [FAMILY...]` writes bench/results/verifier_properties.json. A maker returns
-(task, problem, answer, whether it is right) without looking at any verifier: the value of a right answer is written in
-another way, that of a wrong one is another value, or the text is none (other alphabets, other units, two answers).
+(task, problem, answer, whether it is right) without looking at any verifier: a right answer writes the value in another
+way; a wrong one has another value, or is not an answer at all (other alphabets, other units, two answers).
 tests/tasks/test_verifier_properties.py judges a few hundred of each.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from bessemer.tasks import Problem, Task, get
 
 COUNT, SLOW = 100_000, {"expression": 10_000}
-"""Answers of a family; math-verify takes milliseconds for each."""
+"""Answers per family; math-verify takes milliseconds for each."""
 Case = tuple[Task, Problem, str, bool]
 Maker = Callable[[random.Random], Case]
 TEMPORARY = tempfile.TemporaryDirectory(prefix="verifier-properties-")
@@ -50,7 +50,7 @@ def integer_of(rng: random.Random) -> int:
 
 
 def look_alikes(rng: random.Random, text: str) -> str:
-    """One character of it in another alphabet, or one that nobody sees inside."""
+    """The text with a character replaced from another alphabet, or with an invisible one inserted."""
     place = rng.randrange(len(text))
     others = {**{str(n): chr(0xFF10 + n) for n in range(10)}, "-": "\u2010", "x": "х", "a": "а", "e": "е", "T": "Т"}
     if text[place] in others and rng.random() < 0.7:
@@ -269,7 +269,7 @@ def countdown(rng: random.Random) -> Case:
 
 
 def expression(rng: random.Random) -> Case:
-    """Sums of terms in x, y, roots and pi, in another order, with factors taken out or fractions written otherwise."""
+    """Sums of terms in x, y, roots and pi, in another order, with factors taken out or fractions in another form."""
     atoms = ("x", "x^2", "y", "xy", "\\sqrt{2}", "\\pi", "x^3", "t")
     terms = [(rng.randrange(1, 12), atom) for atom in rng.sample(atoms, rng.randrange(2, 4))]
 
@@ -303,7 +303,7 @@ def expression(rng: random.Random) -> Case:
 
 
 def form(rng: random.Random) -> Case:
-    """Whole replies to one question: right are the two forms, wrong is what does not belong around the answer."""
+    """Whole replies to one question: the two forms are right, anything else around the answer is wrong."""
     task, problem = NAMED["words"], ask(7, key="value")
     thoughts = f"<think>{rng.choice(('3+4=7', '想一想', 'so it is'))}</think>"
     prose = rng.choice(("So it is", "**Result**", "所以答案是", "We add.\n\nThen")) * rng.randrange(1, 9)

@@ -1,10 +1,10 @@
-"""The live page on a long run: when it answers, when all is read, and what memory it holds.
+"""The live page on a long run: when it answers, when it has read everything, and how much memory it takes.
 
     python bench/watch.py [--lines 1000000] [--json bench/results/watch.json]
 
-`bessemer watch` is started as a user starts it, on a run with one stage and so many lines of four metrics, and is asked
-as the page asks it. Seconds are by the clock, from the start of the process, and of the processor, which other work
-hardly affects; memory is the largest resident size.
+`bessemer watch` is started as a user starts it, on a run with one stage and that many lines of four metrics, and gets
+the page's requests. Seconds are wall time from the start of the process, and processor time, which other work hardly
+affects; memory is the largest resident size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def write_run(root: Path, lines: int) -> int:
-    """Bytes of metrics.jsonl."""
+    """Writes the run; returns the bytes of metrics.jsonl."""
     (root / "recipe.toml").write_text('name = "long"\n[[stage]]\nkind = "pretrain"\n')
     (root / "01-pretrain").mkdir()
     with open(root / "metrics.jsonl", "w") as file:

@@ -6,7 +6,7 @@
 Each arm is a short GRPO from the run's base: on countdown with a reward that pays for saying yes, or for length, and on
 arithmetic whose questions hold their answer (bench/planted.py). The rule, fixed before the first run: the cause named
 first is one of those listed for the arm, in at least 9 of 10 seeds; an arm whose reward did not rise by its interval is
-left out and counted. Interrupted, it goes on.
+left out and counted. The command resumes.
 """
 
 from __future__ import annotations

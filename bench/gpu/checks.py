@@ -51,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the checks run, and how large."""
+    """Where the checks run, and at what size."""
 
     rehearse: bool
     device: torch.device
@@ -183,7 +183,7 @@ def values(place: Place) -> Finding:
     figures: dict[str, Any] = {"loss": {"cpu": exact, "float32": full, "bfloat16": half}}
     figures |= {"float32": off(full_gradients), "bfloat16": off(half_gradients)}
     worst = max(figures["float32"], key=figures["float32"].__getitem__)
-    middle = statistics.median(figures["bfloat16"].values())  # near a tie a token goes to another expert in BF16
+    middle = statistics.median(figures["bfloat16"].values())  # near a tie BF16 sends a token to another expert
     says = (
         f"loss a token {exact:.5f}, in float32 here {full:.5f}, in BF16 {half:.5f}; gradients differ by at most "
         f"{figures['float32'][worst]:.1e} ({worst}) in float32, by {middle:.1%} in the middle in BF16"
@@ -368,7 +368,7 @@ def decode(place: Place) -> Finding:
 
 
 def _with_a_draft(place: Place, engine: Any, rows: int, new: int) -> float:
-    """Tokens per second. Weights are random, so hardly a draft is accepted: what a step with drafts costs."""
+    """Tokens per second with drafts: the cost alone, since random weights have hardly a draft accepted."""
     engine.keeps_memory, prompts = True, [[3 + i % 280] * 32 for i in range(rows)]
     options = {"max_new_tokens": new, "stop_ids": (), "drafts": 1}
     seconds = median_seconds(place, lambda: engine.generate(prompts, **options), 2)
@@ -396,7 +396,7 @@ def _vllm(model: Any, tokenizer: Any, new: int) -> float:
 
 
 def save(place: Place) -> Finding:
-    """A checkpoint while training goes on: how long training waits, and what the steps beside it take."""
+    """A checkpoint while training goes on: how long training waits, and how long its steps take."""
     import fp8_step
 
     from bessemer.train.background import CheckpointWriter
@@ -515,7 +515,7 @@ def layouts(place: Place) -> Finding:
 
 
 def exchange(place: Place) -> Finding:
-    """Tokens between ranks that share experts: every backend that is here, timed and compared with all-to-all."""
+    """Tokens between ranks that share experts: every backend available, timed and compared with all-to-all."""
     cards = torch.cuda.device_count() if place.gpu else 0
     ranks = max((n for n in (2, 4, 8) if n <= cards), default=2)
     if cards < 2 and not place.rehearse:

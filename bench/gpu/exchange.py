@@ -1,12 +1,11 @@
-"""The exchange of tokens between ranks that share experts: every backend that is here, timed and compared.
+"""The exchange of tokens between ranks that share experts: every backend available here, timed and compared.
 
     python bench/gpu/exchange.py [--ranks 8] [--tokens 4096] [--json FILE]      on the GPUs of this machine
     python bench/gpu/exchange.py --rehearse                                     on a CPU: two processes, small
 
-Each rank sends its tokens to the experts of random choices and gets them back, unchanged but for the gate: forward and
-backward in BF16, then with rows in FP8. Results and gradients are compared with all-to-all's; on a GPU that adds the
-copies of a token in any order, so few have other bits. Seconds are medians over rounds of the slowest rank; GB/s count
-forward rows that leave a rank.
+Each rank sends its tokens to randomly chosen experts and gets them back, changed only by the gate: forward and backward
+in BF16, then with rows in FP8. Results and gradients are compared with all-to-all's, bit for bit and by the norm of the
+difference. Seconds are medians over rounds of the slowest rank; GB/s count forward rows that leave a rank.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def rank(args: argparse.Namespace) -> None:
 
 
 def compared(ranks: Ranks, tokens: int, cfg: ModelConfig, rehearse: bool) -> dict[str, Any]:
-    """Every backend that all ranks can use. Collective."""
+    """Measures every backend that all ranks can use. Collective."""
     layout = Layout(ep=ranks.n)
     facts: dict[str, Any] = {
         "ranks": ranks.n, "tokens": tokens, "hidden": cfg.dim, "experts": cfg.n_routed_experts,
@@ -90,7 +89,7 @@ def measured(
     ranks: Ranks, exchange: Exchange, cfg: ModelConfig, tokens: int, recipe: FP8Recipe | None, rounds: int,
     wanted: list[Tensor],
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of the result. `wanted`: results of the first backend, who puts them there."""
+    """A row of the result. `wanted`: results of the first backend, which puts them there."""
     draw = torch.Generator().manual_seed(ranks.me)
     x = torch.randn(tokens, cfg.dim, generator=draw).bfloat16().to(ranks.device).requires_grad_()
     score = torch.rand(tokens, cfg.n_routed_experts, generator=draw)

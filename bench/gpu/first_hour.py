@@ -4,8 +4,8 @@
     python bench/gpu/first_hour.py --rehearse          the same on a CPU with a small network, in two minutes
 
 Every check runs in a process of its own with a limit on its time (checks.py), so that one that crashes, hangs or
-damages the card's context costs no other. Results are kept as they come: the same command goes on after an
-interruption, and repeats what has failed; `--again` repeats everything. It ends with OUT/first_hour.json, a page with
+damages the card's context costs no other. Results are kept as they come: the same command resumes after an
+interruption and repeats failed checks; `--again` repeats everything. It ends with OUT/first_hour.json, a page with
 verdicts beside it (first_hour.html), and exit status 1 if a check is bad.
 """
 

@@ -184,7 +184,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         expected = emulation.swiglu(h, weight, False)
         check("swiglu", label, (h,), partial(backends.swiglu, h, weight), partial(calc_diff, expected), 1e-6)
         dy, gain = torch.randn_like(x), torch.rand(columns, device=device) + 0.5
-        # other last bits of a sum, then bfloat16, which the interpreter cuts off
+        # sums differ in their last bits, then bfloat16, to which the interpreter truncates
         bound = 1e-6 if dtype == torch.float32 else 5e-4 if small else 1e-5
         normed = quantise(normalise(x.cpu(), gain.cpu(), 1e-6))
         run = partial(backends.rms_norm, x, gain, 1e-6, False, normalise)
@@ -194,7 +194,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
         def run_backward(dy: Tensor = dy, x: Tensor = x, gain: Tensor = gain) -> Operand:
             return backends.rms_norm_backward(dy, x, gain, 1e-6, False, normalise_backward)[0]
 
-        if columns > 1:  # one alone has a gradient of rounding errors
+        if columns > 1:  # one column's gradient is only rounding errors
             check("rms_norm_backward", label, (x,), run_backward, partial(calc_diff, normed), bound)
         if columns % 8 == 0:
             scale = quantise(x, "tile", True).scale_MJ
@@ -213,7 +213,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
                     return backends.swiglu_backward(dact, h, weight, None)[part]
 
                 check("swiglu_backward", f"{label} [{part}]", (dact,), run, partial(calc_diff, expected), 1e-6)
-    sizes = [(70, 144, 200), (70, 144, 208)]  # a row of 200 bytes is none for a descriptor
+    sizes = [(70, 144, 200), (70, 144, 208)]  # descriptors cannot load rows of 200 bytes
     if not small:
         sizes += [(1, 1, 1), (64, 2112, 7168), (333, 576, 7168), (4096, 4096, 2048)]
     for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
@@ -225,7 +225,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
     for count, N, K in [([70, 0, 30], 72, 208)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
         x, w = grouped_operands(count, N, K, device)
         expected, label = emulation.grouped_gemm(x, count, w, torch.float32, "block"), f"{count}x{N}x{K}"
-        # as training calls it: the host does not know the counts, and behind the groups lies a rest
+        # as training calls it: the host does not know the counts, and spare rows follow the groups
         whole = not any(c % TILE for c in count)
         rest = TILE if whole else 0
         unknown = DeviceCounts(torch.tensor(count, dtype=torch.int32, device=device), sum(count) + rest, whole)
@@ -250,7 +250,7 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
             exact = wanted(*given, *rest)
 
             def add(product: Callable[..., Tensor] = product, like: Tensor = exact) -> Tensor:
-                """Twice to ones: also where the first call tunes, each adds once."""
+                """Adds the product to ones twice: each call adds once, even if the first one tunes."""
                 into = torch.ones_like(like)
                 product(add_to=into)
                 return product(add_to=into)
