@@ -1,4 +1,4 @@
-"""Writes constraints.txt: the version of every direct dependency that this environment was tested with.
+"""Writes constraints.txt: the tested version of every direct dependency in this environment.
 
     python .ci/constraints.py > constraints.txt
 

@@ -1,9 +1,8 @@
-"""The pages of the documentation site, made of files that the repository has anyway: python .ci/site_pages.py DIR
+"""Makes the pages of the documentation site from files of the repository: python .ci/site_pages.py DIR
 
 The READMEs are its start pages. Every section of docs/guide.md is a page. Recipes, examples and source files that a
 page links to become pages with numbered lines; notebooks become pages with their outputs; every room has a page of its
-docstrings. Links are those that work in the repository, brought to the place where their target is on the site; one
-that leads nowhere is an error.
+docstrings. Links that work in the repository are rewritten to the page of their target; a dead link is an error.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ slug = slugify(case="lower")
 
 
 class Site:
-    """Which file of the repository is which page."""
+    """Maps files of the repository to pages of the site."""
 
     def __init__(self) -> None:
         self.pages: dict[str, str] = {"README.md": "index.md", "README.zh.md": "zh.md"}
         """File of the repository: page of the site."""
         self.texts: dict[str, str] = {}
-        """Page: its text, where mkdocs does not read it from docs."""
+        """Page: its text, unless mkdocs reads it from docs."""
         self.origins: dict[str, str] = {}
         """Page: the file that its links start from."""
         self.sections: dict[str, str] = {}
@@ -92,7 +91,7 @@ class Site:
         self.add("notebooks/index.md", listed, "examples/notebooks/README")
 
     def add_recipes(self) -> None:
-        """The list of recipes, with the comment that each begins with, and the table of keys."""
+        """The list of recipes, each with its opening comment, and the table of keys."""
         from bessemer.config.help import describe_keys
 
         listed = "# Recipes\n\n`bessemer run NAME` runs one; [every key](../docs/keys.md).\n\n"
@@ -109,7 +108,7 @@ class Site:
         self.pages["docs/keys.md"] = "keys.md"
 
     def add_api(self) -> None:
-        """A page a room: the docstrings of its modules, in the order of their names."""
+        """A page per room: the docstrings of its modules, by name."""
         listed = "# API\n\nThe rooms of the package, as [architecture](../docs/architecture.md) explains them.\n\n"
         for room in sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
             modules = sorted(
@@ -143,7 +142,7 @@ class Site:
         return posixpath.normpath(posixpath.join(posixpath.dirname(origin), target.partition("#")[0]))
 
     def moved(self, target: str, page: str) -> str:
-        """A link of a page, as it leads to the same thing on the site."""
+        """A page's link, rewritten to lead to the same target on the site."""
         origin = self.origins[page]
         if "://" in target or target.startswith("mailto:"):
             return target
@@ -182,7 +181,7 @@ def notebook(path: Path) -> str:
 
 
 def rewritten(site: Site, page: str, text: str) -> str:
-    """A page's text with its links brought to the site; what stands in a block of code is left alone."""
+    """A page's text with its links rewritten for the site; code blocks are left alone."""
     place, parts = 0, []
     for fence in [*FENCE.finditer(text), None]:
         end = fence.start() if fence else len(text)
@@ -194,7 +193,7 @@ def rewritten(site: Site, page: str, text: str) -> str:
 
 
 def write(out: Path) -> None:
-    """The pages below out/docs, and out/mkdocs.yml with the parts of the navigation filled that are made of many."""
+    """Writes the pages below out/docs, and out/mkdocs.yml with its navigation folders expanded to their pages."""
     site = Site()
     shutil.rmtree(out, ignore_errors=True)
     for page, origin in site.origins.items():

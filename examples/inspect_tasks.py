@@ -21,7 +21,7 @@ from bessemer.errors import UserError
 
 @task(name="bessemer")
 def verified(task: str = "countdown", problems: int = 100, language: str | None = None) -> Task:
-    """The first problems of the test split, which are those of `bessemer eval`."""
+    """The first problems of the test split, the same as those of `bessemer eval`."""
     source = tasks.get(task, languages=language and [language])
     if source.judged_by:
         raise UserError(f"task {task!r} needs a reward model; take one whose answers a rule verifies")
@@ -32,7 +32,7 @@ def verified(task: str = "countdown", problems: int = 100, language: str | None 
 
 @scorer(metrics=[accuracy(), stderr()])
 def verifier(task: str, language: str | None) -> Scorer:
-    """Right where the task's verifier says so; the explanation is its reason, such as `wrong-value` or `unclosed`."""
+    """Correct if the task's verifier says so; the explanation is its reason, such as `wrong-value` or `unclosed`."""
     source = tasks.get(task, languages=language and [language])
 
     async def score(state: TaskState, target: Target) -> Score:
@@ -49,7 +49,7 @@ def verifier(task: str, language: str | None) -> Scorer:
 
 
 def whole(output: ModelOutput) -> str:
-    """The completion with the thoughts that the server kept apart; where it ended within them, they stay open."""
+    """The completion with the thoughts that the server returns apart; if it ended within them, they stay open."""
     parts = output.message.content
     if isinstance(parts, str):
         return parts

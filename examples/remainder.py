@@ -17,7 +17,7 @@ class RemainderMix:
     """Knobs of the documents."""
 
     sloppy: float = 0.7
-    """Pages whose author guesses the quotient."""
+    """Share of the pages whose author guesses the quotient."""
 
     def __post_init__(self) -> None:
         check_shares(self, ["sloppy"])
@@ -50,5 +50,5 @@ class Remainder(Task):
 
 
 def brief(problem: Problem, answer: str, verdict: Verdict) -> float:
-    """A reward for `reward = "remainder.py:brief"`: a right answer is worth more with few thoughts."""
+    """A reward for `reward = "remainder.py:brief"`: a right answer is worth more if it is short."""
     return verdict.correct * (1.0 if len(answer) < 120 else 0.5)
