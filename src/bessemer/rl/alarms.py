@@ -1,12 +1,12 @@
 """Alarms: what the metrics of a run say is going wrong, the likely cause, and what to do about it.
 
-They read the tables that the stage writes to metrics.jsonl, one per rollout and one per held-out evaluation. An
-`AlarmTracker` takes the tables one by one and raises each alarm once. Its state follows from the tables alone, so a
-resumed run that replays the old ones is where it was.
+They read the records that the stage writes to metrics.jsonl, one per rollout and one per held-out evaluation. An
+`AlarmTracker` takes the records one by one and raises each alarm once. Its state depends only on the records, so a
+resumed run restores it by replaying the old ones.
 
-Rules compare windows: the first of the run, the last, and the best. A window is a mean of WINDOW values, which has half
-the noise of one rollout. A trend is judged from LEARNT values on, so that what a policy learns first (the form) does
-not look like all it learns.
+Rules compare the run's first, latest and best window. A window is the mean of WINDOW values, which halves the noise of
+a single rollout. Trends are judged only after LEARNT values, so that what a policy learns first (the format) is not
+taken for all it learns.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from statistics import fmean, median
 WINDOW = 5
 """Values in a window."""
 Values = Mapping[str, object]
-"""One table of metrics.jsonl by name; values that are not numbers are ignored."""
+"""One record of metrics.jsonl, values by metric name; values that are not numbers are ignored."""
 LEARNT = 20
 """Values before a trend is judged."""
 
 FORM_RISE, ACCURACY_RISE = 0.08, 0.02
-"""Format hacking: the form gained this much, accuracy, of less than half, less than this."""
+"""Format hacking: well-formed answers rose by the first, accuracy (at most half) by less than the second."""
 SHORTER = 0.6
-"""Length collapse: below this share of the longest window. 57 -> 27 tokens was one."""
+"""Length collapse: length below this share of its longest window. One real collapse went from 57 to 27 tokens."""
 THINKS_LESS = 0.5
-"""Thinking stops: below this share of the window that thought most."""
+"""Thinking stops: the share of answers that think is below this fraction of its best window."""
 CALLS = 0.1
-"""Thinking stops: silent where answers gained this many turns, which call tools, and accuracy rose as well."""
+"""Thinking stops: no alarm if answers gained more turns than this (tool calls) and accuracy rose as well."""
 FALLEN = 0.5
 """Collapse: accuracy below this share of its best window, which was at least 0.1."""
 ENTROPY_LOW, ENTROPY_SHARE = 0.02, 0.1
-"""Entropy collapse, nats per token and share of the start: both. Traces of search are nearly certain token by token, so
-a low value alone says nothing."""
+"""Entropy collapse: below both this many nats per token and this share of the start. Search traces are nearly
+deterministic token by token, so a low value alone means nothing."""
 ENTROPY_RISE, ENTROPY_TIMES = 0.5, 2.0
-"""Entropy explosion, nats per token above the start and times the start: both."""
+"""Entropy explosion: both this many nats per token above the start and this multiple of the start."""
 DEAD = 0.8
-"""Groups without contrast."""
+"""Dead groups: share of groups whose samples all have the same reward."""
 CUT, CUT_FALLING, ACCURACY_FALL = 0.5, 0.25, 0.15
-"""Never-ending: half of the answers are cut off, or a quarter while accuracy is this far below its best window. The
-tiny recipe learns on with a third."""
+"""Never-ending: half of the answers are truncated, or a quarter while accuracy is this far below its best window. The
+tiny recipe keeps learning with a third truncated."""
 GAP, STALE_GAP = 0.05, 0.2
-"""Sampler mismatch, nats per token; the second where samples are older than the policy, which moves on meanwhile. One
-implementation gives 1e-6 in float32, bfloat16 .004 to .012."""
+"""Sampler mismatch, nats per token; the second applies to samples older than the policy. If both sides run the same
+implementation, the gap is 1e-6 in float32 and .004 to .012 in bfloat16."""
 KL = 1.0
-"""KL runaway, nats per token, median of the window for k3 has rare huge values. A drift into private language: .79."""
+"""KL runaway, nats per token, window median since k3 has rare huge values. A drift into private language gave .79."""
 PREFERENCE_RISE, TRUE_FALL = 0.05, 0.05
-"""Reward-model hacking: its score gained this much (of about 0 to 1) and true accuracy lost this much."""
+"""Reward-model hacking: the score (about 0 to 1) rose by this much and true accuracy fell by this much."""
 MIXED, MIXED_FALL = 0.8, 0.05
 """Language mixing: share of words in the problem's language among answers that think, and its fall since the start."""
 MIXED_ALWAYS = 0.6
-"""Below this it needs no fall."""
+"""Below this share the alarm needs no fall."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Alarm:
 
 
 class MetricTrack:
-    """One metric so far; memory does not grow with the run."""
+    """The history of one metric, in constant memory."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -106,12 +106,12 @@ class MetricTrack:
 
 
 class MetricHistory:
-    """The tracks of a run by metric name, without the "rl/". Missing and non-finite values count as not measured."""
+    """A run's tracks by metric name, without the "rl/" prefix. Missing and non-finite values count as not measured."""
 
     def __init__(self) -> None:
         self.tracks: dict[str, MetricTrack] = {}
         self.judged: dict[str, MetricTrack] = {}
-        """The same since a reward model joined, which is late (R1: the last quarter of stage 4)."""
+        """The same, counted from when a reward model joined, which is late (R1: the last quarter of stage 4)."""
         self.before: dict[str, list[float]] = {}
         """The last values before that moment."""
 
@@ -304,7 +304,7 @@ def _reward_model_hacking(history: MetricHistory) -> Alarm | None:
 
 
 def _true_accuracy(history: MetricHistory) -> tuple[str, float, float] | None:
-    """(what, when the reward model joined, now): held-out if measured twice since, else of the problems trained on."""
+    """(metric, when the reward model joined, now): held-out if measured twice since, else training accuracy."""
     for name, what, few in (("heldout_pass_at_1", "held-out accuracy", 2), ("accuracy", "accuracy", WINDOW)):
         track, before = history.judged.get(name), history.before.get(name, [])
         if track is not None and track.count >= few:
@@ -316,7 +316,7 @@ def _true_accuracy(history: MetricHistory) -> tuple[str, float, float] | None:
 def _language_mixing(history: MetricHistory) -> Alarm | None:
     if not history.has("language", "think_share"):
         return None
-    # An answer that does not think has no language share, which counts as 0: judge the thinking ones alone.
+    # An answer without thoughts has language share 0, so judge only the answers that think.
     language, think = history["language"], history["think_share"]
     if think.now < 0.2 or think.start < 0.2:
         return None
@@ -338,7 +338,7 @@ RULES: tuple[Callable[[MetricHistory], Alarm | None], ...] = (
 
 
 class AlarmTracker:
-    """Raises each alarm once, when it first holds. `history`: the tables of earlier attempts."""
+    """Raises each alarm once, when it first holds. `history`: (step, record) pairs of earlier attempts."""
 
     def __init__(self, history: Iterable[tuple[int, Values]] = ()) -> None:
         self.history = MetricHistory()
@@ -348,7 +348,7 @@ class AlarmTracker:
             self.add(step, values)
 
     def add(self, step: int, values: Values) -> list[Alarm]:
-        """Takes one table, as it goes to metrics.jsonl; returns the alarms that are new."""
+        """Takes one record of metrics.jsonl; returns the alarms that are new."""
         self.history.add(values)
         new = [alarm for alarm in self.active if alarm.code not in self.raised]
         self.raised |= {alarm.code: (step, alarm) for alarm in new}
@@ -356,5 +356,5 @@ class AlarmTracker:
 
     @property
     def active(self) -> list[Alarm]:
-        """All alarms that hold now, raised before or not."""
+        """All alarms that hold now, whether raised before or not."""
         return [alarm for rule in RULES if (alarm := rule(self.history)) is not None]

@@ -1,19 +1,19 @@
-"""PPO's critic, for comparison with GRPO (PPO: Schulman et al. 2017; R1-Nature A.3): what leaving it out saves.
+"""PPO's critic, to compare with GRPO, which does without one (PPO: Schulman et al. 2017; R1-Nature A.3).
 
     r_t     = r(o) [t is the last token] - beta log(pi_old(o_t) / pi_ref(o_t))     the second term with kl_in_reward
     delta_t = r_t + gamma V_{t+1} - V_t                           V = 0 after the end of an output
     A_t     = sum_k (gamma lambda)^k delta_{t+k}                  GAE; lambda 1: A_t = sum of rewards to come - V_t
     loss    = w_t / 2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 ),   R_t = A_t + V_old,t
 
-PPO as published takes the divergence from the reward of every token (DeepSeekMath 4.1.1), which also punishes length
-(R1-Nature A.3): `kl_in_reward`. Otherwise it stays in the policy's loss, as in GRPO.
+PPO as published subtracts the KL divergence from every token's reward (DeepSeekMath 4.1.1), which also penalises length
+(R1-Nature A.3): `kl_in_reward`. Otherwise the KL term stays in the policy's loss, as in GRPO.
 
-The critic is the policy's network with a score in place of its head. V_t is the value before token t is written, so
-values, advantages and returns are aligned with their token, as everything in a `Batch`.
+The critic is the policy's network with a scalar head in place of the LM head. V_t is the value before token t is
+written, so values, advantages and returns are aligned with their token, like everything in a `Batch`.
 
-The critic, its moments included, lies in the policy's checkpoint (`companions`), which is whole or absent, so after a
-kill both resume from the same step. On many ranks it is split as the policy is: every pipeline computes the values of
-some of a rollout's samples, and all ranks get all values, so that advantages are those of the whole rollout.
+The critic and its moments are saved in the policy's checkpoint (`companions`), which is whole or absent, so after a
+kill both resume from the same step. On many ranks the critic is sharded like the policy. Each pipeline computes the
+values of some samples and every rank gets all values, so advantages are over the whole rollout.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from bessemer.train.objective import Loss
 from bessemer.train.trainer import Trainer
 
 NAME = "critic"
-"""Of the policy's companion."""
+"""The critic's name among the policy's companions."""
 EPSILON = 1e-6
-"""Guard of the division by the spread of a rollout's advantages."""
+"""Guards the division by the standard deviation of a rollout's advantages."""
 
 
 class Critic:
-    """`policy` is the policy's trainer before `start()`, `whole` its network. The critic shares its settings, ranks and
-    workers, except for its own learning rate, and counts the same steps. Collective."""
+    """`policy` is the policy's trainer before `start()`, `whole` its gathered network. The critic shares the trainer's
+    settings, ranks and workers, has its own learning rate, and counts the same steps. Collective."""
 
     def __init__(self, policy: Trainer, whole: GatheredModel, settings: RLConfig, pad_id: int) -> None:
         self.policy, self.settings, self.pad_id = policy, settings, pad_id
@@ -70,7 +70,7 @@ class Critic:
         self._updates: list[dict[str, float]] = []
 
     def assign_advantages(self, groups: Sequence[Group], reference: Reference | None) -> None:
-        """Sets values, GAE advantages and returns of every token. Advantages of the rollout get mean 0 and, with
+        """Sets the value, GAE advantage and return of every token. Advantages get mean 0 over the rollout and, with
         `scale_by_std`, standard deviation 1; returns are not scaled. `reference` is needed with `kl_in_reward`."""
         rows = list(chain.from_iterable(groups))
         tokens, n_pipelines = self.settings.micro_tokens, self.trainer.n_pipelines
@@ -108,10 +108,10 @@ class Critic:
         """One optimizer step on a mini-batch, before the policy's."""
         own = ({name: x for name, x in batch.extras.items() if name != "choice_BTLK"} for batch in batches)
         free = [replace(batch, extras=extras) for batch, extras in zip(batches, own, strict=True)]
-        self._updates.append(self.trainer.update(free))  # its gates choose for themselves
+        self._updates.append(self.trainer.update(free))  # without replay: the critic's gates choose
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the rollout, after its updates."""
+        """Metrics of the rollout; call after its updates."""
         names, updates = ("loss", "clip_share", "grad_norm"), self._updates
         means = {f"critic/{name}": float(np.mean([u.get(f"train/{name}", 0.0) for u in updates])) for name in names}
         self._updates = []
@@ -119,7 +119,7 @@ class Critic:
         return means | {"critic/explained": self._explained} | divergence
 
     def _values(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Tensor]:
-        """V of every trained token of all batches, which have so many, on all ranks."""
+        """V of every trained token of every batch, on all ranks; `sizes`: trained tokens per batch."""
         trainer = self.trainer
         if not isinstance(trainer, DistributedTrainer):
             return list(trainer.runtime.workers.map(self._values_here, batches))
@@ -127,7 +127,7 @@ class Critic:
         with evaluating(shard.model):
             computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _values_of)
         numbers = range(shard.pipeline_index, len(batches), shard.n_pipelines)
-        found = zip(numbers, computed, strict=False)  # fillers are behind
+        found = zip(numbers, computed, strict=False)  # fillers come last
         return trainer.exchanged({number: values for number, values in found if values is not None}, sizes)
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class Critic:
 
 
 def critic_of(policy: Transformer) -> Scorer:
-    """A critic that begins with the policy's layers and expects 0 everywhere."""
+    """A critic that starts from the policy's layers and predicts 0 everywhere."""
     critic = Scorer.of(policy, seed=0)
     nn.init.zeros_(critic.score.weight)
     return critic
@@ -175,7 +175,7 @@ class ValueLoss:
         return ("loss", "clip_share"), ()
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
-        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        """The loss, given outputs that were computed elsewhere (`Divided`)."""
         weight_BT, old_BT, return_BT = batch.loss_BT, batch.extras["value_BT"], batch.extras["return_BT"]
         keep = batch.trained_N
         weight, old, target = (x[:, 1:].flatten()[keep] for x in (weight_BT, old_BT, return_BT))
@@ -186,7 +186,7 @@ class ValueLoss:
 
 
 def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """(half squared error, the worse of plain and clipped; 1 where the clip binds), [N]."""
+    """(half the squared error, the larger of plain and clipped; 1 where the clip binds), both [N]."""
     plain = (value_N - return_N).square()
     near = old_N + (value_N - old_N).clamp(-clip, clip)
     bounded = (near - return_N).square()
@@ -194,12 +194,12 @@ def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) 
 
 
 def _log_ratios(batch: Batch) -> Tensor:
-    """log(pi_old / pi_ref) of every token of its outputs, one after another."""
+    """log(pi_old / pi_ref) of every trained token, [N]."""
     return (batch.extras["old_logp_BT"] - batch.extras["ref_logp_BT"].to(batch.loss_BT))[batch.loss_BT != 0]
 
 
 def _by_row(rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], numbers: Sequence[Tensor]) -> Tensor:
-    """One number for every token of `rows`, [R, L]; `parts` are the rows of each batch, `numbers` theirs."""
+    """Per-token numbers in the order of `rows`, [R, L]; `parts` holds each batch's rows, `numbers` its numbers."""
     of_row = {}
     for part, number_N in zip(parts, numbers, strict=True):
         for row, own in zip(part, number_N.split([len(row.trained_N) for row in part]), strict=True):
@@ -208,8 +208,8 @@ def _by_row(rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]
 
 
 def gae(reward_RL: Tensor, value_RL: Tensor, length_R: Tensor, lam: float, gamma: float = 1.0) -> Tensor:
-    """Advantages of R outputs of up to L tokens, [R, L], 0 behind an output's end. An output that was cut off at the
-    cap ends there like any other: its reward is for what it wrote."""
+    """GAE advantages of R outputs of up to L tokens, [R, L], 0 past an output's end. A truncated output ends at the cap
+    like any other: its reward is for what it wrote."""
     R, L = value_RL.shape
     value_RL, advantage_RL = value_RL.double(), torch.zeros(R, L, dtype=torch.float64)
     running_R, after_R = torch.zeros(2, R, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Samples of a stage, or a part of one, that rank 0 runs alone, by all ranks: each has a GPU and would wait.
+"""Sampling on all ranks for a stage, or part of one, that rank 0 runs alone: the other GPUs would sit idle.
 
-Rank 0 orders every call, with its prompts as token ids; the others load the same model and generate their share of the
-batches, then all exchange what they have. Of a model that rank 0 trains, they get the weights whenever these changed.
+Rank 0 announces every call, with its prompts as token ids. The others load the same model and generate their share of
+the batches, then all exchange results. If rank 0 trains the model, it sends the weights whenever they changed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from bessemer.workers import all_cores
 
 
 class DealtEngine:
-    """Rank 0's: an `Engine` for what all ranks generate. The others keep one model for each `role`. `version`, of a
-    model that changes: a number that is another one after every change."""
+    """Rank 0's side: used like an `Engine`, but all ranks generate. The others keep one model per `role`. For a model
+    that changes, `version()` returns a number that differs after every change."""
 
     def __init__(
         self, engine: Engine, folder: Path, ranks: Ranks, role: str = "model", version: Callable[[], int] | None = None,
@@ -71,7 +71,7 @@ class _Loaded(NamedTuple):
 
 
 class Helper:
-    """Another rank's: what rank 0 orders. Keeps the last model of each role until `forget`."""
+    """The other ranks' side: does what rank 0 orders. Keeps the last model of each role until `forget`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -110,8 +110,8 @@ def dealt(
     engine: Engine, folder: Path, ctx: StageContext, role: str = "model", version: Callable[[], int] | None = None,
     precision: Precision = "device",
 ) -> Engine | DealtEngine:  # fmt: skip
-    """The engine of a directory's model, with the ranks that wait for this stage where they have GPUs of their own. On
-    a CPU this rank has all cores already."""
+    """`engine`, which runs the model in `folder`, extended to the ranks that wait for this stage if they have GPUs of
+    their own. On a CPU this rank already has all cores."""
     if ctx.waiting is None or ctx.waiting.device.type == "cpu":
         return engine
     ctx.say(f"{ctx.waiting.n} ranks generate")
@@ -119,8 +119,8 @@ def dealt(
 
 
 def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
-    """A part of a stage of all ranks that rank 0 runs alone, with the others for what it samples. A UserError or a stop
-    of rank 0 is one of all ranks."""
+    """Runs `make` on rank 0 alone, inside a stage of all ranks; the other ranks help it sample. A UserError or a stop
+    on rank 0 is raised on all ranks."""
     if ctx.ranks is None:
         make(ctx)
         return
@@ -149,6 +149,6 @@ def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
 def engine_of(
     folder: Path, ctx: StageContext, role: str = "model", precision: Precision = "device"
 ) -> Engine | DealtEngine:
-    """What generates from the model in a directory, as in `dealt`."""
+    """Loads the model in `folder` and returns an engine for it, as in `dealt`."""
     loaded = setup.load_to_sample(folder, ctx.say, precision=precision)
     return dealt(Engine(*loaded, setup.workers()), folder, ctx, role, precision=precision)

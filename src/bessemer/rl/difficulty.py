@@ -1,16 +1,16 @@
-"""The difficulty filter: sample problems that the policy solves sometimes, by a moving estimate of their pass rate.
+"""The difficulty filter: samples problems that the policy solves sometimes, by a moving estimate of their pass rate.
 
 A group whose samples are all right or all wrong has no advantage and teaches nothing (R1 eq. 3). The filter keeps
-problems whose pass rate lies strictly between 0 and 1: where fewer than half a sample in a group is expected to be
-right, or to be wrong, the group is expected to be dead. DeepSeek's reports describe no such filter.
+problems whose pass rate lies strictly between 0 and 1: if at most half a sample of a group is expected to be right, or
+to be wrong, the group is expected to be dead. DeepSeek's reports describe no such filter.
 
-The estimate is an exponential moving average over samples. A problem has its own where its task has a finite set of
-problems, so that it comes again; until it is sampled, and where problems never come again, the estimate of its family
-counts (task, difficulty, language). A problem without an estimate is kept. A share of the selection explores problems
-that are left out, since a policy that learns makes old estimates wrong.
+The estimate is an exponential moving average over samples. A problem has its own if its task has a finite set of
+problems, so that problems recur. Until it is first sampled, and in tasks whose problems never recur, the estimate of
+its family (task, difficulty, language) counts. A problem without an estimate is kept. A share of the selection explores
+left-out problems, since estimates go stale as the policy learns.
 
-`Estimates` are immutable: a pending rollout keeps those it started with. The loop updates them with a rollout once it
-is taken from the queue, when all rollouts that start before it have started, so a selection never depends on timing.
+`Estimates` are immutable: a pending rollout keeps those it started with. The loop updates them with each rollout it
+takes from the queue. Rollouts that start before the update have started by then, so selection never depends on timing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from bessemer.tasks.base import Problem, Task, stable_hash
 from bessemer.train.trainer import Trainer
 
 FAMILY_WINDOW = 16
-"""The window of a family's estimate, in windows of one problem's."""
+"""The window of a family's estimate, as a multiple of one problem's."""
 FAMILY_FIRST = 4
-"""Groups of a family before its estimate counts: its problems differ among each other."""
+"""Groups of a family before its estimate counts: its problems differ from one another."""
 KEY = "difficulty"
-"""Of the estimates in the trainer's checkpoint."""
+"""Key of the estimates in the trainer's checkpoint."""
 
 PassTally = tuple[float, float]
-"""(samples, right ones), older ones counting less."""
+"""(samples, right samples); older samples count less."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ProblemKey:
 
     family: str
     problem: str | None
-    """None where problems do not come again."""
+    """None if the task's problems never recur."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Selection:
     left_out: int = 0
     """Candidates outside the band."""
     explored: int = 0
-    """Left-out problems that were sampled to keep their estimates alive."""
+    """Left-out problems that were sampled to keep their estimates fresh."""
     counts: tuple[PassCount, ...] = ()
 
     def __add__(self, other: Selection) -> Selection:
@@ -86,7 +86,7 @@ class Selection:
         return Selection(values["candidates"], values["left_out"], values["explored"], tuple(counts))
 
     def metrics(self) -> dict[str, float]:
-        """Shares of the candidates, and of the problems sampled."""
+        """Left-out problems as a share of the candidates, explored ones as a share of the problems sampled."""
         return {
             "rl/filter_left_out": self.left_out / max(1, self.candidates),
             "rl/filter_explored": self.explored / max(1, len(self.counts)),
@@ -95,8 +95,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Pass rates after some history. `group` is the samples of a problem G, `window` the groups an estimate goes back
-    over: of two groups so far apart the older counts 1/e."""
+    """Estimated pass rates. `group` is G, the samples per problem. `window` is the decay length in groups: a group that
+    is so much older than another counts 1/e as much."""
 
     group: int
     window: float
@@ -104,7 +104,7 @@ class Estimates:
     families: Mapping[str, PassTally] = field(default_factory=dict)
 
     def rate(self, key: ProblemKey) -> float | None:
-        """None where nothing, or too little, is known."""
+        """The estimated pass rate; None if too little is known."""
         if key.problem is not None and key.problem in self.problems:
             return _rate(self.problems[key.problem])
         if self.families.get(key.family, (0.0, 0.0))[0] >= self._first:
@@ -112,12 +112,12 @@ class Estimates:
         return None
 
     def keeps(self, key: ProblemKey) -> bool:
-        """Whether at least half a sample of a group is expected to be right, and half a one to be wrong."""
+        """Whether more than half a sample of a group is expected to be right, and more than half to be wrong."""
         rate, margin = self.rate(key), 0.5 / self.group
         return rate is None or margin < rate < 1 - margin
 
     def updated(self, counts: Sequence[PassCount]) -> Estimates:
-        """With these groups, in their order."""
+        """The estimates after these groups, in order."""
         problems, families = dict(self.problems), dict(self.families)
         for count in counts:
             if count.key.problem is not None:
@@ -132,7 +132,7 @@ class Estimates:
 
     @property
     def _first(self) -> float:
-        """Weight of FAMILY_FIRST groups. The newest of them counts whole, those before it less."""
+        """Decayed weight of FAMILY_FIRST groups, the newest of which counts fully."""
         fade = exp(-1 / (self.window * FAMILY_WINDOW))
         return self.group * sum(fade**age for age in range(FAMILY_FIRST)) * (1 - 1e-9)
 
@@ -140,8 +140,8 @@ class Estimates:
 def select(
     estimates: Estimates, keys: Sequence[ProblemKey], count: int, explore: float, seed: int
 ) -> tuple[list[int], Selection]:
-    """`count` places of the candidates, in their order: the first of those kept, and with probability `explore` each
-    one of those left out instead. Where either runs short the other fills up. A function of the arguments alone."""
+    """Picks `count` candidates, returning their indices in order: the first ones that the filter keeps, each replaced
+    with probability `explore` by a left-out one. If either kind runs out, the other fills in."""
     kept = [place for place, key in enumerate(keys) if estimates.keeps(key)]
     out = sorted(set(range(len(keys))) - set(kept))
     places, explored, left_out = [], 0, len(out)
@@ -156,8 +156,8 @@ def select(
 
 
 class DifficultyFilter:
-    """The filter of one run; its estimates lie in the trainer's checkpoint and go back to it with the weights. `pool`
-    is the number of candidates for each problem sampled."""
+    """The filter of one run. Its estimates are saved in the trainer's checkpoint and restored with the weights. `pool`
+    is the number of candidates per sampled problem."""
 
     def __init__(self, settings: RLConfig, trainer: Trainer) -> None:
         self.settings, self.trainer, self.pool = settings, trainer, settings.filter_pool
@@ -172,7 +172,7 @@ class DifficultyFilter:
         return [candidates[place] for place in places], selection
 
     def key(self, task: Task, problem: Problem) -> ProblemKey:
-        """A problem is the same however it is worded, but not in another language."""
+        """The key of a problem does not depend on its wording, but it does on its language."""
         if task.name not in self._finite:
             self._finite[task.name] = task.size("train") is not None
         difficulty = problem.meta.get("difficulty")
@@ -190,7 +190,7 @@ class DifficultyFilter:
         return selection.metrics() | self.estimates.metrics()
 
     def restore(self) -> None:
-        """The estimates of the checkpoint that the trainer came from."""
+        """Restores the estimates of the checkpoint that the trainer resumed from."""
         self.estimates = self._no_estimates()
         if KEY in self.trainer.extras:
             stored = {

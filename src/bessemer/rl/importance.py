@@ -1,27 +1,27 @@
-"""Corrections of what sampler and trainer disagree on: importance weights and routing replay.
+"""Corrections for the mismatch between sampler and trainer: importance weights and routing replay.
 
-The two are one network here, so the gap is rounding alone on the policy that sampled. It is larger where samples are
-older than the policy (the queue), or come from another sampler or number format. With a correction pi_old of the
-objective is the trainer's policy before the updates, so the clip bounds the updates alone, and importance weights
-correct the distance from there to the sampler:
+Both run the same network here, so for fresh samples the gap is only rounding. It is larger if samples are older than
+the policy (the queue), or come from another sampler or number format. With a correction, the objective's pi_old is the
+trainer's policy before the updates, so the clip bounds only the updates, and importance weights correct the rest of the
+way to the sampler:
 
     rho_t = pi(o_t) / pi_sampler(o_t)          of a token, pi the trainer's policy before the rollout's first update
     rho_i = prod_t rho_t                       of an output
 
     token-truncate       min(rho_t, C)                     truncated importance sampling (TIS)
-    token-mask           rho_t if rho_t <= C else 0        tokens that are too unlikely to be the policy's are left out
+    token-mask           rho_t if rho_t <= C else 0        leaves out tokens far likelier under pi than pi_sampler
     sequence-truncate    min(rho_i, C)
     sequence-mask        rho_i if rho_i <= C else 0
 
-The weight multiplies a token's contribution to the objective, the divergence from the reference excepted. Only the
-weight of whole outputs is unbiased where nothing is cut: a token's own weight leaves out how likely the tokens before
-it were. It varies less, and with small gaps the bias is small. A cut trades variance for bias in both.
+The weight multiplies a token's contribution to the objective, except for the KL term. Without a cut, only the sequence
+weight is unbiased: a token's own weight ignores how likely the tokens before it were. It has less variance, and for
+small gaps its bias is small. In both cases a cut trades variance for bias.
 
-Routing replay (R3, arXiv 2510.11370): the trainer sends every token to the experts the sampler sent it to. The router's
-top K is not continuous: a rounding error between sampler and trainer, or an update between sampling and training, sends
-some tokens to other experts, and pi / pi_old jumps though the policy hardly moved. Only the choice is replayed. Scores
-and gates are those of the pass that replays, so the router is trained as ever, and so is every expert that was really
-used. The reference policy is another network and chooses for itself.
+Routing replay (R3, arXiv 2510.11370): the trainer sends every token to the experts the sampler sent it to. Top-K
+routing is discontinuous: a rounding error between sampler and trainer, or an update between sampling and training,
+sends some tokens to other experts, and pi / pi_old jumps although the policy hardly moved. Only the choice is replayed.
+Scores and gates come from the replaying pass, so the router is trained as usual, and so is every expert that was
+actually used. The reference policy is another network and chooses its own experts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Correction(NamedTuple):
 
 
 def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: float) -> Correction:
-    """`log_ratio_N` is log rho_t, one number per token; `output_N` the number of the output that a token belongs to."""
+    """Weights of a `kind` named above; `log_ratio_N` is log rho_t, `output_N` the index of each token's output."""
     level, rule = kind.split("-")
     if level == "sequence":
         outputs, index_N = output_N.unique(return_inverse=True)
@@ -61,7 +61,7 @@ def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: fl
 
 
 class ImportanceCorrection:
-    """`apply(batches)` before the first update of a rollout."""
+    """Call `apply(batches)` before the first update of a rollout."""
 
     def __init__(self, model: Transformer | CausalLM, workers: Workers, settings: RLConfig) -> None:
         self.model, self.workers, self.settings = model, workers, settings
@@ -78,7 +78,7 @@ class ImportanceCorrection:
             weight_BT.view(-1)[keep] = corrections[-1].weight
             batch.extras |= {"sampler_logp_BT": sampler_BT, "old_logp_BT": logp_BT, "importance_BT": weight_BT}
         values = {name: torch.cat([getattr(c, name) for c in corrections]) for name in Correction._fields}
-        # a rank that has fillers alone corrects no token
+        # a rank that has only fillers corrects no token
         return {f"rl/correction_{name}": x.mean().item() if len(x) else 0.0 for name, x in values.items()}
 
     def _logprobs(self, batch: Batch) -> Tensor:
@@ -86,7 +86,7 @@ class ImportanceCorrection:
 
 
 def check_replay(stage: str, model: Transformer | CausalLM) -> None:
-    """UserError for a model without routed experts."""
+    """Raises UserError for a model without routed experts."""
     if all(layer.dense for layer in model.layers):
         raise UserError(
             f'stage "{stage}": routing_replay has nothing to replay: no layer of this model has routed experts; set it '
@@ -96,8 +96,8 @@ def check_replay(stage: str, model: Transformer | CausalLM) -> None:
 
 @torch.no_grad()
 def routing_disagreement(model: Transformer, batch: Batch) -> float:
-    """Share of (token, sparse layer) pairs that the model without replay would send to other experts than the sampler
-    did. The order among a token's K experts does not count."""
+    """Share of (token, MoE layer) pairs that the model, without replay, would send to other experts than the sampler
+    did. The order of a token's K experts does not count."""
     batch = batch.to(model.embed.weight.device)
     replayed = batch.extras["choice_BTLK"]
     other_BTL = (own_choice(model, batch).sort(-1).values != replayed.sort(-1).values).any(-1)
@@ -106,7 +106,7 @@ def routing_disagreement(model: Transformer, batch: Batch) -> float:
 
 @torch.no_grad()
 def own_choice(model: Transformer, batch: Batch) -> Tensor:
-    """The experts that the model's gates choose without replay, [B, T, L, K] of L sparse layers."""
+    """The experts that the model's gates choose without replay, [B, T, L, K] for L MoE layers."""
     rope = model.rope_table(batch.tokens_BT.shape[1])
     x_BTD, choices = model.embed(batch.tokens_BT), []
     for layer in model.layers:

@@ -1,15 +1,15 @@
-"""A model as judge where no rule can (R1 2.3.3: answers beside a reference; R1-Nature Methods: pairs of answers).
+"""A model as judge where no rule can decide (R1 2.3.3: answers against a reference; R1-Nature Methods: answer pairs).
 
     Judge.verdicts   is an answer right, given the question and a reference answer: majority of `samples` judgements
     Judge.scores     points of two answers, averaged over `samples` judgements, half of them in each order
 
-The judge is a model directory or an OpenAI-compatible API. What it reads was written by a policy and what it writes is
-read strictly: text to judge stands between lines with a mark that depends on it, so it cannot close its own block; a
-judgement is the last line of a reply and has exactly the form that was asked for. Any other reply is no verdict, and
-so is a request that the API refuses, for example because the answer is too long for it.
+The judge is a model directory or an OpenAI-compatible API. It reads text that a policy wrote, so that text stands
+between lines with a mark derived from its hash and cannot close its own block. Replies are parsed strictly: a judgement
+is the last line of a reply, in exactly the form that was asked for. Any other reply is no verdict, nor is a request
+that the API refuses, for example because the answer is too long.
 
-Replies are stored as they arrive, under a hash of everything they depend on: an interrupted stage asks only what is
-missing. Those of an API lie in the cache folder, those of a model directory in the stage's state.
+Replies are stored as they arrive, under a hash of everything they depend on, so an interrupted stage asks only for what
+is missing. An API's replies are in the cache folder, those of a model directory in the stage's state.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ _VERDICT = re.compile(r"verdict: ?(correct|incorrect)\.?", re.I)
 _SCORES = re.compile(r"scores: ?a ?= ?([0-9]{1,2}(?:\.[0-9])?), ?b ?= ?([0-9]{1,2}(?:\.[0-9])?)\.?", re.I)
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({400, 413, 422})
-"""Statuses of a request that this API cannot serve and others may."""
+"""Statuses that refuse one request; the API may still serve others."""
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 1.0, 60.0, 300.0
-"""Seconds before the second try, before any, and of a Retry-After that is obeyed."""
+"""Seconds: pause before the second try, longest pause, longest Retry-After that is obeyed."""
 LARGEST_REPLY = 8_000_000
 """Bytes."""
 LOT = 64
-"""Judgements of a model directory, for each rank, between two looks at the stop flag."""
+"""Judgements per rank between two checks of the stop flag, for a model directory."""
 
 
 def api_key(stage: str, config: JudgeConfig) -> str | None:
-    """The key of the API; UserError if there should be one. No message shows it."""
+    """The API key, None if none is configured; UserError if its variable is empty. No message shows the key."""
     if config.api_key_env is None:
         return None
     key = os.environ.get(config.api_key_env, "").strip()
@@ -116,7 +116,7 @@ class Judge:
             self.replies = _Replies(ctx.state / "judge.sqlite")
 
     def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:
-        """Of (question, reference, answer) each: right, wrong, or None without a majority."""
+        """The verdict on each (question, reference, answer): True if right, None without a majority."""
         questions = [
             (_marked(GRADE, question=question, reference=reference, answer=answer), sample)
             for question, reference, answer in answers
@@ -131,8 +131,8 @@ class Judge:
         return verdicts
 
     def scores(self, pairs: Sequence[tuple[str, str, str]]) -> list[tuple[float, float] | None]:
-        """Points of (question, one answer, another) each. None where one of the orders has no readable judgement: what
-        the judge gives to the first place would no longer cancel."""
+        """Points for each (question, one answer, the other). None if one of the orders has no readable judgement, as
+        the judge's position bias would no longer cancel."""
         questions = []
         for question, one, two in pairs:
             for sample in range(self.config.samples):
@@ -152,7 +152,7 @@ class Judge:
         return scores
 
     def _ask(self, questions: Sequence[tuple[str, int]]) -> list[str | None]:
-        """The reply to each (question, number of its repetition); None where there is none."""
+        """The reply to each (question, repetition); None if there is none."""
         config = self.config
         place = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
         keys = [hashlib.sha256(json.dumps([*place, *q]).encode()).hexdigest() for q in questions]
@@ -208,7 +208,7 @@ def _scores(reply: str | None) -> tuple[float, float] | None:
 
 
 class _Replies:
-    """Stored replies by key: an SQLite file, which survives a kill at any moment and serves several runs."""
+    """Stored replies by key, in an SQLite file that survives a kill at any moment and serves several runs."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class _Replies:
         return None if row is None else row[0]
 
     def put(self, key: str, reply: str) -> None:
-        # a surrogate has no UTF-8
+        # lone surrogates have no UTF-8
         text = reply.encode("utf-8", "replace").decode()
         self.database.execute("insert or replace into replies values (?, ?)", (key, text))
 
@@ -252,8 +252,8 @@ class _API:
         self.opener = urllib.request.build_opener(_NoRedirects)
 
     def ask(self, questions: dict[str, tuple[str, int]], ctx: StageContext) -> Iterator[tuple[str, str]]:
-        """(key, reply) of each (question, seed), as they arrive, without those that are refused. UserError if all are,
-        or if the API fails: what is on its way then has to be paid for, so it is waited for and returned first."""
+        """Yields (key, reply) for each (question, seed) as replies arrive, without refused ones. UserError if all are
+        refused or the API fails. Requests in flight must be paid for anyway, so their replies are yielded first."""
         refused: list[str] = []
         failure: UserError | None = None
         over = threading.Event()
@@ -261,7 +261,7 @@ class _API:
             waiting = {pool.submit(self._send, *question, over): key for key, question in questions.items()}
             try:
                 while waiting:
-                    heartbeat.beat()  # every request has a limit of its own
+                    heartbeat.beat()  # every request has its own timeout
                     for future in wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED).done:
                         key = waiting.pop(future)
                         try:
@@ -286,7 +286,7 @@ class _API:
             raise UserError(f"the judge at {self.config.url} refused all {len(refused)} requests: {refused[0]}")
 
     def _send(self, question: str, seed: int, over: threading.Event) -> str:
-        """The reply. Runs in a thread of the pool."""
+        """Returns the reply; runs in a thread of the pool."""
         pause = FIRST_PAUSE
         for left in reversed(range(self.config.retries + 1)):
             if over.is_set():
@@ -331,7 +331,7 @@ class _API:
         return reply
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of what the server says."""
+        """The beginning of the server's error message."""
         try:
             said = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
@@ -350,7 +350,7 @@ class _API:
 
 
 def _content(reply: bytes) -> str:
-    """The message of a chat completion; "" where all of it is thoughts."""
+    """The message of a chat completion; "" if it has thoughts only."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError, LookupError, TypeError):

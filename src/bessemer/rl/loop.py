@@ -5,9 +5,9 @@
     correction          weights of samples that are not the policy's own         importance
     updates             mini-batches, one inner epoch, KL to the reference       losses
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
-    checkpoint          everything that must survive a kill lies in the trainer's
+    checkpoint          everything that must survive a kill is in the trainer's
 
-A "step" is one optimizer step, as in the paper. `difficulty` filters the problems, `ray_sampler` samples by separate
+A "step" is one optimizer step, as in the paper. `difficulty` filters the problems, `ray_sampler` samples on separate
 workers, `monitor.SampleExport` writes the samples for another stage; an option that is off has no object here.
 """
 
@@ -121,11 +121,11 @@ class Loop:
         return question_ids(self.tokenizer, problem.prompt)
 
     def _cap(self) -> int:
-        """Longest completion at this step."""
+        """Longest completion at this step, in tokens."""
         return round(self.settings.max_new_tokens(self.trainer.step))
 
     def _tokenizer_dir(self) -> Path:
-        """Where the tokenizer's files lie, with the template that was asked in."""
+        """The folder of the tokenizer's files, with the chat template that prompts were rendered in."""
         if self.settings.prompt_template == "model":
             return self.base
         directory = self.ctx.state / "tokenizer"
@@ -165,7 +165,7 @@ class Loop:
         distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
-        accuracy = ctx.metrics.last("rl/accuracy")  # also of an attempt that was killed after its last checkpoint
+        accuracy = ctx.metrics.last("rl/accuracy")  # maybe of an attempt that was killed after its last checkpoint
         return {"steps": trainer.step} | ({"accuracy": round(accuracy, 4)} if ctx.leads else {})
 
     def _keep(self) -> None:
@@ -176,11 +176,11 @@ class Loop:
             checkpoint.keep(self.ctx.state / f"step-{self.trainer.step:08d}")
 
     def _start(self) -> int:
-        """Resumes from the last checkpoint, or begins; returns the number of the next rollout."""
+        """Resumes from the last checkpoint, or starts anew; returns the number of the next rollout."""
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
         self._restore()
-        # The cursor is rows, as in pre-training: it stays where it is when the guard goes back to older weights.
+        # The cursor counts rows, as in pre-training: it does not move when the guard goes back to older weights.
         first = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
         ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines again
         self.evaluator.begin()
@@ -192,8 +192,8 @@ class Loop:
         return first
 
     def replay(self, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
-        """Rollouts from `number` on with their metrics, from the stage's checkpoint; nothing is evaluated or exported.
-        The checkpoint before the first of them is in the stage's folder when it is yielded."""
+        """Resumes from the stage's checkpoint and yields `count` rollouts from `number` on with their metrics, without
+        evaluation or export. When the first is yielded, the checkpoint before it is in the stage's folder."""
         try:
             self.sampler.open()
             for n in range(self._start(), number + count):
@@ -262,16 +262,16 @@ class Loop:
         return mini_batches
 
     def _correct(self, batches: list[Batch]) -> dict[str, float]:
-        """Before the first update: importance weights, and how far the sampler's routing is from the policy's."""
+        """Adds importance weights, before the first update; the metrics say how far routing is from the sampler's."""
         values = {}
-        if self.settings.routing_replay:  # one more forward pass, so of one micro-batch
+        if self.settings.routing_replay:  # costs a forward pass, so on one micro-batch only
             assert isinstance(self.policy.model, Transformer)
             values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
         if self.correction is not None:
             values |= self.correction.apply(batches)
         if not values:
             return values
-        tokens = float(sum(batch.n_loss_tokens for batch in batches))  # of fillers none
+        tokens = float(sum(batch.n_loss_tokens for batch in batches))  # fillers have none
         share = tokens / self.trainer.average({"tokens": tokens})["tokens"]
         return self.trainer.average({name: share * value for name, value in values.items()})
 
@@ -291,14 +291,14 @@ class Loop:
         return values
 
     def _restore(self) -> None:
-        """Brings all components to the checkpoint that the trainer came from."""
+        """Restores all components to the checkpoint that the trainer resumed from."""
         for component in (self.difficulty, self.queue, self.reference):
             if component is not None:
                 component.restore()
 
 
 def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a rollout's updates, and of the first one the gap between sampler and trainer."""
+    """Means over a rollout's updates, and the gap between sampler and trainer at the first one."""
     values = {}
     for name in ("kl", "entropy", "clip_share", "grad_norm"):
         values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))

@@ -1,29 +1,29 @@
-"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token, its relatives, and its reference policy:
+"""The GRPO objective (DeepSeekMath 4.1, R1 2.2.1), per token, its variants, and its reference policy:
 
     J = sum_t w_t { min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A) - beta (pi_ref/pi - log(pi_ref/pi) - 1) }
 
-rho_t = pi(o_t) / pi_old(o_t). The weights w lie in the batch: 1/|o| per output makes the paper's mean over outputs of
-means over tokens ("sequence"), 1 per token the mean over all tokens of the step ("token"); the trainer divides by their
-sum, or by a constant per output ("constant", Dr. GRPO). The KL term is the k3 estimator, inside the loss and not in the
-reward. The first term is one of the surrogates:
+rho_t = pi(o_t) / pi_old(o_t). The weights w are in the batch: 1/|o| gives the paper's mean over outputs of means over
+tokens ("sequence"), 1 the mean over all tokens of the step ("token"). The trainer divides by their sum, or by a
+constant per output ("constant", Dr. GRPO). The KL term is the k3 estimator, in the loss and not in the reward. The
+first term is one of these surrogates:
 
     grpo        min(rho A, clip(rho, 1 - low, 1 + high) A)              PPO's clip
     gspo        the same with s_i = (pi(o_i) / pi_old(o_i))^(1/|o_i|)   one ratio per output (GSPO eq. 5-7)
-    cispo       sg(clip(rho, 1 - low, 1 + high)) A log pi(o_t)          the weight is cut, no token's gradient
+    cispo       sg(clip(rho, 1 - low, 1 + high)) A log pi(o_t)          clips the weight; every token keeps its gradient
     reinforce   A log pi(o_t)                                           no ratio: for one update per rollout
 
 Dr. GRPO and DAPO are `grpo` with other settings: Dr. GRPO divides by a constant instead of the length and does not
-scale advantages; DAPO counts every token alike, clips higher than lower, resamples dead groups and punishes over-long
-outputs.
+scale advantages; DAPO weights every token equally, clips higher above 1 than below, resamples dead groups and penalises
+overlong outputs.
 
-Two options of DeepSeek-V3.2 (3.1). `unbiased_kl`: the KL term is rho_t k3, whose gradient at samples of pi_old is that
-of KL(pi | pi_ref); k3's own is not. `off_policy_mask` delta: an output whose advantage is negative and whose mean of
-log(pi_sampler / pi) over its tokens exceeds delta gives no first term: pushing down what the policy has left already
+Two options are from DeepSeek-V3.2 (3.1). `unbiased_kl`: the KL term is rho_t k3, whose gradient at samples of pi_old is
+that of KL(pi | pi_ref), unlike k3's own. `off_policy_mask` delta: an output loses its first term if its advantage is
+negative and its mean of log(pi_sampler / pi) over tokens exceeds delta. Pushing down what the policy has already left
 only does harm.
 
-A third one, the sampling mask that is kept, is in the batch: with top-p pi_old chose among the tokens that truncation
-left, and so do pi and pi_ref here, with probabilities that sum to 1 over them. Otherwise the ratio compares policies on
-different sets of actions.
+A third option, keeping the sampling mask, is in the batch: under top-p, pi_old chose among the tokens that truncation
+left, so pi and pi_ref are renormalised over the same tokens. Otherwise the ratio would compare policies on different
+sets of actions.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 LOG_RATIO_LIMIT = 20.0
-"""exp() of more than this says nothing but that the policies parted; it keeps ratio and divergence finite."""
+"""Log-ratios are clamped here to keep ratio and divergence finite; more only says that the policies parted."""
 REFERENCE = "reference/"
 """Prefix of the reference policy in the trainer's checkpoint."""
 
@@ -69,9 +69,9 @@ class GRPO:
     """The objective with its settings; the trainer calls `GRPO(...)(model, batch)`.
 
     Batch extras, aligned with the tokens they belong to: `advantage_BT`, `old_logp_BT` and, if `kl` > 0, `ref_logp_BT`.
-    Where the sampler is not pi_old: `sampler_logp_BT`, and `importance_BT` from `importance` as a further factor of the
-    first term. `choice_BTLK`: the sampler's experts, replayed (`importance`). `kept_id_BM` and `kept_at_BM`: the tokens
-    that the sampler chose among, and the positions in the row that they are for; 0 is for none.
+    If the sampler is not pi_old: `sampler_logp_BT`, and `importance_BT` from `importance` as another factor of the
+    first term. `choice_BTLK`: the sampler's experts, replayed (`importance`). `kept_id_BM` and `kept_at_BM`: the ids of
+    the tokens that the sampler chose among, and the row position each is for; position 0 is padding.
     """
 
     clip_low: float = 0.2
@@ -81,10 +81,10 @@ class GRPO:
     surrogate: str = "grpo"
     """One of `SURROGATES`."""
     constant: int = 0
-    """0: the trainer divides by the sum of the weights. L > 0: by L per output whatever its length (Dr. GRPO)."""
+    """0: the trainer divides by the sum of the weights. L > 0: by L per output, whatever its length (Dr. GRPO)."""
     unbiased_kl: bool = False
     off_policy_mask: float = 0.0
-    """delta; 0: every output counts."""
+    """delta; 0: no output is masked."""
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
@@ -101,9 +101,9 @@ class GRPO:
         return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
-        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        """The loss, given outputs that were computed elsewhere (`Divided`)."""
         tokens_BT, weight_BT = batch.tokens_BT[:, 1:], batch.loss_BT[:, 1:]
-        # Only the positions that are trained on go through the head: prompts and padding cost nothing there.
+        # Only trained positions go through the head: prompts and padding cost nothing there.
         keep = batch.trained_N
         hidden_ND = out.hidden_BTD[:, :-1].flatten(0, 1)[keep]
         logp, entropy = token_logprobs(
@@ -151,7 +151,7 @@ class GRPO:
         return ((advantage_N < 0) & (mean_B[output_N] > self.off_policy_mask)).to(left_N.dtype)
 
 
-# The surrogates: one number per token, N tokens; `output_N` is the number of the output that a token belongs to.
+# The surrogates: one number per token, N tokens; `output_N` is the index of each token's output.
 
 
 def grpo(
@@ -163,8 +163,8 @@ def grpo(
 def gspo(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, output_N: Tensor, low: float, high: float
 ) -> Surrogate:
-    """With weights 1/|o| per token this is the paper's mean over outputs. Its clips are small: 3e-4 and 4e-4."""
-    # As many places as tokens: how many outputs there are, a GPU would have to tell; the last places stay empty.
+    """With weights 1/|o| per token this is the paper's mean over outputs. Its clips are small: 3e-4, 4e-4."""
+    # One slot per token, the last ones unused: counting the outputs would make the CPU wait for the GPU.
     sorted_N, order_N = output_N.sort(stable=True)
     new_N = torch.zeros_like(output_N)
     new_N[1:] = sorted_N[1:] != sorted_N[:-1]
@@ -234,7 +234,7 @@ def reference_logprobs(model: Transformer | CausalLM, batch: Batch, temperature:
 
 
 def kept_of(batch: Batch) -> Kept | None:
-    """The tokens that the trained ones were drawn from; None: all."""
+    """The tokens that each trained token was drawn from; None: the whole vocabulary."""
     if "kept_id_BM" not in batch.extras:
         return None
     id_BM, at_BM = batch.extras["kept_id_BM"], batch.extras["kept_at_BM"].long()
@@ -247,10 +247,10 @@ def kept_of(batch: Batch) -> Kept | None:
 
 
 class Reference:
-    """The reference policy: a copy of the policy, replaced by a hard copy every `every` optimizer steps (R1-Nature B).
+    """The reference policy: a frozen copy of the policy, copied anew every `every` optimizer steps (R1-Nature B).
 
-    It lies in the trainer's checkpoint (`extra_tensors`), so a resumed run measures its divergence from the same place.
-    With LoRA it shares the base's weights with the policy and has adapters of its own, which begin at B = 0: the base.
+    It is saved in the trainer's checkpoint (`extra_tensors`), so a resumed run has the same reference. With LoRA it
+    shares the base weights with the policy and has its own adapters, which start at B = 0: the base.
     """
 
     def __init__(
@@ -268,19 +268,19 @@ class Reference:
         self.restore()
 
     def add_logprobs(self, batches: list[Batch]) -> None:
-        """Puts ref_logp_BT into every batch."""
+        """Adds ref_logp_BT to every batch."""
         for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
             batch.extras["ref_logp_BT"] = logp_BT
 
     def after_step(self) -> None:
-        """Copies the policy where it is time."""
+        """Copies the policy if it is time."""
         if self.trainer.step % self.every == 0:
             self.policy.refresh()
             self._copy(self._state(self.policy.model))
             self._store()
 
     def restore(self) -> None:
-        """The reference of the checkpoint that the trainer came from; at the very beginning the base itself."""
+        """Restores the reference from the trainer's checkpoint; at the very start, copies the base."""
         stored = {
             name.removeprefix(REFERENCE): value
             for name, value in self.trainer.extra_tensors.items()

@@ -1,8 +1,8 @@
 """What an RL stage records: the metrics of a rollout, held-out evaluations, the start gate, and exported samples.
 
 RL amplifies what a policy already does now and then; a group whose samples are all wrong teaches nothing (R1-Zero's
-base solved 15.6 % of AIME). So a run is evaluated once before its first step: `start_gate` decides whether it can work,
-with advice that follows from how the answers fail.
+base solved 15.6 % of AIME). So a run is evaluated once before its first step: `start_gate` decides whether RL can work,
+and bases its advice on how the answers fail.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bessemer.train.trainer import Trainer
 
 REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
 """The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""
-# ASCII: a Chinese neighbour must not count as a letter of the word.
+# ASCII, so that an adjacent Chinese character does not count as a letter of the word.
 _REFLECTIVE = re.compile(
     "|".join(f"\\b{word}\\b" if word.isascii() else word for word in REFLECTIVE), re.ASCII | re.IGNORECASE
 )
@@ -41,7 +41,7 @@ _TRACE = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "rep
 """Rates inside a countdown trace that say what RL changed: arithmetic, copying, verdicts, persistence."""
 
 PROBES = 6
-"""Held-out problems whose answers are kept every evaluation."""
+"""Held-out problems whose answers are recorded at every evaluation."""
 SAMPLES = 4
 """Answers per held-out problem."""
 
@@ -50,9 +50,9 @@ FEW_ALIVE = 0.1
 SOLVED = 0.95
 """pass@1 from which nearly every group will be all right."""
 UNFORMED, CUT, UNTHINKING = 0.2, 0.5, 0.05
-"""Shares of answers: well-formed below this, cut off above this, thinking below this."""
+"""Shares of answers that count as a fault: well-formed below this, truncated above this, thinking below this."""
 FORM_ONLY = 10.0
-"""Well-formed answers per right one from which the form is far easier to learn than the task."""
+"""Well-formed answers per right one from which the format is far easier to learn than the task."""
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -71,7 +71,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/think_share": _mean(bool(text) for text in thoughts),
         "rl/language": _mean(row.language for row in rows),
         "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
-        # By structure, whatever the words between: a line of the thoughts is a try or a step.
+        # Counted by structure, not by words: each line of the thoughts is a try or a step.
         "rl/tries": _mean(text.count("\n") + 1 if text else 0 for text in thoughts),
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
@@ -88,7 +88,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
-    """Conditional rates of the countdown traces among the samples; none where there is nothing to count."""
+    """Conditional rates over the countdown traces among the samples, without those that have nothing to count."""
     traces = [row for row in rows if row.problem.meta.keys() >= {"numbers", "target"}]
     trace_rates = rates(diagnose(row.problem, row.answer) for row in traces)
     return {f"rl/trace/{name}": value for name in _TRACE if (value := trace_rates[name]) is not None}
@@ -100,8 +100,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.Task]]:
-    """(tasks whose held-out problems an RL stage is measured on, and those of general prompts). Tasks that only a
-    reward model judges, or that hold out no problem, are left out; UserError where none is left."""
+    """(tasks whose held-out problems measure an RL stage, the same for general prompts). Tasks that only a reward model
+    judges, or that hold out no problem, are left out; UserError if no main task is left."""
 
     def measured(names: Sequence[str]) -> list[tasks.Task]:
         families = map(tasks.get, dict.fromkeys(names))
@@ -117,8 +117,8 @@ def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.T
 
 
 class Evaluator:
-    """Writes metrics with their alarms, and evaluates on held-out problems, so that the curve of a run does not come
-    from the problems it trains on. `begin()` once the stage's lines end at the step it resumes from."""
+    """Writes metrics, raises their alarms, and evaluates on held-out problems, so that a run's curve does not come from
+    its training problems. Call `begin()` once metrics.jsonl ends at the step that the stage resumes from."""
 
     def __init__(self, generator: RolloutGenerator, trainer: Trainer, ctx: StageContext) -> None:
         self.generator, self.trainer, self.ctx, self.settings = generator, trainer, ctx, generator.settings
@@ -134,7 +134,7 @@ class Evaluator:
             self.ctx.say(f"alarm at step {self.trainer.step}: {alarm}")
 
     def gate(self, cap: int) -> None:
-        """UserError where the base solves too little to begin with."""
+        """Evaluates the base; UserError if it solves too little for RL to start."""
         mean = self.evaluate(cap)
         decision = start_gate(self.ctx.agree(lambda: mean), self.settings.minimum_pass, self.settings.format_reward)
         for warning in decision.warnings:
@@ -143,7 +143,7 @@ class Evaluator:
             raise UserError(decision.message)
 
     def evaluate(self, cap: int) -> dict[str, Any]:
-        """Means over the tasks, written and printed; each task's own pass@1 too where there are several."""
+        """Means over the tasks, written and printed, with each task's own pass@1 if there are several."""
         settings, trainer = self.settings, self.trainer
         rows = {task.name: self._row(task, cap) for task in self.tasks + self.general}
         main = [rows[task.name] for task in self.tasks]
@@ -182,7 +182,7 @@ class Evaluator:
         )
 
     def _probe(self, cap: int) -> None:
-        """Answers to the same few held-out problems every time: how they change is the story of the run."""
+        """Records answers to the same few held-out problems every time, to show how they change over the run."""
         generator, step = self.generator, self.trainer.step
         problems = rollout.problems_of(self.tasks + self.general, "test", 0, PROBES, self.ctx.seed)
         groups = rollout.sample(
@@ -231,7 +231,7 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GateDecision:
-    """`message` says what was measured and, where it did not pass, why; `warnings` are for a run that starts anyway."""
+    """`message` says what was measured and, if it did not pass, why; `warnings` apply to a run that starts anyway."""
 
     passed: bool
     message: str
@@ -239,7 +239,7 @@ class GateDecision:
 
 
 def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0) -> GateDecision:
-    """`row` as of `scoring.evaluate`: pass_at_1, pass_at_k; used where present: k, formatted, truncated, think_share.
+    """`row` is from `scoring.evaluate`: pass_at_1, pass_at_k and, if present, k, formatted, truncated, think_share.
 
     With a `minimum_pass` of 0 every model passes, with warnings.
     """
@@ -296,17 +296,17 @@ def _share(row: Mapping[str, object], key: str) -> float | None:
 
 
 class SampleExport:
-    """Samples as conversations, for the arm that trains on the same tokens without RL.
+    """Exports samples as conversations, for a control that trains on the same tokens without RL.
 
-    One file per rollout, written atomically before its updates: a rollout that a kill undoes is written again, the
-    same. Samples that ran into the cap are left out, since the end of a conversation is learnt as its end.
+    One file per rollout, written atomically before its updates: a rollout that a kill undoes is written again,
+    identically. Truncated samples are left out, since training would teach the model to stop where they stop.
     """
 
     def __init__(self, which: Exported, state: Path) -> None:
         self.which, self.folder = which, state / "left"
 
     def add(self, number: int, groups: Sequence[Group]) -> None:
-        """The samples of rollout `number`."""
+        """Writes the samples of rollout `number`."""
         self.folder.mkdir(exist_ok=True)
         rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
         rows = [row for row in rows if row.verdict.correct or self.which == "all"]
@@ -314,7 +314,7 @@ class SampleExport:
         write_atomic(self._file(number), "".join(line + "\n" for line in lines))
 
     def finish(self, rollouts: int, folder: Path) -> None:
-        """All samples, in order, as the file of conversations of the stage's folder."""
+        """Writes all samples, in order, to the conversations file in the stage's folder."""
         write_atomic(folder / CONVERSATIONS, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
 
     def _file(self, number: int) -> Path:

@@ -1,14 +1,14 @@
-"""Reward models in use: how an answer is rendered for them, and the reward that RL gets (R1 2.3.4, R1-Nature Methods).
+"""Using reward models: how an answer is rendered for them, and the reward that RL gets (R1 2.3.4, R1-Nature Methods).
 
     helpful    prompt + final summary          the thoughts are not judged
-    harmless   prompt + thoughts + summary     nothing unsafe may stand anywhere
+    harmless   prompt + thoughts + summary     nothing unsafe may appear anywhere
 
-Training (`pipeline/stages/reward.py`) and RL render an answer by the same function, `judged_ids`, in the model's own
+Training (`pipeline/stages/reward.py`) and RL render an answer with the same function, `judged_ids`, in the model's own
 chat template, and read the score at the last token, the EOS.
 
 A reward is the score on a fixed scale learnt from held-out answers: 0 is the mean of the rejected (unsafe) ones, 1 that
-of the chosen (safe) ones. It is not clipped, so that reward hacking shows. The scale lies in `reward.json` next to the
-weights, with the aim and the fingerprint of the tokenizer.
+of the chosen (safe) ones. It is not clipped, so that reward hacking shows. The scale is saved in `reward.json` next to
+the weights, with the aim and the fingerprint of the tokenizer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bessemer.train.trainer import Trainer
 AIMS = ("helpful", "harmless")
 FACTS = "reward.json"
 BATCH_TOKENS = 8192
-"""Padded tokens per forward; changes memory and speed only."""
+"""Padded tokens per forward; affects only memory and speed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scale:
 
     @classmethod
     def learn(cls, aim: str, bad: Sequence[float], good: Sequence[float], tokenizer: str) -> Scale:
-        """From the scores of held-out answers; UserError where the good ones do not score higher on average."""
+        """The scale for these scores of held-out answers; UserError if the good ones do not score higher on average."""
         zero, one = fmean(bad), fmean(good)
         if not one > zero:
             raise UserError(
@@ -91,7 +91,7 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> l
 
 
 def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
-    """`score_ids` of the network that is trained, by all ranks that train it."""
+    """`score_ids` for the network being trained, computed by all ranks that train it. Collective."""
     if not isinstance(trainer, DistributedTrainer):
         assert isinstance(trainer.model, Scorer | CausalScorer)
         return score_ids(trainer.model, texts, pad_id)
@@ -109,7 +109,7 @@ def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> l
 
 
 def _last_marked(texts: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """A text a row, with weight at its last token."""
+    """One text per row, with loss weight only at its last token."""
     shape = len(texts), max(map(len, texts))
     tokens, loss = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape)
     for row, ids in enumerate(texts):
@@ -141,7 +141,7 @@ def score_ids(network: Scorer | CausalScorer, texts: Sequence[Sequence[int]], pa
 
 
 def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Numbers of the texts, longest first, each batch at most BATCH_TOKENS padded tokens (at least one text)."""
+    """Batches of text indices, longest first, each at most BATCH_TOKENS padded tokens (at least one text)."""
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     while order:
         rows = max(1, BATCH_TOKENS // len(texts[order[0]]))
@@ -176,7 +176,7 @@ class RewardModel:
         return self.scale.aim
 
     def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
-        """The reward of each (prompt, whole answer): 0 for the usual bad one, 1 for the usual good one."""
+        """The reward of each (prompt, whole answer): 0 for a typical bad answer, 1 for a typical good one."""
         texts = [judged_ids(self.tokenizer, self.aim, prompt, answer) for prompt, answer in items]
         scores = score_ids(self.network, texts, self.tokenizer.pad_id)
         for (prompt, _), score in zip(items, scores, strict=True):

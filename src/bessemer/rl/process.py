@@ -4,11 +4,11 @@
     r~       (r - mean(R)) / std(R)
     A_t      sum of r~ over the steps of the output that end at token t or later
 
-A step of the thoughts is a calculation, `(3*7)+6=21+6=27`: a rule gives it 1 if all its sides have one value, else 0.
-The rest of the output is its last step, with the reward of the whole output. DeepSeekMath has a process reward model
-here. R1 (4.2) gave those up because step labels do not scale and the model is hacked. A rule has neither fault, but it
-only knows whether a calculation is right, not whether it helps: a policy is also paid for right calculations that lead
-nowhere.
+A step of the thoughts is a calculation such as `(3*7)+6=21+6=27`: a rule gives it 1 if all its sides have the same
+value, else 0. The rest of the output is the last step, with the reward of the whole output. DeepSeekMath uses a process
+reward model here. R1 (4.2) gave those up because step labels do not scale and the model gets hacked. A rule has neither
+fault, but it only knows whether a calculation is right, not whether it helps: right calculations that lead nowhere are
+rewarded too.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from bessemer.tasks.countdown_expressions import Unparsable, parse_expression
 _CALCULATION = re.compile(r"[0-9+\-*/()= ]+")
 """Maximal runs, so that hostile text costs one scan."""
 Step = tuple[int, float]
-"""(token or character that a step ends with, reward)."""
+"""(index of the token or character that a step ends with, reward)."""
 
 
 def calculations(text: str) -> list[Step]:
-    """The calculations of a text: the position of the last character, and 1.0 for a right one."""
+    """The calculations in a text: (position of the last character, 1.0 if right, else 0.0)."""
     found = []
     for run in _CALCULATION.finditer(text):
         sides = run.group().strip("= ").split("=")  # `x=3` has one side, `x=3+4=7` two
@@ -43,7 +43,7 @@ def calculations(text: str) -> list[Step]:
 
 
 def _right(sides: Sequence[str]) -> bool:
-    """Whether all sides have one value and none is written twice: `7=7` calculates nothing."""
+    """Whether all sides have the same value and none is written twice: `7=7` calculates nothing."""
     sides = [side.strip() for side in sides]
     try:
         values = {parse_expression(f"0{side}" if side.startswith("-") else side).value for side in sides}

@@ -1,8 +1,8 @@
-"""Ray for a run: the cluster that RAY_ADDRESS names, or one of the run's own on this machine.
+"""Ray for a run: the cluster that RAY_ADDRESS names, or the run's own on this machine.
 
-The run's own cluster listens on 127.0.0.1 alone, has no dashboard, sends no usage statistics, and ends with the run,
-however that ends (Ray's processes follow the process that started them). RAY_ADDRESS=auto joins the Ray that runs on
-this machine.
+The run's own cluster listens only on 127.0.0.1, has no dashboard, sends no usage statistics, and ends with the run,
+however that ends (Ray's processes exit with the process that started them). RAY_ADDRESS=auto joins the Ray that already
+runs on this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bessemer.workers import SHARED, shared_free
 ADDRESS = "RAY_ADDRESS"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _OWN = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: take 127.0.0.1 for this node's address
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: this node's address is 127.0.0.1
     "RAY_AUTH_MODE": "token",  # other users of this machine may not run code in it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # else workers yield to all other processes, the trainer first
@@ -82,7 +82,7 @@ class RayCluster:
             return
         # the store may hold the versions of two rollouts and of an evaluation at once
         store = max(STORE, 4 * weights)
-        if os.path.isdir(SHARED) and store > shared_free():  # elsewhere, Ray keeps its store in files
+        if os.path.isdir(SHARED) and store > shared_free():  # without /dev/shm, Ray keeps its store in files
             needed, instead = f"Ray takes {store >> 20} MiB of shared memory", 'engine.kind to "processes"'
             if weights:
                 needed = (
@@ -98,7 +98,7 @@ class RayCluster:
             self.ray.init(address="local", num_cpus=granted_cores(), object_store_memory=store, **quiet)
 
     def check(self, workers: int, gpus: int) -> None:
-        """UserError where the cluster is too small for so many workers."""
+        """UserError if the cluster is too small for so many workers."""
         have, hint = self.ray.cluster_resources(), "lower rollout.workers, or add nodes to the cluster"
         for name, needed in (("CPU", workers), ("GPU", workers * gpus)):
             if needed > have.get(name, 0):
@@ -117,7 +117,7 @@ class RayCluster:
 
 
 def _try_connect(address: str) -> None:
-    """OSError where no server listens at host:port: Ray itself would try for minutes."""
+    """OSError if no server listens at host:port: Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
@@ -126,7 +126,7 @@ def _try_connect(address: str) -> None:
 
 @contextmanager
 def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
-    """Processes that start inside the block see these GPUs only."""
+    """Processes that start inside the block see only these GPUs."""
     before = os.environ.get(VISIBLE)
     if gpus is not None:
         os.environ[VISIBLE] = ",".join(gpus)
@@ -140,7 +140,7 @@ def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
 
 @contextmanager
 def _keep_handlers() -> Iterator[None]:
-    """Ray installs its own handler of SIGTERM, with which a run that should stop would end without a checkpoint."""
+    """Restores signal handlers: with Ray's SIGTERM handler, a run told to stop would end without a checkpoint."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

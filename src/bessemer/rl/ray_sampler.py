@@ -1,13 +1,13 @@
-"""Rollout workers as Ray actors, separate from the trainer: weights go out under numbers, samples come back.
+"""Rollout workers as Ray actors, separate from the trainer: numbered weights go out, samples come back.
 
 Before the first sample after an update, the trainer's weights are put into Ray's object store once (one copy); every
-node fetches them once and its workers map them. A policy holds its weights there as long as a rollout may still ask it,
-so samples that are late, or generated again after a worker died, come from the same bits.
+node fetches them once and its workers map them. A policy keeps its weights there as long as a rollout may still need
+them, so samples that are late, or regenerated after a worker died, come from bitwise the same weights.
 
-All jobs of a rollout are submitted at once, each to the worker with the fewest rows before it, so workers go on while
-the trainer computes. A worker that dies (a signal, a lost node, memory) is replaced, and the others generate its jobs
-from the weights they came with: the samples are identical. "local" and "ray" give the same run bit for bit, so a run
-may change from one to the other, and to any number of workers, in the middle.
+All jobs of a rollout are submitted at once, each to the worker with the fewest queued rows, so workers keep going while
+the trainer computes. A worker that dies (a signal, a lost node, out of memory) is replaced, and the others generate its
+jobs from the same weights, so the samples are identical. "local" and "ray" give the same run bit for bit, so a run may
+switch between them, and to any number of workers, at any point.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool, top_p: float = 1.0) 
 
 
 def trainer_workers(rollout: RolloutConfig) -> Workers:
-    """The trainer's own helpers; rollout workers on the same machine take their share of its cores."""
+    """The trainer's own helpers, which leave one core to each rollout worker on the same machine."""
     if rollout.engine == "local" or setup.device().type != "cpu" or not ray_cluster.starts_own():
         return setup.workers()
     torch.set_num_threads(1)
@@ -79,8 +79,8 @@ def trainer_workers(rollout: RolloutConfig) -> Workers:
 def make(
     settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
 ) -> RaySampler:
-    """The sampler of a stage; its workers start when it is opened. `refresh` brings the engine's network to the
-    trainer's weights."""
+    """The sampler of a stage; its workers start when it is opened. `refresh` copies the trainer's weights into the
+    engine's network."""
     rollout = settings.rollout
     samples = settings.prompts_per_rollout * settings.samples
     rows = batch_rows(rollout, samples)
@@ -96,7 +96,7 @@ def make(
             'difference between its probabilities and the trainer\'s; consider "token-truncate"'
         )
     start = partial(_start_pool, rollout, ctx, engine)
-    # every update counts its rows, also one after which the guard goes back to an earlier step
+    # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
 
     def state() -> Mapping[str, Tensor]:
         refresh()
@@ -106,8 +106,8 @@ def make(
 
 
 def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
-    """The GPUs of this machine that a Ray of the run's own may give to workers: those that no rank of the trainer
-    computes on. None: all, where vLLM shares them in turn. UserError where they are too few."""
+    """The GPUs of this machine that the run's own Ray may give to workers: those without a trainer rank. None means no
+    limit: vLLM takes turns with the trainer, or there is no GPU. UserError if there are too few."""
     visible = os.environ.get(ray_cluster.VISIBLE)
     names = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     names = names[: torch.cuda.device_count()]
@@ -142,7 +142,7 @@ def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> Wo
 
 
 class RaySampler:
-    """`state()` gives the weights by name, `moment()` a value that differs whenever they do; `start()` makes the pool.
+    """`state()` returns the weights by name, `moment()` a value that changes whenever they do, `start()` the pool.
     `engine` is the trainer's: it plans the batches and runs none."""
 
     def __init__(
@@ -162,7 +162,7 @@ class RaySampler:
         self.waited = 0.0
         """Seconds the trainer waited for samples."""
         self.handover = 0.0
-        """Seconds spent on putting weights into the store."""
+        """Seconds spent putting weights into the store."""
 
     @property
     def pool(self) -> WorkerPool:
@@ -207,7 +207,7 @@ class RaySampler:
         }
 
     def close(self) -> None:
-        """Ends the workers, and Ray where the run started it."""
+        """Stops the workers, and Ray if the run started it."""
         pool, self._pool, self._weights = self._pool, None, None
         if pool is not None:
             try:

@@ -1,10 +1,10 @@
-"""A rollout worker: one process with the whole network, which generates the samples of each job from its weights.
+"""A rollout worker: one process with the whole network, which generates each job's samples from the job's weights.
 
-Weights come with every job, under a number, and are loaded when the number differs from the one that is loaded. So a
-worker that has just started needs nothing from the one whose place it takes. Weights travel as plain bytes under their
-names, nothing pickled: `pack_weights` gives views of the tensors in the trainer's memory, so an object store copies
-them once, and a worker maps them there and copies them into its network. Then it has the trainer's dtypes and, bit for
-bit, its values, routing biases included.
+Every job carries weights with a version number, and a worker loads them if that number differs from its own. So a new
+worker needs nothing from the one it replaces. Weights travel as plain bytes by name, not pickled: `pack_weights`
+returns views of the tensors in the trainer's memory, so an object store copies them once, and a worker maps that copy
+and loads it into its network. The network then has the trainer's dtypes and, bit for bit, its values, routing biases
+included.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PackedTensor(NamedTuple):
 
 
 def pack_weights(state: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
-    """A model's state dict, in its order."""
+    """Packs a model's state dict in its order. Tensors on the CPU are not copied."""
     packed = {}
     for name, tensor in state.items():
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -52,7 +52,7 @@ def pack_weights(state: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
 
 
 def unpack_weights(packed: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
-    """Views of the bytes; they must not be written to."""
+    """Tensors that are views of the bytes; they must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")
         return {
@@ -63,7 +63,7 @@ def unpack_weights(packed: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies the weights into a network of the same shapes; UserError where the shapes differ."""
+    """Copies the weights into a network of the same shapes; UserError if names or shapes differ."""
     state = model.state_dict(keep_vars=True)
     if state.keys() != weights.keys() or any(own.shape != weights[name].shape for name, own in state.items()):
         raise UserError("a rollout worker's model is not the trainer's: its folder changed since the run began")
@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 class JobResult(NamedTuple):
     completions: list[Completion]
     seconds: float
-    """Time of sampling; the loading of weights is not in it."""
+    """Time spent sampling, without the loading of weights."""
 
 
 class WorkerEngine(Protocol):
@@ -104,18 +104,18 @@ class BessemerEngine:
 
 
 class RolloutWorker:
-    """The actor. Its methods are called one after another."""
+    """The Ray actor. Its methods are called one at a time."""
 
     def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMSettings = DEFAULTS) -> None:
         self.kind, self.directory, self.gpus, self.vllm = kind, Path(directory), gpus, vllm
         self.engine: WorkerEngine | None = None
         self.version = 0
-        """Of the weights that are loaded; 0 before the first."""
+        """Version of the loaded weights; 0 before the first."""
 
     def open(self) -> dict[str, str]:
         """Loads the network; returns the node's name and versions."""
         if self.engine is None:
-            torch.set_num_threads(1)  # a worker is a core: more cores are more workers
+            torch.set_num_threads(1)  # one core per worker; more cores are used by more workers
             setup.keep_memory()
             self.engine = self._make_engine()
         return {**versions(), "node": socket.gethostname()}
@@ -152,5 +152,5 @@ class RolloutWorker:
 
 
 def versions() -> dict[str, str]:
-    """Programs that must be the same in trainer and workers for equal samples."""
+    """Versions that trainer and workers must share for identical samples."""
     return {"bessemer": bessemer.__version__, "torch": torch.__version__}

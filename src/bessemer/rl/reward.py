@@ -1,13 +1,13 @@
 """Rewards of samples (R1 2.2.2, 2.3.2, 2.3.4), and their advantages within a group.
 
     reasoning   R_accuracy + f R_format + l R_language
-    general     p R_preference + f R_format + l R_language      where a reward model serves the prompt's aim
+    general     p R_preference + f R_format + l R_language      if a reward model serves the prompt's aim
 
-A function of the user's own may take the place of R_accuracy.
+A user's own function may replace R_accuracy.
 
-R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft punishment of
-over-long answers (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run shows under them is not
-learnt from the task.
+R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft overlong
+punishment (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run gains under them was not learnt
+from the task.
 
 Group-relative advantages (DeepSeekMath 4.1, R1 2.2.1) compare a sample with the others of its prompt:
 
@@ -43,7 +43,7 @@ class PreferenceScorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """Weights of the terms. `kind` "format" rewards the form alone and "random" a coin per sample: the control arms."""
+    """Weights of the terms. Two controls: `kind` "format" rewards only the format, "random" flips a coin per sample."""
 
     format: float = 1.0
     language: float = 0.0
@@ -66,8 +66,8 @@ class Reward:
     def score(
         self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
     ) -> None:
-        """Sets the reward of every sample, and its preference where `reward_models` has one for the prompt's aim. An
-        episode that the environment failed has the mean of its group, so that it is neither good nor bad."""
+        """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. An
+        episode whose environment failed gets the mean of its group, so that it is neither good nor bad."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
             judged = [row for row in rows if row.problem.meta.get("aim") == aim]
@@ -111,7 +111,7 @@ class Reward:
         return self.language * row.language
 
     def passed(self, row: ScoredSample) -> bool:
-        """Whether a scored sample did what this kind of reward asks for: a right answer; the form; heads."""
+        """Whether a scored sample did what this kind of reward asks for: a right answer; the format; heads."""
         if self.kind == "random":
             return row.reward > 0
         return row.verdict.formatted if self.kind == "format" else row.verdict.correct
@@ -125,7 +125,7 @@ def overlong(length: int, cap: int, buffer: int) -> float:
 
 
 EPSILON = 1e-6
-"""Guard of the division (value undocumented)."""
+"""Guards the division; the reports give no value."""
 
 
 def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True, together: bool = False) -> None:

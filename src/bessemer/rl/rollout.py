@@ -1,6 +1,6 @@
-"""One rollout: P problems, G samples each, verified and scored, and the training batches made of it (R1 2.2).
+"""One rollout: P problems, G samples each, verified and scored, and the training batches made from it (R1 2.2).
 
-The problems of rollout r follow by arithmetic, and the seed of a sample from (run seed, rollout, prompt, sample), so a
+The problems of rollout r are computed from r, and the seed of a sample from (run seed, rollout, prompt, sample), so a
 resumed run samples what the uninterrupted one would have sampled.
 """
 
@@ -39,7 +39,7 @@ class ScoredSample:
     verdict: Verdict
     reward: float = 0.0
     advantage: float | list[float] = 0.0
-    """Of the whole output, or of each of its tokens where a critic estimates them."""
+    """Of the whole output, or of each of its tokens (with a critic or process supervision)."""
     values: list[float] | None = None
     """The critic's value before each token; None without a critic."""
     returns: list[float] | None = None
@@ -51,13 +51,13 @@ class ScoredSample:
     begun: str = ""
     """The beginning of the answer that the prompt's template has already written."""
     turns: list[Spoken] | None = None
-    """Of an episode: who spoke which tokens of the completion. None: the model wrote all of them."""
+    """For an episode: who wrote which tokens of the completion. None: the model wrote all of them."""
     failure: str = ""
     """Why the environment failed; nothing of such an episode is trained on."""
 
     @property
     def answer(self) -> str:
-        """The whole answer, as a verifier reads it; of an episode the last turn."""
+        """The whole answer, as a verifier reads it; for an episode, the last turn."""
         return self.begun + self.completion.text
 
     @property
@@ -68,7 +68,7 @@ class ScoredSample:
 
     @property
     def trained_N(self) -> Tensor:
-        """Places in the completion of the tokens that are trained on, int64: those that the model wrote."""
+        """Positions in the completion of the tokens that are trained on, those the model wrote; int64."""
         if self.turns is None:
             return torch.arange(len(self.completion.tokens))
         written = [role == MODEL and not self.failure for role, _, _ in self.turns]
@@ -79,13 +79,13 @@ class ScoredSample:
 MODEL = "assistant"
 """The role of what the model wrote."""
 Once = Callable[[Callable[[], Any]], Any]
-"""Of many ranks one makes a value for all."""
+"""Calls its argument on one rank and returns the value on all."""
 Group = list[ScoredSample]
 """The samples of one problem."""
 TaskProblems = Sequence[tuple[Task, Problem]]
 SHARED = 4
-"""The micro-batches of an update are a multiple of this, for cores to share. Whatever the machine: a gradient's bits
-depend on where its sum is cut. On many ranks they are also a multiple of the pipelines."""
+"""The number of micro-batches of an update is a multiple of this, so that cores can share them. It is the same on every
+machine, as a gradient's bits depend on how its sum is split; on many ranks also a multiple of the pipelines."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Rollout:
 
 
 def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
-    """Problems first..first+count-1 of the endless list that takes the tasks in turn; a task named twice has two turns
-    a round, with problems of its own in each."""
+    """Problems first..first+count-1 of an endless list that cycles through the tasks; a task named twice gets two turns
+    per round, with different problems in each."""
     names = [task.name for task in tasks]
     problems = []
     for n in range(first, first + count):
@@ -129,8 +129,8 @@ def sample(
     once: Once = lambda make: make(),
     **sampling,
 ) -> list[Group]:
-    """G verified completions or episodes of every problem, not yet scored; `needs_format` as in `verify`, `context`
-    and `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
+    """G verified completions or episodes per problem, not yet scored; `needs_format` as in `verify`, `context` and
+    `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
     prompts, outcomes = played(
         engine, problems, encode, samples=samples, seeds=prompt_seeds(seed, len(problems)), cap=max_new_tokens,
         context=context, once=once, **sampling,
@@ -139,7 +139,7 @@ def sample(
 
 
 def prompt_seeds(seed: int, prompts: int) -> list[int]:
-    """The name of each prompt's random streams."""
+    """The seed of each prompt's random streams."""
     return [stable_hash("rollout", seed, p) & (2**62 - 1) for p in range(prompts)]
 
 
@@ -150,9 +150,9 @@ def verify(
     begun: str,
     needs_format: bool = False,
 ) -> list[Group]:
-    """The verdict of each problem's task on its completions, or of its episodes; `begun` as in `ScoredSample`. With
-    `needs_format` a right answer out of the form counts as wrong: of R1-Zero's two blocks, or where the template has
-    opened the thoughts, as R1's does, of R1's summary too."""
+    """Verifies the completions of each problem with its task; an episode has its verdict already. `begun` as in
+    `ScoredSample`. With `needs_format`, a right answer in the wrong format counts as wrong. The format is R1-Zero's two
+    blocks or, if the template has opened the thoughts, as R1's does, R1's summary too."""
     groups = []
     for (task, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []
@@ -176,12 +176,12 @@ def verify(
 
 
 def rewards(groups: Sequence[Group]) -> Tensor:
-    """[P, G]."""
+    """The rewards, [P, G]."""
     return torch.tensor([[row.reward for row in group] for group in groups], dtype=torch.float32)
 
 
 BUCKET = 64
-"""Fused attention is planned anew for every length, which takes longer than a few tokens of padding."""
+"""Multiple for row widths on a GPU: planning fused attention for a new length costs more than a little padding."""
 
 
 def to_batches(
@@ -189,7 +189,7 @@ def to_batches(
 ) -> list[Batch]:
     """`split_by_length(rows)` as batches.
 
-    normalise "sequence": every output counts 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): every token does.
+    normalise "sequence": each output weighs 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): each token does.
     """
     parts = split_by_length(rows, max_tokens, n_pipelines)
     return [_batch(part, _width(_length(part[0])), pad_id, normalise) for part in parts]
@@ -201,10 +201,10 @@ def _width(longest: int) -> int:
 
 
 def split_by_length(rows: Sequence[ScoredSample], max_tokens: int, n_pipelines: int = 1) -> list[list[ScoredSample]]:
-    """Rows of similar length together, longest first, each part at most `max_tokens` padded tokens (at least a row).
+    """Rows grouped by similar length, longest first, at most `max_tokens` padded tokens per part (at least one row).
 
-    More than one part becomes a multiple of `SHARED`, of about equal tokens, so that no core waits for the last one; on
-    several pipelines also a multiple of these, as far as there are rows.
+    If there is more than one part, their number is a multiple of `SHARED`, with about equal tokens, so that no core
+    waits for the last one. With several pipelines it is also a multiple of these, if there are enough rows.
     """
     ordered = sorted(rows, key=_length, reverse=True)
     lengths = [_length(row) for row in ordered]
@@ -261,8 +261,8 @@ def _align(rows: Sequence[ScoredSample], width: int, field: str) -> Tensor:
 
 
 def pad_routing(routings: Sequence[Tensor], width: int) -> Tensor:
-    """The records of `Completion.routing` as one choice_BTLK, int16; -1 (the gate chooses) at a row's last token, which
-    was never fed, and at padding. Nothing that is trained on comes after either."""
+    """Pads `Completion.routing` records into one choice_BTLK, int16. It is -1 (the gate chooses) at a row's last token,
+    which was never fed, and at padding. No trained token follows either."""
     choice_BTLK = torch.full((len(routings), width, *routings[0].shape[1:]), -1, dtype=torch.int16)
     for row, routing in zip(choice_BTLK, routings, strict=True):
         row[: len(routing)] = routing
@@ -270,8 +270,8 @@ def pad_routing(routings: Sequence[Tensor], width: int) -> Tensor:
 
 
 def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Tensor]:
-    """Records of `Completion.kept`, whose tokens begin at these positions: the ids and the positions that they are for,
-    int32 [B, M], as many as the row of most ids has. Nothing precedes position 0, so it stands for none."""
+    """Pads `Completion.kept` records, whose tokens begin at `starts`: the kept ids and the positions they are for,
+    int32 [B, M], M that of the row with most ids. Nothing precedes position 0, so it marks padding."""
     at = [
         start + torch.arange(len(count_T), dtype=torch.int32).repeat_interleave(count_T)
         for (_, count_T), start in zip(kept, starts, strict=True)
@@ -283,11 +283,11 @@ def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Ten
 _PER_TOKEN = {"tokens": torch.int32, "logprobs": torch.float32, "raw_logprobs": torch.float32}
 """Fields of a completion with one number per token: a checkpoint holds each as one vector over all samples."""
 _PLAIN = {field.name for field in fields(ScoredSample)} - {"problem", "prompt_tokens", "completion", "verdict"}
-"""Fields of a sample that are JSON as they are."""
+"""Fields of a sample that are plain JSON."""
 
 
 def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Groups as a checkpoint holds them: one JSON object per group, and tensors over all samples. A problem is stored
+    """Groups as a checkpoint stores them: one JSON object per group, and tensors over all samples. A problem is stored
     as its id."""
     completions = [row.completion for group in groups for row in group]
     tensors = {
@@ -308,7 +308,7 @@ def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tenso
 def unpack(
     packed: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], problems: Mapping[str, Problem]
 ) -> list[Group]:
-    """The groups that `pack` was given, without a bit lost; `problems` by their ids."""
+    """The exact groups that `pack` was given; `problems` by id."""
     lengths = [row["length"] for group in packed for row in group["rows"]]
     fed = [len(group["prompt"]) + row["length"] - 1 for group in packed for row in group["rows"]]
     per_token = {name: iter([part.tolist() for part in tensors[name].split(lengths)]) for name in _PER_TOKEN}

@@ -1,17 +1,17 @@
 """The queue of rollouts: each is generated up to `max_off_policy_rollouts` rollouts before its updates.
 
-With `max_off_policy_rollouts = 1` rollout n + 1 is sampled by the policy as it was before the updates of rollout n, so
-its sampling depends on nothing those updates do and may run at the same time. It is at most `updates_per_rollout` steps
-old when its own updates begin (`rl/staleness`). A run depends on this order alone, never on timing. Ray workers sample
-while the trainer computes; in the trainer's process sampling and updates take turns, each on all cores, since a core
-for each takes longer there (bench/rl_overlap.py).
+With `max_off_policy_rollouts = 1`, rollout n + 1 is sampled by the policy before the updates of rollout n, so its
+sampling does not depend on those updates and may overlap them. It is at most `updates_per_rollout` steps old when its
+own updates begin (`rl/staleness`). A run depends only on this order, never on timing. Ray workers sample while the
+trainer computes. In the trainer's process, sampling and updates take turns, each on all cores, which is faster there
+than one core for each (bench/rl_overlap.py).
 
-Everything in a rollout follows from its number and the policy, so a resumed run samples what the uninterrupted one
-would have sampled. A finished rollout of an older policy that no update has used yet lies in the trainer's checkpoint.
-A rollout of the checkpoint's own policy does not: it is sampled again.
+A rollout is determined by its number and the policy, so a resumed run samples what the uninterrupted one would have
+sampled. A finished rollout of an older policy that no update has used yet is saved in the trainer's checkpoint. A
+rollout of the checkpoint's own policy is not: it is sampled again.
 
 Dynamic sampling (DAPO 3.2): groups whose samples all have the same reward teach nothing, so up to `max_resamples`
-rounds of problems are sampled until enough groups are alive; a pool that is too hard or too easy costs those rounds and
+rounds of problems are sampled until enough groups are alive. A pool that is too hard or too easy costs those rounds but
 never stops the run.
 """
 
@@ -30,15 +30,15 @@ from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"
-"""Of the finished rollouts in the trainer's checkpoint."""
+"""Key of the finished rollouts in the trainer's checkpoint."""
 Problems = list[tuple[tasks.Task, tasks.Problem]]
 
 
 class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
-    `context`: tokens that the policy can read and write, for episodes. `once(make)`: of many ranks one makes the value
-    for all, for a verdict may depend on the clock.
+    `context`: the policy's context length in tokens, for episodes. `once(make)`: one rank makes the value for all,
+    since a verdict may depend on the clock.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class RolloutGenerator:
         self.reward = Reward.of_config(settings)
 
     def start(self, number: int, cap: int, step: int) -> PendingRollout:
-        """Submits rollout `number` to the policy of this moment, which has made `step` optimizer steps."""
+        """Submits rollout `number` to the current policy, which has made `step` optimizer steps."""
         return PendingRollout(self, number, cap, step)
 
     def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
-        """(general prompts, once the run has come to them; problems of the tasks). With a difficulty filter there are
-        `filter_pool` candidates for every problem of the tasks. No two rounds of a run share any."""
+        """(general prompts, from rollout `general_from` on; problems of the tasks). With a difficulty filter there are
+        `filter_pool` candidates per problem of the tasks. No two rounds of a run share any."""
         settings, pool = self.settings, 1 if self.difficulty is None else self.difficulty.pool
         total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
         general = settings.general_prompts if number >= settings.general_from else 0
@@ -79,7 +79,7 @@ class RolloutGenerator:
         return {problem.id: problem for general, others in rounds for _, problem in general + others}
 
     def select(self, number: int, round: int, estimates: Estimates | None) -> tuple[Problems, Problems, Selection]:
-        """(general prompts, problems of the tasks, how the difficulty filter selected these by the estimates)."""
+        """(general prompts, problems of the tasks, how the difficulty filter selected the latter)."""
         general, problems = self.candidates(number, round)
         if self.difficulty is None or estimates is None:
             return general, problems, Selection()
@@ -87,7 +87,7 @@ class RolloutGenerator:
         return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
 
     def play(self, problems: Problems, number: int, round: int, cap: int) -> Play:
-        """The samples of a round, of which nothing is generated yet."""
+        """The completions or episodes of a round, before anything is generated."""
         seeds = rollout.prompt_seeds(self.round_seed(number, round), len(problems))
         return Play(
             problems, self.encode, self.sampler.tokenizer, samples=self.settings.samples, seeds=seeds, cap=cap,
@@ -95,7 +95,7 @@ class RolloutGenerator:
         )  # fmt: skip
 
     def submit(self, policy: Submit, play: Play) -> PendingSamples | None:
-        """The next turn of a round; None after the last."""
+        """Submits the next turn of a round; None after the last."""
         settings, turn = self.settings, play.turn()
         if turn is None:
             return None
@@ -125,13 +125,13 @@ class RolloutGenerator:
         return groups
 
     def round_seed(self, number: int, round: int) -> int:
-        """The name of a round's random streams."""
+        """The seed of a round's random streams."""
         return tasks.stable_hash(self.seed, self.settings.name, number, *([round] if round else []))
 
 
 class PendingRollout:
-    """A rollout that is being sampled. Its rounds follow one another, and in a round the turns of episodes: each is
-    submitted once the one before is scored, or answered. The policy and the difficulty estimates of all are those of
+    """A rollout that is being sampled. Its rounds run one after another, as do the turns of episodes within a round:
+    each is submitted once the previous one is scored, or answered. All use the policy and the difficulty estimates of
     its start."""
 
     def __init__(self, generator: RolloutGenerator, number: int, cap: int, step: int) -> None:
@@ -147,7 +147,7 @@ class PendingRollout:
         self._submit_round()
 
     def poll(self) -> bool:
-        """Goes on with the turns that are sampled, without waiting for more; whether the rollout is finished."""
+        """Processes the turns that are sampled, without waiting for more; returns whether the rollout is finished."""
         while self.rollout is None and self._samples is not None and self._samples.ready():
             self._complete_turn()
         return self.rollout is not None
@@ -192,7 +192,7 @@ class PendingRollout:
             self._submit_round()
 
     def _pass_counts(self, difficulty: DifficultyFilter, groups: list[Group]) -> tuple[PassCount, ...]:
-        """Only problems of the tasks update the estimates."""
+        """Counts for problems of the tasks only: general prompts do not update the estimates."""
         passed, counts = self.generator.reward.passed, []
         for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True):
             if tried := [row for row in group if not row.failure]:
@@ -201,8 +201,8 @@ class PendingRollout:
 
 
 class RolloutQueue:
-    """`take(number)` is called once per rollout, in order; `poll()` after each step; `settle(number)` before a save;
-    `restore()` once the trainer is back at a checkpoint. `cap()` is the longest completion at this moment."""
+    """Call `take(number)` once per rollout, in order; `poll()` after each step; `settle(number)` before a save;
+    `restore()` once the trainer is back at a checkpoint. `cap()` returns the current longest completion."""
 
     def __init__(self, generator: RolloutGenerator, trainer: Trainer, cap: Callable[[], int]) -> None:
         self.generator, self.trainer, self.cap = generator, trainer, cap
@@ -212,10 +212,10 @@ class RolloutQueue:
         self.pending: dict[int, PendingRollout] = {}
 
     def take(self, number: int) -> Rollout:
-        """Rollout `number`. The policy of this moment starts those up to `max_off_policy_rollouts` after it."""
+        """Returns rollout `number`. Also starts the next `max_off_policy_rollouts` rollouts with the current policy."""
         self._start(number)
         taken = self._finish(number)
-        # lower numbers: from before the guard went back, which leaves the cursor where it is
+        # lower numbers are from before the guard went back, which does not move the cursor
         self.finished = {n: rollout for n, rollout in self.finished.items() if n > number}
         return taken
 
@@ -226,9 +226,9 @@ class RolloutQueue:
                 self._finish(number)
 
     def settle(self, number: int) -> None:
-        """Before a checkpoint that precedes the updates of rollout `number`: waits for the samples of older policies.
-        Later rollouts are started first, so that no worker waits for the checkpoint; `take(number)` finds the same
-        policy."""
+        """Call before a checkpoint that precedes the updates of rollout `number`: waits for the samples of older
+        policies. Later rollouts are started first, so that no worker waits for the checkpoint; `take(number)` finds the
+        same policy."""
         if older := [n for n, pending in self.pending.items() if pending.step < self.trainer.step]:
             self._start(number)
             for n in older:
@@ -236,7 +236,7 @@ class RolloutQueue:
         self._store()  # also what `poll` finished: a rollout that was ready early is as old as one that was waited for
 
     def restore(self) -> None:
-        """The queue of the checkpoint that the trainer came from."""
+        """Restores the queue from the trainer's checkpoint."""
         self.finished, self.pending = {}, {}
         for name, stored in self.trainer.extras.get(KEY, {}).items():
             number, prefix = int(name), f"{KEY}/{name}/"
@@ -261,7 +261,7 @@ class RolloutQueue:
         return self.finished[number]
 
     def _store(self) -> None:
-        """Puts the finished rollouts of older policies among what the trainer's checkpoint holds."""
+        """Adds the finished rollouts of older policies to what the trainer's checkpoint holds."""
         trainer = self.trainer
         tensors = {key: value for key, value in trainer.extra_tensors.items() if not key.startswith(f"{KEY}/")}
         stored = {}

@@ -1,16 +1,16 @@
-"""Teachers of on-policy distillation: where their networks lie, and what a step needs of them.
+"""Teachers of on-policy distillation: where their networks are placed, and what a step needs from them.
 
-One process has every teacher whole, and the objective asks it for one micro-batch after another. On many ranks the
-states of all micro-batches are computed before the step, by teachers that are
+A single process holds every teacher whole, and the objective asks it for one micro-batch after another. On many ranks
+the states of all micro-batches are computed before the step, by teachers that are
 
-    cut       over pipeline and expert-parallel ranks, as the student is: those of our own family, where the layout fits
+    cut       over pipeline and expert-parallel ranks, as the student is: those of our own family, if the layout fits
     whole     on every rank that computes a loss, the last of a pipeline (both ends with DualPipe), while the others of
               the pipeline wait: teachers of another architecture, and those that the layout does not fit
 
-All are frozen, in BF16 on a GPU. A cut one takes 1 / (pp ep) of its weights on a rank, twice that with DualPipe;
-data-parallel ranks have copies. States take D numbers for every token, padding included, of a pipeline's micro-batches,
-where the loss is computed. The last stages of student and teacher lie on the same ranks, so the head that reads the
-states is there.
+All are frozen, in BF16 on a GPU. A cut teacher takes 1 / (pp ep) of its weights per rank, twice that with DualPipe;
+data-parallel ranks have copies. Where the loss is computed, states take D numbers for every token of a pipeline's
+micro-batches, padding included. The last stages of student and teacher are on the same ranks, so the head that reads
+the states is there.
 
 Legend: B rows, T tokens per row, D hidden size of the teacher.
 """
@@ -39,7 +39,7 @@ from bessemer.train.trainer import Trainer
 
 
 class Teachers:
-    """`folders`: the model directory of each by its name; their order is that of `Batch.teacher`. Collective."""
+    """`folders`: each teacher's model directory by name, in the order that `Batch.teacher` counts. Collective."""
 
     def __init__(
         self,
@@ -50,17 +50,17 @@ class Teachers:
     ) -> None:
         self.ranks = ranks
         self.placed = [_placed(name, folder, student, say) for name, folder in folders.items()]
-        """None: whole, and on other ranks."""
+        """None for a whole teacher that is on other ranks."""
         self.networks: tuple[Network, ...] = ()
-        """For the objective; none where no loss is computed."""
+        """For the objective; empty on ranks that compute no loss."""
         if not isinstance(student, ModelShard) or _computes_loss(student):
             modules = (one.model if isinstance(one, ModelShard) else one for one in self.placed)
             self.networks = tuple(module for module in modules if module is not None)
 
     @torch.no_grad()
     def teach(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """This rank's micro-batches of a step of these, with their teachers' states where it computes their loss.
-        Collective; all ranks pass the same batches."""
+        """This rank's micro-batches of a step, with their teachers' states if it computes their loss. Collective; all
+        ranks pass the same batches."""
         if not isinstance(trainer, DistributedTrainer):
             return batches
         pipelines, index = trainer.by_pipeline(batches), trainer.shard.pipeline_index
@@ -74,7 +74,7 @@ class Teachers:
                     continue
                 own = [mine[i].to(trainer.device) for i in asked[index]]
                 if isinstance(teacher, ModelShard):
-                    if teacher.exchange is not None:  # in which all pipelines take part
+                    if teacher.exchange is not None:  # all pipelines take part in it
                         own += [mine[0].as_filler().to(trainer.device)] * (most - len(own))
                     found = model_shard.forward(teacher, own, _hidden, lane)[: len(asked[index])]
                 elif trainer.shard.place[lane][-1] == trainer.mesh.pp:
@@ -85,14 +85,14 @@ class Teachers:
                     if states_BTD is not None:
                         mine[i] = with_states(mine[i], states_BTD)
         if self.ranks is not None:
-            self.ranks.meet("teachers")  # of a pipeline with a whole one all ranks wait for it
+            self.ranks.meet("teachers")  # in a pipeline with a whole teacher, all ranks wait for it
         return mine
 
 
 def _placed(
     name: str, folder: Path, student: Network | ModelShard, say: Callable[[str], None]
 ) -> Network | ModelShard | None:
-    """A frozen teacher, whole or this rank's; None where another rank has it whole."""
+    """A frozen teacher, whole or this rank's part of it; None if another rank has it whole."""
     dtype = setup.choose_precision("device").dtype
     if isinstance(student, ModelShard):
         unfit = _unfit(folder, student)
@@ -108,7 +108,7 @@ def _placed(
 
 
 def _unfit(folder: Path, student: ModelShard) -> str | None:
-    """Why a teacher cannot be cut as the student is."""
+    """Why a teacher cannot be cut like the student; None if it can."""
     if needs_transformers(folder):
         return "its model is of another family"
     layout, slices = student.mesh.layout, len(student.place[0]) // student.mesh.layout.pp

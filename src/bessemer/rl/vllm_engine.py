@@ -1,11 +1,11 @@
 """vLLM in a rollout worker, behind the interface of `ray_worker.WorkerEngine`. Not yet run: written against the sources
 of vLLM 0.33 without a GPU.
 
-Weights go in under Hugging Face's names (`vllm_weights`); vLLM's prefix cache belongs to older weights and is dropped.
-It computes in BF16 and has random streams of its own: a sample is a function of its key and the weights, but not the
-sample of our Engine, and its log-probabilities differ from the trainer's by rounding, which `correction` corrects.
+Weights are loaded under Hugging Face names (`vllm_weights`), and vLLM's prefix cache, which belongs to older weights,
+is dropped. vLLM computes in BF16 and has its own random streams: a sample is a function of its key and the weights, but
+differs from our Engine's, and its log-probabilities differ from the trainer's by rounding, which `correction` corrects.
 
-Its log-probabilities ("processed") are of the distribution that it samples from. That is the trained one only where
+Its log-probabilities ("processed") are of the distribution that it samples from. That is the trained one only if
 nothing but the temperature changes the logits, so truncation and penalties are refused.
 """
 
@@ -34,12 +34,12 @@ MLA_WIDTHS = (512, 64)
 """Latent and rotary width that vLLM's fast MLA kernels are written for."""
 MLA_OFF = "VLLM_MLA_DISABLE"
 KEY_BITS = (1 << 63) - 1
-"""vLLM's seeds are not negative."""
+"""vLLM's seeds must not be negative."""
 UNKNOWN = float("nan")
 
 
 class VLLMSettings(NamedTuple):
-    """The keys of `RolloutConfig` that vLLM gets."""
+    """The settings of `RolloutConfig` that vLLM gets."""
 
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
@@ -54,8 +54,8 @@ class VLLMEngine:
 
     def __init__(self, directory: Path, gpus: int, options: VLLMSettings = DEFAULTS) -> None:
         if mla_off(json.loads((directory / "config.json").read_text(encoding="utf-8"))):
-            os.environ.setdefault(MLA_OFF, "1")  # read when the engine is made
-        system.without_segments()  # its memory pool, if it sleeps, and shared buffers would meet them
+            os.environ.setdefault(MLA_OFF, "1")  # read when the engine is created
+        system.without_segments()  # its memory pool, if it sleeps, refuses them
         try:
             from vllm import LLM, SamplingParams
         except ImportError:
@@ -110,8 +110,8 @@ class VLLMEngine:
 
 
 def mla_off(config: Mapping[str, Any]) -> bool:
-    """Whether a model (its config.json) has MLA of widths that vLLM's fast kernels do not take; it then computes with
-    keys and values of every head."""
+    """Whether a model (its config.json) has MLA with widths that vLLM's fast kernels do not support; vLLM then computes
+    with per-head keys and values."""
     widths = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
     return widths[0] is not None and widths != MLA_WIDTHS
 
@@ -136,7 +136,7 @@ def llm_arguments(directory: Path, gpus: int, options: VLLMSettings) -> dict[str
 
 
 def check_length(batch: GenerationBatch, most: int | None) -> None:
-    """UserError for a sample that is longer than `most` tokens."""
+    """UserError for a sample that may need more than `most` tokens."""
     needed = max(len(sample.request.prompt) + sample.request.max_new_tokens for sample in batch.samples)
     if most is not None and needed > most:
         raise UserError(
@@ -170,7 +170,7 @@ def sampling_params(request: Request) -> dict[str, Any]:
 
 
 def hub_state(state: Mapping[str, Tensor], cfg: ModelConfig | None) -> dict[str, Tensor]:
-    """Weights under the names they have on disk, MTP modules left out; cfg None: a model of another family."""
+    """Weights under their names on disk, without MTP modules; cfg None: a model of another family."""
     if cfg is None:
         return {name.removeprefix("inner."): tensor.contiguous() for name, tensor in state.items()}
     main = [slot for slot in slots(cfg) if not slot.copy and not slot.name.startswith("mtp.")]

@@ -5,8 +5,8 @@
                     map them there
     FileWeights     a checkpoint in this node's memory, and the workers' `reload_weights`: for older releases
 
-A handle of a buffer is a tuple with classes in it, which vLLM passes between its own processes only if it may pickle:
-`MappedWeights` sets VLLM_ALLOW_INSECURE_SERIALIZATION for this worker. The sockets are files of this user.
+A buffer handle is a tuple that contains classes, which vLLM passes between its own processes only if it may pickle:
+`settings` sets VLLM_ALLOW_INSECURE_SERIALIZATION for this worker. The sockets are files of this user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bessemer.workers import SHARED
 
 FILE = "model.safetensors"
 CHUNK = 256 << 20
-"""Bytes of weights that are handed over at once, or one tensor that is larger."""
+"""Bytes of weights handed over at once, unless a single tensor is larger."""
 PICKLE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 METHODS = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
 
@@ -52,7 +52,7 @@ def transfers(llm_class: type) -> bool:
 
 
 def settings(mapped: bool) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that the way of the weights needs; also sets what its processes read."""
+    """Arguments of `vllm.LLM` for this way of transfer; also sets the environment that its processes read."""
     if not mapped:
         return {}
     os.environ[PICKLE] = "1"
@@ -60,7 +60,7 @@ def settings(mapped: bool) -> dict[str, Any]:
 
 
 class WeightChunk(NamedTuple):
-    """Tensors one after another in `data`."""
+    """Tensors that are copied one after another into a buffer."""
 
     names: list[str]
     dtype_names: list[str]
@@ -71,8 +71,8 @@ class WeightChunk(NamedTuple):
 
 
 def chunks(weights: Mapping[str, Tensor], most: int) -> Iterator[WeightChunk]:
-    """All tensors in their order, as many at a time as fit into `most` bytes, at least one, and none at a place that a
-    view in its dtype cannot begin at."""
+    """All tensors in their order, in chunks of at most `most` bytes (at least one tensor), each tensor aligned to its
+    dtype."""
     together: dict[str, Tensor] = {}
     size = 0
     for name, tensor in weights.items():
@@ -92,7 +92,7 @@ def _chunk(weights: Mapping[str, Tensor]) -> WeightChunk:
 
 
 class MappedWeights:
-    """vLLM's processes on `gpus` GPUs, which are the first that this process sees. The buffers live during a load."""
+    """Loads weights into vLLM's processes on the first `gpus` GPUs of this process. The buffers live during a load."""
 
     def __init__(self, llm: Any, gpus: int) -> None:
         self.llm, self.gpus = llm, gpus
@@ -123,7 +123,7 @@ class MappedWeights:
 
     @staticmethod
     def _handle(buffer: Tensor) -> tuple[str, tuple[Any, ...]]:
-        """(the GPU's name, what another process maps the buffer by)."""
+        """(the GPU's UUID, the handle by which another process maps the buffer)."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         return str(torch.cuda.get_device_properties(buffer.device).uuid), reduce_tensor(buffer)[1]
@@ -139,7 +139,7 @@ class MappedWeights:
 
 
 class FileWeights:
-    """`config`: the model's config.json, which lies beside the weights."""
+    """`config`: the model's config.json, which is copied beside the weights."""
 
     def __init__(self, llm: Any, config: Path) -> None:
         self.llm = llm

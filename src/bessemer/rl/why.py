@@ -1,14 +1,14 @@
-"""What made the reward of an RL stage rise: the same problems answered before and after it, and the difference taken
-apart.
+"""Why the reward of an RL stage rose: the same problems are answered before and after it, and the difference is
+decomposed.
 
 The reward is a sum of terms, so its rise is exactly the sum of theirs. A term rises because answers change in ways that
-earn it. A way of answering is a cause where it has become more frequent AND where, among answers to one problem by one
-model, those that have it earn more, other causes equal (least squares inside groups). Its part of the rise is the
-product of the two. Candidates are behaviours that can be named, and phrases whose frequency changed most, so that a
-reward which pays for something nobody thought of shows too.
+earn it. A way of answering is a cause if it became more frequent AND if, among answers to one problem by one model,
+those that have it earn more, other causes being equal (least squares within groups). Its part of the rise is the
+product of the two. Candidates are named behaviours and the phrases whose frequency changed most, so that a reward that
+pays for something nobody thought of shows too.
 
-This is association inside groups, not experiment: a behaviour that only accompanies the cause is named with it or in
-its place. `bessemer replay` and a run with a control reward test what is said here.
+This is association within groups, not an experiment: a behaviour that only accompanies the cause is named with it or in
+its place. `bessemer replay` and a run with a control reward test such a claim.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from bessemer.tasks.readability import readable
 
 RIGHT = "right answers"
 CAUSES = 4
-"""Most causes of one term."""
+"""Maximum number of causes per term."""
 PHRASES = 60
-"""Phrases that are looked at: those whose share of answers changed most."""
+"""Number of candidate phrases: those whose share of answers changed most."""
 PLAINER = 0.7
-"""A phrase must explain more than a behaviour by 1 / PLAINER to be preferred to it."""
+"""A phrase must explain 1 / PLAINER times as much as a behaviour to be preferred to it."""
 CHANGED, EARNS, COUNTS = 3.0, 4.0, 0.1
-"""Least size of a cause: its change in standard errors over problems, its coefficient in standard errors, its part of
+"""Minimum size of a cause: its change in standard errors over problems, its coefficient in standard errors, its part of
 the term's rise."""
 OWN = 0.05
-"""Least share of a candidate's variance inside groups that the causes before it do not hold already."""
+"""Minimum share of a candidate's within-group variance that the causes chosen before it do not explain."""
 RESAMPLES = 400
 DEFINED = {"form": "keeps the form", "language": "thinks in the language of the question"}
 """Terms that pay for one behaviour by definition."""
@@ -55,11 +55,11 @@ class Cause:
     name: str
     before: float
     after: float
-    """How often, or how much of it, an answer has."""
+    """Its mean frequency or amount per answer."""
     earns: float
-    """Reward of one unit of it, other causes equal."""
+    """Reward of one unit of it, other causes being equal."""
     part: float
-    """Of the reward's rise: (after - before) earns."""
+    """Its part of the reward's rise: (after - before) earns."""
     low: float
     high: float
 
@@ -76,7 +76,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The whole answer. Rates are means over samples."""
+    """The full explanation. Rates are means over samples."""
 
     problems: int
     samples: int
@@ -90,7 +90,7 @@ class Explanation:
     causes: list[Cause]
     """Largest part first."""
     right: tuple[float, float]
-    """Share of right answers by the task's own verdict, whatever was paid."""
+    """Share of right answers by the task's own verdict, whatever the reward paid for."""
     some_before: float
     """Share of problems with at least one right answer among the samples before: pass@G."""
     new: int
@@ -120,7 +120,7 @@ class Explanation:
 
 
 def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, cap: int) -> Explanation:
-    """Scored groups of the same problems in the same order, by the model the stage began from and by its result."""
+    """Explains the rise from scored groups of the same problems in order, by the starting model and by the result."""
     sides = [list(before), list(after)]
     paid = [[_terms(row, reward, cap) for group in side for row in group] for side in sides]
     names = list(dict.fromkeys(name for side in paid for terms in side for name in terms))
@@ -174,7 +174,7 @@ def _terms(row: ScoredSample, reward: Reward, cap: int) -> dict[str, float]:
 
 
 def _behaviours(row: ScoredSample) -> dict[str, float]:
-    """What can be named of one answer, each 0 or 1, or an amount."""
+    """The named behaviours of one answer, each 0 or 1, or an amount."""
     thoughts, answer = thought(row.answer).strip(), row.verdict.answer or ""
     found = {
         "thinks": float(bool(thoughts)),
@@ -279,7 +279,7 @@ def _inside(values: np.ndarray) -> np.ndarray:
 
 
 def _new(column: np.ndarray, chosen: Sequence[np.ndarray]) -> bool:
-    """Whether a column says more than a copy of the chosen ones."""
+    """Whether a column holds more than a combination of the chosen ones."""
     if not chosen:
         return True
     coefficients, _ = _fit(column, chosen)
@@ -289,7 +289,7 @@ def _new(column: np.ndarray, chosen: Sequence[np.ndarray]) -> bool:
 
 
 def _fit(value: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares inside groups: coefficients and their standard errors."""
+    """Least squares within groups: coefficients and their standard errors."""
     y, x = _inside(value), np.stack([_inside(part) for part in parts], 1)
     square = x.T @ x + 1e-9 * np.eye(len(parts))
     coefficients = np.linalg.solve(square, x.T @ y)
@@ -299,7 +299,7 @@ def _fit(value: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np
 
 
 def _resampled(value: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[RESAMPLES, parts]: each part's share of the rise, over problems drawn anew."""
+    """Bootstrap over problems: each part's share of the rise, [RESAMPLES, parts]."""
     y = (value - value.mean(2, keepdims=True)).transpose(1, 0, 2).reshape(value.shape[1], -1)
     x = np.stack([(p - p.mean(2, keepdims=True)).transpose(1, 0, 2).reshape(p.shape[1], -1) for p in parts], 2)
     square, cross = np.einsum("pni,pnj->pij", x, x), np.einsum("pni,pn->pi", x, y)

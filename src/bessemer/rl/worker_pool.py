@@ -54,7 +54,7 @@ class RolloutJob:
 
 
 class WorkerPool:
-    """`n` workers. `submit` distributes jobs, `poll` collects results that are there, `wait` until all of some are."""
+    """`n` workers. `submit` distributes jobs, `poll` collects results that are there, `wait` waits for given jobs."""
 
     def __init__(
         self, cluster: ray_cluster.RayCluster, kind: str, directory: str, n: int, gpus: int,
@@ -88,7 +88,7 @@ class WorkerPool:
             raise
 
     def submit(self, jobs: Sequence[RolloutJob]) -> None:
-        """To the places with the fewest rows before them; to none before one has loaded the model."""
+        """Sends jobs to the places with the fewest queued rows; to none before its worker has loaded the model."""
         self._backlog += jobs
         places = [w for w in range(len(self.workers)) if w not in self._loading.values()]
         while places and self._backlog:
@@ -98,7 +98,7 @@ class WorkerPool:
             self._queues[w][self.workers[w].generate.remote(job.version, job.weights, job.batch)] = job
 
     def poll(self, seconds: float = 0.0) -> None:
-        """Collects the results that are there; waits at most so long for the first."""
+        """Collects the results that have arrived; waits at most `seconds` for the first."""
         pending = [*self._loading, *(ref for queue in self._queues for ref in queue)]
         if not pending:
             return
@@ -129,7 +129,7 @@ class WorkerPool:
         self._progress_at = time.monotonic()
         while any(job.result is None for job in jobs):
             self.poll(1.0)
-            heartbeat.beat()  # that of workers is `_check_stall`'s to judge
+            heartbeat.beat()  # `_check_stall` watches the workers
 
     def close(self) -> None:
         for worker in self.workers:
@@ -137,7 +137,7 @@ class WorkerPool:
         self.workers, self._queues, self._loading, self._backlog = [], [], {}, []
 
     def _open(self) -> None:
-        """Until every worker has loaded the model, or after START_SECONDS one of them."""
+        """Waits until every worker has loaded the model or, after START_SECONDS, at least one has."""
         until = time.monotonic() + START_SECONDS
         for w, worker in enumerate(self.workers):
             self._loading[worker.open.remote()] = w
@@ -145,7 +145,7 @@ class WorkerPool:
             self.poll(1.0)
 
     def _check_stall(self) -> None:
-        """Nothing came back for long: UserError where no worker ever started, else a line that says so."""
+        """If nothing came back for long: UserError if no worker ever started, else a line that says so."""
         still = time.monotonic() - self._progress_at
         if len(self._loading) == len(self.workers) and still > START_SECONDS:
             raise UserError(
@@ -159,7 +159,7 @@ class WorkerPool:
             self._patience = PATIENCE
 
     def _get(self, ref: ObjectRef) -> Any:
-        """A result; `_WorkerDied` where its worker is gone, the worker's own error where it raised one."""
+        """A result; raises `_WorkerDied` if its worker is gone, the worker's own error if it raised one."""
         errors = self.ray.exceptions
         try:
             return self.ray.get(ref)
@@ -214,7 +214,7 @@ def _reason(text: str) -> str:
 
 
 def _check_versions(node: Mapping[str, str]) -> None:
-    """UserError where a worker runs another version of the programs that compute."""
+    """UserError if a worker runs another version of bessemer or torch than the trainer."""
     for name, version in versions().items():
         if node[name] != version:
             raise UserError(
