@@ -1,7 +1,7 @@
-"""Checkpoints behind the back of the training: copies in host memory, and one thread that writes them.
+"""Background checkpoints: copies in host memory, and one thread that writes them.
 
-The training thread pays for the copies alone. From a GPU they go into pinned memory on a stream of their own, while the
-next forward runs: 36 GB take under a second there, and 30 on a disk. On a CPU they are copies in memory.
+The training thread pays only for the copies. From a GPU they go into pinned memory on their own stream while the next
+forward runs: 36 GB take under a second there, and 30 seconds to a disk. On a CPU they are plain memory copies.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from bessemer.train import checkpoint
 from bessemer.train.checkpoint import State
 
 CHUNK = 1 << 28
-"""Bytes of a piece of the buffer. Larger tensors have pieces of their own."""
+"""Bytes of a piece of the buffer. Larger tensors get pieces of their own."""
 ALIGN = 64
 SHARE = 0.05
-"""The largest share of its time that the training thread gives to checkpoints by time."""
+"""The largest share of its time that the training thread spends on timed checkpoints."""
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
 
 class HostCopies:
-    """Copies of tensors in one buffer of host memory, which the next copies use again: never more than one copy of
-    everything. The buffer is pinned where tensors come from a GPU, and shared with forks."""
+    """Copies of tensors in one buffer of host memory, which later copies reuse, so there is never more than one copy of
+    everything. The buffer is pinned if tensors come from a GPU, and shared with forks."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
@@ -45,8 +45,8 @@ class HostCopies:
         return sum(chunk.numel() for chunk in self._chunks)
 
     def begin(self, tensors: Sequence[Tensor] = ()) -> None:
-        """From now on the copies made before are overwritten. The first time, makes room for exactly these tensors;
-        later, what has grown goes into more pieces, since pinning takes seconds."""
+        """Starts a new set of copies, which overwrites the last one. The first time, makes room for exactly these
+        tensors; later growth goes into more pieces, since pinning takes seconds."""
         if tensors and not self._chunks:
             need = sum(-(-_bytes(tensor) // ALIGN) * ALIGN for tensor in tensors)
             self._chunks = [self._new(need, any(tensor.is_cuda for tensor in tensors))]
@@ -58,8 +58,8 @@ class HostCopies:
         return self._take(size, tensor.is_cuda)[:size].view(tensor.dtype).view(tensor.shape)
 
     def add(self, tensor: Tensor, place: Tensor | None = None) -> Tensor:
-        """A copy of `tensor`, in its place. From a GPU it is under way on the current stream, and so is whole after an
-        event that is recorded there later."""
+        """Copies `tensor` to its place. A copy from a GPU runs on the current stream, so it is complete after an event
+        that is recorded there later."""
         return (self.place(tensor) if place is None else place).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     def _take(self, size: int, from_gpu: bool) -> Tensor:
@@ -73,9 +73,9 @@ class HostCopies:
         return self._take(size, from_gpu)
 
     def _new(self, size: int, from_gpu: bool) -> Tensor:
-        """Memory of its own from the system. Pinned by registration, since torch's allocator rounds up to a power of
-        two; where the system refuses, copies into it wait."""
-        # Shared with forks: each write into a private page would copy it first. Not kept from them, since a fork that
+        """New memory from the system. It is pinned by registration, since torch's allocator rounds up to a power of
+        two; if the system refuses, copies into it block."""
+        # Shared with forks: each write into a private page would copy it first. Not hidden from them, since a fork that
         # collects the buffer would unmap what it has put there since.
         memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         chunk = torch.frombuffer(memory, dtype=torch.uint8)
@@ -98,8 +98,8 @@ def _unpin(pointers: list[int]) -> None:
 
 
 def host_room() -> int:
-    """Bytes of host memory that this process may still take: what the system calls available, and what the limit of
-    its container leaves. Large where neither is known."""
+    """Bytes of host memory that this process may still take: the smaller of what the system calls available and what
+    its container's limit leaves. Huge if neither is known."""
     room = 1 << 62
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -115,8 +115,8 @@ def host_room() -> int:
 
 
 class Background:
-    """A thread that does one thing at a time, such as writing a checkpoint. Its error is raised where the next one is
-    begun, or waited for."""
+    """A thread that runs one job at a time, such as writing a checkpoint. A job's error is raised when the next one
+    begins, or when it is waited for."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -128,14 +128,14 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, work: Callable[[], object]) -> None:
-        """Starts `work` after the last one has ended; raises the last one's error."""
+        """Starts `work` after the previous job has ended; raises that job's error."""
         self.finish()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def run() -> None:
             try:
                 if device is not None:
-                    torch.cuda.set_device(device)  # a new thread has GPU 0, and would make a context there
+                    torch.cuda.set_device(device)  # a new thread starts on GPU 0 and would create a context there
                 work()
             except BaseException as error:
                 self._failure = error
@@ -149,7 +149,7 @@ class Background:
             self.finish()
 
     def wait(self) -> None:
-        """Waits for the job."""
+        """Waits for the job without raising its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -166,7 +166,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one process from copies, in the background."""
 
     LATE = ("model", "optimizer")
-    """Tensors that only the optimizer changes, so that forward may go on while they are copied."""
+    """Tensors that only the optimizer changes, so that forward may run while they are copied."""
 
     def __init__(self, state_dir: Path, keep: int, say: Callable[[str], None]) -> None:
         self.state_dir, self.keep, self.say = state_dir, keep, say
@@ -176,8 +176,8 @@ class CheckpointWriter:
         self._told = False
 
     def save(self, step: int, state: State) -> torch.cuda.Event | None:
-        """Starts writing state_dir/step-XXXXXXXX; waits for the checkpoint before and raises its error. From a GPU the
-        masters and moments must stay as they are until the event. Where memory has no room for a copy, the checkpoint
+        """Starts writing state_dir/step-XXXXXXXX; waits for the previous checkpoint and raises its error. On a GPU,
+        masters and moments must not change until the returned event. If memory has no room for a copy, the checkpoint
         is written before this returns."""
         self.background.finish()
         counters = checkpoint.as_json(state.counters)

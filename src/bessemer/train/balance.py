@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free load balancing: the bias of every gate after every step (V3 2.1.2, LFB).
+"""Auxiliary-loss-free load balancing: every gate's bias moves after every step (V3 2.1.2, LFB).
 
     b_i <- b_i + gamma * sign(mean load - load_i)
 
@@ -22,8 +22,8 @@ from bessemer.model.gate import Gate
 
 @contextmanager
 def uncounted(gates: dict[str, Gate]) -> Iterator[None]:
-    """Computation whose tokens are no part of the loads: a backward pass, whose recomputed forwards would count theirs
-    again, and the fillers of a pipeline."""
+    """Tokens computed inside do not count in the loads: for a backward pass, whose recomputed forwards would count
+    theirs again, and for a pipeline's fillers."""
     before = [gate.load_E.clone() for gate in gates.values()]
     yield
     for gate, load_E in zip(gates.values(), before, strict=True):
@@ -38,7 +38,7 @@ def clear(gates: dict[str, Gate]) -> None:
 
 @torch.no_grad()
 def update(gates: dict[str, Gate], gamma: float) -> dict[str, Tensor]:
-    """One bias step for every gate; returns MaxVio per gate name and clears the loads. The host waits for nothing.
+    """One bias step for every gate; returns MaxVio per gate name and clears the loads. Never waits for the GPU.
 
     A gate that saw no token (an MTP module in a stage without MTP) keeps its bias; its MaxVio is NaN.
     """

@@ -4,13 +4,13 @@
                         rank-00000.safetensors ...                      what many ranks write in place of the five
 
 Files are written under a temporary name, synced and then renamed: a kill at any instant leaves the previous checkpoint.
-The manifest holds the SHA-256 of every file and of itself; a damaged checkpoint is reported by file and passed over,
-never used and never skipped silently. Nothing is pickled.
+The manifest holds the SHA-256 of every file and of itself; a damaged checkpoint is reported with the file at fault and
+passed over: never used, never skipped silently. Nothing is pickled.
 
-`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. Both are read here: `load`
-for one process, `checkpoint_reader` tensor by tensor. A sharded checkpoint stores every tensor whole under its name in
-the whole network, and a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a
-file depends on the layout that wrote it.
+`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. `load` reads both for one
+process, `checkpoint_reader` tensor by tensor. A sharded checkpoint stores every tensor whole under its name in the
+whole network, and a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a file
+depends on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class State:
     counters: dict[str, Any]
     """Plain JSON: step, tokens, rows, random states, whatever else the run counts."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Plain JSON that must be equal when the checkpoint is used again."""
+    """Plain JSON that must be the same in a run that resumes from the checkpoint."""
 
     def bytes(self) -> int:
         """Bytes of all tensors."""
@@ -64,8 +64,8 @@ class Damaged(Exception):
 
 
 def save(state_dir: Path, step: int, state: State, keep: int = 2, counters: bytes | None = None) -> Path:
-    """Writes state_dir/step-XXXXXXXX and deletes all but the newest `keep` checkpoints. `counters`: those of the state
-    as JSON, where they may have changed since.
+    """Writes state_dir/step-XXXXXXXX and deletes all but the newest `keep` checkpoints. `counters`: the state's
+    counters as JSON, if they may have changed since.
 
     A full or unwritable disk is a UserError; the previous checkpoint is untouched and the partial one is gone.
     """
@@ -108,11 +108,11 @@ def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path
 
 
 KEPT = "kept"
-"""Folder, beside the newest checkpoints, of those that no later one replaces."""
+"""Folder, next to the newest checkpoints, of those that no later one replaces."""
 
 
 def keep(path: Path) -> None:
-    """Puts a checkpoint among those kept for good: hard links, so that only what is deleted elsewhere takes room."""
+    """Adds a checkpoint to those kept for good, as hard links, which take space only once the originals are deleted."""
     final, temporary = path.parent / KEPT / path.name, path.parent / KEPT / f".tmp-{path.name}"
     if final.exists():
         return
@@ -122,7 +122,7 @@ def keep(path: Path) -> None:
 
 
 def copy(path: Path, target: Path) -> None:
-    """A checkpoint in another folder: hard links where the file system has them."""
+    """Copies a checkpoint to another folder, as hard links where the file system has them."""
 
     def link(source: str, destination: str) -> None:
         try:
@@ -147,7 +147,7 @@ def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
 
 
 def seal(directory: Path, step: int, files: dict[str, str]) -> None:
-    """Writes the manifest over files and their SHA-256: the last file of a checkpoint."""
+    """Writes the manifest of the files and their SHA-256, the last file of a checkpoint."""
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
     write_synced(directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
@@ -198,8 +198,8 @@ def latest(
 ) -> tuple[Path, State] | None:
     """The newest complete checkpoint, whatever layout wrote it; None if there is none at all.
 
-    Each damaged one is reported through `warn` with the file at fault. All damaged, another config, or a newer format:
-    UserError.
+    Each damaged one is reported through `warn` with the file at fault. UserError if all are damaged, or for another
+    config or a newer format.
     """
     sweep(state_dir)
     paths = steps(state_dir)
@@ -243,7 +243,7 @@ def load(path: Path) -> State:
 
 
 PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
-"""File stem of one process's checkpoint -> what its tensors' names begin with in a sharded one."""
+"""File stem of one process's checkpoint -> prefix of its tensors' names in a sharded one."""
 
 
 def is_sharded(file: str) -> bool:
@@ -252,7 +252,7 @@ def is_sharded(file: str) -> bool:
 
 
 def companion_name(companion: str, name: str) -> str:
-    """Where a checkpoint has a tensor of a trainer whose state lies in another's (`Checkpointed.companions`)."""
+    """The name of a companion's tensor in the checkpoint that holds its state (`Checkpointed.companions`)."""
     return f"extras/{companion}/{name if name.startswith('model/') else f'optimizer/{name}'}"
 
 
@@ -269,7 +269,7 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; Damaged, or UserError if newer code wrote it."""
+    """The manifest of a checkpoint; raises Damaged, or UserError if newer code wrote it."""
     manifest = read_json(path, "manifest.json")
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise Damaged("manifest.json does not match its own checksum")
@@ -285,7 +285,7 @@ def verified_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, name: str, expected: str) -> None:
-    """Damaged unless the file has this SHA-256."""
+    """Raises Damaged unless the file has this SHA-256."""
     try:
         with open(path / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:

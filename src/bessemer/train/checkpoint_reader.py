@@ -1,6 +1,6 @@
-"""A checkpoint tensor by tensor, whatever layout wrote it: for ranks that each need a part, and for exports.
+"""Reads a checkpoint tensor by tensor, whatever layout wrote it: for ranks that each need a part, and for exports.
 
-`checkpoint` says what lies in one.
+`checkpoint` describes the format.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Location(NamedTuple):
 
 
 class CheckpointReader:
-    """An open checkpoint of any layout, by the names of a sharded one. Damaged, or UserError if newer code wrote it."""
+    """An open checkpoint of any layout, by the names of a sharded one. Raises Damaged, or UserError for newer code."""
 
     def __init__(self, path: Path):
         self.path, self._sums = path, verified_manifest(path)["files"]
@@ -51,12 +51,12 @@ class CheckpointReader:
         return self.counters["updates"] if sharded else int(self.read(["steps"])["steps"])
 
     def verify(self, names: Iterable[str]) -> None:
-        """Damaged unless the files with these tensors are intact; UserError for a name that is missing."""
+        """Raises Damaged unless the files with these tensors are intact, UserError for a name that is missing."""
         for file in {self._location(name).file for name in names}:
             self._verify(file)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, in this order. Files are verified when first read; UserError for a name that is
+        """The tensors with these names, in this order. Files are verified when first read; UserError for a name that is
         missing."""
         names = list(names)
         by_file: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ class CheckpointReader:
 
 
 class CompanionReader:
-    """What a checkpoint has of a companion, by the names of a checkpoint of its own."""
+    """Reads a companion's tensors, by the names they would have in a checkpoint of its own."""
 
     def __init__(self, reader: CheckpointReader, companion: str):
         self.reader, self.companion = reader, companion

@@ -1,7 +1,7 @@
-"""What a kill must not lose: the trainer's checkpoints.
+"""The trainer's checkpoints: everything that a kill must not lose.
 
-Weights, moments, biases, random states, counters, the data cursor and what others put into `extras` are in every
-checkpoint, so a run that is stopped and resumed has the bits of one that was never stopped. `save` copies them and
+Every checkpoint holds weights, moments, biases, random states, counters, the data cursor and what others put into
+`extras`, so a run that is stopped and resumed equals an uninterrupted one bit for bit. `save` copies all of it and
 starts a thread that writes (`background`); `finish` waits for it.
 """
 
@@ -31,7 +31,7 @@ COUNTERS = ("step", "tokens", "rows", "skipped")
 
 
 class Checkpointed:
-    """The half of `Trainer` that saves and resumes. The other half sets what is declared here."""
+    """The half of `Trainer` that saves and resumes. The other half sets the attributes declared here."""
 
     model: Transformer | CausalLM
     optimizer: Optimizer
@@ -52,8 +52,8 @@ class Checkpointed:
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
         self.companions: dict[str, Checkpointed] = {}
-        """Trainers by name whose weights and moments lie in this one's checkpoints, so that after a kill all go on from
-        one step; they are complete before `start`."""
+        """Trainers by name whose weights and moments are saved in this one's checkpoints, so that after a kill all
+        resume from the same step. Fill it before `start`."""
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._save_cost = 0.0
         """Seconds that training waited for the last checkpoint."""
@@ -62,7 +62,7 @@ class Checkpointed:
             self._writer = CheckpointWriter(state_dir, keep, lambda text: self.warn(text))
 
     def start(self) -> bool:
-        """Resumes (True), or writes the first checkpoint, so that there is always one to go back to."""
+        """Resumes (True), or writes the first checkpoint (False), so that there is always one to go back to."""
         if self._restore_latest() is not None:
             self._saved_step = self.step
             return True
@@ -85,7 +85,7 @@ class Checkpointed:
             self._background.finish()
 
     def close(self) -> None:
-        """Waits as `finish` does, after an error of another kind: nobody may write behind the next attempt."""
+        """Waits like `finish` but raises nothing, after another error: no write may overlap with the next attempt."""
         if self._background is not None:
             self._background.wait()
 
@@ -94,7 +94,7 @@ class Checkpointed:
         return None if self._writer is None else self._writer.background
 
     def save_if_due(self) -> None:
-        """Checkpoints by steps and by seconds; never in the middle of a bad streak."""
+        """Saves if a checkpoint is due by steps or by seconds; never within a streak of bad steps."""
         if self._background is not None:
             self._background.poll()
         steps = self.save_steps
@@ -104,8 +104,8 @@ class Checkpointed:
                 self.finish()
 
     def _due_by_time(self) -> bool:
-        """Whether `save_seconds` are over and the last checkpoint is written; training waits for a twentieth of its
-        time at most. With 0 seconds, after every step, and training waits until it is written."""
+        """Whether `save_seconds` have passed and the last checkpoint is written; training waits for at most a twentieth
+        of its time. With 0 seconds, true after every step, and training waits until it is written."""
         seconds = self.config.save_seconds
         if seconds == 0:
             return True
@@ -188,7 +188,7 @@ class Checkpointed:
         self.optimizer.load_state_dict(moments)
 
     def _weights(self) -> dict[str, Tensor]:
-        """All that forward computes with; the masters of what is trained."""
+        """Everything that forward computes with, as masters where it is trained."""
         return self.model.state_dict() | self.optimizer.masters()
 
     def _gate_tensors(self) -> dict[str, Tensor]:

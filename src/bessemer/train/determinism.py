@@ -1,10 +1,10 @@
 """Training steps that repeat bit for bit on a GPU: `[layout] deterministic = true`.
 
-Without it some of torch's kernels add in the order in which threads arrive, so that a resumed run on a GPU is close to
-the one that was never stopped, and not the same. Ours add in a fixed order anyway. A CPU's steps repeat always.
+Without it, some of torch's kernels add in the order in which threads arrive, so a resumed run on a GPU is close to an
+uninterrupted one but not identical. Our kernels always add in a fixed order, and steps on a CPU always repeat.
 
-Only steps are held to it. Sampling and evaluation use operations that torch calls non-deterministic in general, though
-not in the shapes used here.
+It covers training steps only. Sampling and evaluation use operations that torch calls non-deterministic in general,
+though not in the shapes used here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")
 """Values with which cuBLAS repeats its results; `bessemer` sets the first before CUDA starts."""
 STEPS = 20
-"""Steps after which the speed is told; the first quarter does not count."""
+"""Steps after which the speed is reported; the first quarter does not count."""
 
 Arguments = ParamSpec("Arguments")
 Step = Callable[Arguments, dict[str, float]]
@@ -35,8 +35,8 @@ _rates: list[float] = []
 
 @contextmanager
 def kept(on: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the training steps inside to deterministic algorithms, where there is a GPU. UserError where cuBLAS was
-    told otherwise."""
+    """Makes training steps inside it use deterministic algorithms, if there is a GPU. UserError if cuBLAS is set up
+    otherwise."""
     global _say
     if not on:
         yield
@@ -59,7 +59,7 @@ def kept(on: bool, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def held(step: Step[Arguments]) -> Step[Arguments]:
-    """A training step that returns its metrics, deterministic inside `kept`."""
+    """Decorator of a training step that returns its metrics: makes it deterministic inside `kept`."""
 
     @functools.wraps(step)
     def repeating(*arguments: Arguments.args, **named: Arguments.kwargs) -> dict[str, float]:
@@ -77,7 +77,7 @@ def held(step: Step[Arguments]) -> Step[Arguments]:
 def _algorithms() -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     fills, strict = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    memory.fill_uninitialized_memory = False  # one more kernel for every tensor, and we read none before we write it
+    memory.fill_uninitialized_memory = False  # costs a kernel per tensor, and no tensor is read before it is written
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A GPU that has no memory left: what holds it, what to lower, and by how much. And one that fails."""
+"""Errors for a GPU that ran out of memory (what holds it, what to lower, and by how much) or that failed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 BROKEN = ("ECC error", "NVLink error", "busy or unavailable", "no CUDA-capable device", "unknown error", "not yet ini")
-"""What CUDA says of a card that fails or is gone. Other errors of a kernel are ours, and keep their traceback."""
+"""CUDA's messages for a card that failed or is gone. Other kernel errors are ours, and keep their traceback."""
 USABLE = 0.9
-"""Share of the card that a suggestion fills: the rest is the runtime's, fragments, and what one layer needs."""
+"""Share of the card that a suggestion fills: the rest is for the runtime, fragmentation, and what one layer needs."""
 
 
 def held(groups: Iterable[Group]) -> dict[str, int]:
@@ -89,13 +89,13 @@ def of_step(
     device: torch.device, groups: Iterable[Group], model: nn.Module,
     config: OptimizerConfig, shape: tuple[int, int], number: int, mtp: bool,
 ) -> UserError:  # fmt: skip
-    """`explain` with what this device says."""
+    """`explain` with this device's name and memory."""
     card = torch.cuda.get_device_properties(device)
     return explain(card.name, card.total_memory, held(groups), model, config, *shape, number, mtp)
 
 
 def of_stage(stage: str) -> UserError:
-    """The error of a stage that ran out outside a step: while it loads, samples or evaluates."""
+    """The error of a stage that ran out of memory outside a step: while it loads, samples or evaluates."""
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     return UserError(
         f'stage "{stage}" ran out of memory on {card.name} ({card.total_memory / GIB:.1f} GiB), of which this process '
@@ -106,7 +106,7 @@ def of_stage(stage: str) -> UserError:
 
 
 def of_error(error: RuntimeError, stage: str) -> UserError | None:
-    """The error that a user can do something about; None for any other."""
+    """The error as a UserError if a user can do something about it, else None."""
     if isinstance(error, torch.OutOfMemoryError):
         return of_stage(stage)
     words = str(error).splitlines()[0] if str(error) else ""

@@ -7,8 +7,8 @@ parameters there are:
     grad      what backward adds to, always float32 (`Tensor.grad_dtype`)
     master, m, v   float32 (m and v bfloat16 on request, as in V3 3.3.2); Muon has no v
 
-Where they are made, a parameter's first storage is given back as soon as its values are copied, and gradients and
-moments come last: the peak is what stays.
+During construction a parameter's first storage is freed as soon as its values are copied, and gradients and moments are
+allocated last, so the peak is what stays.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class Update:
-    """The arguments of one step: its number (from 1), and gradient / divisor as the gradient."""
+    """The arguments of one step. `step` counts from 1; the gradient is divided by `divisor`."""
 
     step: int
     lr: float
@@ -94,8 +94,8 @@ class Update:
 
 
 Members = list[tuple[str, nn.Parameter, Tensor]]
-"""Names, parameters in the dtype of forward, and their values. A group takes the values out, so that each is freed as
-soon as it is copied."""
+"""(name, parameter in the dtype of forward, its value). A group removes the values, so that each is freed as soon as it
+is copied."""
 
 
 class Group:
@@ -106,8 +106,8 @@ class Group:
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, shares: int = 1, share: int = 0, whole: bool = False
     ):  # fmt: skip
-        """The vectors consist of `shares` equal shares, and masters and moments are those of one `share`; `whole`: no
-        parameter lies in two of them."""
+        """The vectors consist of `shares` equal shares; masters and moments cover only share number `share`. `whole`:
+        no parameter lies in two shares."""
         self.decay = decay
         starts, size = placed([value.numel() for _, _, value in members], shares, whole)
         self.slots = [ParameterSlot(name, p, start) for (name, p, _), start in zip(members, starts, strict=True)]
@@ -150,7 +150,7 @@ class Group:
             )
 
     def square(self) -> Tensor:
-        """Sum of the squares of the gradient, float64."""
+        """Sum of squares of the gradient, float64."""
         return double(torch.linalg.vector_norm(self.grad.view(-1, NORM_BLOCK), dim=1)).square().sum()
 
     def publish(self, source: Tensor | None = None) -> None:
@@ -177,8 +177,8 @@ class Group:
 
 
 def placed(sizes: list[int], shares: int, whole: bool) -> tuple[list[int], int]:
-    """(where each parameter starts, size of the vector). One after another; or, so that each is in one share, the
-    largest first and always into the emptiest share."""
+    """(where each parameter starts, size of the vector). Parameters follow one another or, with `whole`, go into the
+    emptiest share, the largest first, so that each is in one share."""
     aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
     if not whole:
         *starts, end = accumulate(aligned, initial=0)

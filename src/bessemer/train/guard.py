@@ -31,7 +31,7 @@ class StepGuard:
     failures: int = 3
     """Bad steps in a row before a rollback."""
     rollbacks: int = 2
-    """Rollbacks before the run stops, unless a checkpoint written after good steps lies between them."""
+    """Rollbacks before the run stops, unless a checkpoint was written after good steps in between."""
     streak: int = 0
     """Bad steps in a row so far."""
     rolled_back: int = 0
@@ -46,7 +46,7 @@ class StepGuard:
             self.rolled_back = 0
 
     def bad(self, what: str) -> str:
-        """SKIP or ROLL_BACK; UserError when rolling back has been tried often enough. `what` describes the culprit."""
+        """SKIP or ROLL_BACK; UserError when enough rollbacks have been tried. `what` describes the culprit."""
         self.streak += 1
         if self.streak < self.failures:
             return SKIP
@@ -71,7 +71,7 @@ def bad_gradients(names: list[str]) -> str:
 def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """Runs `run` (a forward pass) again, checking every module; returns the first whose output is not finite.
 
-    The cause is that module or an operation on its inputs. Restores random states; gate loads are the caller's.
+    The cause is that module or an operation on its inputs. Restores random states; the caller restores gate loads.
     """
     first: list[str] = []
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""What a training step shows of itself: traces of named steps, the share of a GPU's peak, its memory."""
+"""Measurements of training steps: traces of chosen steps, model FLOPs utilisation (MFU), GPU memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 PHASES = ("attend", "dispatch", "experts", "combine", "finish")
 HISTORY = 100_000
-"""Allocations that a memory snapshot goes back."""
+"""Number of past allocations in a memory snapshot."""
 
 
 @cache
 def peak_flops(name: str) -> float | None:
-    """Dense BF16 FLOP/s of a card by the name that its driver gives it; None for an unknown one. The PCIe and NVL forms
-    of a card are slower than the one that `hardware.toml` means, except A100's."""
+    """Dense BF16 FLOP/s of a card by the name that its driver gives it; None for an unknown one. PCIe and NVL variants
+    count as unknown, being slower than the card in `hardware.toml`, except A100's PCIe."""
     text = resources.files("bessemer").joinpath("plan/hardware.toml").read_text(encoding="utf-8")
     plain = re.sub(r"\b(NVIDIA|AMD|GeForce|Instinct) ", "", name).replace("RTX ", "RTX")
     card, *rest = re.split(r"[ -]", plain)
@@ -41,7 +41,7 @@ def peak_flops(name: str) -> float | None:
 
 
 class Instruments:
-    """Of one trainer. `devices`: how many compute a step together; `rank`: which of them this process is."""
+    """One trainer's instruments. `devices`: how many compute a step together; `rank`: which of them this process is."""
 
     def __init__(
         self, config: OptimizerConfig, model: nn.Module, device: torch.device, dtype: torch.dtype, folder: Path | None,
@@ -84,8 +84,8 @@ class Instruments:
             self.say(f"step {number} traced: {self.folder / name} (open it in https://ui.perfetto.dev)")
 
     def values(self, tokens: int, rows: int, mtp: bool, seconds: float) -> dict[str, float]:
-        """Metrics of a step on a GPU; none on a CPU. The share of the peak counts what the model needs, not what is
-        computed twice (MFU)."""
+        """Metrics of a step on a GPU; none on a CPU. MFU counts the FLOPs that the model needs, without
+        recomputation."""
         if self.device.type != "cuda":
             return {}
         values = {
@@ -99,7 +99,7 @@ class Instruments:
         return values
 
     def dump(self) -> str:
-        """Writes the memory snapshot where the stage asks for it; returns a sentence that says so."""
+        """Writes the memory snapshot if the stage asks for it; returns a sentence that says so, or ""."""
         if not self._snapshot or self.device.type != "cuda" or self.folder is None:
             return ""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +110,8 @@ class Instruments:
 
 @contextmanager
 def named_phases(model: nn.Module, nvtx: bool) -> Iterator[None]:
-    """Inside, the five phases of every layer are ranges of a trace, named `layers.3.experts`; with `nvtx` also of
-    NVIDIA's tools. Compiled layers have none: they are one function."""
+    """Inside, the five phases of every layer are ranges of a trace, named like `layers.3.experts`; with `nvtx`, of
+    NVIDIA's tools too. Compiled layers have none: they are one function."""
     named: list[tuple[Any, str]] = []
     for name, layer in model.named_modules():
         if isinstance(layer, Layer) and layer._compiled_call_impl is None:

@@ -1,4 +1,4 @@
-"""Where the model of a stage comes from, and what a recipe tells of it before anything runs."""
+"""Where a stage's model comes from, and what the recipe says about it before anything runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def origin(recipe: Recipe, name: str | None) -> StageConfig | None:
 
 
 def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
-    """The network that the model of `name` began as; None if it is of another family, or its import alone will tell."""
+    """The network that the model of `name` began as; None if it is of another family, or only its import will tell."""
     first = origin(recipe, name)
     if isinstance(first, PretrainConfig):
         return setup.model_config(recipe, first.model)
@@ -45,7 +45,7 @@ def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
 
 
 def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
-    """UserError, before anything runs, where a stage's [lora] cannot be served."""
+    """UserError, before anything runs, if a stage's [lora] is not supported."""
     if config.lora is None:
         return
     lora.check_installed()
@@ -63,9 +63,9 @@ def imported_config(recipe: Recipe, name: str | None) -> dict[str, Any] | None:
 
 
 def training_flops(recipe: Recipe, name: str | None, length: int) -> float | None:
-    """FLOPs of training the model of `name` on one token in rows of `length`; None where the recipe does not say.
+    """FLOPs of training the model of `name` on one token in rows of `length`; None if the recipe does not say.
 
-    A model of another family takes 6 per parameter, of which a file holds one in the bytes of its dtype.
+    A model of another family takes 6 per parameter; its number of parameters follows from file sizes and dtype.
     """
     if (cfg := config_of(recipe, name)) is not None:
         return flops_per_token(cfg, length).training
@@ -83,7 +83,7 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
 
 
 def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: int = 256) -> float:
-    """As `setup.estimate_seconds`, for the model of `name`; one that the recipe does not tell counts as its [model]."""
+    """`setup.estimate_seconds` for the model of `name`, or for the recipe's [model] if the recipe does not say."""
     flops = training_flops(recipe, name, length)
     return setup.estimate_seconds(recipe, tokens, length=length) if flops is None else setup.seconds_of(tokens * flops)
 

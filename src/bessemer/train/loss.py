@@ -1,12 +1,12 @@
 """Cross entropy and log-probabilities from hidden states, without ever holding all logits.
 
-`cross_entropy`, for training: for a chunk of tokens the logits, the log-softmax and at once the gradients of the hidden
-states and the head weight; then the logits are freed. Peak memory is one chunk of logits instead of N x V twice, and
-backward is one multiplication. Sums over chunks are float32 whatever the compute dtype.
+`cross_entropy`, for training: computes a chunk's logits and log-softmax and at once the gradients of the hidden states
+and the head weight, then frees the logits. Peak memory is one chunk of logits instead of N x V twice, and backward is
+one multiplication. Sums over chunks are float32 whatever the compute dtype.
 
 `token_logprobs`, per token and differentiable, for RL: forward keeps one number per token (the log of the softmax
 denominator); backward recomputes each chunk of logits, because the gradient per token is only known then. `Kept` says
-which tokens each prediction is among, where the sampler left some out.
+which tokens each prediction may be, if the sampler left some out.
 
 The plain version of each is its reference.
 
@@ -37,10 +37,10 @@ POSITIONS = 1024
 
 
 def chunk_rows(weight_VD: Tensor) -> int:
-    """Tokens per chunk: 0.5 GB of float32 logits on a GPU, to fill it. On a CPU 1 MB of float32, which stays in a
-    core's cache (with 4 MB the gradient of the head weight runs at half the rate), and 4 MB of bfloat16, since the
-    gradient of the head weight over a chunk is added to a float32 sum, which takes as long as the products of 128
-    rows. Never under 128 rows: GEMMs need them."""
+    """Tokens per chunk. On a GPU, 0.5 GB of float32 logits, to fill it. On a CPU, 1 MB in float32, which stays in a
+    core's cache (with 4 MB the gradient of the head weight runs at half the rate), or 4 MB in bfloat16, since adding a
+    chunk's gradient of the head weight to a float32 sum takes as long as the products of 128 rows. Never under 128
+    rows: GEMMs need them."""
     if weight_VD.device.type != "cpu":
         logits = 1 << 27
     else:
@@ -59,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, target_N, loss_N, with_grad):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
-        trains_head = with_grad and ctx.needs_input_grad[1]  # LoRA leaves it as it is
+        trains_head = with_grad and ctx.needs_input_grad[1]  # LoRA freezes it
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_head else None
         size = chunk_rows(weight_VD)
         for start in range(0, hidden_ND.shape[0], size):
@@ -107,7 +107,7 @@ _on_device = Fused("triton_loss", "cross_entropy", _of_logits)
 
 def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
     """`cross_entropy_reference` for hidden [..., D], targets and weights [...]. Tokens of weight 0 cost nothing on a
-    CPU; on a GPU the host would have to wait for their number."""
+    CPU; on a GPU, leaving them out would make the host wait for their number."""
     hidden_ND, target_N, loss_N = hidden.flatten(0, -2), target.flatten(), loss_weight.flatten().float()
     if hidden.device.type == "cpu":
         keep = loss_N.nonzero().squeeze(1)
@@ -117,7 +117,7 @@ def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight
 
 
 def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) -> Tensor:
-    """Cross entropy of the tokens `ahead` positions further; the last positions have none."""
+    """Cross entropy of the tokens `ahead` positions later; the last positions have none."""
     target_BT, loss_BT = batch.predicted(ahead)
     n = min(hidden_BTD.shape[1], target_BT.shape[1])
     if ahead == 1 and batch.before is not None and batch.own_T is None and len(batch.trained_N) < loss_BT.numel():
@@ -130,13 +130,13 @@ def predicting(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, ahead: int) 
 
 
 def next_token_nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> float:
-    """Cross entropy in nats over the loss tokens of a batch, a sum."""
+    """Cross entropy in nats, summed over the loss tokens of a batch."""
     return float(predicting(hidden_BTD, weight_VD, batch, 1))
 
 
 @torch.no_grad()
 def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tuple[float, float]:
-    """(cross entropy in nats, loss tokens) of held-out batches, sums."""
+    """(cross entropy in nats, loss tokens), summed over held-out batches."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0.0
@@ -151,8 +151,8 @@ def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tup
 
 @torch.no_grad()
 def nats_by_position(model: Transformer | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(cross entropy in nats, loss tokens) of each position of the rows, sums over rows, [T] in float32 on the CPU. The
-    model is in eval mode."""
+    """(cross entropy in nats, loss tokens) at each position, summed over rows, [T] in float32 on the CPU. The model
+    must be in eval mode."""
     batch = batch.to(model.head_weight.device)
     hidden_BTD = model.train_outputs(batch.tokens_BT, mtp=False).hidden_BTD
     nats_T = torch.zeros(batch.tokens_BT.shape[1])
@@ -166,20 +166,20 @@ def nats_by_position(model: Transformer | CausalLM, batch: Batch) -> tuple[Tenso
 
 
 class Kept(NamedTuple):
-    """The tokens that each of N predictions is among; the others have probability 0 (DeepSeek-V3.2 3.1)."""
+    """The tokens that each of N predictions may be; the others have probability 0 (DeepSeek-V3.2 3.1)."""
 
     id_M: Tensor
-    """int64, M in all."""
+    """Token ids, int64, M in all."""
     row_M: Tensor
     """Which prediction an id is for, int64; outside 0..N-1: none."""
 
     def leave_(self, logits_CV: Tensor, start: int) -> None:
-        """Leaves of the logits of predictions start..start+C-1 those that are kept. No host waits."""
+        """Masks all logits of predictions start..start+C-1 but the kept ones, in place. Never waits for the GPU."""
         C, V = logits_CV.shape
         row_M, flat = self.row_M - start, logits_CV.view(-1)
         here_M = (row_M >= 0) & (row_M < C)
         place_M = torch.where(here_M, row_M * V + self.id_M, 0)
-        value_M = torch.where(here_M, flat[place_M], FAR)  # of other chunks: the least there is, at any place
+        value_M = torch.where(here_M, flat[place_M], FAR)  # ids of other chunks: the minimum, harmless anywhere
         flat.fill_(FAR).scatter_reduce_(0, place_M, value_M, "amax")
 
 
@@ -196,7 +196,7 @@ def token_logprobs_reference(
     hidden: Tensor, weight_VD: Tensor, target: Tensor, temperature: float = 1.0, entropy: bool = False,
     kept: Kept | None = None,
 ) -> TokenLogprobs:  # fmt: skip
-    """All logits at once."""
+    """`token_logprobs` with all logits at once."""
     logits = (hidden @ weight_VD.T).float() / temperature
     if kept is not None:
         kept.leave_(logits.view(-1, logits.shape[-1]), 0)

@@ -35,7 +35,7 @@ class Matrices:
             shapes.setdefault((rows // stacked[slot.name], columns), []).append(slot)
         self.pieces = [(shape, piece) for shape, some in shapes.items() for piece in _pieces(some)]
         self.costs = [min(shape) * sum(slot.parameter.numel() for slot in piece) for shape, piece in self.pieces]
-        """Multiplications of the products, up to a factor."""
+        """Multiplications in the matrix products, up to a factor."""
 
     def step(self, master: Tensor, grad: Tensor, m: Tensor, update: Update, decay: float) -> None:
         """Moves the masters; overwrites the gradient."""
@@ -43,7 +43,7 @@ class Matrices:
         block = size if m.dtype == torch.float32 else update_rules.block(m.device)
         for start in range(0, size, block):
             part = slice(start, start + block)
-            m32 = m[part].float()  # m itself where it is float32, and then nothing is copied below
+            m32 = m[part].float()  # m itself if it is float32, and then nothing is copied below
             torch.lerp(grad[part].div_(update.divisor), m32, update_rules.MOMENTUM, out=m32)
             m[part].copy_(m32)
             torch.lerp(grad[part], m32, update_rules.MOMENTUM, out=self.moves[part])

@@ -15,7 +15,7 @@ Pairwise and pointwise are R1's reward models (R1-Nature Methods): helpfulness a
 `data.preference_rows`; scores are read at the last token of each text.
 
 The divergences run over the whole vocabulary, not only the sampled token, so their gradient has no sampling noise
-beyond the prefixes. R1 distils from text alone (R1 2.4); this extra needs one tokenizer for both models.
+beyond the prefixes. R1 distils from text only (R1 2.4); this extra needs the same tokenizer for both models.
 
 Shapes: B rows, T tokens of a row, D hidden, N tokens, V vocabulary, C tokens of one chunk, P pairs, S texts.
 """
@@ -60,14 +60,14 @@ class Sums:
     """The results of one step's micro-batches; their gradients are in the parameters."""
 
     batches: list[Batch]
-    """This process's."""
+    """This process's micro-batches."""
     losses: list[Loss]
-    """Of each of them."""
+    """One per micro-batch."""
     divisor: float
     """Loss tokens of the whole step."""
     tokens: int
     rows: int
-    """Of the whole step, padding included."""
+    """Tokens and rows of the whole step, padding included."""
     finite: bool
     values: dict[str, float]
     """The metrics of the objective."""
@@ -92,7 +92,7 @@ class Divided(Protocol):
     """An objective for a network whose slices are computed on several ranks."""
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, **terms: float) -> Loss:
-        """The loss from the outputs of the last slice, whose balance term alone is in them."""
+        """The loss from the outputs of the last slice, which hold only that slice's balance term."""
 
     def with_mtp(self, **terms: float) -> bool:
         """Whether the MTP modules run."""
@@ -111,8 +111,8 @@ class NextToken:
     (the paper's 1/T, not 1/(T-k)). With segments, a depth that would look across a segment border is left out.
 
     The balance term should end as alpha * sum over layers * mean over sequences. The trainer divides by tokens, so it
-    is multiplied by tokens / sequences here; where micro-batches carry unequal loss weight that is a mean over
-    sequences weighted by the loss tokens of their micro-batch.
+    is multiplied by tokens / sequences here; if micro-batches carry unequal loss weight, this is a mean over sequences
+    weighted by the loss tokens of their micro-batch.
     """
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
@@ -120,7 +120,7 @@ class NextToken:
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
-        """The same from outputs that were computed elsewhere."""
+        """The same loss, given outputs that were computed elsewhere (`Divided`)."""
         main = predicting(out.hidden_BTD, weight_VD, batch, 1)
         tokens = batch.predicted(1)[1].sum()
         metrics = {"loss": main.detach()}
@@ -150,7 +150,7 @@ next_token = NextToken()
 
 
 def balance_weight(batch: Batch, balance_alpha: float) -> Tensor:
-    """The factor on a sum over sequences with which the trainer's division leaves alpha times their mean."""
+    """The factor on a sum over sequences that the trainer's division then turns into alpha times their mean."""
     return balance_alpha * (batch.loss_BT.sum() / batch.tokens_BT.shape[0])
 
 
@@ -165,7 +165,7 @@ class _Preference:
         return self.of(out, model.head_weight, batch, balance_alpha)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, balance_alpha: float) -> Loss:
-        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        """The loss, given outputs that were computed elsewhere (`Divided`)."""
         total, *measured = self._sums(scores(out.hidden_BTD, weight_VD), batch)
         units = batch.loss_BT.sum()
         balance = out.balance * (units / batch.n_rows)
@@ -215,16 +215,16 @@ pairwise, pointwise = Pairwise(), Pointwise()
 
 
 def trained_places(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(rows, places in them) of the tokens that carry weight."""
+    """(rows, positions in them) of the tokens that carry weight."""
     at_N, width = batch.trained_N, batch.loss_BT.shape[1] - 1
     return at_N // width, at_N % width + 1
 
 
 @dataclass(frozen=True)
 class OnPolicyDistillation:
-    """Distillation of the student's samples; a teacher is frozen and gets the same tokens. Of several, `Batch.teacher`
-    says which. Where the student's slices lie on several ranks, batches bring their teacher's hidden states
-    (`teacher_BTD`), and `teachers` are there for their heads (`rl.teachers`)."""
+    """Distillation on the student's samples: a frozen teacher reads the same tokens. `Batch.teacher` says which one. If
+    the student's slices are on several ranks, batches carry their teacher's hidden states (`teacher_BTD`), and
+    `teachers` only provide the heads (`rl.teachers`)."""
 
     teachers: tuple[Transformer | CausalLM, ...]
     divergence: Divergence = "reverse"
@@ -235,7 +235,7 @@ class OnPolicyDistillation:
         return self.of(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, taught)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
-        """The loss of outputs that were computed elsewhere (`Divided`)."""
+        """The loss, given outputs that were computed elsewhere (`Divided`)."""
         keep, weight = batch.trained_N, batch.loss_BT[:, 1:].flatten()
         student_ND, teacher_ND = (
             hidden_BTD[:, :-1].flatten(0, 1)[keep] for hidden_BTD in (out.hidden_BTD, batch.extras["teacher_BTD"])
@@ -258,7 +258,7 @@ class OnPolicyDistillation:
 
 @torch.no_grad()
 def teacher_states(teacher: Transformer | CausalLM, batch: Batch) -> Tensor:
-    """What the teacher's head reads, [B, T, D]."""
+    """The hidden states that the teacher's head reads, [B, T, D]."""
     return teacher.train_outputs(batch.tokens_BT, batch.segments, mtp=False).hidden_BTD
 
 
@@ -268,7 +268,7 @@ def with_states(batch: Batch, teacher_BTD: Tensor) -> Batch:
 
 
 def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> Tensor:
-    """Per-token divergence of two rows of log-probabilities, [N]."""
+    """KL divergence per token, [N], of the distributions with these log-probabilities."""
     left, right = (student_NV, teacher_NV) if which == "reverse" else (teacher_NV, student_NV)
     return (left.exp() * (left - right)).sum(-1)
 

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class Optimizer:
     """AdamW over all trainable parameters of a model, and Muon over those that `stacked` names.
 
-    `compute_dtype` other than the model's own: the masters are taken first, then `model.to_compute(dtype)` decides
+    If `compute_dtype` differs from the model's own, the masters are taken first, then `model.to_compute(dtype)` decides
     which parameters change (gates and norms stay float32). 1-D parameters (norms, biases) are exempt from decay.
     `stacked`: names of Muon's parameters, with the number of matrices stacked along the rows of each; `workers`
-    orthogonalise them in parallel, and the result does not depend on how many there are. `ema_decay`: decay of a
-    moving average of the weights; 0 for none.
+    orthogonalise them in parallel, and the result does not depend on how many there are. `ema_decay`: decay of a moving
+    average of the weights; 0 for none.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Optimizer:
         self.steps = 0
         """Steps applied; skipped ones do not count."""
         self.copied: torch.cuda.Event | None = None
-        """Until then another stream reads masters and moments; code that changes them waits."""
+        """Until this event another stream reads masters and moments; code that changes them waits."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         values = [p.detach() for _, p in named]
         if compute_dtype != torch.float32:
-            for _, parameter in named:  # the dtypes are wanted, and no second copy of the weights
+            for _, parameter in named:  # only the dtypes are needed, not a second copy of the weights
                 parameter.data = parameter.data.new_empty(0)
             model.to_compute(compute_dtype)
         kinds: dict[tuple, Members] = {}
@@ -84,14 +84,14 @@ class Optimizer:
             for group in self.groups:
                 group.average(ema_decay)
         self.kept = KeptWeights(p for _, p in named if p.dim() >= 2)
-        """Their operands in FP8 training; dropped wherever the weights change."""
+        """The matrices' operands in FP8 training; dropped whenever the weights change."""
 
     def _home(self, name: str) -> object:
         """What else parameters of one group must share; nothing on one process."""
         return None
 
     def _parts(self, members: Members, by_muon: bool) -> list[Members]:
-        """Parameters of one kind by groups; on one process one."""
+        """Splits parameters of one kind into groups; on one process there is one group."""
         return [members]
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> Group:
@@ -134,7 +134,7 @@ class Optimizer:
             self.copied = None
 
     def settle(self) -> None:
-        """Waits until all weights can be read that the last step moved; on one process they always can."""
+        """Waits until all weights that the last step moved can be read; on one process they always can."""
 
     def nonfinite_gradients(self) -> list[str]:
         """Names of parameters whose accumulated gradient holds inf or NaN, in the model's order."""

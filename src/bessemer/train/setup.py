@@ -49,14 +49,14 @@ def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | No
 
 
 def seconds_of(flops: float) -> float:
-    """Seconds of so many FLOPs of training at the rates of `estimate_seconds`."""
+    """Seconds for this many FLOPs of training, at the rates of `estimate_seconds`."""
     if torch.cuda.is_available():
         return flops / 1e14
     return flops / ((50e9 if library.available() else 25e9) * cores())
 
 
 def decode_seconds(recipe: Recipe, tokens: float) -> float:
-    """The same for decoding, about a quarter of the cost of training."""
+    """`estimate_seconds` for decoding, about a quarter of the cost of training."""
     return estimate_seconds(recipe, tokens / 4)
 
 
@@ -79,8 +79,8 @@ def workers() -> Workers:
 
 
 def batch_rows(samples: int) -> int:
-    """Rows the engine decodes together: 64 to 512, in a number of batches that two and four cores share evenly. A
-    function of the job alone, so that samples do not depend on the number of cores."""
+    """Rows the engine decodes together: 64 to 512, in a number of batches that two and four cores share evenly. It
+    depends only on the job, so that samples do not depend on the number of cores."""
     batches = 4 * -(-samples // 2048) if samples >= 512 else 2
     return max(64, -(-samples // batches))
 
@@ -88,7 +88,7 @@ def batch_rows(samples: int) -> int:
 def choose_precision(
     precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
 ) -> probe.Choice:
-    """The compute dtype of a stage: as named, by the device, or the faster one by measurement; many ranks `agree` on
+    """The compute dtype of a stage: as named, by the device, or the one measured to be faster; many ranks `agree` on
     rank 0's."""
 
     def decided() -> list[str]:
@@ -114,7 +114,7 @@ def set_precision(
     model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None],
     agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(), compiled: bool = False,
 ) -> torch.dtype:  # fmt: skip
-    """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; `fp8` takes effect in `model`."""
+    """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; applies `fp8` to `model`."""
     choice = choose_precision(config.precision, agree)
     if choice.dtype != torch.float32 and device().type == "cuda":
         choice = choice._replace(why=f"{choice.why} with float32 masters")
@@ -152,7 +152,7 @@ def announce(
 
 
 def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
-    """Whether routed experts in this dtype are grouped products on a GPU."""
+    """Whether routed experts in this dtype run as grouped GEMMs on a GPU."""
     w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (experts.w13, experts.w2))
     return grouped.serves(torch.empty(1, w13.shape[-1], dtype=dtype, device="meta"), w13, w2)
 
@@ -160,8 +160,8 @@ def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
 def load_model(
     directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Transformer | CausalLM, Tokenizer]:
-    """A model directory, ours or any Hugging Face causal LM, on this machine's device; in float32 for training.
-    `context`, only for ours: as in `hub.open_directory`."""
+    """Loads a model directory, ours or any Hugging Face causal LM, onto this machine's device; float32 is for training.
+    `context`, only for ours, is as in `hub.open_directory`."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
     if context and not needs_transformers(directory):
@@ -208,8 +208,8 @@ seventh of half an hour of one core at 25 GFLOPS. With kernels it gains nothing 
 def want_compile(
     setting: Literal["auto", "on", "off"], flops: float, say: Callable[[str], None] = lambda text: None
 ) -> bool:
-    """auto: with a GPU; on a CPU where no kernel serves, there is a C++ compiler, and the training is at least
-    `COMPILE_FLOPS`. On a GPU never where a trial fails, which is said."""
+    """Whether to compile. auto: on a GPU; on a CPU without kernels, with a C++ compiler and more than `COMPILE_FLOPS`
+    of training. Never on a GPU where a trial fails, which is reported."""
     if setting != "off" and torch.cuda.is_available():
         if trouble := probe.gpu_compiler_trouble():
             say(trouble)
@@ -221,8 +221,8 @@ def want_compile(
 
 def compile_layers(model: Transformer) -> None:
     """Compiles the layers in place; names and parameters stay, results change by rounding."""
-    # All layers share one count of graphs: kinds of layers, training or not, lengths of rows, sizes of `Packed`. After
-    # that many torch would go on without the compiler. (torch imports it here; the project's start does without.)
+    # All layers share one limit on graphs: kinds of layers, training or not, row lengths, sizes of `Packed`. Beyond it
+    # torch would go on without compiling. (torch._dynamo is imported only here, which keeps start-up fast.)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.layers:
         layer.compile(dynamic=False)

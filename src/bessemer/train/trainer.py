@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bessemer.hf.causal_lm import CausalLM
 
 Schedule = Callable[[int], float]
-"""A value over consumed tokens, evaluated with what was consumed before the step."""
+"""A value as a function of the tokens consumed before the step."""
 
 
 def constant(value: float) -> Schedule:
@@ -57,24 +57,24 @@ class Runtime:
     """What a stage decides when it runs; everything else the trainer reads from the stage's `OptimizerConfig`."""
 
     tokens: int = 0
-    """Consumed tokens at which the run is complete (padding counts); unused where the caller brings micro-batches."""
+    """Consumed tokens at which the run is complete (padding counts); unused if the caller brings micro-batches."""
     batch_rows: Schedule = ZERO
     """Rows per optimizer step."""
     row_scale: Schedule = ONE
     """Factor on the rows of a step and of a forward: above 1 where rows are shorter than those that `batch_rows` and
     `micro_rows` count."""
     gamma: Schedule = ZERO
-    """Speed of the routing bias."""
+    """Update speed of the routing bias."""
     terms: dict[str, Schedule] = field(default_factory=dict)
     """Further arguments of the objective, such as mtp_lambda and balance_alpha."""
     workers: Workers = field(default_factory=lambda: Workers(1))
     """Processes that compute micro-batches in parallel; the result does not depend on how many there are."""
     read_ahead: bool | None = None
-    """Whether the next step's batches are read by a thread while this one is computed; None: where a GPU computes."""
+    """Whether the next step's batches are read by a thread while this one is computed; None: only on a GPU."""
     compute_dtype: torch.dtype = torch.float32
     """Dtype of forward and backward; masters and accumulation are always float32."""
     save_steps: int | None = None
-    """Checkpoint every so many steps, in addition to `save_seconds`."""
+    """Steps between checkpoints, in addition to `save_seconds`."""
     keep: int = 2
     """Checkpoints kept."""
     failures: int = 3
@@ -140,7 +140,7 @@ class Trainer(Checkpointed):
         self.device = next(model.parameters()).device
         self._transfer = Transfer(self.device)
         self.reading = 0
-        """Consumed tokens at which the step begins whose batches are read."""
+        """Consumed tokens at the beginning of the step whose batches are being read."""
         ahead = self.device.type == "cuda" if runtime.read_ahead is None else runtime.read_ahead
         self._ahead = ReadAhead(self._read) if ahead else None
         self._prepare()
@@ -204,7 +204,7 @@ class Trainer(Checkpointed):
         return max(1, int(self.config.micro_rows * self.runtime.row_scale(tokens)))
 
     def _micro_batches(self) -> Iterator[Batch]:
-        """Those of the step that begins now."""
+        """The micro-batches of the step that begins now."""
         here = Place(self.tokens, self.rows)
         if self._ahead is None:
             yield from self._read(here)
@@ -228,7 +228,7 @@ class Trainer(Checkpointed):
 
     @property
     def n_pipelines(self) -> int:
-        """Into how many parts `mine` deals the micro-batches of a step."""
+        """The number of parts into which `mine` splits a step's micro-batches."""
         return 1
 
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -236,11 +236,11 @@ class Trainer(Checkpointed):
         return batches
 
     def share_of(self, count: int) -> range:
-        """The numbers of those of so many pieces of work that this process does."""
+        """The indices of those of `count` pieces of work that this process does."""
         return range(count)
 
     def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Float32 vectors of these sizes, in order, of which each process has some by their numbers."""
+        """All float32 vectors, in order, of these `sizes`; each process passes those it has, by index, as `mine`."""
         return [mine[number] for number in range(len(sizes))]
 
     def average(self, values: dict[str, float]) -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""Batches on their way to a GPU: those of the next step are read while it computes this one, and each is copied while
-it computes the one before.
+"""Moving batches to a GPU: those of the next step are read while it computes this one, and each is copied while it
+computes the one before.
 
-A thread reads rows, compares checksums and counts what a batch's host must know (`Batch.counted_here`); the training
-thread finds them in memory and only pins and sends them. The thread does not pin: new pinned memory may wait for the
-whole device, which in the middle of a pipeline's messages waits for the neighbour.
+A thread reads rows, verifies checksums and counts what the host must know of a batch (`Batch.counted_here`); the
+training thread finds them in memory and only pins and sends them. The reader does not pin: allocating pinned memory may
+wait for the whole device, which in the middle of a pipeline's messages waits for the neighbour.
 
-A guess is what the next step reads: rows are found by arithmetic from consumed tokens and rows, so a checkpoint knows
-nothing of it. Where a step begins elsewhere, as after a rollback, the guess is thrown away.
+What the next step reads is a guess, computed from consumed tokens and rows, so checkpoints need not store it. If a step
+begins elsewhere, as after a rollback, the guess is discarded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Transfer:
-    """Moves batches to a device. To a GPU on a stream of its own, from pinned memory: the host prepares a micro-batch
-    and its copy runs while the device still computes the one before, and neither waits for the other."""
+    """Moves batches to a device; to a GPU from pinned memory, on a separate stream. The host prepares a micro-batch and
+    its copy runs while the device still computes the one before, and neither waits for the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +40,7 @@ class Transfer:
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._stream)
         for tensor in there.tensors():
-            tensor.record_stream(computing)  # its memory is not given to the next batch before this one is computed
+            tensor.record_stream(computing)  # its memory is not reused for the next batch before this one is computed
         return there
 
 
@@ -76,7 +76,7 @@ class ReadAhead:
         self._reader.begin(work)
 
     def take(self, place: Place) -> list[Batch]:
-        """The micro-batches of the step at `place`; raises the error of reading them."""
+        """The micro-batches of the step at `place`; raises the error if reading them failed."""
         if self._place != place:
             self.begin(place)
         self._reader.finish()
@@ -84,7 +84,7 @@ class ReadAhead:
         return self._batches
 
     def stop(self) -> None:
-        """Ends the thread, after the micro-batch that it reads; what it found, errors too, is of no interest."""
+        """Stops the thread after its current micro-batch, and discards what it read, errors included."""
         self._over, self._place = True, None
         with suppress(Exception):
             self._reader.finish()

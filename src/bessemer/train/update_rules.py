@@ -18,8 +18,8 @@ Muon (Jordan et al. 2024; decay and scale of Liu et al. 2025, "Muon is scalable"
     O = U V^T of u = U S V^T                     by five steps of Newton-Schulz, all singular values to about 1
     w <- w (1 - lr * decay) - lr * 0.2 * sqrt(max(rows, columns)) * O
 
-The factor gives an update the root mean square of AdamW's, so learning rate and decay carry over. Muon is not in the
-V3 paper, which uses AdamW throughout; Moonlight and Kimi K2 trained V3's architecture with it.
+The factor gives an update the same root mean square as AdamW's, so learning rate and decay carry over. Muon is not in
+the V3 paper, which uses AdamW throughout; Moonlight and Kimi K2 trained V3's architecture with it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import Tensor
 from bessemer.kernels import muon as kernel
 
 BLOCK = 1 << 16
-"""Elements per block on a CPU where moments are not float32."""
+"""Elements per block on a CPU if moments are not float32."""
 MOMENTUM = 0.95
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the odd polynomial a x + b x^3 + c x^5: steep at 0, within 0.7 to 1.2 after five steps (Jordan et al. 2024)."""
+"""Odd polynomial a x + b x^3 + c x^5: steep at 0, values within 0.7 to 1.2 after five steps (Jordan et al. 2024)."""
 GPU_BLOCK = 1 << 26
 """Elements per block on a GPU: five float32 temporaries of a whole vector would be larger than the optimizer."""
 
@@ -45,7 +45,7 @@ def most_at_once(device: torch.device) -> int:
 
 
 def block(device: torch.device) -> int:
-    """Elements that moments of another dtype than float32 are updated at a time."""
+    """Elements updated at a time if moments are not float32."""
     return BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
@@ -56,7 +56,7 @@ def adamw_(
     """Updates w, m and v in place; grad may be overwritten. `step` counts from 1."""
     if m.dtype == torch.float32 and w.device.type in ("cpu", "cuda"):  # MPS's kernel ignores grad_scale
         # The kernel takes t after the increment, and divides the gradient by grad_scale. Both are filled in on the
-        # device: a copy from the host would wait for the update of the vector before.
+        # device: a copy from the host would wait for the update of the previous vector.
         torch._fused_adamw_(
             [w], [grad], [m], [v], [], [torch.full((), float(step), device=w.device)],
             lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
