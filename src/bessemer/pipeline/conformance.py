@@ -1,9 +1,9 @@
-"""The papers' recipe item by item: the published values, the values of this run, and where it is built and tested.
+"""The papers' recipe item by item: the published values, this run's values, and where each item is built and tested.
 
 `rows(recipe)` is the table of conformance.json and of the report. An item is *as published* if the run has every
 published value, *scaled* if only sizes differ (widths, counts, lengths, batches, rates: they follow the model's size),
-*adapted* if a choice differs, and *off* without the mechanism. `markdown()` is docs/conformance.md, and a test fails
-when that file differs or an entry points nowhere.
+*adapted* if a choice differs, and *off* if the run lacks the mechanism. `markdown()` returns docs/conformance.md; a
+test fails when that file differs or an entry points nowhere.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _layout(facts: RecipeFacts) -> Found:
 
 
 def _corpus(facts: RecipeFacts) -> list[Any]:
-    return facts.stages("corpus")[:1]  # the later ones are those of longer rows
+    return facts.stages("corpus")[:1]  # the later ones have longer rows
 
 
 def _pretrain(facts: RecipeFacts) -> list[Any]:
-    """Without students, whose changes are not of the recipe's model; further training only where it is all there is."""
+    """Without students, which are not the recipe's model; continued training only if there is no other."""
     stages = [stage for stage in facts.stages("pretrain") if not stage.model]
     return [stage for stage in stages if stage.corpus is None] or stages
 
@@ -59,7 +59,7 @@ V3_LR = Points([
 
 
 def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], str]:
-    """The schedule that a step of pre-training runs with, `rows` of all its batch sizes."""
+    """The pipeline schedule of a pre-training step of `rows(batch sizes)` rows."""
 
     def name(facts: RecipeFacts, layout: Any) -> str:
         ranks, schedule, _ = distributed.layout_of(layout, layout.fewest)
@@ -71,7 +71,7 @@ def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], 
 
 
 def _rejected(facts: RecipeFacts, count: Callable[[Any], int]) -> int:
-    """A sum over the stages of rejection sampling, which may be one for each kind of problem."""
+    """A sum over the rejection sampling stages, of which there may be one per kind of problem."""
     return sum(count(stage) for stage in facts.stages("reject") if stage not in facts.cold_starts())
 
 
@@ -97,7 +97,7 @@ def _extension_rate(facts: RecipeFacts, first: Any) -> str:
 
 
 def _template(facts: RecipeFacts, rl: Any) -> str:
-    """That of an RL stage, or of the model that it starts from."""
+    """The prompt template of an RL stage, or of the model that it starts from."""
     source = facts.recipe.stage(rl.source)
     while getattr(source, "corpus", None) and source.source:  # trained further, with the template it had
         source = facts.recipe.stage(source.source)

@@ -1,6 +1,6 @@
-"""An item of the conformance table: what a recipe has of it, beside what the papers state.
+"""An item of the conformance table: what a recipe has, next to what the papers state.
 
-`RecipeFacts` answers what an item asks of a recipe; `Item.status` compares.
+`RecipeFacts` answers an item's questions about a recipe; `Item.status` compares.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class RecipeFacts:
         imported = lineage.config_of(recipe, first.name) if first.kind == "import" else None
         self.model: ModelConfig = imported or model_config(recipe)
         self.foreign = first.kind == "import" and imported is None
-        """Whether the recipe begins with a model of another family, or one that only its import will tell."""
+        """Whether the recipe begins with a model of another family, or with one that is unknown before its import."""
 
     def stages(self, kind: str) -> list[Any]:
         return [stage for stage in self.recipe.stages if stage.kind == kind]
 
     def chain(self, name: str) -> list[Any]:
-        """A stage and what its model was trained by before, the first stage last."""
+        """A stage and those that trained its model before, the first stage last."""
         found = []
         while name:
             found.append(self.recipe.stage(name))
@@ -63,7 +63,7 @@ class RecipeFacts:
 
 
 Found = list[Any] | str
-"""The tables that hold an item's values, or why there are none."""
+"""The config tables that hold an item's values, or the reason why there are none."""
 ABSENT = "no such stage"
 IMPORTED = "the imported model's own"
 ANY = "undocumented"
@@ -71,7 +71,7 @@ ANY = "undocumented"
 
 
 class Read(NamedTuple):
-    """A published value that is no key of the table."""
+    """A published value that is not a key of the table."""
 
     published: Any
     of: Callable[[RecipeFacts, Any], Any]
@@ -82,7 +82,7 @@ class Item:
     item: str
     section: str
     text: str
-    """How the values are shown, the paper's and the run's."""
+    """How the paper's and the run's values are shown."""
     found: Callable[[RecipeFacts], Found]
     code: str
     """File under src/bessemer."""
@@ -91,13 +91,13 @@ class Item:
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Key of the table, or name -> `Read`: published value. A range or a frozenset holds several."""
     sizes: Mapping[str, Any] = field(default_factory=dict)
-    """The same for what scales with the model."""
+    """The same for values that scale with the model."""
     on: Callable[[dict[str, Any]], bool] = lambda values: True
-    """Whether values are those of the mechanism at all."""
+    """Whether these values mean that the mechanism is on at all."""
     paper: str = ""
-    """The paper's words, where its values in `text` would not say it."""
+    """The paper's words, if its values in `text` would not say it."""
     best: bool = False
-    """Of several tables, take the nearest to the paper, because they differ on purpose. Else the farthest."""
+    """Of several tables, take the one nearest to the paper, because they differ on purpose; else the farthest."""
 
     def published(self) -> str:
         values = {**self.choices, **self.sizes}

@@ -1,4 +1,4 @@
-"""Running the recipe of `bessemer data build` (`config/curation.py`): `load` checks it, `build` makes shards of it."""
+"""Runs a recipe of `bessemer data build` (`config/curation.py`): `load` checks it, `build` makes shards from it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 SECONDS_PER_MB = {"read": 1.0, "sign": 0.15, "match": 0.02, "join": 0.01, "tokenizer": 0.3, "write": 0.6}
-"""For the progress bar of the whole build, until it has measured itself."""
+"""For the progress bar of the whole build, until it has its own measurements."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Curation:
-    """The recipe at `path`, with every rule known to the filters."""
+    """Reads the recipe at `path`; UserError for a rule that the filters do not know."""
     curation = Curation.load(path, overrides)
     for source in curation.sources:
         for rule in source.rules:
@@ -85,14 +85,14 @@ def engine(table: EngineTable) -> JobRunner:
 
 
 class RayRunner:
-    """Jobs as Ray tasks: on the cluster that RAY_ADDRESS names, or on one started on this machine.
+    """Runs jobs as Ray tasks, on the cluster that RAY_ADDRESS names or on one started on this machine.
 
     Workers read sources and write their folders themselves, so every node must see both under the same paths; only
     settings and counts are sent. Ray retries a job whose node is lost; a job writes its whole folder or nothing.
     """
 
     def __init__(self, workers: int) -> None:
-        """workers: parallel jobs; 0: one per CPU of the cluster."""
+        """workers: number of parallel jobs; 0: one per CPU of the cluster."""
         if not ray_cluster.is_installed():
             raise UserError("engine.kind = \"ray\" needs Ray: pip install 'bessemer[scale]'")
         self._cluster = ray_cluster.RayCluster(0)
@@ -131,7 +131,7 @@ class RayRunner:
 
 
 def _perform(job: Job, folder: str) -> tuple[dict[str, Any], str | None]:
-    """In a worker, whose paths count from `folder`. A UserError is returned as its message, since Ray would wrap it."""
+    """In a worker, with paths relative to `folder`. A UserError is returned as its message, since Ray would wrap it."""
     os.chdir(folder)
     try:
         return perform(job), None

@@ -1,10 +1,10 @@
-"""The files that a stage reads from outside its run: found by the marks in its table, hashed, compared.
+"""The files that a stage reads from outside its run: found through marks in its table, hashed, compared.
 
-A stage's record holds, beside its identity, {name as in the recipe: {file in it: SHA-256}}, and the commit of each
-address on the hub. A stage whose files have changed since is another stage. A name that the record lacks, or that
-leads nowhere now, is not compared: a stage stays finished when its data is removed.
+Besides its identity, a stage's record holds {name as in the recipe: {file in it: SHA-256}}, and the commit of each
+address on the hub. A stage whose files have changed is another stage. A name that is missing from the record, or leads
+nowhere now, is not compared: a stage stays finished when its data is removed.
 
-Registered sources and packages are pinned in `data/sources.toml`; "shards:" are in the identity by their own checksums.
+Registered sources and packages are pinned in `data/sources.toml`; "shards:" enter the identity by their own checksums.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bessemer.tasks.base import file_of
 
 Files = dict[str, dict[str, str]]
 TASK, NEEDLE = "task:", "needle:"
-"""What the parts of a corpus begin with that are made from a task or from another source."""
+"""Prefixes of corpus parts that are made from a task or from another source."""
 OF_THEIR_OWN = SHARDS, PACKAGE = "shards:", "package:"
-"""What names begin with whose checksums are elsewhere in the identity."""
+"""Prefixes of names whose checksums are elsewhere in the identity."""
 
 
 def read_by(config: StageConfig) -> Files:
-    """What the stage reads, as it is now."""
+    """What the stage reads, hashed as it is now."""
     found = {name: _hashes(name) for name in _paths(config) if not name.startswith(OF_THEIR_OWN)}
     for address in {documents.hub_address(name) for name in named_sources(config) if name.startswith(places.HUB)}:
         if (commit := places.known_revision(address)) is not None:
@@ -37,7 +37,7 @@ def read_by(config: StageConfig) -> Files:
 
 
 def with_folder(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe as its run keeps it: with the way to its folder if a name in it leads elsewhere from another one."""
+    """The recipe as its run keeps it: with the path to its folder if a name in it is relative to that folder."""
     names = [name.removeprefix(SHARDS) for config in recipe.stages for name in _paths(config)]
     if any(not name.startswith(PACKAGE) and not Path(name).is_absolute() for name in names):
         return recipe.model_copy(update={"folder": recipe.folder and os.path.relpath(recipe.folder, run)})
@@ -57,7 +57,7 @@ def _paths(config: StageConfig) -> list[str]:
 
 
 def _hashes(name: str) -> dict[str, str]:
-    """Of a file; of a directory, those of the files in it that are read."""
+    """The hash of a file, or those of the files in a directory that are read."""
     path = places.located(name)
     if path.is_file():
         return {"": fingerprints.sha256(path)}
@@ -71,8 +71,8 @@ def _hashes(name: str) -> dict[str, str]:
 
 
 def changed(record: dict[str, Any] | None, now: Files) -> str:
-    """How they differ from the record of a stage: "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do
-    not, and where the record holds none."""
+    """How files differ from a stage's record, e.g. "notes.txt changed since the run of 2026-11-26 10:02"; "" if they do
+    not, or if the record holds none."""
     recorded: Files = (record or {}).get("files", {})
     differ = []
     for name in recorded.keys() & now.keys():

@@ -41,7 +41,7 @@ def overview(
 
 
 def _dtypes(precisions: Iterable[Precision], where: torch.device) -> list[str]:
-    """What stages with these values of `precision` compute in, without measuring."""
+    """The dtypes that stages with these values of `precision` compute in, without measuring."""
     from bessemer.train import setup
 
     named = set()

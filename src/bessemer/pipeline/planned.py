@@ -1,4 +1,4 @@
-"""The stages of a recipe as a run would take them: what identifies each, and how that compares with its folder."""
+"""The stages of a recipe as a run would execute them: what identifies each, and how that compares with its folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Planned:
         return made and not outside.changed(read_json(self.folder / "stage.json"), self.files)
 
     def stale(self) -> str:
-        """Why what the folder holds was not made by this stage; "" if it was."""
+        """Why this stage did not make what the folder holds; "" if it did."""
         record = read_json(self.folder / "stage.json")
         if not record:
             return "its record is missing"
@@ -63,7 +63,7 @@ def planned(
         what = stage.identity(config, recipe, facts, {name: fingerprints[name] for name in sources})
         folder = folder_of(number, config.name)
         for before in (folder, None if donor is None else donor.folder(config.name)):
-            # a record of an older version that means the same: later stages were made from its fingerprint
+            # keep an older version's record that means the same: later stages were made from its fingerprint
             recorded = before and (read_json(before / "stage.json") or {}).get("identity")
             if recorded and stage.same(config, recorded, what):
                 what = recorded

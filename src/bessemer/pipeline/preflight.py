@@ -1,5 +1,5 @@
-"""What a run needs, examined before its first stage: every stage's own checks, the user's files from the first line to
-the last, and sizes that must fit each other. `bessemer run RECIPE` begins with it; with --dry-run it ends there.
+"""Checks what a run needs before its first stage: every stage's own checks, the user's files from first line to last,
+and sizes that must fit each other. `bessemer run RECIPE` begins with this; with --dry-run it ends here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bessemer.train import setup
 
 @dataclass
 class Examined:
-    """What is known of a stage before it runs."""
+    """What is known about a stage before it runs."""
 
     name: str
     kind: str
@@ -37,7 +37,7 @@ class Examined:
 
 
 def examine(recipe: Recipe, cache: Path, names: Collection[str]) -> list[Examined]:
-    """The stages `names`, with all their faults."""
+    """Examines the stages `names`; returns each with all its faults."""
     return [_examine(config, recipe, cache) for config in recipe.stages if config.name in names]
 
 
@@ -53,7 +53,7 @@ def check(recipe: Recipe, cache: Path, names: Collection[str]) -> None:
 
 
 def resolve(config: StageConfig, recipe: Recipe, cache: Path) -> dict[str, Any]:
-    """`Stage.resolve`; where it fails, UserError with every fault of the stage."""
+    """`Stage.resolve`; if it fails, UserError with every fault of the stage."""
     try:
         return find_kind(config.kind)().resolve(config, recipe)
     except UserError:
@@ -67,12 +67,12 @@ def _named(fault: str) -> bool:
 
 
 def _where(*names: str) -> str:
-    """How the message about stages begins."""
+    """The beginning of a message about stages."""
     return f"stage{'s' if len(names) > 1 else ''} " + ", ".join(f'"{name}"' for name in names) + ": "
 
 
 def of_key(key: str, probe: Probe) -> Probe:
-    """The probe of what a key names: its UserErrors begin with the key."""
+    """A probe of what `key` names, whose UserErrors begin with the key."""
 
     def named() -> str | None:
         try:
@@ -95,13 +95,13 @@ def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
             examined.found += filter(None, [probe()])
         except UserError as fault:
             faults[str(fault)] = None
-    # resolve may have met the same without knowing the key
+    # resolve may have found the same fault without knowing the key
     examined.faults = [one for one in faults if not any(other.endswith(f": {one}") for other in faults)]
     return examined
 
 
 def describe(stages: list[Examined]) -> str:
-    """The stages for a terminal, with what was found, and then the faults, each with the stages that have it."""
+    """Text for a terminal: the stages with what was found, then the faults, each with the stages that have it."""
     lines, faults = [], defaultdict[str, list[str]](list)
     for number, one in enumerate(stages, start=1):
         lines += [f"{number:>2} {one.name}" + (f" ({one.kind})" if one.kind != one.name else "")]
@@ -113,7 +113,7 @@ def describe(stages: list[Examined]) -> str:
 
 
 def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Iterator[Probe]:
-    """Of the tasks a stage trains on, the names under `key`, which ask `asked` problems in all."""
+    """Probes the tasks that a stage trains on, listed under `key`; the stage asks `asked` problems in all."""
     for name in dict.fromkeys(names):
 
         def probe(name: str = name) -> str | None:
@@ -129,14 +129,14 @@ def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Ite
 
 
 def refuse_environments(stage: str, names: Collection[str], what: str) -> None:
-    """UserError where one of these tasks is an environment, which `what` cannot serve."""
+    """UserError if one of these tasks is an environment; `what` says why none can be used."""
     for name in names:
         if isinstance(tasks.get(name), Environment):
             raise UserError(f'stage "{stage}": {name} has episodes of several turns, and {what}')
 
 
 def context_of(recipe: Recipe, name: str | None) -> int | None:
-    """Longest row that the model of a stage reads, in tokens; None where only the stage itself will tell."""
+    """Longest row that the model of a stage reads, in tokens; None if that is unknown before the stage runs."""
     if name is None:
         return None
     stage = recipe.stage(name)

@@ -1,9 +1,9 @@
-"""RL steps again, from a run's own record: the same rollouts, rewards and gradients bit for bit, and then once more
+"""Repeats RL steps from a run's own record: the same rollouts, rewards and gradients bit for bit, and then once more
 with a setting changed (`bessemer replay`).
 
-A replay resumes the stage in a temporary folder from a checkpoint that lies before the step, so what makes a killed run
-end as if it had never been killed makes it exact. Nothing of the run is written to. Checkpoints come from the newest
-that a stage keeps, from those that `keep_every` keeps for good, or from its start.
+A replay resumes the stage in a temporary folder from a checkpoint before the step, so it is exact for the same reason
+that a resumed run is. It writes nothing to the run. Its checkpoint is one of the newest that the stage keeps or of
+those that `keep_every` keeps for good, or it starts from the stage's beginning.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bessemer.runs.progress import RunProgress
 from bessemer.train import checkpoint, setup
 
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
-"""Metrics that depend on time."""
+"""Metrics that depend on timing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Played:
 
     number: int
     step: int
-    """Optimizer steps after its updates."""
+    """Optimizer steps made after its updates."""
     values: dict[str, Any]
     """Its metrics, as they are written."""
     rollout: Rollout
@@ -60,23 +60,23 @@ class Played:
 
 @dataclass(frozen=True)
 class Replay:
-    """What was played, against the record and against a change."""
+    """The replayed rollouts, with the record and with a change to compare."""
 
     stage: str
     begun: int
-    """Steps of the checkpoint that it began from."""
+    """Optimizer steps of the checkpoint that it began from."""
     again: int
-    """Rollouts that were computed before the first of these."""
+    """Rollouts that had to be computed before the first of `original`."""
     original: list[Played]
     recorded: list[dict[str, Any] | None]
-    """The run's own metrics of each; None where it has not written them yet."""
+    """The run's own metrics of each; None if it has not written them yet."""
     changes: tuple[str, ...] = ()
     changed: list[Played] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     """What may explain a difference."""
 
     def differences(self) -> list[dict[str, tuple[Any, Any]]]:
-        """Of each rollout, the metrics that are not the recorded bits: name -> (recorded, replayed)."""
+        """For each rollout, the metrics that differ from the record: name -> (recorded, replayed)."""
         found = []
         for played, recorded in zip(self.original, self.recorded, strict=True):
             values = {} if recorded is None else {name: x for name, x in recorded.items() if not CLOCK.match(name)}
@@ -97,10 +97,10 @@ class Replay:
 def replay(
     root: Path, name: str | None, step: int, count: int = 1, changes: Sequence[str] = (), from_start: bool = False
 ) -> Replay:
-    """The rollout whose updates make optimizer step `step` (from 1) of an RL stage, and the `count` - 1 after it.
+    """Replays the rollout whose updates make optimizer step `step` (from 1) of an RL stage, and `count` - 1 after it.
 
-    UserError where the run has not made that step, where only the stage's start lies before it and `from_start` is not
-    given, or where a change is not one of this stage.
+    UserError if the run has not made that step, if no checkpoint before it is kept and `from_start` is not set, or if a
+    change is not for this stage.
     """
     recipe = Recipe.load(root / "recipe.toml")
     config = _stage(recipe, name)
@@ -145,7 +145,7 @@ def _recorded(root: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _number(config: RLConfig, recorded: Sequence[tuple[int, Any]], step: int) -> int | None:
-    """The rollout whose updates made this step; None where the run has not made it."""
+    """The rollout whose updates made this step; None if the run has not made it."""
     if step < 1:
         return None
     return next((number for number, (after, _) in enumerate(recorded) if after >= step), None)
@@ -156,7 +156,7 @@ def _counters(path: Path) -> dict[str, Any]:
 
 
 def _cursor(path: Path, config: RLConfig) -> int:
-    """The rollout that comes after a checkpoint. The cursor is rows, which the guard never turns back."""
+    """The rollout that follows a checkpoint. The cursor counts rows, which the guard never turns back."""
     return -(-int(_counters(path).get("rows", 0)) // (config.prompts_per_rollout * config.samples))
 
 
@@ -202,7 +202,7 @@ def _play(
     number: int,
     count: int,
 ) -> list[Played]:
-    """The stage from a checkpoint in a folder of its own."""
+    """Runs the stage from a checkpoint, in its own folder."""
     place.mkdir()
     if start is not None:
         checkpoint.copy(start, place / "state" / start.name)
@@ -227,7 +227,7 @@ def _play(
 
 
 def _notes(folder: Path, start: Path | None) -> tuple[str, ...]:
-    """What may explain that bits differ."""
+    """What may explain a difference."""
     notes = []
     made = (read_json(folder / "done.json") or {}).get("version", __version__)
     if made != __version__:

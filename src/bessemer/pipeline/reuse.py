@@ -1,4 +1,4 @@
-"""`--reuse RUN`: finished stages of another run, copied where they would come out equal."""
+"""`--reuse RUN`: copies finished stages of another run if this run would make the same."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Donor:
         self.root = root
 
     def folder(self, name: str) -> Path | None:
-        """Of a stage."""
+        """The folder of the stage `name`."""
         return {theirs: path for _, theirs, path in stage_folders(self.root)}.get(name)
 
     def give_revisions(self, root: Path) -> None:
-        """The commits of the hub that this run has pinned become those of the run in `root`, if it has none."""
+        """Copies the hub commits that this run has pinned to the run in `root`, if that has none."""
         if (self.root / REVISIONS).is_file() and not (root / REVISIONS).exists():
             write_atomic(root / REVISIONS, (self.root / REVISIONS).read_bytes())
 
     def give(
         self, name: str, folder: Path, fingerprint: str, inputs: dict[str, str], files: Files, metrics: Metrics
     ) -> tuple[dict[str, Any] | None, str]:
-        """Copies the finished stage `name` to `folder`, which must not exist. Its record, or None and, if it is only
-        that files have changed since, which.
+        """Copies the finished stage `name` to `folder`, which must not exist. Returns (its record, ""), or None and, if
+        the only reason is changed files, which.
 
         `inputs` maps the stages it reads to the digests of their output.
         """

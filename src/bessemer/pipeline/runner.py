@@ -1,11 +1,11 @@
-"""Running a recipe: stage after stage, skipping what is done, going on where a kill left off.
+"""Running a recipe: stage after stage, skipping what is done, resuming where a kill left off.
 
-For each stage: its identity (config, seed, model, inputs) against what the folder records.
+Each stage's identity (config, seed, model, inputs) is compared with what its folder records:
     same and complete, output intact      -> skipped
-    same, incomplete                      -> entered again; the stage goes on from its own state/
+    same, incomplete                      -> entered again; the stage resumes from its own state/
     absent, but finished in a run to reuse -> copied from there (`Donor`)
-    other, damaged, or made from an input that has changed since -> moved aside, and run anew
-The first SIGINT or SIGTERM lets the stage save and stop; the second kills. Of many ranks, rank 0 runs the recipe and
+    other, damaged, or made from an input that has changed since -> moved aside and run again
+The first SIGINT or SIGTERM lets the stage save and stop; the second kills. On many ranks, rank 0 runs the recipe and
 the others `follow`.
 """
 
@@ -81,11 +81,11 @@ def run(
     reuse: Path | None = None,
     ranks: Ranks | None = None,
 ) -> list[StageResult]:
-    """Run `recipe` in `out` (default runs/NAME) up to and with the stage `until`; a result for each stage.
+    """Runs `recipe` in `out` (default runs/NAME) up to and including the stage `until`; returns every stage's result.
 
-    Raises UserError for errors that the user can fix and Interrupted (its text says how to go on) after a stop signal.
-    With `ranks` this is rank 0, which the others `follow`.
-    `conformance` gives the rows {item, section, paper, here, state} of conformance.json, summarised at the start.
+    Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
+    signal. With `ranks`, this is rank 0, and the others `follow`. `conformance` gives the rows {item, section, paper,
+    here, state} of conformance.json, summarised at the start.
     """
     if until is not None:
         recipe.stage(until)
@@ -127,7 +127,7 @@ def run(
 
 
 def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
-    """Before anything runs, move aside stages that other settings made, and stages the recipe no longer has."""
+    """Before anything runs, moves aside stages made with other settings and stages that the recipe no longer has."""
     names = {item.name for item in plan}
     for _, name, folder in stage_folders(rundir.root):
         if name not in names:
@@ -142,7 +142,7 @@ def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, prog
 
 
 def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
-    """Stages begun before records named files get such a record now, since nothing tells what the files were then."""
+    """Stages begun before records listed files get such a record now, since nothing tells what the files were then."""
     adopted = []
     for item in plan:
         record = read_json(item.folder / "stage.json")
@@ -157,8 +157,7 @@ def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """A file or folder that `write_atomic` or `reuse` left in a killed process; under the lock, nothing is writing
-    it."""
+    """A file or folder that `write_atomic` or `reuse` left when killed; under the lock, nothing is writing it."""
     return ".tmp-" in path.name
 
 
@@ -209,7 +208,7 @@ def _run_all(
 def _together(
     item: Planned, source: Path | None, recipe: Recipe, progress: RunProgress, ranks: Ranks | None
 ) -> Ranks | None:
-    """The ranks that run a stage; None: rank 0 alone, while the others wait."""
+    """The ranks that run a stage together; None: rank 0 alone, while the others wait."""
     if ranks is None or not item.stage.distributed:
         return None
     config = None if source is None else source / "model" / "config.json"
@@ -222,7 +221,7 @@ def _together(
 def _finished(
     item: Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
 ) -> dict[str, Any] | None:
-    """The record of a stage that is complete; None when it must run, after its outdated folder was moved aside."""
+    """The record of a complete stage; None if the stage must run, after moving its outdated folder aside."""
     record = read_json(item.folder / "stage.json")
     done = read_done(item.folder)
     if record is None:
@@ -276,8 +275,8 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
 
 @contextmanager
 def _clock(ctx: StageContext, rundir: RunDir) -> Iterator[None]:
-    """Keep the stage's wall seconds on disk, so that restarts, even after kill -9, add up; and watch whether the run
-    directory is still ours."""
+    """Keeps the stage's wall-clock seconds on disk, so that they add up across restarts, even after kill -9; and
+    watches whether the run directory is still ours."""
     over = threading.Event()
 
     def tick() -> None:
@@ -316,10 +315,10 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
 
 @contextmanager
 def _computing(stage: str) -> Iterator[None]:
-    """A GPU without memory left, or one that fails, is a UserError; so is the memory of a training step already. At the
-    end everything that the stage had is freed: a trainer is part of cycles, and left to itself Python would free its
-    weights and end its worker processes somewhere in the middle of the next stage."""
-    gc.freeze()  # what was there before need not be searched then: 0.1 s with all modules imported
+    """Turns a GPU that fails or runs out of memory into a UserError, as training steps do themselves. At the end frees
+    everything the stage had: a trainer is part of reference cycles, so Python would otherwise free its weights and end
+    its worker processes in the middle of the next stage."""
+    gc.freeze()  # what was there before need not be searched: saves 0.1 s with all modules imported
     try:
         yield
     except RuntimeError as error:
@@ -349,7 +348,7 @@ def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
     """Runs the stages that rank 0 orders, until rank 0 ends the run."""
     with places.of_recipe(recipe.folder), open(os.devnull, "w") as nowhere:
         for config in recipe.stages:
-            preflight.resolve(config, recipe, cache_dir(cache))  # an error in the words of rank 0, which says it once
+            preflight.resolve(config, recipe, cache_dir(cache))  # errors are those of rank 0, which reports them once
         progress = RunProgress({}, out=nowhere)
         quietly = determinism.kept(recipe.layout.deterministic, lambda text: None)
         with quietly, signals(together=True, quiet=True) as stop:

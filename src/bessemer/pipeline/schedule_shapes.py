@@ -1,4 +1,4 @@
-"""How a schedule runs, in the words of the papers: constant, warm-up, step, cosine, linear."""
+"""The shape of a schedule in the papers' words: constant, warm-up, step, cosine, linear."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 
 def _pieces(points: Points) -> list[tuple[str, Point, Point]]:
-    """A schedule as (word, first point, last point). Pieces that fall one after the other are one curve."""
+    """A schedule as (word, first point, last point). Consecutive falling pieces are one curve."""
     pieces: list[tuple[str, Point, Point]] = []
     ends: list[Point] = list(zip(points.tokens, points.values, strict=True))
     for left, right in pairwise(ends):
@@ -31,7 +31,7 @@ def _pieces(points: Points) -> list[tuple[str, Point, Point]]:
 
 
 def _curve(points: Points, left: Point, right: Point) -> str:
-    """The name of a falling curve, by its quarter points."""
+    """The name of a falling curve, judged at its quarter points."""
 
     def near(course: Callable[[float], float]) -> bool:
         tokens, fall = right[0] - left[0], left[1] - right[1]

@@ -1,4 +1,4 @@
-"""The skeleton that every stage shares, and the register of kinds.
+"""The skeleton that every stage shares, and the registry of kinds.
 
 A stage is one file in `pipeline/stages/`, found by walking that folder; its table is a class in `config/`:
 
@@ -18,9 +18,9 @@ A stage is one file in `pipeline/stages/`, found by walking that folder; its tab
                     ctx.interrupt()
             return {"tokens": tokens, "loss": loss}
 
-Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill is in
-`ctx.state`; everything else in `ctx.dir` is its output, hashed when it ends. Same config, seed and inputs give the same
-output, whether or not the stage was killed on the way.
+Invariants: a stage reads its inputs and writes only inside `ctx.dir`. What it needs to resume after a kill is in
+`ctx.state`; everything else in `ctx.dir` is its output, hashed when it ends. The same config, seed and inputs give the
+same output, whether or not the stage was killed on the way.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Stage(Generic[_Config]):
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
-    """Raise it when the stage's output changes for the same config: old output is then redone."""
+    """Raise it when the stage's output changes for the same config, so that old output is made again."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
@@ -66,15 +66,15 @@ class Stage(Generic[_Config]):
     """Whether all ranks run it together; otherwise rank 0 alone does."""
 
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
-        """Check the stage's table against the recipe before anything runs (UserError); return facts derived from it.
+        """Checks the stage's table against the recipe before anything runs (UserError); returns facts derived from it.
 
-        The facts are plain JSON and part of the identity, so a preset that changes in the code redoes the stage.
+        The facts are plain JSON and part of the identity, so a preset changed in the code reruns the stage.
         """
         return {}
 
     def probes(self, config: _Config, recipe: Recipe, cache: Path) -> Iterator[Probe]:
-        """Further checks before anything runs, which may take longer: each reads one thing that the stage will need,
-        and returns what it found, or None if that is not worth a line (UserError). `pipeline/preflight.py` calls them
+        """Further checks before anything runs, which may take longer: each reads one thing that the stage will need and
+        returns what it found, None if that is not worth a line, or raises UserError. `pipeline/preflight.py` calls them
         for stages that are not finished."""
         return iter(())
 
@@ -98,11 +98,11 @@ class Stage(Generic[_Config]):
         return recorded == now
 
     def estimate(self, config: _Config, recipe: Recipe) -> float:
-        """Rough seconds on two CPU cores: only for the whole run's time left, corrected by what the run measures."""
+        """Rough seconds on two CPU cores: only for the run's remaining time, and corrected by what the run measures."""
         return 30.0
 
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
-        """Do the work; return the facts worth a line in the summary."""
+        """Does the work; returns the facts worth a line in the summary."""
         raise NotImplementedError
 
     def exports_conversations(self, config: _Config) -> bool:
@@ -119,7 +119,7 @@ class Stage(Generic[_Config]):
 
 
 class StepLog:
-    """Metrics and progress of a stage that trains, step by step; `log` is the trainer's."""
+    """Metrics and progress of a stage that trains, step by step; pass `log` to the trainer."""
 
     def __init__(self, ctx: StageContext) -> None:
         self.ctx = ctx
@@ -128,11 +128,11 @@ class StepLog:
         self.loss = Smoothed()
 
     def begin(self, trainer: Trainer) -> None:
-        """After `trainer.start()`, which may have gone back to a checkpoint."""
+        """Called after `trainer.start()`, which may have gone back to a checkpoint."""
         self.tokens = self.before = trainer.tokens
 
     def train(self, trainer: Trainer) -> None:
-        """Start or resume, and train to the end; a stop signal saves and raises Interrupted."""
+        """Starts or resumes, and trains to the end; a stop signal saves and raises Interrupted."""
         ctx, resumed = self.ctx, trainer.start()
         if resumed:
             ctx.say(f"resuming at step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
@@ -164,7 +164,7 @@ _StageType = TypeVar("_StageType", bound=type[Stage[Any]])
 
 
 def register(stage: _StageType) -> _StageType:
-    """Class decorator: make `kind = "..."` in a recipe mean this stage."""
+    """Class decorator: makes `kind = "..."` in a recipe mean this stage."""
     known = KINDS.get(stage.kind)
     assert known is None or known.__qualname__ == stage.__qualname__, f"two stages of kind {stage.kind}"
     KINDS[stage.kind] = stage

@@ -1,4 +1,4 @@
-"""What a next-token training is made from, a corpus, its mixture and perhaps a model: whether they fit."""
+"""Checks that the inputs of next-token training fit each other: a corpus, its mixture and perhaps a model."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from bessemer.runs.context import StageContext
 
 
 def model_and_corpus(ctx: StageContext, corpus: str) -> tuple[Path, Path]:
-    """(model directory to train further, folder of the corpus `corpus`), which must have one tokenizer."""
+    """(model directory to train further, folder of the corpus `corpus`), which must have the same tokenizer."""
     folder = None if ctx.source is None else ctx.source / "model"
     if folder is None or not folder.is_dir():
         raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
@@ -28,8 +28,8 @@ def model_and_corpus(ctx: StageContext, corpus: str) -> tuple[Path, Path]:
 
 
 def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
-    """UserError, before anything runs, unless the stages that this one is made from are a corpus and, to go on from, a
-    model with the corpus' tokenizer."""
+    """UserError, before anything runs, unless this stage's inputs are a corpus and, to train a model further, also a
+    stage with a model."""
     where, source = f'stage "{config.name}"', None if config.source is None else recipe.stage(config.source)
     if config.corpus is None:
         if source is None:
@@ -52,7 +52,7 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
 
 def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int | None) -> None:
     """UserError for an impossible mixture or impossible lengths, before anything runs. `longest` is the model's
-    max_seq_len, None where only the run will tell."""
+    max_seq_len, None if only the run will tell."""
     where = f'stage "{config.name}"'
     corpora = (stage for stage in recipe.stages if isinstance(stage, CorpusConfig))
     corpus = next((stage for stage in corpora if stage.name == corpus_name), None)

@@ -1,5 +1,5 @@
-"""`bessemer why`: the models before and after an RL stage answer the same held-out problems and are paid as the stage
-paid; `rl.why` takes the difference apart. The result is kept in the run directory, for its report card."""
+"""`bessemer why`: the models before and after an RL stage answer the same held-out problems, are rewarded as in the
+stage, and `rl.why` explains the difference. The result is kept in the run directory, for its report card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bessemer.train import setup
 
 
 def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16) -> tuple[str, why.Explanation]:
-    """(stage, why its reward rose). UserError where the stage or the one it starts from is not finished."""
+    """(stage, why its reward rose). UserError if the stage or the one it starts from is not finished."""
     recipe = Recipe.load(root / "recipe.toml")
     config = rl_stage(recipe, name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
@@ -60,8 +60,8 @@ def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
 
 
 def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:
-    """Held-out problems in the proportion of a rollout of the stage's end; of a task that holds none out, others of
-    its own."""
+    """Held-out problems in the proportions of a rollout at the stage's end; training problems if a task holds none
+    out."""
     general = 0
     if config.general_prompts and config.rollouts > config.general_from:
         general = round(count * config.general_prompts / config.prompts_per_rollout)

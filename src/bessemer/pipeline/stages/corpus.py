@@ -171,7 +171,7 @@ class Corpus(Stage[CorpusConfig]):
 
 
 def _page(task: tasks.Task, index: int, seed: int) -> Document:
-    """A page of a task; one with calls of tools as the conversation that it is."""
+    """A page of a task; one with tool calls stays a conversation."""
     if not isinstance(task, Environment):
         return Document(task.document(index, seed), task.name)
     page = task.written(index, seed)
@@ -179,7 +179,7 @@ def _page(task: tasks.Task, index: int, seed: int) -> Document:
 
 
 def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks.Task:
-    """The task whose documents are a source, with the source's knobs."""
+    """The task whose documents make up a source, with the source's settings in `mix`."""
     name, mix = config.parts[source].removeprefix(TASK), config.mix.get(source, {})
     if name.startswith(NEEDLE):
         return needle(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
@@ -199,7 +199,7 @@ def _folder(config: CorpusConfig, source: str) -> Path:
 
 
 def _shards(config: CorpusConfig) -> list[str]:
-    """The sources that are shards already."""
+    """The sources that are already shards."""
     return [source for source, spec in config.parts.items() if spec.startswith(SHARDS)]
 
 

@@ -2,8 +2,8 @@
 
 The student answers training problems, and at every token of its own answers its distribution is trained towards the
 teacher's (`train/objective.py`). Specialists may teach their own tasks (`teachers`), so that one student follows
-several. R1's distillation is SFT on the teacher's samples (R1 2.4): that is a stage of kind reject from the teacher and
-one of kind sft from the student. This stage is the extra for models that share a tokenizer.
+several. R1's distillation is SFT on the teacher's samples (R1 2.4): a stage of kind reject from the teacher, then one
+of kind sft from the student. This stage is an extra for models that share a tokenizer.
 """
 
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ class _Run:
             self.engine = ShardedSampler(engine, whole.refresh, ranks)
 
     def _follow(self, name: str) -> None:
-        """The student learns the form that all of its teachers have; UserError for one that it cannot follow."""
+        """Gives the student the chat style that its teachers share; UserError for a teacher that it cannot follow."""
         tokenizer = load_tokenizer(self.ctx.inputs[name] / "model")
         if self.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
@@ -161,11 +161,11 @@ class _Run:
         if ctx.leads:
             self.tokenizer.save(ctx.state / "tokenizer")
         distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
-        # from the metrics, since this attempt may have gone on behind the last evaluation
+        # from the metrics, since this attempt may have resumed after the last evaluation
         return {"steps": config.steps} | ({"pass_at_1": round(ctx.metrics.last(HELDOUT), 4)} if ctx.leads else {})
 
     def _step(self, number: int) -> dict[str, float]:
-        """Samples of the student as it is now, and one update on them."""
+        """Samples from the current student, then makes one update on the samples."""
         config, count = self.config, self.config.prompts_per_step
         chosen = rollout.problems_of(self.tasks, "train", number * count, count, self.ctx.seed)
         prompts = [self._encode(problem) for _, problem in chosen]

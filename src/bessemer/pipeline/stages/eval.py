@@ -1,7 +1,7 @@
-"""Stage "eval": models of earlier stages on held-out problems, side by side, and a search for those problems in what
-the models were trained on. Output: results.json, whose keys `eval/scoring.py` explains.
+"""Stage "eval": compares models of earlier stages on held-out problems, and searches their training data for those
+problems. Output: results.json, whose keys `eval/scoring.py` explains.
 
-A finished row, and the finished search, survive a kill: the stage goes on with the next.
+Finished rows and the finished search survive a kill: the stage resumes with the next row.
 """
 
 import json
@@ -93,7 +93,7 @@ class Eval(Stage[EvalConfig]):
             rows.append({"model": model, **row, **shots.facts()})
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
             tag += f"/{shots.count}-shot" if len(config.shots) > 1 else ""
-            # The line first: of a row that a kill then loses it is dropped, of one that is kept it could not be missed.
+            # The line first: if a kill loses the row, its line is dropped, and a row that is kept always has its line.
             ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
             write_atomic(path, json.dumps(rows))
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
@@ -120,7 +120,7 @@ class Eval(Stage[EvalConfig]):
 
 
 def _size(config: EvalConfig, task: tasks.Task) -> int:
-    """Problems of a task to evaluate on; UserError where it has fewer."""
+    """Number of problems of a task to evaluate on; UserError if it has fewer."""
     size = task.size("test")
     if task.judged_by:
         raise UserError(
@@ -143,7 +143,7 @@ def _size(config: EvalConfig, task: tasks.Task) -> int:
 
 
 def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
-    """What is evaluated of a task; UserError where a model of the stage was trained on its file."""
+    """What is evaluated of a task; UserError if one of the stage's models was trained on its file."""
     for stage in ancestors(recipe, config.models):
         for trained in [*getattr(stage, "tasks", []), *getattr(stage, "general_tasks", [])] * (stage.kind != "eval"):
             if (path := shared_file(trained, name)) is not None:
@@ -194,7 +194,7 @@ def training_data(
     """(stage, its training data) of every stage behind the models `names` of the run in `root`.
 
     The folders read here belong to inputs of inputs: their fingerprints are part of the models' own, so a change in
-    them redoes the models, and with them whatever reads this.
+    them makes the models again, and with them whatever reads this.
     """
     folders = {name: folder for _, name, folder in stage_folders(root)}
     for config in ancestors(recipe, names):

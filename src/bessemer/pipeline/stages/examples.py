@@ -1,8 +1,8 @@
 """Stage "examples": worked examples of tasks, as conversations for a cold start (R1 2.3.1).
 
 R1's cold-start data come from a model prompted with examples, and from human annotators. An imported model that does
-not know the form at all would never earn a reward in RL; its first examples come from the tasks' own pages: right
-answers in the right form, of train problems only. Output: samples.jsonl, one conversation a line.
+not know the format would never earn a reward in RL, so its first examples come from the tasks' own pages: right answers
+in the right format, to training problems only. Output: samples.jsonl, one conversation per line.
 """
 
 from collections import Counter

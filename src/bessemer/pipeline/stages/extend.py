@@ -1,8 +1,8 @@
 """Stage "extend": continued training of a model on longer rows, with YaRN (V3 4.3; Peng et al. 2023).
 
-V3 does it twice, 4K -> 32K and 32K -> 128K, with one set of YaRN's numbers: s = 40, alpha = 1, beta = 32 and
-sqrt(t) = 0.1 ln s + 1. All else is pre-training, under the recipe's own keys. Positions depend on the config that the
-stage writes alone, never on the length of a row, a prompt or a cache.
+V3 does it twice, 4K -> 32K and 32K -> 128K, with the same YaRN settings: s = 40, alpha = 1, beta = 32 and sqrt(t) = 0.1
+ln s + 1. Everything else is as in pre-training, under the same keys. Positions depend only on the config that the stage
+writes, never on the length of a row, a prompt or a cache.
 
 Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its own.
 """
@@ -79,7 +79,7 @@ class Extend(Pretrain[ExtendConfig]):
 
 
 def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
-    """Tokens of the rows that the model was pre-trained on; None where the recipe does not say."""
+    """Tokens of the rows that the model was pre-trained on; None if the recipe does not say."""
     for phase in [config, *_phases(config, recipe)]:
         if phase.original_length is not None:
             return phase.original_length
@@ -109,7 +109,7 @@ def _phases(config: ExtendConfig, recipe: Recipe) -> list[ExtendConfig]:
 
 
 def _trained(config: ExtendConfig, recipe: Recipe) -> list[PretrainConfig]:
-    """The next-token trainings before this one, the nearest first, back to random weights or another kind of stage."""
+    """The next-token stages before this one, the nearest first, back to random weights or another kind of stage."""
     found: list[PretrainConfig] = []
     source = config.source
     while source is not None and isinstance(stage := recipe.stage(source), PretrainConfig):

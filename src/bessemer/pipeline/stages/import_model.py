@@ -1,7 +1,7 @@
 """Stage "import": import a model that was trained elsewhere, as the start of other stages. Output: model/.
 
-From a pinned package (GGUF weights become plain ones), a local Hugging Face directory, or the hub. The result is a
-plain Hugging Face directory like that of every stage; an engine is built from it here, as a check.
+The model comes from a pinned package (GGUF weights become plain ones), a local Hugging Face directory, or the hub. The
+result is a plain Hugging Face directory, as in every stage; building an engine from the model is a check.
 """
 
 import tempfile
@@ -52,7 +52,7 @@ class Import(Stage[ImportConfig]):
         return {}
 
     def same(self, config: ImportConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        """Version 0.2.0 and before recorded sizes and dates of the files of a directory; they must still hold."""
+        """Version 0.2.0 and earlier recorded the sizes and dates of a directory's files; they must still match."""
         dated = recorded.get("derived", {}).get("files")
         if dated is None or not (folder := located(config.model)).is_dir():
             return super().same(config, recorded, now)

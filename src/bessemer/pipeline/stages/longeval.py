@@ -1,9 +1,9 @@
 """Stage "longeval": a comparison of models on long contexts (V3 4.3, Figure 8).
 
-Needles found by length and depth, loss by position in held-out rows, and, to show what the
-extension costs on short rows, their held-out bits per byte. Output: long.json with "needle", "positions" and "short".
+It measures needles found by length and depth, loss by position in held-out rows and, to show what the extension costs
+on short rows, their held-out bits per byte. Output: long.json with "needle", "positions" and "short".
 
-A finished row survives a kill: the stage goes on with the next.
+Finished rows survive a kill: the stage resumes with the next.
 """
 
 import json
@@ -83,8 +83,8 @@ class LongEval(Stage[LongEvalConfig]):
         return {f"found at {row['length']}": round(row["share"], 3) for row in table["needle"] if row["model"] == last}
 
     def _engine(self, config: LongEvalConfig, ctx: StageContext, model: str, added: str) -> Engine:
-        """The engine of a model; with `added` SWITCHED, at the positions of the last model. All read up to the longest
-        length."""
+        """The engine of a model; with `added` SWITCHED, with the positions of the last model. All read up to the
+        longest length."""
         context: dict[str, Any] = {}
         if added == SWITCHED:
             last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
@@ -119,7 +119,7 @@ class LongEval(Stage[LongEvalConfig]):
 
 
 def _corpus(where: str, name: str, recipe: Recipe) -> CorpusConfig:
-    """The table of the corpus stage `name`; a UserError that starts with `where` when it is of another kind."""
+    """The table of the corpus stage `name`; a UserError that starts with `where` if it is of another kind."""
     config = recipe.stage(name)
     if not isinstance(config, CorpusConfig):
         raise UserError(f'{where}: "{name}" is of kind {config.kind}; name a stage of kind corpus')

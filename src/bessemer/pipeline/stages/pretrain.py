@@ -2,9 +2,9 @@
 
 Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
 
-With a `corpus` it trains the model of `from` further, one of ours with its MTP modules and routing biases, or one of
-another family. The optimizer and its schedules start anew at 0 tokens; the held-out loss is measured before the first
-step too, so that it can be seen what the new data costs on the old.
+With a `corpus` it trains the model of `from` further: one of ours, with its MTP modules and routing biases, or one of
+another family. The optimizer and its schedules start anew at 0 tokens. The held-out loss is also measured before the
+first step, to show what the new data costs on the old.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Start(NamedTuple):
     corpus: Path
     """Folder of the documents and their tokenizer."""
     row_length: int | None
-    """Of the rows to train on; None: that of the corpus."""
+    """Length of the rows to train on; None: that of the corpus."""
     cfg: ModelConfig | None
-    """Config of the network; None for another family's, which the network has."""
+    """Config of the network; None for another family, whose network holds it."""
     network: Callable[[], distributed.Network | ModelShard]
     """Makes the network with its initial weights."""
     model: Path | None = None
-    """The model directory it goes on from, whose tokenizer files the result gets; None: random weights."""
+    """The model directory to train further, whose tokenizer files the result gets; None: random weights."""
 
 
 _Config = TypeVar("_Config", bound=PretrainConfig)
@@ -104,7 +104,7 @@ class Pretrain(Stage[_Config]):
         return lineage.estimate_seconds(recipe, config.name, config.tokens)
 
     def start(self, config: _Config, ctx: StageContext) -> Start:
-        """Random weights trained on the corpus before, or an earlier model."""
+        """Random weights to train on the preceding corpus, or an earlier model to train further."""
         if config.corpus is not None:
             return self._go_on(config, ctx, config.corpus)
         assert ctx.source is not None, "check_stages has checked it"
@@ -200,7 +200,7 @@ class Feed:
     def __init__(
         self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, tokenizer: Tokenizer
     ) -> None:
-        """`row_length`: of the rows that batch_rows counts and validation reads; None: that of the corpus."""
+        """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
         names = _parts(config, corpus)
 
@@ -248,7 +248,7 @@ class Feed:
             ctx.say(f"{what}; the other parts take its share from there on")
 
     def follow(self, trainer: Trainer) -> None:
-        """Take the position in the run from `trainer`."""
+        """Takes the position in the run from `trainer`."""
         self._tokens = lambda: trainer.reading
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
@@ -267,7 +267,7 @@ class Feed:
         return replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
 
     def routed(self, batch: Batch) -> Batch:
-        """With experts, where the stage chooses them by token."""
+        """The batch with its experts, if the stage chooses them by token."""
         if self.table_VLK is None:
             return batch
         return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
@@ -282,8 +282,8 @@ class Feed:
 
 
 def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size: int, bos_id: int | None) -> Batch:
-    """A `share` of the learnt tokens replaced by others. Row n of the run draws from its own stream, so that a larger
-    share replaces the tokens of a smaller one and more, whatever batch the row is in. BOS stays."""
+    """Replaces a `share` of the trained tokens by random ones. Row n of the run draws from its own stream, so a larger
+    share replaces the same tokens as a smaller one and more, whatever batch the row is in. BOS stays."""
     rows = []
     for row, tokens_T in enumerate(batch.tokens_BT, start=first_row):
         noise = np.random.default_rng((seed, row))
@@ -297,7 +297,7 @@ def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size
 
 
 def experts_by_token(cfg: ModelConfig) -> Tensor:
-    """[V, L, K]: experts of every entry of the vocabulary in every sparse layer, drawn once and for all."""
+    """[V, L, K]: experts of every vocabulary entry in every MoE layer, drawn with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(cfg.vocab_size, cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts, generator=generator)
     return scores.topk(cfg.n_activated_experts, dim=-1).indices
@@ -343,7 +343,7 @@ class _Monitor(StepLog):
 
     def validate(self, trainer: Trainer, at_end: bool = False) -> dict[str, float]:
         """Held-out bits per byte of every source (at most HELDOUT_ROWS rows each). `at_end`: written unless the last
-        step has a line, by its hook or by an attempt that was killed after it."""
+        step has a line already, from its hook or an attempt that was killed after it."""
         bits = self._bits_per_byte(trainer)
         values: dict[str, Any] = {f"val/bpb/{name}": value for name, value in bits.items()}
         if self.config.ema_decay:

@@ -1,8 +1,8 @@
-"""Stage "reject": rejection sampling, conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
+"""Stage "reject": rejection sampling of conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-Several answers per training problem. It keeps the correct and readable ones (`tasks/readability.py`) that end before
-the cap, without duplicates. Rules say which are correct; where a problem has only a reference answer, a model does
-(`rl/judge.py`). Output: samples.jsonl, one conversation a line; the summary counts the dropped answers by
+It samples several answers per training problem and keeps the correct and readable ones (`tasks/readability.py`) that
+end before the cap, without duplicates. Rules decide which are correct; if a problem has only a reference answer, a
+model does (`rl/judge.py`). Output: samples.jsonl, one conversation per line; the summary counts the dropped answers by
 reason.
 """
 
@@ -38,7 +38,7 @@ from bessemer.tasks.worked import in_r1_form
 from bessemer.train import setup
 
 LOOKED_AT = 256
-"""Problems in which a judge must find a reference answer before anything runs."""
+"""Problems that are searched for a reference answer before anything runs, if there is a judge."""
 BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
 
@@ -231,5 +231,5 @@ def judge_answers(judge: Judge, groups: list[list[rollout.ScoredSample]], config
 
 
 def written(row: rollout.ScoredSample, form: str) -> str:
-    """The assistant's turn. In form "r1" the summary is the model's own where it wrote more than the tagged answer."""
+    """The assistant's turn. In form "r1" the summary is the model's own if it wrote more than the tagged answer."""
     return row.answer if form == "as-is" else in_r1_form(row.problem, row.answer)

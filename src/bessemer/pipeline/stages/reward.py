@@ -1,15 +1,15 @@
 """Stage "reward-model": a reward model for helpfulness or for harmlessness (R1 2.3.4, R1-Nature Methods).
 
-The body of an earlier stage's model, of any family, and a scalar head. Helpfulness learns from pairs, -log
+It is the body of an earlier stage's model, of any family, with a scalar head. Helpfulness learns from pairs, -log
 sigmoid(r_chosen - r_rejected), and reads summaries; harmlessness learns from answers labelled safe or unsafe and reads
 thoughts too. Judged answers come from files, or are made from the `general` task: candidates written in different
-manners, and samples of the model itself, which are what it will judge in RL. Pairs may be judged by another model
-(`rl/judge`), as R1's were by V3, and then be answers to any prompts. Prompts chosen by hash are held out; accuracy and
-the scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
+styles, and samples from the model itself, which are what it will judge in RL. Another model may judge the pairs
+(`rl/judge`), as V3 did for R1; they may then answer any prompts. Prompts chosen by hash are held out; accuracy and the
+scale of rewards (`rl/preference`) are measured on them. `judged.jsonl` holds the answers.
 
-Iterative GRPO (DeepSeekMath 4.1.4, Algorithm 1) is RL stages and reward models in turn: a reward model with `previous`
-continues that stage's weights on answers of the newest policy and a share of old ones; the next RL stage starts from
-the policy, which is also its reference.
+Iterative GRPO (DeepSeekMath 4.1.4, Algorithm 1) alternates RL stages and reward models: a reward model with `previous`
+trains that stage's weights further on answers of the newest policy and a share of old ones; the next RL stage starts
+from the policy, which is also its reference.
 """
 
 import json
@@ -53,7 +53,7 @@ Line = dict[str, Any]
 WRITTEN = 4
 """Candidates per made prompt that are written, not sampled."""
 ANSWERS = "judged.json"
-"""File in the state of all judged answers, those held out among them."""
+"""File in the state with all judged answers, held-out ones included."""
 SAMPLES = 6
 """Held-out answers, with their scores, written to samples.md."""
 
@@ -159,7 +159,7 @@ _BY_AIM = {
 
 
 def _judge(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -> None:
-    """Puts all lines, and facts about the made ones, into the state, since sampling takes time."""
+    """Saves all lines, and facts about the made ones, in the state, since sampling takes time."""
     path = ctx.state / ANSWERS
     if not path.exists():
         made, facts = _made(config, ctx, tokenizer) if config.made else ([], {})
@@ -169,7 +169,7 @@ def _judge(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -
 def _pack(
     config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer, train: Sequence[Line], heldout: Sequence[Line]
 ) -> dict[str, Any]:
-    """Writes the judged answers, and those of training as rows; the facts of the rows."""
+    """Writes the judged answers, and the training ones as rows; returns the facts of the rows."""
     written = (line if isinstance(line["prompt"], str) else formats.conversational(line) for line in [*train, *heldout])
     write_atomic(ctx.dir / JUDGED, json_lines(written))
     units = (_texts(line, config.aim, tokenizer) for line in train)
@@ -182,7 +182,7 @@ def _from_files(config: RewardModelConfig, names: Sequence[str]) -> Iterator[Lin
 
 
 def _counted(config: RewardModelConfig, name: str) -> str | None:
-    """What a file of judged answers holds; UserError without a line, or for labels of one kind alone."""
+    """What a file of judged answers holds; UserError if it is empty, or all labels are the same."""
     if name.startswith(HUB):
         return sources.check(name)  # not downloaded to be counted
     marks = Counter(line.get("safe") for line in _from_files(config, [name]))
@@ -260,7 +260,7 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
 
 
 def _replayed(config: RewardModelConfig, ctx: StageContext, new: int) -> list[Line]:
-    """Training answers of the previous reward model, `replay` of the whole with `new` ones beside them."""
+    """Training answers of the previous reward model: a share `replay` of the total that includes `new` new ones."""
     assert config.previous is not None
     old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _line(config)), config, ctx)
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
@@ -268,7 +268,7 @@ def _replayed(config: RewardModelConfig, ctx: StageContext, new: int) -> list[Li
 
 
 def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
-    """What the model reads of a line, with marks."""
+    """The token ids that the model reads of a line, with marks."""
 
     def ids(key: str) -> list[int]:
         return judged_ids(tokenizer, aim, line["prompt"], line[key])
@@ -320,7 +320,7 @@ class _Monitor(StepLog):
 
 
 def _right(unit: list[tuple[float, int]]) -> bool:
-    """The chosen text scores higher, or a labelled one is on its side of 0."""
+    """Whether the chosen text scores higher, or a labelled one is on its side of 0."""
     if len(unit) == 2:
         return unit[0][0] > unit[1][0]
     ((score, mark),) = unit

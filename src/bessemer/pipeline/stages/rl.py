@@ -145,7 +145,7 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
 
 
 def load_reward_models(config: RLConfig, folders: Mapping[str, Path]) -> dict[str, RewardModel]:
-    """The reward models by their aim; `folders` by the names of their stages."""
+    """The reward models by aim; `folders` by the names of their stages. UserError for two of one aim."""
     models: dict[str, RewardModel] = {}
     for name in config.reward_models:
         dtype = setup.choose_precision("device").dtype

@@ -35,7 +35,7 @@ from bessemer.train.trainer import Runtime, Trainer, constant
 from bessemer.workers import Workers
 
 FEW_STEPS = 10
-"""A training of fewer optimizer steps is warned of."""
+"""Training for fewer optimizer steps than this gives a warning."""
 
 
 @register
@@ -59,7 +59,7 @@ class SFT(Stage[SFTConfig]):
         return {}
 
     def same(self, config: SFTConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        """In format 1 open epochs and batches were 2 and 8, and recorded as such."""
+        """In format 1, epochs and batches that were left open were 2 and 8, and were recorded as such."""
         kind = [*now["format"][:2], 1]
         if recorded.get("format") != kind:
             return super().same(config, recorded, now)
@@ -68,7 +68,7 @@ class SFT(Stage[SFTConfig]):
         return super().same(config, recorded, now | {"format": kind, "settings": settings})
 
     def estimate(self, config: SFTConfig, recipe: Recipe) -> float:
-        """From the sizes of the files, of which four bytes are a token, and from what earlier stages can export."""
+        """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
         exported = sum(_exported(recipe.stage(name)) for name in config.samples)
         tokens = sum(file.stat().st_size for file in files) / 4 + exported
@@ -140,7 +140,7 @@ def _about(facts: dict[str, Any]) -> str:
 
 
 def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
-    """How long the training is, with a warning if that is hardly any."""
+    """The length of the training, with a warning if that is very short."""
     n = math.ceil(epochs * n_rows / batch)
     steps = f"{n} optimizer step{'s' if n > 1 else ''}"
     size = f"{config.batch_examples} conversations" if config.batch_examples else f"{batch:g} of {n_rows} rows"
@@ -158,7 +158,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _exported(stage: StageConfig) -> float:
-    """Tokens of the conversations of a stage, at most; of RL, whose right answers alone are exported, a guess."""
+    """A rough guess of the tokens in the conversations that a stage exports."""
     if isinstance(stage, RejectConfig):
         return stage.problems * stage.keep * stage.max_new_tokens / 2
     if isinstance(stage, RLConfig):
