@@ -176,7 +176,7 @@ class Loop:
             checkpoint.keep(self.ctx.state / f"step-{self.trainer.step:08d}")
 
     def _start(self) -> int:
-        """Resumes from the last checkpoint, or starts anew; returns the number of the next rollout."""
+        """Resumes from the last checkpoint, or starts fresh; returns the number of the next rollout."""
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         trainer.start()
         self._restore()

@@ -247,7 +247,7 @@ def kept_of(batch: Batch) -> Kept | None:
 
 
 class Reference:
-    """The reference policy: a frozen copy of the policy, copied anew every `every` optimizer steps (R1-Nature B).
+    """The reference policy: a frozen copy of the policy, refreshed every `every` optimizer steps (R1-Nature B).
 
     It is saved in the trainer's checkpoint (`extra_tensors`), so a resumed run has the same reference. With LoRA it
     shares the base weights with the policy and has its own adapters, which start at B = 0: the base.

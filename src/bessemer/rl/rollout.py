@@ -45,7 +45,7 @@ class ScoredSample:
     returns: list[float] | None = None
     """The critic's targets."""
     preference: float | None = None
-    """The score of a reward model; None where the verifier decides."""
+    """The score of a reward model; None if the verifier decides."""
     language: float = 1.0
     """Share of the thoughts' words that are in the language of the problem; 0 without thoughts."""
     begun: str = ""

@@ -139,7 +139,7 @@ class MappedWeights:
 
 
 class FileWeights:
-    """`config`: the model's config.json, which is copied beside the weights."""
+    """`config`: the model's config.json, which is copied next to the weights."""
 
     def __init__(self, llm: Any, config: Path) -> None:
         self.llm = llm

@@ -66,7 +66,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Flip:
-    """A problem whose reward changed much."""
+    """A problem whose reward changed a lot."""
 
     id: str
     prompt: str
