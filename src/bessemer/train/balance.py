@@ -3,9 +3,8 @@
     b_i <- b_i + gamma * sign(mean load - load_i)
 
 with the loads of the whole step, MTP layers included; every token counts once, and fillers (`Batch.filler`) never. A
-gate has `load_E` (float32, counted by its training-mode forward) and `bias_E` (float32, or None where the model
-balances by loss alone).
-MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
+gate has `load_E` (float32, counted by its training-mode forward) and `bias_E` (float32, or None if the model balances
+by loss alone). MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from bessemer.train.checkpoint import (
 
 
 class _Location(NamedTuple):
-    """Where a tensor is stored: a file, a key in it, and the row where experts are stacked."""
+    """Where a tensor is stored: a file, a key in it, and the row if experts are stacked."""
 
     file: str
     key: str

@@ -164,7 +164,7 @@ class Group:
         self.ema = MovingAverage(self.master, decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer state besides the masters, by kind."""
+        """The optimizer state without the masters, by kind."""
         return self.moments if self.ema is None else {**self.moments, "ema": self.ema.value}
 
     def step(self, update: Update) -> None:

@@ -1,8 +1,8 @@
 """Cross entropy and log-probabilities from hidden states, without ever holding all logits.
 
-`cross_entropy`, for training: computes a chunk's logits and log-softmax and at once the gradients of the hidden states
-and the head weight, then frees the logits. Peak memory is one chunk of logits instead of N x V twice, and backward is
-one multiplication. Sums over chunks are float32 whatever the compute dtype.
+`cross_entropy`, for training: computes a chunk's logits, their log-softmax and immediately the gradients of the hidden
+states and the head weight, then frees the logits. Peak memory is one chunk of logits instead of N x V twice, and
+backward is one multiplication. Sums over chunks are float32 whatever the compute dtype.
 
 `token_logprobs`, per token and differentiable, for RL: forward keeps one number per token (the log of the softmax
 denominator); backward recomputes each chunk of logits, because the gradient per token is only known then. `Kept` says

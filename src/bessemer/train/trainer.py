@@ -57,11 +57,11 @@ class Runtime:
     """What a stage decides when it runs; everything else the trainer reads from the stage's `OptimizerConfig`."""
 
     tokens: int = 0
-    """Consumed tokens at which the run is complete (padding counts); unused if the caller brings micro-batches."""
+    """Consumed tokens at which the run is complete (padding counts); unused if the caller calls `update` itself."""
     batch_rows: Schedule = ZERO
     """Rows per optimizer step."""
     row_scale: Schedule = ONE
-    """Factor on the rows of a step and of a forward: above 1 where rows are shorter than those that `batch_rows` and
+    """Factor on the rows of a step and of a forward: above 1 if rows are shorter than those that `batch_rows` and
     `micro_rows` count."""
     gamma: Schedule = ZERO
     """Update speed of the routing bias."""
@@ -93,10 +93,10 @@ class _HelperResult(NamedTuple):
 class Trainer(Checkpointed):
     """Owns optimizer, counters and checkpoints of one model.
 
-    `batches(first_row, n_rows) -> Batch`; None when the caller brings its own micro-batches to `update` (RL).
-    `log(step, tokens, values)` after every step; `on_step` hooks get the trainer; `stop()` is polled between steps.
-    `config` is the table of the stage. `model_config` is stored and must be equal on resume. `extras` (JSON) and
-    `extra_tensors` travel with the checkpoints.
+    `batches(first_row, n_rows) -> Batch`; None if the caller passes its own micro-batches to `update` (RL). `log(step,
+    tokens, values)` after every step; `on_step` hooks get the trainer; `stop()` is polled between steps. `config` is
+    the table of the stage. `model_config` is stored and must be equal on resume. `extras` (JSON) and `extra_tensors`
+    travel with the checkpoints.
     """
 
     def __init__(
