@@ -167,7 +167,7 @@ class Corpus(Stage[CorpusConfig]):
                     break
             return texts
 
-        return list(chain.from_iterable(workers.map(first, config.parts)))  # none is shards: they bring a tokenizer
+        return list(chain.from_iterable(workers.map(first, config.parts)))  # none is shards: those have a tokenizer
 
 
 def _page(task: tasks.Task, index: int, seed: int) -> Document:

@@ -3,8 +3,8 @@
 Every schedule is a function of consumed tokens. Output: model/ (a Hugging Face directory) with its tokenizer.
 
 With a `corpus` it trains the model of `from` further: one of ours, with its MTP modules and routing biases, or one of
-another family. The optimizer and its schedules start anew at 0 tokens. The held-out loss is also measured before the
-first step, to show what the new data costs on the old.
+another family. The optimizer and its schedules restart at 0 tokens. The held-out loss is also measured before the first
+step, to show what the new data costs on the old.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def runtime(
     config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE,
     model: distributed.Network | None = None,
 ) -> Runtime:  # fmt: skip
-    """The trainer's inputs besides the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules
-    or routing biases is trained without their terms."""
+    """The trainer's inputs other than the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules or
+    routing biases is trained without their terms."""
     foreign = isinstance(model, CausalLM)
     return Runtime(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale,
@@ -304,7 +304,7 @@ def experts_by_token(cfg: ModelConfig) -> Tensor:
 
 
 def row_scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
-    """Factor on batch_rows over consumed tokens: above 1 where rows are shorter than `row_length`."""
+    """Factor on batch_rows over consumed tokens: above 1 while rows are shorter than `row_length`."""
     lengths = config.lengths
     return (lambda tokens: row_length / lengths(tokens)) if lengths else (lambda tokens: 1.0)
 

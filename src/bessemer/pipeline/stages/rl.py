@@ -127,7 +127,7 @@ class RL(Stage[RLConfig]):
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
-    """UserError for two reward models of one aim, or a task whose prompts nobody would judge."""
+    """UserError for two reward models of one aim, or a task with prompts that nothing judges."""
     aims: dict[str, str] = {}
     for stage in map(recipe.stage, config.reward_models):
         if not isinstance(stage, RewardModelConfig):
