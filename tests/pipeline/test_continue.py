@@ -1,4 +1,4 @@
-"""Pre-training that goes on from a model: ours with its MTP module, and one of another family; never random weights."""
+"""Pre-training that continues from a model, ours with its MTP module or one of another family, not random weights."""
 
 import json
 import math
@@ -57,7 +57,7 @@ model = "{model}"
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """A run that pre-trains and goes on with other text, and its folder."""
+    """The folder of a run that pre-trains and then continues on other text."""
     folder = tmp_path_factory.mktemp("ours")
     recipe = stages_run.write_recipe(folder)
     lines = (folder / "text.jsonl").read_text().splitlines(keepends=True)
@@ -70,7 +70,7 @@ def ours(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """The same from a Llama with a tokenizer of its own."""
+    """The folder of a run that imports a Llama with its own tokenizer and continues its pre-training."""
     folder = tmp_path_factory.mktemp("foreign")
     made("llama", vocab_size=420, max_position_embeddings=128).save_pretrained(folder / "llama")
     houses.byte_level(folder / "llama")
@@ -93,7 +93,7 @@ def values(folder, name):
 
 
 def loss_of(folder, base, rows):
-    """Mean nats of predicting the held-out tokens by the base's own logits, through nothing that trains."""
+    """Mean loss in nats on held-out tokens, from the base's own logits and independent of the training code."""
     model = load_any(at(folder, base) / "model", dtype=torch.float32)
     batch = rows.batch(range(min(rows.n_rows, 64)))
     with torch.no_grad():
@@ -161,6 +161,6 @@ def test_only_stages_that_make_a_model_are_gone_on_from():
 
 
 def test_a_run_from_random_weights_keeps_its_fingerprint(ours):
-    """The key `corpus` is younger than version 0.1.0."""
+    """Version 0.1.0 did not have the key `corpus`, so it must not enter the identity while it is unset."""
     identity = json.loads((at(ours, "pretrain") / "stage.json").read_text())["identity"]
     assert "corpus" not in identity["settings"] and identity["derived"]["model"]["dim"] == 32

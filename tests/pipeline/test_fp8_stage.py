@@ -1,4 +1,4 @@
-"""Pre-training in FP8 as a stage: it learns, survives a kill bit for bit, and says what it is."""
+"""Pre-training in FP8 as a stage: it learns, resumes bit for bit after a kill, and is listed as FP8 in conformance."""
 
 import json
 import math
@@ -18,7 +18,7 @@ FP8 = '\nfp8 = "paper"\nmoments = "bfloat16"\ntokens = "12K"\n'
 
 
 def recipe_in(folder: Path) -> Path:
-    """Corpus and pre-training of the smallest recipe, in FP8."""
+    """The corpus and pre-training stages of the smallest recipe, in FP8."""
     path = stages_run.write_recipe(folder)
     text = path.read_text().replace('\ntokens = "80K"\n', FP8)
     path.write_text(text[: text.index('[[stage]]\nkind = "rl"')])
@@ -59,7 +59,7 @@ def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
 
 
 def test_what_came_later_does_not_redo_old_stages(tmp_path):
-    """Identities written before there was FP8 are those of runs without it."""
+    """A stage without FP8 keeps the identity that was written before FP8 existed."""
     recipe = Recipe.load(stages_run.write_recipe(tmp_path))
     settings = recipe.stage("pretrain")
 
@@ -80,7 +80,7 @@ def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [("precision=bfloat16", "bfloat16"), ('fp8="paper"', "FP8 (paper)")])
 def test_rl_in_a_format_of_its_own(tmp_path, capsys, change, said):
-    """The policy is sampled and trained in it, and the weights that are saved are of its dtype."""
+    """The policy samples and trains in this format, and its weights have the dtype that goes with it."""
     base = rl_stage.write_base(tmp_path / "base")
     plain, other = (
         rl_stage.Stage(base, tmp_path / name, 'reward="random"', "rollouts=1", *changes)

@@ -1,4 +1,4 @@
-"""Models from elsewhere through real stages: import, cold start, SFT, GRPO, evaluation; two houses, two tokenizers."""
+"""Imported models through the real stages: import, cold start, SFT, GRPO, evaluation; two families, two tokenizers."""
 
 import json
 import signal
@@ -235,7 +235,7 @@ def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path)
 
 
 def test_low_rank_stages_export_adapters_and_end_with_the_same_bits_after_a_stop(done, call, tmp_path):
-    """Each adapter merges into the model before it, and gives the model that the stage exported."""
+    """Merging each adapter into the model before it gives the model that the stage exported."""
     folder, _ = done
     run = folder / "run"
     for stage, base in (("06-student", "05-other"), ("08-low-rank", "06-student"), ("11-distill", "09-plain")):

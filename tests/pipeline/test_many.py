@@ -1,4 +1,4 @@
-"""Recipes on many ranks, as a user runs them: started, killed, hung, stopped, gone on with under another layout."""
+"""Recipes on many ranks, as a user runs them: started, killed, hung, stopped, resumed under another layout."""
 
 import json
 import os
@@ -37,7 +37,7 @@ micro_rows = 2
 precision = "float32"
 prompts = ["1 + 1 ="]
 """
-"""Between pre-training and RL; the last of its steps has fewer rows than others."""
+"""Added between pre-training and RL; its last step has fewer rows than the others."""
 
 
 LAST = """
@@ -74,7 +74,7 @@ eval_problems = 2
 micro_tokens = 200
 precision = "float32"
 """
-"""After RL."""
+"""Added after RL."""
 
 
 CRITIC = 'advantage = "critic"\nreward = "random"'
@@ -86,7 +86,7 @@ AFTER_RL = ("05-helpful", "06-taught")
 
 
 def sums(folder):
-    """A task of few problems, so that RL asks some of them again."""
+    """A task with so few problems that RL repeats some."""
     for split, first in (("train", 2), ("test", 6)):
         lines = (json.dumps({"question": f"{n} + {n} =", "answer": str(2 * n)}) for n in range(first, first + 4))
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
@@ -95,7 +95,7 @@ def sums(folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A recipe, and a run of it on one process."""
+    """The folder of a recipe and of its run on one process."""
     folder = tmp_path_factory.mktemp("many")
     recipe = write_recipe(folder)
     before, _, after = recipe.read_text().partition('[[stage]]\nkind = "rl"')
@@ -108,7 +108,7 @@ def base(tmp_path_factory):
     (folder / "pairs.jsonl").write_text(pairs)
     more, rl = MORE.format(talks=folder / "talks.jsonl"), after.partition("[[stage]]")[0]
     rl = rl.replace('tasks = ["arithmetic"]', f'tasks = ["arithmetic", "{sums(folder)}"]\n{FILTER}\n{REPLAY}\n{CRITIC}')
-    rl = rl.replace("samples = 6", "samples = 2")  # half the groups are paid alike, and left out from then on
+    rl = rl.replace("samples = 6", "samples = 2")  # half the groups get equal rewards and are left out later
     recipe.write_text(f'{before}{more}[[stage]]\nkind = "rl"{rl}{LAST.format(pairs=folder / "pairs.jsonl")}')
     run(recipe, folder / "one", *SHORT[1::2])
     return folder
@@ -116,7 +116,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def out(base, tmp_path):
-    """A run that has come to pre-training."""
+    """A copy of the run in which pre-training comes next."""
     return copy_without(base / "one", tmp_path / "run", "02-pretrain", "03-sft", "04-zero", *AFTER_RL)
 
 
@@ -125,7 +125,7 @@ def command(base, out, *more, until="pretrain"):
 
 
 def start(base, out, *more, environment=None, until="pretrain"):
-    """The program, forked; the ranks that it starts are new processes."""
+    """Run the program in a fork; the ranks that it starts are new processes."""
 
     def work():
         os.environ.update({"OMP_NUM_THREADS": "1"} | (environment or {}))
@@ -141,7 +141,7 @@ def finished(process, seconds=120):
 
 
 def figures(out, stage, key):
-    """A figure of a stage by step; every step once."""
+    """A stage's metric by step; no step may occur twice."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [(line["step"], line["values"][key]) for line in lines if line["stage"] == stage and key in line["values"]]
     assert len(dict(found)) == len(found), "a step is there twice"
@@ -155,14 +155,14 @@ def losses(out, stage="pretrain"):
 
 
 def same_curve(mine, wanted):
-    """Rounding differs with the order of sums; a lost or repeated batch would be seen at once."""
+    """Equal up to rounding, which depends on the order of sums; a lost or repeated batch would exceed that at once."""
     assert mine.keys() == wanted.keys()
     for step, loss in wanted.items():
         assert mine[step] == pytest.approx(loss, rel=2e-3, abs=1e-6), step
 
 
 def rank_of(process, rank, seconds=30.0):
-    """The pid of a rank that a process has started."""
+    """The pid of this rank among the children of `process`; waits for it to start."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -185,7 +185,7 @@ def wait_for_step(out, step, stage="pretrain", seconds=60.0):
 
 
 def test_a_killed_rank_takes_nothing_with_it(base, out):
-    """Two pipeline ranks, one shot dead: started again, the curve is that of one process, and the model is there."""
+    """One of two pipeline ranks is killed; all restart, the curve is that of one process, and the models are there."""
     process = start(base, out, *SHORT, "--set", "layout.pp=2")
     wait_for_step(out, 12)
     os.kill(rank_of(process, 1), signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_a_killed_rank_takes_nothing_with_it(base, out):
 
 
 def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path, call):
-    """A node that is taken away: SIGTERM leaves a checkpoint, and fewer ranks go on from it, here one process."""
+    """A node is taken away: SIGTERM leaves a checkpoint, and fewer ranks resume from it, here one process."""
     process = start(base, out, *SHORT, "--set", "layout.ep=2")
     wait_for_step(out, 8)
     process.send_signal(signal.SIGTERM)
@@ -221,10 +221,10 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(base, out, tmp_path, call)
 
 
 def consolidated(out, folder, call):
-    """The last checkpoint as a model directory that writes."""
+    """Convert the last checkpoint to a model directory, with and without MTP; it cannot become GGUF directly."""
     last = max((out / "02-pretrain" / "state").glob("step-*"))
     for more in ((), ("--no-mtp",)):
-        made = folder / "".join(["model", *more])  # convert replaces no model
+        made = folder / "".join(["model", *more])  # convert never overwrites a model
         assert call("convert", last, made, *more)[0] == 0
         wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
         assert all(torch.equal(wanted[name], value) for name, value in found.items())
@@ -235,7 +235,7 @@ def consolidated(out, folder, call):
 
 
 def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(base, out):
-    """Ctrl-C stops the two that --processes starts as it stops one."""
+    """Ctrl-C stops the two processes started by --processes as it stops a single one."""
     process = start(base, out, *SHORT)
     wait_for_step(out, 4)
     process.send_signal(signal.SIGKILL)
@@ -256,7 +256,7 @@ def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(ba
 
 
 def test_a_hung_rank_is_named(base, out):
-    """Stopped in its tracks, it says nothing more; the other tells who waited for whom and ends the attempt."""
+    """A rank under SIGSTOP reports nothing more; the other says who waited for whom and ends the attempt."""
     process = start(base, out, *LONG, "--set", "layout.pp=2", "--set", "layout.schedule=1f1b", "--set",
                     "layout.timeout=4s")  # fmt: skip
     wait_for_step(out, 4)
@@ -275,7 +275,7 @@ def test_a_hung_rank_is_named(base, out):
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, out, killed):
-    """Two processes that nobody watches, as on two machines."""
+    """No agent watches the two processes, as if each ran on its own machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -291,7 +291,7 @@ def test_without_an_agent_the_rank_that_is_left_names_the_one_that_died(base, ou
 
 
 def same_after_rl(out, base):
-    """The reward model, made on many ranks from answers that rank 0 made, and the student of the model of RL."""
+    """The same reward model, trained on all ranks with rank 0's answers, and the same student of the RL model."""
     for key in ("train/loss", "train/grad_norm", "reward/accuracy", "reward/good", "reward/bad"):
         same_curve(figures(out, "helpful", key), figures(base / "one", "helpful", key))
     for key in ("train/loss", "train/grad_norm", "distill/accuracy", "distill/heldout_pass_at_1"):
@@ -302,8 +302,8 @@ def same_after_rl(out, base):
 
 
 def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
-    """SFT ends with a step of few rows. In RL all ranks draw, one verifies, and all have a part of policy and critic; a
-    rank is killed between rollouts."""
+    """SFT ends with a smaller step. In RL all ranks sample, one verifies, and each has a part of policy and critic; one
+    is killed between rollouts."""
     out = copy_without(base / "one", tmp_path / "run", "03-sft", "04-zero", *AFTER_RL)
     process = start(base, out, *SHORT, "--set", "layout.pp=2", until="taught")
     wait_for_step(out, 2, "zero")
@@ -327,8 +327,8 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
 
 
 def test_rows_cut_over_two_ranks(base, out):
-    """Pre-training and SFT compute half of every row on each rank, RL and what follows have the two for data: the same
-    curves."""
+    """In pre-training and SFT each rank computes half of every row; RL and later stages use the two ranks as data
+    parallel. The curves are those of one process."""
     status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="taught"))
     assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
         said
@@ -343,7 +343,7 @@ def test_rows_cut_over_two_ranks(base, out):
 
 
 def together(base, out, *overrides):
-    """Ranks that were started by hand, one for each of these lists of arguments."""
+    """Start ranks by hand, one per list of arguments; the result has each one's (exit status, stderr)."""
     port = str(20000 + os.getpid() % 20000)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(overrides))}
     started = [

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_a_fault_of_its_stage(folder, change, stage, fault)
     ],
 )
 def test_a_file_of_the_wrong_kind_is_named_with_its_line_and_the_fields(folder, tmp_path, file, record, fault):
-    """By the dry run, and by a run before it makes a folder for its first stage."""
+    """The dry run names it, and so does a run before it makes a folder for its first stage."""
     path = folder / file
     good = path.read_text().splitlines()[:2]
     path.write_text("\n".join([*good, json.dumps(record)]) + "\n")
@@ -189,7 +189,7 @@ def test_a_corpus_is_read_before_the_run(tmp_path, file, text, fault):
 
 
 def test_of_a_corpus_no_more_is_read_than_the_run_will(tmp_path):
-    """A limit ends before the broken record, so it is no fault; the hub is not asked, its address is read."""
+    """A limit ends before the broken record, so that is no fault. A hub part only has its address parsed, offline."""
     texts = [json.dumps({"text": "a" * 2000})] * 20
     (tmp_path / "a.jsonl").write_text("\n".join([*texts, "{}"]) + "\n")
 

@@ -150,7 +150,7 @@ def chain(tmp_path_factory):
     small = stages_run.write_recipe(folder)
     text = small.read_text()
     recipe = folder / "chain.toml"
-    recipe.write_text(text[: text.rindex("[[stage]]")] + STAGES)  # with an evaluation of its own
+    recipe.write_text(text[: text.rindex("[[stage]]")] + STAGES)  # STAGES has its own evaluation
     return recipe, folder / "out", stages_run.run(recipe, folder / "out")
 
 
@@ -259,7 +259,7 @@ def test_teachers_of_two_forms_are_refused(chain, tmp_path):
 
 
 def _record(folder, done):
-    """The stage's record again, as if it had made these files."""
+    """Rewrite the stage's record as if it had made these files."""
     from bessemer.runs.directory import write_done
     from bessemer.runs.files import read_json
 

@@ -1,4 +1,4 @@
-"""`bessemer replay`: an RL step from the run's own record, bit for bit, and with a setting changed."""
+"""`bessemer replay` recomputes an RL step from the run's own record, bit for bit or with a setting changed."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 
 
 def made(base, root, *changes):
-    """A run directory with this one stage, and the tokens of every rollout."""
+    """Run the stage; the result is its run directory and the samples of every rollout."""
     stage = rl_stage.Stage(base, root, *changes)
     drawn = {}
     run = stage.loop()
@@ -56,7 +56,7 @@ def state(root):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("step, number, begun", [(2, 0, 0), (3, 1, 0), (6, 2, 4), (7, 3, 4)])
 def test_every_step_is_the_same_bits_on_one_worker_and_two(whole, monkeypatch, workers, step, number, begun):
-    """Sampled tokens, log-probabilities, rewards, and every metric, the gradient's norm among them."""
+    """Compared: sampled tokens, log-probabilities, rewards and every metric, including the gradient norm."""
     root, drawn = whole
     monkeypatch.setattr(setup, "workers", lambda: Workers(workers))
     before = state(root)
@@ -76,7 +76,7 @@ def test_one_dial_changed_shows_in_what_follows(whole):
     first, _ = found.changed
     assert tokens(first.rollout) == drawn[2] and first.values["rl/kl"] != found.original[0].values["rl/kl"]
     assert first.values["rl/lr"] == 3e-2
-    again = replay(root, "zero", 5, 2, ["zero.lr=1e-2"])  # no change: no difference
+    again = replay(root, "zero", 5, 2, ["zero.lr=1e-2"])  # the value of the run: no difference
     assert [one.values for one in again.changed] == [one.values for one in found.original]
 
 

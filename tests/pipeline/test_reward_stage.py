@@ -1,4 +1,4 @@
-"""The reward-model stage end to end: both aims learn, killed and resumed, from files, from samples, and refused."""
+"""The reward-model stage end to end: both aims learn, from files and samples, after kills too; mistakes are named."""
 
 import json
 import shutil
@@ -83,13 +83,13 @@ SAID = (
 
 
 def recipe(folder, reward=REWARD):
-    """Base and reward models; the judged answers of files are easy to tell apart, the made ones are not."""
+    """A recipe of base and reward models; judged answers from files are easy to tell apart, made ones are not."""
     path = stages_run.write_recipe(folder)
     head = path.read_text().split('[[stage]]\nkind = "corpus"')[0]
     good, bad = (f"<think>\n</think>\n\n{said}" for said in ("It is a good question.", "What a stupid thing!"))
     labels = [{"prompt": f"Say {n}.", "response": bad if n % 2 else good, "safe": n % 2 == 0} for n in range(160)]
     pairs = [{"prompt": f"Say {n}.", "chosen": good, "rejected": bad} for n in range(160)]
-    pairs[::4] = map(formats.conversational, pairs[::4])  # TRL's form, one of them with more than one turn before it
+    pairs[::4] = map(formats.conversational, pairs[::4])  # TRL's form; one of them has earlier turns
     pairs[4]["prompt"] = [*chat.exchange("Say 1.", "Why?"), *pairs[4]["prompt"]]
     for name, lines in (("labels", labels), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -203,7 +203,7 @@ reward_models = ["helpful-2"]
 
 
 def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
-    """DeepSeekMath, Algorithm 1: policy, reward model on its answers and a tenth of old ones, reference, policy."""
+    """DeepSeekMath, Algorithm 1: policy, reward model on its answers with a tenth of old ones, reference, policy."""
     folder, _ = done
     path = tmp_path / "small.toml"
     path.write_text((folder / "small.toml").read_text() + ITERATION)

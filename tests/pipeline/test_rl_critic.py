@@ -1,4 +1,4 @@
-"""PPO's critic in the real stage: advantages per token, and policy and critic at the same step after every accident."""
+"""PPO's critic in the real stage: per-token advantages; policy and critic are at the same step after any failure."""
 
 import math
 import os
@@ -51,7 +51,7 @@ def test_the_critic_learns_beside_the_policy(whole, base):
 
 @pytest.mark.parametrize("baseline", [CRITIC, ('reward="random"', 'advantage="batch"')])
 def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
-    """One answer to each problem: PPO's ground. A group of one has no mean to compare with."""
+    """One answer per problem is enough for PPO and for a batch mean; a group of one has no mean to compare with."""
     stage = rl_stage.Stage(base, tmp_path / "run", *baseline, "samples=1", "prompts_per_rollout=8", "rollouts=1")
     assert stage.run().summary["steps"] == 2
     alone = rl_stage.Stage(base, tmp_path / "alone", "samples=1")
@@ -60,7 +60,7 @@ def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
 
 
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):
-    """Of a new rollout; returns are reward to come, advantages what the critic did not expect."""
+    """On a new rollout: returns are the reward to come, advantages the part that the critic did not expect."""
     trained = whole.loop_
     groups = trained.generator.start(7, 12, 6).finish().groups
     trained.critic.assign_advantages(groups, None)
@@ -77,7 +77,7 @@ def test_advantages_are_per_token_centred_and_of_spread_one(whole):
 
 
 def test_ppo_takes_the_divergence_from_the_reward_of_every_token(base, tmp_path):
-    """Against plain forward passes of policy and reference: with lambda 1, a return is all that is still to come."""
+    """Against plain forward passes of policy and reference; with lambda 1 a return is the sum of all reward to come."""
     changes = (*CRITIC, "kl_in_reward=true", "kl=0.5", "rollouts=2")
     trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
     rows = [row for group in trained.generator.start(7, 12, 6).finish().groups for row in group]
@@ -101,7 +101,7 @@ def test_ppo_takes_the_divergence_from_the_reward_of_every_token(base, tmp_path)
 
 
 def killed_at(stage, step):
-    """The stage in a process of its own, killed by SIGKILL when it has written the metrics of `step`."""
+    """Run the stage in a fork that kills itself with SIGKILL once it has written the metrics of `step`."""
     pid = os.fork()
     if pid == 0:
         write = StageMetrics.write
@@ -125,7 +125,7 @@ def same(stage, whole):
 
 
 def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
-    """At the first kill nothing but the base is saved; after the second both go on from step 2."""
+    """At the first kill only the initial checkpoint exists; after the second, policy and critic resume from step 2."""
     stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC)
     killed_at(stage, 2)
     killed_at(stage, 4)
@@ -145,7 +145,7 @@ def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monke
 
 @pytest.mark.parametrize("save_seconds", [0, 99], ids=["after the first rollout", "only the base"])
 def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch, save_seconds):
-    """Three bad updates in a row of the policy (each computed twice, to say where); its critic was always well."""
+    """Three bad policy updates in a row (each computed twice, to locate the fault); the critic stays healthy."""
     calls = iter(range(1000))
 
     class Sick(GRPO):
@@ -170,7 +170,7 @@ def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch
     trained = rl_stage.Stage(base, tmp_path / "run", *changes).run()
     went_back_to = 2 if save_seconds == 0 else 0
     assert steps == [(went_back_to,) * 3]
-    # eight updates were tried, three were lost, and with them what came after the checkpoint
+    # of eight updates tried, the three bad ones were lost, and with them those since the checkpoint
     assert trained.summary["steps"] == trained.critic.trainer.optimizer.steps == went_back_to + 3
 
 

@@ -1,4 +1,4 @@
-"""Rollout workers apart on a real Ray: the run of one process bit for bit, also when workers are killed on the way."""
+"""Separate rollout workers on a real Ray: the run of one process bit for bit, even if workers are killed meanwhile."""
 
 import json
 import os
@@ -32,7 +32,7 @@ MINUTE = 60
 
 
 def leaves(stage):
-    """What must not depend on who drew."""
+    """What must not depend on where rollouts are sampled."""
     found = stage.leaves()
     facts = json.loads(found["metrics"])
     for line in facts:
@@ -48,7 +48,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray():
-    """One Ray for all tests of this file, as a run starts it."""
+    """One Ray for all tests of this file, started as a run would start it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(ray_cluster.ADDRESS, raising=False)
         patch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
@@ -64,7 +64,7 @@ def said():
 
 @pytest.fixture
 def opened(ray, base, said):
-    """(engine, its model) -> a sampler with so many workers."""
+    """A function: number of workers, class of worker -> an open sampler with them."""
     made = []
 
     def start(n=1, kind=RolloutWorker):
@@ -99,8 +99,8 @@ def whole(base, tmp_path_factory):
 
 
 def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
-    """One rollout ahead, two lots, routing replayed, and the second rollout loses a worker while it is drawn."""
-    monkeypatch.setattr(ray_sampler, "trainer_workers", lambda rollout: setup.Workers(2))  # forks beside Ray's threads
+    """One rollout ahead, two sampling rounds, replayed routing; a worker dies while the second policy is sampled."""
+    monkeypatch.setattr(ray_sampler, "trainer_workers", lambda rollout: setup.Workers(2))  # forked beside Ray's threads
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
     loop = stage.loop()
     loop.sampler.open()
@@ -154,7 +154,7 @@ def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
 
 
 def test_workers_draw_while_nobody_looks(ray, opened):
-    """Several calls in a worker's queue, and the trainer elsewhere until all are done."""
+    """A worker finishes all calls in its queue without the trainer asking in between."""
     sampler = opened(1)
     answer = sampler.policy()(PROMPTS, **ASKED)
     refs = [ref for queue in sampler.pool._queues for ref in queue]
@@ -210,7 +210,7 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
 
 
 def run(base, folder, number, step, *changes):
-    """The stage in a process of its own with a Ray of its own: (exit status, whether Ray outlives it)."""
+    """Run the stage in its own process with its own Ray, which must end with it: (exit status, stderr)."""
     program = Path(rl_stage.__file__)
     command = [sys.executable, str(program), str(base), str(folder), str(int(number)), str(step), *changes]
     process = subprocess.run(command, capture_output=True, text=True, timeout=2 * MINUTE)
@@ -222,14 +222,14 @@ def run(base, folder, number, step, *changes):
 
 
 def rays_of(folder):
-    """Processes whose environment says that this folder's run started them."""
+    """Command lines of the processes whose environment says that this folder's run started them."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 mine = f"BESSEMER_TEST={folder}".encode() in (entry / "environ").read_bytes().split(b"\0")
                 command = (entry / "cmdline").read_bytes().strip(b"\0")
-                if mine and b"Agent" not in command:  # two small ones look only once a minute
+                if mine and b"Agent" not in command:  # Ray's two agents check only once a minute
                     found.append(command)
             except OSError:
                 continue
@@ -237,8 +237,8 @@ def rays_of(folder):
 
 
 def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, tmp_path, monkeypatch):
-    """Killed after step 6 it goes on from step 4 with the rollout that waited there; stopped by SIGTERM it saves what
-    its workers were drawing; and it may end without any worker."""
+    """Killed after step 4, it resumes with the rollout that waited in its checkpoint; stopped by SIGTERM, it saves what
+    its workers were sampling; and it may finish without any worker."""
     folder, apart = tmp_path / "run", ("rollout.engine=ray",)
     monkeypatch.setenv("BESSEMER_TEST", str(folder))
     monkeypatch.delenv(ray_cluster.ADDRESS, raising=False)
@@ -281,7 +281,7 @@ def test_without_ray_the_extra_is_named_before_anything_runs(base, tmp_path, mon
 
 
 def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
-    """Finished stages stay finished; only what changes samples counts."""
+    """Finished stages stay finished; only settings that change samples enter the identity."""
 
     def identity(*changes):
         stage = rl_stage.Stage(base, tmp_path / "run", *changes)

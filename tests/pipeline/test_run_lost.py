@@ -1,4 +1,4 @@
-"""A run whose directory is taken from it, and disks that refuse: each ends in one line that says why."""
+"""A run that loses its directory, and disks that fail: each ends in one line that says why."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ def lines(toy):
 
 
 def test_a_lock_that_is_deleted_admits_nobody(toy):
-    """It is taken again within seconds; and where another was faster, the first run ends and writes nothing more."""
+    """The run takes it again within seconds; if another run was faster, the first ends and writes nothing more."""
     toy.write(pause=1.0)
     process = toy.start()
     toy.wait_for(lambda: lines(toy) >= 1)

@@ -1,4 +1,4 @@
-"""Finding the model that a user means."""
+"""Finding the model that a user means, and detecting damage to a stage's record."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_errors_list_what_exists(root):
 
 
 def test_no_bit_of_a_stage_s_record_can_change_unnoticed(tmp_path):
-    """Of done.json, byte for byte: it is unreadable, or damaged, or says the same; and so for every cut."""
+    """With one bit of any byte flipped, or cut off anywhere, done.json is unreadable, damaged, or says the same."""
     (tmp_path / "samples.jsonl").write_text("{}\n")
     record = {"fingerprint": "ab" * 32, "inputs": {"corpus": "cd" * 32}}
     done = write_done(tmp_path, record, {"accuracy": 0.25, "kept": {1: 7, 10: 8}}, 1.5)

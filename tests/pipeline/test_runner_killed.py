@@ -1,4 +1,4 @@
-"""Real processes, real signals: a run that was killed ends as one that was not."""
+"""Real processes, real signals: a run that was killed ends like one that was not."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(toy, undisturbed):
         assert 'stopped in stage "first"; nothing is lost; continue with: bessemer run' in said
         assert f"--out {toy.out}" in said
     checkpoint = (toy.out / "01-first" / "state" / "checkpoint.json").read_text()
-    assert f'"step": {stage_lines(toy, "first")}' in checkpoint  # nothing done was lost
+    assert f'"step": {stage_lines(toy, "first")}' in checkpoint  # no finished step was lost
     assert toy.run()[0] == 0
     result = toy.result()
     result.pop("recipe.toml"), undisturbed.pop("recipe.toml")
@@ -62,7 +62,7 @@ def test_the_second_signal_kills(toy):
     toy.wait_for(lambda: (toy.out / "01-first" / "stage.json").exists())
     process.send_signal(signal.SIGTERM)
     lines = itertools.takewhile(lambda line: "once more to stop at once" not in line, process.stderr)
-    assert len(list(lines)) < 10 and process.poll() is None  # after the opening lines, and the process lives
+    assert len(list(lines)) < 10 and process.poll() is None  # a few lines so far, and the process is alive
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
     process.communicate()

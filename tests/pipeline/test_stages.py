@@ -1,4 +1,4 @@
-"""The real stages end to end: from text and task pages to a model that RL has changed, whole, killed and refused."""
+"""The real stages end to end, from text and task pages to a model changed by RL: whole, killed and refused runs."""
 
 import json
 import math
@@ -51,7 +51,7 @@ class Run:
         return (self.out / name).read_text()
 
     def leaves(self):
-        """Everything a run leaves that must not depend on how often it was killed: all but seconds."""
+        """Everything a run leaves that must not depend on how often it was killed: all but timings."""
         plain = [
             (line["stage"], line["step"], line["tokens"],
              {name: value for name, value in line["values"].items() if name != "train/tokens_per_second"})
@@ -71,7 +71,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    """A finished run to go on from in other ways; its files are the original's."""
+    """A copy of the finished run, which a test may continue in its own way."""
     run = Run(tmp_path)
     shutil.copytree(whole.out, run.out)
     run.recipe.write_text(whole.recipe.read_text())
@@ -83,7 +83,7 @@ def children():
 
 
 def test_what_a_stage_had_goes_at_its_end(copy, monkeypatch):
-    """Its worker processes above all: they have the weights and buffers of their own, and stages are many."""
+    """Above all its worker processes: they hold weights and buffers of their own, and a run has many stages."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     others, shared = children(), []
     map_of = Workers.map
@@ -103,7 +103,7 @@ def test_every_stage_is_done(whole):
 def test_the_corpus_has_its_parts_and_limits(whole):
     parts = json.loads(whole.text("01-corpus/parts.json"))
     assert list(parts) == ["english", "countdown", "arithmetic"]
-    for name, limit in (("countdown", 6_000), ("arithmetic", 50_000)):  # a limit ends with the document that reaches it
+    for name, limit in (("countdown", 6_000), ("arithmetic", 50_000)):  # the document that reaches it is the last
         assert limit <= parts[name]["tokens"] < limit + 300
     tokenizer = bessemer.Tokenizer.load(whole.out / "01-corpus" / "tokenizer")
     assert tokenizer.vocab_size == 512 and tokenizer.chat_style == "zero"
@@ -211,7 +211,7 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
         patch.setattr(StageMetrics, "write", stages_run.send_at(signal.SIGTERM, "zero", 2))
         with pytest.raises(Interrupted, match='stopped in stage "zero"; nothing is lost'):
             run()
-    run.killed_at("zero", 6)  # goes on from step 4, with the reference of step 3
+    run.killed_at("zero", 6)  # the next run resumes from step 4, with the reference of step 3
     run.killed_at("eval", 3)
     results = run()
     assert [result.status for result in results.values()] == ["skipped", "skipped", "skipped", "done"]
@@ -222,7 +222,7 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
 
 
 def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):
-    """Three bad steps in a row (each computed twice, to say where): back to step 0, on with the next problems."""
+    """Three bad steps in a row (each computed twice, to locate the fault): back to step 0, on to new problems."""
     calls = iter(range(1000))
 
     class Sick(GRPO):
@@ -242,7 +242,7 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
 
 
 def test_an_evaluation_in_bf16(copy, capsys):
-    """Asked for by the recipe; the stages before it stay as they are."""
+    """The recipe asks for it; the stages before it are not redone."""
     results = copy("eval.precision=bfloat16")
     assert [result.status for result in results.values()] == ["skipped", "skipped", "skipped", "done"]
     assert capsys.readouterr().err.count("compute in bfloat16 (set by the recipe)") == 2, "both models"
@@ -255,7 +255,7 @@ def test_a_hopeless_base_is_refused(copy):
     assert "Pre-train longer" in str(refused.value)
     assert not (copy.out / "03-zero" / "done.json").exists() and not (copy.out / "03-zero" / "model").exists()
     with pytest.raises(UserError, match="below minimum_pass"):
-        copy("zero.minimum_pass=0.9")  # asked again it says the same
+        copy("zero.minimum_pass=0.9")  # the second run says the same
     assert list(copy.values("zero", "rl/heldout_pass_at_1")) == [0] and len(copy.lines("zero")) == 1
 
 
@@ -284,7 +284,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, change, comp
 
 
 def test_the_paper_s_constants_are_within_reach(tmp_path):
-    """R1's own settings are settings here, not code: eps 10, 16 updates a rollout, the equal format reward."""
+    """A recipe can set R1's values: eps 10, several updates per rollout (R1: 16), an equal format reward, kl, lr."""
     recipe = stages_run.write_recipe(tmp_path)
     changes = ("clip_low=10", "clip_high=10", "updates_per_rollout=6", "format_reward=1", "kl=0.001", "lr=3e-6")
     zero = Recipe.load(recipe, [f"zero.{change}" for change in changes]).stage("zero")
