@@ -1,4 +1,4 @@
-"""A model as judge: what counts as a verdict, votes and orders, and an API that is slow, hostile, or down."""
+"""A model as judge: what counts as a verdict, votes, answer order, and an API that is slow, hostile, or down."""
 
 import json
 import re
@@ -104,7 +104,7 @@ def test_the_majority_counts_and_a_tie_is_no_verdict(tmp_path):
 
 
 def points(prompt, bonus=3.0):
-    """7 for a good answer, 3 for a bad one, and more for whichever comes first."""
+    """Score a good answer 7 and a bad one 3, plus the bonus for whichever comes first."""
     good_first = prompt.index("a good answer") < prompt.index("a bad answer")
     first, second = (7, 3) if good_first else (3, 7)
     return f"Scores: A={first + bonus}, B={second}"
