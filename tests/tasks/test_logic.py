@@ -1,4 +1,4 @@
-"""Three formulas at once: the values are Python's, chance is an eighth, no test formula is ever shown in training."""
+"""Three formulas per problem: values agree with Python, guessing solves 1/8, training never shows a test formula."""
 
 import re
 from collections import Counter, defaultdict
@@ -13,7 +13,7 @@ TASK = get("logic")
 
 @pytest.fixture(scope="module")
 def asked():
-    """Problems for training and held-out ones."""
+    """Training and test problems."""
     return [TASK.problem("train", i) for i in range(1500)], [TASK.problem("test", i) for i in range(600)]
 
 
@@ -23,7 +23,7 @@ def pages():
 
 
 def python_says(text):
-    """The value of a written formula in either language, by Python's own not, and, or."""
+    """Evaluate a written formula, in either language, with Python's own not, and, or."""
     for word, meaning in (("真", " True "), ("假", " False "), ("非", " not "), ("且", " and "), ("或", " or ")):
         text = text.replace(word, meaning)
     text = text.replace("true", "True").replace("false", "False")
@@ -54,7 +54,7 @@ def test_every_pattern_is_equally_likely_at_every_difficulty(asked):
         for level in (1, 2):
             patterns = Counter(tuple(p.meta["values"]) for p in problems if p.meta["difficulty"] == level)
             assert len(patterns) == 8
-            assert max(patterns.values()) < 0.2 * patterns.total()  # 0.125 and four standard deviations of 300
+            assert max(patterns.values()) < 0.2 * patterns.total()  # 1/8 plus four standard deviations at 300
     train, _ = asked
     assert {p.meta["difficulty"] for p in train} == {1, 2}
     leaves = Counter(
@@ -64,7 +64,7 @@ def test_every_pattern_is_equally_likely_at_every_difficulty(asked):
 
 
 def test_no_formula_is_in_both_splits(asked, pages):
-    """Neither as a question nor as the first line of anybody's thoughts."""
+    """Training has no test formula as a question, nor as any step of a page's response."""
     test = {formula for problem in asked[1] for formula in problem.meta["formulas"]}
     train = {f for problem in (*asked[0], *(page.problem for page in pages)) for f in problem.meta["formulas"]}
     assert len(test) > 700 and len(train) > 4000
