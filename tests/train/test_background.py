@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints written while training continues."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from bessemer.train.background import Background, HostCopies
 
 
 def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
-    """Everything of the checkpoint of step 2 is written when step 6 is over, and is as it was after step 2. The disk
-    makes the training thread wait for nothing: none of its calls come from there."""
+    """The checkpoint of step 2 is only written once step 6 is over, and holds the state after step 2. The disk never
+    makes the training thread wait: none of the fsync calls come from it."""
     disk, sync = threading.Event(), os.fsync
     callers = []
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_is_due_is_left_out_while_the_last_is_written(tmp_path
 
 
 def test_an_error_of_the_writer_is_raised_by_the_training(tmp_path, monkeypatch):
-    """In the next step, or at the end; and the checkpoint before is good."""
+    """It is raised in a later step or at the end, and the checkpoint before is intact."""
     run = trainer(steps=50, state_dir=tmp_path, save_steps=2)
     write = checkpoint.write_tensors
 
@@ -117,7 +117,7 @@ def test_copies_use_one_buffer_again():
 
 
 def test_what_grows_comes_last_and_moves_nothing(tmp_path):
-    """RL's waiting rollouts are in `extras`: masters and moments keep their places in pinned memory."""
+    """RL's waiting rollouts in `extras` grow, but masters and moments keep their places in pinned memory."""
     run = trainer(steps=3, state_dir=tmp_path)
     run.start()
     run.finish()
@@ -162,14 +162,14 @@ def test_a_background_thread_does_one_thing_at_a_time():
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = property(lambda self: True)
 
 
 def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
-    """What forward changes is copied in its order; then another stream, which waits for the last step, copies weights
-    and moments; the next step waits for that, and so does the thread before it writes. (torch.cuda is a log here.)"""
+    """What forward changes is copied on the main stream. Then a side stream, after the last step, copies weights and
+    moments; the next step waits for that, and so does the thread before it writes. (torch.cuda only logs here.)"""
     log, current = [], ["main"]
 
     class Stream:
@@ -244,7 +244,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
 
 
 def test_helpers_share_the_copies():
-    """A fork has the same pages: writing into them copies nothing, and a fork may drop the buffer."""
+    """A fork shares the pages, so its writes are seen here and copy nothing; it may drop its reference to them."""
     copies = HostCopies()
     copies.begin([torch.ones(1000)])
     copies.add(torch.ones(1000))

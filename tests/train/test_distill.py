@@ -1,4 +1,4 @@
-"""Logit distillation: the divergence against a naive sum, its gradient, and that it draws student to teacher."""
+"""Logit distillation: divergence and gradient against a naive sum, and the student moves towards the teacher."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ def batch(rows=3, length=9, vocab=64, seed=0):
 
 
 def naive(student, teacher, made, which, temperature):
-    """Token by token in float64, from all logits."""
+    """The divergence, summed token by token in float64 from all logits."""
     total = torch.zeros((), dtype=torch.float64)
     s, t = ((model(made.tokens_BT).double() / temperature).softmax(-1) for model in (student, teacher))
     for b, at in made.loss_BT.nonzero().tolist():

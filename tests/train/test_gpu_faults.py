@@ -1,4 +1,4 @@
-"""What a step that ran out of a GPU's memory says, with the numbers of the planner's table; and a card that fails."""
+"""The error of a step that runs out of GPU memory, with the numbers of the planner's table; and a GPU that fails."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def said(network, stays, total, config=PRETRAIN, rows=32, length=4096):
 def test_what_stays_is_the_planners_table(network, stays):
     table = schedules.schedule("1f1b", 1, 1)
     planned = memory.per_rank(network.cfg, Layout(1, 1, 1), table, 32, 4096, NumberFormats(2, 4))[0]
-    one_process = planned["gradients"] - planned["masters"]  # ranks hold a share of the sum of the gradients, too
+    one_process = planned["gradients"] - planned["masters"]  # the table adds a rank's share of the summed gradients
     assert stays["moments"] == planned["moments"] and stays["weights"] == planned["weights"]
     assert abs(stays["gradients"] - one_process) < 0.01 * one_process + (1 << 20)
     whole = gpu_faults.kept(network, 32, 4096, 2, True)
@@ -52,7 +52,7 @@ def test_what_stays_is_the_planners_table(network, stays):
 
 @pytest.mark.parametrize("share", [0.6, 0.3, 0.07])
 def test_a_smaller_forward_that_fits_is_named(network, stays, share):
-    """The largest halving whose table fits nine tenths of the card."""
+    """The largest halving of micro_rows with which memory fits in nine tenths of the card."""
     fixed = sum(stays.values())
     total = int((fixed + share * gpu_faults.kept(network, 32, 4096, 2, True)) / gpu_faults.USABLE)
     text = said(network, stays, total)
@@ -84,7 +84,7 @@ def test_a_model_of_another_family_halves(stays):
 
 
 def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
-    """Raised inside the step as torch does; the checkpoint before is good, and the run goes on from it."""
+    """The error is raised inside the step, as by torch; the checkpoint before is intact and the run resumes from it."""
 
     class Card:
         name, total_memory = CARD, 79 * GIB
@@ -96,7 +96,7 @@ def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
     def greedy(*arguments, **terms):
         nonlocal count
         count += 1
-        if count > 2:  # two micro-batches a step
+        if count > 2:  # two micro-batches per step
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return objective(*arguments, **terms)
 
