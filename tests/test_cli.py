@@ -1,4 +1,4 @@
-"""The command line: instant, one line per mistake, thin commands that call the right thing."""
+"""The command line: help is instant, a mistake costs one line, and thin commands call the right functions."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_help_is_instant_and_loads_nothing_heavy():
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     seconds = []
-    for _ in range(3):  # the best of three, in processor seconds: other work on the machine is no fault of ours
+    for _ in range(3):  # best of three, in processor seconds, so that other work on the machine does not count
         began = processor_seconds_of_children()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds.append(processor_seconds_of_children() - began)
@@ -45,7 +45,7 @@ def processor_seconds_of_children():
 
 @pytest.fixture
 def stub(monkeypatch):
-    """stub("a.module", name=function): the rooms behind the commands, replaced by something that listens."""
+    """stub("a.module", name=function) replaces a module behind the commands, so that a test sees how it is called."""
 
     def stub(name, **names):
         module = types.ModuleType(name)
@@ -113,7 +113,7 @@ def test_run_and_run_again(call, recipe, tmp_path):
     assert facts["stages"][1]["summary"] == {"words": "bye"} and facts["directory"] == "runs/note"
     done = tmp_path / "runs" / "note" / "01-a" / "done.json"
     facts = json.loads(done.read_text()) | {"seconds": 300.0}
-    del facts["checksum"]  # as before there was one
+    del facts["checksum"]  # as written before checksums existed
     done.write_text(json.dumps(facts))
     _, out, _ = call("run", recipe, "--set", "b.words=bye")
     assert re.search(r"^note: [\d.]+s, 5m 00s with earlier work; report: ", out, re.M), out

@@ -124,7 +124,7 @@ print(before, inside, cores())
 
 @pytest.mark.parametrize(("users", "wanted"), [({}, "1 7 1"), ({"OMP_NUM_THREADS": "1"}, "1 1 1")], ids=["", "set"])
 def test_a_rank_that_works_alone_has_all_cores_unless_the_user_limits_them(users, wanted):
-    """A launcher in a process of its own, which sets for its child what torchrun sets."""
+    """The launcher, a process of its own, sets for its child the environment that torchrun sets."""
     launcher = (
         "import os, subprocess, sys\n"
         "os.environ.update(OMP_NUM_THREADS='1', TORCHELASTIC_RUN_ID='x')\n"

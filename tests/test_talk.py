@@ -67,11 +67,11 @@ def test_a_piped_chat_holds_answers_only(run, tmp_path):
 
 
 READY = "\x1b[?2004h"
-"""The line editor begins to read."""
+"""The line editor prints this, bracketed paste on, when it starts to read."""
 
 
 class Terminal:
-    """A chat in a terminal of its own."""
+    """`bessemer chat` in a pseudo-terminal of its own."""
 
     def __init__(self, *arguments):
         self.pid, self.file = pty.fork()
@@ -84,13 +84,13 @@ class Terminal:
         os.write(self.file, keys.encode())
 
     def wait(self, words):
-        """What came until `words`."""
+        """Read up to `words`; the result is what came before them."""
         self._read(lambda: words in self.seen)
         before, _, self.seen = self.seen.partition(words)
         return before
 
     def some(self, characters):
-        """Waits for so much, escape sequences of the editor aside."""
+        """Wait for more than so many characters, not counting the editor's escape sequences."""
         self._read(lambda: len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)) > characters)
 
     def _read(self, enough):
@@ -112,13 +112,13 @@ class Terminal:
 
 def test_a_terminal_edits_lines_and_ctrl_c_ends_the_answer_only(tmp_path):
     big = write_run(tmp_path / "big", context=1 << 15, endless=True)
-    talk = Terminal(big, "--temperature", "0", "--max-tokens", "8000")  # some seconds an answer
+    talk = Terminal(big, "--temperature", "0", "--max-tokens", "8000")  # an answer takes some seconds
     assert "32768 tokens" in talk.wait("Ctrl-D leaves")
     talk.wait(READY)
-    talk.type("/sistem quick" + "\x1b[D" * 10 + "\x08y\r")  # back to the first i, which becomes y
+    talk.type("/sistem quick" + "\x1b[D" * 10 + "\x08y\r")  # go back to the first i and make it y
     talk.wait("system message: quick")
     talk.wait(READY)
-    talk.type("\x1b[A\x08\x08lt\r")  # the line before, changed
+    talk.type("\x1b[A\x08\x08lt\r")  # recall the line before and edit it
     talk.wait("system message: quilt")
     talk.wait(READY)
     talk.type("the fox\r")
