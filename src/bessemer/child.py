@@ -1,7 +1,7 @@
-"""A long-lived child process that answers requests: a place for work that must not run in this one.
+"""A long-lived child process that answers requests, for work that must not run in this process.
 
 Parent and child exchange lines of JSON; nothing is pickled. The child is this interpreter running a module of the
-package whose `main` is `serve(answer)`. It ends when its standard input closes, and so with its parent.
+package whose `main` is `serve(answer)`. It ends when its standard input closes, so it does not outlive its parent.
 """
 
 import json
@@ -24,7 +24,7 @@ class NoReply(Exception):
     def __init__(self, why: str, status: int | None) -> None:
         super().__init__(why)
         self.out_of_time = status == -signal.SIGPROF
-        """The time of `bounded` was over."""
+        """The child used up the processor time that `bounded` allowed."""
 
 
 class Child:
@@ -36,7 +36,7 @@ class Child:
         self._lock = Lock()
 
     def exchange(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        """The reply to a request, which may take so many seconds; NoReply where there is none."""
+        """The reply to a request. Raises NoReply if the child ends or stays silent for `patience` seconds."""
         with self._lock:
             child = self._started()
             assert child.stdin is not None
@@ -48,7 +48,7 @@ class Child:
                 status = None
                 if isinstance(error, EOFError | BrokenPipeError):
                     with suppress(subprocess.TimeoutExpired):
-                        status = child.wait(1.0)  # it ended by itself: how?
+                        status = child.wait(1.0)  # it ended by itself: find out how
                 self._stop(child)
                 raise NoReply(str(error) or "no reply", status) from error
 
@@ -88,7 +88,7 @@ class Child:
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """The main loop of a child: a reply to every request."""
+    """The main loop of a child: replies to every request on standard input until that closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not mix with the replies
@@ -98,9 +98,9 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def confine(memory: int) -> None:
-    """Limits for this process: so many bytes beyond those it has, no file written, and the processor time of `bounded`
-    exceeded means the end, by the kernel and whatever it is doing. macOS does not hold processes to the bytes; there
-    the time bounds them, since each must be cleared by the processor first."""
+    """Limits this process to `memory` bytes more than it has now, forbids it to write files, and lets the kernel kill
+    it when it exceeds the processor time of `bounded`. macOS does not enforce the memory limit; there the time limit
+    bounds the memory too, because the processor must clear each byte first."""
     if used := _address_space():
         system.limit("AS", used + memory)
     system.limit("FSIZE", 0)
@@ -110,7 +110,7 @@ def confine(memory: int) -> None:
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """The block may take so many seconds of processor time, which do not depend on how busy the machine is."""
+    """Limits the block to `seconds` of processor time, which does not depend on how busy the machine is."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield

@@ -1,11 +1,11 @@
-"""Signs that this process gets on with work whose end nobody knows, such as long samples: others wait for it as long
-as they come (`dist.ranks.meet`)."""
+"""Progress signals from work of unknown length, such as long samples: other ranks wait as long as they keep coming
+(`dist.ranks.meet`)."""
 
 count = 0
-"""Signs so far."""
+"""Signals so far."""
 
 
 def beat() -> None:
-    """Called once for each small piece of such work."""
+    """Signals progress; call it once for each small piece of such work."""
     global count
     count += 1

@@ -1,8 +1,8 @@
-"""What operating systems differ in: Linux with any C library, macOS, and Windows as far as help and a clear refusal go;
-and what CUDA, which is Linux's, reads from the environment as it starts.
+"""Differences between operating systems: Linux with any C library, macOS, and Windows (help and a clear refusal only);
+and the environment variables that CUDA reads at startup on Linux.
 
-Every function here works without the call that it prefers. Code elsewhere asks these functions and not for the name of
-the system; /proc and /sys are read where a missing file is an answer.
+Every function here also works where the system call that it prefers is missing. Code elsewhere calls these functions
+instead of checking the system's name, and reads /proc and /sys only where a missing file is a valid answer.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ except ImportError:  # Windows
     fcntl = resource = None  # type: ignore[assignment]
 
 _UNSYNCED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
-"""Answers of file systems that cannot sync a folder."""
+"""Errors from file systems that cannot sync a folder."""
 MOST_FILES = 10_240
-"""Open files that macOS grants a process whose limit it calls infinite (OPEN_MAX)."""
+"""Open files that macOS allows a process whose limit it reports as infinite (OPEN_MAX)."""
 SEGMENTS = "expandable_segments:True"
-"""For torch's allocator: freed memory serves requests of any size, so batches of changing length do not split it into
-pieces that fit nothing."""
+"""Setting of torch's allocator: freed memory can serve requests of any size, so batches of varying length do not
+fragment it."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The name of its variable, and the one it had before."""
+"""The allocator's environment variable, and its older name."""
 
 
 def prepare_cuda() -> None:
-    """Sets what CUDA reads, before torch is imported, unless a user did. Child processes inherit it."""
+    """Sets CUDA's environment variables unless the user has. Call it before importing torch; children inherit them."""
     if is_linux():
         if not any(name in os.environ for name in ALLOCATOR):
             os.environ[ALLOCATOR[0]] = SEGMENTS
-        # products repeat bit for bit, in the 32 MB that torch takes on Hopper by itself
+        # makes matrix products reproducible bit for bit, in the 32 MB that torch takes on Hopper by default
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def without_segments() -> None:
-    """Takes back what `prepare_cuda` set for the allocator, for a vLLM that sleeps: its memory pool refuses it."""
+    """Undoes the allocator setting of `prepare_cuda`: the memory pool of vLLM's sleep mode refuses it."""
     if os.environ.get(ALLOCATOR[0]) == SEGMENTS:
         del os.environ[ALLOCATOR[0]]
 
 
 def unsupported() -> str | None:
-    """Why nothing but help works on this system; None where the package runs."""
+    """Why only help works on this system; None where the package runs."""
     text = "Bessemer runs on Linux and macOS; on Windows, install it inside WSL 2 (wsl --install)"
     return text if sys.platform == "win32" else None
 
@@ -58,21 +58,21 @@ def is_linux() -> bool:
 
 
 def granted_cores() -> int:
-    """Cores that the system grants this process; where it does not say, those of the machine."""
+    """Cores that the system grants this process; if it does not say, all cores of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def can_fork() -> bool:
-    """Whether a process with threads may fork children that compute. On macOS it may not: Accelerate, which multiplies
-    matrices there, and the Objective-C runtime end such a child."""
+    """Whether a multithreaded process may fork children that compute. On macOS it may not: Accelerate, which multiplies
+    matrices there, and the Objective-C runtime abort such a child."""
     return hasattr(os, "fork") and sys.platform != "darwin"
 
 
 def claim(file: IO[str], holder: str) -> bool:
-    """Locks a file for this process; False where another process holds it. Where the system has no such locks, the
-    process `holder` whose number stands in it holds it as long as it lives."""
+    """Locks a file for this process; False if another process holds it. On a system without such locks, the process
+    whose number is in the file (`holder`) holds it for as long as that process lives."""
     if fcntl is None:
         return not holder.isdigit() or int(holder) == os.getpid() or not _alive(int(holder))
     try:
@@ -92,13 +92,13 @@ def _alive(pid: int) -> bool:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has had; 0 where the system does not say."""
+    """Peak memory of this process in bytes; 0 where the system does not say."""
     peak = 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 
 
 def raise_open_files() -> None:
-    """As many open files as the system allows this process."""
+    """Raises this process's limit on open files as far as the system allows."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -109,13 +109,13 @@ def raise_open_files() -> None:
 
 
 def limit(name: str, most: int) -> None:
-    """A limit of this process, such as "AS", which it cannot raise again. No effect where the system has none."""
-    with suppress(AttributeError, ValueError, OSError):  # the first where there is no `resource` at all
+    """Sets a limit of this process, such as "AS", that it cannot raise again. No effect where the system has none."""
+    with suppress(AttributeError, ValueError, OSError):  # AttributeError: the system has no such limit
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
 def sysctl(*names: str) -> str:
-    """Values of macOS's `sysctl`, a line each; "" where there is none."""
+    """Values from macOS's `sysctl`, one per line; "" if it cannot be run."""
     with suppress(OSError, subprocess.TimeoutExpired):
         command = ["/usr/sbin/sysctl", "-n", *names]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
@@ -123,8 +123,7 @@ def sysctl(*names: str) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable; where its file system cannot, the rename alone must do. OSError where the disk
-    fails."""
+    """Makes renames in a folder durable; does nothing if its file system cannot. Raises OSError if the disk fails."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,14 +1,14 @@
-"""Worker processes, one core each: micro-batches and rollout batches side by side on a CPU.
+"""Worker processes, one per core, that compute micro-batches and rollout batches in parallel on a CPU.
 
-Operations of small models take microseconds to milliseconds. OpenMP splits each of them and waits at its end: `tiny`
-trains 1.2x as fast on two OpenMP threads as on one, and 80x slower as soon as another process wants a core. Python
-threads with one core each wait for the interpreter lock between operations (1.4x on two cores); processes wait for
-nothing (1.6 to 1.9x).
+Operations of small models take microseconds to milliseconds. OpenMP splits each of them and synchronizes at its end:
+`tiny` trains 1.2x as fast on two OpenMP threads as on one, and 80x slower as soon as another process wants a core.
+Python threads with one core each wait for the interpreter lock between operations (1.4x on two cores); processes wait
+for nothing (1.6 to 1.9x).
 
-Helpers are forked from this process when they are first needed, so they have everything it has. After the fork they
-see only what lies in shared memory (`share`: the weights) and the items they are given. They live as long as their
-parent: its end, however sudden, closes the pipe they read from. Messages are pickled: both ends of the pipe are this
-very program, and nothing from outside can write to it.
+Helpers are forked from this process when they are first needed, so they start with everything it has. After the fork
+they see only changes in shared memory (`share`: the weights) and the items they are given. They end with their parent:
+its end, however sudden, closes the pipe they read from. Messages are pickled: both ends of the pipe are this same
+program, and nothing from outside can write to it.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ _alone = False
 
 
 def rank() -> int:
-    """0 in the process that the user started, 1, 2, ... in its helpers."""
+    """0 in the process that the user started; 1, 2, ... in its helpers."""
     return _rank
 
 
 def cores() -> int:
-    """Cores this process may use: OMP_NUM_THREADS where the user set it, else what the system grants."""
+    """Cores this process may use: OMP_NUM_THREADS if the user set it, else what the system grants."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) if wanted.isdigit() and int(wanted) > 0 and not _alone else granted_cores()
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For a rank that works while the others of its machine wait: its own share of the cores, which the launcher put
-    into OMP_NUM_THREADS (torchrun: 1), does not count inside. What the user put there does."""
+    """Gives the block all cores, for a rank that works while the others on its machine wait. An OMP_NUM_THREADS that
+    the launcher set (torchrun: 1) does not count inside the block; one that the user set does."""
     global _alone
     if _alone or not _threads_of_launcher():
         yield
@@ -73,7 +73,7 @@ def all_cores() -> Iterator[None]:
 
 
 def _threads_of_launcher() -> bool:
-    """Whether OMP_NUM_THREADS comes from torch's agent: the process that started the ranks was started without it."""
+    """Whether torch's agent set OMP_NUM_THREADS: the process that started the ranks did not have it."""
     pid = os.getpid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     with suppress(OSError):  # no /proc here, or another user's process
         while pid:
@@ -85,20 +85,20 @@ def _threads_of_launcher() -> bool:
 
 
 class Workers:
-    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n. Where children
-    that compute cannot be forked (`system.can_fork`), this process does all the work, on all of torch's threads."""
+    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n. If the system
+    cannot fork children that compute (`system.can_fork`), this process does all the work, on all of torch's threads."""
 
     def __init__(self, n: int):
         self.n = max(1, n) if can_fork() else 1
         self._known: list[Callable[[Any], Any]] = []
         self._helpers: list[_Helper] = []
-        # Not __del__: in a cycle of garbage the pipes may be finalised before it, and would be closed a second time.
+        # Not __del__: in a garbage cycle the pipes may be finalised first, and __del__ would close them a second time.
         weakref.finalize(self, _end_all, self._helpers)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Moves the storage of these tensors, and with it every view, to where helpers see later changes.
+        """Moves the storage of these tensors, and so all their views, to shared memory: helpers see later changes.
 
-        Where shared memory does not suffice, all work is done in this process from now on.
+        If shared memory is too small, this process does all the work from now on.
         """
         if self.n == 1:
             return
@@ -117,7 +117,7 @@ class Workers:
             tensor.share_memory_()
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """work(item) of every item, in order. `work` is a function or method known from before, as of the fork."""
+        """Yields work(item) for every item, in order. A new `work` restarts the helpers, which inherit it in the fork."""
         if self.n == 1:
             yield from map(work, items)
             return
@@ -133,11 +133,11 @@ class Workers:
                     yield helper.receive()
             finished = True
         finally:
-            if not finished:  # answers may still be under way
+            if not finished:  # results may still be in the pipes
                 self.stop()
 
     def stop(self) -> None:
-        """Ends the helpers; the next `map` makes new ones."""
+        """Ends the helpers; the next `map` starts new ones."""
         _end_all(self._helpers)
 
     def _ready(self, work: Callable[[Any], Any]) -> int:
@@ -157,7 +157,6 @@ class Workers:
 
 
 def _end_all(helpers: list[_Helper]) -> None:
-    """Ends and forgets them."""
     while helpers:
         helpers.pop().end()
 
@@ -175,7 +174,7 @@ class _Helper:
             self.pid = os.fork()
         if self.pid == 0:
             with suppress(BaseException):
-                for helper in [*older, self]:  # open ends in here would hide the parent's death
+                for helper in [*older, self]:  # an end left open here would hide the parent's death
                     helper._pipe.close()
                 _serve(number, theirs, known)
             os._exit(0)
@@ -199,13 +198,13 @@ class _Helper:
 
     def end(self) -> None:
         self._pipe.close()
-        if self.pid and os.getpid() == self._parent:  # a fork of the parent has a copy of this, no child
+        if self.pid and os.getpid() == self._parent:  # a fork of the parent has a copy of this object, but no child
             with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.pid, signal.SIGKILL)  # it holds nothing worth an orderly end
+                os.kill(self.pid, signal.SIGKILL)  # it holds nothing that needs an orderly end
                 os.waitpid(self.pid, 0)
 
     def _last_words(self) -> str:
-        """How it ended. Once collected its number may be another process's, so it is forgotten here."""
+        """How it ended. Its number is forgotten here: once collected, it may become another process's."""
         pid, self.pid = self.pid, 0
         with suppress(ChildProcessError):
             _, status = os.waitpid(pid, 0)
@@ -215,7 +214,7 @@ class _Helper:
 
 
 def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> None:
-    """The life of a helper."""
+    """The main loop of a helper."""
     global _rank
     _rank = number
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
@@ -230,7 +229,7 @@ def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> 
         except (EOFError, OSError):
             return
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever held where the fork happened
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the modes at the fork
                 answer: tuple[Any, Exception | None] = known[index](item), None
         except Exception as error:
             answer = None, _portable(error)
@@ -238,7 +237,7 @@ def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> 
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself where it survives pickling; its traceback goes along as a note."""
+    """The error with its traceback as a note if it survives pickling, else a RuntimeError with the traceback."""
     where = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
@@ -249,7 +248,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def shared_free() -> int:
-    """Bytes of shared memory that may still be used; 0 where there is none."""
+    """Free bytes of shared memory; 0 if there is none."""
     try:
         found = os.statvfs(SHARED)
     except OSError:
@@ -258,8 +257,8 @@ def shared_free() -> int:
 
 
 def shares(costs: Sequence[float], n: int) -> list[list[int]]:
-    """The numbers of the items in at most n lists of about equal cost: the most expensive first, each to the list that
-    has least. For `map`, whose processes wait for one another after every item."""
+    """Splits the items into at most n lists of about equal cost and returns their indices: the most expensive item
+    first, each to the cheapest list so far. For `map`, whose processes wait for one another after every item."""
     lists: list[list[int]] = [[] for _ in range(n)]
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         min(lists, key=lambda members: sum(costs[member] for member in members)).append(item)
@@ -267,7 +266,7 @@ def shares(costs: Sequence[float], n: int) -> list[list[int]]:
 
 
 def one_core_each() -> Workers:
-    """Workers for all cores of this process; from now on torch itself uses one core per operation."""
+    """Workers for all cores of this process. From now on torch itself uses one core per operation."""
     workers = Workers(cores())
     if workers.n > 1:
         import torch
