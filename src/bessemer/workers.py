@@ -117,7 +117,7 @@ class Workers:
             tensor.share_memory_()
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yields work(item) for every item, in order. A new `work` restarts the helpers, which inherit it in the fork."""
+        """Yields work(item) for every item, in order. A new `work` restarts the helpers, so that they inherit it."""
         if self.n == 1:
             yield from map(work, items)
             return

@@ -12,29 +12,29 @@ ReasoningFormat = Literal["auto", "deepseek", "none", "hidden"]
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Limits and habits of one server; the defaults suit one machine and its user."""
+    """Limits and settings of one server; the defaults suit one user on one machine."""
 
     rows: int = 64
     """Samples that decode together, per model; the others wait."""
     waiting: int = 256
     """Samples that may wait, per model; one more is refused with 429."""
     cache_tokens: int | None = None
-    """Tokens that the cache of a model holds (None: rows of full length)."""
+    """Tokens that a model's cache holds (None: rows of full length)."""
     prefill_tokens: int = 2048
     """Prompt tokens processed between two decoding steps."""
     drafts: int = 0
-    """Tokens that the MTP module drafts at each step; every model must have one."""
+    """Tokens that the MTP module drafts at each step. If not 0, every model must have an MTP module."""
     compile: bool = False
     """On a CPU without the kernels, compile the decoding steps; a model's first load takes a minute or two."""
     threads: int | None = None
-    """Threads of each model's arithmetic. None: all cores but one, which is left to the network and its clients. Two
-    busy threads on one core cost far more than one thread less."""
+    """Compute threads of each model. None: all cores but one, which is left to the server and its clients. Two busy
+    threads on one core cost far more than one thread fewer."""
     loaded: int = 4
-    """Models in memory at once, as many as the page compares; the least recently used one makes room."""
+    """Models in memory at once (as many as the page compares). The least recently used one is unloaded to make room."""
     body_bytes: int = 4_000_000
     """Largest request body."""
     api_key: str | None = None
-    """With a key every endpoint but the page and /health requires `Authorization: Bearer KEY`."""
+    """If set, every endpoint except the page and /health requires `Authorization: Bearer KEY`."""
     hosts: tuple[str, ...] | None = None
     """Names a browser may use for the server (the Host header); None accepts any. Without this check any web page could
     reach a server on the loopback address by pointing its own domain at that address."""
@@ -44,7 +44,7 @@ class ServeConfig:
     """auto, deepseek: thoughts in a separate field, as reasoning_content and reasoning; none: <think> tags in the
     content; hidden: the answer alone. A request may override it."""
     keep_alive_seconds: float = 15.0
-    """A stream without a new token sends a comment this often."""
+    """A stream sends a comment whenever this long passes without a new token."""
 
     @property
     def model_threads(self) -> int:

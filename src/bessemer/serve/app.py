@@ -46,7 +46,7 @@ PAGE = Path(__file__).with_name("page")
 
 
 def build(models: Models) -> FastAPI:
-    """The application over these models; `app.state.draining` set to True makes it refuse new work."""
+    """The application over these models. Set `app.state.draining` to True to make it refuse new work."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -107,7 +107,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
         "/v1/responses", response_model=None, responses={200: {"model": replies.ResponsesReply, **STREAM}, **ERRORS}
     )
     async def new_response(body: responses.ResponsesRequest, request: Request) -> Response:
-        """Answers in OpenAI's newer form, at once or as typed events."""
+        """Answers in the form of OpenAI's Responses API, at once or as typed events."""
         return await answer(body, request, responses.prepare)
 
     async def answer(
@@ -134,11 +134,11 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
 
 
 def _add_tokenizer(app: FastAPI, models: Models) -> None:
-    """In the form of vLLM's endpoints, which lm-eval's remote tokenizer reads."""
+    """Adds endpoints in vLLM's form, which lm-eval's remote tokenizer reads."""
 
     @app.post("/tokenize", response_model=replies.TokenizeReply)
     async def tokenize(body: protocol.TokenizeRequest) -> Response:
-        """A text, or a conversation as the model sees it, in tokens."""
+        """Tokenises a text, or a conversation as the model sees it."""
         async with models.use(body.model) as model:
             if (body.prompt is None) == (body.messages is None):
                 raise invalid("give either prompt or messages", "prompt")
@@ -159,7 +159,7 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
 
     @app.post("/detokenize", response_model=replies.DetokenizeReply)
     async def detokenize(body: protocol.DetokenizeRequest) -> Response:
-        """The text of tokens, control tokens by their names."""
+        """Decodes tokens to text, with control tokens as their names."""
         async with models.use(body.model) as model:
             vocab_size = model.tokenizer.vocab_size
             if bad := [i for i in body.tokens if i >= vocab_size]:
@@ -170,7 +170,7 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> replies.TokenizerInfo:
-        """The default model's tokenizer."""
+        """Describes the default model's tokenizer."""
         async with models.use(None) as model:
             tokenizer = model.tokenizer
 
@@ -194,7 +194,7 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
     @app.get("/v1/models/{model}")
     async def get_model(model: str) -> replies.ModelReply:
-        """One of them."""
+        """One model of this server."""
         return reply(models.find(model))
 
     def reply(facts: ModelFacts) -> replies.ModelReply:
@@ -207,7 +207,7 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
     @app.get("/health")
     async def health(response: Response) -> replies.Health:
-        """Whether the server is up, and how busy."""
+        """Whether the server is up, and how busy it is."""
         stats = [model.service.stats for model in models.loaded.values()]
         running = sum(int(s.scheduler.get("running", 0)) for s in stats)
         return replies.Health(
@@ -221,17 +221,17 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _watched(models: Models) -> Path | None:
-    """The run to show on the live page. A server with a key has no such page, since a page cannot send the key."""
+    """The run to show on the live page. A server with a key has no such page, because the page cannot send the key."""
     return None if models.config.api_key else models.run
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every failure, in OpenAI's form."""
+    """Reports every failure in OpenAI's form."""
 
     async def answer(request: Request, failure: Exception) -> JSONResponse:
         error = _api_error(request, failure)
@@ -259,8 +259,8 @@ def _api_error(request: Request, failure: Exception) -> ApiError:
 
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:
-    """Validation errors in words. Where a field may have several types, the error is that of the type that fits best:
-    one with a wrong value, else the deepest. pydantic's names of types are left out of the location."""
+    """Validation errors in words. If a field may have several types, reports the error of the type that fits best: one
+    with a wrong value, else the deepest. Leaves pydantic's type names out of the location."""
     worst = max(errors, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
     place = [part for part in worst["loc"][1:] if isinstance(part, int) or part in FIELDS]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

@@ -1,8 +1,8 @@
-"""JSON bodies: read, bounded and validated where they do not stall the event loop.
+"""JSON bodies: read, bounded and validated without stalling the event loop.
 
-A body of 4 MB can hold more than a million values, each of which costs tens of bytes and its share of time in Python.
-So the values of a large body are counted before it is parsed, the schema bounds every list, and all of it happens in a
-thread, one large body after another.
+A body of 4 MB can hold more than a million values, each of which costs tens of bytes and its share of Python time. So
+the values of a body are counted before it is parsed, the schema bounds every list, and large bodies are parsed in a
+thread, one after another.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bessemer.serve.metrics import CLIENT_GONE
 from bessemer.serve.protocol import ApiError, invalid
 
 LARGE = 32_768
-"""Bytes from which on a body is parsed in a thread."""
+"""A body of at least this many bytes is parsed in a thread."""
 MOST_VALUES = 250_000
-"""Numbers in one body, some 10 MB in memory. A text, list or object costs as much as WEIGHT numbers, and counts so."""
+"""Most numbers in one body, some 10 MB in memory. A string, list or object costs and counts as WEIGHT numbers."""
 WEIGHT = 4
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
-"""Texts as a whole, the beginnings of lists and objects, and the commas between values."""
+"""Whole strings, the openings of lists and objects, and the commas between values."""
 
 
 class BodyRoute(APIRoute):
@@ -45,14 +45,14 @@ class BodyRoute(APIRoute):
             try:
                 body = await read(request, kind)
             except ClientDisconnect:
-                return Response(status_code=CLIENT_GONE)  # which nobody receives
+                return Response(status_code=CLIENT_GONE)  # nobody receives it
             return await handle(_ReadRequest(request, body))
 
         return read_and_handle
 
 
 class _ReadRequest(Request):
-    """A request whose body is a valid object by now; FastAPI finds it where it expects parsed JSON."""
+    """A request whose body is already validated; FastAPI finds the object where it expects parsed JSON."""
 
     def __init__(self, request: Request, value: BaseModel):
         super().__init__(request.scope, request.receive)
@@ -66,7 +66,7 @@ class _ReadRequest(Request):
 
 
 async def read(request: Request, kind: type[BaseModel]) -> BaseModel:
-    """The body as a `kind`. ApiError or RequestValidationError where it is none."""
+    """The body as a `kind`. Raises ApiError or RequestValidationError if it is not one."""
     raw = b"".join([part async for part in request.stream()])  # request.body() would keep it during the answer
     try:
         if len(raw) < LARGE:
@@ -78,7 +78,7 @@ async def read(request: Request, kind: type[BaseModel]) -> BaseModel:
 
 
 def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
-    """The body as a `kind`."""
+    """The body as a `kind`; raises what `read` raises."""
     if not raw:
         raise invalid("the body is empty; send a JSON object")
     if not few_values(raw):
@@ -99,7 +99,7 @@ def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
 
 
 def few_values(raw: bytes) -> bool:
-    """Whether the body has at most MOST_VALUES values; texts are skipped, but only where that decides."""
+    """Whether the body has at most MOST_VALUES values. Counts exactly only if a quick upper bound exceeds that."""
     if raw.count(b",") + WEIGHT * (raw.count(b"[") + raw.count(b"{") + raw.count(b'"') // 2) < MOST_VALUES:
         return True
     count = 0
@@ -111,7 +111,7 @@ def few_values(raw: bytes) -> bool:
 
 
 def _number(text: str) -> int | float:
-    """1.0 is an integer, as JSON Schema says."""
+    """Parses 1.0 as an integer, as JSON Schema requires."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 

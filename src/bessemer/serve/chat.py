@@ -1,9 +1,9 @@
-"""POST /v1/chat/completions: messages to the ids of a prompt, and an answer as chunks or as a whole.
+"""POST /v1/chat/completions: turns messages into prompt ids, and sends the answer in chunks or as a whole.
 
-The model's own template makes the prompt. R1's opens the thought, R1-Zero's leaves that to the model, a foreign
-template may do either. The thinking switch closes the thought before it begins, with the line breaks that R1 was
-trained on, so that the model continues an answer without a thought; or it opens the thought where the template does
-not. A last message of the assistant is continued: it stands where the answer would, and the answer follows it.
+The model's own chat template renders the prompt. R1's opens the thought, R1-Zero's leaves that to the model, and other
+models' templates may do either. The thinking switch either closes the thought before it begins, with the line breaks
+that R1 was trained on, so that the model answers without a thought; or it opens the thought if the template does not.
+If the last message is the assistant's, it becomes the beginning of the answer, and the model continues it.
 
 Thoughts are sent under both names in use, `reasoning_content` (DeepSeek, SGLang, llama.cpp) and `reasoning` (vLLM).
 """
@@ -118,7 +118,7 @@ class ChatResponder(Responder):
 
     @property
     def _lead(self) -> str:
-        """The part of the answer in the prompt, where the tags are part of the content."""
+        """The part of the answer that is in the prompt, if the tags are part of the content."""
         return f"{THINK}\n" if self.format == "none" and self.prompt.thinking else ""
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -135,8 +135,8 @@ class ChatResponder(Responder):
 async def prepare(
     body: ChatRequest, model: LoadedModel, client: str, responder: type[ChatResponder] | None = None
 ) -> ChatResponder:
-    """The request for this model; ApiError or UserError if it cannot be served. `responder`: how the answer is
-    written."""
+    """The request for this model. Raises ApiError or UserError if it cannot be served. `responder`: the class that
+    writes the answer."""
     responder = responder or ChatResponder
     use = tool_use(body)
     size = text_size(body.messages) + (len(description(use.tools)) if use.tools else 0)
@@ -173,7 +173,7 @@ async def _grammar(wanted: ResponseFormat | None) -> str:
 def chat_prompt(
     tokenizer: Tokenizer, turns: Sequence[Turn], thinking: bool | None = None, tools: Sequence[Tool] = ()
 ) -> ChatPrompt:
-    """The prompt. UserError or ApiError for what the template cannot represent."""
+    """The prompt of a conversation. Raises UserError or ApiError for anything that the template cannot represent."""
     messages = messages_of(turns)
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
@@ -184,14 +184,14 @@ def chat_prompt(
         more = tokenizer.encode(_begin(prefix, style, is_open))
     elif thinking is not None and None not in think_ids(tokenizer):
         more = tokenizer.encode(_switch(thinking, style, is_open))
-    for token_id in more:  # only these: tags inside of a question open and close nothing
+    for token_id in more:  # only these: tags inside a question open and close nothing
         if token_id in think_ids(tokenizer):
             is_open = token_id == think_ids(tokenizer)[0]
     return ChatPrompt((*ids, *more), is_open, bool(prefix))
 
 
 def _thinking_switch(body: ChatRequest) -> bool | None:
-    """Whether the request wants thoughts; the first field that decides counts. None: the model decides."""
+    """Whether the request wants thoughts; the first field that says so decides. None: the model decides."""
     arguments, thinking = body.chat_template_kwargs, body.thinking
     if isinstance(thinking, Thinking):
         thinking = {"enabled": True, "disabled": False, "auto": None}[thinking.type]
@@ -215,7 +215,7 @@ def _switch(thinking: bool, style: str | None, is_open: bool) -> str:
         return "" if is_open else THINK
     if is_open:
         return f"\n{THINK_END}\n\n"
-    # Zero's answer follows the tag after one blank, which the model writes itself
+    # Zero's answer follows the tag after one space, which the model writes itself
     return f"{THINK}{THINK_END}" if style in ZERO_STYLES else f"{THINK}\n\n{THINK_END}\n\n"
 
 

@@ -1,8 +1,8 @@
 """POST /v1/completions: raw text or ids, several prompts at once, `echo` and `logprobs`.
 
-With `echo` the prompt is part of the answer, and with `logprobs` it is scored: token i given those before it, the first
-not at all. A BOS that the server prepended to a text is not listed, since the client did not send it; the first token
-of the text then has a log-probability too. So positions refer to the text as it was sent, which lm-eval relies on.
+With `echo` the prompt is part of the answer; with `logprobs` as well, each prompt token but the first is scored given
+those before it. A BOS that the server prepended to a text is not listed, because the client did not send it; the text's
+first token then has a log-probability too. So positions refer to the text as sent, which lm-eval relies on.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class CompletionResponder(Responder):
         return {"text": self.tables[n].text, "logprobs": self.tables[n].take()}
 
     async def _echo(self) -> None:
-        """Begins every answer with its prompt. Where one greedy token is asked for and the prompts are scored, the
-        scores hold the whole answer (this is how lm-eval asks)."""
+        """Begins every answer with its prompt. If the request asks for one greedy token and scored prompts, as lm-eval
+        does, the scores already contain the whole answer."""
         ids = [prompt.ids for prompt in self.prompts]
         scores: dict[int, Scored] = {}
         if (top := self.body.logprobs) is not None:
@@ -105,10 +105,10 @@ class LogprobTable:
         self._rows: list[tuple[str, float | None, dict[str, float] | None, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
-        """Characters of the text that the tokens so far have completed."""
+        """Complete characters of text in the tokens so far."""
 
     def begin(self, prompt: TextPrompt, scored: Scored | None) -> None:
-        """The prompt comes first."""
+        """Adds the prompt, which comes first."""
         self.text += prompt.text
         if scored is None:
             return
@@ -139,18 +139,18 @@ class LogprobTable:
             logprob = max(logprob, MIN_LOGPROB)
             top_logprobs = {}
             for i, value in (*top[: self.top], (token_id, logprob)):
-                # of two tokens with the same name the likelier one counts
+                # if two tokens have the same name, the likelier one counts
                 other = self.vocabulary.name(i)
                 top_logprobs[other] = max(value, top_logprobs.get(other, MIN_LOGPROB))
         name, raw = self.vocabulary.name(token_id), self.vocabulary.text(token_id)
         start, self._offset = self._offset, self._offset + len(self._decoder.decode(raw))
-        if raw == name.encode():  # follows the mark of a character that was left unfinished before it
+        if raw == name.encode():  # comes after the replacement mark of an unfinished character
             start = self._offset - len(name)
         self._rows.append((name, logprob, top_logprobs, start))
 
 
 async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> CompletionResponder:
-    """The request for this model; ApiError or UserError if it cannot be served."""
+    """The request for this model. Raises ApiError or UserError if it cannot be served."""
     if isinstance(body.prompt, list) and body.max_tokens != 0:
         count = 1 if isinstance(next(iter(body.prompt), 0), int) else len(body.prompt)
         model.service.admit(count * (body.n or 1))

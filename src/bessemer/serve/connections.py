@@ -1,19 +1,19 @@
-"""In front of the HTTP parser: bounds on the connections of a server, on their time and on their bytes.
+"""Limits in front of the HTTP parser: on the number of a server's connections, their time and their bytes.
 
-uvicorn bounds the time between two requests, but not how long a request may take to arrive, nor how long a client may
-leave its answer unread, and ASGI sees a connection only once the head of a request is complete. So a `Connection` of
-our own stands in front of uvicorn's protocol and forwards asyncio's callbacks to it. It bounds
+uvicorn bounds the time between two requests, but not how long a request may take to arrive or how long a client may
+leave its answer unread; and ASGI sees a connection only once the head of a request is complete. So our own `Connection`
+stands in front of uvicorn's protocol and forwards asyncio's callbacks to it. It bounds
 
 - both times,
-- the number of connections: beyond it the one that has waited longest without a complete request is closed, so that a
-  thousand half-open connections keep nobody out,
-- the work of one turn of the event loop: bytes reach the parser in slices, one per turn and connection, and a slice has
-  few lines, because the parser's time goes by lines (of a head, or of tiny chunks),
-- the bytes of all requests that have arrived and are not read yet.
+- the number of connections: above the limit, the one that has waited longest without a complete request is closed, so
+  that a thousand half-open connections keep nobody out,
+- the work per turn of the event loop: bytes reach the parser in slices, one per turn and connection, and a slice has
+  few lines, because the parser's time grows with the lines (of a head, or of tiny chunks),
+- the bytes of all requests that have arrived but have not been read.
 
-The parser is h11, which holds no more than HEAD_BYTES of an incomplete head and parses a pipelined request only when
-the one before it is answered. (httptools bounds neither.) `RequestCounter` reports when a request is complete, read
-and answered.
+The parser is h11, which holds at most HEAD_BYTES of an incomplete head and parses a pipelined request only after
+answering the one before it. (httptools bounds neither.) `RequestCounter` reports when a request is complete and when it
+is answered, and `bodies.read` when it is read.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from bessemer.serve.protocol import ApiError
 HEAD_BYTES = 16_384
 """Largest incomplete head of a request; h11 refuses a longer one."""
 SLICE_BYTES = HEAD_BYTES
-"""Bytes that reach the parser at once; so a complete head has at most HEAD_BYTES + SLICE_BYTES."""
+"""Bytes that reach the parser at once; a complete head therefore has at most HEAD_BYTES + SLICE_BYTES."""
 SLICE_LINES = 128
-"""Lines of a slice: 2 ms of parsing."""
+"""Most lines in a slice: 2 ms of parsing."""
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Bounds on connections."""
+    """Limits on connections."""
 
     request_seconds: float = 20.0
-    """From the first byte of a request (or the connection) to its last."""
+    """Time from the first byte of a request (or from the start of the connection) to the request's last byte."""
     unread_seconds: float = 60.0
     """A client that stops reading its answer is disconnected after this time."""
     connections: int = 4096
     unread_bytes: int = 12_000_000
-    """Of all requests together that are not read yet. Beyond it large requests are refused with 503."""
+    """Bytes of all unread requests together; above this, large requests are refused with 503."""
     small_bytes: int = 65_536
-    """A request up to this size is read even then."""
+    """A request up to this size is accepted even then."""
 
 
 class ConnectionLimiter:
-    """The connections of one server. Its method `connect` is the option `http` of uvicorn."""
+    """The connections of one server. Pass its method `connect` to uvicorn as the option `http`."""
 
     def __init__(self, limits: ConnectionLimits):
         self.limits = limits
         self.open = 0
         self.unread_bytes = 0
         self.incomplete: dict[Connection, None] = {}
-        """Connections whose request is not complete, the oldest first."""
+        """Connections whose request is not complete, oldest first."""
 
     def connect(self, **options: Any) -> Connection:
         return Connection(self, options)
@@ -71,10 +71,10 @@ class ConnectionLimiter:
 
 
 class Connection(asyncio.Protocol):
-    """One connection: keeps the limits and forwards everything to uvicorn's protocol."""
+    """One connection: enforces the limits and forwards everything to uvicorn's protocol."""
 
     def __init__(self, limiter: ConnectionLimiter, options: dict[str, Any]):
-        """`options`: uvicorn's for its protocol; `app_state` reaches the application as the scope's state."""
+        """`options`: those of uvicorn's protocol; the application sees their `app_state` as the scope's state."""
         self.limiter, self.limits = limiter, limiter.limits
         self._http = H11Protocol(**options | {"app_state": options["app_state"] | {"connection": self}})
         self._complete = False
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
         self._unread: asyncio.TimerHandle | None = None
 
     def request_started(self, complete: bool) -> None:
-        """The head of a request is complete, or all of it."""
+        """Called when the head of a request has arrived, and when all of it has (`complete`)."""
         if complete:
             self._complete = True
             self._stop_clock()
@@ -104,7 +104,7 @@ class Connection(asyncio.Protocol):
             self._start_clock()
 
     def request_read(self) -> None:
-        """The request is parsed; its bytes are no longer in memory."""
+        """Called when the request is parsed and its bytes are no longer in memory."""
         self.limiter.unread_bytes -= self._unread_bytes
         self._unread_bytes = 0
 
@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.loop = asyncio.get_running_loop()
-        self.transport = cast("asyncio.Transport", transport)  # a socket's always is
+        self.transport = cast("asyncio.Transport", transport)  # always so for a socket
         self.limiter.open += 1
         self._http.connection_made(cast("asyncio.Transport", _Transport(self)))
         if self.limiter.open > self.limits.connections:
@@ -164,7 +164,7 @@ class Connection(asyncio.Protocol):
             self._turn = self.loop.call_soon(self._parse)
 
     def time_out(self) -> None:
-        """The request has not arrived in time."""
+        """Refuses a request that has not arrived in time."""
         late = f"no complete request within {self.limits.request_seconds:g} s"
         self.refuse(ApiError(408, late, code="request_timeout"))
 
@@ -184,7 +184,7 @@ class Connection(asyncio.Protocol):
         self.transport.close()
 
     def refuse_bytes(self) -> None:
-        """What came is no request, or its head is too large."""
+        """Refuses bytes that are not a request, or whose head is too large."""
         if not self._complete and self._unread_bytes > HEAD_BYTES:
             why = f"the head of the request is larger than {HEAD_BYTES} bytes, or this is not an HTTP request"
             self.refuse(ApiError(431, why, code="head_too_large"))
@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
         self.read_or_pause()
 
     def read_or_pause(self) -> None:
-        """The socket is read while the parser wants bytes and has none waiting."""
+        """Reads the socket only while the parser wants bytes and none are waiting."""
         read = not self._waiting and not self.parser_paused
         if read != self._reading and not self.transport.is_closing():
             self._reading = read
@@ -236,8 +236,8 @@ class Connection(asyncio.Protocol):
 
 
 class _Transport:
-    """The transport that uvicorn's protocol gets. What the protocol writes while it parses is its own refusal of bytes
-    that are not HTTP, since applications run in tasks; the client gets that error in the form of all others."""
+    """The transport that uvicorn's protocol gets. Applications run in tasks, so all that the protocol writes while it
+    parses is its refusal of bytes that are not HTTP; the client gets that error in the form of all others."""
 
     def __init__(self, connection: Connection):
         self._connection, self._transport = connection, connection.transport

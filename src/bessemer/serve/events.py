@@ -28,7 +28,7 @@ from bessemer.serve.service import Stream
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 MIN_LOGPROB = -9999.0
-"""Stands for the logarithm of 0, which JSON lacks; OpenAI uses the same number."""
+"""Stands for the logarithm of 0, which JSON cannot represent; OpenAI uses the same number."""
 log = logging.getLogger("bessemer.serve")
 _ESCAPED = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -40,12 +40,12 @@ class ChoiceBuilder:
     def __init__(self, parser: ReasoningParser, stop_ids: Collection[int] = (), finish_reason: str | None = None):
         self.parser, self.stop_ids, self.finish_reason = parser, stop_ids, finish_reason
         self.completion_tokens = 0
-        """Tokens so far, the ending one included."""
+        """Tokens so far, including the one that ends the answer."""
         self.cached_tokens = 0
         """Prompt tokens that were in the cache."""
 
     def take(self, records: Iterable[Token | Finished]) -> list[AnswerEvent]:
-        """The events that these records make. ApiError where the model failed on this sample."""
+        """Turns records into events. Raises ApiError if the model failed on this sample."""
         events: list[AnswerEvent] = []
         for record in records:
             if isinstance(record, Finished):
@@ -74,7 +74,7 @@ class Responder(ABC):
     object: ClassVar[str]
     chunk_object: ClassVar[str]
     end: ClassVar[bytes] = DONE
-    """What ends a stream."""
+    """The bytes that end a stream."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Responder(ABC):
     ):
         self.model, self.requests, self.choices, self.prompt_tokens = model, requests, choices, prompt_tokens
         self.precomputed: list[Token | Finished] = []
-        """The whole answer, where it is known without the scheduler."""
+        """The whole answer, if it is known without the scheduler."""
         self._routing, self._token_ids = body.return_routing, body.return_token_ids
         self._options = body.stream_options or StreamOptions()
         self._envelope = {
@@ -97,7 +97,7 @@ class Responder(ABC):
 
     @abstractmethod
     def opening(self) -> Sequence[dict[str, Any]]:
-        """The fields of each choice in the first chunk of a stream; none where a stream begins with the answer."""
+        """The fields of each choice in the first chunk of a stream; none if the stream begins with the answer."""
 
     @abstractmethod
     def fields(self, n: int, event: AnswerEvent) -> dict[str, Any]:
@@ -120,11 +120,11 @@ class Responder(ABC):
         return _error_event(error)
 
     async def submit(self) -> Stream | None:
-        """The stream of the answer's tokens; None where the answer is known."""
+        """The stream of the answer's tokens; None if the answer is already known."""
         return await self.model.service.submit(self.requests) if self.requests and not self.precomputed else None
 
     async def events(self, stream: Stream | None) -> AsyncIterator[bytes]:
-        """The chunks of a stream, up to the usage."""
+        """The chunks of a stream, up to and including the usage."""
         if opening := self.opening():
             yield b"".join(self._chunk(n, fields) for n, fields in enumerate(opening))
         async for records in stream or self._precomputed():
@@ -169,7 +169,7 @@ class Responder(ABC):
         return event(chunk)
 
     def _extras(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """What the request asks to report for every token."""
+        """What the request wants reported for every token."""
         routing = {"routing": [token.routing for token in tokens]} if self._routing else {}
         return routing | ({"token_ids": [token.token for token in tokens]} if self._token_ids else {})
 
@@ -193,7 +193,7 @@ class Responder(ABC):
 
 
 class EventStream(Response):
-    """The events of a stream, its end included."""
+    """The events of a stream, including its end."""
 
     media_type = "text/event-stream"
 
@@ -201,7 +201,7 @@ class EventStream(Response):
         """`ended` is called once, however the stream ends."""
         self.status_code, self.background = 200, None
         self.stream, self.responder, self.ended = stream, responder, ended
-        # nginx and similar proxies would otherwise collect events before they pass them on
+        # otherwise nginx and similar proxies would buffer events
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -254,6 +254,6 @@ def _error_event(error: Exception) -> bytes:
 
 
 def likeliest(token: Token) -> list[tuple[int, float]]:
-    """(id, log-probability) of the likeliest tokens at a token's position. The token itself has the same value there as
-    outside, to the last bit, so that a client that compares the two sees that it was the likeliest."""
+    """(id, log-probability) of the likeliest tokens at a token's position. If the token itself is among them, its value
+    there equals its own log-probability bit for bit, so that a client can compare the two."""
     return [(i, token.raw_logprob if i == token.token else logprob) for i, logprob in token.top]

@@ -1,4 +1,4 @@
-"""What every server here shares: a bound socket, a stop by signal that is no failure, a page's files under a policy."""
+"""Shared by all servers here: a bound socket, a clean stop on a signal, a page's files under a content policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UnsignalledServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again afterwards: stopping on request is no failure."""
+        """Like uvicorn's, but does not raise the signal again afterwards: stopping on request is not a failure."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,8 +55,8 @@ class UnsignalledServer(uvicorn.Server):
 
 
 def add_page(app: FastAPI | APIRouter, *folders: Path, home: str = "/") -> None:
-    """A page at `home`: the files in `folders`, the first of a name, and nothing else, under a policy that admits
-    nothing from other origins."""
+    """Adds a page at `home` that serves the files in `folders` (the first of each name) and nothing else, under a
+    policy that allows nothing from other origins."""
 
     @app.get(home, include_in_schema=False)
     async def index(request: Request) -> Response:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 CLIENT_GONE = 499
-"""Status of a request whose client went away before its answer was complete, as nginx counts it."""
+"""Status of a request whose client disconnected before its answer was complete, as in nginx."""
 
 
 class ServerMetrics:
@@ -36,7 +36,7 @@ class ServerMetrics:
     def answered(
         self, model: str, started: float, first: float | None, choices: Sequence[ChoiceBuilder], prompt_tokens: int
     ) -> None:
-        """A request has ended, successfully or not. started, first: times of its arrival and of its first token."""
+        """Counts a request that has ended, successfully or not. started, first: when it and its first token arrived."""
         now, tokens = monotonic(), [choice.completion_tokens for choice in choices]
         self.whole.labels(model).observe(now - started)
         self.prompt.labels(model).inc(prompt_tokens)
@@ -57,7 +57,7 @@ class ServerMetrics:
 
 
 class _Gauges:
-    """The present state of the models."""
+    """The current state of the models."""
 
     def __init__(self, models: Models):
         self.models = models

@@ -1,8 +1,8 @@
-"""Between the connections and the endpoints: a count of requests, and checks of every request.
+"""Middleware between the connections and the endpoints: counts and checks every request.
 
-The middlewares are plain ASGI, so that streams pass through untouched. In order: every request is counted; a head that
-is no good or names a foreign host is refused; the key is checked; a large body is refused. The size is counted as the
-body comes in, so chunked bodies are bounded too, and nothing is stored of one that is too large.
+The middlewares are plain ASGI, so that streams pass through untouched. In order, they count the request; refuse a head
+that is malformed or names a foreign host; check the key; and refuse a large body. The size is counted as the body
+arrives, so chunked bodies are bounded too, and nothing of a body that is too large is stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class RequestCounter:
-    """Counts requests by endpoint and status, and tells their connection how far they are."""
+    """Counts requests by endpoint and status, and reports their progress to their connection."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics):
         self.app, self.metrics = app, metrics

@@ -61,7 +61,7 @@ class ModelFacts:
     architecture: str
     parameters: int
     active_parameters: int | None
-    """Parameters that one token uses; None where only transformers knows."""
+    """Parameters that one token uses; None if only transformers can tell."""
     context: int
     """Tokens of prompt and answer together."""
     thinks: bool
@@ -80,11 +80,11 @@ class ModelFacts:
     end_ids: tuple[int, ...] = ()
     """End-of-answer tokens that generation_config.json names."""
     practice: Practice = field(default_factory=Practice)
-    """What it was trained on, by the records of its run."""
+    """What it was trained on, according to the records of its run."""
 
 
 def read_facts(name: str, folder: Path) -> ModelFacts:
-    """UserError where something is missing or broken."""
+    """The facts of a model directory. Raises UserError if something is missing or broken."""
     created = int((folder / "config.json").stat().st_mtime)
     common: dict[str, Any] = dict(
         name=name, folder=folder, created=created, practice=practice.of_model(folder),
@@ -145,7 +145,7 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 
 class Vocabulary:
-    """Between text and tokens: the ids of a raw prompt, and the name of a token in `logprobs`. Made once per model."""
+    """Converts between text and tokens: ids of a raw prompt, token names in `logprobs`. Built once per model."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -157,11 +157,11 @@ class Vocabulary:
         self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         """Bytes of the longest token: a text of N bytes has at least N / longest tokens."""
         self.name = lru_cache(maxsize=1 << 16)(self._name)
-        """A token as `logprobs` shows it; "bytes:\\xe4\\xbd" for bytes that are no text on their own."""
+        """A token as `logprobs` shows it; "bytes:\\xe4\\xbd" for bytes that are not text on their own."""
 
     def prompt_ids(self, text: str, begin: bool = True) -> list[int]:
-        """A raw prompt. Its author writes the turns, so names of control tokens become these tokens. `begin`: BOS comes
-        first, once, where the model's documents had it."""
+        """The ids of a raw prompt. Its author writes the turns, so names of control tokens become these tokens.
+        `begin`: BOS comes first, exactly once, if the model's training documents had it."""
         ids: list[int] = []
         place = 0
         for match in self._names.finditer(text):
@@ -198,26 +198,26 @@ class LoadedModel:
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
     users: int = 0
-    """Requests that are being prepared for it."""
+    """Requests being prepared for it."""
     _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def tokenise(self, encode: Callable[[], T], characters: int) -> T:
-        """`encode()`, which tokenises so many characters (or decodes so many tokens). A long text does not block the
-        event loop, and long texts do not fill the memory together."""
+        """Returns `encode()`, which tokenises `characters` characters (or decodes as many tokens). Long texts run in a
+        thread, one at a time, so that they do not block the event loop or fill the memory together."""
         if characters < LONG_TEXT:
             return encode()
         async with self._long_texts:
             return await asyncio.to_thread(encode)
 
     def check_length(self, characters: int, param: str) -> None:
-        """ApiError for a text of which no tokenisation could fit into the context; does not tokenise it."""
+        """Raises ApiError for a text too long to fit the context in any tokenisation, without tokenising it."""
         least = characters // self.vocabulary.longest
         if least > self.facts.context:
             raise too_long(f"more than {least}", self.facts.context, param)
 
 
 class Models:
-    """The models of one server; made by `find_models`."""
+    """The models of one server; `find_models` builds it."""
 
     def __init__(
         self, offers: list[ModelFacts], config: ServeConfig, broken: list[str] | None = None, launch: Launch = launch
@@ -228,7 +228,7 @@ class Models:
         """Why other models of the run are not offered."""
         self.launch = launch
         self.run: Path | None = None
-        """The run that they are of, if it is one."""
+        """The run that the models belong to, if any."""
         self.loaded: dict[str, LoadedModel] = {}
         self._locks = {name: asyncio.Lock() for name in self.offers}
 
@@ -237,7 +237,7 @@ class Models:
         return list(self.offers.values())[-1]
 
     def preload(self) -> None:
-        """Loads the default model, so that a UserError comes now and not in an answer later."""
+        """Loads the default model, so that a UserError is raised now and not during an answer."""
         self.loaded[self.default.name] = self._load(self.default)
 
     def start(self) -> None:
@@ -251,7 +251,7 @@ class Models:
 
     @property
     def rounding(self) -> str | None:
-        """A warning, where a loaded model's tokens depend on the batch."""
+        """A warning if a loaded model's tokens depend on the batch."""
         coarse = {m.facts.dtype for m in self.loaded.values()} - {"float32", None}
         if not coarse:
             return None
@@ -266,7 +266,7 @@ class Models:
             model.service.abort(message)
 
     def find(self, name: str | None) -> ModelFacts:
-        """The requested model, by its id or by the path of its directory."""
+        """The requested model, by its id or its directory's path; raises ApiError if there is none."""
         if name is None:
             return self.default
         if name in self.offers:
@@ -280,7 +280,7 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[LoadedModel]:
-        """The model, which stays in memory for the duration of the block."""
+        """Loads the model if necessary and keeps it in memory for the duration of the block."""
         facts = self.find(name)
         async with self._locks[facts.name]:
             model = self.loaded.get(facts.name)
@@ -332,7 +332,7 @@ def find_models(given: str | Path, config: ServeConfig, name: str | None = None,
                 except UserError as error:
                     broken.append(str(error))
             if not offers:
-                model_dir(given)  # raises where the run has no model at all
+                model_dir(given)  # raises if the run has no model at all
                 raise UserError(f"no model of {path} can be served: {broken[0]}")
             models = Models(offers, config, broken, launch)
             models.run = path
@@ -342,7 +342,7 @@ def find_models(given: str | Path, config: ServeConfig, name: str | None = None,
 
 
 def _name(folder: Path) -> str:
-    """The stage's name for a model in a run, else the directory's, or its parent's where that is only "model"."""
+    """The stage's name for a model in a run, else the directory's name, or its parent's if that is just "model"."""
     folder = folder.resolve()
     for _, stage, path in stage_folders(folder.parent.parent) if folder.name == "model" else ():
         if path == folder.parent:

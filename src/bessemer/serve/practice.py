@@ -1,8 +1,8 @@
-"""What a model of a run was trained on: its tasks, the longest text it has seen, and how well it does by the run's own
-evaluation. Read from the records of the run beside the model; of a model without a run, nothing is known.
+"""What a model of a run was trained on: its tasks, the longest text it has seen, and its score in the run's own
+evaluation. All of this is read from the run's records beside the model; for a model without a run, nothing is known.
 
-A stage is followed to everything it was made from, so that R1 has the tasks of its cold start too. Reward models are
-left out: what they read, the policy does not answer.
+A stage is traced back to everything it was made from, so that R1 also has the tasks of its cold start. Reward models
+are left out: the policy does not answer what they read.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class Skill(BaseModel):
 
     task: str
     practised: bool
-    """It answered such problems itself, or was shown answers; else its corpus has pages about them."""
+    """It answered such problems itself or was shown answers; otherwise its corpus has pages about them."""
     solved: dict[str, float] = {}
-    """Share of held-out problems solved (pass@1) by language, where the run measured it."""
+    """Share of held-out problems solved (pass@1) by language, if the run measured it."""
 
 
 class Practice(BaseModel):
-    """What is known of one model's training."""
+    """What is known about one model's training."""
 
     skills: list[Skill] = []
     """Tasks, the practised ones first."""
     trained_length: int | None = None
-    """Tokens of the longest text it was trained on; None where nothing says so, as for imported models."""
+    """Tokens of the longest text it was trained on; None if unknown, as for imported models."""
     temperature: float | None = None
-    """Temperature of the evaluation that `Skill.solved` is from."""
+    """Temperature of the evaluation behind `Skill.solved`."""
 
 
 def of_model(folder: Path) -> Practice:
-    """Of a model directory RUN/NN-STAGE/model; damaged records count as none."""
+    """The practice of a model directory RUN/NN-STAGE/model; damaged records count as missing."""
     stage = folder.resolve().parent
     try:
         tables = {str(t.get("name") or t.get("kind")): t for t in _recipe(stage.parent / "recipe.toml")}
@@ -62,7 +62,7 @@ def _recipe(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_record(path: Path) -> bool:
-    """A file of a size that a run writes; a pipe would never end."""
+    """Whether it is a file no larger than a run writes; a pipe would never end."""
     return path.is_file() and path.stat().st_size <= _MOST_BYTES
 
 
@@ -92,7 +92,7 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
 
 
 def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
-    """The tables of a stage and of all it was made from, the nearest first."""
+    """The tables of a stage and of everything it was made from, nearest first."""
     waiting, seen = [name], {name}
     while waiting:
         one = waiting.pop(0)
@@ -112,15 +112,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _sizes(value: object) -> list[int]:
-    """Of a number of tokens, or of every point of a schedule."""
+    """The token counts in a number or in a schedule's points."""
     if isinstance(value, list):
         return [parse_tokens(point[1]) for point in value]
     return [] if value is None else [parse_tokens(value)]
 
 
 def _evaluation(name: str, folders: dict[str, Path]) -> tuple[list[dict[str, Any]], float | None]:
-    """The rows of the last evaluation of a model, at its lowest temperature, which is nearest to how it is asked
-    here."""
+    """The rows of a model's last evaluation at its lowest temperature, which is closest to how it is asked here, and
+    that temperature."""
     for folder in reversed(folders.values()):
         found = (_read(folder / "results.json") or {}).get("rows", [])
         rows = [row for row in found if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]

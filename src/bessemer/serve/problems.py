@@ -1,10 +1,10 @@
-"""Problems of the tasks that a model was trained on, to ask it, and the verdict on its answers.
+"""Problems from the tasks that a model was trained on, to ask it, and verdicts on its answers.
 
-Problems are held out: they come from a task's test split, which no training reads. A problem is named by task,
-language and number, and made again to judge an answer, so nothing is kept between the two requests. Only tasks of the
-models offered here are made, never one that a request names; and of those only our own that need no file, since a run
-from elsewhere may name any file of this machine, and `evil.py:Task` would run it. None is asked whose verdict would run
-a program or ask a reward model.
+Problems are held out: they come from a task's test split, which no training reads. A problem is identified by task,
+language and number and is generated again to judge an answer, so nothing is stored between the two requests. Only tasks
+of the models offered here are built, never any task that a request names; and of those only our own that need no file,
+because a run from elsewhere may name any file of this machine, and `evil.py:Task` would run it. Problems whose verdict
+would run a program or ask a reward model are not offered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bessemer.serve.protocol import AnswerToJudge, invalid
 PER_GROUP = 4
 """Problems of each task and language."""
 DRAWN = 24
-"""Of so many, those in the middle of the easier half are offered."""
+"""Problems drawn per group; those offered are spread over the easier half."""
 GROUPS = 6
 LONGEST_PROMPT = 400
 _GYM = re.compile(r"gym:[a-z0-9_]+")
@@ -52,7 +52,7 @@ class AnswerVerdict(BaseModel):
     reason: str
     """"correct", or the first fault that the task's verifier found."""
     answer: str | None
-    """The answer that could be read, in canonical form."""
+    """The answer that the verifier extracted, in canonical form."""
 
 
 def add_problems(app: FastAPI, models: Models) -> None:
@@ -60,12 +60,12 @@ def add_problems(app: FastAPI, models: Models) -> None:
 
     @app.get("/v1/problems")
     async def problems(model: str | None = Query(None, max_length=1024)) -> ProblemList:
-        """Held-out problems of the tasks that a model was trained on; none where its training is unknown."""
+        """Held-out problems of the tasks that a model was trained on; none if its training is unknown."""
         return ProblemList(data=await asyncio.to_thread(offered, models.find(model)))
 
     @app.post("/v1/verdict")
     async def verdict(body: AnswerToJudge) -> AnswerVerdict:
-        """Whether an answer to such a problem is right, by the task's own verifier."""
+        """Whether an answer to such a problem is right, according to the task's own verifier."""
         facts = models.find(body.model)
         if body.task not in {skill.task for skill in facts.practice.skills}:
             raise invalid(f"{facts.name} was not trained on a task {body.task!r}", "task")
@@ -75,8 +75,8 @@ def add_problems(app: FastAPI, models: Models) -> None:
 
 
 def offered(facts: ModelFacts) -> list[OfferedProblem]:
-    """At most GROUPS groups of PER_GROUP problems, task by task and language by language. Tasks that a model has only
-    read about are asked of one that practised none."""
+    """At most GROUPS groups of PER_GROUP problems, one group per task and language. A model is asked about tasks that
+    it has only read about only if it practised none."""
     groups: list[list[OfferedProblem]] = []
     known = facts.practice.skills
     for skill in [skill for skill in known if skill.practised] or known:
@@ -89,7 +89,7 @@ def offered(facts: ModelFacts) -> list[OfferedProblem]:
 
 @lru_cache(maxsize=64)
 def _checkable(name: str) -> tasks.Task | None:
-    """The task; None where it must not or cannot be made here, or its answers cannot be judged at once."""
+    """The task; None if it must not or cannot be built here, or if its answers cannot be judged at once."""
     if not _GYM.fullmatch(name) and (":" in name or name not in tasks.names()):
         return None
     try:

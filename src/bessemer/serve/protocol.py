@@ -1,8 +1,8 @@
 """The OpenAI API as JSON: requests and errors. The answers are in `replies`.
 
-Unknown fields of a request are ignored, as every server of this kind does; known ones are checked strictly: no text for
-a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
-(suffix, ...) are listed too, so that they are refused and not ignored.
+Unknown fields of a request are ignored, as in every server of this kind; known fields are checked strictly: no string
+for a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
+(suffix, ...) are listed too, so that they are refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ class StreamOptions(Body):
     """Which usage figures a stream reports."""
 
     include_usage: bool | None = None
-    """One more chunk before [DONE] with the usage of the whole request."""
+    """Send one more chunk before [DONE] with the usage of the whole request."""
     continuous_usage_stats: bool | None = None
-    """Every chunk has the usage so far."""
+    """Report the usage so far in every chunk."""
 
 
 class Generation(Body):
     """Fields of both generation endpoints."""
 
     model: Name | None = None
-    """An id of /v1/models; without it the default model."""
+    """An id from /v1/models; by default the default model."""
     stream: bool | None = None
-    """Answer in server-sent events."""
+    """Send the answer as server-sent events."""
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=0, le=2**53)
-    """At most this many new tokens, and never more than the context has room for. By default prompt and answer stay
-    within the longest text that the model was trained on, where its run says how long that is. An answer that one of
-    these bounds ended has the finish_reason "length"."""
+    """At most this many new tokens, and never more than the context has room for. By default, prompt and answer stay
+    within the longest text that the model was trained on, if its run records that length. An answer ended by one of
+    these bounds has the finish_reason "length"."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """0 takes the likeliest token. The default is the model's generation_config.json, as for the next four."""
+    """0 takes the likeliest token. The defaults of this and the next four are in the model's generation_config.json."""
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)
     """0 and -1 keep all tokens."""
@@ -65,9 +65,9 @@ class Generation(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**64)
-    """The same seed and prompt give the same samples; without it every request gets a random seed."""
+    """The same seed and prompt give the same samples; by default every request gets a random seed."""
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
-    """Texts that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     """Continue past the end of the answer, for measurements."""
@@ -76,11 +76,11 @@ class Generation(Body):
     return_routing: bool | None = None
     """Report the experts chosen for every token."""
     return_token_ids: bool | None = None
-    """Report the ids of the tokens."""
+    """Report the token ids."""
     user: Name | None = None
-    """The user behind the request: waiting requests are admitted in turn by user."""
+    """The user behind the request; the server admits waiting requests of different users in turn."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    """Numbers added to the logits of tokens, by their ids: -100 as good as bans a token, 100 as good as forces it."""
+    """Numbers added to the logits, by token id: -100 practically bans a token, 100 practically forces it."""
 
 
 class TextPart(Body):
@@ -99,11 +99,11 @@ class FunctionSpec(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object; by default any object."""
     strict: bool | None = None
-    """The schema is enforced also where the model decides whether to call, if the marks of calls are tokens."""
+    """Enforce the schema even if the model decides whether to call, provided that the call marks are tokens."""
 
 
 class ToolSpec(Body):
-    """A tool in OpenAI's wrapping."""
+    """A tool in OpenAI's wrapper."""
 
     type: Literal["function"]
     function: FunctionSpec
@@ -121,7 +121,7 @@ class NamedTool(Body):
 
 
 class FunctionArguments(Body):
-    """What a call calls."""
+    """The function that a call names, and its arguments."""
 
     name: Name
     arguments: str
@@ -129,7 +129,7 @@ class FunctionArguments(Body):
 
 
 class MadeCall(Body):
-    """A call of an earlier answer."""
+    """A call from an earlier answer."""
 
     id: Name
     type: Literal["function"]
@@ -145,12 +145,12 @@ class Turn(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
     reasoning_content: str | None = None
-    """Thoughts returned with a message. Those before a call stay until the user asks again; all others are dropped, as
-    the templates require."""
+    """Thoughts sent back with a message. Thoughts before a call are kept until the user asks again; all others are
+    dropped, as the templates require."""
     tool_calls: Annotated[list[MadeCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = None
-    """The calls of an assistant; the outputs of all follow at once."""
+    """The assistant's calls; the next messages must be the outputs of all of them."""
     tool_call_id: Name | None = None
-    """Of role tool: the call whose output this is."""
+    """For role tool: the call whose output this is."""
 
 
 class Thinking(Body):
@@ -169,18 +169,18 @@ class TemplateArguments(Body):
 
 
 class JsonSchema(Body):
-    """A JSON schema with OpenAI's wrapping."""
+    """A JSON schema in OpenAI's wrapper."""
 
     name: Name | None = None
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    """Objects, lists, texts with patterns, numbers with bounds, enums, anyOf, references inside of it, ..."""
+    """Objects, lists, strings with patterns, numbers with bounds, enums, anyOf, internal references, ..."""
     strict: bool | None = None
-    """The schema is enforced in any case."""
+    """Has no effect: the schema is always enforced."""
 
 
 class ResponseFormat(Body):
-    """What the content must be: any text, any JSON object, or JSON of a schema."""
+    """What the content must be: any text, any JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -193,16 +193,16 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    """The conversation. A last message of the assistant is continued."""
+    """The conversation. If the last message is the assistant's, the answer continues it."""
     max_completion_tokens: int | None = Field(None, ge=1, le=2**53)
-    """The same as max_tokens, and takes precedence over it."""
+    """Like max_tokens, but takes precedence over it."""
     thinking: bool | Thinking | None = None
     """false closes the thought before it begins, true opens it; by default the model decides as it was trained to."""
     enable_thinking: bool | None = None
     reasoning_effort: Effort | None = None
-    """none: no thought; minimal and low: an eighth and a quarter of the answer's tokens; above: no bound."""
+    """none: no thought; minimal and low: an eighth and a quarter of the answer's tokens; higher: no bound."""
     thinking_budget: int | None = Field(None, ge=0, le=2**53)
-    """Tokens of thought, after which the server inserts </think>."""
+    """Most tokens of thought; after them the server inserts </think>."""
     thinking_token_budget: int | None = Field(None, ge=0, le=2**53)
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_format: ReasoningFormat | None = None
@@ -212,8 +212,8 @@ class ChatRequest(Generation):
     tools: Tools | None = None
     """Functions that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    """none: tools are not even mentioned; auto, the default: the model decides; required, a function: the answer is
-    calls, enforced token by token, and their arguments fit the schema."""
+    """none: the prompt does not mention the tools; auto, the default: the model decides; required or a function: the
+    answer consists of calls, enforced token by token, and their arguments fit the schema."""
     parallel_tool_calls: bool | None = None
     """false: at most one call in an answer."""
     response_format: ResponseFormat | None = None
@@ -229,15 +229,15 @@ class CompletionRequest(Generation):
         | Annotated[list[str], Field(max_length=MOST_PROMPTS, fail_fast=True)]
         | Annotated[list[Ids], Field(max_length=MOST_PROMPTS, fail_fast=True)]
     )
-    """Text (BOS is prepended, names of control tokens become these tokens), ids as they are, or a list of either."""
+    """Text (BOS is prepended, and names of control tokens become these tokens), ids as given, or a list of either."""
     logprobs: int | None = Field(None, ge=0, le=20)
-    """Log-probability of every token, and of this many of the likeliest ones."""
+    """Report the log-probability of every token and of this many of the likeliest ones."""
     echo: bool | None = None
     """The answer begins with the prompt; with logprobs the prompt is scored too."""
     add_special_tokens: bool | None = None
     """false: no BOS in front of a text."""
     best_of: int | None = Field(None, ge=0, le=MOST_SAMPLES)
-    """Only equal to n."""
+    """Must equal n."""
     suffix: str | None = None
     """Not supported."""
 
@@ -258,7 +258,7 @@ class TokenizeRequest(Body):
     prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     messages: Messages | None = None
     tools: Tools | None = None
-    """Described in the conversation."""
+    """Tools described in the conversation."""
     add_special_tokens: bool | None = None
     """false: no BOS in front of the text."""
 
@@ -274,16 +274,16 @@ class AnswerToJudge(Body):
     """POST /v1/verdict: an answer to a problem of GET /v1/problems."""
 
     model: Name | None = None
-    """Whose problem it is; without it the default model's."""
+    """The model whose problem it is; by default the default model."""
     task: str = Field(max_length=200)
     language: str = Field(max_length=20)
     number: int = Field(ge=0, lt=2**31)
     answer: str = Field(max_length=200_000)
-    """All that the model wrote, the thought inside its tags."""
+    """Everything that the model wrote, with the thought inside its tags."""
 
 
 def field_names(body: type[Body] = Body) -> frozenset[str]:
-    """Names that may occur in the location of a validation error: of this body and all that derive from it."""
+    """Field names that may occur in the location of a validation error: those of this body and all its subclasses."""
     own = frozenset(info.alias or name for name, info in body.model_fields.items())
     return own.union(*map(field_names, body.__subclasses__()))
 
@@ -296,19 +296,19 @@ ERROR_TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
-"""The `type` that goes with a status; every other status is the server's own fault."""
+"""The error `type` for each status; any other status is the server's own fault."""
 
 
 Headers = Mapping[str, str] | None
 
 
 class ErrorBody(BaseModel):
-    """One error: whatever goes wrong is reported in this form."""
+    """One error; every failure is reported in this form."""
 
     message: str
     type: str
     param: str | None
-    """The field of the request at fault."""
+    """The request field at fault."""
     code: str | None
 
 
@@ -329,7 +329,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        # the request may contain half a surrogate pair, which JSON can represent and UTF-8 cannot
+        # the request may contain a lone surrogate, which JSON can represent and UTF-8 cannot
         message = str(self).encode("utf-8", "replace").decode()
         kind = ERROR_TYPES.get(self.status, "server_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
@@ -341,7 +341,7 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def unsupported(param: str, message: str) -> ApiError:
-    """A field of the API that no model here supports; ignoring it would answer a different question."""
+    """Refuses a field of the API that no model here supports; ignoring it would answer a different question."""
     return ApiError(400, message, param=param, code="unsupported_parameter")
 
 

@@ -3,9 +3,9 @@
 Three things delay text: a character whose bytes are incomplete, text that may be the beginning of a stop string or a
 tag, and white space at the edges of a thought (it means nothing, and R1's template puts it there).
 
-Where the prompt has opened the thought (R1), everything up to </think> is thought; elsewhere <think> opens it. A tag is
-one token where the vocabulary has it. Elsewhere it is text, and then only an answer that begins with <think> has a
-thought. Tags are never shown, unless the format is `none`, where nothing is split.
+If the prompt has opened the thought (R1), everything up to </think> is thought; otherwise <think> opens it. A tag is
+one token if the vocabulary has it. Otherwise it is text, and then only an answer that begins with <think> has a
+thought. Tags are never shown, except in the format `none`, which splits nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class AnswerEvent:
     thinking: bool = False
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    """Without the one that ended the answer."""
+    """All but the one that ended the answer."""
 
     def extend(self, event: AnswerEvent) -> None:
-        """Appends an event of the same kind, or of any kind where one of them has no text."""
+        """Appends an event of the same kind, or of any kind if one of the two has no text."""
         self.thinking = event.thinking if event.text else self.thinking
         self.text += event.text
         self.tokens += event.tokens
@@ -57,12 +57,12 @@ class ReasoningParser:
         self.tag_ids = dict(zip(think_ids(tokenizer), (OPEN, CLOSE), strict=True))
         self.tags = TagSplitter(thinking, begins=trim) if None in self.tag_ids and split else None
         self.reasoning_tokens = 0
-        """Tokens inside of thoughts, the closing one included."""
+        """Tokens inside thoughts, including the closing tag."""
         self._split = split
         self._inside = thinking
-        """In a thought, as far as tokens have come."""
+        """The last token received is in a thought."""
         self._thinking = thinking and split
-        """In a thought, as far as text has been shown."""
+        """The last text shown is in a thought."""
         self._trim = trim and split
         """Drop the white space that comes next."""
         self._tail = ""
@@ -80,7 +80,7 @@ class ReasoningParser:
         return self._show(before + self.stop_buffer.push(self.decoder.push(token_id), kind))
 
     def end(self) -> list[AnswerEvent]:
-        """The text that was delayed and is shown now that nothing follows."""
+        """The delayed text, which can be shown now that nothing follows."""
         events = self._show(self.stop_buffer.push(self.decoder.flush(), TEXT) + self.stop_buffer.end())
         return events + self._events(self.tags.end() if self.tags else [])
 
@@ -120,7 +120,7 @@ class TagSplitter:
         self._pending = ""
 
     def push(self, text: str) -> list[TaggedText]:
-        """The text whose kind is certain by now."""
+        """The text whose kind is now certain."""
         self._pending += text
         certain: list[TaggedText] = []
         if self._next_tag == THINK and self._pending.lstrip().startswith(THINK):
@@ -140,12 +140,12 @@ class TagSplitter:
         return certain
 
     def end(self) -> list[TaggedText]:
-        """The rest, which turned out to be no tag."""
+        """The rest, which turned out not to be a tag."""
         return [(self._pending, TEXT)]
 
 
 class StopBuffer:
-    """Delays what may be the beginning of a stop string; after a complete one nothing more comes out."""
+    """Delays text that may be the beginning of a stop string, and releases nothing more after a complete one."""
 
     def __init__(self, stop_strings: Sequence[str]):
         self.stop_strings = tuple(stop_strings)
@@ -189,6 +189,6 @@ class StopBuffer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that are a beginning of `stop`, but not all of it."""
+    """Length of the longest proper prefix of `stop` that ends `text`."""
     longest = min(len(text), len(stop) - 1)
     return next((k for k in range(longest, 0, -1) if text.endswith(stop[:k])), 0)

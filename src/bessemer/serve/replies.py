@@ -1,7 +1,7 @@
 """Answers of the OpenAI API as JSON.
 
-Answers are built as plain dictionaries, which costs a tenth of the time; their models here make the OpenAPI document,
-and the tests check one against the other.
+Answers are built as plain dictionaries, in a tenth of the time; the models here define the OpenAPI document, and the
+tests check the two against each other.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ChatLogprobs(BaseModel):
 class ReplyFunction(BaseModel):
     name: str
     arguments: str
-    """As the model wrote them: JSON of the schema where the request demanded a call, else perhaps none."""
+    """As the model wrote them: JSON that fits the schema if the request demanded a call, else possibly not JSON."""
 
 
 class ReplyCall(BaseModel):
@@ -63,7 +63,7 @@ class ReplyCall(BaseModel):
 class ReplyMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
-    """null where there are only calls."""
+    """null if there are only calls."""
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ReplyCall] | None = None
@@ -131,8 +131,8 @@ class ModelDetails(BaseModel):
     experts: int
     experts_per_token: int
     dtype: str | None
-    """Number format of the arithmetic; null until the model is loaded. The same seed and prompt give the same tokens in
-    any batch in float32 alone: coarser formats round by the shape of the batch, and near-equal tokens change places."""
+    """Number format of the arithmetic; null until the model is loaded. Only in float32 do the same seed and prompt give
+    the same tokens in any batch: coarser formats round by the batch shape, and near-equal tokens change places."""
     sampling: dict[str, Any]
     practice: Practice
 
@@ -158,7 +158,7 @@ class Health(BaseModel):
     waiting: int
     version: str
     watch: bool
-    """The live page of the run is at /watch/."""
+    """The run's live page is at /watch/."""
 
 
 class TokenizeReply(BaseModel):
@@ -173,7 +173,7 @@ class DetokenizeReply(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """What lm-eval asks of a remote tokenizer."""
+    """What lm-eval asks a remote tokenizer for."""
 
     tokenizer_class: str
     bos_token: str | None

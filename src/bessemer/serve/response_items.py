@@ -1,4 +1,4 @@
-"""The items of a response to POST /v1/responses while they grow, and the typed events that say so."""
+"""The items of a response to POST /v1/responses as they grow, and the typed events that report it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TypedEvent = tuple[str, dict[str, Any]]
 
 
 class ResponseItems:
-    """Thoughts and the answer take turns, calls end the response."""
+    """The items of one response: thoughts and the answer take turns, and calls end it."""
 
     def __init__(self, response_id: str):
         self.items: list[dict[str, Any]] = []
@@ -17,7 +17,7 @@ class ResponseItems:
         self._open = False
 
     def add(self, kind: str, text: str) -> list[TypedEvent]:
-        """The events of more text of a reasoning or a message."""
+        """The events for more text of a reasoning item or a message."""
         events = []
         if not self._open or self.items[-1]["type"] != kind:
             events = [*self.close("completed"), *self._begin(kind)]
@@ -27,7 +27,7 @@ class ResponseItems:
         return [*events, (f"response.{content['type']}.delta", delta)]
 
     def add_delta(self, delta: dict[str, Any]) -> list[TypedEvent]:
-        """The events of a chat's delta: more of the message, and more of calls."""
+        """The events for a chat delta: more of the message, and more of calls."""
         events = self.add("message", delta["content"]) if "content" in delta else []
         for piece in delta.get("tool_calls", ()):
             function = piece["function"]
@@ -40,7 +40,7 @@ class ResponseItems:
         return events
 
     def close(self, status: str) -> list[TypedEvent]:
-        """The events of the end of an item, if one is open."""
+        """The events that end the open item, if there is one."""
         if not self._open:
             return []
         self._open = False

@@ -1,9 +1,9 @@
 """POST /v1/responses: OpenAI's newer form of a chat, over the same prompt, sampling and answer as chat completions.
 
-The core of it: text in, thoughts, text and calls of functions out, at once or as typed events, formats of text too.
-Nothing is stored, so what needs a stored response (previous_response_id, conversation, background) is refused, and so
-are tools that the server would have to run. A client continues a conversation by sending the earlier items along;
-thoughts among them count where a call follows, as in a chat.
+It supports the core: text in; thoughts, text and function calls out, at once or as typed events; and text formats. The
+server stores nothing, so it refuses fields that need a stored response (previous_response_id, conversation,
+background), and tools that it would have to run itself. A client continues a conversation by sending the earlier items
+along; thoughts among them count if a call follows, as in a chat.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InputReasoning(Body):
 
 
 class InputCall(Body):
-    """A call of an earlier answer."""
+    """A call from an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Name
@@ -82,7 +82,7 @@ class InputCall(Body):
 
 
 class InputOutput(Body):
-    """What a called function gave back."""
+    """What a called function returned."""
 
     type: Literal["function_call_output"]
     call_id: Name
@@ -106,7 +106,7 @@ InputItem = InputMessage | InputReasoning | InputCall | InputOutput
 
 
 class TextFormat(Body):
-    """As `response_format` of a chat, in one object."""
+    """Like `response_format` of a chat, but in one object."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
@@ -131,7 +131,7 @@ class ResponsesRequest(Body):
     instructions: str | None = None
     """A system message before the conversation."""
     max_output_tokens: int | None = Field(None, ge=1, le=2**53)
-    """At most this many new tokens, thoughts included; an answer that it ended has the status "incomplete"."""
+    """At most this many new tokens, thoughts included; an answer that it cuts off has the status "incomplete"."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**64)
@@ -140,7 +140,7 @@ class ResponsesRequest(Body):
     reasoning: ReasoningSettings | None = None
     user: Name | None = None
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
-    """Returned as it is."""
+    """Returned unchanged."""
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     """Functions that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
@@ -197,13 +197,13 @@ class ResponsesResponder(chat.ChatResponder):
         return [part for part in parts if part.text and not (part.thinking and self.format == "hidden")]
 
     def _add(self, output: ResponseItems, part: AnswerEvent) -> list[TypedEvent]:
-        """The events of more text."""
+        """The events for more text."""
         if part.thinking or not self.calls:
             return output.add("reasoning" if part.thinking else "message", part.text)
         return output.add_delta(self.calls[0].delta(part.text))
 
     def _last(self, output: ResponseItems) -> list[TypedEvent]:
-        """The events of what a call's parser still holds."""
+        """The events for what the call parser still holds."""
         return output.add_delta(self.calls[0].end()) if self.calls else []
 
     def _status(self) -> Literal["completed", "incomplete"]:
@@ -244,13 +244,13 @@ class ResponsesResponder(chat.ChatResponder):
         }
 
     def _event(self, name: str, fields: dict[str, Any]) -> bytes:
-        """One typed event; they are numbered."""
+        """One typed event, numbered."""
         self._sequence = getattr(self, "_sequence", -1) + 1
         return f"event: {name}\n".encode() + event({"type": name, "sequence_number": self._sequence, **fields})
 
 
 async def prepare(body: ResponsesRequest, model: LoadedModel, client: str) -> ResponsesResponder:
-    """The request for this model; ApiError or UserError if it cannot be served."""
+    """The request for this model. Raises ApiError or UserError if it cannot be served."""
     for name in DROPPED:
         if getattr(body, name):
             raise unsupported(name, f"{name} needs stored responses, and none are stored; send the messages as input")
@@ -288,7 +288,7 @@ def _chat_request(body: ResponsesRequest) -> ChatRequest:
 
 
 def _turns(items: Sequence[InputItem]) -> list[Turn]:
-    """Items as messages: calls belong to the assistant's message before them, or make one."""
+    """Items as messages: a call joins the assistant's message before it, or becomes one."""
     turns: list[Turn] = []
     thought = ""
     for item in items:

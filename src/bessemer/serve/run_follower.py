@@ -1,7 +1,7 @@
-"""What the live page knows of one run: a thread reads along with the run's directory while somebody looks at the page.
+"""What the live page knows about one run: a thread follows the run's directory while somebody views the page.
 
-The directory may be of a run that goes on, has ended or has not begun, and may lie on a mounted disk. When it vanishes,
-the page keeps what it has, says so and goes on when it is back. A disk that hangs holds up the thread, never a request.
+The run may be in progress, finished or not yet started, and its directory may be on a mounted disk. If the directory
+vanishes, the page keeps what it has, says so, and continues when it is back. A hanging disk never blocks a request.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from bessemer.runs.files import read_json
 from bessemer.runs.following import LineTail, StageLines
 
 EVERY = 1.0
-"""Seconds between two looks at the directory."""
+"""Seconds between looks at the directory."""
 UNWATCHED = 60.0
 """Seconds without a request after which the thread ends; the next request starts it again."""
 ALIVE = 15.0
-"""Seconds since a sign of a stage, whose clock ticks on disk every two, in which it counts as running."""
+"""Seconds for which a stage counts as running after a sign of life; its clock on disk ticks every two seconds."""
 SLOW = 10.0
-"""Seconds without an answer of the disk after which the page says so."""
+"""Seconds without an answer from the disk after which the page says so."""
 ROLLOUTS, ROLLOUT_BYTES = 24, 1 << 20
-"""Newest rollouts kept of each stage, and the end of the file that is read for them."""
+"""Newest rollouts kept per stage, and the bytes at the end of the file that are read for them."""
 LONGEST = 4000
-"""Characters of a prompt or an answer that are shown."""
+"""Most characters of a prompt or an answer that are shown."""
 
 
 class MetricStore:
-    """The lines of metrics.jsonl by stage, with the alarms that they raise."""
+    """The lines of metrics.jsonl by stage, with the alarms they raise."""
 
     def __init__(self) -> None:
         self.stages: dict[str, StageLines] = {}
@@ -48,7 +48,7 @@ class MetricStore:
             self.stages.setdefault(name, StageLines()).add(line)
             if any(metric.startswith("rl/") for metric in values):
                 self.alarms.setdefault(name, AlarmTracker()).add(line.get("step", 0), values)
-        except (ValueError, OverflowError):  # the latter of an integer that no float holds
+        except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
             self.broken += 1
 
 
@@ -73,7 +73,7 @@ class RolloutTail:
 
 
 class RunFollower:
-    """One run. `state`, `store` and `rollouts` are for readers that hold `lock`."""
+    """One run. Readers of `state`, `store` and `rollouts` must hold `lock`."""
 
     def __init__(self, root: Path, label: str) -> None:
         self.root, self.label = root, label
@@ -81,7 +81,7 @@ class RunFollower:
         self.store = MetricStore()
         self.rollouts: dict[str, RolloutTail] = {}
         self._filling = self.store
-        """What is being read; becomes `store` when it is complete, so that a file that began anew leaves no gap."""
+        """What is being read; becomes `store` when complete, so that a file that was started anew leaves no gap."""
         self._tail = LineTail(root / "metrics.jsonl")
         self._recipe: dict[str, Any] = {}
         self._seen: dict[Path, tuple[tuple[int, int], dict[str, Any] | None]] = {}
@@ -90,13 +90,13 @@ class RunFollower:
         self._gone = self._recipe_fault = ""
         self._generation = 0
         self._begun = False
-        """The directory was looked at once."""
+        """The directory has been looked at once."""
         self._looked = self._asked = time.monotonic()
         self._ticked: dict[Path, tuple[int, float]] = {}
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Called by every request: somebody looks."""
+        """Starts the thread if it does not run. Every request calls this, since it means that somebody is watching."""
         with self.lock:
             self._asked = time.monotonic()
             if self._thread is None or not self._thread.is_alive():
@@ -110,7 +110,7 @@ class RunFollower:
                 time.sleep(EVERY)
 
     def poll(self) -> bool:
-        """Looks at the directory once; True if there is more to read at once."""
+        """Looks at the directory once. True if there is more to read right away."""
         try:
             self._look()
             anew, lines = self._tail.read()
@@ -131,7 +131,7 @@ class RunFollower:
         return self._tail.more
 
     def _look(self) -> None:
-        """Everything but the metrics. OSError if the directory does not answer or is not there."""
+        """Reads everything but the metrics. Raises OSError if the directory does not answer or is not there."""
         recipe = self.root / "recipe.toml"
         if (text := self._unless_seen(recipe)) is not None:
             try:
@@ -171,7 +171,7 @@ class RunFollower:
         return {"name": name, "kind": kind, "state": state, "seconds": number}
 
     def _ticks(self, wall: Path) -> bool:
-        """Whether a stage's clock on disk was written lately: by our clock since it changed, or by that of the disk."""
+        """Whether a stage's clock on disk was written lately: timed from when we saw it change, or by its file time."""
         try:
             written = wall.stat().st_mtime_ns
         except FileNotFoundError:
@@ -192,7 +192,7 @@ class RunFollower:
         return data
 
     def _json(self, path: Path) -> dict[str, Any] | None:
-        """A record, read again only when it has changed; None where there is none."""
+        """A record, reread only when it has changed; None if there is none."""
         try:
             stat = path.stat()
         except FileNotFoundError:
@@ -222,7 +222,7 @@ class RunFollower:
         return {"step": lines.steps[-1], "tokens": lines.tokens[-1], "quiet": quiet}
 
     def _trouble(self) -> list[str]:
-        """What is wrong with the directory, in sentences."""
+        """Sentences that say what is wrong with the directory."""
         found = []
         waited = time.monotonic() - self._looked
         if self._gone:
@@ -259,7 +259,7 @@ class RunFollower:
 
 
 def _rollout(line: dict[str, Any], number: int) -> dict[str, Any]:
-    """What the page shows of a line of rollouts.jsonl. Its values are a file's: anything may be in them."""
+    """What the page shows of a line of rollouts.jsonl. Its values come from a file and may be anything."""
 
     def text(key: str) -> str:
         whole = str(line.get(key, ""))

@@ -51,8 +51,8 @@ def requests(
     grammar: str = "",
     grammar_waits: bool = False,
 ) -> list[Request]:
-    """n samples of each prompt, next to each other. `client`: the address of the sender; `max_tokens`: new tokens
-    (None: what `room` leaves); `param`: the field that holds the prompts."""
+    """n consecutive samples of each prompt. `client`: the sender's address; `max_tokens`: most new tokens (None: what
+    `room` leaves); `param`: the field that holds the prompts."""
     if body.return_routing and not model.facts.sparse_layers:
         what = "return_routing: no layer of this model has routed experts"
         raise invalid(what, "return_routing", "routing_unavailable")
@@ -83,8 +83,8 @@ def requests(
 
 
 def room(model: LoadedModel, prompt_tokens: int, max_tokens: int | None) -> int:
-    """New tokens that an answer to such a prompt may have. Unasked it stays within the positions that the model was
-    trained on, unless the prompt is beyond them already."""
+    """Most new tokens in an answer to such a prompt. Without `max_tokens` the answer stays within the positions that
+    the model was trained on, unless the prompt already fills them."""
     left = max(0, model.facts.context - prompt_tokens)
     if max_tokens is not None:
         return min(max_tokens, left)

@@ -1,7 +1,7 @@
 """`bessemer serve`: one process, one port, until a signal.
 
-SIGTERM and Ctrl-C: no new connection and no new request is accepted; unfinished answers have `drain_seconds` to
-complete, then they end with an error event. A second signal does not wait. The exit status is 0.
+On SIGTERM or Ctrl-C the server accepts no new connection and no new request; unfinished answers have `drain_seconds` to
+complete, then they end with an error event. A second signal ends the wait. The exit status is 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bessemer.serve.service import Launch, launch
 from bessemer.system import raise_open_files
 
 BACKLOG = 2048
-"""Connections that the system queues until they are accepted."""
+"""Connections that the system queues until the server accepts them."""
 LAST_SECONDS = 5
 """Time for error events to reach their clients after the drain."""
 
@@ -45,8 +45,8 @@ def serve(
     """Serves a run, a stage or a model directory until a signal ends it.
 
     port 0 takes a free one. name: what requests call a single model. force: allow a host that other machines can reach
-    without an API key. `launch` starts a model's worker.
-    UserError: no such model, a tokenizer of another model, the port is taken, the host is no address of this machine.
+    without an API key. `launch` starts a model's worker. Raises UserError if there is no such model, its tokenizer
+    belongs to another model, the port is taken, or the host is not an address of this machine.
     """
     config = config or ServeConfig()
     if not is_loopback(host) and not config.api_key and not force:
@@ -63,7 +63,7 @@ def serve(
         print("compiling the decoding steps where no kernel serves: a minute or two the first time", flush=True)
     with bind(host, port) as bound:
         models.preload()
-        bound.listen(BACKLOG)  # a reader of the next line may call at once
+        bound.listen(BACKLOG)  # whoever reads the next line may connect at once
         address = f"[{host}]" if ":" in host else host
         names = f"models: {', '.join(models.offers)} (default {models.default.name})"
         print(f"bessemer: http://{address}:{bound.getsockname()[1]}  {names}; Ctrl-C stops", flush=True)
@@ -71,15 +71,15 @@ def serve(
             print(models.rounding, flush=True)
         raise_open_files()  # the usual 1024, or 256 on macOS, are too few for a server
         server = Server(models, ConnectionLimits(), drain_seconds)
-        gc.freeze()  # these objects stay; searching them for garbage again and again would cost 0.1 s each time
+        gc.freeze()  # these objects stay; every garbage collection would spend 0.1 s on them
         try:
             server.run(sockets=[bound])
         finally:
-            gc.unfreeze()  # else Python cannot free them at its end, and libraries in C++ report them as leaks
+            gc.unfreeze()  # else Python cannot free them at exit, and C++ libraries report them as leaks
 
 
 class Server(UnsignalledServer):
-    """uvicorn with limits on connections, a drain at the end, and no logs but errors."""
+    """uvicorn with limits on connections, a drain at shutdown, and only error logs."""
 
     def __init__(self, models: Models, limits: ConnectionLimits, drain_seconds: float):
         self.models, self.drain_seconds = models, drain_seconds

@@ -2,7 +2,7 @@
 
 Everything here runs on the event loop. One message brings the tokens of a whole decoding step, however many streams
 they belong to. A stream that has just been read is not woken again at once: with S open samples it waits S * PAUSE
-seconds, so that the tokens of several steps make one chunk and writing chunks stays a small, bounded share of the time.
+seconds, so that tokens of several steps form one chunk and writing chunks takes a small, bounded share of the time.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Stream:
 
     def __init__(self, numbers: range, patience: float, release: Callable[[Stream], None]):
         self.numbers = numbers
-        """Names of its samples in messages to and from the worker."""
+        """Numbers of its samples in messages to and from the worker."""
         self.patience = patience
         self.unfinished = len(numbers)
         self.closed = False
         self.pause = 0.0
-        """Seconds that a reader is left alone after it was served."""
+        """Seconds after a read before new tokens wake the reader again."""
         self.started = monotonic()
         self.first_token: float | None = None
-        """When the first token came, on the clock of `monotonic`."""
+        """When the first token arrived, on the clock of `monotonic`."""
         self._release = release
         self._pending: list[Token | Finished] = []
         self._wake = asyncio.Event()
@@ -71,7 +71,7 @@ class Stream:
         self._due = 0.0
 
     def push(self, record: Token | Finished, now: float, open_samples: int) -> None:
-        """Adds what the worker has sent."""
+        """Adds a record that the worker has sent."""
         self.pause = min(PAUSE * open_samples, LONGEST_PAUSE)
         self._pending.append(record)
         if type(record) is Finished:
@@ -83,7 +83,7 @@ class Stream:
                 self._wake.set()
 
     def close(self) -> None:
-        """Ends the stream and cancels what still runs. May be called at any time, and twice."""
+        """Ends the stream and cancels its running samples. May be called at any time, and more than once."""
         if not self.closed:
             self.closed = True
             self._release(self)
@@ -107,7 +107,7 @@ class Stream:
 
 
 def launch(folder: Path, config: ServeConfig) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """A worker in a fresh process: a fork of this one would copy its threads' locks but not its threads."""
+    """Starts a worker in a fresh process: a fork of this one would copy its threads' locks but not its threads."""
     ours, theirs = Pipe()
     command = [sys.executable, "-c", f"from {worker.__name__} import main; main()", str(theirs.fileno())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
@@ -117,7 +117,7 @@ def launch(folder: Path, config: ServeConfig) -> tuple[Connection, subprocess.Po
 
 
 class Service:
-    """A model in memory, ready to generate. UserError where it cannot be loaded."""
+    """A model in memory, ready to generate. Raises UserError if it cannot be loaded."""
 
     def __init__(self, folder: Path, config: ServeConfig, launch: Launch = launch):
         """Waits until the model is loaded."""
@@ -125,7 +125,7 @@ class Service:
         try:
             self.connection, self.process = launch(folder, config)
             kind, *rest = self.connection.recv()
-        except (EOFError, OSError):  # the latter where it had not even read what to load
+        except (EOFError, OSError):  # OSError: it had not even read what to load
             raise UserError(f"{folder}: the model's process ended while loading it (no memory left?)") from None
         if kind == worker.REFUSED:
             raise UserError(rest[1])
@@ -136,19 +136,19 @@ class Service:
         self._seconds = 1.0
         """Duration of a sample, a moving average."""
         self._numbered = 0
-        """The highest number of a sample or call so far."""
+        """The highest sample or call number so far."""
         self._streams: dict[int, Stream] = {}
         """The streams of samples in progress, by the sample's number."""
         self._calls: dict[int, asyncio.Future[Any]] = {}
         """Calls that the worker has not answered yet."""
 
     def start(self) -> None:
-        """From now on the event loop listens to the worker."""
+        """Makes the running event loop listen to the worker."""
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(self.connection.fileno(), self._read)
 
     async def submit(self, requests: Sequence[Request]) -> Stream:
-        """The stream of these requests, all of them accepted; UserError or ApiError if one cannot be."""
+        """Submits all of these requests and returns their stream. Raises UserError or ApiError if one is refused."""
         self.admit(len(requests))
         numbers = self._new_numbers(len(requests))
         stream = Stream(numbers, self.config.keep_alive_seconds, self._release)
@@ -175,14 +175,14 @@ class Service:
         self._send(worker.END, reason)
 
     async def stop(self) -> None:
-        """Ends the worker; what runs is lost."""
+        """Ends the worker; running samples are lost."""
         self._close("the model was unloaded")
         if self.process is not None:  # it has nothing to save, and a step may take long
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 
     def admit(self, count: int) -> None:
-        """ApiError where so many samples find no room now."""
+        """Raises ApiError if there is no room for this many samples now."""
         self.last_used = monotonic()
         room = self.config.rows + self.config.waiting
         if count > room:
@@ -216,7 +216,7 @@ class Service:
                 _fail(future, "the model has just ended; ask again")
 
     def _release(self, stream: Stream) -> None:
-        """Frees what a closed stream still holds."""
+        """Frees what a closed stream still holds, and cancels its samples."""
         running = [number for number in stream.numbers if self._streams.pop(number, None)]
         self.stats.open -= len(running)
         if running and self.alive:
@@ -265,7 +265,7 @@ class Service:
 
 
 FINISHED = len(Finished._fields) - 1
-"""Number of fields after the ticket; a token has more or fewer."""
+"""Number of fields after the ticket; a token has a different number."""
 assert len(Token._fields) - 1 != FINISHED
 
 

@@ -1,9 +1,9 @@
-"""Tools of a chat: which ones the model may or must call, the conversation with their outputs, and calls in answers.
+"""Tools in a chat: which ones the model may or must call, the conversation with their outputs, and calls in answers.
 
-Calls and outputs are text (`data.tools`), so this works with every model and every template. A call that the request
-demands (`tool_choice` "required" or a function) is enforced token by token, its arguments by their schema. Where the
-model decides for itself, so are arguments of `strict` functions, if the marks of calls are tokens, since only then is
-it certain where a call begins. All others are passed on as the model wrote them, which is OpenAI's way.
+Calls and outputs are text (`data.tools`), so this works with every model and every template. If the request demands a
+call (`tool_choice` "required" or a function), the call is enforced token by token, and its arguments by their schema.
+If the model decides for itself, only the arguments of `strict` functions are enforced, and only if the call marks are
+tokens: otherwise it is uncertain where a call begins. All other calls are passed on as written, as OpenAI does.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from bessemer.errors import UserError
 from bessemer.serve.protocol import ChatRequest, NamedTool, ToolSpec, Turn, invalid
 
 MOST_FORCED = 8
-"""Calls of an answer that must make some: a weak model would not stop."""
+"""Most calls in an answer that must make some: a weak model would not stop."""
 
 
 class ToolUse(NamedTuple):
     """What a request says about tools."""
 
     tools: tuple[Tool, ...] = ()
-    """Those that are described to the model."""
+    """Tools that are described to the model."""
     forced: tuple[Tool, ...] = ()
     """One of these must be called; empty: the model decides."""
     several: bool = True
     """An answer may make more than one call."""
     strict: frozenset[str] = frozenset()
-    """Names of those whose arguments fit their schema wherever that can be enforced."""
+    """Names of the tools whose arguments must fit their schema wherever that can be enforced."""
 
 
 def tool_use(body: ChatRequest) -> ToolUse:
-    """ApiError where the fields do not fit together."""
+    """What a request says about tools. Raises ApiError if its fields do not fit together."""
     choice = body.tool_choice or "auto"
     tools = () if choice == "none" else tools_of(body.tools or ())
     forced = tools if choice == "required" else ()
@@ -50,13 +50,13 @@ def tool_use(body: ChatRequest) -> ToolUse:
         name = choice.function.name if isinstance(choice, NamedTool) else ""
         what = f"tool_choice names the tool {name[:80]!r}, which" if name else "tool_choice demands a call, which"
         raise invalid(f"{what} is not among the tools" if name else f"{what} needs tools", "tool_choice")
-    several = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)  # OpenAI calls that one once
+    several = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)  # as with OpenAI
     strict = frozenset(spec.function.name for spec in body.tools or () if spec.function.strict and tools)
     return ToolUse(tools, forced, several, strict)
 
 
 def tools_of(specs: Sequence[ToolSpec]) -> tuple[Tool, ...]:
-    """The tools of a request; ApiError for one that cannot be used."""
+    """The tools of a request. Raises ApiError for a tool that cannot be used."""
     try:
         return read_tools([spec.model_dump(exclude_none=True) for spec in specs])
     except UserError as error:
@@ -64,7 +64,7 @@ def tools_of(specs: Sequence[ToolSpec]) -> tuple[Tool, ...]:
 
 
 async def grammar(use: ToolUse, tokenizer: Tokenizer) -> str:
-    """The grammar of an answer that must call a tool or that may call a strict one; empty for any other."""
+    """The grammar of an answer that must call a tool or may call a strict one; empty for any other."""
     marks = tokenizer.tool_marks
     tools, free = use.forced, not use.forced
     if free:
@@ -78,8 +78,8 @@ async def grammar(use: ToolUse, tokenizer: Tokenizer) -> str:
 
 
 def messages_of(turns: Sequence[Turn]) -> list[Message]:
-    """The turns of a request as messages of a template, outputs in the order of their calls. ApiError where calls and
-    outputs do not belong together."""
+    """The turns of a request as messages for a template, with outputs in the order of their calls. Raises ApiError if
+    calls and outputs do not match."""
     messages: list[Message] = []
     place = 0
     while place < len(turns):
@@ -93,7 +93,7 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
             continue
         if role != "assistant":
             raise invalid(f"message {place - 1} of role {role!r} has tool_calls; only the assistant calls", "messages")
-        if turn.reasoning_content:  # the template drops it where it belongs to an earlier question
+        if turn.reasoning_content:  # the template drops it if it belongs to an earlier question
             thought = f"{THINK}\n{turn.reasoning_content}\n{THINK_END}\n\n"
             messages[-1]["content"] = thought + messages[-1]["content"]
         messages[-1]["tool_calls"] = [call.model_dump() for call in turn.tool_calls]
@@ -114,7 +114,7 @@ def turn_texts(turn: Turn) -> list[str]:
 
 
 def text_size(turns: Sequence[Turn]) -> int:
-    """Characters of a conversation, a message counting as a hundred more, which is what its rendering costs."""
+    """Characters of a conversation, plus a hundred per message for the cost of rendering it."""
     texts = sum(100 + len(text) for turn in turns for text in turn_texts(turn))
     thoughts = sum(len(turn.reasoning_content or "") for turn in turns if turn.tool_calls)
     return texts + thoughts + sum(100 + len(one.function.arguments) for turn in turns for one in turn.tool_calls or ())
@@ -124,7 +124,7 @@ class CallWriter:
     """The content and the calls of one answer, in OpenAI's form."""
 
     def __init__(self, use: ToolUse, thinking: bool):
-        """`thinking`: its text begins inside a thought."""
+        """`thinking`: the answer's text begins inside a thought."""
         self._parser = CallParser(thinking, MOST_CALLS if use.several else 1)
         self._ids: list[str] = []
 

@@ -1,8 +1,8 @@
-"""`bessemer watch`: a live page of runs, made from their directories alone, which it never writes to.
+"""`bessemer watch`: a live page of runs, built only from their directories, which it never writes to.
 
-The page asks for the state of every run, and, when a run has new lines, for the curves that are on the screen. Curves
-come thinned to what a screen shows, so a hundred thousand lines cost no more than a few hundred. `serve` of a run has
-the same page at /watch/.
+The page requests the state of every run and, when a run has new lines, the curves that are on the screen. Curves are
+thinned to what a screen can show, so a hundred thousand lines cost no more than a few hundred. `serve` of a run has the
+same page at /watch/.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PAGES = (Path(__file__).with_name("watch_page"), Path(__file__).with_name("page"
 """The page's own files, and those of the chat page that it shares."""
 FIRST = ("Training loss", "Validation", "Expert imbalance", "Gradient norm", "Speed", "Accuracy", "Held-out problems",
          "Reward", "Length", "Entropy")  # fmt: skip
-"""Pictures shown before the user has chosen."""
+"""Plots shown before the user has chosen."""
 MOST_LINES = 12
-"""Lines of one run in a picture; of more, evenly spaced ones (layers) or the first."""
+"""Most lines of one run in a plot; if there are more, evenly spaced ones are shown."""
 
 
 def watch(runs: Sequence[str | Path], *, port: int = 8100, ready: Callable[[str], None] = print) -> None:
-    """Serves the page on the loopback address until a signal ends it; `ready` gets its address. port 0: a free one.
+    """Serves the page on the loopback address until a signal ends it. `ready` gets its address; port 0 is a free one.
 
-    UserError: no such run, a run named twice, the port is taken.
+    Raises UserError if a run does not exist or is named twice, or if the port is taken.
     """
     roots = [run_dir(run) for run in runs]
     followers = [RunFollower(root, name) for root, name in zip(roots, run_labels(roots), strict=True)]
@@ -59,7 +59,7 @@ def server_of(followers: Sequence[RunFollower]) -> UnsignalledServer:
 
 
 def build(followers: Sequence[RunFollower]) -> FastAPI:
-    """The application that serves the page alone."""
+    """The application that serves only this page."""
     app = FastAPI(title="Bessemer", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
@@ -73,11 +73,11 @@ def build(followers: Sequence[RunFollower]) -> FastAPI:
 
 
 def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", chat: str | None = None) -> None:
-    """The page at `home`; `chat`: where the chat page is, seen from it."""
+    """Adds the page at `home`. `chat`: the chat page's address relative to it."""
     add_page(app, *PAGES, home=home)
 
     def answer(value: object) -> Response:
-        """Plain JSON whatever a file held: no NaN, and halves of surrogate pairs escaped."""
+        """Plain JSON whatever a file held: no NaN, and lone surrogates escaped."""
         body = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
@@ -126,7 +126,7 @@ def add_watch(app: FastAPI, followers: Sequence[RunFollower], home: str = "/", c
 
 
 def _drawn(followers: Sequence[RunFollower], stage: str) -> dict[str, Any]:
-    """The pictures that a stage has numbers for in any run, and the layers whose experts it has loads of."""
+    """The plots that a stage has numbers for in any run, and the layers that it has expert loads for."""
     numbers: dict[str, None] = {}
     loads: dict[str, None] = {}
     for follower in followers:
@@ -151,7 +151,7 @@ def _drawn(followers: Sequence[RunFollower], stage: str) -> dict[str, Any]:
 
 
 def _named(title: str) -> Iterator[Panel]:
-    """The panels of a title: training and RL each have a gradient norm."""
+    """The panels with this title: training and RL each have a gradient norm."""
     return (panel for panel in TRAINING + LEARNING if panel.title == title)
 
 
@@ -163,7 +163,7 @@ def _belongs(name: str, title: str) -> bool:
 
 
 def _metrics(lines: StageLines, key: str) -> list[str]:
-    """The metrics of a picture that a stage has numbers for, in the order of their lines."""
+    """The metrics of a plot that a stage has numbers for, in the order of their lines."""
     known = [name for name, column in lines.columns.items() if column.rows]
     if key in known:
         return [key]
@@ -180,7 +180,7 @@ def _metrics(lines: StageLines, key: str) -> list[str]:
 
 
 def _line(found: tuple[str, list[float], list[float]]) -> dict[str, Any]:
-    """One line of a picture: what was measured, what is drawn over it if that is noisy, and the last value."""
+    """One line of a plot: the measured values, the smoothed ones drawn over them if noisy, and the last value."""
     name, x, y = found
     faint, bold = thinned(x, y), smoothed(x, y)
     columns = {"x": (faint[0], 15), "y": (faint[1], 6), "sx": (bold[0], 15), "sy": (bold[1], 6)}

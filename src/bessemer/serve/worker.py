@@ -1,20 +1,19 @@
 """The worker process of a model: it owns the scheduler and does what the server asks.
 
-It is a process and not a thread, because Python threads wait for each other's interpreter lock between any two
-operations of the network, and because a model that dies (out of memory, a crash in a library) must not take the server
-with it.
+It is a process, not a thread, because Python threads wait for the interpreter lock between any two operations of the
+network, and because a model that dies (out of memory, a crash in a library) must not take the server with it.
 
-Messages are pickled tuples; both ends of the pipe are this very program, and nothing from outside can write to it.
-The first one to the worker is (folder, config), the first one back READY or REFUSED.
+Messages are pickled tuples; both ends of the pipe are this same program, and nothing from outside can write to it. The
+first message to the worker is (folder, config); the first one back is READY or REFUSED.
     to the worker      ADD call, [(number, Request)...]     CANCEL [number...]     END reason
                        SCORE call, prompts, top
     from the worker    READY facts    REFUSED call, reason    DONE call, result    EVENTS records, figures
 A record is the scheduler's Token or Finished as a plain tuple, with the sample's number in place of the ticket.
 
-A thread receives messages as they come, so that the server never waits for a step. Closing the pipe ends the worker.
+A thread receives messages as they arrive, so that the server never waits for a step. Closing the pipe ends the worker.
 
-A step that raises ends the samples of which some tokens were sent; a new scheduler takes over the others. A sample that
-sees it happen twice is ended too, so that a request the model cannot handle does not circulate for ever.
+If a step raises, the samples that have already sent tokens end, and a new scheduler takes over the others. A sample
+that sees this happen twice ends too, so that a request the model cannot handle does not circulate for ever.
 
 `score` gives log-probabilities of given texts in one forward pass, for `echo` with `logprobs` (and lm-eval through it).
 Shapes: B rows, T tokens (padded on the right, which causality hides), N real tokens, C of one chunk, D hidden,
@@ -55,16 +54,16 @@ from bessemer.train.setup import device
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"
 READY, REFUSED, DONE, EVENTS = "ready", "refused", "done", "events"
 MAX_FAILURES = 2
-"""Failing steps after which a sample is given up."""
+"""Failed steps after which a sample is given up."""
 FIGURES_SECONDS = 0.1
-"""How often the figures are sent along with the tokens."""
+"""Seconds between the figures that are sent along with the tokens."""
 BUFFER = 1 << 22
-"""Bytes of tokens that may wait for the server to read them before the model waits for it."""
+"""Bytes of unread tokens in the pipe above which the model waits for the server."""
 BATCH_TOKENS = 4096
-"""Padded tokens per scoring pass: a fraction of a second on one core with a small model, so that streams hardly
+"""Padded tokens per scoring pass: a fraction of a second for a small model on one core, so that streams hardly
 notice."""
 LOGITS = 1 << 20
-"""Logits held at a time, so that a large vocabulary does not multiply the memory."""
+"""Most logits held at a time, so that a large vocabulary does not multiply the memory."""
 log = logging.getLogger("bessemer.serve")
 
 
@@ -83,25 +82,25 @@ class Scored(NamedTuple):
     """One text of T tokens."""
 
     logprobs: list[float]
-    """Of tokens 1 to T-1, given those before them."""
+    """Of tokens 1 to T-1, each given those before it."""
     tops: list[tuple[tuple[int, float], ...]]
     """(id, log-probability) of the likeliest tokens after each of the T tokens, best first, at least one."""
 
 
 @dataclass(eq=False)
 class ScheduledSample:
-    """A sample that the scheduler has."""
+    """A sample in the scheduler."""
 
     number: int
     request: Request
     started: bool = False
-    """Tokens were sent."""
+    """Some of its tokens have been sent."""
     failures: int = 0
-    """Steps that failed with it."""
+    """Failed steps that it has been part of."""
 
 
 def main() -> None:
-    """The program of the process: its argument is the file descriptor of the pipe."""
+    """The entry point of the process; its argument is the file descriptor of the pipe."""
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the server decides what it means
     connection = Connection(int(sys.argv[1]))
@@ -111,7 +110,7 @@ def main() -> None:
 def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
     """Loads the model and serves until the pipe is closed."""
     torch.set_num_threads(config.model_threads)
-    # Where this is more than the system gives, Linux gives what it has and macOS refuses.
+    # If this exceeds the system's limit, Linux grants the limit and macOS refuses.
     with socket.socket(fileno=dup(connection.fileno())) as pipe, suppress(OSError):
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
@@ -134,7 +133,7 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
 
 
 class ModelWorker:
-    """Steps one scheduler; UserError where the scheduler cannot do what `config` asks of it."""
+    """Steps one scheduler. Raises UserError if the scheduler cannot do what `config` asks of it."""
 
     def __init__(self, connection: Connection, engine: Engine, config: ServeConfig):
         self.connection, self.engine, self.config = connection, engine, config
@@ -147,13 +146,13 @@ class ModelWorker:
         """By number."""
         self._inbox: deque[tuple[Any, ...]] = deque()
         self._scores: deque[tuple[Any, ...]] = deque()
-        """Texts to be scored: one batch between two steps, as it may take as long as a step."""
+        """Texts to be scored: one batch between two steps, because it may take as long as a step."""
         self._changed = threading.Condition()
         self._closed = False
         self._figures_due = 0.0
 
     def run(self) -> None:
-        """Until the pipe is closed."""
+        """Serves until the pipe is closed."""
         threading.Thread(target=self._receive, daemon=True).start()
         actions: dict[str, Callable[..., None]] = {
             ADD: self._add,
@@ -198,7 +197,7 @@ class ModelWorker:
         )
 
     def _add(self, call: int, samples: list[tuple[int, Request]]) -> None:
-        """All of them, or none."""
+        """Schedules all of the samples or none."""
         try:
             for number, request in samples:
                 self._schedule(ScheduledSample(number, request))
@@ -250,8 +249,8 @@ class ModelWorker:
         self._send_events(records)
 
     def _send_events(self, records: list[tuple[Any, ...]]) -> None:
-        """Sends records (plain tuples take a third of the time to pickle), and now and then the scheduler's figures;
-        always when all work is done, so that they end at zero."""
+        """Sends records (plain tuples pickle in a third of the time) and, every FIGURES_SECONDS, the scheduler's
+        figures; it always sends the figures when all work is done, so that they end at zero."""
         now, figures = monotonic(), None
         if now >= self._figures_due or self._scheduler.idle:
             self._figures_due = now + FIGURES_SECONDS
@@ -276,7 +275,7 @@ class ModelWorker:
 
 
 def scoring_batches(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """Which prompts to score together: indices, longest first, of at most BATCH_TOKENS padded tokens."""
+    """Which prompts to score together: indices, longest first, of at most BATCH_TOKENS padded tokens or one prompt."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     start = 0
     while start < len(order):
@@ -286,7 +285,7 @@ def scoring_batches(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
 
 
 def score(engine: Engine, prompts: Sequence[tuple[int, ...]], top: int) -> list[Scored]:
-    """One forward pass over all of them. A token is among the `top` exactly if its own log-probability is, bit for
+    """Scores all prompts in one forward pass. A token is among the `top` exactly if its own log-probability is, bit for
     bit."""
     model, vocab = engine.model, engine.tokenizer.vocab_size
     device = model.embed.weight.device
