@@ -3,9 +3,8 @@
 Legend: B rows, T tokens per row.
 
 Invariants
-- Everything is aligned with the token that is *predicted*: `loss_BT[b, t]` weighs the prediction of `tokens_BT[b, t]`
-  from the tokens before it, so no separate target tensor exists. Nothing precedes token 0, hence `loss_BT[:, 0] ==
-  0`.
+- Everything is aligned with the token that is *predicted*: `loss_BT[b, t]` weights the prediction of `tokens_BT[b, t]`
+  from the tokens before it, so there is no separate target tensor. Nothing precedes token 0, so `loss_BT[:, 0] == 0`.
 - Padding has weight 0.
 - `segments_BT` is None in pre-training (no cross-document mask, V3 4.1); in SFT a token attends only inside its
   segment.
@@ -22,12 +21,12 @@ from bessemer.model.segments import Packed, Segments, moved
 
 
 class Counted(NamedTuple):
-    """What is counted on the CPU before a batch leaves it: on a GPU the host would have to wait for these."""
+    """What is counted on the CPU before a batch moves to a GPU, where counting would make the host wait."""
 
     trained_N: Tensor
     """`Batch.trained_N`."""
     segments: Segments
-    """`Batch.segments`, as a GPU's layers take them."""
+    """`Batch.segments`, in the form that layers on a GPU take."""
 
     def to(self, device: torch.device) -> "Counted":
         segments = self.segments
@@ -46,17 +45,17 @@ class Batch:
     """Integer; None when every token of a row may attend to every earlier one."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors aligned with `tokens_BT`, such as `advantage_BT`, `old_logp_BT`, `ref_logp_BT`; further
-    dimensions may follow (`choice_BTLK`, experts chosen outside the gate). `mtp_tokens_BT`: other targets of the MTP
-    modules. Without a T in their name they have rows of another length (`kept_id_BM`)."""
+    dimensions may follow (`choice_BTLK`, experts chosen outside the gate). `mtp_tokens_BT`: other targets for the MTP
+    modules. Tensors without a T in their name have rows of another length (`kept_id_BM`)."""
 
     own_T: Tensor | None = None
     """Positions of the rows that this process computes, in order (context parallelism); None: all."""
     teacher: int = 0
-    """Of an objective's several teachers, the one that its rows are for."""
+    """Number of the teacher that its rows are for, if the objective has several."""
     filler: bool = False
-    """Whether it stands in for a micro-batch without rows: computed, and never counted."""
+    """Whether it stands in for a micro-batch without rows: it is computed but never counted."""
     before: Counted | None = None
-    """On a GPU, and on the way to one (`to`, `counted_here`)."""
+    """Set for a batch on a GPU or on the way to one (`to`, `counted_here`)."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BT.shape
@@ -68,7 +67,7 @@ class Batch:
             actual = tensor.shape[:aligned] if name in self.extras else tensor.shape
             expected = shape[:aligned] if name in self.extras else shape
             assert actual == expected, f"{name} is {tuple(tensor.shape)}, tokens_BT is {tuple(shape)}"
-        # On an accelerator this check would wait for the device, and the batch was checked when it was made.
+        # On an accelerator this check would wait for the device, and the batch was already checked when it was built.
         if self.loss_BT.device.type == "cpu" and shape[1]:
             assert not self.loss_BT[:, 0].any(), "loss_BT[:, 0] must be 0: nothing precedes the first token"
 
@@ -84,7 +83,7 @@ class Batch:
 
     @property
     def routed(self) -> dict[str, Tensor]:
-        """The experts that it brings, as arguments of `Transformer.train_outputs`."""
+        """The expert choices in `extras`, as arguments of `Transformer.train_outputs`."""
         return {name: self.extras[name] for name in ("choice_BTLK",) if name in self.extras}
 
     @property
@@ -94,12 +93,12 @@ class Batch:
 
     @property
     def segments(self) -> Segments:
-        """`segments_BT` as layers take them where the batch is."""
+        """The segments in the form that layers on the batch's device take."""
         return self.segments_BT if self.before is None else self.before.segments
 
     @property
     def trained_N(self) -> Tensor:
-        """Places of the predictions that count in `loss_BT[:, 1:].flatten()`."""
+        """Indices of the predictions that count, into `loss_BT[:, 1:].flatten()`."""
         if self.before is not None:
             return self.before.trained_N
         return self._count_trained()
@@ -110,10 +109,10 @@ class Batch:
         return int(torch.count_nonzero(self.loss_BT))
 
     def predicted(self, ahead: int) -> tuple[Tensor, Tensor]:
-        """(tokens, loss weights) of the tokens `ahead` positions further, [B, T - ahead] from the first position on.
+        """(tokens, loss weights) of the tokens `ahead` positions ahead, [B, T - ahead], starting at the first position.
 
-        With `own_T` they start from these positions, [B, t], with weight 0 beyond the end. For `ahead` > 1 the weight
-        is 0 across a segment border.
+        With `own_T` they are those ahead of these positions, [B, t], with weight 0 beyond the end. For `ahead` > 1 the
+        weight is 0 across a segment border.
         """
         T, segments_BT = self.tokens_BT.shape[1], self.segments_BT
         source: slice | Tensor
@@ -129,7 +128,7 @@ class Batch:
         return self.tokens_BT[:, target], loss_BT
 
     def at(self, own_T: Tensor | None) -> "Batch":
-        """The same rows, of which this process computes the positions `own_T`."""
+        """The same rows; this process computes their positions `own_T`."""
         return replace(self, own_T=own_T)
 
     def rows(self, start: int, stop: int) -> "Batch":
@@ -155,7 +154,7 @@ class Batch:
             yield self.rows(start, start + n_rows)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`. What a GPU needs counted is counted here, on the CPU."""
+        """The same batch on `device`. On the way to a GPU, the counts that it needs are computed first, on the CPU."""
         device, before = torch.device(device), self.before
         if device.type in ("cuda", "meta") and self.loss_BT.device.type == "cpu":
             before = (before or self._count()).to(device)
@@ -172,7 +171,7 @@ class Batch:
         )
 
     def counted_here(self) -> "Batch":
-        """The same batch on the CPU with what a GPU needs counted, so that `to` does not count."""
+        """The same batch, still on the CPU, with the counts that a GPU needs, so that `to` does not compute them."""
         return replace(self, before=self._count())
 
     def _count(self) -> Counted:
@@ -183,7 +182,7 @@ class Batch:
         return self.loss_BT[:, 1:].flatten().nonzero().squeeze(1)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them, what was counted before included."""
+        """All tensors of the batch, including those in `before`."""
         yield self.tokens_BT
         yield from (tensor for _, tensor in self._named())
         if self.own_T is not None:

@@ -6,37 +6,37 @@
            `<｜Assistant｜><think>` newline
 
 System messages are collected at the front and joined by a blank line. `zero` is the form of our pre-training pages;
-`r1-zero` tells a base that has seen no such pages which form it is paid for.
+`r1-zero` tells a base model that has seen no such pages which form is rewarded.
 
 A conversation with tools (`tools`) adds their description to the end of the system message. `r1` writes calls and
-outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant goes on behind an output without a
-second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, as every prompt of `r1` does; V3.1
-calls tools without thinking. `zero` has two roles, so the user brings outputs. A template that is not ours gets the
+outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant continues after an output without a
+second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, like every prompt of `r1`; V3.1 calls
+tools without thinking. `zero` has only two roles, so outputs are user messages. A template that is not ours gets the
 conversation in the same plain form (`tools.plain`).
 
-Why `zero` ends in `Assistant:` without a blank. A prompt and its completion are tokenised separately, a document as one
+Why `zero` ends in `Assistant:` without a space: a prompt and its completion are tokenised separately, a document as one
 text, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
-cuts the text there. Any other answer follows one blank, and `:` before a blank is a token end in V3's pre-split. A
-prompt that ended in a blank would break the second case, for ` word` is one token.
+cuts the text there. Any other answer follows one space, and V3's pre-split ends a token at a `:` before a space. A
+prompt that ended in a space would break the second case, because ` word` is one token.
 
 Invariants
-- `render_ids` never looks for control tokens in a content; they enter as ids only. BOS stands once, at the start.
-- An assistant turn that is the last message is kept whole, because it is trained on; `r1` drops the thinking of every
-  earlier turn, except of those that call a tool in the answer to the last question: the next call continues the same
-  ids. SFT does not train on a turn that lost its thoughts: it would teach to answer without thinking, and no
-  prompt of `r1` leads up to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
-  follows. Outputs of tools are never trained on.
-- A user's or a tool's text cannot forge a turn. What would begin one in `zero`, `User:` or `Assistant:` at the start of
-  a line, gets a blank in front; a tag that was typed is plain text, in two pieces; marks of tools are guarded by
-  `tools.rewritten`. (Other programs, which encode what `jinja` renders as one text, read such a tag as the token.)
+- `render_ids` never looks for control tokens in a content; they enter only as ids. BOS occurs once, at the start.
+- An assistant turn that is the last message is kept whole, because it is trained on. `r1` drops the thoughts of every
+  earlier turn except those that call a tool while answering the last question: the next call continues the same ids.
+  SFT does not train on a turn that lost its thoughts: that would teach the model to answer without thinking, and no
+  prompt of `r1` leads to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
+  follows. Tool outputs are never trained on.
+- A user's or a tool's text cannot forge a turn. In `zero`, `User:` or `Assistant:` at the start of a line gets a space
+  in front; a typed tag is plain text, in two pieces; `tools.rewritten` guards the marks of tools. (Other programs,
+  which encode the text that `jinja` renders as a whole, read such a tag as the token.)
 - `jinja(style)` renders the same text as `render`.
 
 The special tokens are those of the DeepSeek family. The bars are U+FF5C and the underscores U+2581, as in the published
-tokenizer. Their position in `ADDED` is their id in a tokenizer of our own training; a tokenizer read from elsewhere
-keeps its own ids. `<think>`, `</think>` and R1-Zero's `<answer>`, `</answer>` are added tokens that are *not* special:
-each is one id wherever it stands in a text, and decoding with `skip_special` keeps it, because reasoning parsers look
-for it. The answer tags are ours: V3's pre-split would glue the colon of `Assistant:` to a `<` that follows it, so that
-a prompt ending in a colon could never lead to an answer without thoughts.
+tokenizer. Their position in `ADDED` is their id in a tokenizer that we train; a tokenizer from elsewhere keeps its own
+ids. `<think>`, `</think>` and R1-Zero's `<answer>`, `</answer>` are added tokens that are *not* special: each is one id
+wherever it occurs in a text, and decoding with `skip_special` keeps it, because reasoning parsers look for it. The
+answer tags are our addition: otherwise V3's pre-split would join the colon of `Assistant:` to a `<` after it, so that a
+prompt ending in a colon could never lead to an answer without thoughts.
 """
 
 import hashlib
@@ -75,8 +75,8 @@ ZERO_PREAMBLE = (
     "<think> </think> tags and the answer inside <answer> </answer> tags, in this form: "
     "<think> the reasoning </think> <answer> the answer </answer>."
 )
-"""The preamble of R1 Table 1, sentence for sentence in our words: the two roles, first the reasoning and then the
-answer, the tags of each, the form written out once. No hint on how to reason."""
+"""The preamble of R1 Table 1, sentence by sentence in our own words: the two roles, reasoning first and then the
+answer, the tags of each, and the form written out once. It gives no hint on how to reason."""
 
 _TURN = re.compile(r"\n(?=(?:User|Assistant):)")
 _EARLIER = {
@@ -91,7 +91,7 @@ _INSIDE_TAG = re.compile(r"(?<=<)(?=/?(?:think|answer)>)")
 
 
 class ChatTokenizer(Protocol):
-    """What rendering needs of a tokenizer."""
+    """What rendering needs from a tokenizer."""
 
     eos_id: int
     chat_template: str
@@ -115,27 +115,27 @@ class ChatTokenizer(Protocol):
 
 
 def is_special(content: str) -> bool:
-    """Whether an added token is control, not text. The hub's own files leave `<｜User｜>` unmarked; the bars tell."""
+    """Whether an added token is control, judged by its bars: published files do not mark `<｜User｜>` as special."""
     return content.startswith("<｜") and content.endswith("｜>")
 
 
 class ChatPiece(NamedTuple):
-    """A piece of a conversation. Two texts meet at a line break before a letter, or as explained above, so that the ids
-    of the pieces are the ids of the whole."""
+    """A piece of a conversation. Two texts meet only at a line break before a letter, or as explained above, so the ids
+    of the pieces together are the ids of the whole."""
 
     text: str
     control: bool = False
-    """The text is one control token, not text."""
+    """The text is the name of one control token."""
     answer: bool = False
     """Written by the assistant; SFT trains on it."""
     typed: bool = False
-    """Written by the user or a tool, so without any control token."""
+    """Written by the user or a tool, so no control token may come from it."""
 
 
 def render(
     messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True, tools: Sequence[Tool] = ()
 ) -> str:
-    """The conversation as text, BOS included."""
+    """The conversation as text, including BOS."""
     return "".join(piece.text for piece in _pieces(messages, style, add_generation_prompt, tools))
 
 
@@ -146,7 +146,7 @@ def render_ids(
     add_generation_prompt: bool = True,
     tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """The conversation as ids, BOS included. `style` None is the tokenizer's own."""
+    """The conversation as ids, including BOS. `style` None is the tokenizer's own."""
     return render_answers(tokenizer, messages, style, add_generation_prompt, tools)[0]
 
 
@@ -168,9 +168,9 @@ def render_answers(
 
 
 def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | None = None) -> list[int]:
-    """What stands between an answer that ended with calls, its EOS included, and the next answer of the assistant:
-    the outputs of the calls in their order, and the generation prompt. Rollouts of several turns append these ids to
-    those that were sampled, which `render_ids` of the parsed conversation need not give back."""
+    """The ids between an answer that ended with calls and EOS, and the assistant's next answer: the outputs of the
+    calls in their order, and the generation prompt. Multi-turn rollouts append these ids to the sampled ones, which
+    `render_ids` of the parsed conversation need not reproduce."""
     if not outputs:
         raise UserError("an answer with calls needs at least one output of a tool before the next answer")
     style = style or tokenizer.chat_style
@@ -184,7 +184,7 @@ def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | N
 
 
 def _ids(tokenizer: ChatTokenizer, pieces: Sequence[ChatPiece], marks: dict[str, int]) -> tuple[list[int], list[bool]]:
-    """The ids of pieces, and which of them the assistant wrote. `marks` are tokens in every piece."""
+    """The ids of the pieces, and which of them the assistant wrote. `marks` become tokens in every piece."""
     ids: list[int] = []
     answers: list[bool] = []
     for piece in pieces:
@@ -201,7 +201,7 @@ def _ids(tokenizer: ChatTokenizer, pieces: Sequence[ChatPiece], marks: dict[str,
 
 
 def typed_pieces(text: str) -> list[str]:
-    """A text cut inside every tag, so that each of the pieces is plain text to a tokenizer."""
+    """A text cut inside every tag, so that each piece is plain text to a tokenizer."""
     return _INSIDE_TAG.split(text)
 
 
@@ -211,8 +211,8 @@ def question_ids(tokenizer: ChatTokenizer, question: str) -> list[int]:
 
 
 def template_style(tokenizer: ChatTokenizer) -> str | None:
-    """The style that a model directory was trained with; None if it has a template of its own. Without either: R1's
-    where its control tokens exist, else `zero`."""
+    """The style that a model directory was trained with; None if it has its own template. Without a template: `r1` if
+    its control tokens exist, else `zero`."""
     if tokenizer.chat_style or tokenizer.chat_template:
         return tokenizer.chat_style
     try:
@@ -228,7 +228,7 @@ def opening(style: str | None) -> str:
 
 
 def transcript(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-    """The conversation as a plain document: `zero` without control tokens, turns on lines of their own."""
+    """The conversation as a plain document: `zero` without control tokens, each turn on its own line."""
     pieces = _pieces(messages, "zero", add_generation_prompt=False, tools=tools)
     text = "".join({BOS: "", EOS: "\n"}[piece.text] if piece.control else piece.text for piece in pieces)
     return text.removesuffix("\n")
@@ -236,7 +236,7 @@ def transcript(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
 
 @cache
 def jinja(style: str) -> str:
-    """The chat template of a model directory. Line breaks of its files are layout only."""
+    """The Jinja chat template of a style, for a model directory. Line breaks in its source files are layout only."""
     _check_style(style)
     text = _template("zero" if style in ZERO_STYLES else style)
     if style == "r1-zero":
@@ -252,7 +252,7 @@ def _template(name: str) -> str:
 
 
 def style_of(template: str | None) -> str | None:
-    """The style whose template this is, None for any other."""
+    """The style whose template this is; None for any other template."""
     if template is None:
         return None
     earlier = _EARLIER.get(hashlib.sha256(template.encode("utf-8", "replace")).hexdigest())
@@ -312,7 +312,7 @@ def _r1_turn(role: str, content: str, kept: bool, calls: str = "", after_output:
 
 
 def _control_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """The one id of a control token; none for BOS where a foreign tokenizer puts none in front of a text."""
+    """The id of a control token; none for BOS if the tokenizer has no BOS."""
     if text == BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return [tokenizer.eos_id if text == EOS else tokenizer.special_id(text)]
@@ -329,11 +329,11 @@ def _check_style(style: str) -> None:
 
 
 ROLES = {"system": (), "user": (), "assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
-"""The roles of messages, and what each may have beside a content."""
+"""The roles of messages, and the fields that each may have in addition to a content."""
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """UserError for what is no conversation of texts; says which message, and the fix."""
+    """Raises UserError if this is not a conversation of texts; it names the message and the fix."""
     if not messages:
         raise UserError("a conversation needs at least one message")
     for number, message in enumerate(messages):

@@ -1,22 +1,22 @@
-"""Documents to shards and packed rows on disk (V3 4.1).
+"""From documents to shards and packed rows on disk (V3 4.1).
 
 Every document is BOS + ids + EOS. Rows are packed by best fit, with no cross-document mask.
 
 Invariants
-- The split of a document, train or held-out, depends on its text alone: copies are always in the same split, and
-  neither the order of the documents nor the tokenizer matters. The transformations of V3 touch the train split only,
-  and depend on the text and the seed alone.
+- The split of a document, train or held-out, depends only on its text: copies are always in the same split, and neither
+  the order of the documents nor the tokenizer matters. V3's transformations apply only to the train split and depend
+  only on the text and the seed.
 - The same documents, tokenizer and settings give the same bytes.
 - The directory appears complete or not at all.
 
 FIM (V3 4.1.1): prefix-suffix-middle at document level, `<fim_begin> prefix <fim_hole> suffix <fim_end> middle`, cut at
 two uniform points (the paper does not say where; this is the usual choice). Every token is trained on.
 
-Split boundaries (V3 4.1): the pre-split makes tokens such as ".\\n". A prompt that ends without its line break would
-then end in a way the model never saw, so a share of these tokens is replaced by the ids of its two halves.
+Split boundaries (V3 4.1): the pre-split produces tokens such as ".\\n". A prompt that ends without its line break would
+then end in a way the model never saw, so a share of these tokens is replaced by the ids of their two halves.
 
-Bits per byte of a split: total nats over its rows / ln 2 / its `bytes`. The tokens that open a row are not predicted
-(mostly BOS), so this is a little too low; the share is at most 1 / row_length of the tokens.
+Bits per byte of a split: total nats over its rows / ln 2 / its `bytes`. The first token of each row (mostly BOS) is not
+predicted, so this is a little too low; these are at most 1 / row_length of the tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from bessemer.errors import UserError
 
 _BOUNDARY = re.compile(r"(.*[^\s\w])([\r\n]+)", re.DOTALL)
 CHUNK_CHARS = 2_000_000
-"""Documents are tokenised in groups of about this size: enough to keep the tokenizer's threads busy, little memory."""
+"""Documents are tokenised in groups of about this size: enough for the tokenizer's threads, with little memory."""
 LEAST_CHARS = 50_000
-"""Size of the smallest group: calls cost little beside it."""
+"""Size of the smallest group, at which the overhead of a call is negligible."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def build(
     boundary_split_rate: float = 0.0,
     seed: int = 0,
 ) -> PackedCorpus:
-    """Tokenise `documents` into shards in `out_dir`, plan their rows, and open the result.
+    """Tokenise `documents` into shards in `out_dir`, plan their rows, and open the resulting corpus.
 
     heldout               share of documents kept for evaluation
     limit_tokens          stop after the document that brings the train split to this many tokens
@@ -88,7 +88,7 @@ def build(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out_dir.parent / f".{out_dir.name}.lock"):
         scratch = out_dir.parent / f".{out_dir.name}.building"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a build that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed build
         scratch.mkdir()
         try:
             _write(documents, tokenizer, row_length, scratch, heldout, limit_tokens, limit_documents, augment)
@@ -104,7 +104,7 @@ def build(
 
 
 def load(directory: str | Path) -> PackedCorpus:
-    """Open a corpus; UserError naming the file that is missing or altered."""
+    """Open a corpus. Raises UserError naming the file that is missing or altered."""
     at, meta = shards.follow(Path(directory))
     return PackedCorpus(at, meta, *(rows.open_rows(directory, split) for split in shards.SPLITS))
 
@@ -123,7 +123,7 @@ def _write(
     writers = {split: _SplitWriter(folder, split, row_length, shards.dtype_of(tokenizer)) for split in shards.SPLITS}
 
     def left() -> float:
-        """Tokens up to the limit."""
+        """Tokens left up to the limit."""
         return float("inf") if limit_tokens is None else limit_tokens - writers["train"].tokens
 
     for chunk in _chunks(documents, limit_documents, left):
@@ -177,8 +177,8 @@ class _SplitWriter:
 
 
 def _chunks(documents: Iterable[Document], limit: int | None, left: Callable[[], float]) -> Iterator[list[Document]]:
-    """Documents with any text in groups of about CHUNK_CHARS, or of two characters for each of the `left` tokens: most
-    tokens are longer, so little is made in vain."""
+    """Non-blank documents in groups of about CHUNK_CHARS characters, or of two characters for each of the `left()`
+    tokens if that is less: most tokens are longer, so little is tokenised in vain."""
     chunk: list[Document] = []
     size = taken = 0
     wanted = max(LEAST_CHARS, min(CHUNK_CHARS, 2 * left()))
@@ -199,7 +199,7 @@ def _chunks(documents: Iterable[Document], limit: int | None, left: Callable[[],
 
 
 def is_heldout(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out split."""
+    """Whether a document belongs to the held-out split, by a hash of its text."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -207,7 +207,7 @@ def is_heldout(text: str, share: float) -> bool:
 def tokenise(
     documents: Sequence[Document], encoder: Encoder, heldout: float, augment: Augment
 ) -> Iterator[tuple[Document, str, np.ndarray]]:
-    """(document, "train" or "heldout", BOS + ids + EOS) of each; training documents as `augment` makes them."""
+    """Yields (document, "train" or "heldout", BOS + ids + EOS) for each; `augment` transforms training documents."""
     plain = encoder.encode_batch([document.text for document in documents])
     for document, ids in zip(documents, plain, strict=True):
         split = "heldout" if is_heldout(document.text, heldout) else "train"
@@ -235,7 +235,7 @@ class Augment:
 
     def __call__(self, text: str, ids: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
         if not self._fim_rate and not self._is_boundary[ids].any():
-            return ids  # whatever the random numbers would be
+            return ids  # no random number could change them
         digest = hashlib.sha256(f"{self._seed}\n{text}".encode()).digest()
         rng = random.Random(int.from_bytes(digest, "big"))
         if rng.random() < self._fim_rate:
@@ -259,7 +259,7 @@ class Augment:
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """For each token that is punctuation and then line breaks: the ids of its two halves, one after the other."""
+    """Maps each token of punctuation followed by line breaks to the ids of its two halves."""
     halves = {}
     for token_id in range(tokenizer.vocab_size):
         match = _BOUNDARY.fullmatch(tokenizer.token_bytes(token_id).decode("utf-8", "replace"))

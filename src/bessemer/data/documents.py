@@ -1,12 +1,12 @@
-"""Documents, and the user's own text: files of three kinds, a directory of them, or a data set of the Hugging Face hub.
+"""Documents, and the user's own text: files of three kinds, a directory of them, or a data set on the Hugging Face hub.
 
-.jsonl     one object a line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]}), or TRL's
-           {"prompt": ..., "completion": ...} (`formats`). Beside messages may stand {"tools": [...]}
+.jsonl     one object per line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]}), or TRL's
+           {"prompt": ..., "completion": ...} (`formats`). Messages may come with {"tools": [...]}
 .txt       documents separated by one or more blank lines
 .parquet   a column `text`, or `messages` (and `tools`), or `prompt` and `completion`
 
-The first two may be compressed: .jsonl.gz, .txt.zst. A broken record is an error that names file and line; nothing is
-skipped silently.
+The first two may be compressed: .jsonl.gz, .txt.zst. A broken record raises an error that names file and line; nothing
+is skipped silently.
 """
 
 import csv
@@ -51,13 +51,13 @@ class Document:
     prompted: bool = False
     """The messages before the last are a prompt: no answer in them is learnt."""
     tools: tuple[Tool, ...] = ()
-    """What the assistant of the conversation may call."""
+    """Tools that the assistant of the conversation may call."""
     spoken: bool = False
-    """In a corpus, too, the messages are encoded as a conversation, with its control tokens."""
+    """Encode the messages as a conversation, with its control tokens, in a corpus too."""
 
 
 def read_files(path: Path, domain: str) -> Iterator[Document]:
-    """Documents of a file, or of every such file under a directory in the order of their names."""
+    """Documents of a file, or of all such files under a directory in the order of their names."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not files:
@@ -73,12 +73,12 @@ def read_files(path: Path, domain: str) -> Iterator[Document]:
 
 
 def kind(path: Path) -> str:
-    """The suffix that names the format of a file, without that of its compression."""
+    """The suffix that names a file's format, without the suffix of its compression."""
     return (path.suffixes[-2] if path.suffix in COMPRESSED and len(path.suffixes) > 1 else path.suffix).lower()
 
 
 def opened(path: Path) -> ByteFile:
-    """The bytes of a file, uncompressed as they are read. One that is cut short raises OSError or EOFError."""
+    """A file's bytes, decompressed as they are read. A truncated file raises OSError or EOFError."""
     if path.suffix == ".zst":
         import pyarrow  # slow to import, and needed here only
 
@@ -116,8 +116,8 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def records(spec: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of a table whose columns are the caller's business: a .jsonl, .csv or .parquet file, all such
-    files under a directory in the order of their names, or a data set of the hub."""
+    """Yields (where, record) of a table without checking its columns: a .jsonl, .csv or .parquet file, all such files
+    under a directory in the order of their names, or a data set on the hub."""
     if str(spec).startswith(HUB):
         yield from hub_records(str(spec))
         return
@@ -169,8 +169,8 @@ def _parquet(path: Path, domain: str) -> Iterator[Document]:
 def parquet_records(
     path: Path, groups: Sequence[int] | None = None, key: str | None = "text"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of the row groups with these numbers, or of all; the record has `key` alone, or messages, or
-    every column if `key` is None."""
+    """Yields (where, record) of the row groups with these numbers, or of all. A record has only `key`, or the columns
+    of a conversation, or every column if `key` is None."""
     import pyarrow.parquet as pq  # slow to import, and needed here only
 
     try:
@@ -189,7 +189,7 @@ def parquet_records(
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", record
-    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O trouble an OSError
+    except OSError as error:  # pyarrow's ArrowInvalid is a ValueError, its I/O error an OSError
         raise UserError(f"{path} is not a readable parquet file ({error})") from error
     except ValueError as error:
         if isinstance(error, UserError):
@@ -198,13 +198,13 @@ def parquet_records(
 
 
 def read_hub(spec: str, domain: str) -> Iterator[Document]:
-    """`hf://owner/name[@REVISION][/config][#split]`, streamed; the split is `train` unless named."""
+    """Streams the documents of `hf://owner/name[@REVISION][/config][#split]`; the default split is `train`."""
     for where, record in hub_records(spec):
         yield document(record, domain, where)
 
 
 def hub_records(spec: str, index: int = 0, of: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of share `index` of `of` shares of the data set; a share is some of its files."""
+    """Yields (where, record) of part `index` of `of` parts of the data set; a part is some of its files."""
     with _hub_errors(spec):
         rows = _hub(spec)
         if of > 1:
@@ -215,26 +215,26 @@ def hub_records(spec: str, index: int = 0, of: int = 1) -> Iterator[tuple[str, d
 
 
 def hub_files(spec: str) -> int:
-    """The number of shares the data set can be divided into."""
+    """The number of parts that the data set can be divided into."""
     with _hub_errors(spec):
         return max(1, _hub(spec).num_shards)
 
 
 def hub_address(spec: str) -> str:
-    """What a spec names on the hub, without config and split: hf://owner/name, perhaps with @REVISION."""
+    """The hub address in a spec, without config and split: hf://owner/name, perhaps with @REVISION."""
     return HUB + "/".join(spec.removeprefix(HUB).partition("#")[0].split("/")[:2])
 
 
 def at_commit(spec: str) -> str:
-    """The spec with the commit that the run has pinned, for a process that does not know the run's places."""
+    """The spec with the commit that the run has pinned, for a process that does not know the run's pins."""
     address = hub_address(spec)
     commit = places.known_revision(address)
     return spec if commit is None else address.partition("@")[0] + f"@{commit}" + spec.removeprefix(address)
 
 
 def check_hub(spec: str) -> tuple[list[str], str]:
-    """([owner, name, perhaps config], split) of a data set; UserError for another form, or without the library that
-    reads it. The hub is not asked."""
+    """([owner, name, perhaps config], split) of a data set. Raises UserError for a malformed spec, or if the library
+    that reads it is missing. The hub is not contacted."""
     address, _, split = spec.removeprefix(HUB).partition("#")
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
@@ -275,7 +275,7 @@ def _hub_errors(spec: str) -> Iterator[None]:
 
 
 def document(record: Any, domain: str, where: str, key: str = "text") -> Document:
-    """The document of a record: the text under `key`, or a conversation. UserError that begins with `where`."""
+    """The document of a record: the text under `key`, or a conversation. UserErrors begin with `where`."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
     record = {name: value for name, value in record.items() if value is not None}

@@ -1,17 +1,17 @@
 """Encodes many texts, each distinct piece once: the same ids as `Tokenizer.encode_batch`, many times faster.
 
-Texts are cut into the pieces that merges may not cross; a piece, mostly a word, is looked up by a 64-bit hash of its
-characters, and only new pieces go through the tokenizer. Among 10^7 different pieces the chance that any two share a
-hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is called directly. So is V3's for a character
-newer than this Python's Unicode tables. Text before and after an added token such as <think> is encoded by itself.
+Texts are cut into the pieces that merges may not cross. A piece, usually a word, is looked up by a 64-bit hash of its
+characters, and only new pieces go through the tokenizer. Among 10^7 different pieces, the chance that any two share a
+hash is 3 in 10^6. A tokenizer with another pre-split or a normaliser is called directly, as is V3's for a character
+newer than this Python's Unicode tables. Text before and after an added token such as <think> is encoded separately.
 
 The cuts reproduce V3's pre-split with array operations on a whole batch of texts, because the tokenizer's three regular
 expressions (`tokenizer.DIGITS`, `CJK`, `WORDS`) take most of the encoding time. They depend only on the kinds of
-characters, so the cuts follow from runs of kinds. Rule by rule, in the order of WORDS:
+characters, so the cuts follow from runs of one kind. Rule by rule, in the order of WORDS:
 
     1  [ASCII punctuation][A-Za-z]+      one free punctuation mark, and the ASCII letters after it
     2  [^\\r\\n LPS]?[LM]+                a word, with one white space or other character before it
-    3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one blank before it and line breaks after it
+    3   ?[PS]+[\\r\\n]*                   a run of punctuation, with one space before it and line breaks after it
     4  \\s*[\\r\\n]+                      white space up to its last line break
     5  \\s+(?!\\S)                       the rest of it, except the last character if something follows
     6  \\s+                             that last character, if neither 2 nor 3 takes it
@@ -20,10 +20,10 @@ characters, so the cuts follow from runs of kinds. Rule by rule, in the order of
 Runs of digits are cut into threes from their start. Runs of digits, Han and kana are fences: no rule above crosses one.
 Within Han and kana, signs such as the middle dot are separated from letters.
 
-The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, by prefix sums: B is odd, so B^-s
-exists.
+The hash of a piece is h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, computed from prefix sums: B is odd,
+so B^-s exists.
 
-Where gigatoken is installed (the extra of its name), it encodes instead: the same ids, several times faster.
+If gigatoken is installed (the extra of that name), it encodes instead: the same ids, several times faster.
 """
 
 import json
@@ -42,7 +42,7 @@ from bessemer.data import chat
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
 NEW = 255
-"""Not assigned in this Python's Unicode tables. The library's may be newer, so it encodes texts with one."""
+"""A code point not assigned in this Python's Unicode tables. The library's may be newer, so it encodes such texts."""
 LETTER, MARK, PUNCTUATION, BREAK, BLANK, SPACE, OTHER, DIGIT, HAN, HAN_SIGN, FENCE = range(11)
 WORD, SIGN, WHITE, REST, NUMBER, KANA, KANA_SIGN, EDGE = range(8)
 """Kinds of runs; those after REST are fences."""
@@ -59,11 +59,11 @@ MOST_PIECES = 1 << 20
 
 
 GIGATOKEN, MOST_CHARACTERS = "0.10.0", 1 << 26
-"""The version whose ids were compared, at every code point too; and when its cache, which has no bound, begins anew."""
+"""The version whose ids we compared, at every code point too; and the characters after which its cache is reset."""
 
 
 class Encoder:
-    """`encode_batch` of one tokenizer, in this thread."""
+    """A fast `encode_batch` for one tokenizer, in this thread."""
 
     _hashes: np.ndarray
     """uint64 [known pieces], ascending."""
@@ -79,14 +79,14 @@ class Encoder:
         self.opening = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         """Ids at the start of a document."""
         self.ending = np.array([tokenizer.eos_id], np.int32)
-        """Ids at its end."""
+        """Ids at the end of a document."""
         self.has_v3_split = has_v3_split(tokenizer)
         self._gigatoken: Any = gigatoken_of(tokenizer) if self.has_v3_split else None
         self._seen = 0
         added = tokenizer.spec["added_tokens"] if self.has_v3_split else ()
         self._added = {one["content"]: np.array([one["id"]], np.int32) for one in added if not one["special"]}
-        """The ids of added tokens that are tokens inside a text, too."""
-        # As the library: leftmost, of these the longest; control tokens are matched, and are text.
+        """The ids of added tokens that are also tokens inside a text."""
+        # Like the library: the leftmost match, then the longest. Control tokens are matched but remain text.
         names = sorted((one["content"] for one in added), key=len, reverse=True)
         self._any_added = re.compile("|".join(map(re.escape, names)))
         self._forget()
@@ -96,7 +96,7 @@ class Encoder:
         if not self.has_v3_split:
             return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
         if self._gigatoken is not None and texts:
-            with suppress(TypeError):  # half a surrogate pair, which is named below
+            with suppress(TypeError):  # a lone surrogate, which is reported below
                 return self._by_gigatoken(texts)
         split = [list(self._split(text)) for text in texts]
         spans = [part for parts in split for part in parts if isinstance(part, str)]
@@ -116,12 +116,12 @@ class Encoder:
         return np.split(np.asarray(found.content.data, np.int32), found.offsets.data[1:-1].astype(np.int64))
 
     def conversation(self, messages: Sequence[chat.Message]) -> list[int]:
-        """The ids of a conversation without those at start and end of a document."""
+        """The ids of a conversation, without those at the start and end of a document."""
         ids = chat.render_ids(self._tokenizer, messages, add_generation_prompt=False)
         return ids[len(self.opening) : -len(self.ending)]
 
     def _split(self, text: str) -> Iterator[str | np.ndarray]:
-        """The text between added tokens, and their ids; at least one span."""
+        """The texts between added tokens, and the tokens' ids; at least one span."""
         start = 0
         if any(name in text for name in self._added):
             for match in self._any_added.finditer(text):
@@ -158,13 +158,13 @@ class Encoder:
         starts = self._starts[at][which]
         stops = np.cumsum(lengths)
         ids = self._ids[np.repeat(starts - (stops - lengths), lengths) + np.arange(int(lengths.sum()))]
-        # ids of a text: those of the pieces that end within it
+        # the ids of a text are those of the pieces that end within it
         pieces = np.searchsorted(last, ends, "right")
         edges = np.concatenate(([0], np.append(0, stops)[pieces]))
         return [ids[edges[number] : edges[number + 1]] for number in range(n_texts)]
 
     def _remember(self, hashes: np.ndarray, first: np.ndarray, last: np.ndarray, points_C: np.ndarray) -> np.ndarray:
-        """Positions of these pieces (hashes ascend) among the known ones, after encoding the new ones."""
+        """Positions of these pieces (hashes ascending) among the known ones, after encoding the new ones."""
         if len(self._hashes) + len(hashes) > MOST_PIECES:
             self._forget()
         at = np.searchsorted(self._hashes, hashes)
@@ -188,7 +188,7 @@ class Encoder:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """np.unique with an index and the inverse, twice as fast because the index may be that of any equal value."""
+    """np.unique with index and inverse, but twice as fast, because the index may be that of any equal value."""
     order = np.argsort(values)
     ascending = values[order]
     new = np.concatenate(([True], ascending[1:] != ascending[:-1]))[: len(values)]
@@ -198,8 +198,8 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def gigatoken_of(tokenizer: Tokenizer) -> Any:
-    """gigatoken's form of a tokenizer with V3's pre-split. None where that version is not installed, or where an added
-    token meets another: control tokens are text here, but take part in the search, and there they are unknown."""
+    """gigatoken's form of a tokenizer with V3's pre-split. None if that version is not installed, or if added tokens
+    can overlap: here control tokens are text but take part in the search, and gigatoken does not know them."""
     with suppress(PackageNotFoundError):
         added = tokenizer.spec["added_tokens"]
         kept = [one for one in added if not one["special"]]
@@ -210,7 +210,7 @@ def gigatoken_of(tokenizer: Tokenizer) -> Any:
 
         spec = json.loads(json.dumps(tokenizer.spec)) | {"added_tokens": kept}
         for part in spec["pre_tokenizer"]["pretokenizers"]:
-            if rule := part.get("pattern"):  # it knows the published spelling alone
+            if rule := part.get("pattern"):  # it knows only the published spelling
                 rule["Regex"] = rule["Regex"].replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\"", '"')
         return Gigatoken.from_json(json.dumps(spec))
     return None
@@ -265,7 +265,7 @@ def _ascii() -> tuple[np.ndarray, np.ndarray]:
 
 
 def cuts(points_C: np.ndarray, kinds_C: np.ndarray) -> np.ndarray:
-    """Boundaries of the pieces, ascending, 0 and the end included. A FENCE is a piece of its own."""
+    """Boundaries of the pieces, ascending, including 0 and the end. A FENCE is a separate piece."""
     size = len(points_C)
     runs_C = _RUN_OF[kinds_C]
     begins = np.concatenate(([True], (runs_C[1:] != runs_C[:-1]) | (runs_C[1:] == EDGE)))
@@ -297,10 +297,10 @@ def _numbers(cut: np.ndarray, start: np.ndarray, end: np.ndarray, run: np.ndarra
 def _white(
     cut: np.ndarray, kinds_C: np.ndarray, start: np.ndarray, end: np.ndarray, runs: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """White space: rules 4 to 6, and the blanks of rules 2 and 3. Returns the starts of the signs after the latter."""
+    """White space: rules 4 to 6, and the spaces of rules 2 and 3. Returns the starts of the signs after the latter."""
     run, before, after = runs
     white = run == WHITE
-    # the common case: one blank, which the word or sign after it takes
+    # the common case: one space, which joins the word or sign after it
     single = white & (end - start == 1) & (kinds_C[start] == BLANK)
     cut[end[single & (after <= SIGN)]] = False
     taken = end[single & (after == SIGN)]
@@ -320,7 +320,7 @@ def _white(
     rest = np.where(past > begin, past, begin)
     left = e - rest
     cut[rest[left > 0]] = True
-    # rules 5 and 6: all of it at a fence, else all but the last character
+    # rules 5 and 6: all of the rest before a fence, else all but its last character
     follows = (left > 0) & (behind <= REST)
     cut[e[follows] - 1] = True
     blank = kinds_C[np.maximum(e - 1, 0)] == BLANK
@@ -357,7 +357,7 @@ def _signs(
 
 
 def hash_pieces(points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """uint64 hash of every points_C[start:end]; equal pieces have equal hashes wherever they stand."""
+    """uint64 hash of every points_C[start:end]; equal pieces have equal hashes wherever they occur."""
     powers_C, inverses_C = _powers(len(points_C) + 1)
     sums_C = np.zeros(len(points_C) + 1, np.uint64)
     # squared, so that sums of nearby code points do not coincide
@@ -379,4 +379,4 @@ def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
 def _cumulated(factor: int, n: int) -> np.ndarray:
     powers = np.full(n, factor, np.uint64)
     powers[0] = 1
-    return np.cumprod(powers, out=powers)  # wraps, as it must
+    return np.cumprod(powers, out=powers)  # wraps around, as intended

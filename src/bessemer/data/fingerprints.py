@@ -1,10 +1,10 @@
-"""SHA-256 of files, each read once: `sha256` remembers it for as long as size, times and inode are the same.
+"""SHA-256 of files, each read once: `sha256` remembers it as long as the file's size, times and inode stay the same.
 
 The table is `CACHE/hashes.sqlite` (see `fetch.cache_dir`). Without it, for instance on a read-only disk, every call
-reads the file. A file that was written less than two seconds before it is read is not remembered, because a second
+reads the file. The hash of a file written less than two seconds before it is read is not remembered, because a second
 write within the clock's resolution would look like the first.
 
-`check_finished` compares a model of a run with the checksums that its stage left in done.json.
+`check_finished` compares a run's model with the checksums that its stage recorded in done.json.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from bessemer.errors import UserError
 from bessemer.workers import cores
 
 LARGE = 10 * 10**9
-"""Bytes of a file that takes long enough to say so."""
+"""Bytes from which a file takes long enough to hash that a message says so."""
 SETTLED_NS = 2 * 10**9
 NO_VERIFY = "BESSEMER_NO_VERIFY"
 """Environment variable, set by --no-verify, so that processes started for a model skip the comparison too."""
 
 
 def sha256(path: Path, fresh: bool = False) -> str:
-    """Hex digest of a file, from the table if it is there; `fresh`: from the bytes, and the table is brought up to
-    date."""
+    """Hex digest of a file, from the table if it is there. `fresh`: computed from the bytes, and the table updated."""
     place, key = str(path.resolve()), _key(path)
     with suppress(sqlite3.Error, OSError), closing(_table()) as table:
         found = None if fresh else table.execute("SELECT key, sha256 FROM hashes WHERE path = ?", (place,)).fetchone()
@@ -50,13 +49,13 @@ def sha256(path: Path, fresh: bool = False) -> str:
 
 
 def sha256_of_all(paths: Iterable[Path]) -> list[str]:
-    """Of many files, several at a time."""
+    """Hex digests of many files, computed several at a time."""
     with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(sha256, paths))
 
 
 def _key(path: Path) -> str:
-    # the time of the last change to the inode tells a file that was replaced and given back its old date
+    # the time of the last inode change reveals a file that was replaced and given its old date
     stat = path.stat()
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_dev} {stat.st_ino}"
 
@@ -66,9 +65,9 @@ def _table() -> sqlite3.Connection:
     folder.mkdir(parents=True, exist_ok=True)
     table = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
     try:
-        table.execute("PRAGMA synchronous = OFF")  # what a crash of the machine loses is hashed again
+        table.execute("PRAGMA synchronous = OFF")  # what a crash loses is hashed again
         table.execute("CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, key TEXT, sha256 TEXT)")
-    except sqlite3.OperationalError:  # in use by another process for long, or on a disk that cannot be written
+    except sqlite3.OperationalError:  # locked for long by another process, or on a read-only disk
         table.close()
         raise
     except sqlite3.DatabaseError:  # damaged: the next call makes a new one
@@ -79,8 +78,8 @@ def _table() -> sqlite3.Connection:
 
 
 def check_finished(directory: Path) -> None:
-    """UserError if a file of the model directory RUN/NN-STAGE/NAME is missing or not what the stage wrote. Directories
-    that no stage made are not compared, and none is after --no-verify."""
+    """Raises UserError if a file of the model directory RUN/NN-STAGE/NAME is missing or is not what the stage wrote.
+    Does nothing for directories that no stage made, or after --no-verify."""
     stage = directory.resolve().parent
     if os.environ.get(NO_VERIFY) or not (stage / "done.json").is_file():
         return

@@ -1,13 +1,13 @@
 """Records in the data set formats of Hugging Face's TRL ("Dataset formats and types" in its documentation).
 
     prompt-completion      {"prompt", "completion"}
-    preference             {"prompt", "chosen", "rejected"}, or without prompt: what both texts begin with is the prompt
+    preference             {"prompt", "chosen", "rejected"}; without prompt, the texts' common beginning is the prompt
     unpaired preference    {"prompt", "completion", "label"}; our own form is {"prompt", "response", "safe"}
 
 A text is a string or a list of messages, the same in all columns of a record. A string under `prompt` is what the user
-says, any other what the assistant answers. Conversations ({"messages"}, with {"tools"} where the assistant calls some)
-are read in `documents`; a prompt, completion or preference calls none. Other columns are ignored, and one that is null
-counts as absent, as parquet files have it. Every error begins with `where`.
+says; any other is what the assistant answers. Conversations ({"messages"}, with {"tools"} if the assistant calls some)
+are read in `documents`; a prompt, completion or preference calls none. Other columns are ignored, and a null counts as
+absent, as in parquet files. Every error begins with `where`.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ Prompt = str | list[Message]
 
 
 def completed(record: dict[str, Any], where: str) -> list[Message]:
-    """The conversation of a prompt-completion record; its last message is the completion. Where both are strings, the
-    blank that joins them is dropped."""
+    """The conversation of a prompt-completion record; its last message is the completion. If both are strings, the
+    space that joins them is dropped."""
     prompt, completion = record["prompt"], record["completion"]
     if record.get("label") is not None:
         raise UserError(
@@ -39,8 +39,8 @@ def completed(record: dict[str, Any], where: str) -> list[Message]:
 
 
 def pair(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """{"prompt": Prompt, "chosen": str, "rejected": str} of a preference record. Without a prompt, or with the question
-    as a string beside whole conversations, the prompt is what both texts have in common, cut as TRL cuts it."""
+    """{"prompt": Prompt, "chosen": str, "rejected": str} of a preference record. Without a prompt, or with a string as
+    prompt of whole conversations, the prompt is the common beginning of both texts, cut as TRL cuts it."""
     prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
     if chosen is None or rejected is None:
         raise _lacks(where, record, '{"prompt": str, "chosen": str, "rejected": str}')
@@ -78,7 +78,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
 
 
 def conversational(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of `pair` or `label` as TRL reads it: texts are messages."""
+    """A line of `pair` or `label` in TRL's conversational form: texts become messages."""
 
     def said(name: str) -> list[Message]:
         return [{"role": "assistant", "content": line[name]}]
@@ -90,8 +90,8 @@ def conversational(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_none(value: Any) -> Any:
-    """Parquet gives every message every key, with None where the record had none; so it does inside of its calls, where
-    only arguments that are text keep a null."""
+    """The value without the None entries that parquet adds to every message for keys it lacks. Also applies inside
+    calls, where only arguments given as text keep a null."""
     if isinstance(value, dict):
         return {key: without_none(one) for key, one in value.items() if one is not None}
     return [without_none(one) for one in value] if isinstance(value, list) else value
@@ -130,7 +130,7 @@ def _asked(prompt: Prompt, where: str) -> list[Message]:
 
 
 def _answer(value: Prompt, name: str, where: str) -> str:
-    """The text of a string, or of the one message of the assistant in a list."""
+    """The text of a string, or of the only message of a list, which must be the assistant's."""
     if isinstance(value, list):
         messages = _messages(value, name, where)
         if [message["role"] for message in messages] != ["assistant"]:
@@ -142,7 +142,7 @@ def _answer(value: Prompt, name: str, where: str) -> str:
 
 
 def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Prompt, Prompt]:
-    """(common beginning, the rest of each). A blank at the end of the beginning belongs to the answers."""
+    """(common beginning, the rest of each). A space at the end of the beginning belongs to the answers."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
     n = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
     if n and chosen[n - 1] == " ":

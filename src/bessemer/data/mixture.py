@@ -1,7 +1,7 @@
 """Mixture: several sources read as one endless list of rows; row n is computed, without a table of rows.
 
 The cursor of a run is one integer, the number of rows consumed. It does not depend on the number of
-workers or the batch size, so a resumed run, even on another world size, reads exactly the rows not read yet.
+workers or the batch size, so a resumed run, even with another world size, reads exactly the rows not read yet.
 
 Row n is in slot n mod S of period n div S. The number of slots of each source in a period is its quota; a permutation
 (`rows.permute`) orders the slots. The k-th row of a source is element `k mod n_rows` of the permutation of epoch
@@ -190,7 +190,7 @@ class Mixture:
         return self.names[names[0]], int(rows[0])
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
-        """Rows `first_row` to `first_row + n_rows`, not included."""
+        """Rows `first_row` to `first_row + n_rows`, excluding the latter."""
         which, rows = self._locate(np.arange(first_row, first_row + n_rows))
         tokens_BT = np.empty((n_rows, self.row_length), dtype=np.int64)
         for number, source in enumerate(self.sources.values()):

@@ -1,7 +1,7 @@
-"""The small files of a model directory, which anybody may have written: opened only if they are files, of bounded size.
+"""Reads the small files of a model directory, which anybody may have written: only regular files of bounded size.
 
-A pipe or a device in the place of a file would block or never end, and JSON of gigabytes would fill the memory. All
-readers of `config.json`, `tokenizer.json` and the like come through here, and see only UserErrors that name the file.
+A pipe or a device in place of a file would block or never end, and gigabytes of JSON would fill the memory. All readers
+of `config.json`, `tokenizer.json` and the like use this module, and get only UserErrors that name the file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from bessemer.errors import UserError
 AGAIN = "copy or download it again"
 INDEX = "model.safetensors.index.json"
 MOST = 64 << 20
-"""Bytes of a file; the largest published ones have 34 MB (a tokenizer of 256K tokens)."""
+"""Most bytes of a file; the largest published ones have 34 MB (a tokenizer of 256K tokens)."""
 
 
 def check_regular(path: Path) -> int:
-    """The size in bytes of a regular file, or of what a link leads to; UserError for a pipe, a device or a socket."""
+    """The size in bytes of a regular file or a link's target. Raises UserError for a pipe, a device or a socket."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a regular file; {AGAIN}")
@@ -29,7 +29,7 @@ def check_regular(path: Path) -> int:
 
 
 def check_files(directory: Path) -> None:
-    """`check_regular` for everything in a directory that a library might open by itself, and `MOST` for its JSON."""
+    """Applies `check_regular` to everything in a directory that a library might open, and `MOST` to its JSON."""
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_dir():
             size = check_regular(path)
@@ -51,7 +51,7 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A text in UTF-8."""
+    """A UTF-8 text file."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -59,12 +59,12 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys."""
+    """A JSON object in a file. Raises UserError for duplicate keys."""
     return parse_object(read_bytes(path), str(path))
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys; `where` opens every error message."""
+    """A JSON object from bytes. Raises UserError for duplicate keys; `where` begins every error message."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -77,7 +77,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
         raise UserError(f"{where}: not valid JSON ({error}); {AGAIN}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object; {AGAIN}")

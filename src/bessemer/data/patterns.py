@@ -1,9 +1,9 @@
-"""The patterns of a tokenizer from outside, tried out before they are used.
+"""Tries out the patterns of an untrusted tokenizer before they are used.
 
-A pre-tokenizer or normalizer may hold regular expressions that take exponential time on a run of one letter, or
-gigabytes to compile. The library gives up with a panic, which is no exception and prints a stack. So unknown patterns
-are first compiled and run on short texts in a child process with limits (`python -m bessemer.data.patterns`).
-A pattern can still wait for a text of its own, which `explained` reports.
+A pre-tokenizer or normalizer may contain regular expressions that take exponential time on a run of one letter, or
+gigabytes to compile. The library gives up with a panic, which is not an Exception and prints a stack trace. So unknown
+patterns are first compiled and run on short texts in a limited child process (`python -m bessemer.data.patterns`).
+A pattern can still fail on another text; `explained` reports that.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from bessemer.errors import UserError
 CPU_SECONDS = 2.0
 """Processor time for all texts; usual patterns take a millisecond."""
 PATIENCE = 120.0
-"""Seconds to wait on a busy machine."""
+"""Seconds to wait for the reply, since the machine may be busy."""
 MEMORY = 1 << 29
 RUN = 48
-"""Characters of a run: enough for 2^48 steps, too few for a pattern of fourth degree to matter."""
+"""Characters in a run: enough for 2^48 steps, too few for a pattern of quartic time to matter."""
 TEXTS = [run + end for run in (c * RUN for c in "aA1 .\n\tx_é漢") for end in ("", "!", "!abxyz019 \n")]
 TEXTS += ["ab" * RUN, " a" * RUN, "a1" * RUN, " \n" * RUN, "a." * RUN, "aA" * RUN]
 
 
 def check(spec: dict[str, Any], known: Collection[str], where: str) -> None:
-    """UserError for patterns that explode; `known` ones need no trial. `spec`: a parsed tokenizer.json."""
+    """Raises UserError for patterns that explode; `known` ones need no trial. `spec`: a parsed tokenizer.json."""
     parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
     if set(_patterns(parts)) <= {*known}:
         return
@@ -47,11 +47,11 @@ def check(spec: dict[str, Any], known: Collection[str], where: str) -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Makes a panic of the library in the block a UserError."""
+    """Turns a panic of the library in the block into a UserError."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # made by the library at run time: there is nothing to import
+        if type(error).__name__ != "PanicException":  # the library creates it at run time: there is nothing to import
             raise
         raise UserError(
             f"this tokenizer fails on this text ({str(error)[:200]}); take one of a model you trust"
@@ -72,7 +72,7 @@ def _patterns(value: Any) -> Iterator[str]:
 
 @cache
 def _child(pid: int) -> Child:
-    """One per process: a forked worker must not write to its parent's pipe."""
+    """One child per process: a forked worker must not write to its parent's pipe."""
     return Child("bessemer.data.patterns")
 
 
@@ -92,7 +92,7 @@ def _answer(parts: dict[str, Any]) -> dict[str, Any]:
             tok = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
             for text in TEXTS:
                 tok.encode(text)
-    except BaseException as error:  # a panic of the Rust library is no Exception
+    except BaseException as error:  # a panic of the Rust library is not an Exception
         return {"error": str(error)[:200]}
     return {}
 

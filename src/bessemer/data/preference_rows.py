@@ -1,14 +1,14 @@
-"""Preference data to packed rows for reward models: pairs of a chosen and a rejected text, or labelled texts.
+"""From preference data to packed rows for reward models: pairs of a chosen and a rejected text, or labelled texts.
 
-A directory holds `rows.bin`, rows of uint32, each four times a token's id plus a mark at the last token of a text: 1
-for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts, written last. Texts share rows without seeing
-each other; a text begins behind the mark of the one before. Those of a pair are adjacent, the chosen one first.
+A directory holds `rows.bin`, rows of uint32: each value is four times a token's id, plus a mark at a text's last token,
+1 for chosen or safe, 2 for rejected or unsafe. `meta.json` holds the facts and is written last. Texts share rows but do
+not see each other; a text begins after the previous one's mark. A pair's texts are adjacent, the chosen one first.
 
 Invariants
-- A pair is whole or left out, and so is a text; what does not fit a row is counted in `too_long`, not cut, for the
-  score is read at the end.
-- `loss_BT` is 1 where a loss is taken: at the last token of the chosen text, which knows its rival's place in the row,
-  or of every labelled text. So the divisor of a step counts pairs, or texts.
+- A pair or text is kept whole or left out: one that does not fit a row is counted in `too_long`, not cut, because the
+  score is read at its end.
+- `loss_BT` is 1 where a loss is taken: at the last token of a chosen text (`rival_BT` has its rival's place in the row)
+  or of every labelled text. So the divisor of a step counts pairs or texts.
 
 Legend: B rows, T tokens per row.
 """
@@ -33,12 +33,12 @@ Ids = Sequence[int]
 
 
 class PairRows(SFTRows):
-    """Pairs, opened. `extras["rival_BT"]`: at the last token of a chosen text, where its rejected one ends."""
+    """Pairs, opened for reading. `extras["rival_BT"]`: at a chosen text's last token, where its rejected one ends."""
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
         tokens, mark = _unpacked(packed_BT)
         rival = torch.zeros_like(tokens)
-        # Both lists go row by row and a row holds whole pairs, so their entries correspond.
+        # Both lists are in row order and a row holds whole pairs, so their entries correspond.
         rows, places = (mark == BAD).nonzero(as_tuple=True)
         rival[mark == GOOD] = places
         assert torch.equal((mark == GOOD).sum(1), torch.bincount(rows, minlength=len(tokens)))
@@ -53,7 +53,7 @@ class PairRows(SFTRows):
 
 
 class LabelRows(PairRows):
-    """Labelled texts, opened. `extras["safe_BT"]`: 1 at the last token of a safe text, 0 at that of an unsafe one."""
+    """Labelled texts, opened for reading. `extras["safe_BT"]`: 1 at a safe text's last token, 0 at an unsafe one's."""
 
     def _batch(self, packed_BT: np.ndarray) -> Batch:
         tokens, mark = _unpacked(packed_BT)
@@ -96,7 +96,7 @@ def load(directory: Path, kind: type[PairRows], seed: int) -> PairRows:
 
 
 def read(name: str | Path, line: Callable[[dict[str, Any], str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The lines of a file (.jsonl, .csv or .parquet), a directory of such files, or a data set of the hub; `line` is
+    """The lines of a file (.jsonl, .csv or .parquet), a directory of such files, or a data set on the hub. `line` is
     `formats.pair` or `formats.label`. UserErrors name file and line."""
     path = str(name) if str(name).startswith(HUB) else located(name)
     if isinstance(path, Path) and not path.exists():

@@ -1,8 +1,8 @@
 """Rows: documents packed into rows of one length, planned once, read from the shards of a corpus on demand.
 
 Packing is best fit (V3 4.1; Ding et al. 2024, "Fewer Truncations"). A document longer than a row is cut into row-sized
-pieces; then each piece, the longest first, goes into the fullest row with room for it. So only documents longer than a
-row are cut, and there is little padding. Rows are in the order of their first document, so the first few rows are as
+pieces; then each piece, longest first, goes into the fullest row with room for it. So only documents longer than a row
+are cut, and there is little padding. Rows are in the order of their first document, so the first few rows are as
 representative as any.
 
 A plan lists the pieces of a shard's documents that make up each row, for one row length:
@@ -10,11 +10,11 @@ A plan lists the pieces of a shard's documents that make up each row, for one ro
     rows-256/train-00000.pieces.npy    (start, length) of every piece, in tokens of the shard; rows one after the other
     rows-256/train-00000.rows.npy      (end, crc) of every row: where its pieces end, CRC-32 of its tokens
 
-It depends only on the lengths of the documents, so rows of another length need another plan, made on first use, and no
-second copy of the tokens. A row whose tokens do not match its CRC was altered after it was planned.
+It depends only on the lengths of the documents, so rows of another length need only another plan, made on first use,
+and no second copy of the tokens. A row whose tokens do not match its CRC was altered after it was planned.
 
 `permute` needs no table: it computes position n of a permutation from a key. The permutations are Feistel networks:
-they have no state, and do not depend on the version of any library.
+they have no state and do not depend on the version of any library.
 
 Legend: B rows, T tokens per row; P pieces, R rows of a plan.
 """
@@ -56,7 +56,7 @@ class Rows:
         self.path, self.row_length = folder, row_length
         self.pad_id: int = meta["pad_id"]
         self.facts: dict[str, Any] = meta["parts"][split]
-        """Counts of this split: documents, tokens (padding not counted), bytes of UTF-8 text, per domain, shards."""
+        """Counts of this split: documents, tokens (without padding), bytes of UTF-8 text, per domain, shards."""
         self.tokenizer: str = meta["tokenizer"]
         """Fingerprint of the tokenizer that made the ids."""
         self._dtype = np.dtype(meta["dtype"])
@@ -68,7 +68,7 @@ class Rows:
 
     @property
     def waste(self) -> float:
-        """Share of the positions in rows that is padding."""
+        """Share of row positions that are padding."""
         return 1 - self.facts["tokens"] / (self.n_rows * self.row_length) if self.n_rows else 0.0
 
     @property
@@ -77,7 +77,7 @@ class Rows:
         return self.facts["bytes"] / max(1, self.facts["tokens"])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Tokens [B, T] of the rows with these numbers, in this order. UserError if one was altered since packing."""
+        """Tokens [B, T] of the rows with these numbers, in this order. Raises UserError if one was altered."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()}, there are {self.n_rows}")
@@ -103,7 +103,7 @@ class Rows:
         first = int(shard.rows["end"][number - 1]) if number else 0
         crc = at = 0
         pieces = shard.pieces[first : int(shard.rows["end"][number])]
-        fits = bool((pieces["start"] >> 48 == 0).all() and (pieces["length"] > 0).all())  # numbers that a plan may hold
+        fits = bool((pieces["start"] >> 48 == 0).all() and (pieces["length"] > 0).all())  # values that a plan may hold
         fits = fits and int(pieces["length"].sum(dtype=np.int64)) <= len(row_T)
         for start, length in pieces.tolist() if fits else ():
             width = self._dtype.itemsize
@@ -134,7 +134,7 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
             raise ValueError("its tables have another form")
         if int(rows["end"][-1]) != len(pieces):
             raise ValueError(f"its rows have {int(rows['end'][-1])} pieces, it lists {len(pieces)}")
-    except Exception as error:  # whatever numpy raises for a header that it cannot parse
+    except Exception as error:  # numpy raises various errors for a header it cannot parse
         raise UserError(
             f"the plan of {name} in {plan} is broken ({error}); delete that folder, and it is made again"
         ) from error
@@ -164,7 +164,7 @@ def open_rows(
 
 
 def find_plan(folder: Path, meta: dict[str, Any], row_length: int, plans: Path) -> Path:
-    """The folder of the plans of all shards for this length: in `folder`, or else made in `plans`."""
+    """The folder with all shards' plans for this length: in `folder`, or else in `plans`, made there if missing."""
     names = [shard["name"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
     existing = folder / f"rows-{row_length}"
     if _complete(existing, names):
@@ -188,7 +188,7 @@ def check_length(row_length: int) -> None:
 
 
 def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_length: int) -> None:
-    """Plan one shard. A process that is killed leaves no partial file under a final name."""
+    """Plan one shard. A killed process leaves no partial file under a final name."""
     check_length(row_length)
     target.mkdir(exist_ok=True)
     try:
@@ -243,8 +243,8 @@ def best_fit(lengths: np.ndarray, row_length: int) -> PackedPieces:
     start_P, length_P = _pieces(np.asarray(lengths, np.int64), row_length)
     row_P = np.empty(len(start_P), dtype=np.int64)
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    """Rows by their free room."""
-    rooms = 0  # bit n is set where a row with room n is open
+    """Open rows by their free room."""
+    rooms = 0  # bit n is set if a row with room n is open
     n_rows = 0
     order = np.argsort(-length_P, kind="stable")
     for piece, length in zip(order.tolist(), length_P[order].tolist(), strict=True):
@@ -328,7 +328,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:
-    """A 64-bit mixing function (splitmix64's finaliser); multiplication wraps, as it must."""
+    """A 64-bit mixing function (splitmix64's finaliser); multiplication wraps around, as intended."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

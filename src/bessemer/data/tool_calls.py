@@ -1,13 +1,13 @@
-"""The calls in an answer: from the text of the assistant back to names and arguments, at once or as it streams in.
+"""The calls in an answer: from the assistant's text back to names and arguments, at once or as the text streams in.
 
-The form is that of `tools`. Everything here comes from a model, which may write anything: nothing is evaluated, sizes,
-depth and number are bounded, and what is no call is reported as such, in its place among the calls.
+The form is that of `tools`. Everything here comes from a model, which may write anything: nothing is evaluated; sizes,
+depth and number are bounded; and a malformed call is reported as such, in its place among the calls.
 
 Invariants
 - The pieces of `CallParser` are the same however the text is cut.
-- A mark inside a thought calls nothing, and neither does one of a call outside `<｜tool▁calls▁begin｜>` and its end.
-- The names and arguments of all pieces joined are those of `parse_calls`. No text but blanks between calls is lost:
-  what stands around calls is content, what cannot be one is a `BrokenCall`.
+- A mark inside a thought calls nothing, and neither does a call's mark outside `<｜tool▁calls▁begin｜>` and its end.
+- The names and arguments of all pieces joined are those of `parse_calls`. No text but white space between calls is
+  lost: text around calls is content, and what cannot be a call is a `BrokenCall`.
 """
 
 import json
@@ -32,11 +32,11 @@ from bessemer.data.tools import (
 )
 
 MOST_CALLS = 64
-"""Of one answer; more are broken."""
+"""Most calls of one answer; further ones are broken."""
 LONGEST_ARGUMENTS = 65_536
-"""Characters; longer ones are cut and broken."""
+"""Most characters of a call's arguments; longer ones are cut, and the call is broken."""
 ROOM = 80
-"""Characters of a name and the blanks around it."""
+"""Most characters of a name and the white space around it."""
 CUT = "it has no end: the answer stopped there"
 
 
@@ -54,14 +54,14 @@ class ToolCall(NamedTuple):
 
 
 class BrokenCall(NamedTuple):
-    """What should have been a call and is none."""
+    """Text that should have been a call but cannot be made."""
 
     name: str
-    """Empty where there is none."""
+    """Empty if there is none."""
     text: str
-    """The arguments, or all of the call where it has no name."""
+    """The arguments, or the whole call if it has no name."""
     why: str
-    """One sentence without a full stop, such as a tool's answer may be."""
+    """One sentence without a full stop, fit to be a tool's answer."""
 
     def as_openai(self, call_id: str) -> dict[str, Any]:
         """An entry of a message's `tool_calls`; one without a name is called "unknown"."""
@@ -76,16 +76,16 @@ class CallPiece(NamedTuple):
     call: int | None = None
     """The number of the call; None: content."""
     name: str = ""
-    """Of the call that begins here."""
+    """The name of the call that begins here."""
     broken: bool = False
-    """A call without a name, as it was written, which only content can show."""
+    """The text belongs to a call without a name, which only content can show."""
 
 
 def parse_calls(
     text: str, tools: Iterable[Tool] = (), thinking: bool = False
 ) -> tuple[str, list[ToolCall | BrokenCall]]:
-    """(content, calls) of an assistant message; a thought is part of the content. `tools`: those that exist; a call to
-    any other is broken, unless none are given. `thinking`: the prompt has opened the thought."""
+    """(content, calls) of an assistant message; a thought is part of the content. `tools`: the tools that exist; if any
+    are given, a call to another one is broken. `thinking`: the prompt has opened the thought."""
     parser = CallParser(thinking)
     pieces = [*parser.push(text), *parser.end()]
     content = "".join(piece.text for piece in pieces if piece.call is None and not piece.broken)
@@ -93,20 +93,20 @@ def parse_calls(
 
 
 class CallParser:
-    """The calls of one answer, from its text in pieces."""
+    """Parses the calls of one answer from its text in pieces."""
 
     def __init__(self, thinking: bool = False, most: int = MOST_CALLS):
         """`thinking`: the prompt has opened the thought. `most`: further calls are left out of the pieces."""
         self.most = most
         self.begun = 0
-        """Calls with a name, so far."""
+        """Calls with a name so far."""
         self._found: list[_Found] = []
         self._pending = ""
         self._state: _State = self._in_thought if thinking else self._at_start
         self._ended = False
 
     def push(self, text: str) -> list[CallPiece]:
-        """What is certain by now."""
+        """The pieces that are now certain."""
         self._pending += text
         pieces: list[CallPiece] = []
         while (more := self._state()) is not None:
@@ -122,16 +122,16 @@ class CallParser:
         if self._state in (self._in_call, self._in_nameless):
             pieces += self._more(self._pending)
             self._found[-1].why = self._found[-1].why or CUT
-        elif self._state != self._between:  # where the rest is blank, or the beginning of a mark
+        elif self._state != self._between:  # between calls the rest is blank, or the beginning of a mark
             pieces += _content(self._pending)
         self._pending = ""
         return _joined(pieces)
 
     def calls(self, names: Collection[str] | None = None) -> list[ToolCall | BrokenCall]:
-        """The calls so far; `names`: of the tools that exist."""
+        """The calls so far. `names`: the names of the tools that exist."""
         return [found.checked(names) for found in self._found]
 
-    # Each state takes what it can from the front of the pending text and returns its pieces, None where it waits.
+    # Each state takes what it can from the front of the pending text and returns its pieces; None if it must wait.
 
     def _at_start(self) -> list[CallPiece] | None:
         begin = self._pending.lstrip()
@@ -151,7 +151,7 @@ class CallParser:
         return _content(text) if text or mark else None
 
     def _between(self) -> list[CallPiece] | None:
-        """Among calls. Blanks are layout."""
+        """Between calls, where white space is layout."""
         rest = self._pending.lstrip()
         for mark, state in ((CALL, self._in_name), (CALLS_END, self._in_content)):
             if rest.startswith(mark):
@@ -163,7 +163,7 @@ class CallParser:
         return []
 
     def _astray(self) -> list[CallPiece] | None:
-        """Text among calls, which is content."""
+        """Text between calls, which is content."""
         text, mark = self._before(CALL, CALLS_END)
         if mark:
             self._pending, self._state = mark + self._pending, self._between
@@ -193,7 +193,7 @@ class CallParser:
         return self._more(text) if text or mark else None
 
     def _nameless(self, why: str) -> list[CallPiece]:
-        """Begins what is no call; behind the last possible one it is the last that is kept."""
+        """Begins a call that is none. After MOST_CALLS calls, one such call is kept."""
         if len(self._found) <= MOST_CALLS:
             self._found.append(_Found("", why=why))
         self._state, self._pending = self._in_nameless, CALL + self._pending
@@ -210,14 +210,14 @@ class CallParser:
         return self._more(text) if text or mark else None
 
     def _before(self, *marks: str) -> tuple[str, str]:
-        """Takes the text before the first of the marks and this mark; without any, the text in which none begins."""
+        """Takes the text before the first of the marks, and this mark; if there is none, the text where none begins."""
         places = [(place, mark) for mark in marks if (place := self._pending.find(mark)) >= 0]
         place, mark = min(places, default=(len(self._pending) - max(overlap(self._pending, m) for m in marks), ""))
         text, self._pending = self._pending[:place], self._pending[place + len(mark) :]
         return text, mark
 
     def _more(self, text: str) -> list[CallPiece]:
-        """More of the newest call, as far as there is room."""
+        """Adds text to the newest call, as far as there is room."""
         found = self._found[-1]
         kept = text[: max(0, LONGEST_ARGUMENTS - found.length)]
         found.length += len(text)
@@ -238,10 +238,10 @@ class _Found:
 
     name: str
     parts: list[str] = field(default_factory=list)
-    """Of the arguments; without a name, of all of it."""
+    """Parts of the arguments, or of the whole call if it has no name."""
     length: int = 0
     why: str = ""
-    """Why it is broken; empty where nothing is known against it."""
+    """Why it is broken; empty if nothing is known against it."""
 
     def checked(self, names: Collection[str] | None) -> ToolCall | BrokenCall:
         text = "".join(self.parts)
@@ -254,8 +254,8 @@ class _Found:
 
 
 def read_arguments(text: str) -> dict[str, Any] | str:
-    """The arguments of a call, or why they are none. They are one JSON object of UTF-8 texts, finite numbers and
-    distinct keys; nothing at all means no arguments."""
+    """The arguments of a call, or why they are invalid. They must be one JSON object with UTF-8 strings, finite numbers
+    and distinct keys; blank text means no arguments."""
     if not text.strip():
         return {}
     try:
@@ -271,13 +271,13 @@ def read_arguments(text: str) -> dict[str, Any] | str:
         return f"the arguments are nested more than {DEEPEST} levels deep"
     except UnicodeEncodeError:
         return "the arguments hold half a surrogate pair, which is no character"
-    except ValueError as error:  # of a number with thousands of digits, too
+    except ValueError as error:  # also for a number with thousands of digits
         return f"the arguments are not JSON: {str(error)[:200]}"
     return value
 
 
 def overlap(text: str, mark: str) -> int:
-    """Characters at the end of `text` that are a beginning of `mark`, but not all of it."""
+    """Length of the longest proper prefix of `mark` that ends `text`."""
     longest = min(len(text), len(mark) - 1)
     return next((k for k in range(longest, 0, -1) if text.endswith(mark[:k])), 0)
 
@@ -301,7 +301,7 @@ def _content(text: str) -> list[CallPiece]:
 
 
 def _joined(pieces: list[CallPiece]) -> list[CallPiece]:
-    """Pieces without empty ones, neighbours of one kind as one."""
+    """The pieces without empty ones, with neighbours of one kind merged."""
     joined: list[CallPiece] = []
     for piece in pieces:
         last = joined[-1] if joined else None

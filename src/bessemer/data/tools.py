@@ -1,18 +1,18 @@
-"""What a conversation with tools says: the marks of calls and outputs, and the description of the tools.
+"""The text of a conversation with tools: the marks of calls and outputs, and the description of the tools.
 
 Tools and messages have OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`,
 `{"role": "assistant", "tool_calls": [{"id", "type", "function": {"name", "arguments"}}]}`, `{"role": "tool", "content",
 "tool_call_id"}`. The text is DeepSeek-V3.1's (model card, "ToolCall", and its chat template; the words that explain it
-are ours). A call is `NAME<｜tool▁sep｜>ARGUMENTS` between its marks, calls stand one behind another at the end of an
-assistant message, and each output stands between its two marks, in the order of the calls. Ids are not rendered.
+are ours). A call is `NAME<｜tool▁sep｜>ARGUMENTS` between its marks; calls follow one another at the end of the answer;
+and each output stands between its two marks, in the order of the calls. Ids are not rendered.
 
 The marks are the published tokens' names. A tokenizer has them as tokens only if it was trained with them
-(`[corpus] tool_tokens`); with any other one the same text tokenises as bytes.
+(`[corpus] tool_tokens`); any other tokenizer encodes them as ordinary text.
 
 Invariants
-- `rewritten` leaves the marks of real calls and outputs and no others. In a text of a user, a tool, the assistant or a
-  tool's description a mark gets a blank behind its `<`; in JSON its bar is escaped, which changes no value.
-- A conversation without tools is left alone.
+- `rewritten` leaves only the marks of real calls and outputs. In a text of a user, a tool, the assistant or a tool's
+  description, a mark gets a space after its `<`; in JSON its bar is escaped, which changes no value.
+- A conversation without tools is left unchanged.
 """
 
 import json
@@ -33,15 +33,15 @@ OUTPUTS_END = "<｜tool▁outputs▁end｜>"
 OUTPUT = "<｜tool▁output▁begin｜>"
 OUTPUT_END = "<｜tool▁output▁end｜>"
 MARKS = (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR, OUTPUTS, OUTPUTS_END, OUTPUT, OUTPUT_END)
-"""V3's tokens for tools. V3.1 writes no marks around all outputs, and neither do we."""
+"""V3's tokens for tools. V3.1 does not write the marks around all outputs together, and neither do we."""
 _MARK = re.compile(f"({'|'.join(map(re.escape, MARKS))})")
 
 MOST_TOOLS = 128
-"""OpenAI's bound."""
+"""OpenAI's limit."""
 LONGEST = 32_768
-"""Characters of a tool's parameters as JSON."""
+"""Most characters of a tool's parameters as JSON."""
 DEEPEST = 64
-"""Levels of lists and objects in JSON."""
+"""Most levels of lists and objects in JSON."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 HEAD = "## Tools\nYou have access to these tools:\n\n"
 FORM = (
@@ -56,7 +56,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the assistant may call. UserError for a name or parameters that cannot be used."""
+    """A function that the assistant may call. Raises UserError for a name or parameters that cannot be used."""
 
     name: str
     description: str = ""
@@ -81,7 +81,7 @@ class Tool:
 
     @classmethod
     def of(cls, value: object) -> "Tool":
-        """A tool in OpenAI's form, or the function alone."""
+        """The tool from OpenAI's form, or from the function object alone."""
         function = value.get("function", value) if isinstance(value, Mapping) else value
         if not isinstance(function, Mapping) or "name" not in function:
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
@@ -90,13 +90,13 @@ class Tool:
         return cls(**given)
 
     def as_openai(self) -> dict[str, Any]:
-        """The tool as chat templates and clients take it."""
+        """The tool in the form that chat templates and clients take."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
 
 def read_tools(values: object) -> tuple[Tool, ...]:
-    """Tools of a list in OpenAI's form, or of the text of one (TRL's data sets have both). UserError for any other."""
+    """Tools from a list in OpenAI's form or its JSON text (TRL's data sets have both). Raises UserError otherwise."""
     if isinstance(values, str):
         try:
             values = json.loads(values)
@@ -114,7 +114,7 @@ def read_tools(values: object) -> tuple[Tool, ...]:
 
 
 def is_name(text: str) -> bool:
-    """Whether a tool can have this name: OpenAI's rule."""
+    """Whether a tool can have this name, by OpenAI's rule."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -134,8 +134,8 @@ def used(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
 
 
 def rewritten(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose texts hold no marks but those of their calls and outputs. An assistant's calls stand under `calls`
-    as text; outputs that follow each other are one message."""
+    """The messages without any marks but those of their calls and outputs. An assistant's calls are under `calls` as
+    text; consecutive outputs become one message."""
     new: list[Message] = []
     for message in messages:
         role, content = message["role"], message.get("content") or ""
@@ -155,8 +155,8 @@ def rewritten(messages: Sequence[Message]) -> list[Message]:
 
 
 def plain(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The same conversation for a template that knows no tools: the description is the end of the system message, calls
-    are the end of an answer, and the user brings the outputs."""
+    """The same conversation for a template that knows no tools: the description ends the system message, calls end an
+    answer, and outputs are user messages."""
     plainly = [
         {
             "role": "user" if message["role"] == "tool" else message["role"],
@@ -180,14 +180,14 @@ def calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 def call_text(name: str, arguments: str | Mapping[str, Any]) -> str:
-    """One call with its marks; `arguments` are JSON, as text or as the object."""
+    """One call with its marks. `arguments`: JSON text or an object."""
     return (
         f"{CALL}{name}{SEPARATOR}{escaped(arguments if isinstance(arguments, str) else as_json(arguments))}{CALL_END}"
     )
 
 
 def check_calls(calls: object, where: str) -> None:
-    """UserError that begins with `where` unless these are an assistant's `tool_calls`."""
+    """Raises UserError that begins with `where` unless these are an assistant's `tool_calls`."""
     if not isinstance(calls, list | tuple):
         raise UserError(f"{where} has tool_calls that are not a list")
     for call in calls:
@@ -200,27 +200,27 @@ def check_calls(calls: object, where: str) -> None:
 
 
 def split(text: str) -> list[str]:
-    """A text cut before and behind every mark."""
+    """A text cut before and after every mark."""
     return [part for part in _MARK.split(text) if part]
 
 
 def guarded(text: str) -> str:
-    """A text in which no mark begins: each gets a blank."""
+    """The text with a space inside every mark, so that none begins."""
     return text.replace("<｜tool", "< ｜tool")
 
 
 def escaped(text: str) -> str:
-    """JSON of the same value in which no mark begins."""
+    """JSON text of the same value in which no mark begins."""
     return text.replace("<｜tool", "<\\uff5ctool")
 
 
 def as_json(value: object) -> str:
-    """JSON as `tojson` of chat templates writes it."""
+    """JSON as the `tojson` filter of chat templates writes it."""
     return json.dumps(value if not isinstance(value, Mapping) else dict(value), ensure_ascii=False)
 
 
 def depth(value: object) -> int:
-    """Levels of lists and objects, DEEPEST + 1 where there are more."""
+    """Levels of nested lists and objects; DEEPEST + 1 if there are more."""
     levels, level = 0, [value]
     while levels <= DEEPEST:
         nested = [one for one in level if isinstance(one, Mapping | list | tuple)]
