@@ -1,4 +1,4 @@
-"""Bytes to text, and what reading a source yields: texts, and read errors with one of a few reasons.
+"""From bytes to text, and what reading a source yields: texts, and read errors with one of a few reasons.
 
 Decoding tries a byte-order mark, UTF-8, the encoding that a page declares, and then a guess.
 """
@@ -15,12 +15,12 @@ from bessemer.errors import UserError
 
 UTF8 = "utf-8"
 GUESSED = 1 << 16
-"""Bytes that a guess examines."""
+"""Bytes examined for a guess."""
 GUESSES = (
     "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252", "cp1250", "cp1253", "cp1254", "cp1255",
     "cp1256", "cp1257", "cp1258", "cp874",
 )  # fmt: skip
-"""Candidate encodings. Short texts are valid in too many of all the encodings that Python knows."""
+"""Candidate encodings. A short text would be valid in too many of all the encodings that Python knows."""
 _DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]{2,30})""")
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
@@ -48,15 +48,15 @@ def _checked(data: bytes, encoding: str) -> tuple[str, str] | None:
     except (UnicodeDecodeError, LookupError):
         return None
     if encoding not in (UTF8, "utf-8-sig") and _NOT_TEXT.search(text):
-        return None  # an image, say: some 8-bit encoding always fits
+        return None  # for example an image: some 8-bit encoding always fits
     return text, UTF8 if encoding == "utf-8-sig" else codecs.lookup(encoding).name
 
 
 class Lines:
-    """The lines of a file from byte `start` on, each bounded: no longer line is ever in memory.
+    """The lines of a file from byte `start` on. No line of more than `longest` bytes is ever in memory.
 
-    Iterating gives (offset, line with its break, or None for one of more than `longest` bytes). Lines of UTF-16 files
-    come as UTF-8, with `encoding` saying what they were; their offsets are those of the UTF-8.
+    Iterating gives (offset, line with its break, or None if it is longer than `longest` bytes). Lines of UTF-16 files
+    come as UTF-8, and `encoding` says what they were; their offsets are offsets in the UTF-8.
     """
 
     def __init__(self, path: Path, start: int, longest: int) -> None:
@@ -73,7 +73,7 @@ class Lines:
         if start:
             file.seek(start - 1)
             self.offset = start - 1
-            self._line()  # the rest of the line before, or the line break just before `start`
+            self._line()  # the rest of the previous line, or the line break just before `start`
         elif head == codecs.BOM_UTF8:
             self.offset = len(file.read(3))
 
@@ -101,7 +101,7 @@ class Lines:
 
 
 class _Recoded:
-    """A UTF-16 file that reads as UTF-8."""
+    """A UTF-16 file, read as UTF-8."""
 
     def __init__(self, file: ByteFile) -> None:
         self._text = io.TextIOWrapper(file, "utf-16", newline="\n")

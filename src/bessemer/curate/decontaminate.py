@@ -1,10 +1,10 @@
 """Finds texts that contain a question of an evaluation or its solution: the 10-gram rule of R1-Nature D.1.
 
-The definition of a hit is that of `eval/contamination`, which searches the training texts of a run. A question or
-solution from a data set hits with N consecutive words that no other one contains and that are not mostly numbers. A
-generated question, or one shorter than N words, hits only as a whole, because two generated questions share ten words
-and small numbers by chance. Texts under SHORTEST words are not searched for. Words are 64-bit hashes (`words`); two
-different words collide once in 10^19."""
+A hit is defined as in `eval/contamination`, which searches the training texts of a run. A question or solution from a
+data set hits with N consecutive words that no other one contains and that are not mostly numbers. A generated question,
+or one shorter than N words, hits only as a whole, because two generated questions share ten words and small numbers by
+chance. Texts under SHORTEST words are not searched for. Words are 64-bit hashes (`words`); two different words collide
+once in 10^19."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ GENERATED = frozenset({"template", "story", "item"})
 
 
 class EvalText(NamedTuple):
-    """A text that must not occur in training."""
+    """A text that must not occur in training data."""
 
     name: str
     text: str
     whole: bool
-    """Whether only the complete text is a hit."""
+    """Whether only the whole text is a hit."""
 
 
 def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
@@ -108,12 +108,12 @@ class _Known(NamedTuple):
     """bool; which words are numbers or operators."""
 
     def is_specific(self, place: int, n: int) -> bool:
-        """Whether the n-gram at `place` is more than a calculation, which occurs by chance."""
+        """Whether the n-gram at `place` is more than a calculation, which can occur by chance."""
         return n - int(self.figures_W[place : place + n].sum()) >= SHORTEST
 
 
 def _whole(found: WordBlock, start: int, known: _Known) -> bool:
-    """Whether one text contains all words from `start` on, not continued by a number on either side."""
+    """Whether the block has all words of `known` from `start` on, in one text and without a number on either side."""
     end = start + len(known.hashes_W)
     if start < 0 or end > len(found.hashes_W) or found.texts_W[start] != found.texts_W[end - 1]:
         return False
@@ -129,7 +129,7 @@ def _whole(found: WordBlock, start: int, known: _Known) -> bool:
 
 
 def save(found: Sequence[EvalText], folder: Path) -> Path:
-    """Write a file for `load`, named by a hash of its content."""
+    """Write a file for `load`, named after a hash of its content."""
     text = json.dumps([list(one) for one in found], ensure_ascii=False)
     path = folder / f"asked-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,9 @@
 A text is the set of its n-grams of words (in Chinese, characters; see `words`). The share of equal entries in two
 signatures estimates the Jaccard similarity J of the sets, with standard deviation sqrt(J (1 - J) / permutations): 0.04
 at J = 0.75 and 120 permutations. An LSH key hashes `permutations / bands` entries. Two texts that share a key are
-candidates and are compared by their whole signatures. The probability to become candidates is 1 - (1 - J^rows)^bands:
-with 20 bands of 6 rows 0.98 at J = 0.75 and 1.00 at 0.85. FineWeb's 14 bands of 8 give 0.77 and 0.99, and do not
-compare candidates.
+candidates and are compared by their whole signatures. They become candidates with probability 1 - (1 - J^rows)^bands:
+with 20 bands of 6 rows, 0.98 at J = 0.75 and 1.00 at 0.85. FineWeb's 14 bands of 8 give 0.77 and 0.99, and FineWeb does
+not compare candidates.
 
 The sign step writes, for the N documents of a unit:
 
@@ -16,9 +16,9 @@ The sign step writes, for the N documents of a unit:
     clean.npy        bool [N]         whether the document takes part; nothing is a duplicate of a contaminated text
 
 A bin is a band and a range of keys, or a range of exact hashes. Bins are matched in parallel, each holding only the
-keys of its range: BYTES_PER_KEY for every document. `bins` cuts as many ranges as the memory limit asks for. The result
-does not depend on the cut, because equal keys are never separated. Documents that share a key are compared with the
-first of them; those that differ from it are compared with the first among themselves, up to ROUNDS times.
+keys of its range: BYTES_PER_KEY for every document. `bins` makes as many ranges as the memory limit requires. The
+result does not depend on their number, because equal keys are never separated. Documents that share a key are compared
+with the first of them; those that differ from it are compared with the first among themselves, up to ROUNDS times.
 
 Document numbers are global: the order of the recipe's sources, then of units, then of documents. The first document of
 a cluster is kept, so an earlier source in the recipe wins.
@@ -36,18 +36,18 @@ from bessemer.curate.words import WordBlock
 from bessemer.tasks.ngrams import run_hashes
 
 TILE = 1 << 15
-"""Shingles permuted together; they fit in the core's cache."""
+"""Shingles permuted together; they fit in a core's cache."""
 
 
 class SignatureShape(NamedTuple):
     """The parameters of a signature."""
 
     ngram: int = 5
-    """Words of a shingle."""
+    """Words in a shingle."""
     permutations: int = 120
-    """Entries of a signature."""
+    """Entries in a signature."""
     bands: int = 20
-    """Keys; divides the permutations."""
+    """Keys per text; divides `permutations`."""
 
 
 def signed(found: WordBlock, n_texts: int, shape: SignatureShape) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def keys(signed_NP: np.ndarray, shape: SignatureShape) -> np.ndarray:
 
 
 def _shingles(found: WordBlock, n_texts: int, ngram: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 [S], int [S] text), sorted by text. A text of fewer words than a shingle is one shingle."""
+    """(uint32 [S] shingles, int [S] their texts), sorted by text. A text shorter than a shingle is one shingle."""
     runs = run_hashes(found.hashes_W, ngram)
     inside = found.texts_W[: len(runs)] == found.texts_W[ngram - 1 :][: len(runs)]
     shingles, texts = runs[inside], found.texts_W[: len(runs)][inside]
@@ -114,7 +114,7 @@ BYTES_PER_KEY = 64
 """Memory per document in a bin: key, number, sort order, and numpy's temporaries."""
 ROUNDS = 16
 COMPARED = 1 << 17
-"""Pairs compared together; both signatures are in memory."""
+"""Pairs compared together, with both signatures in memory."""
 EXACT = -1
 """The band of exact hashes."""
 
@@ -198,7 +198,7 @@ def _exact_pairs(units: Sequence[SignedUnit], keys: np.ndarray, documents: np.nd
     involved = np.union1d(first[later], later)
     second = np.zeros(len(keys), np.uint64)
     second[involved] = _gather(units, documents[involved], "exact.npy")[:, 1]
-    # equal in the first 64 bits, different in the others: very rare, and then both documents are kept
+    # equal in the first 64 bits but not in the others: very rare, and then both documents are kept
     later = later[second[later] == second[first[later]]]
     return np.stack([documents[first[later]], documents[later]], 1)
 

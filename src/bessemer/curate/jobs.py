@@ -1,13 +1,13 @@
 """Jobs, and the worker processes that run them.
 
 A job writes one folder, atomically, and records its identity in facts.json: a hash of everything that its output
-follows from, including the identities of the jobs before it. A folder whose facts.json holds the current identity is
-complete. So a build that was killed runs only the missing jobs, and a build whose inputs or settings changed reruns
-what depends on them.
+depends on, including the identities of the jobs before it. A folder whose facts.json holds the current identity is
+complete. So a killed build reruns only the missing jobs, and a build whose inputs or settings changed reruns what
+depends on them.
 
 A runner's `run(jobs)` yields (job, facts) as jobs finish, in any order; their output does not depend on the runner.
-When a worker is killed (by the system, when memory runs out), every job under way is retried alone, so that the job
-that kills its worker can be named. Workers end with their parent, however it ends. `pipeline/curation` adds a runner on
+When a worker is killed (by the system, when memory runs out), every running job is retried alone, so that the job that
+kills its worker can be named. Workers end with their parent, however it ends. `pipeline/curation` adds a runner for
 Ray."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     identity: str
     arguments: dict[str, Any]
     weight: int = 1
-    """Share of the step's work, in the units of that step."""
+    """The job's share of the step's work, in that step's units."""
 
 
 def facts_of(job: Job) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ class JobRunner(Protocol):
 
 
 class InProcess:
-    """Runs all jobs in this process, one after the other."""
+    """Runs all jobs in this process, one after another."""
 
     workers = 1
 
@@ -127,7 +127,7 @@ class ProcessPool:
             yield job, found
 
     def _in_parallel(self, left: list[Job], suspects: list[Job]) -> Iterator[Done]:
-        """Run the jobs of `left`. If a worker dies, stop and leave the jobs that were under way in `suspects`."""
+        """Run the jobs in `left`. If a worker dies, stop and put the jobs that were running into `suspects`."""
         running: dict[Future[dict[str, Any]], Job] = {}
         try:
             while left or running:

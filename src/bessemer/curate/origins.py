@@ -2,7 +2,7 @@
 
 A unit is a list of pieces: several small files, a byte range of a large .jsonl or .txt, row groups of a large .parquet,
 some files of a data set on the Hub, or a whole registered source. Compressed files, archives and UTF-16 files cannot be
-cut and are one piece each. Units depend on the source alone, never on the number of workers.
+cut; each is one piece. Units depend only on the source, never on the number of workers.
 """
 
 import codecs
@@ -22,12 +22,12 @@ WARC = (".warc", ".wet")
 KINDS = (".jsonl", ".txt", ".parquet", *HTML, *WARC)
 """Readable suffixes; all except .parquet may also be compressed as .gz or .zst."""
 SMALLEST_FILE = 64 << 10
-"""Smallest weight of a file when units are cut; opening a file has a cost."""
+"""Least weight of a file in cutting units, because opening a file has a cost."""
 REGISTERED, HUB = "registered", "hub"
 
 
 class SourcePiece(NamedTuple):
-    """Part of a source. Equal pieces hold equal texts: a modified file is a different piece."""
+    """A part of a source. Equal pieces hold equal texts: a modified file makes a different piece."""
 
     path: str
     """A file, or the spec of a source that is not a file."""
@@ -66,7 +66,7 @@ class Unit:
 
 
 def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit], int]:
-    """(the units of a source, number of files in its folder that are ignored)."""
+    """(the units of a source, the number of ignored files in its folder)."""
     if source.spec.startswith(documents.HUB):
         parts = documents.hub_files(source.spec)
         spec = documents.at_commit(source.spec)
@@ -146,7 +146,7 @@ def _row_groups(
     try:
         facts = pq.ParquetFile(file).metadata
         weights = [facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)]
-    except (OSError, ValueError):  # corrupt: reading it reports that, according to the source's `bad` key
+    except (OSError, ValueError):  # corrupt: reading reports it, according to the source's `bad` key
         yield SourcePiece(str(file), ".parquet", 0, 0, size, changed), max(size, SMALLEST_FILE)
         return
     start = weight = 0

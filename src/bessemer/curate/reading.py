@@ -1,7 +1,7 @@
 """Reads pieces into texts. What cannot be read becomes a `ReadError` with a reason, and reading continues after it.
 
-Memory is bounded: a line, an archive record or a page is read up to the source's `longest` bytes; of a parquet file,
-pyarrow holds 1,024 rows."""
+Memory is bounded: a line, an archive record or a page is read up to the source's `longest` bytes; pyarrow holds 1,024
+rows of a parquet file."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class SourceGone(Exception):
 
 
 def texts(piece: SourcePiece, source: Source, cache: str | None) -> Iterator[ReadResult]:
-    """The documents of a piece, in order. Raises SourceGone if the piece disappears or changes meanwhile."""
+    """The documents of a piece, in order. Raises SourceGone if the piece disappears or changes during reading."""
     if piece.kind == REGISTERED:
         for number, document in enumerate(sources.documents(piece.path, cache), 1):
             yield RawText(document.text, f"{piece.path}: {number}", len(document.text.encode()))
@@ -127,7 +127,7 @@ def _too_long(where: str, source: Source, size: int = 0) -> ReadError:
 
 
 def _txt(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
-    """Blank lines separate documents. A document belongs to the piece in which the blank line before it begins."""
+    """Blank lines separate documents. A document belongs to the piece where the blank line before it begins."""
     lines = Lines(Path(piece.path), piece.start, source.longest)
     inside, start, size = piece.start == 0, 0, 0
     lines_so_far: list[bytes] | None = []

@@ -11,11 +11,11 @@ from bessemer.curate.settings import Settings
 
 EXAMPLES = 3
 SHOWN = 160
-"""Characters of an example."""
+"""Most characters of an example."""
 
 
 class Tally:
-    """Counts and examples by name. `facts` are plain JSON, so that those of many units can be summed (`added`)."""
+    """Counts and examples by name. `facts` are plain JSON, so that `added` can sum those of many units."""
 
     def __init__(self) -> None:
         self.documents: Counter[str] = Counter()
@@ -42,7 +42,7 @@ def example(where: str, text: str) -> str:
 
 
 def added(many: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of facts: numbers are added, tables are added by key, lists keep their first EXAMPLES entries."""
+    """The sum of facts: adds numbers, adds tables by key, and keeps the first EXAMPLES entries of lists."""
     total: dict[str, Any] = {}
     for one in many:
         for key, value in one.items():
@@ -115,7 +115,7 @@ def _ratio(size: int, tokens: Mapping[str, Any]) -> float:
 
 
 def _step(step: Mapping[str, Any], found: int) -> dict[str, Any]:
-    """Facts of a step; `bytes_per_second` relates to the bytes read, if all its jobs ran in this build."""
+    """Facts of a step, with `bytes_per_second` of the bytes read if all its jobs ran in this build."""
     facts, whole = step["facts"], step["fresh"] == len(step["facts"])
     return {
         "jobs": len(facts),

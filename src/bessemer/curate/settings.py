@@ -1,6 +1,6 @@
-"""The validated settings of a build: plain values that travel to worker processes and identify what was made from them.
+"""The validated settings of a build: plain values that travel to worker processes and identify what is made from them.
 
-`bessemer keys data` explains each one.
+`bessemer keys data` explains each setting.
 """
 
 from __future__ import annotations

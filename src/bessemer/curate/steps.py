@@ -34,7 +34,7 @@ from bessemer.data.fetch import sha256_of
 from bessemer.errors import UserError
 
 LANGUAGE = "language"
-"""Drop reason of a text in none of the source's languages."""
+"""Drop reason of a text that is in none of the source's languages."""
 
 
 def read(folder: Path, unit: Unit, cache: str | None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def read(folder: Path, unit: Unit, cache: str | None) -> dict[str, Any]:
     source = unit.source
     for attempt in range(source.retries + 1):
         try:
-            with redirect_stderr(io.StringIO()):  # libraries print about what is counted here
+            with redirect_stderr(io.StringIO()):  # libraries print about errors that are counted here
                 return _read_once(folder, unit, cache, last=attempt == source.retries)
         except SourceGone as gone:
             if attempt == source.retries:
@@ -112,7 +112,7 @@ def _check(fault: ReadError, source: Source) -> None:
 
 
 def sign(folder: Path, read: Path, dedup: Dedup, eval_texts: str | None, n: int) -> dict[str, Any]:
-    """Sign the documents of a unit. Contaminated ones get no keys, so no document is dropped as a duplicate of one."""
+    """Sign the documents of a unit. Contaminated ones get no keys, so nothing is dropped as a duplicate of them."""
     shape = SignatureShape(dedup.ngram, dedup.permutations, dedup.bands)
     index = _index(eval_texts, n) if eval_texts else None
     signatures, exact, have = [], [], []
@@ -174,7 +174,7 @@ def join(folder: Path, exact: Sequence[Path], near: Sequence[Path], firsts: Sequ
     """Write copies.npy, the documents that duplicate an earlier one, ascending, and exact.npy, which of them are equal
     to it.
 
-    `firsts`: number of each unit's first document. The facts hold a digest of each unit's duplicates.
+    `firsts`: the number of each unit's first document. The facts hold a digest of each unit's duplicates.
     """
     same, leaders = duplicates.clusters(np.load(bin_ / "pairs.npy") for bin_ in exact)
     equal = same[same != leaders]

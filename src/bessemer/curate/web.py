@@ -1,6 +1,6 @@
 """Web pages and archives: the main text of HTML files and WARC records (trafilatura, warcio).
 
-Records are read up to a bound. A truncated WARC, or WET with plain text, yields the records before the cut.
+Records are read up to a bound. A truncated WARC file, or WET file with plain text, yields the records before the cut.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
                     continue
                 raw = record.raw_stream
                 body = record.content_stream().read(longest + 1)
-                left = getattr(raw, "limit", None)  # None if the header has no length, as in a truncated record
+                left = getattr(raw, "limit", None)  # None if the header gives no length, as in a truncated record
                 if left is None or (len(body) <= longest and left > 0 and not raw.read(1)):
                     raise EOFError(f"the record is truncated{f', {left:,} bytes are missing' if left else ''}")
             except (ArchiveLoadFailed, EOFError, ValueError, io.UnsupportedOperation) as error:
@@ -102,7 +102,7 @@ def _page(body: bytes, where: str, longest: int, charset: str | None = None, add
 
 
 def _declared(body: bytes, charset: str | None) -> tuple[str, str] | None:
-    """Decode as the server declares. UTF-8 is tried first: servers are often wrong, and other text is rarely valid
+    """Decode as the server declares, after trying UTF-8: servers are often wrong, and other encodings are rarely valid
     UTF-8."""
     if charset is None:
         return None
@@ -120,7 +120,7 @@ def _main_text(html: str) -> str | None:
     _require_libraries()
     import trafilatura
 
-    # favor_precision as in RefinedWeb and FineWeb; deduplicate=False, because otherwise the order of pages would matter
+    # favor_precision as in RefinedWeb and FineWeb; deduplicate=False, or the result would depend on the order of pages
     return trafilatura.extract(
         html, favor_precision=True, include_comments=False, include_tables=True, deduplicate=False
     )

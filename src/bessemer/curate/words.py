@@ -1,9 +1,9 @@
 """Words of many texts as 64-bit hashes, for the search for duplicates and contamination.
 
-A word is what `tasks/ngrams.words` calls one: a run of letters in lower case, a whole number, one Han or kana
-character, one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai,
-Lao, Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are
-hashed as ranges of an array (`data/encoder.py`).
+A word is defined as in `tasks/ngrams.words`: a run of letters in lower case, a whole number, one Han or kana character,
+or one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai, Lao, Khmer,
+Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are hashed as
+ranges of an array (`data/encoder.py`).
 
 Legend: C characters, W words.
 """
