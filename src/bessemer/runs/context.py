@@ -1,6 +1,6 @@
 """The context of a running stage: its folders, the recipe, where it reports to, and the signals that stop it.
 
-Invariants: a stage reads its inputs and writes inside `ctx.dir` only. What it needs to go on after a kill is in
+Invariants: a stage reads its inputs and writes only inside `ctx.dir`. What it needs to continue after a kill is in
 `ctx.state`; everything else in `ctx.dir` is its output.
 """
 
@@ -29,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 class Interrupted(Exception):
-    """The user asked to stop and the stage has saved what it needs to go on."""
+    """The user asked to stop, and the stage has saved what it needs to continue."""
 
 
 class StopFlag:
@@ -47,7 +47,7 @@ class StopFlag:
 @contextmanager
 def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
     """The first SIGINT or SIGTERM sets the flag, the second kills as usual. Ranks that were started `together` may get
-    Ctrl-C twice, from the terminal and from their launcher: within a second it counts as one."""
+    Ctrl-C twice, from the terminal and from their launcher: two within a second count as one."""
     stop, first = StopFlag(), 0.0
 
     def on_signal(number: int, _: FrameType | None) -> None:
@@ -74,15 +74,15 @@ def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
 
 @dataclass
 class StageContext:
-    """Everything a stage gets."""
+    """Everything that a stage gets."""
 
     name: str
     dir: Path
     """This stage's folder; it exists."""
     inputs: dict[str, Path]
-    """Folders of the stages it names, by stage name."""
+    """Folders of the stages that it names, by stage name."""
     source: Path | None
-    """The folder of the stage it starts `from`; None for the first stage."""
+    """The folder of the stage that it starts `from`; None for the first stage."""
     recipe: Recipe
     cache: Path
     """Where downloads are cached between runs."""
@@ -90,14 +90,14 @@ class StageContext:
     progress: StageProgress
     stop_flag: StopFlag
     ranks: Ranks | None = None
-    """The processes that run this stage together; None: this one alone."""
+    """The processes that run this stage together; None if this process runs it alone."""
     waiting: Ranks | None = None
-    """Those that wait while this one runs the stage alone."""
+    """The processes that wait while this one runs the stage alone."""
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""
     started: float = field(default_factory=time.monotonic)
     cpu_spent: float = 0.0
-    """Processor seconds of earlier attempts, of this process; helpers are not counted."""
+    """Processor seconds of this process in earlier attempts; helpers are not counted."""
     cpu_started: float = field(default_factory=time.process_time)
 
     @property
@@ -112,40 +112,40 @@ class StageContext:
 
     @property
     def stop(self) -> bool:
-        """True once the user asked to stop: save a checkpoint and call `interrupt()`. UserError if nothing may be
-        saved any more."""
+        """True once the user has asked to stop: save a checkpoint and call `interrupt()`. Raises UserError if nothing
+        may be saved any more."""
         if self.stop_flag.fault is not None:
             raise self.stop_flag.fault
         return bool(self.stop_flag)
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the stage's output; of many, rank 0 does."""
+        """Whether this process writes the stage's output: rank 0 does."""
         return self.ranks is None or self.ranks.me == 0
 
     def agree(self, decide: Callable[[], _Result]) -> _Result:
-        """The result of `decide` (plain JSON) on rank 0, on all ranks; the others do not call it."""
+        """Calls `decide` on rank 0 only and returns its result (plain JSON) on all ranks."""
         if self.ranks is None:
             return decide()
         return self.ranks.agree(decide() if self.leads else None)
 
     def once(self, make: Callable[[], _Result]) -> _Result:
-        """As `agree`, for any picklable result."""
+        """Like `agree`, for any picklable result."""
         return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
 
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)
 
     def elapsed(self) -> float:
-        """Wall seconds on this stage, earlier attempts included."""
+        """Wall seconds on this stage, including earlier attempts."""
         return self.spent + time.monotonic() - self.started
 
     def cpu(self) -> float:
-        """Processor seconds of this process on this stage, earlier attempts included."""
+        """Processor seconds of this process on this stage, including earlier attempts."""
         return self.cpu_spent + time.process_time() - self.cpu_started
 
     def left(self, budget: float) -> float:
-        """Seconds left of a budget for this stage that started with its first attempt; never below zero."""
+        """Seconds left of this stage's budget, which started with its first attempt; never below zero."""
         return max(0.0, budget - self.elapsed())
 
     def every(self, seconds: float) -> "Every":
@@ -200,7 +200,7 @@ def _rewind_samples(path: Path, step: int) -> None:
 
 
 class Every:
-    """True at most once in so many seconds, the first time only after they have passed."""
+    """True at most once every `seconds` seconds, the first time only after they have passed."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.last = seconds, time.monotonic()

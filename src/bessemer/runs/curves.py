@@ -1,7 +1,7 @@
 """The curves of a run: which metrics are drawn together, and what they are called.
 
-TRAINING lists the panels of every stage that trains, LEARNING those of reinforcement learning. A new panel is one line
-in one of them. The report card and the live page draw them.
+TRAINING lists the panels of every stage that trains, LEARNING those of reinforcement learning. To add a panel, add a
+line to one of them. The report card and the live page draw them.
 """
 
 import re
@@ -105,12 +105,12 @@ def label(name: str) -> str:
 
 
 def layer_of(name: str) -> tuple[bool, int]:
-    """(in an MTP module, number), -1 if none: (False, 3) of "3" and "model.layers.3.mlp.gate", (True, 0) of "mtp0"."""
+    """(in an MTP module, number or -1): (False, 3) for "3" and "model.layers.3.mlp.gate", (True, 0) for "mtp0"."""
     found = re.search(r"\d+", name)
     return name.startswith("mtp"), int(found[0]) if found else -1
 
 
 def order(name: str) -> tuple[bool, int, str]:
-    """Sorts the metrics of one family: layers by their numbers, MTP modules after them."""
+    """Sort key for the metrics of one family: layers by their numbers, MTP modules after them."""
     last = name.rsplit("/", 1)[-1]
     return (*layer_of(last), last)

@@ -5,10 +5,10 @@
 `stage.json` records what a stage was made from, `done.json` that its output is complete. `identity` is everything that
 determines a stage's output: format, settings, seed, model, derived facts, and the fingerprints of its inputs; its hash
 is the fingerprint. `done.json` is written last and atomically, with size and sha256 of every output file, so it exists
-exactly when the stage is complete. Output is every file of the stage's folder outside `state/`, except the records.
+exactly when the stage is complete. Output is every file in the stage's folder outside `state/`, except the records.
 
 Invariants: one process at a time (a POSIX lock on `.lock`, which the system frees even after kill -9 and `check` takes
-again where somebody deleted it); one recipe name per directory; no output of a stage is deleted, only moved aside.
+again if somebody deleted it); one recipe name per directory; a stage's output is never deleted, only moved aside.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from bessemer.system import sync_folder
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim
 
-RUN_FORMAT = 1  # raise it when run directories change in a way that old ones cannot be continued
+RUN_FORMAT = 1  # raise it when a change means that old run directories cannot be continued
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
-"""How near a run is to an item of the papers, the nearest first; `pipeline/conformance.py` tells which."""
+"""How closely a run follows an item of the papers, closest first; `pipeline/conformance.py` decides which applies."""
 PLAN = "plan.json"
 """In a run directory: {"seconds": {stage: estimate}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
@@ -41,22 +41,22 @@ _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 
 
 class RunDir:
-    """An opened run directory. Use `with RunDir.open(...)`: leaving the block frees the lock."""
+    """An open run directory. Use `with RunDir.open(...)`: leaving the block frees the lock."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock, self.killed = _take_lock(root)
-        """What to say of the process that held the lock before, if it was killed."""
+        """A message about the previous holder of the lock if it was killed, else empty."""
 
     @classmethod
     def open(cls, root: Path, name: str) -> "RunDir":
-        """Make or enter `root` for the recipe called `name`."""
+        """Create or enter `root` for the recipe called `name`."""
         with explained(root):
             try:
                 root.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 raise UserError(f"{root}: a file is in the way; choose another folder with --out") from None
-            except FileNotFoundError as error:  # /proc and the like, where nothing can be made
+            except FileNotFoundError as error:  # /proc and the like, where nothing can be created
                 raise UserError(
                     f"cannot make the folder {root} ({error.strerror}); choose another one with --out"
                 ) from None
@@ -78,11 +78,11 @@ class RunDir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.truncate(0)  # what a process that was killed leaves behind
+        self._lock.truncate(0)  # only a killed process leaves a line behind
         self._lock.close()
 
     def check(self) -> None:
-        """UserError if the directory is not this process's any more. A lock that was deleted is taken again."""
+        """Raises UserError if this process no longer holds the directory. Takes a deleted lock again."""
         if not self.root.is_dir():
             why = "deleted, moved, or its disk unmounted"
             raise UserError(f"{self.root} has vanished while the run was using it: {why}; {BACK}")
@@ -102,14 +102,13 @@ class RunDir:
             write_atomic(path, text)
 
     def record_plan(self, seconds: dict[str, float]) -> None:
-        """What each stage was estimated to take before it ran, for views that compare it with what it took."""
+        """Record each stage's estimated seconds, for views that compare them with the measured ones."""
         plan = {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
         if read_json(self.root / PLAN) != plan:
             write_json(self.root / PLAN, plan)
 
     def folder(self, number: int, name: str) -> Path:
-        """The folder of stage `name`, `number`-th of the recipe (from 1); renumbered if stages were inserted before
-        it."""
+        """The folder of stage `name`, the recipe's `number`-th (from 1). Renames it if its number has changed."""
         folder = self.root / f"{number:02d}-{name}"
         for found_number, found_name, path in stage_folders(self.root):
             if found_name == name and found_number != number:
@@ -117,11 +116,11 @@ class RunDir:
         return folder
 
     def set_aside(self, folder: Path, name: str, metrics: Metrics) -> Path:
-        """Move a stage's folder to NN-name.stale-K, its metric lines with it."""
+        """Move a stage's folder, with its metric lines, to NN-name.stale-K."""
         count = 1
         while (aside := folder.with_name(f"{folder.name}.stale-{count}")).exists():
             count += 1
-        # the lines are copied before the rename and dropped after it, so a kill in between loses none of them
+        # copy the lines before the rename and drop them after it, so a kill in between loses none
         lines = [line for line in metrics.lines() if line.get("stage") == name]
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
@@ -133,7 +132,7 @@ class RunDir:
 
 
 def _take_lock(root: Path) -> tuple[IO[str], str]:
-    """The lock, and what to say of its last holder if that was killed: it writes "PROCESS OOM-KILLS" while it runs."""
+    """The lock, and a message if its last holder was killed: a holder writes "PROCESS OOM-KILLS" while it runs."""
     lock = open(root / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
     lock.seek(0)
     before = lock.read().split()
@@ -157,7 +156,7 @@ def _take_lock(root: Path) -> tuple[IO[str], str]:
 
 
 def _oom_kills() -> int:
-    """Processes that the kernel of this machine has killed for want of memory; 0 where it does not say."""
+    """Processes that this machine's kernel has killed for lack of memory; 0 if it does not say."""
     try:
         return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", 0))
     except (OSError, ValueError):
@@ -169,12 +168,12 @@ def recipe_name(root: Path) -> str:
     try:
         with open(root / "recipe.toml", "rb") as file:
             return str(tomllib.load(file)["name"])
-    except (OSError, KeyError, ValueError) as error:  # of TOML and of UTF-8
+    except (OSError, KeyError, ValueError) as error:  # invalid TOML or UTF-8
         raise UserError(f"{root}/recipe.toml cannot be read ({error}); choose another folder with --out") from None
 
 
 def stage_folders(root: Path) -> list[tuple[int, str, Path]]:
-    """(number, stage name, folder) in order, without folders that were set aside."""
+    """(number, stage name, folder) in order, without the folders set aside."""
     folders = []
     for path in root.iterdir():
         if path.is_dir() and (match := _STAGE.fullmatch(path.name)):
@@ -191,7 +190,7 @@ def run_dir(given: str | Path) -> Path:
 
 
 def run_labels(roots: Sequence[Path]) -> list[str]:
-    """The names of run directories, with as much of their paths as tells them apart; UserError if two are the same."""
+    """Names of run directories, with as much of the path as tells them apart. Raises UserError if two are the same."""
     paths = [root.resolve() for root in roots]
     if len(set(paths)) < len(paths):
         raise UserError("a run is named twice; name runs that differ")
@@ -203,8 +202,8 @@ def run_labels(roots: Sequence[Path]) -> list[str]:
 
 
 def model_dir(given: str | Path) -> Path:
-    """The model a user means: a model directory, a stage's folder, RUN/STAGE by the stage's name, or a run (its last
-    finished model that writes text)."""
+    """The folder of the model that a user names: a model directory, a stage's folder, RUN/STAGE by the stage's name, or
+    a run (its last finished model that writes text)."""
     for path in (Path(given), Path("runs") / given):
         if (path.parent / "recipe.toml").is_file() and not path.is_dir():
             stages = {name: folder for _, name, folder in stage_folders(path.parent)}
@@ -228,7 +227,7 @@ def model_dir(given: str | Path) -> Path:
 
 
 def check_not_of_a_run(target: Path) -> None:
-    """UserError if `target` lies in a stage's folder: a run is changed by running it only."""
+    """Raises UserError if `target` is in a stage's folder: only running a run may change it."""
     resolved = Path(os.path.realpath(target))
     for folder in (resolved, *resolved.parents):
         if (folder / "stage.json").is_file():
@@ -238,7 +237,7 @@ def check_not_of_a_run(target: Path) -> None:
 
 
 def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The tokenizer that belongs to a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
+    """The tokenizer of a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
     stage = checkpoint.resolve().parents[1]
     places = [stage / "state" / "tokenizer", stage / "model", *sorted(stage.parent.glob("*/tokenizer"))]
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
@@ -281,7 +280,7 @@ def digest(value: object) -> str:
 def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> str:
     """The differences of two identities as text: 'lr 0.003 -> 0.001, seed 7 -> 8'.
 
-    Identities hold the old names of `renamed` keys (old -> new); the text has the new ones.
+    Identities hold the old names of `renamed` keys (old -> new); the text uses the new ones.
     """
     before, after = _flat(old), _flat(new)
     changed = [key for key in after | before if before.get(key) != after.get(key)]
@@ -312,8 +311,8 @@ def _short(value: object) -> str:
 def write_stage_record(
     folder: Path, what: dict[str, Any], inputs: dict[str, str], files: dict[str, dict[str, str]], since: float
 ) -> None:
-    """`inputs` maps the stages it reads to the digests of their output, which a rerun may change; `files` are what it
-    reads from outside the run (`pipeline/inputs.py`), as they were at the Unix time `since`."""
+    """Write stage.json. `inputs` maps the stages it reads to the digests of their output, which a rerun may change;
+    `files` are those it reads from outside the run (`pipeline/inputs.py`), as they were at the Unix time `since`."""
     record = {"fingerprint": digest(what), "identity": what, "inputs": inputs, "files": files, "since": round(since)}
     write_json(folder / "stage.json", record)
 
@@ -330,14 +329,14 @@ def write_done(
         "seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3),
         "outputs": files, "digest": digest(files), "version": __version__,
     }  # fmt: skip
-    done = json.loads(json.dumps(done))  # as it will be read
+    done = json.loads(json.dumps(done))  # as it will be read back
     write_json(folder / "done.json", done | {"checksum": digest(done)})
     return done
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The record of a complete stage. None where it is missing or damaged: the stage is then entered again, and what it
-    makes is compared with what was made from it."""
+    """The record of a complete stage. None if it is missing or damaged: the stage then runs again, and its output is
+    compared with what later stages were made from."""
     done = read_json(folder / "done.json") or {}
     whole = isinstance(done.get("summary"), dict) and isinstance(done.get("seconds"), int | float)
     whole = whole and {"fingerprint", "inputs"} <= done.keys() and done.get("digest") == digest(done.get("outputs"))
@@ -354,7 +353,7 @@ def outputs(folder: Path) -> list[Path]:
 
 
 def damage(folder: Path, done: dict[str, Any]) -> str:
-    """How the output differs from its record, or the record from what was written; '' when both are intact."""
+    """How the output differs from its record, or the record from what was written; '' if both are intact."""
     if not done.keys() >= {"fingerprint", "inputs", "summary", "seconds", "outputs", "digest"}:
         return "done.json is broken"
     if done.get("checksum") not in (None, digest({k: v for k, v in done.items() if k != "checksum"})):

@@ -1,4 +1,4 @@
-"""What the stages of a run wrote, as data sets that TRL reads: conversations, preferences, answers with a verdict.
+"""Exports what a run's stages wrote as data sets that TRL reads: conversations, preferences, answers with a verdict.
 
 Files are STAGE-conversations.jsonl, STAGE-preferences.jsonl and STAGE-rollouts.jsonl, each in one of the conversational
 formats of `data/formats`; `datasets.load_dataset("json", data_files=...)` opens them.
@@ -20,8 +20,8 @@ Record = dict[str, Any]
 
 
 def export(root: Path, folder: Path, stages: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Writes the data sets of a run, or of these of its stages, into `folder`; {"stage", "file", "records"} of each.
-    UserError for a file that exists, before anything is written."""
+    """Writes the data sets of a run, or of these of its stages, into `folder`; returns {"stage", "file", "records"} for
+    each. Raises UserError before writing anything if a file exists."""
     known = {name: path for _, name, path in stage_folders(root)}
     for name in stages:
         if name not in known:
@@ -76,7 +76,7 @@ def _judged(path: Path) -> Iterator[Record]:
 
 
 def _rollouts(path: Path) -> Iterator[Record]:
-    """Questions with one answer; episodes of several turns are none."""
+    """Questions with one answer each; skips multi-turn episodes."""
     for line in read_lines(path):
         if len(line.get("turns") or ()) > 1:
             continue

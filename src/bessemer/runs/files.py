@@ -1,7 +1,7 @@
 """Files of a run: writing that survives a kill at any moment, JSON records, the conversations that a stage exports.
 
-Invariant: a file written by `write_atomic` has its old content or its new content, never something between. Errors of
-the operating system become UserErrors that name the path and the fix.
+Invariant: a file written by `write_atomic` has its old or its new content, never anything in between. Errors of the
+operating system become UserErrors that name the path and the fix.
 """
 
 import errno
@@ -19,11 +19,11 @@ from bessemer.hf.replace import lacking
 
 BACK = "bring it back, or run the same command again for a new one"
 CONVERSATIONS = "samples.jsonl"
-"""The file of conversations that a stage exports for SFT: one JSON object a line, {"messages": [...]}."""
+"""The file of conversations that a stage exports for SFT: one JSON object per line, {"messages": [...]}."""
 JUDGED = "judged.jsonl"
-"""The file of judged answers that a reward model was trained and measured on: lines of `data/formats`."""
+"""The file of judged answers that a reward model was trained and measured on: records of `data/formats`."""
 ROLLOUTS = "rollouts.jsonl"
-"""The file of answers to the same few held-out problems, which RL asks again and again."""
+"""The file of answers to the few held-out problems that RL asks repeatedly."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
@@ -31,8 +31,8 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def write_atomic(path: Path, data: str | bytes | Iterator[str]) -> None:
-    """Temporary file in the same folder, fsync, rename, fsync of the folder. An iterator's pieces are written as they
-    come."""
+    """Write a temporary file in the same folder, fsync it, rename it, and fsync the folder. An iterator's pieces are
+    written as they come."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -48,7 +48,7 @@ def write_atomic(path: Path, data: str | bytes | Iterator[str]) -> None:
 
 
 def explain(error: BaseException, path: Path) -> UserError | None:
-    """The UserError for `error`, or None when it is a bug. The message names `path` if the error names no file."""
+    """The UserError for `error`, or None if it is a bug. The message names `path` if the error names no file."""
     # libraries that write from Rust or C++ (safetensors, torch) raise their own types, with the system's message
     number = error.errno if isinstance(error, OSError) else None
     where = error.filename if isinstance(error, OSError) and error.filename else path
@@ -88,7 +88,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a record; None when the file is missing or unreadable."""
+    """The JSON object in a file; None if the file is missing or unreadable."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -106,12 +106,12 @@ def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def conversation_line(messages: Sequence[Message]) -> str:
-    """A conversation as a line of the file, without the line break."""
+    """A conversation as a line of the CONVERSATIONS file, without the line break."""
     return json.dumps({"messages": list(messages)}, ensure_ascii=False)
 
 
 def write_conversations(folder: Path, lines: Iterable[str]) -> None:
-    """The whole file in a stage's folder."""
+    """Write the whole CONVERSATIONS file in a stage's folder."""
     write_atomic(folder / CONVERSATIONS, (f"{line}\n" for line in lines))
 
 

@@ -1,7 +1,7 @@
-"""Reading along with a run: files that another process appends to, cuts or replaces, and long series thinned for a page.
+"""Follows a run: files that another process appends to, truncates or replaces, and long series thinned for a page.
 
-Nothing here writes, and nothing here fails for what a run being written may look like: half a last line, a damaged one,
-a value that is not finite. Memory is 12 bytes a value.
+Nothing here writes, and nothing here fails on what a run in progress may contain: half a last line, a damaged line, a
+value that is not finite. Memory is 16 bytes a value.
 """
 
 import json
@@ -14,37 +14,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 Over = Literal["step", "tokens", "minutes"]
-"""What a curve runs over; minutes are those since the stage's first line."""
+"""The x axis of a curve; minutes count from the stage's first line."""
 
 PIECE = 1 << 20
-"""Bytes that one call reads."""
+"""Most bytes that one call reads."""
 BUCKETS = 240
-"""Pieces of a thinned series, each drawn by its lowest and its highest point."""
+"""Pieces of a thinned series, each drawn as its lowest and its highest point."""
 SMOOTH_FROM = 60
-"""Points from which a curve gets a smoothed one."""
+"""A curve with at least this many points also gets a smoothed one."""
 COLUMNS = 120
-"""Moments of expert loads that are kept, at least, once there are as many."""
+"""Least number of time points of expert loads that are kept, once there are as many."""
 MOST_NAMES = 4096
-"""Metrics of a stage; further names are ignored."""
+"""Most metrics of a stage; further names are ignored."""
 _EDGE = 256
 
 
 class LineTail:
-    """The new whole lines of a JSON-lines file, call by call. It tells by the bytes before its place whether the file
-    is still the one it has read, since numbers of files mean little on a mounted disk."""
+    """The new complete lines of a JSON-lines file at each call. The bytes before its position tell whether the file is
+    still the same, because inode numbers mean little on a mounted disk."""
 
     def __init__(self, path: Path, last: int | None = None) -> None:
-        """`last`: of a longer file skip all but so many bytes at its end."""
+        """`last`: in a longer file, skip all but this many bytes at its end."""
         self.path, self.last = path, last
         self.broken = 0
-        """Lines that are no JSON object."""
+        """Lines that are not JSON objects."""
         self.more = False
         """The last call did not reach the end of the file."""
         self._at, self._edge = 0, b""
 
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether the file is another one than before, or shorter; its new lines). A missing file has none. OSError if
-        its disk does not answer."""
+        """(whether the file has been replaced or cut, its new lines). A missing file has none. Raises OSError if its
+        disk does not answer."""
         cut = False
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed below)
@@ -60,11 +60,11 @@ class LineTail:
                 self._at, self._edge, cut = size - self.last, b"", True
             file.seek(self._at)
             raw = file.read(min(PIECE, size - self._at))
-        whole = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == PIECE else 0)  # no true line is as long as a piece
+        whole = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == PIECE else 0)  # no real line is as long as a piece
         self._at += whole
         self._edge = (self._edge + raw[:whole])[-_EDGE:]
         lines = self._parsed(raw[:whole].split(b"\n")[1 if cut else 0 :])
-        self.more = len(raw) == PIECE  # last, as other threads ask whether the file is being read
+        self.more = len(raw) == PIECE  # set last, because other threads check whether the file is being read
         return anew, lines
 
     def _parsed(self, raw: list[bytes]) -> list[dict[str, Any]]:
@@ -83,14 +83,14 @@ class LineTail:
 
 
 class Column:
-    """One metric of a stage: the numbers of its lines, and its values there."""
+    """One metric of a stage: the numbers of the lines that have it, and its values there."""
 
     def __init__(self) -> None:
         self.rows, self.values = array("l"), array("d")
         self.bad = 0
         """Values that were not finite."""
         self.bad_step = 0
-        """The last step that had one."""
+        """The last step with such a value."""
 
     def add(self, row: int, step: int, value: float | None) -> None:
         try:
@@ -98,22 +98,22 @@ class Column:
                 self.values.append(value)
                 self.rows.append(row)
                 return
-        except OverflowError:  # an integer that no float holds
+        except OverflowError:  # an integer too large for a float
             pass
         self.bad, self.bad_step = self.bad + 1, step
 
 
 class Loads:
-    """Tokens of every expert of one layer over time. When there are too many moments, every second one is dropped."""
+    """Load of every expert of one layer over time. When there are too many time points, every second one is dropped."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.shares: list[list[int]] = []
-        """Of each expert, in hundredths of an even share."""
+        """Load of each expert, in hundredths of an even share."""
         self._seen, self._every = 0, 1
 
     def add(self, row: int, loads: Sequence[object]) -> None:
-        """Ignores what is no list of as many finite numbers as before."""
+        """Adds one line's loads; ignores anything but as many finite numbers as before."""
         numbers = [float(load) for load in loads if isinstance(load, int | float) and math.isfinite(load)]
         mean = sum(numbers) / len(numbers) if numbers else 0.0
         if len(numbers) != len(loads) or mean <= 0 or (self.shares and len(self.shares[0]) != len(numbers)):
@@ -136,7 +136,7 @@ class StageLines:
         self.loads: dict[str, Loads] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """ValueError where the line is none of a run's."""
+        """Adds a line. Raises ValueError if a run cannot have written it."""
         step, tokens, time, values = (line.get(key, 0) for key in ("step", "tokens", "time", "values"))
         whole = all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (step, tokens))
         if not whole or not isinstance(time, int | float) or not math.isfinite(time) or not isinstance(values, dict):
@@ -163,7 +163,7 @@ class StageLines:
     def curve(
         self, name: str, over: Over, low: float = -math.inf, high: float = math.inf
     ) -> tuple[list[float], list[float]]:
-        """(x, y) of a metric between two places of the axis, every point."""
+        """(x, y) of all points of a metric between two places on the axis."""
         column = self.columns[name]
         if over == "minutes":
             first = self.times[0]
@@ -178,8 +178,8 @@ class StageLines:
 
 
 def thinned(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> tuple[list[float], list[float]]:
-    """At most two points of each of `buckets` equal pieces, the lowest and the highest in their order, and both ends: no
-    peak is lost."""
+    """At most two points from each of `buckets` equal pieces, the lowest and the highest, in order, and both ends, so
+    that no peak is lost."""
     if len(y) <= 2 * buckets:
         return list(x), list(y)
     kept = {0, len(y) - 1}
@@ -192,7 +192,7 @@ def thinned(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> t
 
 
 def smoothed(x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS) -> tuple[list[float], list[float]]:
-    """A centred mean over about a thirtieth of a long curve, at most `buckets` points; nothing for a short one."""
+    """A centred mean over about a thirtieth of a long curve, in at most `buckets` points; empty for a short curve."""
     if len(y) < SMOOTH_FROM:
         return [], []
     bounds = [len(y) * number // buckets for number in range(buckets + 1)]

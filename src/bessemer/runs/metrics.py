@@ -1,9 +1,9 @@
-"""The stream of facts: `metrics.jsonl`, one JSON object a line, and every other file that grows line by line.
+"""The stream of facts: `metrics.jsonl`, one JSON object per line, and every other file that grows line by line.
 
     {"time": unix seconds, "stage": name, "step": n, "tokens": n, "values": {"train/loss": x, "moe/load/3": [..]}}
 
 Invariants: each line is handed to the system whole as soon as it is written; a line torn by a kill is cut off when the
-file is opened again; after `rewind` the file holds what an uninterrupted run would hold at that step. A value that is
+file is next opened; after `rewind` the file holds what an uninterrupted run would hold at that step. A value that is
 not finite is written as null, so every line is plain JSON.
 """
 
@@ -33,7 +33,7 @@ def plain(value: Any) -> Any:
 
 
 class LineFile:
-    """An append-only file of JSON objects, one a line."""
+    """An append-only file of JSON objects, one per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -62,8 +62,7 @@ class LineFile:
             data = data[self._file.write(data) :]
 
     def rewind(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Drops the lines that `keep` rejects and returns them. The file is replaced as a whole, so a kill loses
-        nothing."""
+        """Drops the lines that `keep` rejects and returns them. Replaces the whole file, so a kill loses nothing."""
         lines = list(read_lines(self.path))
         dropped = [line for line in lines if not keep(line)]
         if dropped:
@@ -90,7 +89,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(raw: bytes, where: str) -> dict[str, Any]:
-    """UserError for anything but an object."""
+    """Parses a line. Raises UserError if it is not an object."""
     try:
         line = json.loads(raw)
     except ValueError:
@@ -101,7 +100,7 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
 
 
 class Metrics:
-    """The one writer of a run's `metrics.jsonl`."""
+    """The only writer of a run's `metrics.jsonl`."""
 
     def __init__(self, path: Path) -> None:
         self._lines = LineFile(path)
@@ -128,16 +127,16 @@ class StageMetrics:
         self._metrics, self._stage = metrics, stage
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
-        """One line. `values` maps names to numbers, or to lists of numbers (expert loads)."""
+        """Write one line. `values` maps names to numbers, or to lists of numbers (expert loads)."""
         self._metrics.write(self._stage, step, tokens, values)
 
     def history(self) -> list[tuple[int, dict[str, Any]]]:
-        """(step, values) of every line of this stage so far, earlier attempts included."""
+        """(step, values) of every line of this stage so far, including earlier attempts."""
         mine = [line for line in self._metrics.lines() if line.get("stage") == self._stage]
         return [(line.get("step", 0), line.get("values", {})) for line in mine]
 
     def last(self, name: str) -> Any:
-        """The newest value of this name, whichever attempt wrote it; None if there is none."""
+        """The newest value of this name, from any attempt; None if there is none."""
         return next((values[name] for _, values in reversed(self.history()) if name in values), None)
 
     def rewind(self, step: int) -> None:
@@ -146,7 +145,7 @@ class StageMetrics:
 
 
 class Smoothed:
-    """An exponential moving average without bias to its start: the first values weigh as much as they would later."""
+    """An exponential moving average with the bias of its start corrected, as in Adam."""
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay, self._sum, self._weight = decay, 0.0, 0.0

@@ -1,7 +1,7 @@
-"""How far a run is and how long it will still take, on a terminal as bars, in a log as a line every ten seconds.
+"""How far a run is and how long it will still take: as bars on a terminal, as a line every ten seconds in a log.
 
 The stage's time left comes from the speed of this attempt; the run's adds the later stages' estimates, scaled by how
-the stages so far compared with theirs. Progress is for people only: nothing reads it back.
+the stages so far compare with theirs. Progress is only for people: nothing reads it back.
 """
 
 import sys
@@ -20,7 +20,7 @@ PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
 
 
 class RunProgress:
-    """The whole run: stages with their estimated seconds. Those after `until` are not waited for."""
+    """The whole run: stages with their estimated seconds. Stages after `until` do not count."""
 
     def __init__(
         self, estimates: dict[str, float], out: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
@@ -103,12 +103,12 @@ class StageProgress:
         self.started = self.shown = run.clock()
 
     def total(self, work: float, units: str = "steps", done: float = 0.0) -> None:
-        """The work of the stage in its own units, and how much of it an earlier attempt has done."""
+        """Set the stage's work in its own units, and how much of it an earlier attempt has done."""
         self.work, self.units, self.done, self.done_at_start = float(work), units, float(done), float(done)
         self.started = self.run.clock()
 
     def advance(self, work: float = 1.0, note: str = "") -> None:
-        """Add `work` to what is done; `note` is a few words such as "loss 3.21"."""
+        """Add `work` to the work done; `note` is a few words such as "loss 3.21"."""
         self.done += work
         self.note = note or self.note
         now = self.run.clock()
@@ -126,7 +126,7 @@ class StageProgress:
         return min(1.0, self.done / self.work) if self.work > 0 else 0.0
 
     def left(self) -> float | None:
-        """Seconds left at the speed of this attempt; None before anything is done."""
+        """Seconds left at the speed of this attempt; None before any work is done."""
         fresh = self.done - self.done_at_start
         return None if fresh <= 0 or self.work <= 0 else self.elapsed() * max(0.0, self.work - self.done) / fresh
 

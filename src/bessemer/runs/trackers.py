@@ -1,11 +1,11 @@
 """Experiment trackers as mirrors of a run's `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, trackio.
 
-A process of its own follows the file and sends what is new, so a tracker costs the training process nothing, and one that
-fails, hangs or dies stops nothing. The file remains the record: what a tracker missed, `bessemer track` sends later. Each
-line of a stage is sent once: after a kill the run writes again what came after its checkpoint, the same to the bit, and
-lines are counted, so curves go on where they ended. A stage that begins anew gets curves of its own.
+A separate process follows the file and sends what is new, so a tracker costs the training process nothing, and one that
+fails, hangs or dies stops nothing. The file remains the record: what a tracker missed, `bessemer track` sends later. A
+line of a stage is sent once: after a kill the run rewrites everything after its checkpoint, identical to the bit, and
+lines are counted, so curves continue where they ended. A stage that begins anew gets new curves.
 
-`trackers.json` in the run's folder holds what was sent; `trackers/` what the libraries write.
+`trackers.json` in the run's folder records what was sent; `trackers/` holds what the libraries write.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bessemer.runs.files import write_atomic
 from bessemer.runs.metrics import parse_line
 
 POLL = 5.0
-"""Seconds between two looks at the file."""
+"""Seconds between looks at the file."""
 PATIENCE = 30.0
 """Seconds that a finished run waits for its trackers."""
 PROJECT = "bessemer"
@@ -53,7 +53,7 @@ class Point:
 
 
 class Tracker(Protocol):
-    """Opened with (folder of the run, name and id of the run, its recipe)."""
+    """A tracker, built from (the run's folder, its name and id, its recipe)."""
 
     def send(self, points: Sequence[Point]) -> None: ...
 
@@ -64,7 +64,7 @@ class TensorBoard:
     """Event files in `trackers/tensorboard`."""
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # torch's own brings torch along
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # torch's own would import torch
 
         self._writer = EventFileWriter(str(root / "trackers" / "tensorboard"))
 
@@ -82,7 +82,7 @@ class TensorBoard:
 
 
 class WandB:
-    """The usual variables apply: WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE=offline, ..."""
+    """The usual environment variables apply: WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE=offline, ..."""
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
         import wandb
@@ -105,9 +105,9 @@ class WandB:
 
 
 class MLflow:
-    """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply; without them a database, `trackers/mlflow.db`."""
+    """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply; the default is a database, `trackers/mlflow.db`."""
 
-    LIMIT = 1000  # metrics of one call
+    LIMIT = 1000  # metrics per call
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
@@ -165,11 +165,11 @@ TRACKERS: dict[str, tuple[str, Callable[[Path, str, str, dict[str, Any]], Tracke
     "mlflow": ("mlflow", MLflow),
     "trackio": ("trackio", Trackio),
 }
-"""Name in a recipe: the package that it needs, its class."""
+"""Name in a recipe -> (the package that it needs, its class)."""
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """UserError for a tracker without its package."""
+    """Raises UserError for a tracker whose package is missing."""
     for name in names:
         if importlib.util.find_spec(TRACKERS[name][0]) is None:
             raise UserError(f"tracker {name}: its package is missing; pip install 'bessemer[trackers]', or leave it out")
@@ -177,10 +177,10 @@ def check_installed(names: Iterable[str]) -> None:
 
 @dataclass
 class _Sent:
-    """What a tracker has of one stage."""
+    """What a tracker has received of one stage."""
 
     first: float
-    """Time of the stage's first line, by which an attempt is recognised: another one begins at another time."""
+    """Time of the stage's first line, which identifies an attempt: another one begins at another time."""
     attempt: int = 1
     lines: int = 0
 
@@ -192,8 +192,8 @@ class _State:
 
 
 class Mirror:
-    """Sends new lines to the trackers of one run. A tracker that fails is reported by `report(name, why)` and gets
-    nothing more."""
+    """Sends new lines to the trackers of one run. If a tracker fails, calls `report(name, why)` and sends it nothing
+    more."""
 
     def __init__(self, root: Path, names: Sequence[str], report: Callable[[str, str], None]) -> None:
         self.root, self.report = root, report
@@ -210,7 +210,7 @@ class Mirror:
         self.trackers[name] = TRACKERS[name][1](self.root, str(recipe["name"]), self.states[name].id, recipe)
 
     def send(self) -> None:
-        """All lines that the trackers do not have yet."""
+        """Sends all lines that the trackers do not have yet."""
         lines = list(self._new_lines())
         for name, tracker in list(self.trackers.items()):
             state = self.states[name]
@@ -228,15 +228,15 @@ class Mirror:
     def _guarded(self, name: str, call: Callable[[], None]) -> bool:
         try:
             call()
-        except Exception as error:  # whatever a library may raise, the run goes on
+        except Exception as error:  # whatever a library may raise, the run continues
             self.trackers.pop(name, None)
             self.report(name, " ".join(str(error).split()) or type(error).__name__)
             return False
         return True
 
     def _new_lines(self) -> Iterator[tuple[int, float, dict[str, Any]]]:
-        """(number within its stage, time of the stage's first line, line). A file that was replaced, because the run
-        took lines back, is read from its beginning."""
+        """Yields (number within its stage, time of the stage's first line, line). Reads a file from its beginning if
+        the run has replaced it to drop lines."""
         path = self.root / "metrics.jsonl"
         with suppress(FileNotFoundError), open(path, "rb") as file:
             found = os.fstat(file.fileno())
@@ -256,7 +256,7 @@ class Mirror:
 
 
 def _due(lines: Iterable[tuple[int, float, dict[str, Any]]], before: dict[str, _Sent]) -> tuple[list[Point], dict[str, _Sent]]:
-    """Of these lines the points that a tracker lacks, and what it then has."""
+    """The points in these lines that a tracker lacks, and what it has once they are sent."""
     sent = {stage: _Sent(**asdict(one)) for stage, one in before.items()}
     points = []
     for number, first, line in lines:
@@ -298,7 +298,7 @@ def _write_states(root: Path, states: dict[str, _State]) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process sends at a time."""
+    """Only one process sends at a time. Raises UserError if another does."""
     (root / "trackers").mkdir(exist_ok=True)
     try:
         with FileLock(root / "trackers" / "lock", timeout=0):
@@ -308,7 +308,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def track(root: Path, names: Sequence[str]) -> list[str]:
-    """Sends all of a run that its trackers lack; returns those that failed, with the reason."""
+    """Sends everything of a run that these trackers lack; returns those that failed, with the reason."""
     check_installed(names)
     if not (root / "metrics.jsonl").is_file():
         raise UserError(f"{root} has no metrics.jsonl; name a run's folder, such as runs/tiny")
@@ -322,14 +322,14 @@ def track(root: Path, names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def mirrored(root: Path, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the run's metrics go to these trackers."""
+    """Inside the block, another process sends the run's metrics to these trackers."""
     if not names:
         yield
         return
     (root / "trackers").mkdir(exist_ok=True)
     command = [sys.executable, "-P", "-m", __name__, str(root), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # a session of its own: Ctrl-C is for the run, which then closes the pipe
+    # a separate session: Ctrl-C is for the run, which then closes the pipe
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
     try:
         yield
@@ -353,7 +353,7 @@ def main() -> None:
     with ExitStack() as stack:
         ours = stack.enter_context(os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace"))
         log = stack.enter_context(open(root / "trackers" / "log.txt", "ab"))
-        os.dup2(log.fileno(), 1)  # what libraries print must not run into the progress of the run
+        os.dup2(log.fileno(), 1)  # what libraries print must not disturb the run's progress bars
         os.dup2(log.fileno(), 2)
 
         def report(name: str, why: str) -> None:
