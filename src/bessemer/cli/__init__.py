@@ -1,6 +1,6 @@
-"""The command line: one command per task of a user.
+"""The command line: one command per user task.
 
-Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Figures go to standard
+Nothing heavy is imported before a command has its arguments, so `bessemer --help` is instant. Results go to standard
 output (as JSON with --json), everything else to standard error. Exit status: 0 done, 2 an error that the user can fix
 (`error: ...`), 130 stopped by a signal with everything saved.
 """
@@ -30,7 +30,7 @@ from bessemer.cli import completion  # noqa: F401  isort: skip
 
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]
-"""Of the parser that typer brings, which has no other public name."""
+"""The usage error of typer's bundled parser, which has no other public name."""
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _misused(error: Any) -> NoReturn:
-    """An option or argument that is wrong or missing, in one line; a group without a command shows its help."""
+    """Reports a wrong or missing option or argument in one line; shows a group's help if its command is missing."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         sys.exit(2)
@@ -73,7 +73,7 @@ def _end(error: object) -> NoReturn:
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    """Prints a warning on one line, without the place in the source."""
+    """Prints a warning on one line, without its place in the source."""
     name = "warning" if category is UserWarning else category.__name__
     print(f"{name}: {one_line(message)}", file=sys.stderr)
 

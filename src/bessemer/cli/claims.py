@@ -129,7 +129,7 @@ def _dry_run(planned: list[ArmJob], folder: Path, at_once: int, as_json: bool) -
 
 
 def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[str]:
-    """Runs what is missing; a sentence for each job that failed."""
+    """Runs what is missing; returns a sentence for each failed job."""
     if not planned:
         return []
     from bessemer.claims import runner
@@ -143,7 +143,7 @@ def _run(planned: list[ArmJob], tier: Tier, folder: Path, at_once: int) -> list[
 
 
 def _evidence(names: list[str], tier: Tier, folder: Path, save: Path | None) -> tuple[Results, Results, list[str]]:
-    """What judges the cards, what this tier's own runs give beside it, and which A/A tests failed."""
+    """The results that judge the cards, those of this tier's own runs beside them, and the A/A tests that failed."""
     from bessemer.claims import results, runs
 
     held, own = results.committed(), results.finished(folder)

@@ -1,4 +1,4 @@
-"""Shared by the commands: the program, common options, JSON output."""
+"""Shared by all commands: the program, common options, JSON output."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def one_line(message: object) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a page or chart where the user wants it. Only an older one is replaced."""
+    """Writes a page or chart where the user wants it. Replaces only an older page or chart."""
     from bessemer.runs.files import explained, write_atomic
 
     with explained(path):
@@ -83,7 +83,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The prompts of a file: its lines, or with the extension .jsonl the field "prompt" of every object."""
+    """The prompts in a file: its lines, or the field "prompt" of every object if the extension is .jsonl."""
     from bessemer.config.places import read_text
 
     lines = read_text(Path(file), "file of prompts").splitlines()

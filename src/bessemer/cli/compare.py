@@ -1,4 +1,4 @@
-"""Commands that set two things side by side: two models, a recipe or an RL step and the same with changes."""
+"""Commands that compare two things: two models, or a recipe or RL step with a changed version of itself."""
 
 from pathlib import Path
 from typing import Annotated, Any

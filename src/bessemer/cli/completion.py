@@ -1,7 +1,7 @@
-"""Completion in bash, zsh and fish: scripts that ask this program what may stand in place of the last word.
+"""Completion in bash, zsh and fish: scripts that ask this program for candidates for the last word.
 
-The answer comes from the commands' own parser, so that it never differs from what they take: commands, options,
-choices, recipes by name, runs, their stages. Where a script gets no answer the shell completes files.
+The candidates come from the commands' own parser, so that they always match what the commands accept: commands,
+options, choices, recipes by name, runs, their stages. If a script gets no candidates, the shell completes files.
 """
 
 import glob
@@ -19,9 +19,9 @@ from bessemer.cli.common import app
 
 _STAGE = re.compile(r"\d+-([A-Za-z0-9_-]+)")
 Node = Any
-"""Of typer's parser: a command, a group of commands, or what one of them takes."""
+"""A node of typer's parser: a command, a group of commands, or a parameter."""
 Candidates = Iterator[tuple[str, str]]
-"""(word, what it means in a few words or "")."""
+"""(word, its meaning in a few words or "")."""
 
 
 class Shell(StrEnum):
@@ -31,7 +31,7 @@ class Shell(StrEnum):
 
 
 SCRIPTS = {
-    # The words are split here: bash's own split a word at every = and :, which then are not part of what it replaces.
+    # Split the words here: bash's own splitting breaks a word at every = and :, and then replaces only the last part.
     Shell.bash: r"""_bessemer() {
     local line=${COMP_LINE:0:COMP_POINT} words current kept word
     read -ra words <<< "$line"
@@ -90,7 +90,7 @@ def completion(
         return
     for word, meaning in candidates(words):
         if not (word + meaning).isprintable():
-            continue  # a folder's name with a line break, which no protocol of lines can carry
+            continue  # a folder name with a line break, which a line protocol cannot carry
         if shell is Shell.bash:
             print(word)
         elif shell is Shell.fish:
@@ -100,7 +100,7 @@ def completion(
 
 
 def candidates(words: list[str]) -> Candidates:
-    """What may stand in place of the last of the words after the program's name."""
+    """Candidates for the last of the words after the program's name."""
     command = _program()
     *before, text = words
     path, waiting, arguments, options = list[str](), None, 0, True
@@ -148,7 +148,7 @@ def _commands(command: Node) -> dict[str, Node] | None:
 
 
 def _valued(command: Node, name: str) -> Node:
-    """The option of this name, if a word follows it."""
+    """The option of this name, if it takes a value."""
     options = (param for param in command.params if param.param_type_name == "option" and not param.is_flag)
     return next((option for option in options if name in option.opts), None)
 
@@ -172,8 +172,8 @@ def _first(text: str | None) -> str:
 
 
 def _values(command: Node, path: list[str], param: Node, text: str) -> Candidates:
-    """What a parameter takes: its choices, or what its name in the help stands for."""
-    hint = get_type_hints(command.callback).get(param.name)  # of an enumeration, alone, in a list or optional
+    """What a parameter takes: its choices, or whatever its name in the help stands for."""
+    hint = get_type_hints(command.callback).get(param.name)  # an enumeration: alone, in a list or optional
     for kind in (hint, *get_args(hint)):
         if isinstance(kind, type) and issubclass(kind, StrEnum):
             yield from ((one.value, "") for one in kind)

@@ -37,7 +37,7 @@ def build(
     folder = out or Path("data") / loaded.name
     try:
         revisions = folder / places.REVISIONS
-        begun = (folder / "work").exists() and not revisions.exists()  # by a version that pinned nothing: it stays so
+        begun = (folder / "work").exists() and not revisions.exists()  # by a version that pinned nothing: leave it so
         with places.of_recipe(recipe.absolute().parent, None if begun else revisions):
             facts = curation.build(loaded, folder)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`bessemer doctor`: the measured capabilities of this machine, what will be slow on it, and why.
 
-`examine` gathers facts (plain JSON) with notes, each of a level: ok, slow (it works, at a stated cost) or bad (it does
-not work until fixed). `describe` is the text for a terminal.
+`examine` gathers facts (plain JSON) with notes. Each note has a level: ok, slow (it works, at a stated cost) or bad (it
+does not work until fixed). `describe` is the text for a terminal.
 """
 
 import os
@@ -28,13 +28,13 @@ from bessemer.workers import Workers, cores, shared_free
 _GB = 1e9
 _NEED_DISK_GB = 2.0  # packages, packed rows and checkpoints of the tiny recipe, with a margin
 _NEED_MEMORY_GB = 4.0
-_NEED_SHARED_MB = 256  # `small`: weights, and gradients of every worker
+_NEED_SHARED_MB = 256  # `small`: the weights, and every worker's gradients
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is the name on ARM
 
 
 def examine(folder: Path) -> dict[str, Any]:
     """Facts about this machine; `folder` is where runs would be stored. Measuring takes a second or two."""
-    build.forget_failures()  # the doctor is asked after something was mended
+    build.forget_failures()  # the user may have fixed something since
     rates = {name: round(float(rate), 1) for name, rate in probe.gemm_rates().items()}
     choice = probe.compute_dtype(rates)
     total, available = _memory()
@@ -71,7 +71,7 @@ def examine(folder: Path) -> dict[str, Any]:
 
 
 def trained(devices: Iterable[str], seconds: float = 3.0) -> dict[str, float]:
-    """Tokens per second at which each of the devices trains the recipe tiny."""
+    """Tokens per second at which each device trains the recipe tiny."""
     settings, cfg, length = estimate.pretraining(Recipe.load(find_recipe("tiny")), needed_for="doctor")
     models = {name: Transformer(cfg).initialise(0).to(name) for name in devices}
     return {name: estimate.training_rate(model, settings, length, seconds) for name, model in models.items()}
@@ -155,7 +155,7 @@ def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
-    """Which backend serves the calls of FP8 training; emulation is exact and slow."""
+    """Which backend serves FP8 training; emulation is exact but slow."""
     emulated = [(call, why) for call, backend, why in facts["fp8"] if backend == "emulation"]
     if not emulated:
         return "FP8", "ok", f"training in FP8: {backends.summary(facts['fp8'])}"
@@ -238,13 +238,13 @@ def _cpu_name() -> str:
 
 
 def _flags() -> list[str] | None:
-    """Of `_FLAGS`, those that this CPU has; None where the system has no list."""
+    """The `_FLAGS` that this CPU has; None if the system has no list."""
     present = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [flag for flag in _FLAGS if flag in present] if present else None
 
 
 def _memory() -> tuple[float | None, float | None]:
-    """(total, available) in GB as the kernel reports them; None for what it does not report."""
+    """(total, available) in GB as the kernel reports them; None for a figure that it does not report."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, available = (int(lines[key].split()[0]) * 1024 / _GB for key in ("MemTotal", "MemAvailable"))

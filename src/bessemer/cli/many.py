@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None) -> Ranks | None:
-    """The ranks of this run; None when one process runs it all. If there are none yet and the run needs several, this
-    process starts them and exits with their status: as many as are `asked` for, else one for every GPU that the recipe
-    can use, and at least those of its [layout]."""
+    """The ranks of this run; None if one process runs it alone. If there are none yet and the run needs several, this
+    process starts them and exits with their status: as many as `asked` for, else one for every GPU that the recipe can
+    use, and at least those of its [layout]."""
     from bessemer.dist import groups
     from bessemer.dist.ranks import Ranks, launch
 
@@ -56,8 +56,8 @@ def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus
 
 
 def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, str]:
-    """(processes that this machine should start, a line that says so). UserError for a number that is asked for and
-    cannot be."""
+    """(processes that this machine should start, a line that says so). Raises UserError if the number asked for is
+    impossible."""
     layout = recipe.layout
     least, fixed = layout.fewest, layout.dp != "auto"
     if asked is not None:
@@ -79,7 +79,7 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
     if not any(find_kind(config.kind).distributed for config in recipe.stages):
         return least, _use(least, gpus, "no stage of this recipe runs on several")
     if _fault(recipe, least):
-        return least, ""  # what is wrong with any number is said by the run itself
+        return least, ""  # the run itself says what is wrong with every number
     why = "one process each; --gpus 1 uses one alone"
     if sampling:
         why = f"{sampling} are for the workers that sample"
@@ -92,8 +92,8 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
 
 
 def _sampling(recipe: Recipe) -> int:
-    """GPUs that the rollout workers of an RL stage take beside the trainer's; those of a Ray that runs already are not
-    counted."""
+    """GPUs that an RL stage's rollout workers take in addition to the trainer's; those of a Ray cluster that already
+    runs are not counted."""
     if "RAY_ADDRESS" in os.environ:
         return 0
     apart = (
@@ -110,7 +110,7 @@ def _use(n: int, gpus: probe.Gpus, why: str) -> str:
 
 
 def _fault(recipe: Recipe, n: int) -> str | None:
-    """Why the recipe's stages cannot run on n ranks."""
+    """Why the recipe's stages cannot run on n ranks; None if they can."""
     layout = recipe.layout
     if layout.dp == "auto":
         layout = layout.model_copy(update={"dp": n // layout.fewest})
@@ -125,7 +125,7 @@ def _fault(recipe: Recipe, n: int) -> str | None:
 
 @contextmanager
 def together(ranks: Ranks | None) -> Iterator[None]:
-    """Wraps the run: an error that all ranks raise is printed once, and a lost rank ends the ranks that wait for it."""
+    """Wraps the run: prints an error that all ranks raise only once, and ends the ranks that wait for a lost rank."""
     if ranks is None:
         yield
         return
@@ -142,7 +142,7 @@ def together(ranks: Ranks | None) -> Iterator[None]:
         matches = re.findall(r"Connection \w+ by peer", str(error))
         ranks.report_lost(matches[0] if matches else str(error)[:200])
         sys.stderr.flush()
-        os._exit(watchdog.LOST)  # the process groups can no longer be destroyed in order
+        os._exit(watchdog.LOST)  # the process groups can no longer be shut down in order
     finally:
         if sys.exc_info()[0] is None:
             ranks.leave()
@@ -164,15 +164,15 @@ def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> NoReturn:
 
 
 def started() -> bool:
-    """Whether torchrun, or something like it, has started this process as one of several."""
+    """Whether torchrun or a similar launcher has started this process as one of several."""
     from bessemer.dist.ranks import Ranks
 
     return Ranks.started() and Ranks.world_size() > 1
 
 
 def examine(folder: Path) -> dict[str, Any] | None:
-    """The doctor's facts about all machines of a run: those of rank 0's, what keeps another from running, and the links
-    between them. None on the other ranks."""
+    """The doctor's facts about all machines of a run: those of rank 0's machine, what keeps others from running, and
+    the links between them. None on the other ranks."""
     from bessemer.cli import doctor
     from bessemer.dist import links
     from bessemer.dist.ranks import Ranks

@@ -1,4 +1,4 @@
-"""Commands on model directories: conversion, and placement of experts on a cluster."""
+"""Commands on model directories: conversion, exchange with the hub, and placement of experts on a cluster."""
 
 import sys
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Commands on recipes: those that come with the package, one of your own, every key."""
+"""Commands on recipes: list the built-in ones, begin one of your own, explain every key."""
 
 from pathlib import Path
 from typing import Annotated

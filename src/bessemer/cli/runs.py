@@ -1,4 +1,4 @@
-"""Commands on runs: run a recipe, write its report, evaluate its models."""
+"""Commands on runs: run a recipe, follow it, write its report, evaluate its models; and the doctor."""
 
 import sys
 import time
@@ -190,7 +190,7 @@ def watch(
 
     def ready(address: str) -> None:
         print(f"bessemer watch: {address}  Ctrl-C stops", flush=True)
-        # without a screen a text browser would take the terminal
+        # without a screen, a text browser would take over the terminal
         if (
             browser
             and sys.stdout.isatty()
@@ -350,7 +350,7 @@ def chosen(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_used(what_for: str, used: object, options: dict[str, Any]) -> None:
-    """UserError for options that have no effect."""
+    """Raises UserError for options that have no effect."""
     if not used and (given := chosen(options)):
         name = next(iter(given)).replace("max_new_tokens", "max_tokens").replace("_", "-")
         raise UserError(f"--{name} has no effect without {what_for}; add {what_for}, or leave it out")

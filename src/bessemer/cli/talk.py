@@ -1,4 +1,4 @@
-"""Commands that generate text: for prompts, on the terminal, over HTTP."""
+"""Commands that generate text: for prompts, in a chat on the terminal, over HTTP."""
 
 import sys
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def generate(
 
 
 def _about_cuts(completions: Sequence["Completion"], asked: int | None, context: int) -> list[str]:
-    """What a user should know about texts that did not end by themselves; `asked`: the option --max-tokens."""
+    """What a user should know about texts that were cut off. `asked`: the option --max-tokens."""
     from bessemer.engine.generation import NEW_TOKENS
 
     rooms = [context - one.prompt_tokens for one in completions]
