@@ -1,7 +1,7 @@
-// One answer on the page: who gives it, its thought (folded once the answer begins), its text, figures and buttons.
+// One answer on the page: its model, its thought (folded once the answer begins), its text, figures and buttons.
 //
-// An AnswerView is made once and then brought up to date, so that a streamed answer never loses its selection, its
-// focus or the place it is scrolled to.
+// An AnswerView is built once and then updated, so that a streamed answer never loses its selection, focus or scroll
+// position.
 
 import { find, make, number, say, seconds } from "./dom.js";
 import { taskName } from "./examples.js";
@@ -11,7 +11,7 @@ import { paint } from "./text.js";
 import { looks } from "./tokens.js";
 import { t } from "./words.js";
 
-// What the verifiers call the faults of an answer; others are not named.
+// The verifiers' names for the faults of an answer; other faults are not named.
 const FAULTS = {
   "wrong-value": "another value",
   "wrong-numbers": "other numbers",
@@ -26,7 +26,7 @@ const FAULTS = {
 };
 
 export class AnswerView {
-  // page: what the answer needs of the page: settings, card, modelOf(id) and the actions of its buttons.
+  // page: what the answer needs from the page: settings, card, modelOf(id) and the actions of its buttons.
   constructor(answer, turn, page) {
     Object.assign(this, { answer, turn, page });
     const button = (words, title, act) => make("button.quiet", { type: "button", title, onclick: act }, words);
@@ -98,7 +98,7 @@ export class AnswerView {
   fill(box, part) {
     const { answer, page } = this;
     const shown = page.settings.details ? answer.pieces[part] : null;
-    const usable = shown?.length ? shown : null; // an answer of another day may have lost them
+    const usable = shown?.length ? shown : null; // an old answer may have lost them
     const low = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
     paint(box, answer[part], usable && looks(usable), part === "text");
     page.card.watch(box, usable, page.modelOf(answer.model));
@@ -111,7 +111,7 @@ export class AnswerView {
     setTimeout(() => say(this.copy, t("Copy")), 1500);
   }
 
-  // The verifier's verdict, where the question was a known problem.
+  // The verifier's verdict, if the question was a known problem.
   judged(live) {
     const { verdict } = this.answer;
     this.verdict.hidden = live || !verdict;
@@ -123,13 +123,13 @@ export class AnswerView {
   }
 }
 
-// The columns of one turn. On a narrow screen they are swiped, all turns together.
+// The columns of one turn. On a narrow screen, a swipe moves all turns together.
 export function columns(turn, views) {
   const box = make("div.columns", { "data-count": views.length }, ...views.map((view) => view.root));
   views.forEach((view, i) => view.root.classList.add(`c${i + 1}`));
   if (views.length > 1) {
     const together = () => {
-      if (!box.matches(":hover, :focus-within")) return; // moved by another one
+      if (!box.matches(":hover, :focus-within")) return; // another turn moved it
       for (const other of document.querySelectorAll(`.columns[data-count="${views.length}"]`)) {
         if (Math.abs(other.scrollLeft - box.scrollLeft) > 1) other.scrollLeft = box.scrollLeft;
       }
@@ -157,7 +157,7 @@ function thoughtWords({ figures, phase }) {
   return t(phase === "thinking" ? "Thinking for {tokens}, {time}" : "Thought for {tokens}, {time}", values);
 }
 
-// Why an answer is not whole. It says so whenever one was cut, and what would make it longer.
+// Why an answer is incomplete, and what would make it longer.
 function troubleWords(answer, model) {
   const { trouble, phase, finish, text, thought, figures } = answer;
   if (trouble) return t(trouble.words);
@@ -185,7 +185,7 @@ function figureWords({ tokens: count, rate, first }) {
 
 const tokens = (n) => t(n === 1 ? "{n} token" : "{n} tokens", { n: number(n) });
 
-// The clipboard interface exists on secure pages only; over plain HTTP in one's own network the old way remains.
+// The clipboard API exists only on secure pages; over plain HTTP in a local network only the old way works.
 async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);

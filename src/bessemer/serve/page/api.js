@@ -1,6 +1,6 @@
 // The server's HTTP interface: models, and one answer as a stream of chunks. Failures are `Trouble` with plain words.
 //
-// Addresses are relative to the page, so that a proxy may serve it under a path. A chunk is
+// Addresses are relative to the page, so that a proxy can serve it under a path. A chunk is
 //   { thought, text, tokens, experts, finish, usage }
 // whichever endpoint it came from; tokens are [{ t, bytes, p, top: [[t, p]] }], experts one [layer][k] per token.
 
@@ -9,15 +9,15 @@ import { key } from "./state.js";
 const TOO_LONG =
   "The conversation is longer than the model's context: start a new chat, or let models read the question alone (in " +
   "the settings).";
-const TOP = 5; // alternatives asked for with every token
+const TOP = 5; // alternatives requested with every token
 
 export class Trouble extends Error {
   // kind: "gone" (no server), "key", "full" (too many wait), "busy" (no room for one more model), "model" (unknown),
-  // "asked" (our request is at fault), "server".
+  // "asked" (our request is wrong), "server".
   constructor(kind, words, after = null) {
     super(words);
     this.kind = kind;
-    this.after = after; // seconds until another try makes sense
+    this.after = after; // seconds until a retry makes sense
   }
 }
 
@@ -27,12 +27,12 @@ export async function models() {
   const known = Array.isArray(told?.data) ? told.data.filter((model) => typeof model?.id === "string") : [];
   if (!known.length) throw new Trouble("server", "The server offers no model.");
   return known.map(({ id, bessemer: facts = {} }) => {
-    const talks = facts.style !== null; // without a chat template it goes on with a text, thoughts are not told apart
+    const talks = facts.style !== null; // without a chat template it continues a text, and thoughts are not separate
     return { ...facts, id, talks, thinks: Boolean(facts.thinks && talks) };
   });
 }
 
-// Whether the server has the live page of the run that its models are of.
+// Whether the server has the live page of its models' run.
 export async function watched() {
   return (await (await call("health", {})).json()).watch === true;
 }
@@ -66,7 +66,7 @@ export async function* stream(model, talk, sampling, signal) {
   if (!ended) throw new Trouble("gone", "The connection was lost before the answer was complete.");
 }
 
-// Held-out problems of the tasks that a model was trained on: [{ task, language, number, prompt }].
+// Held-out problems from the tasks that a model was trained on: [{ task, language, number, prompt }].
 export async function problems(model) {
   const told = await (await call(`v1/problems?model=${encodeURIComponent(model)}`, {})).json();
   return (Array.isArray(told?.data) ? told.data : []).filter(
@@ -74,14 +74,14 @@ export async function problems(model) {
   );
 }
 
-// The verdict of a task's verifier on an answer to one of them: { correct, reason }.
+// The verdict of a task's verifier on an answer to one of these problems: { correct, reason }.
 export async function verdict(model, problem, answer) {
   const body = JSON.stringify({ model, ...problem, answer });
   const headers = { "Content-Type": "application/json" };
   return (await call("v1/verdict", { method: "POST", body, headers })).json();
 }
 
-// A model without a chat template goes on with a text: what was asked, what it wrote after that, and so on.
+// A model without a chat template continues a text: what was asked, what it wrote after that, and so on.
 const plain = (talk) => talk.map(({ role, content }, i) => (role === "user" && i ? "\n" : "") + content).join("");
 
 async function call(path, options) {
@@ -126,7 +126,7 @@ function troubleOf(response, error) {
     : new Trouble("server", said || `The server failed (${response.status}).`);
 }
 
-// The data of each server-sent event. An event ends with an empty line; a line that begins with ":" says nothing.
+// The data of each server-sent event. An event ends with an empty line; a line that begins with ":" is a comment.
 export async function* events(body, signal) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
@@ -146,7 +146,7 @@ export async function* events(body, signal) {
   } catch (failure) {
     throw signal?.aborted ? failure : new Trouble("gone", "The connection was lost before the answer was complete.");
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading frees the slot
+    reader.cancel().catch(() => {}); // free the slot when the reader stops
   }
 }
 
@@ -155,7 +155,7 @@ function parsed(event) {
     const told = JSON.parse(event);
     if (typeof told === "object" && told !== null) return told;
   } catch {
-    // said below
+    // reported below
   }
   throw new Trouble("server", "The server sent something that is not a chunk of an answer.");
 }
@@ -191,7 +191,7 @@ function tokensOf(logprobs) {
   }));
 }
 
-// "bytes:\xe4\xbd", where the endpoint gives no bytes apart.
+// "bytes:\xe4\xbd", if the endpoint does not send bytes separately.
 const spelled = (token) =>
   Array.from(token.replace("bytes:", "").matchAll(/\\x([0-9a-f]{2})|[^]/g), ([char, hex]) =>
     hex ? parseInt(hex, 16) : char.charCodeAt(0),

@@ -1,13 +1,13 @@
-// One answer from the request to its end: the stream goes into the answer, with times; `changed` is told as it grows.
+// One answer from request to end: the stream goes into the answer, with times, and `changed` is called as it grows.
 //
 // Phases: waiting (for the first token) -> thinking -> writing -> done, or stopped by the user (what came stays), or
-// failed with a Trouble. A full queue is asked once more after the server's own waiting time (phase queued); models
-// that keep each other out of memory, as columns side by side may, are asked again for longer.
+// failed with a Trouble. A full queue is tried once more after the waiting time that the server names (phase queued);
+// models that keep each other out of memory, as columns side by side may, are retried for longer.
 
 import { stream, Trouble } from "./api.js";
 import { Pieces } from "./pieces.js";
 
-const PATIENCE = { full: 1, busy: 60 }; // further tries
+const PATIENCE = { full: 1, busy: 60 }; // retries
 
 export class Asking {
   // talk: the messages that lead to the answer; sampling: fields of the request.
@@ -117,8 +117,8 @@ export class Asking {
   }
 }
 
-// The messages that lead one model to its answer in turn `until`: the conversation, or the question alone. Who joined
-// late reads the first column's earlier answers; a turn without an answer is left out, and so are all thoughts.
+// The messages that lead one model to its answer in turn `until`: the conversation, or the question alone. A model that
+// joined late gets the first column's earlier answers; turns without an answer and all thoughts are left out.
 export function talkOf(turns, until, model, { system, memory }) {
   const talk = system.trim() ? [{ role: "system", content: system }] : [];
   for (const turn of memory === "talk" ? turns.slice(0, until) : []) {
@@ -128,14 +128,14 @@ export function talkOf(turns, until, model, { system, memory }) {
   return [...talk, { role: "user", content: turns[until].question }];
 }
 
-// What an answer that is to go on has said so far, as its model's template would have written it.
+// What an answer to be continued has said so far, as its model's template would have written it.
 export function begun({ thought, text }, style) {
   if (!thought) return text;
   if (style === "zero" || style === "r1-zero") return `<think>${thought}${text ? `</think> ${text}` : ""}`;
   return `<think>\n${thought}${text ? `\n</think>\n\n${text}` : ""}`;
 }
 
-// The settings as fields of a request: what is null is left to the server.
+// The settings as fields of a request; a null leaves the choice to the server.
 export function samplingOf(settings, model, seed) {
   const names = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"];
   const fields = Object.fromEntries(

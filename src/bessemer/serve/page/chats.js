@@ -5,7 +5,7 @@ import { asJson, asMarkdown, save } from "./export.js";
 import { language, t } from "./words.js";
 
 export class Chats {
-  // talks: what is kept; turns(): the open conversation; open(id), remove(id): the reader's choice.
+  // talks: the stored conversations; turns(): the open one; open(id), remove(id): called for the user's choice.
   constructor(talks, turns, open, remove) {
     Object.assign(this, { talks, turns, opening: open, remove, panel: find("chats"), opener: find("list") });
     this.rows = make("ol.talks");

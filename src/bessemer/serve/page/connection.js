@@ -1,17 +1,17 @@
-// Whether the server is there, and the line above the question that says so. A lost server is looked for again, at
-// growing intervals, until it answers; a server that wants a key is given one by the user.
+// Whether the server is there, and the line above the question that says so. A lost server is retried at growing
+// intervals until it answers; for a server that wants a key, the page asks the user.
 
 import { models, Trouble } from "./api.js";
 import { find, make, say } from "./dom.js";
 import { setKey } from "./state.js";
 import { t } from "./words.js";
 
-const FIRST = 1; // seconds between two tries, at first
-const LAST = 15; // and in the end
-const SHOWN = 8; // seconds that a passing notice stays
+const FIRST = 1; // seconds between retries, at first
+const LAST = 15; // and at most
+const SHOWN = 8; // seconds that a temporary notice stays
 
 export class Connection {
-  // found(models): the server answered.
+  // found(models): called when the server answers.
   constructor(found) {
     Object.assign(this, {
       found,
@@ -34,7 +34,7 @@ export class Connection {
   async begin(wait = FIRST) {
     clearTimeout(this.timer);
     this.timer = null;
-    const round = (this.rounds += 1); // the latest look counts: four columns may lose the server at once
+    const round = (this.rounds += 1); // only the latest attempt counts: four columns may lose the server at once
     try {
       const known = await models();
       if (round !== this.rounds) return;
@@ -54,7 +54,7 @@ export class Connection {
     }
   }
 
-  // An answer failed: what that says about the server.
+  // Called when an answer fails, with what that says about the server.
   trouble(kind) {
     if (kind === "gone" || kind === "key" || kind === "model") this.begin();
   }
@@ -66,7 +66,7 @@ export class Connection {
     find("key-text").focus();
   }
 
-  // A few words that go by themselves.
+  // A short notice that disappears by itself.
   notice(words, action, act) {
     if (!this.ready) return;
     this.show(words, action, act);

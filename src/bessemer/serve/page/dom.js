@@ -1,4 +1,4 @@
-// Elements from data. Text enters the page through textContent alone, so whatever a model wrote stays text.
+// Elements from data. Text enters the page only through textContent, so whatever a model wrote stays text.
 
 // make("button.quiet", { type: "button", title: "..." }, "text", child): tag and classes, attributes, children.
 export function make(kind, attributes = {}, ...children) {
@@ -14,7 +14,7 @@ export function make(kind, attributes = {}, ...children) {
   return made;
 }
 
-// textContent only when it differs: an equal text assigned anew would end a selection and wake screen readers.
+// Sets textContent only if it differs: assigning an equal text would clear a selection and trigger screen readers.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,5 +1,5 @@
-// The empty page: what the picked models can do, and held-out problems of the tasks they were trained on. The answer to
-// such a problem is checked by the task's verifier.
+// The empty page: what the picked models can do, and held-out problems from the tasks they were trained on. The task's
+// verifier checks the answer to such a problem.
 
 import { problems, verdict } from "./api.js";
 import { find, make, number } from "./dom.js";
@@ -17,7 +17,7 @@ const TASKS = {
 const LANGUAGES = { en: "English", zh: "Chinese" };
 
 export class Examples {
-  // ask(question): a question was chosen.
+  // ask(question): called when a question is chosen.
   constructor(ask) {
     this.ask = ask;
     this.found = new Map(); // model -> its problems
@@ -45,7 +45,7 @@ export class Examples {
     try {
       this.found.set(model.id, await problems(model.id));
     } catch {
-      this.found.delete(model.id); // asked for again with the next draw
+      this.found.delete(model.id); // requested again at the next draw
     }
     this.draw();
   }
@@ -83,7 +83,7 @@ export class Examples {
     );
   }
 
-  // The problem that a question asks, if it is one of the examples.
+  // The problem behind a question, if it is one of the examples.
   problemOf(question) {
     for (const known of this.found.values()) {
       const problem = known.find(({ prompt }) => prompt === question);
@@ -96,7 +96,7 @@ export class Examples {
 export const taskName = (task, language) =>
   `${t(TASKS[task] ?? task)}${language ? ` · ${t(LANGUAGES[language] ?? language)}` : ""}`;
 
-// Whether an answer is right: { correct, reason }, or null where nobody can tell.
+// Whether an answer is right: { correct, reason }, or null if nobody can tell.
 export async function judge(answer, problem) {
   try {
     const thought = answer.thought ? `<think>${answer.thought}</think>` : "";

@@ -1,4 +1,4 @@
-// A conversation as a file: Markdown to read, JSON for programs.
+// A conversation as a file: Markdown for people, JSON for programs.
 
 import { make } from "./dom.js";
 

@@ -1,4 +1,4 @@
-// The chat page: brings the parts together. Actions change `turns` or `settings`; the view follows, and both are kept.
+// The chat page: connects the parts. Actions change `turns` or `settings`; the view follows, and both are stored.
 
 import { watched } from "./api.js";
 import { Asking, begun, samplingOf, talkOf } from "./ask.js";
@@ -16,10 +16,10 @@ import { t, translatePage } from "./words.js";
 
 translatePage();
 const settings = state.loadSettings();
-const spoken = settings.language; // when the page was made
+const spoken = settings.language; // when the page was built
 const talks = new Talks();
 const question = find("question");
-const asking = new Map(); // answer -> what fetches it
+const asking = new Map(); // answer -> the Asking that fetches it
 const page = {
   settings,
   turns: talks.turns(),
@@ -43,7 +43,7 @@ const connection = new Connection((models) => {
   conversation.updateAll();
 });
 
-// Asks the picked models `words` as turn number `at`, in the place of the turns from there on. False: not now.
+// Asks the picked models `words` as turn number `at`, replacing the turns from there on. False if that is not possible.
 function ask(at, words) {
   if (asking.size || !connection.ready) return false;
   const before = page.turns[at];
@@ -58,7 +58,7 @@ function ask(at, words) {
   return true;
 }
 
-// An answer is asked for anew. In the last turn the other columns may be at work meanwhile.
+// Asks for an answer anew. In the last turn the other columns may still be running.
 function retry(turn, answer) {
   const at = page.turns.indexOf(turn);
   const later = at + 1 < page.turns.length;
@@ -70,7 +70,7 @@ function retry(turn, answer) {
   start(fresh, turn, talkOf(page.turns, at, fresh.model, settings));
 }
 
-// The answer goes on from where it was stopped or cut off, be it inside its thought.
+// Continues an answer from where it was stopped or cut off, even inside its thought.
 function more(turn, answer) {
   const at = page.turns.indexOf(turn);
   const later = at + 1 < page.turns.length;
@@ -112,7 +112,7 @@ function start(answer, turn, talk) {
   });
 }
 
-// Turns from number `at` on go; what went can be brought back.
+// Drops the turns from number `at` on, and offers to bring them back.
 function drop(at, offer) {
   const gone = [...page.turns];
   page.turns.splice(at);
@@ -129,7 +129,7 @@ function stopAll() {
   for (const one of asking.values()) one.stop();
 }
 
-// The conversation stays in the list.
+// Begins a new conversation; the old one stays in the list.
 function startAfresh() {
   stopAll();
   focus();
@@ -202,7 +202,7 @@ function busy() {
   find("stop").hidden = !asking.size;
 }
 
-// On a touch screen the keyboard would come up unasked.
+// Not on a touch screen, where the keyboard would pop up.
 const focus = () => matchMedia("(pointer: fine)").matches && question.focus();
 const seed = () => settings.seed ?? Math.floor(Math.random() * 2 ** 31);
 const keep = () => talks.save(page.turns);
@@ -272,4 +272,4 @@ conversation.draw();
 if (page.turns.length) conversation.toEnd();
 focus();
 connection.begin();
-watched().then((there) => (find("watch").hidden = !there), () => {}); // a lost server is told of already
+watched().then((there) => (find("watch").hidden = !there), () => {}); // a lost server is already reported

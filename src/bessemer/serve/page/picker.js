@@ -4,7 +4,7 @@ import { find, make, number } from "./dom.js";
 import { MOST } from "./state.js";
 import { t } from "./words.js";
 
-// What the stages along DeepSeek-R1's way are, for the chip's title; other stages are shown by their name alone.
+// What the stages of DeepSeek-R1's pipeline are, for the chip's title; other stages show only their name.
 const STAGES = {
   base: "pre-trained only",
   zero: "R1-Zero: reinforcement learning from the base, no examples of thinking",
@@ -17,13 +17,13 @@ const STAGES = {
 const MILESTONES = ["base", "zero", "r1", "distilled"];
 
 export class Picker {
-  // chosen(picked, side): the user's choice changed.
+  // chosen(picked, side): called when the user's choice changes.
   constructor(settings, chosen) {
     Object.assign(this, { settings, chosen, models: [], box: find("models") });
     this.box.addEventListener("keydown", (event) => this.move(event));
   }
 
-  // The first draw, and whenever the server was found again. Picks that it no longer has are let go.
+  // Draws the chips, at first and whenever the server is found again. Drops picks that it no longer has.
   show(models) {
     this.models = models;
     const known = models.map(({ id }) => id);
@@ -92,7 +92,7 @@ export class Picker {
     if (focused) this.box.querySelector(`[data-pick="${CSS.escape(focused)}"]`)?.focus();
   }
 
-  // A click takes this model; side by side it adds it or takes it away. Shift or Ctrl means side by side.
+  // A click picks this model; side by side, it adds or removes it. Shift or Ctrl means side by side.
   pick(id, adding) {
     const { picked, side } = this.settings;
     if (!side && !adding) return this.take([id], false);

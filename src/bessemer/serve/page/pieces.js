@@ -1,9 +1,9 @@
-// Which tokens made which stretch of a streamed text.
+// Which tokens produced which stretch of a streamed text.
 //
-// A chunk holds text and the tokens drawn since the last one, and the two do not meet one to one: a character may take
+// A chunk holds text and the tokens sampled since the last one, but they do not match one to one: a character may take
 // several tokens, the server may hold text back, and <think>, </think> and other control tokens have no text of their
-// own. Tokens wait here until their text comes. What cannot be told apart becomes one piece with several tokens, never
-// a wrong one.
+// own. Tokens wait here until their text comes. Tokens that cannot be told apart become one piece with several tokens,
+// never a wrong one.
 
 const BYTES = "bytes:";
 const END = "</think>";
@@ -15,7 +15,7 @@ export class Pieces {
     this.waiting = [];
   }
 
-  // Adds a chunk: its text to answer.thought or answer.text, and pieces that add up to it.
+  // Adds a chunk: its text goes to answer.thought or answer.text, with pieces that add up to it.
   add({ thought, text, tokens, experts }) {
     const { answer, waiting } = this;
     waiting.push(...tokens.map((token, i) => ({ ...token, experts: experts[i] ?? null })));
@@ -25,7 +25,7 @@ export class Pieces {
     if (!text && answer.thought && !answer.text) this.leaveThought();
   }
 
-  // </think> has no text and ends the thought: it and what waits before it belong there.
+  // </think> has no text and ends the thought: it and the tokens that wait before it belong to the thought.
   leaveThought() {
     const end = this.waiting.findLastIndex((token) => token.t === END);
     this.waiting.splice(0, end + 1).forEach((token) => this.put("thought", "", [token]));
@@ -42,14 +42,14 @@ export class Pieces {
         this.put(part, said, of);
         at += said.length;
       } else if (TAG.test(waiting[0].t) || !waiting[0].t.trim()) {
-        this.put(part, "", waiting.splice(0, 1)); // a tag, or white space that the server cut away
+        this.put(part, "", waiting.splice(0, 1)); // a tag, or white space that the server dropped
       } else break;
     }
     if (at < text.length) this.put(part, text.slice(at), waiting.splice(0));
     this.answer[part] += text;
   }
 
-  // How many waiting tokens spell what the text goes on with: one, or the few that share a character. 0: none do.
+  // How many waiting tokens spell the next part of the text: one, or the few that share a character. 0: none.
   match(text, at) {
     const { waiting } = this;
     for (let size = 1; size <= waiting.length; size += 1) {
@@ -68,7 +68,7 @@ export class Pieces {
   }
 }
 
-// The text of a few tokens; those that are no whole characters are put together byte by byte.
+// The text of a few tokens; tokens that are not whole characters are joined byte by byte.
 function spell(group) {
   if (!group[0].t.startsWith(BYTES)) return group[0].t;
   return new TextDecoder().decode(Uint8Array.from(group.flatMap((token) => token.bytes ?? [])));

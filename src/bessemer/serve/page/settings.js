@@ -1,10 +1,10 @@
-// The panel of settings. What is left empty is the server's choice, which stands in the field as its placeholder.
+// The settings panel. An empty field leaves the choice to the server; the placeholder shows that choice.
 
 import { find, make } from "./dom.js";
 import { DEFAULTS, LIMITS, setting } from "./state.js";
 import { t } from "./words.js";
 
-// name, label, step of the field, what it does
+// name, label, the field's step, what it does
 const NUMBERS = [
   ["temperature", "Temperature", 0.05, "0 always takes the likeliest token; higher is more varied"],
   ["top_p", "Top-p", 0.01, "samples from the likeliest tokens that together have this probability"],
@@ -74,7 +74,7 @@ const BUDGET = [
 const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
 
 export class Settings {
-  // changed(): some setting changed; forget(): the user wants everything stored here to go.
+  // changed(): called when a setting changes; forget(): the user wants to delete everything stored here.
   constructor(settings, changed, forget) {
     Object.assign(this, { settings, changed, panel: find("settings"), opener: find("tune"), fields: {} });
     const system = make("textarea", {
@@ -166,12 +166,12 @@ export class Settings {
     this.changed();
   }
 
-  // Fields from settings.
+  // Fills the fields from the settings.
   show() {
     for (const [name, field] of Object.entries(this.fields)) field.value = this.settings[name] ?? "";
   }
 
-  // The models that would answer now: their own sampling stands in the empty fields.
+  // The models that would answer now; the empty fields show their own sampling.
   suit(models) {
     for (const [name, field] of Object.entries(this.fields)) {
       if (!(name in LIMITS)) continue;

@@ -1,15 +1,15 @@
-// How a page speaks English or Chinese: `zh` has English words as keys, with {places} for what changes.
+// A page's text in English or Chinese: `zh` has the English text as keys, with {places} for what varies.
 
 export const browserLanguage = () => (navigator.language.startsWith("zh") ? "zh" : "en");
 
 export function speech(zh, language) {
-  // The words in the page's language, {places} filled in.
+  // The text in the page's language, with its {places} filled in.
   function t(words, values = {}) {
     const said = (language === "zh" && zh[words]) || words;
     return said.replace(/\{(\w+)\}/g, (place, name) => values[name] ?? place);
   }
 
-  // What index.html says by itself.
+  // Translates the text in index.html itself.
   function translatePage() {
     document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
     if (language === "en") return;

@@ -1,15 +1,15 @@
-// What the page knows and keeps: the conversation and the settings, in this browser's localStorage alone.
+// The page's state: the conversation and the settings, stored only in this browser's localStorage.
 //
-// A turn is { question, problem, answers }, one answer per model that was asked; problem { task, language, number } names
-// the held-out problem that the question asks, or is null. A piece is a stretch of an answer with the
-// tokens that make it: { text, of: [{ t, p, top, experts }] }; p is a log-probability, experts [layer][k]. Whatever is
-// read back is taken apart and built anew, so a broken or foreign entry costs that entry and never the page. The
-// conversations themselves are kept by talks.js.
+// A turn is { question, problem, answers }, with one answer per model asked; problem { task, language, number } names
+// the held-out problem behind the question, or is null. A piece is a stretch of an answer with the tokens that make it
+// up: { text, of: [{ t, p, top, experts }] }; p is a log-probability, experts is [layer][k]. Everything read back is
+// taken apart and rebuilt, so a broken or foreign entry costs only that entry, never the page. talks.js stores the
+// conversations themselves.
 
 const SETTINGS = "bessemer.settings.1";
 const KEY = "bessemer.key";
 
-// null leaves the choice to the server, which takes what was written beside the model.
+// null leaves the choice to the server, which uses the model's generation_config.json.
 export const DEFAULTS = {
   picked: [],
   side: false,
@@ -81,7 +81,7 @@ export function loadSettings() {
   return settings;
 }
 
-// A number inside its limits, or null where there is none.
+// A number clamped to its limits, or null if there is none.
 export function setting(name, value) {
   if (value === null || value === "" || !Number.isFinite(Number(value)) || typeof value === "object") return null;
   const [low, high] = LIMITS[name];
@@ -91,7 +91,7 @@ export function setting(name, value) {
 
 export const saveSettings = (settings) => write(localStorage, SETTINGS, settings);
 
-// The turns of a conversation that was read back.
+// The turns of a stored conversation.
 export function turnsOf(kept) {
   return list(kept)
     .filter((turn) => isObject(turn) && typeof turn.question === "string")
@@ -108,7 +108,7 @@ export function forgetSettings() {
   setKey("");
 }
 
-// The key stays for this tab only.
+// The key is stored for this tab only.
 export const key = () => {
   const kept = read(sessionStorage, KEY);
   return typeof kept === "string" ? kept : "";
@@ -132,7 +132,7 @@ function answerOf(kept) {
   made.thought = string(kept.thought);
   made.text = string(kept.text);
   made.finish = ["stop", "length"].includes(kept.finish) ? kept.finish : null;
-  // a page that closed stopped its answers
+  // closing the page stopped its answers
   made.phase = ["done", "failed"].includes(kept.phase) ? kept.phase : "stopped";
   if (isObject(kept.trouble)) made.trouble = { kind: string(kept.trouble.kind), words: string(kept.trouble.words) };
   if (typeof kept.open === "boolean") made.open = kept.open;
@@ -166,7 +166,7 @@ export function read(storage, name) {
   try {
     return JSON.parse(storage.getItem(name));
   } catch {
-    return null; // not ours, cut off, or storage is switched off
+    return null; // not ours, truncated, or storage is disabled
   }
 }
 
@@ -175,7 +175,7 @@ export function write(storage, name, value) {
     storage.setItem(name, JSON.stringify(value));
     return true;
   } catch {
-    return false; // full, or switched off: the page works without
+    return false; // full or disabled: the page works without it
   }
 }
 
@@ -183,6 +183,6 @@ export function forget(name) {
   try {
     localStorage.removeItem(name);
   } catch {
-    // nothing was kept
+    // nothing was stored
   }
 }

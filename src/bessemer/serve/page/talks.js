@@ -1,7 +1,7 @@
-// The conversations that this browser keeps: a list, the newest first, and the turns of each under its own name.
+// The conversations that this browser stores: a list, newest first, and the turns of each under its own key.
 //
-// The list is rebuilt from what can be read: a broken conversation costs itself. What does not fit into the storage
-// loses token details first, older conversations before this one, then this one's oldest turns.
+// The list is rebuilt from what can be read: a broken conversation affects no other. If the storage is full, token
+// details go first, those of older conversations before this one's, then this conversation's oldest turns.
 
 import { forget, isObject, list, read, turnsOf, write } from "./state.js";
 
@@ -23,7 +23,7 @@ export class Talks {
     }
   }
 
-  // [{ id, name, at, turns }], the newest first.
+  // [{ id, name, at, turns }], newest first.
   all() {
     return list(read(localStorage, LIST))
       .filter((one) => isObject(one) && ID.test(one.id) && typeof one.name === "string" && Number.isFinite(one.at))
@@ -50,7 +50,7 @@ export class Talks {
     const others = this.all().filter((one) => one.id !== id);
     if (!this.store(id, turns, others)) return;
     const kept = this.all().find((one) => one.id === id);
-    const at = kept?.turns === turns.length && kept.name === name ? kept.at : Date.now(); // of the last question
+    const at = kept?.turns === turns.length && kept.name === name ? kept.at : Date.now(); // the time of the last question
     write(localStorage, LIST, [{ id, name, at, turns: turns.length }, ...others]);
     write(sessionStorage, OPEN, this.id);
   }

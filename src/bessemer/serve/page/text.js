@@ -1,9 +1,9 @@
-// A model's text as nodes: whitespace kept; Markdown's headings, lists, quotes, rules, tables, code, bold and italic, and
-// <answer>. Links and images stay as they are written: what a model says leads nowhere.
+// A model's text as nodes: keeps whitespace; shows Markdown's headings, lists, quotes, rules, tables, code, bold and
+// italic, and <answer>. Links and images stay as written: a model's text must not lead anywhere.
 //
-// One element per line, so that a frame of a streamed answer touches the last line only. The characters that make the
-// format (asterisks, backticks, fences, the marks of a list) stay in the nodes as `.mark`; the style sheet hides them unless tokens are
-// shown, when every character belongs to a token. A token is cut where a line or a format begins; cuts share an index.
+// Each line is one element, so that a frame of a streamed answer changes only the last line. The format's characters
+// (asterisks, backticks, fences, ...) stay in the nodes as `.mark`; the style sheet hides them unless tokens are shown,
+// when every character belongs to a token. A token is cut where a line or a format begins; its parts share an index.
 
 import { make } from "./dom.js";
 
@@ -17,7 +17,7 @@ const INLINE = new RegExp(
   ].join("|"),
   "g",
 );
-// What a line is by its first characters; `mark` says whether they are hidden.
+// What a line is, by its first characters; `mark` says whether they are hidden.
 const BLOCKS = [
   { name: (all) => `h${all.trim().length}`, form: /^ {0,3}#{1,6}[ \t]+(?=\S)/, mark: true },
   { name: () => "rule", form: /^ {0,3}([-*_])(?: ?\1){2,}[ \t]*$/, mark: true },
@@ -28,11 +28,11 @@ const BLOCKS = [
 ];
 const level = (all) => `in${Math.min(3, Math.floor(/^ */.exec(all)[0].length / 2))}`;
 const FENCE = /^\s*(```|~~~)/;
-const LONGEST = 2000; // characters of a line that is still searched for formats: the search may take their square
+const LONGEST = 2000; // most characters of a line that is searched for formats: the search may take quadratic time
 
 // Makes `box` show `text`. `tokens`, [{ text, look, tag }] in order, add up to `text`; without them the text is
-// plain. A token without text shows its tag, at the head of the first line or the end of its own. `blocks`: headings,
-// lists and the like too; thoughts do without, where a line that begins with a minus may be arithmetic.
+// plain. A token without text shows its tag, at the start of the first line or the end of its own. `blocks`: also show
+// headings, lists and the like; not in thoughts, where a line that begins with a minus may be arithmetic.
 export function paint(box, text, tokens = null, blocks = false) {
   const lines = cut(text);
   const starts = tokens && offsets(tokens);
@@ -68,7 +68,7 @@ export function cut(text) {
   });
 }
 
-// What a line is, with the characters at its beginning that say so: { name, size, mark }, or null.
+// What a line is, and how many characters at its beginning say so: { name, size, mark }, or null.
 export function blockOf(line) {
   if (line.length > LONGEST) return null;
   for (const { name, form, mark } of BLOCKS) {
@@ -78,8 +78,8 @@ export function blockOf(line) {
   return null;
 }
 
-// Stretches of one line: { from, to, name }, name null, "mark", "strong", "em", "code", "tag" or "given" (inside
-// <answer>). Its first `size` characters are a mark already.
+// Stretches of one line: { from, to, name }; name is null, "mark", "strong", "em", "code", "tag" or "given" (inside
+// <answer>). The line's first `size` characters are already known to be a mark.
 export function stretches(line, size = 0) {
   const found = size ? [{ from: 0, to: size, name: "mark" }] : [];
   if (line.length > LONGEST) return [{ from: 0, to: line.length, name: null }];
@@ -158,8 +158,8 @@ function draw(line, owners, blocks) {
 
 const token = ({ tokens }, index, text) => make(`span.token.${tokens[index].look}`, { "data-token": index }, text);
 
-// The tokens without text that stand in a line. At its end they are the last line's: another's end is the next one's
-// start.
+// The tokens without text in a line. Those at its end count only in the last line: the end of any other line is the
+// start of the next.
 const empty = ({ tokens, starts }, { start, end, last }) =>
   tokens.flatMap(({ text, tag }, i) => (!text && tag && starts[i] >= start && (starts[i] < end || last) ? [i] : []));
 

@@ -1,15 +1,15 @@
-// What lies behind each token: its probability as a shade, and on hover or focus a card with the alternatives the model
-// weighed and the experts it asked.
+// The details of each token: its probability as a shade, and on hover or focus a card with the alternatives that the
+// model considered and the experts that it used.
 //
 // Painted tokens carry `data-token`, the number of their piece; `Card.watch` ties a box to the pieces painted into it.
 
 import { make, number } from "./dom.js";
 
-const SHADES = [0.1, 0.25, 0.5, 0.8, 0.95]; // a token below the first is shaded most, above the last not at all
+const SHADES = [0.1, 0.25, 0.5, 0.8, 0.95]; // a token below the first is shaded most, one above the last not at all
 const WIDTH = 240; // pixels of the expert grid
-const LABELLED = 12; // rows of it that still get a label
+const LABELLED = 12; // rows up to which each gets a label
 
-// The pieces as paint() wants them. Tags without text show themselves.
+// The pieces in the form that paint() takes. Tags without text are shown.
 export const looks = (pieces) =>
   pieces.map(({ text, of }) => ({
     text,
@@ -24,7 +24,7 @@ const shade = (of) => {
 };
 
 export class Card {
-  // told(words): says something to who cannot see the card.
+  // told(words): announces words to users who cannot see the card.
   constructor(box, told) {
     Object.assign(this, { box, told, boxes: new WeakMap(), at: null });
     document.addEventListener("pointerover", ({ target }) => {
@@ -46,7 +46,7 @@ export class Card {
     });
   }
 
-  // `box` was painted with `pieces` (null: with plain text) of an answer by `model`.
+  // Call it when `box` was painted with `pieces` (null: with plain text) of an answer by `model`.
   watch(box, pieces, model) {
     if (pieces) {
       this.boxes.set(box, { pieces, model });
@@ -58,7 +58,7 @@ export class Card {
     }
   }
 
-  // Moves by so many tokens, from the one last shown in this box.
+  // Moves by `by` tokens from the one last shown in this box.
   step(box, by) {
     const all = [...box.querySelectorAll(".token")];
     if (!all.length) return;
@@ -180,7 +180,7 @@ const percent = (logp) => {
   return p >= 99.95 ? "100 %" : p < 0.1 ? "< 0.1 %" : `${number(p, 1)} %`;
 };
 
-// White space made visible.
+// Makes white space visible.
 export const visible = (text) =>
   text.startsWith("bytes:")
     ? text.slice(6)

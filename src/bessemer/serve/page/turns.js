@@ -1,11 +1,11 @@
-// The conversation on the page: each question with its answers in columns, editing in place, and following the stream.
+// The conversation on the page: each question with its answers in columns, edited in place, following the stream.
 
 import { AnswerView, columns } from "./answer.js";
 import { find, make } from "./dom.js";
 import { t } from "./words.js";
 
 export class Conversation {
-  // page: see AnswerView; besides, turns and ask(turn number, question).
+  // page: as for AnswerView, plus turns and ask(turn number, question).
   constructor(page) {
     this.page = page;
     this.views = new WeakMap(); // answer -> its view
@@ -22,7 +22,7 @@ export class Conversation {
     new ResizeObserver(() => this.following && this.page.turns.length && this.toEnd()).observe(this.talk);
   }
 
-  // After turns came or went. What stays keeps its nodes.
+  // Call it when turns were added or removed. Remaining turns keep their nodes.
   draw() {
     const { turns } = this.page;
     const list = find("turns");
@@ -41,7 +41,7 @@ export class Conversation {
     find("start").hidden = turns.length > 0;
   }
 
-  // Once per frame, however many chunks came.
+  // Updates once per frame, however many chunks came.
   changed(answer) {
     if (!this.due.size) requestAnimationFrame(() => this.update());
     this.due.add(answer);
@@ -85,7 +85,7 @@ export class Conversation {
     return box;
   }
 
-  // The text becomes a field; sending drops the turns after it, Escape leaves all as it was.
+  // Turns the text into a field. Sending drops the turns after it; Escape changes nothing.
   edit(box, turn) {
     const field = make("textarea", { "aria-label": t("The question, edited"), rows: 1 });
     field.value = turn.question;

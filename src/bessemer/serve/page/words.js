@@ -1,5 +1,5 @@
-// The page in English and Chinese. English words are the keys, with {places} for what changes; what a model or the
-// server said stays as it is.
+// The page in English and Chinese. The English texts are the keys, with {places} for what varies; what a model or the
+// server says stays as it is.
 
 import { browserLanguage, speech } from "./speech.js";
 import { loadSettings } from "./state.js";

@@ -1,9 +1,9 @@
-// Expert load of one layer: experts down, time across, one map for each run.
+// Expert load of one layer: experts on the vertical axis, time on the horizontal, one map per run.
 
 import { make } from "./dom.js";
 import { t, told } from "./words.js";
 
-const COLOURS = [[42, 111, 176], [185, 186, 182], [212, 100, 28]]; // idle, an even share, twice its share and more
+const COLOURS = [[42, 111, 176], [185, 186, 182], [212, 100, 28]]; // idle, an even share, twice an even share or more
 
 export class HeatMap {
   constructor({ label }) {
@@ -11,7 +11,7 @@ export class HeatMap {
     this.figure = make("figure.chart", {}, make("figcaption", {}, make("span.title", {}, told(label))), this.boxes);
   }
 
-  // maps: [{ steps, shares, label }], shares in hundredths of an even share, by time and expert.
+  // maps: [{ steps, shares, label }]; shares in hundredths of an even share, by time and expert.
   update(maps) {
     this.boxes.replaceChildren(...maps.map((map) => this.drawn(map)));
   }

@@ -1,5 +1,5 @@
-// The parts of the page that are text: runs, alarms, rollouts, times. Models and files are hostile: text enters through
-// textContent alone, and characters that a page obeys without showing them are shown.
+// The text parts of the page: runs, alarms, rollouts, times. Models and files are not trusted: text enters only through
+// textContent, and control characters that a page would obey invisibly are made visible.
 
 import { make, say } from "./dom.js";
 import { short } from "./plot.js";
@@ -7,7 +7,7 @@ import { t, told } from "./words.js";
 
 const STATES = { running: "running", finished: "finished", stopped: "stopped", waiting: "not begun" };
 
-// Control characters as their pictures; marks that turn the direction of text, as a box.
+// Control characters as their symbols; marks that change the text direction as a box.
 export function visible(text) {
   return String(text)
     .replace(/[\u0000-\u0008\u000b-\u001f]/g, (one) => String.fromCharCode(0x2400 + one.charCodeAt(0)))
@@ -23,7 +23,7 @@ export function duration(seconds) {
   return t("{h} h {m} min", { h: Math.floor(minutes / 60), m: two(minutes % 60) });
 }
 
-// A button for each run: its colour, its name and how it is; pressed while its curves are shown.
+// A button for each run, with its colour, name and state; pressed while its curves are shown.
 export function runList(box, runs, hidden, toggle) {
   while (box.children.length < runs.length) {
     const place = box.children.length;
@@ -71,7 +71,7 @@ export function alarmList(box, runs) {
   );
 }
 
-// The newest rollouts, the newest first. Those that are on the page stay as they are, opened or folded.
+// The newest rollouts, newest first. Those already on the page stay open or folded.
 export function rolloutList(box, rollouts, stage, name) {
   const before = new Map([...box.children].map((child) => [child.dataset.key, child]));
   const newest = [...rollouts].sort((a, b) => (b.step ?? 0) - (a.step ?? 0) || b.number - a.number);

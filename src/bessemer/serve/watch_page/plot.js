@@ -1,5 +1,5 @@
-// One picture of curves: drawn as SVG from columns of numbers, with values under the pointer or the arrow keys, and a
-// closer look at a stretch that is dragged over. The stretch belongs to all pictures, so the page holds it.
+// One plot of curves, drawn as SVG from columns of numbers. The pointer or the arrow keys show values; dragging over a
+// stretch zooms in. All plots share the stretch, so the page holds it.
 
 import { make } from "./dom.js";
 import { t, told } from "./words.js";
@@ -9,7 +9,7 @@ const [LEFT, RIGHT, TOP, BOTTOM] = [46, 6, 8, 22];
 const SMALLEST = 8; // a drag over fewer pixels is a click
 
 export class Plot {
-  // zoom([low, high]) or zoom(null): the user asks for a stretch, or for all.
+  // zoom([low, high]) or zoom(null): called when the user wants a stretch, or everything.
   constructor(panel, zoom) {
     Object.assign(this, { panel, zoom, lines: [], stops: [], shown: null, from: null, span: null });
     this.svg = drawn("svg", { "aria-hidden": "true", height: HEIGHT });
@@ -37,7 +37,7 @@ export class Plot {
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
 
-  // lines: [{ x, y, sx, sy, label, last, look }]; sx and sy are the smoothed curve, empty where there is none.
+  // lines: [{ x, y, sx, sy, label, last, look }]; sx and sy are the smoothed curve, empty if there is none.
   update(lines, span) {
     Object.assign(this, { lines, span });
     this.whole.hidden = !span;
@@ -59,7 +59,7 @@ export class Plot {
     this.scales(width);
     const noisy = this.lines.filter(({ sx }) => sx.length);
     const faint = noisy.map(({ x, y, look }) => drawn("path", { d: this.path(x, y), class: `line faint ${look}` }));
-    const parts = [...this.ticks(width), ...faint]; // no bold line lies under a faint one
+    const parts = [...this.ticks(width), ...faint]; // faint lines first, so that none covers a bold one
     for (const { x, y, sx, sy, look } of this.lines) {
       const [bx, by] = sx.length ? [sx, sy] : [x, y];
       parts.push(drawn("path", { d: this.path(bx, by), class: `line ${look}` }));
@@ -118,7 +118,7 @@ export class Plot {
     return [...up, ...across];
   }
 
-  // The x of an event in pixels, inside the axes.
+  // The x of an event in pixels, clamped to the axes.
   placeOf({ clientX }) {
     return Math.max(LEFT, Math.min(this.width - RIGHT, clientX - this.svg.getBoundingClientRect().left));
   }
@@ -147,7 +147,7 @@ export class Plot {
     event.preventDefault();
   }
 
-  // The values of all lines nearest to one place.
+  // Shows the values of all lines nearest to one place.
   show(stop) {
     this.shown = stop;
     const rows = [];
@@ -192,7 +192,7 @@ export class Plot {
   }
 }
 
-// The place of the entry of a sorted list that is nearest to a value.
+// The index of the entry in a sorted list that is nearest to a value.
 function nearest(sorted, value) {
   let [low, high] = [0, sorted.length - 1];
   while (high - low > 1) {
@@ -203,7 +203,7 @@ function nearest(sorted, value) {
   return value - sorted[low] <= sorted[high] - value ? low : high;
 }
 
-// At most six round values of a stretch.
+// At most six round values in a stretch.
 function nice(low, high) {
   const raw = (high - low) / 4;
   const unit = 10 ** Math.floor(Math.log10(raw));
@@ -212,7 +212,7 @@ function nice(low, high) {
   return Array.from({ length: Math.max(0, Math.floor(high / step) - first + 1) }, (_, i) => (first + i) * step);
 }
 
-// Powers of ten between two exponents; both ends where there are fewer than two.
+// Powers of ten between two exponents; both ends if there are fewer than two.
 function powers(low, high) {
   const whole = Array.from({ length: Math.max(0, Math.floor(high) - Math.ceil(low) + 1) }, (_, i) => Math.ceil(low) + i);
   return (whole.length > 1 ? whole : [low, (low + high) / 2, high]).map((exponent) => 10 ** exponent);

@@ -1,5 +1,5 @@
-// The live page: asks for the state of the runs every second, and for what is on the screen when a run has new
-// lines. Everything of a run's files enters the page through textContent.
+// The live page: requests the state of the runs every second, and what is on the screen when a run has new lines.
+// Everything from a run's files enters the page through textContent.
 
 import { find, make, say } from "./dom.js";
 import { HeatMap } from "./heat.js";
@@ -9,7 +9,7 @@ import { language, switchLanguage, t, told, translatePage } from "./words.js";
 
 const EVERY = 1000;
 const HUES = 6;
-const OTHERS = 6; // pictures of a stage that has none of those which are shown at first
+const OTHERS = 6; // plots shown for a stage that has none of the default ones
 const KEPT = "bessemer.watch.1";
 
 const view = { stage: null, over: "step", chosen: {}, hidden: new Set(), span: null, ...kept() };
@@ -40,7 +40,7 @@ async function tick() {
   } catch {
     say(find("notice"), t("The server does not answer. This page asks again and goes on when it does."));
   }
-  // a busy machine is asked less often
+  // poll a busy machine less often
   setTimeout(tick, Math.max(state?.runs.some((run) => run.reading) ? 300 : EVERY, 5 * (performance.now() - began)));
 }
 
@@ -48,7 +48,7 @@ function stale() {
   for (const picture of [...pictures.values(), ...maps.values()]) picture.stale = true;
 }
 
-// What needs no further question: runs, stages, alarms, times, and which pictures there are.
+// Draws what needs no further request: runs, stages, alarms, times, and the list of plots.
 function frame() {
   const { runs, stages } = state;
   document.title = `${runs.map(({ label }) => visible(label)).join(", ")} · Bessemer watch`;
@@ -75,7 +75,7 @@ function frame() {
   talk();
 }
 
-// The stage that a run is in, or the last one that trained.
+// The stage that a run is in, or else the last one that trained.
 function newest() {
   const drawn = new Set(state.stages.filter(({ panels }) => panels.some(({ first }) => first)).map(({ name }) => name));
   const all = state.runs.flatMap((run) => run.stages).filter(({ name }) => drawn.has(name));
@@ -97,7 +97,7 @@ function arrange({ panels, layers }) {
   say(find("empty"), t(panels.length ? "No curve is chosen." : "No stage has written a metric yet."));
 }
 
-// The children of a box, one for each item; those of a key that was there before are kept, with their focus.
+// Gives a box one child per item; a child whose key was already there is kept, with its focus.
 function keyed(box, items, key, build) {
   const before = new Map([...box.children].map((child) => [child.dataset.key, child]));
   const after = items.map((item) => {
@@ -111,7 +111,7 @@ function keyed(box, items, key, build) {
   return after;
 }
 
-// Keeps one picture for each entry [key, build] of this stage, made when first needed.
+// Keeps one plot for each entry [key, build] of this stage, built when first needed.
 function hold(box, all, entries) {
   const wanted = entries.map(([key, build]) => {
     const name = `${view.stage} ${key}`;
@@ -138,7 +138,7 @@ const watcher = new IntersectionObserver(
   { rootMargin: "200px" },
 );
 
-// Asks for what is on the screen and out of date.
+// Requests what is on the screen and out of date.
 async function refresh() {
   const stage = view.stage;
   if (stage === null) return;
@@ -178,7 +178,7 @@ async function failing(picture, reply) {
   }
 }
 
-// One run: a colour for each metric. Several: a colour for each run, a dash for each metric.
+// One run: a colour for each metric. Several runs: a colour for each run, a dash pattern for each metric.
 function looks(lines, ordered) {
   const several = state.runs.length > 1;
   const metrics = [...new Set(lines.map(({ metric }) => metric))];
@@ -208,7 +208,7 @@ function changed() {
   try {
     localStorage.setItem(KEPT, JSON.stringify({ over, chosen }));
   } catch {
-    // a browser that keeps nothing forgets the choice, no more
+    // a browser without storage just forgets the choice
   }
   stale();
   answers.version = null;
@@ -248,7 +248,7 @@ find("language").addEventListener("click", switchLanguage);
 find("over").value = view.over;
 find("over").addEventListener("change", ({ target }) => {
   Object.assign(view, { over: target.value, span: null });
-  for (const { drawing } of pictures.values()) drawing.hide(); // its place means another thing now
+  for (const { drawing } of pictures.values()) drawing.hide(); // its position now means something else
   changed();
 });
 document.addEventListener("visibilitychange", () => !document.hidden && refresh().catch(() => {}));

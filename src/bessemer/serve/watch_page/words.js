@@ -1,10 +1,10 @@
-// The live page in English and Chinese. What the server says in English (alarms, names of pictures, what is wrong with a
-// directory) is found here by its words; names of runs, stages, files and metrics stay as they are.
+// The live page in English and Chinese. The server's English texts (alarms, plot names, what is wrong with a directory)
+// are looked up here by their words; names of runs, stages, files and metrics stay as they are.
 
 import { browserLanguage, speech } from "./speech.js";
 
 const KEPT = "bessemer.watch.language";
-const MOST = 1000; // characters of a sentence that is looked for
+const MOST = 1000; // most characters of a sentence that is looked up
 
 const ZH = {
   // index.html
@@ -24,7 +24,7 @@ const ZH = {
   "{s} s": "{s} 秒", "{m} min {s} s": "{m} 分 {s} 秒", "{h} h {m} min": "{h} 小时 {m} 分",
   "run": "运行", "stage": "阶段", "planned": "计划", "measured": "实测", "of the plan": "占计划", "all": "合计",
   "Times of the stages": "各阶段的时间", " or ": " 或 ",
-  // pictures
+  // plots
   "show all": "显示全部", "no values here": "此处没有数值", "No curve is chosen.": "没有选择曲线。",
   "No stage has written a metric yet.": "还没有阶段写出指标。",
   "all have an even share": "各专家负载均等",
@@ -41,9 +41,9 @@ const ZH = {
   "The server does not answer. This page asks again and goes on when it does.": "服务器没有应答。本页会继续询问，恢复后接着显示。",
 };
 
-// What the server says. A place takes one word; {what}, {name} and {path} take any text.
+// What the server says. A {place} stands for one word; {what}, {name} and {path} stand for any text.
 const SERVER = {
-  // names of pictures and their units
+  // names of plots and their units
   "Training loss": "训练损失", "nats per token": "每词元 nat", "Validation": "验证", "bits per byte": "每字节比特",
   "Expert imbalance": "专家不均衡", "MaxVio: fullest expert over the mean, minus 1": "MaxVio：最满的专家除以均值，减 1",
   "Balance loss": "均衡损失", "Gradient norm": "梯度范数", "before clipping": "裁剪之前", "Learning rate": "学习率",
@@ -77,7 +77,7 @@ const SERVER = {
   "entropy collapse": "熵塌缩", "entropy explosion": "熵爆炸", "groups too hard": "题组太难", "groups too easy": "题组太易",
   "never ending": "没完没了", "sampler mismatch": "采样器不一致", "kl runaway": "KL 失控", "reward model hacking": "奖励模型投机",
   "language mixing": "语言混杂", "not finite": "非有限值",
-  // alarms: what was seen, why, and what to do
+  // alarms: what was observed, why, and what to do
   "well-formed answers went from {a} to {b}, correct ones from {c} to {d}": "格式正确的回答从 {a} 变为 {b}，答对的从 {c} 变为 {d}",
   "the form is rewarded and the problems are out of reach, so the form is all there is to learn":
     "格式有奖励而题目做不出来，能学的只有格式",
@@ -166,7 +166,7 @@ function kept() {
 export const language = kept() ?? browserLanguage();
 export const { t, translatePage } = speech({ ...ZH, ...SERVER }, language);
 
-// What the server said, in the page's language where it is a sentence or a name that is known.
+// What the server said, in the page's language if it is a known sentence or name.
 export function told(text) {
   if (language === "en" || Object.hasOwn(SERVER, text)) return t(text);
   if (text.length > MOST) return text;
@@ -177,12 +177,12 @@ export function told(text) {
   return text;
 }
 
-// The page in the other language, from now on.
+// Switches the page to the other language.
 export function switchLanguage() {
   try {
     localStorage.setItem(KEPT, language === "zh" ? "en" : "zh");
   } catch {
-    return; // a browser that keeps nothing keeps its own language
+    return; // a browser without storage keeps its own language
   }
   location.reload();
 }
