@@ -119,7 +119,7 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def _address_space() -> int:
-    """Bytes in use; 0 where the system does not report it."""
+    """Address space in use, in bytes; 0 if the system does not report it."""
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     return 0

@@ -1,7 +1,7 @@
 """The one exception for mistakes a user can fix.
 
-Raise it with a message that says what is wrong, where, and how to mend it. The command line prints it as a single
-line and exits with status 2; any other exception is a bug of ours and keeps its traceback.
+Raise it with a message that says what is wrong, where, and how to fix it. The command line prints it as a single line
+and exits with status 2; any other exception is a bug of ours and keeps its traceback.
 """
 
 

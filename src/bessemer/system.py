@@ -92,7 +92,7 @@ def _alive(pid: int) -> bool:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes; 0 where the system does not say."""
+    """Peak memory of this process in bytes; 0 if the system does not say."""
     peak = 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 

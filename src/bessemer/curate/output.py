@@ -32,7 +32,7 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 
 NAME = "documents.jsonl.zst"
 BLOCK_CHARS = 1 << 20
-"""Texts are grouped in blocks of about this many characters; a longer text is a block of its own."""
+"""Texts are grouped in blocks of about this many characters; a longer text is a separate block."""
 EXACT, NEAR, CONTAMINATED = "duplicate", "near-duplicate", "contaminated"
 
 
@@ -172,7 +172,7 @@ def seal(
 
 
 def place(file: Path, target: Path) -> None:
-    """Hard-link the file to `target`, or copy it where the file system has no hard links."""
+    """Hard-link the file to `target`, or copy it if the file system has no hard links."""
     try:
         os.link(file, target)
     except OSError:
@@ -188,7 +188,7 @@ _ITS_OWN = {".lock", REVISIONS, f".{REVISIONS}.lock"}
 
 
 def check_folder(out: Path, parts: Sequence[str]) -> None:
-    """UserError if a build would remove what no build wrote: `publish` replaces folders of these names."""
+    """Raises UserError if a build would remove what no build wrote: `publish` replaces folders of these names."""
     if not out.is_dir() or not (inside := {path.name for path in out.iterdir()} - _ITS_OWN):
         return
     previous = _previous_parts(out)

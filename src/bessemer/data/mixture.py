@@ -88,7 +88,7 @@ def constant_quota(names: Sequence[str], shares: Mapping[str, float]) -> Quota:
 def planned_quota(
     names: Sequence[str], weights: Mapping[str, Weight], rows_of: Mapping[str, int], row_length: int, span: Span
 ) -> tuple[Quota, dict[str, int]]:
-    """The table for `span`, and the token counts at which sources reach their cap. UserError if no data is left."""
+    """The table for `span`, and the tokens at which sources reach their cap. Raises UserError if no data is left."""
     slots = max(SHORTEST, -(-span.rows // PERIODS))
     left = np.array([_left(name, rows_of[name], span) for name in names])
     carried, table, ended = np.zeros(len(names)), [], {}

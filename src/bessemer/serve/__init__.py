@@ -42,7 +42,7 @@ class ServeConfig:
     """Web origins whose pages may call the API from a browser (CORS); "*" is any."""
     reasoning_format: ReasoningFormat = "auto"
     """auto, deepseek: thoughts in a separate field, as reasoning_content and reasoning; none: <think> tags in the
-    content; hidden: the answer alone. A request may override it."""
+    content; hidden: only the answer. A request may override it."""
     keep_alive_seconds: float = 15.0
     """A stream sends a comment whenever this long passes without a new token."""
 

@@ -57,7 +57,7 @@ class CompletionResponder(Responder):
         super().__init__(body, model, requests, choices, sum(len(prompt.ids) for prompt in prompts))
 
     def _choice(self, request: Request | None) -> ChoiceBuilder:
-        """Without a request, the answer is the echo alone."""
+        """Without a request, the answer is only the echo."""
         if request is None:
             return ChoiceBuilder(ReasoningParser(self.tokenizer), finish_reason="length")
         return ChoiceBuilder(ReasoningParser(self.tokenizer, request.stop_strings, split=False), request.stop_ids)

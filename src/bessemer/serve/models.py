@@ -128,7 +128,7 @@ def _template(folder: Path) -> dict[str, Any]:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """Defaults of generation_config.json; none where it is absent or broken."""
+    """Defaults from generation_config.json; none if it is missing or broken."""
     try:
         advice = json.loads((folder / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):

@@ -206,7 +206,7 @@ class ChatRequest(Generation):
     thinking_token_budget: int | None = Field(None, ge=0, le=2**53)
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_format: ReasoningFormat | None = None
-    """auto, deepseek: thoughts in a separate field; none: <think> tags in the content; hidden: the answer alone."""
+    """auto, deepseek: thoughts in a separate field; none: <think> tags in the content; hidden: only the answer."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Tools | None = None

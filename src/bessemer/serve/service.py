@@ -1,6 +1,6 @@
 """The server's side of a model: its worker process, the samples in progress, and their tokens as streams.
 
-Everything here runs on the event loop. One message brings the tokens of a whole decoding step, however many streams
+Everything here runs on the event loop. One message carries the tokens of a whole decoding step, however many streams
 they belong to. A stream that has just been read is not woken again at once: with S open samples it waits S * PAUSE
 seconds, so that tokens of several steps form one chunk and writing chunks takes a small, bounded share of the time.
 """
