@@ -27,9 +27,8 @@ from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
 from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_json
-from bessemer.system import sync_folder
 from bessemer.runs.metrics import Metrics
-from bessemer.system import claim
+from bessemer.system import claim, sync_folder
 
 RUN_FORMAT = 1  # raise it when a change means that old run directories cannot be continued
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")

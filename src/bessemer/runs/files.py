@@ -14,8 +14,8 @@ from typing import Any
 
 from bessemer.data.chat import Message
 from bessemer.errors import UserError
-from bessemer.system import sync_folder
 from bessemer.hf.replace import lacking
+from bessemer.system import sync_folder
 
 BACK = "bring it back, or run the same command again for a new one"
 CONVERSATIONS = "samples.jsonl"
@@ -62,7 +62,8 @@ def explain(error: BaseException, path: Path) -> UserError | None:
     if number in _AWAY:
         assert isinstance(error, OSError)
         return UserError(
-            f"the disk of {where} does not respond ({error.strerror}); repair or mount it, and run the same command again"
+            f"the disk of {where} does not respond ({error.strerror}); repair or mount it, and run the same command "
+            "again"
         )
     if isinstance(error, FileNotFoundError) and not path.exists():
         return UserError(f"{path} has vanished while it was in use: deleted, moved, or its disk unmounted; {BACK}")

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,7 +120,9 @@ class MLflow:
         files = None if os.environ.get("MLFLOW_TRACKING_URI") else (folder / "mlflow-files").as_uri()
         number = experiment.experiment_id if experiment else self._client.create_experiment(experiment_name, files)
         found = self._client.search_runs([number], f"tags.bessemer = '{id}'", max_results=1)
-        self._run = (found[0] if found else self._client.create_run(number, tags={"bessemer": id}, run_name=name)).info.run_id
+        self._run = (
+            found[0] if found else self._client.create_run(number, tags={"bessemer": id}, run_name=name)
+        ).info.run_id
         if not found:
             self._client.log_text(self._run, json.dumps(recipe, ensure_ascii=False, indent=1), "recipe.json")
 
@@ -172,7 +173,9 @@ def check_installed(names: Iterable[str]) -> None:
     """Raises UserError for a tracker whose package is missing."""
     for name in names:
         if importlib.util.find_spec(TRACKERS[name][0]) is None:
-            raise UserError(f"tracker {name}: its package is missing; pip install 'bessemer[trackers]', or leave it out")
+            raise UserError(
+                f"tracker {name}: its package is missing; pip install 'bessemer[trackers]', or leave it out"
+            )
 
 
 @dataclass
@@ -255,7 +258,9 @@ class Mirror:
             self._place = (found.st_ino, offset)
 
 
-def _due(lines: Iterable[tuple[int, float, dict[str, Any]]], before: dict[str, _Sent]) -> tuple[list[Point], dict[str, _Sent]]:
+def _due(
+    lines: Iterable[tuple[int, float, dict[str, Any]]], before: dict[str, _Sent]
+) -> tuple[list[Point], dict[str, _Sent]]:
     """The points in these lines that a tracker lacks, and what it has once they are sent."""
     sent = {stage: _Sent(**asdict(one)) for stage, one in before.items()}
     points = []
@@ -304,7 +309,9 @@ def _alone(root: Path) -> Iterator[None]:
         with FileLock(root / "trackers" / "lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"{root} is being sent to its trackers already, by the run itself or by bessemer track") from None
+        raise UserError(
+            f"{root} is being sent to its trackers already, by the run itself or by bessemer track"
+        ) from None
 
 
 def track(root: Path, names: Sequence[str]) -> list[str]:
