@@ -82,7 +82,7 @@ const SERVER = {
   "the form is rewarded and the problems are out of reach, so the form is all there is to learn":
     "格式有奖励而题目做不出来，能学的只有格式",
   "lower format_reward, choose easier problems, or start from a better base": "降低 format_reward，选更容易的题目，或从更好的基座开始",
-  "answers shrank from {a} to {b} tokens and accuracy did not gain ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，正确率没有提高（{c} 到 {d}）",
+  "answers shrank from {a} to {b} tokens and accuracy did not rise ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，正确率没有提高（{c} 到 {d}）",
   "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers":
     "思考不划算：太容易出错，或归一化偏向短回答",
   'pre-train longer on worked problems, lower format_reward, or use normalise = "token"':
@@ -92,9 +92,9 @@ const SERVER = {
   "pre-train longer on worked problems, or choose problems that cannot be guessed":
     "在有解题过程的题目上预训练更久，或选猜不出答案的题目",
   "accuracy fell from {a} to {b}": "正确率从 {a} 降到 {b}",
-  "steps too large (a learning rate too high for so few samples, too many updates on one rollout), or a reward that is for something else than right answers":
+  "steps too large (a learning rate too high for so few samples, too many updates on one rollout), or a reward for something other than right answers":
     "步子太大（样本这么少而学习率过高，或一次采样上更新太多次），或奖励给的不是正确答案",
-  "go on from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout":
+  "continue from an earlier checkpoint with a lower lr, fewer updates_per_rollout or more prompts_per_rollout":
     "从较早的检查点继续，降低 lr，减少 updates_per_rollout 或增加 prompts_per_rollout",
   "entropy fell from {a} to {b} nats per token": "熵从每词元 {a} nat 降到 {b}",
   "the policy has become certain, so the samples of a group are alike and nothing new is tried":
@@ -103,7 +103,7 @@ const SERVER = {
   "entropy rose from {a} to {b} nats per token": "熵从每词元 {a} nat 升到 {b}",
   "the policy dissolves into noise: steps too large, or a reward that does not depend on the answer":
     "策略退化为噪声：步子太大，或奖励与回答无关",
-  "go on from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts":
+  "continue from an earlier checkpoint with a lower lr or a higher kl, and look at the rollouts":
     "从较早的检查点继续，降低 lr 或提高 kl，并查看采样回答",
   "{a} of the groups have no contrast, {b} of the answers are right": "{a} 的组没有差别，{b} 的回答正确",
   "the problems are too hard: nearly every group is all wrong": "题目太难：几乎每组全错",
@@ -114,10 +114,10 @@ const SERVER = {
   "{a} of the answers are cut off at the cap, and accuracy falls": "{a} 的回答在长度上限处被截断，正确率下降",
   "the cap is too low for what the policy has learnt to write, or it no longer ends its answers":
     "对策略学会写的内容来说上限太低，或它不再结束回答",
-  "raise max_new_tokens if the rollouts still get somewhere at the cap; else lower lr, or set overlong to punish what comes near it":
+  "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or set overlong to penalise answers near it":
     "若回答到上限处仍有进展，提高 max_new_tokens；否则降低 lr，或设置 overlong 惩罚接近上限的回答",
   "trainer and sampler disagree by {a} nats per token": "训练器与采样器每词元相差 {a} nat",
-  "the sampler is another model than the trainer's: stale weights, another precision, routing that differs, or another temperature":
+  "the sampler's model is not the trainer's: stale weights, another precision, routing that differs, or another temperature":
     "采样器与训练器不是同一个模型：权重陈旧、精度不同、路由不同或温度不同",
   "sample with the trainer's precision and weights, replay the sampler's routing, or correct with truncated importance weights":
     "用训练器的精度和权重采样，重放采样器的路由，或用截断的重要性权重修正",
@@ -132,8 +132,8 @@ const SERVER = {
   "{a} of the words of a thought are in the problem's language, {b} at the start": "思考中 {a} 的词与题目同一语言，开始时是 {b}",
   "only the answer is rewarded, and mixing costs nothing": "只有答案有奖励，混用语言没有代价",
   "set language_reward (R1's first RL stage: 1)": "设置 language_reward（R1 的第一个强化学习阶段：1）",
-  "{name} was no finite number once at step {n}": "{name} 在第 {n} 步一次不是有限数",
-  "{name} was no finite number {k} times, last at step {n}": "{name} 有 {k} 次不是有限数，最近在第 {n} 步",
+  "{name} was not finite once at step {n}": "{name} 在第 {n} 步一次不是有限数",
+  "{name} was not finite {k} times, last at step {n}": "{name} 有 {k} 次不是有限数，最近在第 {n} 步",
   // what is wrong with a directory
   "{path} cannot be read now ({why}); what this page had stays until it is back": "{path} 现在无法读取（{why}）；恢复之前，本页保留已有内容",
   "the disk of {path} has not answered for {n} seconds": "{path} 所在的磁盘已有 {n} 秒没有应答",
