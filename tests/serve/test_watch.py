@@ -336,9 +336,9 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
 
 
 def check_chinese(page):
-    page.wait_for_selector("html[lang=zh-CN] #alarms >> text=/题组太难/")
+    page.wait_for_selector("html[lang=zh-CN] #alarms >> text=/题目过难/")
     alarm = page.locator("#alarms .alarm").first.text_content()
-    assert "90% 的组没有差别，20.0% 的回答正确。可能的原因：题目太难" in alarm and "自第 5 步起" in alarm
+    assert "90% 的组内奖励没有差异，20.0% 的回答正确。可能的原因：题目太难" in alarm and "自第 5 步起" in alarm
     page.click("#stages >> text=/^pretrain$/")
     figure = page.locator("figure", has=page.locator(".title:text-is('训练损失')"))
     figure.locator(".legend li >> text=/下一个词元/").first.wait_for()

@@ -20,11 +20,11 @@ export class HeatMap {
     const [width, height] = [shares.length, shares[0].length];
     const last = shares.at(-1);
     const [most, least] = [Math.max(...last), Math.min(...last)];
-    const times = (share) => `${(share / 100).toFixed(2)}×`;
+    const times = (share) => (share / 100).toFixed(2);
     const end =
       most === least
-        ? t("all have an even share")
-        : t("expert {a} has {most} its share, expert {b} {least}", {
+        ? t("all have an equal share")
+        : t("expert {a} has {most}× its share, expert {b} {least}×", {
             a: last.indexOf(most), most: times(most), b: last.indexOf(least), least: times(least),
           });
     const said = { n: height, first: steps[0], last: steps.at(-1), end };
@@ -42,7 +42,7 @@ export class HeatMap {
       const x = Math.max(0, Math.min(width - 1, Math.floor(((event.clientX - box.left) / box.width) * width)));
       const y = Math.max(0, Math.min(height - 1, Math.floor(((event.clientY - box.top) / box.height) * height)));
       const place = { step: steps[x], expert: y, times: times(shares[x][y]) };
-      note.textContent = t("step {step}, expert {expert}: {times} its share", place);
+      note.textContent = t("step {step}, expert {expert}: {times}× its share", place);
     });
     canvas.addEventListener("pointerleave", () => (note.textContent = words));
     return make("div", {}, canvas, note);

@@ -5,7 +5,7 @@ import { make, say } from "./dom.js";
 import { short } from "./plot.js";
 import { t, told } from "./words.js";
 
-const STATES = { running: "running", finished: "finished", stopped: "stopped", waiting: "not begun" };
+const STATES = { running: "running", finished: "finished", stopped: "stopped", waiting: "not started" };
 
 // Control characters as their symbols; marks that change the text direction as a box.
 export function visible(text) {
@@ -43,7 +43,7 @@ export function runList(box, runs, hidden, toggle) {
 
 function how(run) {
   const at = run.stages.findLast(({ state }) => state !== "waiting");
-  if (!at) return t("no stage has begun");
+  if (!at) return t("no stage has started");
   if (run.stages.every(({ state }) => state === "finished")) return t("finished");
   const step = at.step === null ? "" : t(", step {n}", { n: short(at.step) });
   const quiet = at.state === "running" || at.quiet === null ? "" : t(", last line {time} ago", { time: duration(at.quiet) });
@@ -58,7 +58,7 @@ export function alarmList(box, runs) {
   box.hidden = !all.length;
   box.replaceChildren(
     ...all.sort((a, b) => b.active - a.active).map((alarm) => {
-      const where = `${runs.length > 1 ? `${visible(alarm.run)}, ` : ""}${visible(alarm.stage)}, `;
+      const where = [...(runs.length > 1 ? [alarm.run] : []), alarm.stage, ""].map(visible).join(t(", "));
       const when = t(alarm.active ? "since step {n}" : "at step {n}, over now", { n: alarm.step });
       const reasons = { cause: told(alarm.cause), advice: told(alarm.advice) };
       const advice = alarm.cause && t("Likely cause: {cause}. What to do: {advice}.", reasons);

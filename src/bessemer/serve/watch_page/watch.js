@@ -38,7 +38,7 @@ async function tick() {
       await refresh();
     }
   } catch {
-    say(find("notice"), t("The server does not answer. This page asks again and goes on when it does."));
+    say(find("notice"), t("The server does not answer. This page keeps trying and resumes when it does."));
   }
   // poll a busy machine less often
   setTimeout(tick, Math.max(state?.runs.some((run) => run.reading) ? 300 : EVERY, 5 * (performance.now() - began)));
