@@ -117,7 +117,7 @@ export class AnswerView {
     this.verdict.hidden = live || !verdict;
     if (!verdict) return;
     const why = t(FAULTS[verdict.reason] ?? "");
-    say(this.verdict, verdict.correct ? `✓ ${t("Right")}` : `✗ ${t("Wrong")}${why && `: ${why}`}`);
+    say(this.verdict, verdict.correct ? `✓ ${t("Right")}` : `✗ ${why ? t("Wrong: {why}", { why }) : t("Wrong")}`);
     this.verdict.classList.toggle("wrong", !verdict.correct);
     this.verdict.title = t("Checked by the verifier of {task}", { task: taskName(this.turn.problem?.task ?? "") });
   }
@@ -142,9 +142,9 @@ export function columns(turn, views) {
 function doing(answer, model) {
   switch (answer.phase) {
     case "queued":
-      return t("{why} Asking again in {n} s.", { why: t(answer.why), n: answer.left });
+      return t("{why} Trying again in {n} s.", { why: t(answer.why), n: answer.left });
     case "waiting":
-      return model && model.loaded === false ? t("being loaded") : "";
+      return model && model.loaded === false ? t("loading") : "";
     case "thinking":
       return t("thinking");
     default:

@@ -5,6 +5,7 @@
 // whichever endpoint it came from; tokens are [{ t, bytes, p, top: [[t, p]] }], experts one [layer][k] per token.
 
 import { key } from "./state.js";
+import { t } from "./words.js";
 
 const TOO_LONG =
   "The conversation is longer than the model's context: start a new chat, or let models read the question alone (in " +
@@ -119,11 +120,11 @@ function troubleOf(response, error) {
         : new Trouble("gone", "The server is shutting down.", after);
   }
   if (error.code === "context_length_exceeded") {
-    return new Trouble("asked", `${TOO_LONG} ${said}`);
+    return new Trouble("asked", `${t(TOO_LONG)} ${said}`);
   }
   return response.status < 500
-    ? new Trouble("asked", said || `The server refused the request (${response.status}).`)
-    : new Trouble("server", said || `The server failed (${response.status}).`);
+    ? new Trouble("asked", said || t("The server refused the request ({n}).", { n: response.status }))
+    : new Trouble("server", said || t("The server failed ({n}).", { n: response.status }));
 }
 
 // The data of each server-sent event. An event ends with an empty line; a line that begins with ":" is a comment.

@@ -6,6 +6,7 @@
 
 import { stream, Trouble } from "./api.js";
 import { Pieces } from "./pieces.js";
+import { t } from "./words.js";
 
 const PATIENCE = { full: 1, busy: 60 }; // retries
 
@@ -32,7 +33,7 @@ export class Asking {
         answer.trouble = { kind: failure.kind, words: failure.message };
       } else {
         answer.phase = "failed";
-        answer.trouble = { kind: "server", words: `The page could not follow the answer: ${failure.message}.` };
+        answer.trouble = { kind: "server", words: t("The page could not follow the answer: {why}.", { why: failure.message }) };
       }
     }
     this.endThought();

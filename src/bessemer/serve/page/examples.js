@@ -67,7 +67,7 @@ export class Examples {
         ? t("Every stage is a model of its own. Put up to four side by side and watch what training changed.")
         : "",
       groups.size ? t("The examples are held-out problems, never trained on; every answer to them is checked.") : "",
-      known ? "" : t("Nothing is recorded of what these models were trained on."),
+      known ? "" : t("There is no record of what these models were trained on."),
     ].join(" ");
     this.groups.replaceChildren(
       ...[...groups.values()].map((group) =>
@@ -117,13 +117,13 @@ function abilities(model) {
         const shares = Object.entries(solved ?? {}).map(
           ([language, share]) => `${t(LANGUAGES[language] ?? language)} ${number(100 * share)} %`,
         );
-        const named = { task: taskName(task), shares: shares.join(", ") };
+        const named = { task: taskName(task), shares: shares.join(t(", ")) };
         return shares.length ? t("{task} (solves {shares} of held-out problems)", named) : named.task;
       })
-      .join(", ");
+      .join(t(", "));
   const words = [about(model)];
-  if (told(true)) words.push(`${t("practised")}: ${told(true)}`);
-  if (told(false)) words.push(`${t("read about")}: ${told(false)}`);
+  if (told(true)) words.push(t("practised: {tasks}", { tasks: told(true) }));
+  if (told(false)) words.push(t("read about: {tasks}", { tasks: told(false) }));
   if (longest) {
     words.push(
       t("trained on texts of up to {n} tokens: answers end there unless you set another maximum", { n: number(longest) }),

@@ -177,7 +177,7 @@ function forget() {
   picker.show(picker.models);
   changed();
   state.forgetSettings();
-  connection.notice(t("Nothing is stored any more."));
+  connection.notice(t("Everything stored here was deleted."));
 }
 
 function changed() {

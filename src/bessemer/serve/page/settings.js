@@ -47,7 +47,7 @@ const CHOICES = [
   [
     "theme",
     "Theme",
-    "light or dark; as the system has it: auto",
+    "light or dark; auto: as the system has it",
     [
       ["auto", "auto"],
       ["light", "light"],
@@ -69,7 +69,7 @@ const BUDGET = [
   "thinking_budget",
   "Thinking budget",
   1,
-  "after this many tokens of thought the answer begins; empty: no limit",
+  "the answer begins after this many tokens of thought; empty: no limit",
 ];
 const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1 };
 
@@ -179,7 +179,7 @@ export class Settings {
       const rooms = models.map((model) => model.practice?.trained_length ?? model.context).filter(Boolean);
       if (name === "max_tokens")
         field.placeholder = rooms.length ? t("up to {n}", { n: Math.max(...rooms) }) : t("as many as fit");
-      else if (name === "seed") field.placeholder = t("fresh");
+      else if (name === "seed") field.placeholder = t("new each time");
       else if (name === "thinking_budget") field.placeholder = t("no limit");
       else field.placeholder = new Set(own).size === 1 ? String(own[0]) : t("each model's default");
     }

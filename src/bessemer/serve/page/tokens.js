@@ -4,6 +4,7 @@
 // Painted tokens carry `data-token`, the number of their piece; `Card.watch` ties a box to the pieces painted into it.
 
 import { make, number } from "./dom.js";
+import { t } from "./words.js";
 
 const SHADES = [0.1, 0.25, 0.5, 0.8, 0.95]; // a token below the first is shaded most, one above the last not at all
 const WIDTH = 240; // pixels of the expert grid
@@ -146,7 +147,7 @@ function grid(experts, model) {
   const taken = experts.flatMap((chosen, row) =>
     chosen.map((e) => shape(left + e * cell, y(row), Math.max(cell - gap, 2), tall)),
   );
-  const label = experts.map((chosen, row) => `layer ${first + row}: ${chosen.join(", ")}`).join("; ");
+  const label = experts.map((chosen, row) => t("layer {n}: {experts}", { n: first + row, experts: chosen.join(", ") })).join("; ");
   const svg = draw(
     "svg",
     {
@@ -154,7 +155,7 @@ function grid(experts, model) {
       width: WIDTH,
       height: y(rows),
       role: "img",
-      "aria-label": `Experts in ${label}`,
+      "aria-label": t("Experts in {layers}", { layers: label }),
     },
     draw("path", { class: "cells", d: all.join("") }),
     draw("path", { class: "chosen", d: taken.join("") }),
@@ -164,8 +165,8 @@ function grid(experts, model) {
     text.textContent = first + row;
     svg.append(text);
   }
-  const where = rows > 1 ? `layers ${first} to ${first + rows - 1}` : `layer ${first}`;
-  return [make("p.unit", {}, `${experts[0].length} of ${count} experts, ${where}`), svg];
+  const words = rows > 1 ? "{k} of {n} experts, layers {first} to {last}" : "{k} of {n} experts, layer {first}";
+  return [make("p.unit", {}, t(words, { k: experts[0].length, n: count, first, last: first + rows - 1 })), svg];
 }
 
 function draw(name, attributes, ...children) {
@@ -187,4 +188,4 @@ export const visible = (text) =>
     : text
         .replaceAll("\n", "↵")
         .replaceAll("\t", "⇥")
-        .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length)) || "(nothing)";
+        .replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length)) || t("(nothing)");
