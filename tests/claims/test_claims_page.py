@@ -90,7 +90,7 @@ def test_the_language_changes_by_keyboard(opened):
     opened.keyboard.press("Enter")
     assert opened.title() == "关于 DeepSeek-R1 的说法可信吗？" and opened.locator(".answer .en").first.is_hidden()
     opened.keyboard.press("Enter")
-    assert opened.title() == "Can what is said about DeepSeek-R1 be believed?"
+    assert opened.title() == "Can you believe what is said about DeepSeek-R1?"
 
 
 def test_a_verdict_shows_its_claims_alone(opened):
