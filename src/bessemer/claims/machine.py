@@ -15,8 +15,8 @@ from bessemer.claims.runs import ArmJob, Beside, Metric, Tier
 
 SHAPE: dict[Tier, str] = {"quick": "small", "default": "whole", "full": "whole"}
 SIZES = {
-    "small": ["a processor, no GPU; smallest sizes", "普通处理器，没有 GPU；最小规模"],
-    "whole": ["a processor, no GPU", "普通处理器，没有 GPU"],
+    "small": ["an ordinary processor, no GPU; smallest sizes", "普通处理器，没有 GPU；最小规模"],
+    "whole": ["an ordinary processor, no GPU", "普通处理器，没有 GPU"],
 }
 SAME = None
 ROUNDS: dict[Tier, int] = {"quick": 1, "default": 3, "full": 5}

@@ -38,7 +38,7 @@ SIZES = {
         "网络 270 万参数，读 320 万词元，24 轮、每轮 256 个数字谜题回答",
     ],
     "sums": [
-        "network of 0.2M parameters, 4M tokens read, 16 rounds of 256 answers to sums of four digits",
+        "network of 0.2M parameters, 4M tokens read, 16 rounds of 256 answers to four-digit sums",
         "网络 20 万参数，读 400 万词元，16 轮、每轮 256 个四位数加法回答",
     ],
 }
