@@ -68,6 +68,7 @@ def document(cards: Sequence[Card]) -> str:
 def _answer(cards: Sequence[Card]) -> Html:
     """Three sentences, from the cards."""
     number = counts(cards)
+    waiting = number[ClaimVerdict.NOT_RUN]
     view, experts, cache_ = planned.outside_view(), exact.COMPUTED["M12"](), exact.COMPUTED["L5"]()
     spread = planned.values("K3")["spread"]
     millions = {name: view[name] for name in ("published", "low", "high")}
@@ -75,9 +76,9 @@ def _answer(cards: Sequence[Card]) -> Html:
     sentences = [
         word(
             "answer", n=len(cards), shown=number[ClaimVerdict.SHOWN], part=number[ClaimVerdict.PART],
-            contradicted=number[ClaimVerdict.CONTRADICTED], open=number[ClaimVerdict.NOT_RUN],
-            unsettled=number[ClaimVerdict.NOT_SHOWN], untestable=number[ClaimVerdict.NOT_TESTABLE],
-        ),
+            contradicted=number[ClaimVerdict.CONTRADICTED], unsettled=number[ClaimVerdict.NOT_SHOWN],
+            untestable=number[ClaimVerdict.NOT_TESTABLE],
+        ) + (word("answer_open", open=waiting) if waiting else ""),
         word("answer_cost", spread=spread, **hours),
         word("answer_wrong", stored_ratio=experts["stored_ratio"], share=cache_["share"]),
     ]  # fmt: skip
@@ -264,8 +265,8 @@ def _unrun(cards: Sequence[Card]) -> Html:
     whole = "".join(f'<li><a href="#{card.name}">{card.name}</a> {both(card.claim.text)}</li>' for card in waiting)
     lists = (("unrun_part", partly), ("unrun_few", few), ("unrun_built", unbuilt))
     others = "".join(listed(title, some) for title, some in lists)
-    first = word("unrun_whole", n=len(waiting))
-    return Html(f'<p>{first}</p><ul class="how">{whole}</ul><ul class="how">{others}</ul>')
+    first = f'<p>{word("unrun_whole", n=len(waiting))}</p><ul class="how">{whole}</ul>' if waiting else ""
+    return Html(f'{first}<ul class="how">{others}</ul>')
 
 
 def _method() -> Html:
