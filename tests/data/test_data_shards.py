@@ -119,7 +119,7 @@ def test_a_link_stands_for_its_corpus_until_that_is_built_again(documents, token
     assert linked.heldout.n_rows > 0 and (tmp_path / "link" / "rows-128").is_dir()
     assert not (tmp_path / "c" / "rows-128").exists()
     corpus.build(documents[:200], tokenizer, 64, tmp_path / "c")
-    with pytest.raises(UserError, match="built again"):
+    with pytest.raises(UserError, match="was rebuilt"):
         corpus.load(tmp_path / "link")
 
 
