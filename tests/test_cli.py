@@ -249,7 +249,7 @@ def test_plan_draws_a_schedule(call, tmp_path):
     status, out, _ = call(
         "plan", "--schedule", "dualpipe", "--pp", "4", "--micro", "8", "--svg", str(tmp_path / "a.svg")
     )
-    assert status == 0 and "makespan 26; idle at most 2 a rank (7.7 %)" in out and "F3&b1" in out
+    assert status == 0 and "makespan 26; idle at most 2 per rank (7.7 %)" in out and "F3&b1" in out
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
     status, out, _ = call("plan", "--schedule", "dualpipe", "--micro", "20", "--costs", "1,1,1,2.5", "--json")
     facts = json.loads(out)

@@ -8,7 +8,7 @@ from made_run import write_run
 
 from bessemer.hf import hub
 
-FP8_WARNING = "ignore:.* is not cut evenly by tiles"
+FP8_WARNING = "ignore:.* does not divide into tiles"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_name_gives_the_format(call, run, tmp_path):
     assert "\nFROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text("utf-8")
     (tmp_path / "d.Modelfile").write_text("mine")
     status, _, err = call("convert", run, tmp_path / "e.Modelfile", "--to", "gguf")
-    assert status == 2 and "name it NAME.gguf" in err
+    assert status == 2 and "name the latter NAME.gguf" in err
     status, _, err = call("convert", run, tmp_path / "d.gguf")
     assert status == 2 and "d.Modelfile exists already" in err and not (tmp_path / "d.gguf").exists()
     status, _, err = call("convert", run, tmp_path / "a.gguf", "--dtype", "float16")

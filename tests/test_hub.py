@@ -81,7 +81,7 @@ def test_a_hub_that_fails_half_way_has_the_old_model_and_the_second_try_sends_th
 
 @pytest.mark.parametrize(
     ("token", "failures", "words"),
-    [("other", {}, "HF_TOKEN to a token that may write"), ("secret", {"/repos/create": 403}, "another owner")],
+    [("other", {}, "HF_TOKEN to a token with write access"), ("secret", {"/repos/create": 403}, "another owner")],
 )
 def test_without_the_right_to_write(call, run, server, token, failures, words):
     server.token, server.failures = token, failures
@@ -97,7 +97,7 @@ def test_what_is_not_there(call, run, server, tmp_path, monkeypatch):
     assert status == 2 and "check the name and the revision" in err
     for name in ("own", "own/name/more", "/name"):
         status, _, err = call("pull", name)
-        assert status == 2 and "must read owner/name" in err
+        assert status == 2 and "must have the form owner/name" in err
     server.shutdown()
     server.server_close()
     status, _, err = call("pull", "own/name", tmp_path / "down")

@@ -44,7 +44,7 @@ def test_generate_says_what_was_cut_and_how_to_go_on(call, run):
 def test_an_evaluation_says_that_the_context_is_shorter(call, run):
     asked = ("--task", "countdown", "--problems", 1, "--samples", 1, "--max-tokens", 5000, "--json")
     status, _, err = call("eval", run, *asked)
-    assert status == 0 and f"the model's context of {CONTEXT} tokens cuts answers; 5000 were asked for" in err
+    assert status == 0 and f"the model's context of {CONTEXT} tokens truncates answers; 5000 were requested" in err
 
 
 def test_no_control_character_reaches_the_terminal(call, run, tmp_path):

@@ -72,7 +72,7 @@ def test_a_folder_of_other_things_is_left_alone(made, tmp_path):
     home = tmp_path / "home"
     (home / "documents").mkdir(parents=True)
     (home / "documents" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"home is neither empty nor a build \(it holds documents\)"):
+    with pytest.raises(UserError, match=r"home is neither empty nor a build \(it contains documents\)"):
         build(load(made), home)
     with pytest.raises(UserError, match="a file is in the way"):
         build(load(made), home / "documents" / "thesis.tex")

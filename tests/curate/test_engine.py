@@ -52,7 +52,7 @@ def test_a_killed_worker_is_named_and_the_other_jobs_are_done(tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        with pytest.raises(UserError, match=r"for read of pipe was killed, twice.*lower"):
+        with pytest.raises(UserError, match=r"for read of pipe was killed twice.*lower"):
             list(engine.run(jobs))
     finally:
         killer.join()

@@ -269,9 +269,9 @@ def test_pages_give_their_main_text(tmp_path):
 
 def test_an_empty_folder_and_a_wrong_path_are_refused(tmp_path):
     (tmp_path / "x.doc").write_text("x")
-    with pytest.raises(UserError, match="holds no file"):
+    with pytest.raises(UserError, match="contains no file"):
         origins.units(_source(tmp_path), 1, None)
-    with pytest.raises(UserError, match="holds no file"):
+    with pytest.raises(UserError, match="contains no file"):
         origins.units(_source(tmp_path / "*.jsonl"), 1, None)
     with pytest.raises(UserError, match="no file or directory"):
         origins.units(_source(tmp_path / "none.jsonl"), 1, None)

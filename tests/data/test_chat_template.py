@@ -53,8 +53,8 @@ def test_texts_are_those_of_transformers(name, ask):
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{% set n = namespace(__class__=1) %}", "no '__class__'"),
         ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "no '__class__'"),
-        ("{{ raise_exception('a\\n\x1b[2Jb') }}", r"refuses the conversation: a  \[2Jb$"),
-        ("x" * (chat_template.LONGEST_TEMPLATE + 1), "characters, at most"),
+        ("{{ raise_exception('a\\n\x1b[2Jb') }}", r"rejects the conversation: a  \[2Jb$"),
+        ("x" * (chat_template.LONGEST_TEMPLATE + 1), "characters; the limit is"),
     ],
 )
 def test_what_goes_too_far_is_an_error_and_the_next_one_works(text, said):

@@ -175,8 +175,8 @@ def test_mistakes(documents, tokenizer, tmp_path):
         (lambda: corpus.build(documents, tokenizer, 64, tmp_path / "mine"), "is not a corpus"),
         (lambda: corpus.build(documents, tokenizer, 1, tmp_path / "c"), "row_length"),
         (lambda: corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=1.0), "heldout"),
-        (lambda: corpus.build([], tokenizer, 64, tmp_path / "c"), "no training document"),
-        (lambda: corpus.build([Document(" \n", "own")], tokenizer, 64, tmp_path / "c"), "no training document"),
+        (lambda: corpus.build([], tokenizer, 64, tmp_path / "c"), "no training documents"),
+        (lambda: corpus.build([Document(" \n", "own")], tokenizer, 64, tmp_path / "c"), "no training documents"),
         (lambda: corpus.build(documents, tokenizer, 64, tmp_path / "c", fim_rate=2), "fim_rate"),
         (lambda: packing.open_rows(tmp_path / "mine"), "not a finished corpus"),
     ]:

@@ -181,7 +181,7 @@ def test_a_cap_is_kept_and_the_others_take_over():
 
 
 def test_data_that_ends_is_refused_and_says_when():
-    with pytest.raises(UserError, match=r"data ends at [\d,]+ tokens.*raise a cap"):
+    with pytest.raises(UserError, match=r"data runs out at [\d,]+ tokens.*raise a cap"):
         Mixture(PARTS, WEIGHTS, span=Span(ROWS, caps={"a": 1, "b": 1, "c": 2}))
 
 

@@ -181,7 +181,9 @@ def test_a_base_model_speaks_the_zero_style(tmp_path):
 
 def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):
     tokenizer = load_tokenizer(houses.byte_level(tmp_path / "chatml"))
-    with pytest.raises(UserError, match=r'style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set "zero"'):
+    with pytest.raises(
+        UserError, match=r'style "r1" needs the tokens <｜User｜> and <｜Assistant｜>.*or set it to "zero"'
+    ):
         tokenizer.chat_style = "r1"
     assert tokenizer.chat_style is None and tokenizer.chat_template == houses.CHATML  # the template is unchanged
     tokenizer.chat_style = "r1-zero"
@@ -208,10 +210,10 @@ def test_our_own_directories_stay_ours(tmp_path):
         (lambda d: (houses.byte_level(d) / "tokenizer.json").write_text("{}"), "tokenizer.json is broken"),
         (lambda d: houses.byte_level(d, pad_token="<|im_end|>"), "names no eos_token"),
         (lambda d: houses.byte_level(d, eos_token="<nosuch>"), "no token '<nosuch>'"),
-        (lambda d: houses.byte_level(d, template="{{ messages[0]['content'] }}"), "does not lead up to an answer"),
-        (lambda d: houses.byte_level(d, template="{% for %}"), "the chat template of this model refuses"),
-        (lambda d: houses.byte_level(d, template="{{ messages.__class__.__mro__ }}"), "refuses"),
-        (lambda d: houses.byte_level(d, template=NO_PROMPT), "does not lead up to an answer"),
+        (lambda d: houses.byte_level(d, template="{{ messages[0]['content'] }}"), "does not open an answer"),
+        (lambda d: houses.byte_level(d, template="{% for %}"), "the chat template of this model rejects"),
+        (lambda d: houses.byte_level(d, template="{{ messages.__class__.__mro__ }}"), "rejects"),
+        (lambda d: houses.byte_level(d, template=NO_PROMPT), "does not open an answer"),
         (lambda d: houses.byte_level(d, template="{% for m in messages %}{{ m['content'] }}{% endfor %}"), "ever end"),
     ],
 )
@@ -223,7 +225,7 @@ def test_broken_directories_are_refused_by_name(tmp_path, make, message):
 
 def test_a_template_that_refuses_says_so(tmp_path):
     tok = load_tokenizer(houses.sentencepiece(tmp_path))
-    with pytest.raises(UserError, match="refuses the conversation: no system here"):
+    with pytest.raises(UserError, match="rejects the conversation: no system here"):
         chat.render_ids(tok, [{"role": "system", "content": "be kind"}, *QUESTION])
 
 

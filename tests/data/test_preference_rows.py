@@ -66,7 +66,7 @@ def test_nothing_that_fits_is_an_error(tmp_path):
         build([[(text(0, 9), preference_rows.GOOD)]], tmp_path, preference_rows.LabelRows, row_length=8)
     with pytest.raises(UserError, match="not a single preference answer"):
         build([], tmp_path, preference_rows.LabelRows)
-    with pytest.raises(UserError, match="holds no packed answers"):
+    with pytest.raises(UserError, match="has no packed answers"):
         preference_rows.load(tmp_path / "nowhere", preference_rows.PairRows, 0)
 
 

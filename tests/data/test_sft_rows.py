@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_left_out_and_counted(tokenizer, tmp_path):
     ("document", "complaint"),
     [
         (Document("just text", "mine"), "is plain text; SFT needs messages"),
-        (Document("", "mine", ({"role": "user", "content": "hm?"},)), "ends without an answer"),
+        (Document("", "mine", ({"role": "user", "content": "hm?"},)), "does not end with an answer"),
     ],
 )
 def test_records_that_teach_nothing_are_refused(tokenizer, tmp_path, document, complaint):
@@ -131,7 +131,7 @@ def test_a_damaged_directory_is_named(tokenizer, tmp_path):
     sft_rows.build(CONVERSATIONS, tokenizer, ROW, tmp_path, "zero")
     facts = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(facts | {"rows": facts["rows"] + 1}))
-    with pytest.raises(UserError, match=r"holds no packed conversations .*delete it"):
+    with pytest.raises(UserError, match=r"has no packed conversations .*delete it"):
         sft_rows.load(tmp_path, 0)
 
 

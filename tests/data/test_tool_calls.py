@@ -239,7 +239,7 @@ def test_a_stream_says_the_same(text, thinking, size):
         ({"name": ""}, "1 to 64"),
         ({"name": "f", "parameters": "object"}, "JSON schema"),
         ({"name": "f", "parameters": {"a": "x" * 40_000}}, "longer than"),
-        ({"name": "f", "description": ["x"]}, "must be a text"),
+        ({"name": "f", "description": ["x"]}, "must be text"),
         ("f", "a tool must be"),
     ],
 )

@@ -292,14 +292,14 @@ def card(monkeypatch, capability=(9, 0), reach=lambda one, other: True):
 def test_cards_and_links_that_it_serves(monkeypatch):
     assert card(monkeypatch) == ""
     assert card(monkeypatch, (8, 0)) == "a card is older than what deep_ep is built for"
-    words = "GPUs 1 and 3 of a machine do not reach each other's memory"
+    words = "GPUs 1 and 3 of a machine cannot access each other's memory"
     assert card(monkeypatch, reach=lambda one, other: other != 3) == words
 
 
 def test_a_recipe_that_names_it_is_refused_before_anything_runs(monkeypatch):
     recipe = Recipe.load("recipes/tiny.toml", ["layout.ep=2", "layout.exchange=deepep"])
     cfg = preset("tiny", dim=96)
-    with pytest.raises(UserError, match=r'exchange = "deepep": it serves hidden sizes .* not 96; set exchange'):
+    with pytest.raises(UserError, match=r'exchange = "deepep": it supports hidden sizes .* not 96; set exchange'):
         distributed.check(recipe, "pretrain", [16], cfg, 2)
     fits = preset("tiny", dim=128)
     distributed.check(recipe, "pretrain", [16], fits, 2)

@@ -183,4 +183,4 @@ def test_a_rank_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert _device() == (torch.device("cuda", 3), "")
     monkeypatch.setenv("LOCAL_RANK", "4")
-    assert _device() == (torch.device("cpu"), "5 ranks or more were started here, for 4 GPUs; start at most 4")
+    assert _device() == (torch.device("cpu"), "at least 5 ranks were started here, for 4 GPUs; start at most 4")

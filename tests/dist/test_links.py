@@ -47,13 +47,13 @@ def facts(slow=None, odd=None, without=None):
 def test_slow_links_and_other_devices_are_named():
     assert [level for _, level, _ in links.notes(facts())] == ["ok"] * 4
     text = [text for _, level, text in links.notes(facts(slow=4.0, odd=2)) if level == "slow"]
-    assert text[0] == "rank 2 has a A100 where rank 0 has a H100; all wait for the slowest"
+    assert text[0] == "rank 2 has a A100, but rank 0 has a H100; all wait for the slowest"
     assert text[1].startswith("rank 1 (node0) to rank 3 (node1): 4 GB/s, other host")
 
 
 def test_the_rank_without_deepep_is_named():
     text = [text for _, level, text in links.notes(facts(without=3)) if level == "slow"]
-    assert text == ["DeepEP cannot be used, for rank 3 (node1) cannot: not installed"]
+    assert text == ["DeepEP cannot be used, because rank 3 (node1) cannot: not installed"]
 
 
 def test_the_doctor_of_several_processes_speaks_once(tmp_path):

@@ -45,7 +45,7 @@ def test_v3():
     }  # fmt: skip
     assert layout.groups("network")[3] == [3 + 8 * n for n in range(8)]
     text = describe(layout).splitlines()
-    assert text[0] == "2048 ranks: pp 16 x dp 2 x ep 64, a group of experts on 8 nodes"
+    assert text[0] == "2048 ranks: pp 16 x dp 2 x ep 64, groups of experts on 8 nodes"
     assert text[2] == "pipeline 0, copy 1: 64 to 127" and len(text) == 33
 
 
@@ -53,11 +53,11 @@ def test_v3():
     ("layout", "world", "words"),
     [
         (Layout(2, 1, 2), 8, "it makes 4 ranks"),
-        (Layout(1, 1, 3), 3, "16 experts cannot be shared evenly by 3 ranks"),
-        (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, MTP as one of them"),
+        (Layout(1, 1, 3), 3, "16 experts cannot be divided evenly among 3 ranks"),
+        (Layout(8, 1, 1), 8, "8 pipeline ranks for 5 layers, counting MTP as one"),
         (Layout(1, 0, 1), 1, "at least 1"), (Layout(1, 1, 8, node=3), 8, "does not fill nodes of 3"),
-        (Layout(1, 1, 32), 32, "16 experts cannot be shared evenly by 32"),
-        (Layout(1, 1, 16, node=2), 16, "4 groups of experts do not lie whole on 8 nodes, so a token of 2 groups could"),
+        (Layout(1, 1, 32), 32, "16 experts cannot be divided evenly among 32"),
+        (Layout(1, 1, 16, node=2), 16, "4 groups of experts do not divide evenly among 8 nodes, so a token of 2"),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused_with_some_that_do(layout, world, words):

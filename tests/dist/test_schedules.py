@@ -190,7 +190,7 @@ def test_the_text_is_the_timeline():
     words = [re.findall(r"[FBIW]\d+", line) for line in lines]
     assert words == [[label(step) for step in steps] for steps in table.steps]
     assert label(Pair(Action("F", 0, 3), Action("B", 3, 1, 1))) == "F3&b1"
-    assert "idle at most 2 a rank" in summary(table, simulate(table))
+    assert "idle at most 2 per rank" in summary(table, simulate(table))
 
 
 def test_the_svg_has_every_piece_of_work_in_its_place():

@@ -31,13 +31,13 @@ def words(others, ranks=(0, 1, 2), timeout=100.0):
          "rank 1 has been in step 7 (working) for 110 s"),
         ([None, [NOW - 1, 7, "tokens", [0, 1], NOW - 90]], "rank 1 never reported"),
         ([[NOW - 1, 7, "loads", [0, 2], NOW - 90], [NOW - 1, 7, "tokens", [0, 1, 2], NOW - 90]],
-         "all others wait as well: rank 1 for loads of ranks 0, 2; rank 2 for tokens of ranks 0, 1"),
+         "all others are also waiting: rank 1 for loads from ranks 0, 2; rank 2 for tokens from ranks 0, 1"),
     ],
     ids=["silent", "busy", "never", "all wait"],
 )  # fmt: skip
 def test_the_report_names_the_cause(others, wanted):
     report = words(others)
-    assert report.startswith("rank 0 has waited 120 s for tokens of ranks 1, 2 in step 7; ") and wanted in report
+    assert report.startswith("rank 0 has waited 120 s for tokens from ranks 1, 2 in step 7; ") and wanted in report
 
 
 def test_threads_wait_side_by_side():
@@ -73,7 +73,7 @@ import torch.distributed as dist
 from bessemer.dist import watchdog
 watchdog.Watchdog(dist.HashStore(), 0, 2, 1.0)
 watchdog.at(3)
-with watchdog.waiting("the figures of the step", range(2)):
+with watchdog.waiting("the figures", range(2)):
     time.sleep(30)
 """
 
@@ -82,7 +82,7 @@ def test_a_rank_that_waits_too_long_says_so_and_ends():
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT and time.monotonic() - began < 25
-    assert "rank 0 has waited 1 s for the figures of the step of rank 1 in step 3; rank 1 never reported" in done.stderr
+    assert "rank 0 has waited 1 s for the figures from rank 1 in step 3; rank 1 never reported" in done.stderr
 
 
 QUEUED = """
@@ -109,7 +109,7 @@ def test_a_device_that_waits_too_long_is_seen_though_its_host_goes_on(tmp_path):
     """As with NCCL, a wait returns at once. The stacks and torch's flight recorder are written to files."""
     done = subprocess.run([sys.executable, "-c", QUEUED, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == watchdog.EXIT
-    assert "rank 0 has waited 1 s for gradients of micro-batch 7 of rank 1 in step 3" in done.stderr
+    assert "rank 0 has waited 1 s for gradients of micro-batch 7 from rank 1 in step 3" in done.stderr
     assert "the_host_goes_on" in (tmp_path / "hang" / "rank-0.txt").read_text()
     assert b"gloo:barrier" in (tmp_path / "hang" / "recorder_0").read_bytes()
 

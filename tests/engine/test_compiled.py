@@ -80,7 +80,7 @@ def test_too_many_tokens_take_the_plain_step(engine, fast, prompts, monkeypatch)
 
 
 def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
-    with pytest.raises(UserError, match="this family"):
+    with pytest.raises(UserError, match="the DeepSeek family"):
         CompiledSteps(torch.nn.Linear(1, 1), 300)
     monkeypatch.setattr(compiled, "cpp_compiler", lambda: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
@@ -90,7 +90,7 @@ def test_what_cannot_be_compiled_is_said(engine, monkeypatch):
 def test_kernels_go_before_compiled_steps(engine, monkeypatch):
     monkeypatch.setattr(KernelSteps, "of", lambda model: KernelSteps)
     engine = Engine(engine.model, engine.tokenizer, compile=True)
-    assert engine.compiled is None and engine.not_compiled.endswith("faster kernels in C++ serve this model")
+    assert engine.compiled is None and engine.not_compiled.endswith("faster C++ kernels already run this model")
 
 
 def test_a_gpu_s_steps_are_not_compiled(engine):

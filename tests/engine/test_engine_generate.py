@@ -228,7 +228,7 @@ def test_mistakes_are_explained(engine, arguments, message):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(engine, tokenizer):
     engine.model.cfg = engine.model.cfg.model_copy(update={"vocab_size": tokenizer.vocab_size - 1})
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         Engine(engine.model, tokenizer)
 
 

@@ -126,17 +126,17 @@ def test_balance_in_figures():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(replicas=15), "15 replicas are not a multiple of 4 GPUs.*: 16"),
+        (dict(replicas=15), "15 replicas are not a multiple of 4 GPUs.*try 16"),
         (dict(replicas=8), "8 replicas cannot hold 12 experts.*replicas = 12"),
         (dict(groups=5), "12 experts do not make 5 equal groups"),
-        (dict(nodes=3), "4 GPUs cannot be shared out over 3 nodes"),
+        (dict(nodes=3), "4 GPUs cannot be divided evenly among 3 nodes"),
         (dict(gpus=0), "gpus must be a whole number of at least 1, not 0"),
         (dict(nodes=2.0), "nodes must be a whole number of at least 1, not 2.0"),
         (dict(groups=True), "groups must be a whole number"),
         (dict(load_LE=[[1.0] * 11 + [-2.0]]), "expert 11 in layer 0 is -2.0"),
         (dict(load_LE=[[1.0] * 12, [float("nan")] * 12]), "expert 0 in layer 1 is nan"),
         (dict(load_LE=[[float("inf")] * 12]), "expert 0 in layer 0 is inf"),
-        (dict(load_LE=[[1.0] * 12, [1.0]]), "every row as long"),
+        (dict(load_LE=[[1.0] * 12, [1.0]]), "rows of equal length"),
         (dict(load_LE=[1.0] * 12), r"have shape \[12\]"),
         (dict(load_LE=[[]]), r"have shape \[1, 0\]"),
     ],
@@ -148,7 +148,7 @@ def test_what_cannot_be_served(change, message):
 
 def test_balance_of_other_sizes():
     placement = place(EXAMPLE, 16, 4, 2, 8)
-    with pytest.raises(UserError, match=r"\[2, 12\], the loads are \[1, 12\]"):
+    with pytest.raises(UserError, match=r"\[2, 12\], but the loads are \[1, 12\]"):
         balance(placement, EXAMPLE[:1], 8)
     with pytest.raises(UserError, match="not a multiple of 6 GPUs"):
         balance(placement, EXAMPLE, 6)

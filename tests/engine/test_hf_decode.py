@@ -219,7 +219,7 @@ def test_rows_that_leave_take_their_slots_along():
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         Engine(CausalLM(made("llama")), tokenizer)
 
 

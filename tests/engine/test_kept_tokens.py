@@ -104,7 +104,7 @@ def test_bits_hold_a_mask(vocab):
         ({"top_p": 1.0}, "with top_p, top_k or min_p"),
         ({"temperature": 0.0}, "a temperature above 0"),
         ({"repetition_penalty": 1.1}, "no penalty"),
-        ({"drafts": 1}, "record_kept and drafts do not go together"),
+        ({"drafts": 1}, "record_kept and drafts cannot be combined"),
     ],
 )
 def test_where_nothing_is_to_be_recorded_it_is_refused(engine, options, complaint):

@@ -104,11 +104,11 @@ def test_what_is_no_record(tmp_path):
     for wrong in (torch.zeros(3, 1, 2, dtype=torch.uint8), torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, 2, 2)):
         with pytest.raises(UserError, match="an engine with the same model"):
             loads.add(wrong)
-    with pytest.raises(UserError, match="experts 0 to 4 of a model that has 4"):
+    with pytest.raises(UserError, match="experts 0 to 4, but the model has 4"):
         loads.add([torch.zeros(1, 2, 1, dtype=torch.uint8), torch.tensor([[[0], [4]]])])
     with pytest.raises(UserError, match="record_routing=True"):
         loads.add([None])
-    with pytest.raises(UserError, match="nothing is known"):
+    with pytest.raises(UserError, match="the loads are unknown"):
         loads.estimate()  # a refused window leaves no trace
     with pytest.raises(UserError, match="decay"):
         ExpertLoads(2, 4, decay=1.1)

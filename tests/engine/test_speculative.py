@@ -203,7 +203,7 @@ def test_what_cannot_guess_says_so(engine, cfg, tokenizer):
     for call, message in (
         (lambda: without.generate([[3]], drafts=1), "has none"), (lambda: engine.generate([[3]], drafts=9), "0 to 8"),
         (lambda: Scheduler(without, drafts=1), "has none"),
-        (lambda: engine.generate([[3]], drafts=1, record_routing=True), "do not go together"),
+        (lambda: engine.generate([[3]], drafts=1, record_routing=True), "cannot be combined"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             call()

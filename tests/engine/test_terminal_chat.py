@@ -58,7 +58,7 @@ def test_chat_streams_what_the_engine_answers(folder, engine, tokenizer):
     head, commands, *rest = notes.splitlines()
     assert str(folder) in head and "a context of 160 tokens, zero template, temperature 0.9, top-p 0.8" in head
     cut = answer.finish_reason == "length"
-    assert "/help" in commands and rest == ["[cut at 10 tokens; /continue goes on]"] * cut
+    assert "/help" in commands and rest == ["[cut off at 10 tokens; /continue resumes it]"] * cut
 
 
 def test_a_session_survives_everything(folder, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_session_survives_everything(folder, monkeypatch):
     assert notes.count("error: the prompt has") == notes.count("error") == 1  # only for the long line
     for words in (
         "not UTF-8", "no command /what; /help lists them", "/exit or Ctrl-D leaves", "name a file", "forgotten",
-        "system message: none", "cannot write /nosuch/place: No such file or directory", "nothing to go on with",
+        "system message: none", "cannot write /nosuch/place: No such file or directory", "no answer to continue",
     ):  # fmt: skip
         assert words in notes
 
@@ -104,12 +104,12 @@ def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
         talk.obey("/continue")
     whole = engine.generate([prompt], temperature=0.0, max_new_tokens=21, stop_ids=[])[0][0].tokens
     assert talk.unfinished[1].ids == whole
-    assert talk.notes.getvalue().splitlines()[1] == "[cut at 14 tokens; /continue goes on]"
+    assert talk.notes.getvalue().splitlines()[1] == "[cut off at 14 tokens; /continue resumes it]"
     assert [one["role"] for one in talk.messages] == ["user", "assistant"]
     assert tokenizer.decode(whole).removeprefix(" ").startswith(talk.messages[1]["content"])
     talk.max_new_tokens = None
     talk.obey("/continue")
-    end = f"[cut at {160 - len(prompt)} tokens; the context of 160 tokens is full; /reset begins anew]\n"
+    end = f"[cut off at {160 - len(prompt)} tokens; the context of 160 tokens is full; /reset starts over]\n"
     assert talk.unfinished is None and talk.notes.getvalue().endswith(end)
 
 

@@ -116,11 +116,11 @@ def test_the_language_of_a_reply():
 
 @pytest.mark.parametrize(
     ("instruction", "arguments", "complaint"),
-    [("keywords:rhyme", {}, "'keywords:rhyme', which is none of IFEval's"), ("punctuation:no_comma", None, "no object"),
-     ("keywords:existence", {"keywords": []}, "needs 'keywords', a list of texts, and has \\[\\]"),
-     ("keywords:existence", {"keywords": ["a", 3]}, "'keywords' holds something that is not text"),
-     ("length_constraints:number_words", {"num_words": True, "relation": "at least"}, "a whole number, and has True"),
-     ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "needs 'relation', a text, and has")],
+    [("keywords:rhyme", {}, "'keywords:rhyme' in instruction_id"), ("punctuation:no_comma", None, "no object"),
+     ("keywords:existence", {"keywords": []}, "needs 'keywords', a list of strings, but has \\[\\]"),
+     ("keywords:existence", {"keywords": ["a", 3]}, "'keywords' contains something that is not text"),
+     ("length_constraints:number_words", {"num_words": True, "relation": "at least"}, "a whole number, but has True"),
+     ("length_constraints:number_words", {"num_words": 3, "relation": "about"}, "needs 'relation', text, but has")],
 )  # fmt: skip
 def test_what_cannot_be_judged_is_refused(instruction, arguments, complaint):
     with pytest.raises(UserError, match=f"^f:3: .*{complaint}"):

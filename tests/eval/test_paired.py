@@ -65,7 +65,7 @@ def test_seeds_that_disagree_widen_the_interval_and_one_base_serves_all():
     assert paired.compare([base], agreed)[0].verdict == "the second is better"
     (line,) = paired.compare([base], torn)
     assert line.difference == pytest.approx(0.2) and line.seeds == 3 and line.low < 0
-    with pytest.raises(UserError, match="2 models against 3: name as many seeds on both sides"):
+    with pytest.raises(UserError, match="2 models against 3: name equally many seeds"):
         paired.compare([base, base], torn)
 
 
@@ -75,7 +75,7 @@ def test_tasks_count_the_same_in_their_mean():
     *_, mean = paired.compare([first], [second])
     (line,) = paired.compare([first], [second], only=["sums"])
     assert line.asked == "sums en, T 1"
-    with pytest.raises(UserError, match="not both asked logic; they were asked sums, words"):
+    with pytest.raises(UserError, match="not both asked logic; they were both asked sums, words"):
         paired.compare([first], [second], only=["sums", "logic"])
     assert mean.asked == "mean of these 2" and mean.difference == pytest.approx(0.2) and mean.n == 100
     rng = np.random.default_rng(0)
@@ -87,10 +87,10 @@ def test_tasks_count_the_same_in_their_mean():
 
 def test_other_problems_are_refused_and_the_common_ones_offered():
     second = {SUMS: {f"p{place}": 0.5 for place in range(10, 40)}}
-    with pytest.raises(UserError, match="asked 20 and 30 problems, of which 10 are the same; --common compares"):
+    with pytest.raises(UserError, match="asked 20 and 30 problems, 10 of them the same; --common compares"):
         paired.compare([model(*[0.1] * 20)], [second])
     assert paired.compare([model(*[0.1] * 20)], [second], common=True)[0].n == 10
-    with pytest.raises(UserError, match="of which 0 are the same; ask both anew with --task"):
+    with pytest.raises(UserError, match="0 of them the same; evaluate both again with --task"):
         paired.compare([model(0.1)], [second])
     with pytest.raises(UserError, match=r"nothing in common \(sums en, T 1; words en, T 1\)"):
         paired.compare([model(0.1)], [model(0.1, asked=WORDS)])
@@ -112,7 +112,7 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     row = {"model": "zero", "domain": "maths", "task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
     (root / "02-eval").mkdir()
     status, _, err = call("compare", root / "zero", root / "zero")
-    assert status == 2 and "asked nothing in common (nothing; nothing); ask both anew with --task" in err
+    assert status == 2 and "asked nothing in common (nothing; nothing); evaluate both again with --task" in err
     write_json(root / "02-eval" / "results.json", {"rows": [row]})
     status, _, err = call("compare", root / "zero", root / "zero")
     assert status == 2 and "earlier version" in err and "--task sums" in err
@@ -120,7 +120,7 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     status, out, _ = call("compare", root / "zero", f"{root / 'zero'},{root / 'zero'}")
     assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no significant difference" in out
     assert call("compare", root / "zero", root / "zero", "--measure", "beauty")[2].endswith(
-        'no measure "beauty"; choose among pass@1, readable, language\n'
+        'there is no measure "beauty"; choose from pass@1, readable, language\n'
     )
     asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
     status, out, _ = call("compare", root, root / "zero", *asked)

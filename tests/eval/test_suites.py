@@ -230,7 +230,7 @@ BAD_DATA = {
     "a gold that is no answer": ("aime-2024", {"problem": "x?", "answer": "\\frac{"}, "the answer '\\\\frac{' is no"),
     "no such letter": ("mmlu", {"question": "2?", "choices": ["1", "2"], "answer": 7}, "the answer 7 names no choice"),
     "an unknown instruction": (
-        "if-eval", {"prompt": "p", "instruction_id_list": ["a:b"], "kwargs": [{}]}, "instruction_id_list holds 'a:b'"
+        "if-eval", {"prompt": "p", "instruction_id_list": ["a:b"], "kwargs": [{}]}, "'a:b' in instruction_id_list"
     ),
     "arguments of another number": (
         "if-eval", {"prompt": "p", "instruction_id_list": ["a:b"], "kwargs": []}, "no instruction_id_list and kwargs"
@@ -253,7 +253,7 @@ def test_bad_data_is_named_with_its_line_before_any_model_is_loaded(tmp_path, fa
 
 def test_an_empty_file_is_an_error(tmp_path):
     write_jsonl(tmp_path / "aime-2025.jsonl", [])
-    with pytest.raises(UserError, match=r"aime-2025.jsonl holds no problem of AIME 2025"):
+    with pytest.raises(UserError, match=r"aime-2025.jsonl contains no problem of AIME 2025"):
         suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
 
 
@@ -266,7 +266,7 @@ def test_csv_with_too_few_cells_and_two_files_of_one_evaluation(tmp_path):
     ):
         suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
     write_jsonl(tmp_path / "gpqa-diamond.jsonl", ROWS["gpqa-diamond"])
-    with pytest.raises(UserError, match="are both there; keep one"):
+    with pytest.raises(UserError, match="both exist; keep one"):
         suite_run.evaluate_suite(tmp_path, suite="r1", data=[str(tmp_path)])
 
 
@@ -274,7 +274,7 @@ BAD_ANSWERS = {
     "no text": ({"problem": 60}, "needs problem .* and text"),
     "no such problem": ({"problem": 7, "text": "x"}, "aime-2024 has no problem 7; its problems are 60, 61"),
     "two of one number": ({"problem": 60, "text": "x", "sample": 0}, "sample is 0; give every answer"),
-    "another question": ({"problem": 60, "text": "x", "question": "ab"}, "the question of problem 60 was another"),
+    "another question": ({"problem": 60, "text": "x", "question": "ab"}, "problem 60 had another question"),
     "another evaluation": ({"problem": 60, "text": "x", "evaluation": "gsm8k"}, "evaluation is 'gsm8k'"),
     "thoughts that are no text": ({"problem": 60, "text": "x", "reasoning": [1]}, "reasoning must be text"),
 }

@@ -108,10 +108,10 @@ def renamed(path):
     ("damage", "words"),
     [
         (lambda path: pickle.dumps(Bomb()), "which no DCP checkpoint needs"),
-        (lambda path: path.read_bytes()[:200], "not a DCP checkpoint that can be read"),
-        (moved, "outside of its folder"),
-        (grown, "announces"),
-        (renamed, "must have Hugging Face's names"),
+        (lambda path: path.read_bytes()[:200], "not a readable DCP checkpoint"),
+        (moved, "outside its folder"),
+        (grown, "declares"),
+        (renamed, "need Hugging Face's names"),
     ],
     ids=["code", "cut", "outside", "size", "names"],
 )

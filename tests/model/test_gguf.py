@@ -100,5 +100,5 @@ def test_bfloat16_on_request(original, tmp_path):
 
 def test_what_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(UserError, match="transformers does not read this GGUF file"):
+    with pytest.raises(UserError, match="transformers cannot read this GGUF file"):
         read_gguf(tmp_path / "x.gguf", tmp_path / "tokenizer")

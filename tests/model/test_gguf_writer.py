@@ -276,19 +276,19 @@ def test_directories_that_are_refused(source, words, tmp_path):
     with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16, float16"):
         gguf_file.write(directory, out, "int8")
     CausalLM(made("llama")).save(tmp_path / "foreign")
-    with pytest.raises(UserError, match=r"'llama' is not of the DeepSeek family.*llama\.cpp's own convert_hf_to_gguf"):
+    with pytest.raises(UserError, match=r"'llama' is not in the DeepSeek family.*llama\.cpp's convert_hf_to_gguf"):
         gguf_file.write(tmp_path / "foreign", out)
     scorer = Scorer(tiny(vocab_size=words.vocab_size, n_mtp=0)).initialise(0)
     scorer.save(tmp_path / "scorer", tokenizer_dir=tmp_path / "words")
     with pytest.raises(UserError, match="holds a reward model"):
         gguf_file.write(tmp_path / "scorer", out)
     random_model(tiny(vocab_size=words.vocab_size - 1)).save(tmp_path / "small", tokenizer_dir=tmp_path / "words")
-    with pytest.raises(UserError, match=r"the tokenizer has 300 tokens, but the embedding 299 rows"):
+    with pytest.raises(UserError, match=r"the tokenizer has 300 tokens, but the embedding has 299 rows"):
         gguf_file.write(tmp_path / "small", out)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight holds values too large for F16; take float32"):
+    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight has values too large for F16; use float32"):
         gguf_file.write(directory, out, "float16")
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):

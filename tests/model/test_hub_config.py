@@ -105,7 +105,7 @@ def test_kimi_and_v2_defaults():
 def test_a_rule_that_transformers_ignores_is_announced():
     with pytest.warns(UserWarning, match="ignores norm_topk_prob"):
         mapping.to_hf(tiny(**{**V2, "norm_topk_prob": True}), torch.float32)
-    with pytest.warns(UserWarning, match=r"by its two best experts, this model by the best 1 \(K/M\)"):
+    with pytest.warns(UserWarning, match=r"by its two best experts, but this model by its best 1 \(K/M\)"):
         mapping.to_hf(tiny(n_activated_experts=2), torch.float32)
 
 

@@ -27,7 +27,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Scorer
 from bessemer.precision.formats import quantise_blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is not cut evenly by tiles:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not divide into tiles:UserWarning")
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows; one dense layer, two sparse ones, one of MTP
 CFG = tiny(dim=160, kv_lora_rank=136, moe_inter_dim=130, n_routed_experts=4, n_expert_groups=2, n_limited_groups=1,
            n_activated_experts=2)  # fmt: skip
@@ -175,7 +175,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
 
 def test_what_transformers_would_misread_is_said(model, tmp_path):
     """192 rows are 128 + 64 in the release but 96 + 96 to transformers 5.24."""
-    with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] is not cut evenly by tiles of 128"):
+    with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] does not divide into tiles of 128"):
         model.save(tmp_path, fp8="float32")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

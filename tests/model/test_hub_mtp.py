@@ -71,5 +71,5 @@ def test_announced_but_absent_mtp_is_stated(tmp_path):
     cfg = tiny()
     random_model(cfg).save(tmp_path, mtp=False)
     hub.write_config(cfg, tmp_path)
-    with pytest.warns(UserWarning, match="announces 1 MTP layers but has none"):
+    with pytest.warns(UserWarning, match="declares 1 MTP layers but has none"):
         assert hub.load(tmp_path).cfg.n_mtp == 0

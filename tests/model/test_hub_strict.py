@@ -96,7 +96,7 @@ def test_more_layers_than_the_config_says(single):
 
 def test_misshapen_tensor(single):
     edit(single, lambda tensors: tensors.update({Q: tensors[Q].T.contiguous()}))
-    refused(single, rf"model.safetensors: tensor {Q} is \[32, 24\], but config.json asks for \[24, 32\]")
+    refused(single, rf"model.safetensors: tensor {Q} is \[32, 24\], but config.json requires \[24, 32\]")
 
 
 def test_integer_weights(single):
@@ -140,7 +140,7 @@ def test_index_that_names_a_lost_file(sharded):
 
 def test_index_that_leaves_the_directory(sharded):
     edit_index(sharded, lambda placed: placed.update({Q: "../elsewhere.safetensors"}))
-    refused(sharded, "no plain file name")
+    refused(sharded, "not a plain file name")
 
 
 def test_lost_index(sharded):
@@ -181,7 +181,7 @@ def test_key_twice_in_a_header(single):
 def test_shard_cut_short(single, keep):
     file = single / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(single, "model.safetensors: (cut short|.* bytes, but its header describes)")
+    refused(single, "model.safetensors: (truncated|.* bytes, but its header describes)")
 
 
 def test_shard_with_something_appended(single):

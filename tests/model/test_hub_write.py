@@ -118,7 +118,7 @@ def test_replacing_keeps_what_is_not_ours(model, tmp_path):
 
 def test_a_directory_of_other_things_is_never_replaced(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is no model directory"):
+    with pytest.raises(UserError, match="is not a model directory"):
         model.save(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         model.save(tmp_path / "thesis.tex")
@@ -132,7 +132,7 @@ def test_full_disk_leaves_the_old_directory(model, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", file.name)
 
     monkeypatch.setattr(safetensors_writer, "_sync", full)
-    with pytest.raises(UserError, match=r"cannot write .*No space left on device; .*m is as it was"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device; .*m is unchanged"):
         random_model(tiny(), seed=4).save(tmp_path / "m")
     assert same(hub.load(tmp_path / "m"), model)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -115,5 +115,5 @@ def test_the_model_s_own_settings_count(directory, tmp_path):
     assert {key: found[f"PARAMETER {key}"] for key in wanted} == wanted
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     assert "TEMPLATE" not in dict(parsed(modelfile.text(directory, "a.gguf")))
-    with pytest.raises(UserError, match="name the file plainly"):
+    with pytest.raises(UserError, match="choose a plainer file name"):
         modelfile.text(directory, "a\nFROM b.gguf")

@@ -103,7 +103,7 @@ def test_a_directory_is_read_back_and_no_other_program_takes_it(cfg, tmp_path):
     assert torch.equal(hub.load(tmp_path)(ids), model(ids))
     values = mapping.to_hf(cfg, torch.float32)
     assert values["model_type"] == "bessemer" and values["architectures"] == ["BessemerForCausalLM"]
-    with pytest.raises(UserError, match="not a network of deepseek_v3"):
+    with pytest.raises(UserError, match="not valid for deepseek_v3"):
         mapping.from_hf(values | {"model_type": "deepseek_v3", "num_key_value_heads": cfg.n_heads}, "config.json")
     with pytest.raises(UserError, match="GGUF"):
         gguf_file.check_network(cfg, "this model")
@@ -112,11 +112,11 @@ def test_a_directory_is_read_back_and_no_other_program_takes_it(cfg, tmp_path):
 @pytest.mark.parametrize("kind", ["MHA", "MQA"])
 def test_what_needs_a_latent_says_so(kind):
     model = Transformer(tiny(**KINDS[kind]))
-    with pytest.raises(UserError, match=r"training in FP8 serves multi-head latent attention alone"):
+    with pytest.raises(UserError, match=r"training in FP8 supports only multi-head latent attention"):
         model.set_fp8(PAPER)
     tokenizer = Tokenizer.train(["Use 3, 4, 6 to make 18."], SMALLEST)
     wide = Transformer(tiny(**KINDS[kind], vocab_size=tokenizer.vocab_size))
-    with pytest.raises(UserError, match="the engine serves"):
+    with pytest.raises(UserError, match="the engine supports"):
         Engine(wide, tokenizer)
 
 

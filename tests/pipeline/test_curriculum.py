@@ -148,7 +148,7 @@ def test_a_cap_that_would_starve_a_part_is_refused_where_the_recipe_says_so(whol
         UserError, match=r"english has been read 0\.25 times at .* tokens, its cap, before the end at 24K"
     ):
         stages_run.run(recipe, tmp_path / "run", 'pretrain.on_cap="refuse"')
-    with pytest.raises(UserError, match=r"the data ends at [\d,]+ tokens.*raise a cap"):
+    with pytest.raises(UserError, match=r"the data runs out at [\d,]+ tokens.*raise a cap"):
         stages_run.run(recipe, tmp_path / "run", "pretrain.epoch_caps={english=0.2,arithmetic=0.2,countdown=0.2}")
 
 

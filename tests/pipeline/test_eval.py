@@ -290,7 +290,7 @@ def test_what_stands_before_a_question_is_in_its_row(done):
     assert not {"shots", "shot_kind", "prefix"} & plain.keys()
     assert len(tables.stage_tables([row, plain])) == 2 and len(paired.rates([row, plain], "it")) == 2
     assert "1 direct examples first" in tables.stage_tables([row])[0].sampling
-    with pytest.raises(UserError, match="leave an answer room"):
+    with pytest.raises(UserError, match="leave room for an answer"):
         evaluate.evaluate(directory, names=["countdown"], problems=1, max_new_tokens=100, shots=shots.Shots(9))
     with pytest.raises(UserError, match="shot_kind has no effect"):
         Eval().resolve(EvalConfig(name="e", kind="eval", models=["a"], tasks=["countdown"], shot_kind="fables"), None)

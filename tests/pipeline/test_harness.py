@@ -284,7 +284,7 @@ def test_mistakes_are_named(directory, engine, own_tasks, tmp_path, monkeypatch)
         ask("own_gold", include=tmp_path)
     ours = BessemerLM(engine)
     for settings, complaint in (
-        ({"max_gen_toks": LONGEST}, "asks for 96 new tokens, the model's max_seq_len is 96"),
+        ({"max_gen_toks": LONGEST}, "requests 96 new tokens, but the model's max_seq_len is 96"),
         ({"num_beams": 4}, "generation_kwargs has num_beams"),
     ):
         with pytest.raises(UserError, match=complaint):

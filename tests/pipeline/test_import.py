@@ -335,7 +335,7 @@ def test_a_changed_directory_is_imported_again(tmp_path):
     [
         ('kind = "import"\nmodel = "nowhere"', "no model directory nowhere.*package:NAME"),
         ('kind = "import"\nmodel = "package:smollm"', "did you mean smollm2-135m"),
-        ('kind = "import"\nmodel = "hf://owner"', "must read hf://owner/name"),
+        ('kind = "import"\nmodel = "hf://owner"', "must have the form hf://owner/name"),
         ('kind = "import"\nmodel = "hf://a/b"\nsystem = "x"\nstyle = "zero"', "exclude each other"),
         ('kind = "examples"\ntasks = []', "tasks is empty"),
         ('kind = "examples"\ntasks = ["gym:chain_sum"]', "has no pre-training documents"),
@@ -349,7 +349,7 @@ def test_mistakes_are_named(tmp_path, stages, message):
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     made("llama", vocab_size=96).save_pretrained(tmp_path / "mixed")
     houses.byte_level(tmp_path / "mixed")
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{tmp_path / "mixed"}"\n')
 
 

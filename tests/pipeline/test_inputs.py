@@ -287,7 +287,7 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch, capsys):
     path.write_bytes(b"one")
     first = fingerprints.sha256(path)
     assert fingerprints.sha256(path) == first and len(read) == 1
-    assert capsys.readouterr().err == f"reading {path} (0 GB) for its SHA-256, once\n"
+    assert capsys.readouterr().err == f"reading {path} (0 GB) once, for its SHA-256\n"
     before = path.stat()
     time.sleep(0.02)
     path.write_bytes(b"six")

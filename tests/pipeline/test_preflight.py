@@ -175,7 +175,7 @@ lr = 1e-3
     [
         ("gone.txt", None, "there is no file or directory .*gone.txt"),
         ("a.jsonl", '{"text": "one"}\n{"txt": "two"}\n', "a.jsonl:2: needs text"),
-        ("empty.txt", "\n\n", "empty.txt holds no document"),
+        ("empty.txt", "\n\n", "empty.txt contains no document"),
         ("a.csv", "text\none\n", "must end in .jsonl"),
     ],
 )
@@ -200,7 +200,7 @@ def test_of_a_corpus_no_more_is_read_than_the_run_will(tmp_path):
     assert not faults(CORPUS.format(folder=tmp_path, file="a.jsonl", limits='{ mine = "40K" }'))
     assert "a.jsonl:21" in str(faults(CORPUS.format(folder=tmp_path, file="a.jsonl", limits="{}")))
     hub = CORPUS.replace("{folder}/{file}", "hf://{file}")
-    assert "parts.mine: 'hf://owner' must read hf://owner/name" in str(faults(hub.format(file="owner", limits="{}")))
+    assert "parts.mine: 'hf://owner' must be hf://owner/name" in str(faults(hub.format(file="owner", limits="{}")))
 
 
 def test_one_fault_of_two_stages_is_one_line(folder):

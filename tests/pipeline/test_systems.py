@@ -155,7 +155,7 @@ def test_without_linux_code_is_refused_in_one_sentence_that_says_what_works(monk
 
 def test_verdicts_by_libraries_are_refused_where_no_process_can_be_forked(monkeypatch):
     monkeypatch.delattr(os, "fork")
-    assert "forks no processes" in referee.confined(dict)["error"]
+    assert "cannot fork processes" in referee.confined(dict)["error"]
 
 
 def test_a_run_directory_is_held_by_a_living_process_where_files_cannot_be_locked(monkeypatch, tmp_path):

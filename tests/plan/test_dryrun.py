@@ -48,7 +48,7 @@ def test_v3_toml_is_the_paper_s_run():
 @pytest.mark.parametrize(
     ("overrides", "world", "words"),
     [
-        (["layout.ep=3"], None, ["256 experts cannot be shared evenly by 3 ranks", "these fit"]),
+        (["layout.ep=3"], None, ["256 experts cannot be divided evenly among 3 ranks", "these fit"]),
         (["layout.dp=auto"], 2000, ["it makes 1024 ranks"]),
         (["layout.schedule=dualpipe"], None, ["a step of 3072 rows is too small", "4096 rows in all"]),
         (["layout.cp=3"], None, ["rows of 4096 tokens cannot be split into 6 equal chunks", "4098"]),

@@ -267,7 +267,7 @@ def test_an_environment_that_fails_costs_its_own_episodes_alone(tokenizer):
     [batch] = rollout.to_batches(mixed[0], 2, 10_000, "sequence")
     assert int((batch.loss_BT.sum(1) == 0).sum()) == 1 and abs(failed[0].advantage) < 1e-5
     assert rollout_metrics(groups)["rl/episodes_failed"] == 2
-    with pytest.raises(UserError, match=r"every episode \(the server died\); repair it"):
+    with pytest.raises(UserError, match=r"every episode \(the server died\); fix it"):
         play(engine, echoes(2, breaks=True))
 
 

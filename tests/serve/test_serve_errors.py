@@ -249,5 +249,5 @@ def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
     for n in range(config["vocab_size"]):  # another, larger model's tokenizer
         spec["model"]["vocab"].setdefault(f"!{n}", len(spec["model"]["vocab"]))
     (wrong / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="do not match"):
         find_models(wrong, ServeConfig(), launch=in_thread).preload()

@@ -259,7 +259,7 @@ def test_a_broken_line_is_named(tmp_path, row, hint):
 def test_a_file_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         get(f"code:{tmp_path}/absent.jsonl")
-    with pytest.raises(UserError, match="holds no problem"):
+    with pytest.raises(UserError, match="contains no problem"):
         get(file_of(tmp_path, ""))
     with pytest.raises(UserError, match=r"has no t\w+ problem"):
         one = get(file_of(tmp_path, ROW))

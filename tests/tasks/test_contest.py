@@ -208,15 +208,15 @@ def one(given="1", output="2"):
         ({"prompt": "p", "tests": 5}, "'tests' is a int"),
         ({"prompt": "p", "tests": "nothing"}, "neither JSON nor in LiveCodeBench's packing"),
         ({"prompt": "p", "tests": [5]}, "test 1 of 'tests' needs 'input' and 'output'"),
-        (one(output="  \n"), "test 1 expects an empty output"),
+        (one(output="  \n"), "test 1 expects empty output"),
         (one([1, 2], 3), "a function needs 'entry_point'"),
         (one() | {"time_limit": "long"}, "'time_limit' is 'long'"),
         (one() | {"time_limit": 600}, "time limit is 600.0 seconds"),
         (one() | {"time_limit": {"seconds": None}}, "'time_limit' is None"),
         (one() | {"memory_limit": [256]}, "'memory_limit' is"),
         (one() | {"tolerance": 2}, "tolerance is 2"),
-        (one() | {"checker": "int main"}, "needs a checker of its own"),
-        ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "the field 'choices' is one of choice:PATH"),
+        (one() | {"checker": "int main"}, "needs its own checker"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "A"}, "the field 'choices' belongs to choice:PATH"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, row, hint):

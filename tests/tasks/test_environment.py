@@ -278,14 +278,14 @@ def test_an_environment_behind_a_server(serve):
     called = other.step(ModelTurn("c", (Invocation("look", {"at": 1}),)))
     assert called.messages[0]["role"] == "tool" and not other.verdict("").correct
     for wrong_url in ("env:ftp://x", "env:", "env:http:///x"):
-        with pytest.raises(UserError, match="no URL of a server"):
+        with pytest.raises(UserError, match="not the URL of a server"):
             get(wrong_url)
 
 
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
-        (500, "status 500"), (302, "status 302"), (b"<html>", "no JSON"), (b"[" * 100_000, "no JSON"),
+        (500, "status 500"), (302, "status 302"), (b"<html>", "not JSON"), (b"[" * 100_000, "not JSON"),
         ({"done": True}, "no observation"), ([1], "no observation"), (b"x" * (1 << 21), "more than"),
         ({"observation": "x", "reward": "much"}, "reward"), ({"observation": "x", "done": 1}, "done"),
         ("hang", "timed out"), ("dies", "127.0.0.1"),

@@ -46,7 +46,7 @@ def first(task):
         ([b"[1]"], "line 2: a list; a line of {family}:PATH is {{"),
         ([{"chosen": "a", "rejected": "b"}], r"line 2: no text under .*Its fields are 'chosen', 'rejected'; a line of"),
         ([{"language": "fr"}], "line 2: the language 'fr' is not known"),
-        ([{"id": 7}, {}, {"id": "7"}], "line 4: the id '7' is that of line 2 too"),
+        ([{"id": 7}, {}, {"id": "7"}], "line 4: the id '7' is also that of line 2"),
     ],
 )
 def test_every_family_names_a_broken_line(file, family, lines, hint):
@@ -60,7 +60,7 @@ def test_every_family_names_a_broken_line(file, family, lines, hint):
 def test_a_file_of_another_family_is_told(file, family):
     for other, line in LINES.items():
         if other in ("code", "choice") and other != family:
-            with pytest.raises(UserError, match=f"line 1: the field '.*' is one of {other}:PATH"):
+            with pytest.raises(UserError, match=f"line 1: the field '.*' belongs to {other}:PATH"):
                 get(f"{family}:{file(line)}")
 
 
@@ -70,7 +70,7 @@ def test_a_file_that_is_missing_or_holds_nothing(file, tmp_path, family):
         get(f"{family}:{tmp_path}/absent")
     with pytest.raises(UserError, match=r"neither train\.jsonl nor test\.jsonl"):
         get(f"{family}:{tmp_path}")
-    with pytest.raises(UserError, match=f"holds no problem; a line of {family}:PATH is"):
+    with pytest.raises(UserError, match=f"contains no problem; a line of {family}:PATH is"):
         get(f"{family}:{file(b'', b'  ')}")
 
 

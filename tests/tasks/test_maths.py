@@ -179,9 +179,9 @@ def test_languages_come_from_the_text(file):
         ("jsonl", [{"problem": "Q?"}], "no text or number under 'answer'"),
         ("jsonl", [{"problem": "Q?", "answer": True}], "no text or number under 'answer'"),
         ("jsonl", [{"problem": "Q?", "answer": "\\boxed{}"}], "the final answer is empty"),
-        ("jsonl", [LINES[0], "", {"problem": "Q?", "answer": "\\frac{1}{"}], "line 3: the answer .* is no number"),
+        ("jsonl", [LINES[0], "", {"problem": "Q?", "answer": "\\frac{1}{"}], "line 3: the answer .* is not a number"),
         ("jsonl", [{"problem": "Q?", "answer": "9^{9^{9^{9}}}!" + "!" * 40 + "\\\\frac"}], "line 1"),
-        ("jsonl", ["", " "], "holds no problem"),
+        ("jsonl", ["", " "], "contains no problem"),
         ("jsonl", ["[" * 100_000], "line 1: not JSON"),
     ],
 )

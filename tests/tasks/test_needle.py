@@ -129,5 +129,5 @@ def test_what_cannot_be_asked():
         Needle(TEXTS, most=41.0)
     with pytest.raises(UserError, match="did you mean 'longest'"):
         Needle(TEXTS, longets=900.0)
-    with pytest.raises(UserError, match="take at most 40"):
+    with pytest.raises(UserError, match="use at most 40"):
         Needle(TEXTS).hidden("test", 0, 10**6, 0.5, 100)

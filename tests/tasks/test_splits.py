@@ -100,7 +100,7 @@ def test_prompt_only_data_sets(tmp_path):
         assert {one.meta["aim"] for one in problems} == {"helpful"} and task.judged_by == {"helpful"}
     assert {one.id for one in problems} == {f"general:{tmp_path}/train/{n}" for n in range(5)}
     for fault, prompt in (
-        ("line 1: a task asks one question, so its list must hold one message of the user", said[0]["prompt"] * 2),
+        ("line 1: a task asks one question, so its list must hold one user message", said[0]["prompt"] * 2),
         ("line 1: a task asks one question", [{"role": "assistant", "content": "x"}]),
         ("line 1: no text under 'question' or", [{"role": "user", "content": ["x"]}]),
     ):

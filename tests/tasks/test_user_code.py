@@ -59,7 +59,7 @@ def test_the_example_is_that_of_the_page():
         ),
         ("x = 1\n1 / 0", "mine.py:Mine", r"mine\.py, line 2: ZeroDivisionError"),
         ("def f(:", "mine.py:f", r"mine\.py, line 1: SyntaxError"),
-        ("Mine = 3", "mine.py:Mine", "is no task; derive the class"),
+        ("Mine = 3", "mine.py:Mine", "is not a task; derive the class"),
         ("from bessemer.tasks import Task\nclass Mine(Task):\n    pass", "mine.py:Mine", "does not define make"),
         (
             "from bessemer.tasks import Task\nclass Mine(Task):\n    domain = 'x'\n    make = grade = print",
@@ -89,7 +89,7 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
     assert groups[0][0].reward == 0.5 + 1 / len(text) + 0.25
     with pytest.raises(UserError, match="reward function must give a finite number"):
         Reward(function=reward_function("mine.py:wrong")).score(groups, 9)
-    with pytest.raises(UserError, match="is no function"):
+    with pytest.raises(UserError, match="is not a function"):
         reward_function("remainder.py:Remainder")
 
 

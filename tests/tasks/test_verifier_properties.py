@@ -54,7 +54,7 @@ def test_a_gold_answer_that_is_no_value_is_named(tmp_path, family, gold):
     path.write_text(
         json.dumps({"question": "Fine?", "answer": "#### 7"}) + "\n" + json.dumps({"question": "Q", "answer": gold})
     )
-    with pytest.raises(UserError, match=r"line 2: .*(no value|is empty|with a value|no text or number|no answer)"):
+    with pytest.raises(UserError, match=r"line 2: .*(not a value|is empty|with a value|no text or number|no answer)"):
         get(f"{family}:{path}")
 
 

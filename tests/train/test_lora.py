@@ -221,7 +221,7 @@ def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
         adapted(folder, targets=["q_prj"])
     with pytest.raises(UserError, match='names "lm_head"'):
         adapted(folder, targets=["lm_head"])
-    with pytest.raises(UserError, match="of the DeepSeek V3 family; leave lora out"):
+    with pytest.raises(UserError, match="in the DeepSeek V3 family; leave lora out"):
         lora.attach(Transformer(preset("tiny", n_layers=1)), LORA, 0, folder, "sft")
     for wrong, words in (
         ({"rank": 0}, "lora.rank.* greater than or equal to 1"),
@@ -233,7 +233,7 @@ def test_what_cannot_be_served_is_said(bases, tmp_path, monkeypatch):
     for settings, words in (
         ({"fp8": "paper"}, 'lora does not go with fp8 = "paper"; set fp8 = "off"'),
         ({"optimizer": "muon"}, 'lora does not go with optimizer = "muon"; set optimizer = "adamw"'),
-        ({"from": "pretrain"}, "of the DeepSeek V3 family; leave lora out"),
+        ({"from": "pretrain"}, "in the DeepSeek V3 family; leave lora out"),
     ):
         with pytest.raises(UserError, match=words):
             lineage.check_lora(table(lora={}, **settings), RECIPE)
@@ -269,14 +269,14 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
         assert not (tmp_path / "merged").exists()
 
     values = json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())
-    refused("another base than .*other: the SHA-256", tmp_path / "other")
-    refused("sets use_dora, which peft alone merges", use_dora=True)
+    refused("was not trained on .*other: the SHA-256", tmp_path / "other")
+    refused("sets use_dora, which only peft can merge", use_dora=True)
     refused("sets megatron_config", megatron_config={"a": 1}, megatron_core="os")
     refused(r"began by changing its base \(pissa\)", init_lora_weights="pissa")
     refused("of type IA3", peft_type="IA3")
     refused("must be whole numbers", r="8")
     refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
-    refused(r"lora_A.weight is \[4, 48\], and should be \[8, 48\]", r=8)
+    refused(r"lora_A.weight is \[4, 48\], but should be \[8, 48\]", r=8)
     (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself would write it
-    refused(r"is \[32, 4\], and should be \[16, 4\]", tmp_path / "narrow")
+    refused(r"is \[32, 4\], but should be \[16, 4\]", tmp_path / "narrow")
     refused("has no matrix down_proj", bases["gpt2"])

@@ -126,16 +126,16 @@ def test_transformers_and_peft_read_what_is_saved_and_it_merges(bases, call, tmp
     further.save(tmp_path / "next" / "model")
     assert score_ids(load_scorer(tmp_path / "next" / "model"), texts, PAD) == pytest.approx(expected, abs=1e-5)
     assert call("convert", tmp_path / "next" / "adapter", tmp_path / "next" / "again")[0] == 0
-    with pytest.raises(UserError, match="holds a reward model, a language model is needed here"):
+    with pytest.raises(UserError, match="holds a reward model, but a language model is needed"):
         load(tmp_path / "model")
-    with pytest.raises(UserError, match="holds a language model, a reward model is needed here"):
+    with pytest.raises(UserError, match="holds a language model, but a reward model is needed"):
         load_scorer(base)
 
 
 def test_what_cannot_be_a_reward_model_is_said(bases):
-    with pytest.raises(UserError, match=r'lora\.targets names "score", and no matrix in the layers'):
+    with pytest.raises(UserError, match=r'lora\.targets names "score", but no matrix in the layers'):
         adapted(bases["qwen2"], targets=["score"])
     sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config = transformers.BitNetConfig(**sizes, num_key_value_heads=1)
-    with pytest.raises(UserError, match="transformers has no model of bitnet that scores a text by one matrix"):
+    with pytest.raises(UserError, match="transformers has no bitnet model that scores text with a single matrix"):
         CausalScorer.of(CausalLM(transformers.BitNetForCausalLM(config)), 0)

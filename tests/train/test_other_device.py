@@ -122,7 +122,7 @@ def test_mps_is_chosen_where_torch_has_it_unless_a_user_or_ranks_say_cpu(monkeyp
     monkeypatch.setenv(probe.VARIABLE, "cpu")
     assert probe.device().type == "cpu"
     monkeypatch.setenv(probe.VARIABLE, "gpu")
-    with pytest.raises(UserError, match='BESSEMER_DEVICE is "gpu"; it may be "auto" or "cpu"'):
+    with pytest.raises(UserError, match='BESSEMER_DEVICE is "gpu"; it must be "auto" or "cpu"'):
         probe.device()
 
 

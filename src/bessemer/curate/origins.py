@@ -111,7 +111,7 @@ def _files(source: Source) -> tuple[list[Path], int]:
     files = [file for file in every if _readable(file)]
     if not files:
         raise UserError(
-            f'source "{source.name}": {source.spec} holds no file that ends in {", ".join(KINDS)} '
+            f'source "{source.name}": {source.spec} contains no file ending in {", ".join(KINDS)} '
             f"(.gz and .zst too); check from"
         )
     return files, len(every) - len(files)

@@ -194,7 +194,7 @@ def check_folder(out: Path, parts: Sequence[str]) -> None:
     previous = _previous_parts(out)
     if not previous and not (out / "work" / "read").is_dir():
         some = ", ".join(sorted(inside)[:3])
-        raise UserError(f"{out} is neither empty nor a build (it holds {some}); choose another folder with --out")
+        raise UserError(f"{out} is neither empty nor a build (it contains {some}); choose another folder with --out")
     for part in parts:
         if part in inside and part not in previous and not (out / part / "meta.json").is_file():
             raise UserError(f"{out / part} is in the way of the part {part}; move it, or choose another --out")

@@ -172,10 +172,10 @@ def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | N
     calls in their order, and the generation prompt. Multi-turn rollouts append these ids to the sampled ones, which
     `render_ids` of the parsed conversation need not reproduce."""
     if not outputs:
-        raise UserError("an answer with calls needs at least one output of a tool before the next answer")
+        raise UserError("an answer with calls needs at least one tool output before the next answer")
     style = style or tokenizer.chat_style
     if style is None:
-        raise UserError("turns with tools are continued in our own templates only; name a style: " + ", ".join(STYLES))
+        raise UserError("only our own templates can continue turns with tools; name a style: " + ", ".join(STYLES))
     _check_style(style)
     [message] = tool_texts.rewritten([{"role": "tool", "content": output} for output in outputs])
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn

@@ -134,7 +134,7 @@ def _write(
         if left() <= 0:
             break
     if not writers["train"].tokens:
-        raise UserError("there is no training document: the source is empty, or the limits leave nothing")
+        raise UserError("there are no training documents: the source is empty, or the limits leave nothing")
     shards.seal(
         folder,
         tokenizer,

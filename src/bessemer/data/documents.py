@@ -61,7 +61,7 @@ def read_files(path: Path, domain: str) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
         if not files:
-            raise UserError(f"{path} holds no {', '.join(SUFFIXES)} file")
+            raise UserError(f"{path} contains no {', '.join(SUFFIXES)} file")
         for file in files:
             yield from read_files(file, domain)
         return
@@ -125,7 +125,7 @@ def records(spec: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if kind(file) in _TABLES)
         if not files:
-            raise UserError(f"{path} holds no {', '.join(_TABLES)} file")
+            raise UserError(f"{path} contains no {', '.join(_TABLES)} file")
         for file in files:
             yield from records(file)
         return
@@ -145,7 +145,7 @@ def _file_errors(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again") from error
+        raise UserError(f"{path} cannot be read ({error}); create it again") from error
 
 
 def _txt(path: Path, domain: str) -> Iterator[Document]:
@@ -239,7 +239,7 @@ def check_hub(spec: str) -> tuple[list[str], str]:
     parts = address.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(
-            f"{spec!r} must read hf://owner/name, or hf://owner/name/config, with an optional @REVISION after the "
+            f"{spec!r} must be hf://owner/name or hf://owner/name/config, with an optional @REVISION after the "
             "name and an optional #split"
         )
     if find_spec("datasets") is None:  # an extra, not a dependency
@@ -311,7 +311,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds a lone surrogate (\\ud800-\\udfff), which is not a character") from None
+        raise UserError(f"{where}: contains a lone surrogate (\\ud800-\\udfff), which is not a character") from None
     return Document(text, domain, tuple(messages) if messages is not None else None, prompted, tools)
 
 

@@ -85,7 +85,7 @@ def _check(path: Path, package: Package) -> None:
     if actual != package.sha256:
         path.unlink()
         raise UserError(
-            f"{path} is not the pinned {package.name} {package.version}: sha256 is {actual}, must be {package.sha256}. "
+            f"{path} is not the pinned {package.name} {package.version}: sha256 is {actual}, not {package.sha256}. "
             "The file was removed; run again to download it"
         )
 

@@ -38,7 +38,7 @@ def sha256(path: Path, fresh: bool = False) -> str:
         if found is not None and found[0] == key:
             return str(found[1])
     if (size := path.stat().st_size) >= LARGE:
-        print(f"reading {path} ({size / 1e9:.0f} GB) for its SHA-256, once", file=sys.stderr, flush=True)
+        print(f"reading {path} ({size / 1e9:.0f} GB) once, for its SHA-256", file=sys.stderr, flush=True)
     started = time.time_ns()
     digest = sha256_of(path)
     stat = path.stat()
@@ -88,7 +88,7 @@ def check_finished(directory: Path) -> None:
         if not path.is_file():
             raise _unlike(path, "is missing")
         if path.stat().st_size != size:
-            raise _unlike(path, f"has {path.stat().st_size:,} bytes, and its stage wrote {size:,}")
+            raise _unlike(path, f"has {path.stat().st_size:,} bytes, but its stage wrote {size:,}")
     for path, digest in zip(outputs, sha256_of_all(outputs), strict=True):
         if digest != outputs[path][1]:
             where = stage / "done.json"

@@ -27,7 +27,7 @@ def completed(record: dict[str, Any], where: str) -> list[Message]:
     if record.get("label") is not None:
         raise UserError(
             f"{where}: a label makes this unpaired preference data, whose bad answers must not be learnt; keep the "
-            "lines with good ones, without label"
+            "lines with good answers, without the label"
         )
     _alike(where, prompt=prompt, completion=completion)
     if isinstance(completion, str):
@@ -104,7 +104,7 @@ def _alike(where: str, **texts: object) -> None:
     (one, first), (two, second) = texts.items()
     if type(first) is not type(second):
         text, messages = (one, two) if isinstance(first, str) else (two, one)
-        raise UserError(f"{where}: {text} is a string and {messages} a list of messages; write both in one way")
+        raise UserError(f"{where}: {text} is a string and {messages} a list of messages; use the same form for both")
 
 
 def _messages(value: list[Message], name: str, where: str) -> list[Message]:
@@ -124,7 +124,7 @@ def _asked(prompt: Prompt, where: str) -> list[Message]:
     _characters(where, "prompt", *(message["content"] for message in messages))
     if messages[-1]["role"] != "user":
         raise UserError(
-            f"{where}: prompt ends with a message of role {messages[-1]['role']!r}; end it with one of the user"
+            f"{where}: prompt ends with a message of role {messages[-1]['role']!r}; end it with a user message"
         )
     return messages
 
@@ -135,7 +135,7 @@ def _answer(value: Prompt, name: str, where: str) -> str:
         messages = _messages(value, name, where)
         if [message["role"] for message in messages] != ["assistant"]:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{where}: {name} must be one message of the assistant beyond the prompt, it has {roles}")
+            raise UserError(f"{where}: {name} must be one assistant message after the prompt, but has {roles}")
         value = str(messages[0]["content"])
     _characters(where, name, value)
     return value
@@ -148,7 +148,7 @@ def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Promp
     if n and chosen[n - 1] == " ":
         n -= 1
     if not n or (isinstance(chosen, str) and not chosen[:n].strip()):
-        raise UserError(f"{where}: chosen and rejected begin differently, so they hold no prompt; add prompt")
+        raise UserError(f"{where}: chosen and rejected begin differently, so they contain no prompt; add prompt")
     if not chosen[n:] or not rejected[n:]:
         raise UserError(f"{where}: chosen and rejected must differ in their answers; leave this record out")
     return chosen[:n], chosen[n:], rejected[n:]
@@ -163,7 +163,7 @@ def _characters(where: str, name: str, *texts: str) -> None:
         for text in texts:
             text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {name} holds a lone surrogate, which is not a character; correct the text") from None
+        raise UserError(f"{where}: {name} has a lone surrogate, which is not a character; correct the text") from None
 
 
 def _lacks(where: str, record: dict[str, Any], form: str) -> UserError:

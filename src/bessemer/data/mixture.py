@@ -97,7 +97,7 @@ def planned_quota(
         counts, carried = _period(_shares(names, weights, tokens, left), carried, left, slots)
         if counts.sum() < slots:
             raise UserError(
-                f"the data ends at {tokens:,.0f} tokens: every source has been read as often as its cap allows "
+                f"the data runs out at {tokens:,.0f} tokens: every source has been read as often as its cap allows "
                 f"({', '.join(f'{name} {cap:g}' for name, cap in span.caps.items())} times); raise a cap, add text or "
                 "train on fewer tokens"
             )
@@ -298,10 +298,10 @@ def _check_alike(sources: dict[str, Rows]) -> None:
             raise UserError(f"the source {name} has no rows ({rows.path})")
         if rows.row_length != first.row_length:
             raise UserError(
-                f"rows of {name} have length {rows.row_length}, of {first_name} {first.row_length}; build them alike"
+                f"rows of {name} have length {rows.row_length}, of {first_name} {first.row_length}; build both alike"
             )
         if rows.tokenizer != first.tokenizer:
-            raise UserError(f"{name} and {first_name} were made with different tokenizers; build them with one")
+            raise UserError(f"{name} and {first_name} were made with different tokenizers; build both with one")
 
 
 @dataclass(frozen=True)

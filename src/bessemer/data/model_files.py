@@ -34,13 +34,13 @@ def check_files(directory: Path) -> None:
         if path.suffix in (".json", ".jinja", ".safetensors") and not path.is_dir():
             size = check_regular(path)
             if path.suffix != ".safetensors" and size > MOST:
-                raise UserError(f"{path} has {size} bytes, at most {MOST} are read; {AGAIN}")
+                raise UserError(f"{path} has {size} bytes; the limit is {MOST}; {AGAIN}")
 
 
 def read_bytes(path: Path, most: int = MOST) -> bytes:
     try:
         if (size := check_regular(path)) > most:
-            raise UserError(f"{path} has {size} bytes, at most {most} are read; {AGAIN}")
+            raise UserError(f"{path} has {size} bytes; the limit is {most}; {AGAIN}")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(

@@ -37,9 +37,9 @@ def check(spec: dict[str, Any], known: Collection[str], where: str) -> None:
     try:
         reply = _child(os.getpid()).exchange(parts, PATIENCE)
     except NoReply as error:
-        why = f"more than {CPU_SECONDS:g} s of processor time" if error.out_of_time else f"a process its life ({error})"
+        why = f"take more than {CPU_SECONDS:g} s of processor time" if error.out_of_time else f"crash ({error})"
         raise UserError(
-            f"{where}: its patterns cost {why} on {len(TEXTS)} short texts; take the tokenizer of a model you trust"
+            f"{where}: its patterns {why} on {len(TEXTS)} short texts; use the tokenizer of a model you trust"
         ) from error
     if "error" in reply:
         raise UserError(f"{where}: its normalizer or pre-tokenizer does not work: {reply['error']}")
@@ -54,7 +54,7 @@ def explained() -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # the library creates it at run time: there is nothing to import
             raise
         raise UserError(
-            f"this tokenizer fails on this text ({str(error)[:200]}); take one of a model you trust"
+            f"this tokenizer fails on this text ({str(error)[:200]}); use one of a model you trust"
         ) from None
 
 

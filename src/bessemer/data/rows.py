@@ -80,7 +80,7 @@ class Rows:
         """Tokens [B, T] of the rows with these numbers, in this order. Raises UserError if one was altered."""
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
-            raise IndexError(f"rows {rows.min()} to {rows.max()}, there are {self.n_rows}")
+            raise IndexError(f"rows {rows.min()} to {rows.max()}, but there are {self.n_rows}")
         tokens_BT = np.full((len(rows), self.row_length), self.pad_id, self._dtype)
         places = np.searchsorted(self._ends, rows, side="right")
         for filled, row, place in zip(tokens_BT, rows.tolist(), places.tolist(), strict=True):
@@ -117,7 +117,7 @@ class Rows:
         if not at or crc != shard.rows["crc"][number]:
             raise UserError(
                 f"{shard.file.name} was altered since its rows were packed, or their plan was (row {number} has "
-                f"another checksum); {shards.REBUILD}"
+                f"a different checksum); {shards.REBUILD}"
             )
 
 
@@ -131,12 +131,12 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
     try:
         pieces, rows = (np.load(file, mmap_mode="r", allow_pickle=False) for file in plan_files(plan, name))
         if (pieces.dtype, pieces.ndim, rows.dtype, rows.ndim) != (PIECE, 1, ROW, 1) or not len(rows):
-            raise ValueError("its tables have another form")
+            raise ValueError("its tables have a different form")
         if int(rows["end"][-1]) != len(pieces):
-            raise ValueError(f"its rows have {int(rows['end'][-1])} pieces, it lists {len(pieces)}")
+            raise ValueError(f"its rows have {int(rows['end'][-1])} pieces, but it lists {len(pieces)}")
     except Exception as error:  # numpy raises various errors for a header it cannot parse
         raise UserError(
-            f"the plan of {name} in {plan} is broken ({error}); delete that folder, and it is made again"
+            f"the plan of {name} in {plan} is broken ({error}); delete that folder to have it rebuilt"
         ) from error
     return _OpenShard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
 

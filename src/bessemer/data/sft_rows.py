@@ -143,7 +143,7 @@ def read_packed(directory: Path, content: str) -> tuple[np.ndarray, dict[str, An
         shape = (facts["rows"], facts["row_length"])
         return np.memmap(directory / "rows.bin", DTYPE, "r", shape=shape), facts
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory} holds no packed {content} ({error}); delete it and run again") from error
+        raise UserError(f"{directory} has no packed {content} ({error}); delete it and run again") from error
 
 
 def count(documents: Iterable[Document]) -> int:
@@ -165,7 +165,7 @@ def checked(document: Document, where: str) -> tuple[chat.Message, ...]:
             '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
         )
     if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where} ends without an answer of the assistant")
+        raise UserError(f"{where} does not end with an answer of the assistant")
     return messages
 
 

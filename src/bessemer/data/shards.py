@@ -135,7 +135,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error}); {REBUILD}") from error
     if not isinstance(facts, dict):
-        raise UserError(f"{path} is broken (it holds no table); {REBUILD}")
+        raise UserError(f"{path} is broken (it contains no table); {REBUILD}")
     checksum = facts.pop("checksum", None)  # version 0.2.0 and earlier wrote neither it nor a format
     if (checksum is not None or "format" in facts) and checksum != _checksum(facts):
         raise UserError(f"{path} was altered: it does not match its own checksum; {REBUILD}")
@@ -228,7 +228,7 @@ def check(folder: Path, meta: Mapping[str, Any], splits: Iterable[str] = SPLITS,
                 if not path.is_file():
                     raise UserError(f"{path} is missing; {REBUILD}")
             if tokens.stat().st_size != (size := shard["tokens"] * width):
-                raise UserError(f"{tokens} has {tokens.stat().st_size} bytes, must have {size}; {REBUILD}")
+                raise UserError(f"{tokens} has {tokens.stat().st_size} bytes, not {size}; {REBUILD}")
             for path, key in ((ends, "ends_sha256"), (tokens, "sha256"))[: 2 if whole else 1]:
                 if sha256_of(path) != shard[key]:
                     raise UserError(f"{path} was altered: its sha256 is not the one in meta.json; {REBUILD}")

@@ -103,7 +103,7 @@ def check(spec: str, characters: int | None = None) -> str | None:
         if (characters is not None and size >= characters) or (number == READ_DOCUMENTS and not whole):
             return f"{spec}: its first {number:,} documents"
     if not number:
-        raise UserError(f"{spec} holds no document")
+        raise UserError(f"{spec} contains no document")
     return f"{spec}: {number:,} documents"
 
 
@@ -117,7 +117,7 @@ def _unknown(name: str) -> str:
     if "/" in name or name.endswith(SUFFIXES):
         return f"there is no file or directory {name}{looked_in(name)}"
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SOURCES)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SOURCES)}."
     return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name also works"
 
 
@@ -135,7 +135,7 @@ def known_model(name: str) -> Pretrained:
     """The entry of this name. Raises UserError that suggests the nearest name if there is none."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(MODELS)}"
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODELS)}"
         raise UserError(f"there is no registered model {name!r}; {hint}")
     return MODELS[name]
 

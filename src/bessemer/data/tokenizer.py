@@ -167,8 +167,8 @@ class Tokenizer:
         needed = (chat.USER, chat.ASSISTANT) if style == "r1" else ()
         if lacking := [name for name in needed if self._tok.token_to_id(name) is None]:
             raise UserError(
-                f'style "{style}" needs the tokens {" and ".join(lacking)}, which this model\'s tokenizer lacks; leave '
-                'style out, which keeps the model\'s own template, or set "zero" or "r1-zero"'
+                f'style "{style}" needs the tokens {" and ".join(lacking)}, which this model\'s tokenizer lacks; omit '
+                'style to keep the model\'s own template, or set it to "zero" or "r1-zero"'
             )
         return chat.jinja(style)
 
@@ -191,7 +191,7 @@ class Tokenizer:
         self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
-        raise UserError(f"this tokenizer has none of our chat templates; name a style: {', '.join(chat.STYLES)}")
+        raise UserError(f"this tokenizer has none of Bessemer's chat templates; name a style: {', '.join(chat.STYLES)}")
 
     @property
     def think_id(self) -> int:
@@ -314,7 +314,7 @@ def empty_table(vocab: dict[str, int]) -> list[bytes]:
     """A row for every id up to the largest. Raises UserError if that id is absurd."""
     largest = max(vocab.values(), default=0)
     if largest >= MAX_IDS:
-        raise UserError(f"a token has the id {largest}, at most {MAX_IDS - 1} are read; download the tokenizer again")
+        raise UserError(f"a token has the id {largest}; the limit is {MAX_IDS - 1}; download the tokenizer again")
     return [b""] * (largest + 1)
 
 
@@ -329,7 +329,7 @@ def _check_utf8(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"a text holds a lone surrogate, which UTF-8 cannot express: {error}") from error
+        raise UserError(f"a text has a lone surrogate, which UTF-8 cannot express: {error}") from error
 
 
 def token_text(entry: object) -> str | None:

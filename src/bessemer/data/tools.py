@@ -67,9 +67,9 @@ class Tool:
         if not isinstance(self.name, str) or not is_name(self.name):
             raise UserError(f"the tool name {str(self.name)[:80]!r} must be 1 to 64 of the characters A-Z a-z 0-9 _ -")
         if not isinstance(self.description, str):
-            raise UserError(f'the description of the tool "{self.name}" must be a text')
+            raise UserError(f'the description of the tool "{self.name}" must be text')
         if not isinstance(self.parameters, Mapping):
-            raise UserError(f'the parameters of the tool "{self.name}" must be a JSON schema, an object')
+            raise UserError(f'the parameters of the tool "{self.name}" must be a JSON schema (an object)')
         if depth(self.parameters) > DEEPEST:
             raise UserError(f'the parameters of the tool "{self.name}" are nested more than {DEEPEST} levels deep')
         try:
@@ -101,15 +101,15 @@ def read_tools(values: object) -> tuple[Tool, ...]:
         try:
             values = json.loads(values)
         except (ValueError, RecursionError):
-            raise UserError("tools is a text that is not JSON; write a list of tools") from None
+            raise UserError("tools is a string that is not JSON; write a list of tools") from None
     if not isinstance(values, list | tuple):
         raise UserError(f"tools must be a list, not {type(values).__name__}")
     if len(values) > MOST_TOOLS:
-        raise UserError(f"{len(values)} tools are too many; at most {MOST_TOOLS} are described to a model")
+        raise UserError(f"{len(values)} tools are too many; a model can be told of at most {MOST_TOOLS}")
     tools = tuple(value if isinstance(value, Tool) else Tool.of(value) for value in values)
     names = [tool.name for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f'two tools are called "{twice}"; give each a name of its own')
+        raise UserError(f'two tools are called "{twice}"; give each its own name')
     return tools
 
 

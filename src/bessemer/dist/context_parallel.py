@@ -131,8 +131,8 @@ class Context(WholeRows):
 def refusal(T: int, n: int) -> str:
     """The message for rows that cannot be split."""
     return (
-        f"rows of {T} tokens cannot be split into {2 * n} equal chunks, two for each of the cp = {n} ranks; take a row "
-        f"length that {2 * n} divides, such as {max(1, round(T / (2 * n))) * 2 * n}, or another [layout] cp"
+        f"rows of {T} tokens cannot be split into {2 * n} equal chunks, two for each of the cp = {n} ranks; use a row "
+        f"length that is a multiple of {2 * n}, such as {max(1, round(T / (2 * n))) * 2 * n}, or another [layout] cp"
     )
 
 

@@ -100,14 +100,14 @@ def absent() -> str:
 def unfit_shape(ranks: int, node: int, hidden: int, top_k: int, n_experts: int) -> str:
     """Why its kernels cannot serve groups of `ranks` ranks, `node` per node, or such layers; empty if they can."""
     if ranks not in RANKS:
-        return f"it serves groups of {', '.join(map(str, RANKS))} ranks, not of {ranks}"
+        return f"it supports groups of {', '.join(map(str, RANKS))} ranks, not of {ranks}"
     if ranks > node != NODE:
-        return f"it serves nodes of {NODE} ranks, not of {node}"
+        return f"it supports nodes of {NODE} ranks, not of {node}"
     between = ranks > NODE
     if hidden % (step := 2 * TILE if between else TILE) or hidden > WIDEST:
-        return f"it serves hidden sizes in multiples of {step} up to {WIDEST // step * step}, not {hidden}"
+        return f"it supports hidden sizes in multiples of {step} up to {WIDEST // step * step}, not {hidden}"
     if top_k > TOP_K or n_experts // ranks > LOCAL_EXPERTS:
-        return f"it serves at most {TOP_K} experts a token and {LOCAL_EXPERTS} a rank"
+        return f"it supports at most {TOP_K} experts per token and {LOCAL_EXPERTS} per rank"
     return ""
 
 
@@ -120,7 +120,7 @@ def unfit_card(device: torch.device) -> str:
     mine = device.index if device.index is not None else torch.cuda.current_device()
     for other in range(torch.cuda.device_count()):
         if other != mine and not torch.cuda.can_device_access_peer(mine, other):
-            return f"GPUs {mine} and {other} of a machine do not reach each other's memory"
+            return f"GPUs {mine} and {other} of a machine cannot access each other's memory"
     return ""
 
 

@@ -56,7 +56,7 @@ def read(
     if ranks is None:
         return setup.load_model(folder, context)
     if needs_transformers(folder):
-        raise UserError(f"{folder} is not of the DeepSeek V3 family; such a model is trained by one process")
+        raise UserError(f"{folder} is not in the DeepSeek V3 family; train such a model with one process")
     cfg = hub.read_config(folder).at_length(context or {})
     shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)
     return shard, load_tokenizer(folder)
@@ -85,7 +85,7 @@ def read_scorer(
         model, _ = setup.load_model(folder)
         return CausalScorer.of(model, new_head) if isinstance(model, CausalLM) else Scorer.of(model, new_head)
     if needs_transformers(folder):
-        raise UserError(f"{folder} is not of the DeepSeek V3 family; a reward model of it is trained by one process")
+        raise UserError(f"{folder} is not in the DeepSeek V3 family; train a reward model of it with one process")
     cfg = hub.read_config(folder)
     made, schedule = _mesh(mesh.headed(cfg), ranks, layout, say, split_rows=False)
     own = made.of(cfg.model_copy(update={"n_mtp": 0}))
@@ -236,7 +236,7 @@ def check(
         raise UserError(
             f'stage "{stage}": a step of {min(rows):.0f} rows is too small for {layout}: {n_pipelines} parallel '
             f"pipelines need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), "
-            f"{n_pipelines * least} rows in all; raise batch_rows, or take fewer ranks or another [layout] schedule"
+            f"{n_pipelines * least} rows in all; raise batch_rows, or use fewer ranks or another [layout] schedule"
         )
 
 

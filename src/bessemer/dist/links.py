@@ -124,7 +124,7 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = [("ranks", "ok", f"{n} on {len(hosts)} host{'s' * (len(hosts) != 1)}, {' and '.join(devices)}")]
     if len(devices) > 1:
         odd = [rank for rank, one in enumerate(who) if one["device"] != who[0]["device"]]
-        text = f"rank {odd[0]} has a {who[odd[0]]['device']} where rank 0 has a {devices[0]}; all wait for the slowest"
+        text = f"rank {odd[0]} has a {who[odd[0]]['device']}, but rank 0 has a {devices[0]}; all wait for the slowest"
         found.append(("ranks", "slow", text))
     found.append(
         ("network", "ok", ", ".join(f"{what} {rate:,.3g} GB/s" for what, rate in rates.items()) + " (bus bandwidth)")
@@ -132,12 +132,12 @@ def notes(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
     without = [rank for rank, one in enumerate(who) if one["deepep"]]
     if 0 < len(without) < n:  # one rank without it means that none uses it
         rank = without[0]
-        text = f"DeepEP cannot be used, for rank {rank} ({who[rank]['host']}) cannot: {who[rank]['deepep']}"
+        text = f"DeepEP cannot be used, because rank {rank} ({who[rank]['host']}) cannot: {who[rank]['deepep']}"
         found.append(("exchange", "slow", text))
     for kind in dict.fromkeys(link["kind"] for link in facts["links"]):
         links = [link for link in facts["links"] if link["kind"] == kind]
         middle = statistics.median(link["gigabytes_per_second"] for link in links)
-        found.append(("links", "ok", f"{kind}: {middle:,.3g} GB/s in the middle of {len(links)}"))
+        found.append(("links", "ok", f"{kind}: {middle:,.3g} GB/s, the median of {len(links)}"))
         for link in links:
             if link["gigabytes_per_second"] < SLOW * middle:
                 a, b = (f"rank {link[end]} ({who[link[end]]['host']})" for end in ("from", "to"))

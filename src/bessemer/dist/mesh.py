@@ -110,7 +110,7 @@ class Layout:
 def describe(layout: Layout) -> str:
     """A line for every pipeline rank and copy, with the ranks that share its experts."""
     width = len(str(layout.world - 1))
-    lines = [f"{layout.world} ranks: {layout}" + (f", a group of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
+    lines = [f"{layout.world} ranks: {layout}" + (f", groups of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
     for ranks in layout.groups("ep"):
         pp, dp, _, cp = layout.place(ranks[0])
         numbers = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"
@@ -136,16 +136,16 @@ def refusal(layout: Layout, cfg: ModelConfig, world: int, slices: int = 1) -> st
     blocks = cfg.n_layers + min(cfg.n_mtp, 1)  # all MTP modules are on the last stage
     if layout.pp * slices > blocks:
         each = f" with {slices} slices each" if slices > 1 else ""
-        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, MTP as one of them"
+        return f"{layout.pp} pipeline ranks{each} for {blocks} layers, counting MTP as one"
     if layout.pp > 1 and cfg.tie_embeddings:
-        return "embedding and head are one matrix (tie_embeddings), which has to be on one pipeline rank"
+        return "embedding and head are one matrix (tie_embeddings), which must be on one pipeline rank"
     if cfg.n_routed_experts % layout.ep:
-        return f"{cfg.n_routed_experts} experts cannot be shared evenly by {layout.ep} ranks"
+        return f"{cfg.n_routed_experts} experts cannot be divided evenly among {layout.ep} ranks"
     if layout.ep > layout.node and layout.ep % layout.node:
         return f"an expert-parallel group of {layout.ep} does not fill nodes of {layout.node}"
     if cfg.limited and cfg.n_expert_groups % layout.nodes:
         return (
-            f"{cfg.n_expert_groups} groups of experts do not lie whole on {layout.nodes} nodes, so a token of "
+            f"{cfg.n_expert_groups} groups of experts do not divide evenly among {layout.nodes} nodes, so a token of "
             f"{cfg.n_limited_groups} groups could go to more than {cfg.n_limited_groups} nodes (V3 2.1.2)"
         )
     return None

@@ -189,7 +189,7 @@ class Ranks:
         except dist.DistError:
             gone = [0]
         who = ", ".join(f"rank {rank}" for rank in gone) or "another rank"
-        print(f"error: lost {who} ({why}); the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"error: lost {who} ({why}); the same command resumes from the last checkpoint", file=sys.stderr)
 
     def _compare(self, facts: dict[str, Any], fault: str) -> None:
         mine = {"bessemer": bessemer.__version__, "source": _source(), "torch": torch.__version__,
@@ -212,7 +212,7 @@ class Ranks:
                     for rank in (values.index(common), odd)
                 )
                 raise UserError(
-                    f"{what} differs between ranks: {values_shown}; give all of them the same and start again"
+                    f"{what} differs between ranks: {values_shown}; give all of them the same value and start again"
                 )
 
 
@@ -224,7 +224,7 @@ def _device() -> tuple[torch.device, str]:
         return torch.device("cpu"), ""
     place, n = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= n:
-        return torch.device("cpu"), f"{place + 1} ranks or more were started here, for {n} GPUs; start at most {n}"
+        return torch.device("cpu"), f"at least {place + 1} ranks were started here, for {n} GPUs; start at most {n}"
     return torch.device("cuda", place), ""
 
 
@@ -258,7 +258,7 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpu
 
     if 0 < gpus < n:
         raise UserError(
-            f"{n} ranks need as many GPUs, this machine has {gpus}; make [layout] or --processes smaller, or start "
+            f"{n} ranks need as many GPUs, but this machine has {gpus}; reduce [layout] or --processes, or start "
             "them with torchrun on several machines (examples/)"
         )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -284,7 +284,7 @@ def launch(n: int, arguments: Sequence[str], progress: Callable[[], object], gpu
             return failure.exitcode
         restarts, seen = (restarts + 1, seen) if progress() == seen else (1, progress())
         again = restarts <= MAX_RESTARTS and failure.exitcode != 1  # 1: an error of the program, which would recur
-        next_step = "restarting all ranks" if again else "the same command goes on from the last checkpoint"
+        next_step = "restarting all ranks" if again else "the same command resumes from the last checkpoint"
         print(f"rank {rank} {_ending(failure.exitcode)}; {next_step}", file=sys.stderr)
         if not again:
             return failure.exitcode if failure.exitcode > 0 else 1

@@ -220,6 +220,6 @@ def of_step(name: str, ranks: int, at_least: int) -> tuple[str, int]:
 def _rule(name: str) -> ScheduleRule:
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(SCHEDULES)}"
+        hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(SCHEDULES)}"
         raise UserError(f'no schedule "{name}"; {hint}')
     return SCHEDULES[name]

@@ -98,8 +98,8 @@ class Saver:
         failures = [failure for _, failure in outcomes if failure]
         if failures:
             raise UserError(
-                f"cannot save step {step} in {self.state_dir}: {failures[0]}. Earlier checkpoints are intact; make "
-                "room, or choose a run directory that all ranks can write, then run again"
+                f"cannot save step {step} in {self.state_dir}: {failures[0]}. Earlier checkpoints are intact; free "
+                "some space or choose a run directory that all ranks can write to, then run again"
             )
         return [result for result, _ in outcomes]
 
@@ -129,7 +129,7 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
     except Damaged as damage:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint} is not of a language model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint {checkpoint} holds no language model: {str(error).splitlines()[0]}") from None
 
 
 def _export(

@@ -129,8 +129,8 @@ def summary(table: Table, timeline: Timeline) -> str:
         f"{table.name}: {table.ranks} ranks, {table.stages} stages"
         + (", 2 copies of the model" if table.lanes == 2 else "")
         + f", {table.micro} micro-batches",
-        f"makespan {timeline.makespan:g}; idle at most {idle:g} a rank ({100 * idle / timeline.makespan:.1f} %)",
-        f"held at once: {max(timeline.live)} micro-batches of a stage, at most",
+        f"makespan {timeline.makespan:g}; idle at most {idle:g} per rank ({100 * idle / timeline.makespan:.1f} %)",
+        f"held at once: at most {max(timeline.live)} micro-batches of a stage",
     ]
     if any(timeline.pairs):
         lines.append(f"overlapped pairs: {', '.join(map(str, timeline.pairs))}")

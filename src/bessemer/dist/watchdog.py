@@ -232,18 +232,18 @@ def hang_report(me: int, doing: Activity, step: int, others: list[list[Any] | No
         elif status[3] is None:
             busy.append(f"rank {rank} has been in {_position(status)} for {now - status[4]:.0f} s")
     whom = _ranks(doing.ranks or [], me)
-    report = f"rank {me} has waited {now - doing.since:.0f} s for {doing.what} of {whom} in step {step}"
+    report = f"rank {me} has waited {now - doing.since:.0f} s for {doing.what} from {whom} in step {step}"
     suspects = silent or busy
     if suspects:
         more = f"; and {len(suspects) - 4} more" if len(suspects) > 4 else ""
         report += "; " + "; ".join(suspects[:4]) + more
     else:
         waits = [
-            f"rank {rank} for {status[2]} of {_ranks(status[3], rank)}"
+            f"rank {rank} for {status[2]} from {_ranks(status[3], rank)}"
             for rank, status in enumerate(others)
             if status and rank != me
         ]
-        report += "; all others wait as well: " + "; ".join(waits[:4]) + (" ..." if len(waits) > 4 else "")
+        report += "; all others are also waiting: " + "; ".join(waits[:4]) + (" ..." if len(waits) > 4 else "")
     return report + ". Exiting, so that the run can restart from its last checkpoint ([layout] timeout sets the limit)"
 
 

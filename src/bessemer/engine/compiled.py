@@ -56,7 +56,7 @@ class CompiledSteps:
     def __init__(self, model: Model, vocab: int):
         """`vocab`: number of ids that may be sampled. UserError for a foreign model, or if there is no C++ compiler."""
         if not isinstance(model, Transformer):
-            raise UserError("compiled steps are for models of this family; leave --compile off")
+            raise UserError("compiled steps are only for models of the DeepSeek family; leave --compile off")
         if cpp_compiler() is None:
             raise UserError("compiled steps need a C++ compiler (g++ or clang++); install one or leave --compile off")
         self.model, self.vocab = model, vocab

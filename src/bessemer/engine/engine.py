@@ -65,7 +65,7 @@ class Engine:
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
-                "not belong together: load both from one directory"
+                "not match: load both from one directory"
             )
         if isinstance(model, Transformer):
             model.cfg.require_latent("the engine")
@@ -78,9 +78,9 @@ class Engine:
         self.not_compiled = ""
         """Why `compile` compiled nothing, as a message for the user."""
         if compile and static_steps.serves(model):
-            self.not_compiled = "--compile: nothing to compile, the steps of a GPU are CUDA graphs of its own kernels"
+            self.not_compiled = "--compile: nothing to compile; steps on a GPU are CUDA graphs of our own kernels"
         elif compile and KernelSteps.of(model) is not None:
-            self.not_compiled = "--compile: nothing to compile, faster kernels in C++ serve this model"
+            self.not_compiled = "--compile: nothing to compile; faster C++ kernels already run this model"
         elif compile:
             self.compiled = CompiledSteps(model, tokenizer.vocab_size)
         self.rows = 0

@@ -182,8 +182,8 @@ class Play:
         if self._played and all(sample.failure for sample in self._played):
             first = self._played[0]
             raise UserError(
-                f"{_environment(first).name}: the environment failed in every episode ({first.failure}); repair it and "
-                "start again, a run goes on from its checkpoint"
+                f"{_environment(first).name}: the environment failed in every episode ({first.failure}); fix it and "
+                "start again: a run resumes from its checkpoint"
             )
         return [[self._outcome(sample) for sample in group] for group in self._all]
 
@@ -194,7 +194,7 @@ class Play:
         for sample, (start, failure) in zip(self._played, starts, strict=True):
             sample.failure = failure
             if not failure and begun.setdefault(sample.problem, start) != start:
-                sample.failure = "reset began samples of one problem differently, though with the same seed"
+                sample.failure = "reset began samples of one problem differently despite the same seed"
         prompts = []
         for p, (task, problem) in enumerate(self.problems):
             if isinstance(task, Environment):

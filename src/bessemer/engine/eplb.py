@@ -109,8 +109,8 @@ def gpu_loads(placement: Placement, load_LE: ArrayLike, gpus: int) -> NDArray[np
     slots_LR, count_LE = placement.replica_to_expert_LR, placement.count_LE
     if load_LE.shape != count_LE.shape:
         raise UserError(
-            f"the placement is for [layers, experts] {list(count_LE.shape)}, the loads are {list(load_LE.shape)}; "
-            "give loads of the same model"
+            f"the placement is for [layers, experts] {list(count_LE.shape)}, but the loads are {list(load_LE.shape)}; "
+            "give the loads of the same model"
         )
     _check_whole(gpus=gpus)
     _check_shared(slots_LR.shape[1], gpus)
@@ -153,15 +153,15 @@ def _loads(load_LE: ArrayLike) -> NDArray[np.float64]:
     try:
         load_LE = np.asarray(load_LE, dtype=np.float64)
     except (TypeError, ValueError):
-        raise UserError("loads must be a table of numbers [layers, experts], every row as long") from None
+        raise UserError("loads must be a table of numbers [layers, experts], with rows of equal length") from None
     if load_LE.ndim != 2 or not load_LE.size:
-        raise UserError(f"loads must be [layers, experts] with one of each at least, have shape {list(load_LE.shape)}")
+        raise UserError(f"loads must be [layers, experts], at least one of each, but have shape {list(load_LE.shape)}")
     wrong_LE = ~np.isfinite(load_LE) | (load_LE < 0)
     if wrong_LE.any():
         layer, expert = np.argwhere(wrong_LE)[0].tolist()
         raise UserError(
-            f"the load of expert {expert} in layer {layer} is {load_LE[layer, expert]}; loads are counts of tokens or "
-            "means of such: 0 or more, and finite"
+            f"the load of expert {expert} in layer {layer} is {load_LE[layer, expert]}; loads are token counts or "
+            "their means: finite, and 0 or more"
         )
     return load_LE
 
@@ -171,11 +171,11 @@ def _check_sizes(experts: int, replicas: int, groups: int, nodes: int, gpus: int
     if experts % groups:
         raise UserError(f"{experts} experts do not make {groups} equal groups; groups is the model's n_expert_groups")
     if gpus % nodes:
-        raise UserError(f"{gpus} GPUs cannot be shared out over {nodes} nodes; make gpus a multiple of nodes")
+        raise UserError(f"{gpus} GPUs cannot be divided evenly among {nodes} nodes; make gpus a multiple of nodes")
     if replicas < experts:
         enough = -(-experts // gpus) * gpus
         raise UserError(
-            f"{replicas} replicas cannot hold {experts} experts, each of which needs one; {gpus} GPUs can serve "
+            f"{replicas} replicas cannot hold {experts} experts, each of which needs one; {gpus} GPUs can hold "
             f"replicas = {enough} or more"
         )
     _check_shared(replicas, gpus)
@@ -185,7 +185,7 @@ def _check_shared(replicas: int, gpus: int) -> None:
     if replicas % gpus:
         more = -(-replicas // gpus) * gpus
         raise UserError(
-            f"{replicas} replicas are not a multiple of {gpus} GPUs; every GPU has as many slots: {more}, for one"
+            f"{replicas} replicas are not a multiple of {gpus} GPUs; all GPUs have the same number of slots; try {more}"
         )
 
 

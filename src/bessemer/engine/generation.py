@@ -130,12 +130,12 @@ def plan(
     if record_routing and all(layer.dense for layer in model.layers):
         raise UserError("record_routing: no layer of this model has routed experts; leave it off")
     if check_drafts(model, drafts) and record_routing:
-        raise UserError("record_routing and drafts do not go together; leave one of them off")
+        raise UserError("record_routing and drafts cannot be combined; leave one of them off")
     if record_kept and drafts:
-        raise UserError("record_kept and drafts do not go together; leave one of them off")
+        raise UserError("record_kept and drafts cannot be combined; leave one of them off")
     if record_kept and (not sampling.truncated or sampling.penalised):
         raise UserError(
-            "record_kept records what truncation leaves; give a temperature above 0 with top_p, top_k or min_p, "
+            "record_kept records what truncation keeps; give a temperature above 0 with top_p, top_k or min_p, "
             "and no penalty"
         )
     strings = check_stop_strings(stop_strings)

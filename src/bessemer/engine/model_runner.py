@@ -373,6 +373,6 @@ def _append(old: Tensor | None, new: Tensor) -> Tensor:
 
 def not_finite(rows: int, of: int, token: int) -> UserError:
     return UserError(
-        f"the model's logits are not finite for {rows} of {of} rows at generated token {token}: its weights hold NaN "
-        "or infinity or overflow in this number format; load an earlier checkpoint or compute in float32"
+        f"the model's logits are not finite for {rows} of {of} rows at generated token {token}: its weights have NaN "
+        "or infinity, or overflow in this number format; load an earlier checkpoint or compute in float32"
     )

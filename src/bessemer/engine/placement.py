@@ -126,9 +126,7 @@ def _policy(facts: dict[str, Any]) -> str:
     if nodes == 1:
         return "one node: any expert may go to any GPU"
     share = groups // nodes
-    return (
-        f"hierarchical placement: {share} of {groups} expert {_plural('group', groups)} on each node, all of it there"
-    )
+    return f"hierarchical placement: {share} of {groups} expert {_plural('group', groups)} whole on each node"
 
 
 def _slots(expert_GS: list[list[int]], facts: dict[str, Any]) -> str:
@@ -166,7 +164,7 @@ def _sparse(engine: Engine, model_dir: str | Path) -> ModelConfig:
     cfg = engine.model.cfg
     if not isinstance(cfg, ModelConfig) or cfg.n_dense_layers == cfg.n_layers:
         raise UserError(
-            f"{model_dir}: no layer of this model has routed experts that we know, so there is nothing to place"
+            f"{model_dir}: no layer of this model has routed experts that we know; there is nothing to place"
         )
     return cfg
 
@@ -177,13 +175,13 @@ def _loads(cfg: ModelConfig, path: str | Path | None) -> ExpertLoads:
         return ExpertLoads(*shape)
     if not Path(path).exists():
         if not Path(path).parent.is_dir():  # fail before the work, not after it
-            raise UserError(f"{path}: its folder does not exist; make it, or choose another file")
+            raise UserError(f"{path}: its folder does not exist; create it, or choose another file")
         return ExpertLoads(*shape)
     loads = ExpertLoads.load(path)
     if loads.shape != shape:
         raise UserError(
-            f"{path} has loads of {loads.shape[0]} layers and {loads.shape[1]} experts, the model has {shape[0]} and "
-            f"{shape[1]}; give the file of this model, or another name"
+            f"{path} has loads of {loads.shape[0]} layers and {loads.shape[1]} experts, but the model {shape[0]} and "
+            f"{shape[1]}; give this model's file, or another name"
         )
     return loads
 
@@ -247,7 +245,7 @@ class ExpertLoads:
     def estimate(self) -> NDArray[np.float64]:
         """Tokens per window of each expert, [L, E]. UserError before the first window."""
         if not self.windows:
-            raise UserError("no routing was added yet, so nothing is known of the loads; generate with record_routing")
+            raise UserError("no routing has been added yet, so the loads are unknown; generate with record_routing")
         return self._mean_LE.copy()
 
     def save(self, path: str | Path) -> None:
@@ -290,15 +288,15 @@ def expert_counts(routing: Tensor, n_layers: int, n_experts: int) -> NDArray[np.
         raise UserError("this completion has no record of its routing; generate with record_routing=True")
     if routing.ndim != 3 or routing.shape[1] != n_layers or routing.is_floating_point():
         raise UserError(
-            f"a record of routing is whole numbers [tokens, {n_layers} layers, experts per token], this one is "
-            f"{str(routing.dtype).removeprefix('torch.')} {list(routing.shape)}; add what an engine with the same "
-            "model recorded"
+            f"a routing record has whole numbers [tokens, {n_layers} layers, experts per token], but this one is "
+            f"{str(routing.dtype).removeprefix('torch.')} {list(routing.shape)}; add one of an engine with the same "
+            "model"
         )
     expert_TLK = routing.long()
     if expert_TLK.numel() and not 0 <= expert_TLK.min() <= expert_TLK.max() < n_experts:
         raise UserError(
-            f"a record of routing names experts {int(expert_TLK.min())} to {int(expert_TLK.max())} of a model that has "
-            f"{n_experts}; add what an engine with the same model recorded"
+            f"a routing record names experts {int(expert_TLK.min())} to {int(expert_TLK.max())}, but the model has "
+            f"{n_experts}; add one of an engine with the same model"
         )
     cell_TLK = expert_TLK + n_experts * torch.arange(n_layers, device=routing.device)[:, None]
     count = torch.bincount(cell_TLK.flatten(), minlength=n_layers * n_experts)

@@ -103,8 +103,8 @@ def rows_that_fit(model: Model, tokens: int, prefill_tokens: int, free: int | No
     row = _row_bytes(model, tokens, drafts)
     if left < row:
         raise UserError(
-            f"no room to generate: an answer of up to {tokens} tokens, prompt included, takes {row / GIB:.2f} GiB and "
-            f"{max(0, left) / GIB:.2f} GiB of the GPU's memory are left for it; lower max_new_tokens or the memory "
+            f"no room to generate: an answer of up to {tokens} tokens, prompt included, takes {row / GIB:.2f} GiB, but "
+            f"{max(0, left) / GIB:.2f} GiB of the GPU's memory are left; lower max_new_tokens or the memory "
             "that training keeps (micro_tokens, precision), or generate on other GPUs"
         )
     return left // row

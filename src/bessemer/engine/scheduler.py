@@ -149,7 +149,7 @@ class Scheduler:
         needed = len(request.prompt) + request.max_new_tokens + self.runner.lookahead - 1
         if pages_for(needed) > pages_for(self.cache_tokens):
             raise UserError(
-                f"the request needs room for {needed} tokens and the cache holds {self.cache_tokens}; shorten the "
+                f"the request needs room for {needed} tokens, but the cache holds {self.cache_tokens}; shorten the "
                 "prompt or max_new_tokens, or give the cache more tokens"
             )
         stop = StopStrings(self.engine.tokenizer, strings) if strings else None

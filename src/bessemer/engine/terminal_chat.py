@@ -32,13 +32,13 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SIGNS = {CALLS: "", CALL: "[calls ", SEPARATOR: " ", CALL_END: "]\n", CALLS_END: ""}
 """What the screen shows for the marks of a call, if they are tokens."""
 COMMANDS = {
-    "/continue": "go on with an answer that was cut or stopped",
+    "/continue": "continue an answer that was cut off or stopped",
     "/think": "show the last thought",
-    "/system TEXT": "set the system message; - for none, nothing to see it",
-    "/save FILE": "write the conversation as a line of JSON, in the form that SFT reads",
-    "/reset": "forget the conversation, not the system message",
+    "/system TEXT": "set the system message; - for none, no TEXT to show it",
+    "/save FILE": "write the conversation as one line of JSON, in the form that SFT reads",
+    "/reset": "forget the conversation but keep the system message",
     "/help": "show this; Ctrl-C ends an answer",
-    "/exit": "leave, as Ctrl-D does",
+    "/exit": "leave, like Ctrl-D",
 }
 HELP = "\n".join(f"{command:<13} {what}" for command, what in COMMANDS.items())
 
@@ -68,7 +68,7 @@ def chat(
     talk.note(f"{model_dir}: {show_tokens(size)} parameters, a context of {context} tokens, "
               f"{talk.style or 'its own'} template, temperature {temperature:g}, top-p {top_p:g}")  # fmt: skip
     if max_new_tokens is not None and max_new_tokens >= context:
-        talk.note(f"--max-tokens {max_new_tokens} is more than the context holds, which ends answers first")
+        talk.note(f"--max-tokens {max_new_tokens} exceeds the context, which ends answers first")
     talk.note("/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves")
     read = input or _reader()
     while True:
@@ -145,7 +145,7 @@ class Conversation:
         if command == "/continue" and self.unfinished:
             self._generate(*self.unfinished)
         elif command == "/continue":
-            self.note("nothing to go on with")
+            self.note("there is no answer to continue")
         elif command == "/think":
             self.note(self.thought or "no thought yet")
         elif command == "/system":
@@ -188,7 +188,7 @@ class Conversation:
                 on_tokens=screen.add, **self.options,
             )  # fmt: skip
             if answer.finish_reason == "length":
-                why = f"cut at {len(screen.ids)} tokens"
+                why = f"cut off at {len(screen.ids)} tokens"
         except KeyboardInterrupt:
             why = "stopped"
         screen.pause(bool(why))
@@ -198,8 +198,8 @@ class Conversation:
         self.messages = [*answered, screen.message]
         self.unfinished = (prompt, screen) if why and len(prompt) + len(screen.ids) < self._context else None
         if why:
-            full = f"the context of {self._context} tokens is full; /reset begins anew"
-            self.note(f"[{why}; {'/continue goes on' if self.unfinished else full}]")
+            full = f"the context of {self._context} tokens is full; /reset starts over"
+            self.note(f"[{why}; {'/continue resumes it' if self.unfinished else full}]")
 
     @property
     def _context(self) -> int:

@@ -237,7 +237,7 @@ def summary(result: dict[str, Any]) -> str:
     left_out = sum(counts.get("texts_left_out", 0) for counts in searched)
     text = (
         f"contamination: {result['hit']} of {result['checked']} held-out problems found in {total:,} words and "
-        f"{problems:,} problems of training ({result['n']}-grams, and by their numbers)"
+        f"{problems:,} problems of training (by {result['n']}-grams and by their numbers)"
     )
     if left_out:
         text += f"; {left_out:,} texts were not searched (searched_words)"

@@ -38,12 +38,12 @@ def evaluate(
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     for task in chosen:
         if isinstance(task, Environment) and (shots.count or shots.prefix):
-            raise UserError(f"{task.name} has episodes of several turns, and takes neither shots nor a prefix")
+            raise UserError(f"{task.name} has multi-turn episodes and takes neither shots nor a prefix")
     engine = _engine(model_dir)
     context = engine.model.cfg.max_seq_len
     if max_new_tokens > context:
         warnings.warn(
-            f"the model's context of {context} tokens cuts answers; {max_new_tokens} were asked for", stacklevel=2
+            f"the model's context of {context} tokens truncates answers; {max_new_tokens} were requested", stacklevel=2
         )
 
     return [

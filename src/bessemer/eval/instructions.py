@@ -40,7 +40,7 @@ def follows(instruction: str, arguments: dict[str, Any], reply: str) -> bool:
 def check(instruction: object, arguments: object, where: str) -> dict[str, Any]:
     """The arguments that an instruction's checker needs; UserError, which begins with `where`, if they do not fit."""
     if instruction not in _CHECKS:
-        raise UserError(f"{where}: instruction_id_list holds {instruction!r}, which is none of IFEval's instructions")
+        raise UserError(f"{where}: {instruction!r} in instruction_id_list is not one of IFEval's instructions")
     if not isinstance(arguments, dict):
         raise UserError(f"{where}: kwargs holds no object for {instruction}")
     needed = {}
@@ -48,9 +48,9 @@ def check(instruction: object, arguments: object, where: str) -> dict[str, Any]:
         value = arguments.get(name)
         fits = isinstance(value, kind) and not isinstance(value, bool) and value != "" and value != []
         if not fits or ("relation" in name and value not in RELATIONS):
-            raise UserError(f"{where}: kwargs of {instruction} needs {name!r}, {_KINDS[kind]}, and has {value!r}")
+            raise UserError(f"{where}: kwargs of {instruction} needs {name!r}, {_KINDS[kind]}, but has {value!r}")
         if isinstance(value, list) and not all(isinstance(item, str) and item for item in value):
-            raise UserError(f"{where}: kwargs of {instruction}: {name!r} holds something that is not text")
+            raise UserError(f"{where}: kwargs of {instruction}: {name!r} contains something that is not text")
         needed[name] = value
     return needed
 
@@ -187,7 +187,7 @@ class _Check(NamedTuple):
     arguments: dict[str, type]
 
 
-_KINDS = {str: "a text", int: "a whole number", list: "a list of texts"}
+_KINDS = {str: "text", int: "a whole number", list: "a list of strings"}
 _CHECKS = {
     "keywords:existence": _Check(_keywords, {"keywords": list}),
     "keywords:frequency": _Check(

@@ -154,13 +154,13 @@ class BessemerLM(LM):
         sampling |= {name: left.pop(name) for name in ("top_p", "top_k", "min_p") if name in left}
         if left:
             raise UserError(
-                f"generation_kwargs has {', '.join(left)}, which the engine does not have; known: until, "
+                f"generation_kwargs has {', '.join(left)}, which the engine does not support; known: until, "
                 "max_gen_toks, do_sample, temperature, top_p, top_k, min_p"
             )
         room = self.max_length - sampling["max_new_tokens"]
         if room < 1:
             raise UserError(
-                f"a task asks for {sampling['max_new_tokens']} new tokens, the model's max_seq_len is "
+                f"a task requests {sampling['max_new_tokens']} new tokens, but the model's max_seq_len is "
                 f"{self.max_length}; lower max_gen_toks in the task's generation_kwargs"
             )
         return sampling, room
@@ -170,7 +170,7 @@ class BessemerLM(LM):
         for context, continuation in pieces:
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation has {len(continuation)} tokens, the model's max_seq_len is {self.max_length}; "
+                    f"a continuation has {len(continuation)} tokens, but the model's max_seq_len is {self.max_length}; "
                     "score such texts with output_type: loglikelihood_rolling"
                 )
             rows.append((self._cut(context + continuation, self.max_length + 1), len(continuation)))
@@ -230,7 +230,7 @@ def evaluate(
     manager = _manager(names, include)
     lm = BessemerLM(engine())
     if chat and lm.engine.tokenizer.chat_style is None:
-        raise UserError("the model carries none of our chat templates; leave --chat out")
+        raise UserError("the model has none of Bessemer's chat templates; leave --chat out")
     try:
         with _no_commit():
             results = simple_evaluate(
@@ -240,7 +240,7 @@ def evaluate(
     except OSError as error:  # the datasets library's own errors all derive from it
         raise UserError(
             f"the data of {', '.join(names)} cannot be read ({str(error).splitlines()[0]}). Built-in tasks download "
-            "theirs; without a network write a task whose dataset_path is json and whose data_files are local"
+            "theirs; without a network, write a task whose dataset_path is json and whose data_files are local"
         ) from error
     return [
         _row(name, values, results, lm) for name, values in results["results"].items() if name in results["configs"]

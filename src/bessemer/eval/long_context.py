@@ -111,7 +111,7 @@ def needle(source: str, share: float, cache: Path | None, **settings: Any) -> Ne
     for split, owned in texts.items():
         if not owned:
             raise UserError(
-                f'no document of "{source}" is in the {split} split at heldout = {share:g}; give a larger source, or '
+                f'no document of "{source}" is in the {split} split at heldout = {share:g}; use a larger source or '
                 "another heldout"
             )
     return Needle(texts, **settings)

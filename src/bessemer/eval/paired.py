@@ -70,7 +70,7 @@ class Difference:
 def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked, Rates]:
     """A model's evaluation rows by what was asked; of two rows that ask the same, the last counts."""
     if measure not in MEASURES:
-        raise UserError(f'no measure "{measure}"; choose among {", ".join(MEASURES)}')
+        raise UserError(f'there is no measure "{measure}"; choose from {", ".join(MEASURES)}')
     key = MEASURES[measure]
     found: dict[Asked, Rates] = {}
     for row in rows:
@@ -78,8 +78,8 @@ def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked
             continue
         if key not in row:
             raise UserError(
-                f"{name} was evaluated by an earlier version, which did not keep the result of every problem; ask anew "
-                f"with --task {row['task']}"
+                f"{name} was evaluated by an earlier version, which did not keep the result of every problem; evaluate "
+                f"again with --task {row['task']}"
             )
         temperature, top_p = (1.0 if row.get(name) is None else row[name] for name in ("temperature", "top_p"))
         found[Asked(row["task"], row["language"], temperature, top_p, before(row))] = row[key]
@@ -103,17 +103,15 @@ def compare(
     """A difference for everything that all models were asked, and their mean if there are several. `common`: compare on
     the problems that all were asked; without it, different problems are a UserError. `only`: only these tasks."""
     if len(first) != len(second) and 1 not in (len(first), len(second)):
-        raise UserError(
-            f"{len(first)} models against {len(second)}: name as many seeds on both sides, or one model on one of them"
-        )
+        raise UserError(f"{len(first)} models against {len(second)}: name equally many seeds, or one model on one side")
     models = [*first, *second]
     keys = [key for key in models[0] if all(key in model for model in models)]
     if not keys:
         each = "; ".join(", ".join(map(str, model)) or "nothing" for model in models)
-        raise UserError(f"the models were asked nothing in common ({each}); ask both anew with --task")
+        raise UserError(f"the models were asked nothing in common ({each}); evaluate both again with --task")
     if missing := [task for task in only if all(key.task != task for key in keys)]:
         asked = ", ".join(dict.fromkeys(key.task for key in keys))
-        raise UserError(f"the models were not both asked {missing[0]}; they were asked {asked}")
+        raise UserError(f"the models were not both asked {missing[0]}; they were both asked {asked}")
     keys = [key for key in keys if not only or key.task in only]
     lines, columns = [], []
     for key in keys:
@@ -128,10 +126,10 @@ def _problems(key: Asked, asked: Sequence[Rates], common: bool) -> list[str]:
     shared = [problem for problem in asked[0] if all(problem in one for one in asked)]
     if len(shared) < max(map(len, asked)) and not common:
         counts = " and ".join(str(len(one)) for one in asked)
-        how = f"--common compares them on those {len(shared)}" if shared else "ask both anew with --task"
-        raise UserError(f"{key}: the models were asked {counts} problems, of which {len(shared)} are the same; {how}")
+        how = f"--common compares them on those {len(shared)}" if shared else "evaluate both again with --task"
+        raise UserError(f"{key}: the models were asked {counts} problems, {len(shared)} of them the same; {how}")
     if not shared:
-        raise UserError(f"{key}: the models were asked no problem in common; ask both anew with --task")
+        raise UserError(f"{key}: the models were asked no problem in common; evaluate both again with --task")
     return shared
 
 

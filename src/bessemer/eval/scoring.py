@@ -81,7 +81,7 @@ def evaluate(
     environments."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
-        raise UserError(f"k is {k}: choose between 1 and the {samples} samples per problem")
+        raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")
     chosen = heldout(task, problems)
     seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
     _, groups = played(
@@ -183,7 +183,7 @@ def heldout(task: Task, problems: int) -> list[Problem]:
     """Problems 0..problems-1 of the test split, the same in every evaluation. UserError if the task has fewer."""
     size = task.size("test")
     if size is not None and problems > size:
-        raise UserError(f"{problems} problems asked for, {task.name} has {size} held-out ones; take at most {size}")
+        raise UserError(f"{problems} problems requested, but {task.name} has {size} held-out ones; use at most {size}")
     return [task.problem("test", i, seed=0) for i in range(problems)]
 
 

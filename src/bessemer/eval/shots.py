@@ -68,7 +68,7 @@ class Shots:
         if self.kind == "other-language":
             language = next((one for one in task.all_languages if one != language), "")
             if not language:
-                raise UserError(f"{task.name} has one language alone; take another kind of shots than other-language")
+                raise UserError(f"{task.name} has only one language; use a kind of shots other than other-language")
         pages = examples(task, language, problem.id)
         return list(islice((page for page in pages if len(_page(tokenizer, page)) <= longest), self.count))
 
@@ -105,5 +105,5 @@ def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: P
 @lru_cache(maxsize=4)
 def _texts(language: str, cache: Path | None) -> tuple[str, ...]:
     if language not in FABLES:
-        raise UserError(f"there are fables in {', '.join(FABLES)}, none in {language}; take another kind of shots")
+        raise UserError(f"there are fables in {', '.join(FABLES)}, but none in {language}; use another kind of shots")
     return tuple(document.text for document in sources.documents(FABLES[language], cache))

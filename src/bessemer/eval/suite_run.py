@@ -82,13 +82,13 @@ def evaluate_suite(
     evaluations = choose(chosen, only)
     check_places(data, evaluations)
     if answers is not None and not answers.exists():
-        raise UserError(f"--answers {answers}: no such file or folder; name the answers, or their folder")
+        raise UserError(f"--answers {answers}: no such file or folder; name the file of answers, or its folder")
     ready, skipped = prepare(evaluations, data or [str(FOLDER)], problems)
     result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
     if model is not None:
         out = out or Path("evals") / suite / _label(model)
         if (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
-            raise UserError(f"{out / RESULTS} is not of a suite; choose another folder with --out")
+            raise UserError(f"{out / RESULTS} does not belong to a suite; choose another folder with --out")
         defaults = {name: getattr(chosen, name) for name in ("temperature", "top_p", "max_new_tokens")}
         rows = run(model, ready, Sampling(**defaults | changes, seed=seed), samples, out) if ready else iter(())
     else:
@@ -103,7 +103,7 @@ def evaluate_suite(
         _say("skipped " + one["reason"])
     if not result["rows"]:
         raise UserError(
-            f"nothing was evaluated: {len(skipped)} of {len(evaluations)} evaluations lack their data (above)"
+            f"nothing was evaluated: {len(skipped)} of {len(evaluations)} evaluations lack their data (see above)"
         )
     return result
 
@@ -128,7 +128,7 @@ def prepare(
             continue
         count = len(ready[-1].task.ids)
         if evaluation.problems not in (None, count):
-            _say(f"{evaluation.name}: {spec} has {count} problems, {evaluation.title} has {evaluation.problems}")
+            _say(f"{evaluation.name}: {spec} has {count} problems, but {evaluation.title} has {evaluation.problems}")
     return ready, skipped
 
 
@@ -139,10 +139,10 @@ def run(
     setup.keep_memory()
     engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
     out.mkdir(parents=True, exist_ok=True)
-    _say(f"answers are kept in {out}; the same command goes on after an interruption")
+    _say(f"answers are kept in {out}; after an interruption, the same command continues")
     longest = engine.model.cfg.max_seq_len
     if longest < sampling.max_new_tokens:
-        _say(f"the model's context of {longest} tokens cuts answers; {sampling.max_new_tokens} were asked for")
+        _say(f"the model's context of {longest} tokens truncates answers; {sampling.max_new_tokens} were requested")
     files = sorted(model.glob("*.safetensors"))
     weights = dict(zip([file.name for file in files], sha256_of_all(files), strict=True))
     for one in ready:
@@ -160,7 +160,7 @@ def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
     files = [path] if path.is_file() else [path / f"{one.name}.jsonl" for one in ready]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise UserError(f"--answers {path}: no such file, and no folder with a NAME.jsonl of an evaluation")
+        raise UserError(f"--answers {path}: no such file, and no folder with the NAME.jsonl of an evaluation")
     answers: dict[str, Answers] = {}
     for file in files:
         answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
@@ -225,7 +225,7 @@ def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
     else:
         known = known if isinstance(known, dict) else {}
         differ = " and ".join(key for key in header if known.get(key) != header[key])
-        raise UserError(f"{file} holds answers of another {differ}; name another folder with --out, or remove the file")
+        raise UserError(f"{file} has answers from a different {differ}; choose another folder with --out, or delete it")
 
 
 def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
@@ -239,7 +239,7 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
             continue  # the settings
         name = record.get("evaluation", ready[0].name if len(ready) == 1 else None)
         if name not in by_name:
-            raise UserError(f"{where}: evaluation is {name!r}; it must be one of those that run: {', '.join(by_name)}")
+            raise UserError(f"{where}: evaluation is {name!r}; it must be one of those being run: {', '.join(by_name)}")
         key, text = record.get("problem"), record.get("text")
         if isinstance(key, bool) or not isinstance(key, str | int) or not isinstance(text, str):
             raise UserError(f"{where}: needs problem (the id or number of a problem) and text (the answer)")
@@ -247,11 +247,11 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
             some = ", ".join(by_name[name].task.ids[:3])
             raise UserError(f"{where}: {name} has no problem {key!r}; its problems are {some}, ...")
         if record.get("question", digest := prompts[name].get(str(key))) != digest and digest is not None:
-            raise UserError(f"{where}: the question of problem {key!r} was another; the data or its prompt has changed")
+            raise UserError(f"{where}: problem {key!r} had another question; the data or its prompt has changed")
         group = answers.setdefault(name, {}).setdefault(str(key), {})
         number = record.get("sample", len(group))
         if number in group or isinstance(number, bool) or not isinstance(number, int):
-            raise UserError(f"{where}: sample is {number!r}; give every answer to a problem a number of its own")
+            raise UserError(f"{where}: sample is {number!r}; give every answer to a problem its own number")
         group[number] = scoring.Answer(_whole(record, text, where), record.get("tokens"), record.get("finish_reason"))
     return answers
 

@@ -114,7 +114,7 @@ class Instructions(Given):
     def read(cls, record: dict[str, Any], where: str) -> Question:
         ids, arguments = record.get("instruction_id_list"), record.get("kwargs")
         if not isinstance(ids, list) or not ids or not isinstance(arguments, list) or len(ids) != len(arguments):
-            raise cls.wrong(where, "no instruction_id_list and kwargs of one length", record)
+            raise cls.wrong(where, "no instruction_id_list and kwargs of equal length", record)
         checked = [(one, instructions.check(one, given, where)) for one, given in zip(ids, arguments, strict=True)]
         return Question(cls.text(record, where), {"instructions": checked})
 
@@ -166,7 +166,7 @@ def find(evaluation: Evaluation, places: Sequence[str]) -> str | None:
             files = [Path(f"{stem}{suffix}") for suffix in SUFFIXES if Path(f"{stem}{suffix}").is_file()]
             files += [stem] if stem.is_dir() else []
             if len(files) > 1:
-                raise UserError(f"{files[0]} and {files[1]} are both there; keep one")
+                raise UserError(f"{files[0]} and {files[1]} both exist; keep one")
             if files:
                 return str(files[0])
     return None
@@ -202,7 +202,7 @@ def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tupl
         task.add(record, question)
     task.check(batch)
     if not ids:
-        raise UserError(f"{spec} holds no problem of {evaluation.title}")
+        raise UserError(f"{spec} contains no problem of {evaluation.title}")
     if "" in ids or len(set(ids)) < len(ids):
         ids = [str(number) for number in range(1, len(ids) + 1)]
     task.ids = ids

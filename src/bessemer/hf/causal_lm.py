@@ -185,7 +185,7 @@ class CausalScorer(CausalLM):
         head = getattr(inner, cls.head, None)
         if inner is None or type(inner.base_model) is not type(body) or not isinstance(head, nn.Linear):
             raise UserError(
-                f"transformers has no model of {config.model_type} that scores a text by one matrix, so it cannot "
+                f"transformers has no {config.model_type} model that scores text with a single matrix, so it cannot "
                 "become a reward model; start from a model of another family, such as Llama or Qwen"
             )
         std = getattr(config, "initializer_range", 0.02)
@@ -234,10 +234,10 @@ def load(
     check_files(directory)
     values = read_object(directory / "config.json")
     if values.get("quantization_config"):
-        raise UserError(f"{directory} holds quantised weights, which cannot be trained; take the original ones")
+        raise UserError(f"{directory} has quantised weights, which cannot be trained; use the original ones")
     check_finished(directory)
     if (directory / ADAPTER_CONFIG).exists():
-        raise UserError(f"{directory} holds an adapter next to the model; merge the two, or remove adapter_config.json")
+        raise UserError(f"{directory} holds an adapter besides the model; merge the two, or remove adapter_config.json")
     hub.check_kind(values, kind.head is not None, directory)
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -265,7 +265,7 @@ def _explained(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"{directory}: transformers {transformers_library().__version__} does not read this model "
+            f"{directory}: transformers {transformers_library().__version__} cannot read this model "
             f"({_first_line(error)}). Code that comes with a model is never run; a newer transformers may know the "
             "architecture"
         ) from error
@@ -290,7 +290,7 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
             most = LONGEST
         if not -1 <= value <= most:
             raise UserError(
-                f"{checkpoint.directory}: config.json has {key} = {value}; the {n} tensors of the files allow for at "
+                f"{checkpoint.directory}: config.json has {key} = {value}, but the {n} tensors in the files allow at "
                 f"most {most}"
             )
 
@@ -306,12 +306,11 @@ def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
     needed = sum(parameter.numel() for parameter in inner.parameters())
     if needed > 2 * stored:
         raise UserError(
-            f"{directory}: config.json describes {needed} parameters, the files hold {stored}; the two do not belong "
-            "together"
+            f"{directory}: config.json describes {needed} parameters, but the files hold {stored}; the two do not match"
         )
     others = sum(buffer.numel() * buffer.element_size() for buffer in inner.buffers())
     if others > max(SPARE_BYTES, 2 * stored):
-        raise UserError(f"{directory}: config.json asks for tables of {others} bytes besides the parameters")
+        raise UserError(f"{directory}: config.json requires tables of {others} bytes besides the parameters")
 
 
 @torch.no_grad()
@@ -366,7 +365,7 @@ def _config_of(inner: Any, head: Any) -> CausalLMConfig:
     if kinds or getattr(inner, "_is_stateful", False):
         raise UserError(f"{config.model_type} is not supported: its memory is {', '.join(kinds) or 'a state'}")
     if not isinstance(head, nn.Linear) or head.bias is not None or inner.base_model is inner:
-        raise UserError(f"{config.model_type} is not supported: its head is not one matrix")
+        raise UserError(f"{config.model_type} is not supported: its head is not a single matrix")
     limits = [getattr(config, name, None) for name in LIMITS]
     if limits[0] is None:
         raise UserError(f"{config.model_type} is not supported: config.json has no max_position_embeddings")

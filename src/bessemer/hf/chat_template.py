@@ -48,7 +48,7 @@ class ChatTemplate:
         if find_spec("jinja2") is None:
             raise UserError("chat templates of other models need jinja2: pip install 'bessemer[hf]'")
         if len(text) > LONGEST_TEMPLATE:
-            raise UserError(f"the chat template has {len(text)} characters, at most {LONGEST_TEMPLATE} are read")
+            raise UserError(f"the chat template has {len(text)} characters; the limit is {LONGEST_TEMPLATE}")
         self.text, self.names = text, names
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -59,10 +59,10 @@ class ChatTemplate:
             if error.out_of_time:
                 why = f"takes more than {CPU_SECONDS:g} s of processor time on one conversation"
             else:
-                why = f"ends the process that renders it ({error})"
-            raise UserError(f"the chat template of this model {why}; take the template of a model you trust") from error
+                why = f"crashes the process that renders it ({error})"
+            raise UserError(f"the chat template of this model {why}; use the template of a model you trust") from error
         if "error" in reply:
-            raise UserError(f"the chat template of this model refuses the conversation: {reply['error']}")
+            raise UserError(f"the chat template of this model rejects the conversation: {reply['error']}")
         return str(reply["text"])
 
 

@@ -83,14 +83,14 @@ def read_metadata(folder: Path) -> Metadata:
     except UserError:
         raise
     except Exception as error:  # an unpickler can raise anything
-        raise UserError(f"{path} is not a DCP checkpoint that can be read: {error}") from None
+        raise UserError(f"{path} is not a readable DCP checkpoint: {error}") from None
     if outside := [name for name in places if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise UserError(f"{path} places tensors outside of its folder, in {outside[0]}; it is damaged or hostile")
+        raise UserError(f"{path} places tensors outside its folder, in {outside[0]}; it is damaged or hostile")
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in shapes)
     there = sum(file.stat().st_size for file in folder.rglob("*.distcp") if file.is_file())
     if size > there:
         raise UserError(
-            f"{path} announces {size:,} bytes of tensors, the files beside it hold {there:,}; copy it again"
+            f"{path} declares {size:,} bytes of tensors, but the files beside it hold {there:,}; copy it again"
         )
     assert isinstance(metadata, Metadata), "it has the fields of one"
     return metadata
@@ -127,7 +127,7 @@ def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
                 with _alone():
                     dcp.load(state, storage_reader=reader, no_dist=True)
             except (Exception, CheckpointException):  # the latter is not an Exception, and its message is pages long
-                raise UserError(f"{folder}: tensor {name} cannot be read, its file is damaged; copy it again") from None
+                raise UserError(f"{folder}: tensor {name} cannot be read: its file is damaged; copy it again") from None
             yield name, state[name]
 
 
@@ -141,8 +141,8 @@ def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) ->
     found = [name for name in metadata.state_dict_metadata if name.endswith(hub.EMBEDDING)]
     if len(found) != 1:
         raise UserError(
-            f"{folder} has {len(found) or 'no'} tensors called {hub.EMBEDDING}; its tensors must have Hugging Face's "
-            f"names, these begin with {', '.join(list(metadata.state_dict_metadata)[:3])}"
+            f"{folder} has {len(found) or 'no'} tensors called {hub.EMBEDDING}; its tensors need Hugging Face's "
+            f"names, but the first here are {', '.join(list(metadata.state_dict_metadata)[:3])}"
         )
     prefix = found[0].removesuffix(hub.EMBEDDING)
     wanted = {prefix + slot.key: slot.key for slot in hub.slots(cfg)}

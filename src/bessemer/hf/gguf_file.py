@@ -111,8 +111,8 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     family = read_object(directory / "config.json").get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"{directory}: model_type {family!r} is not of the DeepSeek family, and only that is written as GGUF here; "
-            "convert it with llama.cpp's own convert_hf_to_gguf.py"
+            f"{directory}: model_type {family!r} is not in the DeepSeek family, the only one written as GGUF here; "
+            "convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     check_finished(directory)
     checkpoint, cfg, layout = hub.open_directory(directory, False, Transformer)
@@ -204,7 +204,7 @@ def _parts(item: GGUFTensor, checkpoint: Checkpoint) -> Iterator[memoryview]:
         made = exact.to(item.dtype)
         if not torch.equal(made.isfinite(), exact.isfinite()):
             raise UserError(
-                f"{checkpoint.entries[key].file}: tensor {key} holds values too large for {item.kind}; take float32"
+                f"{checkpoint.entries[key].file}: tensor {key} has values too large for {item.kind}; use float32"
             )
         yield made.contiguous().view(-1).view(torch.uint8).numpy().data
 
@@ -242,25 +242,25 @@ def _library() -> ModuleType:
 
 def check_network(cfg: ModelConfig, where: str) -> None:
     """Raises UserError for a network that llama.cpp's deepseek2 would compute differently or not load."""
-    cfg.require_latent(f"GGUF, in which {where} cannot be written,")
+    cfg.require_latent(f"{where}: GGUF")
     sparse = cfg.n_dense_layers < cfg.n_layers
     lite = cfg.n_layers in LITE_LAYERS or (cfg.n_layers, cfg.vocab_size) == (48, 128256)  # the latter: Kanana-2
     temperatures = f"mscale {cfg.mscale:g} and mscale_all_dim {cfg.mscale_all_dim:g}"
     betas = f"beta_fast {cfg.beta_fast:g} and beta_slow {cfg.beta_slow:g}"
     refused = {
-        f"YaRN with {temperatures}; llama.cpp takes one number, not 0, for both":
+        f"YaRN with {temperatures}; llama.cpp needs the same non-zero number for both":
             cfg.yarn and (cfg.mscale != cfg.mscale_all_dim or not cfg.mscale),
         f"YaRN with {betas}; llama.cpp always takes {BETAS[0]:g} and {BETAS[1]:g}":
             cfg.yarn and (cfg.beta_fast, cfg.beta_slow) != BETAS,
-        f"compressed queries in {cfg.n_layers} layers; llama.cpp takes a model of so many for V2-Lite, which has none":
+        f"compressed queries in {cfg.n_layers} layers; llama.cpp takes a model of that depth for V2-Lite, without them":
             lite and cfg.q_lora_rank > 0,
         "expert layers without shared experts; llama.cpp needs one": sparse and cfg.n_shared_experts == 0,
-        "shared experts of another width than the routed ones": sparse and cfg.own,
+        "shared experts that differ in width from the routed ones": sparse and cfg.own,
         f"groups rated by the best {cfg.n_rated_experts} of their experts; llama.cpp rates them by their two best":
             sparse and cfg.limited and cfg.n_rated_experts != 2,
         "route_scale 0, which llama.cpp reads as 1": sparse and cfg.route_scale == 0,
-        f"{cfg.n_layers} layers; llama.cpp holds {MAX_LAYERS}": cfg.n_layers > MAX_LAYERS,
-        f"{cfg.n_routed_experts} experts; llama.cpp holds {MAX_EXPERTS}":
+        f"{cfg.n_layers} layers; llama.cpp allows {MAX_LAYERS}": cfg.n_layers > MAX_LAYERS,
+        f"{cfg.n_routed_experts} experts; llama.cpp allows {MAX_EXPERTS}":
             sparse and cfg.n_routed_experts > MAX_EXPERTS,
     }  # fmt: skip
     for words, holds in refused.items():
@@ -327,7 +327,7 @@ def network_facts(cfg: ModelConfig) -> dict[str, Any]:
 def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
     """Tokenizer and chat template; `rows`: rows of the embedding, the last of which may have no token."""
     if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} has no tokenizer.json, and a GGUF file holds the tokenizer too; copy it there")
+        raise UserError(f"{directory} has no tokenizer.json, but a GGUF file includes the tokenizer; copy it there")
     spec, config = read_object(directory / "tokenizer.json"), read_object(directory / "tokenizer_config.json")
     check_pretokenizer(spec, str(directory / "tokenizer.json"))
     added = {token["id"]: token for token in spec["added_tokens"]}
@@ -335,8 +335,8 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
     text |= {number: token["content"] for number, token in added.items()}
     if max(text) >= rows:
         raise UserError(
-            f"{directory}: the tokenizer has {max(text) + 1} tokens, but the embedding {rows} rows; they do not "
-            "belong together"
+            f"{directory}: the tokenizer has {max(text) + 1} tokens, but the embedding has {rows} rows; they do not "
+            "match"
         )
     kinds = [NORMAL if number in text else UNUSED for number in range(rows)]
     for number, token in added.items():
@@ -373,7 +373,7 @@ def read_gguf(file: Path, tokenizer_dir: Path, dtype: torch.dtype = torch.float3
     except ImportError as error:
         raise UserError(f"{file.name}: GGUF files need more packages ({error}): pip install 'bessemer[hf]'") from None
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file}: transformers does not read this GGUF file ({error}); take safetensors") from error
+        raise UserError(f"{file}: transformers cannot read this GGUF file ({error}); use safetensors") from error
     tokenizer.save_pretrained(tokenizer_dir)
     # The weights are plain now, but the config still declares quantisation, so transformers would not save the model.
     config = inner.config

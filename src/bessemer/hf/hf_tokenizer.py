@@ -83,7 +83,7 @@ class HFTokenizer(Tokenizer):
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise UserError(
-                f"{directory} has no tokenizer.json. Where it has an older kind of tokenizer, "
+                f"{directory} has no tokenizer.json. If it has an older kind of tokenizer, "
                 "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
             )
         spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -117,7 +117,7 @@ class HFTokenizer(Tokenizer):
     def set_system(self, system: str) -> None:
         """Makes the template start every conversation without a system message with this one."""
         if self._template is None:
-            raise UserError("a system message needs a chat template of the model's own, and this model has none")
+            raise UserError("a system message needs the model's own chat template, and this model has none")
         self._adopt(add_system(self.chat_template, system))
 
     @property
@@ -158,7 +158,7 @@ class HFTokenizer(Tokenizer):
         whole = self._template([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
         begin = _first_difference(prompt, whole)
         if not whole[begin:].lstrip().startswith("\ue000"):
-            raise UserError("the chat template does not lead up to an answer; it must respect add_generation_prompt")
+            raise UserError("the chat template does not open an answer; it must respect add_generation_prompt")
         self._opening = prompt[begin:]
         end = next(self._controls(whole, begin), None)
         if end is None:
@@ -185,7 +185,7 @@ class HFTokenizer(Tokenizer):
                 if number < len(messages) - 1:  # an earlier turn without its thoughts: see the invariants of `chat`
                     continue
                 raise UserError(
-                    "the chat template leaves out part of the last answer (its thoughts, as a rule), which then could "
+                    "the chat template leaves out part of the last answer (usually its thoughts), which then could "
                     "not be trained on; give the model a template that keeps it"
                 )
             spans.append((len(before), end.end()))
@@ -321,6 +321,6 @@ def check_pretokenizer(spec: dict[str, Any], where: str) -> None:
         or any(token.get(way) for token in spec["added_tokens"] for way in ("lstrip", "rstrip", "single_word"))
     ):
         raise UserError(
-            f"{where} is not byte-level BPE with DeepSeek-V3's pre-split, and no other kind is written as GGUF here; "
-            "llama.cpp's own convert_hf_to_gguf.py may know it"
+            f"{where} is not byte-level BPE with DeepSeek-V3's pre-split, the only kind written as GGUF here; "
+            "llama.cpp's convert_hf_to_gguf.py may support it"
         )

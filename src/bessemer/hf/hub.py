@@ -212,7 +212,7 @@ def open_directory(
     checkpoint = Checkpoint(directory, fp8_block_size(values, str(directory / "config.json")))
     mtp_keys = {key for key in checkpoint.entries if is_mtp_key(key, cfg.n_layers)}
     if mtp and cfg.n_mtp and not mtp_keys:
-        warnings.warn(f"{directory} announces {cfg.n_mtp} MTP layers but has none; read without MTP", stacklevel=3)
+        warnings.warn(f"{directory} declares {cfg.n_mtp} MTP layers but has none; reading without MTP", stacklevel=3)
     if not mtp or not mtp_keys:
         cfg = _without_mtp(cfg)
     _check_sizes(cfg, checkpoint)
@@ -225,7 +225,7 @@ def check_kind(values: dict[str, Any], reward: bool, directory: Path) -> None:
     """Raises UserError for a reward model where a language model is needed, or the reverse."""
     if is_reward_model(values) != reward:
         stored, needed = ("language", "reward") if reward else ("reward", "language")
-        raise UserError(f"{directory} holds a {stored} model, a {needed} model is needed here; name another directory")
+        raise UserError(f"{directory} holds a {stored} model, but a {needed} model is needed; name another directory")
 
 
 def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -236,14 +236,14 @@ def _check_sizes(cfg: ModelConfig, checkpoint: Checkpoint) -> None:
     least = 8 * layers + 3 * sparse * cfg.n_routed_experts
     if least > n:
         raise UserError(
-            f"{where}: config.json announces {layers} layers with {cfg.n_routed_experts} experts, which are {least} "
-            f"tensors or more; the files hold {n}. The two do not belong together"
+            f"{where}: config.json declares {layers} layers with {cfg.n_routed_experts} experts, at least {least} "
+            f"tensors, but the files hold {n}; the two do not match"
         )
     for name in (*SIZES, *DENSE_SIZES * (cfg.n_dense_layers > 0), *SPARSE_SIZES * (sparse > 0)):
         if not 0 <= getattr(cfg, name) <= checkpoint.widest:
             raise UserError(
-                f"{where}: config.json has {FIELDS[name]} = {getattr(cfg, name)}, the files have no tensor wider than "
-                f"{checkpoint.widest}; the two do not belong together"
+                f"{where}: config.json has {FIELDS[name]} = {getattr(cfg, name)}, but no tensor is wider than "
+                f"{checkpoint.widest}; the two do not match"
             )
 
 

@@ -132,8 +132,8 @@ def check_installed() -> None:
 
 def own_family(stage: str) -> UserError:
     return UserError(
-        f'stage "{stage}": lora is for models of other families, which transformers computes, and this one is of the '
-        "DeepSeek V3 family; leave lora out, and all of its weights are trained"
+        f'stage "{stage}": lora is for models of other families, which transformers computes; this one is in the '
+        "DeepSeek V3 family; leave lora out to train all of its weights"
     )
 
 
@@ -147,7 +147,7 @@ def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage:
     for target in targets:
         if target not in known:
             raise UserError(
-                f'stage "{stage}": lora.targets names "{target}", and no matrix in the layers of {base} has that name; '
+                f'stage "{stage}": lora.targets names "{target}", but no matrix in the layers of {base} has that name; '
                 f"{nearest(target, sorted(known))}"
             )
     return _inject(network, config, targets, seed, base)
@@ -183,19 +183,19 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     if not (base / "config.json").is_file():
         raise UserError(f"there is no model at {base}, the base of {adapter}; name its directory with --like")
     if (adapter / BASE).is_file() and read_object(adapter / BASE).get("sha256") != _fingerprint(base):
-        raise UserError(f"{adapter} was trained on another base than {base}: the SHA-256 of its weights differs")
+        raise UserError(f"{adapter} was not trained on {base}: the SHA-256 of the weights differs")
     rewards = is_reward_model(read_object(base / "config.json"))
     model: CausalLM = load(base, dtype, kind=CausalScorer if rewards else CausalLM)
     if values.get("task_type") == LoRAScorer.task and model.head is None:
         model = CausalScorer.of(model, 0)  # its new head is the adapter's
     if unknown := set(targets) - _matrices(model):
-        raise UserError(f"{adapter} belongs to another base than {base}, which has no matrix {min(unknown)}")
+        raise UserError(f"{adapter} belongs to another base: {base} has no matrix {min(unknown)}")
     made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
     stored, own = read_header(adapter / WEIGHTS), made.adapters()
     for name in sorted(stored.keys() | own.keys()):
         here, asked = (str([*one[name].shape]) if name in one else "not there" for one in (stored, own))
         if here != asked:
-            raise UserError(f"{adapter} does not fit {base}: {name} is {here}, and should be {asked}")
+            raise UserError(f"{adapter} does not fit {base}: {name} is {here}, but should be {asked}")
     for name, tensor in safetensors.torch.load_file(adapter / WEIGHTS).items():
         own[name].copy_(tensor)
     made.merged().save(target, tokenizer_dir=base)
@@ -206,17 +206,17 @@ def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig
     if values.get("peft_type") != "LORA":
         raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
     if values.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
-        raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); peft alone merges it")
+        raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); only peft can merge it")
     for key, value in values.items():
         if key == "modules_to_save" and values.get("task_type") == LoRAScorer.task and isinstance(value, list):
             value = [name for name in value if name not in SAVED]  # peft names them again at every save
         if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
-            raise UserError(f"{adapter}: adapter_config.json sets {key}, which peft alone merges (merge_and_unload)")
+            raise UserError(f"{adapter}: adapter_config.json sets {key}, which only peft can merge (merge_and_unload)")
     rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
     if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-        raise UserError(f"{adapter}: target_modules is no list of names; save the adapter again with peft")
+        raise UserError(f"{adapter}: target_modules is not a list of names; save the adapter again with peft")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int) or alpha < 1:
-        raise UserError(f"{adapter}: r and lora_alpha must be whole numbers from 1 on, not {rank} and {alpha}")
+        raise UserError(f"{adapter}: r and lora_alpha must be whole numbers of at least 1, not {rank} and {alpha}")
     return LoRAConfig(rank=rank, alpha=alpha), [name.split(".")[-1] for name in targets]
 
 

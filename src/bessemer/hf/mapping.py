@@ -100,8 +100,8 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
         warnings.warn("transformers ignores norm_topk_prob for deepseek_v2: its logits will differ", stacklevel=2)
     if not v2 and cfg.limited and cfg.n_rated_experts != 2:
         warnings.warn(
-            "transformers and other engines rate a group by its two best experts, this model by the best "
-            f"{cfg.n_rated_experts} (K/M): they will choose other experts", stacklevel=2,
+            "transformers and other engines rate a group by its two best experts, but this model by its best "
+            f"{cfg.n_rated_experts} (K/M): they will choose different experts", stacklevel=2,
         )  # fmt: skip
     values = {theirs: getattr(cfg, ours) for ours, theirs in FIELDS.items() if cfg.own or ours not in OWN}
     values["q_lora_rank"] = cfg.q_lora_rank or None
@@ -166,7 +166,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         ours[name] = value
     cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
     if cfg.own and family != "bessemer":
-        raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not a network of {family}; it must be positive")
+        raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not valid for {family}; it must be positive")
     return cfg
 
 
@@ -179,7 +179,7 @@ def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:
         stated_old = values.get("rope_scaling") is not None or values.get("rope_theta") is not None
         if stated_old and new != old:
             raise UserError(
-                f"{where}: rope_theta and rope_scaling say {old}, rope_parameters says {new}; delete the wrong spelling"
+                f"{where}: rope_theta and rope_scaling say {old}, but rope_parameters says {new}; delete the wrong one"
             )
         old = new
     planned = values.get("bessemer") or {}

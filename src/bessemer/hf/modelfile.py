@@ -65,7 +65,7 @@ def template(style: str, bos: str = chat.BOS) -> str:
 def path_of(file: Path) -> Path:
     """Next to the GGUF file and named after it, so that other models in the folder have their own."""
     if file.suffix == SUFFIX:
-        raise UserError(f"{file} is what the Modelfile beside the GGUF file would be called; name it NAME.gguf")
+        raise UserError(f"{file} would be the name of the Modelfile beside the GGUF file; name the latter NAME.gguf")
     return file.with_suffix(SUFFIX)
 
 
@@ -80,7 +80,7 @@ def write(directory: str | Path, file: str | Path) -> Path:
 def text(directory: Path, name: str) -> str:
     """The text of the Modelfile for a file `name` in the same folder."""
     if not name.isprintable():
-        raise UserError(f"{name!r} holds characters that a Modelfile cannot name; name the file plainly")
+        raise UserError(f"{name!r} has characters that a Modelfile cannot hold; choose a plainer file name")
     config, style = read_object(directory / "tokenizer_config.json"), style_of(directory)
     lines = [f"# ollama create {Path(name).stem} -f {path_of(Path(name))}", f"FROM ./{name}"]
     if style is None:

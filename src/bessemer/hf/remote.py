@@ -27,7 +27,7 @@ def address(spec: str) -> tuple[str, str | None]:
     name, _, revision = spec.removeprefix(HUB).partition("@")
     if len(name.split("/")) != 2 or not all(name.split("/")):
         form = f"{HUB if spec.startswith(HUB) else ''}owner/name"
-        raise UserError(f"{spec!r} must read {form}, optionally with @REVISION (a commit, to pin it)")
+        raise UserError(f"{spec!r} must have the form {form}, optionally with @REVISION (a commit, to pin it)")
     return name, revision or None
 
 
@@ -68,7 +68,7 @@ def pull(spec: str, target: Path) -> str:
         raise UserError(f"{target} exists already; name a new directory")
     found = snapshot(name, revision)
     if not (found / "config.json").is_file():
-        raise UserError(f"{name} has no config.json, so it is no model in Hugging Face's form")
+        raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face's format")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -81,7 +81,7 @@ def pull(spec: str, target: Path) -> str:
 
 def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path:
     """The folder of a repository's files in the client's cache, or in `cache`; it is named after the commit."""
-    with _explained(f"cannot download {HUB}{name}", "the same command goes on with what is missing"):
+    with _explained(f"cannot download {HUB}{name}", "the same command downloads what is missing"):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache))
@@ -109,9 +109,9 @@ def _explained(what: str, again: str) -> Iterator[None]:
         status = _status(error)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-            fix = "log in (hf auth login), or set HF_TOKEN to a token that may write"
+            fix = "log in (hf auth login), or set HF_TOKEN to a token with write access"
         elif status == 403:
-            fix = "the token may not do this there; take one with the right to write, or another owner"
+            fix = "the token does not allow this; use one with write access, or another owner"
         elif status == 404:
             fix = "check the name and the revision; a private repository also needs a token (HF_TOKEN)"
         else:

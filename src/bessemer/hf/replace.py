@@ -49,7 +49,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
         raise UserError(f"{target} is a file; name a directory")
     known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     if target.is_dir() and any(target.iterdir()) and not known:
-        raise UserError(f"{target} has files but is no model directory; name an empty or a new directory")
+        raise UserError(f"{target} has files but is not a model directory; name an empty or a new directory")
     target = target.resolve()
     fresh, old = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old"))
     try:
@@ -68,7 +68,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
         sync_folder(target.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is as it was. "
+            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is unchanged. "
             f"{_remedy(error, target)}"
         ) from error
     finally:

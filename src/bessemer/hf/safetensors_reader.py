@@ -88,8 +88,8 @@ class Checkpoint:
                 raise UserError(f"{self.directory}: tensor {slot.key} is missing; {AGAIN}")
             if entry.shape != slot.shape:
                 raise UserError(
-                    f"{entry.file}: tensor {slot.key} is {list(entry.shape)}, but config.json asks for "
-                    f"{list(slot.shape)}; the two do not belong together"
+                    f"{entry.file}: tensor {slot.key} is {list(entry.shape)}, but config.json requires "
+                    f"{list(slot.shape)}; the two do not match"
                 )
             expected.add(slot.key)
             if entry.dtype is torch.float8_e4m3fn:
@@ -101,7 +101,7 @@ class Checkpoint:
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise UserError(
-                f"{self.entries[extra[0]].file}: tensor {extra[0]}{more} has no place in a model of this config.json; "
+                f"{self.entries[extra[0]].file}: tensor {extra[0]}{more} has no place in the model of config.json; "
                 "correct config.json or the file"
             )
 
@@ -146,7 +146,7 @@ def _fill(file: FileIO, view: memoryview, entry: Entry, key: str) -> None:
     while view:
         count = file.readinto(view)
         if not count:
-            raise UserError(f"{entry.file}: tensor {key} is cut short; {AGAIN}")
+            raise UserError(f"{entry.file}: tensor {key} is truncated; {AGAIN}")
         view = view[count:]
 
 
@@ -157,9 +157,9 @@ def read_header(file: Path) -> dict[str, Entry]:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
-                raise UserError(f"{file}: cut short or not a safetensors file ({size} bytes); {AGAIN}")
+                raise UserError(f"{file}: truncated, or not a safetensors file ({size} bytes); {AGAIN}")
             if length > MAX_HEADER:
-                raise UserError(f"{file}: its header has {length} bytes, at most {MAX_HEADER} are read; {AGAIN}")
+                raise UserError(f"{file}: its header has {length} bytes; the limit is {MAX_HEADER}; {AGAIN}")
             header = parse_object(stream.read(length), str(file))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist, although {INDEX} names it; {AGAIN}") from None
@@ -210,7 +210,7 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
         if pickled:
             raise UserError(
                 f"{directory / pickled[0]} is a pickle, which can run any code when opened, so it is refused; "
-                "take the safetensors files of the same model"
+                "use the safetensors files of the same model"
             )
         raise UserError(f"{directory} has no safetensors file")
     placed: dict[Path, set[str]] = {}
@@ -219,7 +219,7 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
         raise UserError(f"{directory / INDEX} has no weight_map; {AGAIN}")
     for key, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{directory / INDEX}: {key} is placed in {name!r}, which is no plain file name")
+            raise UserError(f"{directory / INDEX}: {key} is placed in {name!r}, which is not a plain file name")
         placed.setdefault(directory / name, set()).add(key)
     stray = sorted(present - {path.name for path in placed})
     if stray:

@@ -103,7 +103,7 @@ def verify(directory: Path, plan: list[TensorSpec], sums: dict[str, int]) -> Non
             where = entry.file if entry else directory
             raise UserError(f"{where}: tensor {item.key} reads back differently from what was written; check the disk")
     if len(written.entries) != len(plan):
-        raise UserError(f"{directory}: {len(written.entries)} tensors on disk, {len(plan)} were written")
+        raise UserError(f"{directory}: {len(written.entries)} tensors on disk, but {len(plan)} were written")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def fp8_block_size(values: dict[str, Any], where: str) -> int:
     if method != "fp8" or fmt != "e4m3" or rows != columns:
         raise UserError(
             f"{where}: quantisation {method} {fmt} in blocks {rows} x {columns} is not supported; "
-            "only fp8 e4m3 in square blocks is. Take the original weights"
+            "only fp8 e4m3 in square blocks is. Use the original weights"
         )
     return rows
 
@@ -209,7 +209,7 @@ class Export:
             ):
                 raise UserError(
                     f"{written.entries[slot.key].file}: the FP8 tensor {slot.key} with its scales does not represent "
-                    "its source matrix; nothing was exported. This is an error of the program, not of the model: "
+                    "its source matrix; nothing was exported. This is a bug in the program, not in the model: "
                     "export without FP8 and report it"
                 )
 
@@ -261,8 +261,8 @@ def _warn_of_misreading(layout: list[Slot]) -> None:
         cuts = zip(slot.shape, scale_shape(slot.shape, BLOCK), strict=True)
         if any(n > 1 and size % n == 0 and size != n * BLOCK for size, n in cuts):
             warnings.warn(
-                f"{slot.key} {list(slot.shape)} is not cut evenly by tiles of {BLOCK}: transformers (5.24 was tried) "
-                "reads such FP8 matrices wrongly; use an export without FP8 there",
+                f"{slot.key} {list(slot.shape)} does not divide into tiles of {BLOCK}: transformers (5.24 was tested) "
+                "misreads such FP8 matrices; use an export without FP8 there",
                 stacklevel=7,
             )
             return

@@ -66,7 +66,7 @@ def compiler() -> list[str]:
     for words in [named] if named else (["g++"], ["c++"], ["clang++"]):
         if path := shutil.which(words[0]):
             return [path, *words[1:]]
-    missing = f"no compiler {named[0]}, which CXX names" if named else "no C++ compiler"
+    missing = f"CXX names {named[0]}, which is not found" if named else "no C++ compiler"
     raise BuildError(f"{missing}; install g++", final=True)
 
 
@@ -91,7 +91,7 @@ def built(instructions: str) -> Path:
                 _build_once(command, flags, path)
     except OSError as error:
         why = f"the kernels cannot be built in {folder} ({error.strerror or error})"
-        raise BuildError(f"{why}; make room, or set {cache.VARIABLE} to another folder", final=True) from None
+        raise BuildError(f"{why}; free some space, or set {cache.VARIABLE} to another folder", final=True) from None
     return path
 
 
@@ -149,7 +149,7 @@ def _build(command: Sequence[str], flags: Sequence[str], path: Path) -> None:
         libraries = () if sys.platform == "darwin" else ("-ldl",)
         _run([[*command, "-shared", "-o", str(result), *objects, *libraries]], until, work)
         if not result.is_file():
-            raise BuildError(f"{command[0]} reports success and writes nothing")
+            raise BuildError(f"{command[0]} reported success but wrote nothing")
         result.chmod(0o700)
         _try(result)
         digest = Path(work, "sha256")
@@ -220,7 +220,7 @@ def _finished(name: str, job: subprocess.Popen[bytes], message: bytes, until: fl
     assert job.stderr is not None
     job.stderr.close()
     if status < 0:
-        raise BuildError(f"{name} was ended by {_signal(status)}")
+        raise BuildError(f"{name} was killed by {_signal(status)}")
     if status:
         text = message.decode(errors="replace")
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -248,7 +248,7 @@ def _try(library: Path) -> None:
     try:
         trial = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise BuildError("the built kernels do not return", final=True) from None
+        raise BuildError("the built kernels hang", final=True) from None
     if trial.returncode < 0:
         raise BuildError(f"the built kernels crash ({_signal(trial.returncode)})")
     if trial.returncode == 2:

@@ -34,7 +34,7 @@ def sort(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     order_M, count_E = torch.empty(expert_NK.numel(), dtype=torch.int64), torch.empty(n_experts, dtype=torch.int64)
     call("experts_order", "piipp", expert_NK.contiguous(), len(order_M), n_experts, count_E, order_M)
     if int(count_E.sum()) != len(order_M):
-        raise IndexError(f"a token chose an expert that is none of the {n_experts}")
+        raise IndexError(f"a token chose an expert that is not one of the {n_experts}")
     return order_M, count_E
 
 

@@ -34,7 +34,7 @@ class Fused:
             self.works = False
             why = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(
-                f"{self.module}.{self.name} does not work here ({why}) and runs as several kernels of torch, slower; "
+                f"{self.module}.{self.name} does not work here ({why}), so several slower torch kernels run instead; "
                 "Triton needs gcc and Python's headers (apt install gcc python3-dev)",
                 stacklevel=2,
             )

@@ -82,7 +82,7 @@ def _found() -> tuple[ctypes.CDLL | None, Status]:
         return None, Status("off", f"off ({VARIABLE}=off)")
     if wanted != "auto" and wanted not in build.FLAGS:
         names = ", ".join(("auto", "off", *build.FLAGS))
-        return None, Status("off", f'off ({VARIABLE}="{wanted}" is none of {names})')
+        return None, Status("off", f'off ({VARIABLE}="{wanted}" is not one of {names})')
     reasons: list[str] = []
     for instructions in _candidates() if wanted == "auto" else [wanted]:
         try:

@@ -193,8 +193,8 @@ def _tried(
         except RuntimeError as error:
             troubles.append(f"{kind}: {str(error).splitlines()[0]}")
     warnings.warn(
-        f"no fused attention serves heads of width {width} and {value} in {dtype} here ({'; '.join(troubles)}): scores "
-        "go through memory, slowly, and grow with the square of the length",
+        f"no fused attention supports heads of width {width} and {value} in {dtype} here ({'; '.join(troubles)}): "
+        "scores go through memory, slowly, and grow with the square of the length",
         stacklevel=2,
     )
     return "math"

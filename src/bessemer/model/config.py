@@ -127,7 +127,7 @@ class ModelConfig(BaseModel):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.n_kv_heads and self.kv_lora_rank:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} needs kv_lora_rank 0: heads share a latent already")
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} needs kv_lora_rank 0: heads already share a latent")
         if self.kv_norm and self.kv_lora_rank:
             raise ValueError("kv_norm needs kv_lora_rank 0: a latent is normalised already")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
@@ -203,7 +203,7 @@ class ModelConfig(BaseModel):
         """Raises UserError unless attention is MLA; for code that reads the latent. `what` names that code."""
         if not self.kv_lora_rank:
             raise UserError(
-                f"{what} serves multi-head latent attention alone; this network has kv_lora_rank = 0, which can be "
+                f"{what} supports only multi-head latent attention; this network has kv_lora_rank = 0, which can be "
                 "trained and scored, in BF16 or float32"
             )
 

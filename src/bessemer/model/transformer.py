@@ -35,9 +35,7 @@ from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.precision.fp8_linear import FP8Recipe
 
-RECOMPUTES_ITSELF = (
-    "training in FP8 recomputes norms, gates and activations by itself; choose no phases for it (recompute = [])"
-)
+RECOMPUTES_ITSELF = "training in FP8 already recomputes norms, gates and activations; set recompute = []"
 
 
 APART = 20e9
@@ -303,8 +301,8 @@ class Scorer(Transformer):
         """A copy of a language model's body with a new head."""
         if not isinstance(model, Transformer):
             raise UserError(
-                f"this network with a scalar head starts from one of the DeepSeek family, not from "
-                f"{type(model).__name__}; use a model that this program trained or read as deepseek_v3 or deepseek_v2"
+                "a network with a scalar head must start from a model of the DeepSeek family, not from "
+                f"{type(model).__name__}; use a model that Bessemer trained or read as deepseek_v3 or deepseek_v2"
             )
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         scorer = cls(model.cfg).to_compute(dtype).to(device)

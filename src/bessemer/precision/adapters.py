@@ -81,7 +81,7 @@ def _triton_refuses(call: Call) -> str | None:
     if call.name in ("pack_e5m6", "unpack_e5m6") and call.shape and call.shape[1] % 8:
         return f"it packs eight numbers into three words: K must be a multiple of 8, not {call.shape[1]}"
     if call.name in ("rms_norm", "rms_norm_backward") and call.shape and call.shape[1] > 16384:
-        return f"a program takes a whole row, of 16384 numbers at most; these have {call.shape[1]}"
+        return f"a program takes a whole row of at most 16384 numbers; these have {call.shape[1]}"
     return None
 
 
@@ -111,7 +111,7 @@ def by_pointers(device: torch.device, *values: Tensor) -> str | None:
     `values`: the contiguous values of operands, to check these too."""
     forced = os.environ.get(LOADS)
     if forced not in (None, "", "pointers"):
-        raise UserError(f"{LOADS}={forced} names no way of loading; unset it, or set it to pointers")
+        raise UserError(f"{LOADS}={forced} is not a way of loading; unset it, or set it to pointers")
     if forced:
         return f"{LOADS}=pointers"
     if device.type != "cpu" and _capability(device)[0] != 9:
@@ -227,7 +227,7 @@ def _deep_gemm_refuses(call: Call) -> str | None:
     if wgrad and call.shape and call.shape[0] % 64:
         return f"rows of a gradient must be a multiple of 64, not {call.shape[0]}"
     if wgrad and isinstance(call.count, DeviceCounts):
-        return "for weight gradients it asks the host for every group's rows, which the device alone knows"
+        return "for weight gradients it asks the host for every group's rows, which only the device knows"
     if wgrad:
         return _deep_gemm_lacks(K_GROUPED)
     count = call.count

@@ -198,7 +198,7 @@ def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
     if not forced:
         return next(BACKENDS[b] for b in ORDER if BACKENDS[b].refuses(call) is None)
     if forced not in BACKENDS:
-        raise UserError(f"{VARIABLE}={forced} names no backend; unset it, or use one of: {', '.join(ORDER)}")
+        raise UserError(f"{VARIABLE}={forced} is not a backend; unset it, or use one of: {', '.join(ORDER)}")
     if why := BACKENDS[forced].refuses(call):
         others = ", ".join(b for b in ORDER if BACKENDS[b].refuses(call) is None)
         raise UserError(f"{VARIABLE}={forced} cannot serve {name}: {why}; unset it, or use one of: {others}")

@@ -70,7 +70,7 @@ FIRST_WITH_BF16 = (8, 0)
 def on_gpu(precision: str, name: str, capability: tuple[int, int]) -> Choice:
     """The compute dtype on a GPU for a stage's `precision`. By default BF16 if the card has it: float32 runs at a tenth
     of that rate, so nothing is measured. Raises UserError if `precision` asks for BF16 and the card lacks it."""
-    lacks = f"{name} has no BF16: its compute capability is {'.'.join(map(str, capability))}, and 8.0 the first with it"
+    lacks = f"{name} has no BF16: its compute capability is {'.'.join(map(str, capability))}, and BF16 needs 8.0"
     if precision == "float32":
         return Choice(torch.float32, "float32 (set by the recipe)")
     if capability >= FIRST_WITH_BF16:
@@ -138,7 +138,7 @@ def device() -> torch.device:
     if idle := idle_gpu():
         raise UserError(idle)
     if (wanted := os.environ.get(VARIABLE, "auto")) not in ("auto", "cpu"):
-        raise UserError(f'{VARIABLE} is "{wanted}"; it may be "auto" or "cpu"')
+        raise UserError(f'{VARIABLE} is "{wanted}"; it must be "auto" or "cpu"')
     if torch.cuda.is_available():
         return torch.device("cuda")  # CUDA_VISIBLE_DEVICES=-1 hides it
     mps = wanted == "auto" and "RANK" not in os.environ and torch.backends.mps.is_available()  # gloo lacks MPS
@@ -177,7 +177,7 @@ def uncompiled(error: str) -> str:
     )
     fix = "install gcc and Python's headers (apt install gcc python3-dev)"
     if "triton installation" in why:
-        fix = f"install the Triton that belongs to torch {torch.__version__} (pip install triton)"
+        fix = f"install the Triton that matches torch {torch.__version__} (pip install triton)"
     return f"torch.compile does not work here ({why[:200]}): layers run uncompiled, slower; {fix}"
 
 

@@ -53,7 +53,7 @@ class CodeFile(SandboxedTask, FileTask):
     def read(cls, record: dict[str, Any], where: str) -> Question:
         question = cls.text(record, where, STATEMENTS)
         if record.get("checker") or record.get("generated_checker"):
-            raise cls.wrong(where, "this problem needs a checker of its own, which is not run; leave it out", record)
+            raise cls.wrong(where, "this problem needs its own checker, which is not run; leave it out", record)
         try:
             function, tests = tests_of(record)
             seconds, memory_mb, tolerance = limits_of(record)
@@ -138,14 +138,14 @@ def limits_of(record: dict[str, Any]) -> tuple[float, int, float]:
     if not 0 < seconds <= 60:
         raise ValueError(f"the time limit is {seconds} seconds; it must be above 0 and at most 60")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance <= 0.1:
-        raise ValueError(f"the tolerance is {tolerance!r}; it is a number of at most 0.1")
+        raise ValueError(f"the tolerance is {tolerance!r}; it must be a number of at most 0.1")
     return seconds, min(max(int(memory_mb), 64), 4096), tolerance  # an interpreter does not start in less than 64
 
 
 def _quantity(value: Any, field: str) -> float:
     match = _QUANTITY.fullmatch(str(value)) if isinstance(value, str | int | float) else None
     if match is None:
-        raise ValueError(f"{field!r} is {value!r}, no number of seconds or MB")
+        raise ValueError(f"{field!r} is {value!r}, not a number of seconds or MB")
     return float(match[1]) / (1000 if match[2] and match[2].startswith("m") and "b" not in match[2] else 1)
 
 
@@ -164,7 +164,7 @@ def _texts(number: int, given: Any, expected: Any) -> tuple[str, str]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"test {number}: input and output of a program are text; a function needs 'entry_point'")
     if not texts[1].strip():
-        raise ValueError(f"test {number} expects an empty output, which a program that does nothing gives; remove it")
+        raise ValueError(f"test {number} expects empty output, which a program that does nothing also gives; remove it")
     if len(texts[0]) > sandbox.INPUT_LIMIT:
         raise ValueError(f"the input of test {number} is longer than {sandbox.INPUT_LIMIT:,} characters; remove it")
     return texts[0], texts[1]

@@ -71,7 +71,7 @@ class ServerEnvironment(Environment):
             self.url, self.name = url.rstrip("/"), f"env:{url}"
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
-            raise UserError(f"{self.name}: {self.url!r} is no URL of a server; write env:http://127.0.0.1:8000")
+            raise UserError(f"{self.name}: {self.url!r} is not the URL of a server; write env:http://127.0.0.1:8000")
         super().__init__(**settings)
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
@@ -206,4 +206,4 @@ def _parsed(text: bytes | str, url: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise EnvironmentFailure(f"{url} answered with what is no JSON") from error
+        raise EnvironmentFailure(f"{url} answered with something that is not JSON") from error

@@ -206,7 +206,7 @@ def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
         stuck = sum(other.name == STUCK and other.is_alive() for other in threading.enumerate())
         if stuck >= MOST_STUCK:
             raise UserError(
-                f"{stuck} calls of tools or environments have not returned; give them time limits of their own"
+                f"{stuck} calls of tools or environments have not returned; give them their own time limits"
             )
         raise TimeoutError
     if errors:

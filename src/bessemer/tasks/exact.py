@@ -57,7 +57,7 @@ class MultipleChoice(FileTask):
             raise cls.wrong(where, "no list of 2 to 26 choices under 'choices' or 'options'", record)
         choices = [" ".join(str(one).split()) if isinstance(one, str | int | float) else "" for one in listed]
         if not all(choices):
-            raise cls.wrong(where, "a choice is empty or no text", record)
+            raise cls.wrong(where, "a choice is empty or not text", record)
         answer = next((record[name] for name in ("answer", "answerKey", "answer_letter") if name in record), None)
         if isinstance(answer, int) and not isinstance(answer, bool):
             places = {answer} & set(range(len(choices)))
@@ -103,7 +103,7 @@ class Puzzle(FileTask):
         if answer is None or answer in ("", [], {}) or (isinstance(answer, str) and not answer.strip()):
             raise cls.wrong(where, "no answer under 'answer'", record)
         if not _valued(answer):
-            raise cls.wrong(where, f"the answer {answer!r} is no value, or holds one that is none", record)
+            raise cls.wrong(where, f"the answer {answer!r} is not a value, or contains one that is not", record)
         return Question(question, {"gold": answer})
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:

@@ -106,9 +106,7 @@ class FileTask(Task):
         if isinstance(value, list):
             message = value[0] if len(value) == 1 and isinstance(value[0], dict) else {}
             if message.get("role") != "user":
-                raise cls.wrong(
-                    where, "a task asks one question, so its list must hold one message of the user", record
-                )
+                raise cls.wrong(where, "a task asks one question, so its list must hold one user message", record)
             value = message.get("content")
         if not isinstance(value, str) or not value.strip():
             raise cls.wrong(where, f"no text under {' or '.join(map(repr, names))}", record)
@@ -195,14 +193,14 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
             raise UserError(f"{where}: a {type(record).__name__}; a line of {kind.family}:PATH is {kind.form}")
         for name, family in _TELLTALES.items():
             if record.get(name) and family != kind.family:
-                raise kind.wrong(where, f"the field {name!r} is one of {family}:PATH", record)
+                raise kind.wrong(where, f"the field {name!r} belongs to {family}:PATH", record)
         question = kind.read(record, where)
         language = record.get("language", language_of(question.text))
         if language not in ("en", "zh"):
-            raise kind.wrong(where, f"the language {language!r} is not known, use 'en' or 'zh'", record)
+            raise kind.wrong(where, f"the language {language!r} is not known; use 'en' or 'zh'", record)
         own = _id(record)
         if own is not None and ids.setdefault(own, number) != number:
-            raise UserError(f"{where}: the id {own!r} is that of line {ids[own]} too; give every line its own")
+            raise UserError(f"{where}: the id {own!r} is also that of line {ids[own]}; give every line its own")
         index.offsets.append(offset)
         index.lines.append(number)
         index.languages.append(language)
@@ -213,7 +211,7 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
             pending.clear()
     kind.check(pending)
     if not index.lines:
-        raise UserError(f"{path} holds no problem; a line of {kind.family}:PATH is {kind.form}")
+        raise UserError(f"{path} contains no problem; a line of {kind.family}:PATH is {kind.form}")
     return index
 
 

@@ -74,13 +74,13 @@ class Maths(FileTask):
             raise cls.wrong(where, "no text or number under 'answer'", record)
         _worked, mark, final = str(answer).rpartition("####")
         if cls.family == "gsm8k" and not mark:
-            hint = "use jsonl:PATH where 'answer' is the final answer alone"
+            hint = "use jsonl:PATH if 'answer' is only the final answer"
             raise cls.wrong(where, f"the answer has no '#### n'; {hint}", record)
         gold = peeled(final)
         if not gold or len(gold) > MAX_CHARS:
             raise cls.wrong(where, f"the final answer is empty or longer than {MAX_CHARS} characters", record)
         if no_value(gold, "null", "none"):
-            raise cls.wrong(where, f"the final answer {gold!r} is no value; leave the line out", record)
+            raise cls.wrong(where, f"the final answer {gold!r} is not a value; leave the line out", record)
         try:
             measured = _measured(record, gold)
         except ValueError as error:
@@ -98,8 +98,8 @@ class Maths(FileTask):
         if golds and not _readable(list(golds)):
             for gold, where in golds.items():
                 if not _readable([gold]):
-                    fault = f"the answer {gold!r} is no number, word or LaTeX expression with a value; correct the line"
-                    raise UserError(f"{where}: {fault}, or use puzzle:PATH where an answer is text")
+                    fault = f"the answer {gold!r} is not a number, word or LaTeX expression with a value; fix the line"
+                    raise UserError(f"{where}: {fault}, or use puzzle:PATH if an answer is text")
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         gold = problem.meta["gold"]
@@ -188,7 +188,7 @@ def _measured(record: dict[str, Any], gold: str) -> dict[str, Any]:
     if not isinstance(unit, str) or isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
         raise ValueError("'unit' must be text and 'tolerance' a number")
     if not 0 <= tolerance <= 0.1:
-        raise ValueError(f"the tolerance {tolerance} is relative and at most 0.1")
+        raise ValueError(f"the tolerance {tolerance} must be relative and at most 0.1")
     if found and parse_quantity(gold, unit) is None:
         raise ValueError(f"the answer {gold!r} is not a number, with or without the unit {unit!r}")
     return found

@@ -101,7 +101,7 @@ class Needle(Task):
         end = "\n" + STEM.format(key=key)
         room = size - measure(end) - sum(measure(_sentence(fact)) for fact in facts)
         if room <= 0:
-            raise UserError(f"needle: {needles} needles do not fit into {size}; take fewer needles or a longer text")
+            raise UserError(f"needle: {needles} needles do not fit into {size}; use fewer needles or a longer text")
         pieces, salt = self._filler(split, rng, room, measure), rng.random()
         while True:
             prompt = _plant(pieces, facts, depth, random.Random(salt)) + end
@@ -140,7 +140,7 @@ class Needle(Task):
         """Pieces of consecutive text, document after document, that together measure at most `room`."""
         documents = self._pieces.get(split, [])
         if not any(documents):
-            raise UserError(f"needle: there is no text for its {split} split; give a source with more documents")
+            raise UserError(f"needle: there is no text for its {split} split; use a source with more documents")
         filler: list[str] = []
         at = rng.randrange(len(documents))
         first = rng.randrange(len(documents[at])) if documents[at] else 0
@@ -158,7 +158,7 @@ class Needle(Task):
 def _facts(rng: random.Random, split: str, count: int) -> list[_Fact]:
     """`count` pairs (key, word) with keys of this split, all speakers and words different."""
     if count > len(SPEAKERS):
-        raise UserError(f"needle: {count} needles are too many; take at most {len(SPEAKERS)}")
+        raise UserError(f"needle: {count} needles are too many; use at most {len(SPEAKERS)}")
     facts: list[_Fact] = []
     words = rng.sample(WORDS, count)
     while len(facts) < count:

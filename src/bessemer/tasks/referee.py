@@ -111,7 +111,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """work() in a fork with limits. An exception of `work` counts as a crash."""
     if not hasattr(os, "fork"):
-        return {"error": "this system forks no processes, without which text of a model is not judged safely"}
+        return {"error": "this system cannot fork processes, without which a model's text cannot be judged safely"}
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -31,7 +31,7 @@ def task(name: str, **settings: Any) -> Task:
     """The task `FILE.py:CLASS`. It carries that name, by which a run finds it again."""
     found = _load(name)
     if not isinstance(found, type) or not issubclass(found, Task):
-        raise UserError(f"{name} is no task; derive the class from bessemer.tasks.Task")
+        raise UserError(f"{name} is not a task; derive the class from bessemer.tasks.Task")
     plays = issubclass(found, Environment) and found.reset is not Environment.reset  # its episodes judge
     for method in ("make",) if plays else ("make", "grade"):
         if getattr(found, method) is getattr(Task, method) and found.verify is Task.verify:
@@ -45,7 +45,7 @@ def reward_function(name: str) -> RewardFunction:
     """The function `FILE.py:FUNCTION` of a recipe's `reward`."""
     found = _load(name)
     if not callable(found) or isinstance(found, type):
-        raise UserError(f"{name} is no function; write def {name.rpartition(':')[2]}(problem, answer, verdict): ...")
+        raise UserError(f"{name} is not a function; write def {name.rpartition(':')[2]}(problem, answer, verdict): ...")
     return found
 
 

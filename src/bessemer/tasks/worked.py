@@ -58,6 +58,6 @@ def examples(task: Task, language: str, key: str) -> Iterator[Written]:
         if page.author != "direct" and verdict.sound and consistency(page.response, language) == 1:
             yield page
     raise UserError(
-        f"{task.name}: among {LOOKED_AT} pages in {language} are too few worked examples that leave an answer room; "
-        "take fewer shots, or lower max_new_tokens (--max-tokens)"
+        f"{task.name}: too few worked examples among {LOOKED_AT} pages in {language} leave room for an answer; "
+        "use fewer shots, or lower max_new_tokens (--max-tokens)"
     )

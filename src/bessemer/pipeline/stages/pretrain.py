@@ -79,7 +79,7 @@ class Pretrain(Stage[_Config]):
         check_stages(config, recipe)
         cfg = lineage.config_of(recipe, config.name)
         if cfg is not None and config.prompts:
-            cfg.require_latent(f'stage "{config.name}": prompts, sampled by the engine, which')
+            cfg.require_latent(f'stage "{config.name}": the engine that samples its prompts')
         if cfg is not None and config.fp8 != "off":
             cfg.require_latent(f'stage "{config.name}": training in FP8')
         if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):

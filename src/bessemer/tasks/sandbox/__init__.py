@@ -24,8 +24,8 @@ from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, Sandbo
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
 """Environment variable; "1" lets hostile code run with the user's own rights if no isolation works."""
 ELSEWHERE = (
-    "the sandbox is built from namespaces of Linux: rewards and scores of code need Linux (a container or a virtual "
-    "machine with it will do), everything else runs here"
+    "the sandbox is built from Linux namespaces: rewards and scores of code need Linux (a container or a virtual "
+    "machine will do); everything else runs here"
 )
 SOURCE_LIMIT = 100_000
 INPUT_LIMIT = 1 << 25
