@@ -122,13 +122,13 @@ def test_the_card_is_the_runs(call, run):
         "bessemer pull own/name model && bessemer chat model", "VLLM_MLA_DISABLE=1 vllm serve own/name",
         "bessemer convert model model.gguf && ollama create my-model -f model.Modelfile",
     ]  # fmt: skip
-    assert "written for latents of 512 + 64; this model has " in card and "they were not run with this model" in card
+    assert "written for latents of 512 + 64; this model has " in card and "were not run with this model" in card
 
 
 def test_the_card_of_a_model_without_a_run(run, tmp_path):
     shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
     card = model_card(tmp_path / "model", "own/name", "mit")
-    assert "16 routed experts of which a token takes 4" in card and "Recipe" not in card and "of the run" not in card
+    assert "16 routed experts (4 per token)" in card and "Recipe" not in card and "of the run" not in card
     (tmp_path / "model" / "chat_template.jinja").write_text(chat.jinja("r1"), "utf-8")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     write_json(tmp_path / "model" / "config.json", config | {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
@@ -136,4 +136,4 @@ def test_the_card_of_a_model_without_a_run(run, tmp_path):
     assert "\nvllm serve own/name --reasoning-parser deepseek_r1\n" in card and "512 + 64" not in card
     assert "\npython -m sglang.launch_server --model-path own/name --reasoning-parser deepseek-r1\n" in card
     write_json(tmp_path / "model" / "config.json", config | {"kv_lora_rank": 0})
-    assert "no other program serves it" in model_card(tmp_path / "model", "own/name", "mit")
+    assert "no other program can serve it" in model_card(tmp_path / "model", "own/name", "mit")

@@ -84,7 +84,7 @@ def test_the_planner_prices_it():
 
 
 def test_a_recipe_without_pre_training():
-    with pytest.raises(UserError, match='no stage is of kind "pretrain"'):
+    with pytest.raises(UserError, match='no "pretrain" stage'):
         dry_run.of_recipe(Recipe.load(V3.with_name("r1-paper.toml")))
 
 

@@ -59,11 +59,11 @@ def test_the_page_holds_everything(text, root):
     for section in card.SECTIONS:
         # these need runs of their own: test_report_r1.py, test_formats.py, test_report_long.py, pipeline/test_replay.py
         assert section.title in seen or section.anchor in ("controls", "formats", "long", "why")
-    assert "Left out, since the run recorded nothing for it: controls (" in seen and "Not finished" not in seen
-    assert "; number formats (no two pre-trainings that differ by number format alone); long context (" in seen
+    assert "Left out because the run recorded nothing for it: controls (" in seen and "Not finished" not in seen
+    assert "; number formats (no two pre-training stages that differ only in number format); long context (" in seen
     for words in (
         "pass@1, countdown en", "18 % → 57 %", "14.9–21.5", "+38.8", "99.2", "8 samples each",
-        "200 held-out problems a task", "cons@8", "No alarm.", "12.8 min", "MaxVio", "chinese 1.94", "layer 3",
+        "200 held-out problems per task", "cons@8", "No alarm.", "12.8 min", "MaxVio", "chinese 1.94", "layer 3",
         "16 experts",
         "step 500 · 8000K tokens", "Use 3, 8, 2 to make 19.", "in the group correct", "FP8 training",
         "bessemer chat", "Also in metrics.jsonl: guard/skipped, train/mtp_lambda", "狐狸",
@@ -156,7 +156,7 @@ def test_hostile_output_stays_text(tmp_path):
 def test_an_empty_run_says_what_is_missing(tmp_path):
     (tmp_path / "recipe.toml").write_text('name = "new"\n[[stage]]\nkind = "pretrain"\nname = "pretrain"\n')
     seen = " ".join(Page(card.write(tmp_path).read_text()).text)
-    assert "Left out, since the run recorded nothing for it: stage by stage (no results.json in a stage)" in seen
+    assert "Left out because the run recorded nothing for it: stage by stage (no results.json in a stage)" in seen
     assert "rollouts (no rollouts.jsonl in a stage)" in seen and "Not finished yet: pretrain" in seen
     with pytest.raises(UserError, match="not a run directory"):
         card.write(tmp_path / "nowhere")

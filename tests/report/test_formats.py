@@ -61,7 +61,7 @@ def test_the_table_and_the_page():
         stage("d", curve(0.2), 1.00, seed=2, fp8="block-gradients"),
     )
     lines = comparisons.formats_text(facts).splitlines()
-    assert "BF16 of the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
+    assert "BF16 with the same seed" in lines[0] and len({len(line) for line in lines[1:]}) == 1
     assert lines[2].startswith("FP8, block gradients") and lines[2].split()[3] == "2"
     mean, low, _, high, largest, heldout, *interval = lines[2].split()[4:]
     assert float(low) < float(mean) < float(high) and float(mean) < float(largest)

@@ -58,7 +58,7 @@ def test_what_was_measured_is_on_the_page(root):
         "to 256",
         "3.9",
         "2.310",
-        "20 problems a cell",
+        "20 problems per cell",
     ):
         assert figure in section, figure
     assert section.count("<svg ") == 3  # two heat maps, one chart of losses

@@ -41,7 +41,9 @@ def row(model, task="t", **more):
 def test_the_page_is_whole_and_small(text):
     page = Page(text)
     assert page.tags.count("script") == 1 and len(text) < 2_000_000
-    left_out = next(words for words in page.text if words.startswith("Left out, since the run recorded nothing for it"))
+    left_out = next(
+        words for words in page.text if words.startswith("Left out because the run recorded nothing for it")
+    )
     assert "number formats (" in left_out and "samples (" in left_out
 
 
@@ -51,7 +53,7 @@ def test_the_stage_table(text):
     assert heads[: len(MAIN)] == MAIN  # controls are not part of the main line
     seen = words(shown)
     for part in (
-        "16 samples each at temperature 1", "100 held-out problems a task", "pass@1 % · search", "pass@1 % · words",
+        "16 samples each at temperature 1", "100 held-out problems per task", "pass@1 % · search", "pass@1 % · words",
         "74.0", "68.0–80.0", "mean over the 3 above, %", "pass@16", "cons@16", "readable", "language consistency",
         "every measure, task by task", "tokens per answer 68 141 104 132 129 126 131 95",
     ):  # fmt: skip
@@ -63,7 +65,7 @@ def test_the_stage_table(text):
 def test_the_stage_table_on_a_terminal(root):
     main, beside = card.table(root).split("\n\n")
     lines = main.split("\n")
-    assert lines[0] == "held-out problems: 100 a task, 16 samples each at temperature 1"
+    assert lines[0] == "held-out problems: 100 per task, 16 samples each at temperature 1"
     assert lines[1].split() == MAIN
     assert lines[2].startswith("search: countdown en, pass@1 %") and lines[2].split()[-3:] == ["74.0", "49.0", "31.0"]
     assert lines[3].split()[-3:] == ["68-80", "43-55", "25-37"]

@@ -43,7 +43,7 @@ class Claim:
     def verdict(self) -> str:
         off = abs(self.error)
         if self.exact:
-            return "is exactly so" if off < 0.006 else "is not what arithmetic gives"
+            return "exact" if off < 0.006 else "not what arithmetic gives"
         if off <= CLOSE:
             return f"within {CLOSE:.0%}"
         return f"within {LOOSE:.0%}" if off <= LOOSE else "missed"
@@ -95,7 +95,7 @@ def _training(plan: RunPlan) -> Predicted:
     yield "extension", extension / 1e3, rows
     whole = plan.gpu_hours + extension + 5e3
     yield "hours", whole / 1e3, "the two above and the published 5K for post-training"
-    yield "usd", 2e-6 * whole, "$2 a GPU hour: research, failed runs, data, salaries and hardware are not in it"
+    yield "usd", 2e-6 * whole, "$2 per GPU hour, without research, failed runs, data, salaries and hardware"
 
 
 EXTENSION, EXTENSION_STEPS = ((32768, 1920), (131072, 480)), 1000
@@ -117,10 +117,10 @@ def _rl(plan: RunPlan) -> Predicted:
         seconds += rollouts * one.seconds
     longest = (
         "650 rollouts of 8,192 answers on 512 H800; cap 32K, 64K for the last fifth, reached by the longest of every "
-        f"rollout; mean {100 * MEAN:.0f} % of it; MTP guesses {100 * ACCEPTED:.0f} % right"
+        f"rollout; mean {100 * MEAN:.0f} % of it; {100 * ACCEPTED:.0f} % of MTP drafts accepted"
     )
     yield "r1_zero", seconds * 512 / 3600e3, longest
-    yield "r1_usd", 2 * 147, "147K GPU hours x $2, in thousands; the base model is not in it"
+    yield "r1_usd", 2 * 147, "147K GPU hours x $2, in thousands, without the base model"
 
 
 def _serving(plan: RunPlan) -> Predicted:
@@ -132,18 +132,18 @@ def _serving(plan: RunPlan) -> Predicted:
     # published: 20 to 22 tokens per second for every answer
     answering = unit(max((n for n in range(8, 257, 4) if 21 * decode(unit(n)).seconds <= 1), default=8))
     per_node = 8 * decode(answering).rate(answering)
-    yield "decode", per_node / 1e3, f"EP144, {answering.batch} answers a GPU: each gets the published 21 tokens/s"
+    yield "decode", per_node / 1e3, f"EP144, {answering.batch} answers per GPU: each gets the published 21 tokens/s"
     hits = 342 / 608  # share of the tokens read, published
     reading = 8 * prefill(shape, device, 32, 16384, 4096, cached=hits).rate
     busy = (
-        f"EP32, 16K new tokens a GPU in prompts of 4K of which {100 * hits:.0f} % are cached, never without work; the "
-        "published rate is a mean over the day"
+        f"EP32, 16K new tokens per GPU in prompts of 4K, {100 * hits:.0f} % of them cached, never idle; the "
+        "published rate is a daily mean"
     )
     yield "prefill", reading / 1e3, busy
     nodes = 168e9 / 86400 / per_node + (608e9 - 342e9) / 86400 / reading
     yield "nodes", nodes, "168B tokens out, 266B read, evenly over 24 hours"
     margin = 562_027 / (nodes * 8 * 24 * 2) - 1
-    yield "margin", 100 * margin, "published revenue at list prices; nodes as predicted, $2 an hour"
+    yield "margin", 100 * margin, "published revenue at list prices; nodes as predicted, $2 per GPU hour"
 
 
 AUDITS: dict[str, Callable[[], list[Claim]]] = {"deepseek-v3": deepseek_v3}
@@ -154,7 +154,7 @@ def check(name: str) -> None:
     if name not in AUDITS:
         near = difflib.get_close_matches(name, AUDITS, n=1, cutoff=0.3)
         raise UserError(
-            f'no audit "{name}"; ' + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(AUDITS)}")
+            f'no audit "{name}"; ' + (f"did you mean {near[0]}?" if near else f"known: {', '.join(AUDITS)}")
         )
 
 

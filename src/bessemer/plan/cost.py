@@ -184,19 +184,19 @@ def assumptions(plan: RunPlan) -> list[str]:
     setup = plan.setup
     routing = "balanced routing" if setup.imbalance == 1 else f"busiest expert rank {setup.imbalance:.2f} x the mean"
     texts = [
-        f"{routing}, no token dropped, {setup.shape.limited} of {setup.shape.groups} groups of experts a token"
+        f"{routing}, no token dropped, {setup.shape.limited} of {setup.shape.groups} expert groups per token"
         if setup.shape.experts
         else "no experts",
         "single kernels and collectives as published (plan/efficiency.toml), communication as fast in a step as alone",
         f"kernels take {setup.in_step:g} x as long within a step as alone"
         + (" (from the public training profile of DeepSeek, H800)" if setup.in_step != 1 else ""),
-        "synchronisation of gradients and the update hidden behind nothing; no failures, no evaluation, no restarts",
+        "gradient synchronisation and the update overlap with nothing; no failures, no evaluation, no restarts",
         f"stages of {'equal numbers of layers' if setup.even else 'nearly equal work'}",
     ]
     if setup.recompute:
-        texts.append(f"made again in backward: {', '.join(setup.recompute)}")
+        texts.append(f"recomputed in backward: {', '.join(setup.recompute)}")
     if plan.usd_hour is not None:
-        texts.append(f"${plan.usd_hour:g} a GPU hour")
+        texts.append(f"${plan.usd_hour:g} per GPU hour")
     return texts
 
 

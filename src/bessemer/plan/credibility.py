@@ -111,7 +111,7 @@ class Credibility:
         return [
             f"The draws fail this test: {fast} of {len(self.test)} runs are faster than their interval, "
             f"{len(self.test) - inside - fast} slower. The ranges are not right, so a published figure outside the "
-            "inside view is no evidence against it."
+            "inside view is not evidence against it."
         ]
 
     def describe(self) -> str:
@@ -138,8 +138,8 @@ class Credibility:
             *(f"  {run['name']:<32} {run['v3_hours']:5.2f}{hours}, ${2 * run['v3_hours']:5.2f}M at $2 [{run['source']}]"
               for run in self.reference),
             "",
-            f"{len(self.test)} runs that nothing was set after: the point prediction is off by {error:.0f} % in the "
-            f"median; {self.covered[1]} lie in the 90 % interval of the planner's record on the "
+            f"{len(self.test)} runs that nothing was tuned on: the point prediction's median error is {error:.0f} %; "
+            f"{self.covered[1]} lie in the 90 % interval of the planner's record on the "
             f"{len(self.others) - len(self.test)} runs looked at before, {self.covered[0]} in that of the same draws",
             *self._warning(),
         ]  # fmt: skip

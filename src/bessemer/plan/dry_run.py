@@ -174,7 +174,7 @@ def describe(run: DryRun) -> str:
     formats = ("bfloat16" if numbers.compute == 2 else "float32") + (", matrices in FP8" if numbers.fp8 else "")
     lines = [mesh.describe(run.layout), "", f"micro-batches of {run.rows} x {run.length:,} tokens; {formats}"]
     lines += [
-        f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows a step, {p['micro']} micro-batches a "
+        f"from {show_tokens(p['tokens'])} tokens: {p['rows']:,} rows per step, {p['micro']} micro-batches per "
         f"pipeline, {p['schedule']}"
         for p in run.ramp
     ]
@@ -186,6 +186,6 @@ def describe(run: DryRun) -> str:
         values = [sum(kinds.values()) if kind == "total" else kinds[kind] for kinds in run.ranks.values()]
         lines.append(f"{kind:<13}" + "".join(f"{value / size:12.2f}" for value in values))
     if run.device is not None:
-        room = f"{run.device.room / GIB:.1f} of {run.device.memory:.1f} GiB, the rest is the runtime's"
+        room = f"{run.device.room / GIB:.1f} of {run.device.memory:.1f} GiB, the rest is left to the runtime"
         lines.append(f"{'fits' if run.fits else 'does not fit'} on {run.device.name} ({room})")
     return "\n".join(lines)

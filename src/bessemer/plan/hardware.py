@@ -82,7 +82,7 @@ def device(name: str) -> Device:
         return known[name.lower()]
     near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(known[key].name for key in near)}? " if near else ""
-    raise UserError(f'no device "{name}"; {hint}There are: {", ".join(devices())}')
+    raise UserError(f'no device "{name}"; {hint}Known: {", ".join(devices())}')
 
 
 def parse_cluster(text: str) -> ClusterSpec:
@@ -92,7 +92,7 @@ def parse_cluster(text: str) -> ClusterSpec:
         raise UserError(f"--cluster {text}: write a number and a device, such as 2048xH800 or 8xH100")
     size = int(re.sub("[_,]", "", match[1]) or 0)
     if size < 1:
-        raise UserError(f"--cluster {text}: a cluster has at least one device")
+        raise UserError(f"--cluster {text}: a cluster needs at least one device")
     return ClusterSpec(device(match[2]), size)
 
 

@@ -123,7 +123,7 @@ def parse(settings: Sequence[str]) -> PlanConfig:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"--set {setting}: unknown key; {hint}There are: {', '.join(sorted(known))}, model.KEY")
+            raise UserError(f"--set {setting}: unknown key; {hint}Known: {', '.join(sorted(known))}, model.KEY")
         values[name] = _READ.get(name, _whole)(setting, text)
     return PlanConfig(**values)
 
@@ -196,7 +196,7 @@ def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
 def tokens_of(config: PlanConfig, name: str) -> float:
     """The token budget; UserError if the config has none."""
     if config.tokens is None:
-        raise UserError(f"{name} has no budget; say how many tokens it trains on, such as --set tokens=1T")
+        raise UserError(f"{name} has no budget; set the number of training tokens, such as --set tokens=1T")
     return config.tokens
 
 
@@ -217,8 +217,8 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     each = layout.dp * layout.ep * rows
     if batch < each:
         raise UserError(
-            f"a batch of {batch:.0f} sequences gives none to some of the {layout.dp * layout.ep} data-parallel ranks "
-            f"({rows} a micro-batch); raise batch to {each} at least, or use more pipeline ranks"
+            f"a batch of {batch:.0f} sequences is too small for {layout.dp * layout.ep} data-parallel ranks "
+            f"({rows} per micro-batch); raise batch to at least {each}, or use more pipeline ranks"
         )
     name, micro = micro_batches(config.schedule or "auto", layout.pp, round(batch) // each)
     busiest = 1.0
@@ -269,7 +269,7 @@ def pretraining(
     settings = next(begun(recipe), None)
     if settings is None and needed_for:
         raise UserError(
-            f'recipe "{recipe.name}": {needed_for} pre-training, and no stage is of kind "pretrain" from random weights'
+            f'recipe "{recipe.name}": {needed_for} pre-training, but no "pretrain" stage starts from random weights'
         )
     cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
     corpus = next((stage for stage in recipe.stages if isinstance(stage, CorpusConfig)), None)

@@ -45,20 +45,20 @@ def describe(
 def _run(name: str, plan: RunPlan) -> list[str]:
     setup, cfg, device = plan.setup, plan.cfg, plan.setup.device
     lines = [
-        f"{name}: {amount(accounting.main_params(cfg))} parameters, {amount(accounting.active_params(cfg))} a token, "
+        f"{name}: {amount(accounting.main_params(cfg))} parameters, {amount(accounting.active_params(cfg))} per token, "
         f"{amount(plan.tokens)} tokens",
         f"{plan.gpus:,} {device.name}, {setup.layout}, {setup.schedule}, {setup.micro} micro-batches of {setup.rows} x "
-        f"{setup.length:,} tokens a step, {'FP8' if setup.fp8 else 'BF16'}",
+        f"{setup.length:,} tokens per step, {'FP8' if setup.fp8 else 'BF16'}",
     ]
     if plan.tokens:
         usd = "" if plan.usd is None else f", ${amount(plan.usd)}"
         lines.append(
-            f"{hours(plan.gpu_hours)} ({plan.hours_per_trillion / 1e3:,.1f} thousand a trillion tokens), "
+            f"{hours(plan.gpu_hours)} ({plan.hours_per_trillion / 1e3:,.1f} thousand per trillion tokens), "
             f"{duration(plan.days)}{usd}"
         )
-    eight = "" if device.fp8 is None else f", of the FP8 peak {100 * plan.mfu(device.fp8):.1f} %"
+    eight = "" if device.fp8 is None else f", {100 * plan.mfu(device.fp8):.1f} % of the FP8 peak"
     lines.append(
-        f"{plan.rate:,.0f} tokens a second and GPU; of the BF16 peak {100 * plan.mfu(device.bf16):.1f} %{eight} "
+        f"{plan.rate:,.0f} tokens per second per GPU; {100 * plan.mfu(device.bf16):.1f} % of the BF16 peak{eight} "
         "(causal FLOPs, MTP and recomputation not counted)"
     )
     return [*lines, f"bound by {plan.bound}"]
@@ -66,9 +66,9 @@ def _run(name: str, plan: RunPlan) -> list[str]:
 
 def _step(plan: RunPlan) -> list[str]:
     tokens = amount(plan.setup.step_tokens)
-    lines = [f"a step of {tokens} tokens: {plan.step.seconds:.3f} s, means over the ranks of a pipeline"]
+    lines = [f"a step of {tokens} tokens: {plan.step.seconds:.3f} s, averaged over the ranks of a pipeline"]
     lines += [f"  {PARTS[part]:<34}{seconds:9.3f} s" for part, seconds in plan.step.parts.items() if seconds]
-    lines.append("bytes that a rank in the middle sends in it, GB")
+    lines.append("GB that a rank in the middle sends per step")
     return lines + [f"  {link:<34}{size / 1e9:9.1f}" for link, size in plan.step.links.items()]
 
 
@@ -85,7 +85,7 @@ def _memory(plan: RunPlan) -> list[str]:
 
 
 def _ideas(plan: RunPlan, ideas: Mapping[str, Any]) -> list[str]:
-    lines = ["without one of its ideas, thousand GPU hours a trillion tokens"]
+    lines = ["without one of its ideas, thousand GPU hours per trillion tokens"]
     for idea, cost in ideas.items():
         if isinstance(cost, str):
             lines.append(f"  {idea:<48} {cost}")
@@ -124,11 +124,11 @@ def _serving(offer: Mapping[str, Any] | None) -> list[str]:
     if offer is None:
         return []
     out, read = offer["usd_per_million_output_tokens"], offer["usd_per_million_input_tokens"]
-    price = "" if out is None else f"; ${out:.2f} a million of them, ${read:.3f} a million read"
+    price = "" if out is None else f"; ${out:.2f} per million output tokens, ${read:.3f} per million input"
     return [
-        f"served from units of {offer['gpus_of_a_unit']}, {offer['answers_per_gpu']} answers a GPU, each "
-        f"{offer['tokens_per_second_of_an_answer']:.0f} tokens/s: "
-        f"{offer['output_tokens_per_second_per_node']:,.0f} tokens/s a node{price}"
+        f"served from units of {offer['gpus_of_a_unit']}, {offer['answers_per_gpu']} answers per GPU at "
+        f"{offer['tokens_per_second_of_an_answer']:.0f} tokens/s each: "
+        f"{offer['output_tokens_per_second_per_node']:,.0f} tokens/s per node{price}"
     ]
 
 
@@ -136,7 +136,7 @@ def describe_search(result: SearchResult, shown: int = 8) -> str:
     """The best layouts, and why others were rejected."""
     most = len(result.candidates)
     lines = [
-        f"{result.considered:,} layouts considered, the {most} most promising that fit simulated",
+        f"{result.considered:,} layouts considered; the {most} most promising that fit were simulated",
         f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
         f"{'tokens/s/GPU':>13}{'GiB':>7}",
     ]
@@ -146,4 +146,4 @@ def describe_search(result: SearchResult, shown: int = 8) -> str:
             f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
             f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
         )
-    return "\n".join(lines + [f"out: {count:,} because {reason}" for reason, count in result.rejected.most_common()])
+    return "\n".join(lines + [f"rejected {count:,}: {reason}" for reason, count in result.rejected.most_common()])

@@ -218,7 +218,7 @@ def imbalance(path: Path, ep: int) -> float:
         raise UserError(f"cannot read the load trace {path}: {error}") from None
     if loads.ndim != 2 or loads.shape[1] % ep or not (loads >= 0).all() or not loads.sum(1).all():
         raise UserError(
-            f"load trace {path}: expected a list of loads per layer, each of as many experts as {ep} ranks can share"
+            f"load trace {path}: expected a list of loads per layer, each with experts that {ep} ranks share evenly"
         )
     ranks = loads.reshape(len(loads), ep, -1).sum(2)
     return float((ranks.max(1) / ranks.mean(1)).mean())

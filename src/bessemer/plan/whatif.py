@@ -77,9 +77,7 @@ class WhatIf:
         lines.append(f"{kept} of {len(self.stages)} stages kept; about {show_seconds(self.seconds)} to go{price}")
         if self.memory is not None:
             before, after = (f"{size / 2**20:,.0f} MiB" for size in self.memory)
-            lines.append(
-                f"a process of pre-training holds {after}" + ("" if before == after else f" instead of {before}")
-            )
+            lines.append(f"a pre-training process holds {after}" + ("" if before == after else f" instead of {before}"))
         return "\n".join(lines)
 
 
@@ -87,7 +85,7 @@ def whatif(recipe: Recipe, root: Path, usd: float | None = None) -> WhatIf:
     """Compares the changed `recipe` with the run in `root`, which is not touched; UserError if there is no run."""
     if not (root / "recipe.toml").is_file():
         raise UserError(
-            f"no run at {root} to compare with; name one with --run, or ask bessemer plan RECIPE --here what it takes"
+            f"no run at {root} to compare with; name one with --run, or run bessemer plan RECIPE --here for an estimate"
         )
     old = Recipe.load(root / "recipe.toml", [])
     before, after = _stages(old, root), _stages(recipe, root)

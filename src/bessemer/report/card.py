@@ -196,7 +196,7 @@ def render(facts: RunFacts) -> str:
         elif section.needs:
             missing.append(f"{section.title.lower()} ({section.needs})")
     if missing:
-        words = f"Left out, since the run recorded nothing for it: {'; '.join(missing)}."
+        words = f"Left out because the run recorded nothing for it: {'; '.join(missing)}."
         parts.append(page.paragraph(words, "missing"))
     name = str(facts.recipe.get("name", facts.root.name))
     nav = Html(f"<nav>{''.join(anchors)}</nav>")
@@ -345,26 +345,26 @@ def _recipe(facts: RunFacts) -> Html:
 
 SECTIONS = (
     PageSection("stages", "Stage by stage", _stages, "no results.json in a stage",
-            "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best of its row."),
+            "Problems never trained on. Small figures and whiskers: 95 % intervals. Bold: the best in its row."),
     PageSection("learning", "Watching it learn", _learning, "no rl/ metrics",
             "Noisy curves: faint as measured, bold smoothed."),
     PageSection("rollouts", "Rollouts", rollouts, "no rollouts.jsonl in a stage",
-            "Answers of the model while it learned, at several moments for prompts that the run asked repeatedly."),
+            "The model's answers as it learned, at several moments, for prompts that the run asked repeatedly."),
     PageSection("why", "Why the reward rose", why.html, "",
             "Answers before and after: what became more frequent, and what that earns among answers to one problem. "
             "Associations, not experiments."),
-    PageSection("controls", "Controls", comparisons.controls_html, "no stage that differs from another by its reward",
-            "The same start and problems with another reward: a control's gains are not learnt from the task."),
+    PageSection("controls", "Controls", comparisons.controls_html, "no stages that differ by reward",
+            "The same start and problems with a different reward: a control's gains are not learnt from the task."),
     PageSection("formats", "Number formats", comparisons.formats_html,
-            "no two pre-trainings that differ by number format alone"),
+            "no two pre-training stages that differ only in number format"),
     PageSection("long", "Long context", comparisons.long_html, "no long.json in a stage",
-            "Text and keys never trained on; greedy answers that must be exact."),
+            "Text and keys never trained on; greedy answers, which must be exact."),
     PageSection("curves", "Training", panels.training, "no lines in metrics.jsonl",
             "Noisy curves: faint as measured, bold smoothed."),
     PageSection("experts", "Expert load", panels.expert_loads, "no moe/load metrics",
-            "Each row is an expert, time runs to the right. Grey is an even share of the tokens."),
+            "Each row is an expert; time runs to the right. Grey is an even share of the tokens."),
     PageSection("samples", "Samples", samples, "no samples.md in a stage"),
     PageSection("cost", "What it cost", _cost, "no stage has started"),
-    PageSection("conformance", "The papers' recipe, here", _conformance, "no conformance.json"),
-    PageSection("recipe", "Do it again", _recipe, "no recipe.toml"),
+    PageSection("conformance", "The papers' recipe in this run", _conformance, "no conformance.json"),
+    PageSection("recipe", "Run it again", _recipe, "no recipe.toml"),
 )  # fmt: skip

@@ -43,8 +43,8 @@ def render(runs: dict[str, RunFacts]) -> str:
     parts = [
         ("results", "Stage by stage", _results(runs), "Evaluations of the stages that the runs share."),
         ("differences", "Which is better", _differences(runs),
-         "pass@1 of the second run less that of the first, problem by problem; 95 % intervals over the problems."),
-        ("settings", "What differs", _settings(runs), "Keys of the recipes that are not the same, defaults included."),
+         "pass@1 of the second run minus that of the first, problem by problem; 95 % intervals over the problems."),
+        ("settings", "What differs", _settings(runs), "Recipe keys that differ, defaults included."),
         ("curves", "Curves", _curves(runs), "Noisy curves: faint as measured, bold smoothed."),
         ("cost", "What it cost", _cost(runs), "Minutes, restarts included."),
     ]  # fmt: skip

@@ -51,7 +51,7 @@ def _stage_table_html(table: StageTable, kinds: dict[str, str]) -> Html:
     tasks = sum(len(lines) for _, lines in table.accuracy)
     groups = [("pass@1 %" + (f" · {domain}" if domain else ""), lines) for domain, lines in table.accuracy]
     groups.append((f"mean over the {tasks} above, %" if tasks > 1 else "the same answers, %", table.overall))
-    shown = page.heading(table.sampling, f"{table.problems} held-out problems a task") + panel(groups)
+    shown = page.heading(table.sampling, f"{table.problems} held-out problems per task") + panel(groups)
     if table.details:
         shown += page.fold("every measure, task by task", panel(table.details))
     return Html(shown)
@@ -102,7 +102,7 @@ def _stage_table_text(table: StageTable) -> str:
         grid.append([line.label + (" %" if line.measure.share else ""), *figures(line)])
         if any(score and score.interval for score in line.cells):
             grid.append(["  95 % interval", *map(interval, line.cells)])
-    return f"held-out problems: {table.problems} a task, {table.sampling}\n{page.grid(grid)}"
+    return f"held-out problems: {table.problems} per task, {table.sampling}\n{page.grid(grid)}"
 
 
 # --- controls -------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def _format_lead(facts: RunFacts) -> str:
     base = next(stage for stage in facts.stages if stage.kind == "pretrain")
     named = {"bfloat16": "BF16", "float32": "float32"}.get(str(base.settings.get("precision")), "plain")
     return (
-        f"training loss (smoothed, {KEEP:g}) against {named} of the same seed, after the first tenth; "
+        f"training loss (smoothed, {KEEP:g}) against {named} with the same seed, after the first tenth; "
         f"the paper stays below {BOUND:g} %"
     )
 
@@ -315,7 +315,7 @@ def formats_html(facts: RunFacts) -> Html:
     drawn = [
         charts.panel(
             label,
-            "gap of the loss, per cent, over tokens",
+            "loss gap, per cent, over tokens",
             [Curve(f"seed {one.seed}", one.tokens, one.gap) for one in of_format],
             f"formats/{label}",
             floor=-BOUND,
@@ -374,7 +374,7 @@ def _needles(stage: StageFacts, model: str, rows: list[dict[str, Any]]) -> Html:
     depths = [f"{100 * cell['depth']:.0f} %" for cell in rows[0]["cells"]]
     shares = [[row["cells"][place]["share"] for row in rows] for place in range(len(depths))]
     svg = charts.cells(shares, depths, [f"{row['length']:,}" for row in rows], f"{stage.name}/needle/{model}")
-    unit = f"% of needles found, depth in the text by tokens; {rows[0]['cells'][0]['n']} problems a cell"
+    unit = f"% of needles found, by depth and tokens of text; {rows[0]['cells'][0]['n']} problems per cell"
     return page.chart(model, unit, svg, last=f"{100 * rows[-1]['share']:.1f} % at {rows[-1]['length']:,}")
 
 

@@ -39,7 +39,7 @@ def model_card(model: Path, name: str, licence: str | None) -> str:
 def _network(config: dict[str, Any]) -> str:
     shape = f"{config.get('num_hidden_layers')} layers of width {config.get('hidden_size')}"
     if experts := config.get("n_routed_experts"):
-        shape += f", {experts} routed experts of which a token takes {config.get('num_experts_per_tok')}"
+        shape += f", {experts} routed experts ({config.get('num_experts_per_tok')} per token)"
     name, context = (config.get("architectures") or ["?"])[0], config.get("max_position_embeddings")
     return f"`{name}` with {shape}, a vocabulary of {config.get('vocab_size')} and a context of {context} tokens."
 
@@ -54,15 +54,17 @@ def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
     if config.get("model_type") not in FAMILIES:
         commands += [vllm, sglang]
     elif not latent[0]:
-        notes.append("Its attention has no latent, so no other program serves it.")
+        notes.append("Its attention has no latent, so no other program can serve it.")
     else:
         fits = latent == MLA_KERNELS
         commands += [vllm, sglang] if fits else [f"VLLM_MLA_DISABLE=1 {vllm}"]
         commands.append("bessemer convert model model.gguf && ollama create my-model -f model.Modelfile")
         if not fits:
             wide, shape = ("{} + {}".format(*sizes) for sizes in (MLA_KERNELS, latent))
-            notes.append(f"MLA kernels of vLLM and SGLang are written for latents of {wide}; this model has {shape}.")
-    notes.append("The commands of other programs are from their documentation; they were not run with this model.")
+            notes.append(
+                f"The MLA kernels of vLLM and SGLang are written for latents of {wide}; this model has {shape}."
+            )
+    notes.append("The commands of other programs come from their documentation and were not run with this model.")
     return ["## Use", "", "```", *commands, "```", "", *notes, ""]
 
 
@@ -74,7 +76,7 @@ def _of_run(facts: RunFacts, stage: StageFacts | None) -> list[str]:
     lines += [*_scores(facts, stage), *_data(facts)]
     fence = "`" * 4  # a recipe may quote three
     recipe = re.sub(r"(?m)^folder = .*\n", "", facts.recipe_text).rstrip()  # a path of the machine where it ran
-    lines += ["## Recipe", "", "`bessemer run recipe.toml` with this file makes it again.", ""]
+    lines += ["## Recipe", "", "`bessemer run recipe.toml` with this file reproduces it.", ""]
     return [*lines, f"{fence}toml", recipe, fence, ""]
 
 
@@ -90,7 +92,7 @@ def _scores(facts: RunFacts, stage: StageFacts | None) -> list[str]:
     rows = [row for row in facts.evaluations if stage is None or row.get("model") == stage.name]
     rows = [row for row in rows if isinstance(row.get("pass_at_1"), float)]
     if not rows:
-        return ["The run has no evaluation of it.", ""]
+        return ["The run did not evaluate it.", ""]
     lines = ["## Evaluation", "", "On problems of the test split.", ""]
     lines += ["| task | language | T | pass@1 (95 % interval) | problems | samples |", "|---|---|---|---|---|---|"]
     return [*lines, *map(_score, rows), ""]

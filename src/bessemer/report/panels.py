@@ -52,7 +52,7 @@ def expert_loads(facts: RunFacts) -> Html:
             loads = [loads[place] for place in places]
         if drawn := [_heat(stage, name, series) for name, series in loads if _is_table(series)]:
             parts += [page.heading(stage.name), page.charts(drawn)]
-    scale = Html('<div class="scale"><span>idle</span><b></b><span>twice its share and more</span></div>')
+    scale = Html('<div class="scale"><span>idle</span><b></b><span>twice its share or more</span></div>')
     return page.join(scale, *parts) if parts else Html()
 
 

@@ -19,8 +19,8 @@ from bessemer.report.page import Html
 def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     setup = plan.setup
     lead = (
-        f"{amount(accounting.main_params(plan.cfg))} parameters, {amount(accounting.active_params(plan.cfg))} a token; "
-        f"{amount(plan.tokens)} tokens; {setup.layout}; {setup.schedule}; {'FP8' if setup.fp8 else 'BF16'}. "
+        f"{amount(accounting.main_params(plan.cfg))} parameters, {amount(accounting.active_params(plan.cfg))} per token"
+        f"; {amount(plan.tokens)} tokens; {setup.layout}; {setup.schedule}; {'FP8' if setup.fp8 else 'BF16'}. "
         f"Bound by {plan.bound}."
     )
     gantt = Html(f'<div class="scroll">{as_svg(plan.step.table, plan.step.timeline, width=1800, row=22)}</div>')
@@ -29,7 +29,7 @@ def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
         page.section("figures", "What it costs", page.tiles(_tiles(plan)), lead),
         page.section("time", "Where a step goes", _parts(plan)),
         page.section(
-            "gantt", "The schedule", gantt, "A row per pipeline rank, seconds to the right; the optimizer comes after."
+            "gantt", "The schedule", gantt, "A row per pipeline rank, seconds to the right; the optimizer follows."
         ),
         page.section("memory", "Memory of every rank, GiB", _memory(plan)),
         page.section("ideas", "Without one of its ideas", _ideas(ideas)) if ideas else "",
@@ -40,10 +40,10 @@ def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
 
 def _tiles(plan: RunPlan) -> list[Html]:
     device = plan.setup.device
-    usd = "no price given" if plan.usd is None else f"${amount(plan.usd)} at ${plan.usd_hour:g} a GPU hour"
+    usd = "no price given" if plan.usd is None else f"${amount(plan.usd)} at ${plan.usd_hour:g} per GPU hour"
     fits = "fits" if plan.fits else "does not fit"
     return [
-        page.tile("GPU hours", amount(plan.gpu_hours), f"{plan.hours_per_trillion / 1e3:,.1f}K a trillion tokens"),
+        page.tile("GPU hours", amount(plan.gpu_hours), f"{plan.hours_per_trillion / 1e3:,.1f}K per trillion tokens"),
         page.tile("Days", f"{plan.days:.1f}", f"on {plan.gpus:,} {device.name}"),
         page.tile("Price", "-" if plan.usd is None else f"${amount(plan.usd)}", usd),
         page.tile("Tokens/s/GPU", f"{plan.rate:,.0f}", f"{100 * plan.mfu(device.bf16):.1f} % of the BF16 peak"),
@@ -59,7 +59,7 @@ def _parts(plan: RunPlan) -> Html:
     ]
     links = [(link, f"{size / 1e9:,.1f}") for link, size in plan.step.links.items()]
     times = page.table(("part", "seconds", "share"), rows, (1,))
-    return page.join(times, page.table(("link", "GB a rank and step"), links, (1,)))
+    return page.join(times, page.table(("link", "GB per rank and step"), links, (1,)))
 
 
 def _memory(plan: RunPlan) -> Html:
@@ -77,4 +77,4 @@ def _ideas(ideas: Mapping[str, Any]) -> Html:
             rows.append((idea, cost, ""))
         else:
             rows.append((idea, f"{cost['gpu_hours_per_trillion_tokens'] / 1e3:,.1f}K", f"x {cost['factor']:.3f}"))
-    return page.table(("left out", "GPU hours a trillion tokens", "against the plan"), rows, (1, 2))
+    return page.table(("left out", "GPU hours per trillion tokens", "against the plan"), rows, (1, 2))

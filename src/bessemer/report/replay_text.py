@@ -35,7 +35,7 @@ def _verdict(recorded: dict[str, object] | None, differing: dict[str, tuple[obje
     if recorded is None:
         return "not in the run's record"
     if not differing:
-        return f"all {len(recorded)} recorded values are the same bits"
+        return f"all {len(recorded)} recorded values are bit-identical"
     shown = ", ".join(f"{name} {_number(old)} -> {_number(new)}" for name, (old, new) in list(differing.items())[:3])
     return f"{len(differing)} of {len(recorded)} recorded values DIFFER: {shown}"
 

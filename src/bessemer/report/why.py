@@ -18,11 +18,11 @@ PROMPT = 50
 def headline(found: Explanation) -> str:
     """The answer in one or two sentences."""
     if found.low <= 0 <= found.high:
-        return "The reward did not rise by more than these problems could do by chance."
+        return "The reward did not rise by more than chance on these problems explains."
     if found.rise < 0:
         return "The reward fell."
     if not found.causes:
-        return "The reward rose, and nothing that is looked at explains it."
+        return "The reward rose, but none of the causes examined explains it."
     first = found.causes[0]
     share = round(100 * first.part / found.rise)
     said = f"The reward rose mainly because the model {_verb(first)}: {share} % of the rise."
@@ -45,7 +45,7 @@ def describe(stage: str, found: Explanation) -> str:
         parts.append(_causes(found))
     parts.append(_ability(found))
     means = [
-        ["tokens an answer", *(f"{value:.0f}" for value in found.length)],
+        ["tokens per answer", *(f"{value:.0f}" for value in found.length)],
         ["own language", *(f"{value:.2f}" for value in found.language)],
         ["groups without contrast", *(f"{value:.2f}" for value in found.dead)],
     ]
@@ -53,7 +53,7 @@ def describe(stage: str, found: Explanation) -> str:
     shown = [[escaped(flip.prompt.replace("\n", " "))[:PROMPT], f"{flip.before:.2f}", f"{flip.after:.2f}"]
              for flip in found.flips]  # fmt: skip
     parts.append(page.grid([["problems that changed most", "before", "after"], *shown]))
-    parts.append("Causes are associations inside groups, not experiments; a control reward or a replay tests them.")
+    parts.append("Causes are associations within groups, not experiments; a control reward or a replay tests them.")
     return "\n\n".join(parts)
 
 
@@ -87,7 +87,7 @@ def _part(cause: Cause, rise: float) -> Html:
 def _verb(cause: Cause) -> str:
     """The cause as what the model does more often, or less."""
     if cause.name == RIGHT:
-        return "answers right more often"
+        return "answers correctly more often"
     how = "" if cause.after > cause.before else " less often"
     return escaped(cause.name) + how
 
@@ -118,5 +118,5 @@ def _ability(found: Explanation) -> str:
     return (
         f"right answers: pass@1 {100 * before:.1f} -> {100 * after:.1f} %; pass@{found.samples} before: "
         f"{100 * found.some_before:.1f} %.\nOf the problems now solved in half the tries or more, "
-        f"{found.sharpened} were solved now and then before, {found.new} never in {found.samples} tries."
+        f"{found.sharpened} were solved occasionally before, {found.new} never in {found.samples} tries."
     )
