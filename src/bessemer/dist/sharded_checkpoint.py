@@ -127,7 +127,7 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
         cfg = cfg if mtp else cfg.model_copy(update={"n_mtp": 0})
         _export(reader, cfg, directory, "model", torch.float32, Transformer, options)
     except Damaged as damage:
-        raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); take the one before it") from None
+        raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); use the one before it") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {checkpoint} holds no language model: {str(error).splitlines()[0]}") from None
 

@@ -50,7 +50,7 @@ def dequantise_blocks(
         wanted = list(scale_shape(weight.shape, block)) if weight.dim() == 2 else "none (not a matrix)"
         raise UserError(
             f"scales {list(scale_inv.shape)} do not fit an FP8 weight {list(weight.shape)} in tiles of {block}: "
-            f"expected {wanted}; the checkpoint is damaged or was quantised in another block size"
+            f"expected {wanted}; the checkpoint is damaged or was quantised with another block size"
         )
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     columns = weight.shape[1]

@@ -244,7 +244,7 @@ def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     try:
         groups = pq.ParquetFile(path).num_row_groups
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({error}); make it again") from error
+        raise UserError(f"{path} is not a readable parquet file ({error}); create it again") from error
     number = 0
     for group in range(groups):
         for place, record in enumerate(_row_group(path, path.stat().st_mtime_ns, group)):
@@ -260,7 +260,7 @@ def _row_group(path: Path, changed: int, group: int) -> list[dict[str, Any]]:
     try:
         rows = pq.ParquetFile(path).read_row_group(group).to_pylist()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({error}); make it again") from error
+        raise UserError(f"{path} is not a readable parquet file ({error}); create it again") from error
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
