@@ -153,7 +153,7 @@ def test_torch_has_the_same_order(make, kind, sizes):
         ("dualpipe", 4, 6, "at least 8, not 6; use 8"), ("dualpipe", 4, 11, "not 11; use 12"),
         ("dualpipe-v", 4, 7, "at least 8 micro-batches, not 7"), ("zbv", 4, 6, "at least 7 micro-batches"),
         ("interleaved", 4, 10, "multiples of 4, not 10; use 12"), ("1f1b", 0, 4, "at least one rank"),
-        ("dualpip", 4, 8, 'did you mean "dualpipe"'), ("best", 4, 8, "there are: gpipe, 1f1b"),
+        ("dualpip", 4, 8, 'did you mean "dualpipe"'), ("best", 4, 8, "known: gpipe, 1f1b"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(name, ranks, micro, words):

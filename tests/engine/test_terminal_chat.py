@@ -131,7 +131,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(engine, tokenizer, monke
     said = tokenizer.encode(" the fox")
     talk = Conversation(scripted(engine, monkeypatch, *said, KeyboardInterrupt()), io.StringIO())
     talk.answer("who?")
-    assert talk.output.getvalue() == " the fox\n[stopped; /continue goes on]\n"
+    assert talk.output.getvalue() == " the fox\n[stopped; /continue resumes it]\n"
     assert talk.messages[-1] == {"role": "assistant", "content": "the fox"}
 
 

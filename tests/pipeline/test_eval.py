@@ -169,7 +169,7 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [("eval.k=5", "k is 5, of 4 samples"), ("eval.top_p=0", "top_p"), ("eval.searched_words=x", "searched_words")],
+    [("eval.k=5", "k is 5, but samples is 4"), ("eval.top_p=0", "top_p"), ("eval.searched_words=x", "searched_words")],
 )
 def test_settings_that_cannot_work(done, change, complaint):
     folder, _ = done

@@ -148,7 +148,7 @@ def no_pidfd(monkeypatch):
 @pytest.mark.usefixtures("no_pidfd")
 def test_without_linux_code_is_refused_in_one_sentence_that_says_what_works(monkeypatch):
     monkeypatch.setenv(sandbox.FORCE, "1")
-    with pytest.raises(UserError, match=r"^code is not run here, because .* need Linux .*, everything else runs here$"):
+    with pytest.raises(UserError, match=r"^code is not run here, because .* need Linux .*; everything else runs here$"):
         sandbox.run("print(1)")
     assert sandbox.level() == "none" and sandbox.run("print(1)", seconds=10, isolation="none").stdout == "1\n"
 
