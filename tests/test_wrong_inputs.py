@@ -53,7 +53,7 @@ convert runs/tiny file/x | Choose another place
 convert runs/tiny /proc/x | Choose another place
 eval runs/tiny | name a task with --task
 eval runs/tiny --task countdwn | did you mean 'countdown'?
-eval runs/tiny --task jsonl:empty.jsonl | empty.jsonl holds no problem
+eval runs/tiny --task jsonl:empty.jsonl | empty.jsonl contains no problem
 eval --suite r1 --answers nosuch | --answers nosuch: no such file or folder
 placement runs/tiny --gpus 2 | name a task with --task
 plan latin.toml --cluster 8xH800 | save it as UTF-8

@@ -53,7 +53,7 @@ def test_the_recipe_sets_who_writes_a_task_s_documents(tmp_path):
         ("countdown", {"drills": 0.1}, "has no setting 'drills'; did you mean 'drill_share'"),
         ("countdown", {"direct": 2.0}, "direct is 2.0; set it between 0 and 1"),
         ("countdown", {"phrasing": 1.0}, "mix sets shares of documents, not phrasing"),
-        ("fables-en", {"direct": 0.5}, 'mix is for documents of tasks, "part" is not one'),
+        ("fables-en", {"direct": 0.5}, 'mix is for documents of tasks, which "part" is not'),
     ],
 )
 def test_mistakes_in_a_mix_are_named(tmp_path, spec, mix, complaint):

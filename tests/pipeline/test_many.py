@@ -269,7 +269,7 @@ def test_a_hung_rank_is_named(base, out):
     process.send_signal(signal.SIGINT)
     os.kill(hung, signal.SIGKILL)
     finished(process)
-    words = r"rank 0 has waited \d+ s for .* of rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
+    words = r"rank 0 has waited \d+ s for .* from rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
     assert re.search(words, line), line
 
 
