@@ -9,7 +9,9 @@ import types
 from pathlib import Path
 
 import pytest
+import typer
 
+from bessemer import cli
 from bessemer.config.recipe import STAGES
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
@@ -292,6 +294,21 @@ def test_keys_are_the_docstrings(call, recipe):
     out = call("keys", "cli-note")[1]
     assert 'words (string, default "hello")\n      What to write.' in out
     assert "from (earlier stage)" in out
+
+
+def test_a_help_text_is_printed_whole(call, monkeypatch):
+    """The library that prints it takes square brackets for markup."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def walk(command, path):
+        said = call(*path, "--help")[1].split()
+        for param in command.params:
+            lost = [word for word in (getattr(param, "help", None) or "").split() if word not in said]
+            assert not lost, (path, param.name)
+        for name, each in getattr(command, "commands", {}).items():
+            walk(each, [*path, name])
+
+    walk(typer.main.get_command(cli.app), [])
 
 
 def test_version(call):

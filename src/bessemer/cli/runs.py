@@ -52,7 +52,7 @@ def run(
             "--gpus",
             min=1,
             metavar="N",
-            help="Processes on this machine. Default: one for every GPU that the recipe can use, or those of [layout].",
+            help="Processes on this machine. Default: one for each GPU that the recipe can use, or as its layout says.",
         ),
     ] = None,
     world: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of ranks.")] = None,
