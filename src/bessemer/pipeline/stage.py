@@ -55,7 +55,7 @@ class Stage(Generic[_Config]):
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
-    """Raise it when the stage's output changes for the same config, so that old output is made again."""
+    """Raise it when the stage's output changes for the same config, so that old output is remade."""
     uses_model: ClassVar[bool] = True
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True

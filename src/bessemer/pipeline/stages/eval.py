@@ -194,7 +194,7 @@ def training_data(
     """(stage, its training data) of every stage behind the models `names` of the run in `root`.
 
     The folders read here belong to inputs of inputs: their fingerprints are part of the models' own, so a change in
-    them makes the models again, and with them whatever reads this.
+    them remakes the models and whatever reads this.
     """
     folders = {name: folder for _, name, folder in stage_folders(root)}
     for config in ancestors(recipe, names):
