@@ -7,7 +7,7 @@ A *part* is a family of runs in its own module, named in `PARTS`. It has
     METRICS: {(claim, metric of rules.toml): Metric}   how a rule's metric follows from the numbers of several arms
     BESIDE: [Beside]                               what else stands on a card, beside its rule
     SHAPE: {tier: shape}                           which shape (or size) of the runs a tier has
-    SIZES: {shape: [English, Chinese]}             what a reader is told of a shape, in figures
+    SIZES: {shape: [English, Chinese]}             a shape's size as the page prints it
     SAME: (arm, arm, number)                       the A/A test: what may differ only by chance; or None
 
 To add an experiment, give the module of its part more jobs and an entry in METRICS. To add a family of runs, write such

@@ -105,7 +105,7 @@ def read_tools(values: object) -> tuple[Tool, ...]:
     if not isinstance(values, list | tuple):
         raise UserError(f"tools must be a list, not {type(values).__name__}")
     if len(values) > MOST_TOOLS:
-        raise UserError(f"{len(values)} tools are too many; a model can be told of at most {MOST_TOOLS}")
+        raise UserError(f"{len(values)} tools are too many; the limit is {MOST_TOOLS}; remove some")
     tools = tuple(value if isinstance(value, Tool) else Tool.of(value) for value in values)
     names = [tool.name for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -140,7 +140,7 @@ def _visible(gpus: Sequence[str] | None) -> Iterator[None]:
 
 @contextmanager
 def _keep_handlers() -> Iterator[None]:
-    """Restores signal handlers: with Ray's SIGTERM handler, a run told to stop would end without a checkpoint."""
+    """Restores signal handlers: Ray's SIGTERM handler ends a run without a checkpoint."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
