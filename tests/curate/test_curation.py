@@ -69,3 +69,5 @@ def test_every_key_is_explained():
         "dedup.threshold (number",
     ):
         assert words in told
+    with pytest.raises(UserError, match=r'unknown kind "datta"; did you mean "data"\?'):
+        describe_keys("datta")

@@ -9,9 +9,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from bessemer.config.curation import Curation
-from bessemer.config.recipe import STAGES, Head, LayoutConfig, stage_config
-from bessemer.config.table import StageConfig, StageRef, tables_in
+from bessemer.config.recipe import STAGES, Head, LayoutConfig
+from bessemer.config.table import StageConfig, StageRef, nearest, tables_in
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
+from bessemer.errors import UserError
 
 DATA = "data"
 """Stands for a stage kind: the recipe of `bessemer data build`."""
@@ -21,8 +22,10 @@ def describe_keys(kind: str | None = None) -> str:
     """The keys of all tables of a recipe, of one stage kind (UserError for an unknown kind), or of a data recipe."""
     if kind == DATA:
         return _table("data recipe", Curation)
+    if kind is not None and kind not in STAGES:
+        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, *STAGES])}')
     if kind is not None:
-        return _table(f'[[stage]] kind = "{kind}"', stage_config(kind, "keys"))
+        return _table(f'[[stage]] kind = "{kind}"', STAGES[kind])
     tables = [_table("top level", Head), _table("[layout]", LayoutConfig)]
     tables += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
     return "\n\n".join(tables)
