@@ -251,7 +251,7 @@ def test_tools_that_cannot_be_used(value, word):
 def test_lists_of_tools():
     assert tools.read_tools(json.dumps([tool.as_openai() for tool in TOOLS])) == TOOLS
     for values, word in ((["{"], "a tool must be"), ("{", "not JSON"), ([{"name": "f"}] * 2, "two tools"), (7, "list"),
-                         ([{"name": f"f{n}"} for n in range(1000)], "at most 128")):  # fmt: skip
+                         ([{"name": f"f{n}"} for n in range(1000)], "the limit is 128")):  # fmt: skip
         with pytest.raises(UserError, match=word):
             tools.read_tools(values)
 
