@@ -15,7 +15,7 @@ from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import cut
-from bessemer.dist.table import Action, Pair, actions
+from bessemer.dist.table import Action, Pair, actions, fullest
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -164,11 +164,29 @@ def test_operands_are_kept_as_often_as_fits():
 
 def test_most_live_walks_the_table():
     F, B, I, W = (Action(kind, 0, 0) for kind in "FBIW")
-    other = Action("F", 1, 0)
-    kept = {0: 10, 1: 3}
-    assert memory.most_live((F, F, B, F), kept) == 20
-    assert memory.most_live((F, I, F, W), kept) == 20, "an I leaves what its W needs"
-    assert memory.most_live((F, Pair(other, B)), kept) == 13, "in a pair the forward comes first"
+    other, kept = Action("F", 1, 0), {0: 10, 1: 3}
+    for steps, wanted, why in (
+        ((F, F, B, F), 20, "the second and the third forward"),
+        ((F, I, F, W), 20, "an I leaves what its W needs"),
+        ((F, Pair(other, B)), 13, "in a pair the forward comes first"),
+        ((other, other, other, Action("B", 1, 0), Action("B", 1, 1), F), 13, "one of each outweighs three small ones"),
+        ((), 0, "a rank without work"),
+    ):
+        assert memory.most_live(fullest(steps), kept) == wanted, why
+
+
+@pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
+def test_the_fullest_moments_are_those_of_a_walk(name, layout, micro):
+    """Whatever the stages weigh, no moment that was left out holds more."""
+    table = schedule(name, layout.pp, micro)
+    for saved in ({s: 1 for s in range(table.stages)}, {s: 3**s for s in range(table.stages)},
+                  {s: 1 + 7 * (table.stages - s) for s in range(table.stages)}):  # fmt: skip
+        for rank, steps in enumerate(table.steps):
+            now, walked = 0, [0]
+            for action in actions(steps):
+                now += saved[action.stage] * {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+                walked.append(now)
+            assert memory.most_live(table.fullest[rank], saved) == max(walked)
 
 
 def test_recomputation_keeps_less_of_its_phase():

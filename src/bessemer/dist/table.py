@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import le
 from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["F", "B", "I", "W"]
@@ -98,6 +99,10 @@ class Table:
         return slices
 
     @cached_property
+    def fullest(self) -> list[list[dict[int, int]]]:
+        return [fullest(steps) for steps in self.steps]
+
+    @cached_property
     def order(self) -> tuple[OrderedStep, ...]:
         """All steps, each after those that it waits for. AssertionError if steps wait for each other, naming them."""
         ordered: list[OrderedStep] = []
@@ -108,7 +113,8 @@ class Table:
             for rank, steps in enumerate(self.steps):
                 while at[rank] < len(steps) and (waits := self._waits(steps[at[rank]], position)) is not None:
                     step = steps[at[rank]]
-                    position |= dict.fromkeys(step if isinstance(step, Pair) else (step,), len(ordered))
+                    for part in step if isinstance(step, Pair) else (step,):
+                        position[part] = len(ordered)
                     ordered.append(OrderedStep(rank, step, waits))
                     at[rank], moved = at[rank] + 1, True
         waiting = {rank: steps[at[rank]] for rank, steps in enumerate(self.steps) if at[rank] < len(steps)}
@@ -117,14 +123,17 @@ class Table:
 
     def _waits(self, step: Step, position: dict[tuple[str, int, int, int], int]) -> tuple[tuple[int, bool], ...] | None:
         """What a step waits for; None while one of them has no position."""
-        found = []
+        found: list[tuple[int, bool]] = []
         for part in step if isinstance(step, Pair) else (step,):
             place = self.place[part.lane]
             for kinds, stage, micro, lane in needs(part, self.stages):
-                done = [position[key] for kind in kinds if (key := (kind, stage, micro, lane)) in position]
-                if not done:
+                none = len(found)
+                for kind in kinds:
+                    at = position.get((kind, stage, micro, lane))
+                    if at is not None:
+                        found.append((at, place[stage] != place[part.stage]))
+                if len(found) == none:
                     return None
-                found += [(one, place[stage] != place[part.stage]) for one in done]
         return tuple(found)
 
 
@@ -135,6 +144,20 @@ def actions(steps: tuple[Step, ...]) -> Iterator[Action]:
             yield from step
         else:
             yield step
+
+
+def fullest(steps: tuple[Step, ...]) -> list[dict[int, int]]:
+    """The micro-batches by stage whose activations one rank holds, at the moments when it holds the most: those that no
+    other moment exceeds in every stage. F saves activations, B frees them; after I (input gradients only), W does."""
+    held, moments = {action.stage: 0 for action in actions(steps)}, set()
+    for action in actions(steps):
+        if action.kind == "F":
+            held[action.stage] += 1
+            moments.add(tuple(held.values()))
+        elif action.kind != "I":
+            held[action.stage] -= 1
+    most = [one for one in moments if not any(one != m and all(map(le, one, m)) for m in moments)]
+    return [dict(zip(held, one, strict=True)) for one in sorted(most)]
 
 
 Need = tuple[tuple[Kind, ...], int, int, int]

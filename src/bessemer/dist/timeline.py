@@ -11,8 +11,9 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bessemer.dist.table import Action, Pair, Step, Table, actions
 
@@ -39,8 +40,7 @@ class Costs:
         return {"F": self.forward, "I": self.input, "W": self.weight, "B": self.input + self.weight}[step.kind]
 
 
-@dataclass(frozen=True)
-class TimedStep:
+class TimedStep(NamedTuple):
     """A step of a rank, with its start and end."""
 
     step: Step
@@ -52,14 +52,27 @@ class TimedStep:
 class Timeline:
     """When every step of a table happens."""
 
-    spans: tuple[tuple[TimedStep, ...], ...]
-    """The steps of every rank, in order."""
-    live: tuple[int, ...]
-    """For every rank, the peak number of micro-batches with live activations, summed over its slices of the model."""
+    table: Table
+    starts: tuple[float, ...]
+    ends: tuple[float, ...]
+    """Of every step, in the order of `Table.order`."""
+
+    @cached_property
+    def spans(self) -> tuple[tuple[TimedStep, ...], ...]:
+        """The steps of every rank, in order."""
+        spans: list[list[TimedStep]] = [[] for _ in self.table.steps]
+        for (rank, step, _), start, end in zip(self.table.order, self.starts, self.ends, strict=True):
+            spans[rank].append(TimedStep(step, start, end))
+        return tuple(map(tuple, spans))
+
+    @cached_property
+    def live(self) -> tuple[int, ...]:
+        """The most micro-batches with live activations on every rank, summed over its slices of the model."""
+        return tuple(_live(steps) for steps in self.table.steps)
 
     @property
     def makespan(self) -> float:
-        return max(spans[-1].end for spans in self.spans if spans)
+        return max(self.ends)
 
     @property
     def idle(self) -> tuple[float, ...]:
@@ -74,15 +87,15 @@ class Timeline:
 
 def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Timeline:
     """Starts every step when its rank is free and its inputs are there; an input from another rank takes `message`."""
-    ends: list[float] = []
-    spans: list[list[TimedStep]] = [[] for _ in table.steps]
+    starts, ends, free = list[float](), list[float](), [0.0] * table.ranks
     for rank, step, waits in table.order:
-        start = max((ends[at] + message * sent for at, sent in waits), default=0.0)
-        if spans[rank]:
-            start = max(start, spans[rank][-1].end)
-        ends.append(start + costs.of(step))
-        spans[rank].append(TimedStep(step, start, ends[-1]))
-    return Timeline(tuple(map(tuple, spans)), tuple(_live(steps) for steps in table.steps))
+        start = free[rank]
+        for at, sent in waits:
+            start = max(start, ends[at] + message if sent else ends[at])
+        free[rank] = end = start + costs.of(step)
+        starts.append(start)
+        ends.append(end)
+    return Timeline(table, tuple(starts), tuple(ends))
 
 
 def _live(steps: tuple[Step, ...]) -> int:

@@ -192,7 +192,8 @@ def cuts(setup: Setup, stages: int) -> list[range]:
         blocks = shape.n_layers + shape.n_mtp
         ends = [blocks * stage // stages for stage in range(stages + 1)]
         return [range(begin, min(end, shape.n_layers)) for begin, end in pairwise(ends)]
-    costs = [sum(shape.layer_params(i < shape.dense, shape.chosen)) for i in range(shape.n_layers)]
+    dense, sparse = (sum(shape.layer_params(kind, shape.chosen)) for kind in (True, False))
+    costs = [dense if i < shape.dense else sparse for i in range(shape.n_layers)]
     head = shape.vocab * shape.dim
-    module = sum(shape.layer_params(False, shape.chosen)) + 2 * shape.dim**2 + head if setup.n_mtp else 0
+    module = sparse + 2 * shape.dim**2 + head if setup.n_mtp else 0
     return partition(costs, head + setup.n_mtp * module, stages)

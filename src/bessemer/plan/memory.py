@@ -25,7 +25,7 @@ from typing import NamedTuple
 from bessemer.dist.context_attention import KEYS
 from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
-from bessemer.dist.table import Step, Table, actions
+from bessemer.dist.table import Table
 from bessemer.dist.zero1 import vector_size
 from bessemer.model.accounting import (
     ParamTensor,
@@ -68,7 +68,7 @@ def per_rank(
     for rank in range(table.ranks):
         params = rank_params(cfg, layout, table, rank, numbers.compute, cuts)
         bytes_ = params.bytes(numbers.compute, numbers.moments) | {"operands": 0}
-        bytes_["activations"] = most_live(table.steps[rank], saved)
+        bytes_["activations"] = most_live(table.fullest[rank], saved)
         last = any(stage == table.stages - 1 for _, stage in table.slices_on(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
         if numbers.fp8:
@@ -95,17 +95,9 @@ def saved_by_stage(
     }  # fmt: skip
 
 
-def most_live(steps: tuple[Step, ...], saved: Mapping[int, int]) -> int:
-    """The most bytes saved at the same time on one rank. A forward saves those of its stage and a B frees them; after
-    an I (input gradients only), its W frees them."""
-    most = now = 0
-    for action in actions(steps):
-        if action.kind == "F":
-            now += saved[action.stage]
-        elif action.kind in "BW":
-            now -= saved[action.stage]
-        most = max(most, now)
-    return most
+def most_live(fullest: Sequence[Mapping[int, int]], saved: Mapping[int, int]) -> int:
+    """The most bytes saved at the same time on one rank (`table.fullest`), from those of a micro-batch by stage."""
+    return max((sum(saved[stage] * micro for stage, micro in held.items()) for held in fullest), default=0)
 
 
 def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: NumberFormats) -> dict[str, int]:
