@@ -44,8 +44,8 @@ def noisy(model, batch, **terms):
 # This test comes first: at the end of the suite's last file, one core would idle while it runs.
 def test_compiled_objective_learns_the_same():
     """Parameters that are views of flat vectors survive torch.compile. It only traces: inductor takes a minute."""
-    terms = {"mtp_lambda": 0.0, "balance_alpha": 1e-3}
-    plain, compiled = (trainer(model(n_mtp=0), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
+    terms, shape = {"mtp_lambda": 0.0, "balance_alpha": 1e-3}, {"n_mtp": 0, "n_layers": 1, "n_dense_layers": 0}
+    plain, compiled = (trainer(model(**shape), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
     compiled.objective = torch.compile(next_token, backend="aot_eager")
     plain.run(), compiled.run()
     assert_close_moments(plain, compiled)
