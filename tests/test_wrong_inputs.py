@@ -31,6 +31,7 @@ FILES = {
 WRONG = """
 generate runs/tiny/zerro hi | the run runs/tiny has no stage "zerro"; did you mean "zero"?
 generate other/tiny/sft hi | the run other/tiny has no stage "sft"; known: zero
+replay runs/none --step 3 | runs/none is not a run directory (no recipe.toml in it); available runs: runs/tiny
 generate nosuch hi | no model or run at nosuch; available runs: runs/tiny
 generate file hi | file is a file, not a model directory or a run
 generate dir hi | no model in dir: no config.json; it holds nothing

@@ -1,5 +1,6 @@
 """Commands that compare two things: two models, or a recipe or RL step with a changed version of itself."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,7 +162,7 @@ def _stage_of(run: str) -> tuple[Path, str | None]:
     try:
         return run_dir(run), None
     except UserError:
-        root, slash, name = run.rpartition("/")
-        if not slash:
-            raise
-        return run_dir(root), name
+        root, _, name = run.rpartition("/")
+        with contextlib.suppress(UserError):
+            return run_dir(root or run), name
+        raise
