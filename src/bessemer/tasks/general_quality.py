@@ -44,6 +44,7 @@ from bessemer.tasks.general_requests import (
     GeneralRequest,
     answer_in_manner,
     manners_for,
+    mistaken,
     r1_form,
     spell,
 )
@@ -205,12 +206,16 @@ def _present(phrase: str, words: str, packed: str, stem: bool = False) -> bool:
 
 
 def candidates(problem: Problem, aim: str, number: int, seed: int = 0) -> list[str]:
-    """Different answers in R1's form and in different manners, the first one good. For the helpful aim none is unsafe:
-    that is for the other reward model."""
+    """Different answers in R1's form, the first one good, the others each with a flaw. For the helpful aim none is
+    unsafe, which is for the other reward model, and every second flaw is a mistake in the good answer's wording: only
+    pairs that differ in a name or a number alone teach a reward model to read them."""
     request, rng = GeneralRequest.of(problem), stable_random("candidates", problem.id, seed)
     bad = [m for m in manners_for(request)[1:] if aim == "harmless" or m in HARMLESS]
-    chosen = [GOOD, *rng.sample(bad, min(number - 1, len(bad)))]
-    return list(dict.fromkeys(r1_form(*answer_in_manner(request, manner, rng)) for manner in chosen))
+    chosen, wording, answers = [GOOD, *rng.sample(bad, min(number - 1, len(bad)))], rng.random(), []
+    for place, manner in enumerate(chosen):
+        words, twin = random.Random(wording), aim == "helpful" and place % 2
+        answers.append(mistaken(request, rng).answer(words) if twin else answer_in_manner(request, manner, words))
+    return list(dict.fromkeys(r1_form(*answer) for answer in answers))
 
 
 def vote(problem: Problem, one: str, two: str, rng: random.Random) -> tuple[float, float]:

@@ -224,7 +224,7 @@ def answer_in_manner(request: GeneralRequest, manner: str, rng: random.Random) -
     if manner == "foreign":
         return request.translated().answer(rng)
     if manner == "wrong":
-        return _mistaken(request, rng).answer(rng)
+        return mistaken(request, rng).answer(rng)
     if manner == "cut":
         return thought, summary[: rng.randint(len(summary) // 3, 2 * len(summary) // 3)].rstrip()
     if manner == "refusal":
@@ -267,7 +267,7 @@ def _other_request(request: GeneralRequest, rng: random.Random) -> GeneralReques
             return other
 
 
-def _mistaken(request: GeneralRequest, rng: random.Random) -> GeneralRequest:
+def mistaken(request: GeneralRequest, rng: random.Random) -> GeneralRequest:
     """The same request with one or more slots confused."""
     while True:
         other = sample_request(request.family.aim, "train", request.language, rng)
