@@ -245,7 +245,7 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
         ({"made = 60": "made = 0", "samples = 1": "", 'data = ["{pairs}"]': ""}, "nothing to judge; give data"),
         ({"made = 60": "made = 0"}, "samples are answers to made prompts"),
         ({"row_length = 192": "row_length = 9"}, "longer than a row of 9 tokens; raise row_length"),
-        ({"made = 60": "made = 1", 'data = ["{pairs}"]': ""}, "too few"),
+        ({"made = 60": "made = 3", "heldout = 0.15": "heldout = 1e-9", 'data = ["{pairs}"]': ""}, "too few"),
         ({'aim = "helpful"': 'aim = "funny"'}, "helpful"),
         ({"lr = 4e-3\n": ""}, '"lr"'),
         ({'aim = "helpful"': 'aim = "helpful"\nfrom = "corpus"'}, "needs a model to start from"),
