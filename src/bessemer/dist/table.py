@@ -127,12 +127,12 @@ class Table:
         for part in step if isinstance(step, Pair) else (step,):
             place = self.place[part.lane]
             for kinds, stage, micro, lane in needs(part, self.stages):
-                none = len(found)
+                before = len(found)
                 for kind in kinds:
                     at = position.get((kind, stage, micro, lane))
                     if at is not None:
                         found.append((at, place[stage] != place[part.stage]))
-                if len(found) == none:
+                if len(found) == before:
                     return None
         return tuple(found)
 
