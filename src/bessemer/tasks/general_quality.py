@@ -211,10 +211,13 @@ def candidates(problem: Problem, aim: str, number: int, seed: int = 0) -> list[s
     pairs that differ in a name or a number alone teach a reward model to read them."""
     request, rng = GeneralRequest.of(problem), stable_random("candidates", problem.id, seed)
     bad = [m for m in manners_for(request)[1:] if aim == "harmless" or m in HARMLESS]
-    chosen, wording, answers = [GOOD, *rng.sample(bad, min(number - 1, len(bad)))], rng.random(), []
-    for place, manner in enumerate(chosen):
-        words, twin = random.Random(wording), aim == "helpful" and place % 2
-        answers.append(mistaken(request, rng).answer(words) if twin else answer_in_manner(request, manner, words))
+    manners = [GOOD, *rng.sample(bad, min(number - 1, len(bad)))]
+    if aim == "harmless":
+        return list(dict.fromkeys(r1_form(*answer_in_manner(request, manner, rng)) for manner in manners))
+    wording, answers = rng.random(), []
+    for place, manner in enumerate(manners):
+        words = random.Random(wording)
+        answers.append(mistaken(request, rng).answer(words) if place % 2 else answer_in_manner(request, manner, words))
     return list(dict.fromkeys(r1_form(*answer) for answer in answers))
 
 
