@@ -104,7 +104,7 @@ def operations(cfg: ModelConfig, dtype: torch.dtype, length: int) -> dict[str, C
         "dense FFN": there_and_back(ffn, x),
         "head and cross entropy": there_and_back(lambda h: loss.cross_entropy(h, head, target, ones), hidden),
         "head and log-probabilities": there_and_back(lambda h: loss.token_logprobs(h, head, target).logp, hidden),
-        "Muon, one layer's experts": lambda: update_rules.orthogonal(matrices),
+        "Muon, one layer's experts": lambda: update_rules.orthogonalise_([matrices], dtype),
     }
 
 

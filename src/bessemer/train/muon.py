@@ -14,8 +14,8 @@ from bessemer.workers import Workers, shares
 
 class Matrices:
     """Muon's step on the matrices of a flat vector of `size` elements, single or stacked: [..., R, C]. `stacked[name]`
-    matrices of equal shape are stacked along R (gate and up: 2). The result does not depend on the number of
-    workers."""
+    matrices of equal shape are stacked along R (gate and up: 2). Products are in the dtype of the parameters, as
+    forward reads them. The result does not depend on the number of workers."""
 
     def __init__(
         self,
@@ -54,9 +54,7 @@ class Matrices:
     def _orthogonalise(self, indices: list[int]) -> None:
         for shape, slots in [self.pieces[index] for index in indices]:
             views = [slot.of(self.moves).view(-1, *shape) for slot in slots]
-            updates = update_rules.orthogonal(torch.cat(views)).mul_(update_rules.muon_scale(*shape))
-            for view, part in zip(views, updates.split([len(view) for view in views]), strict=True):
-                view.copy_(part)
+            update_rules.orthogonalise_(views, slots[0].parameter.dtype)
 
 
 class MuonGroup(Group):

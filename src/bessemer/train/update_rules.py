@@ -24,6 +24,8 @@ the V3 paper, which uses AdamW throughout; Moonlight and Kimi K2 trained V3's ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,18 +90,26 @@ def adamw_reference_(
     v.copy_(v32)
 
 
-def orthogonal(x_NRC: Tensor) -> Tensor:
-    """U V^T of every matrix [R, C], singular values between 0.7 and 1.2; a zero matrix stays zero. Computes in the
-    input's dtype on a CPU, and in BF16 on a GPU (Jordan et al. 2024): the iteration corrects its own rounding."""
-    if kernel.serves(x_NRC):
-        return kernel.newton_schulz(x_NRC, STEPS, COEFFICIENTS)
-    dtype = x_NRC.dtype if x_NRC.device.type == "cpu" else torch.bfloat16
-    parts = x_NRC.split(max(1, most_at_once(x_NRC.device) // (x_NRC.shape[-2] * x_NRC.shape[-1])))
-    return torch.cat([newton_schulz(part, dtype) for part in parts])
+def orthogonalise_(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Replaces every matrix [R, C] of these stacks [N, R, C] by Muon's update: U V^T, with singular values between 0.7
+    and 1.2, times `muon_scale`. A zero matrix stays zero. Products are in `dtype`, and in BF16 on a GPU (Jordan et al.
+    2024): the iteration corrects its own rounding."""
+    scale = muon_scale(*matrices[0].shape[-2:])
+    if all(kernel.serves(x_NRC) for x_NRC in matrices):
+        for x_NRC in matrices:
+            kernel.newton_schulz_(x_NRC, STEPS, COEFFICIENTS, dtype, scale)
+        return
+    if matrices[0].device.type != "cpu":
+        dtype = torch.bfloat16
+    whole_NRC = torch.cat(list(matrices))
+    parts = whole_NRC.split(max(1, most_at_once(whole_NRC.device) // whole_NRC[0].numel()))
+    updates = torch.cat([newton_schulz(part, dtype) for part in parts]).mul_(scale)
+    for x_NRC, update in zip(matrices, updates.split([len(x_NRC) for x_NRC in matrices]), strict=True):
+        x_NRC.copy_(update)
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`orthogonal` with products in `dtype`."""
+    """Approximates U V^T of every matrix [R, C] with products in `dtype`; a zero matrix stays zero."""
     given = x.dtype
     tall = x.shape[-2] > x.shape[-1]
     if tall:

@@ -166,6 +166,7 @@ INLINE void release() { _tile_release(); }
 struct TileGemm {
     typedef bf16 Element;
     static constexpr int KB = 32;
+    static constexpr int NR = 32;  // columns per register block
 
     static i64 a_width(i64 K) { return round_up(K, 32); }
     static i64 a_rows(i64 M) { return round_up(M, 16); }  // rows of a packed A, the last ones zero
