@@ -67,7 +67,8 @@ class NoMix:
 
 
 class Task:
-    """Base class. A subclass sets the class attributes and writes `make`, `grade` and, for documents, `written`."""
+    """Base class. A subclass sets the class attributes and writes `make`, `grade` if answers are not integers, and
+    `written` if there are documents."""
 
     name: str
     """Set on the class, or on the object if the name carries an argument."""
@@ -128,8 +129,9 @@ class Task:
         return None
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The reason code of the text inside the answer tags ("correct" earns the reward), and its canonical form."""
-        raise NotImplementedError
+        """The reason code of the text inside the answer tags ("correct" earns the reward), and its canonical form. By
+        default the answer is the integer `meta["value"]`."""
+        return grade_integer(answer, problem.meta["value"])
 
     def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
         """Pre-training document number `index`, about problems of the train split only, in the seen phrasings."""

@@ -10,7 +10,7 @@ import json
 import random
 from dataclasses import dataclass
 
-from bessemer.tasks.base import Problem, Written, check_shares, grade_integer, read_templates, split_of
+from bessemer.tasks.base import Problem, Written, check_shares, read_templates, split_of
 from bessemer.tasks.environment import Environment
 from bessemer.tasks.tools import CALCULATOR
 
@@ -51,9 +51,6 @@ class Products(Environment):
         meta["difficulty"] = len(str(a * b)) - 2  # the product has three or four digits
         prompt = templates[template].format(a=a, b=b)
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
-
-    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        return grade_integer(answer, problem.meta["value"])
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         problem, mix = self.train_problem(index, seed, language), self.mix

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bessemer.tasks.base import Problem, Task, Written, check_shares, grade_integer, read_toml, split_of
+from bessemer.tasks.base import Problem, Task, Written, check_shares, read_toml, split_of
 from bessemer.tasks.composed_stories import STEPS, Story, composed
 from bessemer.tasks.countdown_expressions import LARGEST, apply
 
@@ -84,9 +84,6 @@ class WordProblems(Task):
             "difficulty": len(story.steps),
         }
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", prompt, language, meta)
-
-    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        return grade_integer(answer, problem.meta["value"])
 
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         problem, mix = self.train_problem(index, seed, language), self.mix
