@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bessemer.kernels import experts as kernel
 from bessemer.kernels import swiglu
+from bessemer.kernels.fused import Fused
 from bessemer.model import attention_gpu, experts, grouped, mla
 from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
 from bessemer.model.segments import Packed, first_tokens
@@ -411,3 +413,18 @@ def test_a_layer_on_a_gpu_is_one_graph():
     for segments in (packed, None):
         y, _ = compiled(x, torch.empty(24, 4, 2, device="meta"), segments)
         assert y.shape == x.shape
+
+
+def test_a_shape_without_a_kernel_leaves_other_shapes_theirs(monkeypatch):
+    """`small` has 36 experts, which the gate's kernel cannot sort; a missing compiler is another matter."""
+    gate = Fused("triton_gate", "forward", lambda logit_NE, rule: "plain")
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), shape=(8, 36))
+    for error, works in ((NotImplementedError("36 experts in 4 groups"), True), (RuntimeError("no cc"), False)):
+
+        def forward(*_, error=error):
+            raise error
+
+        monkeypatch.setitem(sys.modules, "bessemer.kernels.triton_gate", SimpleNamespace(forward=forward))
+        with pytest.warns(UserWarning, match=str(error)) as said:
+            assert gate(on_gpu, None) == "plain"
+        assert gate.works is works and ("gcc" in str(said[0].message)) is not works

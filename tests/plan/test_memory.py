@@ -24,6 +24,7 @@ from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.precision.operand import quantise, transpose
 from bessemer.train.objective import next_token
+from bessemer.train.optimizer import Optimizer
 
 BEFORE = ("weights", "gradients", "masters", "moments", "routing")
 TINY, V3 = preset("tiny"), preset("v3")
@@ -47,6 +48,26 @@ def test_held_is_what_the_real_classes_hold(name, layout, micro):
                 planned = memory.rank_params(cfg, layout, table, pp, number).bytes(number, number)
                 real = dry_run.measure(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
                 assert planned == real, (cfg, pp, number)
+
+
+def test_muon_has_one_moment_for_matrices():
+    """A dry run of a recipe with Muon holds what the trainer's own optimizer holds."""
+    cfg, table = preset("tiny"), schedule("gpipe", 1, 1)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    real = Optimizer(model, compute_dtype=torch.bfloat16, stacked=model.hidden_matrices())
+    moments = sum(t.nbytes for group in real.groups for t in group.moments.values())
+    found = [dry_run.dry_run(cfg, Layout(), table, 1, 64, NumberFormats(2, 4), muon=muon)[0] for muon in (False, True)]
+    assert found[1]["moments"] == moments < 0.65 * found[0]["moments"]
+    assert {kind: size for kind, size in found[0].items() if size != found[1][kind]}.keys() == {"moments"}
+
+
+def test_a_token_may_go_to_every_node_unless_the_gate_limits_it():
+    """Moonlight's gate has one group, so its six experts can lie on two nodes."""
+    free, limited = preset("moonlight"), preset("v3")
+    for cfg, copies in ((free, 2), (limited, 2), (preset("v3", n_limited_groups=1), 1)):
+        one, two = (memory.working(cfg, Layout(ep=ep), 1, 8192, NumberFormats(2, 2))["layer"] for ep in (1, 16))
+        assert two - one == 2 * 8192 * copies * cfg.dim * 2
 
 
 def test_held_with_one_table_for_both_ends():

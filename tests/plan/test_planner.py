@@ -32,7 +32,7 @@ from bessemer.plan.hardware import (
     read_toml,
     wave_fill,
 )
-from bessemer.plan.inference import ACCEPTED, Deployment, decode, rollout_time
+from bessemer.plan.inference import ACCEPTED, MEAN, TOGETHER, Deployment, decode, rollout_time
 from bessemer.plan.layer_time import LayerTimes, cuts, layer_times
 from bessemer.plan.search import search
 from bessemer.plan.stage_costs import stage_costs
@@ -47,12 +47,13 @@ ROOT = Path(__file__).parents[2]
 
 def test_shapes_count_as_the_model_does():
     """Except for norms and biases, which no kernel multiplies with."""
-    for name in ("v3", "moonlight", "v2-lite", "tiny"):
-        cfg = preset(name)
+    wide = preset("v3", shared_inter_dim=8192)
+    for cfg in (V3, preset("moonlight"), preset("v2-lite"), preset("tiny"), wide):
         shape = ModelShape.of(cfg)
         assert shape.params == pytest.approx(accounting.main_params(cfg), rel=1e-3)
         assert shape.kv_bytes() == accounting.kv_cache_bytes(cfg)
         assert shape.flops(4096) == pytest.approx(accounting.flops_per_token(cfg, 4096).training, rel=1e-6)
+    assert step_time(replace(OWN, shape=ModelShape.of(wide))).seconds > 1.02 * step_time(OWN).seconds
     llama = ModelShape(128256, 4096, 32, 32, 14336, heads=32, kv_heads=8)
     assert llama.params / 1e9 == pytest.approx(8.03, abs=0.005)
     assert SHAPE.without_mla().kv_bytes() / SHAPE.kv_bytes() == pytest.approx(32768 / 576)  # V3 2.1.1
@@ -297,6 +298,12 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     given = (SHAPE, OWN.device, plan.gpus, zero.prompts_per_rollout * zero.samples, 300, plan.rate, 64)
     (cost,) = (cost for cost in stage_costs(plan, recipe) if cost.rollout)
     assert cost.rollout.sampling == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
+
+
+def test_more_answers_than_fit_at_once_take_proportionally_longer():
+    one, many = (rollout_time(SHAPE, OWN.device, 8, n * 8 * TOGETHER, 8192, 1e4, 8).sampling for n in (1, 101))
+    step = decode(Deployment(SHAPE, OWN.device, 8, TOGETHER, MEAN * 8192)).seconds
+    assert many - one == pytest.approx(100 * step * MEAN * 8192)
 
 
 def test_a_critic_costs_another_network_s_updates_and_values():

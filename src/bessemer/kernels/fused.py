@@ -15,7 +15,8 @@ class Fused:
     """`plain(*arguments)`, computed by `kernels.MODULE.NAME` if the first argument is on CUDA.
 
     Triton needs a C compiler and Python's headers, which slim images lack, and a kernel may not fit a card. The first
-    call that fails warns once; from then on `plain` computes the function, in more launches.
+    call that fails warns once; from then on `plain` computes the function, in more launches. A kernel that raises
+    NotImplementedError does not take this call's shape: `plain` does, and other shapes keep their kernel.
     """
 
     def __init__(self, module: str, name: str, plain: Callable[..., Any]):
@@ -30,6 +31,10 @@ class Fused:
             return getattr(kernels, self.name)(x, *arguments)
         except torch.OutOfMemoryError:
             raise
+        except NotImplementedError as error:
+            why = f"{self.module}.{self.name} has no kernel for {error}, so several slower torch kernels run instead"
+            warnings.warn(why, stacklevel=2)
+            return self.plain(x, *arguments)
         except Exception as error:  # whatever Triton's compiler and the driver raise
             self.works = False
             why = (str(error) or type(error).__name__).splitlines()[0]

@@ -129,8 +129,10 @@ def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
 def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, total_SE: Tensor | None = None) -> Tensor:
     """Sum over sequences of sum_i f_i P_i (V3 eq. 17-20), scalar; equals the number of sequences when balanced.
 
-    f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts. If
-    sequences are split over ranks, `total_SE` holds the selections of all pieces; the result is this piece's addend.
+    f_i = E / (K T) * selections, without gradient; P_i = mean over the sequence of scores normalised over experts. The
+    selections are those made, as in DeepSeek's published training trace; eq. 18 as printed counts the top K of the
+    scores without bias. If sequences are split over ranks, `total_SE` holds the selections of all pieces; the result is
+    this piece's addend.
     """
     n_sequences, n_experts = count_SE.shape
     share_STE = (score_NE / score_NE.sum(-1, keepdim=True)).view(n_sequences, -1, n_experts)

@@ -87,13 +87,17 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     chosen = None if device_name is None else device(device_name)
     return DryRun(
         layout, table, numbers, settings.micro_rows, length, ramp,
-        dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen), chosen,
+        dry_run(
+            cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen,
+            muon=settings.optimizer == "muon",
+        ),
+        chosen,
     )  # fmt: skip
 
 
 def dry_run(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats,
-    recompute: Collection[str] = (), on: Device | None = None,
+    recompute: Collection[str] = (), on: Device | None = None, muon: bool = False,
 ) -> dict[int, dict[str, int]]:  # fmt: skip
     """World rank -> bytes by kind, for the first, a middle and the last pipeline rank, with micro-batches of `rows`
     sequences of `length` tokens."""
@@ -102,11 +106,13 @@ def dry_run(
     ranks = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)
-        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
+        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers, muon)
     return ranks
 
 
-def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats) -> dict[str, int]:
+def measure(
+    cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats, muon: bool = False
+) -> dict[str, int]:
     """Bytes of the tensors that a rank of the world creates before its first step, by kind."""
     half = numbers.compute == 2
     with _as_rank(rank, layout.world):
@@ -119,6 +125,7 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
             shard.others,
             compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
+            stacked=shard.model.hidden_matrices() if muon else None,
         )
     groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # in float32 the weights are the masters

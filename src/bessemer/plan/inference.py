@@ -95,8 +95,8 @@ def _layer(deployment: Deployment, rows: int, local: int, dense: bool) -> list[O
         gemm("experts up", routed, 2 * shape.expert_inner, shape.dim, form, groups=local),
         gemm("experts down", routed, shape.dim, shape.expert_inner, form, groups=local),
     ]
-    if shape.shared:
-        ops += list(layer_kernels.ffn(shape, rows, shape.shared * shape.expert_inner, deployment.fp8).forward)
+    if shape.shared_width:
+        ops += list(layer_kernels.ffn(shape, rows, shape.shared_width, deployment.fp8).forward)
     return ops
 
 
@@ -210,6 +210,8 @@ def cheapest_unit(shape: ModelShape, device: Device, fp8: bool) -> ServingOffer 
     return best
 
 
+TOGETHER = 512
+"""Answers that a GPU decodes at a time if there are more; the next one begins when one ends."""
 MEAN = 0.25
 """Ratio of answers' mean length to the cap, an assumption: R1-Zero's grew from hundreds of tokens to over 10,000."""
 ACCEPTED = 0.85
@@ -222,8 +224,6 @@ class RolloutTime:
 
     sampling: float
     updating: float
-    bound: str
-    """What limits the speed of sampling."""
 
     @property
     def seconds(self) -> float:
@@ -237,16 +237,14 @@ def rollout_time(
     """The time of one rollout. `train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling
     unit; `accepted`: accepted MTP drafts per step (R1's sampler drafted, R1-Nature B.1; that of `rl` does not). A
     `critic` adds one pass for values and its own updates."""
-    batch = max(1, -(-answers // gpus))
+    each = max(1, -(-answers // gpus))
+    batch = min(each, TOGETHER)
     deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted)
     step = decode(deployment).seconds / (1 + accepted)
     # the longest answers end alone, at the speed of a batch of 1
     alone = decode(Deployment(shape, device, ep, 1, cap, accepted=accepted)).seconds / (1 + accepted)
-    tail = step * mean * cap + alone * (1 - mean) * cap
-    whole = batch * mean * cap * step / batch
+    sampling = step * mean * cap * each / batch + alone * (1 - mean) * cap
     tokens = answers * mean * cap
     passes = 1 + 2 / 3 + (1 + 1 / 3) * critic  # backward is two of three
     updating = tokens * passes / (train_rate * gpus)
-    return RolloutTime(
-        max(tail, whole), updating, "its longest answer" if tail > whole else "the tokens of all answers"
-    )
+    return RolloutTime(sampling, updating)

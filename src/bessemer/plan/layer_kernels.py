@@ -162,9 +162,9 @@ def finish(shape: ModelShape, tokens: int, fp8: bool) -> Phase:
     """Shared expert and residual."""
     D = shape.dim
     residual = Phase((memory_op("finish", 4 * BF16 * D * tokens),), (memory_op("finish back", 2 * BF16 * D * tokens),))
-    if not shape.shared:
+    if not shape.shared_width:
         return residual
-    return residual + ffn(shape, tokens, shape.shared * shape.expert_inner, fp8, 1, "shared")
+    return residual + ffn(shape, tokens, shape.shared_width, fp8, 1, "shared")
 
 
 def dense(shape: ModelShape, tokens: int, fp8: bool, tp: int = 1) -> Phase:

@@ -112,7 +112,8 @@ def working(cfg: ModelConfig, layout: Layout, rows: int, length: int, numbers: N
     tokens, number = rows * length // layout.cp, numbers.compute
     routed = tokens * cfg.n_activated_experts
     between = routed * (2 * cfg.dim * number + 2 * cfg.moe_inter_dim * (4 + number))
-    copies = min(cfg.n_activated_experts, layout.ep) if layout.nodes == 1 else min(cfg.n_limited_groups, layout.nodes)
+    most = cfg.n_limited_groups if cfg.limited and layout.nodes > 1 else cfg.n_activated_experts
+    copies = min(most, layout.ep if layout.nodes == 1 else layout.nodes)
     exchange = 0 if layout.ep == 1 else 2 * tokens * copies * cfg.dim * number
     chunk = min(tokens, max(128, (1 << 27 if numbers.fused else 1 << 18) // cfg.vocab_size))
     head = cfg.vocab_size * cfg.dim * (4 + (number if number < 4 else 0))

@@ -112,8 +112,7 @@ def _stages(plan: RunPlan, costs: Sequence[StageCost]) -> list[str]:
         lines.append(f"  {cost.name:<{width}}{used:>11}  {time:>13}  {cost.work}")
         if (one := cost.rollout) is not None:
             lines.append(
-                f"  {'':{width}}{'':26}  the last: {one.sampling:.3g} s of sampling (waits for {one.bound}), "
-                f"{one.updating:.3g} s of updates"
+                f"  {'':{width}}{'':26}  the last: {one.sampling:.3g} s of sampling, {one.updating:.3g} s of updates"
             )
     total = sum(cost.gpu_hours for cost in costs)
     price = "" if plan.usd_hour is None else f"  ${amount(plan.usd_hour * total)}"

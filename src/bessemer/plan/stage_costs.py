@@ -26,8 +26,6 @@ from bessemer.plan.plan_config import begun
 from bessemer.plan.training_setup import ModelShape
 from bessemer.train import lineage, setup
 
-TOGETHER = 512
-"""Answers that a GPU decodes at a time if a stage asks for more at once."""
 NO_GPU = ("corpus", "import", "examples")
 """Kinds of stages without work for a GPU."""
 
@@ -47,7 +45,6 @@ class StageCost:
     def facts(self) -> dict[str, Any]:
         rollout = {} if self.rollout is None else {
             "sampling_seconds": self.rollout.sampling, "updating_seconds": self.rollout.updating,
-            "bound": self.rollout.bound,
         }  # fmt: skip
         return {"stage": self.name, "kind": self.kind, "gpu_hours": self.gpu_hours, "work": self.work} | rollout
 
@@ -101,9 +98,7 @@ def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
 
 def _answers(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int) -> float:
     """GPU hours of sampling answers, without updates."""
-    rounds = math.ceil(answers / (TOGETHER * plan.gpus))
-    one = _rollout(plan, recipe, name, math.ceil(answers / rounds), cap, math.inf)
-    return rounds * one.seconds * plan.gpus / 3600
+    return _rollout(plan, recipe, name, answers, cap, math.inf).seconds * plan.gpus / 3600
 
 
 def _rollout(

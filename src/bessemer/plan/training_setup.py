@@ -52,6 +52,12 @@ class ModelShape:
     matrices: int = 3
     """Matrices of an FFN: 3 with a gate (SwiGLU), 2 without."""
     tied: bool = False
+    shared_inner: int = 0
+    """Inner width of all shared experts together; 0: that of as many routed ones."""
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared_inner or self.shared * self.expert_inner
 
     @classmethod
     def of(cls, cfg: ModelConfig) -> ModelShape:
@@ -60,7 +66,7 @@ class ModelShape:
             cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_dense_layers, cfg.inter_dim, cfg.moe_inter_dim, cfg.n_heads, 0,
             cfg.qk_head_dim, cfg.v_head_dim, cfg.qk_rope_head_dim, cfg.q_lora_rank, cfg.kv_lora_rank,
             cfg.n_routed_experts, cfg.n_shared_experts, cfg.n_activated_experts, cfg.n_expert_groups,
-            cfg.n_limited_groups, cfg.n_mtp, tied=cfg.tie_embeddings,
+            cfg.n_limited_groups, cfg.n_mtp, tied=cfg.tie_embeddings, shared_inner=cfg.shared_inter_dim,
         )  # fmt: skip
 
     def without_mla(self) -> ModelShape:
@@ -89,7 +95,7 @@ class ModelShape:
         """Parameters of a layer with `local_experts` routed experts: (of those experts, of everything else)."""
         if dense:
             return 0, self.attention_params() + self.ffn_params(self.inner)
-        rest = self.ffn_params(self.shared * self.expert_inner) + self.experts * self.dim
+        rest = self.ffn_params(self.shared_width) + self.experts * self.dim
         return local_experts * self.ffn_params(self.expert_inner), self.attention_params() + rest
 
     def kv_bytes(self, number: int = 2) -> int:
