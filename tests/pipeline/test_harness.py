@@ -118,6 +118,27 @@ def test_loglikelihoods_of_a_transformers_model_are_those_of_hflm(tmp_path):
         assert logp == pytest.approx(their_logp, abs=1e-4) and greedy == their_greedy
 
 
+def test_without_bos_a_text_follows_the_end_of_another_as_in_hflm(tmp_path):
+    folder = tmp_path / "tiny-llama"
+    made("llama", vocab_size=400).save_pretrained(folder)
+    byte_level(folder, eos_token="<|text|>", pad_token="<|im_end|>")  # its chat template ends answers otherwise
+    engine = load_engine(folder)
+    tokenizer = engine.tokenizer
+    assert tokenizer.bos_id is None and tokenizer.eos_id == tokenizer.special_id("<|im_end|>")
+    ours, theirs = BessemerLM(engine), HFLM(pretrained=str(folder), device="cpu", dtype="float32")
+    pairs = [("What is 12*3", "+4?"), ("", "yes"), ("", "é 漢字 ok"), ("", "y"), ("", "n")]
+    asked = requests("loglikelihood", pairs)
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    for one, (logp, greedy), reference in zip(asked, ours.loglikelihood(asked), expected, strict=True):
+        assert (pytest.approx(logp, abs=1e-4), greedy) == reference
+        assert [(pytest.approx(logp, abs=1e-5), greedy)] == ours.loglikelihood([one]), "neighbours change nothing"
+    texts = requests("loglikelihood_rolling", [("yes",), ("What is 12*3+4? " * 9,)])
+    expected = theirs.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, abs=1e-3, rel=1e-6)
+    (text,) = ours.generate_until(requests("generate_until", [("", {"max_gen_toks": 3})]))
+    assert text == engine.generate([ours._context("")], temperature=0, max_new_tokens=3)[0][0].text
+
+
 def test_batches_and_workers_change_nothing(engine):
     asked = requests("loglikelihood", pairs(engine))
     together = BessemerLM(engine).loglikelihood(asked)

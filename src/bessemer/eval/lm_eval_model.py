@@ -4,7 +4,8 @@ Importing this module imports lm-eval, an optional dependency. Custom tasks (YAM
 task's YAML may name Python functions, which run as part of lm-eval: include only folders you trust.
 
 What is scored
-- A context begins with BOS, as every document in training did (HFLM with add_bos_token=True). An empty context is BOS.
+- A context begins with BOS, as every document in training did (HFLM with add_bos_token=True). An empty context is BOS;
+  if the tokenizer has none, the end of the text before, as in HFLM.
 - Context and continuation are one text: spaces at the end of the context belong to the continuation, and the ids of the
   whole are split where the context's ids end. If a token crosses that border, there is no such place; both are then
   encoded separately, as prompt and completion are in the Engine.
@@ -60,6 +61,8 @@ class BessemerLM(LM):
     def __init__(self, engine: Engine, batch_tokens: int = BATCH_TOKENS) -> None:
         super().__init__()
         self.engine, self.batch_tokens = engine, batch_tokens
+        bos = engine.tokenizer.bos_id
+        self._prefix = engine.tokenizer.stop_ids[-1] if bos is None else bos  # the first token needs one before it
         self.truncated = 0
         """Requests whose context was truncated on the left."""
         self._rendered: dict[str, list[int]] = {}
@@ -90,12 +93,12 @@ class BessemerLM(LM):
         return self._score([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-probability of whole texts after BOS, in windows of max_seq_len that overlap as far as they can."""
+        """Log-probability of texts after the prefix, in windows of max_seq_len that overlap as far as they can."""
         pieces: list[_Scored] = []
         counts = []
         for request in requests:
             ids = self.engine.tokenizer.encode(request.args[0])
-            windows = list(get_rolling_token_windows(ids, self.engine.tokenizer.bos_id, self.max_length, 1))
+            windows = list(get_rolling_token_windows(ids, self._prefix, self.max_length, 1))
             pieces += [_Scored(*make_disjoint_window(window)) for window in windows]
             counts.append(len(windows))
         scores = iter(self._score(pieces))
@@ -118,7 +121,7 @@ class BessemerLM(LM):
         tokenizer = self.engine.tokenizer
         if not self._rendered:
             bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-            return [*bos, *tokenizer.encode(text)]
+            return [*bos, *tokenizer.encode(text)] or [self._prefix]
         if text in self._rendered:
             return self._rendered[text]
         conversation = max((made for made in self._rendered if text.startswith(made)), key=len, default=None)
