@@ -247,6 +247,24 @@ def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatc
     assert not toy.out.exists()
 
 
+def test_a_call_that_a_probe_refuses_leaves_the_records_of_the_run(toy, monkeypatch):
+    def probes(self, settings, recipe, cache):
+        def probe():
+            if settings.steps > 20:
+                raise UserError("steps is more than the file holds")
+
+        yield probe
+
+    monkeypatch.setattr("toy_stage.Count.probes", probes)
+    with pytest.raises(UserError, match="than the file holds"):
+        run(toy, overrides=["second.steps=30"])
+    assert run(toy) == ALL_DONE, "a new folder belongs to the recipe even if its first call is refused"
+    before = {name: (toy.out / name).read_bytes() for name in ("recipe.toml", "plan.json")}
+    with pytest.raises(UserError, match="than the file holds"):
+        run(toy, overrides=["second.steps=30", "compare.name='third'"])
+    assert before == {name: (toy.out / name).read_bytes() for name in before} and run(toy) == ALL_SKIPPED
+
+
 def test_derived_facts_count_as_settings(toy, monkeypatch):
     run(toy)
     monkeypatch.setattr("toy_stage.Compare.resolve", lambda self, settings, recipe: {"width": (1, 2)})

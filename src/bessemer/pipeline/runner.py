@@ -101,14 +101,17 @@ def run(
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=ranks is not None))
-        rundir.record_recipe(outside.with_folder(recipe, root).to_toml())
-        rundir.record_plan(estimates)
+        text = outside.with_folder(recipe, root).to_toml()
+        if not (root / "recipe.toml").exists():  # makes the folder a run's before anything else is written there
+            rundir.record_recipe(text)
         if donor is not None:
             donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")
         try:
             plan = planned(recipe, kinds, derived, rundir.folder, donor)
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
+            rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
+            rundir.record_plan(estimates)
             _set_aside_stale(plan, rundir, metrics, progress)
             _adopt_files(plan, progress)
             if rundir.killed:
