@@ -8,6 +8,8 @@ import rl_stage
 
 from bessemer.errors import UserError
 from bessemer.pipeline.replay import replay
+from bessemer.report import why
+from bessemer.report.facts import read
 from bessemer.runs.directory import write_done
 from bessemer.train import setup
 from bessemer.workers import Workers
@@ -145,3 +147,13 @@ def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path):
     kept = json.loads((root / "why-zero.json").read_text())
     assert kept["problems"] == 8 and "did not rise" in out
     assert "Why the reward rose" in (root / "report.html").read_text()
+    for folder in ("02-pretrain", "03-zero"):
+        done, file = (root / folder / "done.json").read_bytes(), next((root / folder / "model").iterdir())
+        assert "held-out problems" in why.html(read(root))
+        file.write_bytes(file.read_bytes() + b" ")
+        write_done(root / folder, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
+        assert not why.html(read(root)), "found about another model"
+        (root / folder / "done.json").write_bytes(done)
+    del kept["models"]  # as earlier versions wrote it
+    (root / "why-zero.json").write_text(json.dumps(kept))
+    assert not why.html(read(root))

@@ -1,5 +1,6 @@
 """`bessemer why`: the models before and after an RL stage answer the same held-out problems, are rewarded as in the
-stage, and `rl.why` explains the difference. The result is kept in the run directory, for its report card."""
+stage, and `rl.why` explains the difference. The result is kept in the run directory with the digests of both
+stages' output, for its report card."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
     recipe = Recipe.load(root / "recipe.toml")
     config = rl_stage(recipe, name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
+    digests = {name: done["digest"] for name, folder in folders.items() if (done := read_done(folder))}
     for stage in (config.source, config.name):
-        if stage is None or stage not in folders or read_done(folders[stage]) is None:
+        if stage not in digests:
             raise UserError(
                 f'stage "{stage}" of {root} is not finished; bessemer why compares the models before and after a stage'
             )
@@ -44,7 +46,8 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
         for groups in (before, after):
             reward.score(groups, cap, judges)
     found = why.explain(before, after, reward, cap)
-    write_json(root / f"why-{config.name}.json", found.facts())
+    models = {stage: digests[stage] for stage in (config.source, config.name)}
+    write_json(root / f"why-{config.name}.json", found.facts() | {"models": models})
     return config.name, found
 
 

@@ -9,6 +9,7 @@ from bessemer.report import page
 from bessemer.report.facts import RunFacts
 from bessemer.report.page import Html
 from bessemer.rl.why import RIGHT, Cause, Explanation
+from bessemer.runs.directory import read_done
 from bessemer.runs.files import read_json
 
 PROMPT = 50
@@ -58,12 +59,13 @@ def describe(stage: str, found: Explanation) -> str:
 
 
 def html(facts: RunFacts) -> Html:
-    """What `bessemer why` has found about the run's stages; "" if it was not run."""
+    """What `bessemer why` has found about the run's models; "" if it has not been run with them."""
     parts = []
+    digests = {one.name: done["digest"] for one in facts.stages if (done := read_done(one.folder))}
     for stage in facts.stages:
         kept = read_json(facts.root / f"why-{stage.name}.json")
-        if kept is None:
-            continue
+        if kept is None or not (models := kept.pop("models", {})) or not models.items() <= digests.items():
+            continue  # not about these models: one was made again since
         found = Explanation.of_facts(kept)
         asked = f"{found.problems} held-out problems x {found.samples} answers"
         rise = f"reward {found.before:.3f} → {found.after:.3f}, {asked}"
