@@ -1,6 +1,7 @@
 """`bessemer push` and `pull` against a local hub, through the real client over HTTP."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -106,7 +107,10 @@ def test_what_is_not_there(call, run, server, tmp_path, monkeypatch):
 
 
 def test_the_card_is_the_runs(call, run):
-    write_json(run / "01-zero" / "results.json", [ROW, {**ROW, "model": "other", "pass_at_1": 0.9}])
+    shots = {"pass_at_1": 0.7, "shots": 4, "shot_kind": "worked"}
+    asked = {"prefix": "a|b\nc", "top_p": 0.95, "pass_at_1": 0.6}
+    rows = [ROW | {"pass_at_1": 0.1}, ROW | shots, ROW, ROW | asked, ROW | {"model": "other", "pass_at_1": 0.9}]
+    write_json(run / "01-zero" / "results.json", {"rows": rows})
     text = (run / "recipe.toml").read_text()
     try:
         (run / "recipe.toml").write_text('folder = "/home/someone"\n' + text + 'from = "corpus"\n')
@@ -115,7 +119,12 @@ def test_the_card_is_the_runs(call, run):
         (run / "recipe.toml").write_text(text)
         (run / "01-zero" / "results.json").unlink()
     assert status == 0 and card.startswith('---\nlicense: "other"\n') and "# own/name" in card
-    assert "| countdown | en | 1.0 | 50.0 % (40.0-60.0) | 5 | 16 |" in card and "90.0 %" not in card
+    assert re.findall(r"(?m)^\| countdown.*", card) == [
+        f"| countdown{before} | en | 1.0 | {score} % (40.0-60.0) | 5 | 16 |"
+        for before, score in (
+            ("", "50.0"), (", 4 worked examples first", "70.0"), (', top-p 0.95, after "a\\|b c"', "60.0")
+        )
+    ]  # fmt: skip
     assert text.strip() in card and "someone" not in card
     use = card.partition("## Use\n\n```\n")[2].partition("```")[0].splitlines()
     assert use == [

@@ -9,6 +9,7 @@ from typing import Any
 
 from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
+from bessemer.eval import tables
 from bessemer.hf.mapping import FAMILIES
 from bessemer.hf.modelfile import style_of
 from bessemer.report.facts import RunFacts, StageFacts, read
@@ -90,21 +91,24 @@ def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
 
 def _scores(facts: RunFacts, stage: StageFacts | None) -> list[str]:
     rows = [row for row in facts.evaluations if stage is None or row.get("model") == stage.name]
-    rows = [row for row in rows if isinstance(row.get("pass_at_1"), float)]
-    if not rows:
+    by_task = [models for tasks in tables.by_sampling(rows).values() for models in tasks.values()]
+    if not by_task:
         return ["The run did not evaluate it.", ""]
     lines = ["## Evaluation", "", "On problems of the test split.", ""]
     lines += ["| task | language | T | pass@1 (95 % interval) | problems | samples |", "|---|---|---|---|---|---|"]
-    return [*lines, *map(_score, rows), ""]
+    return [*lines, *(_score(row) for models in by_task for row in models.values()), ""]
 
 
 def _score(row: dict[str, Any]) -> str:
     score = f"{100 * row['pass_at_1']:.1f} %"
     if row.get("pass_at_1_interval"):
         score += " ({:.1f}-{:.1f})".format(*(100 * end for end in row["pass_at_1_interval"]))
-    cells = [row.get("task"), row.get("language", ""), row.get("temperature", ""), score]
+    top_p = row.get("top_p") or 1
+    task = ", ".join(filter(None, (row.get("task"), "" if top_p == 1 else f"top-p {top_p:g}", tables.before(row))))
+    cells = [task, row.get("language", ""), row.get("temperature", ""), score]
     cells += [row.get("n", ""), row.get("samples", row.get("k", ""))]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    # a user's text before the question may hold what ends a cell or a line
+    return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
 
 
 def _data(facts: RunFacts) -> list[str]:
