@@ -130,6 +130,16 @@ def test_two_hundred_answers_in_the_form_of_r1_give_the_score_computed_by_hand(d
     assert row["published"] == {"R1-Zero": 0.779, "R1": 0.798} and row["mean_length"] is None
 
 
+def test_answers_to_problems_that_were_not_chosen_are_none(data, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "aime-2024.jsonl", [{"problem": "61", "text": r1("\\boxed{200}")}])
+    call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "answers": file}
+    (row,) = suite_run.evaluate_suite(None, **call)["rows"]
+    assert (row["n"], row["pass_at_1"]) == (1, 1.0) and "answers to 1 of 2 problems" in capsys.readouterr().err
+    with pytest.raises(UserError, match="nothing was evaluated"):
+        suite_run.evaluate_suite(None, **call, problems=1)  # 60
+    assert f"aime-2024: {file} has no answers" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -174,6 +184,8 @@ def test_one_command_runs_what_has_data_and_goes_on_after_a_kill(model, data, tm
     assert again.returncode == 0 and "R1-Zero" in again.stdout and "77.9 %" in again.stdout, again.stderr
     assert sorted((killed / "aime-2024.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
     assert cli(*call, "--samples", 3, "--out", "killed", "--seed", 1, cwd=tmp_path).returncode == 2
+    refused = cli(*call, "--out", "killed/results.json", cwd=tmp_path)
+    assert refused.returncode == 2 and "error: killed/results.json: a file is in the way" in refused.stderr
 
     scored = cli("--suite", "r1", "--data", data, "--answers", "whole", "--json", cwd=tmp_path)
     rows = json.loads(scored.stdout)["rows"]

@@ -103,7 +103,8 @@ def evaluate_suite(
         _say("skipped " + one["reason"])
     if not result["rows"]:
         raise UserError(
-            f"nothing was evaluated: {len(skipped)} of {len(evaluations)} evaluations lack their data (see above)"
+            f"nothing was evaluated: {len(evaluations)} of {len(evaluations)} evaluations lack their data or answers "
+            "(see above)"
         )
     return result
 
@@ -136,9 +137,9 @@ def run(
     model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
 ) -> Iterator[dict[str, Any]]:
     """Yields the row of each evaluation as soon as all its answers are there."""
+    out.mkdir(parents=True, exist_ok=True)
     setup.keep_memory()
     engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
-    out.mkdir(parents=True, exist_ok=True)
     _say(f"answers are kept in {out}; after an interruption, the same command continues")
     longest = engine.model.cfg.max_seq_len
     if longest < sampling.max_new_tokens:
@@ -165,10 +166,10 @@ def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
     for file in files:
         answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
     for one in ready:
-        if one.name in answers:
+        if any(problem.id in answers.get(one.name, {}) for problem in one.problems):
             yield _row(one, answers[one.name], None, None)
         else:
-            _say(f"{one.name}: {path} has no answers")
+            _say(f"{one.name}: {path} has no answers to these problems")
 
 
 def _row(one: Ready, answers: Answers, temperature: float | None, top_p: float | None) -> dict[str, Any]:
