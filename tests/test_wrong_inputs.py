@@ -72,7 +72,9 @@ run mark.toml | messages must be a list, not int
 run sft.toml | chat5.jsonl:1: messages must be a list, not int
 run nodata.toml | none.jsonl
 run sft.toml --until sftt | no stage "sftt" in the recipe "x"; stages: base, sft
-run sft.toml --out file | a file is in the way; choose another folder with --out
+run sft.toml --out file | file: a file is in the way; move it, or choose another folder (--out)
+run sft.toml --out file/x | file/x: a file is in the way
+data export runs/tiny file | file: a file is in the way
 run sft.toml --set sft.lr=nan | key "lr" is NaN
 run | 'RECIPE'; see bessemer run --help
 frobnicate | No such command 'frobnicate'; see bessemer --help
@@ -84,6 +86,8 @@ CASES = [tuple(part.strip() for part in line.split(" | ")) for line in WRONG.str
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     write_run(place / "runs" / "tiny")
+    answer = '{"step": 1, "id": "p", "prompt": "2+2", "completion": "4"}\n'
+    (place / "runs" / "tiny" / "01-zero" / "rollouts.jsonl").write_text(answer)
     (place / "other").mkdir()
     (place / "other" / "tiny").symlink_to(place / "runs" / "tiny")
     (place / "dir").mkdir()

@@ -76,10 +76,7 @@ class Build:
     def run(self) -> dict[str, Any]:
         """Run the build and return its report. Finished jobs stay finished after a UserError."""
         output.check_folder(self.out, [source.part for source in self.settings.sources])
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{self.out}: a file is in the way; choose another folder with --out") from None
+        self.out.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.out / ".lock", timeout=0):
                 return self._run()

@@ -53,8 +53,6 @@ class RunDir:
         with explained(root):
             try:
                 root.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                raise UserError(f"{root}: a file is in the way; choose another folder with --out") from None
             except FileNotFoundError as error:  # /proc and the like, where nothing can be created
                 raise UserError(
                     f"cannot make the folder {root} ({error.strerror}); choose another one with --out"

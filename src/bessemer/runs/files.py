@@ -65,6 +65,8 @@ def explain(error: BaseException, path: Path) -> UserError | None:
             f"the disk of {where} does not respond ({error.strerror}); repair or mount it, and run the same command "
             "again"
         )
+    if isinstance(error, FileExistsError | NotADirectoryError) and not Path(where).is_dir():
+        return UserError(f"{where}: a file is in the way; move it, or choose another folder (--out)")
     if isinstance(error, FileNotFoundError) and not path.exists():
         return UserError(f"{path} has vanished while it was in use: deleted, moved, or its disk unmounted; {BACK}")
     if number in _FORBIDDEN:
