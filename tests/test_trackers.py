@@ -177,6 +177,16 @@ def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeyp
     assert len(mlflow(run)["base/train/loss"]) == len(tensorboard(run)["base/train/loss"]) == 3
 
 
+def test_a_record_that_cannot_be_read_or_written_is_said_in_one_line(run, capfd):
+    write(run, "base", range(1, 4))
+    (run / "trackers.json").mkdir()
+    with trackers.mirrored(run, ["tensorboard"]):
+        pass
+    err = capfd.readouterr().err
+    assert err.startswith("trackers: ") and "trackers.json" in err and err.endswith("; the run continues\n")
+    assert not (run / "trackers" / "log.txt").read_text()
+
+
 def test_a_tracker_that_hangs_is_left_behind(run, monkeypatch, capfd):
     monkeypatch.setattr(trackers, "PATIENCE", 3.0)
     write(run, "base", range(1, 4))

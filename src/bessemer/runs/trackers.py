@@ -376,7 +376,7 @@ def main() -> None:
                 if ended:
                     break
             mirror.close()
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"trackers: {error}; the run continues", file=ours, flush=True)
 
 
