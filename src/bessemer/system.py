@@ -74,7 +74,7 @@ def claim(file: IO[str], holder: str) -> bool:
     """Locks a file for this process; False if another process holds it. On a system without such locks, the process
     whose number is in the file (`holder`) holds it for as long as that process lives."""
     if fcntl is None:
-        return not holder.isdigit() or int(holder) == os.getpid() or not _alive(int(holder))
+        return not holder.isdigit() or int(holder) == os.getpid() or not alive(int(holder))
     try:
         # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +83,8 @@ def claim(file: IO[str], holder: str) -> bool:
     return True
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether this machine runs a process with this number."""
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 import toy_stage  # noqa: F401 (registers the kinds)
@@ -212,6 +213,22 @@ def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatc
         run(toy, until="first")
     assert run(toy, until="first")["first"] == "done"
     assert len(toy.lines()) == 1 and (toy.out / "01-first" / "samples.md").read_text().count("## step") == 1
+
+
+def test_what_a_kill_left_in_the_run_is_removed_but_not_what_another_process_is_writing(toy):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        toy.write(steps=1, second=1)
+        run(toy, until="first")
+        files = [toy.out / f"{name}.tmp-{pid}" for name, pid in (("trackers.json", other.pid), ("plan", os.getpid()))]
+        for file in files:
+            file.touch()
+        (toy.out / "02-second.tmp-reuse").mkdir()
+        run(toy, until="second")
+        left = [path for path in toy.out.iterdir() if ".tmp-" in path.name]
+        other.kill()
+    run(toy)
+    assert left == files[:1]
+    assert not files[0].exists()
 
 
 def test_the_first_screen(toy, capsys):

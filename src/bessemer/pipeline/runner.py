@@ -51,6 +51,7 @@ from bessemer.runs.directory import (
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.system import alive
 from bessemer.train import determinism
 from bessemer.workers import all_cores
 
@@ -160,8 +161,14 @@ def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """A file or folder that `write_atomic` or `reuse` left when killed; under the lock, nothing is writing it."""
+    """A file or folder that `write_atomic` or `reuse` left when killed; under the lock, nothing writes to a stage's."""
     return ".tmp-" in path.name
+
+
+def _is_abandoned(path: Path) -> bool:
+    """A temporary in the run's folder that no other process is writing, as trackers, `report` and `why` do there."""
+    pid = path.name.rpartition(".tmp-")[2]
+    return _is_temporary(path) and not (pid.isdigit() and int(pid) != os.getpid() and alive(int(pid)))
 
 
 def _run_all(
@@ -248,7 +255,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
     root = rundir.root
     with explained(item.folder):
         ctx.dir.mkdir(exist_ok=True)
-        for leftover in filter(_is_temporary, [*ctx.dir.rglob("*"), *root.iterdir()]):
+        for leftover in [*filter(_is_temporary, ctx.dir.rglob("*")), *filter(_is_abandoned, root.iterdir())]:
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         # hashed again: a file may have changed since the run began, or while earlier stages ran
         began, files = time.time(), outside.read_by(item.config)
