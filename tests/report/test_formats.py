@@ -69,3 +69,13 @@ def test_the_table_and_the_page():
     assert (heldout, interval) == ("+1.000", ["-11.706", "to", "+13.706"])
     page = card.render(facts)
     assert 'id="formats"' in page and "FP8, block gradients" in page and "formats/gap" not in page
+
+
+def test_the_heading_names_the_baselines_that_were_used():
+    """BF16 where a seed has it, whichever stage comes first."""
+    stages = [stage("a", curve(0.0), precision="float32"), stage("b", curve(0.1)), stage("c", curve(0.1), fp8="paper")]
+    assert {one.label for one in comparisons.format_gaps(run(*stages))} == {"float32", "FP8, paper"}
+    assert "against BF16 with the same seed" in comparisons.formats_text(run(*stages))
+    assert "against BF16 with the same seed" in comparisons.formats_html(run(*stages))
+    other = stage("d", curve(0.0), seed=2, precision="float32"), stage("e", curve(0.1), seed=2, fp8="paper")
+    assert "against BF16 or float32 with" in comparisons.formats_text(run(*stages, *other))

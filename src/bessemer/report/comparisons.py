@@ -211,6 +211,8 @@ class FormatGap:
     """A stage against the baseline of its seed."""
 
     label: str
+    base: str
+    """Precision of the baseline."""
     seed: int | None
     tokens: list[int]
     gap: list[float]
@@ -247,7 +249,8 @@ def _format_gap(stage: StageFacts, base: StageFacts) -> FormatGap:
     gap = [100 * (ours[step] - theirs[step]) / theirs[step] for step in steps]
     mine, other = _heldout(stage), _heldout(base)
     heldout = 100 * (mine - other) / other if mine and other else None
-    return FormatGap(_format_label(stage, base), stage.settings.get("seed"), [at[step] for step in steps], gap, heldout)
+    label, precision = _format_label(stage, base), str(base.settings.get("precision"))
+    return FormatGap(label, precision, stage.settings.get("seed"), [at[step] for step in steps], gap, heldout)
 
 
 def _smoothed(stage: StageFacts) -> dict[int, float]:
@@ -292,11 +295,10 @@ def _format_rows(gaps: Sequence[FormatGap]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _format_lead(facts: RunFacts) -> str:
-    base = next(stage for stage in facts.stages if stage.kind == "pretrain")
-    named = {"bfloat16": "BF16", "float32": "float32"}.get(str(base.settings.get("precision")), "plain")
+def _format_lead(gaps: Sequence[FormatGap]) -> str:
+    named = dict.fromkeys({"bfloat16": "BF16", "float32": "float32"}.get(gap.base, "plain") for gap in gaps)
     return (
-        f"training loss (smoothed, {KEEP:g}) against {named} with the same seed, after the first tenth; "
+        f"training loss (smoothed, {KEEP:g}) against {' or '.join(named)} with the same seed, after the first tenth; "
         f"the paper stays below {BOUND:g} %"
     )
 
@@ -304,7 +306,7 @@ def _format_lead(facts: RunFacts) -> str:
 def formats_text(facts: RunFacts) -> str:
     """The table for a terminal; "" if no stages differ only by number format."""
     gaps = format_gaps(facts)
-    return f"number formats: {_format_lead(facts)}\n{page.grid([_HEADS, *_format_rows(gaps)])}" if gaps else ""
+    return f"number formats: {_format_lead(gaps)}\n{page.grid([_HEADS, *_format_rows(gaps)])}" if gaps else ""
 
 
 def formats_html(facts: RunFacts) -> Html:
@@ -324,7 +326,7 @@ def formats_html(facts: RunFacts) -> Html:
         for label, of_format in _by_label(gaps).items()
     ]
     table = page.table(_HEADS, _format_rows(gaps), numeric=range(1, len(_HEADS)))
-    return page.join(page.paragraph(_format_lead(facts), "lead"), table, page.charts(drawn))
+    return page.join(page.paragraph(_format_lead(gaps), "lead"), table, page.charts(drawn))
 
 
 # --- long contexts --------------------------------------------------------------------------------------------------
