@@ -106,4 +106,7 @@ def test_steps_have_no_cosine():
 
 def test_shown_for_people():
     assert [show_tokens(n) for n in (7, 950, 1500, 8_000_000, 14.8e12)] == ["7", "950", "1.5K", "8M", "14.8T"]
+    # the unit is that of the rounded number
+    assert [show_tokens(n) for n in (999, 999.7, 999_499, 999_936, 999.7e6)] == ["999", "1K", "999K", "1M", "1B"]
+    assert [show_tokens(n) for n in (999.7e9, 999.7e12, 1234.5e12)] == ["1T", "1000T", "1234T"]
     assert [show_seconds(s) for s in (2.34, 42, 95, 3725)] == ["2.3s", "42s", "1m 35s", "1h 02m"]

@@ -214,6 +214,7 @@ def test_curves_stay_small_and_true():
     assert [charts.short(v) for v in (0, 0.00022, 3e-3, 1.5, 21400, 8e6, -0.5)] == [
         "0", "0.00022", "0.003", "1.5", "21.4K", "8M", "-0.5"
     ]  # fmt: skip
+    assert [charts.short(v) for v in (999.7, -999.7, 999_499, 999_936)] == ["1K", "-1K", "999K", "1M"]
 
 
 def test_heat_map_means_shares_not_counts():

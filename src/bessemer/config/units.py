@@ -85,10 +85,11 @@ def parse_seconds(value: object) -> float:
 
 def show_tokens(count: float) -> str:
     """8_000_000 -> "8M"; three significant digits, for people."""
+    rounded = float(f"{count:.3g}")  # 999_936 is 1M, not 1000K
     for suffix, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{suffix}" if count / size < 1000 else f"{count / size:.0f}{suffix}"
-    return f"{count:.3g}" if count < 1000 else f"{count:.0f}"
+        if rounded >= size:
+            return f"{count / size:.3g}{suffix}" if rounded / size < 1000 else f"{count / size:.0f}{suffix}"
+    return f"{count:.3g}"
 
 
 def show_seconds(seconds: float) -> str:

@@ -151,7 +151,7 @@ def _wide(values: Iterable[float]) -> bool:
 
 def short(value: float) -> str:
     """1234567 -> "1.23M"; for axes and headlines."""
-    size = abs(value)
+    size = abs(float(f"{value:.3g}"))
     for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if size >= unit:
             return f"{value / unit:.3g}{suffix}"

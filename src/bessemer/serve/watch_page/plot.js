@@ -220,7 +220,7 @@ function powers(low, high) {
 
 // 1234567 -> "1.23M", as on the axes.
 export function short(value) {
-  const size = Math.abs(value);
+  const size = Number(Math.abs(value).toPrecision(3));
   const [suffix, unit] = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]].find(([, unit]) => size >= unit) ?? ["", 1];
   if (size !== 0 && size < 0.001) return value.toExponential(1);
   return `${Number((value / unit).toPrecision(3))}${suffix}`;
