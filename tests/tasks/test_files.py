@@ -215,6 +215,7 @@ def test_lines_of_gpqa_are_always_shuffled(file):
         (24, "24.0", "correct"),
         (24, "25", "wrong-value"),
         (24, "twenty-four", "unparsable"),
+        (1.5, "9" * 400, "wrong-value"),
         (True, "true", "correct"),
         (True, "1", "wrong-value"),
         ([1, "b"], '```json\n[1, "b"]\n```', "correct"),

@@ -324,7 +324,8 @@ def test_values_of_every_kind_there_and_back():
      (None, False, False), (0, None, False), ("1", 1, False), (1, "1", False), ([1, 2], [1, 2], True),
      ([1], [1, 2], False), ([], {}, False), ((1,), [1], True), ({"a": 1}, {"a": 1}, True), ({"a": 1}, {"b": 1}, False),
      (0.1 + 0.2, 0.3, True), (0.3, 0.3001, False), (2.0, 2, True), (1.5, "1.5", False), (10**20, 1e20, True),
-     (10**20 + 1, 1e20, False), (1, float("nan"), False), (1.0, float("inf"), False), ([True], [1], False)],
+     (10**20 + 1, 1e20, False), (1, float("nan"), False), (1.0, float("inf"), False), ([True], [1], False),
+     (1.5, 10**400, False), ([1.5], [10**400], False)],
 )  # fmt: skip
 def test_same(expected, got, equal):
     assert same(expected, got) is equal

@@ -205,7 +205,10 @@ def same(expected: Any, got: Any) -> bool:
     if isinstance(expected, bool) or isinstance(got, bool) or expected is None or got is None:
         return expected is got
     if isinstance(expected, float):
-        return isinstance(got, int | float) and math.isclose(expected, got, rel_tol=1e-9, abs_tol=1e-12)
+        try:
+            return isinstance(got, int | float) and math.isclose(expected, got, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:  # an integer beyond the largest float
+            return False
     if isinstance(expected, list | tuple):
         return isinstance(got, list) and len(expected) == len(got) and all(map(same, expected, got))
     if isinstance(expected, dict):
