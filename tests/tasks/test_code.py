@@ -213,6 +213,14 @@ def file_of(tmp_path, *rows):
     return f"code:{path}"
 
 
+def test_the_time_limit_of_a_file_is_that_of_one_test(tmp_path):
+    tests = [{"input": [n], "output": n} for n in range(4)]
+    task = get(file_of(tmp_path, {"prompt": "Same.", "entry_point": "f", "time_limit": 1.2, "tests": tests}))
+    problem = task.problem("train" if task.size("train") else "test", 0)
+    assert task.grade(problem, "import time\ndef f(n):\n    time.sleep(0.4)\n    return n")[0] == "correct"
+    assert task.grade(problem, "import time\ndef f(n):\n    time.sleep(9)\n    return n")[0] == "timeout"
+
+
 def test_problems_from_a_file(tmp_path):
     rows = [
         ROW | {"prompt": f"Write inc(n): n plus {k}.", "tests": [{"input": [1], "output": 1 + k}]} for k in range(60)

@@ -311,6 +311,15 @@ def test_judge(isolation, source, reason):
     assert judgement.reason == reason and judgement.correct == (reason == "correct")
 
 
+def test_time_is_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatch):
+    slow = "import time\ndef f(n):\n    time.sleep(0.2)\n    return n * n + 1"
+    assert judge(slow, "f", TESTS, seconds=0.7).reason == "timeout"
+    limit = "import resource\ndef f():\n    return resource.getrlimit(resource.RLIMIT_CPU)[0]"
+    assert judge(limit, "f", [([], 62)], seconds=1.2, per_test=True).correct  # one process runs all tests
+    monkeypatch.setattr("bessemer.tasks.sandbox.TOTAL_SECONDS", 0.0)
+    assert judge(slow, "f", TESTS * 5, seconds=0.3, per_test=True).reason == "timeout"  # 4 s, and 3 are allowed
+
+
 def test_values_of_every_kind_there_and_back():
     values = [None, True, 5, -1.5, "é\n\u2028\"'\\", [], [[1], "a"], {"a": [None], "": {}}, 10**400, "\ud800"]
     tests = [([value], value) for value in values]

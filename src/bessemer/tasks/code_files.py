@@ -86,7 +86,7 @@ def reason_of(source: str, function: str | None, tests: list[tuple[Any, Any]], l
     if function is None:
         judgement = sandbox.judge_program(source, tests, seconds=seconds, memory_mb=memory_mb, tolerance=tolerance)
     else:
-        judgement = sandbox.judge(source, function, tests, seconds=seconds, memory_mb=memory_mb)
+        judgement = sandbox.judge(source, function, tests, seconds=seconds, per_test=True, memory_mb=memory_mb)
     return judgement.reason
 
 

@@ -98,17 +98,19 @@ def judge(
     tests: Tests,
     *,
     seconds: float = 2.0,
+    per_test: bool = False,
     memory_mb: int = 256,
     isolation: str | None = None,
 ) -> Judgement:
     """Call `function` of `source` with the arguments of every test; `seconds` for all of them together.
 
-    A test is (arguments, expected), both made of None, bool, int, float, str, list and dict; see `same`.
+    With `per_test`, `seconds` limits one test, and all have the total of `judge_program`. A test is (arguments,
+    expected), both made of None, bool, int, float, str, list and dict; see `same`.
     """
     if not tests or not function.isidentifier():
         raise ValueError("judging takes the name of a function and at least one test")
     start = time.monotonic()
-    bounds = _bounds(seconds, memory_mb, 64)
+    bounds = _bounds(seconds, memory_mb, 64, per_test)
     with SandboxProcess(resolve_level(isolation), bounds) as process:
         data, passed = _bytes(source), 0
         process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
@@ -117,6 +119,7 @@ def judge(
             for arguments, expected in tests:
                 if reason != CORRECT:
                     break
+                process.restart_clock()
                 process.send(repr(tuple(arguments)).encode() + b"\n")
                 reason, detail = _read_verdict(process, expected)
                 passed += reason == CORRECT
@@ -141,7 +144,7 @@ def judge_program(
     if not tests:
         raise ValueError("judging takes at least one test")
     start = time.monotonic()
-    bounds = _bounds(seconds, memory_mb, 64)
+    bounds = _bounds(seconds, memory_mb, 64, per_test=True)
     bounds = replace(bounds, output=bounds.output + 2 * max(len(expected.encode()) for _, expected in tests))
     reason, detail, passed = CORRECT, "", 0
     with SandboxProcess(resolve_level(isolation), bounds, mode="each") as process:
@@ -150,8 +153,6 @@ def judge_program(
         try:
             for given, expected in tests:
                 reason, detail = _run_test(process, given.encode(errors="replace"), expected, tolerance)
-                if reason == CORRECT and process.seconds > max(TOTAL_SECONDS, 10 * seconds):
-                    raise LimitExceeded(TIMEOUT)
                 if reason != CORRECT:
                     break
                 passed += 1
@@ -302,10 +303,10 @@ def _bytes(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
-def _bounds(seconds: float, memory_mb: int, output_kb: int) -> Bounds:
+def _bounds(seconds: float, memory_mb: int, output_kb: int, per_test: bool = False) -> Bounds:
     if not 0 < seconds <= 60 or not 64 <= memory_mb <= 4096 or not 1 <= output_kb <= 4096:
         raise UserError(
             f"the sandbox takes up to 60 seconds, 64 to 4096 MB of memory and 1 to 4096 KB of output, not "
             f"{seconds} s, {memory_mb} MB and {output_kb} KB"
         )
-    return Bounds(seconds, memory_mb, output_kb << 10)
+    return Bounds(seconds, memory_mb, output_kb << 10, max(TOTAL_SECONDS, 10 * seconds) if per_test else seconds)

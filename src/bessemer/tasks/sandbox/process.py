@@ -55,11 +55,13 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a program may use. `output` counts bytes of each of its streams."""
+    """What a program may use: `seconds` until its clock restarts, `total` seconds in all, and `output` bytes of each
+    of its streams."""
 
     seconds: float
     memory_mb: int
     output: int
+    total: float
 
 
 class SandboxError(UserError):
@@ -75,7 +77,7 @@ class SandboxProcess:
 
     def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once"):
         self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
-        self._limit, self._seconds = bounds.output, bounds.seconds
+        self._limit, self._seconds, self._total = bounds.output, bounds.seconds, bounds.total
         self._memory = bounds.memory_mb << 20 if level != "none" else None
         self._first: int | None = None
         self._next_look = math.inf
@@ -171,8 +173,8 @@ class SandboxProcess:
         return line if end else None
 
     def restart_clock(self) -> None:
-        """Give the program all of its time again."""
-        self._deadline = time.monotonic() + self._seconds
+        """Give the program the time of a test again, as far as the total allows."""
+        self._deadline = min(time.monotonic() + self._seconds, self._started + self._total)
 
     def take_output(self) -> tuple[bytes, bytes]:
         """What has arrived on standard output and error, or waits in the pipes, since the last time."""
@@ -262,18 +264,9 @@ def _command(
     mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
 ) -> list[str]:
     """The command line of a sandbox. Processor time is bounded slightly above wall time, which thus strikes first."""
-    scratch = SCRATCH if mode == "once" else 0
-    numbers = (
-        ask,
-        reply,
-        info,
-        alive,
-        os.getpid(),
-        int(bounds.seconds) + 2,
-        bounds.memory_mb << 20,
-        scratch,
-        PROCESSES,
-    )
+    # in mode each, every test has a process of its own
+    scratch, seconds = (SCRATCH, bounds.total) if mode == "once" else (0, bounds.seconds)
+    numbers = (ask, reply, info, alive, os.getpid(), int(seconds) + 2, bounds.memory_mb << 20, scratch, PROCESSES)
     script = ["main.py", mode, level, *map(str, numbers)]
     if level == "bubblewrap":
         return [*_bwrap(info, maps), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
