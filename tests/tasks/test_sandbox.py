@@ -284,6 +284,7 @@ def test_a_fork_bomb_leaves_the_machine_usable():
 
 TESTS = [([2], 5), ([0], 1), ([7], 50), ([-3], 10)]
 RIGHT = "def f(n):\n    return n * n + 1"
+NODE = 'from dataclasses import dataclass\n@dataclass\nclass Node:\n    left: "Node" = None\n'
 
 
 @every
@@ -293,6 +294,7 @@ RIGHT = "def f(n):\n    return n * n + 1"
         (RIGHT, "correct"),
         ("f = lambda n: n ** 2 + 1", "correct"),
         ("print('hello')\nclass C:\n    def __call__(self, n): return float(n * n + 1)\nf = C()", "correct"),
+        (NODE + RIGHT, "correct"),
         ("def f(n):\n    return n + n + 1", "wrong-output"),
         ("def f(n):\n    return str(n * n + 1)", "wrong-output"),
         ("def f(n):\n    return 10 // n", "error"),  # right for 2, then divides by 0

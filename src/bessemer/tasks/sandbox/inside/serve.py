@@ -96,7 +96,8 @@ def _run(source: str, reply: int) -> None:
 
 
 def _call(source: str, name: str, questions, reply: int) -> None:
-    space = {"__name__": "program", "__builtins__": __builtins__}
+    module = sys.modules["program"] = type(sys)("program")  # where dataclasses look up what a string annotation names
+    space = module.__dict__
     try:
         exec(compile(source, "<program>", "exec"), space)
     except BaseException as error:
@@ -109,7 +110,7 @@ def _call(source: str, name: str, questions, reply: int) -> None:
     for line in questions:
         try:
             # Looked up for every call, as the program may rebind it; what cannot be called is an error like any other.
-            answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"  # type: ignore[operator]
+            answer = '{"value": ' + encode(space[name](*eval(line)), 0) + "}"
         except BaseException as error:
             answer = _error(error)
         _send(reply, answer)
