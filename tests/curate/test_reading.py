@@ -21,7 +21,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from bessemer.config import places
-from bessemer.curate import origins, steps
+from bessemer.curate import origins, steps, web
 from bessemer.curate.decode import RawText, ReadError, decode
 from bessemer.curate.reading import SourceGone, texts
 from bessemer.curate.settings import Source
@@ -221,6 +221,12 @@ def test_encodings_are_told_apart_and_counted(tmp_path):
     marked.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "Marked."}).encode())
     assert _read(marked) == (["Marked."], Counter())
     assert decode(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\xff") is None
+
+
+def test_a_charset_that_decodes_nothing_is_no_declaration():
+    page = b'<meta charset="undefined">caf\xe9'  # that codec refuses everything, even bytes of ASCII
+    assert decode(page, declared=True) == decode(page)
+    assert web._declared(b"\xe9", "undefined") is None and web._declared(b"\xe9", "latin-1") == ("é", "latin-1")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.warc", "a.warc.gz"])

@@ -45,7 +45,7 @@ def decode(data: bytes, declared: bool = False) -> tuple[str, str] | None:
 def _checked(data: bytes, encoding: str) -> tuple[str, str] | None:
     try:
         text = data.decode(encoding)
-    except (UnicodeDecodeError, LookupError):
+    except (UnicodeError, LookupError):  # some codecs, such as "undefined", raise the parent class
         return None
     if encoding not in (UTF8, "utf-8-sig") and _NOT_TEXT.search(text):
         return None  # for example an image: some 8-bit encoding always fits

@@ -112,7 +112,7 @@ def _declared(body: bytes, charset: str | None) -> tuple[str, str] | None:
         pass
     try:
         return body.decode(charset), charset.lower()
-    except (UnicodeDecodeError, LookupError):
+    except (UnicodeError, LookupError):
         return None
 
 
