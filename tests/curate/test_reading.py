@@ -273,6 +273,15 @@ def test_pages_give_their_main_text(tmp_path):
     assert "Le café est fermé" in _read(tmp_path / "b.html")[0][0]
 
 
+def test_plain_texts_of_an_archive_are_whole_or_left_out(tmp_path):
+    path = tmp_path / "a.warc.wet.gz"
+    with path.open("wb") as file:
+        writer = WARCWriter(file)
+        for body in (b"Short.", b"x" * 1001, b" \n", b"y" * 1000):
+            writer.write_record(writer.create_warc_record("http://example.org", "conversion", payload=io.BytesIO(body)))
+    assert _read(path, longest=1000) == (["Short.", "y" * 1000], {"too-long": 1, "empty": 1})
+
+
 def test_an_empty_folder_and_a_wrong_path_are_refused(tmp_path):
     (tmp_path / "x.doc").write_text("x")
     with pytest.raises(UserError, match="contains no file"):

@@ -68,7 +68,9 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
                 yield ReadError(BROKEN_FILE, where, str(error))
                 return
             address = record.rec_headers.get_header("WARC-Target-URI")
-            if record.rec_type == "conversion":
+            if record.rec_type == "conversion" and len(body) > longest:
+                yield _too_long(where, longest, len(body))
+            elif record.rec_type == "conversion":
                 text = body.decode("utf-8", "replace")
                 yield RawText(text, where, len(body), address=address) if text.strip() else _empty(where)
             else:
@@ -89,7 +91,7 @@ def _is_page(record: ArcWarcRecord) -> bool:
 
 def _page(body: bytes, where: str, longest: int, charset: str | None = None, address: str | None = None) -> ReadResult:
     if len(body) > longest:
-        return ReadError(TOO_LONG, where, f"more than {longest:,} bytes in one page", len(body))
+        return _too_long(where, longest, len(body))
     if not body.strip():
         return ReadError(EMPTY, where, REASONS[EMPTY])
     decoded = _declared(body, charset) or decode(body, declared=True)
@@ -124,6 +126,10 @@ def _main_text(html: str) -> str | None:
     return trafilatura.extract(
         html, favor_precision=True, include_comments=False, include_tables=True, deduplicate=False
     )
+
+
+def _too_long(where: str, longest: int, size: int) -> ReadResult:
+    return ReadError(TOO_LONG, where, f"more than {longest:,} bytes in one page", size)
 
 
 def _empty(where: str) -> ReadResult:
