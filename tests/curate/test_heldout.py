@@ -2,6 +2,9 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
+import pytest
 from made_texts import prose
 
 from bessemer import tasks
@@ -12,6 +15,7 @@ QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
     "How many clips did Natalia sell altogether in April and May?"
 )
+PROGRAM_TESTS = json.dumps({"inputs": [prose(3, 2)], "outputs": ["7"]})
 SOLUTION = "In May Natalia sold 48 / 2 = 24 clips. Altogether she sold 48 + 24 = 72 clips in these two months.\n#### 72"
 
 
@@ -32,6 +36,36 @@ def test_ten_words_of_a_question_or_a_solution_are_a_hit(tmp_path):
     assert set(found) == {0, 2, 3}  # nine words are no hit, and training questions are not searched for
     whole = Index(eval_texts([f"gsm8k:{tmp_path / 'test.jsonl'}@test"], 10), 10)
     assert set(_hits(whole, "she sold 48 + 24 = 72 clips in these")) == {0}, "the solutions of a whole file too"
+
+
+FORMS = {
+    "jsonl": {"problem": QUESTION, "answer": "72", "solution": SOLUTION},
+    "choice": {"question": QUESTION, "choices": ["72", "24"], "answer": "A", "explanation": SOLUTION},
+    "code": {"prompt": QUESTION, "tests": [{"input": "48", "output": "72"}], "solution": SOLUTION},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["test.parquet", "all.parquet@test", "all.jsonl@test"])
+def test_solutions_are_found_in_every_file_that_a_task_reads(tmp_path, form, name):
+    path = tmp_path / name.removesuffix("@test")
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([FORMS[form]]), path)
+    else:  # JSON may hold U+2028 and U+0085 as they are; neither ends a line
+        record = FORMS[form] | {"note": "one\u2028two\x85three"}
+        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    found = eval_texts([f"{form}:{tmp_path if name == 'test.parquet' else tmp_path / name}"], 10)
+    assert set(_hits(Index(found, 10), QUESTION, SOLUTION)) == {0, 1}
+
+
+def test_held_out_lines_count_in_any_language_and_with_tools_but_training_lines_and_tests_do_not(tmp_path):
+    held_out = {"prompt": QUESTION, "tests": [{"input": "48", "output": "72"}], "input_output": PROGRAM_TESTS}
+    chinese = {"prompt": "小明有多少个苹果？", "tests": [{"input": "1", "output": "2"}], "solution": SOLUTION}
+    (tmp_path / "test.jsonl").write_text(json.dumps(held_out) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps(chinese) + "\n")
+    for name in (f"code:{tmp_path}", f"tools:calculator:code:{tmp_path}"):
+        index = Index(eval_texts([name], 10), 10)
+        assert set(_hits(index, QUESTION, SOLUTION, prose(3, 2))) == {0}
 
 
 def test_a_run_of_figures_is_no_sign():

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer import tasks
-from bessemer.config.places import located
 from bessemer.curate.words import DIGITS, OPERATOR, WordBlock, words
 from bessemer.errors import UserError
-from bessemer.tasks.base import file_of
+from bessemer.tasks.base import without_tools
+from bessemer.tasks.code_files import TESTS
+from bessemer.tasks.files import FileTask
 from bessemer.tasks.ngrams import SHORTEST, NgramIndex
 
 FIGURES = (DIGITS, OPERATOR)
@@ -38,34 +39,29 @@ class EvalText(NamedTuple):
 def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
     """The held-out questions of tasks (all, or `problems` of an endless task) and the other texts of their files."""
     found: dict[str, EvalText] = {}
-    for name in names:
+    for name in map(without_tools, names):
         for phrasing in tasks.get(name).phrasings:
             task = tasks.get(name, phrasing=phrasing)
             size = task.size("test")
-            for language in task.all_languages:
+            # A file's problems have a language each, and None gives all of them once.
+            for language in (None,) if isinstance(task, FileTask) else task.all_languages:
                 for index in range(problems if size is None else size):
                     problem = task.problem("test", index, 0, language)
                     whole = not GENERATED.isdisjoint(problem.meta)
                     found.setdefault(problem.prompt, EvalText(problem.id, problem.prompt, whole))
-        for one in _other_texts(name, found):
+        for one in _other_texts(tasks.get(name)):
             found.setdefault(one.text, one)
     return list(found.values())
 
 
-def _other_texts(name: str, questions: dict[str, EvalText]) -> Iterator[EvalText]:
-    """The other texts in the lines of held-out questions, mainly solutions."""
-    if (named := file_of(name)) is None or named.endswith(".py"):
-        return
-    path = located(named)
-    files = [path / "test.jsonl"] if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            continue
-        for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
-            record = json.loads(line) if line.strip() else {}
-            texts = [value for value in record.values() if isinstance(value, str)]
-            if path.is_dir() or any(text in questions or text.strip() in questions for text in texts):
-                yield from (EvalText(f"{file}:{number}", text, False) for text in texts)
+def _other_texts(task: tasks.Task) -> Iterator[EvalText]:
+    """The other texts in the lines of held-out questions, mainly solutions. Tests of programs, which may take many
+    megabytes, are left out."""
+    if isinstance(task, FileTask) and (file := task.files.get("test")):
+        for row in task.pools["test"][""]:
+            for key, value in file.record(row).items():
+                if isinstance(value, str) and key not in TESTS:
+                    yield EvalText(f"{file.path}:{file.lines[row]}", value, False)
 
 
 class Index:

@@ -81,7 +81,7 @@ class FileTask(Task):
         self.files = self._files(*file_and_split(path))
         self.all_languages = tuple(sorted({language for file in self.files.values() for language in file.languages}))
         super().__init__(**settings)
-        self._pools = {split: self._rows(split) for split in SPLITS}
+        self.pools = {split: self._rows(split) for split in SPLITS}
 
     @classmethod
     def read(cls, record: dict[str, Any], where: str) -> Question:
@@ -114,10 +114,10 @@ class FileTask(Task):
 
     def size(self, split: str) -> int:
         """Number of problems in the split before one repeats."""
-        return len(self._pools[split][""])
+        return len(self.pools[split][""])
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        rows = self._pools[split].get(language)
+        rows = self.pools[split].get(language)
         if not rows:
             inside = f" in {language!r}" if language else ""
             raise UserError(
