@@ -351,6 +351,35 @@ def test_a_server_on_a_websocket():
         task.reset(task.problem("test", 0), 1)
 
 
+def test_a_failed_reset_leaves_no_connection():
+    pytest.importorskip("websockets")
+    from websockets.sync.server import serve as serve_socket
+
+    answers = iter([{"type": "error"}, {"type": "observation", "data": {"observation": "x", "done": 1}}, None])
+    live = set()
+
+    def refuse(connection):
+        live.add(connection)
+        for _, answer in zip(connection, answers, strict=False):
+            if answer is not None:
+                connection.send(json.dumps(answer))
+        live.remove(connection)
+
+    with serve_socket(refuse, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        task = get(f"env:ws://127.0.0.1:{server.socket.getsockname()[1]}/ws")
+        for complaint, seconds in (("error", 10.0), ("done 1", 10.0), ("timed out", 0.3)):
+            task.seconds = seconds
+            with pytest.raises(EnvironmentFailure, match=complaint):
+                task.reset(task.problem("test", 0), 1)
+        limit = time.monotonic() + 5
+        while live and time.monotonic() < limit:
+            time.sleep(0.02)
+        left = len(live)
+        server.shutdown()
+    assert left == 0 and next(answers, "all given") == "all given"
+
+
 def test_a_class_of_one_s_own_says_what_an_action_and_an_observation_are(serve, tmp_path):
     file = tmp_path / "game.py"
     file.write_text(

@@ -46,6 +46,8 @@ LARGEST = 1 << 20
 """Maximum bytes of an answer."""
 PAUSES = (0.2, 1.0)
 """Seconds before a reset is tried again."""
+CLOSING = 1.0
+"""Seconds that a server has to close its end of a WebSocket."""
 TEXTS = ("message", "messages", "text", "prompt", "question", "result", "output", "stdout", "content")
 """Fields of an observation that hold what the model reads; the first one present is used."""
 _OUTER = ("reward", "done", "metadata")
@@ -115,12 +117,13 @@ class _ServerEpisode:
             try:
                 self._ask, self._close = (_socket if scheme in ("ws", "wss") else _posts)(environment)
                 answer = self._ask("reset", fields)
+                self.start: Sequence[Message] = [{"role": "user", "content": self._read(answer)}]
                 break
-            except EnvironmentFailure as failure:
+            except Exception as failure:  # nobody else has the episode, so nobody else would close its connection
+                self._close()
                 if pause is None or not isinstance(failure.__cause__, ConnectionError):
                     raise
                 time.sleep(pause)
-        self.start: Sequence[Message] = [{"role": "user", "content": self._read(answer)}]
 
     def step(self, action: ModelTurn) -> Observation:
         fields = {"action": self.environment.action(action), "episode_id": self.id}
@@ -181,7 +184,9 @@ def _socket(environment: ServerEnvironment) -> tuple[Ask, Callable[[], None]]:
         raise UserError(f"{environment.name} needs websockets ({error}): pip install websockets") from error
     stack = ExitStack()
     try:
-        connecting = connect(environment.url, open_timeout=environment.seconds, max_size=LARGEST, proxy=None)
+        connecting = connect(
+            environment.url, open_timeout=environment.seconds, close_timeout=CLOSING, max_size=LARGEST, proxy=None
+        )
         connection = stack.enter_context(connecting)
     except (OSError, WebSocketException) as error:
         raise EnvironmentFailure(f"{environment.url}: {error or type(error).__name__}") from error
