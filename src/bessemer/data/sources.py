@@ -232,7 +232,7 @@ def python_functions(archive: None = None, shortest: int = 60, longest: int = 12
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, as test data
             continue
-        lines = source.splitlines()
+        lines = source.split("\n")  # as ast counts them; splitlines would also cut at form feeds
         for node in _statements(tree):
             if isinstance(node, ast.FunctionDef):
                 start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
