@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import cut_at_stop
+from bessemer.engine.sequence import StopStrings, cut_at_stop
 from bessemer.serve.events import event
 from bessemer.serve.models import Vocabulary
 from bessemer.serve.reasoning_parser import ReasoningParser
@@ -38,6 +38,14 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
     ids = generated(ids, stops)
     _, content, _ = written(ids, stops=stops, split=False)
     assert content == cut_at_stop(TOKENIZER.decode(ids), stops)
+
+
+def test_a_stop_string_may_have_control_tokens_inside():
+    """They have no text, so the answer that is shown contains the stop string."""
+    (a,), (b,), end = TOKENIZER.encode("a"), TOKENIZER.encode("b"), TOKENIZER.eos_id
+    ids, stop = [a, end, end, b], StopStrings(TOKENIZER, ["ab"])
+    assert stop.hit(ids) and written(ids, stops=["ab"])[:2] == ("", "")
+    assert not stop.hit([a, end, a]) and not stop.hit([end, b]) and not stop.hit([a, b, end])
 
 
 @settings(max_examples=300, deadline=None)

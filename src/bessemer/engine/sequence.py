@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -237,14 +238,15 @@ class StopStrings:
         self.needles = [string.encode() for string in strings]
         last_bytes = {needle[-1] for needle in self.needles}
         self.candidates = {i for byte in last_bytes for i in _tokens_with(tokenizer, byte)}
-        # Every token of an answer is at least one byte, so a needle lies within as many tokens as it has bytes.
+        # A visible token is at least one byte, so a needle lies within as many of them as it has bytes.
         self.width = max(map(len, self.needles))
 
     def hit(self, tokens: list[int]) -> bool:
         """Whether the last of an answer's tokens completed a stop string."""
         if tokens[-1] not in self.candidates:
             return False
-        text = b"".join(_token_bytes(self.tokenizer, i) for i in tokens[-self.width :])
+        raw = (_token_bytes(self.tokenizer, i) for i in reversed(tokens))
+        text = b"".join(reversed(list(islice(filter(None, raw), self.width))))  # control tokens have no bytes
         return any(needle in text for needle in self.needles)
 
 
