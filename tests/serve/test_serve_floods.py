@@ -38,6 +38,7 @@ FLOODS = {  # what one connection sends
     "numbers": lambda: body(b'{"prompt":[' + b"1," * 240_000 + b"1]}"),
     "strings": lambda: body(b'{"prompt":[' + b'"abcdefghij",' * 240_000 + b'""]}'),
     "messages": lambda: body(b'{"messages":[' + b"{}," * 70_000 + b"{}]}"),
+    "echoes": lambda: body(b'{"max_tokens":0,"echo":true,"n":128,"prompt":[' + b'"a",' * 2047 + b'"a"]}'),
     "a text": lambda: body(b'{"prompt":"' + b"hello, " * 500_000 + b'"}'),
     "bodies without an end": lambda: [POST + b"Content-Length: 3900000\r\n\r\n" + b"x" * 3_800_000],
 }

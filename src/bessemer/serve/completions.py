@@ -20,6 +20,9 @@ from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.serve.service import Stream
 from bessemer.serve.worker import Scored, scoring_batches
 
+MOST_LOGPROBS = 1 << 19
+"""Most log-probabilities of prompts in one answer: a second of work, during which no other request is served."""
+
 
 class TextPrompt(NamedTuple):
     """One prompt."""
@@ -151,7 +154,7 @@ class LogprobTable:
 
 async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> CompletionResponder:
     """The request for this model. Raises ApiError or UserError if it cannot be served."""
-    if isinstance(body.prompt, list) and body.max_tokens != 0:
+    if isinstance(body.prompt, list) and (body.max_tokens, body.n or 1) != (0, 1):
         count = 1 if isinstance(next(iter(body.prompt), 0), int) else len(body.prompt)
         model.service.admit(count * (body.n or 1))
     texts = [body.prompt] if isinstance(body.prompt, str) else [p for p in body.prompt if isinstance(p, str)]
@@ -193,6 +196,11 @@ def _check(body: CompletionRequest, model: LoadedModel, prompts: Sequence[TextPr
             raise too_long(len(ids), model.facts.context, "prompt")
         if max(ids) >= model.service.facts.vocabulary:
             raise invalid(f"token id {max(ids)} is outside the model's vocabulary", "prompt")
+    if body.echo and body.logprobs is not None:
+        rows = sum(len(prompt.ids) for prompt in prompts) * (body.n or 1)
+        if rows * (body.logprobs + 1) > MOST_LOGPROBS:
+            what = f"the answer would list {rows} prompt tokens with {body.logprobs} alternatives each"
+            raise invalid(f"{what}; send fewer or shorter texts, or ask for fewer samples or alternatives", "prompt")
 
 
 def _is_one_greedy_token(request: Request) -> bool:
