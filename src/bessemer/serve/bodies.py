@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -29,6 +30,7 @@ MOST_VALUES = 250_000
 WEIGHT = 4
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
 """Whole strings, the openings of lists and objects, and the commas between values."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyRoute(APIRoute):
@@ -85,11 +87,13 @@ def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
         what = f"the body has more than {MOST_VALUES // WEIGHT} JSON values; split it into several requests"
         raise ApiError(413, what, code="body_too_large")
     try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_float=_number)
+        value = json.loads(raw.decode("utf-8-sig"), parse_float=_number, parse_constant=_number)
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half a character, which no answer could repeat
     except json.JSONDecodeError as error:
         raise invalid(f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
-    except (ValueError, RecursionError):  # bytes, numbers and nesting that Python refuses
-        what = "the body cannot be read: it must be JSON in UTF-8, with moderate nesting and numbers"
+    except (ValueError, RecursionError):  # bytes, numbers and nesting that Python or JSON refuses
+        what = "the body cannot be read: it must be JSON in UTF-8, with whole characters, moderate nesting and numbers"
         raise invalid(what, code="invalid_body") from None
     try:
         return kind.model_validate(value)
@@ -111,8 +115,10 @@ def few_values(raw: bytes) -> bool:
 
 
 def _number(text: str) -> int | float:
-    """Parses 1.0 as an integer, as JSON Schema requires."""
+    """Parses 1.0 as an integer, as JSON Schema requires. ValueError for NaN and infinities, which are not JSON."""
     value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
     return int(value) if value.is_integer() and abs(value) <= 2**53 else value
 
 

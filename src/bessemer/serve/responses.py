@@ -126,8 +126,8 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     model: Name | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True)]
-    """A question, or the items of a conversation."""
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4095, fail_fast=True)]
+    """A question, or the items of a conversation; with `instructions` they fit into the messages of a chat."""
     instructions: str | None = None
     """A system message before the conversation."""
     max_output_tokens: int | None = Field(None, ge=1, le=2**53)
@@ -139,7 +139,9 @@ class ResponsesRequest(Body):
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     user: Name | None = None
-    metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(None, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
     """Returned unchanged."""
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     """Functions that the model may call."""
