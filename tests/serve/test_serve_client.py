@@ -196,6 +196,16 @@ def test_completions_take_texts_and_ids(server, engine):
         assert name.startswith("bytes:") or whole.text[offset:].startswith(name) or name.startswith("<｜")
 
 
+def test_an_answer_that_only_repeats_its_prompts_ends_like_any_other(server):
+    asked = {"prompt": ["the fox", "lazy"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    whole = server.post("/v1/completions", **asked).json()["choices"]
+    chunks = [chunk["choices"][0] for chunk in server.events("/v1/completions", **asked)]
+    for n, choice in enumerate(whole):
+        mine = [chunk for chunk in chunks if chunk["index"] == n]
+        assert "".join(chunk["text"] for chunk in mine) == choice["text"] and mine[0]["logprobs"] == choice["logprobs"]
+        assert [chunk["finish_reason"] for chunk in mine] == [None, choice["finish_reason"]] == [None, "length"]
+
+
 def test_replies_are_what_the_document_says(server):
     extras = {"logprobs": True, "top_logprobs": 2, "return_routing": True, "return_token_ids": True, "n": 2}
     asked = {"messages": question("the fox"), "max_tokens": 6, "seed": 1, **extras}

@@ -21,7 +21,7 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.hf.hub import convert
 from bessemer.runs.directory import model_dir
-from bessemer.serve import ServeConfig, service
+from bessemer.serve import ServeConfig, service, worker
 from bessemer.serve.connections import ConnectionLimits
 from bessemer.serve.models import find_models
 
@@ -51,9 +51,9 @@ def request(body, path=CHAT):
     return head.encode() + data
 
 
-def raw_request(port, body):
+def raw_request(port, body, path=CHAT):
     plug = socket.create_connection(("127.0.0.1", port))
-    plug.sendall(request(body))
+    plug.sendall(request(body, path))
     return plug
 
 
@@ -77,6 +77,31 @@ def test_a_client_that_vanishes_frees_its_slot(r1, steps):
             plug.close()
         assert server.settles() and stats.generated < 12 * 140, "nobody decoded to the end"
         assert 'status="499"' in httpx.get(server.url + "/metrics").text
+
+
+def test_a_client_that_vanishes_is_not_scored_to_the_end(r1, monkeypatch):
+    """The texts of a request are scored batch by batch, and hold one place throughout."""
+    score, calls, go_on = worker.score, [], threading.Event()
+
+    def slowly(engine, prompts, top):
+        calls.append(len(prompts))
+        assert go_on.wait(30)
+        return score(engine, prompts, top)
+
+    monkeypatch.setattr(worker, "score", slowly)
+    monkeypatch.setattr(worker, "BATCH_TOKENS", 2)
+    body = {"prompt": ["the fox"] * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
+    with running(r1, config=ServeConfig(rows=1, waiting=0)) as server:
+        plug = raw_request(server.port, body, "/v1/completions")
+        wait_for(lambda: calls)
+        answer = server.post("/v1/completions", **body)
+        assert answer.status_code == 429 and error_of(answer)["code"] == "queue_full"
+        plug.close()
+        wait_for(lambda: not server.server.limiter.open)
+        go_on.set()
+        assert server.settles() and len(calls) < 3
+        assert 'status="499"' in httpx.get(server.url + "/metrics").text
+        assert server.post("/v1/completions", **body).status_code == 200 and sum(calls) >= 20
 
 
 def test_a_full_queue_is_refused_and_drains(r1, steps):

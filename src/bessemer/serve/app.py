@@ -118,7 +118,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
         started = monotonic()
         async with models.use(body.model) as model:
             responder = await prepare(body, model, request.client.host if request.client else "")
-            stream = await responder.submit()
+            stream = await responder.submit(request.is_disconnected)
 
         def ended() -> None:
             first = stream.first_token if stream else None

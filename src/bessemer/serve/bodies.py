@@ -45,10 +45,9 @@ class BodyRoute(APIRoute):
         async def read_and_handle(request: Request) -> Response:
             _check_type(request.headers.get("content-type", ""))
             try:
-                body = await read(request, kind)
+                return await handle(_ReadRequest(request, await read(request, kind)))
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)  # nobody receives it
-            return await handle(_ReadRequest(request, body))
 
         return read_and_handle
 

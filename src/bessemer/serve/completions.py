@@ -17,8 +17,8 @@ from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likelie
 from bessemer.serve.models import LoadedModel, Vocabulary
 from bessemer.serve.protocol import CompletionRequest, invalid, too_long, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
-from bessemer.serve.service import Stream
-from bessemer.serve.worker import Scored, scoring_batches
+from bessemer.serve.service import Gone, Stream
+from bessemer.serve.worker import Scored
 
 MOST_LOGPROBS = 1 << 19
 """Most log-probabilities of prompts in one answer: a second of work, during which no other request is served."""
@@ -65,10 +65,10 @@ class CompletionResponder(Responder):
             return ChoiceBuilder(ReasoningParser(self.tokenizer), finish_reason="length")
         return ChoiceBuilder(ReasoningParser(self.tokenizer, request.stop_strings, split=False), request.stop_ids)
 
-    async def submit(self) -> Stream | None:
+    async def submit(self, gone: Gone) -> Stream | None:
         if self.body.echo:
-            await self._echo()
-        return await super().submit()
+            await self._echo(gone)
+        return await super().submit(gone)
 
     def opening(self) -> Sequence[dict[str, Any]]:
         return [{"text": table.text, "logprobs": table.take()} for table in self.tables] if self.body.echo else ()
@@ -82,15 +82,12 @@ class CompletionResponder(Responder):
             self.tables[n].add(event)
         return {"text": self.tables[n].text, "logprobs": self.tables[n].take()}
 
-    async def _echo(self) -> None:
+    async def _echo(self, gone: Gone) -> None:
         """Begins every answer with its prompt. If the request asks for one greedy token and scored prompts, as lm-eval
         does, the scores already contain the whole answer."""
-        ids = [prompt.ids for prompt in self.prompts]
         scores: dict[int, Scored] = {}
         if (top := self.body.logprobs) is not None:
-            for batch in scoring_batches(ids):
-                part = [ids[i] for i in batch]
-                scores |= zip(batch, await self.model.service.score(part, top), strict=True)
+            scores = await self.model.service.score([prompt.ids for prompt in self.prompts], top, gone)
         greedy = scores and all(_is_one_greedy_token(request) for request in self.requests)
         for n, table in enumerate(self.tables):
             prompt = n // (self.body.n or 1)

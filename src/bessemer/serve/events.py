@@ -23,7 +23,7 @@ from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.serve.models import LoadedModel
 from bessemer.serve.protocol import ApiError, ChatRequest, CompletionRequest, StreamOptions
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
-from bessemer.serve.service import Stream
+from bessemer.serve.service import Gone, Stream
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -119,8 +119,9 @@ class Responder(ABC):
         """The last event of a stream that failed."""
         return _error_event(error)
 
-    async def submit(self) -> Stream | None:
-        """The stream of the answer's tokens; None if the answer is already known."""
+    async def submit(self, gone: Gone) -> Stream | None:
+        """The stream of the answer's tokens; None if the answer is already known. Raises ClientDisconnect if the client
+        has `gone` before."""
         return await self.model.service.submit(self.requests) if self.requests and not self.precomputed else None
 
     async def events(self, stream: Stream | None) -> AsyncIterator[bytes]:
@@ -129,6 +130,8 @@ class Responder(ABC):
             yield b"".join(self._chunk(n, fields) for n, fields in enumerate(opening))
         async for records in stream or self._precomputed():
             yield KEEP_ALIVE if records is None else b"".join(self._chunks(records))
+        if not self.requests:  # the opening was the whole answer
+            yield b"".join(self._chunk(n, self.last_fields(n), self.finish_reason(n)) for n in range(len(self.choices)))
         if self._options.include_usage:
             yield event(self._envelope | {"object": self.chunk_object, "choices": [], "usage": self._usage()})
 

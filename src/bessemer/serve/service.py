@@ -12,12 +12,14 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from time import monotonic
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from bessemer.engine.sequence import Finished, Request, Token
 from bessemer.errors import UserError
@@ -32,6 +34,8 @@ SMOOTHING = 0.1
 """Weight of the newest duration in the moving average."""
 Launch = Callable[[Path, ServeConfig], tuple[Connection, "subprocess.Popen[bytes] | None"]]
 """Starts a worker: our end of its pipe, and its process."""
+Gone = Callable[[], Awaitable[bool]]
+"""Whether the client has disconnected."""
 
 
 @dataclass
@@ -161,14 +165,21 @@ class Service:
             raise
         return stream
 
-    async def score(self, prompts: Sequence[tuple[int, ...]], top: int) -> list[Scored]:
-        """Log-probabilities of texts, computed by `worker.score`."""
+    async def score(self, prompts: Sequence[tuple[int, ...]], top: int, gone: Gone) -> dict[int, Scored]:
+        """Log-probabilities of texts, by index, computed by `worker.score` batch by batch; all of them take one place.
+        Raises ClientDisconnect between two batches if the client has `gone`."""
         self.admit(1)
         self.stats.open += 1
+        scores: dict[int, Scored] = {}
         try:
-            return await self._call(worker.SCORE, list(prompts), top)
+            for batch in worker.scoring_batches(prompts):
+                if await gone():
+                    raise ClientDisconnect
+                part = [prompts[i] for i in batch]
+                scores |= zip(batch, await self._call(worker.SCORE, part, top), strict=True)
         finally:
             self.stats.open -= 1
+        return scores
 
     def abort(self, reason: str) -> None:
         """Ends every stream with an error now."""
