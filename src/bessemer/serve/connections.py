@@ -44,7 +44,7 @@ class ConnectionLimits:
     request_seconds: float = 20.0
     """Time from the first byte of a request (or from the start of the connection) to the request's last byte."""
     unread_seconds: float = 60.0
-    """A client that stops reading its answer is disconnected after this time."""
+    """A client that stops reading its answer, or does not read the end of it, is disconnected after this time."""
     connections: int = 4096
     unread_bytes: int = 12_000_000
     """Bytes of all unread requests together; above this, large requests are refused with 503."""
@@ -67,7 +67,7 @@ class ConnectionLimiter:
 
     def close_incomplete(self) -> None:
         for connection in list(self.incomplete):
-            connection.transport.close()
+            connection.close()
 
 
 class Connection(asyncio.Protocol):
@@ -121,9 +121,11 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)  # always so for a socket
         self.limiter.open += 1
         self._http.connection_made(cast("asyncio.Transport", _Transport(self)))
-        if self.limiter.open > self.limits.connections:
-            next(iter(self.limiter.incomplete), self).time_out()
         self._start_clock()
+        if self.limiter.open > self.limits.connections:
+            why = "too many connections are open; try again later"
+            error = ApiError(503, why, code="too_many_connections", headers={"Retry-After": "5"})
+            next(iter(self.limiter.incomplete)).refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.limiter.open -= 1
@@ -152,11 +154,19 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
-        self._unread = self.loop.call_later(self.limits.unread_seconds, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         self._cancel_unread()
+        if self.transport.is_closing():
+            self._await_reader()
         self._http.resume_writing()
+
+    def close(self) -> None:
+        """Closes once the client has read everything. asyncio would wait for that without limit."""
+        self.transport.close()
+        self._stop_clock()
+        self._await_reader()
 
     def resume_parser(self) -> None:
         self.parser_paused = False
@@ -181,7 +191,7 @@ class Connection(asyncio.Protocol):
             )
             self.transport.write(head.encode() + body)
         self._waiting.clear()
-        self.transport.close()
+        self.close()
 
     def refuse_bytes(self) -> None:
         """Refuses bytes that are not a request, or whose head is too large."""
@@ -229,6 +239,10 @@ class Connection(asyncio.Protocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _await_reader(self) -> None:
+        self._cancel_unread()
+        self._unread = self.loop.call_later(self.limits.unread_seconds, self.transport.abort)
+
     def _cancel_unread(self) -> None:
         if self._unread is not None:
             self._unread.cancel()
@@ -247,6 +261,9 @@ class _Transport:
             self._connection.refuse_bytes()
         else:
             self._transport.write(data)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def pause_reading(self) -> None:
         self._connection.parser_paused = True
