@@ -10,9 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving import error_of
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BLOCK = 1 << 16
+HOST = "127.0.0.2"
+"""Another loopback address, which only Linux has from the start."""
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses another loopback address, reads /proc")
 
 
 def body(data):
@@ -46,14 +50,15 @@ FLOODS = {  # what one connection sends
 
 @pytest.fixture(scope="module")
 def process(r1):
-    code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, port=0, launch=serving.in_thread)"
+    options = f"host={HOST!r}, port=0, launch=serving.in_thread"
+    code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, {options})"
     path = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         port = int(process.stdout.readline().split()[1].rsplit(":", 1)[1])
         for path, body in (("/v1/completions", {"prompt": "the fox", "max_tokens": 9}), ("/tokenize", {"prompt": "a"})):
-            assert httpx.post(f"http://127.0.0.1:{port}{path}", json=body, timeout=60).status_code == 200
+            assert httpx.post(f"http://{HOST}:{port}{path}", json=body, timeout=60).status_code == 200
         yield process.pid, port
     finally:
         process.kill()
@@ -70,7 +75,7 @@ async def attack(port, blocks, until):
     """One client: it sends, reads nothing, and reconnects when it is thrown out."""
     while time.monotonic() < until:
         with suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            _, writer = await asyncio.open_connection(HOST, port)
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + until - time.monotonic()):
                     for block in blocks():
@@ -88,7 +93,7 @@ async def slowest(port, until):
     worst = 0.0
     while time.monotonic() < until:
         started = time.monotonic()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
         worst = max(worst, time.monotonic() - started)
@@ -97,7 +102,13 @@ async def slowest(port, until):
     return worst
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_is_known_by_the_address_it_was_given(process):
+    url = f"http://{HOST}:{process[1]}/health"
+    assert httpx.get(url).status_code == 200
+    answer = httpx.get(url, headers={"Host": "evil.example"})
+    assert error_of(answer)["code"] == "unknown_host" and error_of(answer)["message"].endswith(f" or {HOST}")
+
+
 def test_a_flood_delays_nobody_and_fills_nothing(process):
     pid, port = process
 
@@ -115,5 +126,5 @@ def test_a_flood_delays_nobody_and_fills_nothing(process):
         found[name] = (round(worst, 2), round(memory(pid, "VmHWM") - before))
     print(found)
     assert all(worst < 1.0 and grown < 50 for worst, grown in found.values()), found
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "the fox", "max_tokens": 3})
+    answer = httpx.post(f"http://{HOST}:{port}/v1/completions", json={"prompt": "the fox", "max_tokens": 3})
     assert answer.status_code == 200

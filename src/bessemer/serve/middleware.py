@@ -100,8 +100,7 @@ class RequestGuard:
             raise ApiError(400, what, code="invalid_host")
         host = hosts[0].decode("ascii")
         if config.hosts is not None and _host_name(host) not in config.hosts:
-            known = " or ".join(config.hosts)
-            why = f"this server is not known as {host!r}; use {known}, or allow the name when starting it"
+            why = f"this server is not known as {host!r}; use {' or '.join(config.hosts)}"
             raise ApiError(403, why, code="unknown_host")
         preflight = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         if config.api_key and not preflight and path not in NO_KEY and not path.startswith("/static/"):

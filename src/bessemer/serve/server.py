@@ -49,13 +49,14 @@ def serve(
     belongs to another model, the port is taken, or the host is not an address of this machine.
     """
     config = config or ServeConfig()
+    address = f"[{host}]" if ":" in host else host
     if not is_loopback(host) and not config.api_key and not force:
         raise UserError(
             f"{host} can be reached from other machines, and without an API key anybody could use the model; set one "
             "(--api-key), stay on 127.0.0.1, or say --force"
         )
     if is_loopback(host) and not config.api_key and config.hosts is None:
-        config = replace(config, hosts=LOOPBACK_HOSTS)
+        config = replace(config, hosts=tuple(dict.fromkeys((*LOOPBACK_HOSTS, address.lower()))))
     models = find_models(model, config, name, launch)
     for line in models.broken:
         print(f"not served: {line}", flush=True)
@@ -64,7 +65,6 @@ def serve(
     with bind(host, port) as bound:
         models.preload()
         bound.listen(BACKLOG)  # whoever reads the next line may connect at once
-        address = f"[{host}]" if ":" in host else host
         names = f"models: {', '.join(models.offers)} (default {models.default.name})"
         print(f"bessemer: http://{address}:{bound.getsockname()[1]}  {names}; Ctrl-C stops", flush=True)
         if models.rounding:
