@@ -5,6 +5,9 @@ import json
 import jsonschema
 import openai
 import pytest
+from serving import running
+
+from bessemer.serve import ServeConfig
 
 SCHEMA = {
     "type": "object",
@@ -75,6 +78,17 @@ def test_responses_are_the_chat_in_another_form(server):
     with pytest.raises(openai.BadRequestError, match="none are stored"):
         api.responses.create(model="r1", input="a", previous_response_id="resp-1")
     assert server.settles()
+
+
+def test_responses_keep_the_tags_in_the_text_like_a_chat(r1):
+    with running(r1, config=ServeConfig(reasoning_format="none")) as server:
+        wanted = server.chat(max_tokens=9, seed=3).json()["choices"][0]["message"]["content"]
+        asked = {"model": "r1", "input": "the fox", "max_output_tokens": 9, "extra_body": {"seed": 3}}
+        api = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+        assert api.responses.create(**asked).output_text == wanted and wanted.startswith("<think>\n")
+        events = list(api.responses.create(**asked, stream=True))
+        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == wanted
+        assert events[-1].response.output_text == wanted
 
 
 def test_a_response_that_breaks_off_ends_with_an_error_event(server, monkeypatch):

@@ -238,6 +238,15 @@ def test_responses_call_functions_too(tool_server):
     assert [item.name for item in chosen.output] == ["stop"]
 
 
+def test_responses_enforce_strict_functions(tool_server):
+    """Only then is a schema looked at, and one that cannot be enforced is refused, as in a chat."""
+    odd = {"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}}
+    marks = tool_server.models.loaded[tool_server.models.default.name].tokenizer.tool_marks
+    for strict, status in ((False, 200), (True, 400 if marks else 200)):
+        asked = {"input": "the fox", "max_output_tokens": 2, "tools": [odd | {"strict": strict}]}
+        assert tool_server.post("/v1/responses", **asked).status_code == status
+
+
 def test_what_a_model_writes_freely_is_passed_on_as_it_is():
     """Invalid JSON, an unknown tool, no name: a client sees what the model wrote, and nothing is lost."""
     use = ToolUse(read_tools(TOOLS))

@@ -169,6 +169,8 @@ class ResponsesResponder(chat.ChatResponder):
         yield self._event("response.created", {"response": started})
         yield self._event("response.in_progress", {"response": started})
         output = ResponseItems(str(self._envelope["id"]))
+        if self._lead:
+            yield b"".join(self._event(name, fields) for name, fields in output.add("message", self._lead))
         async for records in stream or self._precomputed():
             if records is None:
                 yield KEEP_ALIVE
@@ -182,6 +184,8 @@ class ResponsesResponder(chat.ChatResponder):
 
     async def whole(self, stream: Stream | None) -> dict[str, Any]:
         output = ResponseItems(str(self._envelope["id"]))
+        if self._lead:
+            output.add("message", self._lead)
         async for records in stream or self._precomputed():
             for part in self._shown(self.choices[0].take(records or ())):
                 self._add(output, part)
@@ -316,8 +320,7 @@ def _text(content: str | list[InputPart]) -> str | list[TextPart]:
 
 
 def _tool(tool: FunctionTool) -> ToolSpec:
-    function = FunctionSpec(name=tool.name, description=tool.description, parameters=tool.parameters)
-    return ToolSpec(type="function", function=function)
+    return ToolSpec(type="function", function=tool)
 
 
 def _choice(
