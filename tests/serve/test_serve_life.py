@@ -1,5 +1,6 @@
 """Slots, queues, connections, failures and shutdown of a server."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from bessemer.runs.directory import model_dir
 from bessemer.serve import ServeConfig, service, worker
 from bessemer.serve.connections import Connection, ConnectionLimits
 from bessemer.serve.models import find_models
+from bessemer.serve.protocol import ApiError
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
@@ -340,6 +342,49 @@ def test_the_models_of_a_run(run_folder, steps):
         answer = server.chat(max_tokens=1, model="zero")
         (run_folder / "away").rename(run_folder / "02-zero" / "model" / "model.safetensors")
         assert answer.status_code == 503 and error_of(answer)["code"] == "model_unavailable"
+
+
+def test_models_requested_at_once_keep_to_the_limit(run_folder):
+    """One that is being loaded counts. A load that fails leaves its place to others."""
+    fail, alive, most = threading.Event(), [], []
+
+    def slow(folder, config):
+        if fail.is_set():
+            raise OSError("as if")
+        connection, thread = in_thread(folder, config)
+        alive.append(thread)
+        time.sleep(0.05)
+        most.append(sum(thread.is_alive() for thread in alive))
+        return connection, thread
+
+    async def use(models, name):
+        async with models.use(name) as model:
+            return model.facts.name
+
+    async def all_at_once():
+        models = find_models(run_folder, ServeConfig(loaded=1), launch=slow)
+        found = await asyncio.gather(*(use(models, name) for name in models.offers), return_exceptions=True)
+        assert found[0] == "base" and [getattr(error, "code", error) for error in found[1:]] == ["models_busy"] * 2
+        fail.set()
+        with pytest.raises(ApiError, match="cannot be loaded"):
+            await use(models, "zero")
+        fail.clear()
+        assert await use(models, "r1") == "r1" and list(models.loaded) == ["r1"]
+        await models.stop()
+
+    asyncio.run(all_at_once())
+    assert most == [1, 1]
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_answers_keep_to_a_small_cache(r1, drafts):
+    with running(r1, config=ServeConfig(cache_tokens=64, drafts=drafts)) as server:
+        usage = server.chat(ignore_eos=True).json()["usage"]
+        details = httpx.get(server.url + "/v1/models").json()["data"][0]["bessemer"]
+        assert usage["total_tokens"] == details["context"] == 64 - drafts
+        answer = server.chat("the fox " * 30)
+        assert error_of(answer)["code"] == "context_length_exceeded" and f"context of {64 - drafts}" in answer.text
+        assert server.post("/v1/completions", prompt=[5] * (63 - drafts), max_tokens=9).status_code == 200
 
 
 def test_signals_end_a_server(r1):

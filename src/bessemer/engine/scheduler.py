@@ -24,7 +24,7 @@ from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.grammar import Grammars
-from bessemer.engine.kv_cache import LatentCache, PromptPages, pages_for
+from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import (
@@ -176,6 +176,12 @@ class Scheduler:
         if not all(live):
             self.queue.finished(self.runner.sequences[live.index(False)])
             self.runner.keep(live)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a prompt and its answer can have together."""
+        room = PAGE * pages_for(self.cache_tokens) - self.runner.lookahead + 1
+        return min(room, self.model.cfg.max_seq_len)
 
     @property
     def idle(self) -> bool:

@@ -198,10 +198,10 @@ def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
         return reply(models.find(model))
 
     def reply(facts: ModelFacts) -> replies.ModelReply:
-        known = {name: getattr(facts, name) for name in replies.ModelDetails.model_fields if hasattr(facts, name)}
         default, loaded = facts is models.default, facts.name in models.loaded
-        if loaded:
-            known["dtype"] = models.loaded[facts.name].facts.dtype
+        if loaded:  # its dtype is known, and the cache may shorten its context
+            facts = models.loaded[facts.name].facts
+        known = {name: getattr(facts, name) for name in replies.ModelDetails.model_fields if hasattr(facts, name)}
         details = replies.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
         return replies.ModelReply(id=facts.name, created=facts.created, bessemer=details)
 

@@ -230,6 +230,8 @@ class Models:
         self.run: Path | None = None
         """The run that the models belong to, if any."""
         self.loaded: dict[str, LoadedModel] = {}
+        self._loading: set[str] = set()
+        """Models that are being loaded; each has a place among the loaded ones."""
         self._locks = {name: asyncio.Lock() for name in self.offers}
 
     @property
@@ -285,12 +287,15 @@ class Models:
         async with self._locks[facts.name]:
             model = self.loaded.get(facts.name)
             if model is None or not model.service.alive:
-                await self._make_room(facts.name)
+                self._loading.add(facts.name)
                 try:
+                    await self._make_room(facts.name)
                     model = await asyncio.to_thread(self._load, facts)
                 except UserError as error:
                     why = f"the model {facts.name!r} cannot be loaded: {error}"
                     raise ApiError(503, why, code="model_unavailable") from error
+                finally:
+                    self._loading.discard(facts.name)
                 model.service.start()
                 self.loaded[facts.name] = model
             model.users += 1
@@ -309,10 +314,10 @@ class Models:
 
     async def _make_room(self, name: str) -> None:
         self.loaded.pop(name, None)
-        while len(self.loaded) >= self.config.loaded:
+        while len(self.loaded) + len(self._loading) > self.config.loaded:
             idle = [m for m in self.loaded.values() if not m.users and not m.service.stats.open]
             if not idle:
-                why = f"{len(self.loaded)} models are in memory and all are busy; try again later"
+                why = f"{self.config.loaded} models are in memory or being loaded, and all are busy; try again later"
                 raise ApiError(429, why, code="models_busy", headers={"Retry-After": "5"})
             oldest = min(idle, key=lambda m: m.service.last_used)
             del self.loaded[oldest.facts.name]

@@ -126,7 +126,7 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
         return
     gc.freeze()  # the model stays: searching it for garbage is a waste
     dtype = str(engine.model.embed.weight.dtype).removeprefix("torch.")
-    connection.send((READY, WorkerFacts(engine.model.cfg.max_seq_len, engine.model.cfg.vocab_size, dtype)))
+    connection.send((READY, WorkerFacts(worker.context, engine.model.cfg.vocab_size, dtype)))
     with suppress(OSError):  # the server has gone
         worker.run()
     gc.unfreeze()  # as in `serve`
@@ -140,6 +140,7 @@ class ModelWorker:
         self.failures = 0
         """Steps that raised."""
         self._scheduler = self._new_scheduler()
+        self.context = self._scheduler.longest
         self._samples: dict[int, ScheduledSample] = {}
         """By ticket."""
         self._tickets: dict[int, int] = {}
