@@ -209,6 +209,27 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
     assert len(said) == 1
 
 
+def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(ray, opened, said):
+    """The only worker dies when its batch has taken longer than a worker may take to start."""
+    sampler = opened(1)
+    pool, victim = sampler.pool, pid_of(ray, sampler.pool.workers[0])
+    expected = sampler.engine.generate(PROMPTS, **ASKED)
+    answer = sampler.policy()(PROMPTS, **ASKED)
+    os.kill(victim, signal.SIGKILL)
+    pool._progress_at -= 2 * worker_pool.START_SECONDS
+    ray.wait([ref for queue in pool._queues for ref in queue], num_returns=4, timeout=MINUTE)
+    pool.poll()
+    assert answer.take() == expected and len(said) == pool.deaths == 1
+
+
+def test_workers_that_had_nothing_to_do_are_not_late(opened, said):
+    sampler = opened(1)
+    sampler.pool._progress_at -= 2 * worker_pool.PATIENCE
+    answer = sampler.policy()(PROMPTS, **ASKED)
+    answer.ready()
+    assert len(answer.take()) == len(PROMPTS) and not said
+
+
 def run(base, folder, number, step, *changes):
     """Run the stage in its own process with its own Ray, which must end with it: (exit status, stderr)."""
     program = Path(rl_stage.__file__)

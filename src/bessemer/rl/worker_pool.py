@@ -80,7 +80,7 @@ class WorkerPool:
         self._backlog: list[RolloutJob] = []
         """Jobs without a worker."""
         self._progress_at, self._patience = time.monotonic(), PATIENCE
-        """Time of the last result, and how long after it the next line says so."""
+        """Time of the last result, new worker or job after a pause, and how long after it the next line says so."""
         try:
             self._open()
         except BaseException:
@@ -89,6 +89,8 @@ class WorkerPool:
 
     def submit(self, jobs: Sequence[RolloutJob]) -> None:
         """Sends jobs to the places with the fewest queued rows; to none before its worker has loaded the model."""
+        if not (self._backlog or self._loading or any(self._queues)):
+            self._progress_at = time.monotonic()  # before, there was nothing to do
         self._backlog += jobs
         places = [w for w in range(len(self.workers)) if w not in self._loading.values()]
         while places and self._backlog:
@@ -188,7 +190,7 @@ class WorkerPool:
         self.ray.kill(self.workers[w])  # it may only be out of reach
         self._loading = {ref: place for ref, place in self._loading.items() if place != w}
         jobs, self._queues[w] = list(self._queues[w].values()), {}
-        self.workers[w] = self._new()
+        self.workers[w], self._progress_at = self._new(), time.monotonic()  # it has its own time to start
         self._loading[self.workers[w].open.remote()] = w
         again = f"; its {sum(job.rows for job in jobs)} samples are generated again" if jobs else ""
         self.say(f"a rollout worker died ({why}) and is replaced{again}")
