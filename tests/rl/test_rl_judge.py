@@ -188,13 +188,17 @@ def test_nobody_is_at_the_address(tmp_path):
         judge(SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path).verdicts(questions(3))
 
 
-def test_a_refused_request_is_no_verdict_unless_all_are(tmp_path):
+def test_a_refused_request_is_no_verdict_unless_nothing_was_ever_answered(tmp_path):
     too_long = (400, '{"error": {"message": "maximum context length"}}', {})
     with JudgeServer(lambda prompt: too_long if "answer 1\n" in prompt else RIGHT) as server:
         assert judge(server, tmp_path).verdicts(questions(3)) == [True, None, True]
         assert len(server.requests) == 3, "a refusal is final"
+        again = judge(server, tmp_path)  # as after a kill: what was answered is stored, the refused one asked again
+        assert again.verdicts(questions(3)) == [True, None, True] and again.verdicts(questions(3)[1:2]) == [None]
+        answering = judge(server, tmp_path / "other")
+        assert answering.verdicts(questions(1)) == [True] and answering.verdicts(questions(3)[1:2]) == [None]
         with pytest.raises(UserError, match=r"refused all 1 requests: status 400, .*maximum context length"):
-            judge(server, tmp_path).verdicts(questions(2))
+            judge(server, tmp_path).verdicts(questions(3)[1:2])
 
 
 @pytest.mark.parametrize(

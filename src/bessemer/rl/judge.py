@@ -157,6 +157,8 @@ class Judge:
         place = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
         keys = [hashlib.sha256(json.dumps([*place, *q]).encode()).hexdigest() for q in questions]
         missing = {key: q for key, q in zip(keys, questions, strict=True) if self.replies.get(key) is None}
+        if self.api is not None and missing.keys() < set(keys):
+            self.api.serves = True
         if missing:
             for key, reply in self._asked(missing):
                 self.replies.put(key, reply)
@@ -250,10 +252,12 @@ class _API:
         self.config, self.key = config, key
         self.endpoint = f"{config.url}/chat/completions"
         self.opener = urllib.request.build_opener(_NoRedirects)
+        self.serves = False  # until its first answer, stored ones of earlier attempts included
 
     def ask(self, questions: dict[str, tuple[str, int]], ctx: StageContext) -> Iterator[tuple[str, str]]:
-        """Yields (key, reply) for each (question, seed) as replies arrive, without refused ones. UserError if all are
-        refused or the API fails. Requests in flight must be paid for anyway, so their replies are yielded first."""
+        """Yields (key, reply) for each (question, seed) as replies arrive, without refused ones. UserError if the API
+        fails, or refuses all and has never answered. Requests in flight must be paid for anyway, so their replies are
+        yielded first."""
         refused: list[str] = []
         failure: UserError | None = None
         over = threading.Event()
@@ -266,6 +270,7 @@ class _API:
                         key = waiting.pop(future)
                         try:
                             yield key, future.result()
+                            self.serves = True
                         except _Refused as error:
                             refused.append(str(error))
                         except UserError as error:
@@ -282,7 +287,7 @@ class _API:
             raise failure
         if ctx.stop:
             ctx.interrupt()
-        if len(refused) == len(questions):
+        if len(refused) == len(questions) and not self.serves:
             raise UserError(f"the judge at {self.config.url} refused all {len(refused)} requests: {refused[0]}")
 
     def _send(self, question: str, seed: int, over: threading.Event) -> str:
