@@ -235,6 +235,43 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
     assert [len(prompt) for prompt in prompts if isinstance(prompt, list)] == [3], "the one of more than a question"
 
 
+AGAIN = """
+[[stage]]
+kind = "reward-model"
+name = "again"
+from = "pretrain"
+previous = "helpful"
+replay = 0.9
+aim = "helpful"
+data = ["{folder}/new.jsonl"]
+heldout_data = ["{folder}/heldout.jsonl"]
+made = 0
+samples = 0
+epochs = 1
+row_length = 192
+lr = 1e-9
+batch_rows = 6
+style = "r1"
+precision = "float32"
+"""
+
+
+def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path):
+    """All old answers are asked for; the file holds those that the previous reward model held out."""
+    folder, results = done
+    path, out = tmp_path / "small.toml", shutil.copytree(folder / "run", tmp_path / "run")
+    path.write_text((folder / "small.toml").read_text() + AGAIN.format(folder=tmp_path))
+    old = (out / "03-helpful" / "judged.jsonl").read_text().splitlines(keepends=True)
+    n = results["helpful"].summary["heldout"]
+    (tmp_path / "heldout.jsonl").write_text("".join(old[-n:]))
+    new = [{"prompt": f"Tell {n}.", "chosen": "Yes.", "rejected": "What?"} for n in range(60)]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(line) + "\n" for line in new))
+    summary = stages_run.run(path, out)["again"].summary
+    lines = (out / "05-again" / "judged.jsonl").read_text().splitlines(keepends=True)
+    assert lines[-n:] == old[-n:] and len(lines) == len(new) + summary["replayed"] + n
+    assert set(lines[len(new) : -n]) == set(old[:-n])
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

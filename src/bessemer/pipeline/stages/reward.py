@@ -126,7 +126,7 @@ class RewardModelling(Stage[RewardModelConfig]):
             folder = ctx.inputs[config.previous] / "model"
             if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f'stage "{ctx.name}": {config.previous} has another tokenizer than the model of from')
-            replayed = _replayed(config, ctx, len(train))
+            replayed = _replayed(config, ctx, len(train), heldout)
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
         new_head = ctx.seed if config.previous is None else None
         scorer = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
@@ -259,10 +259,13 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
     return splits
 
 
-def _replayed(config: RewardModelConfig, ctx: StageContext, new: int) -> list[Line]:
-    """Training answers of the previous reward model: a share `replay` of the total that includes `new` new ones."""
+def _replayed(config: RewardModelConfig, ctx: StageContext, new: int, heldout: Sequence[Line]) -> list[Line]:
+    """Training answers of the previous reward model: a share `replay` of the total that includes `new` new ones. No
+    answer to a prompt of `heldout` is among them: with heldout_data the hash of a prompt does not say what is."""
     assert config.previous is not None
     old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _line(config)), config, ctx)
+    apart = {formats.text_of(line["prompt"]) for line in heldout}
+    old = [line for line in old if formats.text_of(line["prompt"]) not in apart]
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
     return order[: round(new * config.replay / (1 - config.replay))]
 
