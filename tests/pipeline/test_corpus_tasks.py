@@ -14,14 +14,13 @@ from bessemer.errors import UserError
 from bessemer.pipeline.stages.corpus import Corpus, _task
 
 
-def settings_of(spec, **mix):
-    parts = {"part": spec}
-    return CorpusConfig(name="corpus", kind="corpus", parts=parts, limits={"part": "20K"}, mix={"part": mix})
+def settings_of(spec, part="part", **mix):
+    return CorpusConfig(name="corpus", kind="corpus", parts={part: spec}, limits={part: "20K"}, mix={part: mix})
 
 
-def resolve(tmp_path, spec, **mix):
+def resolve(tmp_path, spec, part="part", **mix):
     """Resolve as the runner does before it starts anything; only the vocabulary size is read from the recipe."""
-    settings = settings_of(spec if spec == "fables-en" else f"task:{spec}", **mix)
+    settings = settings_of(spec if spec == "fables-en" else f"task:{spec}", part, **mix)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('name = "x"\n[model]\npreset = "tiny"\n[[stage]]\nkind = "corpus"\n')
     return Corpus().resolve(settings, Recipe.load(recipe))
@@ -30,6 +29,12 @@ def resolve(tmp_path, spec, **mix):
 @pytest.mark.parametrize("name", ["logic", "words", "countdown", "arithmetic"])
 def test_tasks_with_documents_are_parts(name, tmp_path):
     assert resolve(tmp_path, name)["vocab_size"] > 0
+
+
+@pytest.mark.parametrize("part", ["web/en", "../up", "/tmp/up", ".", "", "state", "tokenizer"])
+def test_a_part_that_cannot_name_a_folder_of_the_stage_is_refused(part, tmp_path):
+    with pytest.raises(UserError, match=f'^stage "corpus": part {part!r} names a folder: .* neither state nor tok'):
+        resolve(tmp_path, "arithmetic", part)
 
 
 def test_a_task_without_documents_is_refused_before_the_run(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
+from bessemer.config.curation import FOLDER_NAME
 from bessemer.config.data import CorpusConfig
 from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
@@ -49,6 +50,11 @@ class Corpus(Stage[CorpusConfig]):
                 known = ", ".join(config.parts)
                 raise UserError(f'stage "{config.name}": "{key}" is not one of its parts ({known})')
         for source, spec in config.parts.items():
+            if not FOLDER_NAME.fullmatch(source) or source in ("state", "tokenizer"):
+                raise UserError(
+                    f'stage "{config.name}": part {source!r} names a folder: use letters, digits, - and _, but neither '
+                    "state nor tokenizer, which are the stage's own"
+                )
             if spec.startswith((TASK, NEEDLE)):
                 if spec.startswith(TASK):
                     _task(config, source).document(0)  # UserError for a task without documents
