@@ -19,6 +19,7 @@ from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks import worked
 from bessemer.tasks.countdown_expressions import all_tries
+from bessemer.tasks.general import UNJUDGED
 from bessemer.tasks.readability import consistency
 
 COUNTDOWN = tasks.get("countdown")
@@ -76,6 +77,13 @@ def test_controls_keep_wrong_answers_or_all():
     }
     texts = [row.answer for row in group]
     assert kept == {"right": [texts[0], texts[2]], "wrong": [texts[1]], "all": texts}
+    unjudged, mixed = sampled("d"), sampled("1*2=2:9小")
+    unjudged.verdict = replace(unjudged.verdict, correct=False, reason=UNJUDGED)
+    mixed.verdict = replace(mixed.verdict, correct=True)  # as `judge_answers` leaves it, without asking the judge
+    for which, reasons in {"right": [UNJUDGED, "mixed-language"], "wrong": [UNJUDGED, "mixed-language"],
+                           "all": [None, "mixed-language"]}.items():  # fmt: skip
+        settings = SETTINGS.model_copy(update={"answers": which})
+        assert [reject.fault(row, settings) for row in (unjudged, mixed)] == reasons
 
 
 def test_r1_form_has_its_thoughts_apart_and_still_counts_as_right():

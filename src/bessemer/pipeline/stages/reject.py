@@ -193,10 +193,12 @@ def fault(row: rollout.ScoredSample, config: RejectConfig) -> str | None:
     """The reason to drop an answer, or None."""
     if row.completion.finish_reason == "length":
         return "cut"
-    if config.answers == "wrong" and row.verdict.correct:
-        return "right"
+    if config.answers != "all" and row.verdict.reason == UNJUDGED:
+        return UNJUDGED
+    if config.answers == "wrong" and row.verdict.correct:  # unreadable ones count as right where a model judges
+        return _unreadable(row, config) or "right"
     if config.answers == "right" and not row.verdict.correct:
-        return UNJUDGED if row.verdict.reason == UNJUDGED else "wrong"
+        return "wrong"
     if config.answers == "right" and not row.verdict.sound:
         return "malformed"
     return _unreadable(row, config)
