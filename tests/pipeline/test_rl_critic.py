@@ -53,10 +53,15 @@ def test_the_critic_learns_beside_the_policy(whole, base):
 def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
     """One answer per problem is enough for PPO and for a batch mean; a group of one has no mean to compare with."""
     stage = rl_stage.Stage(base, tmp_path / "run", *baseline, "samples=1", "prompts_per_rollout=8", "rollouts=1")
-    assert stage.run().summary["steps"] == 2
-    alone = rl_stage.Stage(base, tmp_path / "alone", "samples=1")
-    with pytest.raises(UserError, match="a group of one sample has no advantage"):
-        RL().resolve(alone.recipe.stage("zero"), alone.recipe)
+    assert stage.run().summary["steps"] == 2 and not stage.values("rl/dead_groups"), "one sample has no contrast"
+    for changes, complaint in [
+        ([], "a group of one sample has no advantage"),
+        ([*baseline, "max_resamples=2"], "max_resamples compares the samples of a problem"),
+        ([*baseline, "difficulty_filter=true"], "difficulty_filter compares the samples of a problem"),
+    ]:
+        alone = rl_stage.Stage(base, tmp_path / "alone", "samples=1", *changes)
+        with pytest.raises(UserError, match=complaint):
+            RL().resolve(alone.recipe.stage("zero"), alone.recipe)
 
 
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):

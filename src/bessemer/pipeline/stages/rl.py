@@ -51,6 +51,12 @@ class RL(Stage[RLConfig]):
             raise UserError(
                 f'stage "{config.name}": a group of one sample has no advantage; raise samples to 2 or more'
             )
+        for name in ("max_resamples", "difficulty_filter"):
+            if config.samples < 2 and changed(config, name):
+                raise UserError(
+                    f'stage "{config.name}": {name} compares the samples of a problem; leave it out, or raise samples '
+                    "to 2 or more"
+                )
         if config.kl_in_reward and config.kl == 0:
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
         if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
