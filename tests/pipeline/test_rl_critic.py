@@ -179,6 +179,37 @@ def test_when_the_guard_goes_back_so_does_the_critic(base, tmp_path, monkeypatch
     assert trained.summary["steps"] == trained.critic.trainer.optimizer.steps == went_back_to + 3
 
 
+def test_updates_that_were_skipped_are_in_no_mean(base, tmp_path, monkeypatch):
+    """Of two rollouts the first's first update and both of the second's are bad, for policy and critic (each is
+    computed twice, to locate the fault)."""
+
+    def sick(kind):
+        calls = iter(range(1000))
+
+        class Sick(kind):
+            def __call__(self, model, batch):
+                loss = super().__call__(model, batch)
+                return replace(loss, total=loss.total * (1.0 if next(calls) == 2 else math.nan))
+
+        return Sick
+
+    made, update = [], loop.Loop._update
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(loop, "GRPO", sick(GRPO))
+    monkeypatch.setattr(critic, "ValueLoss", sick(critic.ValueLoss))
+    monkeypatch.setattr(loop.Loop, "_update", lambda self, batches: made.append(update(self, batches)) or made[-1])
+    stage = rl_stage.Stage(base, tmp_path / "run", *CRITIC, "rollouts=2", "micro_tokens=9000", "lr=5e-4")
+    trained = stage.run()
+    assert [len(values) == 1 for values in made] == [True, False, True, True]
+    assert trained.trainer.skipped == trained.critic.trainer.skipped == 3 and len(stage.values("rl/reward")) == 2
+    for name in ("kl", "entropy", "clip_share", "grad_norm", "lr"):
+        assert stage.values(f"rl/{name}") == [made[1][f"train/{name}"]], name
+    assert stage.values("rl/sampler_gap") == [], "it is that of the first update"
+    assert len(stage.values("critic/explained")) == 2
+    for name in ("loss", "clip_share", "grad_norm"):
+        assert len(stage.values(f"critic/{name}")) == 1, name
+
+
 @pytest.mark.parametrize("name", ["gae_lambda=0.95", "critic_lr=1e-4", "kl_in_reward=true"])
 def test_a_critic_s_dial_without_a_critic_is_refused(base, tmp_path, name):
     stage = rl_stage.Stage(base, tmp_path / "run", name)

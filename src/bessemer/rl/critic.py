@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from bessemer.errors import UserError
 from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, evaluating, scores
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
+from bessemer.rl.monitor import update_means
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.train.objective import Loss
 from bessemer.train.trainer import Trainer
@@ -112,9 +112,7 @@ class Critic:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the rollout; call after its updates."""
-        names, updates = ("loss", "clip_share", "grad_norm"), self._updates
-        means = {f"critic/{name}": float(np.mean([u.get(f"train/{name}", 0.0) for u in updates])) for name in names}
-        self._updates = []
+        means, self._updates = update_means("critic", ("loss", "clip_share", "grad_norm"), self._updates), []
         divergence = {} if self._divergence is None else {"rl/kl": self._divergence}
         return means | {"critic/explained": self._explained} | divergence
 

@@ -32,7 +32,7 @@ from bessemer.rl import importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
-from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics
+from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics, update_means
 from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
@@ -298,15 +298,12 @@ class Loop:
 
 
 def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a rollout's updates, and the gap between sampler and trainer at the first one."""
-    values = {}
-    for name in ("kl", "entropy", "clip_share", "grad_norm"):
-        values[f"rl/{name}"] = float(np.mean([update.get(f"train/{name}", 0.0) for update in updates]))
+    """Means over a rollout's updates, and the gap between sampler and trainer at the first one, if it was made."""
+    values = update_means("rl", ("kl", "entropy", "clip_share", "grad_norm"), updates)
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
-        values[f"rl/sampler_{name}"] = updates[0].get(f"train/{measured}", 0.0)
-    if "train/off_policy_masked" in updates[0]:
-        values["rl/off_policy_masked"] = float(
-            np.mean([update.get("train/off_policy_masked", 0.0) for update in updates])
-        )
-    gpu = {name: value for name, value in updates[-1].items() if name.startswith("gpu/")}
-    return values | gpu | {"rl/lr": updates[-1].get("train/lr", 0.0)}
+        if f"train/{measured}" in updates[0]:
+            values[f"rl/sampler_{name}"] = updates[0][f"train/{measured}"]
+    values |= update_means("rl", ("off_policy_masked",), updates)
+    last = next((update for update in reversed(updates) if "train/lr" in update), {})
+    gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}
+    return values | gpu | ({"rl/lr": last["train/lr"]} if last else {})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bessemer import tasks
@@ -53,6 +54,13 @@ UNFORMED, CUT, UNTHINKING = 0.2, 0.5, 0.05
 """Shares of answers that count as a fault: well-formed below this, truncated above this, thinking below this."""
 FORM_ONLY = 10.0
 """Well-formed answers per right one from which the format is far easier to learn than the task."""
+
+
+def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a rollout's updates. One that was skipped has no values and does not count as zeros; a metric
+    that no update has is left out."""
+    found = {name: [update[f"train/{name}"] for update in updates if f"train/{name}" in update] for name in names}
+    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in found.items() if values}
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
