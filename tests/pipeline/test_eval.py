@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from collections import Counter
 from itertools import islice
 from typing import get_args
@@ -19,6 +20,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, evaluate, paired, scoring, shots, tables
 from bessemer.pipeline.stage import Stage, find_kind
+from bessemer.pipeline.stages import eval as eval_stage
 from bessemer.pipeline.stages.eval import Eval, ancestors
 from bessemer.report import facts
 from bessemer.runs import files
@@ -165,6 +167,26 @@ def test_an_evaluation_that_dies_goes_on_with_the_next_row(done, tmp_path, monke
         if name == "metrics.jsonl":
             got, expected = ([json.loads(line)["values"] for line in text.splitlines()] for text in (got, expected))
         assert got == expected, name
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(done, tmp_path, monkeypatch):
+    folder, _ = done
+    out = stages_run.copy_without(folder / "run", tmp_path / "run", "03-eval")
+    again = f'[[stage]]\nkind = "import"\nname = "again"\nmodel = "{out / "02-pretrain" / "model"}"\n\n'
+    text = (folder / "small.toml").read_text().replace(EVAL.lstrip(), again + EVAL.lstrip())
+    (tmp_path / "small.toml").write_text(text.replace('models = ["pretrain"]', 'models = ["pretrain", "again"]'))
+    held, real = [], eval_stage.engine_of
+
+    def noted(*args, **options):
+        assert [model() for model in held] == [None] * len(held)
+        engine = real(*args, **options)
+        held.append(weakref.ref(engine.model))
+        return engine
+
+    monkeypatch.setattr(eval_stage, "engine_of", noted)
+    few = ("eval.problems=1", "eval.samples=1", "eval.k=1", 'eval.tasks=["arithmetic"]', "eval.max_new_tokens=4")
+    stages_run.run(tmp_path / "small.toml", out, *few)
+    assert len(held) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.report import card
 from bessemer.tasks.needle import Needle
+from bessemer.train import setup
 
 MORE = """
 [[stage]]
@@ -179,6 +181,22 @@ def test_the_evaluation_says_what_it_asked(base):
     assert 'id="long"' in html and "pretrain + YaRN" in html and "Loss by position" in html
 
 
+def test_a_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatch):
+    out = stages_run.copy_without(base / "one", tmp_path / "run", out_of(base, "longeval").name)
+    held, real = [], setup.load_to_sample
+
+    def noted(*args, **options):
+        assert [model() for model in held] == [None] * len(held)
+        model, tokenizer = real(*args, **options)
+        held.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(setup, "load_to_sample", noted)
+    few = ("longeval.lengths=[100]", "longeval.depths=[0.0]", "longeval.problems=1", "longeval.rows=1")
+    stages_run.run(base / "small.toml", out, *few)
+    assert len(held) == 4
+
+
 def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
     """Their weighted mean equals the held-out loss of the rows as pre-training measures it."""
     from bessemer.data.rows import open_rows
@@ -197,7 +215,6 @@ def test_needles_are_counted_from_what_the_model_writes(base):
     """An engine that always writes what the text says first finds the needle at depth 0 and no other."""
     from bessemer.engine.engine import Engine
     from bessemer.eval import long_context, tables
-    from bessemer.train import setup
 
     model, tokenizer = setup.load_model(out_of(base, "to-256") / "model")
     texts = [json.loads(line)["text"] for line in (base / "long.jsonl").read_text().splitlines()]

@@ -77,11 +77,12 @@ class Eval(Stage[EvalConfig]):
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contaminated = self._contamination(config, ctx)
-        loaded: dict[str, Engine | DealtEngine] = {}
+        engine: Engine | DealtEngine | None = None
+        loaded = ""
         for model, task, temperature, shots in grid[len(rows) :]:
-            if model not in loaded:
-                loaded = {model: engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)}
-            engine = loaded[model]
+            if engine is None or model != loaded:
+                engine, loaded = None, model  # memory may not hold two models
+                engine = engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)
             engine.tokenizer.use_template(config.prompt_template)
             room = engine.model.cfg.max_seq_len - config.max_new_tokens
             row = scoring.evaluate(

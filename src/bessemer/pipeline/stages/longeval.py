@@ -69,7 +69,8 @@ class LongEval(Stage[LongEvalConfig]):
                 continue
             named = model + added
             if named not in engines:
-                engines = {named: self._engine(config, ctx, model, added)}
+                engines.clear()  # memory may not hold two models
+                engines[named] = self._engine(config, ctx, model, added)
             results[key] = measure(engines[named])
             ctx.metrics.write(number, 0, {f"long/{key}": _figure(results[key])})  # first, as in `eval`
             write_atomic(path, json.dumps(results))
