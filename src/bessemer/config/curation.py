@@ -23,7 +23,7 @@ from bessemer.config.table import ConfigTable, nearest, validate
 from bessemer.config.units import Bytes, Tokens
 from bessemer.errors import UserError
 
-FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = ("documents", "work", "tokenizer")
 """Folders of a build; no part can have one of these names."""
 
@@ -165,7 +165,7 @@ class Curation(ConfigTable):
         for source in self.sources:
             table = f'{where}: source "{source.name}"'
             for key, name in (("name", source.name), ("part", source.part or source.domain)):
-                if not FOLDER_NAME.fullmatch(name):
+                if not _NAME.fullmatch(name):
                     raise UserError(f"{table}: {key} {name!r} must be letters, digits, - and _, as it names a folder")
             if (source.part or source.domain) in _RESERVED:
                 raise UserError(f"{table}: no part may be called {' or '.join(_RESERVED)}; give it another part")

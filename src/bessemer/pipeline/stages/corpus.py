@@ -7,6 +7,7 @@ train split only; or from pages that hide sentences in the training documents of
 """
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, count
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.curation import FOLDER_NAME
 from bessemer.config.data import CorpusConfig
 from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
@@ -50,9 +50,9 @@ class Corpus(Stage[CorpusConfig]):
                 known = ", ".join(config.parts)
                 raise UserError(f'stage "{config.name}": "{key}" is not one of its parts ({known})')
         for source, spec in config.parts.items():
-            if not FOLDER_NAME.fullmatch(source) or source in ("state", "tokenizer"):
+            if not re.fullmatch(r"\w[\w.-]*", source) or source in ("state", "tokenizer"):
                 raise UserError(
-                    f'stage "{config.name}": part {source!r} names a folder: use letters, digits, - and _, but neither '
+                    f'stage "{config.name}": part {source!r} names a folder: use letters, digits, -, _ and ., but neither '
                     "state nor tokenizer, which are the stage's own"
                 )
             if spec.startswith((TASK, NEEDLE)):
