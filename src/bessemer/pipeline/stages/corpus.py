@@ -52,8 +52,8 @@ class Corpus(Stage[CorpusConfig]):
         for source, spec in config.parts.items():
             if not re.fullmatch(r"\w[\w.-]*", source) or source in ("state", "tokenizer"):
                 raise UserError(
-                    f'stage "{config.name}": part {source!r} names a folder: use letters, digits, -, _ and ., but neither '
-                    "state nor tokenizer, which are the stage's own"
+                    f'stage "{config.name}": part {source!r} names a folder: use letters, digits, -, _ and ., but '
+                    "neither state nor tokenizer, which are the stage's own"
                 )
             if spec.startswith((TASK, NEEDLE)):
                 if spec.startswith(TASK):
