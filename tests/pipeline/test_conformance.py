@@ -136,7 +136,7 @@ def test_a_row():
         ("tiny", "KL to the reference (k3, in the loss)", "0.001, refreshed every 24 steps"),
         ("tiny", "Rewards", "accuracy + 0 x format"),
         ("tiny", "Loss of a token", "grpo, mean over all tokens"),
-        ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, 0.6, top-p 1, 300 tokens"),
+        ("tiny", "Evaluation by sampling", "pass@1 over 16 samples, T 1, top-p 1, 300 tokens"),
         ("controls", "Rewards", "random: random + 0 x format"),
         ("long", "Long-context extension in phases", "128 -> 512 -> 2048, 488, 366 steps, rate constant linear"),
         ("v3", "DualPipe", "16 pipeline ranks, dualpipe, in the smallest steps 1f1b"),

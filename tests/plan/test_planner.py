@@ -268,10 +268,10 @@ def test_a_recipe_on_a_cluster(call, tmp_path):
     facts = json.loads(call(ROOT / "recipes/tiny.toml", "--cluster", "2xH100", "--json").out)
     said = call(ROOT / "recipes/tiny.toml", "--cluster", "1xH100", "--set", "precision=bf16").out
     assert (
-        "48 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
+        "40 rollouts of 256 answers" in said and "served from units of" in said and "1,024" not in said.splitlines()[0]
     )
     stages = {stage["stage"]: stage for stage in facts["stages"]}
-    assert facts["tokens"] == 7_200_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
+    assert facts["tokens"] == 6_000_000 and facts["considered"] > 10 and list(stages) == ["pretrain", "zero", "eval"]
     assert stages["pretrain"]["gpu_hours"] == facts["gpu_hours"] and min(s["gpu_hours"] for s in stages.values()) > 0
 
 
