@@ -146,11 +146,10 @@ class Scheduler:
         if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
         strings = check_stop_strings(request.stop_strings)
-        needed = len(request.prompt) + request.max_new_tokens + self.runner.lookahead - 1
-        if pages_for(needed) > pages_for(self.cache_tokens):
+        if (tokens := len(request.prompt) + request.max_new_tokens) > self.longest:
             raise UserError(
-                f"the request needs room for {needed} tokens, but the cache holds {self.cache_tokens}; shorten the "
-                "prompt or max_new_tokens, or give the cache more tokens"
+                f"prompt and answer need {tokens} tokens, but the cache holds {self.longest}; shorten the prompt "
+                "or max_new_tokens, or give the cache more tokens"
             )
         stop = StopStrings(self.engine.tokenizer, strings) if strings else None
         grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
@@ -180,8 +179,7 @@ class Scheduler:
     @property
     def longest(self) -> int:
         """Most tokens that a prompt and its answer can have together."""
-        room = PAGE * pages_for(self.cache_tokens) - self.runner.lookahead + 1
-        return min(room, self.model.cfg.max_seq_len)
+        return min(PAGE * pages_for(self.cache_tokens) - self.runner.lookahead + 1, self.model.cfg.max_seq_len)
 
     @property
     def idle(self) -> bool:

@@ -151,7 +151,7 @@ class LogprobTable:
 
 async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> CompletionResponder:
     """The request for this model. Raises ApiError or UserError if it cannot be served."""
-    if isinstance(body.prompt, list) and (body.max_tokens, body.n or 1) != (0, 1):
+    if isinstance(body.prompt, list) and (body.max_tokens, body.n or 1) != (0, 1):  # scoring alone takes one place
         count = 1 if isinstance(next(iter(body.prompt), 0), int) else len(body.prompt)
         model.service.admit(count * (body.n or 1))
     texts = [body.prompt] if isinstance(body.prompt, str) else [p for p in body.prompt if isinstance(p, str)]
