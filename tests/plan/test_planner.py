@@ -326,6 +326,7 @@ def test_a_critic_costs_another_network_s_updates_and_values():
         (("v3", "--cluster", "8xH900"), "did you mean"),
         (("v3", "--cluster", "0xH800"), "at least one device"),
         (("moonlight", "--cluster", "8xH100"), "no budget"),
+        (("tiny", "--cluster", "8xH100"), "name the recipe, builtin:tiny"),
         (("v3", "--cluster", "2048xH800", "--set", "layout.pp=7"), "these fit"),
         (("v3",), "--cluster"),
         ((), "nothing to plan"),

@@ -196,7 +196,8 @@ def micro_batches(name: str, ranks: int, target: int) -> tuple[str, int]:
 def tokens_of(config: PlanConfig, name: str) -> float:
     """The token budget; UserError if the config has none."""
     if config.tokens is None:
-        raise UserError(f"{name} has no budget; set the number of training tokens, such as --set tokens=1T")
+        recipe = f", or name the recipe, {PREFIX}{name}" if name in PRESETS and name in builtin_recipes() else ""
+        raise UserError(f"{name} has no budget; set the number of training tokens, such as --set tokens=1T{recipe}")
     return config.tokens
 
 
