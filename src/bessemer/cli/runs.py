@@ -75,7 +75,6 @@ def run(
     from bessemer.pipeline.conformance import rows
     from bessemer.pipeline.runner import follow
     from bessemer.pipeline.runner import run as run_recipe
-    from bessemer.report import card
     from bessemer.runs.context import Interrupted
     from bessemer.runs.directory import writing_models
 
@@ -92,6 +91,8 @@ def run(
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
+    from bessemer.report import card  # here, since matplotlib takes long to import and most ranks never need it
+
     report = card.write(root)
     if as_json:
         stages = [
