@@ -370,11 +370,10 @@ def main() -> None:
         try:
             stack.enter_context(_alone(root))
             mirror = Mirror(root, names, report)
-            while True:
-                ended = bool(select.select([sys.stdin], [], [], POLL)[0])
+            mirror.send()
+            while not select.select([sys.stdin], [], [], POLL)[0]:
                 mirror.send()
-                if ended:
-                    break
+            mirror.send()  # the lines written just before the end
             mirror.close()
         except (UserError, OSError) as error:
             print(f"trackers: {error}; the run continues", file=ours, flush=True)
