@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Fork
 
 from bessemer import heartbeat
 from bessemer.dist import ranks, watchdog
@@ -67,22 +68,27 @@ def test_threads_wait_side_by_side():
     assert watchdog.RankStatus.current().ranks is None
 
 
-WAITS = """
-import sys, time
-import torch.distributed as dist
-from bessemer.dist import watchdog
-watchdog.Watchdog(dist.HashStore(), 0, 2, 1.0)
-watchdog.at(3)
-with watchdog.waiting("the figures", range(2)):
-    time.sleep(30)
-"""
+def ended(seconds, what, over=False):
+    """Wait for rank 1 in a process of its own whose watchdog allows so many seconds; (status, stderr, how long)."""
+
+    def work():
+        store = dist.HashStore()
+        watchdog.Watchdog(store, 0, 2, seconds)
+        watchdog.at(3)
+        if over:
+            store.set(watchdog.OVER, "1")
+        with watchdog.waiting(what, range(2)):
+            time.sleep(30)
+
+    began, process = time.monotonic(), Fork(work)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said, time.monotonic() - began
 
 
 def test_a_rank_that_waits_too_long_says_so_and_ends():
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=60)
-    assert done.returncode == watchdog.EXIT and time.monotonic() - began < 25
-    assert "rank 0 has waited 1 s for the figures from rank 1 in step 3; rank 1 never reported" in done.stderr
+    status, said, took = ended(1.0, "the figures")
+    assert status == watchdog.EXIT and took < 25
+    assert "rank 0 has waited 1 s for the figures from rank 1 in step 3; rank 1 never reported" in said
 
 
 QUEUED = """
@@ -177,19 +183,6 @@ def test_signs_of_a_rank_reach_the_others():
         dog.stop()
 
 
-OTHERS = """
-import os, sys, time
-import torch.distributed as dist
-from bessemer.dist import watchdog
-store = dist.HashStore()
-watchdog.Watchdog(store, 0, 2, 2.0)
-store.set(watchdog.OVER, "1")
-with watchdog.waiting("gradients", [1]):
-    time.sleep(30)
-"""
-
-
 def test_a_rank_that_waits_for_one_that_has_ended_ends_as_well():
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=60)
-    assert done.returncode == watchdog.LOST and time.monotonic() - began < 20 and not done.stderr
+    status, said, took = ended(2.0, "gradients", over=True)
+    assert status == watchdog.LOST and took < 20 and not said
