@@ -184,14 +184,31 @@ def wait_for_step(out, step, stage="pretrain", seconds=60.0):
     raise AssertionError(f"step {step} never came")
 
 
-def test_a_killed_rank_takes_nothing_with_it(base, out):
-    """One of two pipeline ranks is killed; all restart, the curve is that of one process, and the models are there."""
-    process = start(base, out, *SHORT, "--set", "layout.pp=2")
+def hang(process, rank):
+    """Stop this rank with SIGSTOP until the others have said so and ended, then kill it; returns their line."""
+    hung, other = rank_of(process, rank), rank_of(process, 1 - rank)
+    os.kill(hung, signal.SIGSTOP)
+    line = ""
+    while "has waited" not in line:
+        line = process.stderr.readline()
+        assert line, "it ended without a word"
+    while Path(f"/proc/{other}/cmdline").exists() and Path(f"/proc/{other}/cmdline").read_bytes():  # b"" once it ended
+        time.sleep(0.02)
+    os.kill(hung, signal.SIGKILL)
+    return line
+
+
+def test_a_hung_rank_is_named_and_takes_nothing_with_it(base, out):
+    """One of two pipeline ranks is under SIGSTOP and reports nothing more; the other says who waited for whom and ends
+    the attempt. All restart, the curve is that of one process, and the models are there."""
+    process = start(base, out, *SHORT, "--set", "layout.pp=2", "--set", "layout.timeout=6s")
     wait_for_step(out, 12)
-    os.kill(rank_of(process, 1), signal.SIGKILL)
+    line = hang(process, 1)
+    words = r"rank 0 has waited \d+ s for .* from rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
+    assert re.search(words, line), line
     status, said = finished(process)
     assert status == 0, said
-    assert "rank 1 was killed by SIGKILL; restarting all ranks" in said
+    assert "rank 0 waited too long for another rank; restarting all ranks" in said
     assert "resuming at step" in said and "2 ranks: pp 2 x dp 1 x ep 1\n" in said
     assert "schedule: dualpipe, 1f1b for steps of fewer than 4 micro-batches" in said
     assert "Traceback" not in said
@@ -232,45 +249,6 @@ def consolidated(out, folder, call):
     assert (folder / "model" / "tokenizer.json").is_file()
     status, _, said = call("convert", last, folder / "x", "--to", "gguf")
     assert status == 2 and "convert it to a model directory first" in said
-
-
-def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(base, out):
-    """Ctrl-C stops the two processes started by --processes as it stops a single one."""
-    process = start(base, out, *SHORT)
-    wait_for_step(out, 4)
-    process.send_signal(signal.SIGKILL)
-    finished(process)
-    process = start(base, out, *SHORT, "--processes", "2")
-    wait_for_step(out, 10)
-    process.send_signal(signal.SIGINT)
-    status, said = finished(process)
-    assert status == 130 and said.startswith("2 processes on this machine (--processes 2)\n"), said
-    assert "2 ranks: pp 1 x dp 2 x ep 1" in said and said.count("nothing is lost") == 1 and "Traceback" not in said
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [*torchrun, "-m", "bessemer", *command(base, out, *SHORT)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks: pp 1 x dp 2 x ep 1" in done.stderr and "resuming at step" in done.stderr
-    same_curve(losses(out), losses(base / "one"))
-
-
-def test_a_hung_rank_is_named(base, out):
-    """A rank under SIGSTOP reports nothing more; the other says who waited for whom and ends the attempt."""
-    process = start(base, out, *LONG, "--set", "layout.pp=2", "--set", "layout.schedule=1f1b", "--set",
-                    "layout.timeout=4s")  # fmt: skip
-    wait_for_step(out, 4)
-    hung = rank_of(process, 1)
-    os.kill(hung, signal.SIGSTOP)
-    line = ""
-    while "has waited" not in line:
-        line = process.stderr.readline()
-        assert line, "it ended without a word"
-    process.send_signal(signal.SIGINT)
-    os.kill(hung, signal.SIGKILL)
-    finished(process)
-    words = r"rank 0 has waited \d+ s for .* from rank 1 in step \d+; rank 1 has not reported for \d+ s, last"
-    assert re.search(words, line), line
 
 
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -326,13 +304,26 @@ def test_fine_tuning_and_rl_on_two_ranks(base, tmp_path):
     same_after_rl(out, base)
 
 
-def test_rows_cut_over_two_ranks(base, out):
-    """In pre-training and SFT each rank computes half of every row; RL and later stages use the two ranks as data
-    parallel. The curves are those of one process."""
-    status, said = finished(start(base, out, *SHORT, "--set", "layout.cp=2", until="taught"))
-    assert status == 0 and "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in said and "2 ranks: pp 1 x dp 2 x ep 1\n" in said, (
-        said
-    )
+def test_begun_on_one_process_and_gone_on_with_on_two_and_then_under_torchrun(base, out):
+    """Ctrl-C stops the two processes started by --processes as it stops a single one. Under torchrun, which goes on
+    with pre-training, each rank computes half of every row there and in SFT; RL and later stages use the two ranks as
+    data parallel. The curves are those of one process."""
+    process = start(base, out, *SHORT)
+    wait_for_step(out, 4)
+    process.send_signal(signal.SIGKILL)
+    finished(process)
+    process = start(base, out, *SHORT, "--processes", "2")
+    wait_for_step(out, 10)
+    process.send_signal(signal.SIGINT)
+    status, said = finished(process)
+    assert status == 130 and said.startswith("2 processes on this machine (--processes 2)\n"), said
+    assert "2 ranks: pp 1 x dp 2 x ep 1\n" in said and said.count("nothing is lost") == 1 and "Traceback" not in said
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [*torchrun, "-m", "bessemer", *command(base, out, *SHORT, "--set", "layout.cp=2", until="taught")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "resuming at step" in done.stderr, done.stderr
+    assert "2 ranks: pp 1 x dp 1 x ep 1 x cp 2" in done.stderr and "2 ranks: pp 1 x dp 2 x ep 1\n" in done.stderr
     for stage in ("pretrain", "sft"):
         same_curve(losses(out, stage), losses(base / "one", stage))
     for key in ("val/bpb/english", "val/bpb/arithmetic"):
