@@ -47,7 +47,7 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ray():
+def own_ray():
     """One Ray for all tests of this file, started as a run would start it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(ray_cluster.ADDRESS, raising=False)
@@ -62,23 +62,57 @@ def said():
     return []
 
 
+def start(base, n, kind):
+    directory = str(base / "model")
+    model, tokenizer = setup.load_model(base / "model")
+    version = iter(range(10**6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_pool, "RolloutWorker", kind)
+        make = lambda: WorkerPool(ray_cluster.RayCluster(weights=0), "ray", directory, n, 0, print)  # noqa: E731
+        sampler = RaySampler(Engine(model, tokenizer), model.state_dict, lambda: next(version), make)
+        sampler.open()
+    return sampler
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The open sampler with one worker that tests share; it closes when a test needs Ray's CPUs for others."""
+    kept = []
+    yield kept
+    for sampler in kept:
+        sampler.close()
+
+
+@pytest.fixture
+def ray(own_ray, one):
+    """Ray with all its CPUs free."""
+    while one:
+        one.pop().close()
+    return own_ray
+
+
+@pytest.fixture
+def shared(own_ray, base, one, said):
+    """An open sampler with one idle worker, which may have worked before."""
+    if one and (one[0].pool._loading or any(one[0].pool._queues)):
+        one.pop().close()  # a test failed in the middle
+    if not one:
+        one.append(start(base, 1, RolloutWorker))
+    one[0].pool.say = said.append
+    return one[0]
+
+
 @pytest.fixture
 def opened(ray, base, said):
     """A function: number of workers, class of worker -> an open sampler with them."""
     made = []
 
-    def start(n=1, kind=RolloutWorker):
-        directory = str(base / "model")
-        model, tokenizer = setup.load_model(base / "model")
-        version = iter(range(10**6))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker_pool, "RolloutWorker", kind)
-            make = lambda: WorkerPool(ray_cluster.RayCluster(weights=0), "ray", directory, n, 0, said.append)  # noqa: E731
-            made.append(RaySampler(Engine(model, tokenizer), model.state_dict, lambda: next(version), make))
-            made[-1].open()
+    def make(n=1, kind=RolloutWorker):
+        made.append(start(base, n, kind))
+        made[-1].pool.say = said.append
         return made[-1]
 
-    yield start
+    yield make
     for sampler in made:
         sampler.close()
 
@@ -134,8 +168,8 @@ def test_without_ahead_it_is_the_same_run_too(ray, base, tmp_path):
     assert replay(apart.as_run(), "zero", 2, from_start=True).differences() == [{}]
 
 
-def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
-    sampler = opened(1)
+def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(own_ray, shared):
+    sampler = shared
     model = sampler.engine.model
     old, expected = sampler.policy(), sampler.engine.generate(PROMPTS, **ASKED)
     with torch.no_grad():
@@ -145,7 +179,7 @@ def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
     assert sampler.engine.model.gates() and any("bias_E" in name for name in model.state_dict())
     after = new(PROMPTS, **ASKED).take()
     pack = lambda self: ray_worker.pack_weights(self.engine.model.state_dict())  # noqa: E731
-    held = ray_worker.unpack_weights(ray.get(sampler.pool.workers[0].__ray_call__.remote(pack)))
+    held = ray_worker.unpack_weights(own_ray.get(sampler.pool.workers[0].__ray_call__.remote(pack)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(held[name], tensor), name
     assert held.keys() == model.state_dict().keys()
@@ -153,18 +187,18 @@ def test_weights_arrive_bit_for_bit_and_late_answers_have_theirs(ray, opened):
     assert old(PROMPTS, **ASKED).take() == expected, "asked now, drawn by the weights of then"
 
 
-def test_workers_draw_while_nobody_looks(ray, opened):
+def test_workers_draw_while_nobody_looks(own_ray, shared):
     """A worker finishes all calls in its queue without the trainer asking in between."""
-    sampler = opened(1)
+    sampler, waited, busy = shared, shared.waited, shared.pool.busy
     answer = sampler.policy()(PROMPTS, **ASKED)
     refs = [ref for queue in sampler.pool._queues for ref in queue]
     assert len(refs) == 4 and not answer.ready()
-    done, _ = ray.wait(refs, num_returns=len(refs), timeout=MINUTE)
+    done, _ = own_ray.wait(refs, num_returns=len(refs), timeout=MINUTE)
     assert len(done) == 4
     began = time.monotonic()
     assert answer.ready()
     answer.take()
-    assert sampler.waited <= time.monotonic() - began and sampler.pool.busy > 0
+    assert sampler.waited - waited <= time.monotonic() - began and sampler.pool.busy > busy
 
 
 def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, said):
@@ -209,21 +243,21 @@ def test_workers_that_die_again_and_again_stop_the_run(ray, opened, said, monkey
     assert len(said) == 1
 
 
-def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(ray, opened, said):
+def test_a_worker_that_is_replaced_after_a_long_batch_has_its_time_to_start(own_ray, shared, said):
     """The only worker dies when its batch has taken longer than a worker may take to start."""
-    sampler = opened(1)
-    pool, victim = sampler.pool, pid_of(ray, sampler.pool.workers[0])
+    sampler, pool, deaths = shared, shared.pool, shared.pool.deaths
+    victim = pid_of(own_ray, pool.workers[0])
     expected = sampler.engine.generate(PROMPTS, **ASKED)
     answer = sampler.policy()(PROMPTS, **ASKED)
     os.kill(victim, signal.SIGKILL)
     pool._progress_at -= 2 * worker_pool.START_SECONDS
-    ray.wait([ref for queue in pool._queues for ref in queue], num_returns=4, timeout=MINUTE)
+    own_ray.wait([ref for queue in pool._queues for ref in queue], num_returns=4, timeout=MINUTE)
     pool.poll()
-    assert answer.take() == expected and len(said) == pool.deaths == 1
+    assert answer.take() == expected and len(said) == pool.deaths - deaths == 1
 
 
-def test_workers_that_had_nothing_to_do_are_not_late(opened, said):
-    sampler = opened(1)
+def test_workers_that_had_nothing_to_do_are_not_late(shared, said):
+    sampler = shared
     sampler.pool._progress_at -= 2 * worker_pool.PATIENCE
     answer = sampler.policy()(PROMPTS, **ASKED)
     answer.ready()
