@@ -8,6 +8,9 @@ import pytest
 
 from bessemer import cli
 
+# Some containers forbid bytecode; then every program the tests start, and every collection, would compile it all again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests compare with a CPU's numbers
 
 # Where Python may not write bytecode, every program that a test starts would compile all of bessemer, for 0.5 s.
