@@ -67,6 +67,10 @@ def test_help_and_keys_import_nothing_heavy(arguments):
     assert loaded(KEYS.format(arguments=arguments)) == []
 
 
+def test_a_worker_of_a_data_build_starts_without_torch():
+    assert "torch" not in loaded("import bessemer.curate.steps, bessemer.pipeline.curation")
+
+
 def test_the_live_page_reads_a_run_and_imports_nothing_heavy(tmp_path):
     (tmp_path / "recipe.toml").write_text('name = "r"\n[[stage]]\nkind = "rl"\n')
     (tmp_path / "01-rl").mkdir()

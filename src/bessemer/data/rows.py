@@ -30,15 +30,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import filelock
 import numpy as np
-import torch
 
 from bessemer.data import shards
-from bessemer.data.batch import Batch
 from bessemer.errors import UserError
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
 
 CHUNK_TOKENS = 1 << 25
 """Samples are packed in groups of about this many tokens, one group in memory at a time."""
@@ -143,6 +144,10 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
 
 def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
     """Pre-training batch: every token is predicted except padding and the first of a row."""
+    import torch  # here, because every worker of `data build` imports this module and would wait seconds for torch
+
+    from bessemer.data.batch import Batch
+
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     loss = (tokens != pad_id).float()
     loss[:, :1] = 0.0
