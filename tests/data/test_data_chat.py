@@ -1,5 +1,6 @@
 """Chat: text, ids, Jinja and transformers agree; prompts and completions meet at a token boundary."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -47,11 +48,14 @@ TALK = [
 ]
 
 
-def via_jinja(text: str, messages: list[dict], prompt: bool) -> str:
+@functools.cache
+def compiled(text: str) -> jinja2.Template:
     # The environment that transformers uses.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(text)
-    return template.render(messages=messages, add_generation_prompt=prompt, bos_token=chat.BOS, eos_token=chat.EOS)
+    return jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+
+def via_jinja(text: str, messages: list[dict], prompt: bool) -> str:
+    return compiled(text).render(messages=messages, add_generation_prompt=prompt, bos_token=chat.BOS, eos_token=chat.EOS)
 
 
 @settings(max_examples=150, deadline=None)
