@@ -55,7 +55,9 @@ def compiled(text: str) -> jinja2.Template:
 
 
 def via_jinja(text: str, messages: list[dict], prompt: bool) -> str:
-    return compiled(text).render(messages=messages, add_generation_prompt=prompt, bos_token=chat.BOS, eos_token=chat.EOS)
+    return compiled(text).render(
+        messages=messages, add_generation_prompt=prompt, bos_token=chat.BOS, eos_token=chat.EOS
+    )
 
 
 @settings(max_examples=150, deadline=None)

@@ -75,6 +75,7 @@ def devices() -> dict[str, Device]:
     return {name: Device(name, **values | {"sources": tuple(values["sources"])}) for name, values in table.items()}
 
 
+@cache
 def device(name: str) -> Device:
     """The device of this name; UserError with the nearest names for an unknown one."""
     known = {key.lower(): value for key, value in devices().items()}
@@ -162,6 +163,7 @@ def fit_gemm(format: str) -> tuple[float, float]:
     return 1 / inverse, slope / inverse
 
 
+@cache
 def best_gemm(format: str, name: str) -> float:
     """TFLOPS of the fastest GEMM of a device."""
     table, on = efficiency()["matmul"], device(name)
