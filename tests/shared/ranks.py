@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch's recomputation imports it, which takes longer than most tests: here once for all ranks
 import torch.distributed as dist
 
 
