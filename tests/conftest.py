@@ -13,10 +13,6 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests compare with a CPU's numbers
 
-# Where Python may not write bytecode, every program that a test starts would compile all of bessemer, for 0.5 s.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
-
 SLOW = {
     "test_build.py",
     "test_compiled.py",
