@@ -21,6 +21,10 @@ MISTRAL = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
 )
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 R1_DISTILLED = (  # opens the thoughts in the prompt, drops them from every answer
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|head|>' + message['content'].split('</think>')[-1] + '<|eot|>' }}{% else %}"
@@ -63,9 +67,14 @@ def llama3(directory, template=LLAMA3):
 
 
 def sentencepiece(directory, template=MISTRAL, scheme="first"):
-    """As in Llama 2 and Mistral: ▁ for a space, bytes for rare characters, a space before the very first piece."""
+    """As in Llama 2 and Mistral: ▁ for a space, bytes for rare characters, a space before the very first piece (first)
+    or every one (always, prepend)."""
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
+    if scheme == "prepend":
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=True)
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     controls = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     tok.train_from_iterator(

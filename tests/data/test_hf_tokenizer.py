@@ -1,5 +1,7 @@
 """Tokenizers and chat templates of other models, against transformers' own rendering of the same directory."""
 
+import json
+
 import hf_tokenizers as houses
 import pytest
 import transformers
@@ -54,6 +56,17 @@ def test_a_document_begins_as_the_tokenizer_itself_begins_it(directory):
     assert (tok.bos_id is None) == (directory.name == "chatml")
 
 
+def test_a_token_may_begin_and_end_documents(tmp_path):
+    """As in OPT; one that only ends them begins none."""
+    folder = houses.byte_level(tmp_path, bos="<|im_end|>")
+    tok = load_tokenizer(folder)
+    assert tok.bos_id == tok.special_id("<|im_end|>")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["post_processor"]["single"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(folder).bos_id is None
+
+
 def test_texts_come_back(directory):
     tok = load_tokenizer(directory)
     for text in ("The answer is 40.", "é 漢字 😀", "a\n\n b"):
@@ -74,16 +87,23 @@ def test_control_tokens_in_a_content_are_text(directory):
     assert hostile in tok.decode(ids, skip_special=False)
 
 
-def test_a_tag_that_a_user_types_is_text(tmp_path):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: houses.byte_level(folder, houses.CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")),
+        lambda folder: houses.sentencepiece(folder, houses.ZEPHYR.replace("|>\n' }}", "|>\n<think>' }}"), "prepend"),
+    ],
+)
+def test_a_tag_that_a_user_types_is_text(tmp_path, make):
     """The template's tag and the answer's tags are tokens, even right next to it with no control token between."""
-    folder = houses.byte_level(tmp_path, houses.CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"))
+    folder = make(tmp_path)
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     reference.add_tokens(["<think>", "</think>"], special_tokens=False)
     reference.save_pretrained(folder)
     tok = load_tokenizer(folder)
     ids = chat.render_ids(tok, [{"role": "user", "content": "say <think>a</think>"}])
     assert ids.count(tok.think_id) == 1 and ids[-1] == tok.think_id and tok.think_end_id not in ids
-    assert "user\nsay <think>a</think>" in tok.decode(ids)
+    assert "\nsay <think>a</think>" in tok.decode(ids)
     spoken = chat.render_ids(tok, chat.exchange("say", "<think>a</think>"))
     assert spoken.count(tok.think_id) == spoken.count(tok.think_end_id) == 1
 
@@ -114,6 +134,36 @@ def test_where_an_answer_ends(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path))
     assert tok.eos_id == tok.special_id("<|eot|>") and tok.stop_ids == [tok.eos_id, tok.special_id("<|end|>")]
     assert tok.pad_id == tok.special_id("<|end|>"), "padding is never trained on, so any token will do"
+
+
+@pytest.mark.parametrize("blank", ["first", "always", "prepend"])
+def test_a_tokenizer_that_begins_texts_with_a_blank_does_not_begin_answers_with_one(tmp_path, blank):
+    """Llama 2 and its descendants; only after a control token a text begins anew."""
+    folder = houses.sentencepiece(tmp_path, houses.ZEPHYR, blank)
+    tok = load_tokenizer(folder)
+    messages = [*QUESTION, {"role": "assistant", "content": "40"}, TALK[-1], {"role": "assistant", "content": "yes"}]
+    ids, answers = chat.render_answers(tok, messages)
+    assert ids == theirs(folder, messages, ask=False)
+    assert tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False) == "40</s>yes</s>"
+    prompt = chat.render_ids(tok, messages[:-1])
+    assert ids[: len(prompt)] == prompt == theirs(folder, messages[:-1])
+
+
+@pytest.mark.parametrize("ways", [("rstrip",), ("lstrip",), ("lstrip", "rstrip")])
+def test_control_tokens_take_the_white_space_beside_them(tmp_path, ways):
+    """Phi-3's take the line break of their template."""
+    folder = houses.byte_level(tmp_path, houses.ZEPHYR)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token |= dict.fromkeys(ways, token["special"])
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tok = load_tokenizer(folder)
+    assert chat.render_ids(tok, TALK) == theirs(folder, TALK)
+    messages = [*TALK, {"role": "assistant", "content": " quite \u3000\n"}]
+    ids, answers = chat.render_answers(tok, messages)
+    assert ids == theirs(folder, messages, ask=False)
+    said = tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine])
+    assert said == f"{ANSWER['content']} quite" + " \u3000\n" * ("lstrip" not in ways)
 
 
 def test_what_the_prompt_has_written_of_the_answer(tmp_path, chatml):

@@ -63,18 +63,19 @@ class HFTokenizer(Tokenizer):
         """`spec` and `config` are tokenizer.json and tokenizer_config.json, `names` the special tokens they name."""
         self._spec, self._config, self._names = spec, config, names
         self._tok = _tokenizer(spec)
-        self._after = _tokenizer(_without_first_blank(spec))
+        self._after, self._inside = (_tokenizer(_without_blank(spec, schemes)) for schemes in (("first",), None))
         self._added = {token["id"]: token["content"] for token in spec["added_tokens"]}
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
         self._tags = not NOT_SPECIAL.isdisjoint(self._added.values())
         self._control = {self._added[i]: i for i in self._special}
+        self._greedy = _greedy(spec["added_tokens"])
         self._bytes = _byte_table(self._tok, spec.get("decoder") or {}, self._added)
         if "eos_token" not in names:
             raise UserError("tokenizer_config.json names no eos_token, so an answer could never end; add it")
         self._end = self._id(names["eos_token"])
         self.pad_id = self._id(names.get("pad_token", names["eos_token"]))
-        front = self._tok.encode("", add_special_tokens=True).ids
-        self.bos_id = front[0] if front and front[0] != self._end else None
+        begun = self._tok.encode("a", add_special_tokens=True)
+        self.bos_id = begun.ids[0] if any(begun.special_tokens_mask[:1]) else None
         self.fingerprint = fingerprint_of(spec)
         self._adopt(chat_template)
 
@@ -135,13 +136,13 @@ class HFTokenizer(Tokenizer):
         if self._template is None:
             raise UserError(NO_TEMPLATE)
         masked, unmask, cut = self._mask(messages)
-        text = self._template(masked, add_generation_prompt and messages[-1]["role"] != "assistant")
+        text = self._render(masked, add_generation_prompt and messages[-1]["role"] != "assistant")
         ids: list[int] = []
         answers: list[bool] = []
         place = 0
         for start, stop in [*self._spans(masked, text), (len(text), len(text))]:
             for first, last, answer in ((place, start, False), (start, stop, True)):
-                new = self._encode(text[first:last], unmask, cut, begins=first == 0)
+                new = self._encode(text[first:last], unmask, cut, ids[-1] if ids else None)
                 ids += new
                 answers += [answer] * len(new)
             place = stop
@@ -154,8 +155,8 @@ class HFTokenizer(Tokenizer):
             return
         self._template = ChatTemplate(chat_template, self._names)
         question = [{"role": "user", "content": "question"}]
-        prompt = self._template(question, add_generation_prompt=True)
-        whole = self._template([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
+        prompt = self._render(question, add_generation_prompt=True)
+        whole = self._render([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
         begin = _first_difference(prompt, whole)
         if not whole[begin:].lstrip().startswith("\ue000"):
             raise UserError("the chat template does not open an answer; it must respect add_generation_prompt")
@@ -165,14 +166,19 @@ class HFTokenizer(Tokenizer):
             raise UserError("the chat template writes no control token after an answer: no answer would ever end")
         self.eos_id = self._control[end.group()]
 
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """What the template writes, without the white space that its control tokens take."""
+        assert self._template is not None, "our own templates mark the answers themselves"
+        text = self._template(messages, add_generation_prompt)
+        return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
+
     def _spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Start and end of each assistant message in the text, its end token included."""
-        assert self._template is not None, "our own templates mark the answers themselves"
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._template(messages[:number], add_generation_prompt=True).removesuffix(self._opening)
+            before = self._render(messages[:number], add_generation_prompt=True).removesuffix(self._opening)
             if not text.startswith(before):
                 raise UserError(
                     "the chat template changes earlier turns when later ones follow, so the answers before the last "
@@ -191,9 +197,9 @@ class HFTokenizer(Tokenizer):
             spans.append((len(before), end.end()))
         return spans
 
-    def _encode(self, text: str, unmask: dict[str, str], cut: str, begins: bool) -> list[int]:
-        """Ids of template output: the template's control tokens as ids, masked ones as text. No tag forms across a
-        `cut`."""
+    def _encode(self, text: str, unmask: dict[str, str], cut: str, last: int | None) -> list[int]:
+        """Ids of template output after the id `last`: the template's control tokens as ids, masked ones as text. No tag
+        forms across a `cut`."""
         ids: list[int] = []
         place = 0
         for found in [*self._controls(text), None]:
@@ -201,7 +207,8 @@ class HFTokenizer(Tokenizer):
             for mask, content in unmask.items():
                 plain = plain.replace(mask, content)
             for piece in filter(None, plain.split(cut)):
-                tok = self._tok if begins and not ids else self._after
+                before = ids[-1] if ids else last
+                tok = self._tok if before is None else self._after if before in self._added else self._inside
                 with patterns.explained():
                     ids += tok.encode(piece, add_special_tokens=False).ids
             if found:
@@ -256,14 +263,33 @@ def _tokenizer(spec: dict) -> tokenizers.Tokenizer:
     return tok
 
 
-def _without_first_blank(spec: dict) -> dict:
-    """The spec for text that follows other tokens: `Metaspace` should add a blank only to the first piece of a text."""
+def _without_blank(spec: dict, schemes: Sequence[str] | None) -> dict:
+    """The spec for text that follows other tokens: no blank is put before it by a `Metaspace` with one of these
+    schemes, or, with None, by anything. An added token ends a text, so what follows it is a new one, but not the first.
+    """
     spec = deepcopy(spec)
-    pre = spec.get("pre_tokenizer") or {}
-    for part in (pre, *pre.get("pretokenizers", ())):
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+    parts = [spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}]
+    for part in parts:
+        parts += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
+        if part.get("type") == "Metaspace" and (schemes is None or part.get("prepend_scheme") in schemes):
             part["prepend_scheme"] = "never"
+        if schemes is None:
+            part |= {key: value for key, value in (("prepend", ""), ("add_prefix_space", False)) if key in part}
     return spec
+
+
+def _greedy(added: Sequence[dict]) -> re.Pattern[str] | None:
+    """Finds control tokens with the white space that they take; the last group is the token. None if none takes any."""
+    if not any(token[way] for token in added if token["special"] for way in ("lstrip", "rstrip")):
+        return None
+    blank = r"[^\S\x1c-\x1f]"  # Unicode's white space, as the Rust library has it
+    before, after = f"(?:(?<!{blank}){blank}+)?", f"{blank}*"  # a run is tried once, from its start
+    controls = sorted((token for token in added if token["special"]), key=lambda token: -len(token["content"]))
+    return re.compile(
+        "|".join(
+            f"{before * token['lstrip']}({re.escape(token['content'])}){after * token['rstrip']}" for token in controls
+        )
+    )
 
 
 def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:

@@ -202,6 +202,11 @@ class Feed:
     ) -> None:
         """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
+        if config.document_mask and tokenizer.bos_id in (None, tokenizer.eos_id):
+            raise UserError(
+                "document_mask = true separates documents at their BOS, but this tokenizer writes none, or ends them "
+                "with the same token; set it to false"
+            )
         names = _parts(config, corpus)
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
@@ -262,8 +267,7 @@ class Feed:
             batch.extras["mtp_tokens_BT"] = batch.tokens_BT.roll(1, 0)
         if not self.config.document_mask:
             return batch
-        if self._tokenizer.bos_id is None:
-            raise UserError("document_mask = true separates documents at their BOS, but this tokenizer writes none")
+        assert self._tokenizer.bos_id is not None, "checked by __init__"
         return replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
 
     def routed(self, batch: Batch) -> Batch:
