@@ -9,7 +9,9 @@ from hub_server import serving
 from made_run import write_run
 
 from bessemer.data import chat
+from bessemer.errors import UserError
 from bessemer.hf import hub, remote
+from bessemer.model.transformer import Scorer
 from bessemer.report.model_card import model_card
 from bessemer.runs.files import write_json
 
@@ -136,6 +138,7 @@ def test_the_card_is_the_runs(call, run):
 
 def test_the_card_of_a_model_without_a_run(run, tmp_path):
     shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
+    (tmp_path / "recipe.toml").write_text("[dish]\nname = 'soup'\n")  # some other program's
     card = model_card(tmp_path / "model", "own/name", "mit")
     assert "16 routed experts (4 per token)" in card and "Recipe" not in card and "of the run" not in card
     (tmp_path / "model" / "chat_template.jinja").write_text(chat.jinja("r1"), "utf-8")
@@ -146,3 +149,24 @@ def test_the_card_of_a_model_without_a_run(run, tmp_path):
     assert "\npython -m sglang.launch_server --model-path own/name --reasoning-parser deepseek-r1\n" in card
     write_json(tmp_path / "model" / "config.json", config | {"kv_lora_rank": 0})
     assert "no other program can serve it" in model_card(tmp_path / "model", "own/name", "mit")
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        model_card(tmp_path / "model", "own/name", "mit")
+
+
+def test_a_model_beside_a_run_or_of_an_unfinished_stage_is_not_the_runs(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    stage = tmp_path / "run" / "01-zero"
+    assert "of a run that took" in model_card(stage / "model", "own/name", None)
+    for folder in (tmp_path / "run" / "downloads" / "model", stage / "older" / "model"):
+        shutil.copytree(stage / "model", folder)
+        assert "of the run" not in model_card(folder, "own/name", None)
+    (stage / "done.json").unlink()
+    assert "of the run" not in model_card(stage / "model", "own/name", None)
+
+
+def test_the_card_of_a_reward_model_does_not_offer_to_chat_with_it(run, tmp_path):
+    hub.save(Scorer(hub.read_config(run / "01-zero" / "model")), tmp_path, tokenizer_dir=run / "tokenizer")
+    card = model_card(tmp_path, "own/name", None)
+    assert '\npipeline_tag: "text-classification"\n' in card and "It is a reward model" in card
+    assert "\n```\nbessemer pull own/name model\n```\n" in card and "vllm" not in card and "ollama" not in card

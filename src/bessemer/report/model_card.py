@@ -9,8 +9,9 @@ from typing import Any
 
 from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
+from bessemer.data.model_files import read_object
 from bessemer.eval import tables
-from bessemer.hf.mapping import FAMILIES
+from bessemer.hf.mapping import FAMILIES, is_reward_model
 from bessemer.hf.modelfile import style_of
 from bessemer.report.facts import RunFacts, StageFacts, read
 
@@ -22,18 +23,21 @@ MLA_KERNELS = (512, 64)
 def model_card(model: Path, name: str, licence: str | None) -> str:
     """The card of a model directory, in Markdown. A model that belongs to a run gets the run's facts, any other only
     those of its config."""
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    config = read_object(model / "config.json")
+    kind = "text-classification" if is_reward_model(config) else "text-generation"
     tags = [*TAGS, *filter(None, [config.get("model_type")])]
-    head = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    head = {"license": licence or "other", "library_name": "transformers", "pipeline_tag": kind}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in (head | {"tags": tags}).items()), "---", ""]
     lines += [f"# {name}", "", _network(config), ""]
-    root = next((folder for folder in model.resolve().parents if (folder / "recipe.toml").is_file()), None)
-    if root is not None:
-        facts = read(root)
-        stage = next((one for one in facts.stages if model.resolve().is_relative_to(one.folder.resolve())), None)
+    folder = model.resolve().parent
+    # a recipe.toml above a model proves nothing: it may be of another run or another program
+    made = (folder / "done.json").is_file() and (folder.parent / "recipe.toml").is_file()
+    facts = read(folder.parent) if made else None
+    stage = next((one for one in facts.stages if one.folder.resolve() == folder), None) if facts else None
+    if facts and stage:
         lines += _of_run(facts, stage)
     lines += _use(model, config, name)
-    lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if root else ''}.")
+    lines.append(f"Written by Bessemer {__version__}{' from the records of the run' if stage else ''}.")
     return "\n".join(lines)
 
 
@@ -47,6 +51,12 @@ def _network(config: dict[str, Any]) -> str:
 
 def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
     """Commands to chat with the model and to serve it; those of other programs follow their documentation."""
+    if is_reward_model(config):
+        note = (
+            "It is a reward model: it scores a conversation at the last token, like transformers' "
+            "`...ForSequenceClassification` with one label."
+        )
+        return ["## Use", "", "```", f"bessemer pull {name} model", "```", "", note, ""]
     r1 = style_of(model) == "r1"
     vllm = f"vllm serve {name}{' --reasoning-parser deepseek_r1' if r1 else ''}"
     sglang = f"python -m sglang.launch_server --model-path {name}{' --reasoning-parser deepseek-r1' if r1 else ''}"
@@ -69,11 +79,9 @@ def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
     return ["## Use", "", "```", *commands, "```", "", *notes, ""]
 
 
-def _of_run(facts: RunFacts, stage: StageFacts | None) -> list[str]:
-    lines = []
-    if stage is not None:
-        chain = " → ".join(_lineage(facts, stage))
-        lines += [f"It is the stage `{stage.name}` of a run that took {show_seconds(facts.seconds)}: {chain}.", ""]
+def _of_run(facts: RunFacts, stage: StageFacts) -> list[str]:
+    chain = " → ".join(_lineage(facts, stage))
+    lines = [f"It is the stage `{stage.name}` of a run that took {show_seconds(facts.seconds)}: {chain}.", ""]
     lines += [*_scores(facts, stage), *_data(facts)]
     fence = "`" * 4  # a recipe may quote three
     recipe = re.sub(r"(?m)^folder = .*\n", "", facts.recipe_text).rstrip()  # a path of the machine where it ran
@@ -89,8 +97,8 @@ def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
     return chain
 
 
-def _scores(facts: RunFacts, stage: StageFacts | None) -> list[str]:
-    rows = [row for row in facts.evaluations if stage is None or row.get("model") == stage.name]
+def _scores(facts: RunFacts, stage: StageFacts) -> list[str]:
+    rows = [row for row in facts.evaluations if row.get("model") == stage.name]
     by_task = [models for tasks in tables.by_sampling(rows).values() for models in tasks.values()]
     if not by_task:
         return ["The run did not evaluate it.", ""]
