@@ -60,6 +60,39 @@ def test_a_model_goes_up_and_comes_down_the_same(call, run, server, tmp_path):
     assert status == 2 and "down exists already" in err
 
 
+def test_what_is_hidden_is_not_sent(call, run, server, tmp_path):
+    """As in a folder of `hf download --local-dir` and in a clone. The hub refuses such files."""
+    shutil.copytree(run / "01-zero" / "model", tmp_path / "model")
+    for name in (".cache/huggingface/config.json.metadata", ".git/config", "more/.cache/x"):
+        (tmp_path / "model" / name).parent.mkdir(parents=True)
+        (tmp_path / "model" / name).write_text("x")
+    assert call("push", tmp_path / "model", "own/name")[0] == 0
+    assert server.commits[server.head].keys() == {path.name for path in (run / "01-zero" / "model").iterdir()} | {
+        "README.md"
+    }
+
+
+def test_a_folder_that_cannot_be_sent_makes_no_repository(call, run, server, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args):
+        raise ValueError("Invalid `path_in_repo`")
+
+    monkeypatch.setattr(huggingface_hub, "CommitOperationAdd", refuse)
+    assert call("push", run, "own/name")[0] == 2 and not server.requests
+
+
+def test_a_second_copy_of_the_weights_is_not_downloaded(call, run, server, tmp_path):
+    """As in Mistral's repositories, which have the model in their own format, too."""
+    assert call("push", run, "own/name")[0] == 0
+    server.commit(
+        server.commits[server.head] | {"consolidated.safetensors": b"x", "consolidated-00001.safetensors": b"x"}
+    )
+    assert call("pull", "own/name", tmp_path / "down")[0] == 0
+    assert not list((tmp_path / "down").glob("consolidated*"))
+    hub.load(tmp_path / "down")
+
+
 def test_the_owners_card_stays(call, run, server):
     server.commit({"README.md": b"---\nlicense: mit\n---\nMy own words."})
     assert call("push", run, "own/name")[0] == 0

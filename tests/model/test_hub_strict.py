@@ -148,6 +148,13 @@ def test_lost_index(sharded):
     refused(sharded, "safetensors files but no model.safetensors.index.json")
 
 
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_weights_in_another_format_beside_ours(layout, request):
+    folder = request.getfixturevalue(layout)
+    (folder / "consolidated.safetensors").write_bytes(b"x")
+    hub.load(folder)
+
+
 def test_stray_shard(sharded):
     save_file({"a": torch.zeros(1)}, sharded / "model-99.safetensors")
     refused(sharded, "model-99.safetensors is not in")

@@ -16,6 +16,8 @@ from bessemer.errors import UserError
 
 AGAIN = "copy or download it again"
 INDEX = "model.safetensors.index.json"
+CONSOLIDATED = "consolidated"
+"""Begins the names of the files that hold the same weights again in Mistral's own format, in its repositories."""
 MOST = 64 << 20
 """Most bytes of a file; the largest published ones have 34 MB (a tokenizer of 256K tokens)."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bessemer.data.model_files import CONSOLIDATED
 from bessemer.errors import UserError
 
 HUB = "hf://"
@@ -38,10 +39,11 @@ def push(model: Path, card: str, spec: str, private: bool = False) -> str:
     with _explained(f"cannot push to {name}", "the same command sends what is missing"):
         from huggingface_hub import CommitOperationAdd, HfApi
 
+        files = {path.relative_to(model): path for path in sorted(model.rglob("*")) if path.is_file()}
+        shown = {place: path for place, path in files.items() if not any(part[0] == "." for part in place.parts)}
+        added = [CommitOperationAdd(place.as_posix(), str(path)) for place, path in shown.items()]
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
-        files = [path for path in sorted(model.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        added = [CommitOperationAdd(path.relative_to(model).as_posix(), str(path)) for path in files]
         if _ours_to_write(api, name, branch):
             added = [one for one in added if one.path_in_repo != "README.md"]
             added.append(CommitOperationAdd("README.md", f"{card.rstrip()}\n\n{MARK}\n".encode()))
@@ -84,7 +86,10 @@ def snapshot(name: str, revision: str | None, cache: Path | None = None) -> Path
     with _explained(f"cannot download {HUB}{name}", "the same command downloads what is missing"):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES, cache_dir=cache))
+        again = f"{CONSOLIDATED}*.safetensors"
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=again, cache_dir=cache)
+        )
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.data.model_files import AGAIN, INDEX, check_regular, parse_object, read_object
+from bessemer.data.model_files import AGAIN, CONSOLIDATED, INDEX, check_regular, parse_object, read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 from bessemer.precision.formats import dequantise_blocks, scale_shape
@@ -200,7 +200,8 @@ def _entry(file: Path, key: str, item: Any, base: int) -> Entry:
 
 def _files(directory: Path) -> dict[Path, set[str] | None]:
     """Each safetensors file, with the keys that the index assigns to it (None without an index)."""
-    present = {path.name for path in directory.glob("*.safetensors")}
+    found = {path.name for path in directory.glob("*.safetensors")}
+    present = {name for name in found if not name.startswith(CONSOLIDATED)} or found
     if not (directory / INDEX).is_file():
         if present == {SINGLE}:
             return {directory / SINGLE: None}
