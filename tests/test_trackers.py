@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from filelock import FileLock
 
 from bessemer.errors import UserError
 from bessemer.runs import trackers
@@ -147,6 +148,20 @@ def test_curves_go_on_after_a_kill_and_a_new_attempt_has_its_own(run, name):
     }
 
 
+def test_mlflow_gets_every_name(run):
+    """Names of tasks hold paths and addresses, of which MLflow refuses much."""
+    pytest.importorskip("mlflow")
+    tasks = ["countdown", "jsonl:hf://a/b#test", "jsonl:/d/a+b.jsonl", "jsonl:/d/a(b.jsonl", "env:ws://host:1/", "漢"]
+    tasks += ["jsonl:/d/../a", "jsonl:/d/./a", "jsonl:/a", "x" * 300, "x" * 301, "a/.."]
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics.write("eval", 1, 10, {f"{task}/pass@1": float(n) for n, task in enumerate(tasks)})
+    metrics.write("eval", 2, 10, {task: float(n) for n, task in enumerate(tasks)})
+    metrics.close()
+    assert trackers.track(run, ["mlflow"]) == []
+    found = mlflow(run)
+    assert len(found) == 2 * len(tasks) and found["eval/countdown/pass at 1"] == [(1, 0.0)]
+
+
 def test_beside_a_run_and_to_its_end(run):
     """Lines written just before the end arrive, sent by a process that the run's Ctrl-C does not reach."""
     with trackers.mirrored(run, ["tensorboard"]):
@@ -159,6 +174,23 @@ def test_beside_a_run_and_to_its_end(run):
             trackers.track(run, ["tensorboard"])
         write(run, "base", range(3, 9))
     assert tensorboard(run)["base/train/loss"] == [(step, float(step)) for step in range(1, 9)]
+
+
+def test_after_an_immediate_restart(run, capfd):
+    """The process beside the killed run may still be sending."""
+    (run / "trackers").mkdir()
+    with FileLock(run / "trackers" / "lock") as held, trackers.mirrored(run, ["tensorboard"]):
+        deadline = time.monotonic() + 60
+        while not (run / "trackers" / "log.txt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        held.release()
+        write(run, "base", range(1, 4))
+    assert len(tensorboard(run)["base/train/loss"]) == 3 and not capfd.readouterr().err
+    with FileLock(run / "trackers" / "lock"), trackers.mirrored(run, ["tensorboard"]):
+        pass
+    assert "being sent to its trackers already" in capfd.readouterr().err
 
 
 def test_a_tracker_that_fails_stops_nothing_and_gets_the_rest_later(run, monkeypatch, capfd):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,12 +132,21 @@ class MLflow:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(name.replace("@", " at "), value, int(point.time * 1000), point.step)
+            Metric(self._allowed(name), value, int(point.time * 1000), point.step)
             for point in points
             for name, value in point.named().items()
         ]
         for first in range(0, len(metrics), self.LIMIT):
             self._client.log_batch(self._run, metrics=metrics[first : first + self.LIMIT])
+
+    @staticmethod
+    def _allowed(name: str) -> str:
+        """A name that MLflow takes: few characters, not too many, and a path that no shorter one names."""
+        name = name.replace("@", " at ")
+        allowed = re.sub(r"/(\.{0,2}/)+", "/", re.sub(r"[^/\w.\- :]", "_", name))
+        if allowed == name and len(name) <= 250 and not re.search(r"/\.{0,2}$", name):
+            return name
+        return f"{allowed[:240]}-{sha256(name.encode()).hexdigest()[:8]}"  # two names stay two
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
@@ -302,16 +313,19 @@ def _write_states(root: Path, states: dict[str, _State]) -> None:
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Only one process sends at a time. Raises UserError if another does."""
+def _alone(root: Path, waited: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Only one process sends at a time. Raises UserError if another still does when `waited` returns True."""
     (root / "trackers").mkdir(exist_ok=True)
-    try:
-        with FileLock(root / "trackers" / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(
-            f"{root} is being sent to its trackers already, by the run itself or by bessemer track"
-        ) from None
+    last = False
+    while True:
+        try:
+            with FileLock(root / "trackers" / "lock", timeout=0):
+                yield
+                return
+        except Timeout:
+            if last:
+                raise UserError(f"{root} is being sent to its trackers already, by its run or bessemer track") from None
+            last = waited()
 
 
 def track(root: Path, names: Sequence[str]) -> list[str]:
@@ -367,11 +381,14 @@ def main() -> None:
             rest = f"the run continues, and bessemer track {root} --to {name} sends the rest"
             print(f"tracker {name} stopped: {escaped(why[:300])}; {rest}", file=ours, flush=True)
 
+        def run_ended() -> bool:
+            return bool(select.select([sys.stdin], [], [], POLL)[0])
+
         try:
-            stack.enter_context(_alone(root))
+            stack.enter_context(_alone(root, run_ended))  # the process beside a killed run may still be sending
             mirror = Mirror(root, names, report)
             mirror.send()
-            while not select.select([sys.stdin], [], [], POLL)[0]:
+            while not run_ended():
                 mirror.send()
             mirror.send()  # the lines written just before the end
             mirror.close()
