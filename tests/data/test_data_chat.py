@@ -226,6 +226,7 @@ def test_transcript_is_plain_text():
     [
         ([], "r1", "at least one message"),
         ([{"role": "function", "content": "x"}], "r1", "'function'"),
+        ([{"role": ["user"], "content": "x"}], "r1", r"message 0 has role \['user'\]; choose system"),
         ([{"role": "user"}], "r1", "role and a content"),
         ([{"role": "user", "content": None}], "r1", "not text"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "r1", "tool_calls"),

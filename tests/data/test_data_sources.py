@@ -1,5 +1,6 @@
 """Sources: mistakes in local files are named by file and line; package readers on constructed archives; hub errors."""
 
+import gzip
 import io
 import json
 import sys
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bessemer.data import sources
+from bessemer.data import documents, sources
 from bessemer.errors import UserError
+from bessemer.pipeline.stages import sft
 
 
 def read(spec):
@@ -94,6 +96,26 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path):
     with pytest.raises(UserError, match="contains no"):
         (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".jsonl.gz", ".parquet"])
+def test_capitals_in_a_files_name(tmp_path, suffix):
+    path = tmp_path / f"TRAIN{suffix}".upper()
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["first"]}), path)
+    else:
+        text = b"first" if suffix == ".txt" else b'{"text": "first"}'
+        path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    assert [document.text for document in read(tmp_path)] == ["first"] == [document.text for document in read(path)]
+    assert sft._files(tmp_path) == [path]
+
+
+def test_tables_in_csv(tmp_path):
+    text = 'question,answer\n"a, b",' + "x" * 200_000 + "\n"
+    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "b.CSV.GZ").write_bytes(gzip.compress(text.encode()))
+    rows = [record for _, record in documents.records(tmp_path)]
+    assert rows == [{"question": "a, b", "answer": "x" * 200_000}] * 2
 
 
 def test_unknown_specs_are_reported_at_once():

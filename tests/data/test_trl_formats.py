@@ -150,6 +150,7 @@ PREFERENCE_FAULTS = [
     ({"prompt": "q", "chosen": BLUE, "rejected": GREEN}, "begin differently, so they contain no prompt; add prompt"),
     ({"chosen": "yes", "rejected": "no"}, "begin differently, so they contain no prompt; add prompt"),
     ({"chosen": TALK, "rejected": TALK}, "must differ in their answers; leave this record out"),
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, "must differ in their answers; leave this record out"),
     ({"chosen": TALK, "rejected": ASK}, "must differ in their answers; leave this record out"),
     (
         {"chosen": ASK + BLUE + TALK, "rejected": ASK + GREEN},

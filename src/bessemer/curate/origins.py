@@ -118,9 +118,7 @@ def _files(source: Source) -> tuple[list[Path], int]:
 
 
 def _readable(file: Path) -> bool:
-    return documents.kind(file) in KINDS and not (
-        documents.kind(file) == ".parquet" and file.suffix in documents.COMPRESSED
-    )
+    return documents.kind(file) in KINDS and not (documents.kind(file) == ".parquet" and documents.compression(file))
 
 
 def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[SourcePiece, int]]:

@@ -24,7 +24,7 @@ from bessemer.curate.decode import (
     ReadResult,
     decode,
 )
-from bessemer.data.documents import COMPRESSED, opened
+from bessemer.data.documents import compression, opened
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def archive(path: Path, longest: int) -> Iterator[ReadResult]:
     from warcio.exceptions import ArchiveLoadFailed
 
     # warcio handles gzip itself and must see it record by record; other compressions are undone here
-    with path.open("rb") if path.suffix not in COMPRESSED[1:] else opened(path) as file:
+    with path.open("rb") if compression(path) in ("", ".gz") else opened(path) as file:
         found: Iterator[ArcWarcRecord] = iter(ArchiveIterator(file))
         number = 0
         while True:

@@ -341,7 +341,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message, dict) or "role" not in message:
             raise UserError(f"{where} must be an object with a role and a content")
         role = message["role"]
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"{where} has role {role!r}; choose system, user, assistant or tool")
         if calls := message.get("tool_calls") if role == "assistant" else None:
             tool_texts.check_calls(calls, where)

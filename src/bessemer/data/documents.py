@@ -59,31 +59,41 @@ class Document:
 def read_files(path: Path, domain: str) -> Iterator[Document]:
     """Documents of a file, or of all such files under a directory in the order of their names."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        files = sorted(file for file in path.rglob("*") if is_text(file.name))
         if not files:
             raise UserError(f"{path} contains no {', '.join(SUFFIXES)} file")
         for file in files:
             yield from read_files(file, domain)
         return
     readers = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}
-    if not path.name.endswith(SUFFIXES):
+    if not is_text(path.name):
         raise UserError(f"{path} must end in {', '.join(SUFFIXES)}, or be a directory of such files")
     with _file_errors(path):
         yield from readers[kind(path)](path, domain)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file of this name is one of those that hold documents."""
+    return name.lower().endswith(SUFFIXES)
+
+
 def kind(path: Path) -> str:
     """The suffix that names a file's format, without the suffix of its compression."""
-    return (path.suffixes[-2] if path.suffix in COMPRESSED and len(path.suffixes) > 1 else path.suffix).lower()
+    return Path(path.stem if compression(path) else path.name).suffix.lower()
+
+
+def compression(path: Path) -> str:
+    """The suffix of a file's compression, if any."""
+    return suffix if (suffix := path.suffix.lower()) in COMPRESSED else ""
 
 
 def opened(path: Path) -> ByteFile:
     """A file's bytes, decompressed as they are read. A truncated file raises OSError or EOFError."""
-    if path.suffix == ".zst":
+    if compression(path) == ".zst":
         import pyarrow  # slow to import, and needed here only
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=1 << 18)
+    return gzip.open(path) if compression(path) == ".gz" else path.open("rb", buffering=1 << 18)
 
 
 def _jsonl(path: Path, domain: str) -> Iterator[Document]:
@@ -104,7 +114,8 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    csv.field_size_limit((1 << 31) - 1)  # of the process; by default 128 KiB
+    with io.TextIOWrapper(opened(path), "utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
             for row in rows:

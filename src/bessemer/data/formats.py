@@ -18,6 +18,7 @@ from bessemer.errors import UserError
 
 Prompt = str | list[Message]
 """A question, or a conversation that ends with one."""
+ALIKE = "{}: chosen and rejected must differ in their answers; leave this record out"
 
 
 def completed(record: dict[str, Any], where: str) -> list[Message]:
@@ -51,6 +52,8 @@ def pair(record: dict[str, Any], where: str) -> dict[str, Any]:
         prompt, chosen, rejected = _shared(chosen, rejected, where)
     _alike(where, prompt=prompt, chosen=chosen)
     answers = {"chosen": _answer(chosen, "chosen", where), "rejected": _answer(rejected, "rejected", where)}
+    if answers["chosen"] == answers["rejected"]:
+        raise UserError(ALIKE.format(where))
     return {"prompt": _simple(_asked(prompt, where)), **answers}
 
 
@@ -150,7 +153,7 @@ def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Promp
     if not n or (isinstance(chosen, str) and not chosen[:n].strip()):
         raise UserError(f"{where}: chosen and rejected begin differently, so they contain no prompt; add prompt")
     if not chosen[n:] or not rejected[n:]:
-        raise UserError(f"{where}: chosen and rejected must differ in their answers; leave this record out")
+        raise UserError(ALIKE.format(where))
     return chosen[:n], chosen[n:], rejected[n:]
 
 

@@ -26,7 +26,7 @@ from importlib import resources
 from pathlib import Path
 
 from bessemer.config.places import located, looked_in
-from bessemer.data.documents import HUB, SUFFIXES, Document, check_hub, read_files, read_hub
+from bessemer.data.documents import HUB, Document, check_hub, is_text, read_files, read_hub
 from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
 
@@ -114,7 +114,7 @@ def _read_package(source: TextSource, cache: str | Path | None) -> Iterator[Docu
 
 
 def _unknown(name: str) -> str:
-    if "/" in name or name.endswith(SUFFIXES):
+    if "/" in name or is_text(name):
         return f"there is no file or directory {name}{looked_in(name)}"
     near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SOURCES)}."

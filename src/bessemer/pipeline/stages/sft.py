@@ -19,7 +19,7 @@ from bessemer.config.table import StageConfig
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
-from bessemer.data.documents import HUB, SUFFIXES, Document
+from bessemer.data.documents import HUB, Document, is_text
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
@@ -154,7 +154,7 @@ def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
 
 def _files(path: Path) -> list[Path]:
     files = path.rglob("*") if path.is_dir() else [path]
-    return [file for file in files if file.is_file() and file.name.endswith(SUFFIXES)]
+    return [file for file in files if file.is_file() and is_text(file.name)]
 
 
 def _exported(stage: StageConfig) -> float:
