@@ -30,10 +30,11 @@ def run(tmp_path_factory):
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with serving(monkeypatch) as server:
         from huggingface_hub import constants
+        from huggingface_hub.utils import disable_progress_bars
 
+        disable_progress_bars()  # the variable counts only before the first import
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         server.token = "secret"

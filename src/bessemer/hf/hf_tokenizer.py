@@ -63,7 +63,9 @@ class HFTokenizer(Tokenizer):
         """`spec` and `config` are tokenizer.json and tokenizer_config.json, `names` the special tokens they name."""
         self._spec, self._config, self._names = spec, config, names
         self._tok = _tokenizer(spec)
-        self._after, self._inside = (_tokenizer(_without_blank(spec, schemes)) for schemes in (("first",), None))
+        after, inside = (_without_blank(spec, schemes) for schemes in (("first",), None))
+        self._after = self._tok if after == spec else _tokenizer(after)
+        self._inside = self._after if inside == after else _tokenizer(inside)
         self._added = {token["id"]: token["content"] for token in spec["added_tokens"]}
         self._special = {token["id"] for token in spec["added_tokens"] if token["special"]}
         self._tags = not NOT_SPECIAL.isdisjoint(self._added.values())
@@ -267,7 +269,7 @@ def _without_blank(spec: dict, schemes: Sequence[str] | None) -> dict:
     """The spec for text that follows other tokens: no blank is put before it by a `Metaspace` with one of these
     schemes, or, with None, by anything. An added token ends a text, so what follows it is a new one, but not the first.
     """
-    spec = deepcopy(spec)
+    spec = spec | {key: deepcopy(spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
     parts = [spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}]
     for part in parts:
         parts += [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
@@ -284,12 +286,9 @@ def _greedy(added: Sequence[dict]) -> re.Pattern[str] | None:
         return None
     blank = r"[^\S\x1c-\x1f]"  # Unicode's white space, as the Rust library has it
     before, after = f"(?:(?<!{blank}){blank}+)?", f"{blank}*"  # a run is tried once, from its start
-    controls = sorted((token for token in added if token["special"]), key=lambda token: -len(token["content"]))
-    return re.compile(
-        "|".join(
-            f"{before * token['lstrip']}({re.escape(token['content'])}){after * token['rstrip']}" for token in controls
-        )
-    )
+    longest_first = sorted((token for token in added if token["special"]), key=lambda token: -len(token["content"]))
+    each = (f"{before * t['lstrip']}({re.escape(t['content'])}){after * t['rstrip']}" for t in longest_first)
+    return re.compile("|".join(each))
 
 
 def _byte_table(tok: tokenizers.Tokenizer, decoder: dict, added: dict[int, str]) -> list[bytes]:

@@ -52,10 +52,7 @@ def _network(config: dict[str, Any]) -> str:
 def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
     """Commands to chat with the model and to serve it; those of other programs follow their documentation."""
     if is_reward_model(config):
-        note = (
-            "It is a reward model: it scores a conversation at the last token, like transformers' "
-            "`...ForSequenceClassification` with one label."
-        )
+        note = "It is a reward model: it scores a conversation at the last token, and answers nothing."
         return ["## Use", "", "```", f"bessemer pull {name} model", "```", "", note, ""]
     r1 = style_of(model) == "r1"
     vllm = f"vllm serve {name}{' --reasoning-parser deepseek_r1' if r1 else ''}"
