@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 from bessemer.dist.dualpipe import dualpipe, dualpipe_v
@@ -179,7 +178,6 @@ SCHEDULES: dict[str, ScheduleRule] = {
 }
 
 
-@lru_cache(maxsize=16)  # a plan asks for the same table again and again, and ordering its steps takes longest
 def schedule(name: str, ranks: int, micro: int) -> Table:
     """The table of a schedule for P ranks and M micro-batches; UserError for an unknown name. "auto" is the paper's
     DualPipe if the number of ranks is even, else 1F1B. A step with too few micro-batches for DualPipe runs 1F1B over

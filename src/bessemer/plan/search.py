@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from bessemer.dist import mesh
 from bessemer.dist.mesh import Layout
-from bessemer.dist.schedules import schedule
-from bessemer.dist.table import Table
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
 from bessemer.plan.cost import setup_memory
 from bessemer.plan.hardware import GIB, ClusterSpec
 from bessemer.plan.layer_time import layer_times
 from bessemer.plan.plan_config import PlanConfig, with_layout
-from bessemer.plan.step_time import step_time
+from bessemer.plan.step_time import kept_table, step_time
 from bessemer.plan.training_setup import Setup
 
 SIMULATED = 24
@@ -100,7 +97,7 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
                         options = replace(config, micro_rows=rows, schedule=name, recompute=recompute, precision=format)
                         try:
                             setup = with_layout(options, cfg, cluster, layout)
-                            stages = _table(setup.schedule, layout.pp, _enough(setup)).stages
+                            stages = kept_table(setup.schedule, layout.pp, _enough(setup)).stages
                         except UserError:
                             rejected["batch or schedule does not divide among the ranks"] += 1
                             continue
@@ -133,13 +130,8 @@ def _enough(setup: Setup) -> int:
     return min(setup.micro, 4 * setup.layout.pp)
 
 
-@cache
-def _table(name: str, ranks: int, micro: int) -> Table:
-    return schedule(name, ranks, micro)
-
-
 def _peak_bytes(cfg: ModelConfig, setup: Setup) -> int:
-    table = _table(setup.schedule, setup.layout.pp, _enough(setup))
+    table = kept_table(setup.schedule, setup.layout.pp, _enough(setup))
     return max(sum(kinds.values()) for kinds in setup_memory(cfg, setup, table))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from bessemer.dist.schedules import interleaved, schedule
 from bessemer.dist.table import Action, Pair, Step, Table
@@ -113,7 +113,12 @@ def step_time(setup: Setup) -> StepTime:
 def table_of(setup: Setup) -> Table:
     if setup.schedule == "interleaved" and setup.slices != 2:
         return interleaved(setup.layout.pp, setup.micro, setup.slices)
-    return schedule(setup.schedule, setup.layout.pp, setup.micro)
+    return kept_table(setup.schedule, setup.layout.pp, setup.micro)
+
+
+@lru_cache(maxsize=64)  # a plan asks for the same tables again and again, and ordering their steps takes longest
+def kept_table(name: str, ranks: int, micro: int) -> Table:
+    return schedule(name, ranks, micro)
 
 
 def step_costs(setup: Setup, table: Table) -> StepCosts:
