@@ -106,6 +106,19 @@ def test_other_measures_than_accuracy():
         paired.rates([row | {"by_problem": {"a": 0.5}}], "it", "language")
 
 
+def test_answers_with_another_cap_are_something_else():
+    """Except beside a row of an earlier version, which does not state it."""
+    row = {"task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0, "by_problem": {"a": 0.5, "b": 1.0}}
+    short, long, older = (
+        paired.rates([row | cap], "it") for cap in ({"max_new_tokens": 40}, {"max_new_tokens": 200}, {})
+    )
+    with pytest.raises(UserError, match=r"\(sums en, T 1, at most 40 tokens; sums en, T 1, at most 200 tokens\)"):
+        paired.compare([short], [long])
+    assert [line.asked for line in paired.compare([short], [short])] == ["sums en, T 1, at most 40 tokens"]
+    for first, second in ((older, long), (short, older)):
+        assert [line.asked for line in paired.compare([first], [second])] == ["sums en, T 1"]
+
+
 def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     """From their run's evaluation, and by asking them again."""
     root = write_run(tmp_path / "tiny")
@@ -125,7 +138,8 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
     status, out, _ = call("compare", root, root / "zero", *asked)
     (line,) = json.loads(out)["rows"]
-    assert status == 0 and line["asked"] == "countdown en+zh, T 1" and line["n"] == 3 and line["difference"] == 0
+    assert status == 0 and line["asked"] == "countdown en+zh, T 1, at most 8 tokens"
+    assert line["n"] == 3 and line["difference"] == 0
     status, out, _ = call("compare", root, root / "zero", *asked, "--measure", "readable")
     found = json.loads(out)
     assert status == 0 and found["measure"] == "readable" and 0 <= found["rows"][0]["first"] <= 1

@@ -129,6 +129,12 @@ def test_difficulties_and_ways_of_sampling():
     levels = {"1": {"n": 20, "pass_at_1": 0.9}, "10": {"n": 30, "pass_at_1": 0.2}}
     found = tables.stage_tables([row("a", by_difficulty=levels), row("a", temperature=0.6, top_p=0.95)])
     assert [table.sampling for table in found] == ["8 samples each", "8 samples each at temperature 0.6, top-p 0.95"]
+    caps = [row("a", max_new_tokens=40), row("a", max_new_tokens=200), row("b", max_new_tokens=200)]
+    assert [(table.sampling, table.models) for table in tables.stage_tables(caps)] == [
+        ("8 samples each, at most 40 tokens", ("a",)), ("8 samples each, at most 200 tokens", ("a", "b"))
+    ]  # fmt: skip
+    (table,) = tables.stage_tables([*caps[1:], row("c")])  # an earlier version did not record the cap
+    assert (table.sampling, table.models) == ("8 samples each", ("a", "b", "c"))
     ((title, lines),) = found[0].details
     assert title == "pass@1 by difficulty"
     assert [(line.label, line.cells[0].value) for line in lines] == [("t en, 1", 0.9), ("t en, 10", 0.2)]

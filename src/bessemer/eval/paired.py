@@ -33,10 +33,14 @@ class Asked(NamedTuple):
     top_p: float
     before: str = ""
     """The text before the question."""
+    max_new_tokens: int | None = None
+    """Maximum tokens per answer; None if it was not recorded."""
 
     def __str__(self) -> str:
         nucleus = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
-        return f"{self.task} {self.language}, T {self.temperature:g}{nucleus}" + (self.before and f", {self.before}")
+        cap = "" if self.max_new_tokens is None else f", at most {self.max_new_tokens} tokens"
+        asked = f"{self.task} {self.language}, T {self.temperature:g}{nucleus}{cap}"
+        return asked + (self.before and f", {self.before}")
 
 
 Rates = Mapping[str, float]
@@ -82,7 +86,8 @@ def rates(rows: Iterable[Row], name: str, measure: str = "pass@1") -> dict[Asked
                 f"again with --task {row['task']}"
             )
         temperature, top_p = (1.0 if row.get(name) is None else row[name] for name in ("temperature", "top_p"))
-        found[Asked(row["task"], row["language"], temperature, top_p, before(row))] = row[key]
+        cap = row.get("max_new_tokens")
+        found[Asked(row["task"], row["language"], temperature, top_p, before(row), cap)] = row[key]
     return found
 
 
@@ -104,6 +109,11 @@ def compare(
     the problems that all were asked; without it, different problems are a UserError. `only`: only these tasks."""
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise UserError(f"{len(first)} models against {len(second)}: name equally many seeds, or one model on one side")
+    if any(key.max_new_tokens is None for model in (*first, *second) for key in model):  # by an earlier version
+        first, second = (
+            [{key._replace(max_new_tokens=None): asked for key, asked in model.items()} for model in side]
+            for side in (first, second)
+        )
     models = [*first, *second]
     keys = [key for key in models[0] if all(key in model for model in models)]
     if not keys:

@@ -10,7 +10,8 @@ A row is one model on one task at one way of sampling:
     task, domain           name of the task, and what it is counted under (`tasks.base.DOMAINS`; "lm-eval" there)
     language               "en", "zh", or "en+zh" if both are asked
     n, samples, k          problems; answers to each; k of pass@k and maj@k
-    temperature, top_p     how answers were sampled
+    temperature, top_p     how answers were sampled, and
+    max_new_tokens         how long they could be (null if a file of answers does not say)
     pass_at_1              mean over problems and samples
     pass_at_k, maj_at_k    unbiased (Chen et al. 2021); maj@k is the paper's cons@k, see `tasks/verdict_metrics.py`
     *_interval             [low, high] of each of the three: 95 % over problems (`verdict_metrics.mean_interval`)
@@ -89,7 +90,9 @@ def evaluate(
         context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
     answers = [[answer_of(outcome, engine.tokenizer.opening) for outcome in group] for group in groups]
-    return judge(task, chosen, answers, k=k, temperature=temperature, top_p=top_p, seed=seed)
+    return judge(
+        task, chosen, answers, k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+    )
 
 
 def answer_of(outcome: Outcome, opening: str) -> Answer:
@@ -107,6 +110,7 @@ def judge(
     k: int,
     temperature: float | None,
     top_p: float | None,
+    max_new_tokens: int | None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The evaluation row for the answers to each problem, at least k of them. `seed` is for the intervals."""
@@ -133,6 +137,7 @@ def judge(
         "k": k,
         "temperature": temperature,
         "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
         "pass_at_1": score["pass@1"],
         "pass_at_1_interval": _interval(score, "pass@1"),
         "pass_at_k": score[f"pass@{k}"],

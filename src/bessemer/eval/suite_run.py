@@ -36,6 +36,7 @@ from bessemer.train import setup
 ROWS = 64
 """Answers that a process generates together: a kill loses at most this many per process."""
 RESULTS = "results.json"
+SAMPLED = ("temperature", "top_p", "max_new_tokens")
 Answers = dict[str, dict[int, scoring.Answer]]
 """Id of a problem -> number of the sample -> answer."""
 
@@ -89,7 +90,7 @@ def evaluate_suite(
         out = out or Path("evals") / suite / _label(model)
         if (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
             raise UserError(f"{out / RESULTS} does not belong to a suite; choose another folder with --out")
-        defaults = {name: getattr(chosen, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        defaults = {name: getattr(chosen, name) for name in SAMPLED}
         rows = run(model, ready, Sampling(**defaults | changes, seed=seed), samples, out) if ready else iter(())
     else:
         assert answers is not None
@@ -153,7 +154,7 @@ def run(
         _sample(engine, one, sampling, count, file)
         answers = read_answers(file, [one])[one.name]
         kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
-        yield _row(one, kept, sampling.temperature, sampling.top_p)
+        yield _row(one, kept, sampling)
 
 
 def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
@@ -167,18 +168,19 @@ def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
         answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
     for one in ready:
         if any(problem.id in answers.get(one.name, {}) for problem in one.problems):
-            yield _row(one, answers[one.name], None, None)
+            yield _row(one, answers[one.name])
         else:
             _say(f"{one.name}: {path} has no answers to these problems")
 
 
-def _row(one: Ready, answers: Answers, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+def _row(one: Ready, answers: Answers, sampling: Sampling | None = None) -> dict[str, Any]:
     asked = [problem for problem in one.problems if problem.id in answers]
     if len(asked) < len(one.problems):
         _say(f"{one.name}: answers to {len(asked)} of {len(one.problems)} problems; only these are scored")
     groups = [[group[n] for n in sorted(group)] for group in (answers[problem.id] for problem in asked)]
     k = min(map(len, groups))
-    row = scoring.judge(one.task, asked, groups, k=k, temperature=temperature, top_p=top_p)
+    how: dict[str, Any] = {name: getattr(sampling, name, None) for name in SAMPLED}
+    row = scoring.judge(one.task, asked, groups, k=k, **how)
     published = {model: round(percent / 100, 4) for model, percent in one.evaluation.published.items()}
     return row | {"title": one.evaluation.title, "published": published, "source": one.evaluation.source}
 

@@ -1,8 +1,9 @@
 """Evaluations as tables: models side by side, from results.json and long.json.
 
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
-settings (samples, k, temperature, top_p) and the same text before the question are comparable and form one
-`StageTable`; of two rows of a model, the last counts. Nothing is interpolated: a measure that no row has is left out.
+settings (samples, k, temperature, top_p, max_new_tokens) and the same text before the question are comparable and form
+one `StageTable`; of two rows of a model, the last counts. Rows of earlier versions lack max_new_tokens, which is then
+ignored. Nothing is interpolated: a measure that no row has is left out.
 The only figures computed here are the plain mean over the tasks of a table, for models evaluated on all of them, and
 its interval.
 
@@ -14,7 +15,7 @@ Long contexts, from `long.json`:
     short_bound bits per byte that a model may lose on short rows
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,12 +91,18 @@ class StageTable:
     """With several tasks, the same measures by task; pass@1 by difficulty if tasks state one."""
 
 
-def by_sampling(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]]:
+def by_sampling(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]]:
     """Sampling settings -> (domain, task, language) -> model -> its last row."""
     groups: dict[tuple[Any, ...], dict[tuple[str, ...], dict[str, Row]]] = {}
+
+    def settings(row: Row) -> tuple[str, ...]:
+        return (*(str(row.get(part, "")) for part in _SAMPLING), before(row))
+
+    unknown = {settings(row) for row in rows if row.get("max_new_tokens") is None}
     for row in rows:
         if _number(row.get("pass_at_1")) is not None:
-            sampling = (*(str(row.get(part, "")) for part in _SAMPLING), before(row))
+            sampling = settings(row)
+            sampling += () if sampling in unknown else (str(row["max_new_tokens"]),)
             task = tuple(str(row.get(part, "")) for part in _TASK)
             groups.setdefault(sampling, {}).setdefault(task, {})[str(row.get("model", ""))] = row
     return groups
@@ -126,23 +133,25 @@ def _stage_table(by_task: dict[tuple[str, ...], dict[str, Row]]) -> StageTable:
             details.append((measure.name, tuple(lines)))
     if levels := _levels(by_task, measures[0], models):
         details.append((f"{measures[0].name} by difficulty", levels))
+    caps = {row.get("max_new_tokens") for rows in by_task.values() for row in rows.values()}
     counts = sorted({str(row["n"]) for rows in by_task.values() for row in rows.values() if "n" in row})
     return StageTable(
         models=models,
         problems=" or ".join(counts) or "?",
-        sampling=_sampling(some),
+        sampling=_sampling(some, caps.pop() if len(caps) == 1 else None),
         accuracy=tuple((domain, tuple(lines)) for domain, lines in domains.items()),
         overall=overall,
         details=tuple(details),
     )
 
 
-def _sampling(row: Row) -> str:
+def _sampling(row: Row, cap: int | None) -> str:
     temperature = _number(row.get("temperature"))
     words = f"{row.get('samples', 1)} samples each"
     words += "" if temperature is None else f" at temperature {temperature:g}"
     top_p = _number(row.get("top_p"))
     words += "" if top_p is None or top_p == 1 else f", top-p {top_p:g}"
+    words += "" if cap is None else f", at most {cap} tokens"
     return words + (f", {before(row)}" if before(row) else "")
 
 
