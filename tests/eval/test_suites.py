@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from forks import Fork
 from made_data import ROWS, write_csv, write_data, write_jsonl
 
@@ -126,7 +127,7 @@ def test_two_hundred_answers_in_the_form_of_r1_give_the_score_computed_by_hand(d
     (row,) = result["rows"]
     assert row["pass_at_1"] == pytest.approx((0.60 + 0.25) / 2)
     assert row["maj_at_k"] == 0.5, "60 votes for 2 win; 45 votes for 30 beat 25 for 200"
-    assert (row["n"], row["k"], row["samples"]) == (2, 100, 100)
+    assert (row["n"], row["k"], row["samples"], row["max_new_tokens"]) == (2, 100, 100, None)
     assert row["published"] == {"R1-Zero": 0.779, "R1": 0.798} and row["mean_length"] is None
 
 
@@ -202,7 +203,7 @@ def test_only_files_of_answers_are_continued(model, data, tmp_path):
         (folder / name).write_text(content)
         with pytest.raises(UserError, match="another folder with --out"):
             suite_run.evaluate_suite(model, suite="r1", only=["aime-2024"], data=[str(data)], out=folder)
-        assert {path.name: path.read_text() for path in folder.iterdir()} == {name: content}
+        assert {path.name: path.read_text() for path in folder.glob("*.json*")} == {name: content}
 
 
 def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
@@ -227,6 +228,37 @@ def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
     dated = json.dumps(json.loads(header) | {"model": suite_run._dated(Path(model))})
     path.write_text("\n".join([dated, *answers]) + "\n")
     assert sorted(set(run("grown", 3)) ^ set(whole)) == sorted([dated, header])
+
+
+def test_two_calls_on_one_folder(model, data, tmp_path):
+    """Two processes once appended the same numbers, and no later call could read the file. The second now refuses, and
+    of the answers that such a pair left the first ones count."""
+    call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "out": tmp_path, "max_new_tokens": 5}
+    (whole,) = suite_run.evaluate_suite(model, **call, samples=2)["rows"]
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match=r"another evaluation is writing to .*; wait"):
+        suite_run.evaluate_suite(model, **call, samples=2)
+    file = tmp_path / "aime-2024.jsonl"
+    header, first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([header, first, *others, json.dumps(json.loads(first) | {"text": "later"})]) + "\n")
+    assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [whole]
+    assert suite_run.evaluate_suite(None, suite="r1", data=[str(data)], answers=file)["rows"][0]["mean_length"]
+
+
+def test_the_rows_of_several_calls_stand_together(model, data, tmp_path):
+    def call(name, **more):
+        suite_run.evaluate_suite(
+            model, suite="r1", only=[name], data=[str(data)], out=tmp_path, samples=1, **{"max_new_tokens": 5} | more
+        )
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        return {row["task"]: row["max_new_tokens"] for row in rows}
+
+    call("aime-2024")
+    assert call("mmlu") == call("aime-2024") == {"aime-2024": 5, "mmlu": 5}
+    assert call("if-eval", seed=1) == {"if-eval": 5}, "other samples are another evaluation"
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    answers = {"answers": tmp_path, "out": tmp_path, "suite": "r1", "data": [str(data)], "only": ["mmlu"]}
+    with pytest.raises(UserError, match="does not belong to a suite"):
+        suite_run.evaluate_suite(None, **answers)
 
 
 def test_without_any_data_the_status_says_so(model, tmp_path):
@@ -288,7 +320,12 @@ BAD_ANSWERS = {
     "two of one number": ({"problem": 60, "text": "x", "sample": 0}, "sample is 0; give every answer"),
     "another question": ({"problem": 60, "text": "x", "question": "ab"}, "problem 60 had another question"),
     "another evaluation": ({"problem": 60, "text": "x", "evaluation": "gsm8k"}, "evaluation is 'gsm8k'"),
-    "thoughts that are no text": ({"problem": 60, "text": "x", "reasoning": [1]}, "reasoning must be text"),
+    "a name that is none": ({"problem": 60, "text": "x", "evaluation": ["a"]}, r"evaluation is \['a'\]"),
+    "a number that is none": ({"problem": 60, "text": "x", "sample": [1]}, r"sample is \[1\]; give every answer"),
+    "thoughts that are no text": ({"problem": 60, "text": "x", "reasoning": [1]}, r"reasoning is \[1\]; .* text"),
+    "a length that is text": ({"problem": 60, "text": "x", "tokens": "12"}, "tokens is '12'; .* a whole number"),
+    "a length without end": ({"problem": 60, "text": "x", "tokens": 1e999}, "tokens is inf; .* a whole number"),
+    "an end that is no word": ({"problem": 60, "text": "x", "finish_reason": ["x"]}, r"finish_reason is \['x'\]"),
 }
 
 

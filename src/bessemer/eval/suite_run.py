@@ -9,7 +9,8 @@ Answers are written to OUT/NAME.jsonl as they come: first a line with the settin
     question        a hash of the prompt, which must match that of the problem; optional
 
 A second call resumes where the first was killed, and samples what it would have sampled: answer k to a problem depends
-only on the seed, the problem and k. Answers of any origin can also be scored from such lines, without a model.
+only on the seed, the problem and k. OUT/results.json joins the rows of calls with the same model and sampling. Answers
+of any origin can also be scored from such lines, without a model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from bessemer.data import documents
 from bessemer.data.chat import THINK, THINK_END, question_ids
@@ -37,6 +40,7 @@ ROWS = 64
 """Answers that a process generates together: a kill loses at most this many per process."""
 RESULTS = "results.json"
 SAMPLED = ("temperature", "top_p", "max_new_tokens")
+OPTIONAL = {"tokens": int, "finish_reason": str, "reasoning": str, "reasoning_content": str}
 Answers = dict[str, dict[int, scoring.Answer]]
 """Id of a problem -> number of the sample -> answer."""
 
@@ -88,8 +92,10 @@ def evaluate_suite(
     result: dict[str, Any] = {"suite": suite, "model": str(model or answers), "rows": [], "skipped": skipped}
     if model is not None:
         out = out or Path("evals") / suite / _label(model)
-        if (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
-            raise UserError(f"{out / RESULTS} does not belong to a suite; choose another folder with --out")
+    if out is not None and (out / RESULTS).exists() and "suite" not in (read_json(out / RESULTS) or {}):
+        raise UserError(f"{out / RESULTS} does not belong to a suite; choose another folder with --out")
+    if model is not None:
+        assert out is not None
         defaults = {name: getattr(chosen, name) for name in SAMPLED}
         rows = run(model, ready, Sampling(**defaults | changes, seed=seed), samples, out) if ready else iter(())
     else:
@@ -99,7 +105,7 @@ def evaluate_suite(
         result["rows"].append({"model": result["model"]} | row)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / RESULTS, result)
+            write_json(out / RESULTS, result | {"rows": _joined(out, result)})
     for one in skipped:
         _say("skipped " + one["reason"])
     if not result["rows"]:
@@ -108,6 +114,18 @@ def evaluate_suite(
             "(see above)"
         )
     return result
+
+
+def _joined(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result, after those that earlier calls with the same model and sampling left in the folder."""
+
+    def key(of: dict[str, Any], row: dict[str, Any]) -> list[Any]:
+        header = _header(out / f"{row['task']}.jsonl") or {}
+        return [of["suite"], of["model"], header.get("model"), header.get("sampling")]
+
+    earlier, rows = read_json(out / RESULTS) or {"rows": []}, result["rows"]
+    kept = [row for row in earlier["rows"] if key(earlier, row) == key(result, rows[-1])]
+    return list({row["task"]: row for row in (*kept, *rows)}.values())
 
 
 def prepare(
@@ -137,8 +155,20 @@ def prepare(
 def run(
     model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
 ) -> Iterator[dict[str, Any]]:
-    """Yields the row of each evaluation as soon as all its answers are there."""
+    """Yields the row of each evaluation as soon as all its answers are there. One process at a time writes to `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / ".lock", timeout=0):
+            yield from _run(model, ready, sampling, samples, out)
+    except filelock.Timeout:
+        raise UserError(
+            f"another evaluation is writing to {out}; wait for it, or choose another folder with --out"
+        ) from None
+
+
+def _run(
+    model: Path, ready: Sequence[Ready], sampling: Sampling, samples: int | None, out: Path
+) -> Iterator[dict[str, Any]]:
     setup.keep_memory()
     engine = Engine(*setup.load_to_sample(model, _say), setup.workers())
     _say(f"answers are kept in {out}; after an interruption, the same command continues")
@@ -219,16 +249,22 @@ def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
     if begun.startswith(text):
         file.write_bytes(begun + b"\n")
         return
-    try:
-        known = json.loads(text.split(b"\n", 1)[0])
-    except ValueError:
-        known = None
+    known = _header(file)
     if known in (header, older):
         os.truncate(file, len(whole))
     else:
-        known = known if isinstance(known, dict) else {}
-        differ = " and ".join(key for key in header if known.get(key) != header[key])
+        differ = " and ".join(key for key in header if (known or {}).get(key) != header[key])
         raise UserError(f"{file} has answers from a different {differ}; choose another folder with --out, or delete it")
+
+
+def _header(file: Path) -> dict[str, Any] | None:
+    """The settings of a file of answers; None if it has none."""
+    try:
+        with file.open("rb") as lines:
+            known = json.loads(lines.readline())
+    except (FileNotFoundError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
 
 
 def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
@@ -237,11 +273,13 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
     prompts = {one.name: {problem.id: _digest(problem) for problem in one.problems} for one in ready}
     ids = {one.name: set(one.task.ids) for one in ready}
     answers: dict[str, Answers] = {}
+    ours = False
     for where, record in documents.records(file):
         if "sampling" in record and "text" not in record:
+            ours = True
             continue  # the settings
         name = record.get("evaluation", ready[0].name if len(ready) == 1 else None)
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise UserError(f"{where}: evaluation is {name!r}; it must be one of those being run: {', '.join(by_name)}")
         key, text = record.get("problem"), record.get("text")
         if isinstance(key, bool) or not isinstance(key, str | int) or not isinstance(text, str):
@@ -253,19 +291,23 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
             raise UserError(f"{where}: problem {key!r} had another question; the data or its prompt has changed")
         group = answers.setdefault(name, {}).setdefault(str(key), {})
         number = record.get("sample", len(group))
-        if number in group or isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, int) or (number in group and not ours):
             raise UserError(f"{where}: sample is {number!r}; give every answer to a problem its own number")
-        group[number] = scoring.Answer(_whole(record, text, where), record.get("tokens"), record.get("finish_reason"))
+        for field, kind in OPTIONAL.items():
+            if (value := record.get(field)) is not None and type(value) is not kind:
+                what = "a whole number" if kind is int else "text"
+                raise UserError(f"{where}: {field} is {value!r}; make it {what}, or leave it out")
+        if number in group:
+            continue  # two processes without the lock once wrote to one file
+        group[number] = scoring.Answer(_whole(record, text), record.get("tokens"), record.get("finish_reason"))
     return answers
 
 
-def _whole(record: dict[str, Any], text: str, where: str) -> str:
+def _whole(record: dict[str, Any], text: str) -> str:
     """The answer with its thoughts and the opening tag. The prompt held that tag if thoughts are closed but not opened,
     or if an answer without tags was cut off."""
     thoughts = record.get("reasoning") or record.get("reasoning_content")
     if thoughts is not None:
-        if not isinstance(thoughts, str):
-            raise UserError(f"{where}: reasoning must be text")
         return f"{THINK}\n{thoughts}\n{THINK_END}\n\n{text}"
     before, closed, _ = text.partition(THINK_END)
     begun = THINK not in before and (closed or record.get("finish_reason") == "length")
