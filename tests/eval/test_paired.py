@@ -45,9 +45,11 @@ def test_the_interval_covers_what_is_true(seeds, spread):
 def test_pairing_sees_what_two_intervals_would_not():
     """Problems differ far more than the models do: unpaired intervals overlap widely, the paired one excludes 0."""
     hard, easy = [0.0, 0.1] * 20, [0.9, 1.0] * 20
-    (line,) = paired.compare([model(*hard, *easy)], [model(*(share + 0.04 for share in (*hard, *easy)))])
+    gains = [0.03, 0.04, 0.05, 0.04] * 20
+    better = [share + gain for share, gain in zip((*hard, *easy), gains, strict=True)]
+    (line,) = paired.compare([model(*hard, *easy)], [model(*better)])
     assert line.difference == pytest.approx(0.04) and line.low > 0.03 and line.verdict == "the second is better"
-    (line,) = paired.compare([model(*(share + 0.04 for share in hard))], [model(*hard)])
+    (line,) = paired.compare([model(*better[:40])], [model(*hard)])
     assert line.verdict == "the first is better"
 
 
@@ -56,6 +58,13 @@ def test_few_problems_that_differ_are_not_taken_for_certain():
     assert line.low < 0 < line.high and line.verdict == "no significant difference"
     (line,) = paired.compare([model(*[0.5] * 20)], [model(*[0.5] * 20)])
     assert line.difference == 0 and line.low < -0.1 and line.high > 0.1
+
+
+@pytest.mark.parametrize(("first", "second"), [([0.0] * 6, [1.0] * 6), ([0.1, 0.7, 0.3] * 2, [0.2, 0.8, 0.4] * 2)])
+def test_equal_differences_have_an_interval(first, second):
+    """Resampling them gives the same difference every time."""
+    (line,) = paired.compare([model(*first)], [model(*second)])
+    assert line.high - line.low > 0.3 and line.low <= line.difference <= line.high
 
 
 def test_seeds_that_disagree_widen_the_interval_and_one_base_serves_all():

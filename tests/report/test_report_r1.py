@@ -118,6 +118,14 @@ def test_a_mean_over_tasks_has_an_interval_where_the_problems_are_known():
     assert "95 % interval  40-61" in comparisons.stage_table_text([row("a", **by_problem), row("a", "u", **by_problem)])
 
 
+def test_an_interval_of_the_table_is_never_empty():
+    """Six answers that can all be read do not mean that all can: the row keeps its interval, a mean gets one."""
+    one = row("a", readable=1.0, readable_interval=[0.61, 1.0], readable_by_problem=dict.fromkeys("abcdef", 1.0))
+    for rows, lowest in (([one], 0.61), ([one, one | {"task": "u"}], 0.76)):
+        (table,) = tables.stage_tables(rows)
+        assert table.overall[0].cells[0].interval == (pytest.approx(lowest, abs=0.01), 1.0)
+
+
 def test_means_are_of_tasks_that_all_were_asked():
     rows = [row("a", maj_at_k=0.2), row("a", "u", maj_at_k=0.4), row("b", maj_at_k=0.9)]
     (table,) = tables.stage_tables(rows)

@@ -160,7 +160,8 @@ def _difference(name: str, tasks: Sequence[Sequence[Sequence[Sequence[float]]]])
     ]
     n = sum(map(len, inside))
     interval = stratified(inside)
-    if sum(value != 0 for values in inside for value in values) < FEW:  # resampling sees too little spread
+    differ = sum(value != 0 for values in inside for value in values)
+    if differ < FEW or interval.high - interval.low < 1e-9:  # resampling sees too little spread
         interval = wider(interval, shares_apart(second, first, n))
     if seeds > 1:
         interval = wider(interval, over_seeds(by_seed))

@@ -192,14 +192,20 @@ def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row
     """The mean over tasks, with an interval over their problems if these are known; None for a model that lacks a value
     that another model has."""
     measured = [rows for rows in tasks if any(_number(row.get(measure.key)) is not None for row in rows.values())]
+    if len(measured) == 1:
+        return _table_row(measure.name, measure, models, measured[0])
 
     def cell(model: str) -> Score | None:
         values = [_number(rows.get(model, {}).get(measure.key)) for rows in measured]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return None
+        mean = sum(known) / len(known)
         inside = [list(rows[model].get(measure.by_problem, {}).values()) for rows in measured]
-        return Score(sum(known) / len(known), stratified(inside)[1:] if all(inside) else None)
+        if not all(inside):
+            return Score(mean)
+        _, low, high = stratified(inside)
+        return Score(mean, (low, high) if low < high else wilson(mean, sum(map(len, inside))))
 
     return TableRow(measure.name, measure, tuple(cell(model) for model in models))
 
