@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
-from bessemer.tasks import Verdict
+from bessemer.tasks import Verdict, verdict_metrics
 from bessemer.tasks.verdict_metrics import (
+    _wins,
     bootstrap,
     by_difficulty,
     maj_at_k,
@@ -49,6 +50,14 @@ def test_maj_at_k_is_the_mean_over_subsets(answers, data):
     assert got == pytest.approx(float(expected))
     order = data.draw(st.permutations(answers))
     assert got == maj_at_k(order, [answer in right for answer in order], k)
+
+
+def test_answers_with_equally_many_votes_are_counted_once(monkeypatch):
+    """128 programs that are all right and all differ took five seconds."""
+    counted = []
+    monkeypatch.setattr(verdict_metrics, "_wins", lambda *args: counted.append(args) or _wins(*args))
+    answers = [f"program {n}" for n in range(120)] + ["twice"] * 2 + ["other"] * 2
+    assert maj_at_k(answers, [True] * 124, 62) == pytest.approx(1.0) and len(counted) == 2
 
 
 def test_maj_at_one_is_pass_at_one_and_ties_are_fair():

@@ -37,7 +37,9 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | No
     votes = Counter(answer for answer in answers if answer is not None)
     right = {answer for answer, ok in zip(answers, correct, strict=True) if ok and answer is not None}
     abstain = n - votes.total()
-    wins = sum(_wins(votes, answer, abstain, k) for answer in right)
+    number = Counter(votes[answer] for answer in right)
+    one = {votes[answer]: answer for answer in right}  # answers with equally many votes win equally often
+    wins = sum(number[count] * _wins(votes, answer, abstain, k) for count, answer in one.items())
     return float(wins / comb(n, k))
 
 
