@@ -1,5 +1,6 @@
 """The command line: help is instant, a mistake costs one line, and thin commands call the right functions."""
 
+import html
 import json
 import re
 import resource
@@ -139,6 +140,20 @@ def test_an_interrupted_run_says_how_to_go_on(call, recipe):
     assert status == 130 and out == "" and "continue with: bessemer run runs/note/recipe.toml" in err
 
 
+def test_commands_to_copy_hold_for_a_path_with_a_space(call, recipe, tmp_path):
+    err = call("run", recipe, "--out", "my run", "--set", "b.stop=true")[2]
+    assert "continue with: bessemer run 'my run'/recipe.toml --out 'my run'\n" in err
+    assert call("run", recipe, "--out", "my run")[1].endswith(
+        "bessemer chat 'my run' (or bessemer chat 'my run'/STAGE: a)\n"
+    )
+    assert "bessemer run 'my run'/recipe.toml --out 'my run'\nbessemer chat 'my run'\n" in html.unescape(
+        (tmp_path / "my run" / "report.html").read_text()
+    )
+    for folder in (tmp_path / "my run").glob("0*"):
+        (folder / "model" / "config.json").unlink(missing_ok=True)
+    assert "bessemer run 'my run'/recipe.toml --out 'my run'\n" in call("chat", "my run")[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(("run", "no.toml"), "no recipe at no.toml"),
@@ -216,6 +231,14 @@ def test_eval(call, stub, model):
 def test_eval_refuses_what_would_have_no_effect(call, model, arguments, complaint):
     status, out, err = call("eval", model, *arguments)
     assert status == 2 and out == "" and complaint in err
+
+
+@pytest.mark.parametrize(
+    "option", [("--samples", 4), ("--temperature", 0.1), ("--top-p", 0.5), ("--max-tokens", 9), ("--seed", 3)]
+)
+def test_answers_that_are_there_are_not_sampled(call, option):
+    status, out, err = call("eval", "--suite", "r1", "--answers", "a.jsonl", *option)
+    assert status == 2 and out == "" and f"{option[0]} has no effect without MODEL" in err
 
 
 def test_eval_of_a_suite(call, stub, model):

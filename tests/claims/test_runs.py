@@ -115,7 +115,13 @@ def test_dry_run_and_wrong_options(tmp_path):
     lines = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--seeds", "2"])
     [mha] = [line for line in lines.stdout.splitlines() if line.split()[2] == "MHA"]
     assert "2 of 2" in mha and "keys and values of every head" in mha and "0 of them finished" in lines.stdout
-    for options, what in ((["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"')):
+    unused = ["--save", str(tmp_path / "new")], ["--part", "none", "--seeds", "3"]
+    for options, what in (
+        (["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"'),
+        (unused[0], "--save has no effect with --dry-run"), (unused[1], "--seeds has no effect with --part none"),
+        (["--list", *unused[0]], "--save has no effect with --list"),
+        (["--list", "--seeds", "2"], "--seeds has no effect with --list"),
+    ):  # fmt: skip
         wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
         assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
 

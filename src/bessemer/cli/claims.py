@@ -50,11 +50,15 @@ def claims(
 
     if quick and full:
         raise UserError("--quick and --full are two tiers; leave one of them out")
-    if list_ and only is not None:
-        raise UserError("--only has no effect on --list; leave it out")
-    if out is not None and (list_ or as_json or only is not None or dry_run):
-        other = "--list" if list_ else "--json" if as_json else "--dry-run" if dry_run else "--only"
-        raise UserError(f"--out has no effect with {other}, which writes no page; leave one of them out")
+    idle = "--list" if list_ else "--dry-run" if dry_run else ""
+    for option, given, other, which in (
+        ("--only", only, list_ and "--list", "lists all claims"),
+        ("--out", out, idle or (as_json and "--json") or (only is not None and "--only"), "writes no page"),
+        ("--save", save, idle, "runs nothing"),
+        ("--seeds", seeds, (list_ and "--list") or (part == "none" and "--part none"), "runs nothing"),
+    ):
+        if given is not None and other:
+            raise UserError(f"{option} has no effect with {other}, which {which}; leave one of them out")
     if list_:
         known = registry.claims()
         print_json({name: one.model_dump() for name, one in known.items()}) if as_json else print(registry.listing())

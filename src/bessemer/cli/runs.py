@@ -1,5 +1,6 @@
 """Commands on runs: run a recipe, follow it, write its report, evaluate its models; and the doctor."""
 
+import shlex
 import sys
 import time
 from enum import StrEnum
@@ -109,8 +110,9 @@ def run(
     print(f"{loaded.name}: {took}; report: {report}")
     if models := writing_models(root):
         others = [name for name, _ in models[:-1]]
-        which = f" (or bessemer chat {root}/STAGE: {', '.join(others)})" if others else ""
-        print(f"talk to {models[-1][0]}: bessemer chat {root}{which}")
+        chat = f"bessemer chat {shlex.quote(str(root))}"
+        which = f" (or {chat}/STAGE: {', '.join(others)})" if others else ""
+        print(f"talk to {models[-1][0]}: {chat}{which}")
 
 
 def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
@@ -309,6 +311,7 @@ def evaluate(
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     if (model is None) == (answers is None):
         raise UserError("name either a model, or a file of answers with --answers")
+    check_used("MODEL", model, {name: value for name, value in ours.items() if name not in ("problems", "k")})
     folder, rows = None if model is None else model_dir(model), []
     from bessemer.eval import evaluate as evaluation
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sqlite3
 import sys
 import time
@@ -96,7 +97,7 @@ def check_finished(directory: Path) -> None:
 
 
 def _unlike(path: Path, why: str) -> UserError:
-    run = path.parents[2]
+    run = shlex.quote(str(path.parents[2]))
     return UserError(
         f"{path} {why}; restore it from a copy, or run the recipe again (bessemer run {run}/recipe.toml --out {run}), "
         "which runs the stage again. --no-verify loads it as it is"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -317,9 +318,9 @@ def _write_wall(ctx: StageContext) -> None:
 
 
 def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
-    default = root == Path("runs") / recipe.name
-    return f'stopped {where} stage "{name}"; nothing is lost; continue with: bessemer run {root}/recipe.toml' + (
-        "" if default else f" --out {root}"
+    default, run = root == Path("runs") / recipe.name, shlex.quote(str(root))
+    return f'stopped {where} stage "{name}"; nothing is lost; continue with: bessemer run {run}/recipe.toml' + (
+        "" if default else f" --out {run}"
     )
 
 

@@ -11,6 +11,7 @@ became correct.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,7 +338,7 @@ def _conformance(facts: RunFacts) -> Html:
 
 
 def _recipe(facts: RunFacts) -> Html:
-    root = facts.root
+    root = shlex.quote(str(facts.root))
     commands = [f"bessemer run {root}/recipe.toml --out {root}", f"bessemer chat {root}", f"bessemer report {root}"]
     recipe = page.fold("recipe.toml with every default", page.block(facts.recipe_text))
     return page.join(page.block("\n".join(commands)), recipe)

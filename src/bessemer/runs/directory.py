@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -259,9 +260,10 @@ def _last_model(root: Path) -> Path:
     listed = ", ".join(
         f"{folder.name} ({'no model' if read_json(folder / 'done.json') else 'unfinished'})" for _, _, folder in stages
     )
+    run = shlex.quote(str(root))
     raise UserError(
         f"no finished model in {root}; its stages: {listed or 'none yet'}; "
-        f"continue with: bessemer run {root}/recipe.toml --out {root}"
+        f"continue with: bessemer run {run}/recipe.toml --out {run}"
     )
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -362,8 +363,8 @@ def mirrored(root: Path, names: Sequence[str]) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            wait = f"trackers: not done after {PATIENCE:.0f} s"
-            print(f"{wait}; bessemer track {root} --to {','.join(names)} sends the rest", file=sys.stderr, flush=True)
+            wait, run = f"trackers: not done after {PATIENCE:.0f} s", shlex.quote(str(root))
+            print(f"{wait}; bessemer track {run} --to {','.join(names)} sends the rest", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -378,7 +379,7 @@ def main() -> None:
         os.dup2(log.fileno(), 2)
 
         def report(name: str, why: str) -> None:
-            rest = f"the run continues, and bessemer track {root} --to {name} sends the rest"
+            rest = f"the run continues, and bessemer track {shlex.quote(str(root))} --to {name} sends the rest"
             print(f"tracker {name} stopped: {escaped(why[:300])}; {rest}", file=ours, flush=True)
 
         def run_ended() -> bool:
