@@ -183,6 +183,10 @@ def test_prompts_come_from_lines_or_objects(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two\\nlines", "id": 3}\n')
     assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
     assert read_prompts(tmp_path / "a.jsonl") == ["one", "two\nlines"]
+    whole = "one\u2028same line\x0b\x0c\x85"
+    (tmp_path / "a.txt").write_bytes(f"{whole}\r\ntwo".encode())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": whole}, ensure_ascii=False), encoding="utf-8")
+    assert read_prompts(tmp_path / "a.txt") == [whole, "two"] and read_prompts(tmp_path / "a.jsonl") == [whole]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n')
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
     for name, message in (("b.jsonl", "line 2"), ("c.txt", "UTF-8"), ("d.txt", "no file of prompts at")):

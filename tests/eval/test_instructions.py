@@ -86,6 +86,13 @@ def test_a_checker_agrees_with_the_published_one(published, monkeypatch, instruc
     assert min(seen.values()) >= 3, f"one verdict is hardly tested: {seen}"
 
 
+def test_a_forbidden_word_may_end_in_a_sign():
+    """The published checker reads "c++" as a pattern that also forbids "c"."""
+    forbidden = {"forbidden_words": ["c++", "C#"]}
+    for reply, follows in (("Use C++, not c.", False), ("C#!", False), ("plain c", True), ("xc++ or c++x", True)):
+        assert instructions.follows("keywords:forbidden_words", forbidden, reply) is follows
+
+
 def test_every_published_instruction_has_a_checker(published):
     assert set(published) == set(instructions._CHECKS)
     assert set(published) - set(ARGUMENTS) == {

@@ -86,7 +86,7 @@ def read_prompts(file: str | Path) -> list[str]:
     """The prompts in a file: its lines, or the field "prompt" of every object if the extension is .jsonl."""
     from bessemer.config.places import read_text
 
-    lines = read_text(Path(file), "file of prompts").splitlines()
+    lines = read_text(Path(file), "file of prompts").split("\n")  # splitlines knows ten other ends of a line
     if Path(file).suffix != ".jsonl":
         return [line for line in lines if line]
     prompts = []

@@ -9,6 +9,7 @@ The checkers are ours and agree with the published ones, except where those need
                    (published: nltk's punkt model)
   language         fastText's lid.176 (published: langdetect)
   capital words    split at spaces and punctuation (published: nltk's tokenizer, which also divides "DON'T")
+  forbidden words  a text that no letter or digit touches (published: "c++" as a pattern, which also forbids "c")
   letter           any character counts as stated (published: for "!" or "#" a letter is drawn at random)
 Keywords are texts, not patterns, and every checker takes time linear in the reply, which is hostile text.
 """
@@ -81,7 +82,7 @@ def _count(reply: str, text: str) -> int:
 
 
 def _word_in(reply: str, word: str) -> bool:
-    return re.search(rf"\b{re.escape(word)}\b", reply, re.IGNORECASE) is not None
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE) is not None
 
 
 def _paragraphs(reply: str, num_paragraphs: int) -> bool:
