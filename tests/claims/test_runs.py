@@ -120,7 +120,6 @@ def test_dry_run_and_wrong_options(tmp_path):
         (["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"'),
         (unused[0], "--save has no effect with --dry-run"), (unused[1], "--seeds has no effect with --part none"),
         (["--list", *unused[0]], "--save has no effect with --list"),
-        (["--list", "--seeds", "2"], "--seeds has no effect with --list"),
     ):  # fmt: skip
         wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
         assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
@@ -130,23 +129,9 @@ def test_dry_run_and_wrong_options(tmp_path):
 
 
 NUMBERS = (
-    "bpb_unread",
-    "overfit",
-    "copy",
-    "needle_240",
-    "cloze",
-    "maxvio",
-    "information",
-    "information_untrained",
-    "damage",
-    "damage_shuffled",
-    "rise_best_2",
-    "rise_best_4",
-    "rise_random_2",
-    "ref/DACT",
-    "MHA/ref",
-    "ref/ref",
-)
+    "bpb_unread", "overfit", "copy", "needle_240", "cloze", "maxvio", "information", "information_untrained", "damage",
+    "damage_shuffled", "rise_best_2", "rise_best_4", "rise_random_2", "ref/DACT", "MHA/ref", "ref/ref",
+)  # fmt: skip
 
 
 def result(arm: str, seed: int, shape: str = "short", **numbers: float) -> ArmResult:
@@ -205,6 +190,13 @@ def test_one_seed_beside_the_committed_ones():
         assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
         said = "as expected" if agrees else "outside what 95"
         assert said in cards.describe([card]) and said in page._card(card) and "3 runs" in page._card(card)
+    smaller = [result(arm, 1, "nano", bpb=2.0) for arm in ("ref", "MHA")]
+    judged, again, _ = results.evidence("quick", held, smaller)
+    [card] = cards.make(["L6"], judged, again)  # another size is no reason to expect the same value
+    assert card.facts()["parts"][0]["this_run"].keys() == {"value", "size"}
+    said = cards.describe([card]) + page._card(card)
+    assert said.count("network 64 wide, 2 layers, 250K tokens read") == 2
+    assert "as expected" not in said and "outside what" not in said
 
 
 def test_of_two_sources_the_one_with_more_seeds_judges():
@@ -219,9 +211,46 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
     for tier in ("default", "full"):
         judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
         assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.SHOWN
-    more = [result("MHA", seed, bpb=3.0) for seed in (1, 2, 3, 4)]
-    bits = {one.seed: one.metrics["bpb"] for one in results.joined(latent_as_good(), more) if one.arm == "MHA"}
-    assert bits == dict.fromkeys((1, 2, 3, 4), 3.0)
+
+
+def test_the_arms_of_a_seed_come_from_one_source():
+    """Times are compared within a machine, and a control shares the arm that it is compared with."""
+    held, other = latent_as_good(), latent_as_good(seeds=4, change=0.03)
+    [kept] = results.evidence("default", held, [])[0]["L6"].values()
+
+    def found(own: list[ArmResult], held: list[ArmResult] = held) -> Measured | None:
+        return results.evidence("full", held, own)[0].get("L6", {}).get("bpb(ref) / bpb(MHA) - 1")
+
+    mha = [one for one in other if one.arm == "MHA"]
+    died = [ArmResult(**vars(one) | {"metrics": {}, "diverged": "it did not recover"}) for one in mha]
+    for own in (mha, died):
+        assert found(own) == kept and [*results.evidence("default", held, own)[0]["L6"].values()] == [kept]
+    bare = found([one for one in other if one.arm in ("ref", "MHA")])  # without controls: only its fourth seed is new
+    assert bare.values[:3] == kept.values and bare.values[3] > 0.02 and bare.positive == kept.positive
+    assert min(found(other).values) > 0.02
+    assert found(mha, [one for one in held if one.arm != "MHA"]) is None
+
+
+@pytest.mark.parametrize(
+    ("held", "own", "saved"),
+    [
+        ({1: "ref MHA"}, {2: "ref MHA", 3: "ref MHA"}, {1: "", 2: "ref MHA", 3: "ref MHA"}),  # new seeds
+        ({1: "ref MHA"}, {1: "ref", 2: "ref"}, {1: "", 2: "ref"}),  # a part of a seed replaces nothing
+        ({1: "ref MHA"}, {1: "ref MHA", 2: "ref MHA"}, {1: "ref MHA", 2: "ref MHA"}),  # more seeds
+        ({1: "ref"}, {1: "ref MHA"}, {1: "ref MHA"}),  # the whole seed of which there was a part
+        ({1: "ref"}, {1: "MHA"}, {1: "MHA"}),  # its other part
+        ({1: "ref MHA"}, {1: "ref DACT DTOT", 2: "ref"}, {1: "DACT DTOT", 2: "ref"}),  # neither has all arms
+    ],
+)
+def test_saved_seeds_are_whole(held, own, saved):
+    """`saved`: the arms that come from `own`."""
+
+    def made(seeds: dict[int, str], bpb: float) -> list[ArmResult]:
+        return [result(arm, seed, bpb=bpb) for seed, arms in seeds.items() for arm in arms.split()]
+
+    joined = runs.joined(made(held, 2.0), made(own, 3.0))
+    ours = {seed: " ".join(one.arm for one in joined if one.seed == seed and one.metrics["bpb"] == 3) for seed in saved}
+    assert ours == saved and {one.seed for one in joined} == {*held, *own}
 
 
 def test_what_stands_beside_a_rule_changes_no_verdict():
@@ -324,7 +353,7 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
 def test_committed_results_are_of_todays_rules_and_arms():
     read = results.committed()
     assert read.left_out == [] and all(one.metrics or one.diverged for one in read.results)
-    assert results.merged(read.results) == read.results
+    assert len(runs.joined(read.results, [])) == len(read.results), "one result per arm and seed"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

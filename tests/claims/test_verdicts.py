@@ -21,6 +21,7 @@ HOLDS, WEAK, UNCLEAR, FAILS, OPEN = Outcome.HOLDS, Outcome.WEAK, Outcome.UNCLEAR
 GAIN = Part(kind="R", side="above", metric="gain", threshold=0.0, margin=0.1)
 BOUND = Part(kind="R", side="below", metric="harm", threshold=0.25, margin=0.25)
 EQUAL = Part(kind="R", side="equal", metric="gap", threshold=0.0, margin=0.1)
+CONTROLLED = GAIN.model_copy(update={"negative": "nothing"})
 CLEAR = (1.0, 1.1, 0.9)
 
 
@@ -55,6 +56,9 @@ def test_parts_make_a_verdict(outcomes, verdict, of_all):
         (GAIN, Measured(CLEAR, positive=[1.0, -1.0, 0.0]), UNCLEAR),  # the positive control shows no effect
         (GAIN, Measured(CLEAR, negative=CLEAR), UNCLEAR),  # the negative control shows an effect
         (GAIN, Measured(CLEAR, positive=CLEAR, negative=[0.1, -0.1, 0.05]), HOLDS),
+        (CONTROLLED, Measured(CLEAR, negative=[0.1, -0.1, 0.05]), HOLDS),
+        (CONTROLLED, Measured(CLEAR), WEAK),  # its control has not been run
+        (CONTROLLED, Measured(CLEAR, negative=[1.0]), WEAK),  # one seed of it can never show an effect
         (GAIN, Measured(CLEAR, earlier=True), WEAK),  # measured before the rules were fixed
         (GAIN, None, OPEN),
         (GAIN.model_copy(update={"paper": 5.0}), Measured(CLEAR), WEAK),  # less than half the paper's effect

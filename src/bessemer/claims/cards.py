@@ -85,8 +85,8 @@ Results = Mapping[str, Mapping[str, Measured]]
 def make(
     names: Sequence[str], results: Results = MappingProxyType({}), again: Results = MappingProxyType({})
 ) -> list[Card]:
-    """The cards of these claims; computes everything they need, in seconds for all of them. `again`: one seed of a
-    shorter run, which is compared with `results`."""
+    """The cards of these claims; computes everything they need, in seconds for all of them. `again`: one seed of
+    other runs, which is judged by `results` of the same size and only shown beside others."""
     cards = [_card(name, claims()[name], results.get(name), again.get(name, {})) for name in names]
     tested = [
         (place, at) for place, card in enumerate(cards) for at, one in enumerate(card.findings) if one.p is not None
@@ -143,8 +143,8 @@ def _measured(claim: str, one: PartFinding) -> str:
     size = one.size[0] and f", {one.size[0]}"
     beside = ""
     if one.again is not None:
-        agrees = "as expected" if one.again.agrees else "outside what 95 % of such runs give"
-        beside = f"; one more run {phrases.amount(claim, one, one.again.value)[0]}, {agrees}"
+        said = {None: one.again.size[0], True: "as expected", False: "outside what 95 % of such runs give"}
+        beside = f"; one more run {phrases.amount(claim, one, one.again.value)[0]}, {said[one.again.agrees]}"
     value = phrases.amount(claim, one, one.value, one.interval)[0]
     return f"{phrases.metric(claim, one)[0]}: {value}, {runs}{size}: {one.outcome}{beside}"
 

@@ -51,6 +51,7 @@ def decided(claim: str, one: PartFinding) -> Html:
         pieces.append(page.join(word("visible"), both(amount(claim, one, one.visible, signed=False)), by=COLON))
     if one.again is not None:
         agrees = word("agrees" if one.again.agrees else "disagrees")
+        agrees = both(one.again.size) if one.again.agrees is None else agrees
         again = page.join(both(amount(claim, one, one.again.value)), agrees, by=COMMA)
         pieces.append(page.join(word("this_run"), again, by=COLON))
     return page.join(plain(claim, one), page.join(*pieces, by=SEMICOLON), by=COLON)

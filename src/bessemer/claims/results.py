@@ -7,7 +7,6 @@ or from other settings of the arm than today's, are reported and left out.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bessemer.claims import registry, runs
-from bessemer.claims.runs import PARTS, TIERS, ArmJob, ArmResult, Tier, part
+from bessemer.claims.runs import PARTS, TIERS, ArmJob, ArmResult, Tier, joined, part
 from bessemer.claims.verdict import Measured
 from bessemer.errors import UserError
 from bessemer.runs.files import write_atomic, write_json
@@ -96,18 +95,6 @@ def sifted(results: Iterable[ArmResult], where: str) -> Sifted:
     return Sifted(kept, [f"{where}: {', '.join(names)} {why}; left out" for why, names in others.items()])
 
 
-def merged(*several: Sequence[ArmResult]) -> list[ArmResult]:
-    """One result per job: the last one given."""
-    return list({(one.part, one.shape, one.arm, one.seed): one for results in several for one in results}.values())
-
-
-def joined(held: Sequence[ArmResult], own: Sequence[ArmResult]) -> list[ArmResult]:
-    """The seeds of both. A seed that both have comes from the source with more seeds of its arm; on a tie, `held`."""
-    seeds = [Counter((one.part, one.shape, one.arm) for one in results) for results in (held, own)]
-    more = [one for one in own if seeds[1][one.part, one.shape, one.arm] > seeds[0][one.part, one.shape, one.arm]]
-    return merged(own, held, more)
-
-
 def save(results: Sequence[ArmResult], folder: Path) -> list[Path]:
     """Writes PART.json for every part, as in the package, joined with what the files hold; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,8 +124,7 @@ def evidence(
     """(what judges each claim, one seed of this tier's own runs beside it, a sentence for every A/A test that failed).
 
     The package's results judge, unless the own runs add seeds to a metric. A full run's results join the package's."""
-    results = joined(held, own)
-    judged, wrong = runs.best(results), runs.different(results)
+    judged, wrong = runs.best(held, own), runs.different(joined(held, own))
     if tier == "full":
         return judged, {}, wrong
     committed, once = runs.best(held), runs.measured(own, tier, most=1)

@@ -230,13 +230,36 @@ def _runs(results: Sequence[ArmResult], tier: Tier) -> dict[str, Runs]:
     return {name: _of(results, name, shape) for name, shape in shapes(tier).items()}
 
 
-def measured(results: Sequence[ArmResult], tier: Tier, most: int | None = None) -> dict[str, dict[str, Measured]]:
+def joined(held: Sequence[ArmResult], own: Sequence[ArmResult], how: Metric | None = None) -> list[ArmResult]:
+    """The seeds of both sources; with `how`, only the arms that this metric needs. The arms of a seed are compared with
+    each other, so they come from one source: from `held`, unless `own` alone has numbers for all that are compared, or
+    also for more controls or in more runs. Without `how`, arms that only the other source has are added."""
+    sources: list[dict[tuple[str, str, int], dict[str, ArmResult]]] = [{}, {}]
+    for source, results in zip(sources, (held, own), strict=True):
+        for one in results:
+            if how is None or one.arm in how.needs:
+                source.setdefault((one.part, one.shape, one.seed), {})[one.arm] = one
+    found: list[ArmResult] = []
+    for key in dict.fromkeys((*sources[0], *sources[1])):
+        both = [source.get(key, {}) for source in sources]
+        numbers = [{arm for arm, one in arms.items() if not one.diverged} for arms in both]
+        runs = [sum(len(arms) for other, arms in source.items() if other[:2] == key[:2]) for source in sources]
+        compared = set(how.arms) if how else numbers[0] | numbers[1]
+        ranks = [(len(has), n) if has >= compared else (0, 0) for has, n in zip(numbers, runs, strict=True)]
+        first, other = both if ranks[0] >= ranks[1] else both[::-1]
+        found += (first if how else other | first).values()
+    return found
+
+
+def measured(
+    results: Sequence[ArmResult], tier: Tier, most: int | None = None, own: Sequence[ArmResult] = ()
+) -> dict[str, dict[str, Measured]]:
     """{claim: {metric: values over seeds}} for `cards.make`, from the runs of one tier, including what stands beside
-    the rules. `most`: how many seeds count, at most."""
+    the rules. `most`: how many seeds count, at most. `own`: results from another source, `joined` for each metric."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
 
     def note(claim: str, metric: str, how: Metric, name: str, shape: str) -> None:
-        if (values := how.measured(_of(results, name, shape), most)) is not None:
+        if (values := how.measured(_of(joined(results, own, how), name, shape), most)) is not None:
             found[claim][metric] = replace(values, size=part(name).SIZES[shape])
 
     for name, shape in shapes(tier).items():
@@ -258,12 +281,12 @@ def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, li
     return {arm: sorted(claims) for arm, claims in sorted(lacking.items())}
 
 
-def best(results: Sequence[ArmResult]) -> dict[str, dict[str, Measured]]:
+def best(results: Sequence[ArmResult], own: Sequence[ArmResult] = ()) -> dict[str, dict[str, Measured]]:
     """As `measured`, from the largest runs with as many seeds as the rules ask for or, if there are none, from those
     with the most seeds."""
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
     for tier in TIERS:  # from the smallest to the largest
-        for claim, metrics in measured(results, tier).items():
+        for claim, metrics in measured(results, tier, own=own).items():
             for metric, values in metrics.items():
                 n, held = len(values.values), found[claim].get(metric)
                 if held is None or n >= min(rules().seeds, len(held.values)):

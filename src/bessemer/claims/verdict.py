@@ -27,6 +27,7 @@ class Doubt(StrEnum):
     ANYHOW = "anyhow"
     """The negative control shows the effect too."""
     UNCONTROLLED = "uncontrolled"
+    """A control has not been run, or the negative one with fewer seeds than the rules ask for."""
     SMALL = "small"
     EARLIER = "earlier"
     PREDICTED = "predicted"
@@ -70,14 +71,20 @@ class Measured:
 
 
 class Again(NamedTuple):
-    """One more run beside the seeds that decided: its value, and where 95 % of such values fall."""
+    """One more run beside the seeds that decided: its value, and where 95 % of such values fall, unless its size is
+    another."""
 
     value: float
-    expected: Interval
+    expected: Interval | None
+    size: Sequence[str]
 
     @property
-    def agrees(self) -> bool:
-        return self.expected.low <= self.value <= self.expected.high
+    def agrees(self) -> bool | None:
+        return None if self.expected is None else self.expected.low <= self.value <= self.expected.high
+
+    def facts(self) -> dict[str, Any]:
+        judged = {"expected": self.expected, "agrees": self.agrees}
+        return {"value": self.value} | ({"size": self.size[0]} if self.expected is None else judged)
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,7 @@ class PartFinding:
             "smallest_visible_effect": self.visible if self.visible != math.inf else None, "p": self.p,
             "seeds": self.seeds or None, "size": self.size[0] or None, "value": self.value,
             "doubts": self.doubts or None,
-            "this_run": self.again and {"value": self.again.value, "expected": self.again.expected,
-                                        "agrees": self.again.agrees},
+            "this_run": self.again and self.again.facts(),
         }  # fmt: skip
         rule = {} if self.part is None else self.part.model_dump(exclude_defaults=True)
         return {"rule": rule} | {name: value for name, value in made.items() if value is not None}
@@ -249,10 +255,12 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
         outcome = Outcome.UNCLEAR  # the run could not have seen the effect, or its absence
         doubts[Doubt.BLIND] = True
     negative = None if measured.negative is None else over_seeds(measured.negative, rules.confidence)
+    missing = bool(part.positive) and control is None
     if negative is not None and _fires(part, negative):
         outcome = Outcome.UNCLEAR  # what must not show the effect shows it too
         doubts[Doubt.ANYHOW] = True
-    missing = bool(part.positive and control is None) or bool(part.negative and negative is None)
+    elif part.negative and len(measured.negative or ()) < rules.seeds:
+        missing = True  # with one seed it can show no effect
     doubts |= {Doubt.UNCONTROLLED: missing, Doubt.EARLIER: measured.earlier, Doubt.SMALL: _small(part, interval, rules)}
     if outcome is Outcome.HOLDS and (missing or measured.earlier or _small(part, interval, rules)):
         outcome = Outcome.WEAK
@@ -265,15 +273,19 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
 
 
 def again(decided: Measured | None, one: Measured | None, rules: Rules) -> Again | None:
-    """One more run and where it should fall: mean +- t s sqrt(1 + 1/n) of the seeds that decided."""
-    if decided is None or one is None or len(decided.values) < 2:
+    """One more run and where it should fall: mean +- t s sqrt(1 + 1/n) of the seeds that decided, if it is as large."""
+    if decided is None or one is None:
+        return None
+    if one.size != decided.size:
+        return Again(one.values[0], None, one.size)
+    if len(decided.values) < 2:
         return None
     n = len(decided.values)
     middle, reach = (
         statistics.fmean(decided.values),
         smallest_visible(decided.values, rules.confidence) * math.sqrt(n + 1),
     )
-    return Again(one.values[0], Interval(middle, middle - reach, middle + reach))
+    return Again(one.values[0], Interval(middle, middle - reach, middle + reach), one.size)
 
 
 def _side(part: Part, interval: Interval) -> Outcome:
