@@ -115,11 +115,11 @@ def test_dry_run_and_wrong_options(tmp_path):
     lines = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--seeds", "2"])
     [mha] = [line for line in lines.stdout.splitlines() if line.split()[2] == "MHA"]
     assert "2 of 2" in mha and "keys and values of every head" in mha and "0 of them finished" in lines.stdout
-    unused = ["--save", str(tmp_path / "new")], ["--part", "none", "--seeds", "3"]
+    save = ["--save", str(tmp_path / "new")]
     for options, what in (
         (["--quick", "--full"], "two tiers"), (["--part", "pretrian"], 'no part "pretrian"'),
-        (unused[0], "--save has no effect with --dry-run"), (unused[1], "--seeds has no effect with --part none"),
-        (["--list", *unused[0]], "--save has no effect with --list"),
+        (save, "--save has no effect with --dry-run"), (["--list", *save], "--save has no effect with --list"),
+        (["--part", "none", "--seeds", "3"], "--seeds has no effect with --part none"),
     ):  # fmt: skip
         wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
         assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
@@ -206,8 +206,7 @@ def test_of_two_sources_the_one_with_more_seeds_judges():
     assert card.verdict is ClaimVerdict.CONTRADICTED and card.facts()["parts"][0]["seeds"] == 3
     assert not any(again.values())  # seeds that decide are not compared with themselves
     judged, _, _ = results.evidence("default", held, latent_as_good(seeds=1, change=0.03))
-    [card] = cards.make(["L6"], judged)
-    assert card.verdict is ClaimVerdict.PART  # on a tie the committed seeds decide
+    assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.PART  # on a tie the committed seeds decide
     for tier in ("default", "full"):
         judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
         assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.SHOWN
