@@ -14,11 +14,12 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.table import Pair
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.errors import UserError
+from bessemer.hf.hub import write_config
 from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
 from bessemer.plan import layer_kernels as kernels
-from bessemer.plan.cost import ideas, plan_run
+from bessemer.plan.cost import amount, ideas, plan_run
 from bessemer.plan.hardware import (
     Kernels,
     attention_rates,
@@ -291,6 +292,41 @@ def test_every_stage_of_the_recipes_for_gpus_has_its_hours(call):
     assert hours["student-rl"] < 0.8 * hours["dev2"]
 
 
+def test_an_imported_network_has_its_own_size(call, tmp_path):
+    """If its config is not here, or of another family, [model] stands in and the plan says so."""
+    path, base = tmp_path / "mine.toml", preset("v2-lite", n_layers=9)
+    (tmp_path / "base").mkdir()
+    write_config(base, tmp_path / "base")
+    stages = "".join(
+        f'[[stage]]\nkind = "{kind}"\n{keys}\n'
+        for kind, keys in (
+            ("import", 'model = "{model}"'),
+            ("rl", 'from = "import"\ntasks = ["arithmetic"]\nrollouts = 2'),
+            ("reject", 'from = "rl"\ntasks = ["arithmetic"]\nproblems = 8'),
+            ("sft", 'from = "import"\nsamples = ["reject"]\nlr = 1e-4\nlr_final = 1e-5\nrow_length = 512'),
+            ("eval", 'models = ["import"]\ntasks = ["arithmetic"]\nproblems = 8'),
+        )
+    )
+
+    def plan(model, table="", *more):
+        path.write_text('name = "mine"\n' + table + stages.replace("{model}", model))
+        return call(path, "--cluster", "1xH200", *more)
+
+    own = plan("base")
+    assert f"mine: {amount(accounting.main_params(base))} parameters" in own.out and "as if" not in own.out
+    assert " tokens\n" not in own.out.splitlines()[0] + "\n", "it pre-trains on none"
+    fewer = json.loads(plan("base", "", "--set", "model.n_layers=4", "--json").out)
+    assert fewer["params_total"] < accounting.main_params(base) and not fewer["as_if_model"]
+    unit = json.loads(plan("base", "", "--json").out)
+    alike = json.loads(plan("hf://own/name", '[model]\npreset = "v2-lite"\nn_layers = 9\n', "--json").out)
+    assert alike["as_if_model"] and all("as if its model were [model]" in row["work"] for row in alike["stages"])
+    assert [row["gpu_hours"] for row in alike["stages"]] == pytest.approx([row["gpu_hours"] for row in unit["stages"]])
+    assert "mine, as if its model were [model]: " in plan("hf://own/name", '[model]\npreset = "v2-lite"\n').out
+    refused = plan("hf://own/name").err
+    assert 'stage "import"' in refused and "--set model.preset=v2-lite" in refused and refused.count("\n") == 1
+    assert "mine, as if" in plan("package:smollm2-135m", "", "--set", "model.preset=v2-lite").out
+
+
 def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     """R1's own sampler used drafts, so only the audit of its published cost counts drafts."""
     plan, recipe = plan_run(V3, OWN, 1e12, lambda tokens: 15360), Recipe.load(ROOT / "recipes/tiny.toml")
@@ -327,6 +363,7 @@ def test_a_critic_costs_another_network_s_updates_and_values():
         (("v3", "--cluster", "0xH800"), "at least one device"),
         (("moonlight", "--cluster", "8xH100"), "no budget"),
         (("tiny", "--cluster", "8xH100"), "name the recipe, builtin:tiny"),
+        (("smollm2", "--cluster", "1xH100"), "--set model.preset=v2-lite"),
         (("v3", "--cluster", "2048xH800", "--set", "layout.pp=7"), "these fit"),
         (("v3",), "--cluster"),
         ((), "nothing to plan"),

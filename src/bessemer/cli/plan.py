@@ -90,7 +90,7 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     from bessemer.plan.cost import plan_run
     from bessemer.plan.hardware import parse_cluster
     from bessemer.plan.search import search as best_layouts
-    from bessemer.plan.stage_costs import stage_costs
+    from bessemer.plan.stage_costs import AS_IF, stage_costs
 
     given = plan_config.parse(settings)
     name, cfg, config, recipe = plan_config.resolve(target, given)
@@ -112,13 +112,16 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
     ideas = worth(made)
     stages, served = stage_costs(made, recipe), inference.cheapest_unit(setup.shape, setup.device, setup.fp8)
     offer = None if served is None else served.facts(price)
+    as_if = recipe is not None and plan_config.planned(recipe) is None
+    title = name + AS_IF * as_if
     if html is not None:
         from bessemer.report import plan_page
 
-        write_page(html, plan_page.document(name, made, ideas))
+        write_page(html, plan_page.document(title, made, ideas))
     if as_json:
         facts = made.facts() | {"name": name, "without": ideas, "serving": offer}
-        facts |= {"stages": [cost.facts() for cost in stages]} if recipe is not None else {}
+        if recipe is not None:
+            facts |= {"as_if_model": as_if, "stages": [cost.facts() for cost in stages]}
         if result is not None:
             facts |= {"considered": result.considered, "runners_up": [one.facts() for one in result.candidates[1:]],
                       "refused": dict(result.rejected)}  # fmt: skip
@@ -126,7 +129,7 @@ def _cost(target: str, on: str | None, settings: list[str], search: bool, html: 
         return
     if result is not None:
         print(render.describe_search(result) + "\n")
-    print(render.describe(name, made, ideas, stages, offer))
+    print(render.describe(title, made, ideas, stages, offer))
     if html is not None:
         print(html)
 

@@ -10,11 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
+from bessemer.config import places
 from bessemer.config.builtin import PREFIX, builtin_recipes
-from bessemer.config.data import CorpusConfig
+from bessemer.config.data import CorpusConfig, ImportConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
-from bessemer.config.table import nearest
+from bessemer.config.table import StageConfig, nearest
 from bessemer.config.training import PretrainConfig
 from bessemer.dist import mesh, schedules
 from bessemer.dist.mesh import Layout
@@ -23,6 +24,7 @@ from bessemer.model.config import PRESETS, ModelConfig, preset
 from bessemer.model.layer import PHASES
 from bessemer.plan.hardware import ClusterSpec, read_toml
 from bessemer.plan.training_setup import IN_STEP, ModelShape, Setup, imbalance
+from bessemer.train import lineage
 from bessemer.train.setup import model_config
 
 SEARCHED = ("pp", "ep", "dp", "schedule", "recompute", "micro_rows", "precision")
@@ -235,7 +237,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
 
 def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig, Recipe | None]:
     """(name, network, config, recipe or None) of a preset or a recipe's path, with the user's options over its own;
-    UserError if `name` is neither."""
+    UserError if `name` is neither, or its network is unknown."""
     if name in PRESETS:
         return name, preset(name, **given.model), given.over(published(name)), None
     path = Path(name)
@@ -243,8 +245,31 @@ def resolve(name: str, given: PlanConfig) -> tuple[str, ModelConfig, PlanConfig,
         known = nearest(name, [*{*PRESETS, *builtin_recipes()}])
         raise UserError(f'no model or recipe "{name}": {known} (or the path of a recipe, such as my.toml)')
     recipe = Recipe.load(name)
-    settings, cfg, length = pretraining(recipe, given.model)
+    with places.of_recipe(recipe.folder):
+        base = _imported(recipe)
+        default = recipe.model == Recipe.model_fields["model"].get_default(call_default_factory=True)
+        if base is not None and planned(recipe) is None and default and not given.model:
+            raise UserError(
+                f'recipe "{recipe.name}": stage "{base.name}" imports a network of unknown shape; plan with a similar '
+                "one of V3's family, such as --set model.preset=v2-lite"
+            )
+        settings, cfg, length = pretraining(recipe, given.model)
     return recipe.name, cfg, given.over(of_recipe(recipe, settings, length)), recipe
+
+
+def _imported(recipe: Recipe) -> ImportConfig | None:
+    """The first stage that imports a model."""
+    return next((stage for stage in recipe.stages if isinstance(stage, ImportConfig)), None)
+
+
+def planned(recipe: Recipe) -> StageConfig | None:
+    """The stage that the planned network begins in: pre-training or, without it, the first import, if it is of V3's
+    family and on this machine. None: the plan is of the recipe's [model]."""
+    if (settings := next(begun(recipe), None)) is not None:
+        return settings
+    base = _imported(recipe)
+    with places.of_recipe(recipe.folder):
+        return None if base is None or lineage.config_of(recipe, base.name) is None else base
 
 
 def begun(recipe: Recipe) -> Iterator[PretrainConfig]:
@@ -265,14 +290,17 @@ def pretraining(
 def pretraining(
     recipe: Recipe, model: dict[str, Any] | None = None, needed_for: str = ""
 ) -> tuple[PretrainConfig | None, ModelConfig, int]:
-    """(pre-training stage or None, network with the changes `model`, tokens per sequence) of a recipe. `needed_for`:
-    the option named in the UserError for a recipe without pre-training; empty: no error."""
+    """(pre-training stage or None, planned network with the changes `model`, tokens per sequence) of a recipe.
+    `needed_for`: the option named in the UserError for a recipe without pre-training; empty: no error."""
     settings = next(begun(recipe), None)
     if settings is None and needed_for:
         raise UserError(
             f'recipe "{recipe.name}": {needed_for} pre-training, but no "pretrain" stage starts from random weights'
         )
-    cfg = model_config(recipe, (settings.model if settings else {}) | (model or {}))
+    changes = (settings.model if settings else {}) | (model or {})
+    first = planned(recipe)
+    own = lineage.config_of(recipe, first.name) if isinstance(first, ImportConfig) and "preset" not in changes else None
+    cfg = model_config(recipe, changes) if own is None else ModelConfig.make(own.model_dump() | changes)
     corpus = next((stage for stage in recipe.stages if isinstance(stage, CorpusConfig)), None)
     return settings, cfg, _longest_row(recipe, cfg) if corpus is None else corpus.row_length
 

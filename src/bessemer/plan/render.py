@@ -45,8 +45,8 @@ def describe(
 def _run(name: str, plan: RunPlan) -> list[str]:
     setup, cfg, device = plan.setup, plan.cfg, plan.setup.device
     lines = [
-        f"{name}: {amount(accounting.main_params(cfg))} parameters, {amount(accounting.active_params(cfg))} per token, "
-        f"{amount(plan.tokens)} tokens",
+        f"{name}: {amount(accounting.main_params(cfg))} parameters, {amount(accounting.active_params(cfg))} per token"
+        + (f", {amount(plan.tokens)} tokens" if plan.tokens else ""),
         f"{plan.gpus:,} {device.name}, {setup.layout}, {setup.schedule}, {setup.micro} micro-batches of {setup.rows} x "
         f"{setup.length:,} tokens per step, {'FP8' if setup.fp8 else 'BF16'}",
     ]

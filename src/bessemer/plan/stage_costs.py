@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bessemer.config import places
 from bessemer.config.data import RejectConfig
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
@@ -22,12 +23,15 @@ from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.eval import n_problems
 from bessemer.plan.cost import RunPlan, amount
 from bessemer.plan.inference import RolloutTime, rollout_time
-from bessemer.plan.plan_config import begun
+from bessemer.plan.plan_config import begun, planned
 from bessemer.plan.training_setup import ModelShape
 from bessemer.train import lineage, setup
 
 NO_GPU = ("corpus", "import", "examples")
 """Kinds of stages without work for a GPU."""
+
+
+AS_IF = ", as if its model were [model]"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class StageCost:
 
 def stage_costs(plan: RunPlan, recipe: Recipe | None) -> list[StageCost]:
     """The cost of each stage that uses GPUs, in order; none without a recipe. RL's sampler does not use MTP drafts."""
-    return [] if recipe is None else [cost for stage in recipe.stages if (cost := _cost(plan, recipe, stage))]
+    if recipe is None:
+        return []
+    with places.of_recipe(recipe.folder):
+        return [cost for stage in recipe.stages if (cost := _cost(plan, recipe, stage))]
 
 
 def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None:
@@ -68,7 +75,8 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
     if isinstance(stage, RejectConfig):
         answers = stage.problems * stage.samples
         hours = _answers(plan, recipe, stage.source, answers, stage.max_new_tokens)
-        return StageCost(stage.name, stage.kind, hours, f"{amount(answers)} answers")
+        work = f"{amount(answers)} answers{_as_if(recipe, stage.source)}"
+        return StageCost(stage.name, stage.kind, hours, work)
     if isinstance(stage, EvalConfig):
         try:
             problems = n_problems(stage)
@@ -76,12 +84,15 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
             return StageCost(stage.name, stage.kind, 0.0, f"not counted: {error}")
         each = problems * stage.samples * len(stage.temperatures)
         hours = sum(_answers(plan, recipe, name, each, stage.max_new_tokens) for name in stage.models)
-        return StageCost(stage.name, stage.kind, hours, f"{amount(each * len(stage.models))} answers")
+        work = f"{amount(each * len(stage.models))} answers{_as_if(recipe, *stage.models)}"
+        return StageCost(stage.name, stage.kind, hours, work)
     # the stage's own first estimate, turned from this machine's seconds into tokens of the plan's network
-    tokens = find_kind(stage.kind)().estimate(stage, recipe) / setup.estimate_seconds(recipe, 1.0)
+    first = planned(recipe)
+    one = lineage.estimate_seconds(recipe, first.name, 1.0) if first else setup.estimate_seconds(recipe, 1.0)
+    tokens = find_kind(stage.kind)().estimate(stage, recipe) / one
     work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
     if tokens and lineage.training_flops(recipe, stage.name, plan.setup.length) is None:
-        work += ", as if its model were [model]"
+        work += AS_IF
     return StageCost(stage.name, stage.kind, tokens / plan.rate / 3600, work)
 
 
@@ -92,7 +103,7 @@ def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
     critic = stage.advantage == "critic"
     by_cap = {cap: _rollout(plan, recipe, stage.name, answers, cap, rate, critic) for cap in set(caps)}
     hours = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600
-    work = f"{stage.rollouts} rollouts of {amount(answers)} answers"
+    work = f"{stage.rollouts} rollouts of {amount(answers)} answers{_as_if(recipe, stage.name)}"
     return StageCost(stage.name, stage.kind, hours, work, by_cap[caps[-1]])
 
 
@@ -114,9 +125,14 @@ def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:
     return plan.setup.shape.flops(length) / _shape(plan, recipe, name).flops(length)
 
 
+def _as_if(recipe: Recipe, *names: str | None) -> str:
+    """Says that a stage is priced with [model], because nothing here tells the shape of one of its models."""
+    return AS_IF if any(name and lineage.config_of(recipe, name) is None for name in names) else ""
+
+
 def _shape(plan: RunPlan, recipe: Recipe, name: str | None) -> ModelShape:
     """The network of `name`: the plan's, unless it began in another stage and the recipe gives its config."""
-    if lineage.origin(recipe, name) is next(begun(recipe), None):
+    if lineage.origin(recipe, name) is planned(recipe):
         return plan.setup.shape
     cfg = lineage.config_of(recipe, name)
     return plan.setup.shape if cfg is None else ModelShape.of(cfg)

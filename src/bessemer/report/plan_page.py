@@ -20,7 +20,8 @@ def document(name: str, plan: RunPlan, ideas: Mapping[str, Any]) -> str:
     setup = plan.setup
     lead = (
         f"{amount(accounting.main_params(plan.cfg))} parameters, {amount(accounting.active_params(plan.cfg))} per token"
-        f"; {amount(plan.tokens)} tokens; {setup.layout}; {setup.schedule}; {'FP8' if setup.fp8 else 'BF16'}. "
+        f"{f'; {amount(plan.tokens)} tokens' if plan.tokens else ''}; {setup.layout}; {setup.schedule}; "
+        f"{'FP8' if setup.fp8 else 'BF16'}. "
         f"Bound by {plan.bound}."
     )
     gantt = Html(f'<div class="scroll">{as_svg(plan.step.table, plan.step.timeline, width=1800, row=22)}</div>')
