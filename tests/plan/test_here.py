@@ -32,6 +32,32 @@ def test_planned_beside_measured(tmp_path):
     assert longer.stages["pretrain"] > 32_000_000 / rate > 0
 
 
+def test_each_way_to_train_is_measured_once(monkeypatch):
+    """Short sums in FP8 took 33 times as long as BF16, and every stage was planned at the rate of the first."""
+    trained, rates = [], {"off": 1000.0, "short-sums": 40.0}
+
+    def training_rate(model, settings, length, seconds):
+        trained.append((model.cfg.dim, settings.fp8, settings.precision, settings.optimizer))
+        assert (model.layers[0].fp8 is None) == (settings.fp8 == "off")
+        return rates[settings.fp8] / model.cfg.dim
+
+    monkeypatch.setattr("bessemer.plan.estimate.training_rate", training_rate)
+    recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "zero.rollouts=1"])
+    base, zero = recipe.stage("pretrain"), recipe.stage("zero")
+    others = {"again": {}, "short": {"fp8": "short-sums"}, "wide": {"model": {"dim": 64}}}
+    more = [base.model_copy(update={"name": name, **keys}) for name, keys in others.items()]
+    more.append(zero.model_copy(update={"name": "wide-zero", "source": "wide"}))
+    found = estimate(recipe.model_copy(update={"stages": [*recipe.stages, *more]}), seconds=0.02)
+    assert found.stages["again"] == found.stages["pretrain"] < found.stages["wide"] < found.stages["short"] / 8
+    assert trained == [
+        (32, "off", "float32", "muon"), (32, "off", "auto", "adamw"), (32, "short-sums", "float32", "muon"),
+        (64, "off", "float32", "muon"), (64, "off", "auto", "adamw"),
+    ]  # fmt: skip
+    assert found.rates["training_tokens_per_second"] == 1000 / 32
+    assert found.rates["training_tokens_per_second_of_short"] == 40 / 32
+    assert "decoding_tokens_per_second_of_wide-zero" in found.rates and "of_again" not in str(found.rates)
+
+
 def test_a_recipe_without_pre_training():
     with pytest.raises(UserError, match="--here measures pre-training"):
         estimate(Recipe.load(RECIPES / "r1-paper.toml"))

@@ -1,14 +1,16 @@
 """How long a recipe takes on this machine, from a few seconds of measurement (`bessemer plan RECIPE --here`).
 
-Measured: optimizer steps of pre-training, held-out forward passes, and decoding with a network of that shape. Assumed:
-the length of answers (half of their cap) and the time of a corpus stage. If the run exists, planned times are compared
-with those it measured.
+Measured: optimizer steps on rows of pre-training, once for every network, precision, FP8, optimizer and micro-batch
+that a stage trains with; held-out forward passes and decoding with networks of those shapes. Assumed: the length of
+answers (half of their cap) and the time of a corpus stage. If the run exists, planned times are compared with those it
+measured.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
-from bessemer.config.training import PretrainConfig
+from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.config.units import show_seconds
 from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
@@ -35,7 +37,7 @@ from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
 from bessemer.tasks.arithmetic import Arithmetic
-from bessemer.train import objective, setup
+from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import Trainer
 
 ANSWER = 0.5
@@ -80,29 +82,75 @@ class LocalEstimate:
 
 def estimate(recipe: Recipe, seconds: float = 8.0, run: Path | None = None) -> LocalEstimate:
     """`seconds`: of each measurement; `run`: directory to compare with, if it exists. Needs a pre-training stage."""
-    settings, cfg, length = pretraining(recipe, needed_for="--here measures")
-    model = Transformer(cfg).initialise(recipe.seed).to(setup.device())
-    if settings.fp8 != "off":
-        model.set_fp8(FP8_RECIPES[settings.fp8])
+    settings, _, length = pretraining(recipe, needed_for="--here measures")
     setup.keep_memory()
-    flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
-    compiled = settings.fp8 == "off" and setup.want_compile(settings.compile, flops)
-    if compiled:
-        setup.compile_layers(model)
-    rates = {"training_tokens_per_second": training_rate(model, settings, length, seconds)}
-    rates["held_out_tokens_per_second"] = _held_out(model, length, seconds / 3)
-    if any(stage.kind in ("rl", "eval", "reject") for stage in recipe.stages):
-        rates["decoding_tokens_per_second"] = _decoding(model, seconds)
-    stages = {stage.name: _stage(stage, recipe, rates, length) for stage in recipe.stages}
+    rates = _Rates(recipe, settings, length, seconds)
+    stages = {stage.name: _stage(stage, recipe, rates) for stage in recipe.stages}
     measured = {}
     for _, name, folder in stage_folders(run) if run is not None and run.is_dir() else ():
         if (done := read_json(folder / "done.json")) is not None:
             measured[name] = done["seconds"]
     notes = (
         f"answers of {100 * ANSWER:.0f} % of their cap; {CORPUS:.0f} s for a corpus, not measured",
-        "the machine as busy as it was while measuring" + ("; layers compiled" if compiled else ""),
+        "the machine as busy as it was while measuring" + ("; layers compiled" if rates.compiled else ""),
     )
-    return LocalEstimate(stages, rates, measured, notes)
+    return LocalEstimate(stages, rates.shown, measured, notes)
+
+
+class _Rates:
+    """Tokens per second on this machine: stages that share what a rate depends on share one measurement."""
+
+    def __init__(self, recipe: Recipe, first: PretrainConfig, length: int, seconds: float):
+        self.recipe, self.first, self.length, self.seconds = recipe, first, length, seconds
+        self.shown: dict[str, float] = {}
+        self.compiled = False
+        self._found: dict[tuple[object, ...], float] = {}
+
+    def base(self, name: str) -> PretrainConfig:
+        """The stage whose network the model of `name` has; the first pre-training for an imported one."""
+        origin = lineage.origin(self.recipe, name)
+        return origin if isinstance(origin, PretrainConfig) else self.first
+
+    def training(self, stage: OptimizerConfig) -> float:
+        settings = stage if isinstance(stage, PretrainConfig) else self.base(stage.name)
+        own = {key: getattr(stage, key) for key in ("fp8", "precision", "optimizer")}
+        settings = settings.model_copy(update=own | ({} if settings is stage else {"compile": "off"}))
+        dtype = setup.choose_precision(settings.precision).dtype
+        key = (settings.fp8, dtype, settings.micro_rows, settings.optimizer)
+
+        def measure(model: Transformer) -> float:
+            return training_rate(model, settings, self.length, self.seconds)
+
+        return self._once("training", stage.name, key, measure, settings)
+
+    def held_out(self, stage: PretrainConfig) -> float:
+        def measure(model: Transformer) -> float:
+            return _held_out(model, self.length, self.seconds / 3)
+
+        return self._once("held_out", stage.name, (), measure, stage)
+
+    def decoding(self, name: str) -> float:
+        return self._once("decoding", name, (), lambda model: _decoding(model, self.seconds))
+
+    def _once(
+        self, what: str, name: str, key: tuple[object, ...], measure: Callable[[Transformer], float],
+        settings: PretrainConfig | None = None,
+    ) -> float:  # fmt: skip
+        """The rate of the network of `name`, measured with this `key`; `settings`: of the stage that runs it."""
+        cfg = setup.model_config(self.recipe, self.base(name).model)
+        if (key := (what, cfg, *key)) not in self._found:
+            model = Transformer(cfg).initialise(self.recipe.seed).to(setup.device())
+            if settings is not None and settings.fp8 != "off":
+                model.set_fp8(FP8_RECIPES[settings.fp8])
+            elif settings is not None:
+                flops = settings.tokens * flops_per_token(cfg, self.length, mtp=cfg.n_mtp > 0).training
+                if setup.want_compile(settings.compile, flops):
+                    setup.compile_layers(model)
+                    self.compiled = True
+            self._found[key] = measure(model)
+            shown = f"{what}_tokens_per_second"
+            self.shown[f"{shown}_of_{name}" if shown in self.shown else shown] = self._found[key]
+        return self._found[key]
 
 
 def training_rate(model: Transformer, settings: PretrainConfig, length: int, seconds: float) -> float:
@@ -168,24 +216,27 @@ def _decoding(model: Transformer, seconds: float) -> float:
         tokens = min(2 * tokens, model.cfg.max_seq_len - 41)
 
 
-def _stage(stage: StageConfig, recipe: Recipe, rates: dict[str, float], length: int) -> float:
-    train, decode = rates["training_tokens_per_second"], rates.get("decoding_tokens_per_second", 1.0)
+def _stage(stage: StageConfig, recipe: Recipe, rates: _Rates) -> float:
     if isinstance(stage, CorpusConfig):
         return CORPUS
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         evaluations = 1 + stage.tokens // stage.validate_every
-        held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * length / rates["held_out_tokens_per_second"]
-        return stage.tokens / train + held_out / setup.workers().n
+        held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * rates.length / rates.held_out(stage)
+        return stage.tokens / rates.training(stage) + held_out / setup.workers().n
     if isinstance(stage, RLConfig):
         samples = stage.rollouts * stage.prompts_per_rollout * stage.samples
         evaluations = 2 + stage.rollouts // stage.eval_every
         asked = evaluations * stage.eval_problems * 4 * len(stage.tasks)
         mean = ANSWER * sum(stage.max_new_tokens.values) / len(stage.max_new_tokens.values)
         # the log-probabilities of the policy and of the reference each take a forward pass
-        return (samples + asked) * mean / decode + samples * mean * (1 + 2 / 3) / train
+        passes = 1 + 2 / 3
+        return (samples + asked) * mean / rates.decoding(stage.name) + samples * mean * passes / rates.training(stage)
     if isinstance(stage, EvalConfig):
-        answers = len(stage.models) * len(stage.temperatures) * n_problems(stage) * stage.samples
-        return answers * ANSWER * stage.max_new_tokens / decode
-    # the initial guess of the progress bar, scaled by its error for pre-training
-    guess = find_kind(stage.kind)().estimate(stage, recipe)
-    return guess / setup.estimate_seconds(recipe, train)
+        answers = len(stage.temperatures) * n_problems(stage) * stage.samples
+        return sum(answers * ANSWER * stage.max_new_tokens / rates.decoding(name) for name in stage.models)
+    # the initial guess of the progress bar, scaled by its error for training with the stage's settings
+    if not (guess := find_kind(stage.kind)().estimate(stage, recipe)):
+        return 0.0
+    base = rates.base(stage.name)
+    rate = rates.training(stage if isinstance(stage, OptimizerConfig) else base)
+    return guess / lineage.estimate_seconds(recipe, base.name, rate)
