@@ -14,6 +14,8 @@ from bessemer.model.config import preset
 from bessemer.pipeline.conformance import rows
 from bessemer.plan import dry_run, plan_config
 from bessemer.plan.hardware import parse_cluster
+from bessemer.plan.render import describe_search
+from bessemer.plan.search import search
 from bessemer.plan.step_time import step_time
 
 V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
@@ -81,6 +83,12 @@ def test_the_planner_prices_it():
     whole = plan_config.setup(replace(config, cp=1), cfg, parse_cluster("2048xH800"))
     assert made.layout.cp == made.cp == 2 and made.tokens == whole.tokens // 2
     assert made.step_tokens == whole.step_tokens and step_time(made).seconds > 0.5 * step_time(whole).seconds
+    best = search(cfg, replace(config, pp=8, ep=64, schedule="1f1b", micro_rows=1), parse_cluster("2048xH800"))
+    layout = best.candidates[0].setup.layout
+    assert (layout.cp, layout.dp, best.candidates[0].facts()["cp"]) == (2, 2, 2)
+    assert "  cp" in describe_search(best) and f"{8:>4}{64:>5}{2:>5}{2:>4}" in describe_search(best)
+    with pytest.raises(UserError, match="these fit"):
+        search(cfg, replace(config, pp=8, ep=64, cp=3), parse_cluster("2048xH800"))
 
 
 def test_a_recipe_without_pre_training():

@@ -201,8 +201,24 @@ def test_settings_by_hand():
     made = plan_config.setup(want.over(plan_config.published("v3")), V3, parse_cluster("2048xH800"))
     assert (made.layout, made.fp8, made.recompute) == (Layout(8, 8, 32), False, ("attend",))
     assert made.micro == 8192 // 256 and want.tokens == 2.5e12
+    small = replace(want, batch=((0.0, 400.0),), micro_rows=4)
+    few = plan_config.setup(small, V3, parse_cluster("2048xH800"))
+    assert (few.rows, few.micro) == (1, 1), "a step takes smaller micro-batches if its batch has no whole one"
     assert plan_config.parse(["model.n_mtp=0"]).model == {"n_mtp": 0}
-    for wrong in ("pp=0", "layout.pp=x", "pq=3", "precision=int4", "tokens=-1", "mtp=2", "recompute=all", "batch"):
+    for wrong in (
+        "pp=0",
+        "layout.pp=x",
+        "pq=3",
+        "precision=int4",
+        "tokens=-1",
+        "mtp=2",
+        "recompute=all",
+        "batch",
+        "in_step=inf",
+        "tokens=inf",
+        "usd=1e999",
+        "model.dim=inf",
+    ):
         with pytest.raises(UserError, match="--set"):
             plan_config.parse([wrong])
 
@@ -297,19 +313,16 @@ def test_an_imported_network_has_its_own_size(call, tmp_path):
     path, base = tmp_path / "mine.toml", preset("v2-lite", n_layers=9)
     (tmp_path / "base").mkdir()
     write_config(base, tmp_path / "base")
-    stages = "".join(
-        f'[[stage]]\nkind = "{kind}"\n{keys}\n'
-        for kind, keys in (
-            ("import", 'model = "{model}"'),
-            ("rl", 'from = "import"\ntasks = ["arithmetic"]\nrollouts = 2'),
-            ("reject", 'from = "rl"\ntasks = ["arithmetic"]\nproblems = 8'),
-            ("sft", 'from = "import"\nsamples = ["reject"]\nlr = 1e-4\nlr_final = 1e-5\nrow_length = 512'),
-            ("eval", 'models = ["import"]\ntasks = ["arithmetic"]\nproblems = 8'),
-        )
-    )
+    stages = """
+        [[stage]]\nkind = "import"\nmodel = "MODEL"
+        [[stage]]\nkind = "rl"\nfrom = "import"\ntasks = ["arithmetic"]\nrollouts = 2
+        [[stage]]\nkind = "reject"\nfrom = "rl"\ntasks = ["arithmetic"]\nproblems = 8
+        [[stage]]\nkind = "sft"\nfrom = "import"\nsamples = ["reject"]\nlr = 1e-4\nlr_final = 1e-5\nrow_length = 512
+        [[stage]]\nkind = "eval"\nmodels = ["import"]\ntasks = ["arithmetic"]\nproblems = 8
+    """
 
     def plan(model, table="", *more):
-        path.write_text('name = "mine"\n' + table + stages.replace("{model}", model))
+        path.write_text('name = "mine"\n' + table + stages.replace("MODEL", model))
         return call(path, "--cluster", "1xH200", *more)
 
     own = plan("base")
@@ -317,10 +330,10 @@ def test_an_imported_network_has_its_own_size(call, tmp_path):
     assert " tokens\n" not in own.out.splitlines()[0] + "\n", "it pre-trains on none"
     fewer = json.loads(plan("base", "", "--set", "model.n_layers=4", "--json").out)
     assert fewer["params_total"] < accounting.main_params(base) and not fewer["as_if_model"]
-    unit = json.loads(plan("base", "", "--json").out)
+    own = json.loads(plan("base", "", "--json").out)
     alike = json.loads(plan("hf://own/name", '[model]\npreset = "v2-lite"\nn_layers = 9\n', "--json").out)
     assert alike["as_if_model"] and all("as if its model were [model]" in row["work"] for row in alike["stages"])
-    assert [row["gpu_hours"] for row in alike["stages"]] == pytest.approx([row["gpu_hours"] for row in unit["stages"]])
+    assert [row["gpu_hours"] for row in alike["stages"]] == pytest.approx([row["gpu_hours"] for row in own["stages"]])
     assert "mine, as if its model were [model]: " in plan("hf://own/name", '[model]\npreset = "v2-lite"\n').out
     refused = plan("hf://own/name").err
     assert 'stage "import"' in refused and "--set model.preset=v2-lite" in refused and refused.count("\n") == 1
@@ -373,6 +386,11 @@ def test_a_critic_costs_another_network_s_updates_and_values():
         (("--schedule", "zbv", "--set", "tokens=1T"), "--set has no effect on --schedule"),
         (("v3", "--cluster", "8xH100", "--svg", "x.svg"), "--svg has no effect"),
         (("v3", "--audit", "deepseek-v3"), "both"),
+        (("v3", "--cluster", "8xH100", "--pp", "4"), "use --set layout.pp=4"),
+        (("--audit", "deepseek-v3", "--micro", "8"), "--micro has no effect on --audit"),
+        (("v3", "--cluster", "8xH100", "--costs", "1,1,1"), "--costs has no effect on a model or recipe"),
+        (("--audit", "deepseek-v3", "--draws", "20", "--seed", "-1"), "--seed"),
+        (("v3", "--cluster", "2048xH800", "--set", "batch=64"), "raise batch to at least 128"),
         (("--audit", "deepsek"), "did you mean deepseek-v3"),
         (("recipes/none.toml", "--cluster", "8xH100"), "no recipe"),
     ],

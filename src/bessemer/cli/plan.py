@@ -33,15 +33,17 @@ def plan(
                                               "deepseek-v3.")] = None,
     draws: Annotated[int | None, typer.Option(metavar="N", help="With --audit: draw the uncertain inputs N times (400 "
                                               "is usual), and say how likely the published cost is.")] = None,
-    seed: Annotated[int | None, typer.Option(help="With --draws: their seed. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --draws: their seed. Default: 0.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="Show only a pipeline schedule: gpipe, 1f1b, "
                                                  "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
-    pp: Annotated[int, typer.Option("--pp", metavar="P", help="With --schedule: pipeline ranks.")] = 4,
-    micro: Annotated[int, typer.Option("--micro", metavar="M", help="With --schedule: micro-batches per step.")] = 8,
-    costs: Annotated[str, typer.Option(metavar="F,I,W[,F&B]", help="With --schedule: times of a stage's forward, input "
-                                       "gradients, weight gradients, and of an overlapped pair (default: the "
-                                       "sum).")] = "1,1,1",
+    pp: Annotated[int | None, typer.Option("--pp", metavar="P", help="With --schedule: pipeline ranks. "
+                                           "Default: 4.")] = None,
+    micro: Annotated[int | None, typer.Option("--micro", metavar="M", help="With --schedule: micro-batches per step. "
+                                              "Default: 8.")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="F,I,W[,F&B]", help="With --schedule: times of a stage's "
+                                              "forward, input gradients, weight gradients, and of an overlapped pair "
+                                              "(without it: the sum). Default: 1,1,1.")] = None,
     svg: Annotated[Path | None, typer.Option(help="With --schedule: write its chart to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -61,11 +63,13 @@ def plan(
     idle = {} if target and not here else costing
     idle |= {} if here else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
-    idle |= {} if schedule else {"--svg": svg}
+    timed: dict[str, object] = {"--pp": pp, "--micro": micro, "--costs": costs, "--svg": svg}
+    idle |= {} if schedule else {name: value is not None for name, value in timed.items()}
     idle |= {} if audit else {"--draws": draws is not None}
     idle |= {} if draws is not None else {"--seed": seed is not None}
     if given := [name for name, value in idle.items() if value]:
-        raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; leave it out")
+        mend = f"use --set layout.pp={pp}" if given[0] == "--pp" and target and not here else "leave it out"
+        raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; {mend}")
     if schedule is not None:
         _schedule(schedule, pp, micro, costs, svg, as_json)
     elif audit is not None and draws is not None:
@@ -148,12 +152,14 @@ def _here(target: str, overrides: list[str], run: Path | None, as_json: bool) ->
         print(prediction.describe())
 
 
-def _schedule(name: str, pp: int, micro: int, costs: str, svg: Path | None, as_json: bool) -> None:
+def _schedule(
+    name: str, pp: int | None, micro: int | None, costs: str | None, svg: Path | None, as_json: bool
+) -> None:  # fmt: skip
     from bessemer.dist.schedules import schedule as table_of
     from bessemer.dist.timeline import as_svg, as_text, label, simulate, summary
 
-    table = table_of(name, pp, micro)
-    timeline = simulate(table, _costs(costs))
+    table = table_of(name, 4 if pp is None else pp, 8 if micro is None else micro)
+    timeline = simulate(table, _costs("1,1,1" if costs is None else costs))
     if svg is not None:
         write_page(svg, as_svg(table, timeline))
     if as_json:

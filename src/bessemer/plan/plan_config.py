@@ -4,6 +4,7 @@ run or a recipe, checked and turned into a `Setup`, or one clear error."""
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -143,7 +144,7 @@ def _number(setting: str, text: str, kind: type[int] | type[float]) -> float:
         value: float = kind(text)
     except ValueError:
         value = float("nan")
-    if (not value > 0 and kind is not float) or value != value:
+    if (not value > 0 and kind is not float) or not math.isfinite(value):
         raise UserError(
             f"--set {setting}: expected a {'positive whole' if kind is int else ''} number".replace("  ", " ")
         )
@@ -157,7 +158,7 @@ def _whole(setting: str, text: str) -> int:
 def _amount(setting: str, text: str) -> float:
     unit = UNITS.get(text[-1].upper(), 1.0)
     value = _number(setting, text if unit == 1.0 else text[:-1], float) * unit
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise UserError(f"--set {setting}: expected a positive amount, such as 14.8T")
     return value
 
@@ -215,15 +216,15 @@ def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
 
 def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layout: Layout) -> Setup:
     """The setup of the run in a valid layout; UserError if the batch is too small for it."""
-    rows = config.micro_rows or 1
-    batch = config.rows(config.tokens or 0.0) if config.batch else layout.dp * layout.ep * rows * 4 * layout.pp
-    each = layout.dp * layout.ep * rows
-    if batch < each:
+    rows, pipelines = config.micro_rows or 1, layout.dp * layout.ep
+    batch = round(config.rows(config.tokens or 0.0)) if config.batch else pipelines * rows * 4 * layout.pp
+    if batch < pipelines:
         raise UserError(
-            f"a batch of {batch:.0f} sequences is too small for {layout.dp * layout.ep} data-parallel ranks "
-            f"({rows} per micro-batch); raise batch to at least {each}, or use more pipeline ranks"
+            f"a batch of {batch} sequences is too small for {pipelines} data-parallel ranks; "
+            f"raise batch to at least {pipelines}, or use more pipeline ranks"
         )
-    name, micro = micro_batches(config.schedule or "auto", layout.pp, round(batch) // each)
+    rows = min(rows, batch // pipelines)  # as the trainer cuts a step
+    name, micro = micro_batches(config.schedule or "auto", layout.pp, batch // (pipelines * rows))
     busiest = 1.0
     if config.routing not in (None, "balanced"):
         busiest = imbalance(Path(config.routing), layout.ep)

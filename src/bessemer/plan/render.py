@@ -134,15 +134,16 @@ def _serving(offer: Mapping[str, Any] | None) -> list[str]:
 def describe_search(result: SearchResult, shown: int = 8) -> str:
     """The best layouts, and why others were rejected."""
     most = len(result.candidates)
+    cp = f"{result.candidates[0].setup.layout.cp:>4}" if result.candidates[0].setup.layout.cp > 1 else ""
     lines = [
         f"{result.considered:,} layouts considered; the {most} most promising that fit were simulated",
-        f"{'pp':>4}{'ep':>5}{'dp':>5}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}  {'format':<7}"
-        f"{'tokens/s/GPU':>13}{'GiB':>7}",
+        f"{'pp':>4}{'ep':>5}{'dp':>5}{'  cp' if cp else ''}  {'schedule':<13}{'recomputed':<16}{'rows':>5}{'micro':>7}"
+        f"  {'format':<7}{'tokens/s/GPU':>13}{'GiB':>7}",
     ]
     for one in result.candidates[:shown]:
         s = one.setup
         lines.append(
-            f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
+            f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}{cp}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
             f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
         )
     return "\n".join(lines + [f"rejected {count:,}: {reason}" for reason, count in result.rejected.most_common()])

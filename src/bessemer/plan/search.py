@@ -1,7 +1,7 @@
 """Finds the best layout for a run on a cluster.
 
 All combinations of (PP, EP, DP), schedule, recomputation, micro-batch and precision that the user left open are sorted
-by a lower bound on their time and pruned by memory; the most promising ones are simulated.
+by a lower bound on their time and pruned by memory; the most promising ones are simulated. CP is the user's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Candidate:
     def facts(self) -> dict[str, Any]:
         layout = self.setup.layout
         return {
-            "pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "schedule": self.setup.schedule,
+            "pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "cp": layout.cp, "schedule": self.setup.schedule,
             "recompute": list(self.setup.recompute), "micro_rows": self.setup.rows, "micro_batches": self.setup.micro,
             "precision": "fp8" if self.setup.fp8 else "bf16", "tokens_per_second_per_gpu": self.rate,
             "memory_gib": self.bytes / GIB,
@@ -101,7 +101,9 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
                         except UserError:
                             rejected["batch or schedule does not divide among the ranks"] += 1
                             continue
-                        if stages > cfg.n_layers:
+                        if setup.rows < rows and config.micro_rows is None:
+                            rejected["larger micro-batches than a step has sequences"] += 1
+                        elif stages > cfg.n_layers:
                             rejected["more pipeline stages than layers"] += 1
                         elif setup.micro < 2 * layout.pp and name in ("dualpipe", "dualpipe-v"):
                             rejected["too few micro-batches for the schedule"] += 1
@@ -111,17 +113,17 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
 
 
 def _layouts(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> list[Layout]:
-    size, node = cluster.size, config.node or cluster.device.devices
+    size, node, cp = cluster.size, config.node or cluster.device.devices, config.cp or 1
     layouts = []
     for pp in (config.pp,) if config.pp else [n for n in range(1, min(size, PIPELINES) + 1) if size % n == 0]:
         for ep in (config.ep,) if config.ep else [n for n in range(1, cfg.n_routed_experts + 1)]:
-            if size % (pp * ep) or (config.dp and pp * ep * config.dp != size):
+            if size % (pp * ep * cp) or (config.dp and pp * ep * cp * config.dp != size):
                 continue
-            layout = Layout(pp, size // (pp * ep), ep, node)
+            layout = Layout(pp, size // (pp * ep * cp), ep, node, cp)
             if not mesh.refusal(layout, cfg, size):
                 layouts.append(layout)
     if not layouts:
-        mesh.check(Layout(config.pp or 1, config.dp or 1, config.ep or 1, node), cfg, size)
+        mesh.check(Layout(config.pp or 1, config.dp or 1, config.ep or 1, node, cp), cfg, size)
     return layouts
 
 
