@@ -156,8 +156,8 @@ def compare(name, ranks, micro, cfg=CFG, fp8=False, segmented=False, bound=2e-6)
     for _, theirs in found:
         held |= theirs.keys()
         for parameter, grad in theirs.items():
-            error = (torch.from_numpy(grad) - grads[parameter]).norm() / grads[parameter].norm()
-            assert error < bound, (parameter, float(error))
+            error = (torch.from_numpy(grad) - grads[parameter]).norm()
+            assert error <= bound * grads[parameter].norm(), (parameter, float(error))
     assert held == grads.keys()
 
 
@@ -173,6 +173,10 @@ def test_every_schedule_is_the_whole_network(name, ranks, micro):
 def test_without_mtp_with_segments_and_tied_to_no_other():
     compare("1f1b", 2, 3, CFG.model_copy(update={"n_mtp": 0}), segmented=True)
     compare("dualpipe", 2, 4, segmented=True)
+
+
+def test_rows_too_short_for_the_last_mtp_module():
+    compare("dualpipe", 2, 4, CFG.model_copy(update={"n_mtp": 15}), segmented=True)
 
 
 def test_in_fp8():

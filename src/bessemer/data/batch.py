@@ -118,7 +118,7 @@ class Batch:
         source: slice | Tensor
         target: slice | Tensor
         if self.own_T is None:
-            source, target = slice(0, T - ahead), slice(ahead, T)
+            source, target = slice(0, max(0, T - ahead)), slice(ahead, T)
             loss_BT = self.loss_BT[:, target]
         else:
             source, target = self.own_T, (self.own_T + ahead).clamp(max=T - 1)

@@ -245,8 +245,11 @@ class Slice(nn.Module):
         assert self.norm is not None, "the last stage has the norm"
         self._enter(len(self.layers) + 1, x)
         h = self.norm(x)
-        ready = (h,)
+        ready: tuple[Tensor, ...] = (h,)
         for k, module in enumerate(self.mtp if mtp else (), start=1):
+            if k >= T:  # as in `mtp_states`
+                ready = (*ready, h[:, :0])
+                continue
             assert self.embed is not None, "MTP modules share the embedding"
             h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
             joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments)

@@ -252,6 +252,9 @@ def mtp_states(
     h, depths = hidden_BTD, []
     balance = torch.zeros((), dtype=torch.float32, device=h.device)
     for k, module in enumerate(modules, start=1):
+        if k >= tokens_BT.shape[1]:  # no position has a token k ahead
+            depths.append(h[:, :0])
+            continue
         h, embedded, own = mtp_inputs(k, h, tokens_BT, segments, embedding_VD)
         h, term = module(h, embedded, rope_table(h.shape[1]), own)
         balance = balance + term
