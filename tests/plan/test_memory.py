@@ -9,6 +9,7 @@ from allocator import live_and_highest
 from ranks import on_ranks
 from train_config import train_config
 
+from bessemer.config.recipe import Recipe
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh
@@ -19,7 +20,9 @@ from bessemer.dist.table import Action, Pair, actions, fullest
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.plan import dry_run, memory
+from bessemer.plan import dry_run, memory, plan_config
+from bessemer.plan.cost import setup_memory
+from bessemer.plan.hardware import parse_cluster
 from bessemer.plan.memory import NumberFormats
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.precision.operand import quantise, transpose
@@ -37,17 +40,18 @@ LAYOUTS = [("gpipe", Layout(1, 1, 1), 2), ("1f1b", Layout(2, 1, 2), 4), ("dualpi
 
 @pytest.mark.parametrize(("name", "layout", "micro"), LAYOUTS, ids=str)
 def test_held_is_what_the_real_classes_hold(name, layout, micro):
-    """On every pipeline rank, in BF16 with BF16 moments and in float32: to the byte, padding included."""
+    """On every pipeline rank, in BF16 with BF16 moments and in float32, with either optimizer: to the byte, padding
+    included."""
     table = schedule(name, layout.pp, micro)
     for cfg in MODELS:
         if table.stages > cfg.n_layers + cfg.n_mtp:
             continue
-        for number in (2, 4):
-            numbers = NumberFormats(number, number)
+        for number, muon in ((2, False), (4, False), (2, True)):
+            numbers = NumberFormats(number, number, muon=muon)
             for pp in range(layout.pp):
-                planned = memory.rank_params(cfg, layout, table, pp, number).bytes(number, number)
+                planned = memory.rank_params(cfg, layout, table, pp, numbers).bytes(numbers)
                 real = dry_run.measure(cfg, layout, table, layout.rank(pp, layout.dp - 1, 0), numbers)
-                assert planned == real, (cfg, pp, number)
+                assert planned == real, (cfg, pp, numbers)
 
 
 def test_muon_has_one_moment_for_matrices():
@@ -57,9 +61,16 @@ def test_muon_has_one_moment_for_matrices():
         model = Transformer(cfg)
     real = Optimizer(model, compute_dtype=torch.bfloat16, stacked=model.hidden_matrices())
     moments = sum(t.nbytes for group in real.groups for t in group.moments.values())
-    found = [dry_run.dry_run(cfg, Layout(), table, 1, 64, NumberFormats(2, 4), muon=muon)[0] for muon in (False, True)]
+    found = [dry_run.dry_run(cfg, Layout(), table, 1, 64, NumberFormats(2, 4, muon=muon))[0] for muon in (False, True)]
     assert found[1]["moments"] == moments < 0.65 * found[0]["moments"]
     assert {kind: size for kind, size in found[0].items() if size != found[1][kind]}.keys() == {"moments"}
+    recipe = Recipe.load("tiny", ["pretrain.moments=bfloat16"])
+    _, cfg, config, _ = plan_config.resolve("builtin:tiny", plan_config.parse([]))
+    setup = plan_config.setup(config, cfg, parse_cluster("1xH100"))
+    ours = dry_run.of_recipe(recipe, device_name="H100").ranks[0]["moments"]
+    assert setup_memory(cfg, setup, table)[0]["moments"] == ours
+    adamw = plan_config.setup(replace(config, optimizer="adamw"), cfg, parse_cluster("1xH100"))
+    assert setup_memory(cfg, adamw, table)[0]["moments"] > 1.5 * ours
 
 
 def test_a_token_may_go_to_every_node_unless_the_gate_limits_it():
@@ -72,9 +83,9 @@ def test_a_token_may_go_to_every_node_unless_the_gate_limits_it():
 
 def test_held_with_one_table_for_both_ends():
     cfg, layout, table = preset("tiny", tie_embeddings=True), Layout(), schedule("gpipe", 1, 1)
-    assert memory.rank_params(cfg, layout, table, 0).bytes(2, 4) == dry_run.measure(
-        cfg, layout, table, 0, NumberFormats(2, 4)
-    )
+    numbers = NumberFormats(2, 4)
+    planned = memory.rank_params(cfg, layout, table, 0, numbers).bytes(numbers)
+    assert planned == dry_run.measure(cfg, layout, table, 0, numbers)
 
 
 def test_v3_at_scale_takes_no_memory_here():

@@ -112,7 +112,7 @@ def _optimizer() -> Values:
     """GiB of masters and moments on the first stage: a GPU's share, and the whole for all that it trains."""
     plan, numbers = _plan(), NumberFormats(fp8=True)
     cut = cuts(plan.setup, plan.step.table.stages)
-    params = memory.rank_params(plan.cfg, plan.setup.layout, plan.step.table, 0, numbers.compute, cut)
+    params = memory.rank_params(plan.cfg, plan.setup.layout, plan.step.table, 0, numbers, cut)
     whole = sum(size * ((0 if kind.full else 4) + 2 * numbers.moments) for kind, size in params.vectors.items()) / GIB
     shared = (plan.memory[0]["masters"] + plan.memory[0]["moments"]) / GIB
     return {"shared": shared, "whole": whole, "saved": whole / shared}

@@ -60,10 +60,9 @@ def buckets(sizes: Sequence[int], shares: int, whole: bool = False) -> list[slic
     return [slice(0, end), *found[::-1]]
 
 
-def vector_size(sizes: Sequence[int], shares: int) -> int:
-    """Elements of all buckets of AdamW's parameters, including padding."""
-    aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
-    return sum(_filled(sum(aligned[part]), shares) for part in buckets(aligned, shares))
+def vector_size(sizes: Sequence[int], shares: int, whole: bool = False) -> int:
+    """Elements of all buckets, including padding; `whole`: of Muon's parameters."""
+    return sum(placed([*sizes[part]], shares, whole)[1] for part in buckets(sizes, shares, whole))
 
 
 def _filled(size: int, shares: int) -> int:

@@ -128,9 +128,10 @@ def plan_run(
 
 def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str, int]]:
     """Bytes by kind of every pipeline rank of a run with this schedule."""
+    numbers = NumberFormats(fp8=setup.fp8, muon=setup.muon)
     return memory.per_rank(
-        cfg, setup.layout, table, setup.rows, setup.length, NumberFormats(fp8=setup.fp8), setup.recompute,
-        setup.mtp, cuts(setup, table.stages), setup.device.room,
+        cfg, setup.layout, table, setup.rows, setup.length, numbers, setup.recompute, setup.mtp,
+        cuts(setup, table.stages), setup.device.room,
     )  # fmt: skip
 
 

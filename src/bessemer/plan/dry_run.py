@@ -80,7 +80,8 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     half = settings.precision == "bfloat16" or (settings.precision != "float32" and device_name is not None)
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
     fused = device_name is not None
-    numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused)
+    muon = settings.optimizer == "muon"
+    numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused, muon)
     ramp = _ramp(settings, layout, recipe.layout.schedule)
     last = ramp[-1]
     table = schedules.schedule(last["schedule"], layout.pp, last["micro"])
@@ -89,7 +90,6 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
         layout, table, numbers, settings.micro_rows, length, ramp,
         dry_run(
             cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen,
-            muon=settings.optimizer == "muon",
         ),
         chosen,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
 
 def dry_run(
     cfg: ModelConfig, layout: Layout, table: Table, rows: int, length: int, numbers: NumberFormats,
-    recompute: Collection[str] = (), on: Device | None = None, muon: bool = False,
+    recompute: Collection[str] = (), on: Device | None = None,
 ) -> dict[int, dict[str, int]]:  # fmt: skip
     """World rank -> bytes by kind, for the first, a middle and the last pipeline rank, with micro-batches of `rows`
     sequences of `length` tokens."""
@@ -106,13 +106,11 @@ def dry_run(
     ranks = {}
     for pp in sorted({0, layout.pp // 2, layout.pp - 1}):
         rank = layout.rank(pp, 0, 0)
-        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers, muon)
+        ranks[rank] = computed[pp] | measure(cfg, layout, table, rank, numbers)
     return ranks
 
 
-def measure(
-    cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats, muon: bool = False
-) -> dict[str, int]:
+def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: NumberFormats) -> dict[str, int]:
     """Bytes of the tensors that a rank of the world creates before its first step, by kind."""
     half = numbers.compute == 2
     with _as_rank(rank, layout.world):
@@ -125,7 +123,7 @@ def measure(
             shard.others,
             compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
-            stacked=shard.model.hidden_matrices() if muon else None,
+            stacked=shard.model.hidden_matrices() if numbers.muon else None,
         )
     groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # in float32 the weights are the masters

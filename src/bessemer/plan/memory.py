@@ -48,11 +48,13 @@ class NumberFormats:
     compute: int = 2
     """Bytes of the compute dtype."""
     moments: int = 2
-    """Bytes of AdamW's moments (V3: BF16)."""
+    """Bytes of the optimizer's moments (V3: BF16)."""
     fp8: bool = False
     """Matrices in FP8, with activations saved in FP8."""
     fused: bool = True
     """Attention saves what FlashAttention saves; False: what the CPU kernel saves."""
+    muon: bool = False
+    """Muon updates the matrices inside the layers, with one moment; AdamW, with two, the rest."""
 
 
 def per_rank(
@@ -66,8 +68,8 @@ def per_rank(
     saved = saved_by_stage(cfg, cuts, rows, length, numbers, recompute, mtp, layout.cp, layout.ep == 1)
     ranks = []
     for rank in range(table.ranks):
-        params = rank_params(cfg, layout, table, rank, numbers.compute, cuts)
-        bytes_ = params.bytes(numbers.compute, numbers.moments) | {"operands": 0}
+        params = rank_params(cfg, layout, table, rank, numbers, cuts)
+        bytes_ = params.bytes(numbers) | {"operands": 0}
         bytes_["activations"] = most_live(table.fullest[rank], saved)
         last = any(stage == table.stages - 1 for _, stage in table.slices_on(rank))
         bytes_["working"] = max(need["layer"], need["loss"] if last else 0)
@@ -136,6 +138,7 @@ class VectorKind(NamedTuple):
     """Float32 whatever the compute dtype: norm gains and gates."""
     shared: bool
     """Also held by another pipeline rank."""
+    muon: bool
 
 
 @dataclass(frozen=True)
@@ -155,35 +158,38 @@ class RankParams:
     operands: tuple[int, int]
     """Bytes of its weights in FP8, kept once and twice."""
 
-    def bytes(self, number: int, moment: int) -> dict[str, int]:
-        """Bytes by kind. `number`: bytes of the compute dtype; `moment`: of each of AdamW's two moments."""
+    def bytes(self, numbers: NumberFormats) -> dict[str, int]:
+        """Bytes by kind."""
         sizes = dict.fromkeys(("weights", "gradients", "masters", "moments", "routing"), 0)
         for kind, size in self.vectors.items():
             share = size // self.ranks[kind.expert]
-            full = kind.full or number == 4
-            sizes["weights"] += size * (4 if full else number)
+            full = kind.full or numbers.compute == 4
+            sizes["weights"] += size * (4 if full else numbers.compute)
             sizes["gradients"] += (size + share) * 4  # with this rank's share of their sum
             sizes["masters"] += 0 if full else share * 4  # in float32 the weights are the masters
-            sizes["moments"] += 2 * share * moment
+            sizes["moments"] += (1 if kind.muon else 2) * share * numbers.moments
         sizes["routing"] = self.gates * self.experts * 8
         return sizes
 
 
 def rank_params(
-    cfg: ModelConfig, layout: Layout, table: Table, pp: int, number: int = 2, cuts: Sequence[range] | None = None
-) -> RankParams:
-    """The parameters of pipeline rank `pp`, whatever its other coordinates. `number`: bytes of the compute dtype (in
-    float32, gates are in the same vectors as matrices); `cuts`: layers of every stage, by default `stage.cut`'s."""
+    cfg: ModelConfig, layout: Layout, table: Table, pp: int, numbers: NumberFormats = NumberFormats(),
+    cuts: Sequence[range] | None = None,
+) -> RankParams:  # fmt: skip
+    """The parameters of pipeline rank `pp`, whatever its other coordinates. In float32, gates are in the same vectors
+    as matrices. `cuts`: layers of every stage, by default `stage.cut`'s."""
     mine = frozenset(stage for _, stage in table.slices_on(pp))
     others = frozenset(stage for rank in range(table.ranks) if rank != pp for _, stage in table.slices_on(rank))
-    return _params_of(cfg, layout, mine, others, number, tuple(cuts or cut(cfg, table.stages)))
+    full, cuts = numbers.compute == 4, tuple(cuts or cut(cfg, table.stages))
+    return _params_of(cfg, layout, mine, others, full, numbers.muon, cuts)
 
 
 @lru_cache(maxsize=4096)  # a search asks for the same rank under every schedule, recomputation and micro-batch
 def _params_of(
-    cfg: ModelConfig, layout: Layout, mine: frozenset[int], others: frozenset[int], number: int, cuts: tuple[range, ...]
-) -> RankParams:
-    """The parameters of a rank that holds the stages `mine` while other ranks hold `others`."""
+    cfg: ModelConfig, layout: Layout, mine: frozenset[int], others: frozenset[int], full: bool, muon: bool,
+    cuts: tuple[range, ...],
+) -> RankParams:  # fmt: skip
+    """The parameters of a rank that holds the stages `mine` while other ranks hold `others`; `full`: all float32."""
     copies = layout.dp * layout.cp
     last, ranks = len(cuts) - 1, {True: copies, False: copies * layout.ep}
     found: dict[VectorKind, list[int]] = {}
@@ -193,7 +199,8 @@ def _params_of(
         nonlocal total
         shared, sizes = bool(owners & others), dict[VectorKind, list[int]]()
         for tensor in tensors:
-            kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and number != 4, shared)
+            own = muon and tensor.fp8 is not None  # as `Transformer.hidden_matrices`
+            kind = VectorKind(tensor.expert, tensor.matrix, tensor.float32 and not full, shared, own)
             sizes.setdefault(kind, []).append(tensor.numel)
             total += times * tensor.numel
             for copies in (1, 2):
@@ -217,6 +224,6 @@ def _params_of(
         for _ in range(cfg.n_mtp):
             add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
-    vectors = {kind: vector_size(sizes, ranks[kind.expert]) for kind, sizes in found.items()}
+    vectors = {kind: vector_size(sizes, ranks[kind.expert], kind.muon) for kind, sizes in found.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
     return RankParams(vectors, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))

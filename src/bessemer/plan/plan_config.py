@@ -59,6 +59,8 @@ class PlanConfig:
     """Sequences of a micro-batch."""
     precision: str | None = None
     """fp8 or bf16."""
+    optimizer: str | None = None
+    """adamw or muon."""
     mtp: int | None = None
     """1: with the MTP modules; 0: without."""
     routing: str | None = None
@@ -181,6 +183,7 @@ def _phases(setting: str, text: str) -> tuple[str, ...]:
 
 _READ: dict[str, Callable[[str, str], Any]] = {
     "schedule": _one_of("auto", *schedules.SCHEDULES), "tokens": _amount, "precision": _one_of("fp8", "bf16"),
+    "optimizer": _one_of("adamw", "muon"),
     "batch": lambda setting, text: ((0.0, float(_whole(setting, text))),),
     "mtp": lambda setting, text: int(_one_of("0", "1")(setting, text)), "routing": lambda setting, text: text,
     "recompute": _phases, "stages": _one_of("balanced", "even"), "in_step": _amount, "usd": _amount,
@@ -232,7 +235,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     return Setup(
         ModelShape.of(cfg), layout, cluster.device, name, micro, rows, config.seq or cfg.max_seq_len, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
-        cp=layout.cp,
+        cp=layout.cp, muon=config.optimizer == "muon",
     )  # fmt: skip
 
 
@@ -333,6 +336,6 @@ def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> P
     rows = settings.batch_rows
     return PlanConfig(
         **layout, tokens=float(settings.tokens), batch=tuple(zip(rows.tokens, rows.values, strict=True)),
-        seq=length, micro_rows=settings.micro_rows,
+        seq=length, micro_rows=settings.micro_rows, optimizer=settings.optimizer,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
     )  # fmt: skip

@@ -149,6 +149,7 @@ class Setup:
     """Messages of `tp` run in `tp` pieces beside the products that need them; only the first piece is waited for."""
     cp: int = 1
     """Context parallelism: how many of the layout's ranks each compute a part of every row."""
+    muon: bool = False
     slices: int = 2
     """Virtual stages of a pipeline rank under "interleaved"."""
     factors: RateFactors = AS_PUBLISHED
