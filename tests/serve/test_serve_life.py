@@ -384,6 +384,9 @@ def test_answers_keep_to_a_small_cache(r1, drafts):
         assert usage["total_tokens"] == details["context"] == 64 - drafts
         answer = server.chat("the fox " * 30)
         assert error_of(answer)["code"] == "context_length_exceeded" and f"context of {64 - drafts}" in answer.text
+        text = server.post("/v1/completions", prompt=[5] * 65, max_tokens=0, echo=True, logprobs=1)
+        for refused in (answer, text):
+            assert "give the server more --cache-tokens: the model itself has 160" in refused.text
         assert server.post("/v1/completions", prompt=[5] * (63 - drafts), max_tokens=9).status_code == 200
 
 

@@ -15,7 +15,7 @@ from bessemer.engine.sequence import Finished, FinishReason, Request, Token
 from bessemer.serve import sampling_params
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary
-from bessemer.serve.protocol import CompletionRequest, invalid, too_long, unsupported
+from bessemer.serve.protocol import CompletionRequest, invalid, unsupported
 from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.serve.service import Gone, Stream
 from bessemer.serve.worker import Scored
@@ -163,7 +163,7 @@ async def prepare(body: CompletionRequest, model: LoadedModel, client: str) -> C
         one = [i for i in body.prompt if isinstance(i, int)]
         lists = [one] if one else [ids for ids in body.prompt if isinstance(ids, list)]
         if (most := max(map(len, lists), default=0)) > model.facts.context:
-            raise too_long(most, model.facts.context, "prompt")
+            raise model.too_long(most, "prompt")
         decode, known = model.tokenizer.decode, model.tokenizer.vocab_size
         text = lambda ids: decode(i for i in ids if i < known) if body.echo else ""  # noqa: E731
         prompts = await model.tokenise(
@@ -190,7 +190,7 @@ def _check(body: CompletionRequest, model: LoadedModel, prompts: Sequence[TextPr
         if not ids:
             raise invalid("a prompt is empty; give at least one token", "prompt")
         if len(ids) > model.facts.context:
-            raise too_long(len(ids), model.facts.context, "prompt")
+            raise model.too_long(len(ids), "prompt")
         if max(ids) >= model.service.facts.vocabulary:
             raise invalid(f"token id {max(ids)} is outside the model's vocabulary", "prompt")
     if body.echo and body.logprobs is not None:

@@ -31,7 +31,7 @@ from bessemer.model import accounting
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
 from bessemer.serve import ServeConfig, practice
 from bessemer.serve.practice import Practice
-from bessemer.serve.protocol import ApiError, too_long
+from bessemer.serve.protocol import ApiError
 from bessemer.serve.service import Launch, Service, launch
 
 T = TypeVar("T")
@@ -75,6 +75,8 @@ class ModelFacts:
     experts_per_token: int = 0
     dtype: str | None = None
     """Number format of its arithmetic; None until it is loaded."""
+    own_context: int = 0
+    """`context` as the model's files give it, once loaded: the cache may have shortened it."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling defaults of its generation_config.json."""
     end_ids: tuple[int, ...] = ()
@@ -213,7 +215,18 @@ class LoadedModel:
         """Raises ApiError for a text too long to fit the context in any tokenisation, without tokenising it."""
         least = characters // self.vocabulary.longest
         if least > self.facts.context:
-            raise too_long(f"more than {least}", self.facts.context, param)
+            raise self.too_long(f"more than {least}", param)
+
+    def too_long(self, tokens: int | str, param: str) -> ApiError:
+        """For a prompt that leaves no room for an answer. A text that is only scored must fit as well: it fills no
+        cache, but its forward pass takes about as much memory."""
+        context, own = self.facts.context, self.facts.own_context
+        more = f", or give the server more --cache-tokens: the model itself has {own}" if own > context else ""
+        message = (
+            f"the prompt has {tokens} tokens, and this model's context of {context} must hold prompt and answer; "
+            f"shorten the prompt{more}"
+        )
+        return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 class Models:
@@ -309,7 +322,8 @@ class Models:
         service = Service(facts.folder, self.config, self.launch)
         ends = dict.fromkeys((*tokenizer.stop_ids, *facts.end_ids))
         known = tuple(i for i in ends if i < tokenizer.vocab_size)
-        facts = replace(facts, context=service.facts.context, dtype=service.facts.dtype)
+        served = service.facts
+        facts = replace(facts, context=served.context, own_context=facts.context, dtype=served.dtype)
         return LoadedModel(facts, service, tokenizer, Vocabulary(tokenizer), known)
 
     async def _make_room(self, name: str) -> None:

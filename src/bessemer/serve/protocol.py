@@ -343,12 +343,3 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 def unsupported(param: str, message: str) -> ApiError:
     """Refuses a field of the API that no model here supports; ignoring it would answer a different question."""
     return ApiError(400, message, param=param, code="unsupported_parameter")
-
-
-def too_long(tokens: int | str, context: int, param: str) -> ApiError:
-    """A prompt that leaves no room for an answer."""
-    message = (
-        f"the prompt has {tokens} tokens, and this model's context of {context} must hold prompt and answer; "
-        "shorten the prompt"
-    )
-    return ApiError(400, message, param=param, code="context_length_exceeded")

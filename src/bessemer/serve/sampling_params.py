@@ -10,7 +10,7 @@ from bessemer.engine.generation import prompt_digest
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
 from bessemer.serve.models import LoadedModel
-from bessemer.serve.protocol import Generation, invalid, too_long
+from bessemer.serve.protocol import Generation, invalid
 
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields whose default is in generation_config.json."""
@@ -61,7 +61,7 @@ def requests(
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for ids in prompts:
         if len(ids) >= model.facts.context:
-            raise too_long(len(ids), model.facts.context, param)
+            raise model.too_long(len(ids), param)
     return [
         Request(
             ids,
