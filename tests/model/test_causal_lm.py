@@ -88,12 +88,14 @@ def test_what_is_saved_is_what_transformers_loads(pair, tmp_path):
                 parameter.add_(0.01)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "other.txt").write_text("x")
+    ours.save(tmp_path / "model", files={"chat_template.jinja": "the template of an older model"})
     ours.save(tmp_path / "model", tokenizer_dir=tmp_path, files={"README.md": "a card"})
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ids = tokens(1, 7)
     assert torch.equal(again(input_ids=ids).logits, theirs(input_ids=ids).logits)
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names and "other.txt" not in names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert names.isdisjoint({"other.txt", "chat_template.jinja"})
     assert torch.equal(causal_lm.load(tmp_path / "model")(ids), ours(ids))
 
 

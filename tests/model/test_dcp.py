@@ -46,6 +46,18 @@ def test_torch_reads_what_is_written_and_it_comes_back_the_same(call, model, tmp
     assert hub.load(tmp_path / "half").cfg.n_mtp == 0
 
 
+def test_a_model_that_replaces_a_checkpoint_leaves_none_of_its_weights(call, model, tmp_path):
+    """A `.metadata` left behind would be read in place of the new weights."""
+    Transformer(tiny(n_mtp=1)).initialise(4).save(tmp_path / "other")
+    assert call("convert", model, tmp_path / "x", "--to", "dcp")[0] == 0
+    assert call("convert", tmp_path / "other", tmp_path / "x", "--force")[0] == 0
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    (tmp_path / "x" / ".metadata").write_bytes(b"of another program")
+    assert call("convert", tmp_path / "x", tmp_path / "back")[0] == 0
+    assert same(weights(tmp_path / "back"), weights(tmp_path / "other"))
+
+
 def test_a_model_directory_is_itself_a_checkpoint_for_dcp(model):
     """torchtitan reads it with `initial_load_in_hf`."""
     wanted = weights(model)

@@ -17,7 +17,7 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.hf import hub, replace, safetensors_writer
+from bessemer.hf import dcp, hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
@@ -105,6 +105,7 @@ def test_loaded_counters_start_at_zero(model, tmp_path):
 def test_replacing_keeps_what_is_not_ours(model, tmp_path):
     model.save(tmp_path / "m", max_shard_bytes=9_000)
     (tmp_path / "m" / "notes.md").write_text("mine")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")  # with other weights it would say something false
     (tmp_path / "m" / "logs").mkdir()
     (tmp_path / "m" / "logs" / "a").write_text("b")
     other = random_model(tiny(), seed=4)
@@ -251,9 +252,17 @@ def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
     model.save(tmp_path / "a")
     model.save(tmp_path / "b", tokenizer_dir=tokenizer(tmp_path / "t"), files={"notes.md": "mine"})
     (tmp_path / "a" / "generation_config.json").unlink()
-    hub.convert(tmp_path / "a", tmp_path / "b")
-    names = {path.name for path in (tmp_path / "b").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.md"}
+    model.save(tmp_path / "b")  # without a tokenizer of its own it keeps the one that is there
+    assert (tmp_path / "b" / "chat_template.jinja").exists()
+    (tmp_path / "t" / "chat_template.jinja").unlink()
+    model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
+    for replace_by in (hub.convert, dcp.export):
+        model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
+        replace_by(tmp_path / "a", tmp_path / "b")
+        names = {path.name for path in (tmp_path / "b").iterdir()}
+        weights = {"model.safetensors"} if replace_by is hub.convert else {".metadata", "__0_0.distcp"}
+        assert names == {"config.json", "generation_config.json", "notes.md"} | weights
 
 
 def test_convert_refuses_a_copy_that_is_none(model, tmp_path):

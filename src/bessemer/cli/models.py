@@ -81,7 +81,8 @@ def convert(
         raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
     from bessemer.runs.directory import check_not_of_a_run, model_dir, tokenizer_of_checkpoint
 
-    trained, distributed = (Path(src) / "manifest.json").is_file(), (Path(src) / ".metadata").is_file()
+    trained = (Path(src) / "manifest.json").is_file()
+    distributed = (Path(src) / ".metadata").is_file() and not any(Path(src).glob("*.safetensors"))
     if (trained or distributed) and to is not Format.hf:
         raise UserError(f"{src} is a checkpoint; convert it to a model directory first, then that to {to.value}")
     adapter = (Path(src) / "adapter_config.json").is_file() and not (Path(src) / "config.json").is_file()

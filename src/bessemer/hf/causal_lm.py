@@ -145,7 +145,7 @@ class CausalLM(nn.Module):
     ) -> None:
         """Writes a plain Hugging Face directory atomically and verifies it by reading it back. tokenizer_dir: where to
         copy the tokenizer from. files: further text files by name."""
-        with replacing(Path(directory)) as fresh:
+        with replacing(Path(directory), () if tokenizer_dir is None else hub.REPLACED) as fresh:
             try:
                 self.inner.save_pretrained(fresh)
             except ValueError as error:  # generation settings that contradict each other

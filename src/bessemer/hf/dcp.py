@@ -102,7 +102,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bo
     checkpoint, cfg, layout = hub.open_directory(source, mtp, Transformer)
     keys = [slot.key for slot in layout if slot.key in checkpoint.entries]
     tensors = {key: checkpoint.read(key, dtype) for key in keys}
-    with replacing(target) as fresh:
+    with replacing(target, hub.REPLACED) as fresh:
         hub.write_config(cfg, fresh, dtype=dtype or checkpoint.stored_dtype(hub.EMBEDDING))
         hub.copy_files(source, fresh, hub.companions(source))
         with _alone():

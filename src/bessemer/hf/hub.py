@@ -20,16 +20,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import INDEX, read_object
+from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
-from bessemer.hf.replace import check_target, replacing
+from bessemer.hf.replace import check_target, is_weights, replacing
 from bessemer.hf.safetensors_reader import PICKLES, Checkpoint
 from bessemer.hf.safetensors_writer import (
     Export,
@@ -55,6 +55,8 @@ DENSE_SIZES, SPARSE_SIZES = ("inter_dim",), ("moe_inter_dim", "n_shared_experts"
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+REPLACED = ("generation_config.json", *TOKENIZER_FILES)
+"""What a new model with a tokenizer never takes over from the directory that it replaces."""
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -77,24 +79,11 @@ def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype 
     write_json(directory / "generation_config.json", generation)
 
 
-@overload
 def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
-    *, context: Mapping[str, Any] | None = None,
-) -> Transformer: ...  # fmt: skip
-
-
-@overload
-def load(
-    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
-    *, kind: type[Network], context: Mapping[str, Any] | None = None,
-) -> Network: ...  # fmt: skip
-
-
-def load(
-    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True,
-    *, kind: type[Transformer] = Transformer, context: Mapping[str, Any] | None = None,
-) -> Transformer:  # fmt: skip
+    *, kind: type[Network] = Transformer,  # type: ignore[assignment]
+    context: Mapping[str, Any] | None = None,
+) -> Network:  # fmt: skip
     """The model of a directory. dtype: of the matrices (None: as stored, BF16 for FP8); norm gains, gates and routing
     biases are always float32. mtp=False does not load the MTP layers. context: as in `open_directory`."""
     check_finished(Path(directory))
@@ -121,7 +110,7 @@ def save(
     dtype: of every tensor except the routing biases, which stay float32 (None: each as in the model). fp8: quantises
     the matrices of `Slot.fp8` with scales of that kind; dtype then applies to the other tensors (None: bfloat16).
     mtp=False drops the MTP layers, for programs that do not support them. tokenizer_dir: where to copy the tokenizer
-    from. files: further text files by name. Other files of a replaced directory are kept.
+    from. files: further text files by name. Other files of a replaced directory are kept, except an older tokenizer.
     """
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
     state = model.state_dict()
@@ -148,7 +137,7 @@ def write(
     dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
     embedding = next(slot for slot in layout if slot.key == EMBEDDING)
     export = Export(layout, dtypes, read, fp8)
-    with replacing(Path(directory)) as fresh:
+    with replacing(Path(directory), () if tokenizer_dir is None else REPLACED) as fresh:
         bos, eos, pad = 0, 1, 2 if issubclass(kind, Scorer) else None
         if tokenizer_dir is not None:
             copy_files(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
@@ -188,7 +177,7 @@ def convert(
     )  # fmt: skip
     values = read_object(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
-    with replacing(Path(dst), drop=("generation_config.json", *TOKENIZER_FILES)) as fresh:
+    with replacing(Path(dst), REPLACED) as fresh:
         write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
         copy_files(src, fresh, companions(src))
         _write(fresh, export, max_shard_bytes)
@@ -296,9 +285,8 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def companions(directory: Path) -> list[str]:
     """Names of all files other than config and weights: tokenizer, template and anything else."""
-    weights = (".safetensors", ".distcp", *PICKLES)
-    files = (path for path in directory.iterdir() if path.is_file() and path.suffix not in weights)
-    return [path.name for path in files if path.name not in ("config.json", INDEX, ".metadata")]
+    files = (path for path in directory.iterdir() if path.is_file() and not is_weights(path))
+    return [path.name for path in files if path.name != "config.json" and path.suffix not in PICKLES]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

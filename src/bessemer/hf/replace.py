@@ -125,12 +125,17 @@ def exchange(one: Path, other: Path) -> bool:
 
 def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
     for path in target.iterdir():
-        if path.name == INDEX or path.suffix == ".safetensors" or path.name in drop or (fresh / path.name).exists():
+        if path.name in (ADAPTER_CONFIG, *drop) or is_weights(path) or (fresh / path.name).exists():
             continue
         if path.is_dir():
             shutil.copytree(path, fresh / path.name, symlinks=True)
         else:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file of a model directory holds weights, or says where they are: safetensors or a DCP checkpoint."""
+    return path.suffix in (".safetensors", ".distcp") or path.name in (INDEX, ".metadata")
 
 
 def _remedy(error: OSError, target: Path) -> str:
