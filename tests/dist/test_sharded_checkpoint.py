@@ -97,6 +97,16 @@ def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
     assert not torch.equal(hub.load(tmp_path / "ema").head.weight, hub.load(tmp_path / "model").head.weight)
 
 
+def test_masters_that_a_dtype_cannot_hold_are_named(tmp_path):
+    _, trainer = alone(0, 0, tmp_path / "state")
+    trainer.optimizer.masters()["layers.0.ffn_norm.weight"][0] = 7e4
+    trainer.step = 1
+    trainer.save()
+    trainer.finish()
+    with pytest.raises(UserError, match=r"^tensor model\.layers\.0\.post_attention_layernorm\.weight .*use float32"):
+        sharded_checkpoint.of_checkpoint(tmp_path / "state" / "step-00000001", tmp_path / "out", dtype="float16")
+
+
 def other_model(rank, folder):
     try:
         across(Layout(), "gpipe", CFG.model_copy(update={"route_scale": 1.0}), state_dir=folder).start()

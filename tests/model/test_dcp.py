@@ -1,12 +1,13 @@
 """torch.distributed.checkpoint: read by torch itself and by us; damaged and hostile checkpoints are refused."""
 
 import io
+import json
 import pickle
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from model_cases import tiny
+from model_cases import random_model, tiny
 from ranks import on_ranks
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -44,6 +45,21 @@ def test_torch_reads_what_is_written_and_it_comes_back_the_same(call, model, tmp
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(path.name for path in model.iterdir())
     assert call("convert", tmp_path / "dcp", tmp_path / "half", "--dtype", "bfloat16", "--no-mtp")[0] == 0
     assert hub.load(tmp_path / "half").cfg.n_mtp == 0
+
+
+def test_the_source_s_own_ids_and_exact_routing_biases_are_written(call, tmp_path):
+    model = random_model(tiny())
+    model.save(tmp_path / "model")
+    values = json.loads((tmp_path / "model" / "config.json").read_text()) | {"bos_token_id": 17, "eos_token_id": [18]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert call("convert", tmp_path / "model", tmp_path / "dcp", "--to", "dcp", "--dtype", "bfloat16")[0] == 0
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "dcp" / name).read_text())
+        assert (written["bos_token_id"], written["eos_token_id"]) == (17, [18])
+    assert call("convert", tmp_path / "dcp", tmp_path / "back")[0] == 0
+    assert call("convert", tmp_path / "model", tmp_path / "wanted", "--dtype", "bfloat16")[0] == 0
+    assert same(weights(tmp_path / "back"), weights(tmp_path / "wanted"))
 
 
 def test_a_model_that_replaces_a_checkpoint_leaves_none_of_its_weights(call, model, tmp_path):

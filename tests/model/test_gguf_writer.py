@@ -288,7 +288,7 @@ def test_directories_that_are_refused(source, words, tmp_path):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][0, 0] = 7e4
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight has values too large for F16; use float32"):
+    with pytest.raises(UserError, match=r"experts\.3\.up_proj\.weight has values too large for float16; use float32"):
         gguf_file.write(directory, out, "float16")
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bessemer.errors import UserError
 from bessemer.hf import dcp, hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
+from bessemer.precision.formats import quantise_blocks
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
 
@@ -84,6 +85,32 @@ def test_dtypes(model, tmp_path):
     assert stored["lm_head.weight"].dtype == torch.bfloat16
     assert json.loads((tmp_path / "default" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert same(hub.load(tmp_path / "default"), model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
+    """They would become infinite without a word."""
+    key = "model.layers.1.self_attn.q_a_proj.weight"
+    (tmp_path / "m").mkdir()
+    hub.write_config(model.cfg, tmp_path / "m")
+    exact = {slot.key: slot.of(model.state_dict()).clone() for slot in slots(model.cfg)}
+    exact[key][0, 0] = 7e4
+    if stored is torch.float8_e4m3fn:
+        exact[key], exact[f"{key}_scale_inv"] = quantise_blocks(exact[key])
+    else:
+        exact[key] = exact[key].to(stored)
+    save_file(exact, tmp_path / "m" / "model.safetensors")
+    loaded = hub.load(tmp_path / "m")
+    for use in (
+        lambda: hub.convert(tmp_path / "m", tmp_path / "n", dtype="float16"),
+        lambda: dcp.export(tmp_path / "m", tmp_path / "n", torch.float16),
+        lambda: hub.load(tmp_path / "m", "float16"),
+        lambda: loaded.save(tmp_path / "n", dtype="float16"),
+    ):
+        with pytest.raises(UserError, match=rf"tensor {key} has values too large for float16; use float32"):
+            use()
+        assert not (tmp_path / "n").exists()
+    hub.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
 
 
 def test_tied_head_is_shared_after_loading(tmp_path):

@@ -22,6 +22,7 @@ from bessemer.dist.groups import Wanted
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import Slot
+from bessemer.hf.safetensors_reader import cast
 from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
@@ -128,6 +129,8 @@ def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **opti
         _export(reader, cfg, directory, "model", torch.float32, Transformer, options)
     except Damaged as damage:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); use the one before it") from None
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {checkpoint} holds no language model: {str(error).splitlines()[0]}") from None
 
@@ -147,6 +150,6 @@ def _export(
             name, index = f"{name}/{index[0]}", index[1:]
         (value,) = reader.read([name]).values()
         value = (value[index] if index else value).to(state[slot.name].dtype)
-        return value.to(stored_dtype)
+        return cast(value, stored_dtype, slot.key)
 
     hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, kind=network, **options)

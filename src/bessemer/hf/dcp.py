@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_bytes
 from bessemer.errors import UserError
 from bessemer.hf import hub
@@ -99,12 +100,12 @@ def read_metadata(folder: Path) -> Metadata:
 def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bool = True) -> None:
     """Writes a model directory as a DCP checkpoint, with FP8 dequantised. All tensors are in memory at once. Replaces
     whatever is at `target`."""
+    check_finished(source)
     checkpoint, cfg, layout = hub.open_directory(source, mtp, Transformer)
-    keys = [slot.key for slot in layout if slot.key in checkpoint.entries]
-    tensors = {key: checkpoint.read(key, dtype) for key in keys}
+    stored = [(slot, checkpoint.stored_dtype(slot.key)) for slot in layout if slot.key in checkpoint.entries]
+    tensors = {slot.key: checkpoint.read(slot.key, hub.target_dtype(slot, kind, dtype)) for slot, kind in stored}
     with replacing(target, hub.REPLACED) as fresh:
-        hub.write_config(cfg, fresh, dtype=dtype or checkpoint.stored_dtype(hub.EMBEDDING))
-        hub.copy_files(source, fresh, hub.companions(source))
+        hub.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(hub.EMBEDDING))
         with _alone():
             dcp.save(tensors, storage_writer=FileSystemWriter(fresh, thread_count=1), no_dist=True)
 

@@ -40,7 +40,7 @@ from bessemer.hf.causal_lm import CausalLM, checked, transformers_library
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
 from bessemer.hf.replace import check_target, replacing_file
-from bessemer.hf.safetensors_reader import Checkpoint
+from bessemer.hf.safetensors_reader import Checkpoint, cast
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 
@@ -200,12 +200,7 @@ def _write(file: Path, facts: dict[str, Any], plan: list[GGUFTensor], checkpoint
 
 def _parts(item: GGUFTensor, checkpoint: Checkpoint) -> Iterator[memoryview]:
     for key in item.keys:
-        exact = item.part(checkpoint.read(key, torch.float32))
-        made = exact.to(item.dtype)
-        if not torch.equal(made.isfinite(), exact.isfinite()):
-            raise UserError(
-                f"{checkpoint.entries[key].file}: tensor {key} has values too large for {item.kind}; use float32"
-            )
+        made = cast(item.part(checkpoint.read(key, torch.float32)), item.dtype, key, f"{checkpoint.directory}: ")
         yield made.contiguous().view(-1).view(torch.uint8).numpy().data
 
 

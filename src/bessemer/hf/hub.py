@@ -30,7 +30,7 @@ from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
 from bessemer.hf.replace import check_target, is_weights, replacing
-from bessemer.hf.safetensors_reader import PICKLES, Checkpoint
+from bessemer.hf.safetensors_reader import PICKLES, Checkpoint, cast
 from bessemer.hf.safetensors_writer import (
     Export,
     Scales,
@@ -115,7 +115,7 @@ def save(
     cfg = model.cfg if mtp else _without_mtp(model.cfg)
     state = model.state_dict()
     write(
-        cfg, lambda slot, dtype: slot.of(state).to(dtype), lambda slot: slot.of(state).dtype, directory,
+        cfg, lambda slot, dtype: cast(slot.of(state), dtype, slot.key), lambda slot: slot.of(state).dtype, directory,
         kind=type(model), dtype=dtype, fp8=fp8, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir,
         files=files,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def write(
     `dtype_of(slot)` its stored dtype."""
     forced = _forced(dtype, fp8)
     layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
-    dtypes = [_target_dtype(slot, dtype_of(slot), forced) for slot in layout]
+    dtypes = [target_dtype(slot, dtype_of(slot), forced) for slot in layout]
     embedding = next(slot for slot in layout if slot.key == EMBEDDING)
     export = Export(layout, dtypes, read, fp8)
     with replacing(Path(directory), () if tokenizer_dir is None else REPLACED) as fresh:
@@ -170,17 +170,22 @@ def convert(
     for slot in slots(cfg):
         if slot.copy and slot.key in checkpoint.entries:
             compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
-    dtypes = [_target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
+    dtypes = [target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
     export = Export(
         layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
         stored=lambda slot: stored_fp8(checkpoint, slot.key, fp8),
     )  # fmt: skip
+    with replacing(Path(dst), REPLACED) as fresh:
+        copy_config(src, cfg, fresh, forced or checkpoint.stored_dtype(EMBEDDING), fp8)
+        _write(fresh, export, max_shard_bytes)
+
+
+def copy_config(src: Path, cfg: ModelConfig, target: Path, dtype: torch.dtype, fp8: Scales | None = None) -> None:
+    """Writes `cfg` with the ids of `src`, and copies everything there except weights."""
     values = read_object(src / "config.json")
     bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
-    with replacing(Path(dst), REPLACED) as fresh:
-        write_config(cfg, fresh, dtype=forced or checkpoint.stored_dtype(EMBEDDING), bos=bos, eos=eos, fp8=fp8)
-        copy_files(src, fresh, companions(src))
-        _write(fresh, export, max_shard_bytes)
+    write_config(cfg, target, dtype=dtype, bos=bos, eos=eos, fp8=fp8)
+    copy_files(src, target, companions(src))
 
 
 def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
@@ -267,7 +272,8 @@ def _without_mtp(cfg: ModelConfig) -> ModelConfig:
     return cfg.model_copy(update={"n_mtp": 0})
 
 
-def _target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -> torch.dtype:
+def target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor is written in: routing biases are always float32."""
     return torch.float32 if slot.name.endswith("bias_E") else forced or stored
 
 

@@ -35,7 +35,7 @@ from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, CausalScorer, load
 from bessemer.hf.mapping import is_reward_model
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
-from bessemer.hf.safetensors_reader import read_header
+from bessemer.hf.safetensors_reader import cast, read_header
 from bessemer.hf.safetensors_writer import write_json
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class LoRAModel(CausalLM):
         for name, layer in [*_adapted(plain)]:
             weight = layer.base_layer.get_parameter("weight")
             changed = weight.float() + layer.get_delta_weight(NAME).float()
-            layer.base_layer.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+            layer.base_layer.weight = nn.Parameter(cast(changed, weight.dtype, name), requires_grad=False)
             plain.set_submodule(name, layer.base_layer)
         return self.plain(plain)
 

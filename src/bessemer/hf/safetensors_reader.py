@@ -126,8 +126,9 @@ class Checkpoint:
         dtype = self.stored_dtype(key) if dtype is None else dtype
         raw = self.raw(key)
         if raw.dtype is torch.float8_e4m3fn:
-            return dequantise_blocks(raw, self.raw(key + SCALE_SUFFIX), self.block, dtype)
-        return raw.to(dtype)
+            exact = torch.float32 if dtype is torch.float16 else dtype  # which has the range of every product
+            raw = dequantise_blocks(raw, self.raw(key + SCALE_SUFFIX), self.block, exact)
+        return cast(raw, dtype, key, f"{self.entries[key].file}: ")
 
     def raw(self, key: str) -> Tensor:
         """One tensor as stored."""
@@ -139,6 +140,15 @@ class Checkpoint:
         if not data:
             return torch.empty(entry.shape, dtype=entry.dtype)
         return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, key: str, where: str = "") -> Tensor:
+    """The tensor in `dtype`. Raises UserError if a finite value would become infinite."""
+    made = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and made.isinf().any() and not torch.equal(made.isinf(), tensor.isinf()):
+        raise UserError(f"{where}tensor {key} has values too large for {str(dtype)[6:]}; use float32")
+    return made
 
 
 def _fill(file: FileIO, view: memoryview, entry: Entry, key: str) -> None:
