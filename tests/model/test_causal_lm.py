@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
 from bessemer.hf import causal_lm
+from bessemer.hf.mapping import longest_text
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -119,6 +120,37 @@ def test_a_window_bounds_the_length():
     assert causal_lm.CausalLM(made("llama")).cfg.max_seq_len == 128
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_a_second_set_of_rotary_frequencies_bounds_the_length():
+    """Longer texts would change the frequencies of all samples in their row, and of what is in the cache already."""
+    assert causal_lm.CausalLM(made("llama", rope_parameters=LONGROPE)).cfg.max_seq_len == 32
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    kinds = {"full_attention": LONGROPE, "sliding_attention": plain}
+    assert causal_lm.CausalLM(made("gemma3", rope_parameters=kinds, sliding_window=64)).cfg.max_seq_len == 32
+    yarn = plain | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert causal_lm.CausalLM(made("llama", rope_parameters=yarn)).cfg.max_seq_len == 128
+    unused = {"max_position_embeddings": 128, "sliding_window": 16, "use_sliding_window": False}
+    assert (longest_text(unused), longest_text({"n_positions": 64}), longest_text({})) == (128, 64, None)
+
+
+def test_sizes_are_not_counts(tmp_path):
+    """Qwen1.5-MoE's shared expert is wider than the model has tensors."""
+    shape = KINDS["llama"][1] | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 192}
+    theirs = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    assert relative(causal_lm.load(tmp_path)(tokens(1, 7)), theirs(input_ids=tokens(1, 7)).logits) < BOUND
+    for key in ("num_experts", "num_hidden_layers", "shared_expert_intermediate_size"):
+        configure(tmp_path, **{key: 10**7})
+        with pytest.raises(UserError, match=f"{key} = 10000000, but the 55 tensors"):
+            causal_lm.load(tmp_path)
+        configure(tmp_path, **{key: shape.get(key, 4)})
+
+
 def edit(directory, change):
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -160,6 +192,20 @@ def test_code_that_comes_with_a_model_is_not_run(directory, tmp_path):
     with pytest.raises(UserError, match="never run"):
         causal_lm.load(directory)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["owner/kernel@main", "flash_attention_2", {"": "owner/kernel"}])
+def test_a_config_chooses_no_code(directory, monkeypatch, key, value):
+    """transformers would download such a kernel and run it, even with `local_files_only`."""
+    hub_kernels, asked = transformers.integrations.hub_kernels, []
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *_, **__: True)
+    monkeypatch.setattr(transformers.modeling_utils, "is_kernels_available", lambda *_, **__: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", lambda *name, **_: asked.append(name) or 1 / 0, raising=False)
+    before = causal_lm.load(directory)
+    configure(directory, **{key: value})
+    found = causal_lm.load(directory)
+    assert not asked and torch.equal(found(tokens(1, 7)), before(tokens(1, 7)))
 
 
 def test_logits_that_are_more_than_a_product_are_refused(tmp_path):

@@ -78,7 +78,8 @@ TURN = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant",
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+    rope = {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 256}  # as Phi's
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"max_position_embeddings": 4096} | rope))
     for split, first, count in (("train", 0, 5), ("test", 5, 3)):
         questions = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(first, first + count)]
         lines(tmp_path / "maths" / f"{split}.jsonl", questions)

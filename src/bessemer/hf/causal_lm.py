@@ -36,7 +36,7 @@ from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.hf.mapping import FAMILIES
+from bessemer.hf.mapping import FAMILIES, LIMITS, longest_text
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.gate import Gate
@@ -46,8 +46,7 @@ from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, scores
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose cache is keys and values, which sequences can share; they cannot share a recurrent state."""
-LIMITS = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
-PER_LAYER, PER_EXPERT = re.compile("layer|block|depth"), re.compile("expert")
+PER_LAYER, PER_EXPERT = re.compile("(?!.*(size|dim)).*(layer|block|depth)"), re.compile("(?!.*(size|dim)).*expert")
 ALONG_TEXT = re.compile("position|theta|window|length|seq|chunk|_id$|scale|base|top")
 FEW, LONGEST, MOST_OTHERS = 128, 1 << 40, 1_000_000
 """Limits on the numbers in config.json, whatever the files hold: counts, lengths, others."""
@@ -71,7 +70,7 @@ class CausalLMConfig(BaseModel):
     n_layers: int
     """Decoder layers."""
     max_seq_len: int
-    """Longest supported sequence; a shorter attention window counts as the limit, so the window never applies."""
+    """Longest supported sequence (`mapping.longest_text`)."""
     n_mtp: int = 0
     """MTP modules: none."""
 
@@ -240,11 +239,10 @@ def load(
         raise UserError(f"{directory} holds an adapter besides the model; merge the two, or remove adapter_config.json")
     hub.check_kind(values, kind.head is not None, directory)
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
-    known = hub.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with _explained(directory):
         _check_counts(values, checkpoint)
         _check_memory(directory, checkpoint, kind.auto)
-        return checked(kind(_read(directory, known, kind.auto).to(device)), str(directory))
+        return checked(kind(_read(directory, hub.parse_dtype(dtype), kind.auto).to(device)), str(directory))
 
 
 def load_scorer(
@@ -282,9 +280,9 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         most = max(checkpoint.widest, MOST_OTHERS)
-        if PER_LAYER.search(key):
+        if PER_LAYER.match(key):
             most = max(n, FEW)
-        elif PER_EXPERT.search(key):
+        elif PER_EXPERT.match(key):
             most = max(n, FEW, *stacked)
         elif ALONG_TEXT.search(key):
             most = LONGEST
@@ -297,11 +295,8 @@ def _check_counts(values: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 def _check_memory(directory: Path, checkpoint: Checkpoint, kind: str) -> None:
     """Raises UserError for a network much larger than the files: transformers would initialise the rest at random."""
-    auto = transformers_library()
-    options = {"local_files_only": True, "trust_remote_code": False}
-    config = auto.AutoConfig.from_pretrained(directory, **options)
     with torch.device("meta"):
-        inner = getattr(auto, kind).from_config(config, trust_remote_code=False)
+        inner = getattr(transformers_library(), kind).from_config(_config(directory), trust_remote_code=False)
     stored = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     needed = sum(parameter.numel() for parameter in inner.parameters())
     if needed > 2 * stored:
@@ -344,12 +339,19 @@ def transformers_library() -> ModuleType:
     return transformers
 
 
-def _read(directory: Path, dtype: str | torch.dtype | None, kind: str) -> Any:
+def _config(directory: Path) -> Any:
+    """config.json without its choice of attention and expert kernels, which transformers may download and run."""
+    options = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers_library().AutoConfig.from_pretrained(directory, **options)
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def _read(directory: Path, dtype: torch.dtype | None, kind: str) -> Any:
     """The transformers model of a directory; raises UserError unless its tensors are exactly those of the files."""
-    transformers = transformers_library()
-    inner, report = getattr(transformers, kind).from_pretrained(
-        directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True,
-        ignore_mismatched_sizes=True, output_loading_info=True,
+    inner, report = getattr(transformers_library(), kind).from_pretrained(
+        directory, config=_config(directory), dtype=dtype or "auto", local_files_only=True, trust_remote_code=False,
+        use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
     )  # fmt: skip
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = (item if isinstance(item, str) else item[0] for item in report.get(what) or ())
@@ -366,13 +368,13 @@ def _config_of(inner: Any, head: Any) -> CausalLMConfig:
         raise UserError(f"{config.model_type} is not supported: its memory is {', '.join(kinds) or 'a state'}")
     if not isinstance(head, nn.Linear) or head.bias is not None or inner.base_model is inner:
         raise UserError(f"{config.model_type} is not supported: its head is not a single matrix")
-    limits = [getattr(config, name, None) for name in LIMITS]
-    if limits[0] is None:
+    limits = {name: getattr(config, name, None) for name in LIMITS}
+    if limits["max_position_embeddings"] is None:
         raise UserError(f"{config.model_type} is not supported: config.json has no max_position_embeddings")
     rows, dim = inner.get_input_embeddings().weight.shape
     return CausalLMConfig(
         model_type=config.model_type, vocab_size=rows, dim=dim, n_layers=config.num_hidden_layers,
-        max_seq_len=min(limit for limit in limits if limit),
+        max_seq_len=longest_text(config.to_dict() | limits),
     )  # fmt: skip
 
 
@@ -381,8 +383,7 @@ def _positions(segments: Segments) -> Tensor | None:
     if segments is None:
         return None
     segments_BT = segments.segments_BT if isinstance(segments, Packed) else segments
-    T = segments_BT.shape[1]
-    place_T = torch.arange(T, device=segments_BT.device)
+    place_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
     begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
     begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
     return place_T - torch.where(begins_BT, place_T, 0).cummax(1).values

@@ -18,6 +18,7 @@ from bessemer.config.table import StageConfig
 from bessemer.config.training import ExtendConfig, PretrainConfig
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
+from bessemer.hf.mapping import longest_text
 from bessemer.pipeline.stage import Probe, find_kind
 from bessemer.tasks.environment import Environment
 from bessemer.train import setup
@@ -146,8 +147,7 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if isinstance(stage, ImportConfig):
         path = located(stage.model) / "config.json"
-        length = read_object(path).get("max_position_embeddings") if path.is_file() else None
-        return length if isinstance(length, int) else None
+        return longest_text(read_object(path)) if path.is_file() else None
     return context_of(recipe, stage.source)
 
 

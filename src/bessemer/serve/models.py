@@ -24,8 +24,9 @@ from bessemer.data.model_files import read_object, read_text
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import LIMITS, needs_transformers
+from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.mapping import longest_text
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
@@ -95,12 +96,11 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     if needs_transformers(folder):
         config = read_object(folder / "config.json")
         config |= config.get("text_config") or {}
-        limits = [config.get(key) for key in (*LIMITS, "n_positions")]
         return ModelFacts(
             architecture=str(config.get("model_type")),
             parameters=sum(math.prod(entry.shape) for entry in Checkpoint(folder).entries.values()),
             active_parameters=None,
-            context=min((limit for limit in limits if limit), default=0),
+            context=longest_text(config) or 0,
             layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
             **common,
         )
