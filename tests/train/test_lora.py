@@ -211,6 +211,15 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
     assert content(tmp_path / "adapter") == before and set(before) == {lora.ADAPTER_CONFIG, lora.WEIGHTS, lora.BASE}
 
 
+def test_what_all_linear_leaves_frozen_is_named(bases, tmp_path):
+    made("mixtral").save_pretrained(tmp_path / "mixtral")
+    said = lora.describe(adapted(tmp_path / "mixtral"))
+    assert said.startswith("LoRA of rank 4, alpha 6, on 8 matrices: 1,792 of ")
+    assert said.endswith("; frozen, since stacked: experts.down_proj, experts.gate_up_proj")
+    for plain in (adapted(bases["qwen2"]), adapted(tmp_path / "mixtral", targets=["q_proj"])):
+        assert lora.describe(plain).endswith("%)")
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -276,7 +285,8 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
     refused("of type IA3", peft_type="IA3")
     refused("must be whole numbers", r="8")
     refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
-    refused(r"lora_A.weight is \[4, 48\], but should be \[8, 48\]", r=8)
+    for rank in (8, 10**9):  # the second would be more memory than there is
+        refused(rf"declares rank {rank}, but the stored matrices have 4", r=rank)
     (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself would write it
     refused(r"is \[32, 4\], but should be \[16, 4\]", tmp_path / "narrow")
     refused("has no matrix down_proj", bases["gpt2"])

@@ -154,13 +154,15 @@ def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage:
 
 
 def describe(model: LoRAModel) -> str:
-    """What is trained, in one line."""
+    """What is trained, in one line, and which matrices "all-linear" leaves out: experts stacked in one parameter."""
+    stacked = sorted({".".join(name.split(".")[-2:]) for name, one in frozen(model).items() if one.dim() == 3})
+    left = f"; frozen, since stacked: {', '.join(stacked)}" if stacked and model.config.targets == "all-linear" else ""
     trained = sum(tensor.numel() for tensor in model.adapters().values())
     every = sum(parameter.numel() for parameter in model.parameters())
     places = len([*_adapted(model.inner)])
     return (
         f"LoRA of rank {model.config.rank}, alpha {model.config.alpha}, on {places} matrices: {trained:,} of {every:,} "
-        f"parameters are trained ({trained / every:.1%})"
+        f"parameters are trained ({trained / every:.1%}){left}"
     )
 
 
@@ -179,6 +181,13 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     check_installed()
     values = read_object(adapter / ADAPTER_CONFIG)
     config, targets = _understood(values, adapter)
+    stored = read_header(adapter / WEIGHTS)
+    ranks = {n for name, entry in stored.items() if ".lora_A." in name and entry.size for n in entry.shape[:1]}
+    if ranks != {config.rank}:  # peft would allocate what is declared
+        raise UserError(
+            f"{adapter}: adapter_config.json declares rank {config.rank}, but the stored matrices have "
+            f"{', '.join(map(str, sorted(ranks))) or 'none'}; copy the adapter again"
+        )
     base = Path(str(values.get("base_model_name_or_path"))) if base is None else base
     if not (base / "config.json").is_file():
         raise UserError(f"there is no model at {base}, the base of {adapter}; name its directory with --like")
@@ -191,7 +200,7 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     if unknown := set(targets) - _matrices(model):
         raise UserError(f"{adapter} belongs to another base: {base} has no matrix {min(unknown)}")
     made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
-    stored, own = read_header(adapter / WEIGHTS), made.adapters()
+    own = made.adapters()
     for name in sorted(stored.keys() | own.keys()):
         here, asked = (str([*one[name].shape]) if name in one else "not there" for one in (stored, own))
         if here != asked:
