@@ -176,6 +176,7 @@ def pickle_only(directory):
         (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.ones(7)})), "mismatched tensor model.norm"),
         (lambda d: configure(d, model_type="nosuch", auto_map={"AutoModelForCausalLM": "m.M"}), "never run"),
         (lambda d: configure(d, quantization_config={"quant_method": "bitsandbytes"}), "quantised weights"),
+        (lambda d: configure(d, model_type=["llama"]), "cannot read this model"),
         (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
     ],

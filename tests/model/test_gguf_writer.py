@@ -255,6 +255,26 @@ def test_another_tokenizer_is_refused(source, tmp_path, change):
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda spec: spec.pop("model")),
+        ("tokenizer.json", lambda spec: spec.pop("added_tokens")),
+        ("tokenizer.json", lambda spec: spec.update(pre_tokenizer=[1])),
+        ("tokenizer.json", lambda spec: spec["model"].update(vocab={"a": "x"})),
+        ("tokenizer.json", lambda spec: spec["added_tokens"][0].pop("special")),
+        ("generation_config.json", lambda values: values.update(temperature="x")),
+        ("generation_config.json", lambda values: values.update(top_p=[1])),
+        ("generation_config.json", lambda values: values.update(eos_token_id=[{}])),
+    ],
+)
+def test_damaged_files_are_one_line(call, source, tmp_path, name, change):
+    directory = source()
+    changed(directory / name, change)
+    status, _, said = call("convert", directory, tmp_path / "out.gguf")
+    assert status == 2 and "is damaged (" in said and said.count("\n") == 1
+
+
 def test_a_published_tokenizer_spells_line_breaks_as_they_are(source, tmp_path):
     directory = source()
 

@@ -76,6 +76,7 @@ def test_absent_mscale_means_what_the_released_code_takes():
     [
         ({"model_type": "llama"}, "model_type 'llama'.*deepseek_v3.*deepseek_v2"),
         ({"model_type": None}, "model_type None"),
+        ({"model_type": ["deepseek_v3"]}, "model_type .* is not implemented"),
         ({"attention_bias": True}, "attention_bias = True is not implemented"),
         ({"rope_interleave": False}, "rope_interleave = False"),
         ({"moe_layer_freq": 2}, "moe_layer_freq = 2"),
@@ -92,6 +93,12 @@ def test_absent_mscale_means_what_the_released_code_takes():
 def test_what_the_network_lacks_is_refused(change, words):
     with pytest.raises(UserError, match=words):
         mapping.from_hf({**mapping.to_hf(tiny(), torch.float32), **change}, "config.json")
+
+
+@pytest.mark.parametrize("names", [5, "ForSequenceClassification", {"a": 1}, [5], None])
+def test_a_reward_model_is_listed_as_one(names):
+    assert not mapping.is_reward_model({"architectures": names})
+    assert mapping.is_reward_model({"architectures": ["LlamaForSequenceClassification"]})
 
 
 def test_kimi_and_v2_defaults():

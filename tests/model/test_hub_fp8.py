@@ -92,12 +92,18 @@ def test_missing_and_misshapen_scales(quantised):
         hub.load(directory)
 
 
-@pytest.mark.parametrize("change", [{"quant_method": "gptq"}, {"fmt": "e5m2"}, {"weight_block_size": [1, 128]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quant_method": "gptq"}, {"fmt": "e5m2"}, {"weight_block_size": [1, 128]}, {"weight_block_size": [128]},
+        {"weight_block_size": [0, 0]}, {"weight_block_size": 128}, "fp8",
+    ],
+)  # fmt: skip
 def test_other_quantisations_are_refused(tmp_path, change):
     random_model(tiny()).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": change}))
-    with pytest.raises(UserError, match=r"config.json: quantisation .* is not supported"):
+    with pytest.raises(UserError, match=r"config.json: quantisation .* is not supported; only fp8 e4m3 in square"):
         hub.load(tmp_path)
 
 

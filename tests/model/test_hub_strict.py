@@ -209,6 +209,21 @@ def test_overlapping_tensors(single):
     refused(single, "overlaps another or leaves a gap")
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ('"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]', "entry for tensor a is damaged"),
+        ('"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]', "entry for tensor a is damaged"),
+        ('"dtype": "F32", "shape": [1], "data_offsets": 4', "entry for tensor a is damaged"),
+        ('"dtype": [], "shape": [1], "data_offsets": [0, 4]', "a is stored as .*; supported: F64"),
+    ],
+)
+def test_an_entry_of_the_wrong_kind(single, entry, words):
+    head = f'{{"a": {{{entry}}}}}'.encode()
+    (single / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
+    refused(single, words)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickle_is_refused_unopened(single, name):
     (single / "model.safetensors").rename(single / name)

@@ -212,7 +212,7 @@ _Kind = TypeVar("_Kind", bound=CausalLM)
 
 def needs_transformers(directory: str | Path) -> bool:
     """Whether config.json declares an architecture other than `Transformer`'s."""
-    return read_object(Path(directory) / "config.json").get("model_type") not in FAMILIES
+    return str(read_object(Path(directory) / "config.json").get("model_type")) not in FAMILIES
 
 
 def load_any(

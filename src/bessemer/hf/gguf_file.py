@@ -39,6 +39,7 @@ from bessemer.hf import hub
 from bessemer.hf.causal_lm import CausalLM, checked, transformers_library
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
+from bessemer.hf.modelfile import damage_named
 from bessemer.hf.replace import check_target, replacing_file
 from bessemer.hf.safetensors_reader import Checkpoint, cast
 from bessemer.model.config import ModelConfig
@@ -109,7 +110,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     check_target(directory, file, force=True)
     chosen = hub.parse_dtype(dtype)
     family = read_object(directory / "config.json").get("model_type")
-    if family not in FAMILIES:
+    if str(family) not in FAMILIES:
         raise UserError(
             f"{directory}: model_type {family!r} is not in the DeepSeek family, the only one written as GGUF here; "
             "convert it with llama.cpp's convert_hf_to_gguf.py"
@@ -121,7 +122,8 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
         if slot.copy and slot.key in checkpoint.entries:
             hub.compare_copy(checkpoint, slot, checkpoint.read(hub.EMBEDDING))
     chosen = chosen or _widest(checkpoint, layout)
-    facts = general_facts(directory, chosen) | network_facts(cfg) | tokenizer_facts(directory, cfg.vocab_size)
+    with damage_named(directory):
+        facts = general_facts(directory, chosen) | network_facts(cfg) | tokenizer_facts(directory, cfg.vocab_size)
     plan = plan_tensors(cfg, layout, chosen)
     with replacing_file(file) as fresh:
         _verify(fresh, facts, plan, _write(fresh, facts, plan, checkpoint))

@@ -142,7 +142,8 @@ def reward_model_json(values: dict[str, Any], pad: int) -> dict[str, Any]:
 
 def is_reward_model(values: dict[str, Any]) -> bool:
     """Whether a config.json describes a reward model."""
-    return any(str(name).endswith(REWARD_SUFFIX) for name in values.get("architectures") or ())
+    names = values.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(REWARD_SUFFIX) for name in names)
 
 
 def longest_text(values: dict[str, Any]) -> int | None:
@@ -163,7 +164,7 @@ def longest_text(values: dict[str, Any]) -> int | None:
 def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     """The config of a parsed config.json; every error message begins with `where`."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
             f"{where}: model_type {family!r} is not implemented; deepseek_v3 (also Moonlight and Kimi-K2, which use "
             "that code) and deepseek_v2 are"

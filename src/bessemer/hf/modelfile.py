@@ -11,11 +11,13 @@ them, they give the text of `data/chat`; with thinking switched off, that of our
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bessemer.data import chat
-from bessemer.data.model_files import read_object, read_text
+from bessemer.data.model_files import AGAIN, read_object, read_text
 from bessemer.errors import UserError
 from bessemer.hf.replace import replacing_file
 
@@ -72,9 +74,23 @@ def path_of(file: Path) -> Path:
 def write(directory: str | Path, file: str | Path) -> Path:
     """Writes the Modelfile of `file`, which was made from the model `directory`, and returns its path."""
     target = path_of(Path(file))
-    with replacing_file(target) as fresh:
+    with replacing_file(target) as fresh, damage_named(Path(directory)):
         fresh.write_text(text(Path(directory), Path(file).name), "utf-8")
     return target
+
+
+@contextmanager
+def damage_named(directory: Path) -> Iterator[None]:
+    """Turns what anybody's JSON of the wrong shape raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}: tokenizer.json, tokenizer_config.json or generation_config.json is damaged "
+            f"({type(error).__name__}: {error}); {AGAIN}"
+        ) from error
 
 
 def text(directory: Path, name: str) -> str:
@@ -100,11 +116,11 @@ def _parameters(directory: Path, config: dict[str, Any]) -> list[tuple[str, str]
     added = {token["id"]: token["content"] for token in read_object(directory / "tokenizer.json")["added_tokens"]}
     ids = advised.get("eos_token_id")
     ends = dict.fromkeys([end, *(added.get(one) for one in (ids if isinstance(ids, list) else [ids]))])
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     sampling |= {key: advised[key] for key in sampling if isinstance(advised.get(key), int | float)}
     if advised.get("do_sample") is False:
         sampling["temperature"] = 0.0
-    sampling["repeat_penalty"] = advised.get("repetition_penalty") or 1.0
+    sampling["repeat_penalty"] = sampling.pop("repetition_penalty") or 1.0
     context = read_object(directory / "config.json").get("max_position_embeddings")
     values = sampling | ({"num_ctx": min(context, MOST_CONTEXT)} if isinstance(context, int) else {})
     stops = [("stop", f'"{one}"') for one in ends if one]  # a Modelfile has no escapes

@@ -188,11 +188,10 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _offset(item: Any) -> tuple[int, int]:
-    try:
-        start, end = item["data_offsets"]
-        return int(start), int(end)
-    except (KeyError, TypeError, ValueError):
-        return -1, -1  # refused by `_entry`
+    match item:
+        case {"data_offsets": [int(start), int(end)]}:
+            return start, end
+    return -1, -1  # refused by `_entry`
 
 
 def _entry(file: Path, key: str, item: Any, base: int) -> Entry:
@@ -200,7 +199,7 @@ def _entry(file: Path, key: str, item: Any, base: int) -> Entry:
     shape = item.get("shape") if isinstance(item, dict) else None
     if start < 0 or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise UserError(f"{file}: the header's entry for tensor {key} is damaged; {AGAIN}")
-    dtype = WEIGHTS.get(item.get("dtype"))
+    dtype = WEIGHTS.get(str(item.get("dtype")))
     if dtype is None:
         raise UserError(f"{file}: tensor {key} is stored as {item.get('dtype')}; supported: {', '.join(WEIGHTS)}")
     if end - start != math.prod(shape) * dtype.itemsize:
