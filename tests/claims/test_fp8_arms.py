@@ -21,8 +21,9 @@ def test_formats_differ_in_nothing_else():
 def test_a_pair_of_runs_gives_two_gaps(tmp_path):
     [job] = [one for one in fp8.jobs("default") if one.arm == "unscaled"]
     made = job.recipe()
-    small = {"corpus": {"limits": dict.fromkeys(("english", "chinese", "idioms", "code", "logic"), 20_000)}}
-    small |= {name: {"tokens": 20_480} for name in ("bf16", "unscaled")}
+    limits = dict.fromkeys(("english", "chinese", "idioms", "code", "logic"), 6_000)
+    small = {"corpus": {"limits": limits, "vocab_sample": 50_000}}
+    small |= {name: {"tokens": 6_144} for name in ("bf16", "unscaled")}
     stages = [stage.model_copy(update=small[stage.name]) for stage in made.stages]
     runner.run(made.model_copy(update={"stages": stages}), tmp_path)
     found = fp8.measure(job, tmp_path)
