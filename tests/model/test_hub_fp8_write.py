@@ -400,20 +400,20 @@ def test_unknown_scales(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(model, written, tmp_path):
-    """One end-to-end run in a process of its own: streaming, config, weights, and back to plain weights."""
+def test_the_command(model, written, tmp_path, call):
+    """Streaming, config, weights, and back to plain weights; once in a process of its own."""
     scales, directory = written
     model.save(tmp_path / "a")
-
-    def convert(*arguments):
+    there = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--fp8"]
+    if scales == "float32":
         code = "from bessemer.cli import main; main()"
-        return subprocess.run([sys.executable, "-W", "ignore", "-c", code, "convert", *map(str, arguments)],
-                              capture_output=True, text=True)  # fmt: skip
-
-    done = convert(tmp_path / "a", tmp_path / "b", "--fp8", *(["--scales", scales] if scales != "float32" else []))
-    assert not done.returncode, done.stderr
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *there], capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+    else:
+        status, _, said = call(*there, "--scales", scales)
+        assert not status, said
     assert same_bytes(tmp_path / "b", directory)
     assert (tmp_path / "b" / "config.json").read_text() == (directory / "config.json").read_text()
-    assert not convert(tmp_path / "b", tmp_path / "c").returncode
+    assert not call("convert", tmp_path / "b", tmp_path / "c")[0]
     plain, fp8 = hub.load(tmp_path / "c").state_dict(), hub.load(tmp_path / "b").state_dict()
     assert all(torch.equal(plain[name], fp8[name]) for name in plain)
