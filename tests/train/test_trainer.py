@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_run import ROWS, T, batches, config, model, trainer
+from torch._dynamo.utils import counters
 
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.kernels import library
 from bessemer.train.checkpoint import latest
 from bessemer.train.objective import Loss, next_token
+from bessemer.train.setup import compile_layers
 from bessemer.train.trainer import Trainer
 
 
@@ -42,12 +45,15 @@ def noisy(model, batch, **terms):
 
 
 # This test comes first: at the end of the suite's last file, one core would idle while it runs.
-def test_compiled_objective_learns_the_same():
+def test_compiled_layers_learn_the_same(monkeypatch):
     """Parameters that are views of flat vectors survive torch.compile. It only traces: inductor takes a minute."""
     terms, shape = {"mtp_lambda": 0.0, "balance_alpha": 1e-3}, {"n_mtp": 0, "n_layers": 1, "n_dense_layers": 0}
     plain, compiled = (trainer(model(**shape), steps=2, terms=terms, micro_rows=ROWS) for _ in range(2))
-    compiled.objective = torch.compile(next_token, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile_layers(compiled.model)
+    before = counters["stats"]["unique_graphs"]
     plain.run(), compiled.run()
+    assert counters["stats"]["unique_graphs"] > before, "something was compiled"
     assert_close_moments(plain, compiled)
 
 
