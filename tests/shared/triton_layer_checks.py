@@ -75,7 +75,7 @@ def check_gate():
     from bessemer.model import gate_gpu
 
     for rule in rules():
-        S, T, E, K = 2, 7, rule.n_experts, rule.n_activated
+        S, T, E, K = 2, 4, rule.n_experts, rule.n_activated
         logits, bias = normal(S * T, E), normal(E, seed=1)
         given = torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(i))[:K] for i in range(S * T)])
         given[1::3] = -1
@@ -122,14 +122,15 @@ def check_swiglu_without_weights():
 
 
 def check_paged_attention():
-    """Rows of 1 to 200 tokens in pages scattered over the pool; batches of few rows split their pages. Slots that a row
-    does not see, and pages that it does not have, hold NaN."""
+    """Rows of 1 to 200 tokens in pages scattered over the pool; all batches but the largest split their pages. Slots
+    that a row does not see, and pages that it does not have, hold NaN."""
     from bessemer.kernels import paged, triton_paged
 
+    triton_paged.PROGRAMS = 64
     generator = torch.Generator().manual_seed(0)
     for lengths, H, C, R in (
         ([200, 1, 64, 65, 130], 3, 24, 8),
-        ([7] * 40, 20, 32, 16),
+        ([7] * 16 + [150], 20, 32, 16),
         ([63], 16, 40, 4),
         ([70, 2], 2, 8, 2),
     ):
