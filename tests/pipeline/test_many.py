@@ -185,17 +185,23 @@ def wait_for_step(out, step, stage="pretrain", seconds=60.0):
 
 
 def hang(process, rank):
-    """Stop this rank with SIGSTOP until the others have said so and ended, then kill it; returns their line."""
-    hung, other = rank_of(process, rank), rank_of(process, 1 - rank)
+    """Stop this rank with SIGSTOP until another has said so and the agent ends the attempt; returns the line."""
+    hung, line = rank_of(process, rank), ""
     os.kill(hung, signal.SIGSTOP)
-    line = ""
     while "has waited" not in line:
         line = process.stderr.readline()
         assert line, "it ended without a word"
-    while Path(f"/proc/{other}/cmdline").exists() and Path(f"/proc/{other}/cmdline").read_bytes():  # b"" once it ended
+    until = time.monotonic() + 60
+    while not pending(hung) >> signal.SIGTERM - 1 & 1:  # which the agent sends once it knows that the other has ended
+        assert time.monotonic() < until, "the agent did not end the attempt"
         time.sleep(0.02)
     os.kill(hung, signal.SIGKILL)
     return line
+
+
+def pending(pid):
+    """The signals that wait for this process, as a mask."""
+    return int(re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
 
 
 def test_a_hung_rank_is_named_and_takes_nothing_with_it(base, out):
