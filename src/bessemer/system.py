@@ -71,16 +71,18 @@ def can_fork() -> bool:
 
 
 def claim(file: IO[str], holder: str) -> bool:
-    """Locks a file for this process; False if another process holds it. On a system without such locks, the process
-    whose number is in the file (`holder`) holds it for as long as that process lives."""
-    if fcntl is None:
-        return not holder.isdigit() or int(holder) == os.getpid() or not alive(int(holder))
-    try:
-        # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the lock
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    """Locks a file for this process; False if another process holds it. On a system or disk without such locks, the
+    process whose number is in the file (`holder`) holds it for as long as that process lives."""
+    if fcntl is not None:
+        try:
+            # lockf, not flock: a child process (a sandbox, a worker) that outlives us must not keep the lock
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:  # some network disks
+            pass
+    return not holder.isdigit() or int(holder) == os.getpid() or not alive(int(holder))
 
 
 def alive(pid: int) -> bool:

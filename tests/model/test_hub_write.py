@@ -228,6 +228,29 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
     assert finished and restored and step > 20
 
 
+@pytest.mark.parametrize("replacing", [replace.replacing, replace.replacing_file])
+def test_two_processes_never_write_one_target(tmp_path, replacing):
+    """The second is refused and disturbs nothing; a killed one is in nobody's way."""
+    target, (read, write) = tmp_path / "m", os.pipe()
+    child = os.fork()
+    if not child:
+        with replacing(target):
+            os.write(write, b"!")
+            signal.pause()
+    try:
+        assert os.read(read, 1) == b"!"
+        scratch = sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match=r"another process is writing .*m; wait for it"), replacing(target):
+            raise AssertionError("two at once")
+        assert sorted(tmp_path.iterdir()) == scratch
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with replacing(target) as fresh:
+        (fresh / "config.json" if fresh.is_dir() else fresh).write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-8]])
 def test_damage_between_writing_and_reading_back_is_found(model, tmp_path, monkeypatch, damage):
     model.save(tmp_path / "m")

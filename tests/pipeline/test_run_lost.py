@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from bessemer import system
 from bessemer.errors import UserError
 from bessemer.runs.directory import RunDir
 from bessemer.runs.files import explain, explained
@@ -37,6 +39,16 @@ def test_a_lock_that_is_deleted_admits_nobody(toy):
         _, said = process.communicate(timeout=30)
         assert process.returncode == 2 and "the lock of this run was deleted, and it ends here" in said
         assert "in use by another run (process 123)" in said
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """The number of a living process in the file takes their place; a lock that is held is still one."""
+    with open(tmp_path / "lock", "w") as file:
+        for number, held in ((errno.ENOLCK, False), (errno.EACCES, True)):
+            error = OSError(number, os.strerror(number))
+            monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=error))
+            assert system.claim(file, "") == (not held)
+            assert not system.claim(file, str(os.getppid()))
 
 
 def test_a_run_directory_that_vanishes(toy):

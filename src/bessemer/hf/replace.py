@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bessemer.data.model_files import INDEX
 from bessemer.errors import UserError
-from bessemer.system import sync_folder
+from bessemer.system import claim, sync_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
@@ -50,31 +50,24 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     if target.is_dir() and any(target.iterdir()) and not known:
         raise UserError(f"{target} has files but is not a model directory; name an empty or a new directory")
-    target = target.resolve()
-    fresh, old = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.resolve()) as (fresh, old, target):
         # A killed process may have left a partial new directory, which is removed, or the old one, which is restored.
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not target.exists():
             os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        fresh.mkdir()
-        yield fresh
-        if target.is_dir():
-            _carry_over(target, fresh, drop)
-        sync_folder(fresh)
-        _swap(fresh, target, old)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is unchanged. "
-            f"{_remedy(error, target)}"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if target.exists():
+        try:
             shutil.rmtree(old, ignore_errors=True)
+            fresh.mkdir()
+            yield fresh
+            if target.is_dir():
+                _carry_over(target, fresh, drop)
+            sync_folder(fresh)
+            _swap(fresh, target, old)
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -82,19 +75,39 @@ def replacing_file(target: Path) -> Iterator[Path]:
     """`replacing` for a single file."""
     if target.is_dir():
         raise UserError(f"{target} is a directory; name the file to write, such as {target / 'model.gguf'}")
-    target = target.resolve()
-    fresh = target.with_name(f".{target.name}.bessemer-new")
+    with _alone(target.resolve()) as (fresh, _, target):
+        try:
+            yield fresh
+            os.replace(fresh, target)
+            sync_folder(target.parent)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """Holds the lock of a target; yields two names next to it, for the new and the old one, and the target. What the
+    system refuses becomes a UserError."""
+    fresh, old, path = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old", "lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        os.replace(fresh, target)
-        sync_folder(target.parent)
+        with open(path, "a+") as lock:
+            lock.seek(0)
+            # a holder deletes its lock at the end: one that was opened before that locks nothing
+            if not claim(lock, lock.read()) or not path.exists() or not os.path.samefile(path, lock.fileno()):
+                raise UserError(f"another process is writing {target}; wait for it, or name another target")
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            try:
+                yield fresh, old, target
+            finally:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; it is unchanged. {_remedy(error, target)}"
+            f"cannot write {error.filename or target}: {error.strerror or error}; {target} is unchanged. "
+            f"{_remedy(error, target)}"
         ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _swap(fresh: Path, target: Path, old: Path) -> None:

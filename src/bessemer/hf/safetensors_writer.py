@@ -146,12 +146,14 @@ def quantization_config(scales: Scales) -> dict[str, Any]:
 def fp8_block_size(values: dict[str, Any], where: str) -> int:
     """Tile width of the FP8 weights that a config.json declares; raises UserError for any other quantisation."""
     config = values.get("quantization_config") or {}
-    kind = {"quant_method": "fp8", "fmt": "e4m3"} | config if isinstance(config, dict) else {}
-    match kind | {"block": kind.get("weight_block_size") or [BLOCK, BLOCK]}:
-        case {"quant_method": "fp8", "fmt": "e4m3", "block": [int(rows), int(columns)]} if rows == columns > 0:
+    config = config if isinstance(config, dict) else {"quant_method": repr(config)}
+    method, fmt = config.get("quant_method", "fp8"), config.get("fmt", "e4m3")
+    match method, fmt, (block := config.get("weight_block_size") or [BLOCK, BLOCK]):
+        case "fp8", "e4m3", [int(rows), int(columns)] if rows == columns > 0:
             return rows
     raise UserError(
-        f"{where}: quantisation {config} is not supported; only fp8 e4m3 in square blocks is. Use the original weights"
+        f"{where}: quantisation {method} {fmt} in blocks {block} is not supported; only fp8 e4m3 in square blocks is. "
+        "Use the original weights"
     )
 
 
