@@ -73,6 +73,8 @@ def test_a_run_a_stage_or_a_directory(call, run, tmp_path, monkeypatch):
 
 def test_the_name_gives_the_format(call, run, tmp_path):
     pytest.importorskip("gguf")
+    status, _, err = call("convert", run, tmp_path / "a b.gguf")
+    assert (status, err) == (0, f"for Ollama: ollama create 'a b' -f '{tmp_path}/a b.Modelfile'\n")
     assert call("convert", run, tmp_path / "a.gguf")[0] == 0
     assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
     assert "\nFROM ./a.gguf\n" in (tmp_path / "a.Modelfile").read_text("utf-8")

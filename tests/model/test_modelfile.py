@@ -88,6 +88,8 @@ def directory(tmp_path):
 def test_what_is_written_reads_back(directory, tmp_path):
     path = modelfile.write(directory, tmp_path / "my model.v1.gguf")
     assert path == tmp_path / "my model.v1.Modelfile"
+    command = "# ollama create 'my model.v1' -f 'my model.v1.Modelfile'"  # can be pasted into a shell
+    assert path.read_text("utf-8").splitlines()[0] == command
     assert parsed(path.read_text("utf-8")) == [
         ("FROM", "./my model.v1.gguf"), ("TEMPLATE", modelfile.template("zero")), ("PARAMETER stop", chat.EOS),
         ("PARAMETER temperature", "0.6"), ("PARAMETER top_p", "0.95"), ("PARAMETER top_k", "0"),

@@ -102,8 +102,8 @@ def convert(
         check_target(source, modelfile.path_of(dst), force)
         gguf_file.write(source, dst, target)
         print(dst)
-        made = modelfile.write(source, dst)
-        print(f"for Ollama: ollama create {dst.stem} -f {made}", file=sys.stderr)
+        modelfile.write(source, dst)
+        print(f"for Ollama: {modelfile.command(dst)}", file=sys.stderr)
         return
     if to is Format.dcp:
         from bessemer.hf import dcp, hub

@@ -11,6 +11,7 @@ them, they give the text of `data/chat`; with thinking switched off, that of our
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,11 @@ def path_of(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
+def command(file: Path) -> str:
+    """What a shell runs to make Ollama's model of a GGUF file."""
+    return shlex.join(["ollama", "create", file.stem, "-f", str(path_of(file))])
+
+
 def write(directory: str | Path, file: str | Path) -> Path:
     """Writes the Modelfile of `file`, which was made from the model `directory`, and returns its path."""
     target = path_of(Path(file))
@@ -98,7 +104,7 @@ def text(directory: Path, name: str) -> str:
     if not name.isprintable():
         raise UserError(f"{name!r} has characters that a Modelfile cannot hold; choose a plainer file name")
     config, style = read_object(directory / "tokenizer_config.json"), style_of(directory)
-    lines = [f"# ollama create {Path(name).stem} -f {path_of(Path(name))}", f"FROM ./{name}"]
+    lines = [f"# {command(Path(name))}", f"FROM ./{name}"]
     if style is None:
         lines.append("# The chat template is not one of Bessemer's. Ollama looks for one like it among its own.")
     else:
