@@ -135,7 +135,6 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a Llama without heads": ("llama", config(num_attention_heads=0)),
     "a Llama with a text for a number": ("llama", config(hidden_size="64")),
     "a model_type of another program": ("llama", config(model_type="evil", auto_map={"AutoConfig": "evil.Evil"})),
-    "an attention from the hub": ("llama", config(_attn_implementation="evil/kernel")),
     # JSON
     "an integer of 5,000 digits": ("ours", number(5000)),
     "a Llama's integer of 5,000 digits": ("llama", number(5000)),
