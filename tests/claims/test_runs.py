@@ -188,7 +188,7 @@ def test_one_seed_beside_the_committed_ones():
         [card] = cards.make(["L6"], judged, again)
         assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
         assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
-        said = "as expected" if agrees else "outside what 95"
+        said = "as expected" if agrees else "outside the 95"
         assert said in cards.describe([card]) and said in page._card(card) and "3 runs" in page._card(card)
     smaller = [result(arm, 1, "nano", bpb=2.0) for arm in ("ref", "MHA")]
     judged, again, _ = results.evidence("quick", held, smaller)
@@ -196,7 +196,7 @@ def test_one_seed_beside_the_committed_ones():
     assert card.facts()["parts"][0]["this_run"].keys() == {"value", "size"}
     said = cards.describe([card]) + page._card(card)
     assert said.count("network 64 wide, 2 layers, 250K tokens read") == 2
-    assert "as expected" not in said and "outside what" not in said
+    assert "as expected" not in said and "prediction interval" not in said
 
 
 def test_of_two_sources_the_one_with_more_seeds_judges():

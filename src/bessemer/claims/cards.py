@@ -143,8 +143,8 @@ def _measured(claim: str, one: PartFinding) -> str:
     size = one.size[0] and f", {one.size[0]}"
     beside = ""
     if one.again is not None:
-        said = {None: one.again.size[0], True: "as expected", False: "outside what 95 % of such runs give"}
-        beside = f"; one more run {phrases.amount(claim, one, one.again.value)[0]}, {said[one.again.agrees]}"
+        value, compared = phrases.amount(claim, one, one.again.value)[0], phrases.compared(one.again)[0]
+        beside = f"; {phrases.words()['this_run'][0]} {value}, {compared}"
     value = phrases.amount(claim, one, one.value, one.interval)[0]
     return f"{phrases.metric(claim, one)[0]}: {value}, {runs}{size}: {one.outcome}{beside}"
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from bessemer.claims.registry import data, metrics
-from bessemer.claims.verdict import Outcome, PartFinding
+from bessemer.claims.verdict import Again, Outcome, PartFinding
 from bessemer.eval.intervals import Interval
 from bessemer.report import page
 from bessemer.report.page import Html
@@ -42,6 +42,14 @@ def pictured(one: PartFinding) -> bool:
     return bool(one.seeds) or one.score is not None
 
 
+def compared(again: Again) -> Sequence[str]:
+    """How one more run compares with those that decided, in English and Chinese; its size, if that is another."""
+    if again.agrees is None:
+        return again.size
+    found: list[str] = words()["agrees" if again.agrees else "disagrees"]
+    return found
+
+
 def decided(claim: str, one: PartFinding) -> Html:
     """A part in one line: its value and what was needed, unless a picture shows them, and what follows."""
     pieces = [judged(one)]
@@ -50,9 +58,7 @@ def decided(claim: str, one: PartFinding) -> Html:
     if one.visible and math.isfinite(one.visible):
         pieces.append(page.join(word("visible"), both(amount(claim, one, one.visible, signed=False)), by=COLON))
     if one.again is not None:
-        agrees = word("agrees" if one.again.agrees else "disagrees")
-        agrees = both(one.again.size) if one.again.agrees is None else agrees
-        again = page.join(both(amount(claim, one, one.again.value)), agrees, by=COMMA)
+        again = page.join(both(amount(claim, one, one.again.value)), both(compared(one.again)), by=COMMA)
         pieces.append(page.join(word("this_run"), again, by=COLON))
     return page.join(plain(claim, one), page.join(*pieces, by=SEMICOLON), by=COLON)
 

@@ -25,8 +25,8 @@ def plan(
                     "routing, recompute, stages, in_step, usd, model.KEY; takes several; may be repeated. With --here "
                     "as in bessemer run.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
-    here: Annotated[bool, typer.Option("--here", help="Measure this machine for a few seconds and predict the "
-                                       "run.")] = False,
+    here: Annotated[bool, typer.Option("--here", help="Measure this machine, some seconds for each way the "
+                                       "stages train, and predict the run.")] = False,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
                                              "Default: runs/NAME.")] = None,
     audit: Annotated[str | None, typer.Option(metavar="NAME", help="Show published claims next to predictions: "

@@ -317,16 +317,18 @@ def _write_states(root: Path, states: dict[str, _State]) -> None:
 def _alone(root: Path, waited: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Only one process sends at a time. Raises UserError if another still does when `waited` returns True."""
     (root / "trackers").mkdir(exist_ok=True)
-    last = False
+    lock, last = FileLock(root / "trackers" / "lock", timeout=0), False
     while True:
-        try:
-            with FileLock(root / "trackers" / "lock", timeout=0):
-                yield
-                return
-        except Timeout:
-            if last:
-                raise UserError(f"{root} is being sent to its trackers already, by its run or bessemer track") from None
-            last = waited()
+        with suppress(Timeout):
+            lock.acquire()
+            break
+        if last:
+            raise UserError(f"{root} is being sent to its trackers already, by its run or bessemer track")
+        last = waited()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def track(root: Path, names: Sequence[str]) -> list[str]:
