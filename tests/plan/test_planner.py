@@ -221,6 +221,10 @@ def test_settings_by_hand():
     ):
         with pytest.raises(UserError, match="--set"):
             plan_config.parse([wrong])
+    with pytest.raises(UserError, match="expected a finite number"):
+        plan_config.parse(["tokens=inf"])
+    with pytest.raises(UserError, match="rows of 4096 tokens cannot be split into 6 equal chunks"):
+        plan_config.setup(replace(small, cp=3, pp=1, ep=1, seq=4096), V3, parse_cluster("2046xH800"))
 
 
 def test_devices_and_clusters():

@@ -19,6 +19,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig, nearest
 from bessemer.config.training import PretrainConfig
 from bessemer.dist import mesh, schedules
+from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.model.config import PRESETS, ModelConfig, preset
@@ -147,9 +148,7 @@ def _number(setting: str, text: str, kind: type[int] | type[float]) -> float:
     except ValueError:
         value = float("nan")
     if (not value > 0 and kind is not float) or not math.isfinite(value):
-        raise UserError(
-            f"--set {setting}: expected a {'positive whole' if kind is int else ''} number".replace("  ", " ")
-        )
+        raise UserError(f"--set {setting}: expected a {'positive whole' if kind is int else 'finite'} number")
     return int(value) if float(value).is_integer() else value
 
 
@@ -219,6 +218,9 @@ def setup(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec) -> Setup:
 
 def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layout: Layout) -> Setup:
     """The setup of the run in a valid layout; UserError if the batch is too small for it."""
+    length = config.seq or cfg.max_seq_len
+    if layout.cp > 1 and length % (2 * layout.cp):
+        raise UserError(split_refusal(length, layout.cp))
     rows, pipelines = config.micro_rows or 1, layout.dp * layout.ep
     batch = round(config.rows(config.tokens or 0.0)) if config.batch else pipelines * rows * 4 * layout.pp
     if batch < pipelines:
@@ -233,7 +235,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
         busiest = imbalance(Path(config.routing), layout.ep)
     fp8 = config.precision == "fp8" if config.precision else cluster.device.fp8 is not None
     return Setup(
-        ModelShape.of(cfg), layout, cluster.device, name, micro, rows, config.seq or cfg.max_seq_len, fp8,
+        ModelShape.of(cfg), layout, cluster.device, name, micro, rows, length, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
         cp=layout.cp, muon=config.optimizer == "muon",
     )  # fmt: skip
