@@ -12,6 +12,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.serve.chat import chat_prompt
+from bessemer.serve.protocol import Turn
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
 ANSWER = {"role": "assistant", "content": "<think>36</think> 40, é漢"}
@@ -227,6 +229,18 @@ def test_a_base_model_speaks_the_zero_style(tmp_path):
     assert again.chat_style == "zero" and again.eos_id == tok.special_id("<|im_end|>") and again.opening == ""
     with pytest.raises(UserError, match="no token '<｜User｜>'"):
         chat.render_ids(again, QUESTION, "r1")
+
+
+@pytest.mark.parametrize("blank", ["first", "always", "prepend"])
+def test_what_continues_a_text_begins_with_no_blank(tmp_path, blank):
+    """Our own template on such a tokenizer, and the beginning of an answer that a client gives."""
+    tok = load_tokenizer(houses.sentencepiece(tmp_path, None, blank))
+    tok.chat_style = "zero"
+    said = {"role": "assistant", "content": "<think>36</think> 40"}
+    ids = chat.render_ids(tok, [*QUESTION, said])
+    assert tok.decode(ids).lstrip() == "User: What is 12*3+4?\nAssistant:<think>36</think> 40"
+    begun = chat_prompt(tok, [Turn(**QUESTION[0]), Turn(**said)]).ids
+    assert tok.decode(begun).lstrip() == "User: What is 12*3+4?\nAssistant:<think>36</think> 40"
 
 
 def test_r1s_template_is_refused_where_its_tokens_are_missing(tmp_path):

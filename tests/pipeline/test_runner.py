@@ -2,15 +2,18 @@
 
 import json
 import os
+import resource
 import subprocess
 
 import pytest
 import toy_stage  # noqa: F401 (registers the kinds)
+from forks import Fork
 
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
 from bessemer.runs.directory import RunDir
+from bessemer.runs.files import explained, write_atomic
 
 ALL_DONE = {"first": "done", "second": "done", "compare": "done"}
 ALL_SKIPPED = {"first": "skipped", "second": "skipped", "compare": "skipped"}
@@ -197,6 +200,16 @@ def test_a_full_disk_is_told_and_the_run_goes_on_after_it(toy):
     toy.write(fill="false")  # fill_disk is runtime_only: freeing space does not change the recipe
     assert run(toy) == {"first": "skipped", "second": "done", "compare": "done"}
     assert [line["step"] for line in toy.lines() if line["stage"] == "second"] == list(range(1, 21))
+
+
+def test_a_file_larger_than_the_system_allows_is_told(tmp_path):
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        told = pytest.raises(UserError, match=r"file\.json: it would exceed the maximum size of a file.*ulimit -f")
+        with told, explained(tmp_path / "file.json"):
+            write_atomic(tmp_path / "file.json", "x" * 2000)
+
+    assert Fork(write).wait() == 0 and list(tmp_path.iterdir()) == []
 
 
 def test_a_stage_without_a_state_starts_over_and_so_do_its_lines(toy, monkeypatch):

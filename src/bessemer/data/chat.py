@@ -105,7 +105,7 @@ class ChatTokenizer(Protocol):
     @property
     def tool_marks(self) -> dict[str, int]: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, after: int | None = None) -> list[int]: ...
 
     def special_id(self, content: str) -> int: ...
 
@@ -180,23 +180,25 @@ def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | N
     [message] = tool_texts.rewritten([{"role": "tool", "content": output} for output in outputs])
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [*turn("tool", message["content"], kept=True), *_generation_prompt(style, after_output=True)]
-    return _ids(tokenizer, pieces, tokenizer.tool_marks)[0]
+    return _ids(tokenizer, pieces, tokenizer.tool_marks, tokenizer.eos_id)[0]
 
 
-def _ids(tokenizer: ChatTokenizer, pieces: Sequence[ChatPiece], marks: dict[str, int]) -> tuple[list[int], list[bool]]:
-    """The ids of the pieces, and which of them the assistant wrote. `marks` become tokens in every piece."""
+def _ids(
+    tokenizer: ChatTokenizer, pieces: Sequence[ChatPiece], marks: dict[str, int], after: int | None = None
+) -> tuple[list[int], list[bool]]:
+    """The ids of the pieces after the id `after`, and which of them the assistant wrote. `marks` become tokens in every
+    piece."""
     ids: list[int] = []
     answers: list[bool] = []
     for piece in pieces:
-        new = _control_ids(tokenizer, piece.text) if piece.control else []
+        ids += _control_ids(tokenizer, piece.text) if piece.control else []
         for text in () if piece.control else tool_texts.split(piece.text) if marks else (piece.text,):
             if text in marks:
-                new.append(marks[text])
+                ids.append(marks[text])
                 continue
             for part in typed_pieces(text) if piece.typed else (text,):
-                new += tokenizer.encode(part)
-        ids += new
-        answers += [piece.answer] * len(new)
+                ids += tokenizer.encode(part, ids[-1] if ids else after)
+        answers += [piece.answer] * (len(ids) - len(answers))
     return ids, answers
 
 

@@ -205,15 +205,24 @@ class Tokenizer:
         """The id of an added token such as `chat.USER`. Raises UserError if this tokenizer lacks it."""
         return self._id(content)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` and nothing else; see the invariants at the top."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, after: int | None = None) -> list[int]:
+        """Ids of `text` and nothing else; see the invariants at the top. `after`: the id before the text, if it
+        continues one; other families' tokenizers put a blank before a text's first word."""
+        return self._encoded(self._continuing(after), [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
+        return self._encoded(self._tok, texts)
+
+    def _continuing(self, after: int | None) -> tokenizers.Tokenizer:
+        """The library's tokenizer for a text that follows the id `after`."""
+        return self._tok
+
+    @staticmethod
+    def _encoded(tok: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         try:
             with patterns.explained():
-                return [encoding.ids for encoding in self._tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+                return [encoding.ids for encoding in tok.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:  # the library's error for a text that UTF-8 cannot encode
             for text in texts:
                 _check_utf8(text)

@@ -127,17 +127,19 @@ class BessemerLM(LM):
         conversation = max((made for made in self._rendered if text.startswith(made)), key=len, default=None)
         if conversation is None:
             raise UserError(f"a context does not begin with the model's chat template: {text[:60]!r}; leave --chat out")
-        return self._rendered[conversation] + tokenizer.encode(text[len(conversation) :])
+        ids = self._rendered[conversation]
+        return ids + tokenizer.encode(text[len(conversation) :], ids[-1])
 
     def _pair(self, context: str, continuation: str) -> _Scored:
         encode = self.engine.tokenizer.encode
         if self._rendered:
-            return _Scored(self._context(context), encode(continuation))
+            ids = self._context(context)
+            return _Scored(ids, encode(continuation, ids[-1]))
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         before, whole = self._context(bare), self._context(bare + continuation)
         joined = whole[: len(before)] == before
-        return _Scored(before, whole[len(before) :] if joined else encode(continuation))
+        return _Scored(before, whole[len(before) :] if joined else encode(continuation, before[-1]))
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         self.truncated += len(ids) > room

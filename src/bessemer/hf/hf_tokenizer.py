@@ -150,6 +150,9 @@ class HFTokenizer(Tokenizer):
             place = stop
         return ids, answers
 
+    def _continuing(self, after: int | None) -> tokenizers.Tokenizer:
+        return self._tok if after is None else self._after if after in self._added else self._inside
+
     def _adopt(self, chat_template: str) -> None:
         """Sets the template and renders a test conversation to find how answers begin and end in it."""
         self.chat_template, self._template, self._opening, self.eos_id = chat_template, None, "", self._end
@@ -209,10 +212,7 @@ class HFTokenizer(Tokenizer):
             for mask, content in unmask.items():
                 plain = plain.replace(mask, content)
             for piece in filter(None, plain.split(cut)):
-                before = ids[-1] if ids else last
-                tok = self._tok if before is None else self._after if before in self._added else self._inside
-                with patterns.explained():
-                    ids += tok.encode(piece, add_special_tokens=False).ids
+                ids += self.encode(piece, ids[-1] if ids else last)
             if found:
                 ids.append(self._control[found.group()])
                 place = found.end()

@@ -57,6 +57,11 @@ def explain(error: BaseException, path: Path) -> UserError | None:
         return UserError(
             f"disk full: cannot write {where}; free some {lack} and run the same command again; what was saved is kept"
         )
+    if number == errno.EFBIG:
+        return UserError(
+            f"cannot write {where}: it would exceed the maximum size of a file, this process's (ulimit -f) or the file "
+            "system's; raise it and run the same command again; what was saved is kept"
+        )
     if number == errno.ENAMETOOLONG:
         return UserError(f"the name {str(where)[:40]}... is too long for the file system; give a shorter one")
     if number in _AWAY:

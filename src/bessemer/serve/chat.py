@@ -181,9 +181,9 @@ def chat_prompt(
     is_open = THINK in (opening(style) if style else tokenizer.opening)
     more: list[int] = []
     if prefix:
-        more = tokenizer.encode(_begin(prefix, style, is_open))
+        more = tokenizer.encode(_begin(prefix, style, is_open), ids[-1])
     elif thinking is not None and None not in think_ids(tokenizer):
-        more = tokenizer.encode(_switch(thinking, style, is_open))
+        more = tokenizer.encode(_switch(thinking, style, is_open), ids[-1])
     for token_id in more:  # only these: tags inside a question open and close nothing
         if token_id in think_ids(tokenizer):
             is_open = token_id == think_ids(tokenizer)[0]
