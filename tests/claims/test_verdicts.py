@@ -15,7 +15,6 @@ from bessemer.claims.verdict import (
     run,
     score,
 )
-from bessemer.eval.intervals import Interval
 
 HOLDS, WEAK, UNCLEAR, FAILS, OPEN = Outcome.HOLDS, Outcome.WEAK, Outcome.UNCLEAR, Outcome.FAILS, Outcome.OPEN
 GAIN = Part(kind="R", side="above", metric="gain", threshold=0.0, margin=0.1)
@@ -51,8 +50,6 @@ def test_parts_make_a_verdict(outcomes, verdict, of_all):
         (GAIN, Measured([1.0, -1.1, 0.4]), UNCLEAR),
         (GAIN, Measured([1.0, 1.1]), WEAK),  # only two seeds
         (GAIN, Measured([1.0]), WEAK),
-        (GAIN, Measured([1.0], over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # too few problems to decide
-        (GAIN, Measured(CLEAR, over_problems=Interval(1.0, -0.2, 2.2)), UNCLEAR),  # the wider interval counts
         (GAIN, Measured(CLEAR, positive=[1.0, -1.0, 0.0]), UNCLEAR),  # the positive control shows no effect
         (GAIN, Measured(CLEAR, negative=CLEAR), UNCLEAR),  # the negative control shows an effect
         (GAIN, Measured(CLEAR, positive=CLEAR, negative=[0.1, -0.1, 0.05]), HOLDS),

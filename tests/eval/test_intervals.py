@@ -71,13 +71,17 @@ def test_intervals_cover_95_in_100():
 
 
 def test_bootstrap_over_problems_covers():
+    """Whether rows ask for the same problems, as in two languages, or for others, as in two tasks."""
     rng = np.random.default_rng(2)
-    ends = []
-    for _ in range(RUNS // 10):
-        ease = rng.beta(2, 2, 60)
-        ends.append(ours.over_problems(rng.binomial(16, ease, size=(3, 60)) / 16))
-    covered = sum(one.low <= 0.5 <= one.high for one in ends)
-    assert 0.88 * len(ends) < covered <= 0.99 * len(ends)
+    for tasks in (["a"], ["a", "a"], ["a", "b"]):
+        ends = []
+        for _ in range(RUNS // 2):
+            ease = {task: rng.beta(2, 2, 60) for task in tasks}
+            rows = [(task, dict(enumerate(rng.binomial(16, ease[task]) / 16))) for task in tasks]
+            ends.append(ours.stratified(rows))
+            assert ours.problems_of(rows) == 60 * len(ease)
+        covered = sum(one.low <= 0.5 <= one.high for one in ends)
+        assert 0.91 * len(ends) < covered <= 0.98 * len(ends)
 
 
 def test_rules_rarely_show_what_is_not_there():

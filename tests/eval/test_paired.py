@@ -7,7 +7,7 @@ import pytest
 from made_run import write_run
 
 from bessemer.errors import UserError
-from bessemer.eval import paired
+from bessemer.eval import paired, tables
 from bessemer.eval.intervals import stratified
 from bessemer.eval.paired import Asked
 from bessemer.runs.files import write_json
@@ -89,9 +89,25 @@ def test_tasks_count_the_same_in_their_mean():
     assert mean.asked == "mean of these 2" and mean.difference == pytest.approx(0.2) and mean.n == 100
     rng = np.random.default_rng(0)
     groups = [rng.normal(0.1, 0.3, 50), rng.normal(0.5, 0.1, 200)]
-    middle, low, high = stratified(groups)
+    middle, low, high = stratified([(task, dict(enumerate(rates))) for task, rates in zip("ab", groups, strict=True)])
     half = 1.96 * (groups[0].var() / 50 + groups[1].var() / 200) ** 0.5 / 2
     assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.006)
+
+
+def test_a_problem_in_two_languages_is_one_problem():
+    chinese = SUMS._replace(language="zh")
+    shares = np.linspace(0, 1, 20).tolist()
+    first, second = (model(*side) | model(*side, asked=chinese) for side in ([0.25] * 20, shares))
+    english, _, mean = paired.compare([first], [second])
+    assert mean.n == english.n == 20 and (mean.low, mean.high) == (english.low, english.high)
+    rows = [
+        {"model": "m", "task": "sums", "language": language, "pass_at_1": 0.5, "readable": 0.5, "samples": 1,
+         "readable_by_problem": second[SUMS]}
+        for language in ("en", "zh")
+    ]  # fmt: skip
+    ((readable,),) = ([row.cells for row in table.overall] for table in tables.stage_tables(rows))
+    (both,) = readable
+    assert both.interval == stratified([("sums", dict(enumerate(shares)))])[1:]
 
 
 def test_other_problems_are_refused_and_the_common_ones_offered():

@@ -224,10 +224,14 @@ def test_passed_is_what_the_way_of_paying_asks_for(generator, kind, passed):
 
 
 def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
-    stage = rl_stage.Stage(base, tmp_path / "run", FILTER, "max_resamples=2")
-    settings, made = stage.recipe.stage("zero"), stage.loop().generator
-    shown = {problem.id for problem in RL().training_data(settings, stage.recipe, stage.out, tmp_path)}
-    assert shown == {name for number in range(settings.rollouts) for name in made.candidates_by_id(number)}
+    seen = []
+    for first in (0, 1000):
+        stage = rl_stage.Stage(base, tmp_path / f"run{first}", FILTER, "max_resamples=2", f"first_problem={first}")
+        settings, made = stage.recipe.stage("zero"), stage.loop().generator
+        shown = {problem.id for problem in RL().training_data(settings, stage.recipe, stage.out, tmp_path)}
+        assert shown == {name for number in range(settings.rollouts) for name in made.candidates_by_id(number)}
+        seen.append(shown)
+    assert not seen[0] & seen[1]
 
 
 def test_the_recipe_that_a_run_writes_down_can_go_on(base, tmp_path):

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from bessemer.claims.registry import ClaimEntry, Part, PublishedScore, Rules
-from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible, wider
+from bessemer.eval.intervals import Interval, equivalent, over_seeds, p_value, shares_apart, smallest_visible
 
 
 class Doubt(StrEnum):
@@ -58,12 +58,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Measured:
-    """What runs gave for one metric: a value per seed, those of its controls, and the interval over problems."""
+    """What runs gave for one metric: a value per seed, and those of its controls."""
 
     values: Sequence[float]
     positive: Sequence[float] | None = None
     negative: Sequence[float] | None = None
-    over_problems: Interval | None = None
     earlier: bool = False
     """From before the rules: it can show a claim in part, at most."""
     size: Sequence[str] = ("", "")
@@ -235,18 +234,15 @@ def run(part: Part, measured: Measured | None, rules: Rules) -> PartFinding:
     if measured is None:
         return PartFinding(part, Outcome.OPEN, part.metric)
     interval = over_seeds(measured.values, rules.confidence)
-    if measured.over_problems is not None:
-        interval = wider(interval, measured.over_problems)
     few = len(measured.values) < rules.seeds
     outcome = _side(part, interval)
-    if part.side == "equal" and outcome is Outcome.UNCLEAR and measured.over_problems is None:
+    if part.side == "equal" and outcome is Outcome.UNCLEAR:
         threshold, margin = part.threshold or 0.0, part.margin or 0.0
         if equivalent(measured.values, threshold, margin, rules.confidence):  # two one-sided tests
             outcome = Outcome.HOLDS
     if few:  # too few for a spread of their own: at most the direction
         point = Interval(interval.middle, interval.middle, interval.middle)
-        problems = measured.over_problems or point
-        outcome = Outcome.WEAK if _side(part, problems) is Outcome.HOLDS else Outcome.UNCLEAR
+        outcome = Outcome.WEAK if _side(part, point) is Outcome.HOLDS else Outcome.UNCLEAR
     doubts = {Doubt.FEW: few, Doubt.SPREAD: outcome is Outcome.UNCLEAR}
     control = None if measured.positive is None else over_seeds(measured.positive, rules.confidence)
     if control is not None and few:  # a point, like the value that it controls

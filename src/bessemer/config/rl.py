@@ -48,7 +48,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
-        "lora", "language_scope",
+        "lora", "language_scope", "first_problem",
     }  # fmt: skip
 
     @property
@@ -63,6 +63,9 @@ class RLConfig(AskingConfig, OnPolicyConfig):
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
+    first_problem: int = Field(0, ge=0)
+    """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
+    number of problems that the other has asked (R1: undocumented)."""
     general_tasks: list[TaskName] = Field(default_factory=list)
     """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.tasks.verdict_metrics import bootstrap, wilson
+from bessemer.tasks.verdict_metrics import wilson
 
 
 class Interval(NamedTuple):
@@ -113,17 +113,27 @@ def shares_apart(one: float, other: float, problems: int) -> Interval:
     )
 
 
-def over_problems(rates: Sequence[Sequence[float]]) -> Interval:
-    """The mean of the seeds' rates on the same problems, with the bootstrap interval over the problems."""
-    return Interval(*bootstrap([statistics.fmean(of_seeds) for of_seeds in zip(*rates, strict=True)]))
+Rates = Mapping[int, float]
+"""The number of a problem in its task -> a measure of its answers."""
 
 
-def stratified(groups: Sequence[Sequence[float]], seed: int = 0, resamples: int = 2000) -> Interval:
-    """The mean of the groups' means, with the 95 % percentile bootstrap within each group."""
+def stratified(rows: Sequence[tuple[str, Rates]], seed: int = 0, resamples: int = 2000) -> Interval:
+    """The mean of the means of rows (task, rates), with the 95 % percentile bootstrap within each task. One draw of a
+    task's problems serves all of its rows: in another language or at another temperature they are the same problems.
+    """
     rng = np.random.default_rng(seed)
     means = []
-    for values in groups:
-        sample = np.asarray(values, dtype=np.float64)
-        means.append(sample[rng.integers(len(sample), size=(resamples, len(sample)))].mean(axis=1))
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
-    return Interval(statistics.fmean(map(statistics.fmean, groups)), float(low), float(high))
+    for task in dict.fromkeys(task for task, _ in rows):
+        mine = [rates for name, rates in rows if name == task]
+        problems = sorted(set().union(*mine))
+        drawn = rng.integers(len(problems), size=(resamples, len(problems)))
+        for rates in mine:
+            values = np.array([rates.get(problem, np.nan) for problem in problems])
+            means.append(np.nanmean(values[drawn], axis=1))
+    low, high = np.nanquantile(np.mean(means, axis=0), [0.025, 0.975])
+    return Interval(statistics.fmean(statistics.fmean(rates.values()) for _, rates in rows), float(low), float(high))
+
+
+def problems_of(rows: Sequence[tuple[str, Rates]]) -> int:
+    """The number of different problems in rows (task, rates)."""
+    return len({(task, problem) for task, rates in rows for problem in rates})

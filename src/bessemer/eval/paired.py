@@ -3,7 +3,8 @@ is pass@1, or how readable the answers are, or how much of them is in the langua
 
 Problems differ in difficulty far more than models do, so the difference is taken within each problem before anything is
 averaged. A side is one model, or several that differ only in their seed; seeds are paired in the order given. With
-several seeds, the interval is the wider of Student's over the seeds and the bootstrap over the problems.
+several seeds, the interval is the wider of Student's over the seeds and the bootstrap over the problems. A task's n-th
+problem is the same in every language, so a mean over languages counts it once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from bessemer.errors import UserError
-from bessemer.eval.intervals import Interval, over_seeds, shares_apart, stratified, wider
+from bessemer.eval.intervals import Interval, over_seeds, problems_of, shares_apart, stratified, wider
 from bessemer.eval.tables import Row, before
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
@@ -127,8 +128,9 @@ def compare(
     for key in keys:
         problems = _problems(key, [model[key] for model in models], common)
         sides = [[[model[key][problem] for problem in problems] for model in side] for side in (first, second)]
-        columns.append(sides)
-        lines.append(_difference(str(key), [sides]))
+        numbers = {problem: number for number, problem in enumerate(models[0][key])}
+        columns.append(_Column(key.task, [numbers[problem] for problem in problems], sides))
+        lines.append(_difference(str(key), columns[-1:]))
     return [*lines, _difference(f"mean of these {len(keys)}", columns)] if len(keys) > 1 else lines
 
 
@@ -143,24 +145,33 @@ def _problems(key: Asked, asked: Sequence[Rates], common: bool) -> list[str]:
     return shared
 
 
-def _difference(name: str, tasks: Sequence[Sequence[Sequence[Sequence[float]]]]) -> Difference:
-    """Over tasks, equally weighted: [task][side][seed][problem]."""
+class _Column(NamedTuple):
+    """What was asked of both sides, compared."""
+
+    task: str
+    numbers: Sequence[int]
+    """The problems' numbers in the task."""
+    sides: Sequence[Sequence[Sequence[float]]]
+    """[side][seed][problem]."""
+
+    def by_problem(self) -> dict[int, float]:
+        """The difference in each problem, over the seeds."""
+        ours, theirs = (map(fmean, zip(*side, strict=True)) for side in self.sides)
+        return {n: there - here for n, here, there in zip(self.numbers, ours, theirs, strict=True)}
+
+
+def _difference(name: str, columns: Sequence[_Column]) -> Difference:
+    """Over columns, equally weighted."""
+    tasks = [column.sides for column in columns]
     seeds = max(len(side) for side in tasks[0])
     first, second = (fmean(fmean(map(fmean, sides[place])) for sides in tasks) for place in (0, 1))
     by_seed = [
         fmean(fmean(sides[1][seed % len(sides[1])]) - fmean(sides[0][seed % len(sides[0])]) for sides in tasks)
         for seed in range(seeds)
     ]
-    inside = [
-        [
-            fmean(theirs) - fmean(ours)
-            for ours, theirs in zip(zip(*sides[0], strict=True), zip(*sides[1], strict=True), strict=True)
-        ]
-        for sides in tasks
-    ]
-    n = sum(map(len, inside))
-    interval = stratified(inside)
-    differ = sum(value != 0 for values in inside for value in values)
+    inside = [(column.task, column.by_problem()) for column in columns]
+    n, interval = problems_of(inside), stratified(inside)
+    differ = len({(task, n) for task, values in inside for n, value in values.items() if value != 0})
     if differ < FEW or interval.high - interval.low < 1e-9:  # resampling sees too little spread
         interval = wider(interval, shares_apart(second, first, n))
     if seeds > 1:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bessemer.eval.intervals import stratified
+from bessemer.eval.intervals import problems_of, stratified
 from bessemer.tasks.verdict_metrics import wilson
 
 LONG_FILE = "long.json"
@@ -201,11 +201,14 @@ def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row
         if len(known) < len(values):
             return None
         mean = sum(known) / len(known)
-        inside = [list(rows[model].get(measure.by_problem, {}).values()) for rows in measured]
-        if not all(inside):
+        inside = [
+            (str(rows[model]["task"]), dict(enumerate(rows[model].get(measure.by_problem, {}).values())))
+            for rows in measured
+        ]
+        if not all(rates for _, rates in inside):
             return Score(mean)
         _, low, high = stratified(inside)
-        return Score(mean, (low, high) if low < high else wilson(mean, sum(map(len, inside))))
+        return Score(mean, (low, high) if low < high else wilson(mean, problems_of(inside)))
 
     return TableRow(measure.name, measure, tuple(cell(model) for model in models))
 

@@ -68,9 +68,10 @@ class RolloutGenerator:
         settings, pool = self.settings, 1 if self.difficulty is None else self.difficulty.pool
         total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
         general = settings.general_prompts if number >= settings.general_from else 0
+        first = settings.first_problem
         return (
-            rollout.problems_of(self.general, "train", place * general, general, self.seed),
-            rollout.problems_of(self.tasks, "train", place * total * pool, (total - general) * pool, self.seed),
+            rollout.problems_of(self.general, "train", first + place * general, general, self.seed),
+            rollout.problems_of(self.tasks, "train", first + place * total * pool, (total - general) * pool, self.seed),
         )
 
     def candidates_by_id(self, number: int) -> dict[str, tasks.Problem]:

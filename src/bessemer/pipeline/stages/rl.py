@@ -125,7 +125,7 @@ class RL(Stage[RLConfig]):
         )  # fmt: skip
         for names, each in pools:
             families = [tasks.get(name) for name in names]
-            asked = rollout.problems_of(families, "train", 0, rounds * each, seed)
+            asked = rollout.problems_of(families, "train", config.first_problem, rounds * each, seed)
             yield from (problem for _, problem in asked)
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
