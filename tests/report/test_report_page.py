@@ -79,14 +79,19 @@ def test_values_under_the_pointer_are_those_of_the_run(opened, root):
     )
 
 
+def drag(page, box, start, end):
+    """Across a share of a drawing's width."""
+    page.mouse.move(box["x"] + start * box["width"], box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], box["y"] + 60, steps=3)
+    page.mouse.up()
+
+
 def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
     figure, box = chart(opened, "Length")
     line = figure.locator("[data-line='0'] path")
     whole = line.get_attribute("d")
-    opened.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 60)
-    opened.mouse.down()
-    opened.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=3)
-    opened.mouse.up()
+    drag(opened, box, 0.3, 0.6)
     assert line.get_attribute("d") != whole and figure.locator(".whole").is_visible()
     ticks = [float(value) for value in figure.locator(".zoomed text").all_text_contents()]
     lengths = measured(root, "zero", "rl/length")
@@ -99,6 +104,20 @@ def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
     assert float(figure.locator(".tip small").text_content()) == pytest.approx(lengths[step], abs=0.06)
     opened.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 60)
     assert line.get_attribute("d") == whole and not figure.locator(".whole").is_visible()
+
+
+def test_a_stretch_with_fewer_than_two_points_is_not_zoomed_into(opened):
+    figure, box = chart(opened, "Length")
+    line = figure.locator("[data-line='0'] path")
+    shown = [line.get_attribute("d")]
+    while len(shown) < 2 or shown[-1] != shown[-2]:
+        drag(opened, box, 0.5, 0.56)
+        shown.append(line.get_attribute("d"))
+        assert len(shown) < 8
+    ticks = [float(text) for text in figure.locator(".zoomed [text-anchor=middle]").all_text_contents()]
+    for share in (0.2, 0.9):  # the values are still those of the stretch that is drawn
+        opened.mouse.move(box["x"] + share * box["width"], box["y"] + 60)
+        assert abs(int(figure.locator(".tip .at").text_content()) - ticks[0]) < 14  # of 200 steps
 
 
 def test_rollouts_open_where_answers_became_right(opened):

@@ -137,18 +137,20 @@ class Plot {
     this.zoom([this.back(Math.min(place, from)), this.back(Math.max(place, from))]);
   }
 
-  // Shows the stretch between two places of the whole drawing, as high as what is in it; null: all of it again.
+  // Shows the stretch between two places of the whole drawing, as high as what is in it, if that is at least two points;
+  // null: all of it again.
   zoom(x) {
     this.hide();
-    this.view = null;
+    let view = null;
     if (x) {
       const all = this.lines.flatMap(({ bold, raw }) => (raw ?? bold).points);
       const inside = all.filter((point) => point.x >= x[0] && point.x <= x[1]);
       if (inside.length < 2) return;
       const [top, bottom] = [Math.min(...inside.map((p) => p.y)), Math.max(...inside.map((p) => p.y))];
       const margin = Math.max(0.5, (bottom - top) * 0.06);
-      this.view = { x, y: [bottom + margin, top - margin] };
+      view = { x, y: [bottom + margin, top - margin] };
     }
+    this.view = view;
     this.whole.hidden = !x;
     for (const line of this.lines) for (const part of [line.bold, line.raw]) part && this.redraw(part);
     for (const tick of this.ticks) tick.setAttribute("visibility", x ? "hidden" : "visible");
