@@ -217,6 +217,24 @@ def test_curves_stay_small_and_true():
     assert [charts.short(v) for v in (999.7, -999.7, 999_499, 999_936)] == ["1K", "-1K", "999K", "1M"]
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("count", [2, 6, 7, 12, 30])
+def test_no_two_lines_of_a_chart_look_alike(count, ordered):
+    panel = charts.panel(
+        "a", "b", [charts.Curve(f"line {n}", [1, 2], [n, n + 1]) for n in range(count)], "c", ordered=ordered
+    )
+    keys = re.findall(r'<span class="k(\d)" style="color:var\(--(\w+)\)">', panel)
+    strokes = re.findall(r'data-line="\d+">\s*<path [^>]*style="fill: none;([^"]*)"', panel)
+    assert len(strokes) == len(keys) == len(set(keys)) == len(set(strokes)) == count
+    dashes = {}
+    for (dash, colour), stroke in zip(keys, strokes, strict=True):  # the legend shows each line as it is drawn
+        pattern = re.search(r"stroke-dasharray: ([^;]*)", stroke)
+        assert f"var(--{colour})" in stroke and dashes.setdefault(dash, pattern and pattern[1]) == (
+            pattern and pattern[1]
+        )
+    assert len(set(dashes.values())) == len(dashes) == min(count, 6)
+
+
 def test_heat_map_means_shares_not_counts():
     one = charts.heat([1, 2], [[1.0, 3.0], [2.0, 2.0]], "a")
     assert (

@@ -335,6 +335,20 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
             again.wait_for_selector("html[lang=en] #alarms >> text=/groups too hard/")
 
 
+def test_no_two_lines_of_a_plot_look_alike(browser, run):
+    names = [f"{prefix}{n}" for prefix in ("val/bpb/", "moe/max_vio/") for n in range(12)]
+    write(run, *(line("pretrain", step, **{name: step + n for n, name in enumerate(names)}) for step in (101, 102)))
+    with serving(RunFollower(run, "noise")) as url, opened(browser, url, 1280, "light") as page:
+        page.click("#stages >> text=/^pretrain$/")
+        for title in ("Validation", "Expert imbalance"):
+            keys = page.locator("figure", has=page.locator(f".title:text-is('{title}')")).locator(".legend li")
+            keys.nth(11).wait_for()
+            looks = keys.locator("line").evaluate_all(
+                "all => all.map(getComputedStyle).map(one => one.stroke + one.strokeDasharray)"
+            )
+            assert len(looks) == len(set(looks)) == 12, title
+
+
 def check_chinese(page):
     page.wait_for_selector("html[lang=zh-CN] #alarms >> text=/题目过难/")
     alarm = page.locator("#alarms .alarm").first.text_content()

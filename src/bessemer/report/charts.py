@@ -29,7 +29,7 @@ from bessemer.report import page
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-SERIES = 6  # hues; more lines than that get shades of one hue
+SERIES = 6  # hues, shades and dashes
 _PLACEHOLDERS = {"ink": "#010201", "muted": "#010202", "line": "#010203"}
 _PLACEHOLDERS |= {f"s{number}": f"#0103{number:02x}" for number in range(1, SERIES + 1)}
 _PLACEHOLDERS |= {f"r{number}": f"#0104{number:02x}" for number in range(1, SERIES + 1)}
@@ -59,42 +59,42 @@ def panel(
 ) -> page.Html:  # fmt: skip
     """A chart panel of `curves`, with their last values in the legend. `ordered`: shades of one hue; the rest as for
     `lines`."""
-    hues = colours(len(curves), ordered)
-    drawn = [(curve.x, curve.y, hue) for curve, hue in zip(curves, hues, strict=True)]
+    looks = _looks(len(curves), ordered)
+    drawn = [(curve.x, curve.y, *look) for curve, look in zip(curves, looks, strict=True)]
     svg = lines(drawn, salt, floor, ceiling, log, names)
     if not curves[0].label:
         return page.chart(title, unit, svg, last=_first_to_last(curves[0].y))
-    return page.chart(
-        title, unit, svg, [(hue, curve.label, short(curve.y[-1])) for curve, hue in zip(curves, hues, strict=True)]
-    )
+    legend = [(*look, curve.label, short(curve.y[-1])) for curve, look in zip(curves, looks, strict=True)]
+    return page.chart(title, unit, svg, legend)
 
 
-def colours(count: int, ordered: bool) -> list[str]:
-    """CSS variable names for `count` lines: distinct hues, or shades of one for ordered things such as layers."""
-    if not ordered and count <= SERIES:
-        return [f"s{number}" for number in range(1, count + 1)]
-    return [f"r{1 + round(place * (SERIES - 1) / max(1, count - 1))}" for place in range(count)]
+def _looks(count: int, ordered: bool) -> list[tuple[str, int]]:
+    """CSS variable names and numbers of dashes for `count` lines: hues, with dashes that shift at every round of them
+    (in `watch.js`, too), or shades of one hue for ordered things such as layers."""
+    if not ordered:
+        return [(f"s{at % SERIES + 1}", (at + at // SERIES) % SERIES + 1) for at in range(count)]
+    return [(f"r{1 + round(at * (SERIES - 1) / max(1, count - 1))}", at % SERIES + 1) for at in range(count)]
 
 
 def lines(
-    curves: Sequence[tuple[Sequence[float], Sequence[float], str]], salt: str, floor: float | None = None,
+    curves: Sequence[tuple[Sequence[float], Sequence[float], str, int]], salt: str, floor: float | None = None,
     ceiling: float | None = None, log: bool = False, names: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """SVG of curves (x, y, colour name). `salt` makes the ids of an SVG unique on its page. `names`: labels of
-    x = 0, 1, 2 and so on."""
+    """SVG of curves (x, y, colour name, number of the dash). `salt` makes the ids of an SVG unique on its page.
+    `names`: labels of x = 0, 1, 2 and so on."""
     with rc_context(_style(salt)):
         figure, axes = _canvas(2.3)
-        for place, (x, y, colour) in enumerate(curves):
+        for place, (x, y, colour, dash) in enumerate(curves):
             x, y = _thin(x, y)
             smooth, ink = _smooth(y), _PLACEHOLDERS[colour]
             if len(y) >= _SMOOTH_FROM:
                 axes.plot(x, y, color=ink, gid=f"line-{place} raw", linewidth=0.8, alpha=0.28)
             mark = "o" if len(y) == 1 else None
-            dash = _DASHES[int(colour[1:]) - 1]
+            style = _DASHES[dash - 1]
             axes.plot(
-                x, smooth, color=ink, gid=f"line-{place}", linewidth=1.7, marker=mark, markersize=4, linestyle=dash
+                x, smooth, color=ink, gid=f"line-{place}", linewidth=1.7, marker=mark, markersize=4, linestyle=style
             )
-        if log and _wide(value for _, y, _ in curves for value in y):
+        if log and _wide(value for _, y, *_ in curves for value in y):
             axes.set_yscale("log")
             axes.minorticks_off()
         else:

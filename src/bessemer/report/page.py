@@ -142,13 +142,12 @@ def meter(share: float, interval: tuple[float, float] | None = None, strong: boo
     return Html(f'<div class="{kind}"><b style="width:{percent(share)}"></b>{whisker}</div>')
 
 
-def chart(title: str, unit: str, svg: str, legend: Sequence[tuple[str, str, str]] = (), last: str = "") -> Html:
-    """A chart panel: `legend` holds (colour name, label, last value) of every line; the number in the colour's name is
-    also that of the line's dash."""
+def chart(title: str, unit: str, svg: str, legend: Sequence[tuple[str, int, str, str]] = (), last: str = "") -> Html:
+    """A chart panel: `legend` holds (colour name, number of the dash, label, last value) of every line."""
     names = "".join(
-        f'<li><span class="k{colour[1:]}" style="color:var(--{colour})"></span><b>{text(label)}</b>'
+        f'<li><span class="k{dash}" style="color:var(--{colour})"></span><b>{text(label)}</b>'
         f"<em>{text(value)}</em></li>"
-        for colour, label, value in legend
+        for colour, dash, label, value in legend
     )
     names = f'<ul class="legend">{names}</ul>' if names else ""
     last = f'<span class="last">{text(last)}</span>' if last else ""

@@ -188,7 +188,7 @@ function looks(lines, ordered) {
     .map((measured) => {
       const line = { ...measured, label: told(measured.label) };
       const at = metrics.indexOf(line.metric);
-      const dash = `d${(at % HUES) + 1}`;
+      const dash = `d${((at + Math.floor(at / HUES)) % HUES) + 1}`; // shifts at every round of the hues
       if (!several) {
         const shade = ordered && metrics.length > 1;
         return { ...line, look: `${shade ? `r${1 + Math.round(at * step)}` : `c${(at % HUES) + 1}`} ${dash}` };
