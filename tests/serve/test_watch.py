@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import socket
 import threading
@@ -171,6 +172,23 @@ def test_stages_are_told_as_they_are(run):
     assert state["stages"] == [] and state["trouble"] == [] and not state["running"]
     (empty / "recipe.toml").write_text("stage = [")
     assert "recipe.toml cannot be read" in read(RunFollower(empty, "empty")).state()["trouble"][0]
+
+
+@pytest.mark.parametrize(("file", "text"), [("plan.json", "[" * 100_000), ("recipe.toml", "a = " + "[" * 3000)])
+def test_deeply_nested_files_end_nothing(run, file, text):
+    (run / file).write_text(text)
+    state = read(RunFollower(run, "noise")).state()
+    assert steps(read(RunFollower(run, "noise"))) == list(range(1, 101))
+    assert ["recipe.toml cannot be read" in words for words in state["trouble"]] == [True] * (file == "recipe.toml")
+
+
+def test_the_command_for_a_chat_is_one_for_a_shell(browser, tmp_path):
+    run = make_run(tmp_path / "it's mine" / "noise")
+    (run / "01-pretrain" / "model").mkdir()
+    (run / "01-pretrain" / "model" / "config.json").write_text("{}")
+    with serving(RunFollower(run, "noise")) as url, opened(browser, url, 1280, "light") as page:
+        chat, serve = map(shlex.split, page.locator("#models code").all_text_contents())
+        assert chat == ["bessemer", "chat", f"{run}/pretrain"] and serve == ["bessemer", "serve", str(run)]
 
 
 def test_reading_writes_nothing(run):

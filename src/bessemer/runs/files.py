@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or unreadable."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
     return value if isinstance(value, dict) else None
 

@@ -6,6 +6,7 @@ vanishes, the page keeps what it has, says so, and continues when it is back. A 
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 import tomllib
@@ -136,7 +137,7 @@ class RunFollower:
         if (text := self._unless_seen(recipe)) is not None:
             try:
                 self._recipe, self._recipe_fault = tomllib.loads(text.decode("utf-8")), ""
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 self._recipe_fault = str(error)
         folders = stage_folders(self.root)
         listed = self._recipe.get("stage")
@@ -208,7 +209,8 @@ class RunFollower:
             store, stages = self.store, [stage | self._progress(stage["name"]) for stage in self._stages]
             reading = not self._begun or self._filling is not store or self._tail.more
             return {
-                "label": self.label, "path": str(self.root), "name": str(self._recipe.get("name", self.label)),
+                "label": self.label, "path": str(self.root), "shell": shlex.quote(str(self.root)),
+                "name": str(self._recipe.get("name", self.label)),
                 "version": f"{self._generation}.{store.lines}", "reading": reading,
                 "trouble": self._trouble(), "model": self._model, "stages": stages, "alarms": self._alarms(),
                 "running": any(stage["state"] == "running" for stage in stages),
