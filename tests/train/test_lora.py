@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_cases import made, relative, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_config import train_config
 
 from bessemer.config.recipe import Recipe
@@ -206,6 +206,12 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
         target = tmp_path / f"merged{len(more)}"
         assert call("convert", tmp_path / "adapter", target, *more)[0] == 0
         assert (target / "model.safetensors").read_bytes() == (tmp_path / "model" / "model.safetensors").read_bytes()
+    values = json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())
+    values |= {"target_modules": ".*(q|down)_proj", "lora_alpha": 6.0}  # as peft stores a pattern
+    (tmp_path / "adapter" / lora.ADAPTER_CONFIG).write_text(json.dumps(values))
+    lora.merge(tmp_path / "adapter", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
+    model.save(tmp_path / "model")
     before = content(tmp_path / "adapter")
     model.save(tmp_path / "model")  # a stage killed after saving saves again
     assert content(tmp_path / "adapter") == before and set(before) == {lora.ADAPTER_CONFIG, lora.WEIGHTS, lora.BASE}
@@ -279,14 +285,24 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
 
     values = json.loads((tmp_path / "adapter" / lora.ADAPTER_CONFIG).read_text())
     refused("was not trained on .*other: the SHA-256", tmp_path / "other")
-    refused("sets use_dora, which only peft can merge", use_dora=True)
+    refused("sets use_dora; only peft can merge it", use_dora=True)
     refused("sets megatron_config", megatron_config={"a": 1}, megatron_core="os")
     refused(r"began by changing its base \(pissa\)", init_lora_weights="pissa")
     refused("of type IA3", peft_type="IA3")
     refused("must be whole numbers", r="8")
+    refused("must be whole numbers", lora_alpha=6.5)
     refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
     for rank in (8, 10**9):  # the second would be more memory than there is
         refused(rf"declares rank {rank}, but the stored matrices have 4", r=rank)
     (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself would write it
     refused(r"is \[32, 4\], but should be \[16, 4\]", tmp_path / "narrow")
     refused("has no matrix down_proj", bases["gpt2"])
+    stored = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    for target, key in (("lm_head", "lm_head.lora_A.weight"), ("embed_tokens", "model.embed_tokens.lora_embedding_A")):
+        save_file({f"{lora.PREFIX}{key}": torch.zeros(4, 32)}, tmp_path / "adapter" / lora.WEIGHTS)
+        refused(rf"changes {target}, which is not in the layers of .*qwen2; only peft can merge it")
+    name = next(iter(stored))
+    save_file(stored | {name: stored[name] * float("nan")}, tmp_path / "adapter" / lora.WEIGHTS)
+    refused(f"adapter: {name} has values that are not finite")
+    (tmp_path / "adapter" / lora.WEIGHTS).rename(tmp_path / "adapter" / "adapter_model.bin")
+    refused("adapter has no adapter_model.safetensors; save it again with peft as safetensors")

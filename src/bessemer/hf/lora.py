@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -50,16 +51,20 @@ NAME = "default"
 """peft's name for the only adapter; omitted in files."""
 PREFIX = "base_model.model."
 """Prefix that peft adds to the names of a model's modules."""
-UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
+ONLY_PEFT = "only peft can merge it (merge_and_unload)"
+_LORA_A = re.compile(r"\.lora_(embedding_)?A\b")
+UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "use_rslora", "fan_in_fan_out"})
 SAVED = ["classifier", "score"]
 """`modules_to_save` of an adapter with a scalar head, as peft writes it for the task SEQ_CLS."""
 ABOUT = frozenset(
     {
-        "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-        "auto_mapping", "lora_dropout", "loftq_config", "runtime_config", "megatron_core", "qalora_group_size",
+        "peft_type", "task_type", "target_modules", "base_model_name_or_path", "revision", "inference_mode",
+        "peft_version", "auto_mapping", "lora_dropout", "loftq_config", "runtime_config", "megatron_core",
+        "qalora_group_size",
     }
 )  # fmt: skip
-"""Keys of adapter_config.json that do not change what a trained adapter computes."""
+"""Keys of adapter_config.json that do not change what a trained adapter computes: its targets, a list or a pattern, are
+those of the stored matrices."""
 
 
 class LoRAModel(CausalLM):
@@ -180,9 +185,12 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     base, or with more than LoRA's matrices."""
     check_installed()
     values = read_object(adapter / ADAPTER_CONFIG)
-    config, targets = _understood(values, adapter)
+    config = _understood(values, adapter)
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter} has no {WEIGHTS}; save it again with peft as safetensors")
     stored = read_header(adapter / WEIGHTS)
-    ranks = {n for name, entry in stored.items() if ".lora_A." in name and entry.size for n in entry.shape[:1]}
+    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored if ".lora_" in name})
+    ranks = {n for name, entry in stored.items() if _LORA_A.search(name) and entry.size for n in entry.shape[:1]}
     if ranks != {config.rank}:  # peft would allocate what is declared
         raise UserError(
             f"{adapter}: adapter_config.json declares rank {config.rank}, but the stored matrices have "
@@ -198,6 +206,8 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     if values.get("task_type") == LoRAScorer.task and model.head is None:
         model = CausalScorer.of(model, 0)  # its new head is the adapter's
     if unknown := set(targets) - _matrices(model):
+        if min(unknown) in {name.split(".")[-1] for name, _ in model.inner.named_modules()}:
+            raise UserError(f"{adapter} changes {min(unknown)}, which is not in the layers of {base}; {ONLY_PEFT}")
         raise UserError(f"{adapter} belongs to another base: {base} has no matrix {min(unknown)}")
     made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
     own = made.adapters()
@@ -206,27 +216,28 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
         if here != asked:
             raise UserError(f"{adapter} does not fit {base}: {name} is {here}, but should be {asked}")
     for name, tensor in safetensors.torch.load_file(adapter / WEIGHTS).items():
-        own[name].copy_(tensor)
+        if not own[name].copy_(tensor).isfinite().all():
+            raise UserError(f"{adapter}: {name} has values that are not finite; copy or train the adapter again")
     made.merged().save(target, tokenizer_dir=base)
 
 
-def _understood(values: Mapping[str, object], adapter: Path) -> tuple[LoRAConfig, list[str]]:
-    """The settings and targets of an adapter_config.json. peft itself would import modules that such a file names."""
+def _understood(values: Mapping[str, object], adapter: Path) -> LoRAConfig:
+    """The settings of an adapter_config.json. peft itself would import modules that such a file names."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{adapter} is an adapter of type {values.get('peft_type')}; only LORA can be merged here")
     if values.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
-        raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); only peft can merge it")
+        raise UserError(f"{adapter} began by changing its base ({values['init_lora_weights']}); {ONLY_PEFT}")
     for key, value in values.items():
         if key == "modules_to_save" and values.get("task_type") == LoRAScorer.task and isinstance(value, list):
             value = [name for name in value if name not in SAVED]  # peft names them again at every save
         if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
-            raise UserError(f"{adapter}: adapter_config.json sets {key}, which only peft can merge (merge_and_unload)")
-    rank, alpha, targets = (values.get(key) for key in ("r", "lora_alpha", "target_modules"))
-    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-        raise UserError(f"{adapter}: target_modules is not a list of names; save the adapter again with peft")
+            raise UserError(f"{adapter}: adapter_config.json sets {key}; {ONLY_PEFT}")
+    rank, alpha = (values.get(key) for key in ("r", "lora_alpha"))
+    if isinstance(alpha, float) and alpha.is_integer():
+        alpha = int(alpha)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int) or alpha < 1:
         raise UserError(f"{adapter}: r and lora_alpha must be whole numbers of at least 1, not {rank} and {alpha}")
-    return LoRAConfig(rank=rank, alpha=alpha), [name.split(".")[-1] for name in targets]
+    return LoRAConfig(rank=rank, alpha=alpha)
 
 
 def _peft_config(config: LoRAConfig, targets: list[str], task: str, rslora: bool = False) -> LoraConfig:
