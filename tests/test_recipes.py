@@ -113,6 +113,23 @@ rollouts = 2
         ("rollouts = 2", "roll = 2", "stage/2"),
         ("dim = 64", "dims = 64", "model"),
         ('"1.5M"', '"1.5Z"', "stage/0/tokens"),
+        ('"1.5M"', '"1.5"', "stage/0/tokens"),
+        ('"1.5M"', "1.5", "stage/0/tokens"),
+        ('"1.5M"', '"1_500_000"', None),
+        ('"1.5M"', '" 1.5E6 "', None),
+        ('"1.5M"', '"1.0"', None),
+        ('"1.5M"', "1.5e6", None),
+        *(
+            ('tokens = "1.5M"', f'tokens = "1.5M"\nsave_seconds = {good}', None)
+            for good in ('"1h 30m"', '"90 s"', '"0.5"', "90", "1.5")
+        ),
+        *(
+            ('tokens = "1.5M"', f'tokens = "1.5M"\nsave_seconds = {bad}', "stage/0/save_seconds")
+            for bad in ('"x"', '"90s x"', '""', "-1")
+        ),
+        ('name = "good"', 'name = "a/b"', "name"),
+        ('name = "base"', 'name = "a/b"', "stage/0/name"),
+        ('name = "again"', 'name = ""', "stage/2/name"),
         ('"cosine"', '"sine"', "stage/0/lr"),
         ("lr = 1e-3", 'lr = "fast"', "stage/1/lr"),
         ('kind = "rl"', 'kind = "rlhf"', "stage/1/kind"),
@@ -122,8 +139,12 @@ rollouts = 2
     ],
 )
 def test_the_schema_finds_what_is_wrong(old, new, where):
-    found = faults(GOOD.replace(old, new, 1))
+    recipe = GOOD.replace(old, new, 1)
+    found = faults(recipe)
     assert found == [] if where is None else where in found
+    if where is not None and not where.startswith("model"):
+        with pytest.raises(UserError):
+            Recipe.parse(recipe)
 
 
 def test_the_schema_of_data_recipes():

@@ -9,12 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bessemer.config.builtin import NAME
 from bessemer.config.curation import Curation
 from bessemer.config.recipe import STAGES, Head, LayoutConfig
 from bessemer.config.table import ConfigTable, StageConfig, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
+_NAME = f"^{NAME.pattern}$"
 
 
 def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
@@ -24,6 +26,7 @@ def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
     model.pop("required", None)
     model["properties"]["preset"] = {"enum": presets, "description": "A published or small shape; other keys override."}
     head = _schema(Head, defs)
+    head["properties"]["name"]["pattern"] = _NAME
     head["properties"] |= {"model": model, "layout": _schema(LayoutConfig, defs), "stage": _stages(defs)}
     head["required"] = ["name", "stage"]
     return {"$schema": DIALECT, "title": "A recipe of Bessemer"} | head | {"$defs": defs}
@@ -46,7 +49,10 @@ def _stages(defs: Schema) -> Schema:
     cases.append({"if": {"not": {"required": ["kind"]}}, "then": {"propertyNames": {"enum": every}}})
     one = {
         "type": "object",
-        "properties": {"kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description}},
+        "properties": {
+            "kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description},
+            "name": {"pattern": _NAME},
+        },
         "anyOf": [{"required": ["kind"]}, {"required": ["like"]}],
         "allOf": cases,
     }

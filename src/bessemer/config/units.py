@@ -35,8 +35,17 @@ SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
 _TOKENS_SCHEMA: dict[str, Any] = {
     "anyOf": [
+        {"type": "number", "minimum": 0, "multipleOf": 1},
+        {  # a fraction needs a unit or an exponent
+            "type": "string",
+            "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE][0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
+        },
+    ]
+}
+_SECONDS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
         {"type": "number", "minimum": 0},
-        {"type": "string", "pattern": r"^\s*[0-9][0-9_]*(\.[0-9]+)?(e[0-9]+)?\s*[KMBTkmbt]?\s*$"},
+        {"type": "string", "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"},
     ]
 }
 _NUMBER_SCHEMA = {"type": "number"}
@@ -219,4 +228,4 @@ Weight = Annotated[
 """A number, or points in consumed tokens; a number stays one."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema({"type": ["number", "string"]})]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_SECONDS_SCHEMA)]
