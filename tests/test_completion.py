@@ -11,9 +11,11 @@ import pytest
 import typer
 
 from bessemer import cli
+from bessemer.claims.runs import PARTS
 from bessemer.cli.completion import SCRIPTS, Shell, candidates
 from bessemer.config.builtin import builtin_recipes
 from bessemer.config.recipe import STAGES
+from bessemer.runs.trackers import TRACKERS
 
 
 def offered(line):
@@ -61,6 +63,8 @@ def test_values(folder):
     assert offered("eval runs/tiny --shot-kind ") == ["worked", "direct", "other-language", "fables"]
     assert offered("eval --shot-kind=d") == ["--shot-kind=direct"]
     assert offered("convert --to g") == ["gguf"] and offered("convert --to gguf runs/t") == ["runs/tiny"]
+    assert offered("track runs/tiny --to ") == [*TRACKERS] and offered("track --to wandb,tr") == ["wandb,trackio"]
+    assert offered("claims --part ") == [*PARTS, "none"]
     assert offered("run --until x --dry-run ti") == ["tiny"], "flags take no word"
     assert offered("run -- --") == [] and offered("run tiny ") == [] and offered("nothing ") == []
     assert offered("eval --task ") == [], "files are the shell's business"

@@ -219,6 +219,19 @@ def _kinds(text: str) -> Candidates:
     yield from ((kind, "") for kind in (*STAGES, DATA))
 
 
+def _trackers(text: str) -> Candidates:
+    from bessemer.runs.trackers import TRACKERS
+
+    before = text[: text.rfind(",") + 1]
+    yield from ((before + name, "") for name in TRACKERS)
+
+
+def _parts(text: str) -> Candidates:
+    from bessemer.claims.runs import PARTS
+
+    yield from ((part, "") for part in (*PARTS, "none"))
+
+
 _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
     "RECIPE": _recipes, "[MODEL|RECIPE]": _recipes, "RUN": _runs, "RUN...": _runs, "RUN[/STAGE]": _models,
     "MODEL": _models, "[MODEL]": _models, "MODEL[,MODEL]": _models, "SRC": _models,
@@ -226,4 +239,5 @@ _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
 _OF_COMMANDS: dict[tuple[str, ...], Callable[[str], Candidates]] = {
     ("data", "build", "recipe"): lambda text: _recipes(text, data=True), ("init", "source"): lambda _: _recipes(""),
     ("recipes", "name"): lambda _: chain(_recipes(""), _recipes("", data=True)), ("keys", "kind"): _kinds,
+    ("track", "to"): _trackers, ("claims", "part"): _parts,
 }  # fmt: skip
