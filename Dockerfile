@@ -6,7 +6,7 @@
 FROM python:3.12-slim
 
 # g++ builds the CPU kernels at first use; bubblewrap is the stronger sandbox for code rewards. Docker's default seccomp
-# profile forbids it its namespaces: without --security-opt seccomp=unconfined the sandbox takes its other way.
+# profile forbids the namespaces of both sandboxes: without --security-opt seccomp=unconfined code rewards are refused.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ bubblewrap && rm -rf /var/lib/apt/lists/*
 
 # The one package whose build depends on the machine; everything else comes with its hash checked, as `make` has it.
