@@ -129,7 +129,6 @@ rollouts = 2
         ),
         ('name = "good"', 'name = "a/b"', "name"),
         ('name = "base"', 'name = "a/b"', "stage/0/name"),
-        ('name = "again"', 'name = ""', "stage/2/name"),
         ('"cosine"', '"sine"', "stage/0/lr"),
         ("lr = 1e-3", 'lr = "fast"', "stage/1/lr"),
         ('kind = "rl"', 'kind = "rlhf"', "stage/1/kind"),

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import cache
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -212,24 +213,14 @@ def _models(text: str) -> Candidates:
     return _runs(text, stages=True)
 
 
-def _kinds(text: str) -> Candidates:
-    from bessemer.config.help import DATA
-    from bessemer.config.recipe import STAGES
+def _keys(module: str, table: str, *more: str) -> Callable[[str], Candidates]:
+    """The keys of a table that is imported only when asked for. In a list they follow the last comma."""
 
-    yield from ((kind, "") for kind in (*STAGES, DATA))
+    def found(text: str) -> Candidates:
+        known = (*getattr(import_module(f"bessemer.{module}"), table), *more)
+        return ((text[: text.rfind(",") + 1] + key, "") for key in known)
 
-
-def _trackers(text: str) -> Candidates:
-    from bessemer.runs.trackers import TRACKERS
-
-    before = text[: text.rfind(",") + 1]
-    yield from ((before + name, "") for name in TRACKERS)
-
-
-def _parts(text: str) -> Candidates:
-    from bessemer.claims.runs import PARTS
-
-    yield from ((part, "") for part in (*PARTS, "none"))
+    return found
 
 
 _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
@@ -238,6 +229,7 @@ _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
 }  # fmt: skip
 _OF_COMMANDS: dict[tuple[str, ...], Callable[[str], Candidates]] = {
     ("data", "build", "recipe"): lambda text: _recipes(text, data=True), ("init", "source"): lambda _: _recipes(""),
-    ("recipes", "name"): lambda _: chain(_recipes(""), _recipes("", data=True)), ("keys", "kind"): _kinds,
-    ("track", "to"): _trackers, ("claims", "part"): _parts,
+    ("recipes", "name"): lambda _: chain(_recipes(""), _recipes("", data=True)),
+    ("keys", "kind"): _keys("config.recipe", "STAGES", "data"), ("track", "to"): _keys("runs.trackers", "TRACKERS"),
+    ("claims", "part"): _keys("claims.runs", "PARTS", "none"),
 }  # fmt: skip

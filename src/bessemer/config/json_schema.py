@@ -16,7 +16,6 @@ from bessemer.config.table import ConfigTable, StageConfig, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
-_NAME = f"^{NAME.pattern}$"
 
 
 def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
@@ -26,7 +25,6 @@ def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
     model.pop("required", None)
     model["properties"]["preset"] = {"enum": presets, "description": "A published or small shape; other keys override."}
     head = _schema(Head, defs)
-    head["properties"]["name"]["pattern"] = _NAME
     head["properties"] |= {"model": model, "layout": _schema(LayoutConfig, defs), "stage": _stages(defs)}
     head["required"] = ["name", "stage"]
     return {"$schema": DIALECT, "title": "A recipe of Bessemer"} | head | {"$defs": defs}
@@ -49,10 +47,7 @@ def _stages(defs: Schema) -> Schema:
     cases.append({"if": {"not": {"required": ["kind"]}}, "then": {"propertyNames": {"enum": every}}})
     one = {
         "type": "object",
-        "properties": {
-            "kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description},
-            "name": {"pattern": _NAME},
-        },
+        "properties": {"kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description}},
         "anyOf": [{"required": ["kind"]}, {"required": ["like"]}],
         "allOf": cases,
     }
@@ -75,6 +70,8 @@ def _schema(table: type[BaseModel], defs: Schema) -> Schema:
     schema = table.model_json_schema(by_alias=True)
     defs |= schema.pop("$defs", {})
     schema.pop("title", None)
+    if issubclass(table, Head | StageConfig):
+        schema["properties"]["name"]["pattern"] = f"^{NAME.pattern}$"
     if issubclass(table, ConfigTable):
         for old, new in table.renamed.items():
             schema["properties"][old] = schema["properties"][new] | {"deprecated": True, "description": f"Now {new}."}

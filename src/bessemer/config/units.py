@@ -34,19 +34,11 @@ TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
 _TOKENS_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "number", "minimum": 0, "multipleOf": 1},
-        {  # a fraction needs a unit or an exponent
-            "type": "string",
-            "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE][0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
-        },
-    ]
-}
-_SECONDS_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "number", "minimum": 0},
-        {"type": "string", "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"},
-    ]
+    "type": ["number", "string"], "minimum": 0, "multipleOf": 1,  # and a text's fraction needs a unit or an exponent
+    "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE][0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
+}  # fmt: skip
+_SECONDS_SCHEMA = {"type": ["number", "string"], "minimum": 0} | {
+    "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"
 }
 _NUMBER_SCHEMA = {"type": "number"}
 COSINE = "cosine"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
@@ -52,19 +51,16 @@ NAME = "default"
 PREFIX = "base_model.model."
 """Prefix that peft adds to the names of a model's modules."""
 ONLY_PEFT = "only peft can merge it (merge_and_unload)"
-_LORA_A = re.compile(r"\.lora_(embedding_)?A\b")
-UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "use_rslora", "fan_in_fan_out"})
+UNDERSTOOD = frozenset({"init_lora_weights", "r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"})
 SAVED = ["classifier", "score"]
 """`modules_to_save` of an adapter with a scalar head, as peft writes it for the task SEQ_CLS."""
 ABOUT = frozenset(
     {
-        "peft_type", "task_type", "target_modules", "base_model_name_or_path", "revision", "inference_mode",
-        "peft_version", "auto_mapping", "lora_dropout", "loftq_config", "runtime_config", "megatron_core",
-        "qalora_group_size",
+        "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
+        "auto_mapping", "lora_dropout", "loftq_config", "runtime_config", "megatron_core", "qalora_group_size",
     }
 )  # fmt: skip
-"""Keys of adapter_config.json that do not change what a trained adapter computes: its targets, a list or a pattern, are
-those of the stored matrices."""
+"""Keys of adapter_config.json that do not change what a trained adapter computes."""
 
 
 class LoRAModel(CausalLM):
@@ -190,7 +186,8 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
         raise UserError(f"{adapter} has no {WEIGHTS}; save it again with peft as safetensors")
     stored = read_header(adapter / WEIGHTS)
     targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored if ".lora_" in name})
-    ranks = {n for name, entry in stored.items() if _LORA_A.search(name) and entry.size for n in entry.shape[:1]}
+    first = [entry for name, entry in stored.items() if name.partition(".lora_")[2].startswith(("A.", "embedding_A"))]
+    ranks = {n for entry in first if entry.size for n in entry.shape[:1]}
     if ranks != {config.rank}:  # peft would allocate what is declared
         raise UserError(
             f"{adapter}: adapter_config.json declares rank {config.rank}, but the stored matrices have "
@@ -232,9 +229,8 @@ def _understood(values: Mapping[str, object], adapter: Path) -> LoRAConfig:
             value = [name for name in value if name not in SAVED]  # peft names them again at every save
         if key not in UNDERSTOOD | ABOUT and value not in (None, False, [], {}, "none"):
             raise UserError(f"{adapter}: adapter_config.json sets {key}; {ONLY_PEFT}")
-    rank, alpha = (values.get(key) for key in ("r", "lora_alpha"))
-    if isinstance(alpha, float) and alpha.is_integer():
-        alpha = int(alpha)
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    alpha = int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int) or alpha < 1:
         raise UserError(f"{adapter}: r and lora_alpha must be whole numbers of at least 1, not {rank} and {alpha}")
     return LoRAConfig(rank=rank, alpha=alpha)

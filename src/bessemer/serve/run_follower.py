@@ -209,11 +209,10 @@ class RunFollower:
             store, stages = self.store, [stage | self._progress(stage["name"]) for stage in self._stages]
             reading = not self._begun or self._filling is not store or self._tail.more
             return {
-                "label": self.label, "path": str(self.root), "shell": shlex.quote(str(self.root)),
-                "name": str(self._recipe.get("name", self.label)),
-                "version": f"{self._generation}.{store.lines}", "reading": reading,
-                "trouble": self._trouble(), "model": self._model, "stages": stages, "alarms": self._alarms(),
-                "running": any(stage["state"] == "running" for stage in stages),
+                "label": self.label, "path": shlex.quote(str(self.root)),
+                "name": str(self._recipe.get("name", self.label)), "version": f"{self._generation}.{store.lines}",
+                "reading": reading, "trouble": self._trouble(), "model": self._model, "stages": stages,
+                "alarms": self._alarms(), "running": any(stage["state"] == "running" for stage in stages),
             }  # fmt: skip
 
     def _progress(self, name: str) -> dict[str, Any]:

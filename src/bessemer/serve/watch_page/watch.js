@@ -232,10 +232,10 @@ function complain(sentences) {
 function talk() {
   const models = state.runs.filter((run) => run.model);
   find("talk").hidden = !models.length;
-  keyed(find("models"), models, ({ label, model }) => `${label} ${model}`, ({ label, shell, model }) => {
-    const command = `bessemer chat ${shell}/${model}`;
+  keyed(find("models"), models, ({ label, model }) => `${label} ${model}`, ({ label, path, model }) => {
+    const command = `bessemer chat ${path}/${model}`;
     const words = state.runs.length > 1 ? `${visible(label)}, ${visible(model)}: ` : `${visible(model)}: `;
-    return make("li", {}, words, make("code", {}, visible(command)), t(" or "), make("code", {}, `bessemer serve ${visible(shell)}`));
+    return make("li", {}, words, make("code", {}, visible(command)), t(" or "), make("code", {}, `bessemer serve ${visible(path)}`));
   });
   find("chat").hidden = !state.chat;
   if (state.chat) find("chat").setAttribute("href", state.chat);
