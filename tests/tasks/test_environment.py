@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -123,17 +124,41 @@ def test_calls_are_answered_in_their_order_and_faults_with_words():
     hang.set()
 
 
-def test_calls_that_never_return_stop_the_run_before_they_fill_the_process(monkeypatch):
-    for thread in threading.enumerate():  # left by earlier tests and about to end
-        if thread.name == environment.STUCK:
-            thread.join(5)
+@pytest.fixture
+def hang(monkeypatch):
+    """What a call waits for that does not return; two of them stop the run."""
     monkeypatch.setattr(environment, "MOST_STUCK", 2)
-    hang = threading.Event()
+    monkeypatch.setattr(environment, "PATIENCE", 0.0)
+    monkeypatch.setattr(environment, "_late", {})
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("patience", [0.0, 10.0])
+def test_calls_that_never_return_stop_the_run_before_they_fill_the_process(monkeypatch, hang, patience):
+    monkeypatch.setattr(environment, "PATIENCE", patience)
     with pytest.raises(TimeoutError):
         bounded(lambda: hang.wait(20), 0.01)
-    with pytest.raises(UserError, match="2 calls of tools or environments have not returned"):
+    stops = pytest.raises(UserError, match="2 calls of tools or environments have not returned")
+    with stops if not patience else pytest.raises(TimeoutError):  # one with a limit of its own ends a little later
         bounded(lambda: hang.wait(20), 0.01)
-    hang.set()
+
+
+def test_a_turn_of_calls_that_hang_leaves_one_thread(monkeypatch, hang):
+    begun = []
+    sleep = LocalTool("sleep", "", {"type": "object"}, lambda: str(begun.append(1) or hang.wait(20)))
+    got = answers([sleep], *[Invocation("sleep", {})] * 64, seconds=0.1)
+    assert got == ["error: sleep did not return within 0.1 s"] * 64 and len(begun) == 1
+
+
+def test_calls_in_time_do_not_count_as_hung(monkeypatch, hang):
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(bounded, lambda: hang.wait(20), 20.0) for _ in range(4)]
+        with pytest.raises(TimeoutError):
+            bounded(lambda: hang.wait(20), 0.1)
+        hang.set()
+        assert all(other.result() for other in others)
 
 
 @ISOLATED

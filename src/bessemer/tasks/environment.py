@@ -30,10 +30,11 @@ from bessemer.tasks.base import Problem, Task, Verdict
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""
-STUCK = "bessemer-tool"
-"""Name of the threads that run calls."""
 MOST_STUCK = 16
-"""A run stops once this many calls have not returned and still hold a thread."""
+"""A run stops once this many calls hold a thread for longer than their limit and PATIENCE."""
+PATIENCE = 10.0
+"""Seconds beyond its limit after which a call counts as stuck: one with a limit of its own, such as the sandbox's, ends
+a little later than ours."""
 Message = dict[str, str]
 _Result = TypeVar("_Result")
 
@@ -199,12 +200,13 @@ def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name=STUCK, daemon=True)
+    if seconds <= 0:  # nothing could come of a thread
+        raise TimeoutError
+    thread = threading.Thread(target=run, name="bessemer-tool", daemon=True)
     thread.start()
-    thread.join(max(0.0, seconds))
+    thread.join(seconds)
     if thread.is_alive():
-        stuck = sum(other.name == STUCK and other.is_alive() for other in threading.enumerate())
-        if stuck >= MOST_STUCK:
+        if (stuck := _stuck(thread)) >= MOST_STUCK:
             raise UserError(
                 f"{stuck} calls of tools or environments have not returned; give them their own time limits"
             )
@@ -212,3 +214,18 @@ def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
     if errors:
         raise errors[0]
     return outcome[0]
+
+
+_late: dict[threading.Thread, float] = {}
+"""Threads of calls beyond their limits, and from when on they count as stuck."""
+_counting = threading.Lock()
+
+
+def _stuck(late: threading.Thread) -> int:
+    """Takes note of a late call; returns how many are stuck."""
+    now = time.monotonic()
+    with _counting:
+        _late[late] = now + PATIENCE
+        for thread in [thread for thread in _late if not thread.is_alive()]:
+            del _late[thread]
+        return sum(since <= now for since in _late.values())
