@@ -68,6 +68,7 @@ def test_the_same_in_every_process():
     assert len(other) > 1000 and other == f"{list(room['drawn']())}\n"
 
 
+NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
 PARTS = [
     ("word_sorting", lambda gold: ", ".join(reversed(gold.split(", ")))),
     ("spell_backward", lambda gold: gold[::-1]),
@@ -82,6 +83,14 @@ PARTS = [
     ("sokoban", lambda gold: f"{gold} or ULLRDRDLRDL"),
     ("puzzle24", lambda gold: "4*6*1*1" if "6" not in gold else "3*8*1*1"),
     ("number_sorting", lambda gold: "[]"),
+    ("number_sorting", lambda gold: re.sub(NUMBER, "nan", gold)),
+    ("number_sorting", lambda gold: re.sub(NUMBER, lambda found: f"{float(found[0]) + 0.5}", gold)),
+    ("game_of_life_halting", lambda gold: "banana"),
+    ("game_of_life_halting", lambda gold: "True" if gold == "False" else "False"),
+    ("complex_arithmetic", lambda gold: "nan"),
+    ("complex_arithmetic", lambda gold: "0 + nani"),
+    ("gsm_symbolic", lambda gold: f"-{gold}"),
+    ("word_sorting", lambda gold: f"{gold}, and"),
     ("prime_factorization", lambda gold: "a × b"),  # its scorer raises
     ("knights_knaves", lambda gold: gold.split(",")[0]),
 ]
@@ -94,6 +103,27 @@ def test_parts_do_not_pay(name, part):
     answer = part(problem.meta["answer"])
     assert answer != problem.meta["answer"]
     assert reason(task, problem, answer) in ("wrong-value", "unparsable")
+
+
+@pytest.mark.slow
+def test_no_dataset_pays_for_what_is_no_answer():
+    paid = []
+    for name in sorted(_datasets()[0] - {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}):
+        task = get(f"gym:{name}")
+        problem = task.problem("train", 0)
+        gold = problem.meta["answer"]
+        negative = re.sub(NUMBER, lambda found: f"-{found[0]}".replace("--", ""), gold)
+        answers = {"nan", "banana", re.sub(NUMBER, "nan", gold), gold if name == "puzzle24" else negative} - {gold}
+        paid += [(name, answer) for answer in answers if reason(task, problem, answer) == "correct"]
+    assert paid == []
+
+
+@pytest.mark.parametrize(("written", "correct"), [("{}", True), ("{}, {}", False)])
+def test_one_point_is_asked_for(written, correct):
+    task = get("gym:advanced_geometry")
+    problem = next(p for p in (task.problem("train", i) for i in range(20)) if p.meta["answer"].startswith("("))
+    point = problem.meta["answer"].replace(" ", "")
+    assert (reason(task, problem, written.format(point, "(1, 2)")) == "correct") is correct
 
 
 @pytest.mark.parametrize("name", ["spiral_matrix", "string_insertion", "binary_matrix", "n_queens", "number_sorting"])

@@ -12,7 +12,7 @@ The library lives in the referee process, in which the second half of this file 
 as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
 that evaluate their own text, and sympy parses plain algebra only. RULES tighten scorers that give a full score for
 less. They come from giving every dataset the same undeserved answers (the question, 0, another problem's answer, the
-right one among others); the tests repeat some of them.
+right one among others, nan, its negative); the tests repeat some of them.
 """
 
 import ast
@@ -200,8 +200,25 @@ def _near(answer: str, item: dict[str, Any]) -> bool:
 
 
 def _one_number(answer: str, item: dict[str, Any]) -> bool:
-    """gsm_symbolic looks for a number anywhere in the text."""
-    return re.fullmatch(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?%?", answer) is not None
+    """gsm_symbolic looks for a number anywhere in the text and skips its sign."""
+    alone = re.fullmatch(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?%?", answer)
+    return alone is not None and answer.startswith("-") == item["answer"].startswith("-")
+
+
+def _same_numbers(answer: str, item: dict[str, Any]) -> bool:
+    """number_sorting takes numbers that are off by 1."""
+    one, other = (re.findall(r"[-+]?[0-9]+(?:\.[0-9]+)?", text) for text in (answer, item["answer"]))
+    return list(map(float, one)) == list(map(float, other))
+
+
+def _same_word(answer: str, item: dict[str, Any]) -> bool:
+    """game_of_life_halting takes any answer."""
+    return answer.lower() == item["answer"].lower()
+
+
+def _as_many(answer: str, item: dict[str, Any]) -> bool:
+    """advanced_geometry and word_sorting ignore what follows."""
+    return answer.count(",") == item["answer"].count(",")
 
 
 def _only_grid(answer: str, item: dict[str, Any]) -> bool:
@@ -220,15 +237,23 @@ def _only_numbers(answer: str, item: dict[str, Any]) -> bool:
 
 
 RULES: dict[str, ScoreRule] = {
+    "advanced_geometry": _as_many,
     "coin_flip": _near,
+    "game_of_life_halting": _same_word,
     "gsm_symbolic": _one_number,
     "kakurasu": _only_grid,
+    "number_sorting": _same_numbers,
     "puzzle24": _own_numbers,
     "sokoban": _only_moves,
     "survo": _only_numbers,
+    "word_sorting": _as_many,
 }
+_NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
+"""What Python reads as a number although it is none: its distance from the right one compares as small."""
 
 
 def allows(dataset: str, answer: str, item: dict[str, Any]) -> bool:
     rule = RULES.get(dataset)
+    if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(item["answer"]):
+        return False
     return rule is None or rule(answer, item)
