@@ -2,6 +2,8 @@
 which tokens are trained on."""
 
 import random
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -248,6 +250,40 @@ def test_an_observation_that_does_not_fit_the_context_ends_the_episode(tokenizer
     assert short.completion.finish_reason == "length" and len(short.turns) < len(whole.turns) == 5
     assert short.completion.tokens == whole.completion.tokens[: len(short.completion.tokens)]
     assert short.turns[-1].role == "assistant" and len(prompts[0]) + len(short.completion.tokens) < 10**6
+
+
+def test_a_start_that_does_not_fit_the_context_costs_its_own_episodes_alone(model, tokenizer):
+    task = Echo()
+    long = replace(task.problem("train", 1, 0, "en"), prompt="word " * 400)
+    problems = [*echoes(1), (task, long)]
+    prompts, [sound, failed] = play(Engine(model, tokenizer), problems, samples=2, cap=8)
+    assert [one.failure for one in sound] == ["", ""] and len(prompts[1]) == 1
+    assert all("leave no room in the context of 96" in one.failure and not one.verdict.correct for one in failed)
+
+
+def test_environments_in_one_call_keep_their_own_widths(tokenizer):
+    """One whose episodes step one at a time does not hold up those of another."""
+
+    def play_with(parallel):
+        task, most, now, lock = Echo(), [0], [0], threading.Lock()
+        task.parallel = parallel
+
+        class Slow(EchoEpisode):
+            def step(self, action):
+                with lock:
+                    now[0] += 1
+                    most[0] = max(most[0], now[0])
+                time.sleep(0.05)
+                with lock:
+                    now[0] -= 1
+                return super().step(action)
+
+        task.reset = lambda problem, seed: Slow(problem)
+        return (task, echoes(1)[0][1]), most
+
+    (one, serial), (other, wide) = play_with(1), play_with(4)
+    _, groups = play(Scripted(tokenizer, lambda *_: "yes"), [one, other, one], samples=4)
+    assert (serial, wide) == ([1], [4]) and not any(each.failure for group in groups for each in group)
 
 
 def test_an_environment_that_fails_costs_its_own_episodes_alone(tokenizer):

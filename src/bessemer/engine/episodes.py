@@ -203,7 +203,14 @@ class Play:
                 if start != question:
                     for sample in self._all[p]:
                         sample.spoken = [Spoken(message["role"], 0, message["content"]) for message in start]
-                prompts.append(turns.first_ids(self.tokenizer, start, task.schemas))
+                ids = turns.first_ids(self.tokenizer, start, task.schemas)
+                if len(ids) >= self.context:
+                    for sample in self._all[p]:
+                        sample.failure = sample.failure or (
+                            f"its first {len(ids)} tokens leave no room in the context of {self.context}"
+                        )
+                    ids = ids[:1]  # generated from for nothing, like other failed resets
+                prompts.append(ids)
             else:
                 prompts.append(encode(problem))
         return prompts
@@ -275,7 +282,7 @@ class Play:
             episode.close()
 
     def _each(self, samples: Sequence[_Sample], work: Callable[[_Sample], _Result]) -> list[tuple[_Result | None, str]]:
-        """(result, "") for every sample, or (None, what failed); environments that allow it run in parallel."""
+        """(result, "") for every sample, or (None, what failed)."""
 
         def attempt(sample: _Sample) -> tuple[_Result | None, str]:
             environment = _environment(sample)
@@ -291,11 +298,15 @@ class Play:
             except Exception as error:
                 return None, f"{type(error).__name__}: {error}"
 
-        width = min([len(samples), *(_environment(sample).parallel for sample in samples)], default=1)
-        if width <= 1:
-            return [attempt(sample) for sample in samples]
-        with ThreadPoolExecutor(width) as pool:
-            return list(pool.map(attempt, samples))
+        found: dict[int, tuple[_Result | None, str]] = {}
+        alike: dict[int, list[int]] = {}
+        for place, sample in enumerate(samples):
+            alike.setdefault(id(sample.environment), []).append(place)
+        for places in alike.values():  # each environment's episodes, as many at a time as it allows
+            chosen = [samples[place] for place in places]
+            with ThreadPoolExecutor(max(1, _environment(chosen[0]).parallel)) as pool:
+                found.update(zip(places, pool.map(attempt, chosen), strict=True))
+        return [found[place] for place in range(len(samples))]
 
     def _text(self, completion: Completion) -> str:
         return self.tokenizer.opening + completion.text

@@ -131,7 +131,7 @@ class Environment(Task):
     seconds: float = 10.0
     """Time limit of all calls of one turn together, and of one step of a subclass's own episode."""
     observed: int = 2_000
-    """Maximum characters of one message to the model; the rest is left out."""
+    """Maximum characters of one answer to the model; the rest is left out. What the model reads first stays whole."""
     parallel: int = 1
     """Maximum episodes that step at the same time, in threads; no answer may depend on it."""
     repeatable: bool = True
