@@ -1,7 +1,9 @@
 """Tools that models call, tasks with tools, and environments behind servers: correct, bounded, and never fatal to a
 run."""
 
+import asyncio
 import json
+import math
 import random
 import sys
 import threading
@@ -313,6 +315,7 @@ def test_an_environment_behind_a_server(serve):
         (500, "status 500"), (302, "status 302"), (b"<html>", "not JSON"), (b"[" * 100_000, "not JSON"),
         ({"done": True}, "no observation"), ([1], "no observation"), (b"x" * (1 << 21), "more than"),
         ({"observation": "x", "reward": "much"}, "reward"), ({"observation": "x", "done": 1}, "done"),
+        ({"observation": "", "reward": math.inf}, "reward inf"), ({"observation": "", "reward": math.nan}, "reward nan"),
         ("hang", "timed out"), ("dies", "127.0.0.1"),
     ],
 )  # fmt: skip
@@ -324,6 +327,11 @@ def test_a_server_that_goes_wrong_in_the_middle_fails_the_episode(serve, fault, 
     assert episode.step(ModelTurn("x")).messages
     with pytest.raises(EnvironmentFailure, match=complaint):
         episode.step(ModelTurn("x"))
+
+
+@pytest.mark.parametrize(("rewards", "right"), [((0.7, 0.2, 0.1), True), ((0.1,) * 10, True), ((0.9, 0.09), False)])
+def test_rewards_that_sum_to_1_solve_an_episode(rewards, right):
+    assert get("env:http://127.0.0.1:1").judged(sum(rewards)).correct is right
 
 
 def test_a_reset_without_a_server_is_tried_again(serve, monkeypatch):
@@ -428,7 +436,7 @@ class StandIn:
     tool_defs = (types.SimpleNamespace(name="add", description="Adds.", parameters={"type": "object"}),)
 
     def __init__(self, rewrites=False, breaks=False):
-        self.rubric, self.rewrites, self.breaks = self, rewrites, breaks
+        self.rubric, self.rewrites, self.breaks, self.limit, self.reward = self, rewrites, breaks, None, None
 
     def get_dataset(self):
         return [{"prompt": [{"role": "user", "content": f"Guess {n}."}], "answer": str(n)} for n in range(3)]
@@ -438,7 +446,10 @@ class StandIn:
     async def rollout(self, row, client, model, sampling_args):
         prompt = list(row["prompt"])
         for turn in range(3):
-            response = await client.get_response(prompt, model, sampling_args)
+            try:
+                response = await asyncio.wait_for(client.get_response(prompt, model, sampling_args), self.limit)
+            except TimeoutError:
+                break
             if self.breaks:
                 raise ValueError("bug")
             if row["answer"] in response.message.content:
@@ -448,10 +459,12 @@ class StandIn:
         return {"answer": row["answer"], "said": ""}
 
     async def score_rollout(self, state):
-        state["reward"] = float(state["answer"] in state["said"])
+        state["reward"] = float(state["answer"] in state["said"]) if self.reward is None else self.reward
 
 
-def test_an_environment_of_verifiers(monkeypatch):
+@pytest.fixture
+def made(monkeypatch):
+    """The environments that a stand-in for the package has made, by name."""
     made = {}
     module = types.ModuleType("verifiers")
     module.Client, module.load_environment = object, lambda name: made.setdefault(name, StandIn(*name.split("/")[1:]))
@@ -459,6 +472,27 @@ def test_an_environment_of_verifiers(monkeypatch):
     kinds.ToolCall = kinds.ResponseMessage = kinds.Response = types.SimpleNamespace
     monkeypatch.setitem(sys.modules, "verifiers", module)
     monkeypatch.setitem(sys.modules, "verifiers.types", kinds)
+    return made
+
+
+def test_an_environment_with_a_time_limit_of_its_own_scores_what_was_said(made):
+    task = get("verifiers:guess")
+    made["guess"].limit, made["guess"].reward = 0.05, 1.0
+    answered, cut = (task.reset(task.problem("train", 2), 1) for _ in range(2))
+    for episode in (answered, cut):
+        assert episode.asked.get(timeout=5) is None  # it has ended
+        episode.asked.put(None)
+    assert answered.step(ModelTurn("late")).done and answered.verdict("").correct
+    assert cut.verdict("").correct
+    cut.close()
+    made["guess"].reward = float("nan")
+    odd = task.reset(task.problem("train", 2), 1)
+    assert odd.asked.get(timeout=5) is None
+    with pytest.raises(EnvironmentFailure, match="reward is nan"):
+        odd.verdict("")
+
+
+def test_an_environment_of_verifiers(made):
     task = get("verifiers:guess")
     assert task.size("test") == 3 and task.schemas[0]["function"]["name"] == "add"
     problem = task.problem("train", 2)
@@ -480,6 +514,6 @@ def test_an_environment_of_verifiers(monkeypatch):
     made["guess"].rewrites, made["guess"].breaks = False, True
     with pytest.raises(EnvironmentFailure, match="ValueError: bug"):
         task.reset(problem, 1).step(ModelTurn("1"))
-    del module.load_environment
+    del sys.modules["verifiers"].load_environment
     with pytest.raises(UserError, match=r"verifiers<0\.4"):
         get("verifiers:guess")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 from bessemer.errors import UserError
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict, stable_hash
 from bessemer.tasks.environment import (
+    SLACK,
     Environment,
     EnvironmentFailure,
     Episode,
@@ -103,7 +105,7 @@ class ServerEnvironment(Environment):
 
     def judged(self, total: float) -> Verdict:
         """The verdict on an episode with this sum of rewards."""
-        right = total >= self.solved
+        right = total >= self.solved - SLACK
         return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{total:g}")
 
 
@@ -145,6 +147,8 @@ class _ServerEpisode:
         reward, done = answer.get("reward"), answer.get("done", False)
         if not isinstance(done, bool) or isinstance(reward, bool) or not isinstance(reward, int | float | None):
             raise EnvironmentFailure(f"the server's answer has the reward {reward!r} and done {done!r}"[:300])
+        if not math.isfinite(reward or 0):
+            raise EnvironmentFailure(f"the server's answer has the reward {reward}")
         self.total += float(reward or 0.0)
         self.over = done
         return self.environment.text(observation)

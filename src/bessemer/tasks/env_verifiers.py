@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict
-from bessemer.tasks.environment import Environment, EnvironmentFailure, Episode, Message, ModelTurn, Observation
-
-SOLVED = 1.0 - 1e-9
-"""The least reward of a correct episode."""
+from bessemer.tasks.environment import SLACK, Environment, EnvironmentFailure, Episode, Message, ModelTurn, Observation
 
 
 def library() -> Any:
@@ -116,7 +115,10 @@ class _Episode:
         reward = self.state.get("reward")
         if not isinstance(reward, int | float):  # a bound of ours ended it before its own loop did
             return Verdict(False, True, WRONG_VALUE, None)
-        return Verdict(reward >= SOLVED, True, CORRECT if reward >= SOLVED else WRONG_VALUE, f"{reward:g}")
+        if not math.isfinite(reward):
+            raise EnvironmentFailure(f"its reward is {reward}")
+        right = reward >= 1.0 - SLACK
+        return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{reward:g}")
 
     def close(self) -> None:
         self._reply(None)
@@ -124,7 +126,13 @@ class _Episode:
     def _reply(self, action: ModelTurn | None) -> None:
         if self.waiting is not None:
             (loop, future), self.waiting = self.waiting, None
-            loop.call_soon_threadsafe(future.set_result, action)
+
+            def reply() -> None:
+                if not future.done():  # the environment may have given up waiting
+                    future.set_result(action)
+
+            with suppress(RuntimeError):  # or have ended, and its loop with it
+                loop.call_soon_threadsafe(reply)
 
     def _next(self) -> Sequence[Any] | None:
         try:

@@ -30,6 +30,8 @@ from bessemer.tasks.base import Problem, Task, Verdict
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""
+SLACK = 1e-9
+"""What a sum of rewards may lack: 0.7 + 0.2 + 0.1 is a little less than 1."""
 MOST_STUCK = 16
 """A run stops once this many calls hold a thread for longer than their limit and PATIENCE."""
 PATIENCE = 10.0
