@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,12 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from bessemer.config.data import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
+from bessemer.data.documents import read_files
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance, runner
+from bessemer.pipeline.stages.examples import Examples
 from bessemer.rl.preference import RewardModel
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
@@ -344,6 +348,19 @@ def test_a_changed_directory_is_imported_again(tmp_path):
 def test_mistakes_are_named(tmp_path, stages, message):
     with pytest.raises(UserError, match=message):
         once(tmp_path, f"[[stage]]\n{stages}\n")
+
+
+@pytest.mark.parametrize(("name", "described"), [("products", []), ("tools:calculator:countdown", ["calculator"])])
+def test_examples_hold_the_calls_of_their_pages(tmp_path, name, described):
+    context = SimpleNamespace(rewind=lambda step: None, seed=1, dir=tmp_path, name="cold")
+    config = ExamplesConfig(kind="examples", name="cold", tasks=[name], examples=12)
+    assert Examples().run(config, context)["kept"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all([tool["function"]["name"] for tool in line.get("tools", [])] == described for line in lines)
+    roles = {tuple(message["role"] for message in line["messages"]) for line in lines}
+    assert (("user", "assistant", "tool", "assistant") in roles) == (name == "products")
+    documents = list(read_files(tmp_path / "samples.jsonl", "own"))
+    assert [len(one.messages) for one in documents] == [len(line["messages"]) for line in lines]
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

@@ -315,7 +315,7 @@ def test_an_environment_behind_a_server(serve):
         (500, "status 500"), (302, "status 302"), (b"<html>", "not JSON"), (b"[" * 100_000, "not JSON"),
         ({"done": True}, "no observation"), ([1], "no observation"), (b"x" * (1 << 21), "more than"),
         ({"observation": "x", "reward": "much"}, "reward"), ({"observation": "x", "done": 1}, "done"),
-        ({"observation": "", "reward": math.inf}, "reward inf"), ({"observation": "", "reward": math.nan}, "reward nan"),
+        ({"observation": "", "reward": math.inf}, "reward inf"), ({"observation": "", "reward": math.nan}, "ward nan"),
         ("hang", "timed out"), ("dies", "127.0.0.1"),
     ],
 )  # fmt: skip

@@ -113,9 +113,10 @@ def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
     return (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def conversation_line(messages: Sequence[Message]) -> str:
-    """A conversation as a line of the CONVERSATIONS file, without the line break."""
-    return json.dumps({"messages": list(messages)}, ensure_ascii=False)
+def conversation_line(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    """A conversation, and the tools that it describes, as a line of the CONVERSATIONS file, without the line break."""
+    described = {"tools": list(tools)} if tools else {}
+    return json.dumps({"messages": list(messages), **described}, ensure_ascii=False)
 
 
 def write_conversations(folder: Path, lines: Iterable[str]) -> None:

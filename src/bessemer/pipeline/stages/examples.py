@@ -2,7 +2,8 @@
 
 R1's cold-start data come from a model prompted with examples, and from human annotators. An imported model that does
 not know the format would never earn a reward in RL, so its first examples come from the tasks' own pages: right answers
-in the right format, to training problems only. Output: samples.jsonl, one conversation per line.
+in the right format, to training problems only, with the calls and outputs of pages that call tools. Output:
+samples.jsonl, one conversation per line.
 """
 
 from collections import Counter
@@ -12,11 +13,11 @@ from typing import Any
 from bessemer import tasks
 from bessemer.config.data import ExamplesConfig
 from bessemer.config.recipe import Recipe
-from bessemer.data.chat import exchange
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
+from bessemer.tasks.environment import Environment
 
 PATIENCE = 50
 """Maximum pages read per example; a third of those of arithmetic are right and well formed."""
@@ -53,10 +54,11 @@ class Examples(Stage[ExamplesConfig]):
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
-            line = files.conversation_line(exchange(page.problem.prompt, page.response))
-            if verdict.sound and line not in kept:
+            line = files.conversation_line(page.messages, task.schemas if isinstance(task, Environment) else ())
+            usable = verdict.correct if page.turns else verdict.sound  # the last of several turns need not think again
+            if usable and line not in kept:
                 kept[line] = None
             else:
-                rejected["duplicate" if verdict.sound else verdict.reason] += 1
+                rejected["duplicate" if usable else verdict.reason] += 1
         files.write_conversations(ctx.dir, kept)
         return {"kept": len(kept), **dict(rejected.most_common())}
