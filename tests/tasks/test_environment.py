@@ -19,7 +19,7 @@ from bessemer.errors import UserError
 from bessemer.tasks import base, environment, get, sandbox
 from bessemer.tasks.env_server import ServerEnvironment
 from bessemer.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
-from bessemer.tasks.tools import CALCULATOR, calculate, run_python
+from bessemer.tasks.tools import CALCULATOR, TaskWithTools, calculate, run_python
 
 ISOLATED = pytest.mark.skipif(sandbox.level() == "none", reason="no isolation here")
 
@@ -180,7 +180,13 @@ def test_python_is_refused_where_nothing_isolates_it(monkeypatch):
         get("tools:python:arithmetic")
 
 
-def test_a_task_with_tools_is_that_task(tmp_path):
+@ISOLATED
+def test_a_task_with_tools_keeps_them():
+    tools = get("tools:calculator:tools:python:arithmetic").tools
+    assert [tool.name for tool in tools] == ["python", "calculator"]
+
+
+def test_a_task_with_tools_is_that_task(tmp_path, monkeypatch):
     task, plain = get("tools:calculator:arithmetic"), get("arithmetic")
     assert [task.problem("test", i) for i in range(20)] == [plain.problem("test", i) for i in range(20)]
     problem = task.problem("train", 3)
@@ -193,9 +199,18 @@ def test_a_task_with_tools_is_that_task(tmp_path):
     assert get(named).size("train") == 1 and base.file_of(named) == str(file)
     assert base.shared_file(named, f"jsonl:{file}") == str(file) and base.without_tools(named) == f"jsonl:{file}@train"
     for wrong, hint in (("tools:calc:arithmetic", "calculator"), ("tools:calculator", "names no task"),
-                        ("tools:calculator:arithmetc", "arithmetic")):  # fmt: skip
+                        ("tools:calculator:arithmetc", "arithmetic"),
+                        ("tools:calculator+no-calculator:arithmetic", "names a tool twice"),
+                        ("tools:calculator:env:http://127.0.0.1:1", "episodes of its own.*write env:http"),
+                        ("tools:calculator:tools:calculator:env:http://x:1", "episodes of its own")):  # fmt: skip
         with pytest.raises(UserError, match=hint):
             get(wrong)
+    inner = get("tools:no-calculator:arithmetic")
+    inner.seconds, inner.parallel = 3.0, 7
+    monkeypatch.setattr(base, "get", lambda name, **settings: inner)
+    outer = TaskWithTools("calculator:inner")
+    assert outer.tools == [CALCULATOR] and (outer.seconds, outer.parallel) == (3.0, 7), "the outer tool takes its place"
+    monkeypatch.undo()
     broken = get("tools:no-calculator:products").reset(problem, 1)
     call = Invocation("calculator", {"expression": "1+1"})
     assert broken.step(ModelTurn("", (call,))).messages[0]["content"] == "error: the calculator is not available"
@@ -292,7 +307,7 @@ def serve():
 def test_an_environment_behind_a_server(serve):
     server = serve()
     task = get(f"env:{server.url}/")
-    assert not task.repeatable and task.parallel > 1
+    assert task.parallel > 1
     problem = task.problem("train", 0)
     assert problem == task.problem("train", 0) and problem.meta["seed"] % 2 == 0
     assert task.problem("test", 0).meta["seed"] % 2 == 1, "no seed is in both splits"

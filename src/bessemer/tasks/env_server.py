@@ -66,7 +66,6 @@ class ServerEnvironment(Environment):
     url: str = ""
     seconds = 30.0
     parallel = 32
-    repeatable = False
     solved: float = 1.0
     """The least sum of rewards of a correct episode."""
 

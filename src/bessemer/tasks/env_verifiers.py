@@ -46,7 +46,6 @@ class VerifiersEnvironment(Environment):
     phrasings = ("seen",)
     seconds = 60.0
     parallel = 32
-    repeatable = False
     max_turns = 1_000
     """The environment's own bound decides."""
 

@@ -8,10 +8,10 @@ the environment or a bound ends the episode; then there is one verdict.
 The simplest environment is a task with tools: it inherits `make` and `grade` from its task and lists its tools. A turn
 that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as usual.
 
-Whatever an environment returns depends only on (problem, seed, turns), as a task's problems depend only on their
-arguments. A resumed or replayed run then has the same bits. An environment for which this does not hold, such as an
-external server, sets `repeatable = False`: a resumed run gets other samples for the rollouts that it has to sample
-again, and a replay may differ.
+Whatever an environment returns should depend only on (problem, seed, turns), as a task's problems depend only on their
+arguments. A resumed or replayed run then has the same bits. This does not hold for external servers, nor for programs
+of the tool `python` that read a clock or random numbers: a resumed run gets other samples for the rollouts that it has
+to sample again, and a replay may differ.
 
 The model reads the errors that it causes inside an episode (a call that is not JSON, a tool that fails). Any other
 error is an `EnvironmentFailure`: the episode counts as failed, is not trained on, and the run continues.
@@ -136,7 +136,6 @@ class Environment(Task):
     """Maximum characters of one answer to the model; the rest is left out. What the model reads first stays whole."""
     parallel: int = 1
     """Maximum episodes that step at the same time, in threads; no answer may depend on it."""
-    repeatable: bool = True
 
     def reset(self, problem: Problem, seed: int) -> Episode:
         """A new episode. `seed` is the same for all samples of a problem in a rollout, and differs in the next."""

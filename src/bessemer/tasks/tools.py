@@ -178,9 +178,16 @@ class TaskWithTools(Environment):
             )
         self.task = base.get(task, **settings)
         self.name, self.domain = f"tools:{argument}", self.task.domain
-        self.tools: Sequence[LocalTool] = [TOOLS[name] for name in chosen]
+        added = {TOOLS[name].name: TOOLS[name] for name in chosen}
+        if len(added) < len(chosen):
+            raise UserError(f"tools:{argument} names a tool twice (no-calculator is a calculator, too); name it once")
         if isinstance(self.task, Environment):
-            self.described, self.max_turns = self.task.described, self.task.max_turns
+            if type(self.task).reset is not Environment.reset:
+                raise UserError(f"tools:{argument}: {task} plays episodes of its own, with its own tools; write {task}")
+            added = {tool.name: tool for tool in self.task.tools} | added
+            for limit in ("described", "max_turns", "seconds", "observed", "parallel"):
+                setattr(self, limit, getattr(self.task, limit))
+        self.tools: Sequence[LocalTool] = list(added.values())
         self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         if "python" in chosen:
