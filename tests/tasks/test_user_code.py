@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
-from bessemer.tasks import Problem, Task, get
+from bessemer.tasks import Problem, Task, Verdict, get
 from bessemer.tasks.base import shared_file
 from bessemer.tasks.user_code import reward_function
 
@@ -59,6 +60,7 @@ def test_the_example_is_that_of_the_page():
         ),
         ("x = 1\n1 / 0", "mine.py:Mine", r"mine\.py, line 2: ZeroDivisionError"),
         ("def f(:", "mine.py:f", r"mine\.py, line 1: SyntaxError"),
+        ("import sys\nsys.exit(3)", "mine.py:Mine", r"mine\.py, line 2: SystemExit: 3; correct the file"),
         ("Mine = 3", "mine.py:Mine", "is not a task; derive the class"),
         ("from bessemer.tasks import Task\nclass Mine(Task):\n    pass", "mine.py:Mine", "does not define make"),
         (
@@ -91,6 +93,33 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
         Reward(function=reward_function("mine.py:wrong")).score(groups, 9)
     with pytest.raises(UserError, match="is not a function"):
         reward_function("remainder.py:Remainder")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("def f(prompts, completions, **settings): return [1.0]", r"three arguments.*write def f\(problem, answer"),
+        ("def f(problem, answer, verdict, scale): return 1.0", "missing a required argument: 'scale'"),
+        ("def f(problem, answer, verdict): pass", "f returned None; return a number"),
+        ("def f(*_): return [1.0, 2.0]", r"f returned \[1\.0, 2\.0\]; return a number"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_a_reward_function_is_one_of_ours(folder, text, fault):
+    (folder / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        reward_function("mine.py:f")(Problem("p", "", "en", {}), "", Verdict(True, True, "correct", None))
+
+
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_a_file_imports_what_lies_beside_it(folder):
+    (folder / "my_scales.py").write_text("SCALE = 0.5")
+    (folder / "mine.py").write_text("from my_scales import SCALE\ndef f(*_): return SCALE")
+    before = list(sys.path)
+    assert reward_function("mine.py:f")(None, "", None) == 0.5 and sys.path == before
+    (folder / "own.py").write_text("import sys\nsys.path = [*sys.path[1:]]\nf = max")
+    with pytest.raises(UserError, match="returned 'x'; return a number"):
+        reward_function("own.py:f")("x", "", "")
 
 
 def test_the_file_is_among_those_that_a_stage_reads(folder):

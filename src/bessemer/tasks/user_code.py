@@ -7,11 +7,13 @@ process with the user's rights, outside the sandbox, and the first load prints a
 
 import difflib
 import hashlib
+import inspect
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import util
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
 from bessemer.tasks.base import DOMAINS, Problem, Task, Verdict
-from bessemer.tasks.environment import Environment
+from bessemer.tasks.environment import Environment, shortened
 
 RewardFunction = Callable[[Problem, str, Verdict], float]
 """(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
@@ -44,9 +46,23 @@ def task(name: str, **settings: Any) -> Task:
 def reward_function(name: str) -> RewardFunction:
     """The function `FILE.py:FUNCTION` of a recipe's `reward`."""
     found = _load(name)
+    form = f"def {name.rpartition(':')[2]}(problem, answer, verdict): ..."
     if not callable(found) or isinstance(found, type):
-        raise UserError(f"{name} is not a function; write def {name.rpartition(':')[2]}(problem, answer, verdict): ...")
-    return found
+        raise UserError(f"{name} is not a function; write {form}")
+    try:
+        with suppress(ValueError):  # a function of C has no signature
+            inspect.signature(found).bind(None, "", None)
+    except TypeError as error:
+        raise UserError(f"{name} cannot be called with three arguments ({error}); write {form}") from None
+
+    def checked(problem: Problem, answer: str, verdict: Verdict) -> float:
+        value = found(problem, answer, verdict)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{name} returned {shortened(repr(value), 100)}; return a number") from None
+
+    return checked
 
 
 def _load(name: str) -> Any:
@@ -70,12 +86,16 @@ def _module(path: Path, digest: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.parent))  # where a script finds what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         where = f"{path}, line {line}" if line else str(path)
         raise UserError(f"{where}: {type(error).__name__}: {error}; correct the file") from error
+    finally:
+        with suppress(ValueError):  # the file may have changed the list
+            sys.path.remove(str(path.parent))
     return module
