@@ -59,6 +59,9 @@ def test_the_calculator_is_exact():
         checked += 1
     assert checked > 450
     assert calculate("-2^2") == "-4" and calculate("2^-1") == "1/2" and calculate("2**3^2") == "512"
+    for number, power in ((2, 401), (2, 1328), (7, 450), (10, 399), (99999, 80), (3, -800)):
+        assert calculate(f"{number}^{power}") == str(Fraction(number) ** power)
+    assert calculate("(2/3)^838") == str(Fraction(2, 3) ** 838)
     assert calculate(" 1 000".replace(" 0", "0")) == "1000" and calculate("0.1+0.2") == "3/10"
 
 
@@ -70,6 +73,8 @@ def test_the_calculator_is_exact():
         ("9^9^9", "more than 400 digits"), ("9" * 401, "more than 400 digits"), ("(" * 100, "levels deep"),
         ("-" * 100 + "1", "levels deep"), ("1" * 501, "longer than"), ("__import__('os')", "no digit"),
         ("٣+1", "no digit"), ("1e9", "no digit"), ("10^300*10^300", "more than 400 digits"),
+        ("10^400", "more than 400 digits"), ("2^1329", "more than 400 digits"), ("2^-1329", "more than 400 digits"),
+        ("3^" + "9" * 400, "more than 400 digits"), ("(9^399/7^399)^399", "more than 400 digits"),
     ],
 )  # fmt: skip
 def test_what_the_calculator_cannot_read_it_says_in_words(text, complaint):
@@ -90,6 +95,10 @@ def answers(tools, *calls, seconds=10.0):
     return [message["content"] for message in observation.messages]
 
 
+def repr_of(n, m=0):
+    return f"{n!r} {m!r}"
+
+
 def test_calls_are_answered_in_their_order_and_faults_with_words():
     hang = threading.Event()
     tools = [
@@ -97,6 +106,12 @@ def test_calls_are_answered_in_their_order_and_faults_with_words():
         LocalTool("sleep", "", {"type": "object", "properties": {}}, lambda: str(hang.wait(20))),
         LocalTool("bug", "", {"type": "object", "properties": {}}, lambda: str(1 // 0)),
         LocalTool("flag", "", {"type": "object", "properties": {"n": {"type": "integer"}}}, lambda n=1: "x" * n),
+        LocalTool(
+            "any",
+            "",
+            {"type": "object", "properties": {"n": {"type": ["string", "null"]}, "m": {"type": "any"}}},
+            repr_of,
+        ),
     ]
     got = answers(
         tools,
@@ -110,14 +125,18 @@ def test_calls_are_answered_in_their_order_and_faults_with_words():
         Invocation("bug", {}),
         Invocation("flag", {"n": True}),
         Invocation("flag", {"n": 2}),
+        Invocation("any", {"n": None, "m": True}),
+        Invocation("any", {"n": "fox"}),
+        Invocation("any", {"n": 3}),
     )
     assert got == [
         "42", "error: division by zero", "error: calculator needs the argument expression",
         "error: the argument expression of calculator must be of type string",
         "error: calculator has no argument digits",
-        "error: there is no tool calc; there is calculator, sleep, bug, flag", "error: the arguments are not JSON",
+        "error: there is no tool calc; there is calculator, sleep, bug, flag, any", "error: the arguments are not JSON",
         "error: ZeroDivisionError: integer division or modulo by zero",
-        "error: the argument n of flag must be of type integer", "xx",
+        "error: the argument n of flag must be of type integer", "xx", "None True", "'fox' 0",
+        "error: the argument n of any must be of type string or null",
     ]  # fmt: skip
     start = time.monotonic()
     got = answers(tools, Invocation("sleep", {}), Invocation("sleep", {}), seconds=0.1)

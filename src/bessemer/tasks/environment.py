@@ -107,19 +107,23 @@ class LocalTool:
         for name, value in arguments.items():
             if name not in known:
                 return f"{self.name} has no argument {name[:40]}"
-            expected = known[name].get("type")
-            if expected in _TYPES and (not isinstance(value, _TYPES[expected]) or _is_odd_bool(value, expected)):
-                return f"the argument {name} of {self.name} must be of type {expected}"
+            expected = known[name].get("type", ())
+            kinds = [expected] if isinstance(expected, str) else list(expected)
+            if kinds and not any(_is_a(value, kind) for kind in kinds):
+                return f"the argument {name} of {self.name} must be of type {' or '.join(kinds)}"
         return None
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+    "null": type(None),
 }  # fmt: skip
 
 
-def _is_odd_bool(value: object, expected: str) -> bool:
-    return isinstance(value, bool) and expected != "boolean"
+def _is_a(value: object, kind: str) -> bool:
+    if kind not in _TYPES:
+        return True
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))  # True is an int
 
 
 class Environment(Task):

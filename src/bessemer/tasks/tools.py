@@ -25,6 +25,7 @@ from bessemer.tasks.environment import Environment, LocalTool, shortened
 MOST_CHARS = 500
 MOST_DIGITS = 400
 """Maximum digits of numerator and denominator at every step, and of a number in the text."""
+_BOUND = 10**MOST_DIGITS
 DEEPEST = 40
 PYTHON_SECONDS = 5.0
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|(\*\*|[-+*/^()]))", re.ASCII)
@@ -94,10 +95,10 @@ class _Reader:
         if not value and exponent < 0:
             raise ValueError("division by zero")
         power = int(exponent)
-        size = max(len(str(abs(value.numerator))), len(str(value.denominator)))
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         if abs(value) == 1:
             power %= 2
-        elif value and abs(power) * size > MOST_DIGITS:
+        elif value and abs(power) * (bits - 1) >= _BOUND.bit_length():  # 2^(bits - 1) to that power is too much
             raise ValueError(f"the result has more than {MOST_DIGITS} digits")
         return _small(value**power)
 
@@ -120,9 +121,6 @@ class _Reader:
             self.at += 1
             return self.tokens[self.at - 1]
         return None
-
-
-_BOUND = 10**MOST_DIGITS
 
 
 def _small(value: Fraction) -> Fraction:
