@@ -115,13 +115,8 @@ class _Sample:
         return sum(len(part.tokens) for part in self.parts)
 
     def ids(self) -> list[int]:
-        """All ids after the prompt."""
-        ids: list[int] = []
-        for turn, part in enumerate(self.parts):
-            ids += part.tokens
-            if turn < len(self.read):  # nothing may have been read after the last turn
-                ids += self.read[turn]
-        return ids
+        """All ids after the prompt; nothing may have been read after the last turn."""
+        return [i for part, read in zip(self.parts, [*self.read, []], strict=False) for i in (*part.tokens, *read)]
 
 
 class Play:
@@ -205,10 +200,9 @@ class Play:
                         sample.spoken = [Spoken(message["role"], 0, message["content"]) for message in start]
                 ids = turns.first_ids(self.tokenizer, start, task.schemas)
                 if len(ids) >= self.context:
+                    why = f"its first {len(ids)} tokens leave no room in the context of {self.context}"
                     for sample in self._all[p]:
-                        sample.failure = sample.failure or (
-                            f"its first {len(ids)} tokens leave no room in the context of {self.context}"
-                        )
+                        sample.failure = sample.failure or why
                     ids = ids[:1]  # generated from for nothing, like other failed resets
                 prompts.append(ids)
             else:
@@ -272,14 +266,13 @@ class Play:
 
     def _judge(self, sample: _Sample) -> Verdict:
         episode = self._episodes.pop((sample.problem, sample.number), None)
-        if episode is None or sample.failure:
-            if episode is not None:
-                episode.close()
-            raise EnvironmentFailure(sample.failure)
         try:
+            if episode is None or sample.failure:
+                raise EnvironmentFailure(sample.failure)
             return episode.verdict(self._text(sample.parts[-1]))
         finally:
-            episode.close()
+            if episode is not None:
+                episode.close()
 
     def _each(self, samples: Sequence[_Sample], work: Callable[[_Sample], _Result]) -> list[tuple[_Result | None, str]]:
         """(result, "") for every sample, or (None, what failed)."""
@@ -299,14 +292,11 @@ class Play:
                 return None, f"{type(error).__name__}: {error}"
 
         found: dict[int, tuple[_Result | None, str]] = {}
-        alike: dict[int, list[int]] = {}
-        for place, sample in enumerate(samples):
-            alike.setdefault(id(sample.environment), []).append(place)
-        for places in alike.values():  # each environment's episodes, as many at a time as it allows
-            chosen = [samples[place] for place in places]
-            with ThreadPoolExecutor(max(1, _environment(chosen[0]).parallel)) as pool:
-                found.update(zip(places, pool.map(attempt, chosen), strict=True))
-        return [found[place] for place in range(len(samples))]
+        for environment in {id(sample.environment): _environment(sample) for sample in samples}.values():
+            own = [sample for sample in samples if sample.environment is environment]
+            with ThreadPoolExecutor(max(1, environment.parallel)) as pool:
+                found.update(zip(map(id, own), pool.map(attempt, own), strict=True))
+        return [found[id(sample)] for sample in samples]
 
     def _text(self, completion: Completion) -> str:
         return self.tokenizer.opening + completion.text

@@ -115,8 +115,7 @@ def json_lines(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 def conversation_line(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """A conversation, and the tools that it describes, as a line of the CONVERSATIONS file, without the line break."""
-    described = {"tools": list(tools)} if tools else {}
-    return json.dumps({"messages": list(messages), **described}, ensure_ascii=False)
+    return json.dumps({"messages": list(messages)} | ({"tools": list(tools)} if tools else {}), ensure_ascii=False)
 
 
 def write_conversations(folder: Path, lines: Iterable[str]) -> None:

@@ -176,11 +176,8 @@ class Written:
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The page as a conversation."""
-        question, answer = (
-            {"role": "user", "content": self.problem.prompt},
-            {"role": "assistant", "content": self.response},
-        )
-        return (question, *self.turns, answer)
+        question = {"role": "user", "content": self.problem.prompt}
+        return (question, *self.turns, {"role": "assistant", "content": self.response})
 
 
 def _shown(message: dict[str, Any]) -> str:

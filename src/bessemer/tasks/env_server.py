@@ -112,16 +112,16 @@ class _ServerEpisode:
     def __init__(self, environment: ServerEnvironment, problem: Problem) -> None:
         self.environment, self.id, self.total, self.over = environment, uuid.uuid4().hex, 0.0, False
         scheme = urlsplit(environment.url).scheme
-        self._close: Callable[[], None] = lambda: None
+        self.close: Callable[[], None] = lambda: None
         fields = {"seed": problem.meta["seed"], "episode_id": self.id}
         for pause in (*PAUSES, None):
             try:
-                self._ask, self._close = (_socket if scheme in ("ws", "wss") else _posts)(environment)
+                self._ask, self.close = (_socket if scheme in ("ws", "wss") else _posts)(environment)
                 answer = self._ask("reset", fields)
                 self.start: Sequence[Message] = [{"role": "user", "content": self._read(answer)}]
                 break
             except Exception as failure:  # nobody else has the episode, so nobody else would close its connection
-                self._close()
+                self.close()
                 if pause is None or not isinstance(failure.__cause__, ConnectionError):
                     raise
                 time.sleep(pause)
@@ -136,18 +136,14 @@ class _ServerEpisode:
     def verdict(self, text: str) -> Verdict:
         return self.environment.judged(self.total)
 
-    def close(self) -> None:
-        self._close()
-
     def _read(self, answer: Any) -> str:
         """The text of an answer; adds its reward."""
         if not isinstance(answer, dict) or not isinstance(observation := answer.get("observation"), dict | str):
             raise EnvironmentFailure(f"the server's answer has no observation: {shortened(json.dumps(answer), 200)}")
         reward, done = answer.get("reward"), answer.get("done", False)
-        if not isinstance(done, bool) or isinstance(reward, bool) or not isinstance(reward, int | float | None):
+        number = isinstance(reward, int | float | None) and not isinstance(reward, bool) and math.isfinite(reward or 0)
+        if not number or not isinstance(done, bool):
             raise EnvironmentFailure(f"the server's answer has the reward {reward!r} and done {done!r}"[:300])
-        if not math.isfinite(reward or 0):
-            raise EnvironmentFailure(f"the server's answer has the reward {reward}")
         self.total += float(reward or 0.0)
         self.over = done
         return self.environment.text(observation)

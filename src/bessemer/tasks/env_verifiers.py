@@ -125,13 +125,9 @@ class _Episode:
     def _reply(self, action: ModelTurn | None) -> None:
         if self.waiting is not None:
             (loop, future), self.waiting = self.waiting, None
-
-            def reply() -> None:
-                if not future.done():  # the environment may have given up waiting
-                    future.set_result(action)
-
-            with suppress(RuntimeError):  # or have ended, and its loop with it
-                loop.call_soon_threadsafe(reply)
+            if not future.done():  # else the environment has given up waiting; it may have ended, and its loop with it
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(future.set_result, action)
 
     def _next(self) -> Sequence[Any] | None:
         try:

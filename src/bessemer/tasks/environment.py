@@ -8,10 +8,9 @@ the environment or a bound ends the episode; then there is one verdict.
 The simplest environment is a task with tools: it inherits `make` and `grade` from its task and lists its tools. A turn
 that calls tools is answered with their outputs; a turn without a call ends the episode and is verified as usual.
 
-Whatever an environment returns should depend only on (problem, seed, turns), as a task's problems depend only on their
-arguments. A resumed or replayed run then has the same bits. This does not hold for external servers, nor for programs
-of the tool `python` that read a clock or random numbers: a resumed run gets other samples for the rollouts that it has
-to sample again, and a replay may differ.
+What an environment returns should depend only on (problem, seed, turns); a resumed or replayed run then has the same
+bits. An external server does not ensure that, nor does a program of the tool `python` that reads a clock or random
+numbers: a resumed run gets other samples for rollouts that it has to sample again, and a replay may differ.
 
 The model reads the errors that it causes inside an episode (a call that is not JSON, a tool that fails). Any other
 error is an `EnvironmentFailure`: the episode counts as failed, is not trained on, and the run continues.
@@ -22,8 +21,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task, Verdict
@@ -35,8 +36,7 @@ SLACK = 1e-9
 MOST_STUCK = 16
 """A run stops once this many calls hold a thread for longer than their limit and PATIENCE."""
 PATIENCE = 10.0
-"""Seconds beyond its limit after which a call counts as stuck: one with a limit of its own, such as the sandbox's, ends
-a little later than ours."""
+"""Seconds beyond its limit after which a call counts as stuck; one with a limit of its own may end a little later."""
 Message = dict[str, str]
 _Result = TypeVar("_Result")
 
@@ -121,9 +121,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def _is_a(value: object, kind: str) -> bool:
-    if kind not in _TYPES:
-        return True
-    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))  # True is an int
+    odd = isinstance(value, bool) and kind != "boolean"  # True is an int
+    return kind not in _TYPES or (isinstance(value, _TYPES[kind]) and not odd)
 
 
 class Environment(Task):
@@ -196,41 +195,27 @@ def shortened(text: str, most: int) -> str:
 def bounded(function: Callable[[], _Result], seconds: float) -> _Result:
     """The result of a function; TimeoutError after `seconds`. A thread cannot be ended from outside, so one that never
     returns stays until the process ends; UserError if there are MOST_STUCK."""
-    outcome: list[_Result] = []
-    errors: list[BaseException] = []
+    if seconds <= 0:  # nothing could come of a thread
+        raise TimeoutError
+    future: Future[_Result] = Future()
 
     def run() -> None:
         try:
-            outcome.append(function())
+            future.set_result(function())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    if seconds <= 0:  # nothing could come of a thread
-        raise TimeoutError
     thread = threading.Thread(target=run, name="bessemer-tool", daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive():
-        if (stuck := _stuck(thread)) >= MOST_STUCK:
-            raise UserError(
-                f"{stuck} calls of tools or environments have not returned; give them their own time limits"
-            )
-        raise TimeoutError
-    if errors:
-        raise errors[0]
-    return outcome[0]
-
-
-_late: dict[threading.Thread, float] = {}
-"""Threads of calls beyond their limits, and from when on they count as stuck."""
-_counting = threading.Lock()
-
-
-def _stuck(late: threading.Thread) -> int:
-    """Takes note of a late call; returns how many are stuck."""
+    if not thread.is_alive():
+        return future.result()
     now = time.monotonic()
-    with _counting:
-        _late[late] = now + PATIENCE
-        for thread in [thread for thread in _late if not thread.is_alive()]:
-            del _late[thread]
-        return sum(since <= now for since in _late.values())
+    _late[thread] = now + PATIENCE
+    if (stuck := sum(late.is_alive() and since <= now for late, since in list(_late.items()))) >= MOST_STUCK:
+        raise UserError(f"{stuck} calls of tools or environments have not returned; give them their own time limits")
+    raise TimeoutError
+
+
+_late: WeakKeyDictionary[threading.Thread, float] = WeakKeyDictionary()
+"""Threads of calls beyond their limits, and from when on they count as stuck."""

@@ -211,41 +211,26 @@ def _same_numbers(answer: str, item: dict[str, Any]) -> bool:
     return list(map(float, one)) == list(map(float, other))
 
 
-def _same_word(answer: str, item: dict[str, Any]) -> bool:
-    """game_of_life_halting takes any answer."""
-    return answer.lower() == item["answer"].lower()
-
-
 def _as_many(answer: str, item: dict[str, Any]) -> bool:
     """advanced_geometry and word_sorting ignore what follows."""
     return answer.count(",") == item["answer"].count(",")
 
 
-def _only_grid(answer: str, item: dict[str, Any]) -> bool:
-    """kakurasu reads the zeros and ones out of any text."""
-    return re.fullmatch("[01 \n]{1,500}", answer) is not None
-
-
-def _only_moves(answer: str, item: dict[str, Any]) -> bool:
-    """sokoban skips every character that is not a move."""
-    return re.fullmatch("[UDLRudlr \n]{1,500}", answer) is not None
-
-
-def _only_numbers(answer: str, item: dict[str, Any]) -> bool:
-    """survo reads the numbers out of any text."""
-    return re.fullmatch("[0-9 \n]{1,500}", answer) is not None
+def _only(pattern: str) -> ScoreRule:
+    """kakurasu, sokoban and survo read moves or digits out of any text."""
+    return lambda answer, item: re.fullmatch(pattern, answer) is not None
 
 
 RULES: dict[str, ScoreRule] = {
     "advanced_geometry": _as_many,
     "coin_flip": _near,
-    "game_of_life_halting": _same_word,
+    "game_of_life_halting": lambda answer, item: answer.lower() == item["answer"].lower(),  # it takes any answer
     "gsm_symbolic": _one_number,
-    "kakurasu": _only_grid,
+    "kakurasu": _only("[01 \n]{1,500}"),
     "number_sorting": _same_numbers,
     "puzzle24": _own_numbers,
-    "sokoban": _only_moves,
-    "survo": _only_numbers,
+    "sokoban": _only("[UDLRudlr \n]{1,500}"),
+    "survo": _only("[0-9 \n]{1,500}"),
     "word_sorting": _as_many,
 }
 _NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
@@ -253,7 +238,5 @@ _NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGN
 
 
 def allows(dataset: str, answer: str, item: dict[str, Any]) -> bool:
-    rule = RULES.get(dataset)
-    if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(item["answer"]):
-        return False
-    return rule is None or rule(answer, item)
+    odd = _NO_NUMBER.search(answer) and not _NO_NUMBER.search(item["answer"])
+    return not odd and RULES.get(dataset, lambda *_: True)(answer, item)

@@ -2,8 +2,7 @@
 
 R1's cold-start data come from a model prompted with examples, and from human annotators. An imported model that does
 not know the format would never earn a reward in RL, so its first examples come from the tasks' own pages: right answers
-in the right format, to training problems only, with the calls and outputs of pages that call tools. Output:
-samples.jsonl, one conversation per line.
+in the right format, to training problems only. Output: samples.jsonl, one conversation per line, with its calls.
 """
 
 from collections import Counter
