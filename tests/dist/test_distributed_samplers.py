@@ -115,7 +115,7 @@ def changed(mine, step):
 
 
 def ordered(rank, folder):
-    """Two calls of a model and a judge in turn, then calls of a student that is being trained."""
+    """Two calls of a model and a judge in turn, calls of a student that is being trained, and one of what it began as."""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     if rank:
         helper, loaded = Helper(ranks), []
@@ -133,12 +133,13 @@ def ordered(rank, folder):
         changed(student, step)
         step += 1
         found += [texts(trained.generate(prompts, **ASKED)) for _ in range(2)]
+    found.append(texts(DealtEngine(mine, folder / "3", ranks, "student").generate(prompts, **ASKED)))
     ranks.order({"end": True})
     return found
 
 
 def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
-    """The others load every model once, and follow the weights of a model that changes."""
+    """The others load every model once, follow the weights of a model that changes, and load what it began as again."""
     wanted = {}
     for seed in (1, 2, 9, 10):
         mine = engine(seed)
@@ -147,8 +148,8 @@ def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
             mine.model.save(tmp_path / name)
             mine.tokenizer.save(tmp_path / name)
     found, loaded = on_ranks(2, ordered, tmp_path)
-    assert found == [wanted[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10)] and len({*map(str, wanted.values())}) == 4
-    assert loaded[:2] == loaded[2:4] and len(set(loaded)) == 3
+    assert found == [wanted[seed] for seed in (1, 2, 1, 2, 9, 9, 10, 10, 1)] and len({*map(str, wanted.values())}) == 4
+    assert loaded[:2] == loaded[2:4] and len(set(loaded[:8])) == 3
 
 
 def led_by_rank_0(rank, folder):

@@ -57,7 +57,8 @@ class DealtEngine:
         changed = before != self._sent
         trained = None if self.version is None else str(self.model.embed.weight.dtype).removeprefix("torch.")
         self.ranks.order(
-            {"samples": str(self.folder), "role": self.role, "precision": trained or self.precision, "changed": changed,
+            {"samples": str(self.folder), "role": self.role, "precision": trained or self.precision,
+             "trained": trained is not None, "changed": changed,
              "prompts": [list(prompt) for prompt in prompts], "options": listed}
         )  # fmt: skip
         if changed:
@@ -66,7 +67,8 @@ class DealtEngine:
 
 
 class _Loaded(NamedTuple):
-    folder: str
+    model: tuple[str, str, bool]
+    """Its folder, its precision, and whether rank 0 trains it, which overwrites what the folder holds."""
     engine: Engine
 
 
@@ -78,11 +80,11 @@ class Helper:
         self._loaded: dict[str, _Loaded] = {}
 
     def take_part(self, order: dict[str, Any]) -> None:
-        folder, role = order["samples"], order["role"]
-        if role not in self._loaded or self._loaded[role].folder != folder:
+        role, model = order["role"], (order["samples"], order["precision"], order["trained"])
+        if role not in self._loaded or self._loaded[role].model != model:
             self._loaded.pop(role, None)
-            loaded = setup.load_to_sample(Path(folder), lambda text: None, precision=order["precision"])
-            self._loaded[role] = _Loaded(folder, Engine(*loaded, setup.workers()))
+            loaded = setup.load_to_sample(Path(order["samples"]), lambda text: None, precision=order["precision"])
+            self._loaded[role] = _Loaded(model, Engine(*loaded, setup.workers()))
         engine = self._loaded[role].engine
         if order["changed"]:
             share_weights(engine.model, self.ranks)
