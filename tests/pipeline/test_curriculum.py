@@ -82,6 +82,17 @@ def test_noise_is_in_training_rows_alone(whole, tmp_path):
     assert torch.equal(held, held_too)
 
 
+def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(whole, tmp_path):
+    path, out = whole
+    config = Recipe.load(path).stage("pretrain").model_copy(update={"mtp_targets": "other-row", "token_noise": 0.3})
+    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
+    feed = Feed(config, ctx, out / "01-corpus", None, tokenizer)
+    whole_step, alone = feed.batch(3, 4), [feed.batch(row, 1) for row in range(3, 7)]
+    targets = [batch.extras["mtp_tokens_BT"] for batch in alone]
+    assert not any(torch.equal(batch.tokens_BT, other) for batch, other in zip(alone, targets, strict=True))
+    assert torch.equal(whole_step.extras["mtp_tokens_BT"], torch.cat(targets))
+
+
 def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
     recipe, out = whole
     copy = tmp_path / "run"

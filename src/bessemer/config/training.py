@@ -170,7 +170,7 @@ class PretrainConfig(OptimizerConfig):
     mtp_lambda: Points = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
     mtp_targets: Literal["own", "other-row"] = "own"
-    """Where the MTP modules' targets come from; other-row: another row of the step, a control that teaches nothing."""
+    """Where the MTP modules' targets come from; other-row: the next row of the run, a control that teaches nothing."""
     balance_alpha: float = Field(1e-4, ge=0)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     routing: Literal["gate", "token"] = "gate"

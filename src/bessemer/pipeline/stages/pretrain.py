@@ -258,17 +258,19 @@ class Feed:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
-        batch = self._curriculum.batch(self._tokens(), first_row, n_rows)
-        if self.config.token_noise:
-            share, tokenizer = self.config.token_noise, self._tokenizer
-            batch = with_noise(batch, share, self._seed, first_row, tokenizer.vocab_size, tokenizer.bos_id)
-        batch = self.routed(batch)
-        if self.config.mtp_targets == "other-row":
-            batch.extras["mtp_tokens_BT"] = batch.tokens_BT.roll(1, 0)
+        batch = self.routed(self._rows(first_row, n_rows))
+        if self.config.mtp_targets == "other-row":  # by the run's rows: a micro-batch may have no other row
+            batch.extras["mtp_tokens_BT"] = self._rows(first_row + 1, n_rows).tokens_BT
         if not self.config.document_mask:
             return batch
         assert self._tokenizer.bos_id is not None, "checked by __init__"
         return replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
+
+    def _rows(self, first_row: int, n_rows: int) -> Batch:
+        batch, share = self._curriculum.batch(self._tokens(), first_row, n_rows), self.config.token_noise
+        if not share:
+            return batch
+        return with_noise(batch, share, self._seed, first_row, self._tokenizer.vocab_size, self._tokenizer.bos_id)
 
     def routed(self, batch: Batch) -> Batch:
         """The batch with its experts, if the stage chooses them by token."""
