@@ -115,7 +115,7 @@ def changed(mine, step):
 
 
 def ordered(rank, folder):
-    """Two calls of a model and a judge in turn, calls of a student that is being trained, and one of what it began as."""
+    """Two calls of a model and a judge in turn, calls of a student in training, and one of what it began as."""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     if rank:
         helper, loaded = Helper(ranks), []

@@ -120,3 +120,14 @@ def test_what_was_never_solved_before_is_new():
     found = explain(before, after, TASK, CAP)
     assert (found.new, found.sharpened) == (1, 1) and found.some_before == 1 / PROBLEMS
     assert {flip.id for flip in found.flips[:2]} == {"p0", "p1"}
+
+
+@pytest.mark.parametrize("risen", [1, 8])
+def test_one_problem_of_eight_may_be_chance_and_equal_changes_have_an_interval(risen):
+    before, after = groups(random.Random(0), right=0.0)[:8], groups(random.Random(0), right=0.0)[:8]
+    for row in (row for group in after[:risen] for row in group):
+        row.verdict = Verdict(True, True, "correct", "1")
+    for side in (before, after):
+        TASK.score(side, CAP)
+    found = explain(before, after, TASK, CAP)
+    assert found.rise == risen / 8 and found.low < found.rise <= found.high and (found.low > 0) == (risen == 8)

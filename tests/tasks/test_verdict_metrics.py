@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.errors import UserError
+from bessemer.eval.intervals import t_quantile
 from bessemer.tasks import Verdict, verdict_metrics
 from bessemer.tasks.verdict_metrics import (
     _wins,
@@ -21,6 +22,7 @@ from bessemer.tasks.verdict_metrics import (
     pass_at_k,
     reasons,
     score,
+    widened,
     wilson,
 )
 
@@ -95,6 +97,23 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(share, n):
     draw = np.random.default_rng(5)
     held = [low <= share <= high for _ in range(200) for _, low, high in [mean_interval(draw.random(n) < share)]]
     assert np.mean(held) > 0.88
+
+
+@pytest.mark.parametrize("n", [6, 8, 12])
+def test_the_interval_of_rates_over_few_problems_is_wide_enough(n):
+    """The bootstrap alone covers 87 to 92 %."""
+    rates = np.random.default_rng(1).beta(0.6, 0.9, size=(600, n))
+    found = [mean_interval(values) for values in rates]
+    assert np.mean([low <= 0.4 <= high for _, low, high in found]) > 0.925
+    assert all(0 <= low <= mean <= high <= 1 for mean, low, high in found)
+
+
+@pytest.mark.parametrize("n", [3, 8, 30, 300])
+def test_widened_reaches_as_far_as_student_s_interval(n):
+    """For values whose resampled means are normal."""
+    low, high = widened(1.0, 1.0 - 1.96 * (n - 1) ** 0.5, 1.0 + 1.96 * (n - 1) ** 0.5, n)
+    assert (high - 1, 1 - low) == pytest.approx([n**0.5 * t_quantile(0.975, n - 1)] * 2, rel=0.04 if n == 3 else 0.001)
+    assert widened(1.0, 1.0, 1.0, 1) == (1.0, 1.0)
 
 
 def test_interval_is_seeded_and_near_the_normal_one():

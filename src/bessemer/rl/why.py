@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from bessemer.eval.intervals import shares_apart
 from bessemer.rl.reward import Reward, overlong
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.answer import thought
 from bessemer.tasks.countdown_traces import diagnose
 from bessemer.tasks.readability import readable
+from bessemer.tasks.verdict_metrics import FEW, bootstrap, widened
 
 RIGHT = "right answers"
 CAUSES = 4
@@ -137,7 +139,7 @@ def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, cap
     problems = [group[0].problem for group in before]
     change = total.mean(2)[1] - total.mean(2)[0]
     order = np.argsort(-np.abs(change))[:8]
-    low, high = _interval(change)
+    low, high = _interval(total, change)
 
     def both(read: Callable[[ScoredSample], float]) -> tuple[float, float]:
         return _pair(_stack(sides, read).mean((1, 2)))
@@ -313,11 +315,15 @@ def _resampled(value: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(found)
 
 
-def _interval(change: np.ndarray) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    means = change[rng.integers(len(change), size=(2000, len(change)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def _interval(total: np.ndarray, change: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean change, over problems."""
+    low, high = widened(*bootstrap(list(change)), len(change))
+    span = float(np.ptp(total))
+    if span and ((change != 0).sum() < FEW or high - low < 1e-9):  # resampling sees too little spread
+        before, after = (total.mean((1, 2)) - total.min()) / span
+        apart = shares_apart(float(after), float(before), len(change))
+        low, high = min(low, span * apart.low), max(high, span * apart.high)
+    return low, high
 
 
 def _stack(sides: Sequence[Sequence[Group]], read: Callable[[ScoredSample], float]) -> np.ndarray:
