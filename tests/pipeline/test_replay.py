@@ -6,10 +6,13 @@ import shutil
 import pytest
 import rl_stage
 
+from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
+from bessemer.pipeline import why as pipeline_why
 from bessemer.pipeline.replay import replay
 from bessemer.report import why
 from bessemer.report.facts import read
+from bessemer.rl import rollout
 from bessemer.runs.directory import write_done
 from bessemer.train import setup
 from bessemer.workers import Workers
@@ -135,15 +138,26 @@ def test_a_run_that_was_killed_is_replayed_the_same(base, whole, tmp_path):
     assert found.begun == 6 and found.differences() == [{}] and tokens(found.original[0].rollout) == whole[1][3]
 
 
-def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path):
+def test_why_asks_each_task_its_held_out_problems_or_training_ones(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"problem": "{i}+{i}", "answer": "{2 * i}"}}\n' for i in range(30)))
+    names = [f"jsonl:{tmp_path}/mine.jsonl@train", "countdown"]
+    config = RLConfig(kind="rl", name="zero", tasks=names, **{"from": "pretrain"})
+    ids = [problem.id for _, problem in pipeline_why._problems(config, 8, 0)]
+    assert all("@train/train/" in one for one in ids[::2]) and all("countdown/test/" in one for one in ids[1::2])
+
+
+def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path, monkeypatch):
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
     status, _, err = call("why", root)
     assert status == 2 and 'stage "pretrain"' in err and "is not finished" in err
     for folder in ("02-pretrain", "03-zero"):
         write_done(root / folder, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
+    asked, sample = [], rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda *args, **keys: asked.append(keys["top_p"]) or sample(*args, **keys))
     status, out, _ = call("why", f"{root}/zero", "--problems", 8, "--samples", 4)
     assert status == 0 and "zero: reward" in out and "8 held-out problems x 4 answers" in out and "a coin" in out
+    assert asked == [0.9, 0.9], "as the stage sampled"
     kept = json.loads((root / "why-zero.json").read_text())
     assert kept["problems"] == 8 and "did not rise" in out
     assert "Why the reward rose" in (root / "report.html").read_text()

@@ -117,7 +117,8 @@ def test_what_was_never_solved_before_is_new():
             row.verdict = Verdict(True, True, "correct", "1")
     for side in (before, after):
         TASK.score(side, CAP)
-    found = explain(before, after, TASK, CAP)
+    found = explain(before, after, TASK, CAP, training=10)
+    assert "30 held-out and 10 training problems x 8 answers" in describe("zero", found)
     assert (found.new, found.sharpened) == (1, 1) and found.some_before == 1 / PROBLEMS
     assert {flip.id for flip in found.flips[:2]} == {"p0", "p1"}
 

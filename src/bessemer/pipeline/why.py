@@ -18,7 +18,7 @@ from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, TaskProblems
 from bessemer.runs.directory import read_done, stage_folders
 from bessemer.runs.files import write_json
-from bessemer.tasks import get
+from bessemer.tasks import Task, get
 from bessemer.train import setup
 
 
@@ -45,7 +45,7 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
         )
         for groups in (before, after):
             reward.score(groups, cap, judges)
-    found = why.explain(before, after, reward, cap)
+    found = why.explain(before, after, reward, cap, sum(_split(task) == "train" for task, _ in chosen))
     models = {stage: digests[stage] for stage in (config.source, config.name)}
     write_json(root / f"why-{config.name}.json", found.facts() | {"models": models})
     return config.name, found
@@ -63,7 +63,7 @@ def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
 
 
 def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:
-    """Held-out problems in the proportions of a rollout at the stage's end; training problems if a task holds none
+    """Held-out problems in the proportions of a rollout at the stage's end; training problems of a task that holds none
     out."""
     general = 0
     if config.general_prompts and config.rollouts > config.general_from:
@@ -71,10 +71,13 @@ def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:
     chosen = []
     for names, number in ((config.tasks, count - general), (config.general_tasks, general)):
         families = [get(name) for name in names]
-        split = "test" if all(family.size("test") != 0 for family in families) else "train"
-        least = min((family.size(split) or number for family in families), default=0)
-        chosen += rollout.problems_of(families, split, 0, min(number, least * len(families)), seed)
+        least = min((family.size(_split(family)) or number for family in families), default=0)
+        chosen += rollout.problems_of(families, _split, 0, min(number, least * len(families)), seed)
     return chosen
+
+
+def _split(task: Task) -> str:
+    return "train" if task.size("test") == 0 else "test"
 
 
 def _answers(folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int) -> list[Group]:
@@ -83,6 +86,6 @@ def _answers(folder: Path, config: RLConfig, problems: TaskProblems, samples: in
     engine = Engine(model, tokenizer, setup.workers())
     return rollout.sample(
         engine, problems, lambda problem: question_ids(tokenizer, problem.prompt), samples=samples, seed=seed,
-        needs_format=config.accuracy_needs_format, temperature=config.temperature, max_new_tokens=cap,
-        batch_rows=setup.batch_rows(len(problems) * samples), context=model.cfg.max_seq_len,
+        needs_format=config.accuracy_needs_format, temperature=config.temperature, top_p=config.top_p,
+        max_new_tokens=cap, batch_rows=setup.batch_rows(len(problems) * samples), context=model.cfg.max_seq_len,
     )  # fmt: skip

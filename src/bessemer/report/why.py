@@ -38,7 +38,7 @@ def describe(stage: str, found: Explanation) -> str:
     """The full explanation as text."""
     rise = f"{found.before:.3f} -> {found.after:.3f} ({found.low:+.3f} to {found.high:+.3f})"
     parts = [
-        f"{stage}: reward {rise} on {found.problems} held-out problems x {found.samples} answers",
+        f"{stage}: reward {rise} on {_asked(found)}",
         headline(found),
         _terms(found.terms),
     ]
@@ -67,8 +67,7 @@ def html(facts: RunFacts) -> Html:
         if kept is None or not (models := kept.pop("models", {})) or not models.items() <= digests.items():
             continue  # not about these models: one was made again since
         found = Explanation.of_facts(kept)
-        asked = f"{found.problems} held-out problems x {found.samples} answers"
-        rise = f"reward {found.before:.3f} → {found.after:.3f}, {asked}"
+        rise = f"reward {found.before:.3f} → {found.after:.3f}, {_asked(found)}"
         parts += [page.heading(stage.name, rise), page.paragraph(headline(found), "lead")]
         if found.causes:
             parts.append(page.table(["because the model", "before", "after", "earns", "part of the rise"], [
@@ -78,6 +77,12 @@ def html(facts: RunFacts) -> Html:
             ], numeric=(1, 2, 3)))  # fmt: skip
         parts.append(page.paragraph(_ability(found), "sub"))
     return page.join(*parts)
+
+
+def _asked(found: Explanation) -> str:
+    heldout = found.problems - found.training
+    kinds = [f"{n} {kind}" for n, kind in ((heldout, "held-out"), (found.training, "training")) if n]
+    return f"{' and '.join(kinds)} problems x {found.samples} answers"
 
 
 def _part(cause: Cause, rise: float) -> Html:

@@ -104,15 +104,18 @@ class Rollout:
     """How the difficulty filter selected the problems, and their pass counts; empty without the filter."""
 
 
-def problems_of(tasks: Sequence[Task], split: str, first: int, count: int, seed: int) -> list[tuple[Task, Problem]]:
+def problems_of(
+    tasks: Sequence[Task], split: str | Callable[[Task], str], first: int, count: int, seed: int
+) -> list[tuple[Task, Problem]]:
     """Problems first..first+count-1 of an endless list that cycles through the tasks; a task named twice gets two turns
-    per round, with different problems in each."""
+    per round, with different problems in each. `split`: of all, or of each task."""
     names = [task.name for task in tasks]
     problems = []
     for n in range(first, first + count):
         turn, place = divmod(n, len(tasks))
         index = turn * names.count(names[place]) + names[:place].count(names[place])
-        problems.append((tasks[place], tasks[place].problem(split, index, seed)))
+        task = tasks[place]
+        problems.append((task, task.problem(split if isinstance(split, str) else split(task), index, seed)))
     return problems
 
 

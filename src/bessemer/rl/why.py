@@ -104,6 +104,8 @@ class Explanation:
     dead: tuple[float, float]
     """Share of groups without contrast."""
     flips: list[Flip]
+    training: int = 0
+    """Problems that training may have asked, of tasks that hold none out."""
 
     @property
     def rise(self) -> float:
@@ -121,8 +123,11 @@ class Explanation:
         return cls(**facts | pairs | {"causes": causes, "flips": flips, "terms": terms})
 
 
-def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, cap: int) -> Explanation:
-    """Explains the rise from scored groups of the same problems in order, by the starting model and by the result."""
+def explain(
+    before: Sequence[Group], after: Sequence[Group], reward: Reward, cap: int, training: int = 0
+) -> Explanation:
+    """Explains the rise from scored groups of the same problems in order, by the starting model and by the result;
+    `training` of the problems are not held out."""
     sides = [list(before), list(after)]
     paid = [[_terms(row, reward, cap) for group in side for row in group] for side in sides]
     names = list(dict.fromkeys(name for side in paid for terms in side for name in terms))
@@ -154,6 +159,7 @@ def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, cap
         both(lambda row: row.length), both(lambda row: row.language),
         _pair(np.array([(side == side[:, :1]).all(1).mean() for side in total])),
         [Flip(problems[i].id, problems[i].prompt, *map(float, total.mean(2)[:, i])) for i in order],
+        training,
     )  # fmt: skip
 
 
