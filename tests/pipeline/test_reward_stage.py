@@ -228,7 +228,9 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
     assert summary["replayed"] == round((len(lines[1]) - summary["heldout"]) / 10) > 5
     assert summary["trained"] + summary["too_long"] + summary["heldout"] == len(lines[1])
     new = len(lines[1]) - summary["heldout"] - summary["replayed"]
-    assert set(lines[1][new : new + summary["replayed"]]) <= set(lines[0])
+    replayed, made = set(lines[1][new : new + summary["replayed"]]), {line for line in lines[1][:new] if "Say " not in line}
+    assert replayed <= set(lines[0]) and replayed.isdisjoint(lines[1][:new])
+    assert len(made) > 20 and made.isdisjoint(lines[0]), "other prompts, and other answers, than the first one's"
     heldout = {str(json.loads(line)["prompt"]) for line in lines[1][-summary["heldout"] :]}
     assert heldout.isdisjoint(str(json.loads(line)["prompt"]) for line in lines[1][: -summary["heldout"]])
     prompts = [json.loads(line)["prompt"] for line in lines[0]]
@@ -277,6 +279,10 @@ def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path):
     [
         ({'aim = "harmless"': 'aim = "harmless"\nprevious = "helpful"'}, 'not a reward model for aim = "harmless"'),
         ({'aim = "helpful"': 'aim = "helpful"\nprevious = "pretrain"'}, "is not a reward model"),
+        (
+            {'aim = "harmless"': 'aim = "helpful"\nprevious = "helpful"', "0.15": "0.05", "{labels}": "{pairs}"},
+            r'heldout = 0.15 holds out answers in .*pairs.jsonl that "helpful" was trained on; set it to 0.05',
+        ),
         ({"[[stage]]": "[layout]\ndp = 7\n\n[[stage]]"}, "a step of 6 rows is too small for pp 1 x dp 7 x ep 1"),
         ({'aim = "helpful"': 'aim = "helpful"\nreplay = 0.2'}, "replay has no effect without previous"),
         ({"made = 60": "made = 0", "samples = 1": "", 'data = ["{pairs}"]': ""}, "nothing to judge; give data"),

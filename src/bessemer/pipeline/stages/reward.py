@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from bessemer import tasks
 from bessemer.config.recipe import Recipe
@@ -89,6 +89,7 @@ class RewardModelling(Stage[RewardModelConfig]):
                     f'stage "{config.name}": previous = "{other.name}" is not a reward model for aim = "{config.aim}"; '
                     "name one"
                 )
+            _check_heldout(config, other)
         lineage.check_lora(config, recipe)
         return {}
 
@@ -109,7 +110,7 @@ class RewardModelling(Stage[RewardModelConfig]):
         """The lines of its files and the problems it made answers for: a policy learns from them through rewards."""
         for line in _from_files(config, config.data):
             yield "\n".join([formats.text_of(line["prompt"]), *(line[key] for key in _keys(line))])
-        yield from _problems(config, recipe.seed_of(config))
+        yield from _problems(config, recipe)
 
     def run(self, config: RewardModelConfig, ctx: StageContext) -> dict[str, Any]:
         if ctx.source is None or not (ctx.source / "model").is_dir():
@@ -126,7 +127,7 @@ class RewardModelling(Stage[RewardModelConfig]):
             folder = ctx.inputs[config.previous] / "model"
             if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
                 raise UserError(f'stage "{ctx.name}": {config.previous} has another tokenizer than the model of from')
-            replayed = _replayed(config, ctx, len(train), heldout)
+            replayed = _replayed(config, ctx, train, heldout)
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
         new_head = ctx.seed if config.previous is None else None
         scorer = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
@@ -200,18 +201,34 @@ def _line(config: RewardModelConfig) -> Callable[[dict[str, Any], str], Line]:
     return formats.pair if config.aim == "helpful" else formats.label
 
 
-def _problems(config: RewardModelConfig, seed: int) -> list[tasks.Problem]:
-    """The problems of the generated answers; half of the harmless model's prompts ask for something unsafe."""
+def _check_heldout(config: RewardModelConfig, previous: RewardModelConfig) -> None:
+    """UserError if answers in a file of both are held out here and were trained on there."""
+    own, earlier = (0.0 if one.heldout_data else one.heldout for one in (config, previous))
+    if own > earlier and (shared := set(config.data) & set(previous.data)):
+        raise UserError(
+            f'stage "{config.name}": heldout = {own:g} holds out answers in {min(shared)} that "{previous.name}" was '
+            f"trained on; {f'set it to {earlier:g}' if earlier else 'give heldout_data'}"
+        )
+
+
+def _problems(config: RewardModelConfig, recipe: Recipe) -> list[tasks.Problem]:
+    """The problems of the generated answers, after those of the reward models that it continues; half of the harmless
+    model's prompts ask for something unsafe."""
+    first, earlier = 0, config
+    while earlier.previous is not None:
+        earlier = cast(RewardModelConfig, recipe.stage(earlier.previous))
+        first += earlier.made
     share = {"harmless_share": 0.0 if config.aim == "helpful" else 0.5}
     families = [tasks.get(name, **(share if name == General.name else {})) for name in config.tasks]
-    problems = [problem for _, problem in rollout.problems_of(families, "train", 0, config.made, seed)]
+    seed = recipe.seed_of(config)
+    problems = [problem for _, problem in rollout.problems_of(families, "train", first, config.made, seed)]
     if config.judge is None:
         return problems
     return [problem for problem in problems if problem.meta.get("aim", config.aim) == config.aim]
 
 
 def _made(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) -> tuple[list[Line], dict[str, Any]]:
-    problems = _problems(config, ctx.seed)
+    problems = _problems(config, ctx.recipe)
     answers = [
         general_quality.candidates(problem, config.aim, WRITTEN, ctx.seed)
         if problem.id.startswith(f"{General.name}/")
@@ -259,15 +276,20 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
     return splits
 
 
-def _replayed(config: RewardModelConfig, ctx: StageContext, new: int, heldout: Sequence[Line]) -> list[Line]:
-    """Training answers of the previous reward model: a share `replay` of the total that includes `new` new ones. No
-    answer to a prompt of `heldout` is among them: with heldout_data the hash of a prompt does not say what is."""
+def _replayed(
+    config: RewardModelConfig, ctx: StageContext, new: Sequence[Line], heldout: Sequence[Line]
+) -> list[Line]:
+    """Training answers of the previous reward model: a share `replay` of the total that includes the `new` ones. None
+    is among these, as those of a file that both read; no answer to a prompt of `heldout` is among them: with
+    heldout_data the hash of a prompt does not say what is."""
     assert config.previous is not None
     old, _ = _split(preference_rows.read(ctx.inputs[config.previous] / JUDGED, _line(config)), config, ctx)
     apart = {formats.text_of(line["prompt"]) for line in heldout}
+    known = {json.dumps(line, sort_keys=True) for line in new}
     old = [line for line in old if formats.text_of(line["prompt"]) not in apart]
+    old = [line for line in old if json.dumps(line, sort_keys=True) not in known]
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
-    return order[: round(new * config.replay / (1 - config.replay))]
+    return order[: round(len(new) * config.replay / (1 - config.replay))]
 
 
 def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
