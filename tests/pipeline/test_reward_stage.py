@@ -228,7 +228,8 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
     assert summary["replayed"] == round((len(lines[1]) - summary["heldout"]) / 10) > 5
     assert summary["trained"] + summary["too_long"] + summary["heldout"] == len(lines[1])
     new = len(lines[1]) - summary["heldout"] - summary["replayed"]
-    replayed, made = set(lines[1][new : new + summary["replayed"]]), {line for line in lines[1][:new] if "Say " not in line}
+    replayed = set(lines[1][new : new + summary["replayed"]])
+    made = {line for line in lines[1][:new] if "Say " not in line}
     assert replayed <= set(lines[0]) and replayed.isdisjoint(lines[1][:new])
     assert len(made) > 20 and made.isdisjoint(lines[0]), "other prompts, and other answers, than the first one's"
     heldout = {str(json.loads(line)["prompt"]) for line in lines[1][-summary["heldout"] :]}

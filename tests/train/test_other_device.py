@@ -127,10 +127,10 @@ def test_mps_is_chosen_where_torch_has_it_unless_a_user_or_ranks_say_cpu(monkeyp
 
 
 @pytest.mark.usefixtures("mac")
-def test_fp8_is_refused_on_mps():
+def test_fp8_is_refused_on_mps(tmp_path):
     config = PretrainConfig(kind="pretrain", lr=Points(1e-3), fp8="paper", precision="float32")
     with pytest.raises(UserError, match=r'MPS has no FP8; set fp8 = "off", or BESSEMER_DEVICE=cpu'):
-        setup.set_precision(Transformer(preset("tiny")), config, lambda text: None)
+        setup.set_precision(Transformer(preset("tiny")), config, lambda text: None, tmp_path)
 
 
 def test_doctor_measures_a_training_of_tiny_and_names_the_faster_device():

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 import bessemer
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
-from bessemer.config.training import DistillConfig, OptimizerConfig
+from bessemer.config.training import DistillConfig, OptimizerConfig, PretrainConfig
+from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -133,7 +135,7 @@ def test_finished_runs_of_the_old_default_stay_finished(table):
 
 
 @pytest.mark.parametrize("card", [H100, V100], ids=["H100", "V100"])
-def test_a_stage_says_what_it_computes_with(monkeypatch, card):
+def test_a_stage_says_what_it_computes_with(monkeypatch, card, tmp_path):
     """Device, card, dtype, experts and compilation in one line."""
     has_card(monkeypatch, card)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -145,7 +147,7 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card):
     try:
         with torch.device("meta"):
             network = Transformer(preset("tiny"))
-        dtype = setup.set_precision(network, config, said.append)
+        dtype = setup.set_precision(network, config, said.append, tmp_path)
         assert torch.get_float32_matmul_precision() == ("highest" if card is H100 else "high")
         odd = Transformer(preset("tiny", moe_inter_dim=36)) if card is H100 else network
         setup.announce(odd, setup.choose_precision("device"), said.append, compiled=True)
@@ -161,3 +163,21 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card):
     else:
         assert dtype == torch.float32 and said[0].startswith("compute in float32 (Tesla V100-SXM2-16GB has no BF16: ")
         assert "products in TF32" in said[0]
+
+
+def test_a_resume_keeps_the_dtype_that_was_measured_when_the_stage_began(monkeypatch, tmp_path):
+    def attempt(steps, bf16_rate):
+        monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: {"float32": 100.0, "bfloat16": bf16_rate})
+        network, said = tiny_run.model(), []
+        config = PretrainConfig(kind="pretrain", lr=Points(1e-3), precision="auto")
+        dtype = setup.set_precision(network, config, said.append, tmp_path)
+        tiny_run.trainer(network, steps, tmp_path, compute_dtype=dtype).run()
+        return dtype, said[0]
+
+    assert attempt(1, 121.0)[0] == torch.bfloat16
+    dtype, said = attempt(2, 119.0)
+    assert dtype == torch.bfloat16 and "bfloat16 (as the checkpoint that it resumes from)" in said
+    counters = max(tmp_path.glob("step-*/counters.json"))
+    counters.write_text(counters.read_text().replace('"cpu (', '"cuda ('))  # begun on a GPU
+    assert setup.choose_precision("auto", state=tmp_path).dtype == torch.bfloat16, "by the checkpoint before"
+    assert setup.choose_precision("device", state=tmp_path).dtype == torch.float32

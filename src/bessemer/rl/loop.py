@@ -56,7 +56,7 @@ class Loop:
         network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
-        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.agree)
+        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.state, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low,

@@ -42,6 +42,7 @@ class Checkpointed:
     generators: dict[str, np.random.Generator]
     warn: Callable[[str], None]
     device: torch.device
+    compute_dtype: torch.dtype
     step: int
     tokens: int
     rows: int
@@ -151,7 +152,8 @@ class Checkpointed:
         )
 
     def _counters(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in COUNTERS} | {"backend": library.backend(self.device)}
+        computed = {"backend": library.backend(self.device), "dtype": str(self.compute_dtype).removeprefix("torch.")}
+        return {name: getattr(self, name) for name in COUNTERS} | computed
 
     def _restore_counters(self, saved: dict[str, Any]) -> None:
         for name in COUNTERS:

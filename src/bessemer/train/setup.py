@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends, probe
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.probe import cpp_compiler
+from bessemer.train import checkpoint
 from bessemer.workers import Workers, cores, one_core_each
 
 if TYPE_CHECKING:
@@ -86,17 +88,30 @@ def batch_rows(samples: int) -> int:
 
 
 def choose_precision(
-    precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide()
-) -> probe.Choice:
-    """The compute dtype of a stage: as named, by the device, or the one measured to be faster; many ranks `agree` on
-    rank 0's."""
+    precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
+    state: Path | None = None,
+) -> probe.Choice:  # fmt: skip
+    """The compute dtype of a stage: as named, by the device, or the one measured to be faster, but on a resume that of
+    the checkpoint in `state`, since a measurement may turn out otherwise; many ranks `agree` on rank 0's."""
 
     def decided() -> list[str]:
-        choice = precision_on(precision, device())
+        measured = precision == "auto" and device().type == "cpu"
+        choice = (measured and _saved_precision(state)) or precision_on(precision, device())
         return [str(choice.dtype).removeprefix("torch."), choice.why]
 
     dtype, why = agree(decided)
     return probe.Choice(getattr(torch, dtype), why)
+
+
+def _saved_precision(state: Path | None) -> probe.Choice | None:
+    """That of the newest checkpoint, if a CPU computed it."""
+    for path in [] if state is None else reversed(checkpoint.steps(state)):
+        with suppress(checkpoint.Damaged):
+            counters = checkpoint.read_json(path, "counters.json")
+            if "dtype" in counters and counters["backend"].startswith("cpu"):
+                dtype = counters["dtype"]
+                return probe.Choice(getattr(torch, dtype), f"{dtype} (as the checkpoint that it resumes from)")
+    return None
 
 
 def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
@@ -111,11 +126,11 @@ def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
 
 
 def set_precision(
-    model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None],
+    model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None], state: Path,
     agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(), compiled: bool = False,
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; applies `fp8` to `model`."""
-    choice = choose_precision(config.precision, agree)
+    choice = choose_precision(config.precision, agree, state)
     if choice.dtype != torch.float32 and device().type == "cuda":
         choice = choice._replace(why=f"{choice.why} with float32 masters")
     announce(model, choice, say, compiled)

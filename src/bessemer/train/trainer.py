@@ -116,7 +116,7 @@ class Trainer(Checkpointed):
         warn: Callable[[str], None] = warnings.warn,
     ):
         self.model, self.objective, self.batches = model, objective, batches
-        self.config, self.runtime = config, runtime
+        self.config, self.runtime, self.compute_dtype = config, runtime, runtime.compute_dtype
         super().__init__(None if state_dir is None else Path(state_dir), runtime.save_steps, runtime.keep)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.model_config, self.generators = model_config or {}, generators or {}

@@ -276,9 +276,7 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
     return splits
 
 
-def _replayed(
-    config: RewardModelConfig, ctx: StageContext, new: Sequence[Line], heldout: Sequence[Line]
-) -> list[Line]:
+def _replayed(config: RewardModelConfig, ctx: StageContext, new: Sequence[Line], heldout: Sequence[Line]) -> list[Line]:
     """Training answers of the previous reward model: a share `replay` of the total that includes the `new` ones. None
     is among these, as those of a file that both read; no answer to a prompt of `heldout` is among them: with
     heldout_data the hash of a prompt does not say what is."""
@@ -311,7 +309,7 @@ def _runtime(
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
         terms={"balance_alpha": constant(config.balance_alpha)},
         workers=setup.workers() if ctx.ranks is None else Workers(1),
-        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.agree),
+        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.state, ctx.agree),
     )  # fmt: skip
 
 
