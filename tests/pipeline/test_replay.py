@@ -1,6 +1,7 @@
 """`bessemer replay` recomputes an RL step from the run's own record, bit for bit or with a setting changed."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,8 +9,9 @@ import rl_stage
 
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
+from bessemer.pipeline import replay as replays
 from bessemer.pipeline import why as pipeline_why
-from bessemer.pipeline.replay import replay
+from bessemer.pipeline.replay import AFTER_SAMPLING, replay
 from bessemer.report import why
 from bessemer.report.facts import read
 from bessemer.rl import rollout
@@ -83,6 +85,54 @@ def test_one_dial_changed_shows_in_what_follows(whole):
     assert first.values["rl/lr"] == 3e-2
     again = replay(root, "zero", 5, 2, ["zero.lr=1e-2"])  # the value of the run: no difference
     assert [one.values for one in again.changed] == [one.values for one in found.original]
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"), [("prompts_per_rollout=2", (2, 2)), ("samples=6", (4, 6)), ("samples=2", (4, 2))]
+)
+def test_a_change_of_the_rollout_s_size_begins_at_the_same_checkpoint(base, tmp_path, change, shape):
+    """The cursor of a checkpoint counts rows of the size that it was made with."""
+    root, drawn = made(base, tmp_path / "run", "keep_every=1", 'reward="random"')
+    found = replay(root, "zero", 5, changes=[change])
+    (one,), (other,) = found.original, found.changed
+    assert found.again == 0 and found.differences() == [{}] and tokens(one.rollout) == drawn[2]
+    assert (other.number, other.step, one.step) == (2, 6, 6)
+    assert (len(other.rollout.groups), len(other.rollout.groups[0])) == shape
+    assert (other.values == one.values) == (shape == (4, 2)), "the values of the run: no difference"
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "why"),
+    [
+        (5, "updates_per_rollout=3", "8 samples cannot be split into 3 equal updates"),
+        (5, "critic_lr=1e-4", 'critic_lr has no effect without advantage = "critic"'),
+        (5, "rollouts=2", "--set rollouts=2 ends the stage before rollout 3"),
+        (5, "temperature=0.5", "temperature: rollout 2 was sampled and scored during the updates before it"),
+        (5, "prompts_per_rollout=2", "prompts_per_rollout: rollout 2 was sampled"),
+    ],
+)
+def test_a_change_that_cannot_act_is_refused(whole, step, change, why):
+    with pytest.raises(UserError, match=re.escape(why)):
+        replay(whole[0], "zero", step, changes=[change])
+    assert AFTER_SAMPLING <= RLConfig.model_fields.keys()
+
+
+def test_the_first_rollout_is_sampled_with_any_change(whole):
+    found = replay(whole[0], "zero", 1, changes=["temperature=0.5", "prompts_per_rollout=2"], from_start=True)
+    assert len(found.changed[0].rollout.groups) == 2
+
+
+def test_a_stop_leaves_no_traceback(whole, call, monkeypatch):
+    loops = replays.Loop.replay
+
+    def stopped(self, *numbers):
+        for made in loops(self, *numbers):
+            self.ctx.stop_flag.signal = 2
+            yield made
+
+    monkeypatch.setattr(replays.Loop, "replay", stopped)
+    status, _, err = call("replay", f"{whole[0]}/zero", "--step", 6)
+    assert status == 130 and "stopped; the run is as it was" in err
 
 
 def test_which_steps_can_be_replayed_is_said(whole, tmp_path):

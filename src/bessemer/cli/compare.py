@@ -1,6 +1,7 @@
 """Commands that compare two things: two models, or a recipe or RL step with a changed version of itself."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,9 +123,14 @@ def replay(
     The run itself is not touched."""
     from bessemer.pipeline import replay as replays
     from bessemer.report import replay_text
+    from bessemer.runs.context import Interrupted
 
     root, name = _stage_of(run)
-    found = replays.replay(root, name, step, rollouts, set_ or [], from_start)
+    try:
+        found = replays.replay(root, name, step, rollouts, set_ or [], from_start)
+    except Interrupted:
+        print("stopped; the run is as it was", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print_json(found.facts())
     else:

@@ -20,9 +20,11 @@ from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import stage_refs
+from bessemer.config.training import OptimizerConfig
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.kernels import library
+from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.rl import load_reward_models
 from bessemer.pipeline.why import rl_stage
 from bessemer.rl.loop import Loop
@@ -36,6 +38,14 @@ from bessemer.train import checkpoint, setup
 
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
 """Metrics that depend on timing."""
+AFTER_SAMPLING = frozenset({
+    "lr", "clip", "clip_low", "clip_high", "kl", "kl_in_reward", "unbiased_kl", "off_policy_mask", "reference_every",
+    "surrogate", "normalise", "scale_by_std", "advantage", "supervision", "gae_lambda", "critic_lr", "weight_decay",
+    "optimizer", "correction", "correction_cap", "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts",
+    "rollouts", "eval_tasks", "eval_every", "eval_problems", "minimum_pass", "keep_every", "export_samples",
+    *OptimizerConfig.runtime_only,
+})  # fmt: skip
+"""Keys that do not act on a rollout that is sampled and scored already."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +122,21 @@ def replay(
         raise UserError(f'stage "{config.name}" of {root} has made {reached} steps so far; there is no step {step}')
     count = min(count, len(recorded) - number)
     start = _nearest(folder / "state", config, number, recorded, from_start)
-    settings = _changed(root, config.name, changes)
-    with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, signals() as stop:
+    settings = _changed(root, config, changes, number, count)
+    begun = 0 if start is None else _cursor(start, config)
+    stopping = signals(first_of_all="finishing this rollout")
+    with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, stopping as stop:
         first, other = Path(place) / "original", Path(place) / "changed"
-        original = _play(recipe, root, first, start, stop, config, number, count)
+        original = _play(recipe, root, first, start, stop, config, begun, number, count)
         changed = []
         if settings is not None:
-            there = [path for path in checkpoint.steps(first / "state") if _cursor(path, config) == number]
-            changed = _play(settings, root, other, there[-1], stop, _stage(settings, config.name), number, count)
+            there = [path for path in checkpoint.steps(first / "state") if _cursor(path, config) == number][-1]
+            with_change = _stage(settings, config.name)
+            changed = _play(settings, root, other, there, stop, with_change, number, number, count)
     return Replay(
         config.name,
         0 if start is None else _counters(start)["step"],
-        number if start is None else number - _cursor(start, config),
+        number - begun,
         original,
         [values for _, values in recorded[number : number + count]],
         tuple(changes),
@@ -179,17 +192,31 @@ def _nearest(
     )
 
 
-def _changed(root: Path, name: str, changes: Sequence[str]) -> Recipe | None:
-    """The recipe with changes of one stage, `key=value` or `stage.key=value`."""
+def _changed(root: Path, config: RLConfig, changes: Sequence[str], number: int, count: int) -> Recipe | None:
+    """The recipe with changes of one stage, `key=value` or `stage.key=value`; UserError if the stage cannot run with
+    them, or if they could not act on rollout `number`."""
     if not changes:
         return None
     full = []
     for change in changes:
         address = change.partition("=")[0].strip()
-        if "." in address and not address.startswith(f"{name}."):
-            raise UserError(f'--set {change}: only keys of "{name}" affect its replay; leave it out')
-        full.append(change if "." in address else f"{name}.{change}")
-    return Recipe.load(root / "recipe.toml", full)
+        if "." in address and not address.startswith(f"{config.name}."):
+            raise UserError(f'--set {change}: only keys of "{config.name}" affect its replay; leave it out')
+        full.append(change if "." in address else f"{config.name}.{change}")
+    recipe = Recipe.load(root / "recipe.toml", full)
+    changed = _stage(recipe, config.name)
+    with places.of_recipe(recipe.folder, root / places.REVISIONS):
+        find_kind(changed.kind)().resolve(changed, recipe)
+    if changed.rollouts < number + count:
+        raise UserError(f"--set rollouts={changed.rollouts} ends the stage before rollout {number + count}; raise it")
+    differing = {key for key in type(config).model_fields if getattr(config, key) != getattr(changed, key)}
+    late = sorted(differing - AFTER_SAMPLING)
+    if late and config.max_off_policy_rollouts and number:
+        raise UserError(
+            f"--set {late[0]}: rollout {number} was sampled and scored during the updates before it "
+            "(max_off_policy_rollouts), too early for this change; make it at --step 1, or in a run of its own"
+        )
+    return recipe
 
 
 def _play(
@@ -199,10 +226,11 @@ def _play(
     start: Path | None,
     stop: StopFlag,
     config: RLConfig,
+    first: int,
     number: int,
     count: int,
 ) -> list[Played]:
-    """Runs the stage from a checkpoint, in its own folder."""
+    """Runs the stage from a checkpoint, which rollout `first` follows, in its own folder."""
     place.mkdir()
     if start is not None:
         checkpoint.copy(start, place / "state" / start.name)
@@ -219,7 +247,7 @@ def _play(
             loop = Loop(config, ctx, load_reward_models(config, ctx.inputs))
             return [
                 Played(number + offset, loop.trainer.step, plain(values), rollout)
-                for offset, (rollout, values) in enumerate(loop.replay(number, count))
+                for offset, (rollout, values) in enumerate(loop.replay(first, number, count))
             ]
     finally:
         progress.close()

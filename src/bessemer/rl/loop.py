@@ -191,12 +191,14 @@ class Loop:
             )
         return first
 
-    def replay(self, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
-        """Resumes from the stage's checkpoint and yields `count` rollouts from `number` on with their metrics, without
-        evaluation or export. When the first is yielded, the checkpoint before it is in the stage's folder."""
+    def replay(self, first: int, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
+        """Resumes from the stage's checkpoint, which rollout `first` follows (the settings may not be those that it was
+        made with), and yields `count` rollouts from `number` on with their metrics, without evaluation or export. When
+        the first is yielded, the checkpoint before it is in the stage's folder."""
         try:
             self.sampler.open()
-            for n in range(self._start(), number + count):
+            self._start()
+            for n in range(first, number + count):
                 if n == number:
                     self.trainer.save()
                     self.trainer.finish()

@@ -45,9 +45,12 @@ class StopFlag:
 
 
 @contextmanager
-def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
-    """The first SIGINT or SIGTERM sets the flag, the second kills as usual. Ranks that were started `together` may get
-    Ctrl-C twice, from the terminal and from their launcher: two within a second count as one."""
+def signals(
+    together: bool = False, quiet: bool = False, first_of_all: str = "saving a checkpoint"
+) -> Iterator[StopFlag]:
+    """The first SIGINT or SIGTERM sets the flag and says what is done `first_of_all`, the second kills as usual. Ranks
+    that were started `together` may get Ctrl-C twice, from the terminal and from their launcher: two within a second
+    count as one."""
     stop, first = StopFlag(), 0.0
 
     def on_signal(number: int, _: FrameType | None) -> None:
@@ -59,7 +62,7 @@ def signals(together: bool = False, quiet: bool = False) -> Iterator[StopFlag]:
             return
         stop.signal, first = number, time.monotonic()
         if not quiet:  # os.write, since a signal may arrive in the middle of a print
-            os.write(2, b"\nstopping: saving a checkpoint first (once more to stop at once)\n")
+            os.write(2, f"\nstopping: {first_of_all} first (once more to stop at once)\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python delivers signals to the main thread only
