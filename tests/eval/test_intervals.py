@@ -73,13 +73,13 @@ def test_intervals_cover_95_in_100():
 def test_bootstrap_over_problems_covers():
     """Whether rows ask for the same problems, as in two languages, or for others, as in two tasks."""
     rng = np.random.default_rng(2)
-    for tasks in (["a"], ["a", "a"], ["a", "b"]):
+    for tasks, problems in ((["a"], 60), (["a", "a"], 60), (["a", "b"], 60), (["a"], 8)):
         ends = []
         for _ in range(RUNS // 2):
-            ease = {task: rng.beta(2, 2, 60) for task in tasks}
+            ease = {task: rng.beta(2, 2, problems) for task in tasks}
             rows = [(task, dict(enumerate(rng.binomial(16, ease[task]) / 16))) for task in tasks]
             ends.append(ours.stratified(rows))
-            assert ours.problems_of(rows) == 60 * len(ease)
+            assert ours.problems_of(rows) == problems * len(ease)
         covered = sum(one.low <= 0.5 <= one.high for one in ends)
         assert 0.91 * len(ends) < covered <= 0.98 * len(ends)
 

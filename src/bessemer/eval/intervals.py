@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.tasks.verdict_metrics import wilson
+from bessemer.tasks.verdict_metrics import widened, wilson
 
 
 class Interval(NamedTuple):
@@ -118,20 +118,22 @@ Rates = Mapping[int, float]
 
 
 def stratified(rows: Sequence[tuple[str, Rates]], seed: int = 0, resamples: int = 2000) -> Interval:
-    """The mean of the means of rows (task, rates), with the 95 % percentile bootstrap within each task. One draw of a
+    """The mean of the means of rows (task, rates), with the 95 % bootstrap within each task, `widened`. One draw of a
     task's problems serves all of its rows: in another language or at another temperature they are the same problems.
     """
     rng = np.random.default_rng(seed)
-    means = []
+    means, sizes = [], []
     for task in dict.fromkeys(task for task, _ in rows):
         mine = [rates for name, rates in rows if name == task]
         problems = sorted(set().union(*mine))
+        sizes.append(len(problems))
         drawn = rng.integers(len(problems), size=(resamples, len(problems)))
         for rates in mine:
             values = np.array([rates.get(problem, np.nan) for problem in problems])
             means.append(np.nanmean(values[drawn], axis=1))
-    low, high = np.nanquantile(np.mean(means, axis=0), [0.025, 0.975])
-    return Interval(statistics.fmean(statistics.fmean(rates.values()) for _, rates in rows), float(low), float(high))
+    middle = statistics.fmean(statistics.fmean(rates.values()) for _, rates in rows)
+    low, high = np.nanquantile(np.mean(means, axis=0), [0.025, 0.975]).tolist()
+    return Interval(middle, *widened(middle, low, high, min(sizes)))
 
 
 def problems_of(rows: Sequence[tuple[str, Rates]]) -> int:
