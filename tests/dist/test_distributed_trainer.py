@@ -24,6 +24,7 @@ from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
 STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
+SAMPLED = GRPO(kl=0.0, constant=30)
 
 
 def model_of(cfg, fp8=False):
@@ -48,7 +49,7 @@ def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None
     """This rank's trainer, with many buckets."""
     zero1.BUCKET, zero1.FILLING = bucket, 0.25
     part = part_of(layout, name, cfg, fp8)
-    objective = GRPO(kl=0.0) if more.get("terms") == {} else next_token
+    objective = SAMPLED if more.get("terms") == {} else next_token
     return DistributedTrainer(
         part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn
     )
@@ -160,7 +161,7 @@ def replays_as_at_home(found, lots, micro):
     """Metrics, gradients (the first moments after one step) and expert loads."""
 
     def step(replay):
-        trainer = Trainer(model_of(CFG), GRPO(kl=0.0), None, *config(terms={}))
+        trainer = Trainer(model_of(CFG), SAMPLED, None, *config(terms={}))
         return trainer, trainer.update([b for lot in range(lots) for b in samples(lot, micro, replay)])
 
     (trainer, wanted), (without, _) = step(True), step(False)

@@ -82,6 +82,7 @@ STEPS = {
     "labels": (Scorer, pointwise, {"safe_BT": torch.zeros(1, 1)}, {"balance_alpha": 1e-4}),
     "distillation": (Transformer, OnPolicyDistillation((network(),)), {}, {}),
     "critic": (Scorer, ValueLoss(), {"value_BT": torch.zeros(1, 1), "return_BT": torch.zeros(1, 1)}, {}),
+    "rl, a constant divisor": (Transformer, GRPO(constant=8), rl_extras(), {}),
     **{f"rl, {name}": (Transformer, GRPO(surrogate=name), rl_extras(), {}) for name in SURROGATES},
 }
 

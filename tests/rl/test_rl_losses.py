@@ -18,6 +18,7 @@ from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_
 from bessemer.rl.reward import group_advantages
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
+from bessemer.train.objective import means
 
 LETTERS = 3
 Terms = namedtuple("Terms", (*Surrogate._fields, "kl"))
@@ -292,6 +293,8 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     assert loss.total.item() == pytest.approx(total.item(), rel=1e-5, abs=1e-6)
     assert apart(model.logits.grad.double(), gradient(total, logits)) < 1e-5
     assert float(loss.tokens) == pytest.approx(2.0, rel=1e-6)  # two tokens a sequence, probabilities sum to 1
+    if not kl:
+        assert sums.pop("kl") == 0
     assert {name: float(value) for name, value in loss.metrics.items()} == pytest.approx(sums, rel=1e-5, abs=1e-6)
     assert not any(value.requires_grad for value in (loss.metrics | loss.peaks).values())
     assert float(loss.peaks["logp_gap_max"]) == pytest.approx(largest, rel=1e-5, abs=1e-6)
@@ -365,9 +368,22 @@ def test_only_the_mean_over_outputs_of_means_leans_towards_short_ones(normalise)
     assert distance > 0.1 if normalise == "sequence" else distance < 1e-5
 
 
-def test_a_constant_divisor_counts_outputs_not_tokens():
-    batch = enumerated(table(4), table(5), 1.0)
-    assert float(GRPO(constant=50)(Table(table(6)), batch).tokens) == 9 * 50
+def test_a_constant_divisor_counts_outputs_and_metrics_stay_means_over_tokens():
+    batch, model = enumerated(table(4), table(5), 1.0), Table(table(6))
+    token, constant = ([GRPO(constant=constant)(model, batch)] * 2 for constant in (0, 50))
+    divisor = sum(float(loss.tokens) for loss in constant)
+    assert divisor == 2 * 9 * 50
+    assert means(constant, divisor) == pytest.approx(means(token, sum(float(loss.tokens) for loss in token)))
+    batch.loss_BT.zero_()  # every episode of the mini-batch failed
+    assert means([GRPO(constant=50)(model, batch)], 9 * 50) == {"train/logp_gap_max": 0.0}
+
+
+def test_a_divergence_that_is_not_measured_is_no_zero():
+    batch, model = enumerated(table(4), table(5), 1.0), Table(table(6))
+    measured, silent = (GRPO(kl=kl) for kl in (0.05, 0.0))
+    for objective in (measured, silent):
+        assert tuple(objective(model, batch).metrics) == objective.names(0)[0]
+    assert {*measured.names(0)[0]} - {*silent.names(0)[0]} == {"kl"}
 
 
 def test_the_whole_objective_climbs_the_expected_reward():

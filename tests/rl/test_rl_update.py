@@ -180,7 +180,7 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
         assert (got - batch.extras["old_logp_BT"]).abs().max() < 1e-5
     logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature)).update(batches)
     assert logged["train/ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert logged["train/logp_gap"] < 1e-5 and logged["train/clip_share"] == 0.0 and logged["train/kl"] == 0.0
+    assert logged["train/logp_gap"] < 1e-5 and logged["train/clip_share"] == 0.0 and "train/kl" not in logged
     logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature * 1.5)).update(batches)
     assert logged["train/logp_gap"] > 0.05, "the wrong temperature shows"
 

@@ -222,6 +222,7 @@ class DistributedTrainer(Trainer):
         counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
         mine: list[float] = [
             math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
+            math.fsum(float(loss.tokens if loss.weight is None else loss.weight) for loss in self._losses),
             tokens * counts, rows * counts, self._stop_requested(), self.mesh.me == 0 and self._due_by_time(),
             *last.values(),
         ]  # fmt: skip
@@ -229,12 +230,13 @@ class DistributedTrainer(Trainer):
         if exchange is not None:
             links = [*exchange.links]
             mine += exchange.bytes_sent()
-        total, divisor, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+        total, divisor, weight, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
         values, sent = more[: len(last)], more[len(last) :]
         self._stopping, self._due = stop > 0, due > 0
         values_by_name = {}
+        if weight > 0:
+            values_by_name = {f"train/{name}": value / weight for name, value in zip(self._sums, values, strict=True)}
         if divisor > 0:
-            values_by_name = {f"train/{name}": value / divisor for name, value in zip(self._sums, values, strict=True)}
             values_by_name |= {f"moe/sent_bytes/{link}": n / all_tokens for link, n in zip(links, sent, strict=True)}
         if self._peaks:
             peaks = [max((float(loss.peaks[name]) for loss in self._losses), default=-math.inf) for name in self._peaks]

@@ -98,7 +98,8 @@ class GRPO:
 
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         masked = ("off_policy_masked",) if self.off_policy_mask else ()
-        return ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked), ("logp_gap_max",)
+        kl = ("kl",) if self.kl > 0 else ()
+        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
@@ -115,9 +116,6 @@ class GRPO:
 
         old, advantage, output = extra("old_logp_BT"), extra("advantage_BT"), keep // weight_BT.shape[1]
         terms = SURROGATES[self.surrogate](logp, old, advantage, output, self.clip_low, self.clip_high)
-        kl = k3(logp, extra("ref_logp_BT")) if self.kl > 0 else torch.zeros_like(logp)
-        if self.unbiased_kl:
-            kl = _exp(logp - old) * kl
         assert entropy is not None
         weight = weight_BT.flatten()[keep]
         value = terms.value * extra("importance_BT") if "importance_BT" in batch.extras else terms.value
@@ -126,10 +124,14 @@ class GRPO:
         if self.off_policy_mask:
             masked = self._off_policy(sampler - logp.detach(), advantage, output, weight_BT.shape[0])
             value = value * (1.0 - masked)
-        total = -(weight * (value - self.kl * kl)).sum()
+        metrics = {}
+        if self.kl > 0:
+            kl = k3(logp, extra("ref_logp_BT"))
+            if self.unbiased_kl:
+                kl = _exp(logp - old) * kl
+            value, metrics["kl"] = value - self.kl * kl, (weight * kl).sum()
         gap = (logp - sampler).detach().abs()
-        metrics = {
-            "kl": (weight * kl).sum(),
+        metrics |= {
             "entropy": (weight * entropy).sum(),
             "clip_share": (weight * terms.clipped).sum(),
             "ratio": (weight * terms.ratio).sum(),
@@ -140,8 +142,11 @@ class GRPO:
         if self.off_policy_mask:
             metrics["off_policy_masked"] = (weight * masked).sum()
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
-        divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else weight.sum()
-        return Loss(total, divisor, {name: value.detach() for name, value in metrics.items()}, peaks)
+        means = {name: value.detach() for name, value in metrics.items()}
+        total, tokens = -(weight * value).sum(), weight.sum()
+        if not self.constant:
+            return Loss(total, tokens, means, peaks)
+        return Loss(total, weight.new_tensor(float(self.constant * batch.counted[0])), means, peaks, weight=tokens)
 
     def _off_policy(self, left_N: Tensor, advantage_N: Tensor, output_N: Tensor, outputs: int) -> Tensor:
         """1 for the tokens that are masked. `left_N`: log(pi_sampler / pi)."""

@@ -50,9 +50,11 @@ class Loss:
     tokens: Tensor
     """The divisor: sum of loss weights (an objective with a constant divisor returns that)."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """More sums, divided by the same `tokens` and logged."""
+    """More sums, divided by `weight` and logged."""
     peaks: dict[str, Tensor] = field(default_factory=dict)
     """Largest values, logged as they are."""
+    weight: Tensor | None = None
+    """The divisor of the metrics; None: `tokens`."""
 
 
 @dataclass
@@ -77,15 +79,22 @@ Objective = Callable[..., Loss]
 
 
 def means(losses: list[Loss], divisor: float) -> dict[str, float]:
-    """The metrics of a step: summed metrics over the step's divisor and the largest of the peaks, as `train/NAME`."""
+    """The metrics of a step, as `train/NAME`: summed metrics over the step's divisor or their own, which may be 0, and
+    the largest of the peaks."""
     names, peaks = list(losses[0].metrics), list(losses[0].peaks)
     if not names and not peaks:
         return {}
-    of_each = [[loss.metrics[name] for name in names] + [loss.peaks[name] for name in peaks] for loss in losses]
+    own = [loss.tokens if loss.weight is None else loss.weight for loss in losses]
+    of_each = [
+        [weight, *(loss.metrics[name] for name in names), *(loss.peaks[name] for name in peaks)]
+        for weight, loss in zip(own, losses, strict=True)
+    ]
     values = torch.stack([torch.stack([value.float() for value in one]) for one in of_each])
-    sums = torch.cat((values[:, : len(names)].sum(0), values[:, len(names) :].amax(0))).tolist()  # one wait for a GPU
-    sums[: len(names)] = [value / divisor for value in sums[: len(names)]]
-    return {f"train/{name}": value for name, value in zip(names + peaks, sums, strict=True)}
+    cut = 1 + len(names)
+    weight, *found = torch.cat((values[:, :cut].sum(0), values[:, cut:].amax(0))).tolist()  # one wait for a GPU
+    weight = divisor if losses[0].weight is None else weight
+    sums = {f"train/{name}": value / weight for name, value in zip(names, found, strict=False) if weight}
+    return sums | {f"train/{name}": value for name, value in zip(peaks, found[len(names) :], strict=True)}
 
 
 class Divided(Protocol):
