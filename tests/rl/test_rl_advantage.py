@@ -38,6 +38,27 @@ def test_all_samples_of_a_rollout_together():
     assert [group[0].advantage for group in groups] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("scale", [True, False])
+def test_failed_episodes_count_for_nobody(scale, together):
+    """The sound samples get the advantages that they would have without the failed ones; these get none."""
+    problem, verdict = Problem("p", "", "en"), Verdict(True, True, "", None)
+
+    def advantages(groups):
+        made = [
+            [ScoredSample(problem, [], None, verdict, reward, failure=failure) for reward, failure in group]
+            for group in groups
+        ]
+        assign_group_advantages(made, scale, together)
+        return [[row.advantage for row in group] for group in made]
+
+    sound, worse = [(1.0, ""), (1.0, ""), (0.0, ""), (0.4, "")], [(0.0, ""), (0.0, ""), (0.0, ""), (0.0, "")]
+    wanted, failed = advantages([sound, worse]), [(0.6, "down")] * 3
+    for found, expected in zip(advantages([sound + failed, worse + failed]), wanted, strict=True):
+        assert found == pytest.approx(expected + [0.0] * 3, abs=1e-7)
+    assert advantages([failed, failed]) == [[0.0] * 3] * 2
+
+
 def test_without_the_std_only_the_mean_is_taken_away():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 1.0, 2.0, 2.0]])
     expected = [[0.75, -0.25, -0.25, -0.25], [1.0, -1.0, 0.0, 0.0]]

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from bessemer.config.rl import RLConfig
@@ -67,7 +68,7 @@ class Reward:
         self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
     ) -> None:
         """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. An
-        episode whose environment failed gets the mean of its group, so that it is neither good nor bad."""
+        episode whose environment failed gets the mean of its group, so that it makes no dead group alive."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
             judged = [row for row in rows if row.problem.meta.get("aim") == aim]
@@ -129,17 +130,19 @@ EPSILON = 1e-6
 
 
 def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True, together: bool = False) -> None:
-    """Sets the advantage of every sample; `together`: as if all groups were one."""
-    reward_PG = rewards(groups)
-    compared = reward_PG.reshape(1, -1) if together else reward_PG
-    advantage_PG = group_advantages(compared, scale_by_std).view_as(reward_PG)
+    """Sets the advantage of every sample; `together`: as if all groups were one. Failed episodes count for nobody."""
+    reward_PG, sound_PG = rewards(groups), torch.tensor([[not row.failure for row in group] for group in groups])
+    shape = (1, -1) if together else reward_PG.shape
+    compared = group_advantages(reward_PG.reshape(shape), scale_by_std, sound_PG.reshape(shape))
+    advantage_PG = compared.view_as(reward_PG)
     for group, advantages in zip(groups, advantage_PG.tolist(), strict=True):
         for sample, advantage in zip(group, advantages, strict=True):
             sample.advantage = advantage
 
 
-def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
-    """Advantage of every sample, [P prompts, G samples]; `scale_by_std=False` is Dr. GRPO's form."""
+def group_advantages(reward_PG: Tensor, scale_by_std: bool = True, sound_PG: Tensor | None = None) -> Tensor:
+    """Advantage of every sample, [P prompts, G samples]; `scale_by_std=False` is Dr. GRPO's form. Only samples of
+    `sound_PG` (default: all) are compared; the others get 0."""
     if reward_PG.dim() != 2 or reward_PG.shape[1] < 2:
         raise UserError(f"a group needs at least 2 samples to compare, got rewards of shape {tuple(reward_PG.shape)}")
     if not reward_PG.isfinite().all():
@@ -147,9 +150,11 @@ def group_advantages(reward_PG: Tensor, scale_by_std: bool = True) -> Tensor:
         raise UserError(
             f"reward of prompt {bad[0]}, sample {bad[1]} is {reward_PG[tuple(bad)].item()}; fix the verifier"
         )
-    centred = reward_PG.double() - reward_PG.double().mean(1, keepdim=True)
+    sound = torch.ones_like(reward_PG).double() if sound_PG is None else sound_PG.double()
+    count = sound.sum(1, keepdim=True).clamp(min=1)
+    centred = sound * (reward_PG - (sound * reward_PG).sum(1, keepdim=True) / count)
     if scale_by_std:
-        std = centred.square().mean(1, keepdim=True).sqrt()
+        std = (centred.square().sum(1, keepdim=True) / count).sqrt()
         centred = centred / (std + EPSILON)
     return centred.float()
 
