@@ -97,6 +97,24 @@ def test_too_few_living_are_filled_up_with_dead_ones(generator):
     pytest.fail("ten rollouts, and none with fewer than 6 living groups of 12")
 
 
+def test_general_prompts_have_their_share_of_a_rollout_and_no_more(generator):
+    """Later rounds look only for problems of the tasks, as many as the first; general groups count even if dead."""
+    given = ('general_tasks=["general"]', "general_prompts=2", "general_from=1", "prompts_per_rollout=5")
+    made = generator(COIN, "max_resamples=4", *given)
+    assert not made.candidates(0, 0)[0]
+    asked = []
+    for number in range(1, 8):
+        general, first = made.candidates(number, 0)
+        assert len(general) == 2 and len(first) == 3 and not made.candidates(number, 1)[0]
+        taken = made.start(number, 12, 0).finish()
+        assert ids(taken.groups)[:2] == [problem.id for _, problem in general]
+        assert len(taken.groups) == 5 and all(name.startswith("arithmetic") for name in ids(taken.groups)[2:])
+        asked.append((taken.n_problems - 2) // 3)
+        assert taken.n_problems == 2 + 3 * asked[-1] and (asked[-1] == 4 or all(map(alive, taken.groups[2:])))
+        assert {group[0].problem.id for group in taken.groups} <= made.candidates_by_id(number).keys()
+    assert len(set(asked)) > 1
+
+
 def test_no_problem_is_asked_twice_in_a_run(generator):
     made = generator(COIN, "max_resamples=3")
     asked = [problem.id for number in range(5) for round in range(3) for _, problem in problems(made, number, round)]

@@ -86,8 +86,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     updates_per_rollout: int = Field(1, ge=1)
     """Optimizer steps per rollout, each sample used once (R1: 16)."""
     max_resamples: int = Field(1, ge=1)
-    """Maximum sampling rounds per rollout, each with new problems, until enough groups have differing rewards
-    (DAPO's dynamic sampling); 1: train on every group, even one whose rewards are all equal (the paper)."""
+    """Maximum sampling rounds per rollout, each with new problems of `tasks`, until enough groups have differing
+    rewards (DAPO's dynamic sampling); 1: train on every group, even one whose rewards are all equal (the paper)."""
     difficulty_filter: bool = False
     """Use only problems whose estimated pass rate lies strictly between 0 and 1. The moving estimate is the problem's
     own or, before its first group, that of its task, difficulty and language. General prompts are not filtered (R1: no

@@ -12,7 +12,8 @@ rollout of the checkpoint's own policy is not: it is sampled again.
 
 Dynamic sampling (DAPO 3.2): groups whose samples all have the same reward teach nothing, so up to `max_resamples`
 rounds of problems are sampled until enough groups are alive. A pool that is too hard or too easy costs those rounds but
-never stops the run.
+never stops the run. General prompts are asked in the first round alone and all taken: scores of a reward model always
+differ, so in a search for differing rewards they would crowd out the tasks.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ class RolloutGenerator:
         return PendingRollout(self, number, cap, step)
 
     def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
-        """(general prompts, from rollout `general_from` on; problems of the tasks). With a difficulty filter there are
-        `filter_pool` candidates per problem of the tasks. No two rounds of a run share any."""
+        """(general prompts, in the first round from rollout `general_from` on; problems of the tasks). With a
+        difficulty filter there are `filter_pool` candidates per problem of the tasks. No two rounds of a run share any.
+        """
         settings, pool = self.settings, 1 if self.difficulty is None else self.difficulty.pool
         total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
         general = settings.general_prompts if number >= settings.general_from else 0
         first = settings.first_problem
         return (
-            rollout.problems_of(self.general, "train", first + place * general, general, self.seed),
+            rollout.problems_of(self.general, "train", first + number * general, 0 if round else general, self.seed),
             rollout.problems_of(self.tasks, "train", first + place * total * pool, (total - general) * pool, self.seed),
         )
 
@@ -84,7 +86,7 @@ class RolloutGenerator:
         general, problems = self.candidates(number, round)
         if self.difficulty is None or estimates is None:
             return general, problems, Selection()
-        count = self.settings.prompts_per_rollout - len(general)
+        count = len(problems) // self.difficulty.pool
         return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
 
     def play(self, problems: Problems, number: int, round: int, cap: int) -> Play:
@@ -142,6 +144,7 @@ class PendingRollout:
         self.rollout: Rollout | None = None
         """Set once it is finished."""
         self._round, self._n_problems = 0, 0
+        self._general: list[Group] = []
         self._alive: list[Group] = []
         self._dead: list[Group] = []
         self._selection = Selection()
@@ -184,10 +187,12 @@ class PendingRollout:
         if settings.max_resamples == 1:  # every group is trained on, in the order of the problems
             self.rollout = Rollout(groups, self._n_problems, self.cap, self.step, self._selection)
             return
-        for group in groups:
+        self._general += groups[: self._n_general]
+        for group in groups[self._n_general :]:
             (self._dead if _equal_rewards(group) else self._alive).append(group)
-        if len(self._alive) >= settings.prompts_per_rollout or self._round == settings.max_resamples:
-            chosen = (self._alive + self._dead)[: settings.prompts_per_rollout]
+        wanted = settings.prompts_per_rollout - len(self._general)
+        if len(self._alive) >= wanted or self._round == settings.max_resamples:
+            chosen = self._general + (self._alive + self._dead)[:wanted]
             self.rollout = Rollout(chosen, self._n_problems, self.cap, self.step, self._selection)
         else:
             self._submit_round()
