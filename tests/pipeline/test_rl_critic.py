@@ -37,7 +37,7 @@ def whole(base, tmp_path_factory):
 
 
 def test_the_critic_learns_beside_the_policy(whole, base):
-    assert whole.loop_.summary["steps"] == 6
+    assert whole.loop_.summary["steps"] == 6 and not whole.values("rl/dead_groups")
     assert len(whole.values("critic/loss")) == 3 and whole.values("critic/explained")[0] == pytest.approx(0, abs=1e-6)
     assert all(0 < norm < math.inf for norm in whole.values("critic/grad_norm"))
     made = whole.loop_.critic
@@ -245,6 +245,7 @@ def test_process_supervision_gives_advantages_per_token_without_a_critic(base, t
     stage = rl_stage.Stage(base, tmp_path / "run", 'supervision="process"', "rollouts=1")
     stage.run()
     assert len(seen) == 8 and len(stage.values("rl/steps")) == len(stage.values("rl/steps_right")) == 1
+    assert not stage.values("rl/dead_groups"), "outputs that end alike still differ in their steps"
     assert all(len(row.advantage) == len(row.completion.tokens) for row in seen)
 
 

@@ -215,6 +215,14 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
         (['correction="token"'], "correction"),
         (["keep_sampling_mask=false"], "keep_sampling_mask has no effect with top_p = 1"),
         (["top_p=0.0"], "top_p"),
+        (["general_from=9"], "general_from has no effect with general_prompts = 0"),
+        (['reward="format"', "format_reward=0.5"], 'format_reward has no effect with reward = "format"'),
+        (['reward="random"', "language_reward=1"], 'language_reward has no effect with reward = "random"'),
+        (['reward="random"', "overlong=8"], 'overlong has no effect with reward = "random"'),
+        *(
+            (["max_resamples=2", unlike], 'max_resamples needs advantage = "group" and supervision = "outcome"')
+            for unlike in ('advantage="batch"', 'advantage="critic"', 'supervision="process"')
+        ),
     ],
 )
 def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):

@@ -56,6 +56,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
         """The tokens that truncation left are recorded, and trained on alone."""
         return self.keep_sampling_mask and self.top_p < 1
 
+    @property
+    def contrasts(self) -> bool:
+        """Samples are compared by their rewards within their group alone, so equal ones teach nothing."""
+        return self.samples > 1 and self.advantage == "group" and self.supervision == "outcome"
+
     def fingerprint_values(self) -> dict[str, Any]:
         """Without `accuracy_needs_format` where it is what every run did before the key was there."""
         values = super().fingerprint_values()
@@ -142,10 +147,12 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens exceeds this, as
     the policy has already moved away from them (DeepSeek-V3.2 3.1; R1: no). 0: none."""
     reference_every: int = Field(400, ge=1)
-    """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
+    """Optimizer steps between replacements of the reference by the current policy (R1: 400). With kl = 0 there is no
+    reference."""
     surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
     """Contribution of a token. grpo: the paper's clipped ratio; gspo: one ratio per output (clips of 3e-4); cispo: a
-    truncated weight that keeps every token's gradient; reinforce: no ratio."""
+    truncated weight that keeps every token's gradient; reinforce: no ratio, for one update per rollout; later ones
+    take its samples for their own."""
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
     constant: sum over an output divided by max_new_tokens, whatever the output's length (Dr. GRPO)."""

@@ -240,7 +240,7 @@ class Loop:
             "rl/cap": rollout.cap,
             **corrections,
             **filtering,
-            **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if self.settings.samples > 1 else {}),
+            **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if self.settings.contrasts else {}),
             "rl/staleness": staleness,
             **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
             **_update_metrics(updates),

@@ -44,6 +44,11 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": general_prompts is {config.general_prompts}, a rollout has only '
                 f"{config.prompts_per_rollout} problems"
             )
+        if config.general_from and not config.general_prompts:
+            raise UserError(
+                f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
+                "general_from = 0"
+            )
         for name in ("gae_lambda", "critic_lr", "kl_in_reward"):
             if changed(config, name) and config.advantage != "critic":
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
@@ -56,6 +61,16 @@ class RL(Stage[RLConfig]):
                 raise UserError(
                     f'stage "{config.name}": {name} compares the samples of a problem; leave it out, or raise samples '
                     "to 2 or more"
+                )
+        if config.max_resamples > 1 and not config.contrasts:
+            raise UserError(
+                f'stage "{config.name}": max_resamples needs advantage = "group" and supervision = "outcome", since '
+                "elsewhere groups of equal rewards teach, too; leave it out"
+            )
+        for name in ("format_reward", "language_reward", "overlong"):
+            if config.reward in ("format", "random") and changed(config, name) and getattr(config, name):
+                raise UserError(
+                    f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0'
                 )
         if config.kl_in_reward and config.kl == 0:
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
