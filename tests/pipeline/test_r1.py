@@ -11,7 +11,9 @@ import bessemer
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
+from bessemer.train.trainer import Trainer
 
+RECOMPUTE = 'layout.recompute=["attend"]'
 STAGES = """
 [[stage]]
 kind = "reject"
@@ -249,6 +251,20 @@ def test_logits_of_two_tokenizers_cannot_be_compared(chain, tmp_path):
     _record(other / "11-distilled", done)
     with pytest.raises(UserError, match="different tokenizers, so their distributions cannot be compared"):
         stages_run.run(recipe, other)
+
+
+def test_a_student_recomputes_what_the_layout_says(chain, tmp_path, monkeypatch):
+    """Its weights stay the same, bit for bit."""
+    (recipe, out, _), made = chain, []
+    with pytest.raises(UserError, match="already recomputes"):
+        runner.run(Recipe.load(recipe, [RECOMPUTE, 'logits.fp8="paper"']), tmp_path / "refused")
+    other = stages_run.copy_without(out, tmp_path / "out", "12-logits", "13-eval")
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda self, batches: made.append(self.model) or update(self, batches))
+    stages_run.run(recipe, other, RECOMPUTE)
+    assert made and all(layer.recompute == {"attend"} for model in made for layer in model.layers)
+    one, two = (folder / "12-logits" / "model" / "model.safetensors" for folder in (out, other))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_teachers_of_two_forms_are_refused(chain, tmp_path):

@@ -10,6 +10,7 @@ import rl_stage
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bessemer.config.recipe import LayoutConfig
 from bessemer.dist.distributed import GatheredModel
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
@@ -47,6 +48,25 @@ def test_the_critic_learns_beside_the_policy(whole, base):
     for name, tensor in made.trainer.model.state_dict().items():
         assert torch.equal(state.tensors["extras"][MODEL + name], tensor)
     assert int(state.tensors["extras"][MOMENTS + "steps"]) == 6 and len(kept) > 50
+
+
+def test_recomputing_policy_and_critic_is_the_same_run(whole, base, tmp_path):
+    stage, phases = rl_stage.Stage(base, tmp_path / "run", *CRITIC), ["attend", "experts", "finish"]
+    stage.recipe = stage.recipe.model_copy(update={"layout": LayoutConfig(recompute=phases)})
+    made = stage.run()
+    layers = [*made.trainer.model.layers, *made.critic.trainer.model.layers]
+    assert all(layer.recompute == {*phases} for layer in layers)
+    assert rl_stage.differences(stage.leaves(), whole.leaves()) == []
+    fp8 = stage.recipe.stage("zero").model_copy(update={"fp8": "paper"})
+    with pytest.raises(UserError, match="already recomputes"):
+        RL().resolve(fp8, stage.recipe.model_copy(update={"stages": [fp8]}))
+
+
+def test_a_critic_trains_in_fp8_like_its_policy(base, tmp_path):
+    made = rl_stage.Stage(base, tmp_path / "run", *CRITIC, 'fp8="paper"', "rollouts=1").run()
+    layers = [*made.trainer.model.layers, *made.critic.trainer.model.layers]
+    assert len(layers) == 4 and all(layer.fp8 is not None for layer in layers)
+    assert made.critic.trainer.model.score.weight.any()
 
 
 @pytest.mark.parametrize("baseline", [CRITIC, ('reward="random"', 'advantage="batch"')])

@@ -63,15 +63,17 @@ def read(
 
 
 def adapted(
-    network: Network | ModelShard, config: FineTuningConfig, folder: Path, seed: int,
+    network: Network | ModelShard, config: FineTuningConfig, folder: Path, seed: int, layout: LayoutConfig,
     say: Callable[[str], None],
 ) -> Network | ModelShard:  # fmt: skip
-    """The network of `folder` as the stage trains it: with adapters if its table has [lora]."""
-    if config.lora is None:
-        return network
-    made = lora.attach(model_of(network), config.lora, seed, folder, config.name)
-    say(lora.describe(made))
-    return made
+    """The network of `folder` as the stage trains it: with adapters if its table has [lora], recomputing in backward
+    what `layout` says."""
+    if config.lora is not None:
+        network = lora.attach(model_of(network), config.lora, seed, folder, config.name)
+        say(lora.describe(network))
+    if layout.recompute:
+        model_of(network).set_recompute(layout.recompute)
+    return network
 
 
 def read_scorer(
@@ -217,9 +219,8 @@ def check(
 ) -> None:  # fmt: skip
     """UserError, before anything runs, if the recipe's layout does not fit the model or n ranks (None: the ranks that
     were started), or if a step has too few rows to fill its pipelines. `split_rows`: as in `layout_of`."""
+    check_recompute(recipe, stage)
     layout_config = recipe.layout
-    if layout_config.recompute and getattr(recipe.stage(stage), "fp8", "off") != "off":
-        raise UserError(f'stage "{stage}": {RECOMPUTES_ITSELF}')
     n = n or (Ranks.world_size() if Ranks.started() else layout_config.fewest)
     if n == layout_config.fewest == 1:
         return
@@ -238,6 +239,12 @@ def check(
             f"pipelines need {least} micro-batches each ({schedule} on {layout.pp} pipeline ranks), "
             f"{n_pipelines * least} rows in all; raise batch_rows, or use fewer ranks or another [layout] schedule"
         )
+
+
+def check_recompute(recipe: Recipe, stage: str) -> None:
+    """UserError if a stage that trains in FP8 should also recompute what the recipe's layout says."""
+    if recipe.layout.recompute and getattr(recipe.stage(stage), "fp8", "off") != "off":
+        raise UserError(f'stage "{stage}": {RECOMPUTES_ITSELF}')
 
 
 def layout_of(layout_config: LayoutConfig, n: int, split_rows: bool = True) -> tuple[mesh.Layout, str, int]:

@@ -18,7 +18,7 @@ values of some samples and every rank gets all values, so advantages are over th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -32,7 +32,9 @@ from bessemer.dist.distributed import GatheredModel
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
+from bessemer.model.layer import Phase
 from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, evaluating, scores
+from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
 from bessemer.rl.monitor import update_means
@@ -48,9 +50,12 @@ EPSILON = 1e-6
 
 class Critic:
     """`policy` is the policy's trainer before `start()`, `whole` its gathered network. The critic shares the trainer's
-    settings, ranks and workers, has its own learning rate, and counts the same steps. Collective."""
+    settings, ranks and workers, has its own learning rate, and counts the same steps. `recompute`: phases of its layers
+    that backward recomputes. Collective."""
 
-    def __init__(self, policy: Trainer, whole: GatheredModel, settings: RLConfig, pad_id: int) -> None:
+    def __init__(
+        self, policy: Trainer, whole: GatheredModel, settings: RLConfig, pad_id: int, recompute: Iterable[Phase] = ()
+    ) -> None:
         self.policy, self.settings, self.pad_id = policy, settings, pad_id
         whole.refresh()
         if not isinstance(whole.model, Transformer):
@@ -59,7 +64,7 @@ class Critic:
                 'is another; use "group"'
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
-        begun = critic_of(whole.model)
+        begun = critic_of(whole.model).set_fp8(FP8_RECIPES.get(settings.fp8)).set_recompute(recompute)
         network: Scorer | ModelShard = begun
         if isinstance(policy, DistributedTrainer):
             network = ModelShard(begun, policy.mesh.of(begun.cfg), policy.shard.schedule)

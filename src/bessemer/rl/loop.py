@@ -53,7 +53,7 @@ class Loop:
         self.base = ctx.source / "model"
         setup.keep_memory()
         network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
-        network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.say)
+        network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
         dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.state, ctx.agree)
@@ -104,7 +104,9 @@ class Loop:
         self.reference: Reference | None = None
         self.critic: Critic | None = None
         if settings.advantage == "critic":
-            self.critic = Critic(self.trainer, self.policy, settings, self.tokenizer.pad_id)
+            self.critic = Critic(
+                self.trainer, self.policy, settings, self.tokenizer.pad_id, ctx.recipe.layout.recompute
+            )
 
     def _make_sampler(self, engine: Engine) -> Sampler:
         ctx, refresh = self.ctx, self.sampler_model.refresh

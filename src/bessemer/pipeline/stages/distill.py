@@ -56,6 +56,7 @@ class Distill(Stage[DistillConfig]):
                 f'stage "{config.name}": {missing[0]} has no teacher; name one in teachers, or a teacher for all'
             )
         lineage.check_lora(config, recipe)
+        distributed.check_recompute(recipe, config.name)
         return {}
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
@@ -93,7 +94,7 @@ class _Run:
         setup.keep_memory()
         source, ranks = ctx.source / "model", ctx.ranks
         network, self.tokenizer = distributed.read(source, ranks, ctx.recipe.layout, ctx.say, split_rows=False)
-        network = distributed.adapted(network, config, source, ctx.seed, ctx.say)
+        network = distributed.adapted(network, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
         student, self.names = distributed.model_of(network), _teachers(config)
         for name in self.names:
             self._follow(name)

@@ -131,14 +131,12 @@ class RewardModelling(Stage[RewardModelConfig]):
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
         new_head = ctx.seed if config.previous is None else None
         scorer = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
-        network = distributed.adapted(scorer, config, folder, ctx.seed, ctx.say)
+        network = distributed.adapted(scorer, config, folder, ctx.seed, ctx.recipe.layout, ctx.say)
         packed = ctx.agree(lambda: _pack(config, ctx, tokenizer, train, heldout))
         kind, objective = _BY_AIM[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
         monitor, model = _Monitor(config, ctx, tokenizer, heldout), distributed.model_of(network)
-        if ctx.recipe.layout.recompute:
-            model.set_recompute(ctx.recipe.layout.recompute)
         trainer = distributed.trainer(
             network, objective, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],

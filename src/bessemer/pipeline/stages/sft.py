@@ -98,10 +98,8 @@ class SFT(Stage[SFTConfig]):
         setup.keep_memory()
         source = ctx.source / "model"
         network, tokenizer = distributed.read(source, ctx.ranks, ctx.recipe.layout, ctx.say)
-        network = distributed.adapted(network, config, source, ctx.seed, ctx.say)
+        network = distributed.adapted(network, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
         model = distributed.model_of(network)
-        if ctx.recipe.layout.recompute:
-            model.set_recompute(ctx.recipe.layout.recompute)
         if config.style is not None:
             tokenizer.chat_style = config.style
         folder = ctx.state / "rows"
