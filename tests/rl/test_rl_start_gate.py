@@ -5,7 +5,7 @@ import pytest
 from bessemer.rl.monitor import start_gate
 
 GOOD = {
-    "pass_at_1": 0.2, "pass_at_k": 0.5, "k": 4, "formatted": 0.8, "truncated": 0.05, "think_share": 0.9, "reasons": {},
+    "pass_at_1": 0.2, "pass_at_k": 0.5, "k": 4, "formatted": 0.8, "truncated": 0.05, "reasons": {},
 }  # fmt: skip
 
 
@@ -28,7 +28,6 @@ def test_a_hopeless_one_is_refused_with_advice():
     [
         ({"truncated": 0.9}, "90% of the answers are cut off at the cap: raise max_new_tokens"),
         ({"formatted": 0.05}, "5% of the answers have the form the verifier reads: begin with SFT"),
-        ({"think_share": 0.0}, "0% of the answers think"),
     ],
 )
 def test_the_advice_follows_from_how_it_fails(change, advice):

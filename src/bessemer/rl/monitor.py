@@ -50,8 +50,8 @@ FEW_ALIVE = 0.1
 """pass@k below which nearly every group will be dead: worth a warning."""
 SOLVED = 0.95
 """pass@1 from which nearly every group will be all right."""
-UNFORMED, CUT, UNTHINKING = 0.2, 0.5, 0.05
-"""Shares of answers that count as a fault: well-formed below this, truncated above this, thinking below this."""
+UNFORMED, CUT = 0.2, 0.5
+"""Shares of answers that count as a fault: well-formed below this, truncated above this."""
 FORM_ONLY = 10.0
 """Well-formed answers per right one from which the format is far easier to learn than the task."""
 
@@ -247,7 +247,7 @@ class GateDecision:
 
 
 def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0) -> GateDecision:
-    """`row` is from `scoring.evaluate`: pass_at_1, pass_at_k and, if present, k, formatted, truncated, think_share.
+    """`row` is from `scoring.evaluate`: pass_at_1, pass_at_k and, if present, k, formatted, truncated.
 
     With a `minimum_pass` of 0 every model passes, with warnings.
     """
@@ -279,7 +279,7 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
 def _faults(row: Mapping[str, object]) -> list[str]:
     """How the answers fail, each with its remedy."""
     faults = []
-    cut, form, think = _share(row, "truncated"), _share(row, "formatted"), _share(row, "think_share")
+    cut, form = _share(row, "truncated"), _share(row, "formatted")
     if cut is not None and cut > CUT:
         faults.append(
             f"{cut:.0%} of the answers are cut off at the cap: raise max_new_tokens, or teach the model to end its "
@@ -289,11 +289,6 @@ def _faults(row: Mapping[str, object]) -> list[str]:
         faults.append(
             f"{form:.0%} of the answers have the form the verifier reads: begin with SFT on answers in that form (a "
             "cold start), or check that the chat template is the one the model was trained in"
-        )
-    if think is not None and think < UNTHINKING:
-        faults.append(
-            f"{think:.0%} of the answers think, so there is no thinking to reward: pre-train on worked problems, or "
-            "begin with SFT on answers that think"
         )
     return faults
 
