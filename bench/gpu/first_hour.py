@@ -4,8 +4,9 @@
     python bench/gpu/first_hour.py --rehearse          the same on a CPU with a small network, in two minutes
 
 Every check runs in a process of its own with a limit on its time (checks.py), so that one that crashes, hangs or
-damages the card's context costs no other. Results are kept as they come: the same command resumes after an
-interruption and repeats failed checks; `--again` repeats everything. It ends with OUT/first_hour.json, a page with
+damages the card's context costs no other: whatever it started ends with it. Results are kept as they come: the same
+command resumes after an interruption and repeats checks that failed, were left out or ran on other cards; `--again`
+repeats everything. Without a GPU that torch can use, only `machine` runs. It ends with OUT/first_hour.json, a page with
 verdicts beside it (first_hour.html), and exit status 1 if a check is bad.
 """
 
@@ -13,16 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from checks import BAD, CHECKS, GOOD, LEFT, ROOT
+from checks import BAD, CHECKS, GOOD, LEFT, ROOT, SHOWN
 
 from bessemer.report import page
+
+NONE = "no GPU"
+CARDS = f"""import torch
+print(f"{{torch.cuda.device_count()}} x {{torch.cuda.get_device_name()}}" if torch.cuda.is_available() else "{NONE}")"""
 
 
 def main() -> None:
@@ -35,21 +43,41 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "first_hour.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    commit = version()
+    stop_at_signals()
+    here = {"rehearsed": args.rehearse, "cards": cards()}
+    if here["cards"] == NONE and not args.rehearse:
+        args.only = ["machine"]  # says what is wrong; other checks would compare the CPU with itself
+    commit, bad = version(), []
     for name in (name for name in CHECKS if name in args.only):
         old = found.get(name, {})
-        if not args.again and old.get("verdict") not in (None, BAD) and old["rehearsed"] == args.rehearse:
+        if not args.again and old.get("verdict") in (GOOD, SHOWN) and old | here == old:
             print(f"{name}: done before ({old['verdict']})")
             continue
         print(f"{name}: {question(name)}", flush=True)
-        found[name] = one(name, args.out, args.rehearse) | {"rehearsed": args.rehearse, "commit": commit}
+        found[name] = one(name, args.out, args.rehearse) | here | {"commit": commit}
         print(f"  {found[name]['verdict']}: {found[name]['says']} ({found[name]['seconds']:.0f} s)", flush=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
         path.with_suffix(".html").write_text(document(found), encoding="utf-8")
+        if found[name]["verdict"] == BAD:
+            bad.append(name)
+            if name == "machine":
+                break
     print(path.with_suffix(".html"))
-    bad = [name for name in args.only if found[name]["verdict"] == BAD]
     if bad:
-        sys.exit(f"{len(bad)} bad: {', '.join(bad)}; what they printed is in {args.out}/CHECK.log")
+        logs = ", ".join(str(args.out / f"{name}.log") for name in bad)
+        sys.exit(f"{len(bad)} bad: {', '.join(bad)}; what {'they' if len(bad) > 1 else 'it'} printed is in {logs}")
+
+
+def stop_at_signals() -> None:
+    """Being terminated or losing the terminal ends a check, too, whose processes have a session of their own."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
+def cards() -> str:
+    """The GPUs that torch can use, asked in a process of its own: this one must not hold memory of theirs."""
+    return subprocess.run([sys.executable, "-c", CARDS], capture_output=True, text=True).stdout.strip() or NONE
 
 
 def one(name: str, out: Path, rehearse: bool) -> dict[str, Any]:
@@ -58,19 +86,36 @@ def one(name: str, out: Path, rehearse: bool) -> dict[str, Any]:
     result.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("checks.py")), name, "--json", str(result)]
     began, limit = time.monotonic(), CHECKS[name][1]
+    command += ["--rehearse"] if rehearse else []
+    status = None
     with log.open("wb") as file:
+        job = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = subprocess.run(
-                [*command, *(["--rehearse"] if rehearse else [])], stdout=file, stderr=subprocess.STDOUT, timeout=limit
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = None
+            with suppress(subprocess.TimeoutExpired):
+                status = job.wait(limit)
+        finally:
+            end(job)
     seconds = time.monotonic() - began
     if result.exists():
         return json.loads(result.read_text()) | {"seconds": seconds}
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     why = f"took more than {limit:.0f} s" if status is None else f"ended with {status}"
     return {"verdict": BAD, "says": f"{why}: {lines[-1]}", "figures": {"log": lines[-30:]}, "seconds": seconds}
+
+
+def end(job: subprocess.Popen[bytes]) -> None:
+    """Kills a check's group and those of its descendants: torchrun gives every rank one of its own."""
+    parents, groups, family = {}, {job.pid: job.pid}, {job.pid}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            pid = int(stat.parent.name)
+            parents[pid], groups[pid] = map(int, stat.read_text().rpartition(")")[2].split()[1:3])
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    for group in {groups[pid] for pid in family}:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    job.wait()
 
 
 def question(name: str) -> str:
@@ -85,9 +130,14 @@ def version() -> str:
 
 def document(found: dict[str, Any]) -> str:
     """The page: a verdict for each check, then its figures."""
-    card = found.get("machine", {}).get("figures", {}).get("card", "A machine without a GPU")
     rows = [
-        (name, page.pill(one["verdict"], on=one["verdict"] == GOOD), one["says"], f"{one['seconds']:.0f}")
+        (
+            name,
+            page.pill(one["verdict"], on=one["verdict"] == GOOD),
+            one["says"],
+            one.get("cards", "unknown"),
+            f"{one['seconds']:.0f}",
+        )
         for name, one in found.items()
     ]
     counts = {verdict: sum(one["verdict"] == verdict for one in found.values()) for verdict in (GOOD, BAD, LEFT)}
@@ -100,11 +150,11 @@ def document(found: dict[str, Any]) -> str:
         page.fold(f"{name}: {question(name)}", page.block(json.dumps(one["figures"], indent=1)))
         for name, one in found.items()
     ]
-    verdicts = page.table(("check", "verdict", "found", "s"), rows, numeric=(3,))
+    verdicts = page.table(("check", "verdict", "found", "cards", "s"), rows, numeric=(4,))
     return page.document(
         "The first hour",
         page.join(
-            page.Html(f"<h1>{page.text(card)}</h1>"),
+            page.Html(f"<h1>{page.text(', '.join(sorted({row[3] for row in rows})))}</h1>"),
             page.section("verdicts", "Verdicts", verdicts, lead),
             page.section("figures", "Figures", page.join(*details)),
         ),

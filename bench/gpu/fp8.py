@@ -78,15 +78,22 @@ def main() -> None:
     facts["checks"] = checks(device, small=args.interpret)
     if not facts["checks"]:
         sys.exit("error: only the emulation supports this GPU; is triton installed?")
+    write(args.json, facts)
     failed = [line for line in facts["checks"] if not line["good"]]
     if not (args.check_only or args.interpret):
         facts |= speed(device, args.rounds, {(line["call"], line["backend"]) for line in failed})
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write(args.json, facts)
     if failed:
         sys.exit(f"{len(failed)} of {len(facts['checks'])} checks failed; the failed backends were not timed")
+    if untimed := facts.get("failed"):
+        sys.exit(f"{len(untimed)} call{'s' if len(untimed) > 1 else ''} could not be timed")
     print(f"{len(facts['checks'])} checks passed")
+
+
+def write(path: Path | None, facts: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def place(interpret: bool) -> torch.device:
@@ -219,7 +226,9 @@ def checks(device: torch.device, small: bool) -> list[dict[str, Any]]:
     for M, N, K, group in ((*size, group) for size in sizes for group in ("tile", "block")):
         x, w = operands(M, N, K, group, device)
         expected = emulation.reference_gemm(x, w)
-        for out in (torch.float32, torch.bfloat16):
+        # at the larger sizes, which take long to tune, only as training calls them
+        usual = (torch.float32,) if group == "tile" else (torch.bfloat16,)
+        for out in usual if M * N > TILE**2 else (torch.float32, torch.bfloat16):
             run = partial(backends.gemm, x, w, out, group)
             check("gemm", f"{M}x{N}x{K} by {group} {out}", (x, w, out, group), run, partial(calc_diff, expected), BOUND)
     for count, N, K in [([70, 0, 30], 72, 208)] + ([] if small else [([256, 0, 512, 128], 4096, 7168)]):
@@ -339,10 +348,19 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
     cold = torch.empty(512 * 2**20, dtype=torch.uint8, device=device)  # larger than any L2
     best = ceilings(rounds, cold)
     lines: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
 
     def line(
-        call: str, backend: str, shape: str, time: float, flops: float, moved: float, published: float | None
+        call: str, backend: str, shape: str, run: Callable[[], Any], flops: float, moved: float, published: float | None
     ) -> None:
+        try:
+            with only(backend):
+                time = seconds(run, rounds, cold)
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+            failed.append({"call": call, "backend": backend, "shape": shape, "fault": fault})
+            print(f"FAIL {call} {shape} by {backend}: {fault}", flush=True)
+            return
         tflops, rate = flops / time / 1e12, moved / time / 1e9
         lines.append({
             "call": call, "backend": backend, "shape": shape, "us": time * 1e6, "tflops": tflops, "gb_per_s": rate,
@@ -364,16 +382,12 @@ def speed(device: torch.device, rounds: int, wrong: set[tuple[str, str]]) -> dic
                 run = partial(backends.gemm, x, w, torch.bfloat16, "block")
             else:
                 run = partial(backends.grouped_gemm, x, count, w, torch.bfloat16, "block")
-            with only(backend):
-                time = seconds(run, rounds, cold)
-            line(call, backend, shape, time, flops, moved, published)
+            line(call, backend, shape, run, flops, moved, published)
     for call, shape, flops, moved, run, call_args in passes(device):
         for backend in fast(call, *call_args):
-            if (call, backend) in wrong:
-                continue
-            with only(backend):
-                line(call, backend, shape, seconds(run, rounds, cold), flops, moved, None)
-    return {"best": best, "speed": lines}
+            if (call, backend) not in wrong:
+                line(call, backend, shape, run, flops, moved, None)
+    return {"best": best, "speed": lines, "failed": failed}
 
 
 def gemms(device: torch.device) -> Iterator[tuple[str, float, float, float | None, Operand, Operand, list[int] | None]]:

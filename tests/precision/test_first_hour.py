@@ -1,11 +1,15 @@
 """bench/gpu/first_hour.py without a GPU: a rehearsal with real processes, its page, and checks that fail."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 GPU = Path(__file__).parents[2] / "bench" / "gpu"
 
@@ -15,6 +19,18 @@ def first_hour(out, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture
+def bench(monkeypatch):
+    """(first_hour, checks, fp8) as modules."""
+    monkeypatch.syspath_prepend(str(GPU.parent))
+    monkeypatch.syspath_prepend(str(GPU))
+    import checks
+    import first_hour as command
+    import fp8
+
+    return command, checks, fp8
+
+
 @pytest.mark.timeout(600)
 def test_a_rehearsal_goes_on_where_it_stopped_and_tells_of_checks_that_fail(tmp_path):
     ended = first_hour(tmp_path, "--only", "values", "layer")
@@ -22,19 +38,49 @@ def test_a_rehearsal_goes_on_where_it_stopped_and_tells_of_checks_that_fail(tmp_
     found = json.loads((tmp_path / "first_hour.json").read_text())
     assert found["values"]["verdict"] == "good" and found["layer"]["verdict"] == "left out"
     assert max(found["values"]["figures"]["float32"].values()) < 1e-6 and found["values"]["rehearsed"]
+    empty = found["values"]["figures"]["tokens_of_experts"]
+    assert min(map(min, empty.values())) == 0, "some expert has no tokens"
 
-    found["layer"] |= {"verdict": "bad"}
-    (tmp_path / "first_hour.json").write_text(json.dumps(found))
     again = first_hour(tmp_path, "--only", "values", "layer").stdout
-    assert "values: done before (good)" in again and "layer: Kernels" in again
+    assert "values: done before (good)" in again and "layer: Kernels" in again, "what was left out may be possible now"
     page = (tmp_path / "first_hour.html").read_text()
     assert "a rehearsal with a small network" in page and page.count("<tr>") == 3 and "Content-Security-Policy" in page
 
 
-def test_a_check_that_crashes_or_hangs_is_bad_and_says_how(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(GPU))
-    import first_hour as command
+def test_only_what_the_same_cards_did_well_is_done_and_without_one_only_the_machine_is_checked(
+    bench, tmp_path, monkeypatch
+):
+    command = bench[0]
+    verdicts = dict.fromkeys(("machine", "values", "layer", "decode"), "good")
+    ran: list[str] = []
 
+    def one(name, out, rehearse):
+        ran.append(name)
+        return {"verdict": verdicts[name], "says": "", "figures": {}, "seconds": 0.0}
+
+    def start(cards, *arguments):
+        ran.clear()
+        monkeypatch.setattr(command, "cards", lambda: cards)
+        monkeypatch.setattr(sys, "argv", ["first_hour.py", "--out", str(tmp_path), "--only", *verdicts, *arguments])
+        command.main()
+        return ran
+
+    monkeypatch.setattr(command, "one", one)
+    verdicts |= {"machine": "bad"}
+    for cards in (command.NONE, "1 x V100"):
+        with pytest.raises(SystemExit, match=f"1 bad: machine; what it printed is in {tmp_path}/machine.log"):
+            start(cards)
+        assert ran == ["machine"], "the rest would compare this CPU with itself"
+    verdicts |= {"machine": "good", "layer": "left out", "decode": "no bound"}
+    assert start("1 x H100") == list(verdicts)
+    assert start("1 x H100") == ["layer"]
+    assert start("8 x H100") == list(verdicts)
+    assert "8 x H100" in (tmp_path / "first_hour.html").read_text()
+    assert start(command.NONE, "--rehearse") == list(verdicts)
+
+
+def test_a_check_that_crashes_or_hangs_is_bad_and_says_how(bench, tmp_path, monkeypatch):
+    command = bench[0]
     monkeypatch.setitem(command.CHECKS, "none", (lambda place: None, 60))
     crashed = command.one("none", tmp_path, rehearse=True)
     assert (
@@ -44,3 +90,143 @@ def test_a_check_that_crashes_or_hangs_is_bad_and_says_how(tmp_path, monkeypatch
     )
     monkeypatch.setitem(command.CHECKS, "values", (command.CHECKS["values"][0], 0.2))
     assert command.one("values", tmp_path, rehearse=True)["says"].startswith("took more than 0 s")
+
+
+STARTS = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+subprocess.Popen([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"],
+                 start_new_session=True)
+time.sleep(60)
+"""
+
+
+def gone(pid):
+    """Ended, or a zombie that nobody collects."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("stop", ["its limit", signal.SIGTERM, signal.SIGHUP])
+def test_nothing_that_a_check_started_outlives_it(tmp_path, stop):
+    """Neither its child nor one with a group of its own, as torchrun's ranks have."""
+    (tmp_path / "checks.py").write_text(STARTS)
+    code = f"""import sys; sys.path[:0] = [{str(GPU)!r}, {str(GPU.parent)!r}]
+import pathlib, first_hour as command
+command.__file__ = {str(tmp_path / "first_hour.py")!r}
+command.CHECKS["fp8"] = command.CHECKS["fp8"][0], {6 if stop == "its limit" else 60}
+command.stop_at_signals()
+print(command.one("fp8", pathlib.Path({str(tmp_path)!r}), False)["says"])"""
+    job, log = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True), tmp_path / "fp8.log"
+    while not log.exists() or len(log.read_text().split()) < 2:
+        assert job.poll() is None
+        time.sleep(0.05)
+    if stop != "its limit":
+        job.send_signal(stop)
+    said = job.communicate(timeout=60)[0]
+    assert ("took more than 6 s" in said) == (stop == "its limit")
+    assert all(gone(int(pid)) for pid in log.read_text().split())
+
+
+def facts_of(monkeypatch, module, status=1, **facts):
+    """What checks.fp8 finds if fp8.py writes these facts and ends with this status, or never (None)."""
+
+    def run(command, **settings):
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(facts))
+        if status is None:
+            raise subprocess.TimeoutExpired(command, settings["timeout"])
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return module.fp8(module.Place(False, torch.device("cuda")))
+
+
+def test_the_check_of_fp8_says_what_failed_even_if_only_pointers_were_timed_or_time_ran_out(bench, monkeypatch):
+    checks = bench[1]
+    line = {"call": "gemm", "shape": "s", "difference": 0.0}
+    right, wrong = {"backend": checks.POINTERS, "good": True} | line, {"backend": "triton", "good": False} | line
+    timed = [{"call": "gemm", "shape": "s", "backend": checks.POINTERS, "us": 100.0}]
+    found = facts_of(monkeypatch, checks, checks=[right, wrong], speed=timed)
+    assert found.verdict == "bad" and found.says == "1 of 2 checks passed; wrong: gemm of triton"
+    both = [*timed, {"call": "gemm", "shape": "s", "backend": "triton", "us": 80.0}]
+    found = facts_of(monkeypatch, checks, 0, checks=[right], speed=both)
+    assert found.verdict == "good" and "descriptors 1.25 times as fast" in found.says
+    for status, why in ((None, "fp8.py did not end in time"), (-9, "fp8.py ended with -9")):
+        found = facts_of(monkeypatch, checks, status, checks=[right])
+        assert found.verdict == "bad" and found.says == f"1 of 1 checks passed; {why}" and found.figures["checks"]
+
+
+def test_fp8_writes_its_checks_before_it_times_and_goes_on_past_a_kernel_that_fails(bench, tmp_path, monkeypatch):
+    fp8, path, cpu = bench[2], tmp_path / "fp8.json", torch.device("cpu")
+    right = {"call": "gemm", "backend": "torch", "shape": "s", "difference": 0.0, "good": True}
+    monkeypatch.setattr(fp8, "place", lambda interpret: cpu)
+    monkeypatch.setattr(fp8, "checks", lambda device, small: [right])
+
+    def start():
+        monkeypatch.setattr(sys, "argv", ["fp8.py", "--json", str(path)])
+        with pytest.raises((SystemExit, RuntimeError)) as ended:
+            fp8.main()
+        return str(ended.value), json.loads(path.read_text())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8, "speed", lambda *_: (_ for _ in ()).throw(RuntimeError("no heuristic")))
+        assert start()[1]["checks"] == [right]
+
+    def breaks():
+        raise RuntimeError("no heuristic for 4096x2112x7168")
+
+    rates = {"bf16_tflops": 1.0, "copy_gb_per_s": 1.0}
+    monkeypatch.setattr(fp8, "ceilings", lambda *_: rates)
+    monkeypatch.setattr(fp8, "gemms", lambda device: iter(()))
+    monkeypatch.setattr(
+        fp8, "passes", lambda device: [("quantise", s, 0, 1, run, ()) for s, run in (("a", breaks), ("b", list))]
+    )
+    monkeypatch.setattr(fp8, "fast", lambda *_: ["triton"])
+    monkeypatch.setattr(fp8, "seconds", lambda call, rounds, cold: (call(), 1.0)[1])
+    said, facts = start()
+    assert "1 call could not be timed" in said
+    assert [line["shape"] for line in facts["speed"]] == ["b"]
+    assert facts["failed"] == [
+        {
+            "call": "quantise",
+            "backend": "triton",
+            "shape": "a",
+            "fault": "RuntimeError: no heuristic for 4096x2112x7168",
+        }
+    ]
+
+
+def test_figures_of_decoding_that_are_no_rates_are_not_called_rates(bench):
+    checks = bench[1]
+    assert checks.rates({"1 rows": 1234.5, checks.WAITS: 0.25}) == (
+        "1 rows 1,234 tokens/s, 0.25 unexpected waits a step"
+    )
+
+
+def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, monkeypatch):
+    """Else the second and the third case need, and report, the memory of two."""
+    checks, made = bench[1], []
+    import fp8_step
+
+    class Trainer:
+        def update(self, batches):
+            assert len(batches) == 1
+
+    def trainer(*_):
+        assert not any(one() for one in made)
+        new = Trainer()
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(fp8_step, "trainer", trainer)
+    for name, value in {"get_device_capability": (9, 0), "get_device_name": "NVIDIA H100", "max_memory_allocated": 1,
+                        "empty_cache": None, "reset_peak_memory_stats": None, "synchronize": None,
+                        "set_sync_debug_mode": None}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    found = checks.step(checks.Place(True, torch.device("cuda")))
+    assert len(made) == 3 and found.figures["FP8"]["waits"] == 0 and found.figures["BF16"]["mfu"] > 0
