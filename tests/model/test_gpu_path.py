@@ -45,6 +45,28 @@ def test_grouped_products_are_the_reference_in_value_and_gradient(on_gpu, counts
         assert relative(found, wanted) < BOUNDS[dtype] if wanted.norm() else not found.any()
 
 
+def test_an_expert_without_rows_has_no_gradient_even_where_torch_leaves_it_unwritten(monkeypatch):
+    """As its grouped product does on Blackwell."""
+    cuda, real = torch.device("cuda"), grouped.F.grouped_mm
+    for capability, wanted in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert grouped.leaves_unwritten(cuda) is wanted and not grouped.leaves_unwritten(torch.device("cpu"))
+
+    def unwritten(left, right, offs):
+        out = real(left, right, offs=offs)
+        out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(grouped, "leaves_unwritten", lambda device: True)
+    left, right = torch.randn(9, 8), torch.randn(9, 16)
+    for counts in ([0, 4, 0, 0, 5, 0], [0, 0, 9], [9]):
+        end_E = grouped.ends(torch.tensor(counts))
+        monkeypatch.setattr(grouped.F, "grouped_mm", real)
+        wanted = grouped.weight_gradient(left, right, end_E)
+        monkeypatch.setattr(grouped.F, "grouped_mm", unwritten)
+        assert torch.equal(grouped.weight_gradient(left, right, end_E), wanted)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_rows_are_gathered_and_summed_as_by_the_loop(on_gpu, monkeypatch, dtype):
     """From tokens to tokens, with weight gradients added to the float32 gradients that a trainer keeps."""

@@ -92,4 +92,12 @@ torch.library.register_autograd(activation, _grad, setup_context=_setup)
 
 def weight_gradient(left_MX: Tensor, right_MY: Tensor, end_E: Tensor) -> Tensor:
     """left^T right of every expert's rows, [E, X, Y]; zeros for an expert without rows."""
-    return F.grouped_mm(left_MX.t(), right_MY, offs=end_E)
+    dw_EXY = F.grouped_mm(left_MX.t(), right_MY, offs=end_E)
+    if leaves_unwritten(dw_EXY.device):
+        dw_EXY.masked_fill_((end_E == F.pad(end_E[:-1], (1, 0)))[:, None, None], 0)
+    return dw_EXY
+
+
+def leaves_unwritten(device: torch.device) -> bool:
+    """Whether torch's product leaves the part of an expert without rows unwritten, as on Blackwell (pytorch#172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
