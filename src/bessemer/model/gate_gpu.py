@@ -48,7 +48,7 @@ def choose_backward_reference(
         value_NK = score_NE.gather(-1, expert_NK)
         total = value_NK.sum(-1, keepdim=True) + 1e-20
         grad_NK = grad_NK / total - (grad_NK * value_NK).sum(-1, keepdim=True) / total.square()
-    dscore_NE = torch.zeros_like(score_NE).scatter_(-1, expert_NK, grad_NK)
+    dscore_NE = torch.zeros_like(score_NE).scatter_add_(-1, expert_NK, grad_NK)
     dshare_SE = count_SE * (dbalance * (rule.n_experts / (rule.n_activated * T * T)))
     dshare_NE = dshare_SE.repeat_interleave(T, 0, output_size=len(score_NE))
     everything = score_NE.sum(-1, keepdim=True)
