@@ -586,6 +586,38 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
 
 
 @needs_triton
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_dense_product_is_tuned_for_few_numbers_of_tokens_and_the_nearest_serves_others(monkeypatch, gradient):
+    """Also where they are the summed dimension, as for a weight gradient."""
+    from bessemer.precision import triton_gemm, tuning
+
+    said = []
+    kernel = Tuned(triton_gemm.configurations(narrow=True), said)
+    kernel.fn, kernel.arg_names = Tuned(kernel.configs, said), triton_gemm._gemm.arg_names
+    keys = triton_gemm._gemm.keys
+    monkeypatch.setattr(triton_gemm, "_gemm", kernel)
+    monkeypatch.setattr(triton_gemm, "_tuned", {})
+
+    def operand(rows, columns):
+        return Operand(torch.empty(rows, columns, device="meta"), torch.empty(rows, 1, device="meta"))
+
+    def tuned_for(tokens):
+        rows, columns, sums = (512, 1024, tokens) if gradient else (tokens, 512, 1024)
+        dtype = torch.float32 if gradient else torch.bfloat16
+        triton_gemm.gemm(operand(rows, sums), operand(columns, sums), dtype, not gradient, False)
+        given = dict(zip(kernel.arg_names, kernel.given, strict=False))
+        return tuple(given[name] for name in keys if name in given)
+
+    assert len({tuned_for(tokens) for tokens in range(4096, 16384, 64)}) == 2
+    kernel.best_config = kernel.configs[1]
+    tuned_for(64)
+    said.clear()
+    with tuning.without():
+        tuned_for(70)
+    assert said[0][1] == kernel.configs[1].all_kwargs()
+
+
+@needs_triton
 def test_what_is_tried_has_registers_enough():
     """Every configuration that tuning may choose is in the assembler's table of figures, and none spills."""
     known, found = hopper.committed()["kernels"], {job.label for job in hopper.everything()}
@@ -737,6 +769,9 @@ def test_the_table_tells_of_a_forced_backend(monkeypatch):
     assert backend == "torch" and "forced by BESSEMER_FP8_BACKEND, but refuses: it has block" in why
     monkeypatch.setenv(backends.VARIABLE, "emulation")
     assert backends.table("cpu")[0] == ("quantise", "emulation", "forced by BESSEMER_FP8_BACKEND")
+    monkeypatch.setenv(backends.VARIABLE, "tritn")
+    with pytest.raises(UserError, match="BESSEMER_FP8_BACKEND=tritn is not a backend; unset it, or use one of: deep"):
+        backends.table("cpu")
 
 
 @pytest.mark.parametrize("capability, order", [((9, 0), "deep_gemm"), ((10, 0), "triton"), ((8, 0), "emulation")])

@@ -194,30 +194,35 @@ def _check_sum(add_to: Tensor | None, out_dtype: torch.dtype, shape: tuple[int, 
 def choose(name: str, first: Tensor | Operand, *rest: Any) -> Backend:
     """The backend for these operands: the forced one, or the first of ORDER that accepts the call."""
     call = _call(name, first, *rest)
-    forced = os.environ.get(VARIABLE)
+    forced = _forced()
     if not forced:
         return next(BACKENDS[b] for b in ORDER if BACKENDS[b].refuses(call) is None)
-    if forced not in BACKENDS:
-        raise UserError(f"{VARIABLE}={forced} is not a backend; unset it, or use one of: {', '.join(ORDER)}")
     if why := BACKENDS[forced].refuses(call):
         others = ", ".join(b for b in ORDER if BACKENDS[b].refuses(call) is None)
         raise UserError(f"{VARIABLE}={forced} cannot serve {name}: {why}; unset it, or use one of: {others}")
     return BACKENDS[forced]
 
 
+def _forced() -> str:
+    """The backend that the environment names, or ""."""
+    forced = os.environ.get(VARIABLE, "")
+    if forced and forced not in BACKENDS:
+        raise UserError(f"{VARIABLE}={forced} is not a backend; unset it, or use one of: {', '.join(ORDER)}")
+    return forced
+
+
 def fills_tiles(device: torch.device) -> bool:
     """Whether each expert's rows are padded to a multiple of 128 before they are multiplied, as DeepGEMM requires."""
-    free = os.environ.get(VARIABLE) in (None, "", "deep_gemm")
-    return free and BACKENDS["deep_gemm"].refuses(Call("grouped_gemm", device)) is None
+    return _forced() in ("", "deep_gemm") and BACKENDS["deep_gemm"].refuses(Call("grouped_gemm", device)) is None
 
 
 def table(device: torch.device | str) -> list[tuple[str, str, str]]:
     """Rows (call, backend, why): which backend serves each call on this device, and why earlier ones do not. With a
     forced backend: whether it can serve the call."""
-    rows, forced = [], os.environ.get(VARIABLE)
+    rows, forced = [], _forced()
     for name in CALLS:
         call = Call(name, torch.device(device))
-        if forced in BACKENDS:
+        if forced:
             refusal = BACKENDS[forced].refuses(call)
             rows.append((name, forced, f"forced by {VARIABLE}" + (f", but refuses: {refusal}" if refusal else "")))
             continue

@@ -16,8 +16,8 @@ registers) or by pointers, the reference; `adapters.by_pointers` says which, and
 matrix: a tile that overhangs its group reads rows of the next group, which do not affect any valid row of the result,
 and zeros past the matrix. Results are stored by pointers, masked at the end of the group. Both ways give the same bits.
 
-Configurations are tuned per shape of w and size class: the rows, or an average group's rows, rounded up to a power of
-two, so that a run meets few classes. Routing may move a size into another class in the middle of a step, when nothing
+Configurations are tuned per shape of w and size class: the tokens, or an average group's tokens, rounded up to a power
+of two, so that a run meets few classes. Routing may move a size into another class in the middle of a step, when nothing
 may be tuned (`tuning`); the nearest tuned class then serves it.
 
 Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged. Rows that belong to no group
@@ -53,11 +53,14 @@ def gemm(
     if M == 0 or N == 0 or K == 0:
         return torch.zeros(M, N, dtype=out_dtype, device=x_MK.device) if add_to is None else add_to
     y_MN = torch.empty(M, N, dtype=out_dtype, device=x_MK.device) if add_to is None else add_to
+    # a weight gradient, the product in float32 of two operands without blocks, sums over the tokens
+    tokens, fixed = (K, M) if out_dtype == torch.float32 and not blocks else (M, K)
+    size = size_class(tokens)
     launch(
-        _gemm, lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),), size_class(M),
-        (N, K, blocks, tma, out_dtype),
+        _gemm, lambda meta: (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),), size,
+        (N, fixed, blocks, tma, out_dtype),
         *tiled(tma, x_MK, w_NK), x.scale_MJ, w.scale_MJ, y_MN, M, N, K, *x.scale_MJ.stride(), *w.scale_MJ.stride(),
-        size_class(M), tma, blocks, tma or K % TILE == 0, add=add_to is not None,
+        size, fixed, tma, blocks, tma or K % TILE == 0, add=add_to is not None,
     )  # fmt: skip
     return y_MN
 
@@ -120,8 +123,8 @@ def boxes(arguments: dict[str, Any]) -> None:
 
 
 def size_class(rows: int, groups: int = 1) -> int:
-    """The size class for tuning: an average group's rows rounded up to a power of two, from 64 to 8,192. Fewer rows fit
-    one tile; more fill the card."""
+    """The size class for tuning: an average group's tokens rounded up to a power of two, from 64 to 8,192. Fewer rows
+    fit one tile; more fill the card."""
     return min(max(triton.next_power_of_2(triton.cdiv(rows, groups)), 64), 8192)
 
 
@@ -246,14 +249,16 @@ def product(
     return y
 
 
-@triton.autotune(configs=configurations(True), key=["SIZE", "N", "K", "TMA", "BLOCKS", "ADD"], prune_configs_by=PRUNE)
-@triton.jit(do_not_specialize=["M", "sx_column", "SIZE"])
+@triton.autotune(
+    configs=configurations(True), key=["SIZE", "N", "FIXED", "TMA", "BLOCKS", "ADD"], prune_configs_by=PRUNE
+)
+@triton.jit(do_not_specialize=["M", "sx_column", "SIZE", "FIXED"])
 def _gemm(
-    x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE,
+    x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE, FIXED,
     TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is `size_class`. ADD: add to y's contents."""
+    """One program: one tile of y. SIZE is `size_class`, FIXED what is not tokens of M and K. ADD: add to y's contents."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
