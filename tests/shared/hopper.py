@@ -93,8 +93,7 @@ def samples() -> Iterator[Job]:
         yield Job("e5m6", kernel, types=packed, constants={"ROWS": 16})
     for kernel, rows in ((triton_swiglu._forward, 16), (triton_swiglu._backward, 4)):
         yield Job("expert swiglu", kernel, constants={"ROWS": rows, "COLUMNS": 128, "WEIGHTED": True})
-    for kind, kernel, warps, types, constants in hopper_kernels():
-        yield Job(kind, kernel, warps, types, constants)
+    yield from (Job(*fields) for fields in hopper_kernels())
     wide, narrow = {"BLOCK_M": 128, "BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128}
     for tma in (False, True):
         way = {"TMA": tma, "BLOCKS": True, "EVEN": True}

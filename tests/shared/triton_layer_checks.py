@@ -205,7 +205,7 @@ def logprobs_are_right(z, target, temperature, bound):
 
 
 def hopper_kernels():
-    """(name, kernel, warps, argument types, constants), at V3's widths."""
+    """(name, kernel, warps, argument types, constants, and stages if not 3), at V3's widths."""
     from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm, triton_paged
 
     half, full, whole = "*bf16", "*fp32", "*i64"
@@ -214,9 +214,11 @@ def hopper_kernels():
         block = 1 << (width - 1).bit_length()
         for kernel in (triton_norm._forward, triton_norm._backward):
             yield "norm", kernel, triton_norm._warps(block), norm, {"BLOCK": block}
-    paged = {"q": half, "pool": half, "table": whole, "position": whole, "part": full, "lse": full, "scale": "fp32"}
+    paged = {"table": whole, "position": whole, "part": full, "lse": full, "scale": "fp32"}
     shape = {"C": 512, "R": 64, "CB": 512, "RB": 64, "PAGE": 64, "HEADS": 16, "SLOTS": triton_paged.SLOTS, "SPLITS": 4}
-    yield "paged", triton_paged._attend, 4, paged, shape
+    for dtype, number in ((torch.bfloat16, half), (torch.float32, full)):
+        warps, stages = triton_paged.options(dtype).values()
+        yield "paged", triton_paged._attend, warps, {"q": number, "pool": number, **paged}, shape, stages
     heads = {n: half for n in ("q", "kv", "k_rope", "qh", "kh", "vh", "dqh", "dkh", "dvh", "dq", "dkv", "dk_rope")}
     blocks = {"HB": triton_heads.HEADS, "NB": 128, "RB": 32}
     for padded in (128, 256):

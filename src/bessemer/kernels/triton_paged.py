@@ -34,13 +34,19 @@ def attend(q_BHX: Tensor, pool_PSX: Tensor, table_BP: Tensor, position_B: Tensor
     _attend[(B, blocks, splits)](
         q_BHX, pool_PSX, table_BP, position_B, part_BSHC, lse_BSH, table_BP.stride(0), H, scale,
         C=latent, R=X - latent, CB=_block(latent), RB=_block(X - latent), PAGE=page,
-        HEADS=HEADS, SLOTS=SLOTS, SPLITS=splits, num_warps=4, num_stages=2,
+        HEADS=HEADS, SLOTS=SLOTS, SPLITS=splits, **options(q_BHX.dtype),
     )  # fmt: skip
     if splits == 1:
         return part_BSHC.squeeze(1).to(q_BHX.dtype)
     share_BSH = (lse_BSH - lse_BSH.amax(1, keepdim=True)).exp()
     share_BSH = share_BSH / share_BSH.sum(1, keepdim=True)
     return (part_BSHC * share_BSH.unsqueeze(-1)).sum(1).to(q_BHX.dtype)
+
+
+def options(dtype: torch.dtype) -> dict[str, int]:
+    """How the kernel is launched: the running sums of float32 products fit the registers of four warps only with
+    spills."""
+    return {"num_warps": 4 if dtype.itemsize < 4 else 8, "num_stages": 2}
 
 
 def _block(width: int) -> int:

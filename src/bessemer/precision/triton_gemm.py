@@ -17,8 +17,8 @@ matrix: a tile that overhangs its group reads rows of the next group, which do n
 and zeros past the matrix. Results are stored by pointers, masked at the end of the group. Both ways give the same bits.
 
 Configurations are tuned per shape of w and size class: the tokens, or an average group's tokens, rounded up to a power
-of two, so that a run meets few classes. Routing may move a size into another class in the middle of a step, when nothing
-may be tuned (`tuning`); the nearest tuned class then serves it.
+of two, so that a run meets few classes. Routing may move a size into another class in the middle of a step, when
+nothing may be tuned (`tuning`); the nearest tuned class then serves it.
 
 Groups may be empty: they have no rows, and their dW is zero. M, N and K may be ragged. Rows that belong to no group
 (`DeviceCounts`) become zeros.
@@ -258,7 +258,7 @@ def _gemm(
     TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is `size_class`, FIXED what is not tokens of M and K. ADD: add to y's contents."""
+    """One program: one tile of y. SIZE is `size_class`, FIXED M or K, whichever is not tokens. ADD: add to y."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
