@@ -17,7 +17,12 @@ from bessemer.kernels import experts as kernel
 from bessemer.kernels import swiglu
 from bessemer.kernels.fused import Fused
 from bessemer.model import attention_gpu, experts, grouped, mla
+from bessemer.model.accounting import layer_activation_bytes
+from bessemer.model.config import preset
 from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
+from bessemer.model.gate import Gate
+from bessemer.model.layer import Layer
+from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
 from bessemer.precision import adapters, backends
@@ -227,6 +232,52 @@ def test_a_whole_layer_launches_as_many_kernels_for_any_number_of_experts():
         return launches.names
 
     assert launched(8) == launched(256)
+
+
+class FusedAttention(torch.autograd.Function):
+    """Stands for a fused kernel in what it saves: its arguments, its output and the softmax denominators."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = v.clone()
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("name", ["tiny", "servable", "v2-lite", "v3"])
+def test_a_layer_saves_what_the_planner_counts(monkeypatch, name, dtype, packed):
+    """On the meta device, to a few bytes a token: the balance term's counts and the segments' ends are not counted.
+    The rotary table is shared by all layers."""
+    monkeypatch.setattr(
+        attention_gpu.F, "scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v)
+    )
+    cfg, T, meta = preset(name), 400, torch.device("meta")
+    ends = Packed.of((torch.arange(T) // 150)[None], meta) if packed else None
+    rope = torch.empty(T, cfg.qk_rope_head_dim // 2, 2, device=meta)
+    for dense in (False, True):
+        with meta:
+            layer = Layer(cfg, dense)
+        layer = layer.to(dtype)
+        for module in layer.modules():
+            if isinstance(module, (RMSNorm, Gate)):
+                module.float()
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
+                saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        x = torch.empty(1, T, cfg.dim, device=meta, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer.train()(x, rope, ends)
+        found = sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) - rope.nbytes
+        wanted = T * layer_activation_bytes(
+            cfg, dense, fp8=False, number_bytes=dtype.itemsize, fused=True, whole=True, padded=packed
+        )
+        assert wanted <= found < 1.001 * wanted
 
 
 def test_training_never_asks_the_device_for_a_number():

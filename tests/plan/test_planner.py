@@ -17,9 +17,9 @@ from bessemer.errors import UserError
 from bessemer.hf.hub import write_config
 from bessemer.model import accounting
 from bessemer.model.config import preset
-from bessemer.plan import audit, layer_time, plan_config, training_setup, validate
+from bessemer.plan import audit, dry_run, layer_time, plan_config, training_setup, validate
 from bessemer.plan import layer_kernels as kernels
-from bessemer.plan.cost import amount, ideas, plan_run
+from bessemer.plan.cost import amount, ideas, plan_run, setup_memory
 from bessemer.plan.hardware import (
     Kernels,
     attention_rates,
@@ -212,6 +212,7 @@ def test_settings_by_hand():
         "precision=int4",
         "tokens=-1",
         "mtp=2",
+        "packed=2",
         "recompute=all",
         "batch",
         "in_step=inf",
@@ -225,6 +226,30 @@ def test_settings_by_hand():
         plan_config.parse(["tokens=inf"])
     with pytest.raises(UserError, match="rows of 4096 tokens cannot be split into 6 equal chunks"):
         plan_config.setup(replace(small, cp=3, pp=1, ep=1, seq=4096), V3, parse_cluster("2046xH800"))
+
+
+def test_attention_pads_values_for_packed_rows_and_for_cards_without_cudnns():
+    """Heads of values and outputs are as wide as those of keys, and one output is kept without its padding."""
+    cfg = preset("v2-lite")
+
+    def kept(cluster, *options):
+        want = plan_config.parse(["precision=bf16 layout.ep=1 layout.pp=1", *options])
+        made = plan_config.setup(want, cfg, parse_cluster(cluster))
+        assert made.rows * made.length == cfg.max_seq_len
+        return setup_memory(cfg, made, schedule("1f1b", 1, 1))[0]["activations"]
+
+    plain = kept("1xH200")
+    more = cfg.max_seq_len * cfg.n_layers * cfg.n_heads * (2 * (192 - 128) + 128) * 2
+    assert kept("1xH200", "packed=1") == kept("1xA100") == kept("1xA100", "packed=1") == plain + more
+    assert kept("1xH200", "packed=1 precision=fp8") == kept("1xH200", "precision=fp8")
+    masked = Recipe.load("tiny", ["pretrain.document_mask=true"])
+    for recipe, packed in ((Recipe.load("tiny"), 0), (masked, 1)):
+        settings, _, length = plan_config.pretraining(recipe)
+        assert plan_config.of_recipe(recipe, settings, length).packed == packed
+        assert [dry_run.of_recipe(recipe, device_name=name).numbers.padded for name in ("H100", "RTX4090", None)] == [
+            packed == 1, True, False,
+        ]  # fmt: skip
+    assert plan_config.resolve(str(ROOT / "recipes/node.toml"), plan_config.parse(["model.preset=v2-lite"]))[2].packed
 
 
 def test_devices_and_clusters():

@@ -1,5 +1,7 @@
 """The error of a step that runs out of GPU memory, with the numbers of the planner's table; and a GPU that fails."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_run import batches, model, trainer
@@ -63,6 +65,19 @@ def test_a_smaller_forward_that_fits_is_named(network, stays, share):
     assert text.startswith(f'stage "base" ran out of memory on {CARD} ({total / GIB:.1f} GiB): weights ')
 
 
+@pytest.mark.parametrize(
+    ("packed", "major", "number", "padded"),
+    [(False, 9, 2, False), (True, 9, 2, True), (False, 8, 2, True), (True, 8, 4, False)],
+)
+def test_what_packed_rows_and_old_cards_keep_is_counted(network, monkeypatch, packed, major, number, padded):
+    card = SimpleNamespace(name=CARD, total_memory=79 * GIB, major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    text = str(gpu_faults.of_step("cuda", [], network, PRETRAIN, (32, 4096, packed), number, True))
+    size = gpu_faults.kept(network, 32, 4096, number, True, padded)
+    assert f"keeps about {size / GIB:.1f}. " in text
+    assert size != gpu_faults.kept(network, 32, 4096, number, True, not padded)
+
+
 def test_where_no_forward_fits(network, stays):
     fixed = sum(stays.values())
     text = said(network, stays, int(fixed / gpu_faults.USABLE) + 1000)
@@ -87,7 +102,7 @@ def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
     """The error is raised inside the step, as by torch; the checkpoint before is intact and the run resumes from it."""
 
     class Card:
-        name, total_memory = CARD, 79 * GIB
+        name, total_memory, major = CARD, 79 * GIB, 9
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     run = trainer(model(), steps=4, state_dir=tmp_path)

@@ -156,7 +156,7 @@ class DistributedTrainer(Trainer):
         own = self.shard.context.positions
         batches = [self._transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
         rows, length = batches[0].tokens_BT.shape
-        self._shape = rows, length
+        self._shape = rows, length, batches[0].segments_BT is not None
         executor = self._executor_for(len(batches))
         work = self._work(executor, batches, terms)
         if self.shard.exchange is not None:

@@ -5,9 +5,10 @@ A multiply-add counts as two FLOPs. The published totals include the correction 
 
 Activation bytes are what a forward pass in training saves for its backward. A micro-batch holds them from its forward
 to its backward, and a pipeline holds several micro-batches. The temporary buffers of the layer being computed are extra
-and needed once. `fp8` selects the network of `model/fp8`; otherwise it is the plain one on a CPU, or with `fused` one
-whose attention saves heads and softmax denominators, as FlashAttention does. Every term is a tensor that backward
-reads; the tests compare the sum with the allocator.
+and needed once. `fp8` selects the network of `model/fp8`; otherwise it is the plain one on a CPU, or with `fused` a
+GPU's, whose attention saves heads and softmax denominators; `padded` if values are as wide as keys there, as
+FlashAttention needs them (`attention_gpu`). Every term is a tensor that backward reads; the tests compare the sum with
+the allocator, and with what a GPU's path saves on the meta device.
 """
 
 from __future__ import annotations
@@ -230,6 +231,7 @@ def activation_bytes(
 def stage_activation_bytes(
     cfg: ModelConfig, layers: Iterable[int], rows: int, length: int, *, last: bool, fp8: bool, number_bytes: int = 2,
     mtp: bool = True, fused: bool = False, recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
+    padded: bool = False,
 ) -> int:  # fmt: skip
     """`activation_bytes` for the layers of one pipeline stage. The `last` stage has norm, MTP modules and loss; every
     other stage saves its output. `cut`: sequences are split over ranks (`dist.context_parallel`), and `length` is one
@@ -238,7 +240,7 @@ def stage_activation_bytes(
     def layer(dense: bool) -> int:
         return layer_activation_bytes(
             cfg, dense, fp8=fp8, number_bytes=number_bytes, fused=fused, recompute=recompute, cut=cut,
-            whole=whole,
+            whole=whole, padded=padded,
         )  # fmt: skip
 
     state, modules = cfg.dim * number_bytes, cfg.n_mtp if mtp and last else 0
@@ -251,7 +253,7 @@ def stage_activation_bytes(
 
 def layer_activation_bytes(
     cfg: ModelConfig, dense: bool, *, fp8: bool, number_bytes: int = 2, fused: bool = False,
-    recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False,
+    recompute: Collection[Phase] = (), cut: bool = False, whole: bool = False, padded: bool = False,
 ) -> int:  # fmt: skip
     """Activation bytes of one token in one layer."""
     state, again = cfg.dim * number_bytes, "attend" in recompute
@@ -262,9 +264,9 @@ def layer_activation_bytes(
         inner = _e4m3(2 * cfg.moe_inter_dim)
     else:
         # norms save input and output
-        core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, number_bytes, fused)
+        core = _attention_cut(cfg, number_bytes) if cut else _attention_plain(cfg, number_bytes, fused, padded)
         attend = state if again else core + state
-        attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused or cut))
+        attend += state + (0 if dense or again else _gate(cfg, number_bytes, fused, cut))
         dense_ffn = _ffn_plain(cfg.inter_dim, number_bytes, fused)
         ffn = dense_ffn if dense else _sparse_plain(cfg, number_bytes, fused, recompute, whole)
         inner = 2 * cfg.moe_inter_dim * number_bytes + (INDEX if whole else 0)
@@ -297,12 +299,15 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
     return cfg.n_activated_experts * (_ffn_fp8(cfg, cfg.moe_inter_dim) + ROUTED) + shared
 
 
-def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
+def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool, padded: bool) -> int:
     """Norms save input and output. The core saves the softmax denominators, its output and its arguments
-    (`attention_cpu`), or if `fused`, on a GPU, the heads of queries, keys and values."""
+    (`attention_cpu`), or if `fused`, on a GPU, the heads of queries, keys and values. If `padded`, values and output
+    are as wide as keys, and the output without its padding is saved, too."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.normed_width + cfg.qk_rope_head_dim
     key = cfg.qk_head_dim if fused else cfg.qk_nope_head_dim
     core = cfg.n_heads * (cfg.qk_head_dim + key + 2 * cfg.v_head_dim)
+    if fused and padded and cfg.qk_head_dim > cfg.v_head_dim:
+        core += cfg.n_heads * (2 * (cfg.qk_head_dim - cfg.v_head_dim) + cfg.v_head_dim)
     return (norms + core) * number_bytes + NUMBER * cfg.n_heads
 
 
@@ -314,16 +319,19 @@ def _attention_cut(cfg: ModelConfig, number_bytes: int) -> int:
 
 
 def _ffn_plain(inner: int, number_bytes: int, fused: bool) -> int:
-    """Gate and up in one tensor; `fused` (on a GPU) also silu(gate) and its product with up."""
-    return (4 if fused else 2) * inner * number_bytes
+    """Gate and up in one tensor; `fused` (on a GPU) also the product of silu(gate) with up."""
+    return (3 if fused else 2) * inner * number_bytes
 
 
-def _gate(cfg: ModelConfig, number_bytes: int, fused: bool) -> int:
-    """Scores and choices; `fused` (on a GPU) also shares, gates, and in BF16 the gate's input in float32."""
+def _gate(cfg: ModelConfig, number_bytes: int, fused: bool, cut: bool) -> int:
+    """Scores and choices; `fused` (on a GPU) or `cut` also gates and, in BF16, the gate's input in float32; `cut` also
+    shares."""
     scores, choices = NUMBER * cfg.n_routed_experts, INDEX * cfg.n_activated_experts
-    if not fused:
+    if cut:
+        scores *= 2
+    elif not fused:
         return scores + choices
-    return 2 * scores + choices + NUMBER * cfg.n_activated_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
+    return scores + choices + NUMBER * cfg.n_activated_experts + (NUMBER * cfg.dim if number_bytes < NUMBER else 0)
 
 
 def _sparse_plain(

@@ -128,7 +128,7 @@ def plan_run(
 
 def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str, int]]:
     """Bytes by kind of every pipeline rank of a run with this schedule."""
-    numbers = NumberFormats(fp8=setup.fp8, muon=setup.muon)
+    numbers = NumberFormats(fp8=setup.fp8, muon=setup.muon, padded=setup.packed or not setup.device.cudnn)
     return memory.per_rank(
         cfg, setup.layout, table, setup.rows, setup.length, numbers, setup.recompute, setup.mtp,
         cuts(setup, table.stages), setup.device.room,
@@ -196,6 +196,8 @@ def assumptions(plan: RunPlan) -> list[str]:
     ]
     if setup.recompute:
         texts.append(f"recomputed in backward: {', '.join(setup.recompute)}")
+    if setup.packed:
+        texts.append("rows hold several texts that do not see each other")
     if plan.usd_hour is not None:
         texts.append(f"${plan.usd_hour:g} per GPU hour")
     return texts

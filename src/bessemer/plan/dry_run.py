@@ -81,11 +81,12 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     moments = torch.bfloat16 if settings.moments == "bfloat16" else torch.float32
     fused = device_name is not None
     muon = settings.optimizer == "muon"
-    numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused, muon)
+    chosen = None if device_name is None else device(device_name)
+    padded = half and chosen is not None and (settings.document_mask or not chosen.cudnn)
+    numbers = NumberFormats(2 if half else 4, moments.itemsize, settings.fp8 != "off", fused, muon, padded)
     ramp = _ramp(settings, layout, recipe.layout.schedule)
     last = ramp[-1]
     table = schedules.schedule(last["schedule"], layout.pp, last["micro"])
-    chosen = None if device_name is None else device(device_name)
     return DryRun(
         layout, table, numbers, settings.micro_rows, length, ramp,
         dry_run(

@@ -45,6 +45,8 @@ class Device:
     devices: int
     fp8: float | None = None
     usd_hour: float | None = None
+    cudnn: bool = False
+    """Has cuDNN's attention, for keys wider than values; other kernels pad these (`model.attention_gpu`)."""
     sources: tuple[str, ...] = ()
 
     @property

@@ -55,6 +55,8 @@ class NumberFormats:
     """Attention saves what FlashAttention saves; False: what the CPU kernel saves."""
     muon: bool = False
     """Muon updates the matrices inside the layers, with one moment; AdamW, with two, the rest."""
+    padded: bool = False
+    """Attention needs values as wide as keys: packed rows, and cards without cuDNN's."""
 
 
 def per_rank(
@@ -92,6 +94,7 @@ def saved_by_stage(
         stage: stage_activation_bytes(
             cfg, layers, rows, length // cp, last=stage == len(cuts) - 1, fp8=numbers.fp8,
             number_bytes=numbers.compute, mtp=mtp, fused=numbers.fused, recompute=phases, cut=cp > 1, whole=whole,
+            padded=numbers.padded,
         )
         for stage, layers in enumerate(cuts)
     }  # fmt: skip

@@ -64,6 +64,8 @@ class PlanConfig:
     """adamw or muon."""
     mtp: int | None = None
     """1: with the MTP modules; 0: without."""
+    packed: int | None = None
+    """1: rows hold several texts that do not see each other, as fine-tuning packs them; 0: every token sees its row."""
     routing: str | None = None
     """balanced, or a load trace (JSON: tokens of each expert, layer by layer)."""
     recompute: tuple[str, ...] | None = None
@@ -180,11 +182,15 @@ def _phases(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
+def _switch(setting: str, text: str) -> int:
+    return int(_one_of("0", "1")(setting, text))
+
+
 _READ: dict[str, Callable[[str, str], Any]] = {
     "schedule": _one_of("auto", *schedules.SCHEDULES), "tokens": _amount, "precision": _one_of("fp8", "bf16"),
     "optimizer": _one_of("adamw", "muon"),
     "batch": lambda setting, text: ((0.0, float(_whole(setting, text))),),
-    "mtp": lambda setting, text: int(_one_of("0", "1")(setting, text)), "routing": lambda setting, text: text,
+    "mtp": _switch, "packed": _switch, "routing": lambda setting, text: text,
     "recompute": _phases, "stages": _one_of("balanced", "even"), "in_step": _amount, "usd": _amount,
 }  # fmt: skip
 
@@ -237,7 +243,7 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     return Setup(
         ModelShape.of(cfg), layout, cluster.device, name, micro, rows, length, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
-        cp=layout.cp, muon=config.optimizer == "muon",
+        cp=layout.cp, muon=config.optimizer == "muon", packed=config.packed == 1,
     )  # fmt: skip
 
 
@@ -334,10 +340,12 @@ def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> P
         layout["recompute"] = tuple(table.recompute)
     if settings is None:
         fp8 = any(getattr(stage, "fp8", "off") != "off" for stage in recipe.stages)
-        return PlanConfig(**layout, seq=length, precision="fp8" if fp8 else "bf16")
+        packed = int(any(hasattr(stage, "row_length") for stage in recipe.stages))
+        return PlanConfig(**layout, seq=length, precision="fp8" if fp8 else "bf16", packed=packed)
     rows = settings.batch_rows
     return PlanConfig(
         **layout, tokens=float(settings.tokens), batch=tuple(zip(rows.tokens, rows.values, strict=True)),
         seq=length, micro_rows=settings.micro_rows, optimizer=settings.optimizer,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
+        packed=int(settings.document_mask),
     )  # fmt: skip

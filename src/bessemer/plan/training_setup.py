@@ -150,6 +150,8 @@ class Setup:
     cp: int = 1
     """Context parallelism: how many of the layout's ranks each compute a part of every row."""
     muon: bool = False
+    packed: bool = False
+    """Rows hold several texts that do not see each other."""
     slices: int = 2
     """Virtual stages of a pipeline rank under "interleaved"."""
     factors: RateFactors = AS_PUBLISHED

@@ -37,33 +37,34 @@ def held(groups: Iterable[Group]) -> dict[str, int]:
     return sizes
 
 
-def kept(model: nn.Module, rows: int, length: int, number: int, mtp: bool) -> int | None:
-    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families."""
+def kept(model: nn.Module, rows: int, length: int, number: int, mtp: bool, padded: bool = False) -> int | None:
+    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families. `padded`: its
+    attention needs values as wide as keys."""
     if not isinstance(model, Transformer):
         return None
     layer = next(module for module in model.modules() if isinstance(module, Layer))
     return stage_activation_bytes(
         model.cfg, range(model.cfg.n_layers), rows, length, last=True, fp8=layer.fp8 is not None, number_bytes=number,
-        mtp=mtp, fused=True, recompute=layer.recompute, whole=True,
+        mtp=mtp, fused=True, recompute=layer.recompute, whole=True, padded=padded,
     )  # fmt: skip
 
 
 def explain(
     card: str, total: int, stays: dict[str, int], model: nn.Module, config: OptimizerConfig, rows: int, length: int,
-    number: int, mtp: bool,
+    number: int, mtp: bool, padded: bool = False,
 ) -> UserError:  # fmt: skip
     """The error for a step that ran out of the `total` bytes of a card, in a forward or backward of `rows` rows of
     `length` tokens, with numbers of `number` bytes."""
     table = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in stays.items() if size)
     text = f'stage "{config.name}" ran out of memory on {card} ({total / GIB:.1f} GiB): {table} GiB stay'
     room, fixed = int(USABLE * total), sum(stays.values())
-    forward = kept(model, rows, length, number, mtp)
+    forward = kept(model, rows, length, number, mtp, padded)
     if forward is not None:
         text += f", and a forward of {rows} rows of {length:,} tokens keeps about {forward / GIB:.1f}"
     text += ". "
     key = "micro_tokens" if "micro_tokens" in type(config).model_fields else "micro_rows"
     fits = rows // 2
-    while forward is not None and fits and fixed + (kept(model, fits, length, number, mtp) or 0) > room:
+    while forward is not None and fits and fixed + (kept(model, fits, length, number, mtp, padded) or 0) > room:
         fits //= 2
     if fixed > room:
         return UserError(text + "That is more than the card holds: " + _smaller(stays, config))
@@ -74,7 +75,7 @@ def explain(
     value = fits if key == "micro_rows" else max(16, getattr(config, key) * fits // rows)
     text += f"Lower {key} from {getattr(config, key)} to {value}"
     if forward is not None:
-        text += f", which keeps about {(kept(model, fits, length, number, mtp) or 0) / GIB:.1f} GiB"
+        text += f", which keeps about {(kept(model, fits, length, number, mtp, padded) or 0) / GIB:.1f} GiB"
     return UserError(text + "; results change by rounding alone, and the same command resumes from the last checkpoint")
 
 
@@ -87,11 +88,13 @@ def _smaller(stays: dict[str, int], config: OptimizerConfig) -> str:
 
 def of_step(
     device: torch.device, groups: Iterable[Group], model: nn.Module,
-    config: OptimizerConfig, shape: tuple[int, int], number: int, mtp: bool,
+    config: OptimizerConfig, shape: tuple[int, int, bool], number: int, mtp: bool,
 ) -> UserError:  # fmt: skip
-    """`explain` with this device's name and memory."""
+    """`explain` with this device's name and memory. `shape`: rows, their length, and whether they are packed."""
     card = torch.cuda.get_device_properties(device)
-    return explain(card.name, card.total_memory, held(groups), model, config, *shape, number, mtp)
+    rows, length, packed = shape
+    padded = number < 4 and (packed or card.major < 9)  # as `model.attention_gpu` chooses
+    return explain(card.name, card.total_memory, held(groups), model, config, rows, length, number, mtp, padded)
 
 
 def of_stage(stage: str) -> UserError:

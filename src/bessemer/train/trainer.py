@@ -135,7 +135,7 @@ class Trainer(Checkpointed):
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
-        self._shape = (1, 1)
+        self._shape = (1, 1, False)
         """Rows and length of the micro-batch that was computed last."""
         self.device = next(model.parameters()).device
         self._transfer = Transfer(self.device)
@@ -329,7 +329,7 @@ class Trainer(Checkpointed):
             balance.clear(self.gates)
         self.model.train()
         rows, length = batch.tokens_BT.shape
-        self._shape = rows, length
+        self._shape = rows, length, batch.segments_BT is not None
         batch = self._transfer(batch)
         loss = self.objective(self.model, batch, **terms)
         with balance.uncounted(self.gates):
