@@ -19,15 +19,9 @@ def serves(logits_BV: Tensor) -> bool:
 
 
 def sample(
-    logits_BV: Tensor,
-    vocab: int,
-    rules_B4: Tensor,
-    key_B: Tensor | None = None,
-    position_B: Tensor | None = None,
-    rejected_B: Tensor | None = None,
-    q_BV: Tensor | None = None,
-    kept_BV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits_BV: Tensor, vocab: int, rules_B4: Tensor, key_B: Tensor | None = None, position_B: Tensor | None = None,
+    rejected_B: Tensor | None = None, q_BV: Tensor | None = None, kept_BV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(token, log-probability at the row's temperature, raw log-probability) per row, among the ids below `vocab`.
 
     rules_B4, float64: temperature, top_p, top_k, min_p. The random number is that of the key at this position; without

@@ -44,8 +44,7 @@ def attend(q_BHX: Tensor, pool_PSX: Tensor, table_BP: Tensor, position_B: Tensor
 
 
 def options(dtype: torch.dtype) -> dict[str, int]:
-    """How the kernel is launched: the running sums of float32 products fit the registers of four warps only with
-    spills."""
+    """How the kernel is launched. In float32 four warps would spill registers."""
     return {"num_warps": 4 if dtype.itemsize < 4 else 8, "num_stages": 2}
 
 

@@ -147,15 +147,9 @@ def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, total
 def _rule(cfg: ModelConfig) -> kernel.Rule:
     grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
     return kernel.Rule(
-        cfg.n_routed_experts,
-        cfg.n_activated_experts,
-        cfg.n_expert_groups if grouped else 1,
-        cfg.n_limited_groups,
-        cfg.n_rated_experts,
-        cfg.score_func == "softmax",
-        cfg.norm_topk_prob,
-        cfg.route_scale,
-    )
+        cfg.n_routed_experts, cfg.n_activated_experts, cfg.n_expert_groups if grouped else 1, cfg.n_limited_groups,
+        cfg.n_rated_experts, cfg.score_func == "softmax", cfg.norm_topk_prob, cfg.route_scale,
+    )  # fmt: skip
 
 
 class _KernelGate(torch.autograd.Function):

@@ -220,11 +220,7 @@ class Transformer(nn.Module):
         return x, balance
 
     def train_outputs(
-        self,
-        tokens_BT: Tensor,
-        segments: Segments = None,
-        mtp: bool = True,
-        choice_BTLK: Tensor | None = None,
+        self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True, choice_BTLK: Tensor | None = None
     ) -> TrainOutputs:
         """Main and MTP hidden states of a batch.
 

@@ -89,9 +89,7 @@ def of_recipe(recipe: Recipe, world: int | None = None, device_name: str | None 
     table = schedules.schedule(last["schedule"], layout.pp, last["micro"])
     return DryRun(
         layout, table, numbers, settings.micro_rows, length, ramp,
-        dry_run(
-            cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen,
-        ),
+        dry_run(cfg, layout, table, settings.micro_rows, length, numbers, recipe.layout.recompute, chosen),
         chosen,
     )  # fmt: skip
 
@@ -119,13 +117,10 @@ def measure(cfg: ModelConfig, layout: Layout, table: Table, rank: int, numbers: 
             model = Transformer(cfg)
             shard = ModelShard(model, mesh.Mesh(layout, cfg), table.name)
         optimizer = Zero1(
-            shard.model,
-            shard.mesh,
-            shard.others,
-            compute_dtype=torch.bfloat16 if half else torch.float32,
+            shard.model, shard.mesh, shard.others, compute_dtype=torch.bfloat16 if half else torch.float32,
             moments_dtype=torch.bfloat16 if numbers.moments == 2 else torch.float32,
             stacked=shard.model.hidden_matrices() if numbers.muon else None,
-        )
+        )  # fmt: skip
     groups = optimizer.groups
     own = [group for group in groups if group.compute.dtype != torch.float32]  # in float32 the weights are the masters
     gates = [t for gate in shard.gates.values() for t in (gate.bias_E, gate.load_E) if t is not None]

@@ -182,15 +182,11 @@ def _phases(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def _switch(setting: str, text: str) -> int:
-    return int(_one_of("0", "1")(setting, text))
-
-
 _READ: dict[str, Callable[[str, str], Any]] = {
     "schedule": _one_of("auto", *schedules.SCHEDULES), "tokens": _amount, "precision": _one_of("fp8", "bf16"),
     "optimizer": _one_of("adamw", "muon"),
-    "batch": lambda setting, text: ((0.0, float(_whole(setting, text))),),
-    "mtp": _switch, "packed": _switch, "routing": lambda setting, text: text,
+    "batch": lambda setting, text: ((0.0, float(_whole(setting, text))),), "routing": lambda setting, text: text,
+    **dict.fromkeys(("mtp", "packed"), lambda setting, text: int(_one_of("0", "1")(setting, text))),
     "recompute": _phases, "stages": _one_of("balanced", "even"), "in_step": _amount, "usd": _amount,
 }  # fmt: skip
 

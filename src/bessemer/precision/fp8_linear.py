@@ -135,14 +135,9 @@ def token_tiles(x: Tensor, recipe: FP8Recipe, count: Count = None, power_of_two:
 
 
 def weight_gradient(
-    dy: Operand | TokenTiles,
-    x: Operand | TokenTiles,
-    recipe: FP8Recipe,
-    count: Count = None,
-    dy_powers: bool = False,
-    x_powers: bool = False,
-    add_to: Tensor | None = None,
-) -> Tensor:
+    dy: Operand | TokenTiles, x: Operand | TokenTiles, recipe: FP8Recipe, count: Count = None, dy_powers: bool = False,
+    x_powers: bool = False, add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dy^T x in float32, [N, K] or [G, N, K]. `dy_powers`, `x_powers`: the operand was quantised with powers of two and
     is re-tiled with them. `add_to`: the result is added to this tensor, which saves one of its size."""
     if isinstance(dy, TokenTiles):

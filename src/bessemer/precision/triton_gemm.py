@@ -249,16 +249,14 @@ def product(
     return y
 
 
-@triton.autotune(
-    configs=configurations(True), key=["SIZE", "N", "FIXED", "TMA", "BLOCKS", "ADD"], prune_configs_by=PRUNE
-)
-@triton.jit(do_not_specialize=["M", "sx_column", "SIZE", "FIXED"])
+@triton.autotune(configs=configurations(True), key=["SIZE", "N", "DIM", "TMA", "BLOCKS", "ADD"], prune_configs_by=PRUNE)
+@triton.jit(do_not_specialize=["M", "sx_column", "SIZE", "DIM"])
 def _gemm(
-    x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE, FIXED,
+    x, w, scale_x, scale_w, y, M, N, K, sx_row, sx_column, sw_row, sw_column, SIZE, DIM,
     TMA: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of y. SIZE is `size_class`, FIXED M or K, whichever is not tokens. ADD: add to y."""
+    """One program: one tile of y. SIZE is `size_class`, DIM M or K, whichever is not tokens. ADD: add to y."""
     m, n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

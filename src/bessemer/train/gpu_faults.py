@@ -38,8 +38,7 @@ def held(groups: Iterable[Group]) -> dict[str, int]:
 
 
 def kept(model: nn.Module, rows: int, length: int, number: int, mtp: bool, padded: bool = False) -> int | None:
-    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families. `padded`: its
-    attention needs values as wide as keys."""
+    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families."""
     if not isinstance(model, Transformer):
         return None
     layer = next(module for module in model.modules() if isinstance(module, Layer))
