@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_run import model, trainer
 
 from bessemer.model.accounting import flops_per_token
+from bessemer.precision.weights import KeptWeights
 from bessemer.train import instruments
 from bessemer.train.instruments import PHASES, Instruments, named_phases, peak_flops
 
@@ -81,6 +83,24 @@ def test_metrics_of_a_gpu(monkeypatch):
     assert "gpu/mfu" not in unknown.values(1600, 100, True, 1.0)
     on_cpu = Instruments(config, network, torch.device("cpu"), torch.float32, None, print)
     assert on_cpu.values(1600, 100, True, 1.0) == {} and on_cpu.dump() == ""
+
+
+def test_a_step_has_its_own_peak_of_memory(monkeypatch):
+    """Whatever filled the card before, such as rollouts; FP8 weights are then kept in what the step leaves free."""
+    card = SimpleNamespace(peak=76 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(card, "peak", 20 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: card.peak)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
+    made = Instruments(trainer().config, model(), torch.device("cuda"), torch.bfloat16, None, print)
+    kept = KeptWeights([torch.empty(1)])
+    kept._device, kept.copies, kept._sizes[0] = made.device, 0, 10 << 30
+    with made.step(1):
+        card.peak = max(card.peak, 30 << 30)
+        kept.drop()
+    assert made.values(1, 1, True, 1.0)["gpu/memory_gib"] == 30 and kept.copies == 2
 
 
 def test_a_memory_snapshot(tmp_path, monkeypatch):

@@ -60,7 +60,9 @@ class Instruments:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Traces the step if it is one of `profile_steps`."""
+        """Traces the step if it is one of `profile_steps`. Peaks of memory count from here: rollouts fill a card."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if number not in self.steps:
             yield
             return
