@@ -375,7 +375,7 @@ def test_a_weight_that_is_not_finite_makes_the_loss_so():
 @counted_with_kernels
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_bytes_kept_are_as_computed(name):
-    """Within 5 % in FP8, in BF16 and in float32. FP8 keeps less than 1/2.1 of what BF16 keeps with plain operations
+    """Within 5 % in FP8, in BF16 and in float32. FP8 keeps less than 1/2.05 of what BF16 keeps with plain operations
     that send rows, as on a GPU."""
     cfg, found = preset(name), {}
     data = batch(cfg, rows=4, length=128)
@@ -388,7 +388,7 @@ def test_bytes_kept_are_as_computed(name):
         assert live == pytest.approx(wanted, rel=0.05), (dtype, recipe)
         found[dtype, recipe] = live
     plain = stage_activation_bytes(cfg, range(cfg.n_layers), 4, 128, last=True, fp8=False, fused=True)
-    assert found[torch.bfloat16, PAPER] < plain / 2.1
+    assert found[torch.bfloat16, PAPER] < plain / 2.05
 
 
 def test_kept_bytes_of_other_shapes():
