@@ -1,11 +1,13 @@
 """The corpus follows TraceMix in shares, correctness and lengths; careful authors never claim a falsehood."""
 
+import json
+import random
 import re
 from collections import Counter, defaultdict
 
 import pytest
 
-from bessemer.tasks import get
+from bessemer.tasks import general_requests, get
 from bessemer.tasks.base import split_of
 from bessemer.tasks.countdown_expressions import LARGEST
 from bessemer.tasks.countdown_traces import diagnose, rates
@@ -159,6 +161,19 @@ def test_no_page_works_on_numbers_of_the_test_split():
         found[kind] += len(groups)
     assert all(split_of(page.problem.meta["numbers"]) == "train" for page in PAGES)
     assert found["drill"] > 2 * N and found["page"] > N and found["arithmetic"] > 900
+
+
+def test_no_page_of_other_tasks_answers_a_held_out_problem():
+    """Not even one whose author confuses numbers or names."""
+    products, rng = get("products"), random.Random(0)
+    for index in range(2000):
+        for turn in products.written(index).turns:
+            for call in turn.get("tool_calls", ()):
+                asked = json.loads(call["function"]["arguments"])["expression"]
+                assert split_of([int(number) for number in asked.split("*")]) == "train"
+        request = general_requests.sample_request("helpful", "train", "en", rng)
+        other = general_requests.mistaken(request, rng)
+        assert general_requests.split_of(other.family, other.slots) == "train"
 
 
 def test_who_gives_up_answers_with_the_last_try_as_often_as_set():

@@ -63,13 +63,31 @@ def test_every_pattern_is_equally_likely_at_every_difficulty(asked):
     assert set(leaves) == {(1, 3), (2, 4)}
 
 
+def parts(formula):
+    yield formula
+    if not isinstance(formula, bool):
+        for part in formula[1:]:
+            yield from parts(part)
+
+
+def bracketed(text):
+    """What stands in brackets, at every depth."""
+    open_at = []
+    for at, letter in enumerate(text):
+        if letter == "(":
+            open_at.append(at + 1)
+        elif letter == ")":
+            yield text[open_at.pop() : at]
+
+
 def test_no_formula_is_in_both_splits(asked, pages):
-    """Training has no test formula as a question, nor as any step of a page's response."""
+    """Training has no test formula as a question, nor as a step of a page's response, nor as a part of either."""
     test = {formula for problem in asked[1] for formula in problem.meta["formulas"]}
     train = {f for problem in (*asked[0], *(page.problem for page in pages)) for f in problem.meta["formulas"]}
     assert len(test) > 700 and len(train) > 4000
-    assert not test & train
+    assert not test & {part for formula in train for part in parts(formula)}
     shown = [step for page in pages for step in re.split("[=\n]|<.*?>", page.response)]
+    shown += [inner for step in shown for inner in bracketed(step)]
     known = {write(formula, language) for formula in test for language in ("en", "zh")}
     assert len(shown) > 10_000 and not known & set(shown)
     held = get("logic", phrasing="held-out")

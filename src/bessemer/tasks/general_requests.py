@@ -274,7 +274,8 @@ def mistaken(request: GeneralRequest, rng: random.Random) -> GeneralRequest:
         if other.family.name == request.family.name and other.slots != request.slots:
             keeps = [rng.random() < 0.5 for _ in request.slots]
             slots = tuple(a if keep else b for keep, a, b in zip(keeps, request.slots, other.slots, strict=True))
-            if slots != request.slots and len(set(slots)) > 1:
+            new = slots != request.slots and len(set(slots)) > 1
+            if new and split_of(request.family, slots) == "train":
                 return GeneralRequest(request.family, slots, request.language)
 
 

@@ -2,7 +2,7 @@
 
 The truth of one formula is a coin toss, so a reward for it would reward guessing. Here each of the eight patterns of
 three values is equally likely, and the answer is the whole pattern. A formula of the test split occurs in no training
-problem and on no page, neither as a question nor as a step, whatever the other two are.
+problem and on no page, neither as a question nor as a step nor as a part of either, whatever the other two are.
 
 A formula is True, False, ("not", f), or (op, f, g) with op "and" or "or". A reduction step replaces every operation
 whose operands are constants by its value, all at once: `not (true and false) or true` -> `not false or true` ->
@@ -11,8 +11,9 @@ whose operands are constants by its value, all at once: `not (true and false) or
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from bessemer.tasks.base import (
@@ -140,27 +141,36 @@ def _letters(values: list[bool]) -> str:
 def sample(leaves: int, split: str, truth: bool, rng: random.Random) -> Formula:
     """A formula of at least FEWEST constants that belongs to `split` and has the value `truth`.
 
-    No step of a train formula, right or wrong, is a formula of the test split.
+    No part of a train formula or of its steps, right or wrong, is a formula of the test split.
     """
     while True:
         formula = _tree(leaves, rng)
         if value(formula) != truth or _split(formula) != split:
             continue
-        if split == "test" or all(_split(step) == split for step in _reachable(formula)):
+        if split == "test" or all(_split(part) == split for step in _reachable(formula) for part in _parts(step)):
             return formula
 
 
+@cache
 def _split(formula: Formula) -> str:
     return split_of_text(write(formula, "en"))
 
 
 def _reachable(formula: Formula) -> set[Formula]:
-    """All formulas of at least FEWEST constants that right or wrong steps can reach from a formula."""
-    reached: set[Formula] = set()
+    """A formula and all of at least FEWEST constants that right or wrong steps can reach from it."""
+    reached = {formula}
     for step in _outcomes(formula) - {formula}:
         if _size(step) >= FEWEST:
-            reached |= {step} | _reachable(step)
+            reached |= _reachable(step)
     return reached
+
+
+def _parts(formula: Formula) -> Iterator[Formula]:
+    """A formula and its parts, of at least FEWEST constants each."""
+    if not isinstance(formula, bool) and _size(formula) >= FEWEST:
+        yield formula
+        for part in formula[1:]:
+            yield from _parts(part)
 
 
 def _outcomes(formula: Formula) -> set[Formula]:

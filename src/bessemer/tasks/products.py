@@ -61,6 +61,8 @@ class Products(Environment):
             return Written(problem, "guesser", f"<think>{a}*{b}={guess}</think><answer>{guess}</answer>")
         if rng.random() < mix.slip:
             b = _numbers(rng)[0]
+            while split_of([a, b]) != "train":
+                b = _numbers(rng)[0]
         arguments = {"expression": f"{a}*{b}"}
         function = {"name": CALCULATOR.name, "arguments": json.dumps(arguments)}
         turns = (
