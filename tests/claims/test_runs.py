@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import defaultdict
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from bessemer.claims import cards, page, pretrain, registry, results, runner, runs
 from bessemer.claims.pretrain_metrics import SHARES, worst_part
 from bessemer.claims.runs import ArmJob, ArmResult, Runs
-from bessemer.claims.verdict import ClaimVerdict, Measured, Outcome
+from bessemer.claims.verdict import ClaimVerdict, Doubt, Measured, Outcome, run
 from bessemer.cli import app
 from bessemer.errors import UserError
 from bessemer.model import accounting
@@ -34,6 +35,19 @@ def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
                 assert how.needs <= known, (claim, how.needs - known)
                 assert bool(part.positive) == bool(how.positive), claim
                 assert bool(part.negative) == bool(how.negative) or claim == "M4", claim
+
+
+@pytest.mark.parametrize("part", runs.PARTS)
+def test_a_control_that_compares_equals_shows_no_effect(part):
+    """All numbers of all arms are 1. M2, P3 and F7 compare nothing with them, and M3 divides by a difference."""
+    rules = registry.rules()
+    for (claim, metric), how in runs.part(part).METRICS.items():
+        if claim in ("F7", "M2", "M3", "P3"):
+            continue
+        ones = defaultdict[str, float](lambda: 1.0)
+        same = Runs(ArmResult(part, arm, seed, "", "", "", ones) for arm in how.needs for seed in (1, 2, 3))
+        [rule] = [one for one in rules.claim[claim].parts if one.metric == metric]
+        assert Doubt.ANYHOW not in run(rule, how.measured(same), rules).doubts, claim
 
 
 def test_what_stands_beside_a_rule_is_like_a_part_of_it():

@@ -102,8 +102,9 @@ METRICS: dict[tuple[str, str], Metric] = {
     ),
     # no negative control: the reference against itself also lies above M4's threshold of 0.8
     ("M4", "tokens/s(ref) / tokens/s(DACT)"): Metric(own("ref/DACT"), ("speed",)),
+    # a control shows the effect of a part "below" a positive threshold by lying above 0, so not the ratio itself
     ("M19", "tokens/s(ref) / tokens/s(DACT)"): Metric(
-        own("ref/DACT"), ("speed",), (), ("speed",), of_negative=own("ref/ref")
+        own("ref/DACT"), ("speed",), (), ("speed",), of_negative=lambda speed: 1 - speed["ref/ref"]
     ),
     # design of the experts
     ("M6", "bpb(NL) - bpb(CO)"): Metric(BPB, ("NL", "CO"), ("DTOT", "CO"), AGAIN),
