@@ -1,5 +1,6 @@
 """When layers are compiled, and in which precision a stage computes."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.pipeline.stage import find_kind
 from bessemer.train import setup
 
 PACKAGE = Path(bessemer.__file__).parent
@@ -124,14 +126,23 @@ def test_a_cpu_is_as_it_was():
 
 
 @pytest.mark.parametrize("table", [RLConfig, DistillConfig])
-def test_finished_runs_of_the_old_default_stay_finished(table):
-    values = {"kind": "rl", "tasks": ["countdown"], "teacher": "base"}
-    values = {key: value for key, value in values.items() if key in ("kind", *table.model_fields)}
-    today, before, other = (
-        table(**values, **more).fingerprint_values()
-        for more in ({}, {"precision": "float32"}, {"precision": "bfloat16"})
-    )
-    assert today == before and "precision" not in today and other["precision"] == "bfloat16"
+@pytest.mark.parametrize("card", [None, H100, V100], ids=["CPU", "H100", "V100"])
+def test_float32_makes_what_device_made_only_where_device_is_float32(monkeypatch, table, card):
+    """In a record without `precision` it is the default, `device`, or float32, which was the default before."""
+    if card is not None:
+        has_card(monkeypatch, card)
+    monkeypatch.setattr(setup, "device", lambda: CPU if card is None else GPU)
+    values = {"kind": "rl" if table is RLConfig else "distill", "tasks": ["countdown"], "teacher": "base"}
+    values = {key: value for key, value in values.items() if key in table.model_fields}
+    stage = find_kind(values["kind"])()
+    made = {
+        name: {"settings": table(**values, precision=name).fingerprint_values()}
+        for name in ("device", "float32", "bfloat16")
+    }
+    assert "precision" not in made["device"]["settings"]
+    for one, other in itertools.permutations(made, 2):
+        same = card is not H100 and "bfloat16" not in (one, other)
+        assert stage.same(table(**values), made[one], made[other]) is same, (one, other)
 
 
 @pytest.mark.parametrize("card", [H100, V100], ids=["H100", "V100"])

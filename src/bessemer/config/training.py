@@ -109,11 +109,6 @@ class OnPolicyConfig(FineTuningConfig):
     """Compute dtype of sampling and training. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: on a
     CPU, whichever measures faster. Master weights and gradients are always float32."""
 
-    def fingerprint_values(self) -> dict[str, Any]:
-        """Without `precision` where it is the default of today or of before, float32: finished runs stay finished."""
-        values = super().fingerprint_values()
-        return {key: value for key, value in values.items() if (key, value) != ("precision", "float32")}
-
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr(step)
 

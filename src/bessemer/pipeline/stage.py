@@ -95,7 +95,7 @@ class Stage(Generic[_Config]):
 
     def same(self, config: _Config, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
         """Whether a recorded identity, perhaps of an older version, means the same output as the identity `now`."""
-        return recorded == now
+        return recorded == now or (_device_is_float32() and _without_float32(recorded) == _without_float32(now))
 
     def estimate(self, config: _Config, recipe: Recipe) -> float:
         """Rough seconds on two CPU cores: only for the run's remaining time, and corrected by what the run measures."""
@@ -116,6 +116,23 @@ class Stage(Generic[_Config]):
         """
         if self.exports_conversations(config):
             yield from files.conversation_texts(folder)
+
+
+def _device_is_float32() -> bool:
+    import torch
+
+    from bessemer.train import setup
+
+    return setup.precision_on("device", setup.device()).dtype == torch.float32
+
+
+def _without_float32(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without a `precision` of float32, which some records lack: it was the default of RL and distillation before
+    "device"."""
+    settings = dict(identity.get("settings", {}))
+    if settings.get("precision") == "float32":
+        del settings["precision"]
+    return identity | {"settings": settings}
 
 
 class StepLog:
