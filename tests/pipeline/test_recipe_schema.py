@@ -137,6 +137,9 @@ def test_a_mistake_is_named(tmp_path, old, new, words):
         ("first.steps=1\nseed=2", "one value"),
         ("first.steps.x=1", "is not a table"),
         ("seed=", "not a TOML value"),
+        ("seed=-1", '"seed" is -1 .*, expected greater than or equal to 0'),
+        ("first.seed=-1", '"first".*"seed" is -1 .*, expected greater than or equal to 0'),
+        (f"first.seed={2**63}", "expected less than 9223372036854775808"),
     ],
 )
 def test_a_bad_override_is_named(override, words):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from bessemer.config.builtin import find_recipe
 from bessemer.config.places import read_text
-from bessemer.config.table import ConfigTable, nearest, validate
+from bessemer.config.table import ConfigTable, Seed, nearest, validate
 from bessemer.config.units import Bytes, Tokens
 from bessemer.errors import UserError
 
@@ -120,7 +120,7 @@ class Curation(ConfigTable):
 
     name: str
     """Name of the build; its folder is data/NAME unless --out says otherwise."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed that selects the documents for fill-in-the-middle and the tokens to split."""
     row_length: int = Field(256, ge=8)
     """Tokens per row; a training stage can read rows of another length."""

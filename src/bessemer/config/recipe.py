@@ -25,7 +25,7 @@ from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, Rej
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
 from bessemer.config.places import read_text
 from bessemer.config.rl import RLConfig
-from bessemer.config.table import ConfigTable, StageConfig, current_names, keys, nearest, stage_refs, validate
+from bessemer.config.table import ConfigTable, Seed, StageConfig, current_names, keys, nearest, stage_refs, validate
 from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
@@ -99,7 +99,7 @@ class Head(ConfigTable):
 
     name: str
     """The run's name; its folder is runs/NAME unless --out says otherwise."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed for every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
     """preset = "tiny", plus any fields of the model config to override."""

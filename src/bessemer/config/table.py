@@ -37,6 +37,8 @@ TaskName = Annotated[str, _TaskName]
 OwnCode = Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"), _TaskName]
 """FILE.py:NAME, the user's own code."""
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What both numpy and torch take as a random seed."""
 Precision = Literal["auto", "device", "float32", "bfloat16"]
 """A compute dtype. device: bfloat16 on a GPU that has it, float32 on a CPU; auto: the same on a GPU, and on a CPU the
 one that measures faster."""
@@ -77,7 +79,7 @@ class StageConfig(ConfigTable):
     """The earlier stage whose output this one starts from. Default: the stage before it."""
     like: str | None = Field(default=None, exclude=True)
     """Earlier stage from which this one inherits every key that it does not set."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Random seed for this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
     def fingerprint_values(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from bessemer.config.judge import JudgeConfig
-from bessemer.config.table import ConfigTable, Precision, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import ConfigTable, Precision, Seed, SourceName, StageConfig, StageRef, TaskName
 from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
 
 Divergence = Literal["reverse", "forward"]
@@ -137,7 +137,7 @@ class PretrainConfig(OptimizerConfig):
     rise from 0 again. Default: `from` names the corpus, and the weights are random."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
-    weights_seed: int | None = None
+    weights_seed: Seed | None = None
     """Seed for the random weights alone, so that two runs can still read the same rows. Default: the stage's seed."""
     tokens: Tokens = 8_000_000
     """Tokens to train on, padding included."""
