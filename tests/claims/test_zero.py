@@ -121,6 +121,26 @@ def test_metrics_take_the_arms_that_the_rules_name():
     assert found["R2", "pass@1, with - without, points"] is None  # there is no arm with the mixed corpus
 
 
+class Asked(dict):
+    def __missing__(self, key):
+        return self.setdefault(key, 1.0)
+
+
+def test_a_control_that_asks_other_questions_than_its_part_says_so():
+    """A control that asks models again has words of its own unless it repeats its part's numbers."""
+    other = set()
+    for (claim, metric), how in zero.METRICS.items():
+        part, control = Asked(), Asked()
+        how.of(*[part] * len(how.arms))
+        (how.of_negative or how.of)(*[control] * len(how.negative)) if how.negative else None
+        again = {name.removeprefix("again ") for name in control if name.startswith("again ")}
+        if again and again != set(part):
+            [rule] = [one for one in registry.rules().claim[claim].parts if one.metric == metric]
+            assert f"{claim}: {rule.negative}" in registry.metrics()["control"], claim
+            other.add(claim)
+    assert other == {"Z8", "Z10", "R1"} and all(registry.claims()[name].limit for name in other)
+
+
 def test_a_small_run_gives_the_numbers(tmp_path):
     """The jobs of the base and of R1-Zero at a size that learns nothing; the second reuses the first one's stages."""
     small = {"corpus": {"limits": {"sums": 30_000}, "vocab_sample": 20_000}, "base": {"tokens": 4096},

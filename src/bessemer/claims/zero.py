@@ -223,7 +223,8 @@ def gap(name: str, other: str | None = None, times: float = 1.0) -> Any:
 
 
 def again(name: str, times: float = 1.0) -> Any:
-    """A model's number when it is asked again minus its first number: this must show nothing."""
+    """A model's number when it is asked again minus its first number: this must show nothing. Only the paid task is
+    asked again, also as the control of other tasks (Z8, Z10)."""
     return lambda base: times * (base[f"again {name}"] - base[name])
 
 
@@ -253,7 +254,8 @@ def rises(base: Numbers, cold: Numbers, dev2: Numbers, dev3: Numbers, r1: Number
 
 
 def rises_again(*stages: Numbers) -> float:
-    """How many of the same models seem to improve when they are merely asked again."""
+    """How many of the same models seem to improve when they are merely asked the puzzles again, by readability and
+    pass@1 in place of other tasks and everyday requests."""
     names = ("readable", "pass@1", "pass@1", "readable")
     return sum(one[f"again {name}"] > one[name] for one, name in zip(stages, names, strict=True))
 
