@@ -21,7 +21,8 @@ def test_tokens(text, count):
     assert parsed == count and isinstance(parsed, int)
 
 
-@pytest.mark.parametrize("text", ["8X", "", "M", "-3", "1.5", 0.3, True, None, [], "8 M tokens", "1.2.3M", "0.0001K"])
+@pytest.mark.parametrize("text", ["8X", "", "M", "-3", "1.5", 0.3, True, None, [], "8 M tokens", "1.2.3M", "0.0001K",
+                                  "1e5000000", "1e999998", 1e19])  # fmt: skip
 def test_tokens_refused(text):
     with pytest.raises(UserError, match="8M"):
         parse_tokens(text)

@@ -12,7 +12,7 @@ the paper. Decimal arithmetic keeps "1.1B" exact.
 import math
 import re
 from bisect import bisect_right
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import (
@@ -55,8 +55,10 @@ def parse_tokens(value: object) -> int:
         raise wrong
     try:
         count = Decimal(match[1].replace("_", "")) * _COUNT[match[2].upper()]
-    except InvalidOperation:
+    except ArithmeticError:
         raise wrong from None
+    if count >= 2**63:  # torch and numpy count no further, and int() would take for ever
+        raise UserError(f"expected {TOKENS_HELP}, below 2^63")
     if count != int(count):
         raise UserError(f"expected {TOKENS_HELP}; this is not a whole number")
     return int(count)
