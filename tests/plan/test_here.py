@@ -8,6 +8,7 @@ import pytest
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.plan.estimate import estimate
+from bessemer.train import setup
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.dim=32", "model.n_layers=2", "model.vocab_size=512", "pretrain.batch_rows=4", "pretrain.micro_rows=2",
@@ -56,6 +57,25 @@ def test_each_way_to_train_is_measured_once(monkeypatch):
     assert found.rates["training_tokens_per_second"] == 1000 / 32
     assert found.rates["training_tokens_per_second_of_short"] == 40 / 32
     assert "decoding_tokens_per_second_of_wide-zero" in found.rates and "of_again" not in str(found.rates)
+
+
+def test_what_is_asked_and_validated_is_counted(monkeypatch):
+    """At rates of 1,000 tokens per second. Without a mixture, every part of the corpus is read."""
+    for name in ("training_rate", "_held_out", "_decoding"):
+        monkeypatch.setattr(f"bessemer.plan.estimate.{name}", lambda *how: 1000.0)
+    recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
+
+    def seconds(name, **keys):
+        stages = [one.model_copy(update=keys if one.name == name else {}) for one in recipe.stages]
+        return estimate(recipe.model_copy(update={"stages": stages}), seconds=0.0).stages[name]
+
+    assert seconds("eval", shots=[0, 1, 3, 8]) == pytest.approx(4 * seconds("eval"))
+    evaluations = 2 + 40 // recipe.stage("zero").eval_every
+    more = seconds("zero", eval_tasks=["countdown", "arithmetic", "logic"]) - seconds("zero")
+    assert more == pytest.approx(2 * evaluations * 64 * 4 * 0.5 * (200 + 200 + 300) / 3 / 1000)
+    pass_of_7 = 7 * 64 * 32 / 1000 / setup.workers().n
+    for parts in (recipe.stage("pretrain").mixture, {}):
+        assert seconds("pretrain", validate_every=2_000_000, mixture=parts) == pytest.approx(6000 + 4 * pass_of_7)
 
 
 def test_a_recipe_without_pre_training():

@@ -378,6 +378,18 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     assert cost.rollout.sampling == rollout_time(*given).sampling > 1.3 * rollout_time(*given, ACCEPTED).sampling
 
 
+def test_an_evaluation_asks_anew_for_every_number_of_shots():
+    plan = plan_run(V3, OWN, 1e12, lambda tokens: 15360)
+    one, four = (
+        next(cost for cost in stage_costs(plan, recipe) if cost.kind == "eval")
+        for recipe in (
+            Recipe.load(ROOT / "recipes/tiny.toml", [f"eval.shots={shots}"]) for shots in ("[0]", "[0,1,3,8]")
+        )
+    )
+    answers = [float(cost.work.split("K")[0]) for cost in (one, four)]
+    assert four.gpu_hours > one.gpu_hours and answers[1] == pytest.approx(4 * answers[0], rel=0.01)
+
+
 def test_more_answers_than_fit_at_once_take_proportionally_longer():
     one, many = (rollout_time(SHAPE, OWN.device, 8, n * 8 * TOGETHER, 8192, 1e4, 8).sampling for n in (1, 101))
     step = decode(Deployment(SHAPE, OWN.device, 8, TOGETHER, MEAN * 8192)).seconds

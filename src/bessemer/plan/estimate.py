@@ -30,10 +30,11 @@ from bessemer.engine.engine import Engine
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.eval import n_problems
+from bessemer.pipeline.stages.eval import n_answers
 from bessemer.pipeline.stages.pretrain import HELDOUT_ROWS, runtime
 from bessemer.plan.plan_config import pretraining
 from bessemer.precision.fp8_linear import FP8_RECIPES
+from bessemer.rl.monitor import SAMPLES, evaluation_tasks
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import read_json
 from bessemer.tasks.arithmetic import Arithmetic
@@ -221,19 +222,23 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: _Rates) -> float:
         return CORPUS
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         evaluations = 1 + stage.tokens // stage.validate_every
-        held_out = evaluations * len(stage.mixture) * HELDOUT_ROWS * rates.length / rates.held_out(stage)
+        corpus = recipe.stage(stage.source) if stage.source else None
+        parts = stage.mixture or (corpus.parts if isinstance(corpus, CorpusConfig) else ())
+        held_out = evaluations * len(parts) * HELDOUT_ROWS * rates.length / rates.held_out(stage)
         return stage.tokens / rates.training(stage) + held_out / setup.workers().n
     if isinstance(stage, RLConfig):
         samples = stage.rollouts * stage.prompts_per_rollout * stage.samples
         evaluations = 2 + stage.rollouts // stage.eval_every
-        asked = evaluations * stage.eval_problems * 4 * len(stage.tasks)
+        families = [task for several in evaluation_tasks(stage) for task in several]
+        problems = sum(min(task.size("test") or stage.eval_problems, stage.eval_problems) for task in families)
+        asked = evaluations * problems * SAMPLES
         mean = ANSWER * sum(stage.max_new_tokens.values) / len(stage.max_new_tokens.values)
         # the log-probabilities of the policy and of the reference each take a forward pass
         passes = 1 + 2 / 3
         return (samples + asked) * mean / rates.decoding(stage.name) + samples * mean * passes / rates.training(stage)
     if isinstance(stage, EvalConfig):
-        answers = len(stage.temperatures) * n_problems(stage) * stage.samples
-        return sum(answers * ANSWER * stage.max_new_tokens / rates.decoding(name) for name in stage.models)
+        tokens = n_answers(stage) * ANSWER * stage.max_new_tokens
+        return sum(tokens / rates.decoding(name) for name in stage.models)
     # the initial guess of the progress bar, scaled by its error for training with the stage's settings
     if not (guess := find_kind(stage.kind)().estimate(stage, recipe)):
         return 0.0

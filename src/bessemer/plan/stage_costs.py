@@ -20,7 +20,7 @@ from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.eval import n_problems
+from bessemer.pipeline.stages.eval import n_answers
 from bessemer.plan.cost import RunPlan, amount
 from bessemer.plan.inference import RolloutTime, rollout_time
 from bessemer.plan.plan_config import begun, planned
@@ -79,10 +79,9 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
         return StageCost(stage.name, stage.kind, hours, work)
     if isinstance(stage, EvalConfig):
         try:
-            problems = n_problems(stage)
+            each = n_answers(stage)
         except UserError as error:  # all of a file's problems, and the file is elsewhere
             return StageCost(stage.name, stage.kind, 0.0, f"not counted: {error}")
-        each = problems * stage.samples * len(stage.temperatures)
         hours = sum(_answers(plan, recipe, name, each, stage.max_new_tokens) for name in stage.models)
         work = f"{amount(each * len(stage.models))} answers{_as_if(recipe, *stage.models)}"
         return StageCost(stage.name, stage.kind, hours, work)

@@ -59,9 +59,7 @@ class Eval(Stage[EvalConfig]):
                 yield preflight.of_key("shots", partial(_shown, config, task))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        problems = n_problems(config)
-        models = len(config.models) * len(config.temperatures) * len(config.shots)
-        return setup.decode_seconds(recipe, models * problems * config.samples * config.max_new_tokens)
+        return setup.decode_seconds(recipe, len(config.models) * n_answers(config) * config.max_new_tokens)
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
@@ -166,9 +164,10 @@ def _shown(config: EvalConfig, task: tasks.Task) -> None:
     next(examples(task, task.languages[0], ""))
 
 
-def n_problems(config: EvalConfig) -> int:
-    """Problems that each model is asked at each temperature, over all tasks and languages."""
-    return sum(_size(config, task) for task in _tasks(config))
+def n_answers(config: EvalConfig) -> int:
+    """Answers of each model, over all tasks, languages, temperatures and numbers of shots."""
+    problems = sum(_size(config, task) for task in _tasks(config))
+    return problems * config.samples * len(config.temperatures) * len(config.shots)
 
 
 def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
