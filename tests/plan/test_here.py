@@ -75,6 +75,7 @@ def test_what_is_asked_and_validated_is_counted(monkeypatch):
     assert more == pytest.approx(2 * evaluations * 64 * 4 * 0.5 * (200 + 200 + 300) / 3 / 1000)
     pass_of_7 = 7 * 64 * 32 / 1000 / setup.workers().n
     for parts in (recipe.stage("pretrain").mixture, {}):
+        assert seconds("pretrain", validate_every=0, mixture=parts) == pytest.approx(6000 + pass_of_7)
         assert seconds("pretrain", validate_every=2_000_000, mixture=parts) == pytest.approx(6000 + 4 * pass_of_7)
 
 

@@ -221,7 +221,7 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: _Rates) -> float:
     if isinstance(stage, CorpusConfig):
         return CORPUS
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
-        evaluations = 1 + stage.tokens // stage.validate_every
+        evaluations = 1 + (stage.tokens // stage.validate_every if stage.validate_every else 0)
         corpus = recipe.stage(stage.source) if stage.source else None
         parts = stage.mixture or (corpus.parts if isinstance(corpus, CorpusConfig) else ())
         held_out = evaluations * len(parts) * HELDOUT_ROWS * rates.length / rates.held_out(stage)
