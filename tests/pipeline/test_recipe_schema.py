@@ -147,6 +147,43 @@ def test_a_bad_override_is_named(override, words):
         Recipe.parse(GOOD.replace('tokens = "8M"', "steps = 3"), [override])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("pretrain.tokens", "0", "expected greater than or equal to 1"),
+     ("extend.tokens", "0", "expected greater than or equal to 1"),
+     *((key, value, "expected values of 0 or more")
+       for key in ("pretrain.lr", "pretrain.gamma", "pretrain.mtp_lambda", "extend.gamma", "extend.mtp_lambda",
+                   "zero.lr", "zero.critic_lr", "distill.lr")
+       for value in ("-1", '[["0", 0.1], ["1M", -1e-9]]'))],
+)  # fmt: skip
+def test_a_schedule_below_zero_is_refused(key, value, words):
+    """And training on nothing, or against the gradient."""
+    text = """
+name = "x"
+[[stage]]
+kind = "corpus"
+[[stage]]
+kind = "pretrain"
+lr = 0
+[[stage]]
+kind = "extend"
+corpus = "corpus"
+length = 64
+lr = 1e-3
+[[stage]]
+kind = "rl"
+name = "zero"
+tasks = ["countdown"]
+[[stage]]
+kind = "distill"
+teacher = "zero"
+tasks = ["countdown"]
+"""
+    Recipe.parse(text, [f"{key}=1"])
+    with pytest.raises(UserError, match=f'key "{key.partition(".")[2]}".*{words}'):
+        Recipe.parse(text, [f"{key}={value}"])
+
+
 def test_missing_and_empty_recipes(tmp_path):
     (tmp_path / "other.toml").write_text("")
     with pytest.raises(UserError, match=r"no recipe at .*tinny.toml; available recipes: .*other.toml"):

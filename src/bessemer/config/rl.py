@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bessemer.config.table import AskingConfig, ConfigTable, OwnCode, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
-from bessemer.config.units import Points
+from bessemer.config.units import Points, Rates
 
 Exported = Literal["nothing", "correct", "all"]
 """Which samples of a run are exported as conversations."""
@@ -129,7 +129,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     sampler's truncation left (DeepSeek-V3.2 3.1, Keep Sampling Mask); rl/kept_tokens is the mean number of these.
     false: log-probabilities are over the whole vocabulary, as in most trainers, although samples come from the
     truncated distribution, which biases the gradient; for comparison."""
-    lr: Points = Points(3e-4)
+    lr: Rates = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
     clip_low: float = Field(0.2, gt=0)
     """Lower clip of the ratio."""
@@ -168,7 +168,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     reward model)."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
-    critic_lr: Points = Points(1e-3)
+    critic_lr: Rates = Points(1e-3)
     """Learning rate of the critic over optimizer steps (undocumented)."""
     format_reward: float = Field(0.1, ge=0)
     """Weight of the format reward relative to accuracy (R1: 1; in small models a large weight teaches only the

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from bessemer.config.judge import JudgeConfig
 from bessemer.config.table import ConfigTable, Precision, Seed, SourceName, StageConfig, StageRef, TaskName
-from bessemer.config.units import Points, Seconds, Steps, Tokens, Weight
+from bessemer.config.units import Points, Rates, Seconds, Steps, Tokens, Weight
 
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
@@ -99,7 +99,7 @@ class OnPolicyConfig(FineTuningConfig):
 
     micro_rows: ClassVar = 1  # type: ignore[misc]  # constant, no key of the table
 
-    lr: Points
+    lr: Rates
     """Learning rate over optimizer steps."""
     clip: float = Field(1.0, gt=0, alias="clip_norm")
     """Maximum gradient norm."""
@@ -139,7 +139,7 @@ class PretrainConfig(OptimizerConfig):
     """Overrides of the recipe's [model] for this stage, such as a smaller student for distillation."""
     weights_seed: Seed | None = None
     """Seed for the random weights alone, so that two runs can still read the same rows. Default: the stage's seed."""
-    tokens: Tokens = 8_000_000
+    tokens: Tokens = Field(8_000_000, ge=1)
     """Tokens to train on, padding included."""
     mixture: dict[str, Weight] = Field(default_factory=dict)
     """Part of the corpus = its share of the rows, a number or a function of consumed tokens: [["0", 0.5],
@@ -153,16 +153,16 @@ class PretrainConfig(OptimizerConfig):
     lengths: Steps | None = None
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
     shorter rows mean more rows. Default: the corpus' row_length throughout (as V3 in pre-training)."""
-    lr: Points
+    lr: Rates
     """Learning rate over consumed tokens; a point written ["14.3T", 2.2e-5, "cosine"] is reached by half a cosine (V3:
     0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
     """Rows per forward pass; affects memory and speed only (with fp8 also the last digits: tiles run along tokens)."""
-    gamma: Points = Points(0.001)
+    gamma: Rates = Points(0.001)
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
-    mtp_lambda: Points = Points([["0", 0.3]])
+    mtp_lambda: Rates = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
     mtp_targets: Literal["own", "other-row"] = "own"
     """Where the MTP modules' targets come from; other-row: the next row of the run, a control that teaches nothing."""
@@ -206,11 +206,11 @@ class ExtendConfig(PretrainConfig):
     original_length: int | None = Field(None, ge=8)
     """Length at which the model was trained before any extension. Default: the row length of its pre-training corpus;
     for an imported model, the value in its config."""
-    tokens: Tokens = 1_000_000
+    tokens: Tokens = Field(1_000_000, ge=1)
     """Tokens to train on, padding included (V3: 62.9B in each phase)."""
-    gamma: Points = Points(0.0)
+    gamma: Rates = Points(0.0)
     """Update speed of the routing bias (V3: 0 from 14.3T on)."""
-    mtp_lambda: Points = Points(0.1)
+    mtp_lambda: Rates = Points(0.1)
     """Weight of the MTP loss (V3: 0.1 from 10T on)."""
     model: dict[str, Any] = Field(default_factory=dict, max_length=0)
     """Not available for this kind: the model is that of the stage it starts from."""
@@ -278,7 +278,7 @@ class DistillConfig(OnPolicyConfig):
     """Temperature of sampling and of both distributions."""
     divergence: Divergence = "reverse"
     """KL of student from teacher (reverse), or of teacher from student (forward)."""
-    lr: Points = Points(1e-3)
+    lr: Rates = Points(1e-3)
     """Learning rate over optimizer steps."""
     eval_every: int = Field(25, ge=1)
     """Steps between held-out evaluations."""

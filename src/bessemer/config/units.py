@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -220,6 +221,16 @@ Weight = Annotated[
     WithJsonSchema(_points_schema()),
 ]  # fmt: skip
 """A number, or points in consumed tokens; a number stays one."""
+
+
+def _not_negative(points: Points) -> Points:
+    if min(points.values) < 0:
+        raise UserError("expected values of 0 or more")
+    return points
+
+
+Rates = Annotated[Points, AfterValidator(_not_negative)]
+"""Points of which none lies below 0."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_SECONDS_SCHEMA)]
