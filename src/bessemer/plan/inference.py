@@ -4,10 +4,10 @@ Decode (V3 3.4): every GPU computes the attention of its own answers and a share
 reads its weights and cached latents once, attends to latents in the absorbed form (V3 2.1.1) and sends tokens with
 DeepEP's low-latency kernels. Two micro-batches alternate, so the slower of computation and communication counts.
 
-RL (R1-Nature B.1): rollouts, then updates, on the same devices. A rollout ends with its longest answer: it takes a
-decoding step for every token up to the cap, or the time of all tokens at the full batch, whichever is longer. Updates
-pass once over the tokens of the rollout, forward and backward, and forward only for the log-probabilities of the policy
-and of the reference.
+RL (R1-Nature B.1): rollouts, then updates, on the same devices. A rollout takes the time of all its tokens at the full
+batch and then, since it ends with its longest answer, a decoding step of that answer alone for every token from the
+mean length to the cap. Updates pass once over the tokens of the rollout, forward and backward, and forward only for the
+log-probabilities of the policy and of the reference.
 """
 
 from __future__ import annotations
