@@ -237,7 +237,7 @@ def _stage(stage: StageConfig, recipe: Recipe, rates: _Rates) -> float:
         passes = 1 + 2 / 3
         return (samples + asked) * mean / rates.decoding(stage.name) + samples * mean * passes / rates.training(stage)
     if isinstance(stage, EvalConfig):
-        tokens = n_answers(stage) * ANSWER * stage.max_new_tokens
+        tokens = sum(n_answers(stage)) * ANSWER * stage.max_new_tokens
         return sum(tokens / rates.decoding(name) for name in stage.models)
     # the initial guess of the progress bar, scaled by its error for training with the stage's settings
     if not (guess := find_kind(stage.kind)().estimate(stage, recipe)):

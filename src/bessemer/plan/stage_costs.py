@@ -79,11 +79,11 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
         return StageCost(stage.name, stage.kind, hours, work)
     if isinstance(stage, EvalConfig):
         try:
-            each = n_answers(stage)
+            rows = n_answers(stage)  # asked one after the other
         except UserError as error:  # all of a file's problems, and the file is elsewhere
             return StageCost(stage.name, stage.kind, 0.0, f"not counted: {error}")
-        hours = sum(_answers(plan, recipe, name, each, stage.max_new_tokens) for name in stage.models)
-        work = f"{amount(each * len(stage.models))} answers{_as_if(recipe, *stage.models)}"
+        hours = sum(_answers(plan, recipe, name, n, stage.max_new_tokens) for name in stage.models for n in rows)
+        work = f"{amount(sum(rows) * len(stage.models))} answers{_as_if(recipe, *stage.models)}"
         return StageCost(stage.name, stage.kind, hours, work)
     # the stage's own first estimate, turned from this machine's seconds into tokens of the plan's network
     first = planned(recipe)

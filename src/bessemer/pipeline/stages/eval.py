@@ -59,7 +59,7 @@ class Eval(Stage[EvalConfig]):
                 yield preflight.of_key("shots", partial(_shown, config, task))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        return setup.decode_seconds(recipe, len(config.models) * n_answers(config) * config.max_new_tokens)
+        return setup.decode_seconds(recipe, len(config.models) * sum(n_answers(config)) * config.max_new_tokens)
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()
@@ -164,10 +164,10 @@ def _shown(config: EvalConfig, task: tasks.Task) -> None:
     next(examples(task, task.languages[0], ""))
 
 
-def n_answers(config: EvalConfig) -> int:
-    """Answers of each model, over all tasks, languages, temperatures and numbers of shots."""
-    problems = sum(_size(config, task) for task in _tasks(config))
-    return problems * config.samples * len(config.temperatures) * len(config.shots)
+def n_answers(config: EvalConfig) -> list[int]:
+    """Answers of each model, row by row of its table: by task, language, temperature and number of shots."""
+    rows_of_task = len(config.temperatures) * len(config.shots)
+    return [_size(config, task) * config.samples for task in _tasks(config) for _ in range(rows_of_task)]
 
 
 def _tasks(config: EvalConfig) -> Iterator[tasks.Task]:
