@@ -76,6 +76,21 @@ def test_a_run_of_figures_is_no_sign():
     assert _hits(index, "5 = 67 is what we get in the end of it")
 
 
+RESTATED = {
+    "jsonl": FORMS["jsonl"] | {"original_question": QUESTION + " Why?", "solution": f"Asked: {QUESTION} {SOLUTION}"},
+    "choice": FORMS["choice"],
+    "code": FORMS["code"],
+    "puzzle": {"question": QUESTION, "answer": ["72", "24"]},
+}
+
+
+@pytest.mark.parametrize("form", RESTATED)
+def test_ten_words_are_a_hit_where_several_texts_of_one_problem_have_them(tmp_path, form):
+    (tmp_path / "all.jsonl").write_text(2 * (json.dumps(RESTATED[form]) + "\n"))
+    index = Index(eval_texts([f"{form}:{tmp_path}/all.jsonl@test"], 10), 10)
+    assert set(_hits(index, "sold half as many clips in May. How many clips")) == {0}
+
+
 def test_what_several_questions_share_is_wording():
     shared = "read the following story about the old farmer and then answer this question in one word"
     index = Index(

@@ -1,10 +1,10 @@
 """Finds texts that contain a question of an evaluation or its solution: the 10-gram rule of R1-Nature D.1.
 
 A hit is defined as in `eval/contamination`, which searches the training texts of a run. A question or solution from a
-data set hits with N consecutive words that no other one contains and that are not mostly numbers. A generated question,
-or one shorter than N words, hits only as a whole, because two generated questions share ten words and small numbers by
-chance. Texts under SHORTEST words are not searched for. Words are 64-bit hashes (`words`); two different words collide
-once in 10^19."""
+data set hits with N consecutive words that no other problem contains and that are not mostly numbers. A generated
+question, or one shorter than N words, hits only as a whole, because two generated questions share ten words and small
+numbers by chance. Texts under SHORTEST words are not searched for. Words are 64-bit hashes (`words`); two different
+words collide once in 10^19."""
 
 import hashlib
 import json
@@ -31,6 +31,7 @@ class EvalText(NamedTuple):
     """A text that must not occur in training data."""
 
     name: str
+    """The problem's; its texts share one."""
     text: str
     whole: bool
     """Whether only the whole text is a hit."""
@@ -48,20 +49,24 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
                 for index in range(problems if size is None else size):
                     problem = task.problem("test", index, 0, language)
                     whole = not GENERATED.isdisjoint(problem.meta)
-                    found.setdefault(problem.prompt, EvalText(problem.id, problem.prompt, whole))
-        for one in _other_texts(tasks.get(name)):
-            found.setdefault(one.text, one)
+                    asked = found.setdefault(problem.prompt, EvalText(_name(task, problem), problem.prompt, whole))
+                    for text in _other_texts(task, problem):
+                        found.setdefault(text, EvalText(asked.name, text, False))
     return list(found.values())
 
 
-def _other_texts(task: tasks.Task) -> Iterator[EvalText]:
-    """The other texts in the lines of held-out questions, mainly solutions. Tests of programs, which may take many
+def _name(task: tasks.Task, problem: tasks.Problem) -> str:
+    return f"{task.files['test'].path}:{problem.meta['line']}" if isinstance(task, FileTask) else problem.id
+
+
+def _other_texts(task: tasks.Task, problem: tasks.Problem) -> Iterator[str]:
+    """The other texts in the line of a held-out question, mainly solutions. Tests of programs, which may take many
     megabytes, are left out."""
-    if isinstance(task, FileTask) and (file := task.files.get("test")):
-        for row in task.pools["test"][""]:
-            for key, value in file.record(row).items():
-                if isinstance(value, str) and key not in TESTS:
-                    yield EvalText(f"{file.path}:{file.lines[row]}", value, False)
+    if isinstance(task, FileTask):
+        file = task.files["test"]
+        for key, value in file.record(file.row(problem.meta["line"])).items():
+            if isinstance(value, str) and key not in TESTS:
+                yield value
 
 
 class Index:
@@ -79,7 +84,10 @@ class Index:
                 whole = one.whole or len(found.hashes_W) < n
                 self._known.append(_Known(one.name, found.hashes_W, whole, np.isin(found.kinds_W, FIGURES)))
         phrases, are_whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
-        self._index = NgramIndex(phrases, are_whole, n, lambda number, place: self._known[number].is_specific(place, n))
+        self._index = NgramIndex(
+            phrases, are_whole, n, lambda number, place: self._known[number].is_specific(place, n),
+            [known.name for known in self._known],
+        )  # fmt: skip
 
     def hits(self, found: WordBlock) -> dict[int, str]:
         """Index of a text in the block -> name of an evaluation text that it contains."""

@@ -7,7 +7,7 @@ and a Chinese one ten characters.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,8 +48,9 @@ def repeated(text: str, n: int) -> float:
 class NgramIndex:
     """Finds the n-grams of known phrases in texts; the caller decides what makes a hit.
 
-    A phrase that must occur as a whole is found by its rarest n-gram, any other by each n-gram that no other phrase
-    has and that is `specific` to it. A phrase without such an n-gram must occur as a whole, and so must a shorter one.
+    A phrase that must occur as a whole is found by its rarest n-gram, any other by each n-gram that no other owner's
+    phrases have and that is `specific` to it. A phrase without such an n-gram must occur as a whole, and so must a
+    shorter one.
     """
 
     def __init__(
@@ -58,12 +59,17 @@ class NgramIndex:
         whole: Sequence[bool],
         n: int,
         specific: Callable[[int, int], bool] = lambda phrase, position: True,
+        owners: Sequence[Hashable] = (),
     ) -> None:
-        """`phrases`: uint64 ids of the words of each. `specific(phrase, position)`: whether that n-gram may count."""
+        """`phrases`: uint64 ids of the words of each. `specific(phrase, position)`: whether that n-gram may count.
+        `owners`: phrases with equal owners are texts of one problem; by default every phrase has its own."""
         self.whole = list(whole)
         """Which phrases must occur as a whole."""
         hashes = [run_hashes(ids, min(n, len(ids))).tolist() for ids in phrases]
-        common = Counter(one for of_phrase in hashes for one in set(of_phrase))
+        owned: dict[Hashable, set[int]] = defaultdict(set)
+        for owner, of_phrase in zip(owners or range(len(phrases)), hashes, strict=True):
+            owned[owner].update(of_phrase)
+        common = Counter(one for of_owner in owned.values() for one in of_owner)
         self._places: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
         for phrase, (ids, of_phrase) in enumerate(zip(phrases, hashes, strict=True)):
             if len(ids) < SHORTEST:
