@@ -6,6 +6,7 @@ import pytest
 from bessemer.data import corpus
 from bessemer.data.mixture import Curriculum, CurriculumSection, sections
 from bessemer.data.rows import open_rows
+from bessemer.errors import UserError
 
 
 def test_stretches_change_with_the_length_and_keep_their_rows():
@@ -13,6 +14,11 @@ def test_stretches_change_with_the_length_and_keep_their_rows():
     found = sections(2000, lengths, lambda tokens: 256 // lengths(tokens))
     # steps of 256 tokens: four up to 1,024, then four more
     assert found == [CurriculumSection(32, 0, 0, 32), CurriculumSection(64, 1024, 32, 16)]
+
+
+def test_a_step_without_a_row_is_refused():
+    with pytest.raises(UserError, match="a step at 64 tokens has less than one row of 32 tokens; raise batch_rows"):
+        sections(2000, lambda tokens: 32, lambda tokens: 1 if tokens < 64 else 0)
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,7 @@ def test_shares_by_size_and_shards_built_elsewhere(tmp_path):
         ("temperature = 0.5\nlengths = [['0', 4]]\n", "lengths must lie between 8 and the model's max_seq_len 192"),
         ("temperature = 0.5\nlengths = [['0', 256]]\n", "lengths must lie between"),
         ("temperature = 0.5\nlengths = [['0', 192]]\nbatch_rows = 2\n", "less than one row of 192"),
+        ("temperature = 0.5\nbatch_rows = [['0', 0], ['2K', 8]]\n", "batch_rows is 0 at its lowest; raise it to"),
         ("temperature = 0.5\n[stage.mixture]\nenglish = 1.0\n", "leave mixture out, or temperature"),
         ("epoch_caps = { french = 2.0 }\n[stage.mixture]\nenglish = 1.0\n", 'epoch_caps names "french"'),
         ("[stage.mixture]\nenglish = 'half'\n", "points in consumed tokens"),

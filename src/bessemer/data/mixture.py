@@ -320,6 +320,8 @@ def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], 
     plan: list[CurriculumSection] = []
     while done < tokens:
         now, n_rows = int(length(done)), rows(done)
+        if n_rows < 1:  # the run would never end
+            raise UserError(f"a step at {done:,} tokens has less than one row of {now} tokens; raise batch_rows")
         if not plan or plan[-1].length != now:
             plan.append(CurriculumSection(now, done, row, 0))
         row, done = row + n_rows, done + n_rows * now

@@ -75,6 +75,8 @@ def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recip
     if corpus is not None and (unknown := [part for part in config.mixture if part not in corpus.parts]):
         raise UserError(f'{where}: mixture names "{unknown[0]}", the corpus has {", ".join(corpus.parts)}')
     if not config.lengths:
+        if (fewest := min(config.batch_rows.values)) < 1:
+            raise UserError(f"{where}: batch_rows is {fewest:g} at its lowest; raise it to at least 1")
         return
     if min(config.lengths.values) < 8 or max(config.lengths.values) > (longest or math.inf):
         raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
