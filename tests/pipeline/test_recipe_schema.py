@@ -77,6 +77,16 @@ def test_a_stage_like_another():
     assert Recipe.parse(recipe.to_toml()).stages == recipe.stages and "like" not in recipe.to_toml()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_key_set_in_a_table_leaves_the_rest_of_an_inherited_table(order):
+    changes = ["third.mixture.new=0.5", "again.mixture.more=0.25"]
+    recipe = Recipe.parse(GOOD + LIKE, changes[::order])
+    assert recipe.stage("again").mixture == {"code": 1.0, "more": 0.25}
+    assert recipe.stage("third").mixture == {"code": 1.0, "more": 0.25, "new": 0.5}
+    whole = Recipe.parse(GOOD + LIKE, ["third.mixture={b = 1.0}", "third.mixture.c=2"]).stage("third")
+    assert whole.mixture == {"b": 1.0, "c": 2}
+
+
 @pytest.mark.parametrize("other", ['"frist"', '"third"', '"again"', "3"])
 def test_a_stage_like_none_before_it(other):
     with pytest.raises(UserError, match=r'"again": like = .* is not an earlier stage; '):

@@ -205,8 +205,8 @@ def _use_current_names(data: dict[str, Any], where: str, renames: dict[str, str]
 
 
 def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Tables with the keys inherited through `like`; a key that a table sets itself replaces the inherited one
-    whole."""
+    """Tables with the keys inherited through `like`; a key that a table sets itself replaces the inherited one whole,
+    a key that `--set` sets inside a table only its own."""
     done: dict[str, dict[str, Any]] = {}
     complete = []
     for table in tables:
@@ -218,10 +218,22 @@ def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, An
                     f'{where}: [[stage]] "{table["name"]}": like = {named} is not an earlier stage; '
                     f"{nearest(str(other), list(done))}"
                 )
-            table = {**done[other], **{key: value for key, value in table.items() if key != "like"}}
+            table = _merged(done[other], {key: value for key, value in table.items() if key != "like"})
         complete.append(table)
         done[str(table["name"])] = table
     return complete
+
+
+class _Changes(dict[str, Any]):
+    """A table of which `--set` sets some keys."""
+
+
+def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = {**inherited, **own}
+    for key, value in own.items():
+        if isinstance(value, _Changes) and isinstance(before := inherited.get(key), dict):
+            merged[key] = _merged(before, value)
+    return merged
 
 
 def _stage(table: dict[str, Any], number: int, where: str) -> StageConfig:
@@ -294,7 +306,7 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
         change = current_names(config, change, f"--set {override}", renames)
     for _ in parts[1:-1]:
         ((part, change),) = change.items()
-        target = target.setdefault(part, {}) if isinstance(target, dict) else target
+        target = target.setdefault(part, _Changes()) if isinstance(target, dict) else target
     if not isinstance(target, dict):
         raise UserError(f'--set {override}: "{".".join(parts[:-1])}" is not a table')
     target |= change
