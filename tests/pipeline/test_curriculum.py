@@ -82,6 +82,14 @@ def test_noise_is_in_training_rows_alone(whole, tmp_path):
     assert torch.equal(held, held_too)
 
 
+def test_rows_have_the_length_that_the_recipe_says(whole, tmp_path):
+    path, out = whole
+    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
+    config = Recipe.load(path, ["pretrain.lengths=186"]).stage("pretrain")  # 64 / (64 / 186) is less than 186
+    feed = Feed(config, ctx, out / "01-corpus", None, tokenizer)
+    assert feed.batch(0, 2).tokens_BT.shape == (2, 186)
+
+
 def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(whole, tmp_path):
     path, out = whole
     config = Recipe.load(path).stage("pretrain").model_copy(update={"mtp_targets": "other-row", "token_noise": 0.3})

@@ -224,7 +224,7 @@ class Feed:
         def rows_of_step(tokens: int) -> int:
             return int(config.batch_rows(tokens) * self.scale(tokens))
 
-        plan = sections(config.tokens, lambda tokens: self.row_length / self.scale(tokens), rows_of_step)
+        plan = sections(config.tokens, config.lengths or (lambda tokens: self.row_length), rows_of_step)
         weights: Mapping[str, float | Points] = config.mixture or dict.fromkeys(names, 1.0)
         if config.temperature is not None:
             weights = by_size(opened(self.row_length), config.temperature)
