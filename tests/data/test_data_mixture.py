@@ -31,6 +31,7 @@ def part(n_rows, mark, row_length=4, tokenizer="t"):
 
 PARTS = {"b": part(37, 101), "a": part(10, 100), "c": part(500, 102)}
 WEIGHTS = {"a": 0.2, "b": 0.3, "c": 0.5}
+LARGE = {"a": part(1000, 110), "b": part(9000, 111)}
 GOLDEN_10 = [4, 8, 0, 6, 5, 7, 2, 9, 1, 3]
 GOLDEN_ROWS = [("b", 15), ("c", 343), ("b", 6), ("b", 15)]
 
@@ -178,6 +179,20 @@ def test_a_cap_is_kept_and_the_others_take_over():
     assert sorted(rows) == sorted(list(range(10)) * 3), "every row as often as the cap says"
     early = mixture.realised(0, 100)
     assert early == pytest.approx(WEIGHTS, abs=0.02), "before that the weights hold"
+
+
+@pytest.mark.parametrize("rows", [5, 993, 1000])  # the last period of 32 rows is not whole
+def test_a_run_may_read_all_that_its_cap_allows(rows):
+    mixture = Mixture({"a": LARGE["a"]}, {"a": 1.0}, seed=3, span=Span(rows, caps={"a": 1}))
+    assert len({mixture.locate(n) for n in range(rows)}) == rows and not mixture.ended
+    assert mixture.batch(rows - 1, 2).tokens_BT.shape == (2, 4), "a control reads one row further"
+
+
+@pytest.mark.parametrize(("need", "reaches"), [(995, False), (1000, False), (1003, True)])
+def test_a_cap_is_reached_only_if_rows_are_missing_before_the_end(need, reaches):
+    mixture = Mixture(LARGE, {"a": 0.5, "b": 0.5}, seed=3, span=Span(2 * need, caps={"a": 1}))
+    assert set(mixture.ended) == ({"a"} if reaches else set())
+    assert mixture.epochs(2 * need)["a"] == pytest.approx(min(need, 1000) / 1000, abs=1e-3)
 
 
 def test_data_that_ends_is_refused_and_says_when():

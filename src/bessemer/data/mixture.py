@@ -58,7 +58,8 @@ class Span:
 
 
 class Quota:
-    """`counts_PK[p]` rows of each of K sources in period p of `slots` rows; the last period repeats."""
+    """`counts_PK[p]` rows of each of K sources in period p of `slots` rows; the last period repeats, and may be shorter
+    if it ends with the run."""
 
     def __init__(self, counts_PK: np.ndarray) -> None:
         self.counts_PK = counts_PK
@@ -91,20 +92,26 @@ def planned_quota(
     """The table for `span`, and the tokens at which sources reach their cap. Raises UserError if no data is left."""
     slots = max(SHORTEST, -(-span.rows // PERIODS))
     left = np.array([_left(name, rows_of[name], span) for name in names])
-    carried, table, ended = np.zeros(len(names)), [], {}
+    carried, table = np.zeros(len(names)), []
+    ended: dict[str, int] = {}
     for period in range(max(1, -(-span.rows // slots))):
         tokens = span.first_token + (period + 0.5) * slots * row_length
-        counts, carried = _period(_shares(names, weights, tokens, left), carried, left, slots)
-        if counts.sum() < slots:
+        # Without caps the last period is whole, so those runs keep their rows.
+        n_rows = min(slots, span.rows - period * slots) if span.caps else slots
+        shares = _shares(names, weights, tokens, left)
+        due = shares * n_rows + carried
+        counts, carried = _period(shares, carried, left, n_rows)
+        if counts.sum() < n_rows:
             raise UserError(
                 f"the data runs out at {tokens:,.0f} tokens: every source has been read as often as its cap allows "
                 f"({', '.join(f'{name} {cap:g}' for name, cap in span.caps.items())} times); raise a cap, add text or "
                 "train on fewer tokens"
             )
+        # A source that just lasts to the end of the run has not ended: no row of it is missing.
+        needed = (left < 1) | (due - counts >= 1) | ((period + 1) * slots < span.rows)
         left = left - counts
-        for name, rest in zip(names, left, strict=True):
-            if rest < 1 and name not in ended:
-                ended[name] = round(tokens)
+        for place in np.flatnonzero((left < 1) & needed).tolist():
+            ended.setdefault(names[place], round(tokens))
         table.append(counts)
     return Quota(np.array(table)), ended
 
@@ -218,9 +225,10 @@ class Mixture:
         counts = self.quota.counts(period)
         key = permutation_key(self.seed, "pattern", period)
         pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(counts.sum()), int(counts.sum()), key)]
+        pattern = np.resize(pattern, self.quota.slots)  # rows after the end of the run repeat its last period
         rank = np.empty(len(pattern), dtype=np.int64)
-        for source, count in enumerate(counts):
-            rank[pattern == source] = np.arange(count)
+        for source in range(len(counts)):
+            rank[pattern == source] = np.arange((pattern == source).sum())
         return pattern, rank
 
     def _pattern(self, period: int) -> tuple[np.ndarray, np.ndarray]:
