@@ -157,6 +157,71 @@ def test_mistakes_are_named_before_a_step(changes, complaint, foreign, tmp_path)
     assert not (tmp_path / "run" / "03-further" / "model").exists()
 
 
+CORPORA = """
+name = "twice"
+model = { preset = "tiny" }
+[[stage]]
+kind = "corpus"
+name = "first"
+parts = { tales = "fables-en", plays = "shakespeare" }
+[[stage]]
+kind = "pretrain"
+lr = 1e-3
+mixture = { tales = 1.0 }
+[[stage]]
+kind = "sft"
+lr = 1e-3
+lr_final = 1e-3
+data = ["chat.jsonl"]
+[[stage]]
+kind = "corpus"
+name = "second"
+parts = { tales = "fables-en", plays = "shakespeare", needles = "needle:fables-en" }
+tokenizer = "first"
+heldout = 0.1
+[[stage]]
+kind = "pretrain"
+name = "further"
+from = "sft"
+corpus = "second"
+mixture = { plays = 1.0 }
+lr = 1e-4
+[[stage]]
+kind = "longeval"
+models = ["further"]
+corpus = "second"
+parts = ["plays"]
+short = "second"
+short_parts = ["plays"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "source"),
+    [
+        ("further", "further.mixture={tales = 1.0}", "fables-en"),
+        ("further", "further.mixture={needles = 1.0}", "fables-en"),
+        ("longeval", "longeval.parts=['tales']", "fables-en"),
+        ("longeval", "longeval.short_parts=[]", "fables-en"),
+        ("longeval", "longeval.haystack=fables-en", "fables-en"),
+        ("further", "pretrain.mixture.plays=0.5", "shakespeare"),
+    ],
+)
+def test_nothing_is_measured_on_text_that_the_model_was_trained_on(stage, change, source):
+    def resolve(*changes):
+        recipe = Recipe.parse(CORPORA, changes)
+        return find_kind(recipe.stage(stage).kind)().resolve(recipe.stage(stage), recipe)
+
+    resolve()
+    resolve(change, "first.heldout=0.1")
+    with pytest.raises(UserError) as raised:
+        resolve(change)
+    assert (
+        f'stage "{stage}": "second" holds out 0.1 of {source}, but "pretrain" was trained on all but 0.02 of it; '
+        "give both corpora the same heldout" in str(raised.value)
+    )
+
+
 @pytest.mark.parametrize("bos_id", [None, 7])
 def test_documents_are_masked_only_where_a_token_of_its_own_begins_them(bos_id):
     tokenizer = SimpleNamespace(bos_id=bos_id, eos_id=7)

@@ -1,14 +1,16 @@
 """Checks that the inputs of next-token training fit each other: a corpus, its mixture and perhaps a model."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-from bessemer.config.data import CorpusConfig
+from bessemer.config.data import CorpusConfig, ImportConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.pipeline.inputs import NEEDLE, SHARDS
 from bessemer.pipeline.stage import find_kind
 from bessemer.runs.context import StageContext
 
@@ -48,6 +50,30 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
         raise UserError(f"{where} has a corpus, so from must name a stage with a model, but it {given}")
     if config.model:
         raise UserError(f'{where} continues from the model of "{source.name}", whose sizes are fixed; leave model out')
+    if isinstance(corpus, CorpusConfig):
+        read = [corpus.parts[part] for part in config.mixture or corpus.parts if part in corpus.parts]
+        check_heldout(where, corpus, read, source.name, recipe)
+
+
+def check_heldout(where: str, corpus: CorpusConfig, measured: Iterable[str], model: str, recipe: Recipe) -> None:
+    """UserError if documents of the sources `measured` that `corpus` holds out were training documents of `model`:
+    documents are held out by their hash, so a larger share contains a smaller one."""
+    read, name = {source.removeprefix(NEEDLE) for source in measured}, model
+    while (stage := recipe.stage(name)).source is not None and not isinstance(stage, ImportConfig):
+        name = stage.source
+        if not isinstance(stage, PretrainConfig):
+            continue
+        earlier = recipe.stage(stage.corpus or stage.source)
+        if isinstance(earlier, CorpusConfig) and earlier.heldout < corpus.heldout:
+            parts = (earlier.parts[part] for part in stage.mixture or earlier.parts if part in earlier.parts)
+            for source in sorted(read.intersection(part.removeprefix(NEEDLE) for part in parts)):
+                if not source.startswith(SHARDS):  # held out by their own build
+                    raise UserError(
+                        f'{where}: "{corpus.name}" holds out {corpus.heldout:g} of {source}, but "{stage.name}" was '
+                        f"trained on all but {earlier.heldout:g} of it; give both corpora the same heldout"
+                    )
+        if stage.corpus is None:
+            return
 
 
 def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recipe, longest: int | None) -> None:

@@ -22,6 +22,7 @@ from bessemer.errors import UserError
 from bessemer.eval import long_context, tables
 from bessemer.hf import hub
 from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.training_inputs import check_heldout
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.train import loss, setup
@@ -43,12 +44,18 @@ class LongEval(Stage[LongEvalConfig]):
             raise UserError(f"{where}: switched names a stage that is not among models; add it there")
         if not all(0 <= depth <= 1 for depth in config.depths):
             raise UserError(f"{where}: depths are shares of the text; set them between 0 and 1")
-        parts = _corpus(where, config.corpus, recipe).parts
-        short_parts = _corpus(where, config.short, recipe).parts if config.short else {}
-        for key, known in (("parts", parts), ("short_parts", short_parts)):
+        corpus = _corpus(where, config.corpus, recipe)
+        short = _corpus(where, config.short, recipe) if config.short else None
+        for key, known in (("parts", corpus.parts), ("short_parts", short.parts if short else {})):
             for part in getattr(config, key):
                 if part not in known:
                     raise UserError(f'{where}: {key} names "{part}", the corpus has {", ".join(known) or "none"}')
+        for model in config.models:
+            measured = [config.haystack, *(corpus.parts[part] for part in config.parts)]
+            check_heldout(where, corpus, measured, model, recipe)
+            if short:
+                measured = [short.parts[part] for part in config.short_parts or short.parts]
+                check_heldout(where, short, measured, model, recipe)
         return {}
 
     def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
