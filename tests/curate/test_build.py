@@ -107,7 +107,17 @@ def test_what_is_left_and_why(made, tmp_path):
     text = (tmp_path / "out" / "report.txt").read_text()
     assert "contaminated" in text
     assert "second.jsonl at byte" in text
+    tasks = load(made).decontaminate.tasks[0]
+    assert facts["searched_for"] == {tasks: 1} and f"searched for: {tasks} (1 problem)" in text
     assert check(tmp_path / "out")["parts"].keys() == {"english", "code"}
+
+
+def test_an_evaluation_of_which_nothing_is_searched_for_is_refused_before_any_work(made, tmp_path):
+    tasks = load(made).decontaminate.tasks[0]
+    one = f"{tasks}/train.jsonl@train"
+    with pytest.raises(UserError, match=r"train\.jsonl@train holds out no problem.*; @test after a file's name"):
+        build(load(made, [f'decontaminate.tasks=["{one}"]']), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("work/read/*"))
 
 
 def test_any_engine_makes_the_same_files(made, tmp_path):

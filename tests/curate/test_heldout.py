@@ -86,8 +86,9 @@ RESTATED = {
 
 @pytest.mark.parametrize("form", RESTATED)
 def test_ten_words_are_a_hit_where_several_texts_of_one_problem_have_them(tmp_path, form):
-    (tmp_path / "all.jsonl").write_text(2 * (json.dumps(RESTATED[form]) + "\n"))
-    index = Index(eval_texts([f"{form}:{tmp_path}/all.jsonl@test"], 10), 10)
+    for name in ("one", "two"):  # the same problem in two lines of two files is still one
+        (tmp_path / f"{name}.jsonl").write_text(2 * (json.dumps(RESTATED[form]) + "\n"))
+    index = Index(eval_texts([f"{form}:{tmp_path}/{name}.jsonl@test" for name in ("one", "two")], 10), 10)
     assert set(_hits(index, "sold half as many clips in May. How many clips")) == {0}
 
 

@@ -94,7 +94,8 @@ class DecontaminateTable(ConfigTable):
     """[decontaminate]: evaluations whose questions and solutions must not occur in the texts."""
 
     tasks: list[str] = Field(default_factory=list)
-    """Tasks, such as "countdown" or "gsm8k:data/gsm8k"."""
+    """Tasks, such as "countdown", "gsm8k:data/gsm8k" or "jsonl:FILE@test"; without @test, only a tenth of one file is
+    held out and searched for."""
     n: int = Field(10, ge=5)
     """Consecutive words that count as a match (R1-Nature D.1: 10)."""
     problems: int = Field(1000, ge=1)

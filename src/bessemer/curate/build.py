@@ -87,13 +87,15 @@ class Build:
 
     def _run(self) -> dict[str, Any]:
         began = time.monotonic()
+        wanted = self.settings.decontaminate
+        searched = {name: decontaminate.eval_texts([name], wanted.problems) for name in wanted.tasks}
         units, ignored = self._units()
         reads = [self._read(unit) for unit in units]
         read = self._run_step("read", reads, "bytes")
         firsts = [0]
         for facts in read.facts:
             firsts.append(firsts[-1] + facts["kept"]["documents"])
-        signs = self._signs(reads, read.facts)
+        signs = self._signs(reads, read.facts, [one for texts in searched.values() for one in texts])
         self._run_step("sign", signs, "bytes")
         join = self._match_and_join(signs, firsts)
         tokenizer = self._tokenizer(units, reads, signs, join, firsts)
@@ -102,10 +104,9 @@ class Build:
         output.publish(self.out, units, writes, write.facts, tokenizer, self.settings)
         self._remove_stale([*reads, *signs, *writes])
         facts = report.gather(
-            self.settings, units, ignored, read.facts, write.facts,
-            {name: vars(step) for name, step in self.steps.items()}, time.monotonic() - began,
-            peak_memory(), self.engine.workers,
-            load_tokenizer(tokenizer).vocab_size,
+            self.settings, {name: len({one.name for one in texts}) for name, texts in searched.items()},
+            units, ignored, read.facts, write.facts, {name: vars(step) for name, step in self.steps.items()},
+            time.monotonic() - began, peak_memory(), self.engine.workers, load_tokenizer(tokenizer).vocab_size,
         )  # fmt: skip
         output.write(self.out / "report.json", json.dumps(facts, indent=1, ensure_ascii=False))
         output.write(self.out / "report.txt", report.text(facts))
@@ -131,13 +132,11 @@ class Build:
             {"unit": unit, "cache": self.settings.cache}, max(1, unit.bytes),
         )  # fmt: skip
 
-    def _signs(self, reads: Sequence[Job], facts: Sequence[dict[str, Any]]) -> list[Job]:
+    def _signs(
+        self, reads: Sequence[Job], facts: Sequence[dict[str, Any]], texts: Sequence[decontaminate.EvalText]
+    ) -> list[Job]:
         dedup, wanted = self.settings.dedup, self.settings.decontaminate
-        eval_texts = None
-        if wanted.tasks:
-            eval_texts = str(
-                decontaminate.save(decontaminate.eval_texts(wanted.tasks, wanted.problems), self.out / "work")
-            )
+        eval_texts = str(decontaminate.save(texts, self.out / "work")) if texts else None
         matters = replace(dedup, exact=True, threshold=0.0)
         return [
             Job(

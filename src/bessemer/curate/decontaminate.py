@@ -39,20 +39,25 @@ class EvalText(NamedTuple):
 
 def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
     """The held-out questions of tasks (all, or `problems` of an endless task) and the other texts of their files."""
-    found: dict[str, EvalText] = {}
+    found: dict[EvalText, None] = {}
     for name in map(without_tools, names):
         for phrasing in tasks.get(name).phrasings:
             task = tasks.get(name, phrasing=phrasing)
             size = task.size("test")
+            if size == 0:
+                raise UserError(
+                    f"decontaminate.tasks: {name} holds out no problem, so nothing would be searched for; @test after "
+                    "a file's name takes all of its problems"
+                )
             # A file's problems have a language each, and None gives all of them once.
             for language in (None,) if isinstance(task, FileTask) else task.all_languages:
                 for index in range(problems if size is None else size):
                     problem = task.problem("test", index, 0, language)
                     whole = not GENERATED.isdisjoint(problem.meta)
-                    asked = found.setdefault(problem.prompt, EvalText(_name(task, problem), problem.prompt, whole))
-                    for text in _other_texts(task, problem):
-                        found.setdefault(text, EvalText(asked.name, text, False))
-    return list(found.values())
+                    called = _name(task, problem)
+                    found[EvalText(called, problem.prompt, whole)] = None
+                    found |= {EvalText(called, text, False): None for text in _other_texts(task, problem)}
+    return list(found)
 
 
 def _name(task: tasks.Task, problem: tasks.Problem) -> str:
@@ -76,17 +81,21 @@ class Index:
         if n < SHORTEST:
             raise UserError(f"decontaminate.n is {n}; raise it to {SHORTEST} or more, as fewer words match any page")
         self._known: list[_Known] = []
-        seen: set[bytes] = set()
+        seen: dict[bytes, str] = {}
+        problem: dict[str, str] = {}
+        """Name -> that of the first problem with the same question, which comes before a problem's other texts."""
         for one in wanted:
             found = words([one.text])
-            if len(found.hashes_W) >= SHORTEST and (key := found.hashes_W.tobytes()) not in seen:
-                seen.add(key)
+            key = found.hashes_W.tobytes()
+            problem.setdefault(one.name, seen.get(key, one.name))
+            if len(found.hashes_W) >= SHORTEST and key not in seen:
+                seen[key] = problem[one.name]
                 whole = one.whole or len(found.hashes_W) < n
                 self._known.append(_Known(one.name, found.hashes_W, whole, np.isin(found.kinds_W, FIGURES)))
         phrases, are_whole = [known.hashes_W for known in self._known], [known.whole for known in self._known]
         self._index = NgramIndex(
             phrases, are_whole, n, lambda number, place: self._known[number].is_specific(place, n),
-            [known.name for known in self._known],
+            [problem[known.name] for known in self._known],
         )  # fmt: skip
 
     def hits(self, found: WordBlock) -> dict[int, str]:

@@ -60,11 +60,11 @@ SIDES = ("train", "heldout")
 
 
 def gather(
-    settings: Settings, units: Sequence[Unit], ignored: Mapping[str, int], read: Sequence[dict[str, Any]],
-    write: Sequence[dict[str, Any]], steps: Mapping[str, dict[str, Any]], seconds: float, memory: int, workers: int,
-    vocab_size: int,
+    settings: Settings, searched: Mapping[str, int], units: Sequence[Unit], ignored: Mapping[str, int],
+    read: Sequence[dict[str, Any]], write: Sequence[dict[str, Any]], steps: Mapping[str, dict[str, Any]],
+    seconds: float, memory: int, workers: int, vocab_size: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report as JSON."""
+    """The report as JSON. `searched`: the number of problems searched for, by task."""
     sources: dict[str, Any] = {}
     for source in settings.sources:
         at = [number for number, unit in enumerate(units) if unit.source.name == source.name]
@@ -100,6 +100,7 @@ def gather(
             "kept": added([one["kept"] for one in sources.values()]),
             "tokens": sum(side["tokens"] for part in parts.values() for side in (part["train"], part["heldout"])),
         },
+        "searched_for": dict(searched),
         "parts": parts,
         "sources": sources,
         "steps": {name: _step(step, found_bytes) for name, step in steps.items()},
@@ -135,6 +136,10 @@ def text(facts: Mapping[str, Any]) -> str:
         f"{facts['name']}: {total['found']['documents']:,} documents ({total['found']['bytes'] / MB:,.1f} MB) read, "
         f"{total['kept']['documents']:,} ({total['kept']['bytes'] / MB:,.1f} MB) kept: {total['tokens']:,} tokens",
         f"{facts['seconds']:,.1f} s with {facts['workers']} workers, at most {facts['peak_memory'] / MB:,.0f} MB each",
+        *(
+            f"searched for: {name} ({count:,} problem{'s' if count != 1 else ''})"
+            for name, count in facts["searched_for"].items()
+        ),
         "",
         _row(("part", "documents", "held out", "tokens", "bytes/token")),
     ]
