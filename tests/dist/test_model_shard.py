@@ -74,21 +74,23 @@ def test_of_a_large_model_a_rank_draws_what_it_holds(monkeypatch):
             assert torch.equal(torch.from_numpy(value), wanted), name
 
 
-def held_out(rank, layout, schedule, n):
+def held_out(rank, layout, schedule, n, segmented):
     part = ModelShard(model_of(CFG, False), Mesh(layout, CFG), schedule)
-    found = model_shard.heldout_nats(part, [batch(i, False) for i in range(n)])
+    found = model_shard.heldout_nats(part, [batch(i, segmented) for i in range(n)])
     return found, part.model.training, max(float(gate.load_E.sum()) for gate in part.gates.values())
 
 
 @pytest.mark.parametrize(
-    ("layout", "schedule", "n"),
-    [(Layout(2, 1, 1), "1f1b", 3), (Layout(2, 1, 2), "dualpipe", 3), (Layout(2, 1, 1), "zbv", 2),
-     (Layout(1, 4, 1), "gpipe", 2)],
+    ("layout", "schedule", "n", "segmented"),
+    [(Layout(2, 1, 1), "1f1b", 3, False), (Layout(2, 1, 2), "dualpipe", 3, True), (Layout(2, 1, 1), "zbv", 2, False),
+     (Layout(1, 4, 1), "gpipe", 2, True)],
     ids=lambda value: str(value),
 )  # fmt: skip
-def test_held_out_loss_is_that_of_one_process(layout, schedule, n):
-    nats, tokens = loss.heldout_nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
-    for (theirs, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n):
+def test_held_out_loss_is_that_of_one_process(layout, schedule, n, segmented):
+    nats, tokens = loss.heldout_nats(model_of(CFG, False), [batch(i, segmented) for i in range(n)])
+    across, _ = loss.heldout_nats(model_of(CFG, False), [batch(i, False) for i in range(n)])
+    assert (abs(across - nats) > 1e-4 * nats) == segmented, "segments do not see each other"
+    for (theirs, count), training, load in on_ranks(layout.world, held_out, layout, schedule, n, segmented):
         assert theirs == pytest.approx(nats, rel=1e-6) and count == tokens
         assert training and load == 0, "validation leaves no trace"
 

@@ -90,6 +90,20 @@ def test_rows_have_the_length_that_the_recipe_says(whole, tmp_path):
     assert feed.batch(0, 2).tokens_BT.shape == (2, 186)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_validation_attends_as_training_does(whole, tmp_path, masked):
+    path, out = whole
+    config = Recipe.load(path).stage("pretrain").model_copy(update={"document_mask": masked, "token_noise": 0.3})
+    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
+    feed = Feed(config, ctx, out / "01-corpus", None, tokenizer)
+    held = feed.validation("arithmetic")[0]
+    assert torch.equal(held.tokens_BT[:2], feed.heldout["arithmetic"].batch(range(2)).tokens_BT), "without noise"
+    for batch in (feed.batch(0, 4), held):
+        documents_BT = (batch.tokens_BT == tokenizer.bos_id).cumsum(1)
+        assert torch.equal(batch.segments_BT, documents_BT) if masked else batch.segments_BT is None
+    assert (held.tokens_BT == tokenizer.bos_id).sum(1).max() > 1
+
+
 def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(whole, tmp_path):
     path, out = whole
     config = Recipe.load(path).stage("pretrain").model_copy(update={"mtp_targets": "other-row", "token_noise": 0.3})

@@ -175,7 +175,8 @@ class PretrainConfig(OptimizerConfig):
     """Share of tokens in training rows that are replaced, as inputs and as targets, by tokens drawn uniformly from the
     vocabulary; a control. Held-out rows stay unchanged."""
     validate_every: Tokens = 1_000_000
-    """Tokens between measurements of the held-out bits per byte of every part; 0: only at the end."""
+    """Tokens between measurements of the held-out bits per byte of every part, with `document_mask` if it is set; 0:
+    only at the end."""
     sample_every: Tokens = 1_000_000
     """Tokens between continuations of `prompts`; 0: only that at `first_sample`."""
     first_sample: Tokens = 400_000

@@ -11,7 +11,6 @@ again, `forward` runs it without a backward, `heldout_nats` measures its loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -263,7 +262,7 @@ def heldout_nats(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, fl
         sums[1] += batch.predicted(1)[1].sum()
 
     shard.model.eval()
-    forward(shard, dealt(shard, [replace(batch, segments_BT=None, before=None) for batch in batches]), add)
+    forward(shard, dealt(shard, batches), add)
     with watchdog.waiting("held-out loss", range(shard.mesh.layout.world)):
         dist.all_reduce(sums)
     shard.model.train()

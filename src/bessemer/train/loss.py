@@ -136,13 +136,13 @@ def next_token_nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> floa
 
 @torch.no_grad()
 def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tuple[float, float]:
-    """(cross entropy in nats, loss tokens), summed over held-out batches."""
+    """(cross entropy in nats, loss tokens), summed over held-out batches, within their segments."""
     training = model.training
     model.eval()
     total, tokens = 0.0, 0.0
     for batch in batches:
         batch = batch.to(model.head_weight.device)
-        out = model.train_outputs(batch.tokens_BT, mtp=False, **batch.routed)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
         total += next_token_nats(out.hidden_BTD, model.head_weight, batch)
         tokens += float(batch.loss_BT.sum())
     model.train(training)

@@ -258,13 +258,16 @@ class Feed:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
-        batch = self.routed(self._rows(first_row, n_rows))
+        batch = self._as_read(self._rows(first_row, n_rows))
         if self.config.mtp_targets == "other-row":  # by the run's rows: a micro-batch may have no other row
             batch.extras["mtp_tokens_BT"] = self._rows(first_row + 1, n_rows).tokens_BT
-        if not self.config.document_mask:
-            return batch
-        assert self._tokenizer.bos_id is not None, "checked by __init__"
-        return replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
+        return batch
+
+    def validation(self, name: str) -> list[Batch]:
+        """The held-out rows of a source that a validation reads, in the form that training gives its rows."""
+        rows = self.heldout[name]
+        n_rows = min(HELDOUT_ROWS, rows.n_rows)
+        return [self._as_read(rows.batch(range(i, min(i + 16, n_rows)))) for i in range(0, n_rows, 16)]
 
     def _rows(self, first_row: int, n_rows: int) -> Batch:
         batch, share = self._curriculum.batch(self._tokens(), first_row, n_rows), self.config.token_noise
@@ -272,11 +275,14 @@ class Feed:
             return batch
         return with_noise(batch, share, self._seed, first_row, self._tokenizer.vocab_size, self._tokenizer.bos_id)
 
-    def routed(self, batch: Batch) -> Batch:
-        """The batch with its experts, if the stage chooses them by token."""
-        if self.table_VLK is None:
-            return batch
-        return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
+    def _as_read(self, batch: Batch) -> Batch:
+        """The batch with its experts, if the stage chooses them by token, and its documents apart, if it masks them."""
+        if self.table_VLK is not None:
+            batch = replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
+        if self.config.document_mask:
+            assert self._tokenizer.bos_id is not None, "checked by __init__"
+            batch = replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
+        return batch
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Realised shares and epochs of every source so far."""
@@ -366,17 +372,14 @@ class _Monitor(StepLog):
         if self.ctx.ranks is None:
             sums = trainer.runtime.workers.map(self._nats, self.heldout)
         else:
-            sums = (distributed.nats(trainer, self._batches(name)) for name in self.heldout)
+            sums = (distributed.nats(trainer, self.feed.validation(name)) for name in self.heldout)
         return {
             name: nats / tokens / math.log(2) / rows.bytes_per_token
             for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
         }
 
     def _nats(self, name: str) -> tuple[float, float]:
-        return distributed.nats(self.trainer, self._batches(name))
-
-    def _batches(self, name: str) -> list[Batch]:
-        return [self.feed.routed(batch) for batch in heldout_batches(self.heldout[name])]
+        return distributed.nats(self.trainer, self.feed.validation(name))
 
     def samples(self, trainer: Trainer) -> None:
         if not self.config.prompts:
@@ -392,9 +395,3 @@ class _Monitor(StepLog):
             self.ctx.sample(trainer.step, trainer.tokens, text + answer.text)
             line = (text + answer.text).replace("\n", " / ")
             self.ctx.say(f"sample at {show_tokens(trainer.tokens)} tokens: {line[:160]}")
-
-
-def heldout_batches(rows: Rows) -> list[Batch]:
-    """The rows that a validation reads."""
-    n_rows = min(HELDOUT_ROWS, rows.n_rows)
-    return [rows.batch(range(start, min(start + 16, n_rows))) for start in range(0, n_rows, 16)]
