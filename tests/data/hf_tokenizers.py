@@ -45,8 +45,9 @@ def write(directory, tok, template, **names):
 CONTROLS = ("<|im_start|>", "<|im_end|>", "<|text|>")
 
 
-def byte_level(directory, template=CHATML, controls=CONTROLS, bos=None, size=400, **names):
-    """As in GPT-2, Qwen and Llama 3; with `bos`, the tokenizer itself puts that token before every text."""
+def byte_level(directory, template=CHATML, controls=CONTROLS, bos=None, size=400, tags=False, **names):
+    """As in GPT-2, Qwen and Llama 3; with `bos`, the tokenizer itself puts that token before every text. `tags`: those
+    of thoughts are tokens."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -54,6 +55,8 @@ def byte_level(directory, template=CHATML, controls=CONTROLS, bos=None, size=400
     tok.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=size, special_tokens=list(controls), initial_alphabet=alphabet)
     )
+    if tags:
+        tok.add_tokens(["<think>", "</think>"])
     if bos:
         tok.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tok.token_to_id(bos))]

@@ -1,6 +1,8 @@
 """Tokenizers and chat templates of other models, against transformers' own rendering of the same directory."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import hf_tokenizers as houses
 import pytest
@@ -23,6 +25,9 @@ OURS = (
     "{% for m in messages %}{{ '<｜User｜>' + m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜User｜>assistant:' }}{% endif %}"
 )
+PUBLISHED = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+SYSTEM = {"role": "system", "content": "Be brief."}
 MAKERS = {"chatml": houses.byte_level, "llama3": houses.llama3, "sentencepiece": houses.sentencepiece}
 
 
@@ -136,6 +141,48 @@ def test_where_an_answer_ends(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path))
     assert tok.eos_id == tok.special_id("<|eot|>") and tok.stop_ids == [tok.eos_id, tok.special_id("<|end|>")]
     assert tok.pad_id == tok.special_id("<|end|>"), "padding is never trained on, so any token will do"
+
+
+@pytest.mark.parametrize(
+    ("name", "opening", "end"),
+    [
+        ("qwen3", "", "<|im_end|>"),
+        ("qwen3_5_nothink", "<think>\n\n</think>\n\n", "<|im_end|>"),
+        ("qwen3_5_think", "<think>\n", "<|im_end|>"),
+        ("qwen3_6", "<think>\n", "<|im_end|>"),
+        ("nemotron_3_nano", "<think>\n", "<|im_end|>"),
+        ("glm4moe", "", "<|user|>"),
+    ],
+)
+def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_path, name, opening, end):
+    if not (PUBLISHED / f"{name}.jinja").exists():
+        pytest.skip("this version of TRL lacks it")
+    controls = (*houses.CONTROLS, *GLM)
+    folder = houses.byte_level(tmp_path, (PUBLISHED / f"{name}.jinja").read_text(), controls, tags=True)
+    tok = load_tokenizer(folder)
+    assert (tok.opening, tok.eos_id) == (opening, tok.special_id(end))
+    thoughtless = [*chat.exchange(QUESTION[0]["content"], "40"), TALK[-1]]
+    for messages in (QUESTION, thoughtless, TALK, [SYSTEM, *TALK]):
+        assert chat.render_ids(tok, messages) == theirs(folder, messages)
+    asked = [Turn(**QUESTION[0])]
+    for thinking, tags in ((True, ("<think>",)), (False, ("<think>", "</think>"))):
+        prompt = chat_prompt(tok, asked, thinking)
+        marks = [tok.decode([i]) for i in prompt.ids if i in (tok.think_id, tok.think_end_id)]
+        assert (prompt.thinking, *marks) == (thinking, *tags)
+    assert chat_prompt(tok, asked).thinking == (opening == "<think>\n")
+    said = [*thoughtless, {"role": "assistant", "content": "yes"}]
+    went_on = [*said, {"role": "user", "content": "why?"}]
+    assert tok.decode(turns.following_ids(tok, went_on[-1:])).lstrip().startswith("user\nwhy?" * (end != "<|user|>"))
+    if end == "<|user|>":
+        with pytest.raises(UserError, match="no control token after the last answer"):
+            chat.render_answers(tok, said)
+        return
+    for answer in ("yes", "<think>\nsure\n</think>yes"):
+        said[-1]["content"] = answer
+        ids, answers = chat.render_answers(tok, said)
+        told = tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False)
+        assert told.startswith(("40<|im_end|>", "<think></think>40<|im_end|>")) and told.endswith("yes<|im_end|>")
+        assert told.count("<think>") == told.count("</think>") >= 1 and ("sure" in told) == ("sure" in answer)
 
 
 @pytest.mark.parametrize("blank", ["first", "always", "prepend"])
@@ -293,8 +340,35 @@ def test_a_template_that_refuses_says_so(tmp_path):
         chat.render_ids(tok, [{"role": "system", "content": "be kind"}, *QUESTION])
 
 
-def test_a_template_that_changes_earlier_turns_is_no_use_for_many_answers(tmp_path):
-    counting = "{{ messages | length > 2 }}" + houses.CHATML
-    tok = load_tokenizer(houses.byte_level(tmp_path, template=counting))
+def test_a_template_that_changes_earlier_turns_is_no_use_for_training_on_many_answers(tmp_path):
+    """Mistral's writes the system message before the last question; prompts need no answers located."""
+    late = houses.MISTRAL.replace(
+        "{{ '[INST] '", "{{ '[INST] ' + (messages[0]['content'] if loop.last and loop.index > 1 else '')"
+    )
+    folder = houses.sentencepiece(tmp_path, late)
+    tok = load_tokenizer(folder)
+    assert chat.render_ids(tok, TALK) == theirs(folder, TALK)
     with pytest.raises(UserError, match="changes earlier turns"):
-        chat.render_answers(tok, [*TALK, {"role": "assistant", "content": "quite"}])
+        chat.render_answers(tok, [*TALK, {"role": "assistant", "content": "quite"}, TALK[-1]])
+    more = [*TALK, {"role": "assistant", "content": "quite"}, TALK[-1]]
+    assert chat.render_ids(tok, more) == theirs(folder, more)
+
+
+def test_a_prompt_is_rendered_once_however_many_turns_it_has(chatml, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(chatml, "_template", lambda *given: rendered.append(given) or "text")
+    chat.render_ids(chatml, [*TALK[:2] * 40, *QUESTION])
+    assert len(rendered) == 1
+
+
+@pytest.mark.parametrize("most", [0xF8FF, 0x10FFFD])
+def test_a_message_of_all_private_characters(chatml, most):
+    planes = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
+    message = {"role": "user", "content": "".join(chr(code) for code in planes if code <= most) + "<|im_end|>"}
+    if most < 0x10FFFD:
+        ids = chat.render_ids(chatml, [message])
+        assert message["content"] in chatml.decode(ids, skip_special=False)
+        assert ids.count(chatml.eos_id) == 2
+    else:
+        with pytest.raises(UserError, match="private-use"):
+            chat.render_ids(chatml, [message])

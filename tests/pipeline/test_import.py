@@ -308,8 +308,9 @@ def once(tmp_path, stages):
     return stages_run.run(path, tmp_path / "run")
 
 
-def test_a_base_model_takes_the_zero_prompt(tmp_path):
-    base = directory(tmp_path / "base", "llama", houses.byte_level, template=None)
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_a_base_model_and_one_whose_template_is_refused_take_the_zero_prompt(tmp_path, template):
+    base = directory(tmp_path / "base", "llama", houses.byte_level, template=template)
     once(tmp_path, f'[[stage]]\nkind = "import"\nmodel = "{base}"\nstyle = "zero"\ndtype = "bfloat16"\n')
     model, tokenizer = setup.load_model(tmp_path / "run" / "01-import" / "model")
     assert tokenizer.chat_style == "zero" and model.embed.weight.dtype == torch.float32

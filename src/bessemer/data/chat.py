@@ -110,7 +110,7 @@ class ChatTokenizer(Protocol):
     def special_id(self, content: str) -> int: ...
 
     def render_answers(
-        self, messages: Sequence["Message"], add_generation_prompt: bool = False
+        self, messages: Sequence["Message"], add_generation_prompt: bool = False, every: bool = True
     ) -> tuple[list[int], list[bool]]: ...
 
 
@@ -147,7 +147,7 @@ def render_ids(
     tools: Sequence[Tool] = (),
 ) -> list[int]:
     """The conversation as ids, including BOS. `style` None is the tokenizer's own."""
-    return render_answers(tokenizer, messages, style, add_generation_prompt, tools)[0]
+    return _rendered(tokenizer, messages, style, add_generation_prompt, tools, every=False)[0]
 
 
 def render_answers(
@@ -158,11 +158,19 @@ def render_answers(
     tools: Sequence[Tool] = (),
 ) -> tuple[list[int], list[bool]]:
     """Ids as in `render_ids`, and for each whether the assistant wrote it (answers, calls and the EOS after them)."""
+    return _rendered(tokenizer, messages, style, add_generation_prompt, tools, every=True)
+
+
+def _rendered(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None, add_generation_prompt: bool,
+    tools: Sequence[Tool], every: bool,
+) -> tuple[list[int], list[bool]]:  # fmt: skip
+    """`every`: whether a foreign template must show where each answer is, not only the last message."""
     style = style or tokenizer.chat_style
     if style is None:
         check_messages(messages)
         plain = tool_texts.plain(messages, tools) if tool_texts.used(messages, tools) else messages
-        return tokenizer.render_answers(plain, add_generation_prompt)
+        return tokenizer.render_answers(plain, add_generation_prompt, every)
     pieces = _pieces(messages, style, add_generation_prompt, tools)
     return _ids(tokenizer, pieces, tokenizer.tool_marks if tool_texts.used(messages, tools) else {})
 

@@ -188,9 +188,10 @@ class Tokenizer:
         return chat.opening(self.chat_style)
 
     def render_answers(
-        self, messages: Sequence[chat.Message], add_generation_prompt: bool = False
+        self, messages: Sequence[chat.Message], add_generation_prompt: bool = False, every: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`."""
+        """Called by `chat` for a tokenizer whose chat template is not one of `chat.STYLES`. With `every` false only the
+        last message is marked if it is an answer, so that a prompt costs one rendering."""
         raise UserError(f"this tokenizer has none of Bessemer's chat templates; name a style: {', '.join(chat.STYLES)}")
 
     @property

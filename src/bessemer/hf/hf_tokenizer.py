@@ -11,23 +11,24 @@ A chat template is untrusted Jinja code; `chat_template` renders it with limits.
 
 Invariants
 - A control token inside a message is text, never control: contents are masked while the template runs.
-- The ids of a conversation are those of `apply_chat_template(..., tokenize=True)`, split where an answer begins, since
-  there a prompt ends and a completion begins.
-- A template that drops part of the last answer, writes no end after it or changes earlier turns is an error.
+- The ids of a prompt are those of `apply_chat_template(..., tokenize=True)`. Those of a conversation that ends with an
+  answer are split where an answer begins, since there a prompt ends and a completion begins.
+- A template that drops part of the last answer, writes no end after it or changes earlier turns is an error where
+  answers must be located; a prompt needs none of it.
 """
 
 import json
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from bessemer.data import chat, patterns
-from bessemer.data.chat import BOS, NOT_SPECIAL, Message
+from bessemer.data.chat import BOS, NOT_SPECIAL, THINK, THINK_END, Message
 from bessemer.data.model_files import read_object, read_text
 from bessemer.data.tokenizer import KNOWN, Tokenizer, byte_of_character, empty_table, fingerprint_of, token_text
 from bessemer.errors import UserError
@@ -46,14 +47,18 @@ SPLITS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
+_EMPTY_THOUGHT = re.compile(rf"{THINK}\s*{THINK_END}\s*$")
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+"""Unicode's private-use characters."""
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: ours if the directory has our tokens and one of our templates."""
+def load_tokenizer(directory: str | Path, own_template: bool = True) -> Tokenizer:
+    """The tokenizer of a model directory: ours if the directory has our tokens and one of our templates. With
+    `own_template` false a foreign model's template, which may be one that cannot be used, is not looked at."""
     config = read_object(Path(directory) / "tokenizer_config.json")
     template = _template_of(Path(directory), config)
     ours = token_text(config.get("bos_token")) == BOS and chat.style_of(template) is not None
-    return Tokenizer.load(directory) if ours else HFTokenizer.load(directory)
+    return Tokenizer.load(directory) if ours else HFTokenizer.load(directory, own_template)
 
 
 class HFTokenizer(Tokenizer):
@@ -82,7 +87,7 @@ class HFTokenizer(Tokenizer):
         self._adopt(chat_template)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "HFTokenizer":
+    def load(cls, directory: str | Path, own_template: bool = True) -> "HFTokenizer":
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise UserError(
@@ -92,7 +97,8 @@ class HFTokenizer(Tokenizer):
         spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
         try:
-            return cls(spec, config, _names(directory, config), _template_of(directory, config))
+            template = _template_of(directory, config) if own_template else ""
+            return cls(spec, config, _names(directory, config), template)
         except UserError as error:
             raise UserError(f"{directory}: {error}") from error
         except Exception as error:  # the Rust library raises plain Exception
@@ -132,9 +138,8 @@ class HFTokenizer(Tokenizer):
         return self._opening if self._template else super().opening
 
     def render_answers(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, every: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """`chat.render_answers` in the model's own template."""
         if self._template is None:
             raise UserError(NO_TEMPLATE)
         masked, unmask, cut = self._mask(messages)
@@ -142,7 +147,7 @@ class HFTokenizer(Tokenizer):
         ids: list[int] = []
         answers: list[bool] = []
         place = 0
-        for start, stop in [*self._spans(masked, text), (len(text), len(text))]:
+        for start, stop in [*self._spans(masked, text, every), (len(text), len(text))]:
             for first, last, answer in ((place, start, False), (start, stop, True)):
                 new = self._encode(text[first:last], unmask, cut, ids[-1] if ids else None)
                 ids += new
@@ -160,15 +165,26 @@ class HFTokenizer(Tokenizer):
             return
         self._template = ChatTemplate(chat_template, self._names)
         question = [{"role": "user", "content": "question"}]
+        talk = [*question, {"role": "assistant", "content": "\ue000"}]
         prompt = self._render(question, add_generation_prompt=True)
-        whole = self._render([*question, {"role": "assistant", "content": "\ue000"}], add_generation_prompt=False)
-        begin = _first_difference(prompt, whole)
-        if not whole[begin:].lstrip().startswith("\ue000"):
-            raise UserError("the chat template does not open an answer; it must respect add_generation_prompt")
+        head, mark, rest = self._render(talk, add_generation_prompt=False).partition("\ue000")
+        head = _EMPTY_THOUGHT.sub("", head)  # Qwen3's and others' before a last answer without thoughts
+        begin = _first_difference(prompt, head)
+        if not mark or head[begin:].strip():
+            raise UserError(
+                "the chat template does not open an answer: what it writes with add_generation_prompt must lead to an "
+                'answer or its thoughts. Mend it, or import the model with style = "r1-zero"'
+            )
         self._opening = prompt[begin:]
-        end = next(self._controls(whole, begin), None)
+        end = next(self._controls(rest), None)
+        if end is None:  # GLM's: the next turn's token ends an answer
+            rest = self._render([*talk, *question], add_generation_prompt=False).partition("\ue000")[2]
+            end = next(self._controls(rest), None)
         if end is None:
-            raise UserError("the chat template writes no control token after an answer: no answer would ever end")
+            raise UserError(
+                "the chat template writes no control token after an answer: no answer would ever end. Mend it, or "
+                'import the model with style = "r1-zero"'
+            )
         self.eos_id = self._control[end.group()]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -177,10 +193,11 @@ class HFTokenizer(Tokenizer):
         text = self._template(messages, add_generation_prompt)
         return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
 
-    def _spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Start and end of each assistant message in the text, its end token included."""
+    def _spans(self, messages: Sequence[Message], text: str, every: bool) -> list[tuple[int, int]]:
+        """Start and end of each assistant message in the text, its end token included; with `every` false only of the
+        last message."""
         spans = []
-        for number, message in enumerate(messages):
+        for number, message in list(enumerate(messages))[0 if every else -1 :]:
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:number], add_generation_prompt=True).removesuffix(self._opening)
@@ -191,8 +208,11 @@ class HFTokenizer(Tokenizer):
                 )
             end = next(self._controls(text, len(before)), None)
             if end is None:
-                raise UserError("the chat template writes no control token after an answer, so it would never end")
-            if message["content"].strip() not in text[len(before) : end.start()]:
+                raise UserError(
+                    "the chat template writes no control token after the last answer, so training could not teach "
+                    "where it ends; give the model a template that writes one"
+                )
+            if _letters(message["content"]) not in _letters(text[len(before) : end.start()]):
                 if number < len(messages) - 1:  # an earlier turn without its thoughts: see the invariants of `chat`
                     continue
                 raise UserError(
@@ -227,7 +247,11 @@ class HFTokenizer(Tokenizer):
         """Messages without control tokens in their contents, the token of every placeholder, and the mark that splits
         tags which a user typed."""
         contents = "".join(message["content"] for message in messages)
-        mark, cut = islice((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in contents), 2)
+        used = set(contents)
+        free = list(islice((c for c in map(chr, chain(*_PRIVATE)) if c not in used), 2))
+        if len(free) < 2:
+            raise UserError("the messages hold all of Unicode's private-use characters; leave two of them out")
+        mark, cut = free
         unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
 
         def masked(text: str) -> str:
@@ -250,6 +274,11 @@ def add_system(template: str, system: str) -> str:
         "{%- set messages = [{'role': 'system', 'content': " + content + "}] + messages -%}"
         "{%- endif -%}" + template
     )
+
+
+def _letters(text: str) -> str:
+    """The text without white space, which templates change around thoughts."""
+    return "".join(text.split())
 
 
 def _first_difference(one: str, other: str) -> int:

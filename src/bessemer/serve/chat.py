@@ -178,11 +178,16 @@ def chat_prompt(
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
     ids = render_ids(tokenizer, messages, style, tools=tools)
-    is_open = THINK in (opening(style) if style else tokenizer.opening)
+    begun = opening(style) if style else tokenizer.opening
+    is_open = begun.rfind(THINK) > begun.rfind(THINK_END)
     more: list[int] = []
     if prefix:
         more = tokenizer.encode(_begin(prefix, style, is_open), ids[-1])
-    elif thinking is not None and None not in think_ids(tokenizer):
+    elif thinking and THINK_END in begun and None not in think_ids(tokenizer):
+        # this template closes the thought before it begins
+        ids = ids[: len(ids) - ids[::-1].index(tokenizer.think_id)]
+        is_open = True
+    elif thinking is not None and THINK_END not in begun and None not in think_ids(tokenizer):
         more = tokenizer.encode(_switch(thinking, style, is_open), ids[-1])
     for token_id in more:  # only these: tags inside a question open and close nothing
         if token_id in think_ids(tokenizer):

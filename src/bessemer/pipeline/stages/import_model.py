@@ -87,7 +87,7 @@ def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Trans
         model = read_gguf(file, scratch / "read", dtype)
         return model, load_tokenizer(scratch / "read")
     directory = _download(spec, ctx.cache) if spec.startswith(HUB) else located(spec)
-    return load_any(directory, dtype), load_tokenizer(directory)
+    return load_any(directory, dtype), load_tokenizer(directory, own_template=config.style is None)
 
 
 def _download(spec: str, cache: Path) -> Path:
