@@ -174,7 +174,7 @@ def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_
     went_on = [*said, {"role": "user", "content": "why?"}]
     assert tok.decode(turns.following_ids(tok, went_on[-1:])).lstrip().startswith("user\nwhy?" * (end != "<|user|>"))
     if end == "<|user|>":
-        with pytest.raises(UserError, match="no control token after the last answer"):
+        with pytest.raises(UserError, match="a control token after the last answer"):
             chat.render_answers(tok, said)
         return
     for answer in ("yes", "<think>\nsure\n</think>yes"):

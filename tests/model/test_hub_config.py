@@ -71,6 +71,23 @@ def test_absent_mscale_means_what_the_released_code_takes():
     assert (cfg.mscale, cfg.mscale_all_dim) == (1.0, 0.0)
 
 
+def test_one_mscale_alone_is_stated_as_a_factor_that_transformers_reads():
+    """transformers takes 0.1 ln s + 1 where either is 0, the released code m(mscale) / m(mscale_all_dim)."""
+    cfg = tiny(**YARN, mscale=0.707, mscale_all_dim=0.0)
+    values = mapping.to_hf(cfg, torch.float32)
+    assert values["rope_scaling"]["attention_factor"] == values["rope_parameters"]["attention_factor"] == cfg.rope_scale
+    assert mapping.from_hf(json.loads(json.dumps(values)), "here") == cfg
+    for table in (values["rope_scaling"], values["rope_parameters"]):
+        del table["attention_factor"]
+    with pytest.warns(UserWarning, match=r"here: .*attention_factor = 1\.098"):
+        assert mapping.from_hf(values, "here") == cfg
+    values["rope_scaling"]["attention_factor"] = 1.5
+    with pytest.raises(UserError, match=r"attention_factor 1\.5"):
+        mapping.from_hf(values, "here")
+    for same in ({"mscale_all_dim": 0.0}, {}):
+        assert "attention_factor" not in mapping.to_hf(tiny(**YARN, **same), torch.float32)["rope_scaling"]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

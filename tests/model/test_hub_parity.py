@@ -29,6 +29,8 @@ V3_CASES = {
     "yarn": YARN,
     "yarn-mscale": dict(**YARN, mscale=0.707, mscale_all_dim=0.707),
     "yarn-mscale-unequal": dict(**YARN, mscale=1.0, mscale_all_dim=0.5),
+    "yarn-one-mscale": dict(**YARN, mscale=0.707, mscale_all_dim=0.0),
+    "yarn-no-mscale": dict(**YARN, mscale=0.0, mscale_all_dim=0.707),
     "one-group": dict(n_expert_groups=1, n_limited_groups=1),
     "all-groups": dict(n_limited_groups=4),
     "moonlight": dict(q_lora_rank=0, n_expert_groups=1, n_limited_groups=1, n_shared_experts=2, route_scale=2.446,
@@ -52,6 +54,7 @@ def hf_model(cfg):
     if cfg.yarn:
         rope |= dict(rope_type="yarn", factor=cfg.rope_factor, original_max_position_embeddings=cfg.original_seq_len,
                      mscale=cfg.mscale, mscale_all_dim=cfg.mscale_all_dim)  # fmt: skip
+        rope |= {} if cfg.mscale and cfg.mscale_all_dim else {"attention_factor": cfg.rope_scale}
     values = dict(
         vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.inter_dim,
         moe_intermediate_size=cfg.moe_inter_dim, num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads,

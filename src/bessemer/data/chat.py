@@ -147,7 +147,7 @@ def render_ids(
     tools: Sequence[Tool] = (),
 ) -> list[int]:
     """The conversation as ids, including BOS. `style` None is the tokenizer's own."""
-    return _rendered(tokenizer, messages, style, add_generation_prompt, tools, every=False)[0]
+    return render_answers(tokenizer, messages, style, add_generation_prompt, tools, every=False)[0]
 
 
 def render_answers(
@@ -156,16 +156,10 @@ def render_answers(
     style: str | None = None,
     add_generation_prompt: bool = False,
     tools: Sequence[Tool] = (),
+    every: bool = True,
 ) -> tuple[list[int], list[bool]]:
-    """Ids as in `render_ids`, and for each whether the assistant wrote it (answers, calls and the EOS after them)."""
-    return _rendered(tokenizer, messages, style, add_generation_prompt, tools, every=True)
-
-
-def _rendered(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], style: str | None, add_generation_prompt: bool,
-    tools: Sequence[Tool], every: bool,
-) -> tuple[list[int], list[bool]]:  # fmt: skip
-    """`every`: whether a foreign template must show where each answer is, not only the last message."""
+    """Ids as in `render_ids`, and for each whether the assistant wrote it (answers, calls and the EOS after them).
+    `every` false: a template that is not ours need not show where the answers before the last message are."""
     style = style or tokenizer.chat_style
     if style is None:
         check_messages(messages)

@@ -39,6 +39,7 @@ NO_TEMPLATE = (
     'this model has no chat template, so it cannot be asked a question: import it with style = "r1-zero" (R1-Zero\'s '
     "prompt), or put the template of its instruct sibling into chat_template.jinja"
 )
+MEND = 'mend it, or import the model with style = "r1-zero"'
 # The pre-split that llama.cpp calls deepseek-v3, as in a tokenizer.json of V3 or of our own.
 SPLITS = (
     r"\p{N}{1,3}",
@@ -171,20 +172,14 @@ class HFTokenizer(Tokenizer):
         head = _EMPTY_THOUGHT.sub("", head)  # Qwen3's and others' before a last answer without thoughts
         begin = _first_difference(prompt, head)
         if not mark or head[begin:].strip():
-            raise UserError(
-                "the chat template does not open an answer: what it writes with add_generation_prompt must lead to an "
-                'answer or its thoughts. Mend it, or import the model with style = "r1-zero"'
-            )
+            raise UserError(f"the chat template does not open an answer after add_generation_prompt; {MEND}")
         self._opening = prompt[begin:]
         end = next(self._controls(rest), None)
         if end is None:  # GLM's: the next turn's token ends an answer
             rest = self._render([*talk, *question], add_generation_prompt=False).partition("\ue000")[2]
             end = next(self._controls(rest), None)
         if end is None:
-            raise UserError(
-                "the chat template writes no control token after an answer: no answer would ever end. Mend it, or "
-                'import the model with style = "r1-zero"'
-            )
+            raise UserError(f"no answer would ever end: the chat template writes no control token after it; {MEND}")
         self.eos_id = self._control[end.group()]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -208,10 +203,7 @@ class HFTokenizer(Tokenizer):
                 )
             end = next(self._controls(text, len(before)), None)
             if end is None:
-                raise UserError(
-                    "the chat template writes no control token after the last answer, so training could not teach "
-                    "where it ends; give the model a template that writes one"
-                )
+                raise UserError("the chat template must write a control token after the last answer to train on it")
             if _letters(message["content"]) not in _letters(text[len(before) : end.start()]):
                 if number < len(messages) - 1:  # an earlier turn without its thoughts: see the invariants of `chat`
                     continue
@@ -248,10 +240,9 @@ class HFTokenizer(Tokenizer):
         tags which a user typed."""
         contents = "".join(message["content"] for message in messages)
         used = set(contents)
-        free = list(islice((c for c in map(chr, chain(*_PRIVATE)) if c not in used), 2))
-        if len(free) < 2:
+        mark, cut, *_ = *islice((c for c in map(chr, chain(*_PRIVATE)) if c not in used), 2), "", ""
+        if not cut:
             raise UserError("the messages hold all of Unicode's private-use characters; leave two of them out")
-        mark, cut = free
         unmask = {f"{mark}{n}{mark}": name for n, name in enumerate(self._control) if name in contents}
 
         def masked(text: str) -> str:

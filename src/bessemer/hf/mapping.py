@@ -7,6 +7,7 @@ config.json
 - A key that would change the mathematics and that the network does not implement is an error, never ignored.
 - transformers reads `norm_topk_prob` only for deepseek_v3, takes no `topk_method` there, rates groups by two experts
   whatever K and M, and knows no model without shared experts.
+- If mscale or mscale_all_dim is 0, transformers scales cos and sin by m(1); `attention_factor` then states our factor.
 
 Tensors. A `Slot` maps one tensor on disk to its place in the model. Stacked parameters have several slots: w13 is
 gate_proj above up_proj, and the experts of a layer are one parameter here but three keys per expert on disk.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.model.config import ModelConfig
+from bessemer.model.config import ModelConfig, yarn_mscale
 from bessemer.model.transformer import Transformer
 
 # --- config.json -----------------------------------------------------------------------------------------------------
@@ -109,6 +110,7 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype, bos: int = 0, eos: int | list[in
     values["q_lora_rank"] = cfg.q_lora_rank or None
     values["n_shared_experts"] = cfg.n_shared_experts or None
     yarn = {theirs: getattr(cfg, ours) for ours, theirs in YARN.items()}
+    yarn |= {"attention_factor": cfg.rope_scale} if _rope_scale_elsewhere(cfg) != cfg.rope_scale else {}
     kind = {"rope_type": "yarn", **yarn} if cfg.yarn else {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
     return {
@@ -183,6 +185,7 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: key '{key}' is missing; copy config.json from the original checkpoint again")
         ours[name] = value
     cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
+    _check_rope_scale(cfg, values, where)
     if cfg.own and family != "bessemer":
         raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not valid for {family}; it must be positive")
     return cfg
@@ -217,8 +220,8 @@ def _flat(rope: dict[str, Any] | None, theta: float | None, where: str, key: str
         return fields
     if kind != "yarn":
         raise UserError(f"{where}: {key} of type {kind!r} is not implemented; only 'yarn' is")
-    if rope.get("attention_factor") is not None or rope.get("truncate") not in (None, True):
-        raise UserError(f"{where}: {key}: attention_factor and truncate are not implemented; mscale is")
+    if rope.get("truncate") not in (None, True):
+        raise UserError(f"{where}: {key}: truncate = {rope['truncate']!r} is not implemented; only true is")
     for ours, theirs in YARN.items():
         value = rope.get(theirs)
         value = YARN_DEFAULTS.get(theirs) if value is None else value
@@ -226,6 +229,27 @@ def _flat(rope: dict[str, Any] | None, theta: float | None, where: str, key: str
             raise UserError(f"{where}: {key} lacks '{theirs}', which YaRN needs")
         fields[ours] = value
     return fields
+
+
+def _rope_scale_elsewhere(cfg: ModelConfig) -> float:
+    """The factor on cos and sin that transformers takes unless `attention_factor` states one."""
+    both = cfg.mscale and cfg.mscale_all_dim
+    return cfg.rope_scale if both or not cfg.yarn else yarn_mscale(cfg.rope_factor, 1.0)
+
+
+def _check_rope_scale(cfg: ModelConfig, values: dict[str, Any], where: str) -> None:
+    scale, elsewhere = cfg.rope_scale, _rope_scale_elsewhere(cfg)
+    tables = [values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)]
+    stated = [table["attention_factor"] for table in tables if table.get("attention_factor") is not None]
+    if cfg.yarn and any(factor != scale for factor in stated):
+        raise UserError(
+            f"{where}: attention_factor {stated[0]!r} is not implemented; mscale, which gives {scale!r}, is"
+        )
+    if elsewhere != scale and not stated:
+        warnings.warn(
+            f"{where}: without mscale or mscale_all_dim the released code, and ours, scales rotary embeddings by "
+            f"{scale:g}, transformers by {elsewhere:g}; attention_factor = {scale!r} settles it", stacklevel=3,
+        )  # fmt: skip
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

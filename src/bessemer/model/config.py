@@ -230,6 +230,14 @@ class ModelConfig(BaseModel):
             scale *= yarn_mscale(self.rope_factor, self.mscale_all_dim) ** 2
         return scale
 
+    @property
+    def rope_scale(self) -> float:
+        """YaRN's factor on cos and sin, m(mscale) / m(mscale_all_dim) (released code); 1 for V3, whose temperature is
+        in the softmax scale."""
+        if not self.yarn:
+            return 1.0
+        return yarn_mscale(self.rope_factor, self.mscale) / yarn_mscale(self.rope_factor, self.mscale_all_dim)
+
     def at_length(self, context: Mapping[str, Any]) -> ModelConfig:
         """The same network with new values for some fields of CONTEXT, such as YaRN's (V3 4.3)."""
         assert context.keys() <= CONTEXT, f"{sorted(context.keys() - CONTEXT)} change more than position encoding"

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model import attention_cpu, attention_gpu
-from bessemer.model.config import ModelConfig, yarn_mscale
+from bessemer.model.config import ModelConfig
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, Segments, causal_mask
 
@@ -152,15 +152,9 @@ def rope_frequencies(cfg: ModelConfig) -> Tensor:
 
 
 def rope_table(cfg: ModelConfig, length: int, device: torch.device | None = None) -> Tensor:
-    """cos and sin for positions 0..length-1: [length, d_h^R / 2, 2], float32.
-
-    Both are multiplied by m(mscale) / m(mscale_all_dim), which is 1 for V3: its temperature is in the softmax scale.
-    """
+    """cos and sin for positions 0..length-1, times `rope_scale`: [length, d_h^R / 2, 2], float32."""
     angle = torch.arange(length, dtype=torch.float32)[:, None] * rope_frequencies(cfg)
-    scale = 1.0
-    if cfg.yarn:
-        scale = yarn_mscale(cfg.rope_factor, cfg.mscale) / yarn_mscale(cfg.rope_factor, cfg.mscale_all_dim)
-    return (torch.stack((angle.cos(), angle.sin()), dim=-1) * scale).to(device)
+    return (torch.stack((angle.cos(), angle.sin()), dim=-1) * cfg.rope_scale).to(device)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
