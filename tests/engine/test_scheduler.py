@@ -95,6 +95,31 @@ def test_nobody_waits_for_one_who_sends_many(engine, prompts):
     assert order.index(late) <= 4 and len(order) == 13
 
 
+def test_a_preempted_request_counts_its_prompt_once(engine):
+    """What it computed before it was preempted was not found in the cache, although it is there on its return."""
+    scheduler = Scheduler(engine, rows=4, cache_tokens=4 * PAGE)
+    wanted = [Request(tuple(range(20 + k, 20 + k + PAGE)), k, 90, stop_ids=()) for k in range(3)]
+    results, _ = drain(scheduler, wanted, every=1)
+    stats = scheduler.stats()
+    assert [end.cached_tokens for _, end in results] == [0, 0, 0]
+    assert stats["preempted"] and (stats["prompt_tokens"], stats["prompt_tokens_found"]) == (3 * PAGE, 0)
+
+
+def test_nothing_is_kept_of_clients_that_are_gone(engine):
+    """One of whose requests ended while another waited, and one whose request waited after a preemption."""
+    scheduler = Scheduler(engine, rows=1)
+    first = Request((20, 21, 22), 1, 1, stop_ids=(), client="impatient")
+    scheduler.add(first)
+    second = scheduler.add(replace(first, max_new_tokens=9))
+    scheduler.step()
+    scheduler.cancel(second)
+    third = scheduler.start(replace(first, client="preempted"))
+    scheduler.queue.take(scheduler.queue.peek(1))
+    scheduler.queue.requeue(third)
+    scheduler.cancel(third.number)
+    assert scheduler.idle and not scheduler.queue._last_turn and not scheduler.queue.running
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4, 12])
 def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     """Waiting, partly prefilled or decoding: its pages are freed and the others are not affected."""

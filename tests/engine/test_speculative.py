@@ -207,3 +207,39 @@ def test_what_cannot_guess_says_so(engine, cfg, tokenizer):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             call()
+
+
+@pytest.mark.parametrize("n_mtp", [1, 2])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_sampled_tokens_do_not_depend_on_who_shares_a_page(cfg, tokenizer, n_mtp, extra):
+    """A module's last keys of a prompt depend on what follows it. Neither other samples nor the prefix cache, whose
+    pages come from prompts that went on differently and from finished answers, lend a sample other keys."""
+    engine, drafts = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.07), n_mtp
+    prompt = tuple(3 + (7 * i + i * i) % 280 for i in range(PAGE + extra))
+    wanted = [Request(prompt, stream_key(k), 40, stop_ids=()) for k in range(6)]
+    alone = [drain(Scheduler(engine, drafts=drafts, prefix_cache=False), [r])[0][0][0] for r in wanted]
+    warm = Scheduler(engine, drafts=drafts)
+    drain(warm, [Request((*prompt[:PAGE], 20 + k), stream_key(50 + k), 40) for k in range(3)])
+    together = Scheduler(engine, drafts=drafts)
+    for request in wanted:
+        together.add(request)
+    for results in (drain(warm, wanted)[0], list(drain(together)[1].values())):
+        assert [[e.token for e in events] for events, _ in results] == [[e.token for e in a] for a in alone]
+    for k, end in enumerate(range(PAGE, PAGE + 7)):  # answers that end near the end of a page, and their next turns
+        ((answer, _),), _ = drain(together, [Request(prompt[:30], stream_key(60 + k), end - 30, stop_ids=())])
+        turn = Request((*prompt[:30], *(e.token for e in answer), *prompt[:9]), stream_key(9), 40, stop_ids=())
+        ((cold, _),), _ = drain(Scheduler(engine, drafts=drafts, prefix_cache=False), [turn])
+        ((after, found),), _ = drain(together, [turn])
+        assert [e.token for e in after] == [e.token for e in cold]
+    assert found.cached_tokens == PAGE
+
+
+def test_samples_that_start_together_have_room_for_their_drafts(cfg, tokenizer):
+    """Every sample needs its copy of the prompt's last page and a page for drafts. Before them a request ended before
+    any token went through the network."""
+    scheduler = Scheduler(flat(cfg, tokenizer), rows=4, cache_tokens=3 * PAGE, drafts=1)
+    drain(scheduler, [Request((20, 21, 22), 1, 1)])
+    for k in range(2):
+        scheduler.add(Request(tuple(range(20, 19 + PAGE)), k, 4))
+    drain(scheduler)
+    assert scheduler.preempted == 0

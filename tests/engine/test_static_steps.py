@@ -229,7 +229,7 @@ def test_a_step_waits_for_the_device_once_and_prefill_never(on_meta):
 def test_kept_tokens_come_with_the_tokens(on_meta):
     scheduler, drained = on_meta
     runner = scheduler.runner
-    runner.kept, runner.kept_BW = True, runner.token_B.new_zeros(0, words(runner.vocab))
+    runner.kept, runner.kept_BW = True, runner.key_B.new_zeros(0, words(runner.vocab))
     sequences = [
         scheduler.start(Request((3, 4, 5), stream_key(k), 4 + k, SamplingParams(0.9, top_p=0.9), stop_ids=()))
         for k in range(4)

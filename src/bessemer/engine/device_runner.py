@@ -52,7 +52,6 @@ class DeviceRunner(ModelRunner):
         super().__init__(steps.model, tokenizer, cache, trace, self.depth, trace_all=trace_all, kept=kept)
         self.kernels, self.steps = None, steps
         self.sampled_B3 = steps.sampled_R3[:0]
-        self.token_B = steps.token_R[:0]
         self.kept_BW = steps.token_R.new_zeros(0, words(self.vocab)) if kept else None
         """Bit masks of the tokens that each of `token_B` was drawn from, if they are recorded."""
         self._moved = True
@@ -82,7 +81,7 @@ class DeviceRunner(ModelRunner):
     def admit(self, prompts: list[tuple[PromptPages, list[Sequence]]], logits_PV: Tensor) -> None:
         n = len(self.sequences)
         super().admit(prompts, logits_PV)
-        assert self.logits_BV is not None and self.token_B is not None
+        assert self.logits_BV is not None
         rejected = self.rejected
         if rejected is not None:
             rejected = RejectedDrafts(rejected.rejected_B[n:], rejected.q_BV[n:])
@@ -93,7 +92,8 @@ class DeviceRunner(ModelRunner):
         )  # fmt: skip
         if self.kept_BW is not None and kept_BW is not None:
             self.kept_BW = torch.cat((self.kept_BW, kept_BW))
-        self.token_B = torch.cat((self.token_B, fresh_B3[:, 0].long()))
+        fresh_B = fresh_B3[:, 0].long()
+        self.token_B = fresh_B if self.token_B is None else torch.cat((self.token_B, fresh_B))
         if self.depth:
             rest = fresh_B3.new_full((len(fresh_B3), self.sampled_B3.shape[1] - 3), static_drafts.FRESH)
             fresh_B3 = torch.cat((fresh_B3, rest), 1)

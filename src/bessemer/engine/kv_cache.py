@@ -5,12 +5,13 @@ list of pages, so sequences of any length share the pool without padding to the 
 
 - Rows are the live sequences; when one leaves, those after it move up.
 - Slot s of a row, in page s // PAGE of its list, holds the token at position s.
-- A page with several users is full and never written again.
+- A page with several users is full and never written again. The key of MTP module k at a position needs the token k
+  further on, so with K modules a page is full when K tokens after it are known too.
 - Every slot is finite, written or not: attention gives hidden slots weight 0, and 0 times NaN must not appear.
 
-Sequences with a common prefix share its full pages. A full page may be cached under a key that identifies all tokens up
-to its end; a later prompt with the same prefix reuses it. Cached pages without users count as free, and the least
-recently used one is evicted first.
+Sequences with a common prefix share its full pages. A full page may be cached under a key that identifies all tokens
+that it depends on; a later prompt that begins with them reuses it. Cached pages without users count as free; the least
+recently used is evicted first.
 
 Attention reads a few rows at a time (`RowGroup`): their pages are gathered into one tensor that fits the processor's L2
 cache, so a step reads each latent from memory once. Rows of similar length share a group.
@@ -24,7 +25,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -56,12 +57,19 @@ class PromptPages:
     """Tokens whose latents are in the pages."""
     cached: int = 0
     """Of these, tokens found in the prefix cache."""
+    drafts: int = 0
+    """MTP modules whose keys are in the pages."""
     routing: list[Tensor] = field(default_factory=list)
     """Chosen experts, [n, L, K] for each chunk, if they are recorded."""
     states: list[Tensor] = field(default_factory=list)
     """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
     slots: tuple[Any, int] | None = None
     """For a foreign model: its `hf_decode.SlotCache` and row."""
+
+    @property
+    def full_pages(self) -> int:
+        """Pages that all rows of the prompt share."""
+        return max(0, len(self.ids) - self.drafts) // PAGE
 
 
 class RowGroup(NamedTuple):
@@ -139,7 +147,8 @@ class LatentCache:
 
     def open(self, ids: Sequence[int]) -> PromptPages:
         """A prompt, starting from the longest cached prefix."""
-        prompt = PromptPages(tuple(ids), self.pages.match(ids) if self.prefix_cache else [])
+        found = self.pages.match(ids, self.drafts) if self.prefix_cache else []
+        prompt = PromptPages(tuple(ids), found, drafts=self.drafts)
         self.pages.share(prompt.pages)
         prompt.length = prompt.cached = len(prompt.pages) * PAGE
         return prompt
@@ -159,8 +168,8 @@ class LatentCache:
         rows, source, target = [], [], []
         for prompt, copies in prompts:
             if self.prefix_cache:
-                self.pages.cache(prompt.ids[: prompt.length], prompt.pages)
-            full = prompt.length // PAGE
+                self.pages.cache(prompt.ids[: prompt.length], prompt.pages, self.drafts)
+            full = prompt.full_pages
             for _ in range(copies - 1):
                 rest = self._allocate(len(prompt.pages) - full)
                 self.pages.share(prompt.pages[:full])
@@ -189,9 +198,9 @@ class LatentCache:
         return source
 
     def cache_row(self, row: int, ids: Sequence[int]) -> None:
-        """Makes the full pages of row `row` available to later prompts; `ids` are the tokens that were fed."""
+        """Makes the full pages of row `row` available to later prompts; `ids` are the tokens that all modules read."""
         if self.prefix_cache:
-            self.pages.cache(ids, self.row_pages[row])
+            self.pages.cache(ids, self.row_pages[row], self.drafts)
 
     def scrub(self, row: int) -> None:
         """Makes a row's own slots finite again after the network failed on it."""
@@ -354,20 +363,16 @@ class PageAllocator:
         """The page has one user and is not cached."""
         return self._users[page] == 1 and page not in self._key
 
-    def cache(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+    def cache(self, ids: Sequence[int], pages: Sequence[int], drafts: int = 0) -> None:
         """Caches the full pages among `pages`, which hold the beginning of `ids`."""
-        for key, page in zip(_prefix_keys(ids), pages, strict=False):
+        for key, page in zip(_prefix_keys(ids, drafts), pages, strict=False):
             if key not in self._page and page not in self._key:
                 self._page[key], self._key[page] = page, key
 
-    def match(self, ids: Sequence[int]) -> list[int]:
+    def match(self, ids: Sequence[int], drafts: int = 0) -> list[int]:
         """Cached pages of the longest prefix of `ids` that leaves at least one token; not yet shared."""
-        pages = []
-        for key in _prefix_keys(ids[: len(ids) - 1]):
-            if key not in self._page:
-                break
-            pages.append(self._page[key])
-        return pages
+        keys = _prefix_keys(ids if drafts else ids[:-1], drafts)
+        return [self._page[key] for key in takewhile(self._page.__contains__, keys)]
 
     def _evict(self, page: int) -> None:
         del self._page[self._key.pop(page)]
@@ -375,11 +380,11 @@ class PageAllocator:
         self._free.append(page)
 
 
-def _prefix_keys(ids: Sequence[int]) -> Iterable[bytes]:
-    """One key per full page, each standing for all tokens up to the end of the page."""
+def _prefix_keys(ids: Sequence[int], drafts: int) -> Iterable[bytes]:
+    """One key per full page, each standing for all tokens up to the end of the page and `drafts` more."""
     key = b""
-    for end in range(PAGE, len(ids) + 1, PAGE):
-        key = hashlib.blake2b(key + array("q", ids[end - PAGE : end]).tobytes(), digest_size=16).digest()
+    for end in range(PAGE + drafts, len(ids) + 1, PAGE):
+        key = hashlib.blake2b(key + array("q", ids[end - PAGE - drafts : end]).tobytes(), digest_size=16).digest()
         yield key
 
 

@@ -182,7 +182,8 @@ class ModelRunner:
             if sequence.finish == "error":
                 self.cache.scrub(b)
             elif sequence.finish is not None:
-                self.cache.cache_row(b, sequence.ids[: fed[b]])
+                # the last pass left keys of drafts in the modules' layers, which its next step would have overwritten
+                self.cache.cache_row(b, sequence.ids[: fed[b] + 1 - self.lookahead])
         self.keep(live)
 
     def positions(self) -> list[int]:
@@ -199,6 +200,7 @@ class ModelRunner:
         source = self.cache.keep(torch.tensor(live, dtype=torch.bool))
         self.sequences = [self.sequences[b] for b in source.tolist()]
         self._select(to_device(source, self.key_B.device))
+        self.token_B = self.token_B if self.sequences else None  # without sequences no `advance` follows
         self._look_at_requests()
 
     def _select(self, source: Tensor) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice, takewhile
 from typing import Protocol
 
 import torch
@@ -52,9 +52,9 @@ class _Prefill:
     sequences: list[Sequence]
 
     def pages_needed(self, lookahead: int) -> int:
-        """Pages to allocate until its sequences decode: the rest of the prompt, then one per additional sequence."""
+        """Pages to allocate until its sequences decode: the rest of the prompt, then each additional sequence's own."""
         total = pages_for(len(self.prompt.ids) + lookahead)
-        return total - len(self.prompt.pages) + len(self.sequences) - 1
+        return total - len(self.prompt.pages) + (len(self.sequences) - 1) * (total - self.prompt.full_pages)
 
 
 class Network(Protocol):
@@ -234,18 +234,17 @@ class Scheduler:
             if not sequences:
                 return
             job = _Prefill(self.cache.open(sequences[0].ids), sequences)
-            free = self.cache.free_pages()
-            reserved = self._reserved_pages()
-            lookahead = self.runner.lookahead
+            free, reserved, lookahead = self.cache.free_pages(), self._reserved_pages(), self.runner.lookahead
             while free is not None and reserved + job.pages_needed(lookahead) > free and len(job.sequences) > 1:
                 job.sequences.pop()
             if busy and free is not None and reserved + job.pages_needed(lookahead) > free:
                 self.cache.drop(job.prompt)
                 return
-            for sequence in job.sequences:
-                sequence.cached_tokens = job.prompt.cached
-            self.cached_tokens += job.prompt.cached
-            self.prompt_tokens += len(job.prompt.ids)
+            if sequences[0].cached_tokens is None:  # otherwise it was preempted, and its prompt is counted
+                for sequence in job.sequences:
+                    sequence.cached_tokens = job.prompt.cached
+                self.cached_tokens += job.prompt.cached
+                self.prompt_tokens += len(job.prompt.ids)
             self.queue.take(job.sequences)
             self._prefills.append(job)
 
@@ -287,7 +286,7 @@ class Scheduler:
             seq.n_emitted = len(seq.tokens)
             if seq.finish is not None:
                 message = seq.error or str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
-                events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens))
+                events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens or 0))
                 self.queue.finished(seq)
         return events
 
@@ -361,12 +360,8 @@ class WaitingQueue:
             return []
         sequences = self._waiting[min(heads)[-1]]
         most = max(1, most // len(heads))
-        same: list[Sequence] = []
-        for sequence in sequences:
-            if sequence.request.prompt != sequences[0].request.prompt or len(same) == most:
-                break
-            same.append(sequence)
-        return same
+        prompt = sequences[0].request.prompt
+        return list(takewhile(lambda sequence: sequence.request.prompt == prompt, islice(sequences, most)))
 
     def take(self, sequences: list[Sequence]) -> None:
         """Removes sequences returned by `peek` and counts them as running."""
@@ -383,12 +378,8 @@ class WaitingQueue:
 
     def finished(self, sequence: Sequence) -> None:
         """A running sequence has ended."""
-        client = sequence.request.client
-        self.running[client] -= 1
-        if not self.running[client]:
-            del self.running[client]
-            if client not in self._waiting:
-                self._last_turn.pop(client, None)
+        self.running[sequence.request.client] -= 1
+        self._forget(sequence.request.client)
 
     def remove(self, number: int) -> bool:
         """Drops a waiting sequence; False if none has this number."""
@@ -397,5 +388,13 @@ class WaitingQueue:
                 if sequence.number == number:
                     line.remove(sequence)
                     self._waiting = {client: rest for client, rest in self._waiting.items() if rest}
+                    self._forget(sequence.request.client)
                     return True
         return False
+
+    def _forget(self, client: str) -> None:
+        """Drops what is known of a client if none of its sequences is left."""
+        preempted = any(sequence.request.client == client for sequence in self._preempted)
+        if not (self.running[client] or preempted or client in self._waiting):
+            self.running.pop(client, None)
+            self._last_turn.pop(client, None)

@@ -166,8 +166,8 @@ class Sequence:
     """Tokens of the current thought; None outside a thought, and without a budget."""
     rejected_q_V: Tensor | None = None
     """While preempted: the distribution of its rejected draft."""
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache at its first start; None before."""
 
     @property
     def ids(self) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ Module k reads, at position i, the state h^(k-1) there (h^0 is the main model's)
 token at i + k + 1; its keys are one more layer of the cache. Module k makes draft k. If there are more drafts than
 modules (V3 has one module), the last module continues: it reads its own output in place of a state that does not exist
 yet. Slots that drafts leave wrong are rewritten from true states before they are read: every step starts with all
-positions that the last pass made known. (The last slots of a cached prefix may belong to another continuation. That can
-cost a draft, never a token.)
+positions that the last pass made known.
 
 Shapes: B rows, T = depth + 1 tokens of a pass, D hidden, V vocabulary.
 """
