@@ -187,6 +187,10 @@ def test_completions_take_texts_and_ids(server, engine):
     assert [choice.text for choice in reply.choices] == [one.text, two.text]
     ids = [engine.tokenizer.bos_id, *engine.tokenizer.encode("lazy")]
     assert api.completions.create(model="r1", prompt=ids, seed=4, max_tokens=8).choices[0].text == two.text
+    asked = dict(model="r1", prompt=["the fox", "lazy", "the fox"], seed=4, max_tokens=8, n=2)
+    again = [[choice.text for choice in api.completions.create(**asked).choices] for _ in range(2)]
+    groups = engine.generate(asked["prompt"], samples=2, seed=4, max_new_tokens=8, **SAMPLING)
+    assert again == [[sample.text for group in groups for sample in group]] * 2 and len(set(again[0])) == 6
     stream = api.completions.create(model="r1", prompt=[ids], seed=4, max_tokens=8, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == "lazy" + two.text
     whole = api.completions.create(model="r1", prompt="lazy", seed=4, max_tokens=8, echo=True, logprobs=2).choices[0]

@@ -65,7 +65,8 @@ class Generation(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**64)
-    """The same seed and prompt give the same samples; by default every request gets a random seed."""
+    """The same seed and request give the same samples; by default every request gets a random seed. Equal prompts of
+    one request give different samples."""
     stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
     """Strings that end the answer; they are not part of it."""
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from bessemer.engine.generation import prompt_digest
@@ -51,8 +53,8 @@ def requests(
     grammar: str = "",
     grammar_waits: bool = False,
 ) -> list[Request]:
-    """n consecutive samples of each prompt. `client`: the sender's address; `max_tokens`: most new tokens (None: what
-    `room` leaves); `param`: the field that holds the prompts."""
+    """n consecutive samples of each prompt; equal prompts get different ones. `client`: the sender's address;
+    `max_tokens`: most new tokens (None: what `room` leaves); `param`: the field that holds the prompts."""
     if body.return_routing and not model.facts.sparse_layers:
         what = "return_routing: no layer of this model has routed experts"
         raise invalid(what, "return_routing", "routing_unavailable")
@@ -62,10 +64,11 @@ def requests(
     for ids in prompts:
         if len(ids) >= model.facts.context:
             raise model.too_long(len(ids), param)
+    numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(count)
     return [
         Request(
             ids,
-            stream_key(seed, prompt_digest(ids), k),
+            stream_key(seed, prompt_digest(ids), next(numbers[ids])),
             max_new_tokens=room(model, len(ids), max_tokens),
             sampling=params,
             stop_ids=(*stop_ids, *(body.stop_token_ids or ())),
@@ -78,7 +81,7 @@ def requests(
             client=f"{client} {body.user or ''}",
         )
         for ids in prompts
-        for k in range(body.n or 1)
+        for _ in range(body.n or 1)
     ]
 
 
