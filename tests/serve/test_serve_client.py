@@ -200,6 +200,25 @@ def test_completions_take_texts_and_ids(server, engine):
         assert name.startswith("bytes:") or whole.text[offset:].startswith(name) or name.startswith("<｜")
 
 
+def test_a_stop_token_is_listed_if_its_text_is_shown(server, engine):
+    (the,), eos = engine.tokenizer.encode("the")[:1], engine.tokenizer.eos_id
+    for bias, listed in ((the, [the]), (eos, [])):
+        asked = dict(prompt="fox", stop_token_ids=[the], logit_bias={str(bias): 100}, max_tokens=5)
+        reply = server.post("/v1/completions", **asked, logprobs=0, return_token_ids=True).json()
+        (choice,) = reply["choices"]
+        shown = [engine.tokenizer.decode(listed)] if listed else []
+        assert (choice["token_ids"], choice["logprobs"]["tokens"], choice["text"]) == (listed, shown, "".join(shown))
+        assert choice["finish_reason"] == "stop" and reply["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_chunks_before_the_usage_say_that_it_follows(server, path):
+    asked = {"prompt": "the fox"} if path == "/v1/completions" else {"messages": question("the fox")}
+    *chunks, last = server.events(path, **asked, max_tokens=3, stream_options={"include_usage": True})
+    assert all(chunk["usage"] is None for chunk in chunks) and last["usage"] and not last["choices"]
+    assert not any("usage" in chunk for chunk in server.events(path, **asked, max_tokens=3))
+
+
 def test_an_answer_that_only_repeats_its_prompts_ends_like_any_other(server):
     asked = {"prompt": ["the fox", "lazy"], "max_tokens": 0, "echo": True, "logprobs": 1}
     whole = server.post("/v1/completions", **asked).json()["choices"]

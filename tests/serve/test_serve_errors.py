@@ -33,6 +33,14 @@ BAD = [  # path, body, param, code
     (CHAT, {"messages": USER, "seed": 2**70}, "seed", "invalid_value"),
     (CHAT, {"messages": USER, "stop": [""]}, "stop[0]", "invalid_value"),
     (CHAT, {"messages": USER, "stop": 5}, "stop", "invalid_value"),
+    (CHAT, {"messages": USER, "stop": ["a", "b\ufffd"]}, "stop", "invalid_value"),
+    (CHAT, {"messages": USER, "functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "function_call": {"name": "f"}}, "function_call", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
+    (CHAT, {"messages": USER, "audio": {"voice": "a"}}, "audio", "unsupported_parameter"),
+    ("/v1/responses", {"input": "a", "prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+    ("/v1/responses", {"input": "a", "top_logprobs": 2}, "top_logprobs", "unsupported_parameter"),
+    ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
     (CHAT, {"messages": USER, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
     (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 50}, "top_logprobs", "invalid_value"),
     (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function", "invalid_value"),
@@ -92,6 +100,13 @@ def test_bad_values_are_named(server, path, body, param, code):
     error = error_of(answer)
     assert answer.status_code == 400 and error["type"] == "invalid_request_error"
     assert (error["param"], error["code"]) == (param, code), error
+
+
+def test_unsupported_fields_at_their_defaults_are_no_error(server):
+    defaults = {"functions": [], "function_call": "none", "modalities": ["text"], "audio": None}
+    assert server.chat(max_tokens=1, **defaults).status_code == 200
+    defaults = {"prompt": None, "top_logprobs": 0, "include": ["reasoning.encrypted_content"]}
+    assert server.post("/v1/responses", input="a", max_output_tokens=1, **defaults).status_code == 200
 
 
 RAW = [  # body, status, code

@@ -272,6 +272,8 @@ def check_stop_strings(strings: Iterable[str] | None) -> list[str]:
     checked = list(strings or ())
     if not all(isinstance(string, str) and string for string in checked):
         raise UserError(f"stop_strings must be strings of at least one character, not {checked!r}")
+    if any("\ufffd" in string for string in checked):
+        raise UserError("stop_strings must not contain U+FFFD: in an answer it stands for any incomplete character")
     return checked
 
 

@@ -138,6 +138,7 @@ async def prepare(
     """The request for this model. Raises ApiError or UserError if it cannot be served. `responder`: the class that
     writes the answer."""
     responder = responder or ChatResponder
+    _refuse_unsupported(body)
     use = tool_use(body)
     size = text_size(body.messages) + (len(description(use.tools)) if use.tools else 0)
     thinking = _thinking_switch(body)
@@ -152,6 +153,15 @@ async def prepare(
         what = 'this model\'s thoughts end in plain text, so no format can begin after them; say "thinking": false'
         raise unsupported("tool_choice" if use.forced else "response_format", what)
     return responder(body, model, prompt, client, grammar, use)
+
+
+def _refuse_unsupported(body: ChatRequest) -> None:
+    if body.functions:
+        raise unsupported("functions", 'functions are not supported; send them as "tools"')
+    if body.function_call not in (None, "none", "auto"):
+        raise unsupported("function_call", 'function_call is not supported; use "tools" and "tool_choice"')
+    if body.audio or set(body.modalities or ()) - {"text"}:
+        raise unsupported("audio" if body.audio else "modalities", "an answer is text; leave audio and modalities out")
 
 
 async def _grammar(wanted: ResponseFormat | None) -> str:

@@ -56,7 +56,7 @@ class ChoiceBuilder:
             else:
                 self.completion_tokens += 1
                 new = self.parser.push(record.token)
-                if record.token not in self.stop_ids:
+                if record.token not in self.stop_ids or not self.parser.tokenizer.is_special(record.token):
                     new = new or [AnswerEvent()]
                     new[0].tokens.append(record)
             for event in new:
@@ -169,6 +169,8 @@ class Responder(ABC):
         chunk = self._envelope | {"object": self.chunk_object, "choices": [choice]}
         if self._options.continuous_usage_stats and self.requests:
             chunk["usage"] = self._usage(self.choices[n])
+        elif self._options.include_usage:
+            chunk["usage"] = None
         return event(chunk)
 
     def _extras(self, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The OpenAI API as JSON: requests and errors. The answers are in `replies`.
 
 Unknown fields of a request are ignored, as in every server of this kind; known fields are checked strictly: no string
-for a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that no model here supports
-(suffix, ...) are listed too, so that they are refused rather than ignored.
+for a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that would change the answer
+and that no model here supports (suffix, ...) are listed too, so that they are refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -219,6 +219,14 @@ class ChatRequest(Generation):
     """false: at most one call in an answer."""
     response_format: ResponseFormat | None = None
     """The form of the content, enforced token by token; thoughts before it are free."""
+    functions: list[Any] | None = None
+    """Not supported; use tools."""
+    function_call: Any = None
+    """Not supported; use tool_choice."""
+    modalities: list[str] | None = None
+    """Only ["text"]."""
+    audio: Any = None
+    """Not supported."""
 
 
 class CompletionRequest(Generation):

@@ -29,7 +29,7 @@ class AnswerEvent:
     thinking: bool = False
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    """All but the one that ended the answer."""
+    """All but a control token that ended the answer."""
 
     def extend(self, event: AnswerEvent) -> None:
         """Appends an event of the same kind, or of any kind if one of the two has no text."""
@@ -52,7 +52,7 @@ class ReasoningParser:
     ):
         """`thinking`: the prompt has opened a thought. `split` False: thoughts are content, tags included. `trim`: the
         answer begins a message, so leading white space is dropped."""
-        self.decoder = tokenizer.stream()
+        self.tokenizer, self.decoder = tokenizer, tokenizer.stream()
         self.stop_buffer = StopBuffer(stop_strings)
         self.tag_ids = dict(zip(think_ids(tokenizer), (OPEN, CLOSE), strict=True))
         self.tags = TagSplitter(thinking, begins=trim) if None in self.tag_ids and split else None

@@ -41,8 +41,12 @@ from bessemer.serve.response_items import ResponseItems, TypedEvent
 from bessemer.serve.service import Stream
 
 FIELDS_OF_CHAT = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
-DROPPED = ("previous_response_id", "conversation", "background")
-"""Fields that need stored responses."""
+STORED = "refers to stored responses or prompts, and none are stored; send the messages as input"
+LOGPROBS = "is not supported: a response has no log-probabilities; ask /v1/chat/completions"
+UNSUPPORTED = {
+    **dict.fromkeys(("previous_response_id", "conversation", "background", "prompt"), STORED),
+    "top_logprobs": LOGPROBS,
+}
 
 
 class InputPart(Body):
@@ -155,6 +159,12 @@ class ResponsesRequest(Body):
     """Not supported."""
     background: bool | None = None
     """Not supported."""
+    prompt: Any = None
+    """Not supported."""
+    top_logprobs: int | None = None
+    """Not supported."""
+    include: list[str] | None = None
+    """Has no effect; "message.output_text.logprobs" is refused."""
 
 
 class ResponsesResponder(chat.ChatResponder):
@@ -257,9 +267,11 @@ class ResponsesResponder(chat.ChatResponder):
 
 async def prepare(body: ResponsesRequest, model: LoadedModel, client: str) -> ResponsesResponder:
     """The request for this model. Raises ApiError or UserError if it cannot be served."""
-    for name in DROPPED:
+    for name, why in UNSUPPORTED.items():
         if getattr(body, name):
-            raise unsupported(name, f"{name} needs stored responses, and none are stored; send the messages as input")
+            raise unsupported(name, f"{name} {why}")
+    if "message.output_text.logprobs" in (body.include or ()):
+        raise unsupported("include", f"message.output_text.logprobs {LOGPROBS}")
     try:
         responder = await chat.prepare(_chat_request(body), model, client, ResponsesResponder)
     except ApiError as error:

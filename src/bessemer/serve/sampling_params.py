@@ -10,7 +10,8 @@ from typing import Any
 
 from bessemer.engine.generation import prompt_digest
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams
+from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams, check_stop_strings
+from bessemer.errors import UserError
 from bessemer.serve.models import LoadedModel
 from bessemer.serve.protocol import Generation, invalid
 
@@ -59,6 +60,11 @@ def requests(
         what = "return_routing: no layer of this model has routed experts"
         raise invalid(what, "return_routing", "routing_unavailable")
     stop_ids = () if body.ignore_eos else model.stop_ids
+    stop_strings = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    try:
+        check_stop_strings(stop_strings)
+    except UserError as error:
+        raise invalid(str(error), "stop") from None
     params = sampling(body, model.facts.sampling, model.tokenizer.vocab_size)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for ids in prompts:
@@ -72,7 +78,7 @@ def requests(
             max_new_tokens=room(model, len(ids), max_tokens),
             sampling=params,
             stop_ids=(*stop_ids, *(body.stop_token_ids or ())),
-            stop_strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            stop_strings=stop_strings,
             top=top,
             routing=bool(body.return_routing),
             thinking_budget=thinking_budget,
