@@ -57,7 +57,10 @@ def sample(
     p_BV = _exp(shifted_BV, temperature_B1, form)
     token_B = argmax(shifted_BV[:, :vocab])
     if form.drawn:
-        kept_BV = p_BV[:, :vocab]
+        own_BV, kept_BV = shifted_BV, p_BV
+        if vocab < logits_BV.shape[1]:  # the most likely token has p = 1, however likely a spare row is
+            own_BV = logits_BV[:, :vocab] - logits_BV[:, :vocab].amax(-1, keepdim=True)
+            kept_BV = _exp(own_BV, temperature_B1, form)
         if form.cut:
             kept_BV = _truncate(kept_BV, rules_B4)
         if rejected is not None:
@@ -69,17 +72,17 @@ def sample(
     if form.kept and kept_BW is not None:
         assert form.drawn and rejected is None
         kept_BW.copy_(pack_bits(kept_BV > 0))
-        logp_B, _ = _logp(shifted_BV, kept_BV, temperature_B1, token_B, form._replace(tempered=False))
+        logp_B, _ = _logp(own_BV, kept_BV, temperature_B1, token_B, form._replace(tempered=False))
     return torch.stack((token_B.double(), logp_B.double(), raw_B.double()), -1)
 
 
 def probabilities(logits_BV: Tensor, vocab: int, rules_B4: Tensor, form: Form) -> Tensor:
     """The distribution that every row's token is sampled from, after truncation, [B, vocab]."""
-    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    kept_BV = _exp(shifted_BV, _temperature(rules_B4), form)[:, :vocab]
+    shifted_BV = logits_BV[:, :vocab] - logits_BV[:, :vocab].amax(-1, keepdim=True)
+    kept_BV = _exp(shifted_BV, _temperature(rules_B4), form)
     if form.cut:
         kept_BV = _truncate(kept_BV, rules_B4)
-    best_BV = torch.arange(vocab, device=logits_BV.device) == argmax(shifted_BV[:, :vocab])[:, None]
+    best_BV = torch.arange(vocab, device=logits_BV.device) == argmax(shifted_BV)[:, None]
     return torch.where(rules_B4[:, :1] == 0, best_BV.to(kept_BV.dtype), kept_BV / kept_BV.sum(-1, keepdim=True))
 
 

@@ -173,7 +173,7 @@ def top_tokens(sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> list
     most = max(sequence.request.top for sequence in sequences)
     if not most:
         return None
-    best = logits_BV[:, :vocab].log_softmax(-1).topk(min(most, vocab), -1)
+    best = logits_BV.log_softmax(-1)[:, :vocab].topk(min(most, vocab), -1)
     pairs = zip(sequences, best.indices.tolist(), best.values.tolist(), strict=True)
     return [tuple(zip(ids, values, strict=True))[: sequence.request.top] for sequence, ids, values in pairs]
 
@@ -231,17 +231,24 @@ def sample(
         token_B = argmax(shifted_BV[:, :vocab])
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
         return SampledTokens(token_B, raw_B, raw_B)
-    p_BV = _exp(shifted_BV, params.temperature)  # the most likely token has p = 1, whatever the sum
+    p_BV = _exp(shifted_BV, params.temperature)
+    own_BV, own_p_BV = shifted_BV[:, :vocab], p_BV[:, :vocab]
+    if vocab < V:
+        top_B1 = own_BV.amax(-1, keepdim=True)
+        # on a GPU, asking would make the host wait
+        if logits_BV.device.type != "cpu" or bool((top_B1 < 0).any()):
+            own_BV = own_BV - top_B1  # the most likely token has p = 1, however likely a spare row is
+            own_p_BV = _exp(own_BV, params.temperature)
     if allowed_BV is not None:
-        p_BV[:, :vocab].masked_fill_(~allowed_BV, 0.0)
-    left_BV = truncate(p_BV[:, :vocab], params)
+        own_p_BV.masked_fill_(~allowed_BV, 0.0)
+    left_BV = truncate(own_p_BV, params)
     token_B = inverse_cdf(left_BV, uniform_B)
     logp_B = raw_B = _logp(shifted_BV, params.temperature, p_BV, token_B)
     if params.temperature != 1.0:
         raw_B = _logp(shifted_BV, 1.0, _exp(shifted_BV, 1.0), token_B)
     if not kept:
         return SampledTokens(token_B, logp_B, raw_B)
-    return SampledTokens(token_B, _logp(shifted_BV, params.temperature, left_BV, token_B), raw_B, left_BV > 0)
+    return SampledTokens(token_B, _logp(own_BV, params.temperature, left_BV, token_B), raw_B, left_BV > 0)
 
 
 def greedy_tokens(logits_BTV: Tensor, vocab: int) -> GreedyTokens:

@@ -143,14 +143,17 @@ i64 inverse_cdf(const float* p, i64 n, float threshold, double u) {
     return end - 1;  // reached only by a row of NaN
 }
 
-// The distribution of the next token, from a row of V logits: p = exp((x - top) / temperature), of which the first
-// `vocab` count if they are at least `threshold`. Temperature 0 has no p: the most likely token is `best`.
+// The distribution of the next token, from a row of V logits: p = exp((x - own) / temperature), of which the first
+// `vocab` count if they are at least `threshold`. `own` is the largest of these, so that no spare row, however likely,
+// makes them all 0; `total` is the sum over V of exp((x - top) / temperature). Temperature 0 has no p: the most likely
+// token is `best`.
 struct Distribution {
     const float* x;
     i64 V, vocab;
     const Rules& rules;
     float* p;  // room for V numbers
-    float temperature = (float)rules.temperature, top = largest(x, V), threshold = 0.0f;
+    float temperature = (float)rules.temperature, top = largest(x, V), own = vocab < V ? largest(x, vocab) : top;
+    float base = top, threshold = 0.0f;
     double total = exponentials(x, V, top, greedy() ? 1.0f : temperature, greedy() ? nullptr : p), mass = total;
     i64 best = 0;
 
@@ -158,6 +161,7 @@ struct Distribution {
         if (greedy())
             best = most_likely(x, vocab);
         else if (total == total) {
+            if (own < top && own > -INF) exponentials(x, vocab, own, temperature, p);
             threshold = (float)rules.min_p * largest(p, vocab);
             i64 k = rules.top_k > 0 && rules.top_k < vocab ? (i64)rules.top_k : vocab;
             if (k < vocab || rules.top_p < 1.0) threshold = std::max(threshold, last_kept(p, vocab, k, rules.top_p));
@@ -170,7 +174,7 @@ struct Distribution {
     // Writes which tokens below `vocab` truncation kept; `score` then covers only these.
     void keep(bool* kept) {
         if (greedy() || !finite()) return (void)memset(kept, 0, vocab * sizeof(bool));
-        mass = 0.0;
+        base = own, mass = 0.0;
         for (i64 i = 0; i < vocab; ++i) {
             kept[i] = p[i] >= threshold && p[i] > 0.0f;
             if (kept[i]) mass += p[i];
@@ -204,9 +208,9 @@ struct Distribution {
     }
     // Log-probabilities of a token: at the row's temperature (0 counts as 1), and at 1 before truncation.
     void score(i64 token, float* logp, float* raw) const {
-        float shifted = x[token] - top, own = greedy() ? 1.0f : temperature;
-        *logp = (float)((double)(shifted / own) - std::log(mass));
-        *raw = (float)((double)shifted - std::log(own == 1.0f ? total : exponentials(x, V, top, 1.0f, nullptr)));
+        float divisor = greedy() ? 1.0f : temperature;
+        *logp = (float)((double)((x[token] - base) / divisor) - std::log(mass));
+        *raw = (float)((double)(x[token] - top) - std::log(divisor == 1.0f ? total : exponentials(x, V, top, 1.0f, nullptr)));
     }
 };
 
