@@ -29,6 +29,9 @@ def test_content_obeys_a_schema_behind_free_thoughts(server, zero_server):
     two = zero_server.chat("the fox", response_format=FORMAT, n=2, temperature=0.8).json()["choices"]
     for choice in two:  # this model opens its thoughts itself, so these have none
         jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+    asked = dict(response_format=FORMAT, thinking=True, thinking_budget=12, temperature=0.8)
+    message = zero_server.chat("the fox", **asked).json()["choices"][0]["message"]
+    assert message["reasoning_content"] and jsonschema.validate(json.loads(message["content"]), SCHEMA) is None
     found = server.chat("x", response_format={"type": "json_object"}, thinking=False, seed=4).json()["choices"][0]
     assert found["message"]["content"].startswith("{")
     if found["finish_reason"] == "stop":

@@ -218,14 +218,14 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool | None = None
     """false: at most one call in an answer."""
     response_format: ResponseFormat | None = None
-    """The form of the content, enforced token by token; thoughts before it are free."""
+    """The form of the content, enforced token by token; a thought that the prompt opened is free."""
     functions: list[Any] | None = None
     """Not supported; use tools."""
-    function_call: Any = None
+    function_call: object = None
     """Not supported; use tool_choice."""
     modalities: list[str] | None = None
     """Only ["text"]."""
-    audio: Any = None
+    audio: object = None
     """Not supported."""
 
 

@@ -159,7 +159,7 @@ class ResponsesRequest(Body):
     """Not supported."""
     background: bool | None = None
     """Not supported."""
-    prompt: Any = None
+    prompt: object = None
     """Not supported."""
     top_logprobs: int | None = None
     """Not supported."""
