@@ -116,7 +116,8 @@ def test_nothing_that_a_check_started_outlives_it(tmp_path, stop):
     """Neither its child nor one with a group of its own, as torchrun's ranks have."""
     (tmp_path / "checks.py").write_text(STARTS)
     code = f"""import sys; sys.path[:0] = [{str(GPU)!r}, {str(GPU.parent)!r}]
-import pathlib, first_hour as command
+import pathlib, signal, first_hour as command
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
 command.__file__ = {str(tmp_path / "first_hour.py")!r}
 command.CHECKS["fp8"] = command.CHECKS["fp8"][0], {6 if stop == "its limit" else 60}
 command.stop_at_signals()
