@@ -115,8 +115,13 @@ class _Sample:
         return sum(len(part.tokens) for part in self.parts)
 
     def ids(self) -> list[int]:
-        """All ids after the prompt; nothing may have been read after the last turn."""
-        return [i for part, read in zip(self.parts, [*self.read, []], strict=False) for i in (*part.tokens, *read)]
+        """All ids after the prompt."""
+        ids: list[int] = []
+        for turn, part in enumerate(self.parts):
+            ids += part.tokens
+            if turn < len(self.read):  # nothing may have been read after the last turn
+                ids += self.read[turn]
+        return ids
 
 
 class Play:
