@@ -53,7 +53,7 @@ OOOOAOOOOOOOOOOOOO Needle in a haystack over lengths and depths
 OPOPOPPPPPOOPPPOPP R1-Zero: RL from the base, no SFT
 OAOAOPAPAAOOAAAOAP Prompt template
 OSOSOSSPSSAASSSOSS GRPO groups
-OPOPOPPPPPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
+OPOPOPPPAPPPPPPOPP Advantage: reward minus the group's mean, over its standard deviation
 OAOAOPAPAAAAAAAOAA Loss of a token
 OAOAOAAPAAAAAAAOAA Clip
 OAOAOPAPAAOOAAAOAA KL to the reference (k3, in the loss)
