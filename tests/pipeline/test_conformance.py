@@ -58,7 +58,7 @@ OAOAOPAPAAAAAAAOAA Loss of a token
 OAOAOAAPAAAAAAAOAA Clip
 OAOAOPAPAAOOAAAOAA KL to the reference (k3, in the loss)
 OAOAOAAPAAAAAAAOAA Mini-batches per rollout
-OPOAOAAPPPPPPPPOPP On policy, every sample used
+OPOAOAAPAPPPPPPOPP On policy, every sample used
 OSOSOSSPSSSSSSSOSS Learning rate of RL
 OPOPOPPPPPPPPPPOPP Sampling temperature of RL
 OOOOOPPPPPOOOOOOOO Sampling temperature with preference rewards
