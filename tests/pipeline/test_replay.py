@@ -157,7 +157,7 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
 def test_a_record_that_says_otherwise_is_reported(whole, call, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
-    status, out, _ = call("replay", f"{root}/zero", "--step", 6)
+    status, out, _ = call("replay", f"{root}/03-zero/", "--step", 6)  # as a shell completes it
     assert status == 0 and "rollout 2, to step 6: all " in out and "reward of 2 samples" in out
     lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

@@ -162,13 +162,15 @@ def why(
 
 
 def _stage_of(run: str) -> tuple[Path, str | None]:
-    """The run directory and the stage of RUN[/STAGE]."""
-    from bessemer.runs.directory import run_dir
+    """The run directory and the stage of RUN[/STAGE], where STAGE is a stage's name or that of its folder."""
+    from bessemer.runs.directory import run_dir, stage_folders
 
     try:
         return run_dir(run), None
     except UserError:
-        root, _, name = run.rpartition("/")
+        path = Path(run)
         with contextlib.suppress(UserError):
-            return run_dir(root or run), name
+            root = run_dir(path.parent)
+            named = {folder.name: name for _, name, folder in stage_folders(root)}
+            return root, named.get(path.name, path.name)
         raise
