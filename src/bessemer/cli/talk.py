@@ -99,6 +99,9 @@ def _about_cuts(completions: Sequence["Completion"], asked: int | None, context:
 def chat(
     model: Model,
     system: Annotated[str, typer.Option(help="System message; /system changes it.")] = "",
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Answer each question without the conversation before it; /alone switches.")
+    ] = False,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum new tokens per answer. Default: the rest of the context, up to 2048."),
@@ -115,7 +118,7 @@ def chat(
     from bessemer.runs.directory import model_dir
 
     talk(
-        model_dir(model), system=system, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
+        model_dir(model), system=system, alone=alone, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
         drafts=drafts, compile=compile, seed=seed,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "/think": "show the last thought",
     "/system TEXT": "set the system message; - for none, no TEXT to show it",
     "/save FILE": "write the conversation as one line of JSON, in the form that SFT reads",
+    "/alone": "answer each question alone, or within the conversation again",
     "/reset": "forget the conversation but keep the system message",
     "/help": "show this; Ctrl-C ends an answer",
     "/exit": "leave, like Ctrl-D",
@@ -53,17 +54,19 @@ def chat(
     drafts: int = 0,
     compile: bool = False,
     system: str = "",
+    alone: bool = False,
     input: Callable[[str], str] | None = None,
     output: TextIO | None = None,
     notes: TextIO | None = None,
 ) -> None:
     """Runs a session until /exit or the end of the input. `max_new_tokens` per answer: None for what the context
-    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`. `input` takes the prompt to
-    show and returns a message; without it, lines can be edited in a terminal, and a pipe is read line by line."""
+    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`; with `alone`, the model sees
+    no earlier turn. `input` takes the prompt to show and returns a message; without it, lines can be edited in a
+    terminal, and a pipe is read line by line."""
     engine = load_engine(model_dir, drafts, compile)
     options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
     talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
-    talk.system = system
+    talk.system, talk.alone = system, alone
     context, size = engine.model.cfg.max_seq_len, sum(weight.numel() for weight in engine.model.parameters())
     talk.note(f"{model_dir}: {show_tokens(size)} parameters, a context of {context} tokens, "
               f"{talk.style or 'its own'} template, temperature {temperature:g}, top-p {top_p:g}")  # fmt: skip
@@ -131,6 +134,8 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.system = ""
+        self.alone = False
+        """Whether a question begins a new conversation."""
         self.messages: list[Message] = []
         """Questions and answers in turn."""
         self.thought = ""
@@ -151,6 +156,9 @@ class Conversation:
         elif command == "/system":
             self.system = "" if rest == "-" else rest or self.system
             self.note(f"system message: {self.system or 'none'}")
+        elif command == "/alone":
+            self.alone = not self.alone
+            self.note("each question alone" if self.alone else "the conversation from here on")
         elif command == "/save":
             self._save(rest)
         elif command == "/reset":
@@ -164,7 +172,7 @@ class Conversation:
         # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
         before = self.messages
-        self.messages = [*before, {"role": "user", "content": line}]
+        self.messages = [*([] if self.alone else before), {"role": "user", "content": line}]
         try:
             prompt = self._prompt()
             self._generate(prompt, Screen(self.engine.tokenizer, self.show, self.dim, prompt))
