@@ -264,10 +264,10 @@ def test_eval_of_a_suite(call, stub, model):
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
     seen = []
-    stub("bessemer.engine.terminal_chat", chat=lambda folder, **options: seen.append(str(folder)))
+    stub("bessemer.engine.terminal_chat", chat=lambda folder, **options: seen.append((str(folder), options["alone"])))
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
-    assert seen == ["runs/note/02-b/model"] * 2
+    assert seen == [("runs/note/02-b/model", False)] * 2
 
 
 def test_plan_draws_a_schedule(call, tmp_path):

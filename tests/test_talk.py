@@ -64,6 +64,7 @@ def test_a_piped_chat_holds_answers_only(run, tmp_path):
     done = subprocess.run(command, input=b"the fox\n/help\n\xff\n2", capture_output=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count(b"\n") == 2 and b"> " not in done.stdout
     assert b"01-zero/model: " in done.stderr and b"/system TEXT" in done.stderr and b"not UTF-8" in done.stderr
+    assert b"each question is asked alone; " in done.stderr, "the run trained it on single questions"
 
 
 READY = "\x1b[?2004h"
@@ -112,7 +113,7 @@ class Terminal:
 
 def test_a_terminal_edits_lines_and_ctrl_c_ends_the_answer_only(tmp_path):
     big = write_run(tmp_path / "big", context=1 << 15, endless=True)
-    talk = Terminal(big, "--temperature", "0", "--max-tokens", "8000")  # an answer takes some seconds
+    talk = Terminal(big, "--no-alone", "--temperature", "0", "--max-tokens", "8000")  # an answer takes some seconds
     assert "32768 tokens" in talk.wait("Ctrl-D leaves")
     talk.wait(READY)
     talk.type("/sistem quick" + "\x1b[D" * 10 + "\x08y\r")  # go back to the first i and make it y

@@ -63,6 +63,7 @@ def test_every_sample_once_whole_and_with_its_answers_marked(packed, tokenizer):
         found.append((ids[:end], trained[:end]))
     assert sorted(found) == sorted(expected)
     assert facts["samples"] == 40 and facts["too_long"] == 0
+    assert facts["multi_turn"] == sum(len(document.messages) > 3 for document in CONVERSATIONS) > 0
     assert facts["answer_tokens"] == sum(sum(answers) for _, answers in expected)
     assert facts["waste"] == pytest.approx(1 - facts["tokens"] / (facts["rows"] * ROW))
 

@@ -115,6 +115,27 @@ def test_questions_are_edited_and_answers_retried(chat):
     assert chat.questions() == [] and chat.page.is_visible("#start")
 
 
+def test_a_model_trained_on_single_questions_reads_each_alone(chat):
+    chat.set(thinking="never", max_tokens=4, seed=5)
+    read = []
+    chat.page.on(
+        "request",
+        lambda request: (
+            request.url.endswith("/completions")
+            and read.append([one["role"] for one in request.post_data_json["messages"]])
+        ),
+    )
+    for question, memory in (("one", "auto"), ("two", "auto"), ("three", "talk"), ("four", "alone")):
+        chat.set(memory=memory)
+        chat.ask(question)
+        alone = chat.page.locator(f"{BAR} .figures").text_content()
+        assert ("read the question alone" in alone) == (question in ("two", "four"))
+    assert read == [["user"], ["user"], ["user", "assistant", "user", "assistant", "user"], ["user"]]
+    chat.open()  # which answers read the question alone has been saved
+    marked = chat.page.locator(".answer .figures").all_text_contents()
+    assert ["alone" in one for one in marked] == [False, True, False, True]
+
+
 def test_two_models_answer_side_by_side_at_once(browser, server):
     chat = Chat(browser, server.url, width=360)
     chat.endless()
@@ -317,6 +338,7 @@ def test_examples_come_from_the_run_and_answers_are_checked(chat):
     told = chat.text(".answering dd")
     assert "practised: Countdown (solves English 42 %, Chinese 39 % of held-out problems)" in told
     assert "read about: Arithmetic" in told and "trained on texts of up to 1\u2009100 tokens" in told
+    assert "trained on single questions: reads each alone" in told
     chat.page.click("text=/^r1$/")
     chat.page.wait_for_selector("text=Arithmetic · English")
     first = ".group >> nth=0 >> .example >> nth=0"

@@ -11,7 +11,8 @@ import pytest
 from serving import error_of
 
 from bessemer import tasks
-from bessemer.serve import practice, problems
+from bessemer.runs import practice
+from bessemer.serve import problems
 from bessemer.serve.protocol import AnswerToJudge, ApiError
 
 
@@ -30,6 +31,7 @@ def test_a_models_training_is_told(run_server):
     assert told["zero"]["skills"][0]["solved"] == {"en": 0.42, "zh": 0.39} and told["zero"]["temperature"] == 0.6
     assert [skill["task"] for skill in told["r1"]["skills"]] == ["arithmetic", "countdown"]
     assert told["zero"]["trained_length"] == told["r1"]["trained_length"] == 1100
+    assert told["zero"]["multi_turn"] is told["r1"]["multi_turn"] is False
 
 
 def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
@@ -58,6 +60,30 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
     for damaged in ("stage = 7\n", "x = " + "[" * 9000, own + 'row_length = "much"\n', own):
         (tmp_path / "recipe.toml").write_text(damaged)
         assert practice.of_model(tmp_path / "05-own" / "model") == practice.Practice()
+
+
+@pytest.mark.parametrize(
+    ("summary", "more", "told"),
+    [
+        ({"multi_turn": 0}, 'data = ["a.jsonl"]', False),
+        ({"multi_turn": 3}, 'data = ["a.jsonl"]', True),
+        ({}, 'data = ["a.jsonl"]', None),
+        ({}, 'samples = ["picked"]', False),
+        ({}, 'data = ["a.jsonl"]\n[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["countdown"]', None),
+        ({"multi_turn": 0}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["env:http://h"]', None),
+        ({"multi_turn": 3}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["env:http://h"]', True),
+        ({"multi_turn": 3}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "base"\ntasks = ["countdown"]', False),
+    ],
+)
+def test_whether_conversations_went_on_is_told(tmp_path, summary, more, told):
+    (tmp_path / "recipe.toml").write_text(
+        f'[[stage]]\nkind = "pretrain"\nname = "base"\n[[stage]]\nkind = "sft"\nfrom = "base"\n{more}\n'
+    )
+    for number, name in enumerate(("base", "sft", "last"), 1):
+        (tmp_path / f"0{number}-{name}" / "model").mkdir(parents=True)
+    (tmp_path / "02-sft" / "done.json").write_text(json.dumps({"summary": summary}))
+    assert practice.of_model(tmp_path / "01-base" / "model").multi_turn is None
+    assert practice.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is told
 
 
 def test_problems_are_held_out_and_judged_by_their_task(run_server):

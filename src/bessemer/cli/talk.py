@@ -100,8 +100,13 @@ def chat(
     model: Model,
     system: Annotated[str, typer.Option(help="System message; /system changes it.")] = "",
     alone: Annotated[
-        bool, typer.Option("--alone", help="Answer each question without the conversation before it; /alone switches.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--alone/--no-alone",
+            help="Answer each question without the conversation before it; /alone switches. Default: if the model was "
+            "trained on single questions.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum new tokens per answer. Default: the rest of the context, up to 2048."),
@@ -115,11 +120,14 @@ def chat(
 ) -> None:
     """Talk to a model. /help in the conversation lists its commands."""
     from bessemer.engine.terminal_chat import chat as talk
+    from bessemer.runs import practice
     from bessemer.runs.directory import model_dir
 
+    folder = model_dir(model)
+    single = practice.of_model(folder).multi_turn is False
     talk(
-        model_dir(model), system=system, alone=alone, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p,
-        drafts=drafts, compile=compile, seed=seed,
+        folder, system=system, alone=single if alone is None else alone, max_new_tokens=max_tokens,
+        temperature=temperature, top_p=top_p, drafts=drafts, compile=compile, seed=seed,
     )  # fmt: skip
 
 

@@ -80,8 +80,9 @@ class SFTRows:
 def build(
     conversations: Iterable[Document], tokenizer: Tokenizer, row_length: int, out_dir: Path, style: str | None = None
 ) -> dict:
-    """Render, mask and pack conversations into `out_dir`; returns the facts. `style` None is the tokenizer's own."""
-    facts: dict[str, Any] = dict.fromkeys(("samples", "too_long", "tokens", "answer_tokens"), 0)
+    """Render, mask and pack conversations into `out_dir`; returns the facts. `style` None is the tokenizer's own. The
+    fact `multi_turn` counts the samples with a second question."""
+    facts: dict[str, Any] = dict.fromkeys(("samples", "multi_turn", "too_long", "tokens", "answer_tokens"), 0)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     def samples() -> Iterator[np.ndarray]:
@@ -91,6 +92,7 @@ def build(
                 facts["too_long"] += 1
                 continue
             facts["samples"] += 1
+            facts["multi_turn"] += sum(one["role"] == "user" for one in document.messages or ()) > 1
             facts["tokens"] += len(sample)
             facts["answer_tokens"] += int((sample & 1).sum())
             yield sample

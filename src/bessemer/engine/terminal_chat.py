@@ -72,6 +72,8 @@ def chat(
               f"{talk.style or 'its own'} template, temperature {temperature:g}, top-p {top_p:g}")  # fmt: skip
     if max_new_tokens is not None and max_new_tokens >= context:
         talk.note(f"--max-tokens {max_new_tokens} exceeds the context, which ends answers first")
+    if alone:
+        talk.note("each question is asked alone; /alone keeps the conversation")
     talk.note("/help lists the commands; Ctrl-C ends an answer, Ctrl-D leaves")
     read = input or _reader()
     while True:

@@ -29,9 +29,10 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import longest_text
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
+from bessemer.runs import practice
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
-from bessemer.serve import ServeConfig, practice
-from bessemer.serve.practice import Practice
+from bessemer.runs.practice import Practice
+from bessemer.serve import ServeConfig
 from bessemer.serve.protocol import ApiError
 from bessemer.serve.service import Launch, Service, launch
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from bessemer.serve.practice import Practice
+from bessemer.runs.practice import Practice
 
 Finish = Literal["stop", "length", "tool_calls"]
 Routing = list[list[list[int]] | None]

@@ -120,7 +120,8 @@ class SFT(Stage[SFTConfig]):
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
         distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
-        return {"steps": trainer.step, **{key: facts[key] for key in ("samples", "too_long", "answer_tokens")}}
+        told = ("samples", "multi_turn", "too_long", "answer_tokens")
+        return {"steps": trainer.step, **{key: facts[key] for key in told}}
 
 
 def _conversations(config: SFTConfig, ctx: StageContext) -> Iterator[Document]:

@@ -87,7 +87,7 @@ export class AnswerView {
     this.trouble.classList.toggle("mild", !answer.trouble);
     this.foot.hidden = live && !figures.rate;
     this.judged(live);
-    say(this.figures, figureWords(figures));
+    say(this.figures, figureWords(answer));
     say(this.seed, answer.seed === null ? "" : t("seed {n}", { n: answer.seed }));
     this.seed.hidden = live || answer.seed === null || !figures.tokens;
     this.copy.hidden = live || !(answer.text || answer.thought);
@@ -176,8 +176,9 @@ function troubleWords(answer, model) {
 
 const full = ({ figures }, model) => Boolean(model?.context && figures.context >= model.context);
 
-function figureWords({ tokens: count, rate, first }) {
+function figureWords({ alone, figures: { tokens: count, rate, first } }) {
   const words = count ? [tokens(count)] : [];
+  if (alone) words.push(t("read the question alone"));
   if (rate) words.push(t("{n} tokens/s", { n: number(rate, rate < 10 ? 1 : 0) }));
   if (first !== null) words.push(t("first in {time}", { time: seconds(first) }));
   return words.join(" · ");

@@ -118,11 +118,15 @@ export class Asking {
   }
 }
 
-// The messages that lead one model to its answer in turn `until`: the conversation, or the question alone. A model that
-// joined late gets the first column's earlier answers; turns without an answer and all thoughts are left out.
-export function talkOf(turns, until, model, { system, memory }) {
+// Whether a model reads a question without the earlier turns: by the settings, which may leave it to its training.
+export const readsAlone = ({ memory }, model) =>
+  memory === "alone" || (memory === "auto" && model?.practice?.multi_turn === false);
+
+// The messages that lead to an answer in turn `until`: the conversation, or the question alone. A model that joined
+// late gets the first column's earlier answers; turns without an answer and all thoughts are left out.
+export function talkOf(turns, until, { model, alone }, { system }) {
   const talk = system.trim() ? [{ role: "system", content: system }] : [];
-  for (const turn of memory === "talk" ? turns.slice(0, until) : []) {
+  for (const turn of alone ? [] : turns.slice(0, until)) {
     const own = turn.answers.find((answer) => answer.model === model) ?? turn.answers[0];
     if (own.text) talk.push({ role: "user", content: turn.question }, { role: "assistant", content: own.text });
   }

@@ -109,7 +109,7 @@ export async function judge(answer, problem) {
 
 // What a model is and can do, in a sentence.
 function abilities(model) {
-  const { skills = [], trained_length: longest = null } = model.practice ?? {};
+  const { skills = [], trained_length: longest = null, multi_turn: several = null } = model.practice ?? {};
   const told = (practised) =>
     skills
       .filter((skill) => skill.practised === practised)
@@ -129,5 +129,6 @@ function abilities(model) {
       t("trained on texts of up to {n} tokens: answers end there unless you set another maximum", { n: number(longest) }),
     );
   }
+  if (several === false) words.push(t("trained on single questions: reads each alone unless you set otherwise"));
   return words.join(" · ");
 }

@@ -1,7 +1,7 @@
 // The chat page: connects the parts. Actions change `turns` or `settings`; the view follows, and both are stored.
 
 import { watched } from "./api.js";
-import { Asking, begun, samplingOf, talkOf } from "./ask.js";
+import { Asking, begun, readsAlone, samplingOf, talkOf } from "./ask.js";
 import { Chats } from "./chats.js";
 import { Connection } from "./connection.js";
 import { find, say } from "./dom.js";
@@ -52,7 +52,7 @@ function ask(at, words) {
   const answers = settings.picked.map((id) => state.newAnswer(id, seed()));
   page.turns.push({ question: words, problem, answers });
   conversation.draw();
-  for (const answer of answers) start(answer, page.turns[at], talkOf(page.turns, at, answer.model, settings));
+  for (const answer of answers) start(answer, page.turns[at], talkTo(answer, at));
   conversation.toEnd();
   focus();
   return true;
@@ -67,7 +67,7 @@ function retry(turn, answer) {
   const fresh = state.newAnswer(answer.model, seed());
   turn.answers[turn.answers.indexOf(answer)] = fresh;
   conversation.draw();
-  start(fresh, turn, talkOf(page.turns, at, fresh.model, settings));
+  start(fresh, turn, talkTo(fresh, at));
 }
 
 // Continues an answer from where it was stopped or cut off, even inside its thought.
@@ -79,7 +79,12 @@ function more(turn, answer) {
   Object.assign(answer, { phase: "waiting", finish: null, trouble: null, verdict: null });
   conversation.draw();
   const said = begun(answer, page.modelOf(answer.model)?.style);
-  start(answer, turn, [...talkOf(page.turns, at, answer.model, settings), { role: "assistant", content: said }]);
+  start(answer, turn, [...talkOf(page.turns, at, answer, settings), { role: "assistant", content: said }]);
+}
+
+function talkTo(answer, at) {
+  answer.alone = at > 0 && readsAlone(settings, page.modelOf(answer.model));
+  return talkOf(page.turns, at, answer, settings);
 }
 
 function start(answer, turn, talk) {

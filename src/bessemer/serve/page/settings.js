@@ -38,8 +38,9 @@ const CHOICES = [
   [
     "memory",
     "Models read",
-    "models trained on single questions may do better without the earlier turns",
+    "auto: models that were trained on single questions read the question alone, others the conversation",
     [
+      ["auto", "auto"],
       ["talk", "the conversation"],
       ["alone", "the question alone"],
     ],

@@ -25,14 +25,14 @@ export const DEFAULTS = {
   thinking: "own",
   thinking_budget: null,
   thoughts: "auto",
-  memory: "talk",
+  memory: "auto",
   theme: "auto",
   language: "auto",
 };
 const CHOICES = {
   thinking: ["own", "always", "never"],
   thoughts: ["auto", "open", "folded"],
-  memory: ["talk", "alone"],
+  memory: ["auto", "talk", "alone"],
   theme: ["auto", "light", "dark"],
   language: ["auto", "en", "zh"],
 };
@@ -60,6 +60,7 @@ export function newAnswer(model, seed) {
     finish: null,
     trouble: null,
     open: null,
+    alone: false, // it read the question without the earlier turns
     verdict: null, // { correct, reason } of an answer to a known problem
     figures: { tokens: 0, context: null, thoughtTokens: 0, thoughtSeconds: null, first: null, rate: null }, // context: prompt and answer
   };
@@ -136,6 +137,7 @@ function answerOf(kept) {
   made.phase = ["done", "failed"].includes(kept.phase) ? kept.phase : "stopped";
   if (isObject(kept.trouble)) made.trouble = { kind: string(kept.trouble.kind), words: string(kept.trouble.words) };
   if (typeof kept.open === "boolean") made.open = kept.open;
+  made.alone = kept.alone === true;
   if (typeof kept.verdict?.correct === "boolean") {
     made.verdict = { correct: kept.verdict.correct, reason: string(kept.verdict.reason) };
   }

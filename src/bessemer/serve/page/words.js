@@ -28,6 +28,7 @@ const ZH = {
   "{task} (solves {shares} of held-out problems)": "{task}（留出题答对 {shares}）",
   "trained on texts of up to {n} tokens: answers end there unless you set another maximum":
     "训练文本最长 {n} 个词元：未另设上限时，回答到此为止",
+  "trained on single questions: reads each alone unless you set otherwise": "只用单轮问题训练：未另行设置时，仅看当前问题",
   "Countdown": "凑数题", "Arithmetic": "四则运算", "Plain words": "日常请求", "Word problems": "应用题", "Logic": "逻辑",
   "English": "英文", "Chinese": "中文", ", ": "、",
   "pre-trained only": "仅经过预训练",
@@ -95,7 +96,9 @@ const ZH = {
   "whether the models think before they answer": "模型回答前是否先思考", "the model decides": "由模型决定", "always": "总是",
   "never": "从不", "open at first: a thought folds when its answer begins": "先展开：开始回答后自动折叠思考过程",
   "open at first": "先展开", "open": "展开", "folded": "折叠",
-  "models trained on single questions may do better without the earlier turns": "只用单轮问题训练的模型，不看之前的对话可能表现更好",
+  "auto: models that were trained on single questions read the question alone, others the conversation":
+    "自动：只用单轮问题训练的模型仅看当前问题，其他模型看整个对话",
+  "read the question alone": "仅看了当前问题",
   "the conversation": "整个对话", "the question alone": "仅当前问题",
   "the answer begins after this many tokens of thought; empty: no limit": "思考达到此词元数后开始回答；留空则不限",
   "light or dark; auto: as the system has it": "浅色或深色；自动：跟随系统设置", "auto": "自动", "light": "浅色", "dark": "深色",

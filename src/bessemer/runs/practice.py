@@ -1,5 +1,6 @@
-"""What a model of a run was trained on: its tasks, the longest text it has seen, and its score in the run's own
-evaluation. All of this is read from the run's records beside the model; for a model without a run, nothing is known.
+"""What a model of a run was trained on: its tasks, the longest text it has seen, whether conversations went on after
+the first answer, and its score in the run's own evaluation. All of this is read from the run's records beside the
+model; for a model without a run, nothing is known.
 
 A stage is traced back to everything it was made from, so that R1 also has the tasks of its cold start. Reward models
 are left out: the policy does not answer what they read.
@@ -21,6 +22,8 @@ from bessemer.runs.files import read_json
 
 _LENGTHS = ("row_length", "length", "lengths", "max_new_tokens")
 """Keys of a stage that bound the positions it trains."""
+_UNKNOWN = ("env:", "verifiers:", ".py:")
+"""Marks in the names of tasks whose environments may answer as a user does."""
 _MOST_BYTES = 16_000_000
 
 
@@ -41,6 +44,8 @@ class Practice(BaseModel):
     """Tasks, the practised ones first."""
     trained_length: int | None = None
     """Tokens of the longest text it was trained on; None if unknown, as for imported models."""
+    multi_turn: bool | None = None
+    """Some conversation it was fine-tuned on has a second question; None if unknown, as for imported models."""
     temperature: float | None = None
     """Temperature of the evaluation behind `Skill.solved`."""
 
@@ -70,11 +75,13 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
     practised: list[str] = []
     read: list[str] = []
     lengths: list[int] = []
+    several: list[bool | None] = []
     foreign = False
     for table in _ancestry(name, tables, folders):
         practised += map(str, table.get("tasks", []))
         sources = map(str, table.get("parts", {}).values())
         read += [source.removeprefix("task:") for source in sources if source.startswith("task:")]
+        several += _multi_turn(table, folders)
         foreign |= table.get("kind") == "import"
         lengths += [size for key in _LENGTHS for size in _sizes(table.get(key))]
     rows, temperature = _evaluation(name, folders)
@@ -86,9 +93,24 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
         )
         for task in dict.fromkeys([*practised, *read])
     ]
+    if foreign:
+        return Practice(skills=skills, temperature=temperature)
     return Practice(
-        skills=skills, trained_length=None if foreign else max(lengths, default=None), temperature=temperature
-    )
+        skills=skills, trained_length=max(lengths, default=None), temperature=temperature,
+        multi_turn=True if True in several else None if None in several or not several else False,
+    )  # fmt: skip
+
+
+def _multi_turn(table: dict[str, Any], folders: dict[str, Path]) -> Iterator[bool | None]:
+    """Whether a stage that trains on conversations had one with a second question; None if its records do not tell."""
+    kind, name = table.get("kind"), str(table.get("name") or table.get("kind"))
+    if kind in ("rl", "distill"):
+        yield None if any(mark in str(task) for task in table.get("tasks", []) for mark in _UNKNOWN) else False
+    elif kind == "sft":
+        record = _read(folders[name] / "done.json") if name in folders else None
+        found = ((record or {}).get("summary") or {}).get("multi_turn")
+        # Earlier records do not count them. What other stages sampled has one question.
+        yield bool(found) if found is not None else None if table.get("data") else False
 
 
 def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
