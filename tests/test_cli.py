@@ -224,6 +224,7 @@ def test_eval(call, stub, model):
      (("--task", "a", "--limit", 3), "--limit has no effect without --lm-eval"),
      (("--task", "a", "--chat", "no"), "--chat has no effect"),
      (("--task", "a", "--only", "mmlu"), "--only has no effect without --suite"),
+     (("--suite", "r1", "--skip", 2), "--skip has no effect without --task"),
      (("--task", "a", "--suite", "r1"), "--suite cannot be combined with --task"),
      (("--suite", "r1", "--k", 2), "--suite cannot be combined with --task, --lm-eval or --k"),
      (("--suite", "r1", "--answers", "a.jsonl"), "name either a model, or a file of answers")],

@@ -240,6 +240,9 @@ def test_several_tasks_from_the_command_line(done, monkeypatch):
         ("arithmetic", "en+zh", 3, 1), ("countdown", "en+zh", 3, 1)
     ]  # fmt: skip
     assert all(row["model"] == str(directory) and row["top_p"] == 0.9 for row in rows)
+    later = evaluate.evaluate(directory, names=["arithmetic"], samples=2, problems=2, skip=1, k=1, top_p=0.9,
+                              temperature=0.6, max_new_tokens=20)  # fmt: skip
+    assert [*later[0]["by_problem"].items()] == [*rows[0]["by_problem"].items()][1:], "the same answers to the same"
     with pytest.raises(UserError, match="countdwn"):
         evaluate.evaluate(directory, names=["arithmetic", "countdwn"])
     with pytest.raises(UserError, match="k is 3"):

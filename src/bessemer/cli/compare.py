@@ -33,6 +33,9 @@ def compare(
         ),
     ] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100.")] = None,
+    skip: Annotated[
+        int | None, typer.Option(min=0, help="Leave out the first held-out problems of each task. Default: 0.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: 1.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1.")] = None,
@@ -60,7 +63,7 @@ def compare(
     from bessemer.eval import paired
     from bessemer.runs.directory import model_dir
 
-    options = {"problems": problems, "samples": samples, "temperature": temperature, "top_p": top_p,
+    options = {"problems": problems, "skip": skip, "samples": samples, "temperature": temperature, "top_p": top_p,
                "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     check_used("--task", task, options)
     sides = [[model_dir(name.strip()) for name in side.split(",")] for side in (first, second)]

@@ -269,6 +269,9 @@ def evaluate(
     problems: Annotated[
         int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100, or all of the suite's.")
     ] = None,
+    skip: Annotated[
+        int | None, typer.Option(min=0, help="Leave out the first held-out problems of each task. Default: 0.")
+    ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="k of pass@k and maj@k. Default: all answers.")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Default: 1, or the suite's; 0 picks the most likely token.")
@@ -303,7 +306,7 @@ def evaluate(
     theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
     of_suite = {"only": only, "data": data, "answers": answers, "out": out}
     check_used("--task", task or suite, ours)
-    check_used("--task", task, {"shots": shots, "shot_kind": shot_kind, "prefix": prefix})
+    check_used("--task", task, {"skip": skip, "shots": shots, "shot_kind": shot_kind, "prefix": prefix})
     check_used("--shots", shots, {"shot_kind": shot_kind})
     check_used("--lm-eval", lm_eval, theirs)
     check_used("--suite", suite, of_suite)
@@ -330,7 +333,7 @@ def evaluate(
     if task:
         from bessemer.eval.shots import Shots
 
-        rows += evaluation.evaluate(folder, names=task, shots=Shots(**chosen(before)), **chosen(ours))
+        rows += evaluation.evaluate(folder, names=task, shots=Shots(**chosen(before)), **chosen(ours | {"skip": skip}))
     if lm_eval:
         rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
     if as_json:

@@ -27,6 +27,7 @@ def evaluate(
     names: Sequence[str],
     samples: int = 8,
     problems: int = 100,
+    skip: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     k: int | None = None,
@@ -34,7 +35,8 @@ def evaluate(
     seed: int = 0,
     shots: Shots = NONE,
 ) -> list[dict[str, Any]]:
-    """A row for each of our tasks, over all its languages, from at most `problems` held-out problems."""
+    """A row for each of our tasks, over all its languages, from at most `problems` held-out problems after the first
+    `skip`."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     for task in chosen:
         if isinstance(task, Environment) and (shots.count or shots.prefix):
@@ -50,8 +52,8 @@ def evaluate(
         {"model": str(model_dir)}
         | scoring.evaluate(
             engine, shots.encoder(engine.tokenizer, task, context - max_new_tokens), task,
-            problems=min(problems, task.size("test") or problems), samples=samples, k=k,
-            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
+            problems=min(problems, max(1, (task.size("test") or skip + problems) - skip)), skip=skip, samples=samples,
+            k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
         )
         | shots.facts()
         for task in chosen

@@ -70,6 +70,7 @@ def evaluate(
     *,
     problems: int,
     samples: int,
+    skip: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_new_tokens: int = 160,
@@ -78,13 +79,13 @@ def evaluate(
     context: int = 0,
     once: Callable[[Callable[[], Any]], Any] = lambda make: make(),
 ) -> dict[str, Any]:
-    """One evaluation row over problems 0..problems-1 of the test split; `context` and `once` as in `Play`, for
-    environments."""
+    """One evaluation row over `problems` problems of the test split after the first `skip`; `context` and `once` as in
+    `Play`, for environments."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")
-    chosen = heldout(task, problems)
-    seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(problems)]
+    chosen = heldout(task, problems, skip)
+    seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(skip, skip + problems)]
     _, groups = played(
         engine, [(task, problem) for problem in chosen], encode, samples=samples, seeds=seeds, cap=max_new_tokens,
         context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
@@ -184,12 +185,15 @@ def _named(problems: Sequence[Problem]) -> list[str]:
     return names
 
 
-def heldout(task: Task, problems: int) -> list[Problem]:
-    """Problems 0..problems-1 of the test split, the same in every evaluation. UserError if the task has fewer."""
+def heldout(task: Task, problems: int, skip: int = 0) -> list[Problem]:
+    """Problems skip..skip+problems-1 of the test split, the same in every evaluation. UserError if the task has
+    fewer."""
     size = task.size("test")
-    if size is not None and problems > size:
-        raise UserError(f"{problems} problems requested, but {task.name} has {size} held-out ones; use at most {size}")
-    return [task.problem("test", i, seed=0) for i in range(problems)]
+    if size is not None and skip + problems > size:
+        what = f"{problems} problems requested after the first {skip}" if skip else f"{problems} problems requested"
+        most = f"use at most {size - skip}" if skip < size else f"skip at most {size - 1}"
+        raise UserError(f"{what}, but {task.name} has {size} held-out ones; {most}")
+    return [task.problem("test", i, seed=0) for i in range(skip, skip + problems)]
 
 
 def _interval(score: dict[str, float], name: str) -> list[float]:
