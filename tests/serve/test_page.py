@@ -125,8 +125,8 @@ def test_a_model_trained_on_single_questions_reads_each_alone(chat):
             and read.append([one["role"] for one in request.post_data_json["messages"]])
         ),
     )
-    for question, memory in (("one", "auto"), ("two", "auto"), ("three", "talk"), ("four", "alone")):
-        chat.set(memory=memory)
+    for question, reads in (("one", "auto"), ("two", "auto"), ("three", "talk"), ("four", "alone")):
+        chat.set(reads=reads)
         chat.ask(question)
         alone = chat.page.locator(f"{BAR} .figures").text_content()
         assert ("read the question alone" in alone) == (question in ("two", "four"))

@@ -35,7 +35,7 @@ COMMANDS = {
     "/continue": "continue an answer that was cut off or stopped",
     "/think": "show the last thought",
     "/system TEXT": "set the system message; - for none, no TEXT to show it",
-    "/save FILE": "write the conversation as one line of JSON, in the form that SFT reads",
+    "/save FILE": "write a line of JSON, as SFT reads it, for the conversation or for each question asked alone",
     "/alone": "answer each question alone, or within the conversation again",
     "/reset": "forget the conversation but keep the system message",
     "/help": "show this; Ctrl-C ends an answer",
@@ -140,6 +140,8 @@ class Conversation:
         """Whether a question begins a new conversation."""
         self.messages: list[Message] = []
         """Questions and answers in turn."""
+        self.lines: list[list[Message]] = []
+        """What /save writes: all conversations since /reset, with their system messages; the last is `messages`."""
         self.thought = ""
         """The last thought, in the form that /think shows."""
         self.unfinished: tuple[list[int], Screen] | None = None
@@ -164,7 +166,7 @@ class Conversation:
         elif command == "/save":
             self._save(rest)
         elif command == "/reset":
-            self.messages, self.unfinished = [], None
+            self.messages, self.lines, self.unfinished = [], [], None
             self.note("forgotten")
         else:
             self.note(HELP if command == "/help" else f"there is no command {command}; /help lists them")
@@ -173,13 +175,14 @@ class Conversation:
         """Runs one turn; a turn that fails leaves the conversation unchanged."""
         # A terminal passes bytes that are not UTF-8 as lone surrogates, which no tokenizer accepts.
         line = line.encode("utf-8", "replace").decode()
-        before = self.messages
+        before, lines = self.messages, self.lines
         self.messages = [*([] if self.alone else before), {"role": "user", "content": line}]
+        self.lines = [*(lines if self.alone else lines[:-1]), []]
         try:
             prompt = self._prompt()
             self._generate(prompt, Screen(self.engine.tokenizer, self.show, self.dim, prompt))
         except BaseException as error:
-            self.messages = before
+            self.messages, self.lines = before, lines
             if not isinstance(error, UserError):
                 raise
             self.note(f"error: {error}")
@@ -206,10 +209,15 @@ class Conversation:
         answered = [one for one in self.messages if one is not screen.message]
         screen.message = {"role": "assistant", "content": screen.content(self.style)}
         self.messages = [*answered, screen.message]
+        self.lines[-1] = [*self._system, *self.messages]
         self.unfinished = (prompt, screen) if why and len(prompt) + len(screen.ids) < self._context else None
         if why:
             full = f"the context of {self._context} tokens is full; /reset starts over"
             self.note(f"[{why}; {'/continue resumes it' if self.unfinished else full}]")
+
+    @property
+    def _system(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     @property
     def _context(self) -> int:
@@ -218,10 +226,9 @@ class Conversation:
     def _prompt(self) -> list[int]:
         """The conversation as ids; drops the oldest turns if it leaves too little room for an answer."""
         room = min(self.max_new_tokens or NEW_TOKENS, self._context // 2)
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         dropped = 0
         while True:
-            ids = render_ids(self.engine.tokenizer, [*system, *self.messages], self.style)
+            ids = render_ids(self.engine.tokenizer, [*self._system, *self.messages], self.style)
             if len(ids) + room <= self._context or len(self.messages) < 3:
                 break
             self.messages, dropped = self.messages[2:], dropped + 1
@@ -231,13 +238,13 @@ class Conversation:
         return ids
 
     def _save(self, name: str) -> None:
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        if not name or not self.messages:
-            self.note("name a file: /save chat.jsonl" if self.messages else "there is nothing to save yet")
+        if not name or not self.lines:
+            self.note("name a file: /save chat.jsonl" if self.lines else "there is nothing to save yet")
             return
         try:
             with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n")
+                for messages in self.lines:
+                    file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         except FileExistsError:
             self.note(f"{name} exists already; name another file")
         except (OSError, ValueError) as error:

@@ -81,7 +81,7 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
         practised += map(str, table.get("tasks", []))
         sources = map(str, table.get("parts", {}).values())
         read += [source.removeprefix("task:") for source in sources if source.startswith("task:")]
-        several += _multi_turn(table, folders)
+        several += _multi_turn(table, tables, folders)
         foreign |= table.get("kind") == "import"
         lengths += [size for key in _LENGTHS for size in _sizes(table.get(key))]
     rows, temperature = _evaluation(name, folders)
@@ -97,11 +97,11 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
         return Practice(skills=skills, temperature=temperature)
     return Practice(
         skills=skills, trained_length=max(lengths, default=None), temperature=temperature,
-        multi_turn=True if True in several else None if None in several or not several else False,
+        multi_turn=next((answer for answer in (True, None, False) if answer in several), None),
     )  # fmt: skip
 
 
-def _multi_turn(table: dict[str, Any], folders: dict[str, Path]) -> Iterator[bool | None]:
+def _multi_turn(table: dict[str, Any], tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[bool | None]:
     """Whether a stage that trains on conversations had one with a second question; None if its records do not tell."""
     kind, name = table.get("kind"), str(table.get("name") or table.get("kind"))
     if kind in ("rl", "distill"):
@@ -109,8 +109,10 @@ def _multi_turn(table: dict[str, Any], folders: dict[str, Path]) -> Iterator[boo
     elif kind == "sft":
         record = _read(folders[name] / "done.json") if name in folders else None
         found = ((record or {}).get("summary") or {}).get("multi_turn")
-        # Earlier records do not count them. What other stages sampled has one question.
-        yield bool(found) if found is not None else None if table.get("data") else False
+        if found is None:  # Earlier records do not count them. Answers that other stages sampled have one question.
+            samples = [tables.get(source, {}) for source in table.get("samples", [])]
+            found = None if any(one.get("data") or one.get("others_data") for one in (table, *samples)) else 0
+        yield None if found is None else found > 0
 
 
 def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:

@@ -178,9 +178,9 @@ const full = ({ figures }, model) => Boolean(model?.context && figures.context >
 
 function figureWords({ alone, figures: { tokens: count, rate, first } }) {
   const words = count ? [tokens(count)] : [];
-  if (alone) words.push(t("read the question alone"));
   if (rate) words.push(t("{n} tokens/s", { n: number(rate, rate < 10 ? 1 : 0) }));
   if (first !== null) words.push(t("first in {time}", { time: seconds(first) }));
+  if (alone) words.push(t("read the question alone"));
   return words.join(" · ");
 }
 

@@ -119,8 +119,8 @@ export class Asking {
 }
 
 // Whether a model reads a question without the earlier turns: by the settings, which may leave it to its training.
-export const readsAlone = ({ memory }, model) =>
-  memory === "alone" || (memory === "auto" && model?.practice?.multi_turn === false);
+export const readsAlone = ({ reads }, model) =>
+  reads === "alone" || (reads === "auto" && model?.practice?.multi_turn === false);
 
 // The messages that lead to an answer in turn `until`: the conversation, or the question alone. A model that joined
 // late gets the first column's earlier answers; turns without an answer and all thoughts are left out.

@@ -36,7 +36,7 @@ const CHOICES = [
     ],
   ],
   [
-    "memory",
+    "reads",
     "Models read",
     "auto: models that were trained on single questions read the question alone, others the conversation",
     [

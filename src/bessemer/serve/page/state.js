@@ -25,14 +25,14 @@ export const DEFAULTS = {
   thinking: "own",
   thinking_budget: null,
   thoughts: "auto",
-  memory: "auto",
+  reads: "auto",
   theme: "auto",
   language: "auto",
 };
 const CHOICES = {
   thinking: ["own", "always", "never"],
   thoughts: ["auto", "open", "folded"],
-  memory: ["auto", "talk", "alone"],
+  reads: ["auto", "talk", "alone"],
   theme: ["auto", "light", "dark"],
   language: ["auto", "en", "zh"],
 };
