@@ -10,9 +10,12 @@ answer does not score 1 is skipped and the next one sampled; a dataset with only
 
 The library lives in the referee process, in which the second half of this file runs. Some scorers evaluate the answer,
 as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
-that evaluate their own text, and sympy parses plain algebra only. RULES tighten scorers that give a full score for
-less. They come from giving every dataset the same undeserved answers (the question, 0, another problem's answer, the
-right one among others, nan, its negative); the tests repeat some of them.
+that evaluate their own text, and sympy parses plain algebra only.
+
+Many scorers ignore a part of the answer: a sign, words before or after it. So what pays without such a part (`parts`)
+is not correct: it could say anything there. RULES tighten scorers that give a full score for less in other ways. They
+come from giving every dataset the same undeserved answers (the question, 0, another problem's answer, the right one
+among others, nan, its negative); the tests repeat some of them.
 """
 
 import ast
@@ -20,7 +23,8 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -48,6 +52,7 @@ TRIES = 64
 UNSUPPORTED = ("composite",)  # a mixture of the others, which needs a list of them
 TRUSTED = ("basic_arithmetic", "bitwise_arithmetic", "generators_00_49", "generators_50_99")
 """Modules whose `eval` sees the text of their own problem and never an answer."""
+_WORD = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)*")
 ScoreRule = Callable[[str, dict[str, Any]], bool]
 
 
@@ -86,10 +91,29 @@ class Gym(Task):
         if answer == gold.strip(" \r\n\t"):
             return CORRECT, canonical
         try:
-            score = _score(self.dataset, self.level, problem.meta["item"], answer)
+            right = self._pays(problem, answer)
         except RefereeFault as fault:
             return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
-        return CORRECT if score >= 1 else WRONG_VALUE, canonical
+        for part in parts(answer, gold) if right else ():
+            with suppress(RefereeFault):
+                right = right and not self._pays(problem, part)
+        return CORRECT if right else WRONG_VALUE, canonical
+
+    def _pays(self, problem: Problem, answer: str) -> bool:
+        return _score(self.dataset, self.level, problem.meta["item"], answer) >= 1
+
+
+def parts(answer: str, gold: str) -> Iterator[str]:
+    """An answer without what a scorer may ignore: a minus sign in front, a word that the right one lacks (plurals are
+    the same), the first word or the last if it has more of them."""
+    words, known = list(_WORD.finditer(answer)), [word.lower().rstrip("s") for word in _WORD.findall(gold)]
+    if answer.startswith("-") and re.search("[^-0., ]", answer):  # -0 is 0
+        yield answer[1:]
+    for other in {word[0] for word in words if word[0].isalpha() and word[0].lower().rstrip("s") not in known}:
+        yield _WORD.sub(lambda word, other=other: "" if word[0] == other else word[0], answer)  # type: ignore[misc]
+    if len(words) > max(1, len(known)):
+        yield answer[words[0].end() :]
+        yield answer[: words[-1].start()]
 
 
 @cache
@@ -199,44 +223,32 @@ def _near(answer: str, item: dict[str, Any]) -> bool:
         return False
 
 
-def _one_number(answer: str, item: dict[str, Any]) -> bool:
-    """gsm_symbolic looks for a number anywhere in the text and skips its sign."""
-    alone = re.fullmatch(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?%?", answer)
-    return alone is not None and answer.startswith("-") == item["answer"].startswith("-")
-
-
 def _same_numbers(answer: str, item: dict[str, Any]) -> bool:
     """number_sorting takes numbers that are off by 1."""
     one, other = (re.findall(r"[-+]?[0-9]+(?:\.[0-9]+)?", text) for text in (answer, item["answer"]))
     return list(map(float, one)) == list(map(float, other))
 
 
-def _as_many(answer: str, item: dict[str, Any]) -> bool:
-    """advanced_geometry and word_sorting ignore what follows."""
-    return answer.count(",") == item["answer"].count(",")
-
-
 def _only(pattern: str) -> ScoreRule:
-    """kakurasu, sokoban and survo read moves or digits out of any text."""
+    """gsm_symbolic, kakurasu, sokoban and survo read a number, moves or digits out of any text."""
     return lambda answer, item: re.fullmatch(pattern, answer) is not None
 
 
 RULES: dict[str, ScoreRule] = {
-    "advanced_geometry": _as_many,
     "coin_flip": _near,
     "game_of_life_halting": lambda answer, item: answer.lower() == item["answer"].lower(),  # it takes any answer
-    "gsm_symbolic": _one_number,
+    "gsm_symbolic": _only(r"-?\$?[0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?"),
     "kakurasu": _only("[01 \n]{1,500}"),
     "number_sorting": _same_numbers,
     "puzzle24": _own_numbers,
     "sokoban": _only("[UDLRudlr \n]{1,500}"),
     "survo": _only("[0-9 \n]{1,500}"),
-    "word_sorting": _as_many,
 }
 _NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
 """What Python reads as a number although it is none: its distance from the right one compares as small."""
 
 
 def allows(dataset: str, answer: str, item: dict[str, Any]) -> bool:
-    odd = _NO_NUMBER.search(answer) and not _NO_NUMBER.search(item["answer"])
+    number = re.search("[0-9]", item["answer"]) and not _NO_NUMBER.search(item["answer"])  # not a word such as NAN
+    odd = number and _NO_NUMBER.search(answer)
     return not odd and RULES.get(dataset, lambda *_: True)(answer, item)
