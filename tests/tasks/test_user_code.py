@@ -14,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
-from bessemer.tasks import Problem, Task, Verdict, get
+from bessemer.tasks import Problem, Task, Verdict, get, user_code
 from bessemer.tasks.base import shared_file
 from bessemer.tasks.user_code import reward_function
 
@@ -24,7 +24,11 @@ NAME = "remainder.py:Remainder"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(user_code, "_beside", {})
+    for name in ("my_own", "by_way_of"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     shutil.copy(EXAMPLES / "remainder.py", tmp_path)
     with places.of_recipe(tmp_path):
         yield tmp_path
@@ -101,6 +105,8 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
         ("def f(prompts, completions, **settings): return [1.0]", r"three arguments.*write def f\(problem, answer"),
         ("def f(problem, answer, verdict, scale): return 1.0", "missing a required argument: 'scale'"),
         ("def f(problem, answer, verdict): pass", "f returned None; return a number"),
+        ("def f(*_): return 10**400", r"f returned 10+\.\.\. .*; return a number"),
+        ("import sys\ndef f(*_): sys.exit(3)", r"mine\.py:f called sys\.exit\(3\); return a number"),
         ("def f(*_): return [1.0, 2.0]", r"f returned \[1\.0, 2\.0\]; return a number"),
     ],
 )
@@ -116,10 +122,36 @@ def test_a_file_imports_what_lies_beside_it(folder):
     (folder / "my_scales.py").write_text("SCALE = 0.5")
     (folder / "mine.py").write_text("from my_scales import SCALE\ndef f(*_): return SCALE")
     before = list(sys.path)
-    assert reward_function("mine.py:f")(None, "", None) == 0.5 and sys.path == before
+    (folder / "my_late_scales.py").write_text("SCALE = 2.0")
+    (folder / "late.py").write_text("def f(*_):\n    import my_late_scales\n    return my_late_scales.SCALE")
+    assert reward_function("mine.py:f")(None, "", None) == 0.5 and sys.path == [*before, str(folder)]
+    assert reward_function("late.py:f")(None, "", None) == 2.0 and sys.path == [*before, str(folder)]
     (folder / "own.py").write_text("import sys\nsys.path = [*sys.path[1:]]\nf = max")
     with pytest.raises(UserError, match="returned 'x'; return a number"):
         reward_function("own.py:f")("x", "", "")
+
+
+LATE = "def f(*_):\n    import my_own\n    return my_own.X"
+IMPORTS = ["from my_own import X\nf = max", LATE, "import by_way_of\nf = max"]
+
+
+@pytest.mark.parametrize(("first", "text"), [*((IMPORTS[0], text) for text in IMPORTS), (LATE, LATE)])
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_modules_of_one_name_in_two_folders_are_not_mixed_up(folder, first, text):
+    for side in ("one", "two"):
+        (folder / side).mkdir()
+        (folder / side / "mine.py").write_text(first if side == "one" else text)
+        (folder / side / "my_own.py").write_text("X = 1")
+        (folder / side / "by_way_of.py").write_text("import my_own")
+    reward_function("one/mine.py:f")
+    with pytest.raises(
+        UserError, match=r"imports my_own, of which there are two, .*two/my_own\.py and .*one/my_own\.py"
+    ):
+        reward_function("two/mine.py:f")
+    (folder / "shadow.py").write_text("import sys\ndef f(*_): return 1")
+    (folder / "sys.py").write_text("")
+    with pytest.raises(UserError, match=r"imports sys, of which there are two, .*sys\.py and Python's own; rename"):
+        reward_function("shadow.py:f")
 
 
 def test_the_file_is_among_those_that_a_stage_reads(folder):

@@ -99,7 +99,7 @@ class Reward:
         if row.preference is not None:
             aim = self.preference * row.preference
         elif self.function is not None:
-            aim = float(self.function(row.problem, row.answer, verdict))
+            aim = self.function(row.problem, row.answer, verdict)
         else:
             aim = float(verdict.correct)
         reward = aim + self.format * float(verdict.formatted) + self.of_language(row)

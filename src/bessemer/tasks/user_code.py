@@ -5,6 +5,7 @@ process with the user's rights, outside the sandbox, and the first load prints a
 (pipeline/inputs.py) and runs again when the file has changed. The modules that it imports are not hashed.
 """
 
+import ast
 import difflib
 import hashlib
 import inspect
@@ -12,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from importlib import util
@@ -56,10 +57,13 @@ def reward_function(name: str) -> RewardFunction:
         raise UserError(f"{name} cannot be called with three arguments ({error}); write {form}") from None
 
     def checked(problem: Problem, answer: str, verdict: Verdict) -> float:
-        value = found(problem, answer, verdict)
+        try:
+            value = found(problem, answer, verdict)
+        except SystemExit as error:
+            raise UserError(f"{name} called sys.exit({error}); return a number") from error
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name} returned {shortened(repr(value), 100)}; return a number") from None
 
     return checked
@@ -81,6 +85,7 @@ def _load(name: str) -> Any:
 @lru_cache(maxsize=64)  # a stage asks for its tasks many times
 def _module(path: Path, digest: str) -> ModuleType:
     warnings.warn(f"{path.name} is your own code: it runs with your rights, outside the sandbox", stacklevel=2)
+    _check_imports(path)
     name = f"{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}_{digest[:12]}"
     spec = util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -98,4 +103,39 @@ def _module(path: Path, digest: str) -> ModuleType:
     finally:
         with suppress(ValueError):  # the file may have changed the list
             sys.path.remove(str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # what its functions import when they are called
     return module
+
+
+_beside: dict[str, Path] = {}
+"""Modules that files of the user import from beside them, now or when a function is called."""
+
+
+def _check_imports(path: Path) -> None:
+    """UserError if a file imports, anywhere, a module beside it that has the name of another: it might get that one."""
+    files = [path]
+    for file in files:
+        try:
+            tops = {name.partition(".")[0] for name in _imported(ast.parse(file.read_bytes()))}
+        except (SyntaxError, ValueError, OSError):  # loading it says what is wrong
+            continue
+        for top in sorted(tops):
+            places = path.parent / top / "__init__.py", path.parent / f"{top}.py"
+            beside = next((place for place in places if place.is_file()), None)
+            if beside is None or beside in files:
+                continue
+            files.append(beside)
+            loaded = getattr(sys.modules[top], "__file__", None) or "Python's own" if top in sys.modules else beside
+            other = _beside.get(top, loaded)
+            if beside.resolve() != Path(other).resolve():
+                raise UserError(f"{file} imports {top}, of which there are two, {beside} and {other}; rename the first")
+            _beside[top] = beside
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
