@@ -83,6 +83,12 @@ def test_every_form_gives_the_same_texts(tmp_path):
     assert len(found[0].pieces) == 7
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL"])
+def test_large_files_are_cut_into_pieces_whatever_the_case_of_their_suffix(tmp_path, name):
+    (tmp_path / name).write_text("".join(json.dumps({"text": f"Document {n}."}) + "\n" for n in range(100)))
+    assert sum(len(unit.pieces) for unit in origins.units(_source(tmp_path / name), 1000, None)[0]) > 2
+
+
 def test_another_key_and_conversations(tmp_path):
     path = tmp_path / "a.jsonl"
     chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}

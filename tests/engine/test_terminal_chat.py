@@ -195,9 +195,10 @@ def test_chat_shows_the_last_thought_and_may_guess_ahead(folder):
 
 def test_prompts_come_from_lines_or_objects(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo words\n")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n\n{"prompt": "two\\nlines", "id": 3}\n')
+    for name in ("a.jsonl", "b.JSONL"):
+        (tmp_path / name).write_text('{"prompt": "one"}\n\n{"prompt": "two\\nlines", "id": 3}\n')
     assert read_prompts(tmp_path / "a.txt") == ["one", "two words"]
-    assert read_prompts(tmp_path / "a.jsonl") == ["one", "two\nlines"]
+    assert read_prompts(tmp_path / "a.jsonl") == read_prompts(tmp_path / "b.JSONL") == ["one", "two\nlines"]
     whole = "one\u2028same line\x0b\x0c\x85"
     (tmp_path / "a.txt").write_bytes(f"{whole}\r\ntwo".encode())
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": whole}, ensure_ascii=False), encoding="utf-8")

@@ -3,6 +3,8 @@
 import json
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bessemer.errors import UserError
@@ -41,7 +43,7 @@ def first(task):
 @pytest.mark.parametrize(
     ("lines", "hint"),
     [
-        ([b"\xff\xfe{}"], "line 2 is not UTF-8 text"),
+        ([b"\xff\xfe{}"], "line 2 is not UTF-8 text.*not compressed"),
         ([b'{"question": '], "line 2: not JSON"),
         ([b"[1]"], "line 2: a list; a line of {family}:PATH is {{"),
         ([{"chosen": "a", "rejected": "b"}], r"line 2: no text under .*Its fields are 'chosen', 'rejected'; a line of"),
@@ -82,6 +84,18 @@ def test_a_file_with_a_mark_and_blank_lines_is_read_in_place(file):
         ("Compute it.", 1, "2"),
         ("Größe?", 3, "3"),
     }
+
+
+@pytest.mark.parametrize("name", ["a.JSONL@test", "a.PARQUET@test", "TEST.JSONL", "test.Parquet"])
+def test_a_suffix_may_have_capitals(file, tmp_path, name):
+    path, _, split = name.partition("@")
+    line = {"question": "What is one plus one?", "answer": "2"}
+    if path.lower().endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist([line]), tmp_path / path)
+    else:
+        file(line, name=path)
+    task = get(f"jsonl:{tmp_path}" + (f"/{name}" if split else ""))
+    assert (task.size("train"), task.size("test")) == (0, 1) and first(task).prompt == line["question"]
 
 
 def test_a_file_that_changes_while_it_is_used(file):

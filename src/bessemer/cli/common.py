@@ -87,7 +87,7 @@ def read_prompts(file: str | Path) -> list[str]:
     from bessemer.config.places import read_text
 
     lines = read_text(Path(file), "file of prompts").split("\n")  # splitlines knows ten other ends of a line
-    if Path(file).suffix != ".jsonl":
+    if Path(file).suffix.lower() != ".jsonl":
         return [line for line in lines if line]
     prompts = []
     for number, line in enumerate(lines, 1):

@@ -127,7 +127,7 @@ def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[Sourc
     size, changed = facts.st_size, facts.st_mtime_ns
     if kind == ".parquet":
         yield from _row_groups(file, source, size, changed, unit_bytes)
-    elif kind in (".jsonl", ".txt") and file.suffix == kind and size > unit_bytes and not _utf16(file):
+    elif kind in (".jsonl", ".txt") and not documents.compression(file) and size > unit_bytes and not _utf16(file):
         count = -(-size // unit_bytes)
         edges = [size * i // count for i in range(count + 1)]
         for start, end in pairwise(edges):

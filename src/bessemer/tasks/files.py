@@ -54,7 +54,7 @@ class LineIndex:
     hashes: "array[int]"
 
     def record(self, row: int) -> dict[str, Any]:
-        if self.path.suffix == PARQUET:
+        if _is_parquet(self.path):
             group, place = divmod(self.offsets[row], _GROUP)
             return _row_group(self.path, self.path.stat().st_mtime_ns, group)[place]
         with self.path.open("rb") as file:
@@ -186,7 +186,7 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
     index = LineIndex(path, array("q"), array("q"), [], array("Q"))
     ids: dict[str, int] = {}
     pending: list[tuple[str, Question]] = []
-    for number, offset, line in (_rows if path.suffix == PARQUET else _lines)(path):
+    for number, offset, line in (_rows if _is_parquet(path) else _lines)(path):
         where = f"{path}, line {number}"
         record = _record(line, where) if isinstance(line, bytes) else line
         if not isinstance(record, dict):
@@ -232,9 +232,14 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise UserError(f"{path} cannot be read: {error}; name a JSONL file or a directory of them") from error
 
 
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == PARQUET
+
+
 def _of_split(folder: Path, split: str) -> Path:
-    table = folder / f"{split}{PARQUET}"
-    return table if table.exists() else folder / f"{split}.jsonl"
+    """The file of a split, whose name may have capitals; parquet comes first."""
+    files = {path.name.lower(): path for path in sorted(folder.iterdir())}
+    return next((files[name] for end in (PARQUET, ".jsonl") if (name := f"{split}{end}") in files), folder / split)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -268,7 +273,9 @@ def _record(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text ({error}); the file must be JSON lines, saved as UTF-8") from error
+        raise UserError(
+            f"{where} is not UTF-8 text ({error}); the file must be JSON lines, saved as UTF-8 and not compressed"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); each line is one object") from error
 
