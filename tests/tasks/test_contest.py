@@ -150,6 +150,7 @@ FUNCTIONS = {
     "plain": ({"prompt": "add", "entry_point": "add", "tests": [{"input": [3, 4], "output": 7}]}, [([3, 4], 7)]),
     "APPS": ({"question": "add", "input_output": {"fn_name": "add", "inputs": [[3, 4]], "outputs": [[7]]}}, [([3, 4], 7)]),
     "LiveCodeBench": ({"question_content": "add", "public_test_cases": json.dumps([{"input": "[3]\n4", "output": "7"}]), "metadata": '{"func_name": "add"}'}, [([[3], 4], 7)]),
+    "LiveCodeBench, U+2028": ({"question_content": "add", "public_test_cases": json.dumps([{"input": '"\u2028"\n4', "output": "7"}]), "metadata": '{"func_name": "add"}'}, [(["\u2028", 4], 7)]),
 }  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def test_functions_of_every_collection(tmp_path, name):
     row, tests = FUNCTIONS[name]
     assert code_files.tests_of(row) == ("add", tests)
     task = file_of(tmp_path, row)
-    body = "(self, a, b): return (sum(a) if a == [3] else a) + b"
+    body = "(self, a, b): return (sum(a) if a == [3] else 3 if isinstance(a, str) else a) + b"
     assert task.grade(task.problem("train", 0), f"class Solution:\n    def add{body}")[0] == "correct"
     assert task.grade(task.problem("train", 0), "class Solution:\n    pass")[0] == "no-function"
 

@@ -88,7 +88,7 @@ class Code(SandboxedTask):
 
 def source_of(answer: str) -> str:
     """The canonical form of the program in an answer: its last fenced block, or all of it, without blank lines."""
-    lines = last_block(answer).strip().splitlines()
+    lines = last_block(answer).strip().split("\n")  # splitlines knows ten other ends of a line
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 

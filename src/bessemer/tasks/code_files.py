@@ -174,7 +174,7 @@ def _calls(pairs: list[tuple[Any, Any]], foreign: bool) -> list[tuple[Any, Any]]
     """The arguments and value of every call. LiveCodeBench has JSON, an argument per line; APPS lists each output."""
     if foreign and all(isinstance(part, str) for pair in pairs for part in pair):
         pairs = [
-            ([json.loads(line) for line in given.splitlines() if line.strip()], json.loads(value))
+            ([json.loads(line) for line in given.split("\n") if line.strip()], json.loads(value))
             for given, value in pairs
         ]
     elif foreign and all(isinstance(value, list) and len(value) == 1 for _, value in pairs):
