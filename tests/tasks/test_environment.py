@@ -19,7 +19,8 @@ from bessemer.errors import UserError
 from bessemer.tasks import base, environment, get, sandbox
 from bessemer.tasks.env_server import ServerEnvironment
 from bessemer.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
-from bessemer.tasks.tools import CALCULATOR, TaskWithTools, calculate, run_python
+from bessemer.tasks.products import Products
+from bessemer.tasks.tools import CALCULATOR, PYTHON, TaskWithTools, calculate, run_python
 
 ISOLATED = pytest.mark.skipif(sandbox.level() == "none", reason="no isolation here")
 
@@ -140,7 +141,8 @@ def test_calls_are_answered_in_their_order_and_faults_with_words():
     ]  # fmt: skip
     start = time.monotonic()
     got = answers(tools, Invocation("sleep", {}), Invocation("sleep", {}), seconds=0.1)
-    assert got == ["error: sleep did not return within 0.1 s"] * 2 and time.monotonic() - start < 10
+    late = "error: sleep was not started: the 0.1 s of this turn are used up"
+    assert got == ["error: sleep did not return within 0.1 s", late] and time.monotonic() - start < 10
     assert answers(tools) == []
     hang.set()
 
@@ -170,7 +172,8 @@ def test_a_turn_of_calls_that_hang_leaves_one_thread(monkeypatch, hang):
     begun = []
     sleep = LocalTool("sleep", "", {"type": "object"}, lambda: str(begun.append(1) or hang.wait(20)))
     got = answers([sleep], *[Invocation("sleep", {})] * 64, seconds=0.1)
-    assert got == ["error: sleep did not return within 0.1 s"] * 64 and len(begun) == 1
+    late = "error: sleep was not started: the 0.1 s of this turn are used up"
+    assert got == ["error: sleep did not return within 0.1 s", *[late] * 63] and len(begun) == 1
 
 
 def test_calls_in_time_do_not_count_as_hung(monkeypatch, hang):
@@ -200,7 +203,12 @@ def test_python_is_refused_where_nothing_isolates_it(monkeypatch):
 
 
 @ISOLATED
-def test_a_task_with_tools_keeps_them():
+def test_a_task_with_tools_keeps_them_and_its_own_words_on_them(monkeypatch):
+    own = [{"type": "function", "function": {"name": "calculator", "description": "mine", "parameters": {}}}]
+    monkeypatch.setattr(Products, "schemas", own)
+    monkeypatch.setattr(Products, "described", True)
+    for names, described in (("python", [*own, PYTHON.schema]), ("calculator", [CALCULATOR.schema])):
+        assert get(f"tools:{names}:products").schemas == described
     tools = get("tools:calculator:tools:python:arithmetic").tools
     assert [tool.name for tool in tools] == ["python", "calculator"]
 
@@ -350,7 +358,8 @@ def test_an_environment_behind_a_server(serve):
         ({"done": True}, "no observation"), ([1], "no observation"), (b"x" * (1 << 21), "more than"),
         ({"observation": "x", "reward": "much"}, "reward"), ({"observation": "x", "done": 1}, "done"),
         ({"observation": "", "reward": math.inf}, "reward inf"), ({"observation": "", "reward": math.nan}, "ward nan"),
-        ("hang", "timed out"), ("dies", "127.0.0.1"),
+        ({"observation": "", "reward": 10**400}, "reward 1000"),
+        ({"observation": "", "reward": 1e308}, "rewards is inf"), ("hang", "timed out"), ("dies", "127.0.0.1"),
     ],
 )  # fmt: skip
 def test_a_server_that_goes_wrong_in_the_middle_fails_the_episode(serve, fault, complaint):
@@ -359,6 +368,7 @@ def test_a_server_that_goes_wrong_in_the_middle_fails_the_episode(serve, fault, 
     task.seconds = 0.5 if fault == "hang" else 10.0
     episode = task.reset(task.problem("train", 0), 1)
     assert episode.step(ModelTurn("x")).messages
+    episode.total = 1e308
     with pytest.raises(EnvironmentFailure, match=complaint):
         episode.step(ModelTurn("x"))
 
@@ -519,11 +529,12 @@ def test_an_environment_with_a_time_limit_of_its_own_scores_what_was_said(made):
     assert answered.step(ModelTurn("late")).done and answered.verdict("").correct
     assert cut.verdict("").correct
     cut.close()
-    made["guess"].reward = float("nan")
-    odd = task.reset(task.problem("train", 2), 1)
-    assert odd.asked.get(timeout=5) is None
-    with pytest.raises(EnvironmentFailure, match="reward is nan"):
-        odd.verdict("")
+    for reward, complaint in ((float("nan"), "reward is nan"), (10**400, "reward is 1000")):
+        made["guess"].reward = reward
+        odd = task.reset(task.problem("train", 2), 1)
+        assert odd.asked.get(timeout=5) is None
+        with pytest.raises(EnvironmentFailure, match=complaint):
+            odd.verdict("")
 
 
 def test_an_environment_of_verifiers(made):

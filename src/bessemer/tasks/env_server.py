@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +40,7 @@ from bessemer.tasks.environment import (
     Message,
     ModelTurn,
     Observation,
+    finite,
     shortened,
 )
 
@@ -141,10 +141,12 @@ class _ServerEpisode:
         if not isinstance(answer, dict) or not isinstance(observation := answer.get("observation"), dict | str):
             raise EnvironmentFailure(f"the server's answer has no observation: {shortened(json.dumps(answer), 200)}")
         reward, done = answer.get("reward"), answer.get("done", False)
-        number = isinstance(reward, int | float | None) and not isinstance(reward, bool) and math.isfinite(reward or 0)
+        number = isinstance(reward, int | float | None) and not isinstance(reward, bool) and finite(reward or 0)
         if not number or not isinstance(done, bool):
             raise EnvironmentFailure(f"the server's answer has the reward {reward!r} and done {done!r}"[:300])
         self.total += float(reward or 0.0)
+        if not finite(self.total):
+            raise EnvironmentFailure(f"the sum of the server's rewards is {self.total}")
         self.over = done
         return self.environment.text(observation)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import queue
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,16 @@ from typing import Any
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict
-from bessemer.tasks.environment import SLACK, Environment, EnvironmentFailure, Episode, Message, ModelTurn, Observation
+from bessemer.tasks.environment import (
+    SLACK,
+    Environment,
+    EnvironmentFailure,
+    Episode,
+    Message,
+    ModelTurn,
+    Observation,
+    finite,
+)
 
 
 def library() -> Any:
@@ -114,7 +122,7 @@ class _Episode:
         reward = self.state.get("reward")
         if not isinstance(reward, int | float):  # a bound of ours ended it before its own loop did
             return Verdict(False, True, WRONG_VALUE, None)
-        if not math.isfinite(reward):
+        if not finite(reward):
             raise EnvironmentFailure(f"its reward is {reward}")
         right = reward >= 1.0 - SLACK
         return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{reward:g}")

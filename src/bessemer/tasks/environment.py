@@ -18,6 +18,7 @@ error is an `EnvironmentFailure`: the episode counts as failed, is not trained o
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +178,8 @@ class ToolEpisode:
         tool = tools[call.name]
         if fault := tool.fault(call.arguments):
             return f"error: {fault}"
+        if time.monotonic() >= until:
+            return f"error: {tool.name} was not started: the {self.environment.seconds:g} s of this turn are used up"
         try:
             return str(bounded(lambda: tool.run(**call.arguments), until - time.monotonic()))
         except UserError:
@@ -190,6 +193,14 @@ class ToolEpisode:
 def shortened(text: str, most: int) -> str:
     """The first `most` characters of a text, and how many are missing."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
+
+
+def finite(number: float) -> bool:
+    """Whether a number is finite as a float, too."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer of 309 digits
+        return False
 
 
 def bounded(function: Callable[[], _Result], seconds: float) -> _Result:

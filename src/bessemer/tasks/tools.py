@@ -174,19 +174,28 @@ class TaskWithTools(Environment):
         self.task = base.get(task, **settings)
         self.name, self.domain = f"tools:{argument}", self.task.domain
         added = {TOOLS[name].name: TOOLS[name] for name in chosen}
+        self.added = frozenset(added)
         if len(added) < len(chosen):
             raise UserError(f"tools:{argument} names a tool twice (no-calculator is a calculator, too); name it once")
         if isinstance(self.task, Environment):
             if type(self.task).reset is not Environment.reset:
                 raise UserError(f"tools:{argument}: {task} plays episodes of its own, with its own tools; write {task}")
             added = {tool.name: tool for tool in self.task.tools} | added
-            for limit in ("described", "max_turns", "seconds", "observed", "parallel"):
-                setattr(self, limit, getattr(self.task, limit))
+            for name in ("described", "max_turns", "seconds", "observed", "parallel"):
+                setattr(self, name, getattr(self.task, name))
         self.tools: Sequence[LocalTool] = list(added.values())
         self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         if "python" in chosen:
             sandbox.resolve_level()  # UserError now instead of a failure later
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The task's own descriptions of its tools, which it may have changed, and those of the others."""
+        own = self.task.schemas if isinstance(self.task, Environment) else []
+        kept = [one for one in own if one["function"]["name"] not in self.added]
+        known = {one["function"]["name"] for one in own} - self.added
+        return kept + [one for one in super().schemas if one["function"]["name"] not in known]
 
     def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
         return self.task.problem(split, index, seed, language)
