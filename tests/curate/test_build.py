@@ -115,7 +115,7 @@ def test_what_is_left_and_why(made, tmp_path):
 def test_an_evaluation_of_which_nothing_is_searched_for_is_refused_before_any_work(made, tmp_path):
     tasks = load(made).decontaminate.tasks[0]
     one = f"{tasks}/train.jsonl@train"
-    with pytest.raises(UserError, match=r"train\.jsonl@train holds out no problem.*; @test after a file's name"):
+    with pytest.raises(UserError, match=r"train\.jsonl@train holds out no problem.*; write @test after a file's name"):
         build(load(made, [f'decontaminate.tasks=["{one}"]']), tmp_path / "out")
     assert not list((tmp_path / "out").glob("work/read/*"))
 

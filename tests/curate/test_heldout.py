@@ -8,8 +8,9 @@ import pytest
 from made_texts import prose
 
 from bessemer import tasks
-from bessemer.curate.decontaminate import EvalText, Index, eval_texts
+from bessemer.curate.decontaminate import EvalText, Index, eval_texts, searched_for
 from bessemer.curate.words import words
+from bessemer.errors import UserError
 
 QUESTION = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
@@ -90,6 +91,22 @@ def test_ten_words_are_a_hit_where_several_texts_of_one_problem_have_them(tmp_pa
         (tmp_path / f"{name}.jsonl").write_text(2 * (json.dumps(RESTATED[form]) + "\n"))
     index = Index(eval_texts([f"{form}:{tmp_path}/{name}.jsonl@test" for name in ("one", "two")], 10), 10)
     assert set(_hits(index, "sold half as many clips in May. How many clips")) == {0}
+
+
+def test_problems_too_short_to_be_searched_for_are_not_counted(tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"question": "What is 3 times four?", "answer": "12"}\n')
+    (tmp_path / "mixed.jsonl").write_text(
+        '{"question": "Three?", "answer": "3"}\n{"question": "What is 3 times four?", "answer": "12"}\n'
+    )
+    assert [searched_for(eval_texts([f"jsonl:{tmp_path}/{name}.jsonl@test"], 10)) for name in ("short", "mixed")] == [
+        1,
+        1,
+    ]
+    assert searched_for(eval_texts(["general"], 50)) < 100
+    with pytest.raises(
+        UserError, match=r"no question of env:http://127\.0\.0\.1:3 has 5 words, so nothing would be searched"
+    ):
+        eval_texts(["countdown", "env:http://127.0.0.1:3"], 5)
 
 
 def test_what_several_questions_share_is_wording():

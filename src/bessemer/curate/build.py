@@ -104,7 +104,7 @@ class Build:
         output.publish(self.out, units, writes, write.facts, tokenizer, self.settings)
         self._remove_stale([*reads, *signs, *writes])
         facts = report.gather(
-            self.settings, {name: len({one.name for one in texts}) for name, texts in searched.items()},
+            self.settings, {name: decontaminate.searched_for(texts) for name, texts in searched.items()},
             units, ignored, read.facts, write.facts, {name: vars(step) for name, step in self.steps.items()},
             time.monotonic() - began, peak_memory(), self.engine.workers, load_tokenizer(tokenizer).vocab_size,
         )  # fmt: skip

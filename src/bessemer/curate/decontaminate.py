@@ -39,15 +39,16 @@ class EvalText(NamedTuple):
 
 def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
     """The held-out questions of tasks (all, or `problems` of an endless task) and the other texts of their files."""
-    found: dict[EvalText, None] = {}
+    every: dict[EvalText, None] = {}
     for name in map(without_tools, names):
+        found: dict[EvalText, None] = {}
         for phrasing in tasks.get(name).phrasings:
             task = tasks.get(name, phrasing=phrasing)
             size = task.size("test")
             if size == 0:
                 raise UserError(
-                    f"decontaminate.tasks: {name} holds out no problem, so nothing would be searched for; @test after "
-                    "a file's name takes all of its problems"
+                    f"decontaminate.tasks: {name} holds out no problem, so nothing would be searched for; write @test "
+                    "after a file's name, or add test.jsonl to a directory"
                 )
             # A file's problems have a language each, and None gives all of them once.
             for language in (None,) if isinstance(task, FileTask) else task.all_languages:
@@ -57,7 +58,18 @@ def eval_texts(names: Iterable[str], problems: int) -> list[EvalText]:
                     called = _name(task, problem)
                     found[EvalText(called, problem.prompt, whole)] = None
                     found |= {EvalText(called, text, False): None for text in _other_texts(task, problem)}
-    return list(found)
+        if found and not searched_for(found):  # a server asks its questions in episodes
+            raise UserError(
+                f"decontaminate.tasks: no question of {name} has {SHORTEST} words, so nothing would be searched for; "
+                "leave it out"
+            )
+        every |= found
+    return list(every)
+
+
+def searched_for(texts: Iterable[EvalText]) -> int:
+    """The number of problems with a text that is long enough."""
+    return len({one.name for one in texts if len(words([one.text]).hashes_W) >= SHORTEST})
 
 
 def _name(task: tasks.Task, problem: tasks.Problem) -> str:
