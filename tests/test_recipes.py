@@ -127,6 +127,15 @@ rollouts = 2
             ('tokens = "1.5M"', f'tokens = "1.5M"\nsave_seconds = {bad}', "stage/0/save_seconds")
             for bad in ('"x"', '"90s x"', '""', "-1")
         ),
+        ('"1.5M"', "1e17", None),
+        ('"1.5M"', '"1e+6"', None),
+        ('"1.5M"', "0", "stage/0/tokens"),
+        ('"1.5M"', str(2**63), "stage/0/tokens"),
+        ("lr = 1e-3", "lr = -1", "stage/1/lr"),
+        ("lr = 1e-3", 'lr = [["0", 1e-3], ["1M", -1e-3]]', "stage/1/lr"),
+        ("lr = 1e-3", "lr = 1e-3\ncritic_lr = -1", "stage/1/critic_lr"),
+        ('name = "base"', 'name = "seed"', "stage/0/name"),
+        ('name = "base"', 'name = "seeds"', None),
         ('name = "good"', 'name = "a/b"', "name"),
         ('name = "base"', 'name = "a/b"', "stage/0/name"),
         ('"cosine"', '"sine"', "stage/0/lr"),
@@ -141,6 +150,8 @@ def test_the_schema_finds_what_is_wrong(old, new, where):
     recipe = GOOD.replace(old, new, 1)
     found = faults(recipe)
     assert found == [] if where is None else where in found
+    if where is None and new != "rollout = 2":
+        Recipe.parse(recipe)
     if where is not None and not where.startswith("model"):
         with pytest.raises(UserError):
             Recipe.parse(recipe)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from bessemer.config.builtin import NAME
 from bessemer.config.curation import Curation
-from bessemer.config.recipe import STAGES, Head, LayoutConfig
+from bessemer.config.recipe import RESERVED, STAGES, Head, LayoutConfig
 from bessemer.config.table import ConfigTable, StageConfig, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -71,7 +71,12 @@ def _schema(table: type[BaseModel], defs: Schema) -> Schema:
     defs |= schema.pop("$defs", {})
     schema.pop("title", None)
     if issubclass(table, Head | StageConfig):
-        schema["properties"]["name"]["pattern"] = f"^{NAME.pattern}$"
+        free = "" if issubclass(table, Head) else f"(?!({'|'.join(RESERVED)})$)"
+        schema["properties"]["name"]["pattern"] = f"^{free}{NAME.pattern}$"
+    for name, field in table.model_fields.items():  # the schema of a count in text form replaces its field's bounds
+        one = schema["properties"].get(field.alias or name, {})
+        if least := [bound.ge for bound in field.metadata if hasattr(bound, "ge") and "minimum" in one]:
+            one["minimum"] = max(least)
     if issubclass(table, ConfigTable):
         for old, new in table.renamed.items():
             schema["properties"][old] = schema["properties"][new] | {"deprecated": True, "description": f"Now {new}."}

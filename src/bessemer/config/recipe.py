@@ -54,7 +54,7 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
     return STAGES[kind]
 
 
-_RESERVED = ("model", "layout", "stage", "name", "seed", "trackers")  # words with a meaning of their own in --set
+RESERVED = ("model", "layout", "stage", "name", "seed", "trackers")  # words with a meaning of their own in --set
 
 
 class LayoutConfig(ConfigTable):
@@ -250,7 +250,7 @@ def _check_names(stages: list[StageConfig], where: str) -> None:
     for stage in stages:
         if not NAME.fullmatch(stage.name):
             raise UserError(f'{where}: a stage is named "{stage.name}"; use letters, digits, "-" and "_"')
-        if stage.name in _RESERVED:
+        if stage.name in RESERVED:
             raise UserError(
                 f'{where}: a stage cannot be named "{stage.name}", a word that --set reserves; give it another name'
             )

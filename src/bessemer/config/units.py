@@ -35,13 +35,13 @@ TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
 _TOKENS_SCHEMA: dict[str, Any] = {
-    "type": ["number", "string"], "minimum": 0, "multipleOf": 1,  # and a text's fraction needs a unit or an exponent
-    "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE][0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
+    "type": ["number", "string"], "minimum": 0, "exclusiveMaximum": 2**63, "multipleOf": 1,
+    # a text's fraction needs a unit or an exponent
+    "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE]\+?[0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
 }  # fmt: skip
 _SECONDS_SCHEMA = {"type": ["number", "string"], "minimum": 0} | {
     "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"
 }
-_NUMBER_SCHEMA = {"type": "number"}
 COSINE = "cosine"
 """The third element of a point that is reached by half a cosine instead of a straight line."""
 
@@ -51,7 +51,7 @@ def parse_tokens(value: object) -> int:
     wrong = UserError(f"expected {TOKENS_HELP}")
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMBT]?)\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([KMBT]?)\s*", str(value), re.IGNORECASE)
     if not match:
         raise wrong
     try:
@@ -191,9 +191,10 @@ class Points:
         return _points_schema()
 
 
-def _points_schema() -> dict[str, Any]:
-    pair = {"prefixItems": [_TOKENS_SCHEMA, _NUMBER_SCHEMA, {"const": COSINE}], "minItems": 2, "maxItems": 3}
-    return {"anyOf": [_NUMBER_SCHEMA, {"type": "array", "minItems": 1, "items": {"type": "array"} | pair}]}
+def _points_schema(**bounds: float) -> dict[str, Any]:
+    value = {"type": "number"} | bounds
+    pair = {"prefixItems": [_TOKENS_SCHEMA, value, {"const": COSINE}], "minItems": 2, "maxItems": 3}
+    return {"anyOf": [value, {"type": "array", "minItems": 1, "items": {"type": "array"} | pair}]}
 
 
 class Steps(Points):
@@ -229,7 +230,7 @@ def _not_negative(points: Points) -> Points:
     return points
 
 
-Rates = Annotated[Points, AfterValidator(_not_negative)]
+Rates = Annotated[Points, AfterValidator(_not_negative), WithJsonSchema(_points_schema(minimum=0))]
 """Points of which none lies below 0."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
