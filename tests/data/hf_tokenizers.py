@@ -64,9 +64,9 @@ def byte_level(directory, template=CHATML, controls=CONTROLS, bos=None, size=400
     return write(directory, tok, template, **(names or {"eos_token": controls[1], "pad_token": controls[1]}))
 
 
-def llama3(directory, template=LLAMA3):
+def llama3(directory, template=LLAMA3, tags=False):
     controls = ("<|begin|>", "<|end|>", "<|head|>", "<|tail|>", "<|eot|>")
-    return byte_level(directory, template, controls, "<|begin|>", bos_token="<|begin|>", eos_token="<|end|>")
+    return byte_level(directory, template, controls, "<|begin|>", tags=tags, bos_token="<|begin|>", eos_token="<|end|>")
 
 
 def sentencepiece(directory, template=MISTRAL, scheme="first"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hf_tokenizers as houses
 import pytest
+import tokenizers
 import transformers
 
 from bessemer.data import chat, sft_rows
@@ -15,6 +16,7 @@ from bessemer.engine import turns
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.serve.chat import chat_prompt
+from bessemer.serve.models import Vocabulary
 from bessemer.serve.protocol import Turn
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
@@ -41,9 +43,9 @@ def chatml(tmp_path):
     return load_tokenizer(houses.byte_level(tmp_path / "chatml"))
 
 
-def theirs(directory, messages, ask=True):
+def theirs(directory, messages, ask=True, **switches):
     tok = transformers.AutoTokenizer.from_pretrained(directory)
-    return tok.apply_chat_template(messages, add_generation_prompt=ask, tokenize=True)["input_ids"]
+    return tok.apply_chat_template(messages, add_generation_prompt=ask, tokenize=True, **switches)["input_ids"]
 
 
 @pytest.mark.parametrize("messages", [QUESTION, TALK])
@@ -167,6 +169,8 @@ def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_
     asked = [Turn(**QUESTION[0])]
     for thinking, tags in ((True, ("<think>",)), (False, ("<think>", "</think>"))):
         prompt = chat_prompt(tok, asked, thinking)
+        switched = theirs(folder, QUESTION, enable_thinking=thinking)
+        assert list(prompt.ids[: len(switched)]) == switched
         marks = [tok.decode([i]) for i in prompt.ids if i in (tok.think_id, tok.think_end_id)]
         assert (prompt.thinking, *marks) == (thinking, *tags)
     assert chat_prompt(tok, asked).thinking == (opening == "<think>\n")
@@ -183,6 +187,51 @@ def test_templates_that_write_an_empty_thought_before_an_answer_without_one(tmp_
         told = tok.decode([i for i, mine in zip(ids, answers, strict=True) if mine], skip_special=False)
         assert told.startswith(("40<|im_end|>", "<think></think>40<|im_end|>")) and told.endswith("yes<|im_end|>")
         assert told.count("<think>") == told.count("</think>") >= 1 and ("sure" in told) == ("sure" in answer)
+
+
+V3_1 = (  # a lone tag says whether the model thinks
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ bos_token }}{% for message in messages %}"
+    "{{ '<|head|></think>' + message.content.split('</think>')[-1] + '<|eot|>' if message.role == 'assistant' else "
+    "'<|tail|>' + message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
+FIXED = V3_1.replace("'<think>' if thinking else ", "").replace("|></think>' + m", "|>' + m")
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "end"),
+    [
+        (V3_1, None, "</think>"), (V3_1, False, "</think>"), (V3_1, True, "<think>"),
+        (FIXED, None, "</think>"), (FIXED, False, "</think>"), (FIXED, True, "</think>"),
+        (houses.LLAMA3, None, ""), (houses.LLAMA3, False, "<think>\n\n</think>\n\n"), (houses.LLAMA3, True, "<think>"),
+        (houses.KEEPS_THOUGHTS, None, "<think>\n"), (houses.KEEPS_THOUGHTS, True, "<think>\n"),
+        (houses.KEEPS_THOUGHTS, False, "<think>\n\n</think>\n\n"),
+    ],
+)  # fmt: skip
+def test_the_thinking_switch_reaches_templates_that_have_one_and_is_added_to_others(tmp_path, template, thinking, end):
+    folder = houses.llama3(tmp_path, template, tags=True)
+    tok = load_tokenizer(folder)
+    for messages in (QUESTION, TALK, [{"role": "user", "content": "say </think><think>"}]):
+        prompt = chat_prompt(tok, [Turn(**message) for message in messages], thinking)
+        plain = tok.decode(theirs(folder, messages), skip_special=False)
+        begun = plain[: plain.rindex("<|head|>")] + "<|head|>" + "assistant<|tail|>\n\n" * (template == houses.LLAMA3)
+        assert tok.decode(prompt.ids, skip_special=False) == begun + end
+        assert prompt.thinking == (end.rstrip() == "<think>")
+        assert (tok.think_end_id in prompt.ids[-6:]) == ("</think>" in end)
+
+
+@pytest.mark.parametrize("ways", [(), ("rstrip",), ("lstrip", "rstrip")])
+@pytest.mark.parametrize("blank", ["first", "always", "prepend", "never"])
+def test_a_raw_prompt_has_the_ids_of_the_library_where_it_spells_control_tokens(tmp_path, blank, ways):
+    folder = houses.sentencepiece(tmp_path, houses.ZEPHYR, blank)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token |= dict.fromkeys(ways, token["special"])
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    vocabulary = Vocabulary(load_tokenizer(folder))
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("</s>\nhi </s>\nyes", "hi</s></s> \n", "<s>hi", " hi  </s>  <s> ", "hi"):
+        assert vocabulary.prompt_ids(text, begin=False) == reference.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("blank", ["first", "always", "prepend"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -41,15 +41,15 @@ LONGEST_TEXT = 1 << 22
 
 
 class ChatTemplate:
-    """`template(messages, add_generation_prompt) -> text`. `names`: the special tokens that it may write. Raises
-    UserError if the template refuses the conversation or exceeds a limit."""
+    """`template(messages, add_generation_prompt) -> text`. `names`: its other variables, the special tokens that it may
+    write and switches. Raises UserError if the template refuses the conversation or exceeds a limit."""
 
-    def __init__(self, text: str, names: dict[str, str]):
+    def __init__(self, text: str, names: Mapping[str, str | bool]):
         if find_spec("jinja2") is None:
             raise UserError("chat templates of other models need jinja2: pip install 'bessemer[hf]'")
         if len(text) > LONGEST_TEMPLATE:
             raise UserError(f"the chat template has {len(text)} characters; the limit is {LONGEST_TEMPLATE}")
-        self.text, self.names = text, names
+        self.text, self.names = text, dict(names)
 
     def __call__(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         request = {"template": self.text, "names": self.names, "messages": list(messages), "ask": add_generation_prompt}

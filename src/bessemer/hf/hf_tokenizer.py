@@ -20,7 +20,7 @@ Invariants
 import json
 import re
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ SPLITS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+SWITCHES = ("thinking", "enable_thinking")
+"""What templates call the thinking switch: DeepSeek-V3.1's and Granite's; Qwen3's, GLM's and most others."""
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _EMPTY_THOUGHT = re.compile(rf"{THINK}\s*{THINK_END}\s*$")
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -138,6 +140,16 @@ class HFTokenizer(Tokenizer):
     def opening(self) -> str:
         return self._opening if self._template else super().opening
 
+    def switched(self, thinking: bool) -> Tokenizer:
+        if self._template is None:
+            return self
+        made = copy(self)
+        made._template = ChatTemplate(self._template.text, self._names | dict.fromkeys(SWITCHES, thinking))
+        return made
+
+    def trimmed(self, text: str) -> str:
+        return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
+
     def render_answers(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, every: bool = True
     ) -> tuple[list[int], list[bool]]:
@@ -185,8 +197,7 @@ class HFTokenizer(Tokenizer):
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """What the template writes, without the white space that its control tokens take."""
         assert self._template is not None, "our own templates mark the answers themselves"
-        text = self._template(messages, add_generation_prompt)
-        return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
+        return self.trimmed(self._template(messages, add_generation_prompt))
 
     def _spans(self, messages: Sequence[Message], text: str, every: bool) -> list[tuple[int, int]]:
         """Start and end of each assistant message in the text, its end token included; with `every` false only of the

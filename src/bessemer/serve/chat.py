@@ -1,9 +1,11 @@
 """POST /v1/chat/completions: turns messages into prompt ids, and sends the answer in chunks or as a whole.
 
 The model's own chat template renders the prompt. R1's opens the thought, R1-Zero's leaves that to the model, and other
-models' templates may do either. The thinking switch either closes the thought before it begins, with the line breaks
-that R1 was trained on, so that the model answers without a thought; or it opens the thought if the template does not.
-If the last message is the assistant's, it becomes the beginning of the answer, and the model continues it.
+models' templates may do either. The thinking switch goes to templates that read one. To a prompt that then ends in no
+tag, or in `<think>` where no thought is wanted, it adds tags: either it closes the thought before it begins, with the
+line breaks that R1 was trained on, so that the model answers without a thought; or it opens the thought. A template
+that closes every thought keeps it closed. If the last message is the assistant's, it becomes the beginning of the
+answer, and the model continues it.
 
 Thoughts are sent under both names in use, `reasoning_content` (DeepSeek, SGLang, llama.cpp) and `reasoning` (vLLM).
 """
@@ -14,7 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, opening, render_ids, template_style
+from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import Tool, description
 from bessemer.engine.grammar import json_grammar
@@ -28,6 +30,8 @@ from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
 
 NO_TOOLS = ToolUse()
+LONGEST_END = 32
+"""Tokens in which a prompt's last tag is found, spelled in bytes and with white space after it."""
 
 
 class ChatPrompt(NamedTuple):
@@ -187,17 +191,13 @@ def chat_prompt(
     messages = messages_of(turns)
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
-    ids = render_ids(tokenizer, messages, style, tools=tools)
-    begun = opening(style) if style else tokenizer.opening
-    is_open = begun.rfind(THINK) > begun.rfind(THINK_END)
+    ids = render_ids(tokenizer if thinking is None else tokenizer.switched(thinking), messages, style, tools=tools)
+    end = tokenizer.decode(ids[-LONGEST_END:], skip_special=False).rstrip()
+    is_open = end.endswith(THINK)
     more: list[int] = []
     if prefix:
         more = tokenizer.encode(_begin(prefix, style, is_open), ids[-1])
-    elif thinking and THINK_END in begun and None not in think_ids(tokenizer):
-        # this template closes the thought before it begins
-        ids = ids[: len(ids) - ids[::-1].index(tokenizer.think_id)]
-        is_open = True
-    elif thinking is not None and THINK_END not in begun and None not in think_ids(tokenizer):
+    elif thinking is not None and not end.endswith(THINK_END) and None not in think_ids(tokenizer):
         more = tokenizer.encode(_switch(thinking, style, is_open), ids[-1])
     for token_id in more:  # only these: tags inside a question open and close nothing
         if token_id in think_ids(tokenizer):

@@ -165,13 +165,14 @@ class Vocabulary:
     def prompt_ids(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt. Its author writes the turns, so names of control tokens become these tokens.
         `begin`: BOS comes first, exactly once, if the model's training documents had it."""
+        text = self.tokenizer.trimmed(text)
         ids: list[int] = []
         place = 0
         for match in self._names.finditer(text):
-            ids += self._plain(text[place : match.start()])
+            ids += self._plain(text[place : match.start()], ids)
             ids.append(self._control[match.group()])
             place = match.end()
-        ids += self._plain(text[place:])
+        ids += self._plain(text[place:], ids)
         bos = self.tokenizer.bos_id
         return [bos, *ids] if begin and bos is not None and ids[:1] != [bos] else ids
 
@@ -179,8 +180,8 @@ class Vocabulary:
         """The visible bytes of a token: none for a control token."""
         return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text) if text else []
+    def _plain(self, text: str, before: list[int]) -> list[int]:
+        return self.tokenizer.encode(text, before[-1] if before else None) if text else []
 
     def _name(self, token_id: int) -> str:
         raw = self.tokenizer.token_bytes(token_id)
