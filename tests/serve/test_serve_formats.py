@@ -80,6 +80,8 @@ def test_responses_are_the_chat_in_another_form(server):
     jsonschema.validate(json.loads(found.output_text), SCHEMA)
     with pytest.raises(openai.BadRequestError, match="none are stored"):
         api.responses.create(model="r1", input="a", previous_response_id="resp-1")
+    with pytest.raises(openai.BadRequestError, match=r"background needs stored responses .*; leave it out"):
+        api.responses.create(model="r1", input="a", background=True)
     assert server.settles()
 
 

@@ -194,14 +194,6 @@ class Tokenizer:
         last message is marked if it is an answer, so that a prompt costs one rendering."""
         raise UserError(f"this tokenizer has none of Bessemer's chat templates; name a style: {', '.join(chat.STYLES)}")
 
-    def switched(self, thinking: bool) -> "Tokenizer":
-        """This tokenizer with a chat template that knows whether to think. Bessemer's have no such switch."""
-        return self
-
-    def trimmed(self, text: str) -> str:
-        """The text without the white space that control tokens in it take; Bessemer's take none."""
-        return text
-
     @property
     def think_id(self) -> int:
         return self._id(THINK)

@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,6 @@ SPLITS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-SWITCHES = ("thinking", "enable_thinking")
-"""What templates call the thinking switch: DeepSeek-V3.1's and Granite's; Qwen3's, GLM's and most others."""
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _EMPTY_THOUGHT = re.compile(rf"{THINK}\s*{THINK_END}\s*$")
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -140,14 +138,15 @@ class HFTokenizer(Tokenizer):
     def opening(self) -> str:
         return self._opening if self._template else super().opening
 
-    def switched(self, thinking: bool) -> Tokenizer:
-        if self._template is None:
-            return self
+    def switched(self, thinking: bool) -> "HFTokenizer":
+        """This tokenizer with a template that is told whether to think, by DeepSeek-V3.1's name and by Qwen3's."""
         made = copy(self)
-        made._template = ChatTemplate(self._template.text, self._names | dict.fromkeys(SWITCHES, thinking))
+        switches = {"thinking": thinking, "enable_thinking": thinking}
+        made._template = self._template and ChatTemplate(self.chat_template, {**self._names, **switches})
         return made
 
     def trimmed(self, text: str) -> str:
+        """The text without the white space that control tokens in it take."""
         return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
 
     def render_answers(
@@ -182,7 +181,7 @@ class HFTokenizer(Tokenizer):
         prompt = self._render(question, add_generation_prompt=True)
         head, mark, rest = self._render(talk, add_generation_prompt=False).partition("\ue000")
         head = _EMPTY_THOUGHT.sub("", head)  # Qwen3's and others' before a last answer without thoughts
-        begin = _first_difference(prompt, head)
+        begin = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, head, strict=False)))
         if not mark or head[begin:].strip():
             raise UserError(f"the chat template does not open an answer after add_generation_prompt; {MEND}")
         self._opening = prompt[begin:]
@@ -281,12 +280,6 @@ def add_system(template: str, system: str) -> str:
 def _letters(text: str) -> str:
     """The text without white space, which templates change around thoughts."""
     return "".join(text.split())
-
-
-def _first_difference(one: str, other: str) -> int:
-    """Position of the first difference between two texts."""
-    shorter = min(len(one), len(other))
-    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 def _tokenizer(spec: dict) -> tokenizers.Tokenizer:

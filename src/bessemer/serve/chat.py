@@ -1,11 +1,9 @@
 """POST /v1/chat/completions: turns messages into prompt ids, and sends the answer in chunks or as a whole.
 
-The model's own chat template renders the prompt. R1's opens the thought, R1-Zero's leaves that to the model, and other
-models' templates may do either. The thinking switch goes to templates that read one. To a prompt that then ends in no
-tag, or in `<think>` where no thought is wanted, it adds tags: either it closes the thought before it begins, with the
-line breaks that R1 was trained on, so that the model answers without a thought; or it opens the thought. A template
-that closes every thought keeps it closed. If the last message is the assistant's, it becomes the beginning of the
-answer, and the model continues it.
+The model's own chat template renders the prompt, and gets the thinking switch if it reads one. R1's opens the thought,
+R1-Zero's leaves that to the model, others' do either. Unless the prompt ends in `</think>`, the switch adds what is
+missing: it opens the thought, or closes it with the line breaks that R1 was trained on. A last message of the assistant
+becomes the beginning of the answer, which the model continues.
 
 Thoughts are sent under both names in use, `reasoning_content` (DeepSeek, SGLang, llama.cpp) and `reasoning` (vLLM).
 """
@@ -22,6 +20,7 @@ from bessemer.data.tools import Tool, description
 from bessemer.engine.grammar import json_grammar
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.errors import UserError
+from bessemer.hf.hf_tokenizer import HFTokenizer
 from bessemer.serve import sampling_params, tool_calling
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary
@@ -30,8 +29,6 @@ from bessemer.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
 
 NO_TOOLS = ToolUse()
-LONGEST_END = 32
-"""Tokens in which a prompt's last tag is found, spelled in bytes and with white space after it."""
 
 
 class ChatPrompt(NamedTuple):
@@ -191,8 +188,10 @@ def chat_prompt(
     messages = messages_of(turns)
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
-    ids = render_ids(tokenizer if thinking is None else tokenizer.switched(thinking), messages, style, tools=tools)
-    end = tokenizer.decode(ids[-LONGEST_END:], skip_special=False).rstrip()
+    if thinking is not None and isinstance(tokenizer, HFTokenizer):
+        tokenizer = tokenizer.switched(thinking)
+    ids = render_ids(tokenizer, messages, style, tools=tools)
+    end = tokenizer.decode(ids[-32:], skip_special=False).rstrip()  # room for a tag in bytes
     is_open = end.endswith(THINK)
     more: list[int] = []
     if prefix:

@@ -25,7 +25,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.hf.mapping import longest_text
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
@@ -156,7 +156,7 @@ class Vocabulary:
         specials += tokenizer.tool_marks.values()
         self._control = {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in specials}
         names = sorted(filter(None, self._control), key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._names = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self.longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         """Bytes of the longest token: a text of N bytes has at least N / longest tokens."""
         self.name = lru_cache(maxsize=1 << 16)(self._name)
@@ -165,23 +165,19 @@ class Vocabulary:
     def prompt_ids(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt. Its author writes the turns, so names of control tokens become these tokens.
         `begin`: BOS comes first, exactly once, if the model's training documents had it."""
-        text = self.tokenizer.trimmed(text)
+        text = self.tokenizer.trimmed(text) if isinstance(self.tokenizer, HFTokenizer) else text
         ids: list[int] = []
-        place = 0
-        for match in self._names.finditer(text):
-            ids += self._plain(text[place : match.start()], ids)
-            ids.append(self._control[match.group()])
-            place = match.end()
-        ids += self._plain(text[place:], ids)
+        for piece in filter(None, self._names.split(text)):
+            if piece in self._control:
+                ids.append(self._control[piece])
+            else:
+                ids += self.tokenizer.encode(piece, ids[-1] if ids else None)
         bos = self.tokenizer.bos_id
         return [bos, *ids] if begin and bos is not None and ids[:1] != [bos] else ids
 
     def text(self, token_id: int) -> bytes:
         """The visible bytes of a token: none for a control token."""
         return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
-
-    def _plain(self, text: str, before: list[int]) -> list[int]:
-        return self.tokenizer.encode(text, before[-1] if before else None) if text else []
 
     def _name(self, token_id: int) -> str:
         raw = self.tokenizer.token_bytes(token_id)

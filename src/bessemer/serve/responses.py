@@ -41,7 +41,7 @@ from bessemer.serve.response_items import ResponseItems, TypedEvent
 from bessemer.serve.service import Stream
 
 FIELDS_OF_CHAT = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
-STORED = "refers to stored responses or prompts, and none are stored; send the messages as input"
+STORED = "needs stored responses or prompts, and none are stored; leave it out and send the messages as input"
 LOGPROBS = "is not supported: a response has no log-probabilities; ask /v1/chat/completions"
 UNSUPPORTED = {
     **dict.fromkeys(("previous_response_id", "conversation", "background", "prompt"), STORED),
