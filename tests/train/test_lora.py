@@ -211,6 +211,15 @@ def test_a_saved_adapter_loads_in_peft_and_merges_into_its_base(bases, call, tmp
     (tmp_path / "adapter" / lora.ADAPTER_CONFIG).write_text(json.dumps(values))
     lora.merge(tmp_path / "adapter", tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
+    part = [r".*layers\.0\..*(q|down)_proj", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]]
+    for number, targets in enumerate(part):
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        theirs = peft.get_peft_model(made("qwen2"), config)
+        theirs.save_pretrained(tmp_path / f"part{number}")
+        lora.merge(tmp_path / f"part{number}", tmp_path / f"whole{number}", bases["qwen2"])
+        again = theirs.merge_and_unload().state_dict()
+        for name, tensor in load(tmp_path / f"whole{number}").inner.state_dict().items():
+            torch.testing.assert_close(tensor, again[name], rtol=1e-6, atol=1e-7)
     model.save(tmp_path / "model")
     before = content(tmp_path / "adapter")
     model.save(tmp_path / "model")  # a stage killed after saving saves again
@@ -291,14 +300,19 @@ def test_an_adapter_of_another_base_or_kind_is_refused(bases, tmp_path):
     refused("of type IA3", peft_type="IA3")
     refused("must be whole numbers", r="8")
     refused("must be whole numbers", lora_alpha=6.5)
+    refused("must be whole numbers", lora_alpha=True)
+    refused("must be whole numbers", r=True)
     refused("no model at owner/name, the base of .*--like", None, base_model_name_or_path="owner/name")
     for rank in (8, 10**9):  # the second would be more memory than there is
         refused(rf"declares rank {rank}, but the stored matrices have 4", r=rank)
     (tmp_path / "adapter" / lora.BASE).unlink()  # as peft itself would write it
     refused(r"is \[32, 4\], but should be \[16, 4\]", tmp_path / "narrow")
-    refused("has no matrix down_proj", bases["gpt2"])
+    refused(r"has no matrix model\.layers\.0\.mlp\.down_proj", bases["gpt2"])
     stored = load_file(tmp_path / "adapter" / lora.WEIGHTS)
-    for target, key in (("lm_head", "lm_head.lora_A.weight"), ("embed_tokens", "model.embed_tokens.lora_embedding_A")):
+    for target, key in (
+        ("lm_head", "lm_head.lora_A.weight"),
+        ("model.embed_tokens", "model.embed_tokens.lora_embedding_A"),
+    ):
         save_file({f"{lora.PREFIX}{key}": torch.zeros(4, 32)}, tmp_path / "adapter" / lora.WEIGHTS)
         refused(rf"changes {target}, which is not in the layers of .*qwen2; only peft can merge it")
     name = next(iter(stored))

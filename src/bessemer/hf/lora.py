@@ -185,7 +185,7 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter} has no {WEIGHTS}; save it again with peft as safetensors")
     stored = read_header(adapter / WEIGHTS)
-    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored if ".lora_" in name})
+    places = sorted({name.split(".lora_")[0].removeprefix(PREFIX) for name in stored if ".lora_" in name})
     first = [entry for name, entry in stored.items() if name.partition(".lora_")[2].startswith(("A.", "embedding_A"))]
     ranks = {n for entry in first if entry.size for n in entry.shape[:1]}
     if ranks != {config.rank}:  # peft would allocate what is declared
@@ -202,11 +202,13 @@ def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | No
     model: CausalLM = load(base, dtype, kind=CausalScorer if rewards else CausalLM)
     if values.get("task_type") == LoRAScorer.task and model.head is None:
         model = CausalScorer.of(model, 0)  # its new head is the adapter's
-    if unknown := set(targets) - _matrices(model):
-        if min(unknown) in {name.split(".")[-1] for name, _ in model.inner.named_modules()}:
-            raise UserError(f"{adapter} changes {min(unknown)}, which is not in the layers of {base}; {ONLY_PEFT}")
-        raise UserError(f"{adapter} belongs to another base: {base} has no matrix {min(unknown)}")
-    made = _inject(model, config, targets, 0, base, bool(values.get("use_rslora")))
+    modules, matrices = {name for name, _ in model.inner.named_modules()}, _matrices(model)
+    for place in places:
+        if place not in modules:
+            raise UserError(f"{adapter} belongs to another base: {base} has no matrix {place}")
+        if place.split(".")[-1] not in matrices:
+            raise UserError(f"{adapter} changes {place}, which is not in the layers of {base}; {ONLY_PEFT}")
+    made = _inject(model, config, places, 0, base, bool(values.get("use_rslora")))
     own = made.adapters()
     for name in sorted(stored.keys() | own.keys()):
         here, asked = (str([*one[name].shape]) if name in one else "not there" for one in (stored, own))
@@ -231,7 +233,7 @@ def _understood(values: Mapping[str, object], adapter: Path) -> LoRAConfig:
             raise UserError(f"{adapter}: adapter_config.json sets {key}; {ONLY_PEFT}")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     alpha = int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int) or alpha < 1:
+    if type(rank) is not int or rank < 1 or type(alpha) is not int or alpha < 1:
         raise UserError(f"{adapter}: r and lora_alpha must be whole numbers of at least 1, not {rank} and {alpha}")
     return LoRAConfig(rank=rank, alpha=alpha)
 
