@@ -1,9 +1,13 @@
 """FIM and split boundaries: the text is kept, the rates are met, the held-out side is untouched."""
 
+import json
+
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bessemer.data import chat, corpus
 from bessemer.data.corpus import Augment, boundary_tokens
+from bessemer.hf.hf_tokenizer import load_tokenizer
 
 
 def test_fim_is_prefix_suffix_middle_of_the_same_text(tokenizer, texts):
@@ -37,6 +41,25 @@ def test_boundary_tokens_split_into_mark_and_line_breaks(tokenizer):
     for token, halves in table.items():
         assert b"".join(map(tokenizer.token_bytes, halves)) == tokenizer.token_bytes(token)
         assert len(halves) >= 2
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_blank_appears_inside_a_text_with_tokenizers_that_begin_texts_with_one(tmp_path, scheme):
+    vocabulary = {piece: n for n, piece in enumerate(("<unk>", "</s>", *"▁hi.\n", ".\n"))}
+    tok = Tokenizer(models.BPE(vocab=vocabulary, merges=[(".", "\n")], unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tok.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    marks = (chat.FIM_BEGIN, chat.FIM_HOLE, chat.FIM_END)
+    tok.add_special_tokens([AddedToken(name) for name in ("</s>", *marks)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    foreign = load_tokenizer(tmp_path)
+    assert boundary_tokens(foreign) == {vocabulary[".\n"]: [vocabulary["."], vocabulary["\n"]]}
+    ids = Augment(foreign, 1.0, 0.0)("hi.\nhi", foreign.encode("hi.\nhi"))
+    spelled = foreign.decode(ids, skip_special=False)
+    for mark in marks:
+        spelled = spelled.replace(f"{mark} ", mark) if scheme == "always" else spelled
+    assert " " not in spelled and ids == tok.encode(spelled, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("rate", [0.1, 1.0])

@@ -244,9 +244,8 @@ class Augment:
 
     def _fim(self, text: str, rng: random.Random) -> list[int]:
         first, second = sorted(rng.randint(0, len(text)) for _ in range(2))
-        prefix, middle, suffix = self._tokenizer.encode_batch([text[:first], text[first:second], text[second:]])
-        begin, hole, end = self._fim_ids
-        return [begin, *prefix, hole, *suffix, end, *middle]
+        parts = zip(self._fim_ids, (text[:first], text[second:], text[first:second]), strict=True)
+        return [i for mark, part in parts for i in (mark, *self._tokenizer.encode(part, after=mark))]
 
     def _split(self, ids: Sequence[int] | np.ndarray, rng: random.Random) -> np.ndarray:
         ids = np.asarray(ids, np.int32)
@@ -259,11 +258,10 @@ class Augment:
 
 
 def boundary_tokens(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Maps each token of punctuation followed by line breaks to the ids of its two halves."""
+    """Maps each token of punctuation followed by line breaks to the ids of its two halves inside a text."""
     halves = {}
     for token_id in range(tokenizer.vocab_size):
         match = _BOUNDARY.fullmatch(tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
         if match and "\ufffd" not in match[0]:
-            mark, breaks = tokenizer.encode_batch([match[1], match[2]])
-            halves[token_id] = mark + breaks
+            halves[token_id] = [i for half in match.groups() for i in tokenizer.encode(half, after=token_id)]
     return halves
