@@ -81,9 +81,12 @@ def test_one_mscale_alone_is_stated_as_a_factor_that_transformers_reads():
         del table["attention_factor"]
     with pytest.warns(UserWarning, match=r"here: .*attention_factor = 1\.098"):
         assert mapping.from_hf(values, "here") == cfg
-    values["rope_scaling"]["attention_factor"] = 1.5
-    with pytest.raises(UserError, match=r"attention_factor 1\.5"):
-        mapping.from_hf(values, "here")
+    values["rope_scaling"]["attention_factor"] = round(cfg.rope_scale, 7)
+    assert mapping.from_hf(values, "here") == cfg
+    for wrong in (1.5, "1.5"):
+        values["rope_scaling"]["attention_factor"] = wrong
+        with pytest.raises(UserError, match=rf"attention_factor = {wrong!r} .*; delete attention_factor$"):
+            mapping.from_hf(values, "here")
     for same in ({"mscale_all_dim": 0.0}, {}):
         assert "attention_factor" not in mapping.to_hf(tiny(**YARN, **same), torch.float32)["rope_scaling"]
 

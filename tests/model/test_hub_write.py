@@ -309,6 +309,9 @@ def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
     assert not (tmp_path / "b" / "chat_template.jinja").exists()
     for replace_by in (hub.convert, dcp.export):
         model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
+        for name in ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json"):
+            (tmp_path / "b" / name).write_text("{}")
+        (tmp_path / "b" / "additional_chat_templates").mkdir()
         replace_by(tmp_path / "a", tmp_path / "b")
         names = {path.name for path in (tmp_path / "b").iterdir()}
         weights = {"model.safetensors"} if replace_by is hub.convert else {".metadata", "__0_0.distcp"}

@@ -55,7 +55,8 @@ DENSE_SIZES, SPARSE_SIZES = ("inter_dim",), ("moe_inter_dim", "n_shared_experts"
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-REPLACED = ("generation_config.json", *TOKENIZER_FILES)
+OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.json")
+REPLACED = ("generation_config.json", *TOKENIZER_FILES, *OTHERS, "additional_chat_templates")
 """What a new model with a tokenizer never takes over from the directory that it replaces."""
 
 

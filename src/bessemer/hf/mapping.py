@@ -18,6 +18,7 @@ gate_proj above up_proj, and the experts of a layer are one parameter here but t
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -241,10 +242,10 @@ def _check_rope_scale(cfg: ModelConfig, values: dict[str, Any], where: str) -> N
     scale, elsewhere = cfg.rope_scale, _rope_scale_elsewhere(cfg)
     tables = [values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key)]
     stated = [table["attention_factor"] for table in tables if table.get("attention_factor") is not None]
-    if cfg.yarn and any(factor != scale for factor in stated):
-        raise UserError(
-            f"{where}: attention_factor {stated[0]!r} is not implemented; mscale, which gives {scale!r}, is"
-        )
+    same = [isinstance(one, int | float) and math.isclose(one, scale, rel_tol=1e-6) for one in stated]  # often 7 digits
+    if cfg.yarn and not all(same):
+        what = f"attention_factor = {stated[same.index(False)]!r} is not implemented, only the {scale!r} of mscale"
+        raise UserError(f"{where}: {what}; delete attention_factor")
     if elsewhere != scale and not stated:
         warnings.warn(
             f"{where}: without mscale or mscale_all_dim the released code, and ours, scales rotary embeddings by "
