@@ -29,6 +29,8 @@ from checks import BAD, CHECKS, GOOD, LEFT, ROOT, SHOWN
 from bessemer.report import page
 
 NONE = "no GPU"
+MARK = "BESSEMER_CHECK"
+"""Environment variable that a check's processes share."""
 CARDS = f"""import torch
 print(f"{{torch.cuda.device_count()}} x {{torch.cuda.get_device_name()}}" if torch.cuda.is_available() else "{NONE}")"""
 
@@ -87,14 +89,15 @@ def one(name: str, out: Path, rehearse: bool) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("checks.py")), name, "--json", str(result)]
     began, limit = time.monotonic(), CHECKS[name][1]
     command += ["--rehearse"] if rehearse else []
-    status = None
+    status, mark = None, f"{MARK}={os.getpid()}-{time.monotonic_ns()}"
+    marked = os.environ | dict([mark.split("=")])
     with log.open("wb") as file:
-        job = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        job = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=marked)
         try:
             with suppress(subprocess.TimeoutExpired):
                 status = job.wait(limit)
         finally:
-            end(job)
+            end(job, mark)
     seconds = time.monotonic() - began
     if result.exists():
         return json.loads(result.read_text()) | {"seconds": seconds}
@@ -103,13 +106,16 @@ def one(name: str, out: Path, rehearse: bool) -> dict[str, Any]:
     return {"verdict": BAD, "says": f"{why}: {lines[-1]}", "figures": {"log": lines[-30:]}, "seconds": seconds}
 
 
-def end(job: subprocess.Popen[bytes]) -> None:
-    """Kills a check's group and those of its descendants: torchrun gives every rank one of its own."""
+def end(job: subprocess.Popen[bytes], mark: str) -> None:
+    """Kills a check's group and those of its descendants: torchrun gives every rank one of its own. A check that has
+    crashed is no longer their parent, so the mark in their environment tells them, too."""
     parents, groups, family = {}, {job.pid: job.pid}, {job.pid}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             pid = int(stat.parent.name)
             parents[pid], groups[pid] = map(int, stat.read_text().rpartition(")")[2].split()[1:3])
+            if mark.encode() in stat.with_name("environ").read_bytes().split(b"\0"):
+                family.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     for group in {groups[pid] for pid in family}:

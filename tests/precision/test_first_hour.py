@@ -99,6 +99,12 @@ subprocess.Popen([sys.executable, "-c", "import os, time; print(os.getpid(), flu
                  start_new_session=True)
 time.sleep(60)
 """
+CRASHES = f"""{STARTS.removesuffix("time.sleep(60)" + chr(10))}
+import os, pathlib, signal
+while len(pathlib.Path(__file__).with_name("fp8.log").read_text().split()) < 2:
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
 
 
 def gone(pid):
@@ -111,10 +117,10 @@ def gone(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("stop", ["its limit", signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stop", ["its limit", "a crash", signal.SIGTERM, signal.SIGHUP])
 def test_nothing_that_a_check_started_outlives_it(tmp_path, stop):
     """Neither its child nor one with a group of its own, as torchrun's ranks have."""
-    (tmp_path / "checks.py").write_text(STARTS)
+    (tmp_path / "checks.py").write_text(CRASHES if stop == "a crash" else STARTS)
     code = f"""import sys; sys.path[:0] = [{str(GPU)!r}, {str(GPU.parent)!r}]
 import pathlib, signal, first_hour as command
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
@@ -126,7 +132,7 @@ print(command.one("fp8", pathlib.Path({str(tmp_path)!r}), False)["says"])"""
     while not log.exists() or len(log.read_text().split()) < 2:
         assert job.poll() is None
         time.sleep(0.05)
-    if stop != "its limit":
+    if isinstance(stop, signal.Signals):
         job.send_signal(stop)
     said = job.communicate(timeout=60)[0]
     assert ("took more than 6 s" in said) == (stop == "its limit")
