@@ -1,13 +1,14 @@
 """Published evaluation suites: invented rows in each release's format, answers from a small model and from files."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from filelock import FileLock
 from forks import Fork
 from made_data import ROWS, write_csv, write_data, write_jsonl
 
@@ -230,13 +231,19 @@ def test_more_samples_are_added_to_those_that_are_there(model, data, tmp_path):
     assert sorted(set(run("grown", 3)) ^ set(whole)) == sorted([dated, header])
 
 
-def test_two_calls_on_one_folder(model, data, tmp_path):
+def test_two_calls_on_one_folder(model, data, tmp_path, monkeypatch):
     """Two processes once appended the same numbers, and no later call could read the file. The second now refuses, and
     of the answers that such a pair left the first ones count."""
     call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "out": tmp_path, "max_new_tokens": 5}
     (whole,) = suite_run.evaluate_suite(model, **call, samples=2)["rows"]
-    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match=r"another evaluation is writing to .*; wait"):
-        suite_run.evaluate_suite(model, **call, samples=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+        )  # some network disks
+        assert suite_run.evaluate_suite(model, **call, samples=2)["rows"] == [whole]
+        (tmp_path / ".lock").write_text(str(os.getppid()))
+        with pytest.raises(UserError, match=r"another evaluation is writing to .*; wait"):
+            suite_run.evaluate_suite(model, **call, samples=2)
     file = tmp_path / "aime-2024.jsonl"
     header, first, *others = file.read_text().splitlines()
     file.write_text("\n".join([header, first, *others, json.dumps(json.loads(first) | {"text": "later"})]) + "\n")
@@ -259,6 +266,20 @@ def test_the_rows_of_several_calls_stand_together(model, data, tmp_path):
     answers = {"answers": tmp_path, "out": tmp_path, "suite": "r1", "data": [str(data)], "only": ["mmlu"]}
     with pytest.raises(UserError, match="does not belong to a suite"):
         suite_run.evaluate_suite(None, **answers)
+
+
+def test_rows_of_answers_that_have_changed_are_dropped(data, tmp_path):
+    def score(name):
+        call = {"only": [name], "data": [str(data)], "answers": tmp_path, "out": tmp_path / "out"}
+        suite_run.evaluate_suite(None, suite="r1", **call)
+        return [row["task"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]]
+
+    first, second = "aime-2024", "aime-2025"
+    for name, problem in ((first, 60), (second, 0)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"problem": problem, "text": r1("2")}])
+    assert score(first) == [first] and score(second) == score(second) == [first, second]
+    write_jsonl(tmp_path / f"{first}.jsonl", [{"problem": 60, "text": r1("3")}])
+    assert score(second) == [second]
 
 
 def test_without_any_data_the_status_says_so(model, tmp_path):

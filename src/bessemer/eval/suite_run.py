@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from bessemer.data import documents
 from bessemer.data.chat import THINK, THINK_END, question_ids
 from bessemer.data.fingerprints import sha256_of_all
@@ -33,6 +31,7 @@ from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
 from bessemer.runs.files import read_json, write_json
+from bessemer.system import claim
 from bessemer.tasks import Problem, stable_hash
 from bessemer.train import setup
 
@@ -105,7 +104,10 @@ def evaluate_suite(
         result["rows"].append({"model": result["model"]} | row)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / RESULTS, result | {"rows": _joined(out, result)})
+            joined = _joined(out, result)
+            there = {row["task"] for row in joined}
+            missing = [one for one in skipped if one["evaluation"] not in there]
+            write_json(out / RESULTS, result | {"rows": joined, "skipped": missing})
     for one in skipped:
         _say("skipped " + one["reason"])
     if not result["rows"]:
@@ -117,14 +119,22 @@ def evaluate_suite(
 
 
 def _joined(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a result, after those that earlier calls with the same model and sampling left in the folder."""
+    """The rows of a result, after those that earlier calls with the same model and sampling left in the folder, or with
+    the same answers."""
 
     def key(of: dict[str, Any], row: dict[str, Any]) -> list[Any]:
         header = _header(out / f"{row['task']}.jsonl") or {}
         return [of["suite"], of["model"], header.get("model"), header.get("sampling")]
 
-    earlier, rows = read_json(out / RESULTS) or {"rows": []}, result["rows"]
-    kept = [row for row in earlier["rows"] if key(earlier, row) == key(result, rows[-1])]
+    def holds(row: dict[str, Any]) -> bool:
+        if "answers" not in result["rows"][-1]:
+            return key(earlier, row) == key(result, result["rows"][-1])
+        file = _answers_to(row["task"], Path(result["model"]))
+        known = [earlier["suite"], earlier["model"], row.get("answers")]
+        return file.is_file() and known == [result["suite"], result["model"], *sha256_of_all([file])]
+
+    earlier, rows = read_json(out / RESULTS) or {}, result["rows"]
+    kept = [row for row in earlier.get("rows", []) if holds(row)]
     return list({row["task"]: row for row in (*kept, *rows)}.values())
 
 
@@ -157,13 +167,15 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Yields the row of each evaluation as soon as all its answers are there. One process at a time writes to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(out / ".lock", timeout=0):
-            yield from _run(model, ready, sampling, samples, out)
-    except filelock.Timeout:
-        raise UserError(
-            f"another evaluation is writing to {out}; wait for it, or choose another folder with --out"
-        ) from None
+    with (out / ".lock").open("a+") as lock:
+        lock.seek(0)
+        if not claim(lock, lock.read().strip()):
+            raise UserError(f"another evaluation is writing to {out}; wait for it, or choose another folder with --out")
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield from _run(model, ready, sampling, samples, out)
+        lock.truncate(0)
 
 
 def _run(
@@ -188,9 +200,9 @@ def _run(
 
 
 def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
-    """Yields a row for every evaluation that a file, or a folder of NAME.jsonl files, has answers to."""
-    files = [path] if path.is_file() else [path / f"{one.name}.jsonl" for one in ready]
-    files = [file for file in files if file.is_file()]
+    """Yields a row for every evaluation that a file, or a folder of NAME.jsonl files, has answers to, with that
+    file's SHA-256 under `answers`."""
+    files = list(dict.fromkeys(file for one in ready if (file := _answers_to(one.name, path)).is_file()))
     if not files:
         raise UserError(f"--answers {path}: no such file, and no folder with the NAME.jsonl of an evaluation")
     answers: dict[str, Answers] = {}
@@ -198,9 +210,15 @@ def score_file(path: Path, ready: Sequence[Ready]) -> Iterator[dict[str, Any]]:
         answers |= read_answers(file, [one for one in ready if one.name == file.stem] or ready)
     for one in ready:
         if any(problem.id in answers.get(one.name, {}) for problem in one.problems):
-            yield _row(one, answers[one.name])
+            (digest,) = sha256_of_all([_answers_to(one.name, path)])
+            yield _row(one, answers[one.name]) | {"answers": digest}
         else:
             _say(f"{one.name}: {path} has no answers to these problems")
+
+
+def _answers_to(name: str, path: Path) -> Path:
+    """The file of the answers to an evaluation, in a file of answers or a folder of them."""
+    return path if path.is_file() else path / f"{name}.jsonl"
 
 
 def _row(one: Ready, answers: Answers, sampling: Sampling | None = None) -> dict[str, Any]:
