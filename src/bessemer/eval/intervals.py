@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.tasks.verdict_metrics import widened, wilson
+from bessemer.tasks.verdict_metrics import FEW, widened, widening, wilson
 
 
 class Interval(NamedTuple):
@@ -113,29 +114,56 @@ def shares_apart(one: float, other: float, problems: int) -> Interval:
     )
 
 
-Rates = Mapping[int, float]
-"""The number of a problem in its task -> a measure of its answers."""
+Rates = Mapping[int | str, float]
+"""The number or name of a problem -> a measure of its answers."""
 
 
-def stratified(rows: Sequence[tuple[str, Rates]], seed: int = 0, resamples: int = 2000) -> Interval:
-    """The mean of the means of rows (task, rates), with the 95 % bootstrap within each task, `widened`. One draw of a
-    task's problems serves all of its rows: in another language or at another temperature they are the same problems.
+def stratified(
+    rows: Sequence[tuple[str, Rates]], lowest: float = 0.0, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """The mean of the means of rows (pool, rates), with the 95 % bootstrap within each pool, each row's draws moved out
+    as `widened` does for its number of problems. One draw of a pool's problems serves all of its rows: in another
+    language or at another temperature they are the same problems. The draws of a row of fewer than FEW problems, among
+    others, follow Wilson's interval at every confidence: so few say little about their spread, and one nothing. Rates
+    lie between `lowest` and 1.
     """
     rng = np.random.default_rng(seed)
-    means, sizes = [], []
-    for task in dict.fromkeys(task for task, _ in rows):
-        mine = [rates for name, rates in rows if name == task]
+    sizes = [len(rates) for _, rates in rows]
+    several = len({pool for pool, _ in rows}) > 1 or len(set(sizes)) > 1
+    smallest = min((size for size in sizes if size >= FEW or not several), default=1)
+    means = []
+    for pool in dict.fromkeys(pool for pool, _ in rows):
+        mine = [rates for name, rates in rows if name == pool]
         problems = sorted(set().union(*mine))
-        sizes.append(len(problems))
         drawn = rng.integers(len(problems), size=(resamples, len(problems)))
+        z = rng.standard_normal(resamples) if several and min(map(len, mine)) < FEW else np.zeros(0)
         for rates in mine:
-            values = np.array([rates.get(problem, np.nan) for problem in problems])
-            means.append(np.nanmean(values[drawn], axis=1))
+            mean, scale = statistics.fmean(rates.values()), 1 / widening(smallest)
+            if several and len(rates) < FEW:
+                draws = lowest + (1 - lowest) * _wilson_at((mean - lowest) / (1 - lowest), len(rates), z)
+            else:
+                values = np.array([rates.get(problem, np.nan) for problem in problems])
+                draws, scale = _means(values[drawn]), widening(len(rates)) / widening(smallest)
+            means.append(scale * draws + (1 - scale) * mean)
     middle = statistics.fmean(statistics.fmean(rates.values()) for _, rates in rows)
     low, high = np.nanquantile(np.mean(means, axis=0), [0.025, 0.975]).tolist()
-    return Interval(middle, *widened(middle, low, high, min(sizes)))
+    low, high = widened(middle, low, high, smallest)
+    return Interval(middle, min(low, middle), max(high, middle))
+
+
+def _means(drawn: np.ndarray) -> np.ndarray:
+    """NaN for a draw without a problem of the row, which `nanquantile` leaves out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.nanmean(drawn, axis=1)
+
+
+def _wilson_at(share: float, n: int, z: np.ndarray) -> np.ndarray:
+    """The end of Wilson's interval that lies z standard errors from a share of n trials, to the side of z's sign."""
+    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (share + z * z / (2 * n) + half) / (1 + z * z / n)
 
 
 def problems_of(rows: Sequence[tuple[str, Rates]]) -> int:
-    """The number of different problems in rows (task, rates)."""
-    return len({(task, problem) for task, rates in rows for problem in rates})
+    """The number of different problems in rows (pool, rates)."""
+    return len({(pool, problem) for pool, rates in rows for problem in rates})

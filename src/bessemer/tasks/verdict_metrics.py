@@ -104,10 +104,15 @@ def widened(mean: float, low: float, high: float, n: int) -> tuple[float, float]
     """The ends of a percentile bootstrap over `n` values, moved out to where Student's interval would end: resampling
     sees only (n - 1) / n of the variance, and takes what it sees for certain. Student's quantile as a multiple of the
     normal one is Fisher's expansion in 1 / (n - 1) (Abramowitz and Stegun 26.7.5), within 0.1 % for n >= 8."""
-    if n < 2:
-        return low, high
-    factor = (n / (n - 1)) ** 0.5 * (1 + 1.2104 / (n - 1) + 1.4401 / (n - 1) ** 2 + 1.304 / (n - 1) ** 3)
+    factor = widening(n)
     return mean - factor * (mean - low), mean + factor * (high - mean)
+
+
+def widening(n: int) -> float:
+    """By how much `widened` moves the ends out; 1 for a single value, whose spread is unknown."""
+    if n < 2:
+        return 1.0
+    return (n / (n - 1)) ** 0.5 * (1 + 1.2104 / (n - 1) + 1.4401 / (n - 1) ** 2 + 1.304 / (n - 1) ** 3)
 
 
 def score(verdicts: Sequence[Sequence[Verdict]], k: int | None = None, seed: int = 0) -> dict[str, float]:
