@@ -1,23 +1,32 @@
 """`bessemer compare`: differences per problem, their intervals, and what cannot be compared."""
 
 import json
+import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from made_run import write_run
 
+from bessemer import tasks
 from bessemer.errors import UserError
-from bessemer.eval import paired, tables
+from bessemer.eval import evaluate, paired, scoring, tables
 from bessemer.eval.intervals import stratified
 from bessemer.eval.paired import Asked
 from bessemer.runs.files import write_json
+from bessemer.tasks.verdict_metrics import wilson
 
 SUMS = Asked("sums", "en", 1.0, 1.0)
 WORDS = Asked("words", "en", 1.0, 1.0)
 
 
-def model(*shares, asked=SUMS):
-    return {asked: {f"p{place}": share for place, share in enumerate(shares)}}
+def row(asked, shares, **more):
+    stated = asked._asdict() | {"max_new_tokens": asked.max_new_tokens} | more
+    return stated | {"by_problem": {f"p{place}": share for place, share in enumerate(shares, more.get("skip", 0))}}
+
+
+def model(*shares, asked=SUMS, **more):
+    return paired.rates([row(asked, shares, **more)], "it")
 
 
 def simulated(rng, n, gain, seeds=1, spread=0.0, samples=16):
@@ -100,18 +109,57 @@ def test_a_problem_in_two_languages_is_one_problem():
     first, second = (model(*side) | model(*side, asked=chinese) for side in ([0.25] * 20, shares))
     english, _, mean = paired.compare([first], [second])
     assert mean.n == english.n == 20 and (mean.low, mean.high) == (english.low, english.high)
+    assert readable(*[("sums", language, shares) for language in ("en", "zh")]) == stratified(
+        [("sums", dict(enumerate(shares)))]
+    )
+
+
+def readable(*rows, **more):
+    """The mean of a stage table, with its interval."""
     rows = [
-        {"model": "m", "task": "sums", "language": language, "pass_at_1": 0.5, "readable": 0.5, "samples": 1,
-         "readable_by_problem": second[SUMS]}
-        for language in ("en", "zh")
+        {"model": "m", "task": task, "language": language, "pass_at_1": 0.5, "readable": np.mean(shares), "samples": 1,
+         "readable_by_problem": {f"p{place}": share for place, share in enumerate(shares)}} | more
+        for task, language, shares in rows
     ]  # fmt: skip
-    ((readable,),) = ([row.cells for row in table.overall] for table in tables.stage_tables(rows))
-    (both,) = readable
-    assert both.interval == stratified([("sums", dict(enumerate(shares)))])[1:]
+    ((cells,),) = ([line.cells for line in table.overall] for table in tables.stage_tables(rows))
+    return cells[0].value, *cells[0].interval
+
+
+@pytest.mark.parametrize("task, more", [("jsonl:mine.jsonl@test", {}), ("sums", {"translated": False})])
+def test_other_problems_in_another_language_are_other_problems(task, more):
+    """A file has its own questions in each language, and may have more in one."""
+    english, shares = SUMS._replace(task=task), np.linspace(0, 1, 30).tolist()
+    chinese = english._replace(language="zh")
+    first, second = (
+        model(*side, asked=english, **more) | model(*side[: len(side) - 10], asked=chinese, **more)
+        for side in ([0.25] * 30, shares)
+    )
+    *_, mean = paired.compare([first], [second])
+    assert mean.n == 50
+    apart = stratified([("a", dict(enumerate(shares))), ("b", dict(enumerate(shares[:20])))])
+    assert readable((task, "en", shares), (task, "zh", shares[:20]), **more) == pytest.approx(tuple(apart), abs=0.01)
+    both = readable((task, "en", shares), (task, "zh", shares), translated=True)
+    assert (
+        both
+        == readable(("words", "en", shares), ("words", "zh", shares))
+        == stratified([("a", dict(enumerate(shares)))])
+    )
+
+
+@pytest.mark.parametrize("few", [[1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 0.0, 1.0]])
+def test_a_task_of_few_problems_is_uncertain_in_the_mean_and_no_more(few):
+    many = ([0.0, 1.0] * 250, [0.25, 0.75] * 250)
+    mean, low, high = readable(("sums", "en", many[0]), ("words", "en", few))
+    alone = wilson(np.mean(few), len(few))
+    assert (low, high) == pytest.approx([(0.5 + end) / 2 for end in alone], abs=0.03) and low < mean < high
+    *_, both = paired.compare(
+        [model(*many[1]) | model(*[0.0] * len(few), asked=WORDS)], [model(*many[0]) | model(*few, asked=WORDS)]
+    )
+    assert both.low > -0.55 and both.high < 0.55 and both.high - both.low > 0.3
 
 
 def test_other_problems_are_refused_and_the_common_ones_offered():
-    second = {SUMS: {f"p{place}": 0.5 for place in range(10, 40)}}
+    second = model(*[0.5] * 30, skip=10)
     with pytest.raises(UserError, match="asked 20 and 30 problems, 10 of them the same; --common compares"):
         paired.compare([model(*[0.1] * 20)], [second])
     assert paired.compare([model(*[0.1] * 20)], [second], common=True)[0].n == 10
@@ -144,19 +192,71 @@ def test_answers_with_another_cap_are_something_else():
         assert [line.asked for line in paired.compare([first], [second])] == ["sums en, T 1"]
 
 
+def test_another_cap_is_named_and_a_row_without_one_does_not_hide_it():
+    """A row of an earlier version states no cap; it is compared where nothing else could be meant."""
+    maths, words, capped = Asked("maths", "en", 1.0, 1.0), WORDS._replace(max_new_tokens=40), SUMS._replace
+    low, high = ([share] * 20 for share in (0.25, 0.75))
+    first = model(*low, asked=capped(max_new_tokens=40)) | model(*low, asked=words) | model(*low, asked=maths)
+    second = model(*high, asked=capped(max_new_tokens=900)) | model(*high, asked=words)
+    (line,) = paired.left_out([first], [second])
+    assert line.startswith("sums en is not compared, since it was asked differently (sums en, T 1, at most 40 tokens; ")
+    assert line.endswith("sums en, T 1, at most 900 tokens); evaluate both again with --task sums")
+    assert [one.asked for one in paired.compare([first], [second])] == ["words en, T 1, at most 40 tokens"]
+    with pytest.raises(UserError, match="sums en is not compared, since"):
+        paired.compare([first], [second], only=["sums"])
+    assert not paired.left_out([first], [second], only=["words"])
+    twice = first | model(*high, asked=capped(max_new_tokens=900))
+    found = {line.asked: line.difference for line in paired.compare([twice], [second | model(*low, asked=maths)])}
+    assert found["sums en, T 1, at most 900 tokens"] == 0 and len(found) == 4
+    with pytest.raises(UserError, match="nothing in common"):  # which of the two?
+        paired.compare([twice], [model(*low)])
+    rows = [
+        {"model": name, "task": task, "language": "en", "samples": 1, "pass_at_1": 0.5} | cap
+        for name, task, cap in (
+            ("a", "sums", {"max_new_tokens": 40}), ("a", "sums", {"max_new_tokens": 900}), ("b", "words", {}),
+        )
+    ]  # fmt: skip
+    assert [table.models for table in tables.stage_tables(rows)] == [("a",), ("a",), ("b",)]
+    assert [table.models for table in tables.stage_tables(rows[1:])] == [("a", "b")]
+
+
+def test_a_row_says_which_held_out_problems_it_asked(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"question": "What is 1 plus 1?", "answer": "2"}\n')
+    monkeypatch.setattr(scoring, "played", lambda engine, asked, *_, **__: (None, [[]] * len(asked)))
+    monkeypatch.setattr(scoring, "judge", lambda task, problems, *_, **__: {"n": len(problems)})
+    call = {"problems": 3, "samples": 1}
+    assert scoring.evaluate(None, None, tasks.get("sums"), **call, skip=2) == {"n": 3, "skip": 2}
+    with pytest.raises(UserError, match="holds out no problem; write @test after its file, or name another task"):
+        scoring.evaluate(None, None, tasks.get(f"jsonl:{tmp_path}"), **call)
+    for size, skip, asked in ((None, 5, 10), (20, 5, 10), (12, 5, 7), (5, 5, 10), (0, 0, 10)):
+        assert evaluate._available(Mock(size=lambda _, size=size: size), 10, skip) == asked
+
+
 def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     """From their run's evaluation, and by asking them again."""
     root = write_run(tmp_path / "tiny")
-    row = {"model": "zero", "domain": "maths", "task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
+    sums = {"model": "zero", "domain": "maths", "task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
     (root / "02-eval").mkdir()
     status, _, err = call("compare", root / "zero", root / "zero")
     assert status == 2 and "asked nothing in common (nothing; nothing); evaluate both again with --task" in err
-    write_json(root / "02-eval" / "results.json", {"rows": [row]})
+    write_json(root / "02-eval" / "results.json", {"rows": [sums]})
     status, _, err = call("compare", root / "zero", root / "zero")
     assert status == 2 and "earlier version" in err and "--task sums" in err
-    write_json(root / "02-eval" / "results.json", {"rows": [row | {"by_problem": {"a": 0.5, "b": 1.0}}]})
+    write_json(root / "02-eval" / "results.json", {"rows": [sums | {"by_problem": {"a": 0.5, "b": 1.0}}]})
     status, out, _ = call("compare", root / "zero", f"{root / 'zero'},{root / 'zero'}")
     assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no significant difference" in out
+    sides = []
+    for cap in (8, 9):
+        sides.append(shutil.copytree(root, tmp_path / str(cap)))
+        rows = [
+            sums | {"by_problem": {"a": 0.5}},
+            sums | {"task": "words", "by_problem": {"a": 1}, "max_new_tokens": cap},
+        ]
+        write_json(sides[-1] / "02-eval" / "results.json", {"rows": rows})
+    named = "words en is not compared, since it was asked differently (words en, T 1, at most 8 tokens; "
+    assert (
+        named in call("compare", *sides)[1] and named in json.loads(call("compare", *sides, "--json")[1])["left_out"][0]
+    )
     assert call("compare", root / "zero", root / "zero", "--measure", "beauty")[2].endswith(
         'there is no measure "beauty"; choose from pass@1, readable, language\n'
     )
@@ -169,3 +269,5 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     found = json.loads(out)
     assert status == 0 and found["measure"] == "readable" and 0 <= found["rows"][0]["first"] <= 1
     assert "has no effect without --task" in call("compare", root, root, "--problems", 3)[2]
+    for command in (("compare", root, root), ("eval", root)):
+        assert "Input should be greater than or equal to 0" in call(*command, "--task", "countdown", "--seed", -1)[2]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, NoVerify, app, print_json
+from bessemer.cli.common import AsJson, NoVerify, app, one_line, print_json
 from bessemer.cli.runs import check_used, chosen, print_table
 from bessemer.errors import UserError
 
@@ -40,7 +40,7 @@ def compare(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: 1.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answers. Default: 0.")] = None,
     measure: Annotated[
         str,
         typer.Option(
@@ -76,11 +76,14 @@ def compare(
         return evaluate.evaluate(folder, names=task, **chosen(options))
 
     one, other = ([paired.rates(rows(folder), str(folder), measure) for folder in side] for side in sides)
-    lines = paired.compare(one, other, common, only or [])
+    lines, differing = paired.compare(one, other, common, only or []), paired.left_out(one, other, only or [])
     if as_json:
-        print_json({"first": first, "second": second, "measure": measure, "rows": paired.facts(lines)})
+        facts = {"first": first, "second": second, "measure": measure, "rows": paired.facts(lines)}
+        print_json(facts | {"left_out": differing})
     else:
         print_table(paired.table(lines, first, second, measure))
+        for line in differing:
+            print(one_line(line))
 
 
 @app.command()

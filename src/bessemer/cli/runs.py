@@ -282,7 +282,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200, or the suite's.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answers. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answers. Default: 0.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before the question. Default: 0.")] = None,
     shot_kind: Annotated[
         ShotChoice | None, typer.Option(help="What the examples are; the others are controls. Default: worked.")

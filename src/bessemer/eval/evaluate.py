@@ -52,12 +52,18 @@ def evaluate(
         {"model": str(model_dir)}
         | scoring.evaluate(
             engine, shots.encoder(engine.tokenizer, task, context - max_new_tokens), task,
-            problems=min(problems, max(1, (task.size("test") or skip + problems) - skip)), skip=skip, samples=samples,
-            k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
+            problems=_available(task, problems, skip), skip=skip, samples=samples, k=k, temperature=temperature,
+            top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
         )
         | shots.facts()
         for task in chosen
     ]  # fmt: skip
+
+
+def _available(task: tasks.Task, problems: int, skip: int) -> int:
+    """How many of `problems` the task holds out after the first `skip`. If there is none, `heldout` refuses them."""
+    size = task.size("test")
+    return problems if size is None or size <= skip else min(problems, size - skip)
 
 
 def evaluate_lm_eval(

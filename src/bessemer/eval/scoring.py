@@ -10,6 +10,8 @@ A row is one model on one task at one way of sampling:
     task, domain           name of the task, and what it is counted under (`tasks.base.DOMAINS`; "lm-eval" there)
     language               "en", "zh", or "en+zh" if both are asked
     n, samples, k          problems; answers to each; k of pass@k and maj@k
+    skip                   held-out problems left out before the first; absent for files of answers
+    translated             whether the task's n-th problem is the same in every language
     temperature, top_p     how answers were sampled, and
     max_new_tokens         how long they could be (null if a file of answers does not say)
     pass_at_1              mean over problems and samples
@@ -91,9 +93,10 @@ def evaluate(
         context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
     )  # fmt: skip
     answers = [[answer_of(outcome, engine.tokenizer.opening) for outcome in group] for group in groups]
-    return judge(
+    row = judge(
         task, chosen, answers, k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
     )
+    return row | {"skip": skip}
 
 
 def answer_of(outcome: Outcome, opening: str) -> Answer:
@@ -136,6 +139,7 @@ def judge(
         "n": len(problems),
         "samples": min(map(len, groups)),
         "k": k,
+        "translated": task.translated,
         "temperature": temperature,
         "top_p": top_p,
         "max_new_tokens": max_new_tokens,
@@ -189,6 +193,8 @@ def heldout(task: Task, problems: int, skip: int = 0) -> list[Problem]:
     """Problems skip..skip+problems-1 of the test split, the same in every evaluation. UserError if the task has
     fewer."""
     size = task.size("test")
+    if size == 0:
+        raise UserError(f"{task.name} holds out no problem; write @test after its file, or name another task")
     if size is not None and skip + problems > size:
         what = f"{problems} problems requested after the first {skip}" if skip else f"{problems} problems requested"
         most = f"use at most {size - skip}" if skip < size else f"skip at most {size - 1}"

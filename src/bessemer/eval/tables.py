@@ -2,8 +2,9 @@
 
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
 settings (samples, k, temperature, top_p, max_new_tokens) and the same text before the question are comparable and form
-one `StageTable`; of two rows of a model, the last counts. Rows of earlier versions lack max_new_tokens, which is then
-ignored. Nothing is interpolated: a measure that no row has is left out.
+one `StageTable`; of two rows of a model, the last counts. Rows of earlier versions lack max_new_tokens; they join the
+rows with the same settings otherwise, if these all state the same one. Nothing is interpolated: a measure that no row
+has is left out.
 The only figures computed here are the plain mean over the tasks of a table, for models evaluated on all of them, and
 its interval.
 
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bessemer.eval.intervals import problems_of, stratified
+from bessemer.eval.intervals import Rates, problems_of, stratified
+from bessemer.tasks.base import translated
 from bessemer.tasks.verdict_metrics import wilson
 
 LONG_FILE = "long.json"
@@ -98,11 +100,13 @@ def by_sampling(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[tuple[str, ..
     def settings(row: Row) -> tuple[str, ...]:
         return (*(str(row.get(part, "")) for part in _SAMPLING), before(row))
 
-    unknown = {settings(row) for row in rows if row.get("max_new_tokens") is None}
+    caps: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        caps.setdefault(settings(row), set()).update(map(str, filter(None, [row.get("max_new_tokens")])))
     for row in rows:
         if _number(row.get("pass_at_1")) is not None:
             sampling = settings(row)
-            sampling += () if sampling in unknown else (str(row["max_new_tokens"]),)
+            sampling += (str(row.get("max_new_tokens")),) if len(caps[sampling]) > 1 else ()
             task = tuple(str(row.get(part, "")) for part in _TASK)
             groups.setdefault(sampling, {}).setdefault(task, {})[str(row.get("model", ""))] = row
     return groups
@@ -161,6 +165,15 @@ def before(row: Row) -> str:
     return " and ".join(filter(None, (shown, f'after "{row["prefix"]}"' if row.get("prefix") else "")))
 
 
+def pooled(row: Row, key: str) -> tuple[str, Rates]:
+    """A measure of a row by problem, as (pool, rates): rows of one pool asked the same problems, by the same numbers or
+    names. Rows of earlier versions do not say whether their languages did; the task's name does."""
+    task, rates = str(row["task"]), row.get(key, {})
+    if row.get("translated", translated(task)):
+        return task, dict(enumerate(rates.values(), row.get("skip", 0)))
+    return f"{task} {row.get('language')}", rates
+
+
 def _table_row(label: str, measure: Measure, models: Sequence[str], rows: dict[str, Row]) -> TableRow:
     def cell(model: str) -> Score | None:
         value = _number(rows.get(model, {}).get(measure.key))
@@ -201,14 +214,11 @@ def _mean(measure: Measure, models: Sequence[str], tasks: Sequence[dict[str, Row
         if len(known) < len(values):
             return None
         mean = sum(known) / len(known)
-        inside = [
-            (str(rows[model]["task"]), dict(enumerate(rows[model].get(measure.by_problem, {}).values())))
-            for rows in measured
-        ]
+        inside = [pooled(rows[model], measure.by_problem) for rows in measured]
         if not all(rates for _, rates in inside):
             return Score(mean)
         _, low, high = stratified(inside)
-        return Score(mean, (low, high) if low < high else wilson(mean, problems_of(inside)))
+        return Score(mean, (max(0.0, low), min(1.0, high)) if low < high else wilson(mean, problems_of(inside)))
 
     return TableRow(measure.name, measure, tuple(cell(model) for model in models))
 

@@ -108,7 +108,8 @@ def _differences(runs: dict[str, RunFacts]) -> Html:
             for line in lines
         ]  # fmt: skip
         table = page.table(["pass@1", "problems", "points", "from", "to", ""], rows, numeric=(1, 2, 3, 4))
-        parts.append(page.heading(name) + table)
+        notes = [page.paragraph(line, "sub") for line in paired.left_out([first], [second])]
+        parts.append(page.heading(name) + table + Html("".join(notes)))
     return Html("".join(parts))
 
 

@@ -124,6 +124,11 @@ class Task:
             return SEVERAL, None
         return judged[-1]
 
+    @property
+    def translated(self) -> bool:
+        """Whether problem n is the same in every language. A task of your own may set it."""
+        return translated(self.name)
+
     def size(self, split: str) -> int | None:
         """Number of distinct problems in a split; None if unlimited."""
         return None
@@ -232,6 +237,11 @@ def without_tools(name: str) -> str:
     """The task inside `tools:NAMES:TASK`; any other name is itself."""
     family, _, rest = name.partition(":")
     return without_tools(rest.partition(":")[2]) if family == "tools" else name
+
+
+def translated(name: str) -> bool:
+    """Whether problem n of a task is the same in every language: our generators draw it before they word it."""
+    return without_tools(name) in _REGISTRY
 
 
 def shared_file(first: str, second: str) -> str | None:
