@@ -14,6 +14,7 @@ from bessemer.config.recipe import LayoutConfig
 from bessemer.dist.distributed import GatheredModel
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
+from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import critic, loop
 from bessemer.rl.losses import GRPO
@@ -81,7 +82,7 @@ def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
     ]:
         alone = rl_stage.Stage(base, tmp_path / "alone", "samples=1", *changes)
         with pytest.raises(UserError, match=complaint):
-            RL().resolve(alone.recipe.stage("zero"), alone.recipe)
+            preflight.check(alone.recipe, tmp_path, ["zero"])
 
 
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):

@@ -5,6 +5,7 @@ on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loo
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,6 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": general_prompts is {config.general_prompts}, a rollout has only '
                 f"{config.prompts_per_rollout} problems"
             )
-        if config.general_from and not config.general_prompts:
-            raise UserError(
-                f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
-                "general_from = 0"
-            )
         for name in ("gae_lambda", "critic_lr", "kl_in_reward"):
             if changed(config, name) and config.advantage != "critic":
                 raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
@@ -57,22 +53,6 @@ class RL(Stage[RLConfig]):
             raise UserError(
                 f'stage "{config.name}": a group of one sample has no advantage; raise samples to 2 or more'
             )
-        for name in ("max_resamples", "difficulty_filter"):
-            if config.samples < 2 and changed(config, name):
-                raise UserError(
-                    f'stage "{config.name}": {name} compares the samples of a problem; leave it out, or raise samples '
-                    "to 2 or more"
-                )
-        if config.max_resamples > 1 and not config.contrasts:
-            raise UserError(
-                f'stage "{config.name}": max_resamples needs advantage = "group" and supervision = "outcome", since '
-                "elsewhere groups of equal rewards teach, too; leave it out"
-            )
-        for name in ("format_reward", "language_reward", "overlong"):
-            if config.reward in ("format", "random") and changed(config, name) and getattr(config, name):
-                raise UserError(
-                    f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0'
-                )
         if config.kl_in_reward and config.kl == 0:
             raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
         if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
@@ -118,7 +98,11 @@ class RL(Stage[RLConfig]):
             )
         return ray_sampler.facts(config.name, config.rollout, config.routing_replay, config.top_p)
 
+    def same(self, config: RLConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+        return super().same(config, _without_idle_keys(recorded), _without_idle_keys(now))
+
     def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield partial(_check_effects, config)
         asked = config.rollouts * config.prompts_per_rollout
         general = max(0, config.rollouts - config.general_from) * config.general_prompts
         yield from preflight.task_probes(config.tasks, asked - general)
@@ -147,6 +131,44 @@ class RL(Stage[RLConfig]):
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
         return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
+
+
+TERMS = ("format_reward", "language_reward", "overlong")
+"""Keys without effect where the reward is a control."""
+CONTROLS = ("format", "random")
+
+
+def _check_effects(config: RLConfig) -> None:
+    """UserError for keys that do not do what they are for. A probe, since earlier versions took them: their finished
+    stages stay."""
+    if config.general_from and not config.general_prompts:
+        raise UserError(
+            f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
+            "general_from = 0"
+        )
+    for name in ("max_resamples", "difficulty_filter"):
+        if config.samples < 2 and changed(config, name):
+            raise UserError(
+                f'stage "{config.name}": {name} compares the samples of a problem; leave it out, or raise samples to 2 '
+                "or more"
+            )
+    if config.max_resamples > 1 and not config.contrasts:
+        raise UserError(
+            f'stage "{config.name}": max_resamples needs advantage = "group" and supervision = "outcome", since '
+            "elsewhere groups of equal rewards teach, too; leave it out"
+        )
+    for name in TERMS:
+        if config.reward in CONTROLS and changed(config, name) and getattr(config, name):
+            raise UserError(f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0')
+
+
+def _without_idle_keys(identity: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that have no effect beside the others: their values tell no outputs apart."""
+    settings = identity.get("settings", {})
+    idle = {*(TERMS if settings.get("reward") in CONTROLS else ())}
+    if not settings.get("general_prompts"):
+        idle.add("general_from")
+    return identity | {"settings": {key: value for key, value in settings.items() if key not in idle}}
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
