@@ -109,6 +109,9 @@ def test_a_change_of_the_rollout_s_size_begins_at_the_same_checkpoint(base, tmp_
         (5, "rollouts=2", "--set rollouts=2 ends the stage before rollout 3"),
         (5, "temperature=0.5", "temperature: rollout 2 was sampled and scored during the updates before it"),
         (5, "prompts_per_rollout=2", "prompts_per_rollout: rollout 2 was sampled"),
+        (5, "optimizer=muon", "--set optimizer: the run's checkpoints were made without this change"),
+        (2, 'advantage="critic"', "--set advantage: the run's checkpoints were made without this change"),
+        (5, "general_from=9", "general_from has no effect with general_prompts = 0"),
     ],
 )
 def test_a_change_that_cannot_act_is_refused(whole, step, change, why):

@@ -24,7 +24,7 @@ from bessemer.config.training import OptimizerConfig
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.kernels import library
-from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import load_reward_models
 from bessemer.pipeline.why import rl_stage
 from bessemer.rl.loop import Loop
@@ -41,7 +41,7 @@ CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|wor
 AFTER_SAMPLING = frozenset({
     "lr", "clip", "clip_low", "clip_high", "kl", "kl_in_reward", "unbiased_kl", "off_policy_mask", "reference_every",
     "surrogate", "normalise", "scale_by_std", "advantage", "supervision", "gae_lambda", "critic_lr", "weight_decay",
-    "optimizer", "correction", "correction_cap", "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts",
+    "correction", "correction_cap", "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts",
     "rollouts", "eval_tasks", "eval_every", "eval_problems", "minimum_pass", "keep_every", "export_samples",
     *OptimizerConfig.runtime_only,
 })  # fmt: skip
@@ -122,7 +122,7 @@ def replay(
         raise UserError(f'stage "{config.name}" of {root} has made {reached} steps so far; there is no step {step}')
     count = min(count, len(recorded) - number)
     start = _nearest(folder / "state", config, number, recorded, from_start)
-    settings = _changed(root, config, changes, number, count)
+    settings = _changed(recipe, root, config, changes, number, count)
     begun = 0 if start is None else _cursor(start, config)
     stopping = signals(first_of_all="finishing this rollout")
     with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, stopping as stop:
@@ -192,9 +192,11 @@ def _nearest(
     )
 
 
-def _changed(root: Path, config: RLConfig, changes: Sequence[str], number: int, count: int) -> Recipe | None:
-    """The recipe with changes of one stage, `key=value` or `stage.key=value`; UserError if the stage cannot run with
-    them, or if they could not act on rollout `number`."""
+def _changed(
+    made: Recipe, root: Path, config: RLConfig, changes: Sequence[str], number: int, count: int
+) -> Recipe | None:
+    """The recipe that was `made`, with changes of one stage, `key=value` or `stage.key=value`; UserError if the stage
+    cannot run with them, or if they could not act on rollout `number`."""
     if not changes:
         return None
     full = []
@@ -206,10 +208,20 @@ def _changed(root: Path, config: RLConfig, changes: Sequence[str], number: int, 
     recipe = Recipe.load(root / "recipe.toml", full)
     changed = _stage(recipe, config.name)
     with places.of_recipe(recipe.folder, root / places.REVISIONS):
-        find_kind(changed.kind)().resolve(changed, recipe)
+        before, now = (preflight.examine(one, cache_dir(None), [config.name])[0].faults for one in (made, recipe))
+    if new := [fault for fault in now if fault not in before]:
+        raise UserError(new[0])
     if changed.rollouts < number + count:
         raise UserError(f"--set rollouts={changed.rollouts} ends the stage before rollout {number + count}; raise it")
     differing = {key for key in type(config).model_fields if getattr(config, key) != getattr(changed, key)}
+    unlike = differing & {"optimizer", "lora"}
+    if (config.advantage == "critic") != (changed.advantage == "critic"):
+        unlike.add("advantage")
+    if unlike:
+        raise UserError(
+            f"--set {min(unlike)}: the run's checkpoints were made without this change and cannot go on with it; make "
+            "it in a run of its own (bessemer run --set)"
+        )
     late = sorted(differing - AFTER_SAMPLING)
     if late and config.max_off_policy_rollouts and number:
         raise UserError(
