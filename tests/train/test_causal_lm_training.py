@@ -8,7 +8,10 @@ import torch
 from hf_cases import made, tokens
 from train_config import train_config
 
+from bessemer.config.recipe import LayoutConfig
+from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
+from bessemer.dist import distributed
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.train import objective
@@ -111,3 +114,12 @@ def test_a_bad_step_names_the_module(tmp_path):
         run.model.inner.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     run.update(map(partial(rows, count=1), range(3)))
     assert any("inner.model.layers.1.mlp.up_proj" in line for line in said), said
+
+
+def test_a_layout_that_recomputes_leaves_another_family_as_it_is(tmp_path):
+    """`[layout]` is for the whole recipe, whose own models may need it."""
+    said, model = [], CausalLM(made("llama"))
+    settings = RLConfig(kind="rl", tasks=["countdown"])
+    adapted = distributed.adapted(model, settings, tmp_path, 0, LayoutConfig(recompute=["attend"]), said.append)
+    assert adapted is model
+    assert said == ["[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations"]

@@ -71,9 +71,18 @@ def adapted(
     if config.lora is not None:
         network = lora.attach(model_of(network), config.lora, seed, folder, config.name)
         say(lora.describe(network))
-    if layout.recompute:
-        model_of(network).set_recompute(layout.recompute)
+    recompute(network, layout, say)
     return network
+
+
+def recompute(network: Network | ModelShard, layout: LayoutConfig, say: Callable[[str], None]) -> None:
+    """Makes training recompute in backward what `layout` says. A model of another family has no such phases: the
+    recipe's other stages may need them, so it goes on without."""
+    model = model_of(network)
+    if isinstance(model, Transformer):
+        model.set_recompute(layout.recompute)
+    elif layout.recompute:
+        say("[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations")
 
 
 def read_scorer(

@@ -20,7 +20,7 @@ import copy
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -119,11 +119,6 @@ class CausalLM(nn.Module):
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         return self
-
-    def set_recompute(self, phases: Collection[str]) -> None:
-        """Raises UserError for any phase: only `Transformer.set_recompute` can recompute phases of layers."""
-        if phases:
-            raise UserError(f"{self.cfg.model_type} has no phases to recompute in backward; set recompute = []")
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, /, **cached: object) -> Tensor:
         """Hidden states ready for the head, [B, T, D]. A position of 0 starts a new segment."""

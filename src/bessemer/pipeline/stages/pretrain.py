@@ -148,7 +148,7 @@ class Pretrain(Stage[_Config]):
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, but the model only {cfg.vocab_size}")
         if feed.row_length > cfg.max_seq_len:
             raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
-        model.set_recompute(ctx.recipe.layout.recompute)
+        distributed.recompute(network, ctx.recipe.layout, ctx.say)
         if config.compile == "on" and not isinstance(model, Transformer):
             raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
         compiled = False
