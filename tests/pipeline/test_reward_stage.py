@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.training import RewardModelConfig
 from bessemer.data import chat, formats
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
+from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline.stages.reward import RewardModelling
 from bessemer.rl.losses import Reference
 from bessemer.rl.preference import RewardModel
 from bessemer.tasks.general_quality import SLACK
@@ -282,7 +285,7 @@ def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path):
         ({'aim = "helpful"': 'aim = "helpful"\nprevious = "pretrain"'}, "is not a reward model"),
         (
             {'aim = "harmless"': 'aim = "helpful"\nprevious = "helpful"', "0.15": "0.05", "{labels}": "{pairs}"},
-            r'heldout = 0.15 holds out answers in .*pairs.jsonl that "helpful" was trained on; set it to 0.05',
+            r'heldout holds out answers in .*pairs.jsonl that "helpful" was trained on; set it to 0.05',
         ),
         ({"[[stage]]": "[layout]\ndp = 7\n\n[[stage]]"}, "a step of 6 rows is too small for pp 1 x dp 7 x ep 1"),
         ({'aim = "helpful"': 'aim = "helpful"\nreplay = 0.2'}, "replay has no effect without previous"),
@@ -310,3 +313,29 @@ def test_mistakes_are_named(done, tmp_path, change, complaint):
             stages_run.run(path, folder / "run")
     finally:
         path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"data": ["f.jsonl"], "heldout": 0.3}, 'answers in f.jsonl that "one" was trained on; set it to 0.05'),
+        ({"data": ["./f.jsonl"], "heldout": 0.3}, 'answers in ./f.jsonl that "one" was trained on'),
+        ({"data": ["h.jsonl"], "heldout_data": ["f.jsonl"]}, 'heldout_data holds out answers in f.jsonl that'),
+        ({"data": ["h.jsonl"], "heldout_data": ["g.jsonl"]}, 'that "two" was trained on; give other answers'),
+        ({"data": ["f.jsonl", "g.jsonl"], "heldout": 0.05}, None),
+        ({"data": ["f.jsonl"], "heldout_data": ["h.jsonl"]}, None),
+    ],
+)  # fmt: skip
+def test_nothing_is_held_out_that_any_reward_model_before_was_trained_on(changes, complaint):
+    def stage(name, previous=None, **more):
+        return RewardModelConfig(
+            kind="reward-model", name=name, previous=previous, aim="helpful", lr=1e-3, made=0, samples=0, **more
+        )
+
+    before = [stage("one", data=["f.jsonl"], heldout=0.05), stage("two", "one", data=["g.jsonl"], heldout=0.3)]
+    own = stage("three", "two", **changes)
+    recipe = Recipe(name="chain", stages=[]).model_copy(update={"stages": [*before, own]})
+    RewardModelling().resolve(own, recipe)  # only stages that have to run are refused
+    found = preflight.examine(recipe, None, ["three"])[0].faults
+    heldout = [fault for fault in found if "trained on" in fault]
+    assert not heldout if complaint is None else complaint in heldout[0]

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 from bessemer import tasks
+from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import changed
+from bessemer.config.table import StageConfig, changed
 from bessemer.config.training import RewardModelConfig
 from bessemer.data import formats, preference_rows, sft_rows, sources
 from bessemer.data.chat import question_ids
@@ -89,11 +90,11 @@ class RewardModelling(Stage[RewardModelConfig]):
                     f'stage "{config.name}": previous = "{other.name}" is not a reward model for aim = "{config.aim}"; '
                     "name one"
                 )
-            _check_heldout(config, other)
         lineage.check_lora(config, recipe)
         return {}
 
     def probes(self, config: RewardModelConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        yield partial(_check_heldout, config, recipe)
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)
         if config.judge is not None:
             yield from preflight.task_probes(config.tasks, config.made)
@@ -199,23 +200,41 @@ def _line(config: RewardModelConfig) -> Callable[[dict[str, Any], str], Line]:
     return formats.pair if config.aim == "helpful" else formats.label
 
 
-def _check_heldout(config: RewardModelConfig, previous: RewardModelConfig) -> None:
-    """UserError if answers in a file of both are held out here and were trained on there."""
-    own, earlier = (0.0 if one.heldout_data else one.heldout for one in (config, previous))
-    if own > earlier and (shared := set(config.data) & set(previous.data)):
-        raise UserError(
-            f'stage "{config.name}": heldout = {own:g} holds out answers in {min(shared)} that "{previous.name}" was '
-            f"trained on; {f'set it to {earlier:g}' if earlier else 'give heldout_data'}"
-        )
+def _earlier(config: RewardModelConfig, recipe: Recipe) -> Iterator[RewardModelConfig]:
+    """The reward models whose weights this one trains further, the last one first."""
+    earlier: StageConfig = config
+    while isinstance(earlier, RewardModelConfig) and earlier.previous is not None:
+        earlier = recipe.stage(earlier.previous)
+        if isinstance(earlier, RewardModelConfig):
+            yield earlier
+
+
+def _check_heldout(config: RewardModelConfig, recipe: Recipe) -> None:
+    """UserError if answers are held out here that an earlier one was trained on. A probe, since earlier versions did
+    not look as far: their finished stages stay."""
+    for earlier in sorted(_earlier(config, recipe), key=_share):
+        trained, share = {located(name).resolve() for name in earlier.data}, _share(earlier)
+        lower = f"set it to {share:g}" if share else "give heldout_data"
+        for key, names, fix in (
+            ("heldout_data", config.heldout_data, "give other answers"),
+            ("heldout", config.data if _share(config) > share else [], lower),
+        ):
+            if shared := [name for name in names if located(name).resolve() in trained]:
+                raise UserError(
+                    f'stage "{config.name}": {key} holds out answers in {shared[0]} that "{earlier.name}" was trained '
+                    f"on; {fix}"
+                )
+
+
+def _share(config: RewardModelConfig) -> float:
+    """The share of the answers in `data` that is held out."""
+    return 0.0 if config.heldout_data else config.heldout
 
 
 def _problems(config: RewardModelConfig, recipe: Recipe) -> list[tasks.Problem]:
     """The problems of the generated answers, after those of the reward models that it continues; half of the harmless
     model's prompts ask for something unsafe."""
-    first, earlier = 0, config
-    while earlier.previous is not None:
-        earlier = cast(RewardModelConfig, recipe.stage(earlier.previous))
-        first += earlier.made
+    first = sum(earlier.made for earlier in _earlier(config, recipe))
     share = {"harmless_share": 0.0 if config.aim == "helpful" else 0.5}
     families = [tasks.get(name, **(share if name == General.name else {})) for name in config.tasks]
     seed = recipe.seed_of(config)
@@ -262,9 +281,8 @@ def _model_votes(judge: Judge, pairs: Sequence[general_quality.Pair]) -> list[ge
 def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) -> tuple[list[Line], list[Line]]:
     """(train, held out); all lines of a prompt are on one side."""
     splits: tuple[list[Line], list[Line]] = [], [*_from_files(config, config.heldout_data)]
-    share = 0.0 if config.heldout_data else config.heldout
     for line in lines:
-        splits[tasks.stable_hash("heldout", formats.text_of(line["prompt"])) < share * 2**64].append(line)
+        splits[tasks.stable_hash("heldout", formats.text_of(line["prompt"])) < _share(config) * 2**64].append(line)
     marks = {line.get("safe") for line in splits[1]}
     if not splits[1] or (config.aim == "harmless" and marks != {True, False}):
         raise UserError(
