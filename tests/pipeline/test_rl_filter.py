@@ -223,10 +223,12 @@ def test_passed_is_what_the_way_of_paying_asks_for(generator, kind, passed):
     assert [reward.passed(row) for row in rows] == passed
 
 
-def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path):
+@pytest.mark.parametrize("general", [(), ('general_tasks=["general"]', "general_prompts=1", "general_from=1")])
+def test_what_the_stage_shows_holds_every_problem_it_may_ask(base, tmp_path, general):
     seen = []
     for first in (0, 1000):
-        stage = rl_stage.Stage(base, tmp_path / f"run{first}", FILTER, "max_resamples=2", f"first_problem={first}")
+        changes = FILTER, "max_resamples=2", f"first_problem={first}", *general
+        stage = rl_stage.Stage(base, tmp_path / f"run{first}", *changes)
         settings, made = stage.recipe.stage("zero"), stage.loop().generator
         shown = {problem.id for problem in RL().training_data(settings, stage.recipe, stage.out, tmp_path)}
         assert shown == {name for number in range(settings.rollouts) for name in made.candidates_by_id(number)}

@@ -19,6 +19,7 @@ from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import loop, rollout
 from bessemer.rl.importance import check_replay
 from bessemer.rl.losses import GRPO
+from bessemer.rl.rollout_queue import KEY
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint, setup
@@ -205,6 +206,17 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
     # one rollout has two rounds, eight problems in all; one or both had been judged
     assert len({int(name.split("/")[3]) // 8 for name in again}) == 1, "of one rollout, a second time"
     assert max(stage.values("rl/staleness")) <= 4 and min(stage.values("rl/staleness")) == 0
+
+
+def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_again(base, tmp_path):
+    made, said = rl_stage.Stage(base, tmp_path / "run", *ALL).loop(), []
+    queue, made.trainer.warn = made.queue, said.append
+    queue.finished = {number: queue.generator.start(number, 12, -1).finish() for number in (1, 2)}
+    queue._store()
+    made.trainer.extras[KEY]["2"]["groups"][0]["problem"] = "general/train/99"
+    queue.restore()
+    assert list(queue.finished) == [1]
+    assert len(said) == 1 and "rollout 2, sampled by an earlier version, asks general/train/99" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,27 @@ KEY = "rollouts"
 Problems = list[tuple[tasks.Task, tasks.Problem]]
 
 
+def candidates(
+    settings: RLConfig,
+    general: Sequence[tasks.Task],
+    families: Sequence[tasks.Task],
+    seed: int,
+    number: int,
+    round: int,
+) -> tuple[Problems, Problems]:
+    """What a round of rollout `number` asks: (prompts of `general`, in the first round from rollout `general_from` on;
+    problems of `families`). With a difficulty filter there are `filter_pool` candidates per problem of the latter. No
+    two rounds of a run share any."""
+    pool = settings.filter_pool if settings.difficulty_filter else 1
+    total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
+    of_general = settings.general_prompts if number >= settings.general_from else 0
+    first = settings.first_problem
+    return (
+        rollout.problems_of(general, "train", first + number * of_general, 0 if round else of_general, seed),
+        rollout.problems_of(families, "train", first + place * total * pool, (total - of_general) * pool, seed),
+    )
+
+
 class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
@@ -64,17 +85,7 @@ class RolloutGenerator:
         return PendingRollout(self, number, cap, step)
 
     def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
-        """(general prompts, in the first round from rollout `general_from` on; problems of the tasks). With a
-        difficulty filter there are `filter_pool` candidates per problem of the tasks. No two rounds of a run share any.
-        """
-        settings, pool = self.settings, 1 if self.difficulty is None else self.difficulty.pool
-        total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
-        general = settings.general_prompts if number >= settings.general_from else 0
-        first = settings.first_problem
-        return (
-            rollout.problems_of(self.general, "train", first + number * general, 0 if round else general, self.seed),
-            rollout.problems_of(self.tasks, "train", first + place * total * pool, (total - general) * pool, self.seed),
-        )
+        return candidates(self.settings, self.general, self.tasks, self.seed, number, round)
 
     def candidates_by_id(self, number: int) -> dict[str, tasks.Problem]:
         """Every problem that rollout `number` may sample."""
@@ -251,7 +262,14 @@ class RolloutQueue:
                 for key, value in self.trainer.extra_tensors.items()
                 if key.startswith(prefix)
             }
-            groups = rollout.unpack(stored["groups"], tensors, self.generator.candidates_by_id(number))
+            problems = self.generator.candidates_by_id(number)
+            if other := {group["problem"] for group in stored["groups"]} - problems.keys():
+                self.trainer.warn(
+                    f"rollout {number}, sampled by an earlier version, asks {min(other)}, which is not among its "
+                    "problems now; it is sampled again"
+                )
+                continue
+            groups = rollout.unpack(stored["groups"], tensors, problems)
             selection = Selection.from_json(stored["choice"]) if "choice" in stored else Selection()
             self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"], selection)
 

@@ -6,6 +6,7 @@ on it, one inner epoch. A "step" is one optimizer step, as in the paper. The loo
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.rl import ray_sampler, rollout
+from bessemer.rl import ray_sampler
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks
 from bessemer.rl.preference import RewardModel
 from bessemer.rl.reward import Reward
+from bessemer.rl.rollout_queue import candidates
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 
@@ -119,15 +121,10 @@ class RL(Stage[RLConfig]):
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""
-        seed, rounds = recipe.seed_of(config), config.rollouts * config.max_resamples
-        pool = config.filter_pool if config.difficulty_filter else 1
-        pools = (
-            (config.tasks, config.prompts_per_rollout * pool), (config.general_tasks, config.general_prompts),
-        )  # fmt: skip
-        for names, each in pools:
-            families = [tasks.get(name) for name in names]
-            asked = rollout.problems_of(families, "train", config.first_problem, rounds * each, seed)
-            yield from (problem for _, problem in asked)
+        general, families = ([tasks.get(name) for name in names] for names in (config.general_tasks, config.tasks))
+        for number, round in product(range(config.rollouts), range(config.max_resamples)):
+            asked = candidates(config, general, families, recipe.seed_of(config), number, round)
+            yield from (problem for _, problem in chain(*asked))
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
         return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
