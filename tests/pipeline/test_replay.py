@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import rl_stage
+import torch
 
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
@@ -14,9 +16,9 @@ from bessemer.pipeline import why as pipeline_why
 from bessemer.pipeline.replay import AFTER_SAMPLING, replay
 from bessemer.report import why
 from bessemer.report.facts import read
-from bessemer.rl import rollout
+from bessemer.rl import dealing, rollout
 from bessemer.runs.directory import write_done
-from bessemer.train import setup
+from bessemer.train import checkpoint, setup
 from bessemer.workers import Workers
 
 CHANGES = ('reward="random"', "rollouts=4", "reference_every=3", "difficulty_filter=true", "max_off_policy_rollouts=1",
@@ -123,6 +125,23 @@ def test_a_change_that_cannot_act_is_refused(whole, step, change, why):
 def test_the_first_rollout_is_sampled_with_any_change(whole):
     found = replay(whole[0], "zero", 1, changes=["temperature=0.5", "prompts_per_rollout=2"], from_start=True)
     assert len(found.changed[0].rollout.groups) == 2
+
+
+def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every_model_that_it_loads(
+    base, tmp_path, monkeypatch
+):
+    rates = {"float32": 100.0, "bfloat16": 200.0}
+    monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: rates)
+    root, drawn = made(base, tmp_path / "run", 'precision="auto"', "rollouts=1")
+    ctx = SimpleNamespace(state=tmp_path / "state", say=lambda text: None, waiting=None)
+    models = [dealing.engine_of(base / "model", ctx, precision="auto").model]
+    rates["bfloat16"] = 50.0
+    models.append(dealing.engine_of(base / "model", ctx, precision="auto").model)
+    assert [model.embed.weight.dtype for model in models] == [torch.bfloat16] * 2
+    for path in checkpoint.steps(root / "03-zero" / "state"):
+        shutil.rmtree(path)
+    found = replay(root, "zero", 1, from_start=True)
+    assert found.differences() == [{}] and tokens(found.original[0].rollout) == drawn[0]
 
 
 def test_a_stop_leaves_no_traceback(whole, call, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,13 @@ def test_a_resume_keeps_the_dtype_that_was_measured_when_the_stage_began(monkeyp
 
     assert attempt(1, 121.0)[0] == torch.bfloat16
     dtype, said = attempt(2, 119.0)
-    assert dtype == torch.bfloat16 and "bfloat16 (as the checkpoint that it resumes from)" in said
+    assert dtype == torch.bfloat16 and "bfloat16 (as when the stage began)" in said
+    (tmp_path / setup.PRECISION).unlink()  # a stage of an earlier version
     counters = max(tmp_path.glob("step-*/counters.json"))
     counters.write_text(counters.read_text().replace('"cpu (', '"cuda ('))  # begun on a GPU
     assert setup.choose_precision("auto", state=tmp_path).dtype == torch.bfloat16, "by the checkpoint before"
     assert setup.choose_precision("device", state=tmp_path).dtype == torch.float32
+    shutil.rmtree(tmp_path)
+    assert setup.kept_precision(tmp_path) is None
+    setup.keep_precision(tmp_path, setup.choose_precision("bfloat16"))
+    assert setup.choose_precision("auto", state=tmp_path).dtype == torch.bfloat16, "without any checkpoint, too"

@@ -247,6 +247,8 @@ def _play(
     if start is not None:
         checkpoint.copy(start, place / "state" / start.name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
+    if kept := setup.kept_precision(folders[config.name] / "state"):
+        setup.keep_precision(place / "state", kept)
     metrics = Metrics(place / "metrics.jsonl")
     progress = RunProgress({})
     try:

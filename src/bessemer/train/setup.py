@@ -37,6 +37,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's mallopt."""
 
 
+PRECISION = "precision.txt"
+"""File in a stage's state: the dtype that measured faster when it began."""
+
+
 def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> ModelConfig:
     """The recipe's [model] table as a config, with a stage's own changes to it."""
     values = dict(recipe.model) | (changes or {})
@@ -91,27 +95,37 @@ def choose_precision(
     precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
     state: Path | None = None,
 ) -> probe.Choice:  # fmt: skip
-    """The compute dtype of a stage: as named, by the device, or the one measured to be faster, but on a resume that of
-    the checkpoint in `state`, since a measurement may turn out otherwise; many ranks `agree` on rank 0's."""
+    """The compute dtype of a stage: as named, by the device, or the one measured to be faster when the stage of `state`
+    began, since a later measurement may turn out otherwise; many ranks `agree` on rank 0's."""
 
     def decided() -> list[str]:
-        measured = precision == "auto" and device().type == "cpu"
-        choice = (measured and _saved_precision(state)) or precision_on(precision, device())
+        measured = state if precision == "auto" and device().type == "cpu" else None
+        choice = (measured and kept_precision(measured)) or precision_on(precision, device())
+        if measured:
+            keep_precision(measured, choice)
         return [str(choice.dtype).removeprefix("torch."), choice.why]
 
     dtype, why = agree(decided)
     return probe.Choice(getattr(torch, dtype), why)
 
 
-def _saved_precision(state: Path | None) -> probe.Choice | None:
-    """That of the newest checkpoint, if a CPU computed it."""
-    for path in [] if state is None else reversed(checkpoint.steps(state)):
+def keep_precision(state: Path, choice: probe.Choice) -> None:
+    """Every later choice of the stage of `state` is this dtype."""
+    state.mkdir(parents=True, exist_ok=True)
+    (state / PRECISION).write_text(str(choice.dtype).removeprefix("torch."))
+
+
+def kept_precision(state: Path) -> probe.Choice | None:
+    """What the stage of `state` computes in on a CPU, if that is known; in stages of earlier versions, and after a file
+    that was written in part, from the newest checkpoint that a CPU made."""
+    path = state / PRECISION
+    found = [path.read_text()] if path.is_file() else []
+    for one in reversed(checkpoint.steps(state)):
         with suppress(checkpoint.Damaged):
-            counters = checkpoint.read_json(path, "counters.json")
-            if "dtype" in counters and counters["backend"].startswith("cpu"):
-                dtype = counters["dtype"]
-                return probe.Choice(getattr(torch, dtype), f"{dtype} (as the checkpoint that it resumes from)")
-    return None
+            counters = checkpoint.read_json(one, "counters.json")
+            found += [counters["dtype"]] if "dtype" in counters and counters["backend"].startswith("cpu") else []
+    dtype = next((name for name in found if name in ("float32", "bfloat16")), None)
+    return None if dtype is None else probe.Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)")
 
 
 def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
@@ -191,9 +205,11 @@ def load_to_sample(
     say: Callable[[str], None],
     context: Mapping[str, Any] | None = None,
     precision: Precision = "device",
+    state: Path | None = None,
 ) -> tuple[Transformer | CausalLM, Tokenizer]:  # fmt: skip
-    """`load_model` for a model that is not trained; by default in BF16 on a GPU that has it, in float32 on a CPU."""
-    choice = choose_precision(precision)
+    """`load_model` for a model that is not trained; by default in BF16 on a GPU that has it, in float32 on a CPU.
+    `state`: as in `choose_precision`."""
+    choice = choose_precision(precision, state=state)
     model, tokenizer = load_model(directory, context, choice.dtype)
     announce(model, choice, say)
     return model, tokenizer
