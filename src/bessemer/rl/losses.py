@@ -144,9 +144,8 @@ class GRPO:
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         means = {name: value.detach() for name, value in metrics.items()}
         total, tokens = -(weight * value).sum(), weight.sum()
-        if not self.constant:
-            return Loss(total, tokens, means, peaks)
-        return Loss(total, weight.new_tensor(float(self.constant * batch.counted[0])), means, peaks, weight=tokens)
+        divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else tokens
+        return Loss(total, divisor, means, peaks, weight=tokens if self.constant else None)
 
     def _off_policy(self, left_N: Tensor, advantage_N: Tensor, output_N: Tensor, outputs: int) -> Tensor:
         """1 for the tokens that are masked. `left_N`: log(pi_sampler / pi)."""

@@ -93,8 +93,9 @@ def means(losses: list[Loss], divisor: float) -> dict[str, float]:
     cut = 1 + len(names)
     weight, *found = torch.cat((values[:, :cut].sum(0), values[:, cut:].amax(0))).tolist()  # one wait for a GPU
     weight = divisor if losses[0].weight is None else weight
-    sums = {f"train/{name}": value / weight for name, value in zip(names, found, strict=False) if weight}
-    return sums | {f"train/{name}": value for name, value in zip(peaks, found[len(names) :], strict=True)}
+    sums, largest = found[: len(names)], found[len(names) :]
+    of_all = {f"train/{name}": value / weight for name, value in zip(names, sums, strict=True)} if weight else {}
+    return of_all | {f"train/{name}": value for name, value in zip(peaks, largest, strict=True)}
 
 
 class Divided(Protocol):
