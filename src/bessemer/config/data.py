@@ -65,7 +65,8 @@ class RejectConfig(SamplingConfig):
     problems: int = Field(1000, ge=1)
     """Number of training problems to answer."""
     first_problem: int = Field(0, ge=0)
-    """Index of the first problem, to avoid problems that RL has seen."""
+    """Index of the first problem, to avoid problems that RL has seen: rollouts times prompts_per_rollout times
+    max_resamples of that stage, with its difficulty_filter times filter_pool, and its own first_problem more."""
     samples: int = Field(4, ge=1)
     """Answers per problem."""
     judge: JudgeConfig | None = None

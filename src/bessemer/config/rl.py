@@ -70,7 +70,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Task families; problems come from their train splits in turn."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
-    number of problems that the other has asked (R1: undocumented)."""
+    number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, with difficulty_filter
+    times filter_pool, and its own first_problem more (R1: undocumented)."""
     general_tasks: list[TaskName] = Field(default_factory=list)
     """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)
