@@ -148,7 +148,7 @@ def replay(
         _notes(folder, start),
     )
     if config.normalise == "constant" and any("rl/entropy" in one for one in found.differences()):
-        why = "0.1.0 recorded means over the tokens of the updates, such as rl/entropy, divided by max_new_tokens instead"
+        why = "0.1.0 recorded sums of the updates, such as rl/entropy, divided by max_new_tokens in place of the tokens"
         return replace(found, notes=(*found.notes, why))
     return found
 
