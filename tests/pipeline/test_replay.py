@@ -199,7 +199,7 @@ def test_what_is_no_longer_written_is_no_difference(base, tmp_path):
     found = replay(root, "zero", 1)
     assert {"rl/kl", "rl/dead_groups"} <= found.recorded[0].keys() and found.differences() == [{}]
     assert not found.notes
-    path.write_text(re.sub('"rl/entropy": [^,]*', '"rl/entropy": 0.5', path.read_text()))
+    path.write_text(re.sub('"rl/entropy": ?[^,]*', '"rl/entropy": 0.5', path.read_text()))
     found = replay(root, "zero", 1)
     assert [*found.differences()[0]] == ["rl/entropy"] and "divided by max_new_tokens" in found.notes[0]
 
