@@ -270,7 +270,8 @@ def _causes(term: str, value: np.ndarray, columns: dict[str, np.ndarray]) -> lis
     for place, name in enumerate(chosen):
         first, last = (float(parts[place][side].mean()) for side in (0, 1))
         part = float(coefficients[place]) * (last - first)
-        low, high = widened(part, *np.quantile(spread[:, place], [0.025, 0.975]).tolist(), value.shape[1])
+        low, high = (float(end) for end in np.quantile(spread[:, place], [0.025, 0.975]))
+        low, high = widened(part, low, high, value.shape[1])
         causes.append(Cause(term, name, first, last, float(coefficients[place]), part, low, high))
     return [cause for cause in causes if cause.part / rise > COUNTS]
 
