@@ -141,7 +141,7 @@ def test_reasons(completion, reason):
 
 def test_voting_counts_the_source_without_its_dress():
     plain, fenced = think("def f(n):\n    return 1"), think("```py\ndef f(n):\n\n    return 1   \n```")
-    answers = {TASK.verify(PROBLEM, text).answer for text in (plain, fenced)}
+    answers = {TASK.verify(PROBLEM, text).answer for text in (plain, fenced, fenced.replace("\n", "\r\n"))}
     assert answers == {"def f(n):\n    return 1"}
     quoted = 'return "a\u2028b\x0cc\x1cd"'
     assert source_of(f"```python\n{quoted}\r\n```") == quoted, "a string holds what is no end of a line in Python"
