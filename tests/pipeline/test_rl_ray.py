@@ -203,7 +203,7 @@ def test_workers_draw_while_nobody_looks(own_ray, shared):
 
 def test_all_workers_killed_in_the_middle_cost_nothing_but_time(ray, opened, said):
     sampler = opened(2)
-    asked = ASKED | dict(samples=48, batch_rows=48)
+    asked = ASKED | dict(samples=128, batch_rows=128)  # long calls, so that they are killed in the middle of one
     expected = sampler.engine.generate(PROMPTS, **asked)
     victims = [pid_of(ray, worker) for worker in sampler.pool.workers]
     answer = sampler.policy()(PROMPTS, **asked)
