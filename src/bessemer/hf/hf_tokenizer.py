@@ -139,7 +139,7 @@ class HFTokenizer(Tokenizer):
         return self._opening if self._template else super().opening
 
     def switched(self, thinking: bool) -> "HFTokenizer":
-        """This tokenizer with a template that is told whether to think, by DeepSeek-V3.1's name and by Qwen3's."""
+        """A copy whose chat template reads the switch as `thinking` (DeepSeek-V3.1) and `enable_thinking` (Qwen3)."""
         made = copy(self)
         switches = {"thinking": thinking, "enable_thinking": thinking}
         made._template = self._template and ChatTemplate(self.chat_template, {**self._names, **switches})

@@ -120,8 +120,8 @@ class SFT(Stage[SFTConfig]):
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
         distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
-        told = ("samples", "multi_turn", "too_long", "answer_tokens")
-        return {"steps": trainer.step, **{key: facts[key] for key in told}}
+        counts = ("samples", "multi_turn", "too_long", "answer_tokens")
+        return {"steps": trainer.step, **{key: facts[key] for key in counts}}
 
 
 def _conversations(config: SFTConfig, ctx: StageContext) -> Iterator[Document]:
