@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bessemer.errors import UserError
 from bessemer.hf import dcp, hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
+from bessemer.hf.safetensors_reader import cast
 from bessemer.precision.formats import quantise_blocks
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
@@ -111,6 +112,11 @@ def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
             use()
         assert not (tmp_path / "n").exists()
     hub.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
+
+
+def test_values_too_large_for_float32_get_no_advice_to_use_it():
+    with pytest.raises(UserError, match=r"tensor w has values too large for float32$"):
+        cast(torch.tensor([1e300], dtype=torch.float64), torch.float32, "w")
 
 
 def test_tied_head_is_shared_after_loading(tmp_path):

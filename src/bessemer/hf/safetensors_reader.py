@@ -147,7 +147,8 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str, where: str = "") -> Tenso
     made = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and made.isinf().any() and not torch.equal(made.isinf(), tensor.isinf()):
-        raise UserError(f"{where}tensor {key} has values too large for {str(dtype)[6:]}; use float32")
+        advice = "" if dtype is torch.float32 else "; use float32"
+        raise UserError(f"{where}tensor {key} has values too large for {str(dtype)[6:]}{advice}")
     return made
 
 
