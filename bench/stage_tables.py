@@ -83,8 +83,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="BEFORE:AFTER")
     args = parser.parse_args()
-    found = [read_json(next(run.glob("*-eval")) / "results.json") for run in args.runs]
-    runs: list[Rows] = [results["rows"] for results in found]
+    runs: list[Rows] = []
+    for run in args.runs:
+        if (results := read_json(next(run.glob("*-eval"), run) / "results.json")) is None:
+            raise SystemExit(f"{run} has no finished evaluation; run its recipe to the end")
+        runs.append(results["rows"])
     models = {row["model"] for row in runs[0]}
     stages(runs)
     pairs = [pair.split(":") for pair in args.pairs]
