@@ -75,6 +75,7 @@ run sft.toml --until sftt | no stage "sftt" in the recipe "x"; stages: base, sft
 run sft.toml --out file | file: a file is in the way; move it, or choose another folder (--out)
 run sft.toml --out file/x | file/x: a file is in the way
 data export runs/tiny file | file: a file is in the way
+run sft.toml --set main=bas | main = "bas" is no stage with a model; did you mean "base"?
 run sft.toml --set sft.lr=nan | key "lr" is NaN
 run | 'RECIPE'; see bessemer run --help
 frobnicate | No such command 'frobnicate'; see bessemer --help

@@ -54,6 +54,18 @@ def test_a_reward_model_is_nobody_to_talk_to(root):
     assert [name for name, _ in writing_models(root)] == ["zero"]
 
 
+def test_a_recipe_may_name_the_model_that_stands_for_its_run(root):
+    """Without `main`, `bessemer chat runs/r1-small` would open the student, which is trained last."""
+    (root / "recipe.toml").write_text('name = "tiny"\nmain = "r1"\n')
+    student = make(root, "03-student")
+    assert model_dir(root) == student / "model"  # the main stage is not there yet
+    r1 = make(root, "02-r1")
+    assert model_dir(root) == r1 / "model"
+    assert [name for name, _ in writing_models(root)] == ["student", "r1"]  # serve's default is the last
+    (root / "recipe.toml").write_text("main = " + "[" * 3000)
+    assert model_dir(root) == student / "model"  # models outlive their recipe
+
+
 def test_errors_list_what_exists(root):
     with pytest.raises(UserError, match=r"no model or run at tinny; available runs: runs/tiny"):
         model_dir("tinny")

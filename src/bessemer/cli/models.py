@@ -34,7 +34,7 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A model directory, a run (its last finished model), RUN/STAGE, a training checkpoint "
+            help="A model directory, a run (its main model, by default the last), RUN/STAGE, a training checkpoint "
             "(RUN/NN-STAGE/state/step-...), written on any layout, a checkpoint of torch.distributed.checkpoint, or a "
             "LoRA adapter (RUN/NN-STAGE/adapter), which is merged into its base.",
         ),

@@ -244,7 +244,7 @@ def doctor(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its last finished model."),
+        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its main model, by default the last."),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
     suite: Annotated[

@@ -46,6 +46,9 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 """Kind -> the class of its table; the code that runs it is in `pipeline/stages/`."""
 
+WRITERS = ("distill", "extend", "import", "pretrain", "rl", "sft")
+"""Kinds whose result is a model that writes text."""
+
 
 def stage_config(kind: object, where: str) -> type[StageConfig]:
     """The table of a kind; a UserError that starts with `where` when there is no such kind."""
@@ -106,6 +109,9 @@ class Head(ConfigTable):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Experiment trackers that also receive the run's metrics (pip install 'bessemer[trackers]'). Each reads its own
     environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A tracker that fails does not stop the run."""
+    main: str | None = None
+    """The stage whose model stands for the run: `bessemer chat RUN`, serve, push and other commands take it, and the
+    report compares it with the first. Default: the last finished model."""
     folder: str | None = None
     """Where relative paths in this recipe start; a path that does not exist there is looked up in the working
     directory. Default: the recipe's own folder. A run's copy of its recipe records it."""
@@ -155,6 +161,9 @@ class Recipe(Head):
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
         if not NAME.fullmatch(head.name):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
+        writers = [stage.name for stage in stages if stage.kind in WRITERS]
+        if head.main is not None and head.main not in writers:
+            raise UserError(f'{where}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
         return cls.model_construct(**dict(head), layout=layout, stages=stages)
 
     def stage(self, name: str) -> StageConfig:
@@ -287,7 +296,7 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
     stages = {table["name"]: table for table in data["stage"] if isinstance(table.get("name"), str)}
     config: type[ConfigTable] | None = None
     if len(parts) == 1:
-        if parts[0] not in ("seed", "name", "trackers"):
+        if parts[0] not in ("seed", "name", "trackers", "main"):
             raise UserError(f"--set {override}: needs a stage: write stage.key=value with one of: {', '.join(stages)}")
         data[parts[0]] = _value(override, text)
         return

@@ -234,7 +234,8 @@ def _origin(recipe: dict[str, Any]) -> str:
 def _tiles(facts: RunFacts) -> list[Html]:
     tiles = []
     for rows in _headline(facts):
-        first, last = rows[0], _last_rl(facts, rows)
+        main = facts.recipe.get("main")
+        first, last = rows[0], next((row for row in rows if main and row.get("model") == main), rows[-1])
         before = _percent(first["pass_at_1"]) if last is not first else ""
         detail = " → ".join(dict.fromkeys(str(row.get("model", "")) for row in (first, last)))
         if isinstance(last.get("temperature"), int | float):
@@ -286,25 +287,6 @@ def _headline(facts: RunFacts) -> list[list[Row]]:
     """The rows of at most two tasks with the first sampling settings, model by model."""
     tables = list(by_sampling(comparisons.main_rows(facts)).values())
     return [list(rows.values()) for rows in tables[0].values()][:2] if tables else []
-
-
-def _last_rl(facts: RunFacts, rows: list[Row]) -> Row:
-    """The last RL model that descends from the first model; without one, the last model."""
-    by_name = {stage.name: stage for stage in facts.stages}
-
-    def descends(name: str, first: str) -> bool:
-        for _ in facts.stages:  # ends for a circular recipe too
-            if name not in by_name or name == first:
-                break
-            name = by_name[name].source
-        return name == first
-
-    first = str(rows[0].get("model", ""))
-    for row in reversed(rows[1:]):
-        name = str(row.get("model", ""))
-        if name in by_name and by_name[name].kind == "rl" and descends(name, first):
-            return row
-    return rows[-1]
 
 
 def _percent(share: float) -> str:

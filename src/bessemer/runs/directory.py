@@ -164,10 +164,14 @@ def _oom_kills() -> int:
 def recipe_name(root: Path) -> str:
     """The name of the recipe that a run directory belongs to."""
     try:
-        with open(root / "recipe.toml", "rb") as file:
-            return str(tomllib.load(file)["name"])
+        return str(_recipe(root)["name"])
     except (OSError, KeyError, ValueError) as error:  # invalid TOML or UTF-8
         raise UserError(f"{root}/recipe.toml cannot be read ({error}); choose another folder with --out") from None
+
+
+def _recipe(root: Path) -> dict[str, Any]:
+    with open(root / "recipe.toml", "rb") as file:
+        return tomllib.load(file)
 
 
 def stage_folders(root: Path) -> list[tuple[int, str, Path]]:
@@ -201,7 +205,7 @@ def run_labels(roots: Sequence[Path]) -> list[str]:
 
 def model_dir(given: str | Path) -> Path:
     """The folder of the model that a user names: a model directory, a stage's folder, RUN/STAGE by the stage's name, or
-    a run (its last finished model that writes text)."""
+    a run (the model of its recipe's `main`, otherwise its last finished one that writes text)."""
     for path in (Path(given), Path("runs") / given):
         if (path.parent / "recipe.toml").is_file() and not path.is_dir():
             stages = {name: folder for _, name, folder in stage_folders(path.parent)}
@@ -242,7 +246,7 @@ def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
 
 
 def writing_models(root: Path) -> list[tuple[str, Path]]:
-    """(stage, folder) of every finished model that writes text; reward models do not."""
+    """(stage, folder) of every finished model that writes text, not of reward models; last the recipe's `main`."""
     models = []
     for _, name, folder in stage_folders(root):
         config = read_json(folder / "model" / "config.json")
@@ -250,7 +254,11 @@ def writing_models(root: Path) -> list[tuple[str, Path]]:
             continue
         if not str(config.get("architectures", "")).count("ForSequenceClassification"):
             models.append((name, folder))
-    return models
+    try:
+        main = _recipe(root).get("main")
+    except (OSError, ValueError, RecursionError):  # a damaged recipe does not keep anyone from the models
+        main = None
+    return sorted(models, key=lambda model: model[0] == main)
 
 
 def _last_model(root: Path) -> Path:
