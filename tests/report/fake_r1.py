@@ -54,7 +54,9 @@ def make(root: Path) -> Path:
     tables = [
         f"[[stage]]\nkind = {json.dumps(kind)}\nname = {json.dumps(name)}\n{_toml(more)}" for name, kind, more in STAGES
     ]
-    (root / "recipe.toml").write_text('name = "r1-tiny"\nseed = 7\nmain = "r1"\n\n[model]\npreset = "tiny"\n\n' + "\n".join(tables))
+    (root / "recipe.toml").write_text(
+        'name = "r1-tiny"\nseed = 7\nmain = "r1"\n\n[model]\npreset = "tiny"\n\n' + "\n".join(tables)
+    )
     (root / "conformance.json").write_text("[]")
     lines = fake_run._pretrain(rng)
     for number, (name, kind, _) in enumerate(STAGES, 1):
