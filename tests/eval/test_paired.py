@@ -121,7 +121,8 @@ def readable(*rows, **more):
          "readable_by_problem": {f"p{place}": share for place, share in enumerate(shares)}} | more
         for task, language, shares in rows
     ]  # fmt: skip
-    ((cells,),) = ([line.cells for line in table.overall] for table in tables.stage_tables(rows))
+    (table,) = tables.stage_tables(rows)
+    cells = table.overall[-1].cells
     return cells[0].value, *cells[0].interval
 
 

@@ -88,7 +88,7 @@ class StageTable:
     accuracy: tuple[tuple[str, tuple[TableRow, ...]], ...]
     """pass@1 of every task, by domain ("" for rows without one)."""
     overall: tuple[TableRow, ...]
-    """Every other measure, as a mean over the tasks."""
+    """Every other measure, and of several tasks pass@1, too, as a mean over the tasks."""
     details: tuple[tuple[str, tuple[TableRow, ...]], ...]
     """With several tasks, the same measures by task; pass@1 by difficulty if tasks state one."""
 
@@ -129,7 +129,7 @@ def _stage_table(by_task: dict[tuple[str, ...], dict[str, Row]]) -> StageTable:
     domains: dict[str, list[TableRow]] = {}
     for task, row in by_task.items():
         domains.setdefault(task[0], []).append(_table_row(_name(task), measures[0], models, row))
-    overall = tuple(_mean(measure, models, list(by_task.values())) for measure in measures[1:])
+    overall = tuple(_mean(measure, models, list(by_task.values())) for measure in measures[len(by_task) == 1 :])
     details = []
     if len(by_task) > 1:
         for measure in measures[1:]:

@@ -14,14 +14,14 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.eval import contamination
-from bessemer.eval.tables import Row, by_sampling
+from bessemer.eval.tables import stage_tables
 from bessemer.report import comparisons, page, panels, why
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
@@ -233,15 +233,14 @@ def _origin(recipe: dict[str, Any]) -> str:
 
 def _tiles(facts: RunFacts) -> list[Html]:
     tiles = []
-    for rows in _headline(facts):
-        main = facts.recipe.get("main")
-        first, last = rows[0], next((row for row in rows if main and row.get("model") == main), rows[-1])
-        before = _percent(first["pass_at_1"]) if last is not first else ""
-        detail = " → ".join(dict.fromkeys(str(row.get("model", "")) for row in (first, last)))
-        if isinstance(last.get("temperature"), int | float):
-            detail += f", T\u00a0{last['temperature']:g}"
-        task = " ".join(str(last[key]) for key in ("task", "language") if last.get(key))
-        tiles.append(page.tile(f"pass@1, {task}", _percent(last["pass_at_1"]), detail, before))
+    for task, scores, temperature in _headline(facts):
+        first, last = next(iter(scores)), facts.recipe.get("main")
+        last = last if last in scores else [*scores][-1]
+        before = _percent(scores[first]) if last != first else ""
+        detail = " → ".join(dict.fromkeys((first, last)))
+        if isinstance(temperature, int | float):
+            detail += f", T\u00a0{temperature:g}"
+        tiles.append(page.tile(f"pass@1, {task}", _percent(scores[last]), detail, before))
     for stage in facts.stages:
         finals = [series.values[-1] for name, series in stage.series.items() if name.startswith("val/bpb/")]
         numbers = [value for value in finals if isinstance(value, int | float)]
@@ -283,10 +282,21 @@ def _summary(stage: StageFacts) -> str:
     return ", ".join(words)
 
 
-def _headline(facts: RunFacts) -> list[list[Row]]:
-    """The rows of at most two tasks with the first sampling settings, model by model."""
-    tables = list(by_sampling(comparisons.main_rows(facts)).values())
-    return [list(rows.values()) for rows in tables[0].values()][:2] if tables else []
+def _headline(facts: RunFacts) -> list[tuple[str, dict[str, float], Any]]:
+    """(what, {model: pass@1}, temperature) of one or two tasks with the first sampling settings; of more tasks, their
+    mean and the first."""
+    rows = comparisons.main_rows(facts)
+    if not (tables := stage_tables(rows)):
+        return []
+    lines = [line for _, lines in tables[0].accuracy for line in lines]
+    if len(lines) > 2:
+        lines.insert(0, replace(tables[0].overall[0], label=f"mean of {len(lines)} rows"))
+    scores = [
+        {m: cell.value for m, cell in zip(tables[0].models, line.cells, strict=True) if cell} for line in lines[:2]
+    ]
+    return [
+        (line.label, found, rows[0].get("temperature")) for line, found in zip(lines, scores, strict=False) if found
+    ]
 
 
 def _percent(share: float) -> str:

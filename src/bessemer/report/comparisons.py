@@ -91,7 +91,7 @@ def _stage_table_text(table: StageTable) -> str:
     def interval(score: Score | None) -> str:
         return f"{100 * score.interval[0]:.0f}-{100 * score.interval[1]:.0f}" if score and score.interval else ""
 
-    grid = [["", *table.models]]
+    grid, mean = [["", *table.models]], "mean " if sum(len(lines) for _, lines in table.accuracy) > 1 else ""
     for domain, lines in table.accuracy:
         for line in lines:
             label = f"{domain}: {line.label}" if domain else line.label
@@ -99,7 +99,7 @@ def _stage_table_text(table: StageTable) -> str:
             if any(score and score.interval for score in line.cells):
                 grid.append(["  95 % interval", *map(interval, line.cells)])
     for line in table.overall:
-        grid.append([line.label + (" %" if line.measure.share else ""), *figures(line)])
+        grid.append([mean + line.label + (" %" if line.measure.share else ""), *figures(line)])
         if any(score and score.interval for score in line.cells):
             grid.append(["  95 % interval", *map(interval, line.cells)])
     return f"held-out problems: {table.problems} per task, {table.sampling}\n{page.grid(grid)}"
