@@ -7,6 +7,7 @@ import pytest
 
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
+from bessemer.pipeline.stage import find_kind
 from bessemer.plan.estimate import estimate
 from bessemer.train import setup
 
@@ -82,3 +83,21 @@ def test_what_is_asked_and_validated_is_counted(monkeypatch):
 def test_a_recipe_without_pre_training():
     with pytest.raises(UserError, match="--here measures pre-training"):
         estimate(Recipe.load(RECIPES / "r1-paper.toml"))
+
+
+def test_before_anything_is_measured_a_stage_is_estimated_by_its_own_model():
+    """Not by the recipe's [model], which `smollm2` has not and which is no student."""
+
+    def seconds(recipe, name):
+        stage = recipe.stage(name)
+        return find_kind(stage.kind)().estimate(stage, recipe)
+
+    smollm2 = Recipe.load(RECIPES / "smollm2.toml")  # 135M parameters; the preset `tiny` uses 1.4M for a token
+    assert seconds(smollm2, "grpo") > 50 * setup.estimate_seconds(smollm2, 12 * 8 * 8 * 64)
+    assert seconds(smollm2, "eval") > 50 * setup.estimate_seconds(smollm2, 4 * 2 * 64 * 4 * 64 / 4)
+    r1 = Recipe.load(RECIPES / "r1-small.toml")
+    keys = ("rollouts", "prompts_per_rollout", "samples", "max_new_tokens")
+    same = {key: getattr(r1.stage("r1"), key) for key in keys}
+    stages = [stage.model_copy(update=same if stage.name == "student-rl" else {}) for stage in r1.stages]
+    r1 = r1.model_copy(update={"stages": stages})
+    assert seconds(r1, "student-rl") < 0.5 * seconds(r1, "r1")

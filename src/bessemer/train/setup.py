@@ -61,11 +61,6 @@ def seconds_of(flops: float) -> float:
     return flops / ((50e9 if library.available() else 25e9) * cores())
 
 
-def decode_seconds(recipe: Recipe, tokens: float) -> float:
-    """`estimate_seconds` for decoding, about a quarter of the cost of training."""
-    return estimate_seconds(recipe, tokens / 4)
-
-
 def device() -> torch.device:
     """What this process computes on (`probe.device`)."""
     return probe.device()

@@ -66,7 +66,7 @@ class Distill(Stage[DistillConfig]):
 
     def estimate(self, config: DistillConfig, recipe: Recipe) -> float:
         samples = config.steps * config.prompts_per_step * config.samples
-        return setup.estimate_seconds(recipe, samples * config.max_new_tokens)
+        return lineage.estimate_seconds(recipe, config.name, samples * config.max_new_tokens)
 
     def training_data(
         self, config: DistillConfig, recipe: Recipe, folder: Path, cache: Path

@@ -26,7 +26,7 @@ from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.base import shared_file
 from bessemer.tasks.worked import examples
-from bessemer.train import setup
+from bessemer.train import lineage, setup
 
 
 @register
@@ -59,7 +59,8 @@ class Eval(Stage[EvalConfig]):
                 yield preflight.of_key("shots", partial(_shown, config, task))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        return setup.decode_seconds(recipe, len(config.models) * sum(n_answers(config)) * config.max_new_tokens)
+        tokens = sum(n_answers(config)) * config.max_new_tokens
+        return sum(lineage.decode_seconds(recipe, name, tokens) for name in config.models)
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()

@@ -25,7 +25,7 @@ from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.training_inputs import check_heldout
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
-from bessemer.train import loss, setup
+from bessemer.train import lineage, loss, setup
 
 OWN, SWITCHED = "", " + YaRN"
 """Suffixes of a model's name: its own positions, or the last model's positions without training on them."""
@@ -60,8 +60,8 @@ class LongEval(Stage[LongEvalConfig]):
 
     def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
         prompts = len(config.depths) * config.problems * sum(config.lengths)
-        models = len(config.models) + len(config.switched)
-        return setup.estimate_seconds(recipe, models * prompts / 3, length=max(config.lengths))
+        models = [*config.models, *config.switched]
+        return sum(lineage.estimate_seconds(recipe, name, prompts / 3, max(config.lengths)) for name in models)
 
     def run(self, config: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()

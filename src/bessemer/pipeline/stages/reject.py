@@ -35,7 +35,7 @@ from bessemer.tasks.base import CORRECT, WRONG_VALUE
 from bessemer.tasks.general import UNJUDGED, General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.tasks.worked import in_r1_form
-from bessemer.train import setup
+from bessemer.train import lineage, setup
 
 LOOKED_AT = 256
 """Problems that are searched for a reference answer before anything runs, if there is a judge."""
@@ -86,7 +86,7 @@ class Reject(Stage[RejectConfig]):
         return True
 
     def estimate(self, config: RejectConfig, recipe: Recipe) -> float:
-        return setup.decode_seconds(recipe, config.problems * config.samples * config.max_new_tokens)
+        return lineage.decode_seconds(recipe, config.name, config.problems * config.samples * config.max_new_tokens)
 
     def training_data(
         self, config: RejectConfig, recipe: Recipe, folder: Path, cache: Path

@@ -102,8 +102,8 @@ class RewardModelling(Stage[RewardModelConfig]):
             yield from (preflight.of_key(key, partial(_counted, config, name)) for name in names)
 
     def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
-        sampled = setup.decode_seconds(recipe, config.made * config.samples * config.max_new_tokens)
-        return sampled + setup.estimate_seconds(recipe, config.epochs * config.made * 100)
+        sampled = lineage.decode_seconds(recipe, config.name, config.made * config.samples * config.max_new_tokens)
+        return sampled + lineage.estimate_seconds(recipe, config.name, config.epochs * config.made * 100)
 
     def training_data(
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path

@@ -117,7 +117,7 @@ class RL(Stage[RLConfig]):
 
     def estimate(self, config: RLConfig, recipe: Recipe) -> float:
         samples = config.rollouts * config.prompts_per_rollout * config.samples
-        return setup.estimate_seconds(recipe, samples * max(config.max_new_tokens.values))
+        return lineage.estimate_seconds(recipe, config.name, samples * max(config.max_new_tokens.values))
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""
