@@ -110,7 +110,10 @@ class Layout:
 def describe(layout: Layout) -> str:
     """A line for every pipeline rank and copy, with the ranks that share its experts."""
     width = len(str(layout.world - 1))
-    lines = [f"{layout.world} ranks: {layout}" + (f", groups of experts on {layout.nodes} nodes" * (layout.nodes > 1))]
+    lines = [
+        f"{layout.world} rank{'s' * (layout.world > 1)}: {layout}"
+        + (f", groups of experts on {layout.nodes} nodes" * (layout.nodes > 1))
+    ]
     for ranks in layout.groups("ep"):
         pp, dp, _, cp = layout.place(ranks[0])
         numbers = " ".join(f"{r:>{width}}" for r in ranks) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]}"

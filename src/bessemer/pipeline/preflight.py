@@ -124,7 +124,8 @@ def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Ite
                 raise UserError(f"{name} has no problem to train on; add lines, or leave out @test")
             if size is None or ":" not in name:
                 return None
-            return f"{name}: {size:,} problems, {share:,.0f} asked for, each {share / size:.3g} times"
+            each = f"{share / size:,.{int(share % size > 0)}f}"  # 4, 3.3 or 1,000
+            return f"{name}: {size:,} problems, {share:,.0f} asked for, each {each} times"
 
         yield of_key(key, probe)
 

@@ -181,7 +181,8 @@ def describe(run: DryRun) -> str:
     ]
     heads = [f"rank {rank}" for rank in run.ranks]
     unit, size = ("GiB", GIB) if run.worst >= GIB else ("MiB", 2**20)
-    lines += ["", f"{unit} per rank with {table.name}, {table.micro} micro-batches, balanced routing:"]
+    on = "a CPU (for a GPU add --device H100)" if run.device is None else run.device.name
+    lines += ["", f"{unit} per rank with {table.name}, {table.micro} micro-batches, balanced routing, on {on}:"]
     lines.append(" " * 13 + "".join(f"{head:>12}" for head in heads))
     for kind in (*memory.KINDS, "total"):
         values = [sum(kinds.values()) if kind == "total" else kinds[kind] for kinds in run.ranks.values()]
