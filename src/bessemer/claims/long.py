@@ -27,7 +27,7 @@ SIZES = {
     ]
 }
 SAME = None
-SEEDS, MINUTES = 3, 23.0
+SEEDS, MINUTES = 3, 16.0
 
 
 @cache
