@@ -189,6 +189,8 @@ def test_the_largest_runs_with_enough_seeds_judge():
     small, large = latent_as_good("short"), latent_as_good("claims", seeds=2, change=0.03)
     assert verdict_on(small + large) is ClaimVerdict.SHOWN
     assert verdict_on(small + latent_as_good("claims", change=0.03)) is ClaimVerdict.CONTRADICTED
+    unfinished = [one for one in latent_as_good("claims", change=0.03) if one.arm != "MLA-24"]
+    assert verdict_on(small + unfinished) is ClaimVerdict.SHOWN  # the larger runs lack a control, so they wait for it
     [card] = cards.make(["L6"], runs.best(small))
     [part] = card.facts()["parts"]
     assert (part["seeds"], part["size"]) == (3, "network 128 wide, 4 layers, 500K tokens read")

@@ -282,14 +282,20 @@ def missing(results: Sequence[ArmResult], claims: Iterable[str]) -> dict[str, li
 
 
 def best(results: Sequence[ArmResult], own: Sequence[ArmResult] = ()) -> dict[str, dict[str, Measured]]:
-    """As `measured`, from the largest runs with as many seeds as the rules ask for or, if there are none, from those
-    with the most seeds."""
+    """As `measured`, from the largest runs with as many seeds as the rules ask for, of the controls as well, or, if
+    there are none, from those with the most seeds."""
+
+    def seeds(values: Measured) -> list[int]:
+        return [len(arm or ()) for arm in (values.values, values.positive, values.negative)]
+
     found: dict[str, dict[str, Measured]] = defaultdict(dict)
     for tier in TIERS:  # from the smallest to the largest
         for claim, metrics in measured(results, tier, own=own).items():
             for metric, values in metrics.items():
-                n, held = len(values.values), found[claim].get(metric)
-                if held is None or n >= min(rules().seeds, len(held.values)):
+                held = found[claim].get(metric)
+                if held is None or all(
+                    n >= min(rules().seeds, most) for n, most in zip(seeds(values), seeds(held), strict=True)
+                ):
                     found[claim][metric] = values
     return dict(found)
 
