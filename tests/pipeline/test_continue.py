@@ -231,7 +231,7 @@ def test_documents_are_masked_only_where_a_token_of_its_own_begins_them(bos_id):
 
 def test_only_stages_that_make_a_model_are_gone_on_from():
     makers = {"pretrain", "extend", "import", "sft", "distill", "rl"}
-    assert {kind for kind in STAGES if find_kind(kind).makes_model} == makers
+    assert {kind for kind in STAGES if STAGES[kind].makes_model} == makers
 
 
 def test_a_run_from_random_weights_keeps_its_fingerprint(ours):

@@ -1,6 +1,6 @@
 """Tables of the stages that produce data or import models: corpora, conversations, imported models."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,8 @@ class CorpusConfig(StageConfig):
 
 
 class ImportConfig(StageConfig):
+    makes_model: ClassVar = True
+
     model: SourceName
     """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, optionally with @REVISION."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -46,9 +46,6 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 """Kind -> the class of its table; the code that runs it is in `pipeline/stages/`."""
 
-WRITERS = ("distill", "extend", "import", "pretrain", "rl", "sft")
-"""Kinds whose result is a model that writes text."""
-
 
 def stage_config(kind: object, where: str) -> type[StageConfig]:
     """The table of a kind; a UserError that starts with `where` when there is no such kind."""
@@ -161,7 +158,7 @@ class Recipe(Head):
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
         if not NAME.fullmatch(head.name):
             raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
-        writers = [stage.name for stage in stages if stage.kind in WRITERS]
+        writers = [stage.name for stage in stages if stage.makes_model]
         if head.main is not None and head.main not in writers:
             raise UserError(f'{where}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
         return cls.model_construct(**dict(head), layout=layout, stages=stages)

@@ -43,6 +43,7 @@ class RolloutConfig(ConfigTable):
 
 
 class RLConfig(AskingConfig, OnPolicyConfig):
+    makes_model: ClassVar = True
     renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
     ignore_at_default = AskingConfig.ignore_at_default | {

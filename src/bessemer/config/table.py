@@ -71,6 +71,9 @@ class StageConfig(ConfigTable):
     ignore_at_default: ClassVar[frozenset[str]] = frozenset()
     # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
 
+    makes_model: ClassVar[bool] = False
+    # whether its output is a model that writes text, which other stages may train further
+
     kind: str
     """Which stage this is."""
     name: str = ""

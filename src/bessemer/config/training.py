@@ -114,6 +114,7 @@ class OnPolicyConfig(FineTuningConfig):
 
 
 class PretrainConfig(OptimizerConfig):
+    makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset(
         {
@@ -218,6 +219,7 @@ class ExtendConfig(PretrainConfig):
 
 
 class SFTConfig(FineTuningConfig):
+    makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
     ignore_at_default = frozenset({"fp8", "batch_examples", "lora"})
 
@@ -255,6 +257,7 @@ class SFTConfig(FineTuningConfig):
 
 
 class DistillConfig(OnPolicyConfig):
+    makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
     ignore_at_default = frozenset({"precision", "fp8", "teachers", "lora"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table

@@ -60,8 +60,6 @@ class Stage(Generic[_Config]):
     """Whether the recipe's [model] table changes what this stage makes."""
     uses_seed: ClassVar[bool] = True
     """Whether the recipe's seed changes what this stage makes."""
-    makes_model: ClassVar[bool] = False
-    """Whether its output is a model that writes text, which other stages may train further."""
     distributed: ClassVar[bool] = False
     """Whether all ranks run it together; otherwise rank 0 alone does."""
 

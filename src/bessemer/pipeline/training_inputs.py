@@ -11,7 +11,6 @@ from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline.inputs import NEEDLE, SHARDS
-from bessemer.pipeline.stage import find_kind
 from bessemer.runs.context import StageContext
 
 
@@ -36,7 +35,7 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
     if config.corpus is None:
         if source is None:
             raise UserError(f"{where} needs a corpus stage before it")
-        if find_kind(source.kind).makes_model:
+        if source.makes_model:
             raise UserError(
                 f'{where} has from = "{source.name}" of kind {source.kind}, which is a model; to train it further, '
                 f'name the corpus too: corpus = "...", a stage with tokenizer = "{source.name}"'
@@ -45,7 +44,7 @@ def check_stages(config: PretrainConfig, recipe: Recipe) -> None:
     corpus = recipe.stage(config.corpus)
     if corpus.kind != "corpus":
         raise UserError(f'{where}: corpus = "{corpus.name}" is of kind {corpus.kind}; name a stage of kind corpus')
-    if source is None or not find_kind(source.kind).makes_model:
+    if source is None or not source.makes_model:
         given = "is missing" if source is None else f'is "{source.name}" of kind {source.kind}'
         raise UserError(f"{where} has a corpus, so from must name a stage with a model, but it {given}")
     if config.model:

@@ -291,12 +291,12 @@ def _headline(facts: RunFacts) -> list[tuple[str, dict[str, float], Any]]:
     lines = [line for _, lines in tables[0].accuracy for line in lines]
     if len(lines) > 2:
         lines.insert(0, replace(tables[0].overall[0], label=f"mean of {len(lines)} rows"))
-    scores = [
-        {m: cell.value for m, cell in zip(tables[0].models, line.cells, strict=True) if cell} for line in lines[:2]
-    ]
-    return [
-        (line.label, found, rows[0].get("temperature")) for line, found in zip(lines, scores, strict=False) if found
-    ]
+    found = []
+    for line in lines[:2]:
+        scores = {model: cell.value for model, cell in zip(tables[0].models, line.cells, strict=True) if cell}
+        if scores:
+            found.append((line.label, scores, rows[0].get("temperature")))
+    return found
 
 
 def _percent(share: float) -> str:

@@ -27,7 +27,7 @@ from bessemer.errors import UserError
 from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, find_kind, register
+from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.runs.context import StageContext
 from bessemer.tasks.environment import Environment
 from bessemer.tasks.needle import Needle
@@ -67,7 +67,7 @@ class Corpus(Stage[CorpusConfig]):
             elif source in config.mix:
                 raise UserError(f'stage "{config.name}": mix is for documents of tasks, which "{source}" is not')
         other = None if config.tokenizer is None else recipe.stage(config.tokenizer)
-        if other is not None and other.kind != "corpus" and not find_kind(other.kind).makes_model:
+        if other is not None and other.kind != "corpus" and not other.makes_model:
             raise UserError(
                 f'stage "{config.name}": tokenizer = "{config.tokenizer}" is of kind {other.kind}, which has none; '
                 "name a corpus, or a stage that makes a model"

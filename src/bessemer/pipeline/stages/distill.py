@@ -39,7 +39,6 @@ HELDOUT = "distill/heldout_pass_at_1"
 @register
 class Distill(Stage[DistillConfig]):
     kind = "distill"
-    makes_model = True
     distributed = True
 
     def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:

@@ -33,7 +33,6 @@ class Import(Stage[ImportConfig]):
     kind = "import"
     uses_model = False
     uses_seed = False
-    makes_model = True
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
         if config.system and config.style:

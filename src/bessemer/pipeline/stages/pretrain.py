@@ -40,7 +40,7 @@ from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
+from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
@@ -73,7 +73,6 @@ _Config = TypeVar("_Config", bound=PretrainConfig)
 class Pretrain(Stage[_Config]):
     kind = "pretrain"
     distributed = True
-    makes_model = True
 
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
         check_stages(config, recipe)
@@ -112,7 +111,7 @@ class Pretrain(Stage[_Config]):
         corpus = ctx.recipe.stage(config.source or "")
         other = corpus.tokenizer if isinstance(corpus, CorpusConfig) else None
         hint = f'; to train the model of "{other}" further: from = "{other}", corpus = "{corpus.name}"'
-        is_model = other is not None and find_kind(ctx.recipe.stage(other).kind).makes_model
+        is_model = other is not None and ctx.recipe.stage(other).makes_model
         ctx.say("the weights are random" + (hint if is_model else ""))
         seed = ctx.seed if config.weights_seed is None else config.weights_seed
         return Start(ctx.source, None, cfg, lambda: distributed.fresh(cfg, seed, ctx.ranks, ctx.recipe.layout, ctx.say))

@@ -32,7 +32,6 @@ from bessemer.train import lineage, setup
 @register
 class RL(Stage[RLConfig]):
     kind = "rl"
-    makes_model = True
     distributed = True
 
     def resolve(self, config: RLConfig, recipe: Recipe) -> dict[str, Any]:

@@ -42,7 +42,6 @@ FEW_STEPS = 10
 class SFT(Stage[SFTConfig]):
     kind = "sft"
     format = 2
-    makes_model = True
     distributed = True
 
     def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:
