@@ -4,6 +4,7 @@ import html
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -122,6 +123,18 @@ def test_run_and_run_again(call, recipe, tmp_path):
     assert re.search(r"^note: [\d.]+s, 5m 00s with earlier work; report: ", out, re.M), out
     status, out, _ = call("report", "note")
     assert status == 0 and out.strip() == "runs/note/report.html"
+
+
+def test_a_finished_run_says_how_to_free_the_space_of_its_checkpoints(call, recipe, tmp_path):
+    state = tmp_path / "runs" / "note" / "02-b" / "state"
+    assert "rm -r" not in call("run", recipe)[1]
+    state.mkdir(exist_ok=True)
+    with (state / "weights").open("wb") as file:
+        file.truncate(2_500_000_000)  # sparse: takes no space
+    assert "2.5 GB are checkpoints" in (out := call("run", recipe)[1]) and out.endswith("\nrm -r runs/note/*/state\n")
+    assert "rm -r" not in call("run", recipe, "--until", "b")[1]
+    shutil.rmtree(state)
+    assert call("run", recipe)[2].count("already done") == 2
 
 
 def test_the_papers_recipe_item_by_item(call, recipe, tmp_path):

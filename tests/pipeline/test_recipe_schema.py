@@ -200,7 +200,10 @@ def test_missing_and_empty_recipes(tmp_path):
         Recipe.load(tmp_path / "tinny.toml")
     with pytest.raises(UserError, match=r"no stages"):
         Recipe.load(tmp_path / "other.toml")
-    with pytest.raises(UserError, match="is a directory; name the recipe itself"):
+    with pytest.raises(UserError, match=r"is a directory; name the recipe itself$"):
+        Recipe.load(tmp_path)
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(UserError, match=r"is a directory; name the recipe itself: .*recipe.toml$"):
         Recipe.load(tmp_path)
 
 

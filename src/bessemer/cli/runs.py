@@ -113,6 +113,10 @@ def run(
         chat = f"bessemer chat {shlex.quote(str(root))}"
         which = f" (or {chat}/STAGE: {', '.join(others)})" if others else ""
         print(f"talk to {models[-1][0]}: {chat}{which}")
+    checkpoints = sum(path.stat().st_size for path in root.glob("*/state/**/*") if path.is_file())
+    if checkpoints > 1e9 and until is None:  # every stage is finished, so nothing will resume from them
+        print(f"{checkpoints / 1e9:.1f} GB are checkpoints that only bessemer replay can still use; to free them:")
+        print(f"rm -r {shlex.quote(str(root))}/*/state")
 
 
 def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:

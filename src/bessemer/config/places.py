@@ -28,7 +28,8 @@ def read_text(path: Path, what: str, instead: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}" + (f"; {instead}" if instead else "")) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a directory; name the {what} itself") from None
+        inside = f": {path / 'recipe.toml'}" if (path / "recipe.toml").is_file() else ""
+        raise UserError(f"{path} is a directory; name the {what} itself{inside}") from None
     except UnicodeDecodeError as error:
         where = f"{path}, line {error.object[: error.start].count(10) + 1}"
         byte = error.object[error.start]
