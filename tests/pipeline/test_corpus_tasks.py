@@ -11,7 +11,7 @@ from bessemer.data import corpus
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.pipeline.stages.corpus import Corpus, _task
+from bessemer.pipeline.stages.corpus import Corpus, _page, _task
 
 
 def settings_of(spec, part="part", **mix):
@@ -50,6 +50,15 @@ def test_the_recipe_sets_who_writes_a_task_s_documents(tmp_path):
     pages = [task.document(i) for i in range(50)]
     assert not any("<think>" in page for page in pages), "nobody thinks any more"
     assert sum("<think>" in tasks.get("countdown").document(i) for i in range(50)) > 25
+
+
+def test_pages_of_a_task_with_tools_are_those_of_the_task(tmp_path):
+    """Drills, too, and their problems are known to the search for contamination."""
+    resolve(tmp_path, "tools:calculator:countdown")
+    plain, tools = (_task(settings_of(f"task:{spec}"), "part") for spec in ("countdown", "tools:calculator:countdown"))
+    assert [_page(tools, i, 3).text for i in range(40)] == [_page(plain, i, 3).text for i in range(40)]
+    assert any(plain.written(i, 3).text != plain.document(i, 3) for i in range(40)), "some are drills"
+    assert tools.train_problem(5, 3, None) == plain.train_problem(5, 3, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import zlib
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import code_files, get
+from bessemer.tasks import code_files, get, sandbox
 from bessemer.tasks.sandbox import judge_program, run, same_output
 
 from .hostile_contestants import CHANNELS, HOSTILE, RIGHT, passing
@@ -183,6 +183,29 @@ def test_functions_of_every_collection(tmp_path, name):
     body = "(self, a, b): return (sum(a) if a == [3] else 3 if isinstance(a, str) else a) + b"
     assert task.grade(task.problem("train", 0), f"class Solution:\n    def add{body}")[0] == "correct"
     assert task.grade(task.problem("train", 0), "class Solution:\n    pass")[0] == "no-function"
+
+
+def test_names_that_graders_import_need_no_import_and_recursion_is_deep(tmp_path):
+    """An answer may repeat a line's starter code, whose annotations name what it does not import; a method may be called
+    like an imported function, and a program's own names come first."""
+    add = FUNCTIONS["LiveCodeBench"][0]
+    task = file_of(tmp_path, add | {"starter_code": "class Solution:\n    def add(self, a: List[int], b: int) -> int:"})
+    problem = task.problem("train", 0)
+    assert problem.prompt.endswith("def add(self, a: List[int], b: int) -> int:\n```")
+    body = "(self, a: List[int], b: int) -> int:\n        return reduce(operator.add, a, b)"
+    assert task.grade(problem, f"class Solution:\n    def add{body}")[0] == "correct"
+    deep = "def add(a, b):\n    def down(n):\n        return n and 1 + down(n - 1)\n    return down(20_000) - 19_993"
+    assert task.grade(problem, deep)[0] == "correct"
+    (tmp_path / "programs").mkdir()
+    task = file_of(tmp_path / "programs", PROGRAMS["LiveCodeBench"])
+    for program in (
+        "print(sum(map(int, sys.stdin.read().split())))",
+        "print(int(math.fsum(map(int, chain(input().split())))))",
+        "add = lambda text: eval(text.replace(' ', '+'))\nprint(add(input()))\nexit()\nprint(0)",
+        "print(sum(map(int, input().split())))\nquit()",
+    ):
+        assert task.grade(task.problem("train", 0), program)[0] == "correct", program
+    assert sandbox.judge("def f(n): return gcd(n, 4)", "f", [([6], 2)]).reason == "error"  # other tasks: Python alone
 
 
 def test_a_pickle_is_read_and_never_run(tmp_path):

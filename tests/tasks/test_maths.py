@@ -104,13 +104,35 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("\\sqrt{3}", "\\frac{\\sqrt{12}}{2}", "correct"),
         ("\\sqrt{3}", "\\sqrt2, \\sqrt3", "wrong-value"),
         ("\\{1,2\\}", "\\{2,1\\}", "correct"),
+        ("1:2:3", "2 : 4 : 6", "correct"),
+        ("1:2:3", "a:b:c = 1:2:3", "correct"),
+        ("1:2:3", "1:1:6", "wrong-value"),  # the same fraction, to math-verify
+        ("1:2:3", "1:2", "wrong-value"),
+        ("1:2:3", "1/6", "wrong-value"),
+        ("1:\\sqrt{3}:2", "1:\\sqrt3:2", "correct"),
+        ("1:\\sqrt{3}:2", "1:2:\\sqrt3", "wrong-value"),
+        ("x:y=2:3", "4:6", "correct"),
+        ("12:30", "12:30", "correct"),
+        ("12:30", "2:5", "wrong-value"),
+        ("12:30", "0.4", "wrong-value"),
+        ("x=2, y=3", "y = 3, x = 2", "correct"),
+        ("x=2, y=3", "2, 3", "correct"),
+        ("x=2, y=3", "(3, 2)", "wrong-value"),
+        ("x=2, y=3", "3, 2", "wrong-value"),
+        ("x=2, x=3", "3, 2", "correct"),
     ],
 )
 def test_judgements(task, gold, answer, reason):
     assert judged(task, gold, answer, "Expand (x+1)^2, please.")[0] == reason
 
 
+def test_what_looks_like_a_time_may_be_a_ratio(task):
+    assert judged(task, "3:10", "6:20", "In which ratio do they stand?")[0] == "correct"
+    assert judged(task, "3:10", "6:20", "When does the train leave?")[0] == "wrong-value"
+
+
 def test_a_vote_is_cast_for_the_value(task):
+    assert judged(task, "1:2:3", "2:4:6")[1] == judged(task, "1:2:3", "1:2:3")[1]
     assert {judged(task, "42", form)[1] for form in ("42", "42.0", "$42$", "84/2")} == {"42"}
     assert judged(task, "x^2+2x+1", "1+2x+x^2")[1] == judged(task, "x^2+2x+1", "x^2+2x+1")[1]
 

@@ -83,11 +83,10 @@ def _judged(file: LineIndex, row: int, source: str) -> str:
 def reason_of(source: str, function: str | None, tests: list[tuple[Any, Any]], limits: tuple[float, int, float]) -> str:
     """The reason code of a program, or of a function, after all tests."""
     seconds, memory_mb, tolerance = limits
+    common: dict[str, Any] = {"seconds": seconds, "memory_mb": memory_mb, "imports": True}
     if function is None:
-        judgement = sandbox.judge_program(source, tests, seconds=seconds, memory_mb=memory_mb, tolerance=tolerance)
-    else:
-        judgement = sandbox.judge(source, function, tests, seconds=seconds, per_test=True, memory_mb=memory_mb)
-    return judgement.reason
+        return sandbox.judge_program(source, tests, tolerance=tolerance, **common).reason
+    return sandbox.judge(source, function, tests, per_test=True, **common).reason
 
 
 @lru_cache(maxsize=4)  # a group of samples is judged one after the other; tests may be many megabytes

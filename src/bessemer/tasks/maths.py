@@ -58,6 +58,10 @@ _LEVEL = re.compile("Level ([1-9])")
 _HUGE = re.compile(r"[0-9]{61}|\^ ?\{? ?-?[0-9]{4}")
 _LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最简|约分|化简", re.IGNORECASE)
 _POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
+_TIME = re.compile("[0-9]{1,2}(?::[0-5][0-9]){1,2}")
+_RATIO = re.compile("ratio|proportion|比", re.IGNORECASE)
+_OF_WHAT = re.compile("^[A-Za-z]+(?: ?: ?[A-Za-z]+)+ ?= ?")
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z](?:_\{?\w+\}?)?) *= *([^=]+)")
 SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞√±×÷·−≤≥≠∈∪∩∅°²³⁴")
 """Non-ASCII characters that an expression may hold whatever the gold answer holds."""
 
@@ -154,6 +158,7 @@ def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]
 
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
+    gold, answer = (_OF_WHAT.sub("", text) for text in (gold, answer))
     left, equals, right = answer.partition("=")
     if equals and "=" not in gold and ("=" in right or not re.fullmatch("[A-Za-z] ?", left)):
         return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
@@ -161,8 +166,13 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
         return UNPARSABLE, None  # more than one expression, or a power that no answer has
     if not answer.isascii() and not SIGNS.union(gold).issuperset(c for c in answer if not c.isascii()):
         return UNPARSABLE, None
+    if _TIME.fullmatch(gold) and not _RATIO.search(prompt):
+        given = [int(part) for part in answer.split(":")] if _TIME.fullmatch(answer) else None
+        return CORRECT if given == [int(part) for part in gold.split(":")] else WRONG_VALUE, answer
     try:
-        reply = _same(gold, answer)
+        if max(gold.count(":"), answer.count(":")) > 1:
+            return _grade_ratio(gold.split(":"), answer.split(":"))
+        reply = _same(_values(gold) if "=" not in answer else gold, answer)
     except RefereeFault as fault:
         return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
     if reply["canonical"] is None:
@@ -170,6 +180,24 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
     if reply["same"] and _echoes(answer, prompt) and _bare(answer) != _bare(gold):
         return ECHO, reply["canonical"]
     return CORRECT if reply["same"] else WRONG_VALUE, reply["canonical"]
+
+
+def _grade_ratio(gold: list[str], answer: list[str]) -> tuple[str, str | None]:
+    """Term by term, and up to a factor if all are numbers. math-verify takes a : b : c for the fraction a / (b c)."""
+    ours, theirs = ([parse_numeral(term.strip()) for term in side] for side in (gold, answer))
+    values, given = ([term.value for term in side if term is not None] for side in (ours, theirs))
+    if len(values) == len(gold) == len(given) == len(answer) and values[0] and given[0]:
+        same = [value / values[0] for value in values] == [value / given[0] for value in given]
+        return CORRECT if same else WRONG_VALUE, ":".join(str(value / given[0]) for value in given)
+    same = len(gold) == len(answer) and all(_same(a, b)["same"] for a, b in zip(gold, answer, strict=True))
+    return CORRECT if same else WRONG_VALUE, ":".join(term.strip() for term in answer)
+
+
+def _values(gold: str) -> str:
+    """`(2, 3)` for `x = 2, y = 3`: math-verify would compare bare values with it as a set, in any order."""
+    found = [_ASSIGNMENT.fullmatch(part) for part in re.split(r",|;|\\quad|\band\b|和", gold)]
+    names = {one[1] for one in found if one is not None}
+    return f"({','.join(one[2].strip() for one in found if one)})" if len(names) == len(found) > 1 else gold
 
 
 def _echoes(answer: str, prompt: str) -> bool:

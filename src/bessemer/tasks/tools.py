@@ -206,5 +206,11 @@ class TaskWithTools(Environment):
     def written(self, index: int, seed: int = 0, language: str | None = None) -> Written:
         return self.task.written(index, seed, language)
 
+    def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
+        return self.task.document(index, seed, language)
+
+    def train_problem(self, index: int, seed: int, language: str | None) -> Problem:
+        return self.task.train_problem(index, seed, language)
+
     def size(self, split: str) -> int | None:
         return self.task.size(split)

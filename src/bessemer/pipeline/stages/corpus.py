@@ -178,10 +178,10 @@ class Corpus(Stage[CorpusConfig]):
 
 def _page(task: tasks.Task, index: int, seed: int) -> Document:
     """A page of a task; one with tool calls stays a conversation."""
-    if not isinstance(task, Environment):
+    page = task.written(index, seed) if isinstance(task, Environment) else None
+    if page is None or not page.turns:
         return Document(task.document(index, seed), task.name)
-    page = task.written(index, seed)
-    return Document(page.text, task.name, page.messages if page.turns else None, spoken=True)
+    return Document(page.text, task.name, page.messages, spoken=True)
 
 
 def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks.Task:

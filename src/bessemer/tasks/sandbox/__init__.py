@@ -100,12 +100,14 @@ def judge(
     seconds: float = 2.0,
     per_test: bool = False,
     memory_mb: int = 256,
+    imports: bool = False,
     isolation: str | None = None,
 ) -> Judgement:
     """Call `function` of `source` with the arguments of every test; `seconds` for all of them together.
 
     With `per_test`, `seconds` limits one test, and all have the total of `judge_program`. A test is (arguments,
-    expected), both made of None, bool, int, float, str, list and dict; see `same`.
+    expected), both made of None, bool, int, float, str, list and dict; see `same`. With `imports`, the source may name
+    what the graders of contest collections import before it (inside/serve.py, IMPORTED).
     """
     if not tests or not function.isidentifier():
         raise ValueError("judging takes the name of a function and at least one test")
@@ -113,7 +115,7 @@ def judge(
     bounds = _bounds(seconds, memory_mb, 64, per_test)
     with SandboxProcess(resolve_level(isolation), bounds) as process:
         data, passed = _bytes(source), 0
-        process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
+        process.send(b"call %s %d %d\n" % (function.encode(), imports, len(data)) + data)
         try:
             reason, detail = _read_verdict(process, True)
             for arguments, expected in tests:
@@ -135,11 +137,13 @@ def judge_program(
     seconds: float = 2.0,
     memory_mb: int = 256,
     tolerance: float = 0.0,
+    imports: bool = False,
     isolation: str | None = None,
 ) -> Judgement:
     """Run a program on the input of every test and compare its output (see `same_output`), until the first failure.
 
     A test is (input, expected output). `seconds` limits one test; all have TOTAL_SECONDS, or 10 * `seconds` if more.
+    `imports` as in `judge`.
     """
     if not tests:
         raise ValueError("judging takes at least one test")
@@ -149,7 +153,7 @@ def judge_program(
     reason, detail, passed = CORRECT, "", 0
     with SandboxProcess(resolve_level(isolation), bounds, mode="each") as process:
         data = _bytes(source)
-        process.send(b"%d\n" % len(data) + data)
+        process.send(b"%d %d\n" % (imports, len(data)) + data)
         try:
             for given, expected in tests:
                 reason, detail = _run_test(process, given.encode(errors="replace"), expected, tolerance)

@@ -1,17 +1,18 @@
 """Runs the program, in a process without any rights left.
 
-The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that many bytes of source. `run` executes a
-script: its exit status and output are the result. `call` answers every line of arguments (a Python literal, from the
-trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does to this
-process, it can only send lines; the trusted side, which knows the expected values, judges them.
+The trusted side sends `run LENGTH` or `call NAME IMPORTS LENGTH` on a line, then that many bytes of source. `run`
+executes a script: its exit status and output are the result. `call` answers every line of arguments (a Python literal,
+from the trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does
+to this process, it can only send lines; the trusted side, which knows the expected values, judges them.
 
-In mode `each` the trusted side sends the length of the source, the source, and then for every test the length of its
-input and the input. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
+In mode `each` the trusted side sends `IMPORTS LENGTH`, the source, and then for every test the length of its input and
+the input. IMPORTS is 1 if the program may use the names of IMPORTED without importing them, else 0. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
 writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
 system that it could write to. When it ends, every process that it left behind is ended too, and only then is {"status":
 ...} sent. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
 """
 
+import builtins
 import os
 import select
 import sys
@@ -21,18 +22,27 @@ import confine
 
 TEXT_LIMIT = 300
 CHUNK = 1 << 16
+IMPORTED = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+)
+"""Modules that LiveCodeBench's grader, like those of APPS and TACO, imports before a solution, and then all their names:
+of two equal names the later one counts, and those of `builtins` and `typing` count most."""
+RECURSION = 50_000
+"""The limit that LiveCodeBench's grader sets."""
+
+builtins.exit = builtins.quit = sys.exit  # defined by `site`, which the sandbox leaves out
 
 
 def serve(ask: int, reply: int) -> None:
     questions = os.fdopen(ask, "rb")
     os.write(reply, b"ready\n")
-    mode, *name, length = questions.readline().decode().split()
+    mode, *how, length = questions.readline().decode().split()
     source = questions.read(int(length)).decode()
     sys.argv = ["program"]
     if mode == "run":
-        _run(source, reply)
+        _run(source, reply, vars(builtins))
     else:
-        _call(source, name[0], questions, reply)
+        _call(source, how[0], _names(how[1]), questions, reply)
 
 
 def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
@@ -40,7 +50,8 @@ def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
     # A fork closes it by number; Python 3.13 would complain about that on the program's own error output.
     questions = os.fdopen(ask, "rb", closefd=False)
     os.write(reply, b"ready\n")
-    source = questions.read(int(questions.readline()))
+    imports, length = questions.readline().decode().split()
+    source, names = questions.read(int(length)), _names(imports)
     for length in questions:
         given = os.memfd_create("input", 0)
         _write(given, questions.read(int(length)))
@@ -53,7 +64,7 @@ def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
             os.closerange(3, 1024)
             confine.limit(*bounds, parent=parent, isolated=isolated)
             sys.argv = ["program"]
-            _run(source.decode(), -1)
+            _run(source.decode(), -1, names)
             return
         for fd in (given, stdout, stderr):
             os.close(fd)
@@ -84,9 +95,21 @@ def _relay(pid: int, pipes: dict[int, int], isolated: bool) -> int:
     return status
 
 
-def _run(source: str, reply: int) -> None:
+def _names(imports: str) -> dict[str, object]:
+    """What a program may name: the builtins, and with IMPORTS what IMPORTED has. Its own names come before these."""
+    if imports != "1":
+        return vars(builtins)
+    sys.setrecursionlimit(RECURSION)
+    names: dict[str, object] = {}
+    for module in (*IMPORTED.split(), "builtins", "typing"):
+        exec(f"from {module} import *", names)
+    modules = {module: sys.modules[module] for module in IMPORTED.split()}
+    return vars(builtins) | names | modules
+
+
+def _run(source: str, reply: int, names: dict[str, object]) -> None:
     try:
-        exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+        exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": names})
     except Exception as error:
         if reply >= 0:
             _send(reply, _error(error))
@@ -95,9 +118,10 @@ def _run(source: str, reply: int) -> None:
         sys.exit(1)
 
 
-def _call(source: str, name: str, questions, reply: int) -> None:
+def _call(source: str, name: str, names: dict[str, object], questions, reply: int) -> None:
     module = sys.modules["program"] = type(sys)("program")  # where dataclasses look up what a string annotation names
     space = module.__dict__
+    space["__builtins__"] = names
     try:
         exec(compile(source, "<program>", "exec"), space)
     except BaseException as error:
