@@ -132,6 +132,15 @@ def test_two_hundred_answers_in_the_form_of_r1_give_the_score_computed_by_hand(d
     assert row["published"] == {"R1-Zero": 0.779, "R1": 0.798} and row["mean_length"] is None
 
 
+def test_our_own_answers_are_scored_as_they_were_written(data, tmp_path):
+    """A file of ours, which begins with the settings, holds the opening tag if there was one."""
+    cut = {"problem": "61", "text": "So \\boxed{200}. So \\boxed{200}. So", "finish_reason": "length"}
+    call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)]}
+    for settings, score in ([], 0.0), ([{"evaluation": "aime-2024", "model": {}, "sampling": {}}], 1.0):
+        file = write_jsonl(tmp_path / "aime-2024.jsonl", [*settings, cut])
+        assert suite_run.evaluate_suite(None, **call, answers=file)["rows"][0]["pass_at_1"] == score
+
+
 def test_answers_to_problems_that_were_not_chosen_are_none(data, tmp_path, capsys):
     file = write_jsonl(tmp_path / "aime-2024.jsonl", [{"problem": "61", "text": r1("\\boxed{200}")}])
     call = {"suite": "r1", "only": ["aime-2024"], "data": [str(data)], "answers": file}

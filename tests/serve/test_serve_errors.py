@@ -109,6 +109,13 @@ def test_unsupported_fields_at_their_defaults_are_no_error(server):
     assert server.post("/v1/responses", input="a", max_output_tokens=1, **defaults).status_code == 200
 
 
+def test_many_short_messages_are_counted_as_the_tokens_they_make(server):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(59)]
+    answer = server.post(CHAT, messages=turns, max_tokens=1)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] < 160
+
+
 RAW = [  # body, status, code
     (b"{", 400, "invalid_json"),
     (b"", 400, "invalid_value"),

@@ -317,7 +317,8 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
                 raise UserError(f"{where}: {field} is {value!r}; make it {what}, or leave it out")
         if number in group:
             continue  # two processes without the lock once wrote to one file
-        group[number] = scoring.Answer(_whole(record, text), record.get("tokens"), record.get("finish_reason"))
+        whole = text if ours else _whole(record, text)  # ours begin with the opening tag if the prompt held it
+        group[number] = scoring.Answer(whole, record.get("tokens"), record.get("finish_reason"))
     return answers
 
 

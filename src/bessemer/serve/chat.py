@@ -141,9 +141,10 @@ async def prepare(
     responder = responder or ChatResponder
     _refuse_unsupported(body)
     use = tool_use(body)
-    size = text_size(body.messages) + (len(description(use.tools)) if use.tools else 0)
+    tools = len(description(use.tools)) if use.tools else 0
+    size = text_size(body.messages) + tools
     thinking = _thinking_switch(body)
-    model.check_length(size, "messages")
+    model.check_length(text_size(body.messages, 0) + tools, "messages")
     prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking, use.tools), size)
     grammar = await _grammar(body.response_format)
     if grammar and use.tools:

@@ -113,11 +113,11 @@ def turn_texts(turn: Turn) -> list[str]:
     return [part.text for part in turn.content] if isinstance(turn.content, list) else [turn.content or ""]
 
 
-def text_size(turns: Sequence[Turn]) -> int:
-    """Characters of a conversation, plus a hundred per message for the cost of rendering it."""
-    texts = sum(100 + len(text) for turn in turns for text in turn_texts(turn))
+def text_size(turns: Sequence[Turn], each: int = 100) -> int:
+    """Characters of a conversation, plus `each` per message and per call for the cost of rendering it."""
+    texts = sum(each + len(text) for turn in turns for text in turn_texts(turn))
     thoughts = sum(len(turn.reasoning_content or "") for turn in turns if turn.tool_calls)
-    return texts + thoughts + sum(100 + len(one.function.arguments) for turn in turns for one in turn.tool_calls or ())
+    return texts + thoughts + sum(each + len(one.function.arguments) for turn in turns for one in turn.tool_calls or ())
 
 
 class CallWriter:
