@@ -28,18 +28,35 @@ from bessemer.tasks.countdown_expressions import Unparsable, parse_expression
 
 _CALCULATION = re.compile(r"[0-9+\-*/()= ]+")
 """Maximal runs, so that hostile text costs one scan."""
+_BEFORE = re.compile(
+    r"(?:[0-9]\.|(?<![0-9])[0-9]{1,3},(?=[0-9]{3}(?![0-9]))|[×÷·^√%}] *|\\[a-z]+ *|"
+    r"(?:(?<![A-Za-z])[A-Za-z]|[0-9][A-Za-z]+) *(?=[+*/-]))"
+)
+_AFTER = re.compile(r"(?<=[0-9])(?:\.[0-9]|,[0-9]{3}(?![0-9])|[A-Za-z])| *[×÷·^√%\\]")
+"""Around a run: it is a piece of a calculation with decimals, thousands, other signs or variables."""
+_LOOK = 16
+"""Characters before a run among which _BEFORE is looked for."""
 Step = tuple[int, float]
 """(index of the token or character that a step ends with, reward)."""
 
 
 def calculations(text: str) -> list[Step]:
-    """The calculations in a text: (position of the last character, 1.0 if right, else 0.0)."""
+    """The calculations in a text: (position of the last character, 1.0 if right, else 0.0). Those with anything but
+    integers, + - * / and parentheses are left out, since no side of them can be judged."""
     found = []
     for run in _CALCULATION.finditer(text):
         sides = run.group().strip("= ").split("=")  # `x=3` has one side, `x=3+4=7` two
-        if len(sides) > 1:
+        if len(sides) > 1 and not _is_piece(text, run.start(), run.end()):
             found.append((run.start() + len(run.group().rstrip("= ")) - 1, float(_right(sides))))
     return found
+
+
+def _is_piece(text: str, start: int, end: int) -> bool:
+    first = start + len(text[start:end]) - len(text[start:end].lstrip(" "))
+    before = max(0, start - _LOOK)
+    return _AFTER.match(text, end) is not None or any(
+        one.end() == first for one in _BEFORE.finditer(text, before, first + 4)
+    )
 
 
 def _right(sides: Sequence[str]) -> bool:
