@@ -17,6 +17,7 @@ from bessemer.pipeline.replay import AFTER_SAMPLING, replay
 from bessemer.report import why
 from bessemer.report.facts import read
 from bessemer.rl import dealing, rollout
+from bessemer.runs.context import Interrupted
 from bessemer.runs.directory import write_done
 from bessemer.train import checkpoint, setup
 from bessemer.workers import Workers
@@ -125,6 +126,18 @@ def test_a_change_that_cannot_act_is_refused(whole, step, change, why):
 def test_the_first_rollout_is_sampled_with_any_change(whole):
     found = replay(whole[0], "zero", 1, changes=["temperature=0.5", "prompts_per_rollout=2"], from_start=True)
     assert len(found.changed[0].rollout.groups) == 2
+
+
+def test_a_stop_or_a_kill_loses_no_checkpoint_that_is_kept_for_good(base, tmp_path):
+    stage = rl_stage.Stage(base, tmp_path / "run", "keep_every=1", "rollouts=2")
+    loop, kept = stage.loop(), stage.out / "state" / checkpoint.KEPT
+    loop.trainer.stop = lambda: True
+    with pytest.raises(Interrupted):
+        loop.run()
+    assert [path.name for path in kept.iterdir()] == ["step-00000002"]
+    shutil.rmtree(kept)  # as if it had been killed before it was kept
+    stage.run()
+    assert sorted(path.name for path in kept.iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every_model_that_it_loads(

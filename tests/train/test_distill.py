@@ -56,6 +56,23 @@ def test_the_sum_and_its_gradient_against_a_naive_loop(pair, which, temperature)
     assert (got - want).norm() <= 1e-4 * want.norm()
 
 
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_heads_that_are_padded_differently_are_compared_over_the_common_rows(pair, padded):
+    def cut(model, rows):
+        short = copy.deepcopy(model)
+        short.head = type(model.head)(model.head.in_features, rows, bias=False)
+        short.head.weight.data.copy_(model.head.weight[:rows])
+        return short
+
+    rows = pair[0].cfg.vocab_size - 8
+    made, short = batch(vocab=rows), [cut(model, rows) for model in pair]
+    student, teacher = (short[0], pair[1]) if padded == "teacher" else (pair[0], short[1])
+    want = OnPolicyDistillation((short[1],))(short[0], made).total
+    got = OnPolicyDistillation((teacher,))(student, made).total
+    got.backward()
+    assert got.item() == want.item() and student.head.weight.grad.shape == student.head.weight.shape
+
+
 def test_equal_models_do_not_diverge(pair):
     student = pair[0]
     loss = OnPolicyDistillation((copy.deepcopy(student),))(student, batch(vocab=student.cfg.vocab_size))

@@ -148,6 +148,7 @@ class Loop:
         first = self._start()
         if trainer.step == 0:
             self.evaluator.gate(self._cap())
+        self._keep_if_due(first)  # the run may have been killed between writing the checkpoint and keeping it
         for number in range(first, settings.rollouts):
             _, values = self._rollout(number)
             self.evaluator.write(values)
@@ -156,13 +157,12 @@ class Loop:
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
                 self.evaluator.evaluate(self._cap())
             self.queue.settle(number + 1)
+            self._keep_if_due(number + 1)
             if trainer.stop():
                 trainer.save()
                 trainer.finish()
                 ctx.interrupt()
             trainer.save_if_due()
-            if settings.keep_every and (number + 1) % settings.keep_every == 0 and trainer.guard.streak == 0:
-                self._keep()
         trainer.save()
         distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
@@ -170,8 +170,11 @@ class Loop:
         accuracy = ctx.metrics.last("rl/accuracy")  # maybe of an attempt that was killed after its last checkpoint
         return {"steps": trainer.step} | ({"accuracy": round(accuracy, 4)} if ctx.leads else {})
 
-    def _keep(self) -> None:
-        """Keeps the checkpoint of this step for good."""
+    def _keep_if_due(self, done: int) -> None:
+        """Keeps the checkpoint after every `keep_every` rollouts for good."""
+        every = self.settings.keep_every
+        if not every or not done or done % every or self.trainer.guard.streak:
+            return
         self.trainer.save()
         self.trainer.finish()
         if self.ctx.leads:

@@ -288,7 +288,10 @@ def _weighted_divergence(
     which: Divergence, temperature: float,
 ) -> Tensor:  # fmt: skip
     """sum_n weight_n * divergence_n; a chunk's logits are recomputed in backward, so that all of them never exist at
-    once."""
+    once. If the heads have different numbers of rows, both are padded beyond their common tokenizer."""
+    if len(student_VD) != len(teacher_VD):
+        vocab = min(len(student_VD), len(teacher_VD))
+        student_VD, teacher_VD = student_VD[:vocab], teacher_VD[:vocab]
 
     def chunk(student_CD: Tensor, head_VD: Tensor, teacher_CD: Tensor, weight_C: Tensor) -> Tensor:
         student_CV = ((student_CD @ head_VD.T).float() / temperature).log_softmax(-1)
