@@ -21,6 +21,7 @@ from bessemer.data.documents import read_files
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
 from bessemer.pipeline import conformance, runner
+from bessemer.pipeline.stages import import_model
 from bessemer.pipeline.stages.examples import Examples
 from bessemer.rl.preference import RewardModel
 from bessemer.runs.context import Interrupted
@@ -227,6 +228,17 @@ def test_examples_are_right_answers_to_train_problems(done):
         question, answer = json.loads(line)["messages"]
         assert (question["role"], answer["role"]) == ("user", "assistant") and question["content"] not in heldout
         assert answer["content"].startswith("<think>") and answer["content"].endswith("</answer>")
+
+
+def test_what_a_killed_import_leaves_is_deleted_by_the_next_run(tmp_path, monkeypatch):
+    def killed(config, ctx, scratch):
+        raise SystemExit(scratch)
+
+    monkeypatch.setattr(import_model, "_read", killed)
+    ctx = SimpleNamespace(state=tmp_path, rewind=lambda step: None)
+    with pytest.raises(SystemExit) as at:
+        import_model.Import().run(None, ctx)
+    assert at.value.code.parent == tmp_path and runner._is_temporary(at.value.code)
 
 
 def test_killed_in_the_middle_of_grpo_it_ends_with_the_same_bits(done, tmp_path):

@@ -232,6 +232,9 @@ def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_aga
         (['reward="format"', "format_reward=0.5"], 'format_reward has no effect with reward = "format"'),
         (['reward="random"', "language_reward=1"], 'language_reward has no effect with reward = "random"'),
         (['reward="random"', "overlong=8"], 'overlong has no effect with reward = "random"'),
+        (['reward="format"', "preference_reward=2"], 'preference_reward has no effect with reward = "format"'),
+        (['surrogate="reinforce"', "clip_low=0.5"], 'clip_low has no effect with surrogate = "reinforce"'),
+        (["kl=0", "reference_every=9"], "reference_every has no effect with kl = 0"),
         *(
             (["max_resamples=2", unlike], 'max_resamples needs advantage = "group" and supervision = "outcome"')
             for unlike in ('advantage="batch"', 'advantage="critic"', 'supervision="process"')

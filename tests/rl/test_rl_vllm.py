@@ -129,8 +129,10 @@ def test_older_releases_read_a_checkpoint(engine, tmp_path):
     assert not vllm_weights.transfers(LLM)
     (tmp_path / "config.json").write_text("{}")
     weights = {"a": torch.randn(3), "b": torch.randn(2).bfloat16()}
-    vllm_weights.FileWeights(LLM(), tmp_path / "config.json").load(weights)
+    files = vllm_weights.FileWeights(LLM(), tmp_path / "config.json")
+    files.load(weights)
     ((method, found, config),) = asked
+    assert [path.name for path in files.folder.iterdir()] == ["config.json"], "a killed worker leaves no weights behind"
     assert method == "reload_weights" and config == "{}" and all(torch.equal(found[n], w) for n, w in weights.items())
 
 

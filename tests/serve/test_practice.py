@@ -87,6 +87,20 @@ def test_whether_conversations_went_on_is_told(tmp_path, summary, more, told):
     assert practice.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is told
 
 
+def test_a_score_with_examples_is_not_the_model_s_own(tmp_path):
+    """Only where nothing else was evaluated does it stand for the model."""
+    (tmp_path / "recipe.toml").write_text(
+        '[[stage]]\nkind = "rl"\nname = "zero"\ntasks = ["countdown"]\n[[stage]]\nkind = "eval"\n'
+    )
+    (tmp_path / "01-zero" / "model").mkdir(parents=True)
+    (tmp_path / "02-eval").mkdir()
+    row = {"model": "zero", "task": "countdown", "language": "en", "temperature": 1.0}
+    bare, shown = row | {"pass_at_1": 0.6}, row | {"pass_at_1": 0.1, "shots": 4}
+    for rows, score in (([bare, shown], 0.6), ([bare, row | {"pass_at_1": 0.2, "prefix": "So"}], 0.6), ([shown], 0.1)):
+        (tmp_path / "02-eval" / "results.json").write_text(json.dumps({"rows": rows}))
+        assert practice.of_model(tmp_path / "01-zero" / "model").skills[0].solved == {"en": score}
+
+
 def test_problems_are_held_out_and_judged_by_their_task(run_server):
     """Problems of the tasks that the model practised. zero only read about arithmetic; its answers can be judged."""
     shown = {

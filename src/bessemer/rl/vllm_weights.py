@@ -151,5 +151,8 @@ class FileWeights:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        save_file(dict(weights), self.folder / FILE, metadata={"format": "pt"})
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
+        try:
+            save_file(dict(weights), self.folder / FILE, metadata={"format": "pt"})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self.folder)})
+        finally:  # a worker that is killed removes nothing, and shared memory stays full until the next boot
+            (self.folder / FILE).unlink(missing_ok=True)

@@ -64,7 +64,6 @@ LEARNING = (
     Panel("KL to the reference", "nats per token", ("rl/kl",), 0.0),
     Panel("Gradient norm", "before clipping", ("rl/grad_norm",), log=True),
     Panel("Learning rate", "", ("rl/lr",), 0.0),
-    Panel("Speed", "tokens per second", ("rl/tokens_per_second",), 0.0),
 )  # fmt: skip
 NAMES = {
     "train/loss": "next token",

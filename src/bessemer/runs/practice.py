@@ -143,11 +143,12 @@ def _sizes(value: object) -> list[int]:
 
 
 def _evaluation(name: str, folders: dict[str, Path]) -> tuple[list[dict[str, Any]], float | None]:
-    """The rows of a model's last evaluation at its lowest temperature, which is closest to how it is asked here, and
-    that temperature."""
+    """The rows of a model's last evaluation that are closest to how it is asked here: without examples, at the lowest
+    temperature. And that temperature."""
     for folder in reversed(folders.values()):
         found = (_read(folder / "results.json") or {}).get("rows", [])
         rows = [row for row in found if row.get("model") == name and isinstance(row.get("pass_at_1"), int | float)]
+        rows = [row for row in rows if not row.get("shots") and not row.get("prefix")] or rows
         if rows:
             lowest = min(float(row.get("temperature", 1.0)) for row in rows)
             return [row for row in rows if float(row.get("temperature", 1.0)) == lowest], lowest

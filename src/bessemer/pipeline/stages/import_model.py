@@ -61,7 +61,9 @@ class Import(Stage[ImportConfig]):
 
     def run(self, config: ImportConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
-        with tempfile.TemporaryDirectory(dir=ctx.state) as scratch:
+        with tempfile.TemporaryDirectory(
+            prefix=".tmp-", dir=ctx.state
+        ) as scratch:  # after a kill, the next run deletes it
             model, tokenizer = _read(config, ctx, Path(scratch))
             bare = tokenizer.chat_style is None and not tokenizer.chat_template
             if style := config.style or ("r1-zero" if bare else None):

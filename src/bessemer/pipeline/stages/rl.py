@@ -129,7 +129,7 @@ class RL(Stage[RLConfig]):
         return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
 
 
-TERMS = ("format_reward", "language_reward", "overlong")
+TERMS = ("format_reward", "language_reward", "overlong", "preference_reward")
 """Keys without effect where the reward is a control."""
 CONTROLS = ("format", "random")
 
@@ -153,6 +153,11 @@ def _check_effects(config: RLConfig) -> None:
             f'stage "{config.name}": max_resamples needs advantage = "group" and supervision = "outcome", since '
             "elsewhere groups of equal rewards teach, too; leave it out"
         )
+    for name in ("clip_low", "clip_high"):
+        if config.surrogate == "reinforce" and changed(config, name):
+            raise UserError(f'stage "{config.name}": {name} has no effect with surrogate = "reinforce"; leave it out')
+    if config.kl == 0 and changed(config, "reference_every"):
+        raise UserError(f'stage "{config.name}": reference_every has no effect with kl = 0; leave it out')
     for name in TERMS:
         if config.reward in CONTROLS and changed(config, name) and getattr(config, name):
             raise UserError(f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0')

@@ -6,10 +6,11 @@ from the trusted side) with one line of JSON: {"value": ...} or {"error": name, 
 to this process, it can only send lines; the trusted side, which knows the expected values, judges them.
 
 In mode `each` the trusted side sends `IMPORTS LENGTH`, the source, and then for every test the length of its input and
-the input. IMPORTS is 1 if the program may use the names of IMPORTED without importing them, else 0. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
-writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
-system that it could write to. When it ends, every process that it left behind is ended too, and only then is {"status":
-...} sent. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
+the input. IMPORTS is 1 if the program may use the names of IMPORTED without importing them, else 0. Process 1 runs each
+test in a fork of itself that has given up its rights, and passes on what it writes. The fork sees an interpreter in
+which no program has run, the input as a file, pipes of its own, and no file system that it could write to. When it
+ends, every process that it left behind is ended too, and only then is {"status": ...} sent. So a test finds no memory,
+file, pipe or process of the one before, and the output is that of one test.
 """
 
 import builtins
@@ -25,8 +26,8 @@ CHUNK = 1 << 16
 IMPORTED = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
 )
-"""Modules that LiveCodeBench's grader, like those of APPS and TACO, imports before a solution, and then all their names:
-of two equal names the later one counts, and those of `builtins` and `typing` count most."""
+"""Modules that LiveCodeBench's grader, like those of APPS and TACO, imports before a solution, with all their names. Of
+two equal names the later one counts; those of `builtins` and `typing` count most."""
 RECURSION = 50_000
 """The limit that LiveCodeBench's grader sets."""
 
