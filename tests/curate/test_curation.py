@@ -48,6 +48,9 @@ def test_keys_can_be_set_from_the_command_line(recipe):
     assert plain(found).sources[0].rules == {"min_words": 7}
     with pytest.raises(UserError, match="no table or source is called b"):
         load(path, ["b.bad=skip"])
+    for key in ("seed.a", "seed.a.b"):
+        with pytest.raises(UserError, match="seed is not a table"):
+            load(path, [f"{key}=1"])
     with pytest.raises(UserError, match="must read key=value"):
         load(path, ["seed"])
     with pytest.raises(UserError, match="no recipe at"):

@@ -64,11 +64,13 @@ def test_muon_has_one_moment_for_matrices():
     found = [dry_run.dry_run(cfg, Layout(), table, 1, 64, NumberFormats(2, 4, muon=muon))[0] for muon in (False, True)]
     assert found[1]["moments"] == moments < 0.65 * found[0]["moments"]
     assert {kind: size for kind, size in found[0].items() if size != found[1][kind]}.keys() == {"moments"}
-    recipe = Recipe.load("tiny", ["pretrain.moments=bfloat16"])
     _, cfg, config, _ = plan_config.resolve("builtin:tiny", plan_config.parse([]))
-    setup = plan_config.setup(config, cfg, parse_cluster("1xH100"))
-    ours = dry_run.of_recipe(recipe, device_name="H100").ranks[0]["moments"]
-    assert setup_memory(cfg, setup, table)[0]["moments"] == ours
+    for dtype in ("bfloat16", "float32"):
+        recipe = Recipe.load("tiny", [f"pretrain.moments={dtype}"])
+        own = plan_config.of_recipe(recipe, *plan_config.pretraining(recipe)[::2])
+        setup = plan_config.setup(own, cfg, parse_cluster("1xH100"))
+        ours = dry_run.of_recipe(recipe, device_name="H100").ranks[0]["moments"]
+        assert setup_memory(cfg, setup, table)[0]["moments"] == ours
     adamw = plan_config.setup(replace(config, optimizer="adamw"), cfg, parse_cluster("1xH100"))
     assert setup_memory(cfg, adamw, table)[0]["moments"] > 1.5 * ours
 

@@ -210,7 +210,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: no table or source is called {head}; {nearest(head, known)}")
     *path, last = rest.split(".")
     for step in path:
-        table = table.setdefault(step, {})
+        table = table.setdefault(step, {}) if isinstance(table, dict) else table
     if not isinstance(table, dict):
         raise UserError(f"--set {override}: {head} is not a table")
     table[last] = value

@@ -128,7 +128,8 @@ def plan_run(
 
 def setup_memory(cfg: ModelConfig, setup: Setup, table: Table) -> list[dict[str, int]]:
     """Bytes by kind of every pipeline rank of a run with this schedule."""
-    numbers = NumberFormats(fp8=setup.fp8, muon=setup.muon, padded=setup.packed or not setup.device.cudnn)
+    padded = setup.packed or not setup.device.cudnn
+    numbers = NumberFormats(moments=setup.moments, fp8=setup.fp8, muon=setup.muon, padded=padded)
     return memory.per_rank(
         cfg, setup.layout, table, setup.rows, setup.length, numbers, setup.recompute, setup.mtp,
         cuts(setup, table.stages), setup.device.room,

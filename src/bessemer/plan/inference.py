@@ -13,7 +13,7 @@ log-probabilities of the policy and of the reference.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bessemer.plan import layer_kernels
 from bessemer.plan.hardware import GIB, Device, Kernels, Op, efficiency, gemm, memory_op
@@ -90,10 +90,13 @@ def _layer(deployment: Deployment, rows: int, local: int, dense: bool) -> list[O
         ops.append(max(either, key=Kernels.of(deployment.device).seconds))
     if dense:
         return ops + list(layer_kernels.ffn(shape, rows, shape.inner, deployment.fp8).forward)
-    routed = max(1.0, rows * shape.chosen * deployment.ep / (local * deployment.ep))
+    # an expert that no token of the unit chose is not read
+    chosen = 1 - (1 - shape.chosen / shape.experts) ** (rows * deployment.ep)
+    read = max(1, round(local * chosen))
+    routed = max(1.0, rows * shape.chosen / read)
     ops += [
-        gemm("experts up", routed, 2 * shape.expert_inner, shape.dim, form, groups=local),
-        gemm("experts down", routed, shape.dim, shape.expert_inner, form, groups=local),
+        gemm("experts up", routed, 2 * shape.expert_inner, shape.dim, form, groups=read),
+        gemm("experts down", routed, shape.dim, shape.expert_inner, form, groups=read),
     ]
     if shape.shared_width:
         ops += list(layer_kernels.ffn(shape, rows, shape.shared_width, deployment.fp8).forward)
@@ -232,17 +235,17 @@ class RolloutTime:
 
 def rollout_time(
     shape: ModelShape, device: Device, gpus: int, answers: int, cap: int, train_rate: float, ep: int,
-    accepted: float = 0.0, mean: float = MEAN, critic: bool = False,
+    accepted: float = 0.0, mean: float = MEAN, critic: bool = False, fp8: bool = True,
 ) -> RolloutTime:  # fmt: skip
     """The time of one rollout. `train_rate`: tokens per second per GPU of a training step; `ep`: GPUs of a sampling
     unit; `accepted`: accepted MTP drafts per step (R1's sampler drafted, R1-Nature B.1; that of `rl` does not). A
-    `critic` adds one pass for values and its own updates."""
+    `critic` adds one pass for values and its own updates. `fp8`: of the sampler's weights."""
     each = max(1, -(-answers // gpus))
     batch = min(each, TOGETHER)
-    deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted)
+    deployment = Deployment(shape, device, ep, batch, mean * cap, accepted=accepted, fp8=fp8)
     step = decode(deployment).seconds / (1 + accepted)
     # the longest answers end alone, at the speed of a batch of 1
-    alone = decode(Deployment(shape, device, ep, 1, cap, accepted=accepted)).seconds / (1 + accepted)
+    alone = decode(replace(deployment, batch=1, context=cap)).seconds / (1 + accepted)
     sampling = step * mean * cap * each / batch + alone * (1 - mean) * cap
     tokens = answers * mean * cap
     passes = 1 + 2 / 3 + (1 + 1 / 3) * critic  # backward is two of three

@@ -17,7 +17,7 @@ from bessemer.config.data import CorpusConfig, ImportConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig, nearest
-from bessemer.config.training import PretrainConfig
+from bessemer.config.training import FineTuningConfig, PretrainConfig
 from bessemer.dist import mesh, schedules
 from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.mesh import Layout
@@ -62,6 +62,8 @@ class PlanConfig:
     """fp8 or bf16."""
     optimizer: str | None = None
     """adamw or muon."""
+    moments: str | None = None
+    """bfloat16 or float32: dtype of the optimizer's moments."""
     mtp: int | None = None
     """1: with the MTP modules; 0: without."""
     packed: int | None = None
@@ -184,7 +186,7 @@ def _phases(setting: str, text: str) -> tuple[str, ...]:
 
 _READ: dict[str, Callable[[str, str], Any]] = {
     "schedule": _one_of("auto", *schedules.SCHEDULES), "tokens": _amount, "precision": _one_of("fp8", "bf16"),
-    "optimizer": _one_of("adamw", "muon"),
+    "optimizer": _one_of("adamw", "muon"), "moments": _one_of("bfloat16", "float32"),
     "batch": lambda setting, text: ((0.0, float(_whole(setting, text))),), "routing": lambda setting, text: text,
     **dict.fromkeys(("mtp", "packed"), lambda setting, text: int(_one_of("0", "1")(setting, text))),
     "recompute": _phases, "stages": _one_of("balanced", "even"), "in_step": _amount, "usd": _amount,
@@ -234,12 +236,13 @@ def with_layout(config: PlanConfig, cfg: ModelConfig, cluster: ClusterSpec, layo
     name, micro = micro_batches(config.schedule or "auto", layout.pp, batch // (pipelines * rows))
     busiest = 1.0
     if config.routing not in (None, "balanced"):
-        busiest = imbalance(Path(config.routing), layout.ep)
+        busiest = imbalance(Path(config.routing), layout.ep, cfg.n_routed_experts)
     fp8 = config.precision == "fp8" if config.precision else cluster.device.fp8 is not None
     return Setup(
         ModelShape.of(cfg), layout, cluster.device, name, micro, rows, length, fp8,
         config.mtp != 0, config.recompute or (), busiest, config.in_step or IN_STEP, config.stages == "even",
-        cp=layout.cp, muon=config.optimizer == "muon", packed=config.packed == 1,
+        cp=layout.cp, muon=config.optimizer == "muon", moments=4 if config.moments == "float32" else 2,
+        packed=config.packed == 1,
     )  # fmt: skip
 
 
@@ -337,11 +340,13 @@ def of_recipe(recipe: Recipe, settings: PretrainConfig | None, length: int) -> P
     if settings is None:
         fp8 = any(getattr(stage, "fp8", "off") != "off" for stage in recipe.stages)
         packed = int(any(hasattr(stage, "row_length") for stage in recipe.stages))
-        return PlanConfig(**layout, seq=length, precision="fp8" if fp8 else "bf16", packed=packed)
+        precision = "fp8" if fp8 else "bf16"
+        return PlanConfig(**layout, seq=length, precision=precision, moments=FineTuningConfig.moments, packed=packed)
     rows = settings.batch_rows
     return PlanConfig(
         **layout, tokens=float(settings.tokens), batch=tuple(zip(rows.tokens, rows.values, strict=True)),
         seq=length, micro_rows=settings.micro_rows, optimizer=settings.optimizer,
+        moments=settings.moments,
         precision="fp8" if settings.fp8 != "off" else "bf16", mtp=int(any(settings.mtp_lambda.values)),
         packed=int(settings.document_mask),
     )  # fmt: skip

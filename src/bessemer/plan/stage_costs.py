@@ -114,8 +114,9 @@ def _answers(plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap:
 def _rollout(
     plan: RunPlan, recipe: Recipe, name: str | None, answers: int, cap: int, rate: float, critic: bool = False
 ) -> RolloutTime:
-    shape, device = _shape(plan, recipe, name), plan.setup.device
-    return rollout_time(shape, device, plan.gpus, answers, cap, rate, min(plan.gpus, 64), critic=critic)
+    shape, device, unit = _shape(plan, recipe, name), plan.setup.device, min(plan.gpus, 64)
+    # the engine samples with BF16 weights, whatever the stage trains in
+    return rollout_time(shape, device, plan.gpus, answers, cap, rate, unit, critic=critic, fp8=False)
 
 
 def _speed(plan: RunPlan, recipe: Recipe, name: str) -> float:

@@ -208,8 +208,8 @@ def step_end(setup: Setup, table: Table) -> tuple[float, float]:
         share = sum(params / ranks for params, ranks, _ in groups)
         whole = 0.0 if setup.fsdp else sum(params for params, _, _ in groups)
         # all gradients are read for their norm and cleared; in this rank's share, gradients are read, masters and two
-        # BF16 moments are read and written, weights are written
-        update = memory_op("update", 2 * GRADIENT * whole + (GRADIENT + 8 + 8 + WEIGHT) * share)
+        # moments are read and written, weights are written
+        update = memory_op("update", 2 * GRADIENT * whole + (GRADIENT + 8 + 4 * setup.moments + WEIGHT) * share)
         worst = max(worst, (sync, setup.in_step * kernels.seconds(update)))
     return worst
 

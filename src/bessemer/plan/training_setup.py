@@ -150,6 +150,8 @@ class Setup:
     cp: int = 1
     """Context parallelism: how many of the layout's ranks each compute a part of every row."""
     muon: bool = False
+    moments: int = 2
+    """Bytes of an optimizer moment (V3: BF16)."""
     packed: bool = False
     """Rows hold several texts that do not see each other."""
     slices: int = 2
@@ -216,18 +218,19 @@ def _mean_distinct(numbers: np.ndarray) -> float:
     return float(1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).mean())
 
 
-def imbalance(path: Path, ep: int) -> float:
+def imbalance(path: Path, ep: int, experts: int) -> float:
     """Ratio of the rows of the busiest of `ep` ranks to the mean, averaged over the layers of a load trace: JSON with a
-    list of tokens per expert for every layer (or an object of such lists). UserError for a trace it cannot use."""
+    list of tokens for each of the `experts` for every layer (or an object of such lists). UserError for a trace it
+    cannot use."""
     try:
         trace = json.loads(path.read_text(encoding="utf-8"))
         layers = list(trace.values()) if isinstance(trace, dict) else trace
         loads = np.array(layers, dtype=float)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the load trace {path}: {error}") from None
-    if loads.ndim != 2 or loads.shape[1] % ep or not (loads >= 0).all() or not loads.sum(1).all():
+    if loads.ndim != 2 or loads.shape[1] != experts or experts % ep or not (loads >= 0).all() or not loads.sum(1).all():
         raise UserError(
-            f"load trace {path}: expected a list of loads per layer, each with experts that {ep} ranks share evenly"
+            f"load trace {path}: expected a list of {experts} loads per layer, for experts that {ep} ranks share evenly"
         )
     ranks = loads.reshape(len(loads), ep, -1).sum(2)
     return float((ranks.max(1) / ranks.mean(1)).mean())
