@@ -203,6 +203,21 @@ def test_generations_are_those_of_hflm(engine, theirs):
     assert got[2::3] == [text.split("w")[0] for text in full] != full
 
 
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [
+        ({}, 0.0),
+        ({"until": ["x"], "do_sample": True}, 1.0),
+        ({"until": ["x"], "do_sample": False, "temperature": 0.7}, 0.0),
+        ({"until": ["x"], "do_sample": True, "temperature": 0.7}, 0.7),
+        ({"until": ["x"], "temperature": None}, 0.0),
+    ],
+)
+def test_a_row_states_the_temperature_that_was_used(engine, settings, temperature):
+    results = {"n-samples": {"t": {"effective": 4}}, "n-shot": {}, "configs": {"t": {"generation_kwargs": settings}}}
+    assert lm_eval_model._row("t", {"acc,none": 0.5}, results, BessemerLM(engine))["temperature"] == temperature
+
+
 @pytest.fixture(scope="module")
 def own_tasks(tmp_path_factory, engine):
     """A folder with two tasks of 20 items: multiple choice, and generation in which about half match the gold."""

@@ -97,6 +97,13 @@ def test_the_head_names_models_from_elsewhere(root):
     assert card._origin(both | {"stage": [imported]}) == "imported: package:smollm2-135m"
 
 
+def test_a_mean_over_tasks_has_an_interval_over_their_problems():
+    solved = {str(n): float(n < 10) for n in range(20)}
+    (table,) = tables.stage_tables([row("a", by_problem=solved), row("a", "u", by_problem=solved)])
+    (mean,) = table.overall[0].cells
+    assert mean.value == 0.5 and 0.3 < mean.interval[0] < 0.45 and 0.55 < mean.interval[1] < 0.7
+
+
 def test_what_is_not_there_is_left_out():
     (table,) = tables.stage_tables([row("a", mean_length=10.0), row("b"), row("b", "u", readable=0.4)])
     assert table.models == ("a", "b")

@@ -11,6 +11,7 @@ from bessemer.data import chat
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, SEPARATOR, read_tools
 from bessemer.serve.events import ChoiceBuilder
 from bessemer.serve.replies import ChatReply, ResponsesReply
+from bessemer.serve.response_items import ResponseItems
 from bessemer.serve.tool_calling import CallWriter, ToolUse
 
 FIND = {
@@ -44,6 +45,18 @@ def checked(calls):
     for call in calls:
         jsonschema.validate(json.loads(call.function.arguments), {"find": FIND, "stop": NOTHING}[call.function.name])
     return [(call.function.name, call.function.arguments) for call in calls]
+
+
+def test_text_after_a_call_in_one_piece_does_not_take_its_arguments():
+    """Several tokens may arrive together: the rest of the arguments, the call's end and the text behind it."""
+    writer, items = CallWriter(ToolUse(read_tools(TOOLS)), False), ResponseItems("resp-1")
+    begun = CALLS + CALL + "find" + SEPARATOR + '{"word": "the", '
+    for text in (begun, '"n": 1}' + CALL_END + CALLS_END + "\nDone."):
+        items.add_delta(writer.delta(text))
+    items.add_delta(writer.end())
+    items.close("completed")
+    call, message = items.items
+    assert json.loads(call["arguments"]) == {"word": "the", "n": 1} and message["content"][0]["text"] == "\nDone."
 
 
 def test_demanded_calls_fit_their_schemas_and_streams_say_the_same(tool_server):

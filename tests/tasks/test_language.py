@@ -27,6 +27,13 @@ def test_share(text, english):
     assert share(text, "zh") == (1.0 if english is None else 1.0 - english)
 
 
+@pytest.mark.parametrize("text", ["Сначала сложим", "먼저 숫자를 더하고", "まずたして"])
+def test_a_third_language_is_neither(text):
+    assert share(text, "en") == share(text, "zh") == 0.0
+    assert 0.0 < share(f"{text} first 再", "en") < 0.5
+    assert share("first add αβ", "en") == 1.0, "Greek letters are mathematics"
+
+
 def test_unknown_language():
     with pytest.raises(UserError):
         share("x", "fr")

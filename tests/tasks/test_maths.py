@@ -120,10 +120,58 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("x=2, y=3", "(3, 2)", "wrong-value"),
         ("x=2, y=3", "3, 2", "wrong-value"),
         ("x=2, x=3", "3, 2", "correct"),
+        ("x=2, x=3", "x = 3 \\text{ or } x = 2", "correct"),
+        ("1,-2", "x=1 \\text{ or } x=-2", "correct"),
+        ("1,-2", "x=1, x=2", "wrong-value"),
+        ("(2,3)", "a=2, b=3", "correct"),
+        ("(2,3)", "(a, b) = (2, 3)", "correct"),
+        ("(2,3)", "(a, b) = (3, 2)", "wrong-value"),
+        ("2", "AB=2", "correct"),
+        ("2", "f(2) = 2", "correct"),
+        ("2", "a_{10}=3", "wrong-value"),
+        ("2", "2x = 2", "unparsable"),
+        ("2", "x = 4 = 2", "unparsable"),
+        ("\\sqrt5", "AB = \\sqrt{5}", "correct"),
+        ("x^2+1", "P(x) = x^2+1", "correct"),
+        ("\\frac{19}{6}", "3\\frac{1}{6}", "correct"),
+        ("-3.5", "-3 \\frac12", "correct"),
+        ("4.5", "3\\frac{3}{2}", "unparsable"),
+        ("3\\frac{2}{4}", "3.5", "correct"),
+        ("3.5", "3\\frac{2}{4}", "correct"),
+        ("0.\\overline{3}", "\\frac13", "correct"),
+        ("\\frac{7}{30}", "0.2\\overline{3}", "correct"),
+        ("0.\\overline{45}", "0.45", "wrong-value"),
+        ("2516_8", "2516_{8}", "correct"),
+        ("2516_8", "2516_9", "wrong-value"),
+        ("12:00", "12:00", "correct"),
+        ("12:00", "0:00", "wrong-value"),
     ],
 )
 def test_judgements(task, gold, answer, reason):
     assert judged(task, gold, answer, "Expand (x+1)^2, please.")[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "prompt", "reason"),
+    [
+        ("15", "15\\text{ cm}", "How long is it, in centimeters?", "correct"),
+        ("15", "15 \\text{ cm}^2", "What is its area in square centimeters?", "correct"),
+        ("15", "15 \\text{ cm}^2", "How long is it, in centimeters?", "wrong-value"),
+        ("15", "15 \\text{ cm}", "What is its area in square centimeters?", "wrong-value"),
+        ("15", "15 \\text{ km/h}", "How fast is it, in kilometers per hour?", "correct"),
+        ("15", "15 mph", "How fast is it, in miles per hour?", "correct"),
+        ("15", "15 \\text{ m/s}", "A ball falls at 9.8 m/s at first. And then?", "correct"),
+        ("15", "15 \\text{ in}", "In which year is it in season?", "wrong-value"),
+        ("864 \\mbox{ inches}^2", "864 \\text{ square inches}", "What is its area?", "correct"),
+        ("12\\text{ in.}", "12 inches", "How long?", "correct"),
+        ("12\\text{ in.}", "12 feet", "How long?", "wrong-value"),
+        ("15", "15元", "小明有多少元？", "correct"),
+        ("15", "15个。", "有多少个苹果？", "correct"),
+        ("15", "15米", "有多少个苹果？", "wrong-value"),
+    ],
+)
+def test_a_unit_may_be_spelled_out_or_short(task, gold, answer, prompt, reason):
+    assert judged(task, gold, answer, prompt)[0] == reason
 
 
 def test_what_looks_like_a_time_may_be_a_ratio(task):

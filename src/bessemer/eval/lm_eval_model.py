@@ -295,7 +295,8 @@ def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: Besseme
         value = metrics[metric]["value"]
         assert value is not None, "the values of lm-eval's metrics are numbers"
         interval = list(wilson(value, n))
-    config = results["configs"][name]
+    settings = dict(results["configs"][name].get("generation_kwargs") or {})
+    sampling = lm._sampling(settings)[0] if settings else {}
     return {
         "task": name,
         "domain": "lm-eval",
@@ -303,8 +304,8 @@ def _row(name: str, values: dict[str, Any], results: dict[str, Any], lm: Besseme
         "n": n,
         "samples": 1,
         "k": 1,
-        "temperature": float((config.get("generation_kwargs") or {}).get("temperature", 0.0)),
-        "top_p": float((config.get("generation_kwargs") or {}).get("top_p", 1.0)),
+        "temperature": sampling.get("temperature", 0.0),
+        "top_p": float(sampling.get("top_p", 1.0)),
         **dict.fromkeys(("pass_at_1", "pass_at_k", "maj_at_k"), value),
         **dict.fromkeys(("pass_at_1_interval", "pass_at_k_interval", "maj_at_k_interval"), interval),
         "by_difficulty": {},

@@ -45,7 +45,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("pass_at_1", "pass@1"),
+    Measure("pass_at_1", "pass@1", by_problem="by_problem"),
     Measure("pass_at_k", "pass@{k}"),
     Measure("maj_at_k", "cons@{k}"),
     Measure("readable", "readable", by_problem="readable_by_problem"),

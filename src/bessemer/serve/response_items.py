@@ -28,8 +28,15 @@ class ResponseItems:
 
     def add_delta(self, delta: dict[str, Any]) -> list[TypedEvent]:
         """The events for a chat delta: more of the message, and more of calls."""
-        events = self.add("message", delta["content"]) if "content" in delta else []
-        for piece in delta.get("tool_calls", ()):
+        pieces = delta.get("tool_calls", ())
+        events = self._add_calls([piece for piece in pieces if "id" not in piece])  # of the call that is open
+        if "content" in delta:
+            events += self.add("message", delta["content"])
+        return events + self._add_calls([piece for piece in pieces if "id" in piece])
+
+    def _add_calls(self, pieces: list[dict[str, Any]]) -> list[TypedEvent]:
+        events = []
+        for piece in pieces:
             function = piece["function"]
             if "id" in piece:
                 events += [*self.close("completed"), *self._begin_call(piece["id"], function["name"])]

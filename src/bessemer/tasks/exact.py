@@ -25,7 +25,11 @@ MAX_CHARS = 4000
 SHUFFLE = "@shuffle"
 _ASK_LETTER = {"en": "Answer with the letter of one choice.", "zh": "请用一个选项的字母作答。"}
 _ASK_JSON = {"en": "Give the answer as JSON.", "zh": "请以JSON格式作答。"}
-_LETTER = re.compile(r"(?:\\text(?:bf)?\{)?\(?([A-Za-z])\)?\}?[.):]?(?:\s+(.+))?", re.DOTALL)
+_LETTER = re.compile(
+    r"(?:答案[是为]?[:：]? ?)?(?:\\(?:text(?:bf)?|mathrm|mathbf) ?\{)?[*(（]*([A-Za-z])[)）*]*\}?[.):：。、．]?"
+    r"(?:\s+(.+))?",
+    re.DOTALL,
+)
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -44,7 +48,7 @@ class MultipleChoice(FileTask):
     def read(cls, record: dict[str, Any], where: str) -> Question:
         if "Correct Answer" in record:  # GPQA
             names = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))]
-            choices = [cls.text(record, where, [name]) for name in names]
+            choices = [" ".join(cls.text(record, where, [name]).split()) for name in names]
             return Question(cls.text(record, where, ["Question"]), {"choices": choices, "gold": "A", "shuffle": True})
         question = cls.text(record, where)
         listed = next((record[name] for name in ("choices", "options") if name in record), None)

@@ -60,6 +60,13 @@ _LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最�
 _POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
 _TIME = re.compile("[0-9]{1,2}(?::[0-5][0-9]){1,2}")
 _RATIO = re.compile("ratio|proportion|比", re.IGNORECASE)
+_BASE = re.compile(r"[0-9]+_ ?\{?(\w+)\}?")
+_NAME = re.compile(
+    r"(?:(?:\\[a-z]+ ?(?=[A-Z]))?(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w{1,4}\}?)?(?:\([A-Za-z0-9, ]{1,9}\))?"
+    r"|\([A-Za-z](?:, ?[A-Za-z]){1,3}\)) ?=(?P<value>[^=]+)"
+)
+"""What an answer may be called: x, x_1, AB, f(2), (x, y), \\angle A."""
+_AND = re.compile(r"(?:\\text ?\{ ?(?:or|and|或|和) ?\}|\b(?:or|and)\b|或|和|,|;|\\quad)+")
 _OF_WHAT = re.compile("^[A-Za-z]+(?: ?: ?[A-Za-z]+)+ ?= ?")
 _ASSIGNMENT = re.compile(r"\s*([A-Za-z](?:_\{?\w+\}?)?) *= *([^=]+)")
 SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞√±×÷·−≤≥≠∈∪∩∅°²³⁴")
@@ -134,7 +141,8 @@ class Gsm8k(Maths):
 
 
 def _grade_number(gold: Numeral, answer: str, question: str) -> tuple[str, str | None]:
-    number = parse_numeral(re.sub(r"^[A-Za-z] ?= ?", "", answer))
+    named = _NAME.fullmatch(answer)
+    number = parse_numeral(named["value"].strip() if named else answer)
     if number is None:
         return UNPARSABLE, None
     if not number.finished and not _may_stay(number, answer, question):
@@ -159,20 +167,25 @@ def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
     gold, answer = (_OF_WHAT.sub("", text) for text in (gold, answer))
-    left, equals, right = answer.partition("=")
-    if equals and "=" not in gold and ("=" in right or not re.fullmatch("[A-Za-z] ?", left)):
-        return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
+    gold, answer = _values(gold, answer), _values(answer, gold)
+    if "=" in answer and "=" not in gold:
+        if (named := _NAME.fullmatch(answer)) is None:
+            return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
+        answer = named["value"].strip()
     if "\n" in answer or "$" in answer or _HUGE.search(answer):
         return UNPARSABLE, None  # more than one expression, or a power that no answer has
     if not answer.isascii() and not SIGNS.union(gold).issuperset(c for c in answer if not c.isascii()):
         return UNPARSABLE, None
+    bases = [_BASE.fullmatch(text) for text in (gold, answer)]
+    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
+        return WRONG_VALUE, answer  # math-verify does not read them
     if _TIME.fullmatch(gold) and not _RATIO.search(prompt):
         given = [int(part) for part in answer.split(":")] if _TIME.fullmatch(answer) else None
         return CORRECT if given == [int(part) for part in gold.split(":")] else WRONG_VALUE, answer
     try:
         if max(gold.count(":"), answer.count(":")) > 1:
             return _grade_ratio(gold.split(":"), answer.split(":"))
-        reply = _same(_values(gold) if "=" not in answer else gold, answer)
+        reply = _same(gold, answer)
     except RefereeFault as fault:
         return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
     if reply["canonical"] is None:
@@ -193,11 +206,16 @@ def _grade_ratio(gold: list[str], answer: list[str]) -> tuple[str, str | None]:
     return CORRECT if same else WRONG_VALUE, ":".join(term.strip() for term in answer)
 
 
-def _values(gold: str) -> str:
-    """`(2, 3)` for `x = 2, y = 3`: math-verify would compare bare values with it as a set, in any order."""
-    found = [_ASSIGNMENT.fullmatch(part) for part in re.split(r",|;|\\quad|\band\b|和", gold)]
-    names = {one[1] for one in found if one is not None}
-    return f"({','.join(one[2].strip() for one in found if one)})" if len(names) == len(found) > 1 else gold
+def _values(text: str, other: str) -> str:
+    """`2, 3` for `x = 2 or x = 3`; `(2, 3)` for `x = 2, y = 3` if the `other` side has bare values, which math-verify
+    would compare with it as a set, in any order."""
+    found = [_ASSIGNMENT.fullmatch(part) for part in _AND.split(text)]
+    names, values = {one[1] for one in found if one}, [one[2].strip() for one in found if one]
+    if len(values) != len(found) or len(found) < 2:
+        return text
+    if len(names) == 1:
+        return ", ".join(values)
+    return f"({', '.join(values)})" if len(names) == len(found) and "=" not in other else text
 
 
 def _echoes(answer: str, prompt: str) -> bool:
@@ -227,7 +245,8 @@ def _plain(meta: dict[str, Any]) -> bool:
     gold = meta["gold"]
     if not meta.keys().isdisjoint(MEASURED) or plain_words(gold) is not None:
         return True
-    return parse_numeral(split_unit(gold)[0]) is not None
+    bare = split_unit(gold)[0]
+    return parse_numeral(bare) is not None or _TIME.fullmatch(bare) is not None
 
 
 def _difficulty(record: dict[str, Any], answer: str) -> int:

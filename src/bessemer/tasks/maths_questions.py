@@ -33,11 +33,12 @@ _DIGITS = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMERAL = re.compile(
     rf"(?P<sign>[+-]?) ?(?:"
     rf"(?P<top>{_DIGITS}) ?/ ?(?P<bottom>{_DIGITS})"
-    rf"|\\[dt]?frac ?(?:\{{(?P<latex_top>-?{_DIGITS})\}}|(?P<bare_top>[0-9])) ?"
+    rf"|(?P<ones>[0-9]{{1,9}})? ?\\[dt]?frac ?(?:\{{(?P<latex_top>-?{_DIGITS})\}}|(?P<bare_top>[0-9])) ?"
     rf"(?:\{{(?P<latex_bottom>{_DIGITS})\}}|(?P<bare_bottom>[0-9]))"
     r"|(?P<digits>[0-9]{1,15}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}) ?"
     r"(?:[eE]|(?:\\times|\\cdot|[×·*]) ?10 ?\^ ?(?P<brace>\{)?)(?P<power>[+-]?[0-9]{1,2})(?(brace)\}|)"
     rf"|(?P<base>{_DIGITS}) ?\^ ?(?:\{{(?P<exponent>[0-9]{{1,4}})\}}|(?P<bare_exponent>[0-9]{{1,4}}))"
+    r"|(?P<lead>[0-9]{0,15})\.(?P<fixed>[0-9]{0,15})\\overline ?\{(?P<cycle>[0-9]{1,15})\}"
     rf"|(?P<whole>{_DIGITS})(?:\.(?P<part>[0-9]*))?|\.(?P<only>[0-9]+)"
     r")"
 )
@@ -52,11 +53,19 @@ _TAIL = re.compile(
     r"(?: ?(?:\\?%|\\?\$|[£€¥]|(?:°|\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree) ?[CF]?)"
     rf"|(?:(?:\\[,;:! ]|~|\s|/|\\cdot)*{_BLOCK})+"
     rf"|(?:(?<=[0-9}}])|\s)\s*(?:(?:square|cubic|sq\.?) )?(?:{BARE})"
-    r"(?: ?\^ ?(?:\{[23]\}|[23])|[²³])?)$"
+    r"(?: ?\^ ?(?:\{[23]\}|[23])|[²³])?|(?<=[0-9}])\s*[\u4e00-\u9fff]{1,4})$"
 )
 _UNFINISHED = re.compile(r"(?:[=<>+*/^_,(|-]|\\(?:in|le|ge|leq|geq|neq|ne|cup|cap|to|times|cdot|pm|mp|approx|sim)) *$")
-_SAME_UNIT = {"percent": "%", "percentage": "%", "degree": "°", "dollar": "$", "euro": "€", "metre": "meter"}
-_SAME_UNIT |= {"litre": "liter", "feet": "foot", "ft": "foot", "inche": "inch"}
+_SAME_UNIT = {"percent": "%", "percentage": "%", "degree": "°", "dollar": "$", "euro": "€"}
+_SPELLED = {
+    "mm": "millimeter", "cm": "centimeter", "km": "kilometer", "millimetre": "millimeter", "centimetre": "centimeter",
+    "metre": "meter", "kilometre": "kilometer", "feet": "foot", "ft": "foot", "inche": "inch", "yd": "yard",
+    "mg": "milligram", "kg": "kilogram", "lb": "pound", "lbs": "pound", "oz": "ounce", "ml": "milliliter",
+    "litre": "liter", "hr": "hour", "hrs": "hour", "min": "minute", "sec": "second", "mph": "mile/hour",
+    "kph": "kilometer/hour",
+}  # fmt: skip
+_LETTERS = {"m": "meter", "in": "inch", "g": "gram", "l": "liter", "h": "hour", "s": "second"}
+"""Abbreviations that mean something else in a question, unless they follow a number or a stroke."""
 _NAMED = {
     "%": "%|percent|百分",
     "°": r"°|\\circ|degree|angle|度|角",
@@ -70,7 +79,7 @@ _NAMED = {
 def peeled(text: str) -> str:
     """An answer without the white space, math delimiters, \\boxed and full stop around it."""
     while True:
-        text = text.strip(" \r\n\t").removesuffix(".")
+        text = text.strip(" \r\n\t").removesuffix(".").removesuffix("。")
         match = next((m for pattern in _PEELS if (m := pattern.fullmatch(text))), None)
         if match is None or not _balanced(match["inner"]):
             return text.strip(" \r\n\t")
@@ -127,7 +136,16 @@ def _numeral(match: re.Match[str] | None) -> Numeral | None:
         if denominator == 0:
             return None
         value = sign * Fraction(numerator, denominator)
-        return Numeral(value, value.denominator == denominator > 1)
+        finished = value.denominator == denominator > 1
+        if match["ones"]:  # a mixed number
+            if not 0 < numerator < denominator:
+                return None
+            value += sign * int(match["ones"])
+        return Numeral(value, finished)
+    if match["cycle"]:
+        before = f"{match['lead']}{match['fixed']}"
+        unit = 10 ** len(match["fixed"]) * (10 ** len(match["cycle"]) - 1)
+        return Numeral(sign * Fraction(int(before + match["cycle"]) - int(before or "0"), unit), True)
     if match["digits"]:
         return Numeral(sign * Fraction(f"{match['digits']}e{match['power']}"), True)
     if match["base"]:
@@ -174,18 +192,36 @@ def unit_form(unit: str) -> str:
     unit = re.sub(r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree", "°", unit).replace("²", "^2").replace("³", "^3")
     unit = re.sub(r"\\cdot|\\[,;:! ]|[\s~·*]+", "·", re.sub(r"\\([%$])", r"\1", unit))
     unit = re.sub(r"·*([/^()°])·*", r"\1", re.sub("[{}]|··+", lambda m: "·" if m[0][0] == "·" else "", unit))
-    unit = unit.strip("·.")
-    if re.fullmatch("[A-Za-z]{4,}", unit):
-        unit = unit.lower().removesuffix("s")
-    return _SAME_UNIT.get(unit.lower() if len(unit) > 1 else unit, unit)
+    unit = re.sub("[A-Za-z]+", lambda word: _LETTERS.get(word[0], _spelled(word[0])), unit.strip("·.").replace(".", ""))
+    unit = _powers(unit, "·")
+    return _SAME_UNIT.get(unit, unit)
+
+
+def _spelled(word: str) -> str:
+    """A unit's name, in the singular, for its name or abbreviation; other words as they are, in lower case."""
+    name = word.lower().removesuffix("s") if len(word) > 3 else word
+    return _SPELLED.get(name if len(word) > 3 else word.lower(), name)
+
+
+def _powers(text: str, space: str) -> str:
+    """`centimeter^2` for square centimeter, `mile/hour` for mile per hour."""
+    text = re.sub(rf"\b(square|sq|cubic){space}([a-z]+)", lambda m: f"{m[2]}^{3 if m[1] == 'cubic' else 2}", text)
+    return re.sub(rf"{space}per{space}", "/", text)
 
 
 def unit_fits(given: str, gold: str, question: str) -> bool:
     """Whether an answer may carry a unit: none, that of the gold answer, or one that the question names."""
     if given in ("", gold):
         return True
-    pattern = _NAMED.get(given) or rf"(?<![A-Za-z]){re.escape(given.replace('·', ' '))}(?:s|es)?(?![A-Za-z^²³])"
-    return not gold and re.search(pattern, question, re.IGNORECASE) is not None
+    if gold:
+        return False
+    if given in _NAMED:
+        return re.search(_NAMED[given], question, re.IGNORECASE) is not None
+    text = re.sub(r"\\[a-z]+|[{}$~]", " ", question.replace("²", "^2").replace("³", "^3"))
+    text = re.sub(r"(?<=[0-9/])( *)(m|in|g|l|h|s)(?![A-Za-z])", lambda m: m[1] + _LETTERS[m[2]], text)
+    text = re.sub(" +", " ", re.sub("[A-Za-z]+", lambda word: _spelled(word[0]), text))
+    pattern = rf"(?<![A-Za-z/]){re.escape(given.replace('·', ' '))}(?:s|es)?(?![A-Za-z^/])"
+    return re.search(pattern, _powers(text, " ").replace("^ ", "^"), re.IGNORECASE) is not None
 
 
 def no_value(text: str, *more: str) -> bool:

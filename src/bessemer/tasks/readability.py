@@ -39,7 +39,10 @@ _TAG = re.compile("</?(?:think|answer)>")
 _SPAN = re.compile(r"`([^`\n]*)`")
 _QUOTED = re.compile(r"'[^'\n]{0,30}'|\"[^\"\n]{0,30}\"")
 _KEYWORDS = frozenset(["and", "else", "for", "if", "in", "is", "lambda", "not", "or"])
-_LANGUAGE_WORD = re.compile("</?(?:think|answer)>|([A-Za-z]{2,})|([\u3400-\u4dbf\u4e00-\u9fff])")
+_LANGUAGE_WORD = re.compile(
+    "</?(?:think|answer)>|([A-Za-z]{2,})|([\u3400-\u4dbf\u4e00-\u9fff])"
+    "|([\u0400-\u06ff\u0900-\u0eff\u3040-\u30ff\uac00-\ud7af]{2,})"  # other scripts; Greek is mathematics
+)
 _CONTROL = re.compile(
     "<｜[^｜<>]{1,40}｜>|<\\|[a-z_]{1,40}\\|>"  # control tokens written out, ours and other families'
     "|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\ue000-\uf8ff]"
@@ -125,13 +128,14 @@ def share(text: str, language: str) -> float:
     """Share of words in `language` ("en" or "zh"); 1.0 for a text without words."""
     if language not in ("en", "zh"):
         raise UserError(f"language {language!r} is not supported; use 'en' or 'zh'")
-    latin = han = 0
+    latin = han = other = 0
     for match in _LANGUAGE_WORD.finditer(_SPAN.sub(_prose, text)):
         latin += match[1] is not None
         han += match[2] is not None
-    if latin + han == 0:
+        other += match[3] is not None
+    if latin + han + other == 0:
         return 1.0
-    return (latin if language == "en" else han) / (latin + han)
+    return (latin if language == "en" else han) / (latin + han + other)
 
 
 def _prose(span: re.Match[str]) -> str:
