@@ -148,6 +148,18 @@ def test_run_until_and_out(call, recipe, tmp_path):
     assert status == 0 and sorted(path.name for path in (tmp_path / "here").iterdir() if path.is_dir()) == ["01-a"]
 
 
+def test_options_of_a_run_are_refused_where_nothing_runs(call, recipe, tmp_path):
+    for beside, option in (
+        ("--dry-run", ("--until", "a")),
+        ("--dry-run", ("--out", tmp_path)),
+        ("--conformance", ("--dry-run",)),
+        ("--conformance", ("--world", 2)),
+    ):
+        status, _, err = call("run", recipe, beside, *option)
+        assert status and f"{option[0]} has no effect with {beside}" in err
+    assert "names no task" in call("eval", tmp_path, "--lm-eval", ",")[2]
+
+
 def test_an_interrupted_run_says_how_to_go_on(call, recipe):
     status, out, err = call("run", recipe, "--set", "b.stop=true")
     assert status == 130 and out == "" and "continue with: bessemer run runs/note/recipe.toml" in err

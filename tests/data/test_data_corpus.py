@@ -122,6 +122,23 @@ def test_a_batch_counts_neither_padding_nor_first_tokens(built):
     assert (batch.loss_BT == expected).all() and batch.segments_BT is None
 
 
+def test_a_segment_holds_tokens_of_one_document_though_its_piece_has_no_bos(built, tokenizer):
+    rows = built.train
+    batch = rows.batch(range(rows.n_rows), masked=True)
+    whole = [document.tobytes() for document in rows.documents()]
+    middles = 0
+    for tokens_T, segments_T in zip(batch.tokens_BT, batch.segments_BT, strict=True):
+        assert segments_T[0] == 0 and set(segments_T.diff().tolist()) <= {0, 1}
+        for segment in segments_T.unique():
+            ids = tokens_T[(segments_T == segment) & (tokens_T != rows.pad_id)].numpy()
+            middles += ids[0] != tokenizer.bos_id and int(segment) > 0
+            assert any(ids.astype(rows._dtype).tobytes() in one for one in whole)
+    assert middles > 3, "some follow another document in their row"
+    order = [5, 0, 3]
+    assert np.array_equal(rows.documents_of(order), batch.segments_BT[order])
+    assert rows.batch(order).segments_BT is None
+
+
 def test_the_same_build_gives_the_same_bytes_and_replaces_the_old(built, documents, tokenizer, tmp_path):
     first = corpus.build(documents[:100], tokenizer, 64, tmp_path / "c")
     again = corpus.build(documents, tokenizer, 64, tmp_path / "c", heldout=0.1)

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import stages_run
@@ -18,7 +17,6 @@ from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import runner
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.pretrain import Feed
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
@@ -220,13 +218,6 @@ def test_nothing_is_measured_on_text_that_the_model_was_trained_on(stage, change
         f'stage "{stage}": "second" holds out 0.1 of {source}, but "pretrain" was trained on all but 0.02 of it; '
         "give both corpora the same heldout" in str(raised.value)
     )
-
-
-@pytest.mark.parametrize("bos_id", [None, 7])
-def test_documents_are_masked_only_where_a_token_of_its_own_begins_them(bos_id):
-    tokenizer = SimpleNamespace(bos_id=bos_id, eos_id=7)
-    with pytest.raises(UserError, match="separates documents at their BOS, but this tokenizer"):
-        Feed(SimpleNamespace(document_mask=True), SimpleNamespace(seed=0), Path(), None, tokenizer)
 
 
 def test_only_stages_that_make_a_model_are_gone_on_from():

@@ -99,8 +99,14 @@ def test_validation_attends_as_training_does(whole, tmp_path, masked):
     held = feed.validation("arithmetic")[0]
     assert torch.equal(held.tokens_BT[:2], feed.heldout["arithmetic"].batch(range(2)).tokens_BT), "without noise"
     for batch in (feed.batch(0, 4), held):
-        documents_BT = (batch.tokens_BT == tokenizer.bos_id).cumsum(1)
-        assert torch.equal(batch.segments_BT, documents_BT) if masked else batch.segments_BT is None
+        if not masked:
+            assert batch.segments_BT is None
+            continue
+        begins_BT = batch.segments_BT.diff(dim=1) == 1
+        assert begins_BT[batch.tokens_BT[:, 1:] == tokenizer.bos_id].all(), "noise leaves BOS"
+    if masked:  # without noise, after every end that no padding follows
+        after_BT = (held.tokens_BT[:, :-1] == tokenizer.eos_id) & (held.tokens_BT[:, 1:] != tokenizer.pad_id)
+        assert torch.equal(begins_BT, after_BT)
     assert (held.tokens_BT == tokenizer.bos_id).sum(1).max() > 1
 
 

@@ -216,6 +216,16 @@ def test_rl_and_rejection_show_what_they_asked(tmp_path):
     assert ids("reject") == ["1+1", *(problem.id for problem in asked)]
     assert [stage.name for stage in ancestors(recipe, ["pretrain"])] == ["corpus", "pretrain"]
     assert [stage.name for stage in ancestors(recipe, ["zero"])] == ["corpus", "pretrain", "zero"]
+    again = Recipe.parse(text + '[[stage]]\nkind = "import"\nmodel = "package:smollm2-135m"\n')
+    assert [stage.name for stage in ancestors(again, ["import"])] == ["import"], "it reads nothing of the stage before"
+
+
+@pytest.mark.parametrize("change", ["temperatures=[-1.0]", "max_new_tokens=0"])
+def test_values_that_sampling_cannot_use_are_refused_with_the_recipe(tmp_path, change):
+    text = stages_run.write_recipe(tmp_path).read_text()
+    text += '[[stage]]\nkind = "eval"\nname = "last"\nmodels = ["zero"]\ntasks = ["arithmetic"]\n'
+    with pytest.raises(UserError, match=change.split("=")[0]):
+        Recipe.parse(text, [f"last.{change}"])
 
 
 def test_a_stage_shows_the_conversations_it_leaves(tmp_path):

@@ -136,6 +136,50 @@ def test_what_does_not_fit_is_a_fault_of_its_stage(folder, change, stage, fault)
         raise UserError(found[stage].faults[0])
 
 
+def test_an_unknown_task_or_teacher_hides_no_other_fault(folder):
+    chain = recipe(folder, 'eval.tasks=["nosuch"]', "eval.shots=[1]", 'helpful.heldout_data=["none.jsonl"]')
+    text = chain.to_toml() + '[[stage]]\nkind = "distill"\nfrom = "dev"\ntasks = ["arithmetic"]\n'
+    chain = Recipe.parse(text)
+    found = {one.name: one.faults for one in preflight.examine(chain, folder, chain.names()) if one.faults}
+    assert found.keys() == {"eval", "helpful", "distill"}
+    assert "nosuch" in found["eval"][0] and "arithmetic has no teacher" in found["distill"][0]
+
+
+LONG = """
+name = "long"
+[model]
+preset = "tiny"
+[[stage]]
+kind = "corpus"
+parts = { pages = "task:countdown" }
+limits = { pages = "20K" }
+[[stage]]
+kind = "pretrain"
+tokens = "20K"
+lr = 1e-3
+[[stage]]
+kind = "longeval"
+models = ["pretrain"]
+haystack = "fables-en"
+corpus = "corpus"
+parts = ["pages"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ('longeval.haystack="gone.txt"', "no file or directory gone.txt"),
+        ("longeval.lengths=[56, 256]", "lengths has 56, too short for 8 needles"),
+        ("longeval.needles=9999", "too short for 9999 needles"),
+    ],
+)
+def test_what_a_long_evaluation_cannot_read_is_found_before_the_training(tmp_path, change, fault):
+    chain = Recipe.parse(LONG, [change])
+    found = {one.name: one.faults for one in preflight.examine(chain, tmp_path, ["longeval"])}
+    assert fault in found["longeval"][0]
+
+
 @pytest.mark.parametrize(
     ("file", "record", "fault"),
     [

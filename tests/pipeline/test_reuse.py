@@ -24,8 +24,8 @@ def test_equal_stages_are_copied_and_the_others_run(toy, other_toy, capsys):
     assert run(other_toy, reuse=toy.out) == {"first": "skipped", "second": "done", "compare": "done"}
     assert f"first: taken from {toy.out}" in capsys.readouterr().err
     assert len([line for line in other_toy.lines() if line["stage"] == "first"]) == 20
-    mine = [line["values"] for line in toy.lines() if line["stage"] == "first"]
-    assert mine == [line["values"] for line in other_toy.lines() if line["stage"] == "first"]
+    mine = [line for line in toy.lines() if line["stage"] == "first"]
+    assert mine == [line for line in other_toy.lines() if line["stage"] == "first"], "with their times"
     (toy.out / "01-first" / "model" / "config.json").write_text("changed later")
     assert set(run(other_toy).values()) == {"skipped"}, "the copy is a copy"
 

@@ -9,7 +9,7 @@ import pytest
 from toy_stage import Count
 
 from bessemer.pipeline.stage import Stage, StepLog, register
-from bessemer.runs.context import Every, StageContext, StopFlag
+from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 
@@ -54,17 +54,6 @@ def test_samples_and_lines_of_a_log_show_control_characters(ctx):
 
 def test_deadlines_count_earlier_attempts(ctx):
     assert 100.0 <= ctx.elapsed() < 101.0
-    assert 19.0 < ctx.left(120.0) <= 20.0 and ctx.left(50.0) == 0.0
-
-
-def test_every_is_true_once_per_period(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("bessemer.runs.context.time.monotonic", lambda: now[0])
-    due = Every(10.0)
-    seen = []
-    for now[0] in (0.0, 9.0, 10.0, 11.0, 19.9, 20.0):
-        seen.append(due())
-    assert seen == [False, False, True, False, False, True]
 
 
 def test_two_stages_of_one_kind_are_our_mistake():

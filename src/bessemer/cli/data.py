@@ -31,12 +31,16 @@ def build(
     from bessemer.config.builtin import find_recipe
     from bessemer.curate import report
     from bessemer.pipeline import curation
+    from bessemer.runs.files import write_atomic
 
     recipe = find_recipe(recipe, data=True)
     loaded = curation.load(recipe, set_ or [])
     folder = out or Path("data") / loaded.name
     try:
         revisions = folder / places.REVISIONS
+        if not (folder / "work").exists() and not revisions.exists():  # sources from the hub may be added later
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(revisions, "{}\n")
         begun = (folder / "work").exists() and not revisions.exists()  # by a version that pinned nothing: leave it so
         with places.of_recipe(recipe.absolute().parent, None if begun else revisions):
             facts = curation.build(loaded, folder)

@@ -63,10 +63,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe; finished stages are skipped, an interrupted stage continues."""
+    running = {"out": out, "until": until, "reuse": reuse}
     if conformance:
+        checking = {"dry-run": dry_run or None, "processes": processes, "world": world, "device": device}
+        _refuse("--conformance", running | checking)
         _conformance(recipe, set_ or [], as_json)
         return
     if dry_run:
+        _refuse("--dry-run", running)
         _dry_run(recipe, set_ or [], world or processes, device, as_json)
         return
     check_used("--dry-run", False, {"world": world, "device": device})
@@ -314,6 +318,8 @@ def evaluate(
     check_used("--shots", shots, {"shot_kind": shot_kind})
     check_used("--lm-eval", lm_eval, theirs)
     check_used("--suite", suite, of_suite)
+    if lm_eval is not None and not _names(lm_eval):
+        raise UserError("--lm-eval names no task; write names with commas between them, such as arc_easy,gsm8k")
     if not task and not lm_eval and not suite:
         raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
     if (model is None) == (answers is None):
@@ -358,6 +364,12 @@ def print_table(table: "RenderableType") -> None:
 
 def chosen(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(beside: str, options: dict[str, Any]) -> None:
+    """Raises UserError for options without effect beside another."""
+    if given := chosen(options):
+        raise UserError(f"--{next(iter(given))} has no effect with {beside}, which runs nothing; leave it out")
 
 
 def check_used(what_for: str, used: object, options: dict[str, Any]) -> None:

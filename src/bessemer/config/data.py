@@ -11,6 +11,7 @@ from bessemer.config.units import Tokens
 
 class CorpusConfig(StageConfig):
     ignore_at_default = frozenset({"tokenizer", "tool_tokens"})
+    starts_from: ClassVar = False
 
     parts: dict[str, SourceName] = Field(default_factory=dict)
     """Part name = source of its text: a registered source, a path, hf://owner/name, task:NAME, needle:SOURCE, or
@@ -40,6 +41,7 @@ class CorpusConfig(StageConfig):
 
 class ImportConfig(StageConfig):
     makes_model: ClassVar = True
+    starts_from: ClassVar = False
 
     model: SourceName
     """package:NAME of the registry, a local Hugging Face directory, or hf://owner/name, optionally with @REVISION."""
@@ -53,6 +55,8 @@ class ImportConfig(StageConfig):
 
 
 class ExamplesConfig(StageConfig):
+    starts_from: ClassVar = False
+
     tasks: list[TaskName]
     """Task families with pre-training documents; examples come from each in turn."""
     examples: int = Field(200, ge=1)
@@ -81,7 +85,7 @@ class RejectConfig(SamplingConfig):
     """Maximum number of answers kept per problem."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature (cold start: 1)."""
-    max_new_tokens: Tokens = 200
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Length cap of an answer; answers that reach it are dropped."""
     consistency: float = Field(1.0, ge=0, le=1)
     """Minimum share of the thoughts' words in the problem's language."""

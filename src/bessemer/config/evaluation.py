@@ -24,11 +24,11 @@ class EvalConfig(SamplingConfig):
     """Samples per problem; pass@1 is their mean (R1: 4 to 64)."""
     k: int | None = Field(None, ge=1)
     """k of pass@k and maj@k (the paper's cons@k). Default: all samples."""
-    temperatures: list[float] = Field(default=[1.0])
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[1.0])
     """Sampling temperatures (R1: 0.6); a second one distinguishes a sharper distribution from more ability."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling threshold (R1: 0.95); 1: the model's full distribution."""
-    max_new_tokens: Tokens = 160
+    max_new_tokens: Tokens = Field(160, ge=1)
     """Length cap of a completion (R1: 32,768); of an episode, what the model writes in all turns together."""
     shots: list[Annotated[int, Field(ge=0)]] = Field(default=[0])
     """Numbers of examples before the question, each evaluated in turn (R1 5: 0, as few-shot prompts degrade it). They

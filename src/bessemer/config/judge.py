@@ -28,7 +28,7 @@ class JudgeConfig(ConfigTable):
     random order)."""
     temperature: float = Field(0.7, ge=0, le=2)
     """Sampling temperature (undocumented)."""
-    max_new_tokens: Tokens = 1024
+    max_new_tokens: Tokens = Field(1024, ge=1)
     """Length cap of a judgement."""
     concurrency: int = Field(8, ge=1, le=256)
     """Concurrent requests to `url`."""

@@ -54,6 +54,11 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
     return STAGES[kind]
 
 
+def starts_from(kind: object) -> bool:
+    """Whether stages of a kind start from the output of another; so do those of kinds that are not known here."""
+    return not isinstance(kind, str) or kind not in STAGES or STAGES[kind].starts_from
+
+
 RESERVED = ("model", "layout", "stage", "name", "seed", "trackers")  # words with a meaning of their own in --set
 
 

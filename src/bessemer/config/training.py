@@ -276,7 +276,7 @@ class DistillConfig(OnPolicyConfig):
     """Problems per step."""
     samples: int = Field(1, ge=1)
     """Answers per problem."""
-    max_new_tokens: Tokens = 200
+    max_new_tokens: Tokens = Field(200, ge=1)
     """Length cap of an answer."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of sampling and of both distributions."""
@@ -316,7 +316,7 @@ class RewardModelConfig(FineTuningConfig):
     judge: JudgeConfig | None = None
     """A model that compares answers for aim = "helpful" (R1: V3; pairs whose mean scores differ by more than 1 are
     kept, chosen and rejected ones of equal total length). Default: the rule-based judge of `general`, with noise."""
-    max_new_tokens: Tokens = 100
+    max_new_tokens: Tokens = Field(100, ge=1)
     """Length cap of a sampled answer."""
     heldout: float = Field(0.1, gt=0, lt=0.5)
     """Share of prompts held out, chosen by hash, to measure the accuracy and the scale of rewards."""

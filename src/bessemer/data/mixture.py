@@ -196,14 +196,17 @@ class Mixture:
         names, rows = self._locate(np.array([n]))
         return self.names[names[0]], int(rows[0])
 
-    def batch(self, first_row: int, n_rows: int) -> Batch:
-        """Rows `first_row` to `first_row + n_rows`, excluding the latter."""
+    def batch(self, first_row: int, n_rows: int, masked: bool = False) -> Batch:
+        """Rows `first_row` to `first_row + n_rows`, excluding the latter; `masked`: with the documents as segments."""
         which, rows = self._locate(np.arange(first_row, first_row + n_rows))
         tokens_BT = np.empty((n_rows, self.row_length), dtype=np.int64)
+        documents_BT = np.empty_like(tokens_BT) if masked else None
         for number, source in enumerate(self.sources.values()):
             mine = which == number
             tokens_BT[mine] = source.take(rows[mine])
-        return to_batch(tokens_BT, next(iter(self.sources.values())).pad_id)
+            if documents_BT is not None:
+                documents_BT[mine] = source.documents_of(rows[mine])
+        return to_batch(tokens_BT, next(iter(self.sources.values())).pad_id, documents_BT)
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:
         """The share of each source in these rows."""
@@ -365,10 +368,11 @@ class Curriculum:
             ended = mixture.ended | ended
         return ended
 
-    def batch(self, tokens: int, first_row: int, n_rows: int) -> Batch:
-        """The rows of a step that begins after `tokens` tokens; `first_row` counts the rows of the whole run."""
+    def batch(self, tokens: int, first_row: int, n_rows: int, masked: bool = False) -> Batch:
+        """The rows of a step that begins after `tokens` tokens; `first_row` counts the rows of the whole run;
+        `masked`: with the documents as segments."""
         number = self._at(tokens)
-        return self.mixtures[number].batch(first_row - self.plan[number].first_row, n_rows)
+        return self.mixtures[number].batch(first_row - self.plan[number].first_row, n_rows, masked)
 
     def epochs(self, tokens: int, rows: int) -> dict[str, float]:
         """How often each source has been read after these tokens and rows."""

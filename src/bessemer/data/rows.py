@@ -89,9 +89,21 @@ class Rows:
             self._fill(filled, self._names[place], row - first)
         return tokens_BT
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The rows with these numbers, in this order."""
-        return to_batch(self.take(rows), self.pad_id)
+    def documents_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[B, T]: number, within its row, of the document that each token belongs to; padding belongs to the last. A
+        piece of a long document may have no BOS, so tokens alone do not tell where it begins."""
+        rows = np.asarray(rows, dtype=np.int64)
+        begins_BT = np.zeros((len(rows), self.row_length), dtype=np.int64)
+        places = np.searchsorted(self._ends, rows, side="right")
+        for begins_T, row, place in zip(begins_BT, rows.tolist(), places.tolist(), strict=True):
+            first = int(self._ends[place - 1]) if place else 0
+            lengths = _of_row(self._open(self._names[place]), row - first)["length"]
+            begins_T[lengths.cumsum()[:-1]] = 1
+        return begins_BT.cumsum(1)
+
+    def batch(self, rows: Sequence[int] | np.ndarray, masked: bool = False) -> Batch:
+        """The rows with these numbers, in this order; `masked`: with the documents as segments."""
+        return to_batch(self.take(rows), self.pad_id, self.documents_of(rows) if masked else None)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of every document, in corpus order."""
@@ -100,10 +112,8 @@ class Rows:
             yield from np.split(tokens, np.load(shards.ends_file(self.path, name), allow_pickle=False)[:-1])
 
     def _fill(self, row_T: np.ndarray, name: str, number: int) -> None:
-        shard = self._open(name)
-        first = int(shard.rows["end"][number - 1]) if number else 0
-        crc = at = 0
-        pieces = shard.pieces[first : int(shard.rows["end"][number])]
+        shard, crc, at = self._open(name), 0, 0
+        pieces = _of_row(shard, number)
         fits = bool((pieces["start"] >> 48 == 0).all() and (pieces["length"] > 0).all())  # values that a plan may hold
         fits = fits and int(pieces["length"].sum(dtype=np.int64)) <= len(row_T)
         for start, length in pieces.tolist() if fits else ():
@@ -142,8 +152,15 @@ def _open_shard(folder: Path, plan: Path, name: str) -> _OpenShard:
     return _OpenShard(FileIO(shards.tokens_file(folder, name)), pieces, rows)
 
 
-def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
-    """Pre-training batch: every token is predicted except padding and the first of a row."""
+def _of_row(shard: _OpenShard, number: int) -> np.ndarray:
+    """The pieces of a row."""
+    first = int(shard.rows["end"][number - 1]) if number else 0
+    return shard.pieces[first : int(shard.rows["end"][number])]
+
+
+def to_batch(tokens_BT: np.ndarray, pad_id: int, documents_BT: np.ndarray | None = None) -> Batch:
+    """Pre-training batch: every token is predicted except padding and the first of a row. `documents_BT`: its
+    segments."""
     import torch  # here, because every worker of `data build` imports this module and would wait seconds for torch
 
     from bessemer.data.batch import Batch
@@ -151,7 +168,7 @@ def to_batch(tokens_BT: np.ndarray, pad_id: int) -> Batch:
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
     loss = (tokens != pad_id).float()
     loss[:, :1] = 0.0
-    return Batch(tokens, loss)
+    return Batch(tokens, loss, None if documents_BT is None else torch.from_numpy(documents_BT))
 
 
 def open_rows(

@@ -55,7 +55,7 @@ class Donor:
         metrics.rewind(name, -1)
         for line in read_lines(self.root / "metrics.jsonl"):
             if line.get("stage") == name:
-                metrics.write(name, line["step"], line["tokens"], line["values"])
+                metrics.write(name, line["step"], line["tokens"], line["values"], line.get("time"))
         os.rename(fresh, folder)
         sync_folder(folder.parent)
         return done, ""

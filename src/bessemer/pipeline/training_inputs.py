@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bessemer.config.data import CorpusConfig, ImportConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.training import PretrainConfig
+from bessemer.config.training import ExtendConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer
@@ -106,9 +106,9 @@ def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recip
     if min(config.lengths.values) < 8 or max(config.lengths.values) > (longest or math.inf):
         raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
     if corpus is not None:
-        few = min(config.batch_rows.values) * corpus.row_length / max(config.lengths.values)
-        if few < 1:
+        row = config.length if isinstance(config, ExtendConfig) else corpus.row_length
+        if min(config.batch_rows.values) * row < max(config.lengths.values):
             raise UserError(
-                f"{where}: a step of {min(config.batch_rows.values):g} rows of {corpus.row_length} tokens is less "
+                f"{where}: a step of {min(config.batch_rows.values):g} rows of {row} tokens is less "
                 f"than one row of {max(config.lengths.values):g}; raise batch_rows"
             )

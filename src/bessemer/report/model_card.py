@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import __version__
+from bessemer.config.recipe import starts_from
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.data.model_files import read_object
 from bessemer.eval import tables
@@ -79,7 +80,7 @@ def _use(model: Path, config: dict[str, Any], name: str) -> list[str]:
 def _of_run(facts: RunFacts, stage: StageFacts) -> list[str]:
     chain = " → ".join(_lineage(facts, stage))
     lines = [f"It is the stage `{stage.name}` of a run that took {show_seconds(facts.seconds)}: {chain}.", ""]
-    lines += [*_scores(facts, stage), *_data(facts)]
+    lines += [*_scores(facts, stage), *_data(facts, stage)]
     fence = "`" * 4  # a recipe may quote three
     recipe = re.sub(r"(?m)^folder = .*\n", "", facts.recipe_text).rstrip()  # a path of the machine where it ran
     lines += ["## Recipe", "", "`bessemer run recipe.toml` with this file reproduces it.", ""]
@@ -89,9 +90,13 @@ def _of_run(facts: RunFacts, stage: StageFacts) -> list[str]:
 def _lineage(facts: RunFacts, stage: StageFacts) -> list[str]:
     """The stages from the first to this one, each starting from the one before."""
     by_name, chain = {one.name: one for one in facts.stages}, [stage.name]
-    while (source := by_name[chain[0]].source) in by_name and source not in chain:
+    while (source := _source(by_name[chain[0]])) in by_name and source not in chain:
         chain.insert(0, source)
     return chain
+
+
+def _source(stage: StageFacts) -> str:
+    return stage.source if starts_from(stage.kind) else ""
 
 
 def _scores(facts: RunFacts, stage: StageFacts) -> list[str]:
@@ -116,15 +121,26 @@ def _score(row: dict[str, Any]) -> str:
     return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
 
 
-def _data(facts: RunFacts) -> list[str]:
+def _corpora(facts: RunFacts, stage: StageFacts) -> list[StageFacts]:
+    """The corpora that it or a stage before it was trained on."""
+    by_name, left, found = {one.name: one for one in facts.stages}, [stage.name], set[str]()
+    while left:
+        if (name := left.pop()) in by_name and name not in found:
+            found.add(name)
+            table = by_name[name].settings
+            left += [_source(by_name[name]), str(table.get("corpus")), *table.get("samples", ())]
+    return [one for one in facts.stages if one.name in found and one.kind == "corpus"]
+
+
+def _data(facts: RunFacts, stage: StageFacts) -> list[str]:
     from bessemer.data import sources
 
-    parts = {part: source for stage in facts.stages for part, source in (stage.settings.get("parts") or {}).items()}
+    tables = [one.settings for one in _corpora(facts, stage)]
+    parts = [(part, source, table.get("limits") or {}) for table in tables for part, source in table["parts"].items()]
     if not parts:
         return []
-    limits = {part: n for stage in facts.stages for part, n in (stage.settings.get("limits") or {}).items()}
     lines = ["## Training data", "", "| part | source | at most | licence |", "|---|---|---|---|"]
-    for part, source in parts.items():
+    for part, source, limits in parts:
         known = sources.SOURCES.get(str(source))
         written = "written by Bessemer" if str(source).startswith("task:") else "not recorded"
         most = limits.get(part, "all")

@@ -147,14 +147,6 @@ class StageContext:
         """Processor seconds of this process on this stage, including earlier attempts."""
         return self.cpu_spent + time.process_time() - self.cpu_started
 
-    def left(self, budget: float) -> float:
-        """Seconds left of this stage's budget, which started with its first attempt; never below zero."""
-        return max(0.0, budget - self.elapsed())
-
-    def every(self, seconds: float) -> "Every":
-        """`due = ctx.every(60)`; then `if due():` is true once a minute."""
-        return Every(seconds)
-
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.progress.say(text)
@@ -200,16 +192,3 @@ def _rewind_samples(path: Path, step: int) -> None:
             if keep:
                 remaining.append(line)
     write_atomic(path, "".join(remaining))
-
-
-class Every:
-    """True at most once every `seconds` seconds, the first time only after they have passed."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self.last < self.seconds:
-            return False
-        self.last = time.monotonic()
-        return True

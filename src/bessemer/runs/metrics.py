@@ -105,9 +105,17 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self._lines = LineFile(path)
 
-    def write(self, stage: str, step: int, tokens: int, values: dict[str, Any]) -> None:
-        now = round(time.time(), 3)
-        self._lines.append({"time": now, "stage": stage, "step": step, "tokens": tokens, "values": values})
+    def write(self, stage: str, step: int, tokens: int, values: dict[str, Any], at: float | None = None) -> None:
+        """Appends a line. `at`: seconds since the epoch; now if None."""
+        self._lines.append(
+            {
+                "time": round(time.time(), 3) if at is None else at,
+                "stage": stage,
+                "step": step,
+                "tokens": tokens,
+                "values": values,
+            }
+        )
 
     def lines(self) -> list[dict[str, Any]]:
         return list(read_lines(self._lines.path))

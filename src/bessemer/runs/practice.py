@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bessemer.config.recipe import starts_from
 from bessemer.config.units import parse_tokens
 from bessemer.errors import UserError
 from bessemer.runs.directory import stage_folders
@@ -126,6 +127,9 @@ def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> It
         yield table
         record = _read(folders[one] / "stage.json") if one in folders else None
         sources = [*(record or {}).get("inputs", {}), table.get("from")]
+        if not starts_from(table.get("kind")):  # the stage before it is an input that it does not read
+            named = {value for key, value in table.items() if key != "from" and isinstance(value, str)}
+            sources = [source for source in sources if source in named]
         fresh = [source for source in dict.fromkeys(sources) if source in tables and source not in seen]
         waiting += fresh
         seen.update(fresh)

@@ -60,7 +60,7 @@ class Distill(Stage[DistillConfig]):
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.task_probes(config.tasks, config.steps * config.prompts_per_step)
-        models = [config.source, *_teachers(config)]
+        models = [config.source, *{config.teachers.get(task, config.teacher) for task in config.tasks} - {None}]
         yield from preflight.length_probes(config, recipe, models, "max_new_tokens", config.max_new_tokens)
 
     def estimate(self, config: DistillConfig, recipe: Recipe) -> float:

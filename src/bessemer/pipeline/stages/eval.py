@@ -55,8 +55,8 @@ class Eval(Stage[EvalConfig]):
         for name in config.tasks:
             yield preflight.of_key("tasks", partial(_evaluated, config, recipe, name))
         if any(config.shots):
-            for task in _tasks(config):
-                yield preflight.of_key("shots", partial(_shown, config, task))
+            for name in config.tasks:
+                yield preflight.of_key("shots", partial(_shown, config, name))
 
     def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
         tokens = sum(n_answers(config)) * config.max_new_tokens
@@ -160,9 +160,10 @@ def _shots(config: EvalConfig) -> list[Shots]:
     return [Shots(count, config.shot_kind, config.prefix) for count in config.shots]
 
 
-def _shown(config: EvalConfig, task: tasks.Task) -> None:
+def _shown(config: EvalConfig, name: str) -> None:
     """UserError for a task without pages to take examples from."""
-    next(examples(task, task.languages[0], ""))
+    for language in tasks.get(name).languages:
+        next(examples(tasks.get(name, languages=[language]), language, ""))
 
 
 def n_answers(config: EvalConfig) -> list[int]:
@@ -185,7 +186,8 @@ def ancestors(recipe: Recipe, names: Sequence[str]) -> list[StageConfig]:
         name = left.pop()
         if name not in included:
             included.add(name)
-            left += [other for _, other in stage_refs(recipe.stage(name))]
+            stage = recipe.stage(name)
+            left += [other for key, other in stage_refs(stage) if key != "from" or stage.starts_from]
     return [stage for stage in recipe.stages if stage.name in included]
 
 

@@ -16,15 +16,18 @@ from typing import Any
 from bessemer.config.data import CorpusConfig
 from bessemer.config.evaluation import LongEvalConfig
 from bessemer.config.recipe import Recipe
+from bessemer.data import sources
 from bessemer.data.rows import Rows, open_rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import long_context, tables
 from bessemer.hf import hub
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline import preflight
+from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.training_inputs import check_heldout
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
+from bessemer.tasks.needle import SPEAKERS
 from bessemer.train import lineage, loss, setup
 
 OWN, SWITCHED = "", " + YaRN"
@@ -44,6 +47,14 @@ class LongEval(Stage[LongEvalConfig]):
             raise UserError(f"{where}: switched names a stage that is not among models; add it there")
         if not all(0 <= depth <= 1 for depth in config.depths):
             raise UserError(f"{where}: depths are shares of the text; set them between 0 and 1")
+        least = long_context.ANSWER + 6 * config.needles  # a needle's sentence has five words and a full stop
+        if config.haystack and (shortest := min(config.lengths)) <= least:
+            raise UserError(
+                f"{where}: lengths has {shortest}, too short for {config.needles} needles and an answer; raise it "
+                f"above {least}, or lower needles"
+            )
+        if config.haystack and config.needles > len(SPEAKERS):
+            raise UserError(f"{where}: needles is {config.needles}; set it to at most {len(SPEAKERS)}")
         corpus = _corpus(where, config.corpus, recipe)
         short = _corpus(where, config.short, recipe) if config.short else None
         for key, known in (("parts", corpus.parts), ("short_parts", short.parts if short else {})):
@@ -57,6 +68,10 @@ class LongEval(Stage[LongEvalConfig]):
                 measured = [short.parts[part] for part in config.short_parts or short.parts]
                 check_heldout(where, short, measured, model, recipe)
         return {}
+
+    def probes(self, config: LongEvalConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
+        if config.haystack:
+            yield preflight.of_key("haystack", partial(sources.check, config.haystack, None))
 
     def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
         prompts = len(config.depths) * config.problems * sum(config.lengths)
@@ -136,14 +151,19 @@ def _corpus(where: str, name: str, recipe: Recipe) -> CorpusConfig:
 
 def _positions(rows: Rows, n_rows: int, engine: Engine) -> list[dict[str, Any]]:
     """Loss by position of the first `n_rows` rows."""
+    _check_rows(rows)
     return long_context.loss_by_position(engine.model, rows, n_rows)
+
+
+def _check_rows(rows: Rows) -> None:
+    if not rows.n_rows:
+        raise UserError(f"{rows.path} has no held-out documents to measure on; raise the corpus' heldout")
 
 
 def _short(folder: Path, n_rows: int, engine: Engine) -> float:
     """Held-out bits per byte of a source of short rows."""
     rows = open_rows(folder, "heldout")
-    if not rows.n_rows:
-        raise UserError(f"{folder} has no held-out documents to measure on; raise the corpus' heldout")
+    _check_rows(rows)
     n_rows = min(n_rows, rows.n_rows)
     batches = [rows.batch(range(first, min(first + 16, n_rows))) for first in range(0, n_rows, 16)]
     nats, tokens = loss.heldout_nats(engine.model, batches)

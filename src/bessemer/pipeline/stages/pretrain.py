@@ -201,11 +201,6 @@ class Feed:
     ) -> None:
         """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
-        if config.document_mask and tokenizer.bos_id in (None, tokenizer.eos_id):
-            raise UserError(
-                "document_mask = true separates documents at their BOS, but this tokenizer writes none, or ends them "
-                "with the same token; set it to false"
-            )
         names = _parts(config, corpus)
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
@@ -266,22 +261,21 @@ class Feed:
         """The held-out rows of a source that a validation reads, in the form that training gives its rows."""
         rows = self.heldout[name]
         n_rows = min(HELDOUT_ROWS, rows.n_rows)
-        return [self._as_read(rows.batch(range(i, min(i + 16, n_rows)))) for i in range(0, n_rows, 16)]
+        masked = self.config.document_mask
+        return [self._as_read(rows.batch(range(i, min(i + 16, n_rows)), masked)) for i in range(0, n_rows, 16)]
 
     def _rows(self, first_row: int, n_rows: int) -> Batch:
-        batch, share = self._curriculum.batch(self._tokens(), first_row, n_rows), self.config.token_noise
+        batch = self._curriculum.batch(self._tokens(), first_row, n_rows, self.config.document_mask)
+        share = self.config.token_noise
         if not share:
             return batch
         return with_noise(batch, share, self._seed, first_row, self._tokenizer.vocab_size, self._tokenizer.bos_id)
 
     def _as_read(self, batch: Batch) -> Batch:
-        """The batch with its experts, if the stage chooses them by token, and its documents apart, if it masks them."""
-        if self.table_VLK is not None:
-            batch = replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
-        if self.config.document_mask:
-            assert self._tokenizer.bos_id is not None, "checked by __init__"
-            batch = replace(batch, segments_BT=(batch.tokens_BT == self._tokenizer.bos_id).cumsum(1))
-        return batch
+        """The batch with its experts, if the stage chooses them by token."""
+        if self.table_VLK is None:
+            return batch
+        return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Realised shares and epochs of every source so far."""
