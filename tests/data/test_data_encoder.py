@@ -92,6 +92,14 @@ def test_ids_are_those_of_the_tokenizer(tokenizer, encoders, texts):
         assert [ids.tolist() for ids in one.encode_batch(texts)] == tokenizer.encode_batch(texts)
 
 
+def test_words_that_a_polynomial_takes_for_each_other(tokenizer):
+    """Thue-Morse words and their complements: modulo a power of two, no base tells them apart."""
+    word = "".join("ab"[n.bit_count() % 2] for n in range(2048))
+    texts = [word, word.translate(str.maketrans("ab", "ba"))]
+    for text, ids in zip(texts, encoder.Encoder(tokenizer).encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids.tolist()) == text
+
+
 def test_added_tokens_inside_one_another(tokenizer):
     """The leftmost wins, and of several there the longest; one inside a control token is text, as that is."""
     added = [("<t>", False), ("<t>x", False), ("[<t>]", True), ("x[", False)]

@@ -26,6 +26,7 @@ so B^-s exists.
 If gigatoken is installed (the extra of that name), it encodes instead: the same ids, several times faster.
 """
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -58,6 +59,9 @@ MOST_PIECES = 1 << 20
 """Size of the cache in pieces, about 40 MB; a full cache is cleared."""
 
 
+LONG = 128
+"""Longer pieces are hashed by BLAKE2: a polynomial modulo a power of two does not tell Thue-Morse words of 1,024
+characters apart, whatever its base."""
 GIGATOKEN, MOST_CHARACTERS = "0.10.0", 1 << 26
 """The version whose ids we compared, at every code point too; and the characters after which its cache is reset."""
 
@@ -152,7 +156,11 @@ class Encoder:
         first, last = places[:-1], places[1:]
         real = kinds_C[first] != FENCE
         first, last = first[real], last[real]
-        hashes, example, which = _distinct(hash_pieces(points_C, first, last))
+        hashes_P = hash_pieces(points_C, first, last)
+        for long in np.flatnonzero(last - first > LONG):
+            digest = hashlib.blake2b(points_C[first[long] : last[long]].tobytes(), digest_size=8).digest()
+            hashes_P[long] = int.from_bytes(digest, "little")
+        hashes, example, which = _distinct(hashes_P)
         at = self._remember(hashes, first[example], last[example], points_C)
         lengths = self._lengths[at][which]
         starts = self._starts[at][which]

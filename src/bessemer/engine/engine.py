@@ -28,6 +28,7 @@ from bessemer.engine.generation import Completion, GenerationBatch, GenerationPl
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.scheduler import Scheduler
@@ -177,7 +178,9 @@ class Engine:
                 row_tokens = whole  # a conversation grows, but its steps are captured once
             fit = room.rows_that_fit(model, row_tokens, PREFILL, free, drafts)
             n = rows if fit is None or self.rows else min(rows, fit)
-            cache_tokens, vocab = n * (row_tokens + static_steps.ahead(drafts)), self.tokenizer.vocab_size
+            # every row fills pages of its own
+            cache_tokens = n * PAGE * pages_for(row_tokens + static_steps.ahead(drafts))
+            vocab = self.tokenizer.vocab_size
             self._steps = room.make_steps(model, vocab, n, row_tokens, cache_tokens, PREFILL, room.SPARE, drafts)
             self._steps.asked = rows
         assert self._steps is not None

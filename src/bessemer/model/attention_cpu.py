@@ -73,12 +73,6 @@ def _first_keys(segments_BT: Tensor | None, T: int) -> list[int]:
     return starts.amin(0).tolist()
 
 
-def _joined(out: Tensor, B: int, dtype: torch.dtype) -> Tensor:
-    """[n, T, V] as [B, T, H, V]."""
-    out = out.unflatten(0, (B, -1)).transpose(1, 2)
-    return out.to(dtype, memory_format=torch.contiguous_format, copy=True)
-
-
 def flash_forward(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

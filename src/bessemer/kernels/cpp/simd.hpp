@@ -199,21 +199,6 @@ INLINE void transpose_from(vf* v) {
 // Transposes W vectors in place.
 INLINE void transpose(vf* v) { transpose_from<1>(v); }
 
-template <int D>
-INLINE void reduce_from(vf* v) {
-    if constexpr (D < W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i += 2 * D)
-            v[i] = exchange<D, false>(v[i], v[i + D]) + exchange<D, true>(v[i], v[i + D]);
-        reduce_from<2 * D>(v);
-    }
-}
-// The sums of the lanes of W vectors, as one vector: lane i is the sum of v[i]. Overwrites v.
-INLINE vf sums(vf* v) {
-    reduce_from<1>(v);
-    return v[0];
-}
-
 template <int D, int... J>
 INLINE vf rotate_lanes(vf x, std::integer_sequence<int, J...>) {
     return pick<((J + D) % W)...>(x, x);
