@@ -1,5 +1,5 @@
 # Two commands: `make demo` trains a small reasoning model from nothing, `make test` runs the tests.
-# Both set up what they need in .venv; nothing else on the machine is touched.
+# Both set up what they need in .venv; outside the clone they only fill caches.
 
 PYTHON ?= python3
 VENV := .venv

@@ -93,6 +93,7 @@ class Site:
     def add_recipes(self) -> None:
         """The list of recipes, each with its opening comment, and the table of keys."""
         from bessemer.config.help import describe_keys
+        from bessemer.model.config import PRESETS, ModelConfig
 
         listed = "# Recipes\n\n`bessemer run NAME` runs one; [every key](../docs/keys.md).\n\n"
         for path in sorted((ROOT / "recipes").glob("*.toml")):
@@ -100,7 +101,7 @@ class Site:
             comment = " ".join(line.lstrip("# ") for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
             listed += f"**[{path.stem}]({path.name})**\n: {comment}\n\n"
         self.add("recipes.md", listed.replace("\n: ", "  \n"), "recipes/README")
-        tables = re.split(r"\n\n(?=\S)", describe_keys())
+        tables = re.split(r"\n\n(?=\S)", describe_keys(None, ModelConfig, list(PRESETS)))
         keys = "".join(
             f"## {table.partition(chr(10))[0]}\n\n```text\n{table.partition(chr(10))[2]}\n```\n\n" for table in tables
         )

@@ -6,6 +6,7 @@ import pytest
 
 from bessemer.config.help import describe_keys
 from bessemer.errors import UserError
+from bessemer.model.config import ModelConfig
 from bessemer.pipeline.curation import load, plain
 
 SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
@@ -63,7 +64,7 @@ def test_a_training_recipe_is_told_apart():
 
 
 def test_every_key_is_explained():
-    told = describe_keys("data")
+    told = describe_keys("data", ModelConfig, [])
     for words in (
         "confidence (number",
         "source (tables)",
@@ -73,4 +74,4 @@ def test_every_key_is_explained():
     ):
         assert words in told
     with pytest.raises(UserError, match=r'unknown kind "datta"; did you mean "data"\?'):
-        describe_keys("datta")
+        describe_keys("datta", ModelConfig, [])

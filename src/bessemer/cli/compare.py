@@ -44,8 +44,8 @@ def compare(
     measure: Annotated[
         str,
         typer.Option(
-            help="pass@1; readable: share of answers that a person can read; language: share of their words in the "
-            "question's language."
+            help="pass@1; readable: share of answers that a person can read; language: share of the words of their "
+            "thoughts in the question's language."
         ),
     ] = "pass@1",
     only: Annotated[

@@ -155,12 +155,13 @@ def _about_numbers(facts: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _about_fp8(facts: dict[str, Any]) -> tuple[str, str, str]:
-    """Which backend serves FP8 training; emulation is exact but slow."""
+    """Which backend serves FP8 training."""
     emulated = [(call, why) for call, backend, why in facts["fp8"] if backend == "emulation"]
     if not emulated:
         return "FP8", "ok", f"training in FP8: {backends.summary(facts['fp8'])}"
     why = next((part for part in emulated[0][1].split("; ") if part.startswith("not triton: ")), emulated[0][1])
-    text = f"training in FP8 is emulated: exact, and 2 to 3 times as slow ({why.removeprefix('not triton: ')})"
+    why = why.removeprefix("not triton: ")
+    text = f"training in FP8 is emulated, with block sums in float32, and 2 to 3 times as slow ({why})"
     return "FP8", "slow", text
 
 

@@ -21,9 +21,9 @@ def plan(
                                                       "recipe.")] = None,
     cluster: Annotated[str | None, typer.Option(metavar="NxDEVICE", help="Devices, such as 2048xH800.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="layout.pp, layout.ep, "
-                    "layout.dp, layout.cp, node, schedule, tokens, batch, seq, micro_rows, precision, optimizer, mtp, "
-                    "packed, routing, recompute, stages, in_step, usd, model.KEY; takes several; may be repeated. With "
-                    "--here as in bessemer run.")] = None,
+                    "layout.dp, layout.cp, node, schedule, tokens, batch, seq, micro_rows, precision, optimizer, "
+                    "moments, mtp, packed, routing, recompute, stages, in_step, usd, model.KEY; takes several; may be "
+                    "repeated. With --here as in bessemer run.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best layout that fits.")] = False,
     here: Annotated[bool, typer.Option("--here", help="Measure this machine, some seconds for each way the "
                                        "stages train, and predict the run.")] = False,

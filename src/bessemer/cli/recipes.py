@@ -60,7 +60,8 @@ def keys(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]", help="A stage kind, or data for a data recipe. Default: all keys of a training recipe."
+            metavar="[KIND]",
+            help="A stage kind, model, or data for a data recipe. Default: all keys of a training recipe.",
         ),
     ] = None,
     json_schema: Annotated[
@@ -71,8 +72,9 @@ def keys(
     """List every key that a recipe may have, its default and what it does."""
     if not json_schema:
         from bessemer.config.help import describe_keys
+        from bessemer.model.config import PRESETS, ModelConfig
 
-        print(describe_keys(kind))
+        print(describe_keys(kind, ModelConfig, list(PRESETS)))
         return
     from bessemer.config.help import DATA
     from bessemer.config.json_schema import data_recipe_schema, recipe_schema

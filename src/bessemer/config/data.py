@@ -72,7 +72,8 @@ class RejectConfig(SamplingConfig):
     """Number of training problems to answer."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem, to avoid problems that RL has seen: rollouts times prompts_per_rollout times
-    max_resamples of that stage, with its difficulty_filter times filter_pool, and its own first_problem more."""
+    max_resamples of that stage, with its difficulty_filter times filter_pool, and its own first_problem more. This
+    holds if both stages have the same `tasks`, since the number counts turns over the stage's own list."""
     samples: int = Field(4, ge=1)
     """Answers per problem."""
     judge: JudgeConfig | None = None
@@ -88,7 +89,7 @@ class RejectConfig(SamplingConfig):
     max_new_tokens: Tokens = Field(200, ge=1)
     """Length cap of an answer; answers that reach it are dropped."""
     consistency: float = Field(1.0, ge=0, le=1)
-    """Minimum share of the thoughts' words in the problem's language."""
+    """Minimum share in the problem's language, of the thoughts' words and of the summary's."""
     repeated: float = Field(0.25, ge=0, le=1)
     """Maximum share of repeated thought lines, and of repeated runs of ten words."""
     paragraph: int = Field(200, ge=1)

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator
@@ -16,17 +17,24 @@ from bessemer.errors import UserError
 
 DATA = "data"
 """Stands for a stage kind: the recipe of `bessemer data build`."""
+MODEL = "model"
+"""Stands for a stage kind: the table [model]."""
 
 
-def describe_keys(kind: str | None = None) -> str:
-    """The keys of all tables of a recipe, of one stage kind (UserError for an unknown kind), or of a data recipe."""
+def describe_keys(kind: str | None, network: type[BaseModel], presets: Sequence[str]) -> str:
+    """The keys of all tables of a recipe, of one stage kind or of [model] (UserError for an unknown kind), or of a data
+    recipe. `network`: the class of [model], in which one of `presets` may stand for the rest."""
     if kind == DATA:
         return _table("data recipe", Curation)
-    if kind is not None and kind not in STAGES:
-        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, *STAGES])}')
+    if kind is not None and kind not in (MODEL, *STAGES):
+        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, MODEL, *STAGES])}')
+    preset = f"  preset (one of {', '.join(presets)})\n      A published or small shape; the other keys change it."
+    model = "\n".join(["[model]", preset, *_keys(network)]).replace(", required", "")  # a preset has them all
+    if kind == MODEL:
+        return model
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', STAGES[kind])
-    tables = [_table("top level", Head), _table("[layout]", LayoutConfig)]
+    tables = [_table("top level", Head), model, _table("[layout]", LayoutConfig)]
     tables += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
     return "\n\n".join(tables)
 

@@ -17,7 +17,8 @@ class JudgeConfig(ConfigTable):
     """Earlier stage whose model judges. For a model directory, name a stage of kind import."""
     url: str | None = None
     """Instead of a stage: an OpenAI-compatible API, such as "http://127.0.0.1:8000/v1" (bessemer serve, vLLM, a
-    provider). Its replies are cached, so no request is paid for twice, not even in another run."""
+    provider). Its replies are cached, so no request is paid for twice, not even in another run from the same folder
+    with the same seed."""
     served_model: str | None = None
     """Name of the model at `url`."""
     api_key_env: str | None = None

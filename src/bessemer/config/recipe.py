@@ -107,7 +107,7 @@ class Head(ConfigTable):
     seed: Seed = 0
     """Seed for every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
-    """preset = "tiny", plus any fields of the model config to override."""
+    """preset = "tiny", plus any keys of `bessemer keys model`."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Experiment trackers that also receive the run's metrics (pip install 'bessemer[trackers]'). Each reads its own
     environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A tracker that fails does not stop the run."""

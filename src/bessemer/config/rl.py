@@ -72,7 +72,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
     number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, with difficulty_filter
-    times filter_pool, and its own first_problem more (R1: undocumented)."""
+    times filter_pool, and its own first_problem more (R1: undocumented). This holds if both stages have the same
+    `tasks`, since the number counts turns over the stage's own list; otherwise compare task by task."""
     general_tasks: list[TaskName] = Field(default_factory=list)
     """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)
@@ -204,6 +205,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     eval_every: int = Field(10, ge=1)
     """Rollouts between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)
-    """Held-out problems per evaluation, 4 samples each."""
+    """Held-out problems per task and evaluation, 4 samples each."""
     minimum_pass: float = Field(0.02, ge=0, le=1)
     """Minimum pass rate of the base model. Below it the stage refuses to start: RL cannot amplify what is not there."""

@@ -83,7 +83,10 @@ def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
     if not raw:
         raise invalid("the body is empty; send a JSON object")
     if not few_values(raw):
-        what = f"the body has more than {MOST_VALUES // WEIGHT} JSON values; split it into several requests"
+        what = (
+            f"the body has more than {MOST_VALUES:,} numbers, of which a string, list or object counts as {WEIGHT}; "
+            "split it into several requests"
+        )
         raise ApiError(413, what, code="body_too_large")
     try:
         value = json.loads(raw.decode("utf-8-sig"), parse_float=_number, parse_constant=_number)
