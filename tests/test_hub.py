@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+import tomllib
 
 import pytest
 from hub_server import serving
 from made_run import write_run
 
+from bessemer.config.recipe import Recipe
 from bessemer.data import chat
 from bessemer.errors import UserError
 from bessemer.hf import hub, remote
 from bessemer.model.transformer import Scorer
-from bessemer.report.model_card import model_card
+from bessemer.report import facts
+from bessemer.report.model_card import _corpora, _data, model_card
 from bessemer.runs.files import write_json
 
 ROW = {"task": "countdown", "language": "en", "model": "zero", "temperature": 1.0, "n": 5, "samples": 16,
@@ -59,6 +62,28 @@ def test_a_model_goes_up_and_comes_down_the_same(call, run, server, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".down")]
     status, _, err = call("pull", "own/name", tmp_path / "down")
     assert status == 2 and "down exists already" in err
+
+
+def test_a_push_replaces_the_weights_of_an_earlier_one_and_leaves_the_owner_s_card(call, run, server, tmp_path):
+    """transformers takes model.safetensors before shards, so stale weights under another name would win."""
+    stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    server.commit(dict.fromkeys(stale, b"old") | {"README.md": b"# Mine", "notes.txt": b"kept", "more/a.bin": b"kept"})
+    model = tmp_path / "model"
+    shutil.copytree(run / "01-zero" / "model", model)
+    (model / "README.md").write_text("a card from elsewhere")
+    assert call("push", model, "own/name")[0] == 0
+    files = server.commits[server.head]
+    assert files["README.md"] == b"# Mine" and not files.keys() & {*stale}
+    assert {"notes.txt", "more/a.bin", "model.safetensors"} <= files.keys()
+
+
+def test_every_stage_of_a_run_has_the_corpora_it_read(run):
+    """A run's recipe writes out every default, such as the numbers of samples."""
+    recipe = tomllib.loads(Recipe.load("r1-tiny").to_toml())
+    stages = [facts.StageFacts(one["name"], one["kind"], run, True, 0.0, {}, one) for one in recipe["stage"]]
+    whole = facts.RunFacts(None, {}, "", stages, [], 0.0)
+    read = {one.name: [corpus.name for corpus in _corpora(whole, one)] for one in stages}
+    assert read["r1"] == read["zero"] == ["corpus"] and all(_data(whole, one) for one in stages if one.name == "r1")
 
 
 def test_what_is_hidden_is_not_sent(call, run, server, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 from filelock import FileLock
@@ -254,6 +255,31 @@ def test_a_killed_run_takes_its_mirror_with_it(run):
                 raise
             time.sleep(0.1)
     assert len(tensorboard(run)["base/train/loss"]) == 3
+
+
+def test_what_a_queue_lost_is_sent_again(run, monkeypatch):
+    """A tracker that only hands points on, and is killed before it closes, has perhaps not got them."""
+
+    class Queue:
+        queues = True
+        arrived: ClassVar[list] = []
+
+        def __init__(self, *_):
+            self.waiting = []
+
+        def send(self, points):
+            self.waiting += [(point.stage, point.step) for point in points]
+
+        def close(self):
+            Queue.arrived += self.waiting
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", ("json", Queue))
+    write(run, "base", range(1, 4))
+    assert trackers.track(run, ["wandb"]) == [] and len(Queue.arrived) == 3
+    write(run, "base", range(4, 6))
+    trackers.Mirror(run, ["wandb"], lambda *_: None).send()  # killed before it closes
+    assert len(Queue.arrived) == 3
+    assert trackers.track(run, ["wandb"]) == [] and Queue.arrived == [("base", step) for step in range(1, 6)]
 
 
 def test_what_cannot_be_sent_is_said(run, monkeypatch):

@@ -379,3 +379,13 @@ def test_memory_stays_that_of_one_tensor(tmp_path):
     assert shards > 20 and size > 150
     assert converted < 12
     assert 0.95 * size < loaded < size + 12
+
+
+def test_a_replaced_model_leaves_no_weights_of_any_kind(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    old = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "old.pth")
+    for name in (*old, "notes.txt"):
+        (tmp_path / name).write_text("old")
+    with replace.replacing(tmp_path) as fresh:
+        (fresh / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]

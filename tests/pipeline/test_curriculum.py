@@ -107,6 +107,8 @@ def test_validation_attends_as_training_does(whole, tmp_path, masked):
     if masked:  # without noise, after every end that no padding follows
         after_BT = (held.tokens_BT[:, :-1] == tokenizer.eos_id) & (held.tokens_BT[:, 1:] != tokenizer.pad_id)
         assert torch.equal(begins_BT, after_BT)
+        pieces_BT = begins_BT & (held.tokens_BT[:, 1:] != tokenizer.bos_id)
+        assert not held.loss_BT[:, 1:][pieces_BT].any(), "another document does not predict it"
     assert (held.tokens_BT == tokenizer.bos_id).sum(1).max() > 1
 
 

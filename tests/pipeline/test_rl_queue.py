@@ -252,6 +252,8 @@ def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
         (["general_from=9"], True),
         (['reward="format"', "format_reward=0.5", "overlong=8"], True),
         (['reward="random"', "language_reward=1.0", "format_reward=0"], True),
+        (["kl=0", "reference_every=9"], True),
+        (['surrogate="reinforce"', "clip_low=0.5"], True),
         (["max_resamples=2", "samples=1", 'advantage="critic"'], False),
         (["overlong=8"], False),
         (["general_from=9", 'general_tasks=["general"]', "general_prompts=1"], False),
@@ -264,6 +266,7 @@ def test_a_finished_stage_with_a_key_without_effect_stays_finished_with_or_witho
         return RL().identity(settings, recipe, RL().resolve(settings, recipe), {})
 
     idle = ("general_from", "format_reward", "overlong", "language_reward", "max_resamples")
+    idle += ("reference_every", "clip_low")
     one, other = made(*changes), made(*[change for change in changes if not change.startswith(idle)])
     assert one != other and RL().same(None, one, other) is RL().same(None, other, one) is kept
 

@@ -6,7 +6,14 @@ import os
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.runs.directory import damage, model_dir, run_dir, write_done, writing_models
+from bessemer.runs.directory import (
+    damage,
+    model_dir,
+    run_dir,
+    tokenizer_of_checkpoint,
+    write_done,
+    writing_models,
+)
 from bessemer.runs.files import read_json
 
 
@@ -102,3 +109,15 @@ def test_no_bit_of_a_stage_s_record_can_change_unnoticed(tmp_path):
     assert read_json(path)["summary"] == done["summary"] and damage(tmp_path, read_json(path)) == ""
     (tmp_path / "done.json").write_text(json.dumps(done))  # as before 0.2: without a checksum
     assert damage(tmp_path, read_json(path)) == ""
+
+
+def test_a_kept_checkpoint_has_the_tokenizer_of_its_stage_or_of_what_the_stage_read(tmp_path):
+    stage = tmp_path / "02-rl"
+    for folder in (stage / "state" / "kept" / "step-5", tmp_path / "01-import" / "model"):
+        folder.mkdir(parents=True)
+    (tmp_path / "01-import" / "model" / "tokenizer.json").write_text("{}")
+    (stage / "stage.json").write_text('{"inputs": {"import": "digest"}}')
+    assert tokenizer_of_checkpoint(stage / "state" / "kept" / "step-5") == tmp_path / "01-import" / "model"
+    (stage / "state" / "tokenizer").mkdir()
+    (stage / "state" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert tokenizer_of_checkpoint(stage / "state" / "kept" / "step-5") == stage / "state" / "tokenizer"

@@ -382,6 +382,11 @@ def test_rollouts_are_priced_without_drafts_that_rl_never_makes():
     assert ours.sampling > 1.1 * rollout_time(*given).sampling, "the engine samples in BF16, V3's in FP8"
 
 
+def test_a_network_without_experts_decodes():
+    dense = ModelShape.of(preset("tiny", n_dense_layers=4))
+    assert 0 < decode(Deployment(replace(dense, experts=0), device("H100"), 1, 8, 256)).seconds < 1e-2
+
+
 def test_decoding_reads_the_experts_that_tokens_chose():
     """One answer of V2-Lite reads 6 of 64 experts: at most a few times what its active weights take to read."""
     shape, card = ModelShape.of(preset("v2-lite")), device("H100")

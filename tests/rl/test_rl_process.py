@@ -27,6 +27,9 @@ from bessemer.rl.rollout import ScoredSample
         ("10/4=2.5, 1.5*2=3, 0.5+0.5=1, x=(3+4)/2=3.5", {}),
         ("3 × 4 = 12; 3 \\times 4 = 12; 2^3=8; \\frac{1}{2} + 3 = 4", {}),
         ("12,000+5=12,005; 2x + 3 = 7; 2xy + 3 = 7; 3 = 5 - 2x; 3*4=12cm", {}),
+        ("5 + 3 = 8 (good) so (3+4)=7 (it is). (3+4=7)", {"5 + 3 = 8": 1.0, "(3+4)=7": 1.0}),
+        ("1) 3+4=7\n- 3*4=12\n* 3+4=8 - no -> so", {"3+4=7": 1.0, "3*4=12": 1.0, "3+4=8": 0.0}),
+        ("2 x 3 = 6; 5 boxes * 3 = 15", {}),
         ("3+4=7 and -3+5=2. So 3*4=12.", {"3+4=7": 1.0, "-3+5=2": 1.0, "3*4=12": 1.0}),
         ("7=7, 3+4=3+4, 3+4=4+3", {"7=7": 0.0, "3+4=3+4": 0.0, "3+4=4+3": 1.0}),
     ],
@@ -38,9 +41,10 @@ def test_a_calculation_is_right_if_all_its_sides_have_one_value(text, steps):
         assert (text.find(written) + len(written) - 1, reward) in found
 
 
-@pytest.mark.parametrize(
-    "text", ["1" * 400_000, "1=" * 200_000, "(" * 400_000, "(=" * 200_000, "1= \n" * 100_000, "1=1x " * 99_999]
-)
+LONG = ["1" * 400_000, "1=" * 200_000, "(" * 400_000, "(=" * 200_000, "1= \n" * 100_000, "1=1x " * 99_999]
+
+
+@pytest.mark.parametrize("text", [*LONG, "(=" * 200_000 + "1"])
 def test_hostile_text_costs_one_scan(text):
     start = time.process_time()
     calculations(text)

@@ -77,6 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.server.large[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             commit = self.server.commit(files)
             self.answer_json(
                 {"commitOid": commit, "commitUrl": f"http://{self.headers['Host']}/own/name/commit/{commit}"}
@@ -100,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
                 sizes = {name: len(data) for name, data in (files or {}).items()}
                 facts = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
             headers = {"X-Error-Code": "RevisionNotFound"} if files is None else {}
+            facts = {"error": "no such revision"} if files is None else facts
             self.answer(404 if files is None else 200, json.dumps(facts).encode(), headers)
             return
         _, _, _, revision, name = parts  # own/name/resolve/COMMIT/FILE

@@ -141,6 +141,16 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("0.\\overline{3}", "\\frac13", "correct"),
         ("\\frac{7}{30}", "0.2\\overline{3}", "correct"),
         ("0.\\overline{45}", "0.45", "wrong-value"),
+        ("x=1, y=2", "x=2, x=1", "wrong-value"),
+        ("x=1, y=2", "x=1 or x=2", "wrong-value"),
+        ("x=1, y=2", "\\{1,2\\}", "wrong-value"),
+        ("(2,3)", "y=2, x=3", "wrong-value"),
+        ("(2,3)", "y=3, x=2", "correct"),
+        ("(2,3)", "x=2, \\quad y=3", "correct"),
+        ("\\{1,2\\}", "x=1, y=2", "unparsable"),
+        ("1,-2", "x=1, or x=-2", "correct"),
+        ("5", "\\theta = 5", "correct"),
+        ("x:y=2:3", "y:x=2:3", "wrong-value"),
         ("2516_8", "2516_{8}", "correct"),
         ("2516_8", "2516_9", "wrong-value"),
         ("12:00", "12:00", "correct"),
@@ -165,6 +175,10 @@ def test_judgements(task, gold, answer, reason):
         ("864 \\mbox{ inches}^2", "864 \\text{ square inches}", "What is its area?", "correct"),
         ("12\\text{ in.}", "12 inches", "How long?", "correct"),
         ("12\\text{ in.}", "12 feet", "How long?", "wrong-value"),
+        ("15", "15 \\text{ m/s}^2", "What is it in m/s^2?", "correct"),
+        ("15", "15 \\text{ g}", "How many g are left?", "correct"),
+        ("15", "15 \\text{ L}", "How many liters are left?", "correct"),
+        ("1", "1 \\text{ box}", "How many boxes are left?", "correct"),
         ("15", "15元", "小明有多少元？", "correct"),
         ("15", "15个。", "有多少个苹果？", "correct"),
         ("15", "15米", "有多少个苹果？", "wrong-value"),
@@ -176,7 +190,10 @@ def test_a_unit_may_be_spelled_out_or_short(task, gold, answer, prompt, reason):
 
 def test_what_looks_like_a_time_may_be_a_ratio(task):
     assert judged(task, "3:10", "6:20", "In which ratio do they stand?")[0] == "correct"
-    assert judged(task, "3:10", "6:20", "When does the train leave?")[0] == "wrong-value"
+    assert judged(task, "7:10", "\\frac{7}{10}", "What is BF : FC?")[0] == "correct"
+    assert judged(task, "3:10", "3 : 10", "When does the train leave?")[0] == "correct"
+    assert judged(task, "3:10", "6:20", "The duration is 90 minutes. When does it end?")[0] == "wrong-value"
+    assert judged(task, "2:3:4", "12:18:24", "Simplify 12:18:24.")[0] == "echo"
 
 
 def test_a_vote_is_cast_for_the_value(task):

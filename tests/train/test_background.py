@@ -267,3 +267,15 @@ def test_a_bad_step_goes_back_to_a_checkpoint_that_was_still_being_written(tmp_p
     run.update([run.batches(4, 4)])
     assert run.step == 1 and run.guard.rolled_back == 1
     assert all(torch.isfinite(value).all() for value in run.optimizer.masters().values())
+
+
+def test_pieces_that_a_set_outgrew_are_given_back(monkeypatch):
+    """A stage whose checkpoints hold rollouts of growing answers must not keep every earlier size."""
+    monkeypatch.setattr(background, "CHUNK", 1 << 16)
+    copies, sizes = HostCopies(), [1000, 300_000, 50]
+    copies.begin([torch.zeros(size, dtype=torch.uint8) for size in sizes])
+    for growth in range(40):
+        tensors = [torch.full((int(size * 1.02**growth),), growth, dtype=torch.uint8) for size in sizes]
+        copies.begin(tensors)
+        assert all(torch.equal(copies.add(tensor), tensor) for tensor in tensors)
+    assert copies.held < 3 * sum(tensor.numel() for tensor in tensors) + (1 << 17)

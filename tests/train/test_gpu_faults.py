@@ -87,6 +87,15 @@ def test_where_no_forward_fits(network, stays):
     assert "more than the card holds" in text and "resumes" not in text
 
 
+def test_where_rows_are_shorter_micro_rows_is_lowered_all_the_same(network, stays):
+    """A forward then has more rows than micro_rows says."""
+    fixed = sum(stays.values())
+    total = int((fixed + 0.6 * gpu_faults.kept(network, 128, 1024, 2, True)) / gpu_faults.USABLE)
+    assert "Lower micro_rows from 32 to 16" in said(network, stays, total, rows=128, length=1024)
+    one = PRETRAIN.model_copy(update={"micro_rows": 1})
+    assert "Even one row is too much" in said(network, stays, total, one, rows=128, length=1024)
+
+
 def test_rl_lowers_tokens(network, stays):
     config = RLConfig(kind="rl", name="zero", tasks=["countdown"], micro_tokens=4096)
     text = said(network, stays, 2 * sum(stays.values()), config, rows=8, length=512)

@@ -117,9 +117,10 @@ def run(
         chat = f"bessemer chat {shlex.quote(str(root))}"
         which = f" (or {chat}/STAGE: {', '.join(others)})" if others else ""
         print(f"talk to {models[-1][0]}: {chat}{which}")
-    checkpoints = sum(path.stat().st_size for path in root.glob("*/state/**/*") if path.is_file())
-    if checkpoints > 1e9 and until is None:  # every stage is finished, so nothing will resume from them
-        print(f"{checkpoints / 1e9:.1f} GB are checkpoints that only bessemer replay can still use; to free them:")
+    files = [path.stat() for path in root.glob("*/state/**/*") if path.is_file()]
+    sizes = {(file.st_dev, file.st_ino): file.st_size for file in files}  # kept checkpoints are hard links
+    if (held := sum(sizes.values())) > 1e9 and until is None:  # every stage is finished: nothing will resume from them
+        print(f"{held / 1e9:.1f} GB are checkpoints and the like, which only bessemer replay still uses; to free them:")
         print(f"rm -r {shlex.quote(str(root))}/*/state")
 
 

@@ -74,7 +74,7 @@ class StageConfig(ConfigTable):
     makes_model: ClassVar[bool] = False
     # whether its output is a model that writes text, which other stages may train further
     starts_from: ClassVar[bool] = True
-    # whether `from` is part of its lineage; the stage before a corpus, an import or an evaluation is not
+    # whether `from` is part of its lineage; the stage before a corpus, an import or examples is not
 
     kind: str
     """Which stage this is."""

@@ -16,6 +16,7 @@ from bessemer.errors import UserError
 
 AGAIN = "copy or download it again"
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONSOLIDATED = "consolidated"
 """Begins the names of the files that hold the same weights again in Mistral's own format, in its repositories."""
 MOST = 64 << 20

@@ -279,6 +279,8 @@ class DistributedTrainer(Trainer):
         steps = self.save_steps
         if (self._due or (steps is not None and self.step % steps == 0)) and self.guard.streak == 0:
             self.save()
+            if self.config.save_seconds == 0:
+                self.finish()
 
     def close(self) -> None:
         """Does not wait: all ranks write together, and after an error others may never come."""

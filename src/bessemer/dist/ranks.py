@@ -150,6 +150,9 @@ class Ranks:
         while True:
             key, self._orders = f"order/{self._orders}", self._orders + 1
             what = self._read(key)
+            if self.store.add(f"{key}/read", 1) == self.n - 1:  # the last reader: prompts may be many megabytes
+                for old in (key, f"{key}/read"):
+                    self.store.delete_key(old)
             if what.get("end"):
                 return
             yield what

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_bytes
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.replace import replacing
+from bessemer.hf.replace import replacing, scratch
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.transformer import Transformer
 
@@ -151,9 +150,7 @@ def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) ->
     tensors_only = {name: one for name, one in records.items() if isinstance(one, TensorStorageMetadata)}
     metadata.state_dict_metadata = dict(tensors_only)
     plan = [TensorSpec(wanted[name], one.properties.dtype, tuple(one.size)) for name, one in tensors_only.items()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.bessemer-dcp-") as temporary:
-        plain = Path(temporary)
+    with scratch(target) as plain:
         write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), hub.SHARD_BYTES)
         hub.copy_files(beside, plain, ["config.json", *hub.companions(beside)])
         hub.convert(plain, target, **how)

@@ -29,8 +29,8 @@ from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
-from bessemer.hf.replace import check_target, is_weights, replacing
-from bessemer.hf.safetensors_reader import PICKLES, Checkpoint, cast
+from bessemer.hf.replace import check_target, holds_weights, replacing
+from bessemer.hf.safetensors_reader import Checkpoint, cast
 from bessemer.hf.safetensors_writer import (
     Export,
     Scales,
@@ -292,8 +292,8 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def companions(directory: Path) -> list[str]:
     """Names of all files other than config and weights: tokenizer, template and anything else."""
-    files = (path for path in directory.iterdir() if path.is_file() and not is_weights(path))
-    return [path.name for path in files if path.name != "config.json" and path.suffix not in PICKLES]
+    files = (path for path in directory.iterdir() if path.is_file() and not holds_weights(path))
+    return [path.name for path in files if path.name != "config.json"]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

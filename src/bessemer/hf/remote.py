@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bessemer.data.model_files import CONSOLIDATED
 from bessemer.errors import UserError
+from bessemer.hf.replace import holds_weights, replacing
 
 HUB = "hf://"
 MARK = "<!-- written by bessemer push -->"
@@ -37,18 +38,32 @@ def push(model: Path, card: str, spec: str, private: bool = False) -> str:
     permission to write there, without a network, or if the hub fails."""
     name, branch = address(spec)
     with _explained(f"cannot push to {name}", "the same command sends what is missing"):
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         files = {path.relative_to(model): path for path in sorted(model.rglob("*")) if path.is_file()}
         shown = {place: path for place, path in files.items() if not any(part[0] == "." for part in place.parts)}
-        added = [CommitOperationAdd(place.as_posix(), str(path)) for place, path in shown.items()]
+        sent = {place.as_posix(): path for place, path in shown.items() if place.as_posix() != "README.md"}
+        changes: list[CommitOperationAdd | CommitOperationDelete]
+        changes = [CommitOperationAdd(place, str(path)) for place, path in sent.items()]
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
+        # weights of an earlier push under names that this one lacks: a reader would take or mix them
+        changes += [CommitOperationDelete(old) for old in _weights(api, name, branch) if old not in sent]
         if _ours_to_write(api, name, branch):
-            added = [one for one in added if one.path_in_repo != "README.md"]
-            added.append(CommitOperationAdd("README.md", f"{card.rstrip()}\n\n{MARK}\n".encode()))
-        done = api.create_commit(name, added, commit_message="A model, by bessemer push", revision=branch)
+            changes.append(CommitOperationAdd("README.md", f"{card.rstrip()}\n\n{MARK}\n".encode()))
+        done = api.create_commit(name, changes, commit_message="A model, by bessemer push", revision=branch)
         return str(done.commit_url)
+
+
+def _weights(api, name: str, branch: str | None) -> list[str]:
+    """The files with weights at the top of a repository."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        files = api.list_repo_files(name, revision=branch)
+    except RevisionNotFoundError:  # nothing has been committed yet
+        return []
+    return [file for file in files if "/" not in file and holds_weights(Path(file))]
 
 
 def _ours_to_write(api, name: str, branch: str | None) -> bool:
@@ -71,13 +86,8 @@ def pull(spec: str, target: Path) -> str:
     found = snapshot(name, revision)
     if not (found / "config.json").is_file():
         raise UserError(f"{name} has no config.json, so it is not a model in Hugging Face's format")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        shutil.copytree(found, scratch / "model")  # the cache has links, to files that it may share
-        os.rename(scratch / "model", target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with replacing(target) as fresh:
+        shutil.copytree(found, fresh, dirs_exist_ok=True)  # the cache has links, to files that it may share
     return found.name
 
 

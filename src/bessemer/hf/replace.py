@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bessemer.data.model_files import INDEX
+from bessemer.data.model_files import INDEX, PICKLES
 from bessemer.errors import UserError
 from bessemer.system import claim, sync_folder
 
@@ -85,6 +85,18 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """An empty folder next to a target; what a killed process left there is deleted."""
+    with _alone(target.resolve().with_name(f"{target.name}.scratch")) as (fresh, _, _):
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            fresh.mkdir()
+            yield fresh
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
 def _alone(target: Path) -> Iterator[tuple[Path, Path, Path]]:
     """Holds the lock of a target; yields two names next to it, for the new and the old one, and the target. What the
     system refuses becomes a UserError."""
@@ -138,7 +150,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
     for path in target.iterdir():
-        if path.name in (ADAPTER_CONFIG, *drop) or is_weights(path) or (fresh / path.name).exists():
+        if path.name in (ADAPTER_CONFIG, *drop) or holds_weights(path) or (fresh / path.name).exists():
             continue
         if path.is_dir():
             shutil.copytree(path, fresh / path.name, symlinks=True)
@@ -146,9 +158,11 @@ def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
 
 
-def is_weights(path: Path) -> bool:
-    """Whether a file of a model directory holds weights, or says where they are: safetensors or a DCP checkpoint."""
-    return path.suffix in (".safetensors", ".distcp") or path.name in (INDEX, ".metadata")
+def holds_weights(path: Path) -> bool:
+    """Whether a file of a model directory holds weights, or says where they are: safetensors, a DCP checkpoint, or
+    pickled ones, which are read nowhere."""
+    indices = path.name in (INDEX, ".metadata") or path.name.endswith(".bin.index.json")
+    return indices or path.suffix in (".safetensors", ".distcp", *PICKLES)
 
 
 def _remedy(error: OSError, target: Path) -> str:

@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.data.model_files import AGAIN, CONSOLIDATED, INDEX, check_regular, parse_object, read_object
+from bessemer.data.model_files import (
+    AGAIN,
+    CONSOLIDATED,
+    INDEX,
+    PICKLES,
+    check_regular,
+    parse_object,
+    read_object,
+)
 from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 from bessemer.precision.formats import dequantise_blocks, scale_shape
@@ -32,7 +40,6 @@ WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000
 """Largest header in bytes, as in the library."""
 

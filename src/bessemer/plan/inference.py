@@ -59,6 +59,8 @@ def decode(deployment: Deployment) -> DecodeStep:
     compute = communication = longest = 0.0
     for dense in (True, False):
         count = shape.dense if dense else shape.n_layers - shape.dense
+        if not count:
+            continue
         one = sum(kernels.seconds(op) for op in _layer(deployment, half, local, dense))
         sent = 0.0 if dense or deployment.ep == 1 else _latency(deployment, half)
         compute, communication = compute + count * one, communication + count * sent

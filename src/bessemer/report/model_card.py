@@ -128,7 +128,8 @@ def _corpora(facts: RunFacts, stage: StageFacts) -> list[StageFacts]:
         if (name := left.pop()) in by_name and name not in found:
             found.add(name)
             table = by_name[name].settings
-            left += [_source(by_name[name]), str(table.get("corpus")), *table.get("samples", ())]
+            samples = table.get("samples")  # of SFT stages a list of stages, of others a number
+            left += [_source(by_name[name]), str(table.get("corpus")), *(samples if isinstance(samples, list) else ())]
     return [one for one in facts.stages if one.name in found and one.kind == "corpus"]
 
 
@@ -136,7 +137,11 @@ def _data(facts: RunFacts, stage: StageFacts) -> list[str]:
     from bessemer.data import sources
 
     tables = [one.settings for one in _corpora(facts, stage)]
-    parts = [(part, source, table.get("limits") or {}) for table in tables for part, source in table["parts"].items()]
+    parts = [
+        (part, source, table.get("limits") or {})
+        for table in tables
+        for part, source in (table.get("parts") or {}).items()
+    ]
     if not parts:
         return []
     lines = ["## Training data", "", "| part | source | at most | licence |", "|---|---|---|---|"]

@@ -29,11 +29,14 @@ from bessemer.tasks.countdown_expressions import Unparsable, parse_expression
 _CALCULATION = re.compile(r"[0-9+\-*/()= ]+")
 """Maximal runs, so that hostile text costs one scan."""
 _BEFORE = re.compile(
-    r"(?:[0-9]\.|(?<![0-9])[0-9]{1,3},(?=[0-9]{3}(?![0-9]))|[×÷·^√%}] *|\\[a-z]+ *|"
-    r"(?:(?<![A-Za-z])[A-Za-z]|[0-9][A-Za-z]+) *(?=[+*/-]))"
+    r"(?:[0-9]\.|(?<![0-9])[0-9]{1,3},(?=[0-9]{3}(?![0-9]))|[×÷·^√%}] *|\\[a-z]+ *|(?<![A-Za-z])[xX] *(?=[0-9(])|"
+    r"[A-Za-z] +(?=[*/])|(?:(?<![A-Za-z])[A-Za-z]|[0-9][A-Za-z]+) *(?=[+*/-]))"
 )
-_AFTER = re.compile(r"(?<=[0-9])(?:\.[0-9]|,[0-9]{3}(?![0-9])|[A-Za-z])| *[×÷·^√%\\]")
+_AFTER = re.compile(r"(?<=[0-9])(?:\.[0-9]|,[0-9]{3}(?![0-9])|[A-Za-z])| *[×÷·^√%\\]|(?<=[0-9] )[xX] *[0-9(]")
 """Around a run: it is a piece of a calculation with decimals, thousands, other signs or variables."""
+_HEAD = re.compile(r"(?: *[0-9]+\) )?(?:[ )*/=]|- )*")
+_TAIL = " =(+*/-"
+"""What belongs to the text around a calculation: the marks of a list, dashes, an opening parenthesis."""
 _LOOK = 16
 """Characters before a run among which _BEFORE is looked for."""
 Step = tuple[int, float]
@@ -45,10 +48,17 @@ def calculations(text: str) -> list[Step]:
     integers, + - * / and parentheses are left out, since no side of them can be judged."""
     found = []
     for run in _CALCULATION.finditer(text):
-        sides = run.group().strip("= ").split("=")  # `x=3` has one side, `x=3+4=7` two
-        if len(sides) > 1 and not _is_piece(text, run.start(), run.end()):
-            found.append((run.start() + len(run.group().rstrip("= ")) - 1, float(_right(sides))))
+        written = run.group()
+        head, end = _HEAD.match(written), len(written.rstrip(_TAIL))
+        assert head is not None, "it matches the empty text"
+        sides = written[head.end() : end].split("=")  # `x=3` has one side, `x=3+4=7` two
+        if len(sides) > 1 and all(map(_balanced, sides)) and not _is_piece(text, run.start(), run.end()):
+            found.append((run.start() + end - 1, float(_right(sides))))
     return found
+
+
+def _balanced(side: str) -> bool:
+    return side.count("(") == side.count(")")
 
 
 def _is_piece(text: str, start: int, end: int) -> bool:

@@ -239,9 +239,13 @@ def check_not_of_a_run(target: Path) -> None:
 
 
 def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The tokenizer of a checkpoint RUN/NN-STAGE/state/step-...: its stage's, or the run's."""
-    stage = checkpoint.resolve().parents[1]
-    places = [stage / "state" / "tokenizer", stage / "model", *sorted(stage.parent.glob("*/tokenizer"))]
+    """The tokenizer of a checkpoint RUN/NN-STAGE/state/step-... or state/kept/step-...: its stage's, that of a model
+    which the stage read, or the run's."""
+    above = checkpoint.resolve().parents
+    stage = next((folder for folder in above if (folder / "stage.json").is_file()), above[1])
+    read = (read_json(stage / "stage.json") or {}).get("inputs", {})
+    models = [folder / "model" for _, name, folder in stage_folders(stage.parent) if name in read]
+    places = [stage / "state" / "tokenizer", stage / "model", *models, *sorted(stage.parent.glob("*/tokenizer"))]
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 
 

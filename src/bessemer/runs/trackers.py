@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -57,6 +57,9 @@ class Point:
 class Tracker(Protocol):
     """A tracker, built from (the run's folder, its name and id, its recipe)."""
 
+    queues: ClassVar[bool]
+    """Whether `send` only hands the points on, so that they have surely arrived when `close` returns."""
+
     def send(self, points: Sequence[Point]) -> None: ...
 
     def close(self) -> None: ...
@@ -64,6 +67,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     """Event files in `trackers/tensorboard`."""
+
+    queues: ClassVar[bool] = False
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter  # torch's own would import torch
@@ -85,6 +90,8 @@ class TensorBoard:
 
 class WandB:
     """The usual environment variables apply: WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE=offline, ..."""
+
+    queues: ClassVar[bool] = True
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
         import wandb
@@ -108,6 +115,8 @@ class WandB:
 
 class MLflow:
     """MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply; the default is a database, `trackers/mlflow.db`."""
+
+    queues: ClassVar[bool] = False
 
     LIMIT = 1000  # metrics per call
 
@@ -155,6 +164,8 @@ class MLflow:
 
 class Trackio:
     """TRACKIO_DIR, TRACKIO_SPACE_ID, ... apply; `trackio show` opens its page."""
+
+    queues: ClassVar[bool] = True
 
     def __init__(self, root: Path, name: str, id: str, recipe: dict[str, Any]) -> None:
         import trackio
@@ -204,6 +215,8 @@ class _Sent:
 class _State:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     stages: dict[str, _Sent] = field(default_factory=dict)
+    arrived: dict[str, _Sent] | None = None
+    """While a tracker that queues is open: what had arrived before. If it never closes, the rest is sent again."""
 
 
 class Mirror:
@@ -222,7 +235,10 @@ class Mirror:
             self._guarded(name, partial(self._open, name, recipe))
 
     def _open(self, name: str, recipe: dict[str, Any]) -> None:
-        self.trackers[name] = TRACKERS[name][1](self.root, str(recipe["name"]), self.states[name].id, recipe)
+        state = self.states[name]
+        state.stages = state.stages if state.arrived is None else state.arrived
+        tracker = self.trackers[name] = TRACKERS[name][1](self.root, str(recipe["name"]), state.id, recipe)
+        state.arrived = state.stages if tracker.queues else None
 
     def send(self) -> None:
         """Sends all lines that the trackers do not have yet."""
@@ -238,7 +254,9 @@ class Mirror:
 
     def close(self) -> None:
         for name, tracker in list(self.trackers.items()):
-            self._guarded(name, tracker.close)
+            if self._guarded(name, tracker.close) and self.states[name].arrived is not None:
+                self.states[name].arrived = None
+                _write_states(self.root, self.states)
 
     def _guarded(self, name: str, call: Callable[[], None]) -> bool:
         try:
@@ -298,7 +316,7 @@ def _read_states(root: Path) -> dict[str, _State]:
     try:
         stored = json.loads((root / "trackers.json").read_text("utf-8"))
         return {
-            name: _State(one["id"], {stage: _Sent(**sent) for stage, sent in one["stages"].items()})
+            name: _State(one["id"], _read_sent(one["stages"]), _read_sent(one.get("arrived")))
             for name, one in stored.items()
         }
     except FileNotFoundError:
@@ -307,6 +325,10 @@ def _read_states(root: Path) -> dict[str, _State]:
         raise UserError(
             f"{root / 'trackers.json'} is damaged; delete it, and the trackers get a new run with all lines"
         ) from None
+
+
+def _read_sent(stored: dict[str, Any] | None) -> Any:
+    return stored if stored is None else {stage: _Sent(**sent) for stage, sent in stored.items()}
 
 
 def _write_states(root: Path, states: dict[str, _State]) -> None:

@@ -79,8 +79,9 @@ _UNSEEN = re.compile(rf"[{_IGNORABLE}]|(?<!{_SYMBOL})\ufe0f(?!\u20e3)|(?<!\ufe0f
 comments."""
 _VISIBLE = re.compile(rf"[^\s\ufe0f\u200d{_IGNORABLE}]")
 _STATED = re.compile(
-    r"^[*_ \t]{0,8}(?:(?:The )?(?:[Ff]inal |[Cc]orrect |[Bb]est )?(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?: is)?"
-    r"|(?:(?:因此|所以)[，,]?)?(?:最终|正确)?答案[是为]?|故?选)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
+    r"^[*_ \t]{0,8}(?:(?:The )?(?:(?:[Ff]inal |[Cc]orrect |[Bb]est )?[Aa]nswer(?: is)?"
+    r"|(?:[Ff]inal |[Cc]orrect |[Bb]est )(?:[Oo]ption|[Cc]hoice)(?: is)?)"
+    r"|(?:(?:因此|所以)[，,]?)?(?:最终|正确)?答案[是为]?|(?:故|应|所以)选)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
     r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
     re.MULTILINE,
 )

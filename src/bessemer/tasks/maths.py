@@ -59,14 +59,18 @@ _HUGE = re.compile(r"[0-9]{61}|\^ ?\{? ?-?[0-9]{4}")
 _LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最简|约分|化简", re.IGNORECASE)
 _POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
 _TIME = re.compile("[0-9]{1,2}(?::[0-5][0-9]){1,2}")
-_RATIO = re.compile("ratio|proportion|比", re.IGNORECASE)
+_RATIO = re.compile(
+    r"\bratios?\b|\bproportions?\b|比(?!赛)|\bscale\b|\bodds\b|(?-i:\b(?:[A-Z]{1,2}|[a-z]) ?: ?(?:[A-Z]{1,2}|[a-z])\b)",
+    re.IGNORECASE,
+)
+_INTERVAL = re.compile("interval|区间", re.IGNORECASE)
 _BASE = re.compile(r"[0-9]+_ ?\{?(\w+)\}?")
 _NAME = re.compile(
-    r"(?:(?:\\[a-z]+ ?(?=[A-Z]))?(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w{1,4}\}?)?(?:\([A-Za-z0-9, ]{1,9}\))?"
+    r"(?:(?:\\[a-z]+ ?[A-Z]{1,3}|\\[a-z]+|[A-Za-z]|[A-Z]{2,3})(?:_\{?\w{1,4}\}?)?(?:\([A-Za-z0-9, ]{1,9}\))?"
     r"|\([A-Za-z](?:, ?[A-Za-z]){1,3}\)) ?=(?P<value>[^=]+)"
 )
-"""What an answer may be called: x, x_1, AB, f(2), (x, y), \\angle A."""
-_AND = re.compile(r"(?:\\text ?\{ ?(?:or|and|或|和) ?\}|\b(?:or|and)\b|或|和|,|;|\\quad)+")
+"""What an answer may be called: x, x_1, AB, f(2), (x, y), \\theta, \\angle A."""
+_AND = re.compile(r"(?:\s*(?:\\[ ,;:]|\\text ?\{ ?(?:or|and|或|和) ?\}|\b(?:or|and)\b|或|和|,|;|\\quad))+")
 _OF_WHAT = re.compile("^[A-Za-z]+(?: ?: ?[A-Za-z]+)+ ?= ?")
 _ASSIGNMENT = re.compile(r"\s*([A-Za-z](?:_\{?\w+\}?)?) *= *([^=]+)")
 SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞√±×÷·−≤≥≠∈∪∩∅°²³⁴")
@@ -166,8 +170,19 @@ def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]
 
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
+    called = [_OF_WHAT.match(text) for text in (gold, answer)]
+    if called[0] and called[1] and called[0][0].replace(" ", "") != called[1][0].replace(" ", ""):
+        return WRONG_VALUE, answer  # y : x is not x : y
     gold, answer = (_OF_WHAT.sub("", text) for text in (gold, answer))
-    gold, answer = _values(gold, answer), _values(answer, gold)
+    ours, theirs = _assigned(gold), _assigned(answer)
+    if ours and theirs and ours.keys() != theirs.keys():
+        return WRONG_VALUE, answer
+    if ours and (len(ours) == 1 or "=" not in answer):
+        if len(ours) > 1 and answer.startswith("\\{"):
+            return WRONG_VALUE, answer  # a set does not say which is which
+        gold = _values(ours)
+    if theirs and (len(theirs) == 1 or (gold.startswith("(") and "=" not in gold and not _INTERVAL.search(prompt))):
+        answer = _values(theirs)
     if "=" in answer and "=" not in gold:
         if (named := _NAME.fullmatch(answer)) is None:
             return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
@@ -180,11 +195,14 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
     if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
         return WRONG_VALUE, answer  # math-verify does not read them
     if _TIME.fullmatch(gold) and not _RATIO.search(prompt):
-        given = [int(part) for part in answer.split(":")] if _TIME.fullmatch(answer) else None
+        plain = re.sub(" ?: ?", ":", answer)
+        given = [int(part) for part in plain.split(":")] if _TIME.fullmatch(plain) else None
         return CORRECT if given == [int(part) for part in gold.split(":")] else WRONG_VALUE, answer
     try:
         if max(gold.count(":"), answer.count(":")) > 1:
-            return _grade_ratio(gold.split(":"), answer.split(":"))
+            reason, canonical = _grade_ratio(gold.split(":"), answer.split(":"))
+            copied = reason == CORRECT and _echoes(answer, prompt) and _bare(answer) != _bare(gold)
+            return ECHO if copied else reason, canonical
         reply = _same(gold, answer)
     except RefereeFault as fault:
         return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
@@ -206,16 +224,23 @@ def _grade_ratio(gold: list[str], answer: list[str]) -> tuple[str, str | None]:
     return CORRECT if same else WRONG_VALUE, ":".join(term.strip() for term in answer)
 
 
-def _values(text: str, other: str) -> str:
-    """`2, 3` for `x = 2 or x = 3`; `(2, 3)` for `x = 2, y = 3` if the `other` side has bare values, which math-verify
-    would compare with it as a set, in any order."""
-    found = [_ASSIGNMENT.fullmatch(part) for part in _AND.split(text)]
-    names, values = {one[1] for one in found if one}, [one[2].strip() for one in found if one]
-    if len(values) != len(found) or len(found) < 2:
-        return text
-    if len(names) == 1:
-        return ", ".join(values)
-    return f"({', '.join(values)})" if len(names) == len(found) and "=" not in other else text
+def _assigned(text: str) -> dict[str, list[str]]:
+    """{name: values} of `x = 1, y = 2` or `x = 1 or x = 2`; {} for any other text."""
+    found, values = [_ASSIGNMENT.fullmatch(part) for part in _AND.split(text)], dict[str, list[str]]()
+    if len(found) < 2 or not all(found):
+        return {}
+    for one in found:
+        assert one is not None
+        values.setdefault(one[1], []).append(one[2].strip())
+    return values if len(values) in (1, len(found)) else {}
+
+
+def _values(assigned: dict[str, list[str]]) -> str:
+    """`2, 3` for `x = 2 or x = 3`; `(2, 3)`, by name, for `x = 2, y = 3`: math-verify would compare bare values with
+    that as a set, in any order."""
+    if len(assigned) == 1:
+        return ", ".join(next(iter(assigned.values())))
+    return f"({', '.join(values[0] for _, values in sorted(assigned.items()))})"
 
 
 def _echoes(answer: str, prompt: str) -> bool:

@@ -64,8 +64,8 @@ _SPELLED = {
     "litre": "liter", "hr": "hour", "hrs": "hour", "min": "minute", "sec": "second", "mph": "mile/hour",
     "kph": "kilometer/hour",
 }  # fmt: skip
-_LETTERS = {"m": "meter", "in": "inch", "g": "gram", "l": "liter", "h": "hour", "s": "second"}
-"""Abbreviations that mean something else in a question, unless they follow a number or a stroke."""
+_LETTERS = {"m": "meter", "g": "gram", "l": "liter", "L": "liter", "h": "hour", "s": "second", "in": "inch"}
+"""Single letters; and a word that means something else in a question, unless it follows a number or a stroke."""
 _NAMED = {
     "%": "%|percent|百分",
     "°": r"°|\\circ|degree|angle|度|角",
@@ -218,9 +218,11 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
     if given in _NAMED:
         return re.search(_NAMED[given], question, re.IGNORECASE) is not None
     text = re.sub(r"\\[a-z]+|[{}$~]", " ", question.replace("²", "^2").replace("³", "^3"))
-    text = re.sub(r"(?<=[0-9/])( *)(m|in|g|l|h|s)(?![A-Za-z])", lambda m: m[1] + _LETTERS[m[2]], text)
+    text = re.sub(r"(?<![A-Za-z'’])[mglLhs](?![A-Za-z])", lambda m: _LETTERS[m[0]], text)
+    text = re.sub(r"(?<=[0-9/])( *)in(?![A-Za-z])", r"\1inch", text)
     text = re.sub(" +", " ", re.sub("[A-Za-z]+", lambda word: _spelled(word[0]), text))
-    pattern = rf"(?<![A-Za-z/]){re.escape(given.replace('·', ' '))}(?:s|es)?(?![A-Za-z^/])"
+    stem = re.escape(given.replace("·", " ")) + ("?" if given.endswith("e") else "")
+    pattern = rf"(?<![A-Za-z/]){stem}(?:s|es|e)?(?![A-Za-z^/])"
     return re.search(pattern, _powers(text, " ").replace("^ ", "^"), re.IGNORECASE) is not None
 
 

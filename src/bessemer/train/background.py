@@ -36,6 +36,8 @@ class HostCopies:
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
         self._chunk = self._used = 0
+        self._touched: set[int] = set()
+        """Pieces that the current set of copies uses."""
         self._pinned: list[int] = []
         weakref.finalize(self, _unpin, self._pinned).atexit = False
 
@@ -46,11 +48,16 @@ class HostCopies:
 
     def begin(self, tensors: Sequence[Tensor] = ()) -> None:
         """Starts a new set of copies, which overwrites the last one. The first time, makes room for exactly these
-        tensors; later growth goes into more pieces, since pinning takes seconds."""
+        tensors; later growth goes into more pieces, since pinning takes seconds. Pieces that the last set outgrew are
+        given back."""
         if tensors and not self._chunks:
             need = sum(-(-_bytes(tensor) // ALIGN) * ALIGN for tensor in tensors)
             self._chunks = [self._new(need, any(tensor.is_cuda for tensor in tensors))]
+        for number in reversed(range(1, len(self._chunks))):
+            if number not in self._touched:
+                self._give_back(self._chunks.pop(number).data_ptr())
         self._chunk = self._used = 0
+        self._touched.clear()
 
     def place(self, tensor: Tensor) -> Tensor:
         """Where a copy of `tensor` goes."""
@@ -67,6 +74,7 @@ class HostCopies:
             chunk, start = self._chunks[self._chunk], self._used
             if start + size <= chunk.numel():
                 self._used = -(-(start + size) // ALIGN) * ALIGN
+                self._touched.add(self._chunk)
                 return chunk[start:]
             self._chunk, self._used = self._chunk + 1, 0
         self._chunks.append(self._new(max(size, CHUNK), from_gpu))
@@ -86,6 +94,11 @@ class HostCopies:
                 with suppress(RuntimeError):
                     torch.zeros(1, device="cuda")  # the next launch reports the refusal; let it be this one
         return chunk
+
+    def _give_back(self, pointer: int) -> None:
+        if pointer in self._pinned:
+            self._pinned.remove(pointer)
+            _unpin([pointer])
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -67,11 +67,12 @@ def explain(
         fits //= 2
     if fixed > room:
         return UserError(text + "That is more than the card holds: " + _smaller(stays, config))
-    if not fits:
+    lowered = getattr(config, key) * fits // rows  # while rows are shorter, a forward has more of them than micro_rows
+    value = min(fits, lowered) if key == "micro_rows" else max(16, lowered)
+    if not fits or not value:
         text += 'Even one row is too much: set recompute = ["attend", "experts", "finish"] in [layout], and the same '
         text += f"command resumes from the last checkpoint; or shorten the rows, or {_smaller(stays, config)}"
         return UserError(text)
-    value = fits if key == "micro_rows" else max(16, getattr(config, key) * fits // rows)
     text += f"Lower {key} from {getattr(config, key)} to {value}"
     if forward is not None:
         text += f", which keeps about {(kept(model, fits, length, number, mtp, padded) or 0) / GIB:.1f} GiB"

@@ -272,7 +272,12 @@ class Feed:
         return with_noise(batch, share, self._seed, first_row, self._tokenizer.vocab_size, self._tokenizer.bos_id)
 
     def _as_read(self, batch: Batch) -> Batch:
-        """The batch with its experts, if the stage chooses them by token."""
+        """The batch with its experts, if the stage chooses them by token. If it masks documents, the first token of a
+        piece without a BOS is not predicted: what precedes it in its row is another document's."""
+        if batch.segments_BT is not None:
+            begins_BT = batch.segments_BT.diff(dim=1, prepend=batch.segments_BT[:, :1]) != 0
+            foreign_BT = begins_BT & (batch.tokens_BT != self._tokenizer.bos_id)
+            batch = replace(batch, loss_BT=batch.loss_BT.masked_fill(foreign_BT, 0.0))
         if self.table_VLK is None:
             return batch
         return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})

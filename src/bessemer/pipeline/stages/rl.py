@@ -169,6 +169,10 @@ def _without_idle_keys(identity: dict[str, Any]) -> dict[str, Any]:
     idle = {*(TERMS if settings.get("reward") in CONTROLS else ())}
     if not settings.get("general_prompts"):
         idle.add("general_from")
+    if settings.get("kl") == 0:
+        idle.add("reference_every")
+    if settings.get("surrogate") == "reinforce":
+        idle |= {"clip_low", "clip_high"}
     return identity | {"settings": {key: value for key, value in settings.items() if key not in idle}}
 
 

@@ -113,9 +113,9 @@ def judge(
         raise ValueError("judging takes the name of a function and at least one test")
     start = time.monotonic()
     bounds = _bounds(seconds, memory_mb, 64, per_test)
-    with SandboxProcess(resolve_level(isolation), bounds) as process:
+    with SandboxProcess(resolve_level(isolation), bounds, imports=imports) as process:
         data, passed = _bytes(source), 0
-        process.send(b"call %s %d %d\n" % (function.encode(), imports, len(data)) + data)
+        process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
         try:
             reason, detail = _read_verdict(process, True)
             for arguments, expected in tests:
@@ -151,9 +151,9 @@ def judge_program(
     bounds = _bounds(seconds, memory_mb, 64, per_test=True)
     bounds = replace(bounds, output=bounds.output + 2 * max(len(expected.encode()) for _, expected in tests))
     reason, detail, passed = CORRECT, "", 0
-    with SandboxProcess(resolve_level(isolation), bounds, mode="each") as process:
+    with SandboxProcess(resolve_level(isolation), bounds, mode="each", imports=imports) as process:
         data = _bytes(source)
-        process.send(b"%d %d\n" % (imports, len(data)) + data)
+        process.send(b"%d\n" % len(data) + data)
         try:
             for given, expected in tests:
                 reason, detail = _run_test(process, given.encode(errors="replace"), expected, tolerance)

@@ -75,7 +75,7 @@ class LimitExceeded(Exception):
 class SandboxProcess:
     """A context manager. Raises SandboxError on entry; `line` and `finish` raise LimitExceeded."""
 
-    def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once"):
+    def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once", imports: bool = False):
         self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
         self._limit, self._seconds, self._total = bounds.output, bounds.seconds, bounds.total
         self._memory = bounds.memory_mb << 20 if level != "none" else None
@@ -88,7 +88,7 @@ class SandboxProcess:
         inner = [ask, reply, info] + ([maps, alive] if level == "bubblewrap" else [])
         try:
             self._process = subprocess.Popen(
-                _command(mode, level, bounds, ask, reply, info, maps, alive),
+                _command(mode, imports, level, bounds, ask, reply, info, maps, alive),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -261,13 +261,13 @@ class SandboxProcess:
 
 
 def _command(
-    mode: str, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
+    mode: str, imports: bool, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
 ) -> list[str]:
     """The command line of a sandbox. Processor time is bounded slightly above wall time, which thus strikes first."""
     # in mode each, every test has a process of its own
     scratch, seconds = (SCRATCH, bounds.total) if mode == "once" else (0, bounds.seconds)
     numbers = (ask, reply, info, alive, os.getpid(), int(seconds) + 2, bounds.memory_mb << 20, scratch, PROCESSES)
-    script = ["main.py", mode, level, *map(str, numbers)]
+    script = ["main.py", mode + "+" * imports, level, *map(str, numbers)]
     if level == "bubblewrap":
         return [*_bwrap(info, maps), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]
     paths = [f"+{path}" for path in _readable()] + [f"-{path}" for path in _hidden()]

@@ -2,9 +2,9 @@
 
     main.py MODE LEVEL ASK REPLY INFO ALIVE PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
-MODE is once, or each (see serve.py). ASK, REPLY, INFO and ALIVE are file descriptors (see ../process.py), PARENT the
-trusted process, CPU seconds, MEMORY and FILE bytes; if FILE is 0, nothing can be written. The program may read below
-each +PATH and not below a -PATH.
+MODE is once, or each (see serve.py), with a + behind it if the program may use the names of serve.IMPORTED. ASK, REPLY,
+INFO and ALIVE are file descriptors (see ../process.py), PARENT the trusted process, CPU seconds, MEMORY and FILE bytes;
+if FILE is 0, nothing can be written. The program may read below each +PATH and not below a -PATH.
 """
 
 import os
@@ -28,10 +28,11 @@ def main(
     if isolated:
         confine.protect()
     sys.path.pop(0)  # this folder
-    if mode == "each":
+    names = serve.names_of(mode.endswith("+"))  # before the program's time begins
+    if mode.startswith("each"):
         if not isolated:
             confine.die_with(parent)
-        serve.serve_each(ask, reply, bounds, isolated)
+        serve.serve_each(ask, reply, bounds, isolated, names)
         return
     if isolated:
         confine.fork_program((ask, reply))
@@ -39,7 +40,7 @@ def main(
     for first, end in ((3, low), (low + 1, high), (high + 1, 1024)):
         os.closerange(first, end)
     confine.limit(*bounds, parent=1 if isolated else parent, isolated=isolated)
-    serve.serve(ask, reply)
+    serve.serve(ask, reply, names)
 
 
 mode, level, *numbers = sys.argv[1:12]

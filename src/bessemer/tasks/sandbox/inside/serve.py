@@ -1,16 +1,15 @@
 """Runs the program, in a process without any rights left.
 
-The trusted side sends `run LENGTH` or `call NAME IMPORTS LENGTH` on a line, then that many bytes of source. `run`
+The trusted side sends `run LENGTH` or `call NAME LENGTH` on a line, then that many bytes of source. `run`
 executes a script: its exit status and output are the result. `call` answers every line of arguments (a Python literal,
 from the trusted side) with one line of JSON: {"value": ...} or {"error": name, "text": ...}. Whatever the program does
 to this process, it can only send lines; the trusted side, which knows the expected values, judges them.
 
-In mode `each` the trusted side sends `IMPORTS LENGTH`, the source, and then for every test the length of its input and
-the input. IMPORTS is 1 if the program may use the names of IMPORTED without importing them, else 0. Process 1 runs each
-test in a fork of itself that has given up its rights, and passes on what it writes. The fork sees an interpreter in
-which no program has run, the input as a file, pipes of its own, and no file system that it could write to. When it
-ends, every process that it left behind is ended too, and only then is {"status": ...} sent. So a test finds no memory,
-file, pipe or process of the one before, and the output is that of one test.
+In mode `each` the trusted side sends the length of the source, the source, and then for every test the length of its
+input and the input. Process 1 runs each test in a fork of itself that has given up its rights, and passes on what it
+writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
+system that it could write to. When it ends, every process that it left behind is ended too, and only then is {"status":
+...} sent. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
 """
 
 import builtins
@@ -27,32 +26,31 @@ IMPORTED = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
 )
 """Modules that LiveCodeBench's grader, like those of APPS and TACO, imports before a solution, with all their names. Of
-two equal names the later one counts; those of `builtins` and `typing` count most."""
+two equal names the later one counts, then those of `builtins` and `typing`, then the modules themselves."""
 RECURSION = 50_000
 """The limit that LiveCodeBench's grader sets."""
 
 vars(builtins).update(exit=sys.exit, quit=sys.exit)  # defined by `site`, which the sandbox leaves out
 
 
-def serve(ask: int, reply: int) -> None:
+def serve(ask: int, reply: int, names: dict[str, object]) -> None:
     questions = os.fdopen(ask, "rb")
     os.write(reply, b"ready\n")
-    mode, *how, length = questions.readline().decode().split()
+    mode, *name, length = questions.readline().decode().split()
     source = questions.read(int(length)).decode()
     sys.argv = ["program"]
     if mode == "run":
-        _run(source, reply, vars(builtins))
+        _run(source, reply, names)
     else:
-        _call(source, how[0], _names(how[1]), questions, reply)
+        _call(source, name[0], names, questions, reply)
 
 
-def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool) -> None:
+def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool, names: dict[str, object]) -> None:
     """Return in the fork of a test, when its program has ended; process 1 never returns."""
     # A fork closes it by number; Python 3.13 would complain about that on the program's own error output.
     questions = os.fdopen(ask, "rb", closefd=False)
     os.write(reply, b"ready\n")
-    imports, size = questions.readline().decode().split()
-    source, names = questions.read(int(size)).decode(), _names(imports)
+    source = questions.read(int(questions.readline())).decode()
     for length in questions:
         given = os.memfd_create("input", 0)
         _write(given, questions.read(int(length)))
@@ -96,9 +94,9 @@ def _relay(pid: int, pipes: dict[int, int], isolated: bool) -> int:
     return status
 
 
-def _names(imports: str) -> dict[str, object]:
-    """What a program may name: the builtins, and with IMPORTS what IMPORTED has. Its own names come before these."""
-    if imports != "1":
+def names_of(imports: bool) -> dict[str, object]:
+    """What a program may name without importing it: the builtins, and with `imports` what IMPORTED has."""
+    if not imports:
         return vars(builtins)
     sys.setrecursionlimit(RECURSION)
     names: dict[str, object] = {}
