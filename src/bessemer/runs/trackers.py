@@ -316,7 +316,7 @@ def _read_states(root: Path) -> dict[str, _State]:
     try:
         stored = json.loads((root / "trackers.json").read_text("utf-8"))
         return {
-            name: _State(one["id"], _read_sent(one["stages"]), _read_sent(one.get("arrived")))
+            name: _State(one["id"], _read_sent(one["stages"]), one.get("arrived") and _read_sent(one["arrived"]))
             for name, one in stored.items()
         }
     except FileNotFoundError:
@@ -327,8 +327,8 @@ def _read_states(root: Path) -> dict[str, _State]:
         ) from None
 
 
-def _read_sent(stored: dict[str, Any] | None) -> Any:
-    return stored if stored is None else {stage: _Sent(**sent) for stage, sent in stored.items()}
+def _read_sent(stored: dict[str, dict[str, float]]) -> dict[str, _Sent]:
+    return {stage: _Sent(sent["first"], int(sent["attempt"]), int(sent["lines"])) for stage, sent in stored.items()}
 
 
 def _write_states(root: Path, states: dict[str, _State]) -> None:
