@@ -59,6 +59,7 @@ def test_values(folder):
     assert offered("chat ") == ["runs/my run", "runs/tiny"] and offered("chat ru") == [*offered("chat "), "runs/"]
     assert offered("chat runs/tiny/") == ["runs/tiny/zero"], "stages with a model"
     assert offered("report runs/tiny ") == ["runs/my run", "runs/tiny"], "as many runs as one likes"
+    assert "model" in offered("keys m")
     assert offered("keys r") == [kind for kind in STAGES if kind.startswith("r")]
     assert offered("eval runs/tiny --shot-kind ") == ["worked", "direct", "other-language", "fables"]
     assert offered("eval --shot-kind=d") == ["--shot-kind=direct"]

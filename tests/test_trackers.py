@@ -280,6 +280,14 @@ def test_what_a_queue_lost_is_sent_again(run, monkeypatch):
     trackers.Mirror(run, ["wandb"], lambda *_: None).send()  # killed before it closes
     assert len(Queue.arrived) == 3
     assert trackers.track(run, ["wandb"]) == [] and Queue.arrived == [("base", step) for step in range(1, 6)]
+    write(run, "rl", range(1, 3))
+    trackers.Mirror(run, ["wandb"], lambda *_: None).send()  # killed again, and the stage begins anew
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics.rewind("rl", -1)
+    metrics.close()
+    time.sleep(0.002)
+    write(run, "rl", range(1, 3))
+    assert trackers.track(run, ["wandb"]) == [] and Queue.arrived[5:] == [("rl.2", 1), ("rl.2", 2)]
 
 
 def test_what_cannot_be_sent_is_said(run, monkeypatch):

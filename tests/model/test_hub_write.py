@@ -383,9 +383,9 @@ def test_memory_stays_that_of_one_tensor(tmp_path):
 
 def test_a_replaced_model_leaves_no_weights_of_any_kind(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    old = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "old.pth")
-    for name in (*old, "notes.txt"):
+    old = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pth")
+    for name in (*old, "notes.txt", "training_args.bin"):
         (tmp_path / name).write_text("old")
     with replace.replacing(tmp_path) as fresh:
         (fresh / "config.json").write_text("{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt", "training_args.bin"]

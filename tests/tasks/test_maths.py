@@ -141,6 +141,13 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("0.\\overline{3}", "\\frac13", "correct"),
         ("\\frac{7}{30}", "0.2\\overline{3}", "correct"),
         ("0.\\overline{45}", "0.45", "wrong-value"),
+        ("2, 3", "x=2, y=3", "correct"),
+        ("\\left(2,3\\right)", "x=2, y=3", "correct"),
+        ("x_1=2, x_2=3", "x=2 \\text{ or } x=3", "correct"),
+        ("\\{2,3\\}", "x_1=2, x_2=3", "correct"),
+        ("x=2, x=3", "t=2, t=3", "correct"),
+        ("AC:CB=2:1", "AC:BC=2:1", "correct"),
+        ("AC:CB=2:1", "CB:AC=2:1", "wrong-value"),
         ("x=1, y=2", "x=2, x=1", "wrong-value"),
         ("x=1, y=2", "x=1 or x=2", "wrong-value"),
         ("x=1, y=2", "\\{1,2\\}", "wrong-value"),
@@ -176,6 +183,10 @@ def test_judgements(task, gold, answer, reason):
         ("12\\text{ in.}", "12 inches", "How long?", "correct"),
         ("12\\text{ in.}", "12 feet", "How long?", "wrong-value"),
         ("15", "15 \\text{ m/s}^2", "What is it in m/s^2?", "correct"),
+        ("15", "15 \\text{ m}", "Let m be an integer; find n.", "wrong-value"),
+        ("15", "15 \\text{ N}", "What is the force in N?", "correct"),
+        ("15", "15\\mathrm{e}", "What is the value?", "wrong-value"),
+        ("15", "15\\mathrm{x}", "Solve for x.", "wrong-value"),
         ("15", "15 \\text{ g}", "How many g are left?", "correct"),
         ("15", "15 \\text{ L}", "How many liters are left?", "correct"),
         ("1", "1 \\text{ box}", "How many boxes are left?", "correct"),
@@ -193,7 +204,16 @@ def test_what_looks_like_a_time_may_be_a_ratio(task):
     assert judged(task, "7:10", "\\frac{7}{10}", "What is BF : FC?")[0] == "correct"
     assert judged(task, "3:10", "3 : 10", "When does the train leave?")[0] == "correct"
     assert judged(task, "3:10", "6:20", "The duration is 90 minutes. When does it end?")[0] == "wrong-value"
+    assert judged(task, "3:10", "6:20", "Q: A train leaves at 2:40. When does it arrive?")[0] == "wrong-value"
     assert judged(task, "2:3:4", "12:18:24", "Simplify 12:18:24.")[0] == "echo"
+
+
+@pytest.mark.parametrize("gold", ["(3,5)", "m=3, b=5"])
+def test_the_order_of_a_pair_is_the_question_s(task, gold):
+    prompt = "Find the ordered pair (m, b) of the line y = mx + b."
+    assert judged(task, gold, "m=3, b=5", prompt)[0] == judged(task, gold, "(3, 5)", prompt)[0] == "correct"
+    for wrong in ("m=5, b=3", "(5, 3)"):
+        assert judged(task, gold, wrong, prompt)[0] == "wrong-value"
 
 
 def test_a_vote_is_cast_for_the_value(task):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import read_object
+from bessemer.data.model_files import PICKLES, read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
 from bessemer.hf.replace import check_target, holds_weights, replacing
@@ -293,7 +293,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def companions(directory: Path) -> list[str]:
     """Names of all files other than config and weights: tokenizer, template and anything else."""
     files = (path for path in directory.iterdir() if path.is_file() and not holds_weights(path))
-    return [path.name for path in files if path.name != "config.json"]
+    return [path.name for path in files if path.name != "config.json" and path.suffix not in PICKLES]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -63,7 +63,8 @@ def _weights(api, name: str, branch: str | None) -> list[str]:
         files = api.list_repo_files(name, revision=branch)
     except RevisionNotFoundError:  # nothing has been committed yet
         return []
-    return [file for file in files if "/" not in file and holds_weights(Path(file))]
+    kept = "adapter_config.json" if "config.json" in files else ""  # of an adapter whose weights go
+    return [file for file in files if "/" not in file and (holds_weights(Path(file)) or file == kept)]
 
 
 def _ours_to_write(api, name: str, branch: str | None) -> bool:

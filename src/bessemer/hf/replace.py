@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -160,9 +161,10 @@ def _carry_over(target: Path, fresh: Path, drop: Collection[str]) -> None:
 
 def holds_weights(path: Path) -> bool:
     """Whether a file of a model directory holds weights, or says where they are: safetensors, a DCP checkpoint, or
-    pickled ones, which are read nowhere."""
+    pickled ones under their usual names, which are read nowhere."""
     indices = path.name in (INDEX, ".metadata") or path.name.endswith(".bin.index.json")
-    return indices or path.suffix in (".safetensors", ".distcp", *PICKLES)
+    pickled = path.suffix in PICKLES and re.match(r"(?:pytorch_model|model|adapter_model|consolidated)\b", path.name)
+    return indices or path.suffix in (".safetensors", ".distcp") or bool(pickled)
 
 
 def _remedy(error: OSError, target: Path) -> str:

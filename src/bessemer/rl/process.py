@@ -53,7 +53,8 @@ def calculations(text: str) -> list[Step]:
         assert head is not None, "it matches the empty text"
         sides = written[head.end() : end].split("=")  # `x=3` has one side, `x=3+4=7` two
         if len(sides) > 1 and all(map(_balanced, sides)) and not _is_piece(text, run.start(), run.end()):
-            found.append((run.start() + end - 1, float(_right(sides))))
+            right = _right(sides) or ("-" in head[0] and _right([f"-{sides[0]}", *sides[1:]]))  # a dash, or a minus
+            found.append((run.start() + end - 1, float(right)))
     return found
 
 
@@ -62,7 +63,12 @@ def _balanced(side: str) -> bool:
 
 
 def _is_piece(text: str, start: int, end: int) -> bool:
-    first = start + len(text[start:end]) - len(text[start:end].lstrip(" "))
+    run, lead = text[start:end], text[start - 1 : start] if start else ""
+    if re.match(r" *\) *[-+*/]", run) or (re.match(" *[+*/]", run) and (lead.isalnum() or lead in (*")]}|",))):
+        return True
+    if run[0] == "(" and lead.isascii() and lead.isalpha():  # f(2), sqrt(16)
+        return True
+    first = start + len(run) - len(run.lstrip(" "))
     before = max(0, start - _LOOK)
     return _AFTER.match(text, end) is not None or any(
         one.end() == first for one in _BEFORE.finditer(text, before, first + 4)

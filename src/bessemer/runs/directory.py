@@ -243,8 +243,10 @@ def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
     which the stage read, or the run's."""
     above = checkpoint.resolve().parents
     stage = next((folder for folder in above if (folder / "stage.json").is_file()), above[1])
-    read = (read_json(stage / "stage.json") or {}).get("inputs", {})
-    models = [folder / "model" for _, name, folder in stage_folders(stage.parent) if name in read]
+    record = read_json(stage / "stage.json") or {}
+    read, origin = record.get("inputs", {}), record.get("identity", {}).get("settings", {}).get("from")
+    stages = sorted(stage_folders(stage.parent), key=lambda one: one[1] != origin)
+    models = [folder / "model" for _, name, folder in stages if name in read]
     places = [stage / "state" / "tokenizer", stage / "model", *models, *sorted(stage.parent.glob("*/tokenizer"))]
     return next((place for place in places if (place / "tokenizer.json").is_file()), None)
 

@@ -2,8 +2,9 @@
 
 A separate process follows the file and sends what is new, so a tracker costs the training process nothing, and one that
 fails, hangs or dies stops nothing. The file remains the record: what a tracker missed, `bessemer track` sends later. A
-line of a stage is sent once: after a kill the run rewrites everything after its checkpoint, identical to the bit, and
-lines are counted, so curves continue where they ended. A stage that begins anew gets new curves.
+line of a stage is sent once (W&B and trackio, which queue lines, get them again if their process is killed): after a
+kill the run rewrites everything after its checkpoint, identical to the bit, and lines are counted, so curves continue
+where they ended. A stage that begins anew gets new curves.
 
 `trackers.json` in the run's folder records what was sent; `trackers/` holds what the libraries write.
 """
@@ -236,7 +237,8 @@ class Mirror:
 
     def _open(self, name: str, recipe: dict[str, Any]) -> None:
         state = self.states[name]
-        state.stages = state.stages if state.arrived is None else state.arrived
+        if state.arrived is not None:
+            state.stages = {stage: _back(sent, state.arrived.get(stage)) for stage, sent in state.stages.items()}
         tracker = self.trackers[name] = TRACKERS[name][1](self.root, str(recipe["name"]), state.id, recipe)
         state.arrived = state.stages if tracker.queues else None
 
@@ -310,6 +312,12 @@ def _due(
         if values:
             points.append(Point(stage, line["step"], line["time"], values))
     return points, sent
+
+
+def _back(sent: _Sent, arrived: _Sent | None) -> _Sent:
+    """What a tracker surely has of a stage: of its last attempt, the lines that had arrived."""
+    same = arrived is not None and (arrived.first, arrived.attempt) == (sent.first, sent.attempt)
+    return _Sent(sent.first, sent.attempt, arrived.lines if arrived is not None and same else 0)
 
 
 def _read_states(root: Path) -> dict[str, _State]:

@@ -81,11 +81,17 @@ _VISIBLE = re.compile(rf"[^\s\ufe0f\u200d{_IGNORABLE}]")
 _STATED = re.compile(
     r"^[*_ \t]{0,8}(?:(?:The )?(?:(?:[Ff]inal |[Cc]orrect |[Bb]est )?[Aa]nswer(?: is)?"
     r"|(?:[Ff]inal |[Cc]orrect |[Bb]est )(?:[Oo]ption|[Cc]hoice)(?: is)?)"
-    r"|(?:(?:因此|所以)[，,]?)?(?:最终|正确)?答案[是为]?|(?:故|应|所以)选)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
+    r"|(?:(?:因此|所以|故)[，,]?)?(?:最终|正确)?答案[是为]?|(?:故|应|所以|因此)选)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
     r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
     re.MULTILINE,
 )
 """A line that states a letter, alone or as the answer."""
+_NAMED = re.compile(
+    r"^[*_ \t]{0,8}(?:(?:The )?(?:[Oo]ption|[Cc]hoice)(?: is)?|选)[*_]{0,4}[:：]?[*_ \t]{0,8}"
+    r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
+    re.MULTILINE,
+)
+"""A line that names a letter: the answer if nothing states one and no line names another."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,8 @@ def _answers(rest: str, tagged: _Tagged | None, thoughts: str, final: Final) -> 
             stated.append(rest[tagged[1] : tagged[2]])
         if final == "letter":
             stated += [line[1] for line in islice(_STATED.finditer(rest), MOST_BOXES)]
+            named = {line[1] for line in islice(_NAMED.finditer(rest), MOST_BOXES)}
+            stated += named if len(named) == 1 and not any(stated) else ()
     texts = {" ".join(text.split()): text for text in stated if text is not None}
     if not texts:
         raise _Fault(IN_THOUGHTS if final != "code" and _BOX.search(thoughts) else NO_ANSWER)

@@ -60,7 +60,8 @@ _LOWEST_TERMS = re.compile("simpl|lowest|reduce|common fraction|irreducible|最�
 _POWER = re.compile(r"[0-9)}] ?\^|power|exponent|次方|幂|乘方", re.IGNORECASE)
 _TIME = re.compile("[0-9]{1,2}(?::[0-5][0-9]){1,2}")
 _RATIO = re.compile(
-    r"\bratios?\b|\bproportions?\b|比(?!赛)|\bscale\b|\bodds\b|(?-i:\b(?:[A-Z]{1,2}|[a-z]) ?: ?(?:[A-Z]{1,2}|[a-z])\b)",
+    r"\bratios?\b|\bproportions?\b|比(?!赛)|\bscale\b|\bodds\b"
+    r"|(?-i:(?![QA]: [AI] [a-z])\b(?:[A-Z]{1,2}|[a-z]) ?: ?(?:[A-Z]{1,2}|[a-z])\b)",
     re.IGNORECASE,
 )
 _INTERVAL = re.compile("interval|区间", re.IGNORECASE)
@@ -170,19 +171,21 @@ def _grade_quantity(meta: dict[str, Any], answer: str) -> tuple[str, str | None]
 
 
 def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | None]:
-    called = [_OF_WHAT.match(text) for text in (gold, answer)]
-    if called[0] and called[1] and called[0][0].replace(" ", "") != called[1][0].replace(" ", ""):
+    called = [match and _terms(match[0]) for match in map(_OF_WHAT.match, (gold, answer))]
+    if called[0] and called[1] and called[0] != called[1]:
         return WRONG_VALUE, answer  # y : x is not x : y
     gold, answer = (_OF_WHAT.sub("", text) for text in (gold, answer))
     ours, theirs = _assigned(gold), _assigned(answer)
-    if ours and theirs and ours.keys() != theirs.keys():
+    if ours.keys() != theirs.keys():
+        ours, theirs = _one_name(ours), _one_name(theirs)
+    if ours and theirs and ours.keys() != theirs.keys() and max(len(ours), len(theirs)) > 1:
         return WRONG_VALUE, answer
     if ours and (len(ours) == 1 or "=" not in answer):
         if len(ours) > 1 and answer.startswith("\\{"):
             return WRONG_VALUE, answer  # a set does not say which is which
-        gold = _values(ours)
-    if theirs and (len(theirs) == 1 or (gold.startswith("(") and "=" not in gold and not _INTERVAL.search(prompt))):
-        answer = _values(theirs)
+        gold = _values(ours, prompt)
+    if theirs and (len(theirs) == 1 or not ("=" in gold or gold.startswith("\\{") or _INTERVAL.search(prompt))):
+        answer = _values(theirs, prompt)
     if "=" in answer and "=" not in gold:
         if (named := _NAME.fullmatch(answer)) is None:
             return UNPARSABLE, None  # of a chain of equations math-verify would take the last side
@@ -235,12 +238,29 @@ def _assigned(text: str) -> dict[str, list[str]]:
     return values if len(values) in (1, len(found)) else {}
 
 
-def _values(assigned: dict[str, list[str]]) -> str:
-    """`2, 3` for `x = 2 or x = 3`; `(2, 3)`, by name, for `x = 2, y = 3`: math-verify would compare bare values with
-    that as a set, in any order."""
+def _one_name(assigned: dict[str, list[str]]) -> dict[str, list[str]]:
+    """`x_1 = 2, x_2 = 3` as the two values of x."""
+    stems = {re.sub(r"_\{?[0-9]+\}?$", "", name) for name in assigned}
+    if len(stems) != 1 or len(assigned) < 2:
+        return assigned
+    return {stems.pop(): [value for values in assigned.values() for value in values]}
+
+
+def _values(assigned: dict[str, list[str]], prompt: str) -> str:
+    """`2, 3` for `x = 2 or x = 3`; `(2, 3)` for `x = 2, y = 3`: math-verify would compare bare values with that as a
+    set, in any order. The order is that of a tuple in the question, else of x, y, z, else as written."""
     if len(assigned) == 1:
         return ", ".join(next(iter(assigned.values())))
-    return f"({', '.join(values[0] for _, values in sorted(assigned.items()))})"
+    tuples = ([part.strip() for part in one.split(",")] for one in re.findall(r"\(([^()]{1,40})\)", prompt))
+    natural = sorted(assigned) if assigned.keys() <= set("xyz") else list(assigned)
+    order = next((names for names in tuples if sorted(names) == sorted(assigned)), natural)
+    return f"({', '.join(assigned[name][0] for name in order)})"
+
+
+def _terms(names: str) -> list[str]:
+    """What a ratio is of, `AC : CB =`; a segment has the same length from either end."""
+    parts = [part.strip(" =") for part in names.split(":")]
+    return ["".join(sorted(part)) if part.isupper() else part for part in parts]
 
 
 def _echoes(answer: str, prompt: str) -> bool:

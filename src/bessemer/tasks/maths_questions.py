@@ -218,12 +218,14 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
     if given in _NAMED:
         return re.search(_NAMED[given], question, re.IGNORECASE) is not None
     text = re.sub(r"\\[a-z]+|[{}$~]", " ", question.replace("²", "^2").replace("³", "^3"))
-    text = re.sub(r"(?<![A-Za-z'’])[mglLhs](?![A-Za-z])", lambda m: _LETTERS[m[0]], text)
+    text = re.sub(r"([0-9/(] *|\b(?:in|many|much|per) +)([mglLhs])(?![A-Za-z])", lambda m: m[1] + _LETTERS[m[2]], text)
     text = re.sub(r"(?<=[0-9/])( *)in(?![A-Za-z])", r"\1inch", text)
     text = re.sub(" +", " ", re.sub("[A-Za-z]+", lambda word: _spelled(word[0]), text))
-    stem = re.escape(given.replace("·", " ")) + ("?" if given.endswith("e") else "")
-    pattern = rf"(?<![A-Za-z/]){stem}(?:s|es|e)?(?![A-Za-z^/])"
-    return re.search(pattern, _powers(text, " ").replace("^ ", "^"), re.IGNORECASE) is not None
+    text = _powers(text, " ").replace("^ ", "^")
+    if len(given) == 1 and given.isascii():  # a variable, e or i; and N, J, K, which have no plural
+        return given.isupper() and re.search(rf"(?<![A-Za-z]){given}(?![A-Za-z])", text) is not None
+    stem = re.escape(given.replace("·", " ")) + ("?" if len(given) > 3 and given.endswith("e") else "")
+    return re.search(rf"(?<![A-Za-z/]){stem}(?:s|es|e)?(?![A-Za-z^/])", text, re.IGNORECASE) is not None
 
 
 def no_value(text: str, *more: str) -> bool:
