@@ -67,6 +67,7 @@ def test_a_model_goes_up_and_comes_down_the_same(call, run, server, tmp_path):
 def test_a_push_replaces_the_weights_of_an_earlier_one_and_leaves_the_owner_s_card(call, run, server, tmp_path):
     """transformers takes model.safetensors before shards, so stale weights under another name would win."""
     stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    stale += ("adapter_config.json",)
     server.commit(dict.fromkeys(stale, b"old") | {"README.md": b"# Mine", "notes.txt": b"kept", "more/a.bin": b"kept"})
     model = tmp_path / "model"
     shutil.copytree(run / "01-zero" / "model", model)

@@ -122,6 +122,7 @@ def test_code_is_the_last_block_of_the_final_part(rest, answers, fault):
         ("Option C", "C", None),
         ("The choice is C.", "C", None),
         ("**Option A**\nIt is warm.\n**Option B**\nIt is cold.", "", "no-answer"),
+        ("**Option A**\nIt is wrong.\n\nOption B is right.", "", "no-answer"),
         ("C", "C", None),
         ("\\boxed{C}\n\nAnswer: C", "C", None),
         ("\\boxed{C}\n\nAnswer: D", "C|D", None),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bessemer.data.model_files import CONSOLIDATED
 from bessemer.errors import UserError
-from bessemer.hf.replace import holds_weights, replacing
+from bessemer.hf.replace import ADAPTER_CONFIG, holds_weights, replacing
 
 HUB = "hf://"
 MARK = "<!-- written by bessemer push -->"
@@ -56,15 +56,14 @@ def push(model: Path, card: str, spec: str, private: bool = False) -> str:
 
 
 def _weights(api, name: str, branch: str | None) -> list[str]:
-    """The files with weights at the top of a repository."""
+    """The files with weights at the top of a repository, and the config of an adapter, whose weights they may be."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
         files = api.list_repo_files(name, revision=branch)
     except RevisionNotFoundError:  # nothing has been committed yet
         return []
-    kept = "adapter_config.json" if "config.json" in files else ""  # of an adapter whose weights go
-    return [file for file in files if "/" not in file and (holds_weights(Path(file)) or file == kept)]
+    return [file for file in files if "/" not in file and (holds_weights(Path(file)) or file == ADAPTER_CONFIG)]
 
 
 def _ours_to_write(api, name: str, branch: str | None) -> bool:

@@ -64,7 +64,8 @@ def _balanced(side: str) -> bool:
 
 def _is_piece(text: str, start: int, end: int) -> bool:
     run, lead = text[start:end], text[start - 1 : start] if start else ""
-    if re.match(r" *\) *[-+*/]", run) or (re.match(" *[+*/]", run) and (lead.isalnum() or lead in (*")]}|",))):
+    goes_on = re.match(r" *(?:\*(?!\*)|[+/])", run) and (lead.isalnum() or lead in (*")]}|",))
+    if goes_on or re.match(r" *\) *[-+*/]", run):
         return True
     if run[0] == "(" and lead.isascii() and lead.isalpha():  # f(2), sqrt(16)
         return True

@@ -91,7 +91,8 @@ _NAMED = re.compile(
     r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
     re.MULTILINE,
 )
-"""A line that names a letter: the answer if nothing states one and no line names another."""
+"""A line that names a letter: the answer if nothing states one and the text holds no other."""
+_LETTER = re.compile("(?<![A-Za-z])[A-Z](?![A-Za-z'’])")
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,8 @@ def _answers(rest: str, tagged: _Tagged | None, thoughts: str, final: Final) -> 
         if final == "letter":
             stated += [line[1] for line in islice(_STATED.finditer(rest), MOST_BOXES)]
             named = {line[1] for line in islice(_NAMED.finditer(rest), MOST_BOXES)}
-            stated += named if len(named) == 1 and not any(stated) else ()
+            others = set(_LETTER.findall(rest)) - named - {"A", "I"}  # the latter two may be words
+            stated += named if len(named) == 1 and not others and not any(stated) else ()
     texts = {" ".join(text.split()): text for text in stated if text is not None}
     if not texts:
         raise _Fault(IN_THOUGHTS if final != "code" and _BOX.search(thoughts) else NO_ANSWER)

@@ -174,9 +174,9 @@ def _grade_expression(gold: str, answer: str, prompt: str) -> tuple[str, str | N
     called = [match and _terms(match[0]) for match in map(_OF_WHAT.match, (gold, answer))]
     if called[0] and called[1] and called[0] != called[1]:
         return WRONG_VALUE, answer  # y : x is not x : y
-    gold, answer = (_OF_WHAT.sub("", text) for text in (gold, answer))
+    gold, answer = (_OF_WHAT.sub("", text.replace("\\:", " ")) for text in (gold, answer))
     ours, theirs = _assigned(gold), _assigned(answer)
-    if ours.keys() != theirs.keys():
+    if ours.keys() != theirs.keys() and not any(re.match(r"(?:\\left ?)?\(", text) for text in (gold, answer)):
         ours, theirs = _one_name(ours), _one_name(theirs)
     if ours and theirs and ours.keys() != theirs.keys() and max(len(ours), len(theirs)) > 1:
         return WRONG_VALUE, answer
@@ -251,7 +251,8 @@ def _values(assigned: dict[str, list[str]], prompt: str) -> str:
     set, in any order. The order is that of a tuple in the question, else of x, y, z, else as written."""
     if len(assigned) == 1:
         return ", ".join(next(iter(assigned.values())))
-    tuples = ([part.strip() for part in one.split(",")] for one in re.findall(r"\(([^()]{1,40})\)", prompt))
+    plain = re.sub(r"\\left|\\right|\\[,;:! ]", "", prompt)
+    tuples = ([part.strip() for part in one.split(",")] for one in re.findall(r"\(([^()]{1,40})\)", plain))
     natural = sorted(assigned) if assigned.keys() <= set("xyz") else list(assigned)
     order = next((names for names in tuples if sorted(names) == sorted(assigned)), natural)
     return f"({', '.join(assigned[name][0] for name in order)})"

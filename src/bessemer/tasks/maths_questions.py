@@ -217,9 +217,11 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
         return False
     if given in _NAMED:
         return re.search(_NAMED[given], question, re.IGNORECASE) is not None
-    text = re.sub(r"\\[a-z]+|[{}$~]", " ", question.replace("²", "^2").replace("³", "^3"))
-    text = re.sub(r"([0-9/(] *|\b(?:in|many|much|per) +)([mglLhs])(?![A-Za-z])", lambda m: m[1] + _LETTERS[m[2]], text)
-    text = re.sub(r"(?<=[0-9/])( *)in(?![A-Za-z])", r"\1inch", text)
+    question = re.sub(r"(?<=[A-Za-z])\.", "", question.replace("²", "^2").replace("³", "^3"))  # p.m., sq. ft.
+    text = re.sub(r"\\[a-z]+|\\[,;:! ]|[{}$~]", " ", question)
+    before = r"[0-9/(（少几位-] *|\b(?:in|of|or|many|much|per|square|cubic|sq|kg) +|(?<![A-Za-z])(?=\w/)"
+    text = re.sub(rf"({before})([mglLhs])(?![A-Za-z])", lambda m: m[1] + _LETTERS[m[2]], text)
+    text = re.sub(r"(?<=[0-9/-])( *)in(?![A-Za-z])", r"\1inch", text)
     text = re.sub(" +", " ", re.sub("[A-Za-z]+", lambda word: _spelled(word[0]), text))
     text = _powers(text, " ").replace("^ ", "^")
     if len(given) == 1 and given.isascii():  # a variable, e or i; and N, J, K, which have no plural
