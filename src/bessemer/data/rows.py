@@ -83,10 +83,8 @@ class Rows:
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()}, but there are {self.n_rows}")
         tokens_BT = np.full((len(rows), self.row_length), self.pad_id, self._dtype)
-        places = np.searchsorted(self._ends, rows, side="right")
-        for filled, row, place in zip(tokens_BT, rows.tolist(), places.tolist(), strict=True):
-            first = int(self._ends[place - 1]) if place else 0
-            self._fill(filled, self._names[place], row - first)
+        for filled, (name, number) in zip(tokens_BT, self._located(rows), strict=True):
+            self._fill(filled, name, number)
         return tokens_BT
 
     def documents_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -94,11 +92,8 @@ class Rows:
         piece of a long document may have no BOS, so tokens alone do not tell where it begins."""
         rows = np.asarray(rows, dtype=np.int64)
         begins_BT = np.zeros((len(rows), self.row_length), dtype=np.int64)
-        places = np.searchsorted(self._ends, rows, side="right")
-        for begins_T, row, place in zip(begins_BT, rows.tolist(), places.tolist(), strict=True):
-            first = int(self._ends[place - 1]) if place else 0
-            lengths = _of_row(self._open(self._names[place]), row - first)["length"]
-            begins_T[lengths.cumsum()[:-1]] = 1
+        for begins_T, (name, number) in zip(begins_BT, self._located(rows), strict=True):
+            begins_T[_of_row(self._open(name), number)["length"].cumsum()[:-1]] = 1
         return begins_BT.cumsum(1)
 
     def batch(self, rows: Sequence[int] | np.ndarray, masked: bool = False) -> Batch:
@@ -110,6 +105,12 @@ class Rows:
         for name in self._names:
             tokens = np.fromfile(shards.tokens_file(self.path, name), self._dtype)
             yield from np.split(tokens, np.load(shards.ends_file(self.path, name), allow_pickle=False)[:-1])
+
+    def _located(self, rows: np.ndarray) -> Iterator[tuple[str, int]]:
+        """(shard, number within it) of every row."""
+        places = np.searchsorted(self._ends, rows, side="right")
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            yield self._names[place], row - (int(self._ends[place - 1]) if place else 0)
 
     def _fill(self, row_T: np.ndarray, name: str, number: int) -> None:
         shard, crc, at = self._open(name), 0, 0

@@ -105,8 +105,8 @@ class Scheduler:
         model, compiled = self.model, engine.compiled
         static = steps is not None or static_steps.serves(model)
         longest = model.cfg.max_seq_len
-        row_tokens = longest + (static_steps.ahead(drafts) if static else drafts)
-        self.cache_tokens = cache_tokens or rows * PAGE * pages_for(row_tokens)
+        pages = pages_for(longest + (static_steps.ahead(drafts) if static else drafts))
+        self.cache_tokens = cache_tokens or rows * PAGE * pages
         if steps is None and static:
             vocab, spare = engine.tokenizer.vocab_size, room.SHARED if cache_tokens is None else room.SPARE
             steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare, drafts)
