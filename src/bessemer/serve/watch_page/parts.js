@@ -97,7 +97,7 @@ function answer({ run, step, prompt, completion, reward, correct, length, format
   const line = visible(prompt).replace(/\s+/g, " ").slice(0, 160);
   return make(
     "details", {},
-    make("summary", {}, mark, make("span.unit", {}, facts.join(" · ")), make("span.prompt", {}, line)),
+    make("summary", {}, mark, " ", make("span.unit", {}, facts.join(" · ")), " ", make("span.prompt", {}, line)),
     make("h3", {}, t("Prompt")), make("pre", { tabindex: "0", "aria-label": t("prompt") }, visible(prompt)),
     make("h3", {}, t("Answer")), make("pre", { tabindex: "0", "aria-label": t("answer") }, visible(completion)),
   );
