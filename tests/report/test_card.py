@@ -72,6 +72,27 @@ def test_the_page_holds_everything(text, root):
     assert root.joinpath("recipe.toml").read_text() in "".join(Page(text).text)
 
 
+def test_a_legend_is_the_end_of_the_drawn_line_and_no_single_minibatch(tmp_path):
+    """At the size where it misled: 300 noisy steps whose last minibatch is half of the loss."""
+    root = fake_run.make(tmp_path / "run")
+    noisy = {"train/loss": 1.0, "train/mtp_1": 2.0, "moe/max_vio/1": 0.4, "moe/max_vio/2": 0.8, "train/balance": 3.0}
+    lines = []
+    for step in range(1, 301):
+        noise = (1.1 if step % 2 else 0.9) * (0.5 if step == 300 else 1)
+        values = {name: value * noise for name, value in noisy.items()}
+        lines.append({"stage": "pretrain", "step": step, "tokens": step, "values": values})
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = re.findall(r"<figure.*?</figure>", card.write(root).read_text(encoding="utf-8"), re.DOTALL)
+    ends = {
+        re.search('class="title">([^<]*)', figure)[1]: [float(end) for end in re.findall("<em>([^<]*)</em>", figure)]
+        for figure in figures
+    }
+    assert ends["Training loss"] == pytest.approx([1.0, 2.0], rel=0.1)
+    assert ends["Expert imbalance"] == pytest.approx([0.4, 0.8], rel=0.1)
+    single = next(figure for figure in figures if "Balance loss" in figure)
+    assert float(re.search('class="last">[^<]*→ ([0-9.]+)<', single)[1]) == pytest.approx(3.0, rel=0.1)
+
+
 def test_one_file_that_asks_for_nothing(text):
     page = Page(text)
     assert not {"link", "iframe", "object", "base", "form"} & set(page.tags)

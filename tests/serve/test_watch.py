@@ -58,7 +58,8 @@ def make_run(root, steps=100):
         (root / folder).mkdir()
     (root / "01-pretrain" / "done.json").write_text(json.dumps({"seconds": 100.0, "summary": {}}))
     (root / "02-zero" / "wall.json").write_text(json.dumps({"seconds": 61.0}))
-    rollout = {"step": 8, "prompt": "Use 2, 3 to make 6.", "completion": HOSTILE, "reward": 1.1, "correct": True}
+    rollout = {"step": 8, "prompt": "Use 2, 3 to make 6.", "completion": HOSTILE, "reward": 1.1, "correct": True,
+               "formatted": False}  # fmt: skip
     (root / "02-zero" / "rollouts.jsonl").write_text(json.dumps(rollout) + "\n")
     return root
 
@@ -224,6 +225,7 @@ def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
         raw = httpx.get(f"{url}/api/curves", params={"stage": "pretrain", "panel": "Training loss"}).text
         (loss, _) = json.loads(raw, parse_constant=lambda name: pytest.fail(name))["lines"]
         assert len(raw) < 40_000 and loss["points"] == 19_999 and max(loss["y"]) == 88 and loss["sx"]
+        assert loss["last"] == pytest.approx(44, abs=3)  # the end of the bold line, not the last step's 63
         query = {"stage": "pretrain", "panel": "Training loss", "low": 100, "high": 110}
         near = httpx.get(f"{url}/api/curves", params=query).json()["lines"][0]
         assert near["x"] == list(range(100, 111)) and near["y"] == [n % 89 for n in range(100, 111)]
@@ -300,6 +302,10 @@ def test_the_page_grows_with_its_runs(browser, run, tmp_path, width, scheme):
     with serving(*followers) as url, opened(browser, url, width, scheme) as page:
         page.click("#stages >> text=/^zero$/")
         page.wait_for_selector("#answers summary")
+        facts, prompt = (page.locator(f"#answers summary {part}").first for part in (".unit", ".prompt"))
+        gap = prompt.bounding_box()["x"] - sum(facts.bounding_box()[side] for side in ("x", "width"))
+        assert gap >= 8 or prompt.bounding_box()["y"] > facts.bounding_box()["y"]  # beside it, or in the next line
+        assert re.search(r"not well-formed\s+Use 2", page.locator("#answers summary").first.text_content())
         page.click("#answers summary >> nth=0")
         answer = page.locator("#answers details[open] pre").last.text_content()
         assert answer.startswith("</pre><script>window.owned = 1</script><img") and "\u241b[2J\ufffdright" in answer

@@ -57,14 +57,14 @@ def panel(
     title: str, unit: str, curves: Sequence[Curve], salt: str, *, ordered: bool = False, floor: float | None = None,
     ceiling: float | None = None, log: bool = False, names: Sequence[str] = (),
 ) -> page.Html:  # fmt: skip
-    """A chart panel of `curves`, with their last values in the legend. `ordered`: shades of one hue; the rest as for
-    `lines`."""
+    """A chart panel of `curves`, with the ends of the drawn lines in the legend. `ordered`: shades of one hue; the rest
+    as for `lines`."""
     looks = _looks(len(curves), ordered)
     drawn = [(curve.x, curve.y, *look) for curve, look in zip(curves, looks, strict=True)]
     svg = lines(drawn, salt, floor, ceiling, log, names)
     if not curves[0].label:
         return page.chart(title, unit, svg, last=_first_to_last(curves[0].y))
-    legend = [(*look, curve.label, short(curve.y[-1])) for curve, look in zip(curves, looks, strict=True)]
+    legend = [(*look, curve.label, short(_ends(curve.y)[1])) for curve, look in zip(curves, looks, strict=True)]
     return page.chart(title, unit, svg, legend)
 
 
@@ -182,10 +182,18 @@ def _smooth(y: list[float]) -> list[float]:
 
 
 def _first_to_last(y: Sequence[float]) -> str:
-    """Both ends of a line, each as a mean of a few points, so that one noisy step does not set the headline."""
-    few = max(1, min(5, len(y) // 10))
-    first, last = sum(y[:few]) / few, sum(y[-few:]) / few
-    return short(last) if len(y) == 1 else f"{short(first)} → {short(last)}"
+    first, last = map(short, _ends(y))
+    return last if len(y) == 1 else f"{first} → {last}"
+
+
+def _ends(y: Sequence[float]) -> tuple[float, float]:
+    """Both ends of a line, as drawn if it is smoothed, else as a mean of a few points: one noisy step must not stand
+    beside a smooth line as its value."""
+    if len(y) >= _SMOOTH_FROM:
+        smooth = _smooth(_thin(y, y)[1])
+        return smooth[0], smooth[-1]
+    few = max(1, len(y) // 10)
+    return sum(y[:few]) / few, sum(y[-few:]) / few
 
 
 def _style(salt: str) -> dict[RcKeyType, Any]:

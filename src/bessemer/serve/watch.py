@@ -180,9 +180,10 @@ def _metrics(lines: StageLines, key: str) -> list[str]:
 
 
 def _line(found: tuple[str, list[float], list[float]]) -> dict[str, Any]:
-    """One line of a plot: the measured values, the smoothed ones drawn over them if noisy, and the last value."""
+    """One line of a plot: the measured values, the smoothed ones drawn over them if noisy, and the drawn line's end."""
     name, x, y = found
     faint, bold = thinned(x, y), smoothed(x, y)
+    end = bold[1][-1] if bold[1] else y[-1] if y else None
     columns = {"x": (faint[0], 15), "y": (faint[1], 6), "sx": (bold[0], 15), "sy": (bold[1], 6)}
     short = {key: [float(f"{value:.{digits}g}") for value in values] for key, (values, digits) in columns.items()}
-    return {"metric": name, "label": label(name), "last": y[-1] if y else None, "points": len(y), **short}
+    return {"metric": name, "label": label(name), "last": end, "points": len(y), **short}

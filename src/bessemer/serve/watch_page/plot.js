@@ -37,7 +37,8 @@ export class Plot {
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
 
-  // lines: [{ x, y, sx, sy, label, last, look }]; sx and sy are the smoothed curve, empty if there is none.
+  // lines: [{ x, y, sx, sy, label, last, look }]; sx and sy are the smoothed curve, empty if there is none. last is the
+  // end of the curve that is drawn bold.
   update(lines, span) {
     Object.assign(this, { lines, span });
     this.whole.hidden = !span;
