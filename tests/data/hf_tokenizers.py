@@ -69,6 +69,22 @@ def llama3(directory, template=LLAMA3, tags=False):
     return byte_level(directory, template, controls, "<|begin|>", tags=tags, bos_token="<|begin|>", eos_token="<|end|>")
 
 
+def full_size(directory, controls, template, bos=None, **names):
+    """128,000 entries, then control tokens, as in Llama 3 and DeepSeek-V3; no merge leads to most entries."""
+    byte_level(directory, None, controls=("<|text|>",), eos_token="<|text|>")
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    vocab, alphabet = spec["model"]["vocab"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    fresh = (a + b + c for a in alphabet[:8] for b in alphabet for c in alphabet if a + b + c not in vocab)
+    vocab |= {token: i for i, token in zip(range(len(vocab), 128_000), fresh, strict=False)}
+    tok = Tokenizer.from_str(json.dumps(spec))
+    tok.add_special_tokens(list(controls))
+    tok.add_special_tokens([f"<|reserved_{n}|>" for n in range(1280 - len(controls))])
+    if bos:
+        pair = (bos, tok.token_to_id(bos))
+        tok.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[pair])
+    return write(directory, tok, template, **names)
+
+
 def sentencepiece(directory, template=MISTRAL, scheme="first"):
     """As in Llama 2 and Mistral: ▁ for a space, bytes for rare characters, a space before the very first piece (first)
     or every one (always, prepend)."""

@@ -18,7 +18,7 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 def part(n_rows, mark, row_length=4, tokenizer="t"):
-    """Rows whose tokens are their part and number; the last token is padding."""
+    """Rows whose tokens are their part and number, then what padding also is; the last place is padding."""
     folder = Path(FOLDER.name) / f"{mark}-{row_length}-{tokenizer}"
     folder.mkdir()
     writer = shards.ShardWriter(folder, "train", 0, np.dtype("<u2"))
@@ -104,7 +104,7 @@ def test_the_seed_matters_and_the_order_of_the_dictionaries_does_not():
 
 def test_a_batch_weighs_tokens_but_not_padding():
     batch = Mixture(PARTS, WEIGHTS).batch(0, 2)
-    assert batch.loss_BT.tolist() in ([[0, 1, 0, 0]] * 2, [[0, 0, 0, 0], [0, 1, 0, 0]])
+    assert batch.tokens_BT[:, 2:].tolist() == [[2, 2]] * 2 and batch.loss_BT.tolist() == [[0, 1, 1, 0]] * 2
 
 
 def test_weights_that_do_not_sum_to_one_are_shares_and_said_so():

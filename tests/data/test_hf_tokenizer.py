@@ -9,8 +9,9 @@ import pytest
 import tokenizers
 import transformers
 
-from bessemer.data import chat, sft_rows
+from bessemer.data import chat, corpus, sft_rows
 from bessemer.data.documents import Document
+from bessemer.data.mixture import Mixture
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
 from bessemer.errors import UserError
@@ -142,7 +143,54 @@ def test_an_episode_goes_on_as_the_conversation_is_rendered(directory, role):
 def test_where_an_answer_ends(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path))
     assert tok.eos_id == tok.special_id("<|eot|>") and tok.stop_ids == [tok.eos_id, tok.special_id("<|end|>")]
-    assert tok.pad_id == tok.special_id("<|end|>"), "padding is never trained on, so any token will do"
+    assert tok.end_id == tok.pad_id == tok.special_id("<|end|>"), "padding may be any token: its place tells it"
+
+
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] if m['role'] == 'user' else "
+    "'<｜Assistant｜>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+PUBLISHED_NAMES = {
+    "DeepSeek-V3": (
+        DEEPSEEK, BEGIN, {"eos_token": END, "pad_token": END}, (BEGIN, END, "<｜User｜>", "<｜Assistant｜>"), END,
+    ),
+    "Llama-3": (
+        houses.LLAMA3, "<|begin|>", {"eos_token": "<|end|>"},
+        ("<|begin|>", "<|end|>", "<|head|>", "<|tail|>", "<|eot|>"), "<|eot|>",
+    ),
+    "Qwen2.5": (
+        houses.CHATML, None, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>",
+    ),
+}  # fmt: skip
+"""Template, BOS, the names that the published tokenizer_config.json gives, control tokens, the end of an answer."""
+
+
+@pytest.mark.parametrize("row_length", [64, 32_768])
+@pytest.mark.parametrize("model", PUBLISHED_NAMES)
+def test_the_end_of_every_document_is_trained_on_where_it_is_also_the_padding(tmp_path, model, row_length):
+    template, bos, names, controls, answer_end = PUBLISHED_NAMES[model]
+    begun = {"bos_token": bos} if bos else {}
+    tok = load_tokenizer(houses.full_size(tmp_path / "model", controls, template, bos, **names, **begun))
+    assert type(tok) is HFTokenizer and tok.vocab_size == 129_280
+    assert tok.end_id == tok.pad_id == tok.special_id(names["eos_token"]) and tok.eos_id == tok.special_id(answer_end)
+    talk = tuple(chat.exchange("What is 3?", "It is 3."))
+    texts = [Document(f"What is {n}*3+4? The answer is {n * 3 + 4}.", "mine") for n in range(40)]
+    texts.append(Document("a talk", "mine", talk, spoken=True))
+    rows = corpus.build(texts, tok, row_length, tmp_path / "c", heldout=0).train
+    for document in rows.documents():
+        assert document[-1] == tok.end_id and tok.end_id not in document[:-1] and (not bos or document[0] == tok.bos_id)
+    spoken = chat.render_ids(tok, talk, add_generation_prompt=False)[bool(bos) :]
+    spoken = spoken[:-1] if spoken[-1] == tok.end_id else spoken
+    assert document.tolist() == [*[tok.bos_id] * bool(bos), *spoken, tok.end_id] and tok.eos_id in document
+    mixed = Mixture({"mine": rows}, {"mine": 1.0}).batch(0, rows.n_rows)
+    for batch in (rows.batch(range(rows.n_rows)), rows.batch(range(rows.n_rows), masked=True), mixed):
+        trained = batch.loss_BT > 0
+        assert int((trained & (batch.tokens_BT == tok.end_id)).sum()) == 41
+        assert int(trained.sum()) == rows.facts["tokens"] - rows.n_rows
+        assert batch.loss_BT.numel() > rows.facts["tokens"], "some of it is padding"
 
 
 @pytest.mark.parametrize(

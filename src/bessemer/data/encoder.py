@@ -82,7 +82,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self.opening = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         """Ids at the start of a document."""
-        self.ending = np.array([tokenizer.eos_id], np.int32)
+        self.ending = np.array([tokenizer.end_id], np.int32)
         """Ids at the end of a document."""
         self.has_v3_split = has_v3_split(tokenizer)
         self._gigatoken: Any = gigatoken_of(tokenizer) if self.has_v3_split else None
@@ -122,7 +122,9 @@ class Encoder:
     def conversation(self, messages: Sequence[chat.Message]) -> list[int]:
         """The ids of a conversation, without those at the start and end of a document."""
         ids = chat.render_ids(self._tokenizer, messages, add_generation_prompt=False)
-        return ids[len(self.opening) : -len(self.ending)]
+        begin, end = self.opening.tolist(), self.ending.tolist()  # a template may write neither, or only one
+        ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids
+        return ids[: -len(end)] if ids[-len(end) :] == end else ids
 
     def _split(self, text: str) -> Iterator[str | np.ndarray]:
         """The texts between added tokens, and the tokens' ids; at least one span."""

@@ -199,14 +199,14 @@ class Mixture:
     def batch(self, first_row: int, n_rows: int, masked: bool = False) -> Batch:
         """Rows `first_row` to `first_row + n_rows`, excluding the latter; `masked`: with the documents as segments."""
         which, rows = self._locate(np.arange(first_row, first_row + n_rows))
-        tokens_BT = np.empty((n_rows, self.row_length), dtype=np.int64)
+        tokens_BT, length_B = np.empty((n_rows, self.row_length), dtype=np.int64), np.empty(n_rows, dtype=np.int64)
         documents_BT = np.empty_like(tokens_BT) if masked else None
         for number, source in enumerate(self.sources.values()):
             mine = which == number
-            tokens_BT[mine] = source.take(rows[mine])
+            tokens_BT[mine], length_B[mine] = source.take(rows[mine]), source.lengths(rows[mine])
             if documents_BT is not None:
                 documents_BT[mine] = source.documents_of(rows[mine])
-        return to_batch(tokens_BT, next(iter(self.sources.values())).pad_id, documents_BT)
+        return to_batch(tokens_BT, length_B, documents_BT)
 
     def realised(self, first_row: int, n_rows: int) -> dict[str, float]:
         """The share of each source in these rows."""

@@ -87,6 +87,12 @@ class Rows:
             self._fill(filled, name, number)
         return tokens_BT
 
+    def lengths(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[B]: the tokens of each row; what follows them is padding. In many tokenizers the padding token also ends
+        every document, so tokens alone do not tell which they are."""
+        located = self._located(np.asarray(rows, dtype=np.int64))
+        return np.array([_of_row(self._open(name), n)["length"].sum() for name, n in located], dtype=np.int64)
+
     def documents_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """[B, T]: number, within its row, of the document that each token belongs to; padding belongs to the last. A
         piece of a long document may have no BOS, so tokens alone do not tell where it begins."""
@@ -98,7 +104,7 @@ class Rows:
 
     def batch(self, rows: Sequence[int] | np.ndarray, masked: bool = False) -> Batch:
         """The rows with these numbers, in this order; `masked`: with the documents as segments."""
-        return to_batch(self.take(rows), self.pad_id, self.documents_of(rows) if masked else None)
+        return to_batch(self.take(rows), self.lengths(rows), self.documents_of(rows) if masked else None)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of every document, in corpus order."""
@@ -159,15 +165,15 @@ def _of_row(shard: _OpenShard, number: int) -> np.ndarray:
     return shard.pieces[first : int(shard.rows["end"][number])]
 
 
-def to_batch(tokens_BT: np.ndarray, pad_id: int, documents_BT: np.ndarray | None = None) -> Batch:
-    """Pre-training batch: every token is predicted except padding and the first of a row. `documents_BT`: its
+def to_batch(tokens_BT: np.ndarray, length_B: np.ndarray, documents_BT: np.ndarray | None = None) -> Batch:
+    """Pre-training batch: each of a row's `length_B` tokens is predicted except the first. `documents_BT`: its
     segments."""
     import torch  # here, because every worker of `data build` imports this module and would wait seconds for torch
 
     from bessemer.data.batch import Batch
 
     tokens = torch.from_numpy(tokens_BT.astype(np.int64))
-    loss = (tokens != pad_id).float()
+    loss = torch.from_numpy((np.arange(tokens_BT.shape[1]) < length_B[:, None]).astype(np.float32))
     loss[:, :1] = 0.0
     return Batch(tokens, loss, None if documents_BT is None else torch.from_numpy(documents_BT))
 

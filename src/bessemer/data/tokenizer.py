@@ -178,6 +178,11 @@ class Tokenizer:
             self.chat_style = prompt_template
 
     @property
+    def end_id(self) -> int:
+        """The id that ends a document; `eos_id` ends an answer, which another model's template may end otherwise."""
+        return self.eos_id
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end a text or an answer."""
         return [self.eos_id]

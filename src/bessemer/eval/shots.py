@@ -86,7 +86,7 @@ def _page(tokenizer: Tokenizer, page: Written, direct: bool = False) -> list[int
 
 
 def _document(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids, tokenizer.eos_id]
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids, tokenizer.end_id]
 
 
 def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: Path | None) -> list[list[int]]:
@@ -98,7 +98,7 @@ def _fables(tokenizer: Tokenizer, problem: Problem, lengths: list[int], cache: P
         while len(ids) < length:
             ids += tokenizer.encode(texts[at % len(texts)] + "\n")
             at += 1
-        made.append([*_document(tokenizer, ids)[: length - 1], tokenizer.eos_id])
+        made.append([*_document(tokenizer, ids)[: length - 1], tokenizer.end_id])
     return made
 
 

@@ -3,8 +3,8 @@
 Differences from our own tokenizer, resolved once when it is loaded:
 - BOS is where the model's own tokenizer puts it before a document, which may be nowhere (`bos_id` None). A prompt
   has only the BOS that its template writes.
-- An answer ends with the token that the template writes after it (`eos_id`); the tokenizer's own end of text also stops
-  it (`stop_ids`).
+- An answer ends with the token that the template writes after it (`eos_id`), a document with the tokenizer's own end
+  of text (`end_id`), which also stops an answer (`stop_ids`). In many models the latter is also the padding.
 - Byte-level and SentencePiece vocabularies (▁ for a blank, <0x0A> for a byte) both become a table of bytes.
 
 A chat template is untrusted Jinja code; `chat_template` renders it with limits.
@@ -133,6 +133,10 @@ class HFTokenizer(Tokenizer):
     @property
     def stop_ids(self) -> list[int]:
         return list(dict.fromkeys((self.eos_id, self._end)))
+
+    @property
+    def end_id(self) -> int:
+        return self._end
 
     @property
     def opening(self) -> str:
