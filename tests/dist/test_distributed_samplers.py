@@ -10,7 +10,6 @@ from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import played
 from bessemer.errors import UserError
-from bessemer.hf import hub  # noqa: F401 - writes models
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.dealing import DealtEngine, Helper, led

@@ -20,6 +20,8 @@ from bessemer.errors import UserError
 from bessemer.hf import dcp, hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_reader import cast
+from bessemer.model import transformer
+from bessemer.model.config import preset
 from bessemer.precision.formats import quantise_blocks
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
@@ -54,6 +56,26 @@ def test_the_files_of_a_model_directory(model, tmp_path):
         values = json.loads((tmp_path / "m" / name).read_text())
         assert (values["bos_token_id"], values["eos_token_id"]) == (3, 4)
     assert load_file(tmp_path / "m" / "model.safetensors").keys() == {slot.key for slot in slots(model.cfg)}
+
+
+ALONE = """
+import sys
+from bessemer.model import transformer
+from bessemer.model.config import preset
+from bessemer.model import transformer
+
+kind = getattr(transformer, sys.argv[1])
+kind(preset("tiny", n_layers=2, vocab_size=64)).initialise(3).save(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("kind", ["Transformer", "Scorer"])
+def test_a_network_is_saved_where_nothing_but_the_network_was_imported(tmp_path, kind):
+    """In a process of its own: here other tests have imported what writes."""
+    done = subprocess.run([sys.executable, "-c", ALONE, kind, tmp_path / "m"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = getattr(transformer, kind)(preset("tiny", n_layers=2, vocab_size=64)).initialise(3)
+    assert same(hub.load(tmp_path / "m", kind=type(expected)), expected)
 
 
 @pytest.mark.parametrize("limit", [1, 9_000, 50_000])
@@ -342,6 +364,7 @@ from pathlib import Path
 from bessemer.hf import hub
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
+from bessemer.model import transformer
 from bessemer.model.config import preset
 
 def memory(which):

@@ -225,19 +225,3 @@ def test_the_model_never_imports_torch_distributed():
         "            assert node.attr != 'distributed', path\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_saving_needs_the_room_that_writes_directories():
-    """`Transformer` knows no file format; if nothing has imported `bessemer.hf`, the error names the import."""
-    code = (
-        "from bessemer.errors import UserError\n"
-        "from bessemer.model.config import preset\n"
-        "from bessemer.model.transformer import Transformer\n"
-        "try:\n"
-        "    Transformer(preset('tiny')).save('nowhere')\n"
-        "except UserError as error:\n"
-        "    assert 'import bessemer.hf.hub' in str(error)\n"
-        "else:\n"
-        "    raise AssertionError('saved without bessemer.hf')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,6 @@
 """A finished run of one stage, `zero`, whose small random model has every mechanism of V3 and an MTP layer."""
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.hf import hub  # noqa: F401 (it writes models)
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.runs.directory import write_done

@@ -122,9 +122,6 @@ def save(
     )  # fmt: skip
 
 
-Transformer.saver = staticmethod(save)
-
-
 def write(
     cfg: ModelConfig, read: Callable[[Slot, torch.dtype], Tensor], dtype_of: Callable[[Slot], torch.dtype],
     directory: str | Path, *, kind: type[Transformer] = Transformer, dtype: str | torch.dtype | None = None,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -79,9 +80,6 @@ class MTPModule(nn.Module):
 class Transformer(nn.Module):
     """A network of the DeepSeek V2/V3 family."""
 
-    saver: ClassVar[Callable[..., None] | None] = None
-    """What `save` calls. `bessemer.hf.hub`, which reads and writes model directories, sets it on import, so the network
-    itself knows nothing about file formats."""
     readout: ClassVar[str] = "head"
     """Name of the matrix that reads the hidden states after the final norm."""
     # nn.ModuleLists; torch does not declare that class as generic
@@ -234,10 +232,9 @@ class Transformer(nn.Module):
         return TrainOutputs(hidden, depths, balance + term)
 
     def save(self, directory: str | Path, **options: Any) -> None:
-        """Writes a Hugging Face model directory; options as for `bessemer.hf.hub.save`."""
-        if Transformer.saver is None:
-            raise UserError("nothing that writes a model directory is loaded: import bessemer.hf.hub, then save again")
-        Transformer.saver(self, directory, **options)
+        """Writes a Hugging Face model directory; options as for `bessemer.hf.hub.save`. That module is found by name
+        when it is needed, because the network itself knows nothing about file formats."""
+        import_module("bessemer.hf.hub").save(self, directory, **options)
 
 
 def mtp_states(
