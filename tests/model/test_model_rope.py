@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_cases import tiny
 
-from bessemer.model import mla
+from bessemer.model import mla, transformer
 from bessemer.model.config import preset, yarn_mscale
 
 SHORT = preset("v3")
@@ -40,6 +40,25 @@ def test_yarn_follows_the_config_not_the_length():
     assert torch.equal(mla.rope_table(SHORT, 9000)[:10], mla.rope_table(SHORT, 10))
     assert torch.equal(mla.rope_table(LONG, 9000)[:10], mla.rope_table(LONG, 10))
     assert not torch.equal(mla.rope_table(LONG, 10), mla.rope_table(SHORT, 10))
+
+
+def test_decoding_a_long_text_computes_few_positions_more_than_once(monkeypatch):
+    """Token by token to 128K, and beyond the maximum by a few drafts."""
+    computed = []
+
+    def counting(cfg, length, device):
+        computed.append(length)
+        assert sum(computed) < 4 * 131_072
+        return mla.rope_table(cfg, length, device)
+
+    monkeypatch.setattr(transformer, "rope_table", counting)
+    model = transformer.Transformer(tiny(max_seq_len=131_072))
+    for length in (*range(1, 100), *range(4000, 131_073, 7), 131_074):
+        table = model.rope_table(length)
+        assert len(table) == length
+    assert max(computed) == 131_074 and torch.equal(table, mla.rope_table(model.cfg, 131_074))
+    computed.clear()
+    assert len(model.rope_table(131_074)) == 131_074 and not computed
 
 
 @pytest.mark.parametrize("mscale, all_dim, wanted", [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)])

@@ -187,11 +187,13 @@ class Transformer(nn.Module):
         return gates | {f"mtp{k}": module.layer.sparse_ffn.gate for k, module in enumerate(self.mtp)}
 
     def rope_table(self, length: int) -> Tensor:
-        """`mla.rope_table` of `length` positions, [length, R/2, 2], on the model's device; grown on demand."""
+        """`mla.rope_table` of `length` positions, [length, R/2, 2], on the model's device. It grows to twice its size
+        or more, since decoding asks for one position more at every token."""
         device = next(self.parameters()).device
         if self._rope is None or self._rope.shape[0] < length or self._rope.device != device:
+            grown = min(self.cfg.max_seq_len, 4096 if self._rope is None else 2 * len(self._rope))
             with torch.inference_mode(False):  # the table outlives the caller's mode, and training saves it
-                self._rope = rope_table(self.cfg, max(length, min(self.cfg.max_seq_len, 4096)), device)
+                self._rope = rope_table(self.cfg, max(length, grown), device)
         return self._rope[:length]
 
     def hidden(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
