@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from bessemer.train import update_rules
 from bessemer.train.groups import Group, ParameterSlot, Update
-from bessemer.train.muon import Matrices
+from bessemer.train.muon import Matrices, runs
 from bessemer.train.optimizer import Optimizer
 from bessemer.workers import Workers
 
@@ -84,7 +84,8 @@ def test_a_step_with_moments_in_bfloat16_takes_blocks(muon, monkeypatch):
     if muon:
         parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="meta")) for _ in range(size // 4096)]
         slots = [ParameterSlot(str(i), parameter, i * 4096) for i, parameter in enumerate(parameters)]
-        matrices = Matrices(slots, size, {slot.name: 1 for slot in slots}, Workers(1), torch.device("meta"))
+        found = runs(slots, {slot.name: 1 for slot in slots})
+        matrices = Matrices(found, size, torch.float32, Workers(1), torch.device("meta"))
     with Live([w, grad, m, v, *([matrices.moves] if muon else [])]) as live:
         before = live.now()
         if muon:

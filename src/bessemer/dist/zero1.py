@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bessemer.dist import watchdog
+from bessemer.dist.divided_matrices import DividedMatrices, inside
 from bessemer.dist.mesh import Mesh
 from bessemer.dist.ranks import all_gather, reduce_scatter
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint_reader import CheckpointReader, CompanionReader
 from bessemer.train.groups import ALIGN, NORM_BLOCK, Group, Members, ParameterSlot, Update, placed
-from bessemer.train.muon import Matrices
+from bessemer.train.muon import Matrices, runs
 from bessemer.train.optimizer import Optimizer
 from bessemer.train.update_rules import adamw_
 from bessemer.workers import Workers
@@ -46,23 +46,21 @@ FILLING = 1 / 256
 """The largest fraction by which a full bucket may be padded to equal shares; otherwise it takes more parameters."""
 
 
-def buckets(sizes: Sequence[int], shares: int, whole: bool = False) -> list[slice]:
+def buckets(sizes: Sequence[int], shares: int) -> list[slice]:
     """Divides parameters of these sizes, in the order in which forward reads them, into buckets. No parameter is cut,
-    and the remainder goes into the first bucket, whose sum nothing hides. `shares`, `whole`: as in `Group`."""
+    and the remainder goes into the first bucket, whose sum nothing hides. `shares`: as in `Group`."""
     found, end, size = list[slice](), len(sizes), 0
     for start in reversed(range(1, len(sizes))):
         size += -(-sizes[start] // ALIGN) * ALIGN
-        if size >= BUCKET:
-            filled = placed([*sizes[start:end]], shares, whole)[1] if whole else _filled(size, shares)
-            if filled <= size * (1 + FILLING):
-                found.append(slice(start, end))
-                end, size = start, 0
+        if size >= BUCKET and _filled(size, shares) <= size * (1 + FILLING):
+            found.append(slice(start, end))
+            end, size = start, 0
     return [slice(0, end), *found[::-1]]
 
 
-def vector_size(sizes: Sequence[int], shares: int, whole: bool = False) -> int:
-    """Elements of all buckets, including padding; `whole`: of Muon's parameters."""
-    return sum(placed([*sizes[part]], shares, whole)[1] for part in buckets(sizes, shares, whole))
+def vector_size(sizes: Sequence[int], shares: int) -> int:
+    """Elements of all buckets, including padding."""
+    return sum(placed([*sizes[part]], shares)[1] for part in buckets(sizes, shares))
 
 
 def _filled(size: int, shares: int) -> int:
@@ -72,12 +70,9 @@ def _filled(size: int, shares: int) -> int:
 class ShardedGroup(Group):
     """One bucket: parameters in flat vectors, of which this rank updates one share."""
 
-    def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int,
-        whole: bool = False,
-    ):  # fmt: skip
+    def __init__(self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int):
         self.ranks, self.holders = ranks, holders
-        super().__init__(members, decay, moments, dist.get_world_size(ranks), dist.get_rank(ranks), whole)
+        super().__init__(members, decay, moments, dist.get_world_size(ranks), dist.get_rank(ranks))
         self.summed = torch.zeros_like(self.master)
         """This rank's share of the gradient, summed over the ranks."""
         self._sharing: Callable[[], None] | None = None
@@ -160,24 +155,31 @@ class ShardedGroup(Group):
 
 
 class ShardedMuonGroup(ShardedGroup):
-    """Matrices for Muon; each is whole on one rank."""
+    """Matrices for Muon. Those that lie in several shares are whole on one rank during a step."""
 
     MOMENTS = ("m",)
 
     def __init__(
         self, members: Members, decay: float, moments: torch.dtype, ranks: dist.ProcessGroup, holders: int,
-        stacked: dict[str, int],
+        stacked: dict[str, int], work_R: list[float],
     ):  # fmt: skip
-        super().__init__(members, decay, moments, ranks, holders, whole=True)
-        mine = [
-            replace(s, start=s.start - self.mine.start)
-            for s in self.slots
-            if self.mine.start <= s.start < self.mine.stop
-        ]
-        self.matrices = Matrices(mine, self.master.numel(), stacked, Workers(1), self.master.device)
+        super().__init__(members, decay, moments, ranks, holders)
+        found, each = runs(self.slots, stacked), self.master.numel()
+        whole = inside(found, self.mine.start, self.mine.stop)
+        self.matrices = Matrices(whole, each, self.compute.dtype, Workers(1), self.master.device)
+        self.divided = DividedMatrices(found, each, ranks, work_R, self.matrices.turn)
+
+    def send(self, update: Update) -> None:
+        self.matrices.direct(self.summed, self.moments["m"], update)
+        self.divided.send(self.matrices.moves)
+
+    def orthogonalise(self) -> None:
+        self.matrices.orthogonalise()
+        self.divided.orthogonalise()
 
     def step(self, update: Update) -> None:
-        self.matrices.step(self.master, self.summed, self.moments["m"], update, self.decay)
+        self.divided.receive(self.matrices.moves)
+        self.matrices.apply(self.master, update, self.decay)
 
 
 class Zero1(Optimizer):
@@ -189,6 +191,8 @@ class Zero1(Optimizer):
 
     def __init__(self, model: Transformer, mesh: Mesh, others: Callable[[str], list[int]], **options: Any):
         self.mesh, self.others = mesh, others
+        self._work = {kind: [0.0] * dist.get_world_size(mesh.group[kind]) for kind in ("expert", "dense")}
+        """Muon's products on every rank of these groups."""
         super().__init__(model, **options)
         self._group_of = {slot.parameter: group for group in self.groups for slot in group.slots}
         self.early: Begin | None = None
@@ -199,7 +203,7 @@ class Zero1(Optimizer):
 
     def _parts(self, members: Members, by_muon: bool) -> list[Members]:
         shares = dist.get_world_size(self.mesh.group[self._home(members[0][0])[0]])
-        parts = buckets([value.numel() for *_, value in members], shares, by_muon)
+        parts = buckets([value.numel() for *_, value in members], shares)
         return [members[part] for part in parts]
 
     def _group(self, members: Members, decay: float, moments: torch.dtype) -> ShardedGroup:
@@ -210,7 +214,8 @@ class Zero1(Optimizer):
         self, members: Members, decay: float, moments: torch.dtype, stacked: dict[str, int], workers: Workers
     ) -> ShardedMuonGroup:
         kind, holders = self._home(members[0][0])
-        return ShardedMuonGroup(members, decay, moments, self.mesh.group[kind], holders, stacked)
+        ranks, work_R = self.mesh.group[kind], self._work[kind]
+        return ShardedMuonGroup(members, decay, moments, ranks, holders, stacked, work_R)
 
     def grad_norm(self) -> Tensor:
         for group in self.groups:
@@ -244,6 +249,13 @@ class Zero1(Optimizer):
     def step(self, lr: float, divisor: float, norm: float, clip: float) -> None:
         self.settle()
         super().step(lr, divisor, norm, clip)
+
+    def _before(self, update: Update) -> None:
+        muon = [group for group in self.groups if isinstance(group, ShardedMuonGroup)]
+        for group in muon:
+            group.send(update)
+        for group in muon:  # a rank without a matrix of one bucket goes on to the next
+            group.orthogonalise()
 
     def settle(self) -> None:
         for group in self.groups:

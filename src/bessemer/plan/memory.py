@@ -227,6 +227,6 @@ def _params_of(
         for _ in range(cfg.n_mtp):
             add(mtp_tensors(cfg, layout.ep), {last})
         sparse += cfg.n_mtp
-    vectors = {kind: vector_size(sizes, ranks[kind.expert], kind.muon) for kind, sizes in found.items()}
+    vectors = {kind: vector_size(sizes, ranks[kind.expert]) for kind, sizes in found.items()}
     gates = sparse if cfg.topk_method == "noaux_tc" else 0
     return RankParams(vectors, total, ranks, gates, cfg.n_routed_experts, (operands[0], operands[1]))

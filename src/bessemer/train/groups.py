@@ -103,13 +103,10 @@ class Group:
 
     MOMENTS: tuple[str, ...] = ("m", "v")
 
-    def __init__(
-        self, members: Members, decay: float, moments: torch.dtype, shares: int = 1, share: int = 0, whole: bool = False
-    ):  # fmt: skip
-        """The vectors consist of `shares` equal shares; masters and moments cover only share number `share`. `whole`:
-        no parameter lies in two shares."""
+    def __init__(self, members: Members, decay: float, moments: torch.dtype, shares: int = 1, share: int = 0):
+        """The vectors consist of `shares` equal shares; masters and moments cover only share number `share`."""
         self.decay = decay
-        starts, size = placed([value.numel() for _, _, value in members], shares, whole)
+        starts, size = placed([value.numel() for _, _, value in members], shares)
         self.slots = [ParameterSlot(name, p, start) for (name, p, _), start in zip(members, starts, strict=True)]
         each, dtype, device = size // shares, members[0][1].dtype, members[0][2].device
         self.mine = slice(share * each, (share + 1) * each)
@@ -176,18 +173,8 @@ class Group:
         )  # fmt: skip
 
 
-def placed(sizes: list[int], shares: int, whole: bool) -> tuple[list[int], int]:
-    """(where each parameter starts, size of the vector). Parameters follow one another or, with `whole`, go into the
-    emptiest share, the largest first, so that each is in one share."""
-    aligned = [-(-size // ALIGN) * ALIGN for size in sizes]
-    if not whole:
-        *starts, end = accumulate(aligned, initial=0)
-        multiple = NORM_BLOCK * shares
-        return starts, -(-end // multiple) * multiple
-    filled, places = [0] * shares, [(0, 0)] * len(aligned)
-    for i in sorted(range(len(aligned)), key=lambda i: -aligned[i]):
-        share = filled.index(min(filled))
-        places[i] = share, filled[share]
-        filled[share] += aligned[i]
-    each = -(-max(filled) // NORM_BLOCK) * NORM_BLOCK
-    return [share * each + offset for share, offset in places], each * shares
+def placed(sizes: list[int], shares: int) -> tuple[list[int], int]:
+    """(where each parameter starts, size of the vector). Parameters follow one another."""
+    *starts, end = accumulate((-(-size // ALIGN) * ALIGN for size in sizes), initial=0)
+    multiple = NORM_BLOCK * shares
+    return starts, -(-end // multiple) * multiple

@@ -122,11 +122,16 @@ class Optimizer:
         update = Update(self.steps, lr, divisor, self.betas, self.eps)
         for group in self.groups:
             group.check_views()
+        self._before(update)
+        for group in self.groups:
             group.step(update)
             group.publish()
             if group.ema is not None:
                 group.ema.update(group.master)
         self.zero_grad()
+
+    def _before(self, update: Update) -> None:
+        """What comes before the step of the first group; nothing on one process."""
 
     def _wait_for_copies(self) -> None:
         if self.copied is not None:
