@@ -185,6 +185,22 @@ def test_counters_schedules_and_log(tmp_path):
     assert saved == [f"step-{10:08d}", f"step-{run.step:08d}"]
 
 
+def test_a_warm_up_in_steps_rises_evenly_while_batches_grow_and_goes_on_after_a_stop(tmp_path):
+    def rates(**options):
+        logged = []
+        run = trainer(
+            steps=12, state_dir=tmp_path, lr=2e-3, warmup_steps=5, batch_rows=Points([[0, 4], [8 * T * ROWS, 12]]),
+            log=lambda *entry: logged.append(entry[2]["train/lr"]), **options,
+        )  # fmt: skip
+        run.run()
+        return logged
+
+    first = rates(stop=iter([False, False, True]).__next__)
+    assert len(first) == 3
+    expected = [2e-3 * min(1.0, step / 5) for step in range(9)]
+    assert (first + rates())[:9] == pytest.approx(expected, rel=1e-12)
+
+
 def test_rows_are_read_once_in_order():
     asked = []
     run = trainer(steps=3, micro_rows=3, data=lambda first, n: asked.append((first, n)) or batches(first, n))

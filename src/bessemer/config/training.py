@@ -130,6 +130,7 @@ class PretrainConfig(OptimizerConfig):
             "routing",
             "mtp_targets",
             "token_noise",
+            "warmup_steps",
         }
     )
 
@@ -156,7 +157,10 @@ class PretrainConfig(OptimizerConfig):
     shorter rows mean more rows. Default: the corpus' row_length throughout (as V3 in pre-training)."""
     lr: Rates
     """Learning rate over consumed tokens; a point written ["14.3T", 2.2e-5, "cosine"] is reached by half a cosine (V3:
-    0 -> 2.2e-4 in 2000 steps, constant to 10T, cosine to 2.2e-5)."""
+    2.2e-4 to 10T, cosine to 2.2e-5)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps in which the rate rises from 0 to that of `lr`, by the same amount in each, also while batches
+    grow (V3: 2000). 0: only `lr` decides."""
     batch_rows: Points = Points(64)
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
@@ -192,11 +196,11 @@ class PretrainConfig(OptimizerConfig):
     to gain from it. Never with fp8 or on several ranks."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
-        return self.lr(tokens)
+        return self.lr(tokens) * (step / self.warmup_steps if step < self.warmup_steps else 1.0)
 
 
 class ExtendConfig(PretrainConfig):
-    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets", "token_noise"})
+    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets", "token_noise", "warmup_steps"})
 
     corpus: StageRef
     """Corpus stage whose documents are packed into rows of `length` tokens: the model's own, or another one with the

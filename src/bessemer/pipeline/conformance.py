@@ -52,10 +52,12 @@ _rl = _stages("rl")
 _sft = _stages("sft", lambda f, s: not f.is_distillation(s))
 
 
-V3_LR = Points([
-    [0, 0.0], ["28.1B", 2.2e-4], ["10T", 2.2e-4], ["14.3T", 2.2e-5, "cosine"], ["14633B", 2.2e-5], ["14633B", 7.3e-6]
-])  # fmt: skip
-"""V3 4.2; 2,000 steps of the ramp of batch sizes are 28.1B tokens."""
+V3_LR = Points([[0, 2.2e-4], ["10T", 2.2e-4], ["14.3T", 2.2e-5, "cosine"], ["14633B", 2.2e-5], ["14633B", 7.3e-6]])
+"""V3 4.2, after a warm-up of 2,000 steps."""
+
+
+def _warm_up(steps: int) -> str:
+    return f", after a warm-up of {steps:,} steps" if steps else ""
 
 
 def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], str]:
@@ -167,10 +169,12 @@ ITEMS: tuple[Item, ...] = (
     Item("AdamW, FP32 masters", "V3 4.2, 3.3.2", "{optimizer}, {betas}, decay {weight_decay}, clip {clip}", _pretrain,
          "train/optimizer.py", "train/test_optim.py",
          dict(optimizer="adamw", weight_decay=0.1, clip=1.0, betas=Read([0.9, 0.95], lambda f, s: list(s.betas)))),
-    Item("Learning rate over consumed tokens", "V3 4.2", "{shape}: {lr}; {tokens} tokens", _pretrain,
+    Item("Learning rate over consumed tokens", "V3 4.2", "{shape}: {lr}{warm_up}; {tokens} tokens", _pretrain,
          "config/units.py", "pipeline/test_recipe_values.py",
-         dict(shape=Read(shape(V3_LR), lambda f, s: shape(s.lr))),
+         dict(shape=Read(shape(V3_LR), lambda f, s: shape(s.lr)),
+              counted=Read(True, lambda f, s: s.warmup_steps > 0)),
          dict(lr=Read(corners(V3_LR), lambda f, s: corners(s.lr)),
+              warm_up=Read(_warm_up(2000), lambda f, s: _warm_up(s.warmup_steps)),
               tokens=Read("14.8T", lambda f, s: show_tokens(s.tokens)))),
     Item("Batch size over consumed tokens", "V3 4.2", "{batch_rows} rows", _pretrain,
          "train/trainer.py", "train/test_trainer.py", dict(shape=Read(["warm-up"], lambda f, s: shape(s.batch_rows))),

@@ -120,7 +120,7 @@ class Pretrain(Stage[_Config]):
         folder, at = model_and_corpus(ctx, corpus)
         cfg = None if needs_transformers(folder) else hub.read_config(folder)
         has_mtp = f", MTP depth {cfg.n_mtp}" if cfg is not None and cfg.n_mtp else ""
-        warm = config.lr.values[0] < max(config.lr.values)
+        warm = config.warmup_steps or config.lr.values[0] < max(config.lr.values)
         ctx.say(
             f'the weights of "{config.source}"{has_mtp}; the optimizer starts fresh, the learning rate '
             + (f"rises again to {max(config.lr.values):g}" if warm else f"at {config.lr(0):g} without a warm-up")
