@@ -28,10 +28,37 @@ def test_clusters_are_those_of_union_find(pairs):
     for a, b in pairs:
         a, b = root(a), root(b)
         parent[max(a, b)] = min(a, b)
-    array = np.array(pairs, np.uint64).reshape(-1, 2)
-    found, leaders = clusters(iter([array[::2], array[1::2]]))
-    assert found.tolist() == sorted({x for pair in pairs for x in pair})
-    assert leaders.tolist() == [root(int(x)) for x in found]
+    for first in (0, (1 << 32) - 20, 1 << 40):  # numbers of 32 bits, of more, and both
+        array = np.array(pairs, np.uint64).reshape(-1, 2) + np.uint64(first)
+        found, leaders = clusters(iter([array[::2], array[1::2], array[:3]]))
+        assert found.tolist() == sorted({x + first for pair in pairs for x in pair})
+        assert leaders.tolist() == [root(int(x) - first) + first for x in found]
+
+
+def _sorted_entries(monkeypatch, n_bins: int) -> int:
+    """Entries that numpy sorts to join this many bins of 2,000 pairs each, without overlap."""
+    entries = 0
+
+    def counting(function):
+        def wrapper(array, *args, **kwargs):
+            nonlocal entries
+            entries += len(array[0]) if isinstance(array, tuple) else array.size
+            return function(array, *args, **kwargs)
+
+        return wrapper
+
+    draw = np.random.default_rng(0)
+    pairs = [np.sort(draw.integers(0, 1 << 31, (2_000, 2)).astype(np.uint64), 1) for _ in range(n_bins)]
+    with monkeypatch.context() as patch:
+        for name in ("unique", "sort", "argsort", "lexsort"):
+            patch.setattr(np, name, counting(getattr(np, name)))
+        clusters(iter(pairs))
+    return entries
+
+
+def test_work_of_joining_grows_in_proportion_to_the_pairs(monkeypatch):
+    assert _sorted_entries(monkeypatch, 42) < 5 * _sorted_entries(monkeypatch, 11)
+    assert _sorted_entries(monkeypatch, 420) < 12 * _sorted_entries(monkeypatch, 42)
 
 
 @pytest.fixture
