@@ -9,7 +9,7 @@ import torch
 from tiny_run import model, trainer
 
 from bessemer.errors import UserError
-from bessemer.train import background, checkpoint
+from bessemer.train import background, checkpoint, checkpointed
 from bessemer.train.background import Background, HostCopies
 
 
@@ -65,6 +65,46 @@ def test_a_checkpoint_that_is_due_is_left_out_while_the_last_is_written(tmp_path
     assert not run._due_by_time(), "a checkpoint that took 1000 s of training comes again after 20,000"
     run._save_cost, run._saved_at = 0.0, 0.0
     assert run._due_by_time()
+
+
+def saved_steps(tmp_path, monkeypatch, seconds_to_write: float, steps: int) -> tuple[list[int], list[str]]:
+    """(the steps that were saved by time, what was said) with `save_seconds` = 60, a second a step by a clock of our
+    own, and a disk that takes as long."""
+    now, sync, said, saved = 0.0, os.fsync, [], []
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now
+
+    def slow(file):
+        nonlocal now
+        now += seconds_to_write / 9  # fsyncs of a checkpoint: seven files, two folders
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    for module in (background, checkpointed):
+        monkeypatch.setattr(module, "time", Clock)
+    run = trainer(steps=steps, state_dir=tmp_path, save_seconds="60s", warn=said.append)
+    run.start()
+    run.finish()
+    for step in range(steps):
+        run.step = step + 1
+        now += 1.0
+        run.save_if_due()
+        run.finish()
+        if (tmp_path / f"step-{run.step:08d}").exists():
+            saved.append(run.step)
+    return saved, said
+
+
+def test_a_large_state_is_written_for_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """84 GB, a 7B model's state, take about 80 s: with a checkpoint every 60 s, a disk would never rest."""
+    fast, quiet = saved_steps(tmp_path / "small", monkeypatch, 0.09, 600)
+    assert len(fast) >= 9 and not quiet
+    slow, said = saved_steps(tmp_path / "large", monkeypatch, 80.0, 6_000)
+    assert 3 <= len(slow) <= 6_000 / (20 * 80) + 1
+    assert len(said) == 1 and "save_seconds" in said[0]
 
 
 def test_an_error_of_the_writer_is_raised_by_the_training(tmp_path, monkeypatch):

@@ -69,8 +69,7 @@ class OptimizerConfig(StageConfig):
     micro_rows: int = Field(4, ge=1)
     """Rows per forward pass; affects memory and speed only."""
     save_seconds: Seconds = 60.0
-    """Minimum time between checkpoints; it grows so that training waits for them at most 5 % of the time. 0: after
-    every step."""
+    """Minimum time between checkpoints; it grows to 20 times the time that writing one takes. 0: after every step."""
     profile_steps: list[int] = Field(default_factory=list)
     """Optimizer steps (from 1) whose torch.profiler traces are written to the stage's state/profile. On a GPU the
     phases of the layers are also ranges in NVIDIA's tools."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,8 @@ CHUNK = 1 << 28
 """Bytes of a piece of the buffer. Larger tensors get pieces of their own."""
 ALIGN = 64
 SHARE = 0.05
-"""The largest share of its time that the training thread spends on timed checkpoints."""
+"""The largest share of the time that timed checkpoints take: of the training thread for the copies, and of the disk for
+writing them."""
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
@@ -133,6 +135,8 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.seconds = 0.0
+        """Seconds that the last job took."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -146,12 +150,15 @@ class Background:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def run() -> None:
+            began = time.monotonic()
             try:
                 if device is not None:
                     torch.cuda.set_device(device)  # a new thread starts on GPU 0 and would create a context there
                 work()
             except BaseException as error:
                 self._failure = error
+            finally:
+                self.seconds = time.monotonic() - began
 
         self._thread = threading.Thread(target=run, name=self.name)
         self._thread.start()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.config.units import show_seconds
 from bessemer.kernels import library
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from bessemer.hf.causal_lm import CausalLM
 
 COUNTERS = ("step", "tokens", "rows", "skipped")
+RARE = 300.0
+"""Seconds between checkpoints above which a run says that they are rarer than `save_seconds`."""
 
 
 class Checkpointed:
@@ -58,6 +61,7 @@ class Checkpointed:
         self._saved_at, self._saved_step = time.monotonic(), -1
         self._save_cost = 0.0
         """Seconds that training waited for the last checkpoint."""
+        self._rare = False
         self._writer: CheckpointWriter | None = None
         if state_dir is not None:
             self._writer = CheckpointWriter(state_dir, keep, lambda text: self.warn(text))
@@ -105,13 +109,23 @@ class Checkpointed:
                 self.finish()
 
     def _due_by_time(self) -> bool:
-        """Whether `save_seconds` have passed and the last checkpoint is written; training waits for at most a twentieth
-        of its time. With 0 seconds, true after every step, and training waits until it is written."""
+        """Whether `save_seconds` have passed and the last checkpoint is written. Training waits for at most a twentieth
+        of its time, and the disk is written to for at most a twentieth. With 0 seconds, true after every step, and
+        training waits until it is written."""
         seconds = self.config.save_seconds
         if seconds == 0:
             return True
-        writing = self._background is not None and self._background.busy
-        return not writing and time.monotonic() - self._saved_at >= max(seconds, self._save_cost / SHARE)
+        if self._background is None or self._background.busy:
+            return False
+        interval = max(seconds, max(self._save_cost, self._background.seconds) / SHARE)
+        if interval > max(seconds, RARE) and not self._rare:
+            self._rare = True
+            self.warn(
+                f"a checkpoint takes {interval * SHARE:.0f} s to write, so one is written every "
+                f"{show_seconds(interval)}, not every {show_seconds(seconds)} (save_seconds); a kill loses what was "
+                "trained since"
+            )
+        return time.monotonic() - self._saved_at >= interval
 
     def save(self) -> Path | None:
         """Starts writing a checkpoint of this step unless there is one already; `finish` waits for it."""
