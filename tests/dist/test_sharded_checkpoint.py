@@ -1,18 +1,26 @@
 """Checkpoints of many ranks: saved under one layout, resumed under another, and again; damage and refusals."""
 
+import hashlib
+import json
+import math
+import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from test_distributed_trainer import CFG, LR, across, at_home, batches, config, model_of, update
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bessemer.dist import sharded_checkpoint
+from bessemer.dist import sharded_checkpoint, zero1
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.train import checkpoint
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.train import checkpoint, checkpoint_files
 from bessemer.train.checkpoint_reader import CheckpointReader
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
@@ -41,6 +49,7 @@ def alone(first, last, folder, ema=0.0):
     assert trainer.start() == (first > 0) and trainer.step == first
     norms = [trainer.update(batches(step, 0, ALL))["train/grad_norm"] for step in range(first, last)]
     trainer.save()
+    trainer.finish()
     return norms, trainer
 
 
@@ -130,7 +139,10 @@ def test_experts_are_stacked_again(tmp_path):
     names = [["model/a", "model/e.experts.w/1"], ["model/c", "model/e.experts.w/0"], []]
     on_ranks(3, some, tmp_path, names)
     path = tmp_path / "step-00000001"
-    assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert sorted(file.name for file in path.glob("*.safetensors")) == [
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    ]
     assert CheckpointReader(path).locations.keys() == {name for mine in names for name in mine}
     whole = checkpoint.load(path).tensors["model"]
     assert whole["e.experts.w"].shape == (2, 2, 3) and whole["a"].shape == (2, 3)
@@ -141,7 +153,7 @@ def test_experts_are_stacked_again(tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     on_ranks(2, some, tmp_path, [["model/a"], ["model/b"]])
     path = tmp_path / "step-00000001"
-    file = next(file for file in path.glob("rank-*") if b"model/b" in file.read_bytes())
+    file = next(file for file in path.glob("*.safetensors") if b"model/b" in file.read_bytes())
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -169,6 +181,85 @@ def test_damage_that_one_rank_meets_sends_all_to_the_checkpoint_before(tmp_path)
     file.write_bytes(data)
     for step, said in on_ranks(2, damaged, Layout(2, 1, 1), tmp_path):
         assert step == 1 and "rank-00001.safetensors does not match its checksum" in said[0]
+
+
+def bytes_read(rank, layout, folder):
+    """Resumes; returns the bytes that this rank reads from files with tensors, and those of all their tensors."""
+    pread, mine = os.pread, 0
+
+    def counting(file, size, offset):
+        nonlocal mine
+        data = pread(file, size, offset)
+        mine += len(data)
+        return data
+
+    training = across(layout, "1f1b", state_dir=folder)
+    checkpoint_files.os = SimpleNamespace(**{name: getattr(os, name) for name in ("fstat", "fsync")}, pread=counting)
+    assert training.start()
+    return mine, checkpoint.load(checkpoint.steps(folder)[-1]).bytes()
+
+
+def test_all_ranks_together_read_a_checkpoint_once(tmp_path):
+    """Not once each: of 8 x 84 GB, a 7B model's state on 8 ranks, seven eighths were of no use to the rank that read
+    and hashed them."""
+    chunk, checkpoint_files.CHUNK = checkpoint_files.CHUNK, 256
+    try:
+        on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path)
+    finally:
+        checkpoint_files.CHUNK = chunk
+    for layout in (Layout(1, 4, 1), Layout(1, 2, 2), Layout(2, 1, 2)):
+        read, (whole, *_) = zip(*on_ranks(4, bytes_read, layout, tmp_path), strict=True)
+        assert sum(read) < 1.35 * whole and max(read) < 0.5 * whole, layout
+
+
+def empty(folder, tensors):
+    """A checkpoint of one process whose tensors, of these shapes, are holes in sparse files."""
+    zeros, files = hashlib.sha256(bytes(checkpoint_files.CHUNK)).digest(), {}
+    for stem, named in tensors.items():
+        header, end = {}, 0
+        for name, shape in named.items():
+            start, end = end, end + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head = len(head).to_bytes(8, "little") + head
+        path = folder / f"{stem}.safetensors"
+        path.write_bytes(head)
+        os.truncate(path, len(head) + end)
+        chunks, rest = divmod(end, checkpoint_files.CHUNK)
+        digests = zeros * chunks + (hashlib.sha256(bytes(rest)).digest() if rest else b"")
+        files[path.name] = {
+            "header": hashlib.sha256(head).hexdigest(), "chunk": checkpoint_files.CHUNK,
+            "digests": checkpoint_files.write_synced(checkpoint_files.digests_file(path), digests),
+        }  # fmt: skip
+    for name in ("counters.json", "config.json"):
+        files[name] = checkpoint_files.write_synced(folder / name, b"{}")
+    checkpoint.seal(folder, 1, files)
+
+
+def one_of_128(_, folder, me):
+    """The bytes that one of 128 ranks reads of a 16B model's state, 94 GB, and its share."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=me, world_size=128)
+    cfg = preset("v2-lite")
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    empty(folder, {"model": shapes, "optimizer": {f"m/{name}": shape for name, shape in shapes.items()}})
+    world = dist.group.WORLD
+    mesh = SimpleNamespace(group={"dense": world, "expert": world}, pp=0, experts=range(cfg.n_routed_experts))
+    optimizer = zero1.Zero1(model, mesh, lambda name: [], compute_dtype=torch.bfloat16)
+    for group in optimizer.groups:
+        group.moments.pop("v")  # half as much to hash
+    reader = CheckpointReader(folder)
+    optimizer.load_pieces(reader)
+    whole = sum(8 * math.prod(shape) for shape in shapes.values())
+    return reader.bytes_read, whole / 128
+
+
+def test_a_rank_of_128_reads_its_share_of_a_large_state(tmp_path):
+    (tmp_path / "step-00000001").mkdir()
+    ((read, share),) = on_ranks(1, one_of_128, tmp_path / "step-00000001", 77)
+    assert 0.9e9 < share <= read < 1.3 * share
 
 
 def failing(rank, folder):

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.precision import tuning
 from bessemer.train import balance, checkpoint, guard
 from bessemer.train.background import Background, HostCopies
-from bessemer.train.checkpoint import Damaged, companion_name
+from bessemer.train.checkpoint import companion_name
+from bessemer.train.checkpoint_files import Damaged
 from bessemer.train.checkpoint_reader import CheckpointReader, CompanionReader
 from bessemer.train.objective import Divided, Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
@@ -39,6 +40,8 @@ from bessemer.train.transfer import Place
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
+
+Result = TypeVar("Result")
 
 
 class DistributedTrainer(Trainer):
@@ -347,27 +350,28 @@ class DistributedTrainer(Trainer):
         dist.barrier()
         paths = checkpoint.steps(self.state_dir)
         for path in reversed(paths):
-            damage = ""
-            try:
-                reader = CheckpointReader(path)
-                reader.verify(self._names_of_mine())
-                for name, other in self._stored(reader).items():
-                    names = [*other.optimizer.names_on_disk(), *other._biases(), "steps"]
-                    reader.verify(companion_name(name, key) for key in names)
-            except Damaged as error:
-                damage = str(error)
-            damages = self._all_gather(damage)
-            if not any(damages):
+            reader, damage = self._undamaged(partial(CheckpointReader, path))
+            if reader is not None:
                 checkpoint.check_config(reader.config, self.model_config, path)
-                self._restore_from(reader)
-                return path
-            self.warn(f"checkpoint {path} is damaged ({next(filter(None, damages))}); trying the one before it")
+                restored, damage = self._undamaged(partial(self._restore_from, reader))
+                for trainer in restored or ():
+                    trainer.optimizer.refresh()
+                if restored is not None:
+                    return path
+            self.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
         if paths:
             raise checkpoint.none_intact(self.state_dir, len(paths))
         return None
 
-    def _names_of_mine(self) -> list[str]:
-        return [*self.optimizer.names_on_disk(), *self._gate_tensors()]
+    def _undamaged(self, work: Callable[[], Result]) -> tuple[Result | None, str]:
+        """(the result of `work`, "") if no rank meets damage in it, else (None, what the first of them met)."""
+        result, damage = None, ""
+        try:
+            result = work()
+        except Damaged as error:
+            damage = str(error)
+        damage = next(filter(None, self._all_gather(damage)), "")
+        return (None if damage else result), damage
 
     def _stored(self, reader: CheckpointReader) -> dict[str, DistributedTrainer]:
         """The companions that a checkpoint has: all, unless it is from before the first step."""
@@ -378,14 +382,17 @@ class DistributedTrainer(Trainer):
         }
 
     @torch.no_grad()
-    def _restore_from(self, reader: CheckpointReader) -> None:
+    def _restore_from(self, reader: CheckpointReader) -> list[DistributedTrainer]:
+        """Reads what this rank needs. Returns the trainers whose weights must then be exchanged, once no rank has met
+        damage."""
         self.optimizer.load_pieces(reader)
         mine = self._gate_tensors()
         for name, value in reader.read(mine).items():
             mine[name].copy_(value)
         self._restore_counters(reader.counters)
         self.optimizer.steps = reader.updates
-        for name, other in self._stored(reader).items():
+        stored = self._stored(reader)
+        for name, other in stored.items():
             theirs, biases = CompanionReader(reader, name), other._biases()
             other.optimizer.load_pieces(theirs)
             other.optimizer.steps = int(theirs.read(["steps"])["steps"])
@@ -401,6 +408,7 @@ class DistributedTrainer(Trainer):
         states = [name for name in reader.locations if name.startswith("rng/")]
         tensors = {name.removeprefix("rng/"): t for name, t in reader.read(states).items()}
         guard.restore_rng(tensors, reader.counters["rng"], self.generators)
+        return [self, *stored.values()]
 
 
 def _wait_for(optimizer: Zero1, parts: list[list[nn.Parameter]], number: int) -> None:

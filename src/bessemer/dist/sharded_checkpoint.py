@@ -28,7 +28,7 @@ from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
 from bessemer.train.background import Background
-from bessemer.train.checkpoint import Damaged, write_synced, write_tensors
+from bessemer.train.checkpoint_files import Damaged, write_synced, write_tensors
 from bessemer.train.checkpoint_reader import CheckpointReader
 
 
@@ -73,12 +73,12 @@ class Saver:
             temporary.mkdir()
 
         def finish() -> None:
-            files = {_file(rank): digest for rank, digest in enumerate(sums) if digest}
+            files = {_file(rank): found for rank, found in enumerate(sums) if found}
             for name, text in (
                 ("counters.json", counters),
                 ("config.json", json.dumps(self.config, indent=1).encode()),
             ):
-                files[name] = write_synced(temporary / name, [text])
+                files[name] = write_synced(temporary / name, text)
             checkpoint.seal(temporary, step, files)
             checkpoint.put_in_place(temporary, self.state_dir, step, self.keep)
 

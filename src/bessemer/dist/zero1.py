@@ -27,6 +27,7 @@ from bessemer.dist import watchdog
 from bessemer.dist.divided_matrices import DividedMatrices, inside
 from bessemer.dist.mesh import Mesh
 from bessemer.dist.ranks import all_gather, reduce_scatter
+from bessemer.errors import UserError
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train.checkpoint_reader import CheckpointReader, CompanionReader
@@ -277,29 +278,26 @@ class Zero1(Optimizer):
                             pieces[name] = copy(piece)
         return pieces
 
-    def names_on_disk(self) -> list[str]:
-        """The names of all tensors that `load_pieces` reads."""
-        return [
-            name
-            for group in self.groups
-            for kind in group.checkpoint_shares()
-            for slot in group.slots
-            for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)
-        ]
-
     @torch.no_grad()
     def load_pieces(self, reader: CheckpointReader | CompanionReader) -> None:
-        """The exact inverse of `pieces`, from a checkpoint of any layout."""
+        """The exact inverse of `pieces`, from a checkpoint of any layout, but for the exchange of weights: `refresh`
+        comes next. Each rank reads only its shares, so all ranks together read a tensor once (once for each pipeline
+        rank that holds it). Not collective: raises on this rank alone."""
         self.settle()
         for group in self.groups:
             for kind, share in group.checkpoint_shares().items():
-                whole = torch.zeros(group.grad.numel(), dtype=share.dtype)
+                share.zero_()
                 for slot in group.slots:
-                    names = [name for name, _ in self._pieces(f"{kind}/{slot.name}", slot.parameter)]
-                    parts = list(reader.read(names).values())
-                    slot.of(whole).copy_(torch.stack(parts) if EXPERTS in slot.name else parts[0])
-                share.copy_(whole[group.mine])
-        self.refresh()
+                    start = slot.start - group.mine.start  # of the piece, in this rank's share
+                    for name, piece in self._pieces(f"{kind}/{slot.name}", slot.parameter):
+                        if (saved := reader.location(name).shape) != piece.shape:
+                            raise UserError(
+                                f"{name} has the shape {[*saved]} in the checkpoint, {[*piece.shape]} in this run"
+                            )
+                        low, high = max(start, 0), min(start + piece.numel(), share.numel())
+                        if low < high:
+                            share[low:high].copy_(reader.elements(name, low - start, high - start))
+                        start += piece.numel()
 
     def _pieces(self, name: str, whole: Tensor) -> list[tuple[str, Tensor]]:
         """A tensor by its names on disk; experts one by one."""

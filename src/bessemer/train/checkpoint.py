@@ -2,15 +2,16 @@
 
     state/step-00000123/{model,optimizer,gates,rng,extras}.safetensors  counters.json  config.json  manifest.json
                         rank-00000.safetensors ...                      what many ranks write in place of the five
+                        *.safetensors.sha256                            digests of the chunks of each
 
 Files are written under a temporary name, synced and then renamed: a kill at any instant leaves the previous checkpoint.
-The manifest holds the SHA-256 of every file and of itself; a damaged checkpoint is reported with the file at fault and
-passed over: never used, never skipped silently. Nothing is pickled.
+The manifest holds checksums of every file (`checkpoint_files`) and of itself; a damaged checkpoint is reported with the
+file at fault and passed over: never used, never skipped silently. Nothing is pickled.
 
-`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. `load` reads both for one
-process, `checkpoint_reader` tensor by tensor. A sharded checkpoint stores every tensor whole under its name in the
-whole network, and a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a file
-depends on the layout that wrote it.
+`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. `open_state` reads both for
+one process, `checkpoint_reader` for ranks that each need a part; neither holds more than a tensor of it in memory. A
+sharded checkpoint stores every tensor whole under its name in the whole network, and a routed expert under its own
+number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a file depends on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -34,21 +35,19 @@ from bessemer.errors import UserError
 from bessemer.hf.replace import lacking
 from bessemer.model.moe import EXPERTS
 from bessemer.system import sync_folder
+from bessemer.train.checkpoint_files import Damaged, Sums, TensorFile, verify, write_synced, write_tensors
 
-FORMAT = 1
-"""Raised by one when older code could misread the files."""
-_DTYPE = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+FORMAT = 2
+"""Raised by one when older code could misread the files. 1: a file has one checksum."""
 
 
 @dataclass
 class State:
     """Content of a checkpoint."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    """File stem -> tensors, e.g. model, optimizer, gates, rng, extras."""
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """File stem -> tensors, e.g. model, optimizer, gates, rng, extras. `open_state` gives tensors that are read when
+    asked for."""
     counters: dict[str, Any]
     """Plain JSON: step, tokens, rows, random states, whatever else the run counts."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -58,9 +57,47 @@ class State:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for part in self.tensors.values() for tensor in part.values())
 
+    def read(self) -> None:
+        """Reads and verifies all tensors that are not in memory."""
+        self.tensors = {stem: dict(part) for stem, part in self.tensors.items()}
 
-class Damaged(Exception):
-    """A checkpoint that must not be used; the message names file and damage."""
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors in files, each read by its function when asked for."""
+
+    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]):
+        self._reads = reads
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reads[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._reads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+
+class Under(Mapping[str, Tensor]):
+    """The tensors whose names begin with a prefix, under the rest of their names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str):
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def save(state_dir: Path, step: int, state: State, keep: int = 2, counters: bytes | None = None) -> Path:
@@ -138,65 +175,30 @@ def as_json(value: dict[str, Any]) -> bytes:
 
 
 def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
-    files = {}
+    files: dict[str, Sums | str] = {}
     for stem, tensors in state.tensors.items():
-        files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", tensors)
+        files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", dict(tensors))
     for name, text in (("counters.json", counters), ("config.json", json.dumps(state.config, indent=1).encode())):
-        files[name] = write_synced(directory / name, [text])
+        files[name] = write_synced(directory / name, text)
     seal(directory, step, files)
 
 
-def seal(directory: Path, step: int, files: dict[str, str]) -> None:
-    """Writes the manifest of the files and their SHA-256, the last file of a checkpoint."""
+def seal(directory: Path, step: int, files: Mapping[str, Sums | str]) -> None:
+    """Writes the manifest of the files and their checksums, the last file of a checkpoint."""
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
-    write_synced(directory / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+    write_synced(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
     sync_folder(directory)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes and syncs a safetensors file; returns its SHA-256. The library's own writer needs a second copy of the
-    tensors in memory and turns a full disk into its own exception.
-
-    Format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data.
-    """
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    body = (memoryview(_bytes(tensor)) for tensor in tensors.values())
-    return write_synced(path, _chain(len(head).to_bytes(8, "little"), head, body))
-
-
-def write_synced(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-    """Writes the pieces, waits until they are on the disk, returns their SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _chain(start: bytes, head: bytes, body: Iterable[memoryview]) -> Iterable[bytes | memoryview]:
-    yield start
-    yield head
-    yield from body
-
-
-def _bytes(tensor: Tensor):
-    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy()
-
-
 def latest(
-    state_dir: Path, config: dict[str, Any] | None = None, warn: Callable[[str], None] = warnings.warn
+    state_dir: Path,
+    config: dict[str, Any] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+    use: Callable[[State], object] = State.read,
 ) -> tuple[Path, State] | None:
-    """The newest complete checkpoint, whatever layout wrote it; None if there is none at all.
+    """The newest checkpoint, whatever layout wrote it, in which `use` finds no damage; None if there is none at all.
+    `use` is called with one checkpoint after another until it reads one to the end.
 
     Each damaged one is reported through `warn` with the file at fault. UserError if all are damaged, or for another
     config or a newer format.
@@ -205,12 +207,13 @@ def latest(
     paths = steps(state_dir)
     for path in reversed(paths):
         try:
-            state = load(path)
+            state = open_state(path)
+            if config is not None:
+                check_config(state.config, config, path)
+            use(state)
         except Damaged as damage:
             warn(f"checkpoint {path} is damaged ({damage}); trying the one before it")
             continue
-        if config is not None:
-            check_config(state.config, config, path)
         return path, state
     if paths:
         raise none_intact(state_dir, len(paths))
@@ -222,24 +225,29 @@ def none_intact(state_dir: Path, n: int) -> UserError:
 
 
 def load(path: Path) -> State:
-    """Reads and verifies one checkpoint, whatever layout wrote it; raises Damaged, or UserError if newer code did."""
-    manifest = verified_manifest(path)
-    for name, expected in manifest["files"].items():
-        verify(path, name, expected)
-    counters, config = read_json(path, "counters.json"), read_json(path, "config.json")
-    files = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    """Reads and verifies all of a checkpoint, whatever layout wrote it; raises Damaged, or UserError if newer code
+    did."""
+    state = open_state(path)
+    state.read()
+    return state
+
+
+def open_state(path: Path) -> State:
+    """A checkpoint whose tensors are read, and verified, when asked for; raises as `load` does."""
+    sums = verified_manifest(path)["files"]
+    counters, config = read_json(path, "counters.json", sums), read_json(path, "config.json", sums)
+    files = {name: TensorFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")}
     if not any(map(is_sharded, files)):
-        tensors = {Path(name).stem: safetensors.torch.load_file(path / name) for name in files}
-        return State(tensors, counters, config)
-    tensors = {stem: {} for stem in PREFIXES}
-    for file in files:
-        for name, tensor in safetensors.torch.load_file(path / file).items():
-            kind = name.partition("/")[0]
+        own = {Path(name).stem: {key: partial(file.read, key) for key in file.entries} for name, file in files.items()}
+        return State({stem: _Stored(reads) for stem, reads in own.items()}, counters, config)
+    parts: dict[str, dict[str, Callable[[], Tensor]]] = {stem: {} for stem in PREFIXES}
+    for file in files.values():
+        for key in file.entries:
+            kind = key.partition("/")[0]
             stem = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
-            tensors[stem][name.removeprefix(PREFIXES[stem])] = tensor
-    tensors = {stem: stacked(named) for stem, named in tensors.items()}
-    tensors["optimizer"]["steps"] = torch.tensor(counters.pop("updates"))
-    return State(tensors, counters, config)
+            parts[stem][key.removeprefix(PREFIXES[stem])] = partial(file.read, key)
+    parts["optimizer"]["steps"] = partial(torch.tensor, counters.pop("updates"))
+    return State({stem: _Stored(_stacks(reads)) for stem, reads in parts.items()}, counters, config)
 
 
 PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
@@ -258,14 +266,24 @@ def companion_name(companion: str, name: str) -> str:
 
 def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stacks the experts that a sharded checkpoint stores one by one."""
-    experts: dict[str, dict[int, Tensor]] = {}
+    reads = _stacks({name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()})
+    return {name: read() for name, read in reads.items()}
+
+
+def _stacks(reads: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The same with the experts of a matrix as one tensor."""
+    experts: dict[str, dict[int, Callable[[], Tensor]]] = {}
     others = {}
-    for name, tensor in tensors.items():
+    for name, read in reads.items():
         if expert := re.fullmatch(rf"(.*{re.escape(EXPERTS)}.*)/(\d+)", name):
-            experts.setdefault(expert[1], {})[int(expert[2])] = tensor
+            experts.setdefault(expert[1], {})[int(expert[2])] = read
         else:
-            others[name] = tensor
-    return others | {name: torch.stack([of[i] for i in range(len(of))]) for name, of in experts.items()}
+            others[name] = read
+    return others | {name: partial(_stack, [of[i] for i in range(len(of))]) for name, of in experts.items()}
+
+
+def _stack(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    return torch.stack([read() for read in reads])
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:
@@ -282,16 +300,6 @@ def verified_manifest(path: Path) -> dict[str, Any]:
             f"{FORMAT}); upgrade, or delete it to continue from an older checkpoint"
         )
     return manifest
-
-
-def verify(path: Path, name: str, expected: str) -> None:
-    """Raises Damaged unless the file has this SHA-256."""
-    try:
-        with open(path / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise Damaged(f"{name} does not match its checksum")
-    except OSError as error:
-        raise Damaged(f"{name}: {error.strerror}") from error
 
 
 def check_config(saved: object, ours: object, path: Path, field: str = "") -> None:
@@ -328,7 +336,10 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path, name: str) -> Any:
+def read_json(path: Path, name: str, sums: Mapping[str, Any] | None = None) -> Any:
+    """A file of a checkpoint, verified if `sums`, from its manifest, are given."""
+    if sums is not None:
+        verify(path / name, sums.get(name, ""))
     try:
         return json.loads((path / name).read_bytes())
     except (OSError, ValueError) as error:

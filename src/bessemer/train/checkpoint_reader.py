@@ -1,77 +1,72 @@
-"""Reads a checkpoint tensor by tensor, whatever layout wrote it: for ranks that each need a part, and for exports.
+"""Reads a checkpoint by tensors and parts of them, whatever layout wrote it: for ranks that each need a share, and for
+exports.
 
 `checkpoint` describes the format.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import safe_open
 from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.moe import EXPERTS
-from bessemer.train.checkpoint import (
-    PREFIXES,
-    Damaged,
-    companion_name,
-    is_sharded,
-    read_json,
-    verified_manifest,
-    verify,
-)
+from bessemer.train.checkpoint import PREFIXES, companion_name, is_sharded, read_json, verified_manifest
+from bessemer.train.checkpoint_files import TensorFile
 
 
 class _Location(NamedTuple):
-    """Where a tensor is stored: a file, a key in it, and the row if experts are stacked."""
+    """Where a tensor is stored: a file, a key in it, and the elements [start, stop) under that key."""
 
-    file: str
+    file: TensorFile
     key: str
-    row: int | None
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class CheckpointReader:
-    """An open checkpoint of any layout, by the names of a sharded one. Raises Damaged, or UserError for newer code."""
+    """An open checkpoint of any layout, by the names of a sharded one. What is read is verified. Raises Damaged, or
+    UserError for newer code."""
 
     def __init__(self, path: Path):
-        self.path, self._sums = path, verified_manifest(path)["files"]
-        self._verified: set[str] = set()
+        self.path, sums = path, verified_manifest(path)["files"]
         self.locations: dict[str, _Location] = {}
-        for file in (file for file in self._sums if file.endswith(".safetensors")):
+        self._files = [TensorFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")]
+        self._sharded = any(is_sharded(file.path.name) for file in self._files)
+        for file in self._files:
             self._index(file)
-        self.counters, self.config = (read_json(path, name) for name in ("counters.json", "config.json"))
+        self.counters, self.config = (read_json(path, name, sums) for name in ("counters.json", "config.json"))
 
     @property
     def updates(self) -> int:
         """Steps that the optimizer has made."""
-        sharded = any(map(is_sharded, self._sums))
-        return self.counters["updates"] if sharded else int(self.read(["steps"])["steps"])
+        return self.counters["updates"] if self._sharded else int(self.read(["steps"])["steps"])
 
-    def verify(self, names: Iterable[str]) -> None:
-        """Raises Damaged unless the files with these tensors are intact, UserError for a name that is missing."""
-        for file in {self._location(name).file for name in names}:
-            self._verify(file)
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read and hashed so far."""
+        return sum(file.bytes_read for file in self._files)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors with these names, in this order. Files are verified when first read; UserError for a name that is
-        missing."""
-        names = list(names)
-        by_file: dict[str, list[str]] = {}
+        """The tensors with these names, in this order; UserError for a name that is missing."""
+        found = {}
         for name in names:
-            by_file.setdefault(self._location(name).file, []).append(name)
-        tensors = {}
-        for file, inside in by_file.items():
-            self._verify(file)
-            with _open(self.path / file) as opened:
-                for name in inside:
-                    _, key, row = self.locations[name]
-                    tensors[name] = opened.get_tensor(key) if row is None else opened.get_slice(key)[row]
-        return {name: tensors[name] for name in names}
+            where = self.location(name)
+            found[name] = where.file.read(where.key, where.start, where.stop).view(where.shape)
+        return found
 
-    def _location(self, name: str) -> _Location:
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start]: a part of a tensor's elements, in their order. Raises as `read` does."""
+        where = self.location(name)
+        return where.file.read(where.key, where.start + start, where.start + stop).view(-1)
+
+    def location(self, name: str) -> _Location:
+        """Where a tensor is stored; UserError if it is missing."""
         if name not in self.locations:
             raise UserError(
                 f"the checkpoint {self.path} has no {name}; it belongs to another model, or to a run with other "
@@ -79,22 +74,15 @@ class CheckpointReader:
             )
         return self.locations[name]
 
-    def _verify(self, file: str) -> None:
-        if file not in self._verified:
-            verify(self.path, file, self._sums[file])
-            self._verified.add(file)
-
-    def _index(self, file: str) -> None:
-        with _open(self.path / file) as opened:
-            prefix = PREFIXES.get(Path(file).stem)
-            for key in opened.keys():  # noqa: SIM118 (no dictionary)
-                if prefix is None:
-                    self.locations[key] = _Location(file, key, None)
-                elif EXPERTS in key:
-                    for row in range(opened.get_slice(key).get_shape()[0]):
-                        self.locations[f"{prefix}{key}/{row}"] = _Location(file, key, row)
-                else:
-                    self.locations[prefix + key] = _Location(file, key, None)
+    def _index(self, file: TensorFile) -> None:
+        prefix = PREFIXES.get(file.path.stem)
+        for key, (_, shape, *_) in file.entries.items():
+            if prefix is None or EXPERTS not in key:
+                self.locations[(prefix or "") + key] = _Location(file, key, shape, 0, math.prod(shape))
+                continue
+            size = math.prod(shape[1:])
+            for row in range(shape[0]):
+                self.locations[f"{prefix}{key}/{row}"] = _Location(file, key, shape[1:], row * size, (row + 1) * size)
 
 
 class CompanionReader:
@@ -108,9 +96,8 @@ class CompanionReader:
         found = self.reader.read([companion_name(self.companion, name) for name in names])
         return dict(zip(names, found.values(), strict=True))
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        return self.reader.elements(companion_name(self.companion, name), start, stop)
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # the library's own type
-        raise Damaged(f"{path.name}: {error}") from error
+    def location(self, name: str) -> _Location:
+        return self.reader.location(companion_name(self.companion, name))

@@ -8,7 +8,7 @@ starts a thread that writes (`background`); `finish` waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,10 @@ class Checkpointed:
     def _restore_latest(self) -> Path | None:
         """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
         self.finish()
-        latest = None if self.state_dir is None else checkpoint.latest(self.state_dir, self.model_config, self.warn)
-        if latest is None:
+        if self.state_dir is None:
             return None
-        path, state = latest
-        self._restore(state)
-        return path
+        latest = checkpoint.latest(self.state_dir, self.model_config, self.warn, self._restore)
+        return None if latest is None else latest[0]
 
     def finish(self) -> None:
         """Waits for the checkpoint that is still being written, and raises its error."""
@@ -184,24 +182,20 @@ class Checkpointed:
         self.optimizer.load_state_dict(state.tensors["optimizer"])
         load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
         guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
-        self.extra_tensors, self.extras = state.tensors["extras"], state.counters["extras"]
+        extras, elsewhere = state.tensors["extras"], tuple(f"{name}/" for name in self.companions)
+        self.extra_tensors = {key: extras[key] for key in extras if not key.startswith(elsewhere)}
+        self.extras = state.counters["extras"]
         self._restore_counters(state.counters)
         for name, other in self.companions.items():
-            prefix, extras = f"{name}/", self.extra_tensors
-            theirs = {key.removeprefix(prefix): extras[key] for key in extras if key.startswith(prefix)}
-            self.extra_tensors = {key: extras[key] for key in extras if not key.startswith(prefix)}
+            theirs = checkpoint.Under(extras, f"{name}/")
             if theirs or self.step or other.step:  # the first may be from before it had companions
                 other._restore_companion(theirs, name)
             other.step = self.step
 
-    def _restore_companion(self, tensors: dict[str, Tensor], name: str) -> None:
-        model, moments = (
-            {key.removeprefix(stem): tensor for key, tensor in tensors.items() if key.startswith(stem)}
-            for stem in ("model/", "optimizer/")
-        )
-        load_exactly(self._weights(), model, name)
+    def _restore_companion(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        load_exactly(self._weights(), checkpoint.Under(tensors, "model/"), name)
         self.optimizer.refresh()
-        self.optimizer.load_state_dict(moments)
+        self.optimizer.load_state_dict(checkpoint.Under(tensors, "optimizer/"))
 
     def _weights(self) -> dict[str, Tensor]:
         """Everything that forward computes with, as masters where it is trained."""

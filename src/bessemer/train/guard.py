@@ -11,7 +11,7 @@ generators), for checkpoints and for running a step again.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def capture_rng(generators: dict[str, np.random.Generator] | None = None) -> tup
 
 
 def restore_rng(
-    tensors: dict[str, Tensor], values: dict[str, Any], generators: dict[str, np.random.Generator] | None = None
+    tensors: Mapping[str, Tensor], values: dict[str, Any], generators: dict[str, np.random.Generator] | None = None
 ) -> None:
     """Restores every state. CUDA states of devices that this machine lacks are ignored."""
     torch.set_rng_state(tensors["torch"])

@@ -10,7 +10,7 @@ the next step. A parameter that received no gradient counts as gradient zero: it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -187,22 +187,24 @@ class Optimizer:
                 state |= {f"{kind}/{slot.name}": slot.of(flat) for kind, flat in group.state().items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Exact inverse of `state_dict`; a missing, unexpected or misshapen tensor is a UserError."""
         load_exactly(self.state_dict(), state, "optimizer")
         self.steps = int(state["steps"])
 
 
 @torch.no_grad()
-def load_exactly(into: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
-    """Copies `state` into the tensors of the same name; names, shapes and dtypes must agree completely."""
+def load_exactly(into: dict[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copies `state`, one tensor after another, into the tensors of the same name; names, shapes and dtypes must agree
+    completely."""
     for name in [*into, *state]:
         if name not in state or name not in into:
             side = "lacks" if name not in state else "has an unknown"
             raise UserError(f"the checkpoint {side} {what} tensor {name!r}; it belongs to another model or settings")
+    for name, tensor in into.items():
+        saved = state[name]
         for kind in ("shape", "dtype"):
-            ours, theirs = getattr(into[name], kind), getattr(state[name], kind)
+            ours, theirs = getattr(tensor, kind), getattr(saved, kind)
             if ours != theirs:
                 raise UserError(f"{what} tensor {name!r}: {kind} {theirs} in the checkpoint, {ours} in this run")
-    for name, tensor in into.items():
-        tensor.copy_(state[name])
+        tensor.copy_(saved)
