@@ -24,6 +24,15 @@ def generated(ids, stops):
     return ids
 
 
+def hits(stop, ids):
+    """The places of the tokens that complete a stop string."""
+    tail, found = b"", []
+    for place, token in enumerate(ids):
+        tail, hit = stop.after(tail, token)
+        found += [place] * hit
+    return found
+
+
 def written(ids, tokenizer=TOKENIZER, stops=(), **options):
     """(thought, content, the single deltas) of a whole answer."""
     parser = ReasoningParser(tokenizer, stops, **options)
@@ -40,12 +49,23 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stops):
     assert content == cut_at_stop(TOKENIZER.decode(ids), stops)
 
 
+@settings(max_examples=500, deadline=None)
+@given(IDS, STOPS.filter(bool))
+def test_a_stop_string_is_found_at_the_token_that_completes_it(ids, stops):
+    """Against a search of all bytes, before and after every token."""
+    stop, text = StopStrings(TOKENIZER, stops), [b""]
+    for i in ids:
+        text.append(text[-1] + (b"" if TOKENIZER.is_special(i) else TOKENIZER.token_bytes(i)))
+    count = [sum(raw.startswith(s.encode(), n) for s in stops for n in range(len(raw))) for raw in text]
+    assert hits(stop, ids) == [n for n in range(len(ids)) if count[n + 1] > count[n]]
+
+
 def test_a_stop_string_may_have_control_tokens_inside():
     """They have no text, so the answer that is shown contains the stop string."""
     (a,), (b,), end = TOKENIZER.encode("a"), TOKENIZER.encode("b"), TOKENIZER.eos_id
     ids, stop = [a, end, end, b], StopStrings(TOKENIZER, ["ab"])
-    assert stop.hit(ids) and written(ids, stops=["ab"])[:2] == ("", "")
-    assert not stop.hit([a, end, a]) and not stop.hit([end, b]) and not stop.hit([a, b, end])
+    assert hits(stop, ids) == [3] and written(ids, stops=["ab"])[:2] == ("", "")
+    assert hits(stop, [a, end, a, end, b, b]) == [4] and not hits(stop, [end, b])
 
 
 @settings(max_examples=300, deadline=None)

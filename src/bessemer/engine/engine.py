@@ -35,9 +35,9 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import (
     Finished,
     Sequence,
-    StopStrings,
     Token,
     cut_at_stop,
+    stop_strings,
 )
 from bessemer.engine.speculative import check_drafts
 from bessemer.engine.static_steps import Steps
@@ -187,7 +187,7 @@ class Engine:
         return self._steps
 
     def _run_batch(self, batch: GenerationBatch) -> list[Completion]:
-        stop = StopStrings(self.tokenizer, batch.stop_strings) if batch.stop_strings else None
+        stop = stop_strings(self.tokenizer, tuple(batch.stop_strings))
         sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
         model, trace, record = self.model, None, RoutingRecord()

@@ -31,10 +31,9 @@ from bessemer.engine.sequence import (
     Finished,
     Request,
     Sequence,
-    StopStrings,
     Token,
     check_positive,
-    check_stop_strings,
+    stop_strings,
     think_ids,
 )
 from bessemer.engine.speculative import check_drafts
@@ -146,13 +145,12 @@ class Scheduler:
             raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
         if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
-        strings = check_stop_strings(request.stop_strings)
+        stop = stop_strings(self.engine.tokenizer, tuple(request.stop_strings))
         if (tokens := len(request.prompt) + request.max_new_tokens) > self.longest:
             raise UserError(
                 f"prompt and answer need {tokens} tokens, but the cache holds {self.longest}; shorten the prompt "
                 "or max_new_tokens, or give the cache more tokens"
             )
-        stop = StopStrings(self.engine.tokenizer, strings) if strings else None
         grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
         sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
         self.queue.add(sequence)
@@ -362,7 +360,8 @@ class WaitingQueue:
         sequences = self._waiting[min(heads)[-1]]
         most = max(1, most // len(heads))
         prompt = sequences[0].request.prompt
-        return list(takewhile(lambda sequence: sequence.request.prompt == prompt, islice(sequences, most)))
+        same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
+        return list(takewhile(lambda sequence: same(sequence.request.prompt), islice(sequences, most)))
 
     def take(self, sequences: list[Sequence]) -> None:
         """Removes sequences returned by `peek` and counts them as running."""

@@ -1,7 +1,7 @@
 """Requests and sequences: what a caller asks for, what comes back token by token, and when a sequence ends.
 
-A stop string can only be completed by a token that contains its last byte. `StopStrings` collects those tokens once per
-set of strings, so almost every token is checked without decoding; the few candidates are compared as bytes.
+A stop string ends where a token has its last byte. `StopStrings` looks there alone, in the bytes of the token and of
+the text before it, so its cost depends neither on the vocabulary nor on the length of the answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -160,6 +159,8 @@ class Sequence:
     finish: FinishReason | None = None
     error: str = ""
     """With the finish `error`: what the sequence itself knows about it."""
+    stop_tail: bytes = b""
+    """The end of the text so far, as `StopStrings.after` returns it."""
     n_emitted: int = 0
     """Tokens already reported to the caller."""
     n_thinking: int | None = None
@@ -206,15 +207,14 @@ class Sequence:
         request = self.request
         if request.thinking_budget is not None:
             self._count_thinking((token,))
+        stopped = False
+        if self.stop is not None:
+            self.stop_tail, stopped = self.stop.after(self.stop_tail, token)
         if self.grammar is not None:
             self.grammar.append(token)
         if self.grammar is not None and self.grammar.error:
             self.finish, self.error = "error", f"the grammar of this answer failed: {self.grammar.error}"
-        elif (
-            (self.grammar is not None and self.grammar.complete)
-            or token in request.stop_ids
-            or (self.stop is not None and self.stop.hit(self.tokens))
-        ):
+        elif (self.grammar is not None and self.grammar.complete) or token in request.stop_ids or stopped:
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"
@@ -231,33 +231,33 @@ class Sequence:
 
 
 class StopStrings:
-    """Strings that end an answer."""
+    """Strings that end an answer. The object holds nothing of an answer, so one serves all samples (`stop_strings`)."""
 
-    def __init__(self, tokenizer: Tokenizer, strings: list[str]):
+    def __init__(self, tokenizer: Tokenizer, strings: Iterable[str]):
         self.tokenizer = tokenizer
-        self.needles = [string.encode() for string in strings]
-        last_bytes = {needle[-1] for needle in self.needles}
-        self.candidates = {i for byte in last_bytes for i in _tokens_with(tokenizer, byte)}
-        # A visible token is at least one byte, so a needle lies within as many of them as it has bytes.
-        self.width = max(map(len, self.needles))
+        needles = [string.encode() for string in check_stop_strings(strings)]
+        self._by_last = {byte: tuple(n for n in needles if n[-1] == byte) for byte in {n[-1] for n in needles}}
+        self._kept = max(map(len, needles)) - 1
 
-    def hit(self, tokens: list[int]) -> bool:
-        """Whether the last of an answer's tokens completed a stop string."""
-        if tokens[-1] not in self.candidates:
-            return False
-        raw = (_token_bytes(self.tokenizer, i) for i in reversed(tokens))
-        text = b"".join(reversed(list(islice(filter(None, raw), self.width))))  # control tokens have no bytes
-        return any(needle in text for needle in self.needles)
-
-
-@lru_cache(maxsize=1024)
-def _tokens_with(tokenizer: Tokenizer, byte: int) -> tuple[int, ...]:
-    """The tokens whose bytes contain `byte`."""
-    return tuple(i for i in range(tokenizer.vocab_size) if byte in _token_bytes(tokenizer, i))
+    def after(self, tail: bytes, token: int) -> tuple[bytes, bool]:
+        """The end of a text to which `token` is added, and whether the token completes a stop string. `tail`: what this
+        method returned for the text before, b"" for an empty one; it is shorter than the longest string."""
+        if self.tokenizer.is_special(token):  # control tokens have no text
+            return tail, False
+        raw = self.tokenizer.token_bytes(token)
+        text = tail + raw
+        hit = any(
+            text.endswith(self._by_last[byte], 0, end)
+            for end, byte in enumerate(raw, len(tail) + 1)
+            if byte in self._by_last
+        )
+        return text[max(0, len(text) - self._kept) :], hit
 
 
-def _token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    return b"" if tokenizer.is_special(token_id) else tokenizer.token_bytes(token_id)
+@lru_cache(maxsize=64)
+def stop_strings(tokenizer: Tokenizer, strings: tuple[str, ...]) -> StopStrings | None:
+    """The object that all samples with these strings share; None without strings. UserError as `check_stop_strings`."""
+    return StopStrings(tokenizer, strings) if strings else None
 
 
 def cut_at_stop(text: str, strings: Iterable[str]) -> str:

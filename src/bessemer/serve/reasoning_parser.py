@@ -10,6 +10,7 @@ thought. Tags are never shown, except in the format `none`, which splits nothing
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -145,12 +146,18 @@ class TagSplitter:
 
 
 class StopBuffer:
-    """Delays text that may be the beginning of a stop string, and releases nothing more after a complete one."""
+    """Delays text that may be the beginning of a stop string, and releases nothing more after a complete one.
+
+    A place that cannot begin a stop string is shown and never looked at again, so the work grows with the text, for any
+    number of strings and of repetitions in them.
+    """
 
     def __init__(self, stop_strings: Sequence[str]):
-        self.stop_strings = tuple(stop_strings)
+        self.stop_strings = tuple(sorted(stop_strings))
         self.stopped = False
         self._texts: list[TaggedText] = []
+        self._pending = ""
+        """Their text."""
 
     def push(self, text: str, kind: int) -> list[TaggedText]:
         """The texts that may be shown; a tag is never cut in two."""
@@ -160,16 +167,22 @@ class StopBuffer:
             self._texts.append((text, kind))
         if not self.stop_strings:
             return self.end()
-        pending = "".join(text for text, _ in self._texts)
-        place = min((place for stop in self.stop_strings if (place := pending.find(stop)) >= 0), default=-1)
-        if place >= 0:
+        start, self._pending = len(self._pending), self._pending + text
+        pending, stops = self._pending, self.stop_strings
+        if any(pending.endswith(stops, 0, end) for end in range(start + 1, len(pending) + 1)):
             self.stopped = True
-            shown, self._texts = self._up_to(place), []
+            shown = self._up_to(min(place for stop in stops if (place := pending.find(stop)) >= 0))
+            self._texts = []
             return shown
-        return self._up_to(len(pending) - max(_overlap(pending, stop) for stop in self.stop_strings))
+        return self._up_to(next((n for n in range(len(pending)) if self._may_begin(pending[n:])), len(pending)))
+
+    def _may_begin(self, text: str) -> bool:
+        """Whether a stop string begins with `text`."""
+        place = bisect_left(self.stop_strings, text)
+        return place < len(self.stop_strings) and self.stop_strings[place].startswith(text)
 
     def end(self) -> list[TaggedText]:
-        shown, self._texts = self._texts, []
+        shown, self._texts, self._pending = self._texts, [], ""
         return shown
 
     def _up_to(self, count: int) -> list[TaggedText]:
@@ -185,6 +198,7 @@ class StopBuffer:
                 shown.append((text[:count], TEXT))
                 self._texts[0] = (text[count:], TEXT)
             break
+        self._pending = "".join(text for text, _ in self._texts)
         return shown
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bessemer.engine.generation import prompt_digest
@@ -70,11 +70,14 @@ def requests(
     for ids in prompts:
         if len(ids) >= model.facts.context:
             raise model.too_long(len(ids), param)
-    numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(count)
-    return [
-        Request(
+    numbers: Counter[tuple[int, ...]] = Counter()
+    made: list[Request] = []
+    for ids in prompts:
+        digest, first, n = prompt_digest(ids), numbers[ids], body.n or 1
+        numbers[ids] += n
+        request = Request(
             ids,
-            stream_key(seed, prompt_digest(ids), next(numbers[ids])),
+            0,
             max_new_tokens=room(model, len(ids), max_tokens),
             sampling=params,
             stop_ids=(*stop_ids, *(body.stop_token_ids or ())),
@@ -86,9 +89,8 @@ def requests(
             grammar_waits=grammar_waits,
             client=f"{client} {body.user or ''}",
         )
-        for ids in prompts
-        for _ in range(body.n or 1)
-    ]
+        made += [replace(request, key=stream_key(seed, digest, first + k)) for k in range(n)]
+    return made
 
 
 def room(model: LoadedModel, prompt_tokens: int, max_tokens: int | None) -> int:
