@@ -10,8 +10,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
+from bessemer.engine.penalties import penalise
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sampling import penalise
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Token
 from bessemer.errors import UserError

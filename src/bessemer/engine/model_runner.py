@@ -25,10 +25,12 @@ from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTr
 from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
 from bessemer.engine.kv_cache import LatentCache, PromptPages
+from bessemer.engine.penalties import Penalties
 from bessemer.engine.random_streams import ACCEPT, DRAFT, uniform
 from bessemer.engine.sampling import (
     GreedyTokens,
     RejectedDrafts,
+    RowStreams,
     SampledTokens,
     accept,
     inverse_cdf,
@@ -36,6 +38,7 @@ from bessemer.engine.sampling import (
     probabilities_batch,
     rules,
     sample_batch,
+    sample_bound,
     sample_rows,
     score_batch,
     top_tokens,
@@ -88,6 +91,9 @@ class ModelRunner:
         self.expert_BLK: Tensor | None = None
         """The experts of each sequence's last fed token, if they are recorded; 0 for a sequence that needs none."""
         self.rejected: RejectedDrafts | None = None
+        self.penalties = Penalties(model.cfg.vocab_size, device)
+        self._bound_order: list[int] = []
+        """All rows, those of `penalties` first."""
         self._look_at_requests()
 
     def _look_at_requests(self) -> None:
@@ -95,6 +101,11 @@ class ModelRunner:
         requests = [sequence.request for sequence in self.sequences]
         self._draftable = [sequence.draftable for sequence in self.sequences]
         self._by_logits = all(self._draftable)
+        self.penalties.follow(self.sequences)
+        if not self._by_logits:
+            row_of = {id(sequence): b for b, sequence in enumerate(self.sequences)}
+            first = [row_of[id(sequence)] for sequence in self.penalties.sequences]
+            self._bound_order = first + sorted(set(range(len(self.sequences))).difference(first))
         if self.drafter is not None:
             self._most_B = indices([self.drafter.depth * yes for yes in self._draftable], self.key_B.device)
         self.all_greedy = self._by_logits and all(request.sampling.temperature == 0 for request in requests)
@@ -158,10 +169,31 @@ class ModelRunner:
         self.token_B = sampled.token_B
 
     def _choose(self, logits_BV: Tensor) -> SampledTokens:
-        """The next token of every sequence."""
+        """The next token of every sequence. Only the rows that are not free to follow their logits cost more."""
+        bound = [] if self._by_logits else [b for b in self._bound_order if not self.sequences[b].free]
+        if not bound:
+            return self._choose_freely(logits_BV)
+        index = indices(bound, logits_BV.device)
+        first, last, n = bound[0], bound[-1], len(bound)
+        one_after_another = bound == list(range(first, last + 1))
+        own_BV = logits_BV[first : last + 1] if one_after_another else logits_BV[index]
+        changed_BV = own_BV.clone()
+        self.penalties.apply(changed_BV)
+        sequences = [self.sequences[b] for b in bound]
+        rows = RowStreams(*(rows[index.to(rows.device)] for rows in (self.rules_B4, self.key_B, self.position_B)))
+        chosen = sample_bound(sequences, own_BV, changed_BV, rows, self.vocab)
+        if n == len(self.sequences) and one_after_another:
+            return chosen
+        sampled = self._choose_freely(logits_BV)
+        for column, values in zip(sampled[:3], chosen[:3], strict=True):
+            column[index] = values
+        return sampled
+
+    def _choose_freely(self, logits_BV: Tensor) -> SampledTokens:
+        """The next token of every sequence by its logits alone."""
         if self.ahead is not None:
             return self.ahead
-        if self._by_logits and kernel.serves(logits_BV):
+        if kernel.serves(logits_BV):
             rows = (self.rules_B4, self.key_B, self.position_B)
             return sample_rows(logits_BV, self.vocab, *rows, self.rejected, self.kept)
         uniform_B = uniform(self.key_B, self.position_B)
@@ -243,7 +275,8 @@ class ModelRunner:
         states, most_B = (None, None) if self.drafter is None else (self.drafter.states, self._most_B)
         out = kernels.round(
             rows, self.cache, self.vocab, states, most_B,
-            sample=self._by_logits, greedy=self.all_greedy, trace=tracer is not None, kept=self.kept,
+            sample=any(sequence.free for sequence in self.sequences), greedy=self.all_greedy,
+            trace=tracer is not None, kept=self.kept,
         )  # fmt: skip
         self.logits_BV, self.ahead, self.rejected = out.last_BV, out.sampled, out.rejected
         expert_BTLK = self.expert_BLK = None

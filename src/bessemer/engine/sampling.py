@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.engine.random_streams import uniform
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
 from bessemer.engine.transfer import indices, to_device
 from bessemer.kernels import sampling as kernel
@@ -49,6 +50,16 @@ class SampledTokens(NamedTuple):
     """log softmax(logits) of the token."""
     kept_BV: Tensor | None = None
     """Whether truncation kept each token, bool [B, vocab]; None unless recorded."""
+
+
+class RowStreams(NamedTuple):
+    """How rows are sampled, and with which numbers."""
+
+    rules_B4: Tensor
+    """See `rules`."""
+    key_B: Tensor
+    position_B: Tensor
+    """Every row uses number `position_B` of its stream `key_B`."""
 
 
 class GreedyTokens(NamedTuple):
@@ -129,16 +140,7 @@ def _sample_group(
     sequences: list[Sequence], logits_BV: Tensor, uniform_B: Tensor, vocab: int, rejected: RejectedDrafts | None,
     kept: bool = False,
 ) -> SampledTokens:  # fmt: skip
-    first, params = sequences[0], sequences[0].request.sampling
-    think_end = first.think[1]
-    if first.must_end_thinking and think_end is not None:
-        end_B = torch.full_like(uniform_B, think_end, dtype=torch.int64)
-        return score(logits_BV, params.temperature, end_B)
-    allowed_BV = _allowed(sequences, vocab, logits_BV.device)
-    if params.penalised or allowed_BV is not None:
-        penalised_BV = penalise(logits_BV, params, *_token_counts(sequences, logits_BV))
-        token_B = sample(penalised_BV, params, uniform_B, vocab, allowed_BV).token_B
-        return score(logits_BV, params.temperature, token_B)
+    params = sequences[0].request.sampling
     # on a GPU, asking whether there are any would make the host wait
     if (
         rejected is not None
@@ -151,11 +153,44 @@ def _sample_group(
     return sample(logits_BV, params, uniform_B, vocab, kept=kept)
 
 
+def sample_bound(
+    sequences: list[Sequence], logits_BV: Tensor, changed_BV: Tensor, rows: RowStreams, vocab: int
+) -> SampledTokens:
+    """One token below `vocab` for every sequence that is not `free`: drawn from changed_BV, the logits after penalties,
+    of what a grammar allows, or </think> where a thought must end. Log-probabilities are those of logits_BV. changed_BV
+    is used as scratch."""
+    allowed_BV = _allowed(sequences, vocab, logits_BV.device)
+    if kernel.serves(changed_BV):
+        if allowed_BV is not None:
+            changed_BV[:, :vocab].masked_fill_(~allowed_BV, float("-inf"))
+        sampled = SampledTokens(*kernel.sample(changed_BV, vocab, *rows, scored_BV=logits_BV))
+        if not any(sequence.must_end_thinking for sequence in sequences):
+            return sampled
+        token_B = sampled.token_B
+    else:
+        uniform_B = uniform(rows.key_B, rows.position_B)
+        token_B = torch.empty_like(rows.key_B)
+        for members in _same_params(sequences):
+            index = indices(members, token_B.device)
+            allowed = None if allowed_BV is None else allowed_BV[index]
+            params = sequences[members[0]].request.sampling
+            token_B[index] = sample(changed_BV[index], params, uniform_B[index], vocab, allowed).token_B
+    for b, sequence in enumerate(sequences):
+        if sequence.must_end_thinking and sequence.think[1] is not None:
+            token_B[b] = sequence.think[1]
+    return score_batch(sequences, logits_BV, token_B)
+
+
 def score_batch(sequences: list[Sequence], logits_BV: Tensor, token_B: Tensor) -> SampledTokens:
     """`score` for sequences with different parameters."""
+    groups = defaultdict(list)
+    for b, sequence in enumerate(sequences):
+        groups[sequence.request.sampling.temperature].append(b)
+    if len(groups) == 1:
+        return score(logits_BV, *groups, token_B)
     scored = SampledTokens(token_B, *(torch.empty_like(token_B, dtype=torch.float32) for _ in range(2)))
-    for members in _same_params(sequences):
-        group = score(logits_BV[members], sequences[members[0]].request.sampling.temperature, token_B[members])
+    for temperature, members in groups.items():
+        group = score(logits_BV[members], temperature, token_B[members])
         scored.logp_B[members], scored.raw_logp_B[members] = group.logp_B, group.raw_logp_B
     return scored
 
@@ -170,19 +205,23 @@ def probabilities_batch(sequences: list[Sequence], logits_BV: Tensor, vocab: int
 
 def top_tokens(sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> list[TopTokens] | None:
     """The most likely tokens for every sequence that requests them; None if none does."""
-    most = max(sequence.request.top for sequence in sequences)
-    if not most:
+    wanted = [b for b, sequence in enumerate(sequences) if sequence.request.top]
+    if not wanted:
         return None
-    best = logits_BV.log_softmax(-1)[:, :vocab].topk(min(most, vocab), -1)
-    pairs = zip(sequences, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [tuple(zip(ids, values, strict=True))[: sequence.request.top] for sequence, ids, values in pairs]
+    most = max(sequences[b].request.top for b in wanted)
+    own_BV = logits_BV if len(wanted) == len(sequences) else logits_BV[indices(wanted, logits_BV.device)]
+    best = own_BV.log_softmax(-1)[:, :vocab].topk(min(most, vocab), -1)
+    found: list[TopTokens] = [()] * len(sequences)
+    for b, ids, values in zip(wanted, best.indices.tolist(), best.values.tolist(), strict=True):
+        found[b] = tuple(zip(ids, values, strict=True))[: sequences[b].request.top]
+    return found
 
 
 def _same_params(sequences: list[Sequence]) -> list[list[int]]:
     """Batch indices, grouped by what one call can sample."""
     groups = defaultdict(list)
     for b, sequence in enumerate(sequences):
-        groups[sequence.request.sampling, sequence.must_end_thinking, sequence.grammar is None].append(b)
+        groups[sequence.request.sampling].append(b)
     return list(groups.values())
 
 
@@ -193,18 +232,6 @@ def _allowed(sequences: list[Sequence], vocab: int, device: torch.device) -> Ten
         return None
     every_V = torch.ones(vocab, dtype=torch.bool)
     return to_device(torch.stack([every_V if mask is None else mask for mask in masks]), device)
-
-
-def _token_counts(sequences: list[Sequence], logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """How often each token occurs in the answers and in the prompts, [B, V] each."""
-    counts = []
-    for texts in ([s.tokens for s in sequences], [s.request.prompt for s in sequences]):
-        count_BV = torch.zeros_like(logits_BV)
-        row_N = torch.tensor([b for b, ids in enumerate(texts) for _ in ids], dtype=torch.int64)
-        token_N = torch.tensor([token for ids in texts for token in ids], dtype=torch.int64)
-        index = (to_device(row_N, count_BV.device), to_device(token_N, count_BV.device))
-        counts.append(count_BV.index_put_(index, count_BV.new_ones(()), accumulate=True))
-    return counts[0], counts[1]
 
 
 def sample(
@@ -268,17 +295,6 @@ def score(logits_BV: Tensor, temperature: float, token_B: Tensor) -> SampledToke
     if temperature not in (0.0, 1.0):
         logp_B = _logp(shifted_BV, temperature, _exp(shifted_BV, temperature), token_B)
     return SampledTokens(token_B, logp_B, raw_B)
-
-
-def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
-    """Logits after the penalties, a new tensor. answer_BV counts the tokens of the answer, prompt_BV of the prompt."""
-    factor = torch.where(logits_BV > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
-    out_BV = torch.where(answer_BV + prompt_BV > 0, logits_BV * factor, logits_BV)
-    out_BV = out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
-    if params.bias:
-        ids, values = zip(*params.bias, strict=True)
-        out_BV[:, indices(ids, out_BV.device)] += to_device(torch.tensor(values, dtype=out_BV.dtype), out_BV.device)
-    return out_BV
 
 
 def truncate(p_BV: Tensor, params: SamplingParams) -> Tensor:

@@ -75,10 +75,14 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
+    def counts(self) -> bool:
+        """Whether earlier tokens change the logits before sampling."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def penalised(self) -> bool:
         """Whether earlier tokens or a bias change the logits before sampling."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bias)
+        return self.counts or bool(self.bias)
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,13 @@ class Sequence:
         """Whether the next token depends only on the logits, so that it can be drafted."""
         free = self.request.thinking_budget is None and self.grammar is None
         return free and not self.request.sampling.penalised
+
+    @property
+    def free(self) -> bool:
+        """Whether the next token is drawn from the logits as they are. A sequence may be free at one token and not at
+        the next; `draftable` ones always are."""
+        bound = self.grammar is not None and not self.grammar.waits
+        return not (bound or self.must_end_thinking or self.request.sampling.penalised)
 
     @property
     def must_end_thinking(self) -> bool:

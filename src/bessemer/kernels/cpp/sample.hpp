@@ -214,4 +214,11 @@ struct Distribution {
     }
 };
 
+// Log-probabilities of a token before truncation: at a temperature (0 counts as 1), and at 1.
+void score(const float* x, i64 V, i64 token, double temperature, float* logp, float* raw) {
+    float top = largest(x, V), divisor = temperature == 0.0 ? 1.0f : (float)temperature;
+    *raw = *logp = (float)((double)(x[token] - top) - std::log(exponentials(x, V, top, 1.0f, nullptr)));
+    if (divisor != 1.0f) *logp = (float)((double)((x[token] - top) / divisor) - std::log(exponentials(x, V, top, divisor, nullptr)));
+}
+
 }  // namespace

@@ -1,0 +1,145 @@
+"""Penalties and biases of live sequences: counts that grow by a token a step, so that a step's cost does not depend on
+the length of prompts and answers.
+
+`penalise` is the definition, on counts of whole texts; `Penalties` gives the same numbers, and touches only the tokens
+that occur. Sequences with counts have a place each in two buffers, V numbers wide. When one leaves, the last takes its
+place, so others are not copied; the order of places is therefore not that of rows.
+
+Shapes: B sequences, C of them with counts, V vocabulary, N tokens that occur, of all sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bessemer.engine.sequence import SamplingParams, Sequence
+from bessemer.engine.transfer import indices, to_device
+
+
+def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
+    """Logits after the penalties, a new tensor. answer_BV counts the tokens of the answer, prompt_BV of the prompt."""
+    factor = torch.where(logits_BV > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
+    out_BV = torch.where(answer_BV + prompt_BV > 0, logits_BV * factor, logits_BV)
+    out_BV = out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
+    if params.bias:
+        ids, values = zip(*params.bias, strict=True)
+        out_BV[:, indices(ids, out_BV.device)] += to_device(torch.tensor(values, dtype=out_BV.dtype), out_BV.device)
+    return out_BV
+
+
+class Penalties:
+    """The live sequences whose logits change before sampling."""
+
+    def __init__(self, vocab: int, device: torch.device):
+        """vocab: width of the logits."""
+        self.vocab = vocab
+        self.sequences: list[Sequence] = []
+        """In the order that `apply` expects; those with counts come first."""
+        self._counted: list[int] = []
+        """Tokens of each sequence with counts that are in the buffers."""
+        self._answer_CV = torch.zeros(0, vocab, device=device)
+        """How often each token occurs in the answer."""
+        self._seen: list[tuple[Set[int], set[int]]] = []
+        """The tokens that occur: those of the prompt, which samples share, and others."""
+        self._host_N = np.zeros(0, dtype=np.int64)
+        """All of them, as places in the flat buffer; on the host too, so that a device need not be asked."""
+        self._index_N = torch.zeros(0, dtype=torch.int64, device=device)
+        self._factors_4C = torch.zeros(4, 0, device=device)
+        """What multiplies positive and other logits of tokens that occur; presence and frequency penalty."""
+        self._bias: tuple[Tensor, Tensor] | None = None
+        """Places of all biases in flat logits, and their values."""
+
+    def follow(self, live: Iterable[Sequence]) -> None:
+        """Takes up the sequences that are live now, and gives up those that no longer are."""
+        changed = [sequence for sequence in live if sequence.request.sampling.penalised]
+        if not changed and not self.sequences:
+            return
+        fresh = {id(sequence): sequence for sequence in changed if sequence.request.sampling.counts}
+        counting = self.sequences[: len(self._counted)]
+        for place in reversed(range(len(counting))):
+            if fresh.pop(id(counting[place]), None) is None:
+                self._give_up(place, counting)
+        self._take_up(counting, list(fresh.values()))
+        self._index_N = to_device(torch.from_numpy(self._host_N), self._index_N.device)
+        self.sequences = counting + [sequence for sequence in changed if not sequence.request.sampling.counts]
+        self._look_at_params(len(counting))
+
+    def _give_up(self, place: int, counting: list[Sequence]) -> None:
+        last = len(counting) - 1
+        for column in (counting, self._counted, self._seen):
+            column[place] = column[last]
+            column.pop()
+        owner_N = self._host_N // self.vocab
+        moved_N = np.where(owner_N == last, self._host_N - (last - place) * self.vocab, self._host_N)
+        self._host_N = moved_N[owner_N != place]
+        if place < last:
+            self._answer_CV[place] = self._answer_CV[last]
+
+    def _take_up(self, counting: list[Sequence], fresh: list[Sequence]) -> None:
+        room, needed = len(self._answer_CV), len(counting) + len(fresh)
+        if needed > room:
+            size = max(needed, room + room // 2)
+            self._answer_CV = torch.cat((self._answer_CV, self._answer_CV.new_zeros(size - room, self.vocab)))
+        elif not needed:  # nobody has penalties any more: the memory goes too
+            self._answer_CV = self._answer_CV[:0].clone()
+        prompts: dict[int, tuple[frozenset[int], np.ndarray]] = {}
+        for place, sequence in enumerate(fresh, len(counting)):
+            self._answer_CV[place] = 0.0
+            prompt = sequence.request.prompt if sequence.request.sampling.repetition_penalty != 1.0 else ()
+            if id(prompt) not in prompts:  # samples of one request share it
+                ids = frozenset(prompt)
+                prompts[id(prompt)] = ids, np.fromiter(ids, np.int64, len(ids))
+            ids, ids_N = prompts[id(prompt)]
+            self._host_N = np.concatenate((self._host_N, ids_N + place * self.vocab))
+            self._seen.append((ids, set()))
+        counting += fresh
+        self._counted += [0] * len(fresh)
+
+    def _look_at_params(self, C: int) -> None:
+        device = self._answer_CV.device
+        params = [sequence.request.sampling for sequence in self.sequences]
+        factors = [
+            (1.0 / p.repetition_penalty, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+            for p in params[:C]
+        ]
+        self._factors_4C = to_device(torch.tensor(factors).view(C, 4).T.contiguous(), device)
+        biases = [(place * self.vocab + token, value) for place, p in enumerate(params) for token, value in p.bias]
+        self._bias = None
+        if biases:
+            places, values = zip(*biases, strict=True)
+            self._bias = indices(places, device), to_device(torch.tensor(values), device)
+
+    def _count(self) -> None:
+        """Adds the tokens generated since the last call."""
+        new, unseen = [], []
+        for place, (sequence, n) in enumerate(zip(self.sequences, self._counted, strict=False)):
+            prompt, others = self._seen[place]
+            for token in sequence.tokens[n:]:
+                new.append(place * self.vocab + token)
+                if token not in prompt and token not in others:
+                    others.add(token)
+                    unseen.append(new[-1])
+        if new:
+            self._counted = [len(sequence.tokens) for sequence in self.sequences[: len(self._counted)]]
+            one = self._answer_CV.new_ones(())
+            self._answer_CV.view(-1).index_put_((indices(new, one.device),), one, accumulate=True)
+        if unseen:
+            self._host_N = np.concatenate((self._host_N, np.array(unseen, dtype=np.int64)))
+            self._index_N = torch.cat((self._index_N, indices(unseen, self._index_N.device)))
+
+    def apply(self, logits_BV: Tensor) -> None:
+        """Changes the logits of `sequences` in place; rows after theirs stay as they are."""
+        self._count()
+        flat, index_N = logits_BV.view(-1), self._index_N
+        if len(index_N):
+            positive_N, other_N, presence_N, frequency_N = self._factors_4C[:, index_N // self.vocab]
+            x_N, answer_N = flat[index_N], self._answer_CV.view(-1)[index_N]
+            x_N = x_N * torch.where(x_N > 0, positive_N, other_N)
+            flat[index_N] = x_N - presence_N * (answer_N > 0) - frequency_N * answer_N
+        if self._bias is not None:
+            place_N, value_N = self._bias
+            flat.index_put_((place_N,), value_N, accumulate=True)
