@@ -95,7 +95,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
 
     def ours(engine: Engine) -> Callable[[int], list[list[int]]]:
         def call(n: int) -> list[list[int]]:
-            return [c.tokens for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
+            return [list(c.tokens) for (c,) in engine.generate(asked, max_new_tokens=n, temperature=0.0, stop_ids=[])]
 
         return call
 

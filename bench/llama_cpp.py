@@ -122,7 +122,7 @@ def random_cases(vocabulary: int) -> dict:
 def compare(model, tokenizer, peer: Peer, prompts: list[list[int]], n: int) -> dict:
     """Compares greedy tokens and prompt logits of both engines."""
     begin = time.perf_counter()
-    ours = [rows[0].tokens for rows in bessemer.Engine(model, tokenizer).generate(
+    ours = [list(rows[0].tokens) for rows in bessemer.Engine(model, tokenizer).generate(
         prompts, max_new_tokens=n, temperature=0)]  # fmt: skip
     between = time.perf_counter()
     theirs = [peer.greedy(prompt, len(found), tokenizer.eos_id) for prompt, found in zip(prompts, ours, strict=True)]

@@ -109,7 +109,7 @@ def case(engine: Engine, file: Path, prompts: list[list[int]], n: int, rounds: i
     """One number of rows: every form of the peer once, then its fastest and ours in turn."""
 
     def ours() -> list[list[int]]:
-        return [row[0].tokens for row in engine.generate(prompts, max_new_tokens=n, temperature=0, stop_ids=())]
+        return [list(row[0].tokens) for row in engine.generate(prompts, max_new_tokens=n, temperature=0, stop_ids=())]
 
     length, forms = len(prompts[0]) + n, {}
     for name, form in FORMS.items():

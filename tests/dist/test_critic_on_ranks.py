@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from completions import completion
 from ranks import on_ranks
 from test_executor import CFG
 
@@ -13,7 +14,6 @@ from bessemer.config.rl import RLConfig
 from bessemer.dist import distributed, zero1
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard, gather_into
-from bessemer.engine.generation import Completion
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
 from bessemer.rl.critic import Critic
@@ -45,9 +45,9 @@ def groups(number, n=5):
         layers = CFG.n_layers - CFG.n_dense_layers
         routing = torch.rand(len(prompt + answer) - 1, layers, CFG.n_routed_experts, generator=draw)
         routing = routing.topk(CFG.n_activated_experts).indices.short()
-        completion = Completion(answer, "", logp, logp, "stop", len(prompt), routing=routing)
+        made = completion(answer, "", logp, "stop", len(prompt), routing=routing)
         reward = float(answer[0] % 2) + 0.1 * len(answer)
-        return ScoredSample(Problem("p", "", "en"), prompt, completion, Verdict(True, True, "", None), reward)
+        return ScoredSample(Problem("p", "", "en"), prompt, made, Verdict(True, True, "", None), reward)
 
     return [[one(prompt) for _ in range(3)] for prompt in (ids(2, 8) for _ in range(n))]
 

@@ -38,7 +38,6 @@ def agree(found, expected):
         for a, b, p, q in zip(*map(listed, (one, other)), one.logprobs, other.logprobs, strict=True):
             sets, same = sets + 1, same + (a == b)
             assert a != b or p == pytest.approx(q, abs=2e-5)
-        assert one.raw_logprobs == pytest.approx(other.raw_logprobs, abs=2e-5)
     assert same >= 0.99 * sets
 
 
@@ -64,7 +63,7 @@ def test_they_are_those_of_the_definition(engine, prompts, kernels, monkeypatch)
     assert same >= 0.99 * sets and len(sizes) > 20
     plain_form = engine.generate(prompts, **CALL | {"record_kept": False})
     for one, other in zip(records(found), records(plain_form), strict=True):
-        assert one.tokens == other.tokens and one.raw_logprobs == other.raw_logprobs and other.kept is None
+        assert one.tokens == other.tokens and other.kept is None
         assert all(p > q for p, q in zip(one.logprobs, other.logprobs, strict=True)), "a share of less than all"
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import plain_decoder
 import pytest
 import torch
 from drain import drain
@@ -61,11 +62,20 @@ def test_a_request_gets_what_it_would_get_alone(engine, prompts, options):
     results, _ = drain(scheduler, wanted, every=1)
     for request, (tokens, end) in zip(wanted, results, strict=True):
         expected = alone(engine, request)
-        assert [event.token for event in tokens] == expected.tokens
+        assert [event.token for event in tokens] == list(expected.tokens)
         assert [event.logprob for event in tokens] == pytest.approx(expected.logprobs, abs=2e-5)
         assert end.reason == expected.finish_reason
     assert used(scheduler) == 0 and not scheduler.queue.running
     assert (scheduler.stats()["preempted"] > 0) == ("cache_tokens" in options)
+
+
+@torch.no_grad()
+def test_the_raw_logprob_is_that_of_temperature_1(engine, prompts):
+    request = Request(tuple(prompts[5]), 3, 20, SamplingParams(0.6, top_p=0.8))
+    ((tokens, _),), _ = drain(Scheduler(engine), [request])
+    expected = plain_decoder.logprobs(engine.model, prompts[5], [event.token for event in tokens])
+    assert [event.raw_logprob for event in tokens] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [event.logprob for event in tokens] != pytest.approx(expected.tolist(), abs=1e-2)
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(engine, prompts, monkeypatch):
@@ -78,7 +88,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(
     assert len({tuple(t.token for t in tokens) for tokens, _ in found.values()}) == 8
     again = Request((*prompt[:128], 9, 9), stream_key(2), 20)
     ((tokens, end),), _ = drain(scheduler, [again])
-    assert end.cached_tokens == 128 and [t.token for t in tokens] == alone(engine, again).tokens
+    assert end.cached_tokens == 128 and [t.token for t in tokens] == list(alone(engine, again).tokens)
     turn = (*again.prompt, *(t.token for t in tokens), 7, 7, 7)[:150]  # the next turn: the answer is cached too
     ((_, end),), _ = drain(scheduler, [Request(turn, stream_key(3), 3)])
     assert end.cached_tokens == 128 and len(turn) == 150
@@ -143,7 +153,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
         step()
     assert {ticket: found[ticket] for ticket in gone} == before
     for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
-        assert found[ticket] == alone(engine, request).tokens
+        assert found[ticket] == list(alone(engine, request).tokens)
     assert used(scheduler) == 0 and not scheduler.queue.running
 
 
@@ -167,9 +177,9 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
     assert ends == ["length", "error", "length"] and "not finite" in found[2][1].message
     for request, (tokens, end) in zip(wanted, found.values(), strict=True):
         if end.reason != "error":
-            assert [t.token for t in tokens] == alone(engine, request).tokens
+            assert [t.token for t in tokens] == list(alone(engine, request).tokens)
     results, _ = drain(scheduler, wanted)  # the pages it left have been cleaned
-    assert [[t.token for t in tokens] for tokens, _ in results] == [alone(engine, r).tokens for r in wanted]
+    assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in wanted]
 
 
 def test_penalties_equal_the_definition(engine, prompts):
@@ -189,7 +199,7 @@ def test_penalties_equal_the_definition(engine, prompts):
         assert event.logprob == pytest.approx(float(free[event.token]), abs=1e-5)
         row.append(event.token)
     plain = Request(request.prompt, 5, 15, SamplingParams(0.0))
-    assert [t.token for t in tokens] != alone(engine, plain).tokens
+    assert [t.token for t in tokens] != list(alone(engine, plain).tokens)
     assert torch.equal(penalise(logits[None], SamplingParams(), *torch.ones(2, 1, len(logits))), logits[None])
 
 
@@ -201,7 +211,7 @@ def test_a_thought_ends_when_its_budget_is_used_up(model):
     for budget, prompt in ((0, (5, begin, 6)), (4, (5, begin, 6)), (4, (5, begin, 6, end, 7))):
         request = Request(prompt, 3, 25, thinking_budget=budget)
         ((tokens, _),), _ = drain(Scheduler(engine), [request])
-        free, ids = alone(engine, request).tokens, [t.token for t in tokens]
+        free, ids = list(alone(engine, request).tokens), [t.token for t in tokens]
         if end in prompt:
             assert ids == free and begin not in free
         else:
@@ -230,7 +240,7 @@ def test_foreign_models_are_batched_alike(tokenizer, prompts):
     engine = Engine(CausalLM(transformers.LlamaForCausalLM(config)), tokenizer)
     wanted = requests(prompts, 12)
     results, _ = drain(Scheduler(engine, rows=4, prefill_tokens=30), wanted, every=1)
-    assert [[t.token for t in tokens] for tokens, _ in results] == [alone(engine, r).tokens for r in wanted]
+    assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in wanted]
 
 
 @pytest.mark.parametrize(

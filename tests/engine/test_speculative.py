@@ -26,7 +26,7 @@ def flat(cfg, tokenizer, **changes):
 
 
 def tokens(results):
-    return [[completion.tokens for completion in group] for group in results]
+    return [[list(completion.tokens) for completion in group] for group in results]
 
 
 @pytest.mark.parametrize("drafts", [1, 3])
@@ -192,7 +192,7 @@ def test_a_stop_inside_the_guesses_ends_the_answer_there(cfg, tokenizer, prompts
         (cut,) = engine.generate([prompts[3]], max_new_tokens=25, drafts=3, seed=seed, stop_ids=[stop],
                                  on_tokens=lambda drawn, s=streamed: s.extend(t for _, _, t in drawn))  # fmt: skip
         end = free[0].tokens.index(stop) + 1
-        assert cut[0].tokens == streamed == free[0].tokens[:end] and cut[0].finish_reason == "stop"
+        assert list(cut[0].tokens) == streamed == list(free[0].tokens[:end]) and cut[0].finish_reason == "stop"
         for n in (1, 2, 3, 4, 7):
             (short,) = engine.generate([prompts[3]], max_new_tokens=n, drafts=3, seed=seed, stop_ids=[])
             assert short[0].tokens == free[0].tokens[:n] and short[0].finish_reason == "length"

@@ -99,7 +99,7 @@ def test_a_stop_inside_the_drafts_and_a_row_of_nan_end_alone(cfg, tokenizer, pro
         results, _ = drain(scheduler, [bad, good], every=1)
         assert results[0][1].reason == "error" and not results[0][0]
         end = free[0].tokens.index(stop) + 1
-        assert [e.token for e in results[1][0]] == free[0].tokens[:end] and results[1][1].reason == "stop"
+        assert [e.token for e in results[1][0]] == list(free[0].tokens[:end]) and results[1][1].reason == "stop"
         assert all(pool[:-1].isfinite().all() for pool in scheduler.runner.steps.pools)
 
 

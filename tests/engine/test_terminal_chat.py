@@ -4,13 +4,13 @@ import io
 import json
 
 import pytest
+from completions import completion
 
 from bessemer.cli.common import read_prompts
 from bessemer.data.chat import render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion
 from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
 from bessemer.escape import escaped
@@ -118,7 +118,7 @@ def test_an_answer_that_was_cut_goes_on(engine, tokenizer):
     for _ in range(2):
         talk.obey("/continue")
     whole = engine.generate([prompt], temperature=0.0, max_new_tokens=21, stop_ids=[])[0][0].tokens
-    assert talk.unfinished[1].ids == whole
+    assert talk.unfinished[1].ids == list(whole)
     assert talk.notes.getvalue().splitlines()[1] == "[cut off at 14 tokens; /continue resumes it]"
     assert [one["role"] for one in talk.messages] == ["user", "assistant"]
     assert tokenizer.decode(whole).removeprefix(" ").startswith(talk.messages[1]["content"])
@@ -136,7 +136,7 @@ def scripted(engine, monkeypatch, *pieces):
             if not isinstance(piece, int):
                 raise piece
             on_tokens([(0, 0, piece)])
-        return [[Completion([], "", [], [], "stop", 0)]]
+        return [[completion([], prompt_tokens=0)]]
 
     monkeypatch.setattr(engine, "generate", generate)
     return engine

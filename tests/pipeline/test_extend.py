@@ -281,8 +281,8 @@ def test_prompts_beyond_a_thousand_tokens_are_taken_in_and_continued(base):
     answers = Engine(model, Tokenizer.load(folder)).generate(ids, max_new_tokens=4, temperature=0.0, stop_ids=())
     for prompt, (answer,) in zip(ids, answers, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer.tokens[:-1]]))[0, len(prompt) - 1 :]
+            logits = model(torch.tensor([[*prompt, *answer.tokens[:-1]]]))[0, len(prompt) - 1 :]
         logp = logits.float().log_softmax(-1)
-        assert answer.tokens == logp.argmax(-1).tolist()
+        assert list(answer.tokens) == logp.argmax(-1).tolist()
         wanted = logp.gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(answer.raw_logprobs), wanted, atol=2e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=2e-4, rtol=0)

@@ -86,7 +86,7 @@ def pairs(engine):
     said = engine.generate(asked, temperature=0, max_new_tokens=1)
     for prompt, (answer,) in zip(asked, said, strict=True):
         ids = engine.tokenizer.encode(prompt)
-        if engine.tokenizer.encode(prompt + answer.text) == ids + answer.tokens:
+        if engine.tokenizer.encode(prompt + answer.text) == [*ids, *answer.tokens]:
             found.append((prompt, answer.text))
     return found
 

@@ -12,11 +12,11 @@ import urllib.request
 import judge_model
 import pytest
 import stages_run
+from completions import completion
 from judge_server import JudgeServer
 
 from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
-from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
@@ -124,9 +124,9 @@ def test_only_answers_that_could_be_kept_are_judged(tmp_path):
     ruled = base.get("arithmetic").problem("train", 0)
 
     def sampled(text, end="stop", problem=problem):
-        completion = Completion([5] * 9, text, [-1.0] * 9, [-1.0] * 9, end, 3)
+        made = completion([5] * 9, text, None, end, 3)
         verdict = base.Verdict(problem is ruled, True, "correct", None)
-        return ScoredSample(problem, [1], completion, verdict)
+        return ScoredSample(problem, [1], made, verdict)
 
     texts = ("<think>\nSo.\n</think>\n\nN0.", "<think>\nSo.\n</think>\n\nN1.", "I do not know.")
     group = [*map(sampled, texts), sampled("N0.", end="length"), sampled("<think>\n好的。\n</think>\n\nN0.")]

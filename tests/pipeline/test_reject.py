@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import stages_run
+from completions import completion
 
 from bessemer import tasks
 from bessemer.config.data import RejectConfig
-from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
@@ -35,8 +35,8 @@ def right_answer():
 def sampled(thought, answer=None, end="stop"):
     text = f"<think>{thought}</think><answer>{answer or right_answer()}</answer>"
     verdict = COUNTDOWN.verify(PROBLEM, text)
-    completion = Completion([5] * 9, text, [-1.0] * 9, [-1.0] * 9, end, 3)
-    return ScoredSample(PROBLEM, [1, 2], completion, verdict, 0.0, language=consistency(text, "en"))
+    made = completion([5] * 9, text, None, end, 3)
+    return ScoredSample(PROBLEM, [1, 2], made, verdict, 0.0, language=consistency(text, "en"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from completions import completion
 
 from bessemer import tasks
 from bessemer.data import corpus, tools
@@ -18,7 +19,6 @@ from bessemer.data.encoder import Encoder
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import PlayedEpisode, played
-from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs
@@ -77,7 +77,7 @@ class Scripted:
                 end = "stop" if len(ids) <= max_new_tokens else "length"
                 ids = ids[:max_new_tokens]
                 logp = [-0.01 * (n + 1) for n in range(len(ids))]
-                group.append(Completion(ids, self.tokenizer.decode(ids), logp, logp, end, len(prompt)))
+                group.append(completion(ids, self.tokenizer.decode(ids), logp, end, len(prompt)))
             groups.append(group)
         return groups
 
@@ -135,7 +135,7 @@ def test_a_call_is_answered_and_the_answer_is_judged(with_marks):
         {"role": "assistant", "content": "<answer>12</answer>"},
     ]
     whole = render_ids(with_marks, messages, add_generation_prompt=False)
-    ours = prompts[0] + got.completion.tokens
+    ours = [*prompts[0], *got.completion.tokens]
     assert [i for i in ours if i != with_marks.encode(" ")[0]] == [i for i in whole if i != with_marks.encode(" ")[0]]
     assert [len(call[0]) for call in engine.calls] == [1, 2], "a prompt with its samples, then every episode by itself"
 
@@ -203,7 +203,7 @@ def test_the_gradient_is_that_of_the_same_tokens_masked_by_hand(model, tokenizer
     loss = GRPO(kl=0.0)(model, batch)
     total = 0.0
     for row in rows:
-        ids = torch.tensor([row.prompt_tokens + row.completion.tokens])
+        ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
         logp_T = model(ids)[0].log_softmax(-1)
         for place in row.trained_N.tolist():
             at = len(row.prompt_tokens) + place
@@ -382,6 +382,6 @@ def test_random_turns_keep_every_token_in_its_place(tokenizer):
         for prompt, group in zip(prompts, groups, strict=True):
             for one in group:
                 asked = [p for ps, _, _ in engine.calls[1:] for p in ps if p[: len(prompt)] == prompt]
-                begun = [p for p in asked if p == (prompt + one.completion.tokens)[: len(p)]]
+                begun = [p for p in asked if p == [*prompt, *one.completion.tokens][: len(p)]]
                 later = [turn for turn in one.turns[1:] if turn.role == "assistant"]
                 assert len(begun) >= len(later), (trial, "every later turn went on from exactly what had been said")

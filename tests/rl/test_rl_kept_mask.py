@@ -49,7 +49,7 @@ def kept_ids(row):
 
 def naive(model, row):
     """Log-probabilities and entropies of one sample's tokens over the kept tokens, row by row in float64."""
-    ids = torch.tensor([row.prompt_tokens + row.completion.tokens])
+    ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
     logits = model(ids)[0, len(row.prompt_tokens) - 1 : -1].double() / T
     logp, entropy = [], []
     for logits_V, kept, token in zip(logits, kept_ids(row), row.completion.tokens, strict=True):

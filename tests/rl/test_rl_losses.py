@@ -8,10 +8,10 @@ from collections import namedtuple
 
 import pytest
 import torch
+from completions import completion
 from torch import nn
 
 from bessemer.data.batch import Batch
-from bessemer.engine.generation import Completion
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_logprobs
@@ -309,8 +309,8 @@ def outputs_of(sampler):
     rows = []
     for letters, worth in zip(STOPPING, REWARD.tolist(), strict=False):
         logp = [float(sampler.log_softmax(-1)[c, a]) for c, a in zip((0, 1 + letters[0]), letters, strict=False)]
-        completion = Completion(list(letters), "", logp, logp, "stop", 1)
-        rows.append(ScoredSample(Problem("p", "", "en"), [0], completion, Verdict(True, True, "", None), worth, worth))
+        made = completion(letters, "", logp)
+        rows.append(ScoredSample(Problem("p", "", "en"), [0], made, Verdict(True, True, "", None), worth, worth))
     return rows
 
 

@@ -5,10 +5,10 @@ import statistics
 import time
 
 import pytest
+from completions import completion
 
 from bessemer import tasks
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.generation import Completion
 from bessemer.rl.process import assign_advantages, calculations, process_advantages
 from bessemer.rl.rollout import ScoredSample
 
@@ -99,8 +99,8 @@ def test_samples_get_the_steps_of_their_tokens():
 
     def sample(text, reward):
         tokens = [*tokenizer.encode(text), tokenizer.eos_id]
-        completion = Completion(tokens, text, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop", 3)
-        return ScoredSample(problem, [1], completion, task.verify(problem, text), reward=reward)
+        made = completion(tokens, text, prompt_tokens=3)
+        return ScoredSample(problem, [1], made, task.verify(problem, text), reward=reward)
 
     group = [sample("<think>3*7=21,21+6=28对</think>", 0.0), sample("<think>对3*7=21</think>", 1.0)]
     assert assign_advantages([group], tokenizer) == {"rl/steps": 1.5, "rl/steps_right": pytest.approx(2 / 3)}

@@ -70,7 +70,7 @@ def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
         choice = batch.extras["choice_BTLK"]
         assert choice.dtype == torch.int16 and choice.shape == (*batch.tokens_BT.shape, LAYERS, K)
         for tokens, mine in zip(batch.tokens_BT.tolist(), choice, strict=True):
-            (row,) = [r for r in rows if r.prompt_tokens + r.completion.tokens == tokens[: len(mine_tokens(r))]]
+            (row,) = [r for r in rows if mine_tokens(r) == tokens[: len(mine_tokens(r))]]
             fed = len(mine_tokens(row)) - 1
             assert torch.equal(mine[:fed], row.completion.routing.short())
             assert bool((mine[fed:] == -1).all()), "the last token was never fed; padding never was"
@@ -79,7 +79,7 @@ def test_a_batch_holds_what_every_fed_token_chose(sampled, model, max_tokens):
 
 
 def mine_tokens(row):
-    return row.prompt_tokens + row.completion.tokens
+    return [*row.prompt_tokens, *row.completion.tokens]
 
 
 def test_without_a_record_there_is_nothing_to_replay(sampled, model):

@@ -3,8 +3,8 @@
 import math
 
 import pytest
+from completions import completion
 
-from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.rl.reward import Reward, overlong
 from bessemer.rl.rollout import ScoredSample
@@ -12,8 +12,8 @@ from bessemer.tasks.base import Problem, Verdict
 
 
 def sampled(correct=False, formatted=False, language=0.5, tokens=(5, 6), **meta):
-    completion = Completion(list(tokens), "text", [-1.0] * len(tokens), [-1.0] * len(tokens), "stop", 3)
-    return ScoredSample(Problem("p/0", "ask", "en", meta), [0], completion, Verdict(correct, formatted, "", None),
+    made = completion(tokens, "text", prompt_tokens=3)
+    return ScoredSample(Problem("p/0", "ask", "en", meta), [0], made, Verdict(correct, formatted, "", None),
                    language=language)  # fmt: skip
 
 

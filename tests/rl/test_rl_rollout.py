@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from completions import completion
 
 from bessemer import tasks
 from bessemer.data.chat import jinja, render_ids
-from bessemer.engine.generation import Completion
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
@@ -19,8 +19,8 @@ PAD = 2
 
 def row(prompt, answer, advantage=0.0, logprobs=None):
     logprobs = [-0.5] * len(answer) if logprobs is None else logprobs
-    completion = Completion(answer, "", logprobs, logprobs, "stop", len(prompt))
-    return ScoredSample(TASKS[0].problem("train", 0), prompt, completion, Verdict(True, True, "", None), 1.0, advantage)
+    made = completion(answer, "", logprobs, "stop", len(prompt))
+    return ScoredSample(TASKS[0].problem("train", 0), prompt, made, Verdict(True, True, "", None), 1.0, advantage)
 
 
 def some_rows(count=17, seed=0):
@@ -62,10 +62,10 @@ def test_a_batch_holds_every_token_where_it_belongs(normalise):
         before, after = len(one.prompt_tokens), len(one.completion.tokens)
         weight = 1 / after if normalise == "sequence" else 1.0
         expected.append((
-            one.prompt_tokens + one.completion.tokens,
+            [*one.prompt_tokens, *one.completion.tokens],
             [0.0] * before + [weight] * after,
             [0.0] * before + [one.advantage] * after,
-            [0.0] * before + one.completion.logprobs,
+            [*([0.0] * before), *one.completion.logprobs],
         ))  # fmt: skip
     for line in found:
         match = [
@@ -172,7 +172,7 @@ def draw(engine, tokenizer):
 
 
 def written(groups):
-    return [[sampled.completion.tokens for sampled in group] for group in groups]
+    return [[list(sampled.completion.tokens) for sampled in group] for group in groups]
 
 
 def test_samples_follow_from_seed_prompt_and_number_alone(draw):
@@ -256,7 +256,7 @@ def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
 def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():
     task, problem = tasks.get("words"), tasks.Problem("p", "...", "en", {"value": 7})
     texts = ["<think>t</think><answer>7</answer>", "<answer>7</answer>", "<answer>8</answer>"]
-    made = [Completion([1], text, [-1.0], [-1.0], "stop", 1) for text in texts]
+    made = [completion([1], text) for text in texts]
     for needs_format, expected in ((False, [True, True, False]), (True, [True, False, False])):
         (group,) = rollout.verify([(task, problem)], [[1]], [made], "", needs_format)
         assert [row.verdict.correct for row in group] == expected
@@ -273,7 +273,7 @@ def test_with_needs_format_nothing_is_paid_that_stands_around_the_blocks(begun):
     never = ["\n\n\u200b<answer>7</answer>", "\n\n" + "so " * 3000 + "\\boxed{7}", "So <answer>7</answer>",
              "\n\n<answer>7</answer><!-- good -->", "<answer>7</answer>" + " " * 1000]  # fmt: skip
     texts = [*blocks, *summaries, *never]
-    made = [Completion([1], thoughts + text, [-1.0], [-1.0], "stop", 1) for text in texts]
+    made = [completion([1], thoughts + text) for text in texts]
     (group,) = rollout.verify([(task, problem)], [[1]], [made], begun, True)
     paid = [row.verdict.correct for row in group]
     assert paid == [True, True] + [begun != ""] * 2 + [False] * len(never)

@@ -1,8 +1,8 @@
 """The curves of a rollout: means over all samples, and the words that count as reflection."""
 
 import pytest
+from completions import completion
 
-from bessemer.engine.generation import Completion
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
@@ -11,9 +11,9 @@ from bessemer.tasks.base import Problem, Verdict
 def sampled(
     text, *, reward=0.0, correct=False, formatted=False, tokens=4, end="stop", language=0.5, preference=None, meta=None
 ):
-    completion = Completion([5] * tokens, text, [-1.0] * tokens, [-1.0] * tokens, end, 3)
+    made = completion([5] * tokens, text, None, end, 3)
     return ScoredSample(
-        Problem("p", "", "en", meta or {}), [1, 2, 3], completion, Verdict(correct, formatted, "", None), reward,
+        Problem("p", "", "en", meta or {}), [1, 2, 3], made, Verdict(correct, formatted, "", None), reward,
         language=language, preference=preference,
     )  # fmt: skip
 

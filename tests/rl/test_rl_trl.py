@@ -24,12 +24,12 @@ through two different implementations of one network.
 
 import pytest
 import torch
+from completions import completion
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from bessemer.engine.generation import Completion
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
@@ -121,7 +121,7 @@ class Rollout:
     def ours(self, normalise):
         def batches(logprobs):
             rows = [
-                ScoredSample(Problem("p", "", "en"), prompt, Completion(answer, "", logp, logp, "stop", len(prompt)),
+                ScoredSample(Problem("p", "", "en"), prompt, completion(answer, "", logp, "stop", len(prompt)),
                         Verdict(True, True, "", None), 1.0, advantage)
                 for prompt, answer, logp, advantage
                 in zip(self.prompts, self.answers, logprobs, self.advantage, strict=True)

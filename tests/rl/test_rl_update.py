@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from completions import completion
 from train_config import train_config
 
 from bessemer.data.batch import Batch
-from bessemer.engine.generation import Completion
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.rl.reward import group_advantages
@@ -143,7 +143,7 @@ def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output, clipped, tokens = [], 0, 0
     for row in rows:
-        ids = torch.tensor([row.prompt_tokens + row.completion.tokens])
+        ids = torch.tensor([[*row.prompt_tokens, *row.completion.tokens]])
         start, values = len(row.prompt_tokens), []
         with torch.no_grad():
             logp, ref = ((m(ids).double() / 0.9).log_softmax(-1)[0] for m in (policy, reference))
@@ -211,8 +211,8 @@ def test_equal_rewards_change_nothing(rows, make_model):
 def test_prompts_and_padding_get_no_gradient(make_model):
     """Only one token is trained, and it follows token 5: no embedding of later tokens may receive a gradient."""
     model = make_model(3)
-    completion = Completion([7], "", [-1.0], [-1.0], "stop", 2)
-    row = ScoredSample(Problem("p", "", "en"), [4, 5], completion, Verdict(True, True, "", None), 1.0, 1.0)
+    made = completion([7], prompt_tokens=2)
+    row = ScoredSample(Problem("p", "", "en"), [4, 5], made, Verdict(True, True, "", None), 1.0, 1.0)
     (batch,) = rollout.to_batches([row], PAD, 100, "token")
     batch = Batch(
         torch.nn.functional.pad(batch.tokens_BT, (0, 3), value=PAD), torch.nn.functional.pad(batch.loss_BT, (0, 3)),

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from completions import completion
 from train_config import train_config
 
 from bessemer.data.batch import Batch
-from bessemer.engine.generation import Completion
 from bessemer.rl import critic as critics
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
@@ -78,10 +78,10 @@ def test_the_clipped_value_loss(value, old, wanted, error, slope, clipped):
 
 
 def row(prompt, answer, value=0.0, wanted=0.0):
-    completion = Completion(answer, "", [-1.0] * len(answer), [-1.0] * len(answer), "stop", len(prompt))
+    made = completion(answer, prompt_tokens=len(prompt))
     values, returns = ([x] * len(answer) for x in (value, wanted))
     verdict = Verdict(True, True, "", None)
-    return ScoredSample(Problem("p", "", "en"), prompt, completion, verdict, values=values, returns=returns)
+    return ScoredSample(Problem("p", "", "en"), prompt, made, verdict, values=values, returns=returns)
 
 
 def test_a_critic_begins_with_the_policy_s_layers_and_expects_nothing(model):
@@ -121,7 +121,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
     per_output = []
     for one in rows:
-        ids = torch.tensor([one.prompt_tokens + one.completion.tokens])
+        ids = torch.tensor([[*one.prompt_tokens, *one.completion.tokens]])
         with torch.no_grad():
             value = (critic.norm(critic.hidden(ids)) @ critic.score.weight.T)[0, len(one.prompt_tokens) - 1 : -1, 0]
         old, wanted = torch.tensor(one.values), torch.tensor(one.returns)

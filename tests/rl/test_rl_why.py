@@ -4,8 +4,8 @@ import random
 from statistics import fmean
 
 import pytest
+from completions import completion
 
-from bessemer.engine.generation import Completion
 from bessemer.report.why import describe, headline
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
@@ -39,9 +39,9 @@ def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0
                 if formatted
                 else f"{' '.join(said)} {answer}"
             )
-            completion = Completion(list(range(count)), text, [0.0] * count, [0.0] * count, "stop", 5)
+            answered = completion(range(count), text, [0.0] * count, "stop", 5)
             verdict = Verdict(correct, formatted, "correct" if correct else "wrong-value", answer)
-            rows.append(ScoredSample(problem, [1], completion, verdict))
+            rows.append(ScoredSample(problem, [1], answered, verdict))
         made.append(rows)
     return made
 

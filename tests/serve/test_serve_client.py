@@ -170,7 +170,7 @@ def test_log_probabilities_and_routing_are_the_engines(server, engine):
     shown = [i for i in sample.tokens if i != engine.tokenizer.eos_id]
     assert choice.token_ids == shown
     rows = choice.logprobs.content
-    assert [row.logprob for row in rows] == pytest.approx(sample.raw_logprobs[: len(shown)], abs=1e-4)
+    assert [row.logprob for row in rows] == pytest.approx(sample.logprobs[: len(shown)], abs=1e-4)
     assert [bytes(row.bytes) for row in rows] == [engine.tokenizer.token_bytes(i) for i in shown]
     for row in rows:
         figures = [entry.logprob for entry in row.top_logprobs]

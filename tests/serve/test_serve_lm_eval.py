@@ -29,7 +29,7 @@ def direct(engine):
     said = engine.generate(begun, temperature=0, max_new_tokens=1)
     for prompt, (answer,) in zip(begun, said, strict=True):
         ids = engine.tokenizer.encode(prompt)
-        if engine.tokenizer.encode(prompt + answer.text) == ids + answer.tokens:
+        if engine.tokenizer.encode(prompt + answer.text) == [*ids, *answer.tokens]:
             asked.append((prompt, answer.text))
     scores = BessemerLM(engine).loglikelihood(requests("loglikelihood", asked))
     assert {greedy for _, greedy in scores} == {True, False}

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from completions import completion
 
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
-from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout
@@ -89,7 +89,7 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
     )
     config = RLConfig(kind="rl", name="zero", tasks=["words"], reward="mine.py:short", format_reward=0.25)
     text = "<think>t</think><answer>7</answer>"
-    made = Completion([1], text, [-1.0], [-1.0], "stop", 1)
+    made = completion([1], text)
     groups = rollout.verify([(get("words"), Problem("p", "", "en", {"value": 7}))], [[1]], [[made]], "")
     Reward.of_config(config).score(groups, 9)
     assert groups[0][0].reward == 0.5 + 1 / len(text) + 0.25

@@ -225,10 +225,9 @@ class Engine:
     def _completion(self, sequence: Sequence, routing: Tensor | None) -> Completion:
         text, strings = self.tokenizer.decode(sequence.tokens), sequence.request.stop_strings
         return Completion(
-            tokens=sequence.tokens,
+            tokens=sequence.tokens[:],  # without room to grow
             text=cut_at_stop(text, strings) if strings else text,
-            logprobs=sequence.logp,
-            raw_logprobs=sequence.raw_logp,
+            logprobs=sequence.logp[:],
             finish_reason="stop" if sequence.finish == "stop" else "length",
             prompt_tokens=len(sequence.request.prompt),
             routing=routing,

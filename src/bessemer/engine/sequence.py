@@ -150,9 +150,9 @@ class Sequence:
     grammar: GrammarState | None = None
     think: tuple[int | None, int | None] = (None, None)
     """Ids of <think> and </think>."""
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    raw_logp: list[float] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    logp: array[float] = field(default_factory=lambda: array("f"))
+    raw_logp: array[float] = field(default_factory=lambda: array("f"))
     top: list[TopTokens] = field(default_factory=list)
     """The most likely tokens at each position, if requested."""
     routes: list[Routes] = field(default_factory=list)

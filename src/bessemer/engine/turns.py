@@ -5,6 +5,7 @@ Shapes: L sparse layers, K experts per token.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,6 @@ def cut(completion: Completion, most: int, tokenizer: Tokenizer) -> Completion:
         tokens=completion.tokens[:most],
         text=tokenizer.decode(completion.tokens[:most]),
         logprobs=completion.logprobs[:most],
-        raw_logprobs=completion.raw_logprobs[:most],
         finish_reason="length",
         routing=None if routing is None else routing[: completion.prompt_tokens + most - 1],
         kept=kept,
@@ -72,18 +72,16 @@ def joined(parts: Sequence[Completion], read: Sequence[list[int]], ended_itself:
     in which it was first fed for this sample: the first turn's for the prompt, each turn's for what it read and
     wrote."""
     between = [[], *read][: len(parts)]
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    raw: list[float] = []
+    tokens, logprobs = array("i"), array("f")
     for ids, part in zip(between, parts, strict=True):
-        tokens += [*ids, *part.tokens]
-        logprobs += [*([0.0] * len(ids)), *part.logprobs]
-        raw += [*([0.0] * len(ids)), *part.raw_logprobs]
+        tokens.extend(ids)
+        logprobs.extend([0.0] * len(ids))
+        tokens += part.tokens
+        logprobs += part.logprobs
     return Completion(
         tokens,
         parts[-1].text,
         logprobs,
-        raw,
         "stop" if ended_itself else "length",
         parts[0].prompt_tokens,
         _joined_routing([part.routing for part in parts if part.routing is not None]),

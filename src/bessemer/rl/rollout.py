@@ -7,11 +7,13 @@ resumed run samples what the uninterrupted one would have sampled.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,10 +243,11 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
     loss, advantage, old_logp = (torch.zeros(shape) for _ in range(3))
     for i, row in enumerate(rows):
         start, stop, own_N = len(row.prompt_tokens), _length(row), row.trained_N
-        tokens[i, :stop] = torch.tensor(row.prompt_tokens + row.completion.tokens)
+        tokens[i, :start] = torch.tensor(row.prompt_tokens)
+        tokens[i, start:stop] = values_of(row.completion.tokens)
         loss[i, start + own_N] = 1.0 / max(1, len(own_N)) if normalise == "sequence" else 1.0
         advantage[i, start + own_N] = torch.as_tensor(row.advantage)
-        old_logp[i, start + own_N] = torch.tensor(row.completion.logprobs)[own_N]
+        old_logp[i, start + own_N] = values_of(row.completion.logprobs)[own_N]
     extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
     if rows[0].values is not None:
         extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
@@ -253,6 +256,15 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
     if kept := [row.completion.kept for row in rows if row.completion.kept is not None]:
         extras |= pad_kept(kept, [len(row.prompt_tokens) for row in rows])
     return Batch(tokens, loss, extras=extras)
+
+
+def values_of(numbers: array) -> Tensor:
+    """The array as a tensor of its dtype, which shares its memory."""
+    return torch.from_numpy(np.frombuffer(numbers, dtype=numbers.typecode))
+
+
+def _array_of(numbers: Tensor) -> array:
+    return array("i" if numbers.dtype == torch.int32 else "f", numbers.numpy().tobytes())
 
 
 def _align(rows: Sequence[ScoredSample], width: int, field: str) -> Tensor:
@@ -283,8 +295,8 @@ def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Ten
     return {"kept_id_BM": pad([id_M for id_M, _ in kept], batch_first=True), "kept_at_BM": pad(at, batch_first=True)}
 
 
-_PER_TOKEN = {"tokens": torch.int32, "logprobs": torch.float32, "raw_logprobs": torch.float32}
-"""Fields of a completion with one number per token: a checkpoint holds each as one vector over all samples."""
+_PER_TOKEN = ("tokens", "logprobs")
+"""Arrays of a completion: a checkpoint holds each as one vector over all samples."""
 _PLAIN = {field.name for field in fields(ScoredSample)} - {"problem", "prompt_tokens", "completion", "verdict"}
 """Fields of a sample that are plain JSON."""
 
@@ -293,10 +305,7 @@ def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tenso
     """Groups as a checkpoint stores them: one JSON object per group, and tensors over all samples. A problem is stored
     as its id."""
     completions = [row.completion for group in groups for row in group]
-    tensors = {
-        name: torch.tensor([value for c in completions for value in getattr(c, name)], dtype=dtype)
-        for name, dtype in _PER_TOKEN.items()
-    }
+    tensors = {name: torch.cat([values_of(getattr(c, name)) for c in completions]) for name in _PER_TOKEN}
     if routings := [c.routing for c in completions if c.routing is not None]:
         tensors["routing"] = torch.cat(routings)
     if kept := [c.kept for c in completions if c.kept is not None]:
@@ -314,7 +323,7 @@ def unpack(
     """The exact groups that `pack` was given; `problems` by id."""
     lengths = [row["length"] for group in packed for row in group["rows"]]
     fed = [len(group["prompt"]) + row["length"] - 1 for group in packed for row in group["rows"]]
-    per_token = {name: iter([part.tolist() for part in tensors[name].split(lengths)]) for name in _PER_TOKEN}
+    per_token = {name: map(_array_of, tensors[name].split(lengths)) for name in _PER_TOKEN}
     routing = iter(tensors["routing"].split(fed)) if "routing" in tensors else None
     kept: Iterator[KeptTokens] | None = None
     if "kept_ids" in tensors:

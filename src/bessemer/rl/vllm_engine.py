@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ MLA_WIDTHS = (512, 64)
 MLA_OFF = "VLLM_MLA_DISABLE"
 KEY_BITS = (1 << 63) - 1
 """vLLM's seeds must not be negative."""
-UNKNOWN = float("nan")
 
 
 class VLLMSettings(NamedTuple):
@@ -97,13 +97,12 @@ class VLLMEngine:
         return [self._completion(sample.request, output.outputs[0]) for sample, output in pairs]
 
     def _completion(self, request: Request, output: Any) -> Completion:
-        tokens = [int(token) for token in output.token_ids]
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
+        tokens = array("i", output.token_ids)
+        logprobs = array("f", (step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)))
         return Completion(
             tokens=tokens,
             text=self.tokenizer.decode(tokens),
             logprobs=logprobs,
-            raw_logprobs=logprobs if request.sampling.temperature in (0.0, 1.0) else [UNKNOWN] * len(tokens),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
             prompt_tokens=len(request.prompt),
         )
