@@ -117,6 +117,14 @@ def limit(name: str, most: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
+def soft_limit(name: str, most: int) -> None:
+    """Sets a limit of this process that it, or a child, may raise again. No effect where the system has none."""
+    with suppress(AttributeError, ValueError, OSError):
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        resource.setrlimit(number, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def sysctl(*names: str) -> str:
     """Values from macOS's `sysctl`, one per line; "" if it cannot be run."""
     with suppress(OSError, subprocess.TimeoutExpired):

@@ -5,7 +5,7 @@ import pickle
 import sys
 from array import array
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import plain_decoder
 import pytest
@@ -16,6 +16,7 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sequence import Request, Sequence
 from bessemer.errors import UserError
+from bessemer.workers import Workers
 
 
 def tokens(results):
@@ -275,3 +276,20 @@ def test_a_long_sequence_takes_at_most_14_bytes_a_token_while_it_grows():
     for n in range(10_000):
         sequence.append(n + 100_000, -n / 7, -n / 9)
     assert sum(map(sys.getsizeof, (sequence.tokens, sequence.logp, sequence.raw_logp))) < 14 * 10_000
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stop", [[], ["e"]])
+def test_on_text_hears_every_answer_once_and_short_ones_first(engine, prompts, processes, stop):
+    heard = []
+    mine = Engine(engine.model, engine.tokenizer, Workers(processes))
+    found = mine.generate(
+        prompts, samples=3, max_new_tokens=40, batch_rows=8, stop_ids=range(3, 12), stop_strings=stop,
+        on_text=lambda *one: heard.append(one),
+    )  # fmt: skip
+    mine.workers.stop()
+    texts = {(p, k): one.text for p, group in enumerate(found) for k, one in enumerate(group)}
+    assert sorted(heard) == sorted((p, k, text) for (p, k), text in texts.items())
+    lengths = [len(found[p][k].tokens) for p, k, _ in heard]
+    if processes == 1:  # four batches
+        assert sum(a > b for a, b in pairwise(lengths)) <= 3 and lengths[0] < max(lengths)

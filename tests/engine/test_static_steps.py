@@ -67,7 +67,15 @@ def test_samples_are_those_of_fixed_batches(engine, prompts, sampling, way, as_g
     expected = once(str(sampling), lambda: engine.generate(prompts, **CALL, **sampling))
     as_gpu(*way)
     engine.rows, engine.keeps_memory = 5, True
-    same(engine.generate(prompts, **CALL, **sampling), expected)
+    heard, written = [], [0]
+    found = engine.generate(
+        prompts, **CALL, **sampling, on_tokens=lambda new: written.append(written[-1] + len(new)),
+        on_text=lambda *one: heard.append((*one, written[-1])),
+    )  # fmt: skip
+    same(found, expected)
+    assert heard[0][-1] < written[-1] / 2, "the first answer was heard while others were being written"
+    heard = [one[:-1] for one in heard]
+    assert sorted(heard) == [(p, k, one.text) for p, group in enumerate(found) for k, one in enumerate(group)]
     assert engine._steps.rows == 5
     assert len({key[1] for key in engine._steps._graphs}) == (0 if way == (None,) else 1 if len(way) == 2 else 2)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,18 @@ MAX_RESTARTS = 3
 """The most restarts without progress."""
 
 _Made = TypeVar("_Made")
+
+
+class Share(NamedTuple):
+    """This process's part of work that all ranks have: item i is rank i % n's. `merge` collects what each found, by
+    item, on all of them; collective."""
+
+    me: int = 0
+    n: int = 1
+    merge: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda own: own
+
+
+ALONE = Share()
 
 
 class Ranks:
@@ -131,6 +143,13 @@ class Ranks:
         with watchdog.waiting(what, range(self.n)):
             dist.all_gather_object(values, value)
         return values
+
+    def share(self, what: str) -> Share:
+        def merge(own: dict[Any, Any]) -> dict[Any, Any]:
+            self.meet(what)  # one may take many times as long as another
+            return {item: found for each in self.all_gather(own, what) for item, found in each.items()}
+
+        return Share(self.me, self.n, merge)
 
     def broadcast(self, make: Callable[[], _Made], what: str) -> _Made:
         """What `make` returns on rank 0, pickled, on all ranks; the others wait for it as in `meet`."""

@@ -24,7 +24,15 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import generation, room, static_steps
 from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
-from bessemer.engine.generation import Completion, GenerationBatch, GenerationPlan, OnTokens, Prompt, Sample
+from bessemer.engine.generation import (
+    Completion,
+    GenerationBatch,
+    GenerationPlan,
+    OnText,
+    OnTokens,
+    Prompt,
+    Sample,
+)
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.engine.kernel_steps import KernelSteps
@@ -93,16 +101,18 @@ class Engine:
         """Processes that run batches in parallel; their number does not change the result."""
 
     def generate(
-        self, prompts: abc.Sequence[Prompt], *, on_tokens: OnTokens | None = None, **options: Any
-    ) -> list[list[Completion]]:
+        self, prompts: abc.Sequence[Prompt], *, on_tokens: OnTokens | None = None, on_text: OnText | None = None,
+        **options: Any,
+    ) -> list[list[Completion]]:  # fmt: skip
         """`samples` completions of each prompt, in order; the options are those of `generation.plan`.
 
-        on_tokens is called after each step with the new tokens, a list of (prompt index, sample, token).
+        on_tokens is called after each step with the new tokens, a list of (prompt index, sample, token). on_text is
+        called as `OnText` says; for samples of another process, when that process has finished their batch.
         """
         plan = self.plan(prompts, on_tokens=on_tokens, **options)
-        if on_tokens is None and not self._continuous(plan.batches):
-            return plan.gather(self.workers.map(self.run, plan.batches))
-        return plan.gather(self.run_all(plan.batches))
+        if on_tokens is None and self.workers.n > 1 and not self._continuous(plan.batches):
+            return plan.gather(plan.announced(self.workers.map(self.run, plan.batches), on_text))
+        return plan.gather(self.run_all(plan.batches, on_text))
 
     def plan(self, prompts: abc.Sequence[Prompt], **options: Any) -> GenerationPlan:
         """Batches of at most `batch_rows` samples; `run` generates one, in this or another process with these weights.
@@ -117,15 +127,15 @@ class Engine:
         """One completion of each sample in the batch."""
         return self.run_all([batch])[0]
 
-    def run_all(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
+    def run_all(self, batches: abc.Sequence[GenerationBatch], on_text: OnText | None = None) -> list[list[Completion]]:
         """`run` for every batch, in this process: one after another, or all together on a GPU."""
         if self._continuous(batches):
             try:
-                return self._run_continuously(batches)
+                return self._run_continuously(batches, on_text)
             finally:
                 if not self.keeps_memory:
                     self.release()
-        return [self._run_batch(batch) for batch in batches]
+        return [self._run_batch(batch, on_text) for batch in batches]
 
     def release(self) -> None:
         """Frees the GPU memory that `keeps_memory` holds."""
@@ -136,7 +146,9 @@ class Engine:
     def _continuous(self, batches: abc.Sequence[GenerationBatch]) -> bool:
         return bool(batches) and static_steps.serves(self.model)
 
-    def _run_continuously(self, batches: abc.Sequence[GenerationBatch]) -> list[list[Completion]]:
+    def _run_continuously(
+        self, batches: abc.Sequence[GenerationBatch], on_text: OnText | None
+    ) -> list[list[Completion]]:
         """Runs all samples through one scheduler; those of a batch are queued one after another."""
         samples = [(batch, sample) for batch in batches for sample in batch.samples]
         record = RoutingRecord() if any(batch.record_routing for batch in batches) else None
@@ -151,6 +163,7 @@ class Engine:
             )  # fmt: skip
             started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
             by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
+            sequences = {sequence.number: sequence for *_, sequence in started}
             while not scheduler.idle:
                 heartbeat.beat()
                 events = scheduler.step()
@@ -158,6 +171,10 @@ class Engine:
                     bad = next(s for *_, s in started if s.number == failed[0].ticket)
                     raise not_finite(len(failed), len(scheduler.runner.sequences) + len(failed), len(bad.tokens) + 1)
                 _pass_on(events, by_ticket)
+                for event in events if on_text is not None else ():
+                    if isinstance(event, Finished):
+                        sample = by_ticket[event.ticket][1]
+                        on_text(sample.prompt, sample.sample, self._text(sequences[event.ticket]))
             routing: list[Tensor | None] = [None] * len(started)
             if record is not None:
                 routing[:] = record.of([sequence.number for *_, sequence in started])
@@ -186,7 +203,7 @@ class Engine:
         assert self._steps is not None
         return self._steps
 
-    def _run_batch(self, batch: GenerationBatch) -> list[Completion]:
+    def _run_batch(self, batch: GenerationBatch, on_text: OnText | None) -> list[Completion]:
         stop = stop_strings(self.tokenizer, tuple(batch.stop_strings))
         sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
@@ -208,41 +225,46 @@ class Engine:
                 runner.sample()
                 if failed := [s for s in runner.sequences if s.finish == "error"]:
                     raise not_finite(len(failed), len(runner.sequences), len(failed[0].tokens) + 1)
-                _emit(batch, runner.sequences)
+                self._emit(batch, runner.sequences, on_text)
                 runner.retire()
                 if runner.sequences:
                     runner.advance()
                     if runner.expert_BLK is not None:
                         record.add_step([s.number for s in runner.sequences], runner.expert_BLK)
                     if batch.drafts:
-                        _emit(batch, runner.sequences)
+                        self._emit(batch, runner.sequences, on_text)
                         runner.retire()
         routing: list[Tensor | None] = [None] * len(sequences)
         if trace is not None:
             routing[:] = record.of([sequence.number for sequence in sequences])
         return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
 
-    def _completion(self, sequence: Sequence, routing: Tensor | None) -> Completion:
+    def _emit(self, batch: GenerationBatch, sequences: list[Sequence], on_text: OnText | None) -> None:
+        """Passes the tokens since the last call to on_tokens, and the texts of sequences that have ended to on_text."""
+        if batch.on_tokens is not None:
+            running = [(batch.samples[sequence.number], sequence) for sequence in sequences]
+            batch.on_tokens([(s.prompt, s.sample, token) for s, q in running for token in q.tokens[q.n_emitted :]])
+            for sequence in sequences:
+                sequence.n_emitted = len(sequence.tokens)
+        for sequence in sequences if on_text is not None else ():
+            if sequence.finish is not None:
+                sample = batch.samples[sequence.number]
+                on_text(sample.prompt, sample.sample, self._text(sequence))
+
+    def _text(self, sequence: Sequence) -> str:
         text, strings = self.tokenizer.decode(sequence.tokens), sequence.request.stop_strings
+        return cut_at_stop(text, strings) if strings else text
+
+    def _completion(self, sequence: Sequence, routing: Tensor | None) -> Completion:
         return Completion(
             tokens=sequence.tokens[:],  # without room to grow
-            text=cut_at_stop(text, strings) if strings else text,
+            text=self._text(sequence),
             logprobs=sequence.logp[:],
             finish_reason="stop" if sequence.finish == "stop" else "length",
             prompt_tokens=len(sequence.request.prompt),
             routing=routing,
             kept=KeptTokens.of(sequence.kept_ids, sequence.kept_counts) if sequence.kept_counts else None,
         )
-
-
-def _emit(batch: GenerationBatch, sequences: list[Sequence]) -> None:
-    """Passes the tokens generated since the last call to on_tokens."""
-    if batch.on_tokens is None:
-        return
-    running = [(batch.samples[sequence.number], sequence) for sequence in sequences]
-    batch.on_tokens([(s.prompt, s.sample, token) for s, seq in running for token in seq.tokens[seq.n_emitted :]])
-    for sequence in sequences:
-        sequence.n_emitted = len(sequence.tokens)
 
 
 def _pass_on(

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from bessemer import heartbeat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
-from bessemer.engine.generation import Completion, Prompt
+from bessemer.engine.generation import Completion, OnText, Prompt
 from bessemer.errors import UserError
+from bessemer.tasks import verifiers
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.environment import (
     FAILED,
@@ -75,9 +76,12 @@ class TurnPrompts(NamedTuple):
     samples: int
     seeds: list[int]
     max_new_tokens: int
+    on_text: OnText | None = None
+    """Given if somebody waits for complete answers."""
 
     def options(self) -> dict[str, Any]:
-        return {"samples": self.samples, "seeds": self.seeds, "max_new_tokens": self.max_new_tokens}
+        options = {"samples": self.samples, "seeds": self.seeds, "max_new_tokens": self.max_new_tokens}
+        return options if self.on_text is None else options | {"on_text": self.on_text}
 
 
 class Generates(Protocol):
@@ -160,7 +164,8 @@ class Play:
     def turn(self) -> TurnPrompts | None:
         """What to generate next; None when everything is played."""
         if self._first:
-            return TurnPrompts(self.prompts, self.samples, self.seeds, self.cap)
+            apart = any(self._judged_apart(task) for task, _ in self.problems)
+            return TurnPrompts(self.prompts, self.samples, self.seeds, self.cap, self._complete if apart else None)
         if not self._live:
             return None
         prompts = [[*self.prompts[sample.problem], *sample.ids()] for sample in self._live]
@@ -176,6 +181,16 @@ class Play:
         self._first = False
         self._answer([sample for sample in samples if not sample.ended])
         self._live = [sample for sample in samples if not sample.ended]
+
+    def _complete(self, number: int, _: int, text: str) -> None:
+        """An answer is complete: its verdict is under way before those of others are."""
+        task, problem = self.problems[number]
+        if self._judged_apart(task):
+            verifiers.begin(task, problem, self.tokenizer.opening + text)
+
+    @staticmethod
+    def _judged_apart(task: Task) -> bool:
+        return not isinstance(task, Environment) and verifiers.apart(task)
 
     def outcomes(self) -> list[list[Outcome]]:
         """The G outcomes of every problem, in order. UserError if the environments failed in all their episodes."""

@@ -29,6 +29,8 @@ NEW_TOKENS = 2048
 """Length limit of an answer if none is given; the contexts of most small models leave less."""
 OnTokens = Callable[[list[tuple[int, int, int]]], None]
 """Called after each step with (prompt index, sample, token) for every new token."""
+OnText = Callable[[int, int, str], None]
+"""Called with (prompt index, sample, text) for every sample, as soon as it is complete."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class GenerationPlan:
     batches: list[GenerationBatch]
     prompts: int
     samples: int
+
+    def announced(self, results: Iterable[list[Completion]], on_text: OnText | None) -> Iterator[list[Completion]]:
+        """The completions of each batch, each passed to on_text when its batch arrives."""
+        for batch, completions in zip(self.batches, results, strict=True):
+            for sample, completion in zip(batch.samples, completions, strict=True):
+                if on_text is not None:
+                    on_text(sample.prompt, sample.sample, completion.text)
+            yield completions
 
     def gather(self, results: Iterable[list[Completion]]) -> list[list[Completion]]:
         """`samples` completions of each prompt, in order, from the completions of each batch, in order."""

@@ -43,9 +43,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.episodes import Generates, Outcome, PlayedEpisode, played
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
+from bessemer.eval.judging import judge_all
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, stable_hash
 from bessemer.tasks.readability import READABLE, consistency, readable
@@ -80,9 +82,10 @@ def evaluate(
     k: int | None = None,
     context: int = 0,
     once: Callable[[Callable[[], Any]], Any] = lambda make: make(),
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """One evaluation row over `problems` problems of the test split after the first `skip`; `context` and `once` as in
-    `Play`, for environments."""
+    `Play`, for environments; `share` as in `judge_all`."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")
@@ -94,8 +97,9 @@ def evaluate(
     )  # fmt: skip
     answers = [[answer_of(outcome, engine.tokenizer.opening) for outcome in group] for group in groups]
     row = judge(
-        task, chosen, answers, k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
-    )
+        task, chosen, answers, k=k, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
+        share=share,
+    )  # fmt: skip
     return row | {"skip": skip}
 
 
@@ -116,15 +120,18 @@ def judge(
     top_p: float | None,
     max_new_tokens: int | None,
     seed: int = 0,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
-    """The evaluation row for the answers to each problem, at least k of them. `seed` is for the intervals."""
+    """The evaluation row for the answers to each problem, at least k of them. `seed` is for the intervals, `share` as
+    in `judge_all`."""
+    asked = list(zip(problems, groups, strict=True))
+    plain = [(task, problem, one.text) for problem, group in asked for one in group if one.episode is None]
+    found = iter(judge_all(plain, share))
     verdicts = [
-        [task.verify(problem, one.text) if one.episode is None else one.episode.verdict for one in group]
-        for problem, group in zip(problems, groups, strict=True)
+        [next(found).verdict if one.episode is None else one.episode.verdict for one in group] for group in groups
     ]
     score = metrics.score(verdicts, k, seed)
     answers = [answer for group in groups for answer in group]
-    asked = list(zip(problems, groups, strict=True))
     reasons = [[readable(answer.text, problem.language).reason for answer in group] for problem, group in asked]
     readings = Counter(reason for group in reasons for reason in group)
     read = [fmean(reason == READABLE for reason in group) for group in reasons]

@@ -89,7 +89,7 @@ class Loop:
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once,
-            self.policy.model.cfg.max_seq_len,
+            self.policy.model.cfg.max_seq_len, ctx.share,
         )  # fmt: skip
         self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
         self.correction: importance.ImportanceCorrection | None = None

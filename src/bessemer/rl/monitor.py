@@ -187,6 +187,7 @@ class Evaluator:
             seed=self.ctx.seed,
             context=generator.context,
             once=generator.once,
+            share=generator.share,
         )
 
     def _probe(self, cap: int) -> None:
@@ -205,6 +206,7 @@ class Evaluator:
             max_new_tokens=cap,
             context=generator.context,
             once=generator.once,
+            share=generator.share,
         )
         generator.reward.score(groups, cap, generator.reward_models)
         self.ctx.rollouts([_line(row, step) for group in groups for row in group])

@@ -25,7 +25,7 @@ from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import GenerationPlan, Prompt
+from bessemer.engine.generation import GenerationPlan, OnText, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import pack_weights
@@ -186,10 +186,11 @@ class RaySampler:
     def _submit(
         self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]
     ) -> RaySamples:
+        on_text = options.pop("on_text", None)
         plan = self.engine.plan(prompts, **options)
         jobs = [RolloutJob(batch, version, weights) for batch in plan.batches]
         self.pool.submit(jobs)
-        return RaySamples(self, plan, jobs)
+        return RaySamples(self, plan, jobs, on_text)
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         return self.policy()(prompts, **options).take()
@@ -219,15 +220,29 @@ class RaySampler:
 class RaySamples:
     """Samples that workers are generating."""
 
-    def __init__(self, sampler: RaySampler, plan: GenerationPlan, jobs: list[RolloutJob]) -> None:
-        self.sampler, self.plan, self.jobs = sampler, plan, jobs
+    def __init__(
+        self, sampler: RaySampler, plan: GenerationPlan, jobs: list[RolloutJob], on_text: OnText | None
+    ) -> None:
+        self.sampler, self.plan, self.jobs, self.on_text = sampler, plan, jobs, on_text
+        self._announced = 0
 
     def ready(self) -> bool:
         self.sampler.pool.poll()
+        self._announce()
         return all(job.result is not None for job in self.jobs)
 
     def take(self) -> Completions:
         began = time.monotonic()
-        self.sampler.pool.wait(self.jobs)
+        for job in self.jobs:
+            self.sampler.pool.wait([job])
+            self._announce()
         self.sampler.waited += time.monotonic() - began
         return self.plan.gather([job.completions for job in self.jobs])
+
+    def _announce(self) -> None:
+        """Passes the texts of the jobs that are done, in order, to on_text."""
+        while self._announced < len(self.jobs) and self.jobs[self._announced].result is not None:
+            job, self._announced = self.jobs[self._announced], self._announced + 1
+            for sample, completion in zip(job.batch.samples, job.completions, strict=True):
+                if self.on_text is not None:
+                    self.on_text(sample.prompt, sample.sample, completion.text)

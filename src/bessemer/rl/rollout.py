@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bessemer import heartbeat
 from bessemer.data.batch import Batch
+from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
+from bessemer.eval.judging import judge_all
 from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
 from bessemer.rl.sampler import Sampler
@@ -132,15 +133,16 @@ def sample(
     max_new_tokens: int = 256,
     context: int = 0,
     once: Once = lambda make: make(),
+    share: Share = ALONE,
     **sampling,
 ) -> list[Group]:
-    """G verified completions or episodes per problem, not yet scored; `needs_format` as in `verify`, `context` and
-    `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
+    """G verified completions or episodes per problem, not yet scored; `needs_format` and `share` as in `verify`,
+    `context` and `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
     prompts, outcomes = played(
         engine, problems, encode, samples=samples, seeds=prompt_seeds(seed, len(problems)), cap=max_new_tokens,
         context=context, once=once, **sampling,
     )  # fmt: skip
-    return verify(problems, prompts, outcomes, engine.tokenizer.opening, needs_format)
+    return verify(problems, prompts, outcomes, engine.tokenizer.opening, needs_format, share)
 
 
 def prompt_seeds(seed: int, prompts: int) -> list[int]:
@@ -154,20 +156,27 @@ def verify(
     outcomes: Sequence[Sequence[Outcome]],
     begun: str,
     needs_format: bool = False,
+    share: Share = ALONE,
 ) -> list[Group]:
     """Verifies the completions of each problem with its task; an episode has its verdict already. `begun` as in
     `ScoredSample`. With `needs_format`, a right answer in the wrong format counts as wrong. The format is R1-Zero's two
-    blocks or, if the template has opened the thoughts, as R1's does, R1's summary too."""
+    blocks or, if the template has opened the thoughts, as R1's does, R1's summary too. On many ranks `share` is this
+    one's; collective."""
+    pairs = [
+        (task, problem, outcome) for (task, problem), group in zip(problems, outcomes, strict=True) for outcome in group
+    ]
+    plain = [(task, problem, begun + one.text) for task, problem, one in pairs if isinstance(one, Completion)]
+    found = iter(judge_all(plain, share))
     groups = []
-    for (task, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
+    for (_, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []
         for outcome in group:
-            heartbeat.beat()
-            episode = outcome if isinstance(outcome, PlayedEpisode) else None
-            completion = outcome.completion if isinstance(outcome, PlayedEpisode) else outcome
-            answer = begun + completion.text
-            verdict = task.verify(problem, answer) if episode is None else episode.verdict
-            language = consistency(answer, problem.language)
+            if isinstance(outcome, PlayedEpisode):
+                episode, completion, verdict = outcome, outcome.completion, outcome.verdict
+                language = consistency(begun + completion.text, problem.language)
+            else:
+                episode, completion = None, outcome
+                verdict, language = next(found)
             if needs_format and verdict.sound and verdict.summary and not begun:
                 verdict = replace(verdict, correct=False, reason=TEXT_AROUND)
             elif needs_format:

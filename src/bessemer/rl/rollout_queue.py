@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
+from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.episodes import Outcome, Play
 from bessemer.rl import rollout
 from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
@@ -59,8 +60,8 @@ def candidates(
 class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
-    `context`: the policy's context length in tokens, for episodes. `once(make)`: one rank makes the value for all,
-    since a verdict may depend on the clock.
+    `context`: the policy's context length in tokens, for episodes. `once(make)`: one rank makes the value for all.
+    `share`: this rank's of the verdicts.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class RolloutGenerator:
         difficulty: DifficultyFilter | None,
         once: Once,
         context: int,
+        share: Share = ALONE,
     ) -> None:
+        self.share = share
         self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
         self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
         self.tasks = [tasks.get(name) for name in settings.tasks]
@@ -126,16 +129,17 @@ class RolloutGenerator:
     def score(
         self, problems: Problems, prompts: Sequence[list[int]], outcomes: Sequence[Sequence[Outcome]], cap: int
     ) -> list[Group]:
-        """Verifies the samples and sets their rewards."""
+        """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's."""
+        opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
+        groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share)
+        rows = [row for group in groups for row in group]
 
-        def make() -> list[Group]:
-            groups = rollout.verify(
-                problems, prompts, outcomes, self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
-            )
+        def scored() -> list[tuple[float, float | None]]:
             self.reward.score(groups, cap, self.reward_models)
-            return groups
+            return [(row.reward, row.preference) for row in rows]
 
-        groups: list[Group] = self.once(make)
+        for row, (reward, preference) in zip(rows, self.once(scored), strict=True):
+            row.reward, row.preference = reward, preference
         return groups
 
     def round_seed(self, number: int, round: int) -> int:

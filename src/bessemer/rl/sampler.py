@@ -1,7 +1,7 @@
 """Samplers inside the trainer's processes, and the protocol of all RL samplers.
 
     submit = sampler.policy()            the weights of this moment, whatever the trainer does next
-    pending = submit(prompts, ...)       arguments of `Engine.plan`; with Ray workers this returns at once
+    pending = submit(prompts, ...)       arguments of `Engine.generate`; with Ray workers this returns at once
     pending.ready(), pending.take()      whether all samples are there; the samples, waiting for them if necessary
 
     LocalSampler      the trainer's process and its `Workers`
@@ -21,7 +21,7 @@ from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion, Prompt
+from bessemer.engine.generation import Completion, OnText, Prompt
 from bessemer.train import setup
 
 Completions = list[list[Completion]]
@@ -29,7 +29,7 @@ Completions = list[list[Completion]]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Those options of `Engine.plan` that RL sets."""
+    """Those options of `Engine.generate` that RL sets."""
 
     samples: int
     max_new_tokens: int
@@ -40,6 +40,7 @@ class SamplingOptions(TypedDict, total=False):
     seeds: Sequence[int]
     record_routing: bool
     record_kept: bool
+    on_text: OnText
 
 
 def batch_rows(rollout: RolloutConfig, samples: int) -> int:
@@ -67,7 +68,7 @@ class PendingSamples(Protocol):
 
 
 Submit = Callable[..., PendingSamples]
-"""Takes the arguments of `Engine.plan`; the samples are from the policy of one moment."""
+"""Takes the arguments of `Engine.generate`; the samples are from the policy of one moment."""
 
 
 class Sampler(Protocol):
@@ -138,11 +139,12 @@ class ShardedSampler(LocalSampler):
 
 
 def deal(engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
-    """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples. Collective."""
-    n = ranks.n
+    """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples. on_text hears of
+    this rank's share. Collective."""
+    n, on_text = ranks.n, options.pop("on_text", None)
     options["batch_rows"] = dealt(len(prompts) * options.get("samples", 1), options.get("batch_rows", 512), n)
     plan = engine.plan(prompts, **options)
-    own = engine.run_all(plan.batches[ranks.me :: n])
+    own = engine.run_all(plan.batches[ranks.me :: n], on_text)
     completions: list[list[Completion]] = [[] for _ in plan.batches]
     ranks.meet("samples")  # one rank may take many times as long as another
     for rank, share in enumerate(ranks.all_gather(own, "samples")):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
-from bessemer.dist.ranks import Ranks
+from bessemer.dist.ranks import ALONE, Ranks, Share
 from bessemer.errors import UserError
 from bessemer.escape import escaped
 from bessemer.runs.files import ROLLOUTS, write_atomic
@@ -135,6 +135,11 @@ class StageContext:
     def once(self, make: Callable[[], _Result]) -> _Result:
         """Like `agree`, for any picklable result."""
         return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
+
+    @property
+    def share(self) -> Share:
+        """This process's share of what all ranks of the stage do."""
+        return ALONE if self.ranks is None else self.ranks.share(f"what each rank does in {self.name}")
 
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)

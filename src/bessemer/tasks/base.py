@@ -79,6 +79,8 @@ class Task:
     final: ClassVar[Final] = "value"
     """What may state an answer besides the tags: value, a box; code, a fenced block; letter, a box or `Answer: C`."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
+    costly: ClassVar[bool] = False
+    """Whether a verdict takes so long that processes of their own judge the answers (verifiers.py)."""
     judged_by: frozenset[str] = frozenset()
     """Aims of the reward models that are needed to judge its answers; empty if `verify` judges them."""
     Mix: ClassVar[type] = NoMix

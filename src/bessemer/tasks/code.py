@@ -34,6 +34,7 @@ class SandboxedTask(Task):
 
     domain = "code"
     final = "code"
+    costly = True
 
     def judge(self, problem: Problem, source: str) -> str:
         """The reason code of a program."""

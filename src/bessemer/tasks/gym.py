@@ -58,6 +58,7 @@ ScoreRule = Callable[[str, dict[str, Any]], bool]
 
 class Gym(Task):
     domain = "gym"
+    costly = True
     all_languages = ("en",)
     phrasings = ("seen",)
 

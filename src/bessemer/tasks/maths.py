@@ -81,6 +81,7 @@ SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ∞�
 class Maths(FileTask):
     domain = "maths"
     family = "jsonl"
+    costly = True
     form = '{"question": "...", "answer": "..."}'
 
     @classmethod

@@ -174,7 +174,7 @@ class _Run:
             prompts, samples=config.samples, seeds=rollout.prompt_seeds(seed, count), temperature=config.temperature,
             max_new_tokens=config.max_new_tokens, batch_rows=setup.batch_rows(count * config.samples),
         )  # fmt: skip
-        groups = self.ctx.once(lambda: rollout.verify(chosen, prompts, completions, self.tokenizer.opening))
+        groups = rollout.verify(chosen, prompts, completions, self.tokenizer.opening, share=self.ctx.share)
         rows: dict[int, list[ScoredSample]] = {}
         for (task, _), group in zip(chosen, groups, strict=True):
             rows.setdefault(self.names.index(teacher_of(config, task.name)), []).extend(group)
@@ -195,7 +195,7 @@ class _Run:
         rows = [
             scoring.evaluate(
                 self.engine, self._encode, task, problems=min(task.size("test") or 10**9, self.config.eval_problems),
-                samples=4, max_new_tokens=self.config.max_new_tokens, seed=self.ctx.seed,
+                samples=4, max_new_tokens=self.config.max_new_tokens, seed=self.ctx.seed, share=self.ctx.share,
             )
             for task in self.tasks
         ]  # fmt: skip

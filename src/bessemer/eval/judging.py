@@ -1,0 +1,35 @@
+"""Verdicts on many answers: by this process's verifiers, and on many ranks by those of all.
+
+Each rank judges the answers that its verifiers have begun, which are those it generated; of the rest, every n-th. Your
+own tasks are judged on rank 0, in order, since only your code knows what it keeps. What is exchanged is the verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bessemer.dist.ranks import ALONE, Share
+from bessemer.tasks import verifiers
+from bessemer.tasks.base import Problem, Task
+from bessemer.tasks.verifiers import Judged
+
+OURS = __name__.partition(".")[0] + "."
+
+
+def judge_all(asked: Sequence[tuple[Task, Problem, str]], share: Share = ALONE) -> list[Judged]:
+    """What is found about each (task, problem, answer), in order. Collective: all ranks pass the same."""
+    mine = _mine(asked, share)
+    for number in mine:
+        verifiers.begin(*asked[number])
+    found = share.merge({number: verifiers.judged(*asked[number]) for number in mine})
+    return [found[number] for number in range(len(asked))]
+
+
+def _mine(asked: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]:
+    """The numbers of the answers that this rank judges."""
+    if share.n == 1:
+        return list(range(len(asked)))
+    owner = share.merge({number: share.me for number, one in enumerate(asked) if verifiers.begun(*one)})
+    for number, (task, *_) in enumerate(asked):
+        owner.setdefault(number, number % share.n if type(task).__module__.startswith(OURS) else 0)
+    return [number for number in range(len(asked)) if owner[number] == share.me]

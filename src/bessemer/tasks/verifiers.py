@@ -1,0 +1,320 @@
+"""Verifiers: processes, one per core, that judge answers while the model is still writing others.
+
+    begin(task, problem, answer)      as soon as an answer is complete; does not wait
+    judged(task, problem, answer)     what was found, waiting for it if necessary
+
+A program or a symbolic answer takes a core for a tenth of a second, and a rollout has thousands. Tasks with such
+verdicts are `costly`; all others, and your own, are judged in this process when asked. What is found depends on task,
+problem and answer alone: never on the number of verifiers, nor on the order in which they work.
+
+A verifier is this interpreter running this module, and keeps its sandboxes and its referee from one answer to the next.
+It ends with its parent, however that ends. If one dies, another judges the same answer again; an answer that ends two
+verifiers, or takes too much of their time or memory, is wrong, for that reason. An exception of a grader is an error of
+that answer, too. Requests are pickled, since both ends are this program; replies are JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import blake2b
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any, NamedTuple
+
+from bessemer import heartbeat, system
+from bessemer.errors import UserError
+from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.readability import consistency
+from bessemer.workers import cores
+
+DIED, HUNG, MEMORY, CRASHED = "verifier-died", "verifier-hung", "verifier-memory", "grader-error"
+"""Reasons of answers that could not be judged."""
+PATIENCE = 1800.0
+"""Seconds without a reply after which a verifier counts as hung; every limit inside strikes long before."""
+MOST_MEMORY = 8 << 30
+"""Bytes of address space of a verifier."""
+KEPT = 1 << 16
+"""Judgements that are kept: the samples of a problem often give the same answer."""
+NEAR = 64
+"""Waiting answers among which a verifier looks for one to the problem it knows: its tests are read then."""
+TRIES = 2
+PR_SET_PDEATHSIG = 1
+
+
+class Judged(NamedTuple):
+    verdict: Verdict
+    language: float
+    """`consistency` of the answer with the language of its problem."""
+
+
+def begin(task: Task, problem: Problem, answer: str) -> None:
+    """Has a verifier judge the answer; nothing if this process will."""
+    if apart(task):
+        _verifiers(os.getpid()).submit(task, problem, answer)
+
+
+def begun(task: Task, problem: Problem, answer: str) -> bool:
+    """Whether a verifier of this process judges the answer, or has judged it."""
+    return apart(task) and _verifiers(os.getpid()).knows(task, problem, answer)
+
+
+def judged(task: Task, problem: Problem, answer: str) -> Judged:
+    """The verdict on an answer. UserError if a user can mend why there is none."""
+    heartbeat.beat()
+    if not apart(task):
+        return Judged(task.verify(problem, answer), consistency(answer, problem.language))
+    future = _verifiers(os.getpid()).submit(task, problem, answer)
+    while True:
+        with suppress(TimeoutError):
+            return future.result(1.0)
+        heartbeat.beat()
+
+
+def apart(task: Task) -> bool:
+    """Whether verifiers judge a task's answers."""
+    return task.costly and _verifiers(os.getpid()).packed(task) is not None
+
+
+@cache
+def _verifiers(pid: int) -> Verifiers:
+    """Those of this process; a fork has its own."""
+    return Verifiers()
+
+
+def _digest(*parts: bytes) -> bytes:
+    made = blake2b(digest_size=16)
+    for part in parts:
+        made.update(len(part).to_bytes(8, "little") + part)
+    return made.digest()
+
+
+@dataclass
+class _Job:
+    task: bytes
+    """Digest of the packed task, and the task."""
+    packed: bytes
+    problem: bytes
+    answer: str
+    found: Future[Judged] = field(default_factory=Future)
+
+
+class Verifiers:
+    """`n` verifiers, by default one per core. `patience` as in PATIENCE. They start with the first answer."""
+
+    def __init__(self, n: int | None = None, patience: float = PATIENCE) -> None:
+        self.n, self.patience = n, patience
+        self._jobs: OrderedDict[bytes, _Job] = OrderedDict()
+        """Those that wait, run or are done, by digest."""
+        self._waiting: list[_Job] = []
+        self._tasks: weakref.WeakKeyDictionary[Task, bytes | None] = weakref.WeakKeyDictionary()
+        self._changed = Condition()
+        self._verifiers: list[_Verifier] = []
+        self._closed = False
+        weakref.finalize(self, _end_all, self._verifiers)
+
+    def packed(self, task: Task) -> bytes | None:
+        """The task as bytes; None if another process cannot have it."""
+        if task not in self._tasks:
+            try:
+                self._tasks[task] = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
+            except Exception:  # whatever an object of the user's may raise
+                self._tasks[task] = None
+        return self._tasks[task]
+
+    def submit(self, task: Task, problem: Problem, answer: str) -> Future[Judged]:
+        packed = self.packed(task)
+        assert packed is not None, "the caller asks only about tasks that can be sent"
+        key, about = self._key(packed, problem, answer)
+        with self._changed:
+            if key not in self._jobs:
+                self._start()
+                job = self._jobs[key] = _Job(_digest(packed), packed, about, answer)
+                self._waiting.append(job)
+                self._changed.notify()
+                while len(self._jobs) > KEPT and next(iter(self._jobs.values())).found.done():
+                    self._jobs.popitem(last=False)
+            self._jobs.move_to_end(key)
+            return self._jobs[key].found
+
+    def knows(self, task: Task, problem: Problem, answer: str) -> bool:
+        packed = self.packed(task)
+        return packed is not None and self._key(packed, problem, answer)[0] in self._jobs
+
+    def close(self) -> None:
+        """Ends the verifiers; what they had not judged stays without a result."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        _end_all(self._verifiers)
+
+    def _key(self, packed: bytes, problem: Problem, answer: str) -> tuple[bytes, bytes]:
+        about = pickle.dumps(problem, pickle.HIGHEST_PROTOCOL)
+        return _digest(packed, about, answer.encode(errors="surrogatepass")), about
+
+    def _start(self) -> None:
+        for _ in range(len(self._verifiers), self.n or cores()):
+            verifier = _Verifier(self.patience)
+            self._verifiers.append(verifier)
+            # A thread for each: it only waits, and a verifier ends with the thread that started it.
+            Thread(target=_serve_all, args=(weakref.ref(self), verifier), daemon=True).start()
+
+    def _next(self, known: bytes | None) -> _Job | None:
+        """Waits at most a second; prefers an answer to the problem `known`."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(1.0)
+            if not self._waiting:
+                return None
+            near = (n for n, job in enumerate(self._waiting[:NEAR]) if job.problem == known)
+            return self._waiting.pop(next(near, 0))
+
+
+def _serve_all(pool: weakref.ref[Verifiers], verifier: _Verifier) -> None:
+    """Judges with one verifier until the pool is closed or gone."""
+    while (verifiers := pool()) is not None and not verifiers._closed:
+        job = verifiers._next(verifier.known)
+        del verifiers
+        if job is None:
+            continue
+        try:
+            job.found.set_result(verifier.judge(job))
+        except BaseException as error:
+            job.found.set_exception(error)
+
+
+def _end_all(verifiers: list[_Verifier]) -> None:
+    while verifiers:
+        verifier = verifiers.pop()
+        verifier.over = True
+        verifier.end()
+
+
+class _Verifier:
+    """One process and the pipe to it, started with the first answer and again whenever it is gone."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.known: bytes | None = None
+        """The problem that it judged last."""
+        self.over = False
+        """Whether it must not start again."""
+        self._process: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+        self._tasks: set[bytes] = set()
+
+    def judge(self, job: _Job) -> Judged:
+        why = DIED
+        for _ in range(TRIES):
+            try:
+                reply = self._exchange(job)
+            except TimeoutError:
+                self.end()
+                why = HUNG
+                break  # another try would take as long
+            except (EOFError, OSError):
+                self.end()
+                continue
+            self.known = job.problem
+            if "fault" in reply:
+                raise UserError(reply["fault"])
+            if "error" in reply:
+                warnings.warn(f"a grader failed on an answer, which counts as wrong: {reply['error']}", stacklevel=2)
+            return Judged(Verdict(**reply["verdict"]), reply["language"])
+        problem = pickle.loads(job.problem)
+        return Judged(_wrong(why), consistency(job.answer, problem.language))
+
+    def _exchange(self, job: _Job) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self._begin()
+        assert self._pipe is not None
+        packed = b"" if job.task in self._tasks else job.packed
+        self._pipe.send_bytes(pickle.dumps((job.task, packed, job.problem, job.answer), pickle.HIGHEST_PROTOCOL))
+        self._tasks.add(job.task)
+        if not self._pipe.poll(self.patience):
+            raise TimeoutError
+        return json.loads(self._pipe.recv_bytes())
+
+    def _begin(self) -> None:
+        self.end()
+        if self.over:
+            raise EOFError
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "bessemer.tasks.verifiers", str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def end(self) -> None:
+        process, self._process, self._tasks, self.known = self._process, None, set(), None
+        if process is not None:
+            process.kill()
+            process.wait()
+        if self._pipe is not None:
+            self._pipe.close()
+
+
+def _wrong(reason: str) -> Verdict:
+    return Verdict(False, False, reason, None)
+
+
+def main(pipe: Connection, parent: int) -> None:
+    """The main loop of a verifier."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    _end_with(parent)
+    system.soft_limit("AS", MOST_MEMORY)
+    known: dict[bytes, Task] = {}
+    while True:
+        try:
+            name, packed, problem, answer = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        if packed:
+            known[name] = pickle.loads(packed)
+        pipe.send_bytes(json.dumps(_answer(known[name], pickle.loads(problem), answer)).encode())
+
+
+def _answer(task: Task, problem: Problem, answer: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    try:
+        verdict = task.verify(problem, answer)
+    except UserError as error:
+        return {"fault": str(error)}
+    except MemoryError:
+        verdict = _wrong(MEMORY)
+    except Exception:
+        verdict, found = _wrong(CRASHED), {"error": traceback.format_exc()}
+    return found | {"verdict": asdict(verdict), "language": consistency(answer, problem.language)}
+
+
+def _end_with(parent: int) -> None:
+    """Has the kernel end this process with its parent, and, if memory runs out, before it."""
+    if system.is_linux():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("500")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,177 @@
+"""Verifiers: the same verdicts whatever their number, one lost answer at most, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hard_answers import Hard
+from ranks import on_ranks
+
+from bessemer import tasks
+from bessemer.dist.ranks import Ranks
+from bessemer.errors import UserError
+from bessemer.eval.judging import judge_all
+from bessemer.system import alive
+from bessemer.tasks import verifiers
+from bessemer.tasks.base import Problem, Verdict
+from bessemer.tasks.verifiers import Verifiers
+
+SHARED = str(Path(__file__).parents[1] / "shared")
+TASK = Hard()
+PROBLEM = TASK.problem("train", 0)
+
+
+@pytest.fixture(autouse=True)
+def found_by_verifiers(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([SHARED, *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+@pytest.fixture
+def pool():
+    pools = []
+
+    def pool(n=1, **options):
+        pools.append(Verifiers(n, **options))
+        return pools[-1]
+
+    yield pool
+    for one in pools:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Answers to code, to a program with tests on file, and to mathematics; right, wrong, hostile and repeated."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "maths.jsonl").write_text('{"question": "Factor $x^2-1$.", "answer": "(x-1)(x+1)"}\n' * 1)
+    (folder / "code.jsonl").write_text(
+        '{"prompt": "Double it.", "tests": [{"input": "1", "output": "2"}, {"input": "4", "output": "8"}]}\n'
+    )
+    maths, code = tasks.get(f"jsonl:{folder}/maths.jsonl@train"), tasks.get(f"code:{folder}/code.jsonl@train")
+    written = {
+        maths: ["(x+1)(x-1)", "(x-1)^2", "9^{9^{9^{9^{9}}}}", "x", "(1+x)(x-1)"],
+        code: [
+            "print(2*int(input()))",
+            "print(2)",
+            "import os; os.kill(os.getpid(), 9)",
+            "1/0",
+            "print(2*int(input()))",
+        ],
+        tasks.get("code"): [f"def f(x):\n    return {n}" for n in range(4)],
+        tasks.get("arithmetic"): ["7", "8"],
+    }
+    return [
+        (task, task.problem("train", 0), f"<think>t</think><answer>{text}</answer>")
+        for task, texts in written.items()
+        for text in texts
+    ]
+
+
+def test_the_number_of_verifiers_changes_nothing(asked, pool):
+    expected = [task.verify(problem, answer) for task, problem, answer in asked]
+    assert len({verdict.reason for verdict in expected}) >= 5
+    for n in (1, 2, 4):
+        verifiers_n = pool(n)
+        futures = [verifiers_n.submit(*one) for one in reversed(asked)][::-1]
+        assert [future.result(100).verdict for future in futures] == expected, n
+    assert [one.verdict for one in judge_all(asked)] == expected
+
+
+def shared(rank, asked):
+    ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
+    for one in asked[5:7] if rank else []:
+        verifiers.begin(*one)  # what this rank has generated
+    own = []
+    judged = verifiers.judged
+    verifiers.judged = lambda *one: own.append(one[2]) or judged(*one)
+    return judge_all(asked, ranks.share("verdicts")), own
+
+
+def test_two_ranks_give_the_verdicts_of_one_and_each_judges_what_it_generated(asked):
+    (one, first), (other, second) = on_ranks(2, shared, asked)
+    assert one == other == judge_all(asked)
+    assert len(first) + len(second) == len(asked) and {asked[5][2], asked[6][2]} <= set(second)
+    assert min(len(first), len(second)) >= len(asked) // 2 - 2
+
+
+def test_answers_that_end_or_hold_up_a_verifier_are_wrong_alone(pool, tmp_path):
+    one = pool(2, patience=3.0)
+    texts = ["right", "die", "right", "memory", "crash", "hang", "wrong", f"once {tmp_path / 'seen'}", "right 2"]
+    with pytest.warns(UserWarning, match="what a parser may raise"):
+        found = [future.result(60).verdict for future in [one.submit(TASK, PROBLEM, text) for text in texts]]
+    assert [verdict.reason for verdict in found] == [
+        "correct", verifiers.DIED, "correct", verifiers.MEMORY, verifiers.CRASHED, verifiers.HUNG, "wrong-value",
+        "correct", "correct",
+    ]  # fmt: skip
+    assert found[1] == Verdict(False, False, verifiers.DIED, None)
+
+
+def test_a_verifier_that_is_killed_costs_nothing(pool):
+    one = pool(1)
+    first = int(one.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
+    os.kill(first, signal.SIGKILL)
+    second = int(one.submit(TASK, PROBLEM, "right 2").result(60).verdict.answer)
+    assert second != first and not alive(first)
+    assert int(one.submit(TASK, PROBLEM, "wrong").result(60).verdict.answer) == second, "it stays warm"
+    one.close()
+    assert not alive(second)
+
+
+def test_what_a_user_can_mend_stops_the_call(pool):
+    with pytest.raises(UserError, match="mend this first"):
+        pool().submit(TASK, PROBLEM, "mend").result(60)
+
+
+def test_the_same_answer_is_judged_once(pool):
+    one = pool(1)
+    twice = [one.submit(TASK, PROBLEM, "right") for _ in range(3)]
+    assert twice[0] is twice[1] is twice[2]
+    assert one.knows(TASK, PROBLEM, "right") and not one.knows(TASK, PROBLEM, "wrong")
+    assert one.submit(TASK, Problem("other", "?", "en"), "right") is not twice[0]
+
+
+def test_a_task_that_cannot_be_sent_is_judged_here():
+    class Local(Hard):
+        """Pickle finds no class inside a function."""
+
+    (found,) = judge_all([(Local(), PROBLEM, "right")])
+    assert found.verdict.answer == str(os.getpid())
+    (found,) = judge_all([(TASK, PROBLEM, "right")])
+    assert found.verdict.answer != str(os.getpid())
+
+
+PROGRAM = f"""
+import sys, time
+sys.path.insert(0, {SHARED!r})
+from hard_answers import Hard
+from bessemer.tasks.verifiers import Verifiers
+if __name__ == "__main__":
+    task = Hard()
+    pool = Verifiers(2)
+    print(*[pool.submit(task, task.problem("train", n), "right").result().verdict.answer for n in range(2)], flush=True)
+    pool.submit(task, task.problem("train", 0), "hang")
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_outlives_a_run(number, tmp_path):
+    (tmp_path / "run.py").write_text(PROGRAM)
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(alive, pids))
+    run.send_signal(number)
+    run.wait(20)
+    for _ in range(400):
+        if not any(map(alive, pids)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"verifiers {[pid for pid in pids if alive(pid)]} are left")
