@@ -68,9 +68,9 @@ def test_the_example_is_that_of_the_page():
         ("Mine = 3", "mine.py:Mine", "is not a task; derive the class"),
         ("from bessemer.tasks import Task\nclass Mine(Task):\n    pass", "mine.py:Mine", "does not define make"),
         (
-            "from bessemer.tasks import Task\nclass Mine(Task):\n    domain = 'x'\n    make = grade = print",
+            "from bessemer.tasks import Task\nclass Mine(Task):\n    domain = 3\n    make = grade = print",
             "mine.py:Mine",
-            "has the domain 'x'; set the attribute",
+            "has the domain 3; set the attribute",
         ),
     ],
 )
@@ -79,6 +79,31 @@ def test_a_mistake_is_named(folder, text, name, fault):
     (folder / "mine.py").write_text(text)
     with pytest.raises(UserError, match=fault):
         get(name)
+
+
+DOUBLE = """
+from bessemer.tasks import Problem, Task
+class Double(Task):
+    def make(self, split, index, seed, language, phrasing):
+        n = 2 * index + (split == "test")
+        return Problem(f"double/{split}/{index}", f"Compute 2*{n}.", language, {"value": VALUE})
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_a_task_without_grade_is_graded_by_its_integer(folder):
+    (folder / "double.py").write_text(DOUBLE.replace("VALUE", "2 * n"))
+    task = get("double.py:Double")
+    verdicts = [
+        task.verify(task.problem("test", 4), f"<think>t</think><answer>{n}</answer>") for n in ("18", "19", "2*9")
+    ]
+    assert [verdict.reason for verdict in verdicts] == ["correct", "wrong-value", "unparsable"]
+    assert task.domain == "own"
+    (folder / "words.py").write_text(DOUBLE.replace("VALUE", "str(2 * n)").replace("def make", "domain = 'mine'\n    def make"))
+    words = get("words.py:Double")
+    assert words.domain == "mine"
+    with pytest.raises(UserError, match=r"double/test/4 has meta\[\"value\"\] = '18'.* define grade"):
+        words.verify(words.problem("test", 4), "<think>t</think><answer>18</answer>")
 
 
 @pytest.mark.filterwarnings("ignore:.*your own code")

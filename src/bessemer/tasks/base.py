@@ -67,13 +67,13 @@ class NoMix:
 
 
 class Task:
-    """Base class. A subclass sets the class attributes and writes `make`, `grade` if answers are not integers, and
-    `written` if there are documents."""
+    """Base class. A subclass writes `make`, `grade` if answers are not integers, and `written` if there are documents.
+    The class attributes say what else differs."""
 
     name: str
-    """Set on the class, or on the object if the name carries an argument."""
-    domain: str
-    """One of DOMAINS, by which evaluations group their results; set on the class or on the object."""
+    """Set on the class, or on the object if the name carries an argument. A recipe's FILE.py:CLASS replaces it."""
+    domain: str = "own"
+    """The word by which evaluations group their results; ours use DOMAINS. Set on the class or on the object."""
     all_languages: tuple[str, ...] = ("en", "zh")
     """Set on the class, or on the object if a file decides."""
     final: ClassVar[Final] = "value"
@@ -138,7 +138,13 @@ class Task:
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
         """The reason code of the text inside the answer tags ("correct" earns the reward), and its canonical form. By
         default the answer is the integer `meta["value"]`."""
-        return grade_integer(answer, problem.meta["value"])
+        value = problem.meta.get("value")
+        if not isinstance(value, int):
+            raise UserError(
+                f'{self.name}: problem {problem.id} has meta["value"] = {value!r}, and without a method `grade` the '
+                "answer is that integer; set it, or define grade"
+            )
+        return grade_integer(answer, value)
 
     def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
         """Pre-training document number `index`, about problems of the train split only, in the seen phrasings."""

@@ -23,8 +23,8 @@ from typing import Any
 
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
-from bessemer.tasks.base import DOMAINS, Problem, Task, Verdict
-from bessemer.tasks.environment import Environment, shortened
+from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.environment import shortened
 
 RewardFunction = Callable[[Problem, str, Verdict], float]
 """(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
@@ -35,12 +35,11 @@ def task(name: str, **settings: Any) -> Task:
     found = _load(name)
     if not isinstance(found, type) or not issubclass(found, Task):
         raise UserError(f"{name} is not a task; derive the class from bessemer.tasks.Task")
-    plays = issubclass(found, Environment) and found.reset is not Environment.reset  # its episodes judge
-    for method in ("make",) if plays else ("make", "grade"):
-        if getattr(found, method) is getattr(Task, method) and found.verify is Task.verify:
-            raise UserError(f"{name} does not define {method}; docs/tasks.md has a complete task")
-    if (domain := getattr(found, "domain", None)) not in DOMAINS:
-        raise UserError(f"{name} has the domain {domain!r}; set the attribute `domain` to one of {', '.join(DOMAINS)}")
+    if found.make is Task.make and found.problem is Task.problem:
+        raise UserError(f"{name} does not define make; docs/tasks.md has a complete task")
+    domain = getattr(found, "domain", "")
+    if not isinstance(domain, str) or not domain.isprintable() or domain.strip() in ("", "lm-eval"):
+        raise UserError(f"{name} has the domain {domain!r}; set the attribute `domain` to a word for the reports")
     return type(found.__name__, (found,), {"name": name, "__module__": found.__module__})(**settings)
 
 
