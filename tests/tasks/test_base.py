@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import get, names
+from bessemer.tasks import Problem, get, names
 from bessemer.tasks.base import DOMAINS, split_of, split_of_text, stable_hash
 from bessemer.tasks.countdown import _difficulty
 
 DIGEST = """
-from bessemer.tasks import get, names
+from bessemer.tasks import Problem, get, names
 from bessemer.tasks.base import stable_hash
 for name in names():
     if ":" in name:
@@ -136,3 +136,30 @@ def test_languages_and_phrasings(name):
     assert not {p.prompt for p in problems} & {held.problem("train", i).prompt for i in range(400)}
     assert [held.document(i) for i in range(100)] == [task.document(i) for i in range(100)]
     assert len({p.id for p in problems}) == 400
+
+
+MB = 1_000_000
+BURIED = {
+    "after the tags": "<think>t</think><answer>27</answer>" + "no " * (MB // 3),
+    "before the tags": "<think>t</think>" + "27 or " * (MB // 6) + "<answer>27</answer>",
+    "before the thoughts": "x" * MB + "<think>t</think><answer>27</answer>",
+    "without thoughts": "28? " * (MB // 4) + "\\boxed{27}",
+    "around a box in the tags": "<think>t</think><answer>" + "\n" * MB + "\\boxed{27}</answer>",
+    "blanks in the tags": "<think>t</think><answer>27" + " " * MB + "</answer>",
+    "after an opened thought": "t</think>\n\n\\boxed{27} " + "\u200b" * MB,
+    "equal boxes between": "<think>t</think>\n\n" + ("x" * (MB // 40) + "\\boxed{27}") * 40,
+}
+
+
+@pytest.mark.parametrize("text", BURIED.values(), ids=BURIED)
+@pytest.mark.parametrize("task", [get("sums")])
+def test_a_right_answer_inside_a_megabyte_of_anything_earns_nothing(task, text):
+    verdict = task.verify(Problem("p", "", "en", {"value": 27}), text)
+    assert (verdict.correct, verdict.formatted) == (False, False)
+
+
+def test_thoughts_may_be_long_and_unmarked_ones_as_long_as_32k_tokens():
+    problem = Problem("p", "", "en", {"value": 27})
+    for text in ("<think>" + "so " * (MB // 3) + "</think><answer>27</answer>", "so " * 32_768 + "\\boxed{27}",
+                 "so " * (MB // 3) + "</think>\n\n\\boxed{27}"):  # fmt: skip
+        assert get("sums").verify(problem, text).correct

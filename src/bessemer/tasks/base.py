@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from bessemer.config.places import located
 from bessemer.errors import UserError
-from bessemer.tasks.answer import SEVERAL, Final, Reply, parse_reply
+from bessemer.tasks.answer import SEVERAL, TEXT_AROUND, Final, Reply, last_block, parse_reply
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
@@ -59,6 +59,12 @@ class Verdict:
     def sound(self) -> bool:
         """Whether the answer is correct and nothing is wrong with the tags either."""
         return self.correct and self.reason == CORRECT
+
+
+MOST_AROUND = 100_000
+"""Maximum characters around a correct answer: outside the thoughts, and outside the answer itself. A model that does not
+mark its thoughts may reason for 32K tokens of three characters before it answers, and nothing can hide among more. The
+form allows `answer.AROUND`."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,11 @@ class Task:
         raise NotImplementedError
 
     def verify(self, problem: Problem, completion: str) -> Verdict:
-        """Judge the text that follows `Assistant:`, including a `<think>` that the template already wrote."""
+        """Judge the text that follows `Assistant:`, including a `<think>` that the template already wrote. An answer
+        with more than MOST_AROUND characters around it is not correct, however it is stated."""
         reply = parse_reply(completion, self.final)
+        if reply.answers and _around(completion, reply) > MOST_AROUND:
+            return Verdict(False, False, TEXT_AROUND, None)
         reason, answer = self._judge(problem, reply)
         formatted = reply.formatted and reason != SEVERAL
         return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer, reply.form == "summary")
@@ -196,6 +205,14 @@ class Written:
 def _shown(message: dict[str, Any]) -> str:
     calls = [call["function"] for call in message.get("tool_calls", ())]
     return " ".join([message["content"], *(f"{call['name']} {call['arguments']}" for call in calls)]).strip()
+
+
+def _around(completion: str, reply: Reply) -> int:
+    """Characters of a completion outside its thoughts and the answers that it states."""
+    before, opened, rest = completion.partition("<think>")
+    _, closed, after = (rest if opened else before).partition("</think>")
+    outside = len(before) * bool(opened) + len(after) if closed else len(completion)
+    return outside - sum(len(last_block(answer).strip()) for answer in reply.answers)
 
 
 def page(prompt: str, response: str) -> str:
