@@ -1,7 +1,7 @@
 """A rollout survives a round trip through a checkpoint."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ def groups(engine, tokenizer):
             temperature=0.7, top_p=top_p, record_kept=top_p < 1,
         )  # fmt: skip
         Reward(0.1, 0.2).score(found, 12)
+        found[1][1].verdict = replace(found[1][1].verdict, partial=0.3)
         found[0][1].preference, found[2][3].language, found[1][0].reward = 1 / 3, 0.7, -0.1
         return found
 

@@ -7,14 +7,13 @@ from completions import completion
 
 from bessemer.errors import UserError
 from bessemer.rl.reward import Reward, overlong
-from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.rollout import ScoredSample, in_form
 from bessemer.tasks.base import Problem, Verdict
 
 
-def sampled(correct=False, formatted=False, language=0.5, tokens=(5, 6), **meta):
-    made = completion(tokens, "text", prompt_tokens=3)
-    return ScoredSample(Problem("p/0", "ask", "en", meta), [0], made, Verdict(correct, formatted, "", None),
-                   language=language)  # fmt: skip
+def sampled(correct=False, formatted=False, language=0.5, tokens=(5, 6), partial=None, **meta):
+    made, verdict = completion(tokens, "text", prompt_tokens=3), Verdict(correct, formatted, "", None, partial=partial)
+    return ScoredSample(Problem("p/0", "ask", "en", meta), [0], made, verdict, language=language)
 
 
 FOUR = [(True, True), (True, False), (False, True), (False, False)]
@@ -25,6 +24,32 @@ def test_accuracy_format_and_language_are_added():
     assert [Reward().of(row, 9) for row in rows] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weights
     assert [Reward(0.1).of(row, 9) for row in rows] == [1.1, 1.0, 0.1, 0.0]
     assert [Reward(0.1, language=1.0).of(row, 9) for row in rows] == [1.6, 1.5, 0.6, 0.5]
+
+
+def test_a_task_that_grades_finely_is_paid_by_its_credit():
+    rows = [sampled(partial=0.9), sampled(formatted=True, partial=0.25), sampled(True, True, partial=1.0)]
+    assert [Reward(0.5).of(row, 9) for row in rows] == [0.9, 0.75, 1.5]
+    assert [Reward().passed(row) for row in rows] == [0.9, 0.25, 1.0]
+    assert [Reward(kind="format").passed(row) for row in rows] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "begun", "expected"),
+    [
+        (Verdict(False, True, "wrong-value", "x", False, 0.9), "", (False, 0.9, "wrong-value")),
+        (Verdict(False, False, "text-before", "x", False, 0.9), "", (False, 0.0, "text-before")),
+        (Verdict(False, True, "wrong-value", "x", True, 0.9), "", (False, 0.0, "text-around")),
+        (Verdict(False, True, "wrong-value", "x", True, 0.9), "<think>", (False, 0.9, "wrong-value")),
+        (Verdict(True, True, "correct", "x", True, 1.0), "", (False, 0.0, "text-around")),
+        (Verdict(True, True, "correct", "x", False, 1.0), "", (True, 1.0, "correct")),
+        (Verdict(True, False, "no-think", "x"), "", (False, 0.0, "no-think")),
+        (Verdict(True, True, "correct", "x", True), "<think>", (True, 1.0, "correct")),
+        (Verdict(False, True, "wrong-value", "x", True), "", (False, 0.0, "wrong-value")),
+    ],
+)
+def test_credit_needs_the_form_where_accuracy_does(verdict, begun, expected):
+    found = in_form(verdict, begun)
+    assert (found.correct, found.score, found.reason) == expected
 
 
 def test_dapo_s_price_of_length():

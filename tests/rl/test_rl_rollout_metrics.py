@@ -46,6 +46,14 @@ def test_means_over_all_samples_of_all_groups():
     })  # fmt: skip
 
 
+def test_credit_has_a_curve_of_its_own():
+    right, near = sampled("a", correct=True), sampled("b")
+    assert "rl/score" not in rollout_metrics([[right, near]])
+    near.verdict = Verdict(False, True, "wrong-value", "b", partial=0.9)
+    found = rollout_metrics([[right, near]])
+    assert (found["rl/accuracy"], found["rl/score"]) == (0.5, 0.95)
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import Problem, get, names
+from bessemer.tasks import Problem, Task, Verdict, get, names
 from bessemer.tasks.base import DOMAINS, split_of, split_of_text, stable_hash
 from bessemer.tasks.countdown import _difficulty
 
 DIGEST = """
-from bessemer.tasks import Problem, get, names
+from bessemer.tasks import Problem, Task, Verdict, get, names
 from bessemer.tasks.base import stable_hash
 for name in names():
     if ":" in name:
@@ -138,6 +138,15 @@ def test_languages_and_phrasings(name):
     assert len({p.id for p in problems}) == 400
 
 
+class Graded(Task):
+    """Right is "27"; "26" earns half."""
+
+    name = "graded"
+
+    def grade(self, problem, answer):
+        return ("correct", answer, 1.0) if answer == "27" else ("wrong-value", answer, 0.5 * (answer == "26"))
+
+
 MB = 1_000_000
 BURIED = {
     "after the tags": "<think>t</think><answer>27</answer>" + "no " * (MB // 3),
@@ -152,10 +161,10 @@ BURIED = {
 
 
 @pytest.mark.parametrize("text", BURIED.values(), ids=BURIED)
-@pytest.mark.parametrize("task", [get("sums")])
+@pytest.mark.parametrize("task", [Graded(), get("sums")], ids=["own", "ours"])
 def test_a_right_answer_inside_a_megabyte_of_anything_earns_nothing(task, text):
     verdict = task.verify(Problem("p", "", "en", {"value": 27}), text)
-    assert (verdict.correct, verdict.formatted) == (False, False)
+    assert (verdict.correct, verdict.score, verdict.formatted) == (False, 0.0, False)
 
 
 def test_thoughts_may_be_long_and_unmarked_ones_as_long_as_32k_tokens():
@@ -163,3 +172,49 @@ def test_thoughts_may_be_long_and_unmarked_ones_as_long_as_32k_tokens():
     for text in ("<think>" + "so " * (MB // 3) + "</think><answer>27</answer>", "so " * 32_768 + "\\boxed{27}",
                  "so " * (MB // 3) + "</think>\n\n\\boxed{27}"):  # fmt: skip
         assert get("sums").verify(problem, text).correct
+
+
+def test_partial_credit_is_beside_the_verdict():
+    problem = Problem("p", "", "en", {"value": 27})
+    scores = {n: Graded().verify(problem, f"<think>t</think><answer>{n}</answer>") for n in ("27", "26", "25")}
+    assert [(v.correct, v.score) for v in scores.values()] == [(True, 1.0), (False, 0.5), (False, 0.0)]
+    assert {v.reason for v in scores.values()} == {"correct", "wrong-value"}
+    assert Verdict(True, True, "", None).score == 1.0 and Verdict(False, True, "", None).score == 0.0
+    for credit in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="credit"):
+            Verdict(False, True, "", None, partial=credit)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("27", 0.4),
+        ("The answer is 27.", 0.4),
+        ("<think>3*9</think>\n\nSo it is:\n27", 0.4),
+        ("**27**", 0.4),
+        ("28", 0.0),
+        ("It is 27, I think", 0.0),
+        ("27\n28", 0.0),
+        ("", 0.0),
+        ("27 " * 3000, 0.0),
+        ("<think>27", 0.0),
+        ("<answer>27", 0.0),
+    ],
+)
+def test_a_plain_right_answer_earns_what_the_option_gives(text, score):
+    problem, task = Problem("p", "", "en", {"value": 27}), get("sums", plain_answers=0.4)
+    verdict = task.verify(problem, text)
+    assert (verdict.correct, verdict.score, verdict.formatted) == (False, score, False)
+    assert verdict.reason == get("sums").verify(problem, text).reason and get("sums").verify(problem, text).score == 0.0
+    assert task.verify(problem, "<think>t</think><answer>27</answer>").score == 1.0
+
+
+def test_a_task_is_made_again_from_its_name_and_settings():
+    for name in ("countdown", "tools:calculator:arithmetic"):
+        task = get(name, languages=["zh"], plain_answers=0.5)
+        again = get(task.name, **task.settings)
+        assert again.problem("test", 3) == task.problem("test", 3) and again.options == task.options
+        assert "plain_answers" in task.option_names()
+    assert get("general").option_names() == ["harmless_share"]
+    with pytest.raises(UserError, match="plain_answers is 2"):
+        get("sums", plain_answers=2.0)

@@ -537,6 +537,28 @@ def test_an_environment_with_a_time_limit_of_its_own_scores_what_was_said(made):
             odd.verdict("")
 
 
+def test_a_rubric_s_reward_is_credit(made):
+    found = []
+    for settings in ({}, {"solved": 0.5}, {"solved": 2.0}):
+        task = get("verifiers:guess", **settings)
+        for reward in (0.9, 1.0, 3.0, -1.0):
+            made["guess"].reward = reward
+            episode = task.reset(task.problem("train", 2), 1)
+            assert episode.step(ModelTurn("2")).done
+            verdict = episode.verdict("")
+            found.append((verdict.correct, verdict.score))
+    assert found == [
+        (False, 0.9), (True, 1.0), (True, 1.0), (False, 0.0),
+        (True, 1.0), (True, 1.0), (True, 1.0), (False, 0.0),
+        (False, 0.45), (False, 0.5), (True, 1.0), (False, 0.0),
+    ]  # fmt: skip
+    server = get("env:http://127.0.0.1:1", solved=4)
+    assert [(v.correct, v.score) for v in map(server.judged, (1, 4))] == [(False, 0.25), (True, 1.0)]
+    for solved in (0, -1.0, True, "1"):
+        with pytest.raises(UserError, match="solved is"):
+            get("env:http://127.0.0.1:1", solved=solved)
+
+
 def test_an_environment_of_verifiers(made):
     task = get("verifiers:guess")
     assert task.size("test") == 3 and task.schemas[0]["function"]["name"] == "add"

@@ -39,6 +39,37 @@ def test_own_answers_pay_and_those_of_others_do_not(name):
                 assert reason(task, problem, other.meta["answer"]) in ("wrong-value", "unparsable")
 
 
+def test_a_scorer_s_partial_score_is_credit_where_it_is_asked_for():
+    plain, fine = get("gym:chain_sum"), get("gym:chain_sum", partial_credit=True)
+    problem = fine.problem("train", 0)
+    assert problem == plain.problem("train", 0)
+    right = problem.meta["answer"]
+    for answer, credit in ((right, 1.0), (f"{right}{right}", 0.5), ("banana", 0.0), (f"-{right}", None)):
+        found, strict = (task.verify(problem, reply(answer)) for task in (fine, plain))
+        assert (found.correct, found.reason) == (strict.correct, strict.reason)
+        assert strict.partial is None and strict.score == float(answer == right)
+        assert credit is None or found.score == credit
+    ignores = get("gym:gcd", partial_credit=True)  # what the scorer pays without the sign as well earns nothing with it
+    problem = ignores.problem("train", 0)
+    assert ignores.verify(problem, reply("-" + problem.meta["answer"])).score < 1
+
+
+def test_a_dataset_s_own_settings_are_options():
+    task = get("gym:chain_sum", min_terms=5, max_terms=5)
+    problem = task.problem("test", 1)
+    assert problem.prompt.count("+") + problem.prompt.count(" - ") == 4
+    assert task.verify(problem, reply(problem.meta["answer"])).correct
+    for settings, fault in (
+        ({"terms": 5}, "no setting 'terms'.*min_terms"),
+        ({"min_terms": 9, "max_terms": 2}, "max_terms must be"),
+        ({"min_terms": "x"}, "cannot generate"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            get("gym:chain_sum", **settings)
+    with pytest.raises(UserError, match="level decides min_terms"):
+        get("gym:chain_sum@2", min_terms=5)
+
+
 @pytest.mark.parametrize("name", ["gcd", "coin_flip", "chain_sum"])
 def test_no_question_is_in_both_splits(name):
     """coin_flip has so few questions that two streams of seeds would share some."""

@@ -99,7 +99,9 @@ def test_a_task_without_grade_is_graded_by_its_integer(folder):
     ]
     assert [verdict.reason for verdict in verdicts] == ["correct", "wrong-value", "unparsable"]
     assert task.domain == "own"
-    (folder / "words.py").write_text(DOUBLE.replace("VALUE", "str(2 * n)").replace("def make", "domain = 'mine'\n    def make"))
+    (folder / "words.py").write_text(
+        DOUBLE.replace("VALUE", "str(2 * n)").replace("def make", "domain = 'mine'\n    def make")
+    )
     words = get("words.py:Double")
     assert words.domain == "mine"
     with pytest.raises(UserError, match=r"double/test/4 has meta\[\"value\"\] = '18'.* define grade"):

@@ -50,7 +50,8 @@ class PassCount:
     """The result of one group of samples."""
 
     key: ProblemKey
-    right: int
+    right: float
+    """Right samples; a partly right one counts as the credit that it earned."""
     samples: int
 
 

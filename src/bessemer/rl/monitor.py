@@ -64,7 +64,8 @@ def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[st
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over all samples of a rollout; accuracy over the samples with a verifier, if any."""
+    """Means over all samples of a rollout; accuracy, and the score of tasks with partial credit, over the samples with
+    a verifier, if any."""
     asked = [row for group in groups for row in group]
     rows = [row for row in asked if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
@@ -84,6 +85,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
+    if any(row.verdict.partial is not None for row in verified):
+        values["rl/score"] = _mean(row.verdict.score for row in verified)
     if kept := [row.completion.kept.count_T[row.trained_N] for row in rows if row.completion.kept is not None]:
         values["rl/kept_tokens"] = float(torch.cat(kept).float().mean())
     if preferences:
@@ -97,7 +100,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
     """Conditional rates over the countdown traces among the samples, without those that have nothing to count."""
-    traces = [row for row in rows if row.problem.meta.keys() >= {"numbers", "target"}]
+    traces = [row for row in rows if "target" in row.problem.meta and len(row.problem.meta.get("numbers", ())) == 3]
     trace_rates = rates(diagnose(row.problem, row.answer) for row in traces)
     return {f"rl/trace/{name}": value for name in _TRACE if (value := trace_rates[name]) is not None}
 
@@ -232,6 +235,7 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
         "completion": _transcript(row),
         "reward": row.reward,
         "correct": row.verdict.correct,
+        "score": row.verdict.score,
         "formatted": row.verdict.formatted,
         "reason": row.verdict.reason,
         "length": row.length,

@@ -3,7 +3,8 @@
     reasoning   R_accuracy + f R_format + l R_language
     general     p R_preference + f R_format + l R_language      if a reward model serves the prompt's aim
 
-A user's own function may replace R_accuracy.
+R_accuracy is the verdict's score: 1 or 0 or, from a task that gives partial credit, anything between. A user's own
+function may replace it.
 
 R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft overlong
 punishment (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run gains under them was not learnt
@@ -101,7 +102,7 @@ class Reward:
         elif self.function is not None:
             aim = self.function(row.problem, row.answer, verdict)
         else:
-            aim = float(verdict.correct)
+            aim = verdict.score
         reward = aim + self.format * float(verdict.formatted) + self.of_language(row)
         return reward - overlong(row.length, cap, self.overlong)
 
@@ -111,11 +112,14 @@ class Reward:
             return self.language * reply_consistency(row.answer, row.problem.language)
         return self.language * row.language
 
-    def passed(self, row: ScoredSample) -> bool:
-        """Whether a scored sample did what this kind of reward asks for: a right answer; the format; heads."""
+    def passed(self, row: ScoredSample) -> float:
+        """How far a scored sample did what this kind of reward asks for, 0 to 1: a right answer, or the credit that its
+        task gives; the format; heads."""
         if self.kind == "random":
             return row.reward > 0
-        return row.verdict.formatted if self.kind == "format" else row.verdict.correct
+        if self.kind == "format":
+            return row.verdict.formatted
+        return row.verdict.correct if row.verdict.partial is None else row.verdict.partial
 
 
 def overlong(length: int, cap: int, buffer: int) -> float:

@@ -177,16 +177,24 @@ def verify(
             else:
                 episode, completion = None, outcome
                 verdict, language = next(found)
-            if needs_format and verdict.sound and verdict.summary and not begun:
-                verdict = replace(verdict, correct=False, reason=TEXT_AROUND)
-            elif needs_format:
-                verdict = replace(verdict, correct=verdict.sound)
+            if needs_format:
+                verdict = in_form(verdict, begun)
             row = ScoredSample(problem, prompt, completion, verdict, language=language, begun=begun)
             if episode is not None:
                 row.turns, row.failure = episode.turns, episode.failure
             rows.append(row)
         groups.append(rows)
     return groups
+
+
+def in_form(verdict: Verdict, begun: str) -> Verdict:
+    """The verdict where accuracy needs the form: an answer in another form earns no credit."""
+    summary = verdict.summary and not begun
+    if summary and (verdict.sound or verdict.partial):
+        verdict = replace(verdict, reason=TEXT_AROUND)
+    kept = verdict.formatted and not summary
+    partial = verdict.partial if kept or verdict.partial is None else 0.0
+    return replace(verdict, correct=verdict.sound and not summary, partial=partial)
 
 
 def rewards(groups: Sequence[Group]) -> Tensor:

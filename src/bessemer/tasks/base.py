@@ -8,16 +8,27 @@ its numbers (`split_of`), one rule shared by all tasks, so one task's training p
 import random
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module, resources
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from bessemer.config.places import located
 from bessemer.errors import UserError
-from bessemer.tasks.answer import SEVERAL, TEXT_AROUND, Final, Reply, last_block, parse_reply
+from bessemer.tasks.answer import (
+    AROUND,
+    NO_ANSWER,
+    SEVERAL,
+    TEXT_AROUND,
+    Final,
+    Reply,
+    last_block,
+    parse_reply,
+    summary,
+)
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
@@ -54,6 +65,17 @@ class Verdict:
     answer: str | None
     summary: bool = False
     """Whether the form is R1's, a summary that states the answer, in a task that takes R1-Zero's two blocks too."""
+    partial: float | None = None
+    """Credit from 0 to 1, from a task that grades more finely than right or wrong; None from any other."""
+
+    def __post_init__(self) -> None:
+        if self.partial is not None and not 0.0 <= self.partial <= 1.0:
+            raise UserError(f"a verdict gives the credit {self.partial}; give a number from 0 to 1, or None")
+
+    @property
+    def score(self) -> float:
+        """The credit of the answer, 0 to 1: what RL rewards as accuracy. `correct` is what evaluations count."""
+        return float(self.correct) if self.partial is None else self.partial
 
     @property
     def sound(self) -> bool:
@@ -61,15 +83,30 @@ class Verdict:
         return self.correct and self.reason == CORRECT
 
 
+Grade = tuple[str, str | None] | tuple[str, str | None, float | None]
+"""(reason, canonical answer), and the partial credit if there is any."""
 MOST_AROUND = 100_000
-"""Maximum characters around a correct answer: outside the thoughts, and outside the answer itself. A model that does not
-mark its thoughts may reason for 32K tokens of three characters before it answers, and nothing can hide among more. The
-form allows `answer.AROUND`."""
+"""Maximum characters around a correct answer: outside the thoughts, and outside the answer itself. A model that does
+not mark its thoughts may reason for 32K tokens of three characters before it answers. The form allows
+`answer.AROUND`."""
 
 
 @dataclass(frozen=True)
 class NoMix:
     """The mix of a task without pre-training documents."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Settings of a task's problems and verdicts. An RL stage sets them with `task_options`."""
+
+    plain_answers: float = 0.0
+    """Credit, 0 to 1, of a right answer that is stated without tags or a box: as all of the text after the thoughts, as
+    its last line, or as its last word. It lets a model that does not know the form begin (R1: none). Such an answer is
+    not correct."""
+
+    def __post_init__(self) -> None:
+        check_shares(self, ["plain_answers"])
 
 
 class Task:
@@ -87,22 +124,32 @@ class Task:
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     costly: ClassVar[bool] = False
     """Whether a verdict takes so long that processes of their own judge the answers (verifiers.py)."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """What `get` was given besides the name: `get(name, **settings)` makes the same task in another process."""
     judged_by: frozenset[str] = frozenset()
     """Aims of the reward models that are needed to judge its answers; empty if `verify` judges them."""
     Mix: ClassVar[type] = NoMix
     """Dataclass with the settings of the task's pre-training documents."""
+    Options: ClassVar[type] = TaskOptions
+    """Dataclass with the settings of its problems and verdicts."""
 
-    def __init__(self, languages: Sequence[str] | None = None, phrasing: str = "seen", **mix: Any):
+    def __init__(self, languages: Sequence[str] | None = None, phrasing: str = "seen", **settings: Any):
         """`languages` narrows the task; `phrasing="held-out"` asks in wordings no document uses; the rest sets
-        `Mix`."""
+        `Options` and `Mix`."""
         self.languages = tuple(languages or self.all_languages)
         for language in self.languages:
             _known(language, self.all_languages, f"task {self.name!r} has no language")
         self.phrasing = _known(phrasing, self.phrasings, f"task {self.name!r} has no phrasing")
-        settings = [f.name for f in fields(self.Mix)]
-        for key in mix:
-            _known(key, settings, f"task {self.name!r} has no setting")
-        self.mix = self.Mix(**mix)
+        options, mix = ([f.name for f in fields(kind)] for kind in (self.Options, self.Mix))
+        for key in settings:
+            _known(key, [*dict.fromkeys([*options, *self.option_names(), *mix])], f"task {self.name!r} has no setting")
+        self.options = self.Options(**{key: value for key, value in settings.items() if key in options})
+        self.mix = self.Mix(**{key: value for key, value in settings.items() if key in mix})
+
+    def option_names(self) -> list[str]:
+        """The settings of the problems and verdicts, by name."""
+        idle = set() if type(self).verify is Task.verify else {"plain_answers"}  # they work in `verify`
+        return [f.name for f in fields(self.Options) if f.name not in idle]
 
     def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
         """Problem number `index` of a split. `language=None` samples one of `self.languages`."""
@@ -122,18 +169,29 @@ class Task:
         reply = parse_reply(completion, self.final)
         if reply.answers and _around(completion, reply) > MOST_AROUND:
             return Verdict(False, False, TEXT_AROUND, None)
-        reason, answer = self._judge(problem, reply)
+        if reply.fault == NO_ANSWER and self.options.plain_answers:
+            credit = self.options.plain_answers * self._right_in_plain_text(problem, completion)
+            return Verdict(False, False, NO_ANSWER, None, partial=credit)
+        reason, answer, *partial = self._judge(problem, reply)
         formatted = reply.formatted and reason != SEVERAL
-        return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer, reply.form == "summary")
+        return Verdict(reason == CORRECT, formatted, reply.fault or reason, answer, reply.form == "summary", *partial)
 
-    def _judge(self, problem: Problem, reply: Reply) -> tuple[str, str | None]:
-        """The reason and the canonical form of the answer; for several texts, only if their values agree."""
+    def _judge(self, problem: Problem, reply: Reply) -> "Grade":
+        """The grade of the answer; for several texts, only if their values agree."""
         if not reply.answers:
             return UNPARSABLE, None
         judged = [self.grade(problem, text) for text in reply.answers]
-        if len(judged) > 1 and (judged[0][1] is None or len({answer for _, answer in judged}) > 1):
+        if len(judged) > 1 and (judged[0][1] is None or len({answer for _, answer, *_ in judged}) > 1):
             return SEVERAL, None
         return judged[-1]
+
+    def _right_in_plain_text(self, problem: Problem, completion: str) -> bool:
+        text = summary(completion)
+        if not text or len(text) > AROUND:
+            return False
+        line = text.splitlines()[-1]
+        stated = dict.fromkeys((text, line.strip(), line.split()[-1].strip(".,:;!?*$。，！？")))
+        return any(self.grade(problem, one)[0] == CORRECT for one in stated)
 
     @property
     def translated(self) -> bool:
@@ -144,9 +202,10 @@ class Task:
         """Number of distinct problems in a split; None if unlimited."""
         return None
 
-    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The reason code of the text inside the answer tags ("correct" earns the reward), and its canonical form. By
-        default the answer is the integer `meta["value"]`."""
+    def grade(self, problem: Problem, answer: str) -> "Grade":
+        """The reason code of the text inside the answer tags ("correct" earns the reward), its canonical form and, if
+        the task grades more finely than right or wrong, the credit that the text earns, 0 to 1. By default the answer
+        is the integer `meta["value"]`."""
         value = problem.meta.get("value")
         if not isinstance(value, int):
             raise UserError(
@@ -343,7 +402,13 @@ def names() -> list[str]:
 
 def get(name: str, **settings: Any) -> Task:
     """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
-    `Mix`. UserError for an unknown name or setting."""
+    `Options` and `Mix`. UserError for an unknown name or setting."""
+    task = _make(name, settings)
+    task.settings = settings
+    return task
+
+
+def _make(name: str, settings: dict[str, Any]) -> Task:
     if _OWN.fullmatch(name) and without_tools(name) == name:
         return import_module("bessemer.tasks.user_code").task(name, **settings)
     family, colon, argument = name.partition(":")

@@ -10,8 +10,8 @@ websockets). Answers have the same fields either way.
 
 An action is `{"message": TEXT}`, or for a turn that calls a tool OpenEnv's `{"type": "call_tool", "tool_name": ...,
 "arguments": ...}`. The model reads the first field in `TEXTS` that the observation has, or else its JSON. An episode is
-correct if its rewards sum to at least `solved`; the sum is the verdict's answer. A user's own class (`FILE.py:CLASS`,
-derived from `ServerEnvironment`) sets `url` and can change any of this.
+correct if its rewards sum to at least `solved`, and a smaller sum earns its share; the sum is the verdict's answer. A
+user's own class (`FILE.py:CLASS`, derived from `ServerEnvironment`) sets `url` and can change any of this.
 
 A reset that finds no server is tried up to three times in all. A step is tried only once, because it might count twice.
 A server that dies, hangs, or answers with an error or invalid JSON fails the episode, not the run.
@@ -31,17 +31,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict, stable_hash
+from bessemer.tasks.base import Problem, Verdict, stable_hash
 from bessemer.tasks.environment import (
-    SLACK,
     Environment,
     EnvironmentFailure,
     Episode,
     Message,
     ModelTurn,
     Observation,
+    RewardOptions,
     finite,
     shortened,
+    verdict_of_reward,
 )
 
 LARGEST = 1 << 20
@@ -66,6 +67,8 @@ class ServerEnvironment(Environment):
     url: str = ""
     seconds = 30.0
     parallel = 32
+    Options = RewardOptions
+    options: RewardOptions
     solved: float = 1.0
     """The least sum of rewards of a correct episode."""
 
@@ -76,6 +79,7 @@ class ServerEnvironment(Environment):
         if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
             raise UserError(f"{self.name}: {self.url!r} is not the URL of a server; write env:http://127.0.0.1:8000")
         super().__init__(**settings)
+        self.solved = self.options.solved or self.solved
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         """A problem is a seed: even ones are for training. What it asks is known once the server is reset."""
@@ -104,8 +108,7 @@ class ServerEnvironment(Environment):
 
     def judged(self, total: float) -> Verdict:
         """The verdict on an episode with this sum of rewards."""
-        right = total >= self.solved - SLACK
-        return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{total:g}")
+        return verdict_of_reward(total, self.solved)
 
 
 class _ServerEpisode:

@@ -2,8 +2,9 @@
 
 The environment runs its own loop (`Environment.rollout`: its turns, tools, stop conditions, time limits and cleanup) in
 a thread, and asks our client for every answer; the client returns what the model has written. The environment's rubric
-scores the episode. So every class of environment works that only adds to its messages. One that rewrites them fails its
-episodes, because the model would then read something other than what it wrote.
+scores the episode: a reward of `solved` or more is correct, and one below it earns its share. So every class of
+environment works that only adds to its messages. One that rewrites them fails its episodes, because the model would
+then read something other than what it wrote.
 
 Written for the environments of versions 0.1 to 0.3 (in 0.3 `verifiers.legacy`); 0.4 has others, around agents that run
 by themselves, and is refused. The package needs some fifty others and pins some, so it is not one of our extras.
@@ -21,16 +22,17 @@ from importlib import import_module
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Verdict
+from bessemer.tasks.base import WRONG_VALUE, Problem, Verdict
 from bessemer.tasks.environment import (
-    SLACK,
     Environment,
     EnvironmentFailure,
     Episode,
     Message,
     ModelTurn,
     Observation,
+    RewardOptions,
     finite,
+    verdict_of_reward,
 )
 
 
@@ -54,12 +56,17 @@ class VerifiersEnvironment(Environment):
     phrasings = ("seen",)
     seconds = 60.0
     parallel = 32
+    Options = RewardOptions
+    options: RewardOptions
+    solved: float = 1.0
+    """The least reward of a correct episode."""
     max_turns = 1_000
     """The environment's own bound decides."""
 
     def __init__(self, environment: str, **settings: Any) -> None:
         self.name = f"verifiers:{environment}"
         super().__init__(**settings)
+        self.solved = self.options.solved or self.solved
         self.vf = library()
         try:
             self.environment = self.vf.load_environment(environment)
@@ -121,11 +128,10 @@ class _Episode:
     def verdict(self, text: str) -> Verdict:
         reward = self.state.get("reward")
         if not isinstance(reward, int | float):  # a bound of ours ended it before its own loop did
-            return Verdict(False, True, WRONG_VALUE, None)
+            return Verdict(False, True, WRONG_VALUE, None, partial=0.0)
         if not finite(reward):
             raise EnvironmentFailure(f"its reward is {reward}")
-        right = reward >= 1.0 - SLACK
-        return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{reward:g}")
+        return verdict_of_reward(reward, self.task.solved)
 
     def close(self) -> None:
         self._reply(None)

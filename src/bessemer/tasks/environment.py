@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, TaskOptions, Verdict
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""
@@ -124,6 +124,28 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def _is_a(value: object, kind: str) -> bool:
     odd = isinstance(value, bool) and kind != "boolean"  # True is an int
     return kind not in _TYPES or (isinstance(value, _TYPES[kind]) and not odd)
+
+
+@dataclass(frozen=True)
+class RewardOptions(TaskOptions):
+    """Settings of an environment that gives rewards."""
+
+    solved: float | None = None
+    """Least reward of a correct episode. Default: the environment's own, 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.solved, int | float) and not isinstance(self.solved, bool)
+        if self.solved is not None and not (number and 0 < self.solved < math.inf):
+            raise UserError(f"solved is {self.solved!r}; set the reward of a solved episode, a number above 0")
+
+
+def verdict_of_reward(reward: float, solved: float) -> Verdict:
+    """The verdict on an episode with this reward: correct from `solved` on; the credit is its share of `solved`, from
+    0 to 1."""
+    right = reward >= solved - SLACK
+    credit = 1.0 if right else max(0.0, reward / solved)
+    return Verdict(right, True, CORRECT if right else WRONG_VALUE, f"{reward:g}", partial=credit)
 
 
 class Environment(Task):

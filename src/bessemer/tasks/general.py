@@ -86,6 +86,9 @@ class General(Task):
     domain = "general"
     Mix = GeneralMix
 
+    def option_names(self) -> list[str]:
+        return ["harmless_share"]
+
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
         rng = self.rng("problem", split, index, seed)
         aim = "harmless" if rng.random() < self.mix.harmless_share else "helpful"

@@ -5,8 +5,11 @@ n-th step of the dataset's curriculum. A hash of its text assigns a question to 
 so that questions of either are quick to generate: no question is ever asked in both splits, whatever the seeds.
 
 Only a score of 1 is correct. The scorers give partial scores for much less (0.14 for "banana" where another word should
-be spelled backwards), and a policy learns to collect partial rewards before it learns the task. A problem whose own
+be spelled backwards, 0.67 for 113 where the sum is 13), and a policy learns to collect partial rewards before it learns
+the task. So they are credit (`Verdict.partial`) only if the option `partial_credit` asks for it. A problem whose own
 answer does not score 1 is skipped and the next one sampled; a dataset with only such problems raises UserError.
+
+Every field of the dataset's configuration is an option too, such as `min_terms` of chain_sum.
 
 The library lives in the referee process, in which the second half of this file runs. Some scorers evaluate the answer,
 as Python or through sympy, so both are disarmed: `eval` inside reasoning-gym reads literals only, except in modules
@@ -19,15 +22,18 @@ among others, nan, its negative); the tests repeat some of them.
 """
 
 import ast
+import json
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import cache, lru_cache
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +45,10 @@ from bessemer.tasks.base import (
     TIMEOUT,
     UNPARSABLE,
     WRONG_VALUE,
+    Grade,
     Problem,
     Task,
+    TaskOptions,
     split_of_text,
     stable_hash,
 )
@@ -56,11 +64,24 @@ _WORD = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)*")
 ScoreRule = Callable[[str, dict[str, Any]], bool]
 
 
+@dataclass(frozen=True)
+class GymOptions(TaskOptions):
+    partial_credit: bool = False
+    """Whether an answer that the dataset's scorer rates between 0 and 1 earns that credit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.partial_credit, bool):
+            raise UserError(f"partial_credit is {self.partial_credit!r}; set true or false")
+
+
 class Gym(Task):
     domain = "gym"
     costly = True
     all_languages = ("en",)
     phrasings = ("seen",)
+    Options = GymOptions
+    options: GymOptions
 
     def __init__(self, dataset: str, **settings: Any):
         self.name = f"gym:{dataset}"
@@ -74,14 +95,24 @@ class Gym(Task):
             raise UserError(f"reasoning-gym has no dataset {self.dataset!r}; did you mean {near}?")
         if at and self.dataset not in levelled:
             raise UserError(f"gym:{self.dataset} has no levels; leave out @{level}")
+        of_dataset = {key: settings.pop(key) for key in [*settings] if key in _configuration(self.dataset)}
+        if at and of_dataset:
+            raise UserError(f"{self.name}: the level decides {', '.join(of_dataset)}; leave out @{level}, or these")
         super().__init__(**settings)
+        self.configured = json.dumps(of_dataset, sort_keys=True)
+        """The options that the dataset itself takes."""
+        if of_dataset:
+            _sample(self.dataset, 0, self.configured, "train", 0, 0)  # UserError for a value that it refuses
+
+    def option_names(self) -> list[str]:
+        return [*super().option_names(), *(() if self.level else _configuration(self.dataset))]
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:
-        sampled = _sample(self.dataset, self.level, split, seed, index)
+        sampled = _sample(self.dataset, self.level, self.configured, split, seed, index)
         meta = {key: sampled[key] for key in ("answer", "item", "refused")} | {"difficulty": self.level}
         return Problem(f"{self.name}/{split}/{seed}/{index}/{language}", sampled["question"], language, meta)
 
-    def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
+    def grade(self, problem: Problem, answer: str) -> Grade:
         """The canonical form is the text with each run of white space as one space."""
         answer, gold = answer.strip(" \r\n\t"), problem.meta["answer"]
         if not answer or len(answer) > 200 + 4 * len(gold):
@@ -92,16 +123,19 @@ class Gym(Task):
         if answer == gold.strip(" \r\n\t"):
             return CORRECT, canonical
         try:
-            right = self._pays(problem, answer)
+            score = self._score(problem, answer)
         except RefereeFault as fault:
             return TIMEOUT if str(fault) == TIMEOUT else UNPARSABLE, None
-        for part in parts(answer, gold) if right else ():
+        for part in parts(answer, gold) if score >= 1 else ():
             with suppress(RefereeFault):
-                right = right and not self._pays(problem, part)
-        return CORRECT if right else WRONG_VALUE, canonical
+                score = 0.0 if self._score(problem, part) >= 1 else score
+        reason = CORRECT if score >= 1 else WRONG_VALUE
+        if self.options.partial_credit:
+            return reason, canonical, min(1.0, max(0.0, score))
+        return reason, canonical
 
-    def _pays(self, problem: Problem, answer: str) -> bool:
-        return _score(self.dataset, self.level, problem.meta["item"], answer) >= 1
+    def _score(self, problem: Problem, answer: str) -> float:
+        return _score(self.dataset, self.level, self.configured, problem.meta["item"], answer)
 
 
 def parts(answer: str, gold: str) -> Iterator[str]:
@@ -123,14 +157,21 @@ def _datasets() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(reply["names"]), frozenset(reply["levelled"])
 
 
-@lru_cache(maxsize=4096)
-def _sample(dataset: str, level: int, split: str, seed: int, index: int) -> dict[str, Any]:
-    return ask("gym-problem", dataset=dataset, level=level, split=split, seed=seed, index=index)
+@cache
+def _configuration(dataset: str) -> tuple[str, ...]:
+    return tuple(ask("gym-options", dataset=dataset)["names"])
 
 
 @lru_cache(maxsize=4096)
-def _score(dataset: str, level: int, item: int, answer: str) -> float:
-    return ask("gym-score", dataset=dataset, level=level, item=item, answer=answer)["score"]
+def _sample(dataset: str, level: int, configured: str, split: str, seed: int, index: int) -> dict[str, Any]:
+    return ask("gym-problem", dataset=dataset, level=level, configured=configured, split=split, seed=seed, index=index)
+
+
+@lru_cache(maxsize=4096)
+def _score(dataset: str, level: int, configured: str, item: int, answer: str) -> float:
+    """The scorer's number; 0 where it gives none."""
+    score = ask("gym-score", dataset=dataset, level=level, configured=configured, item=item, answer=answer)["score"]
+    return score if isfinite(score) else 0.0
 
 
 # In the referee process.
@@ -157,13 +198,20 @@ def library_names(request: dict[str, Any]) -> dict[str, Any]:
     return {"names": known, "levelled": [name for name in known if name in factory.CURRICULA]}
 
 
+def library_options(request: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataset's configuration that a user may set."""
+    configuration = _reasoning_gym().factory.DATASETS[request["dataset"]][1]
+    return {"names": [one.name for one in fields(configuration) if one.name not in ("seed", "size")]}
+
+
 def library_problem(request: dict[str, Any]) -> dict[str, Any]:
     """The first item, over a sequence of seeds, that belongs to the split and whose own answer scores 1."""
-    dataset, level, split, index = (request[key] for key in ("dataset", "level", "split", "index"))
+    keys = ("dataset", "level", "configured", "split", "index")
+    dataset, level, configured, split, index = (request[key] for key in keys)
     refused = 0
     for attempt in range(TRIES):
         seed = stable_hash("gym", dataset, level, split, request["seed"], index, attempt) % 2**31
-        item, score = _item(dataset, level, seed)
+        item, score = _item(dataset, level, configured, seed)
         if split_of_text(item["question"], TEST_SHARE) != split:
             continue
         if not isinstance(item["answer"], str) or score(item["answer"]) < 1:
@@ -177,7 +225,7 @@ def library_problem(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_scorer(request: dict[str, Any]) -> Callable[[str], float]:
-    return _item(request["dataset"], request["level"], request["item"])[1]
+    return _item(request["dataset"], request["level"], request["configured"], request["item"])[1]
 
 
 def judge_score(scorer: Callable[[str], float], request: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +233,7 @@ def judge_score(scorer: Callable[[str], float], request: dict[str, Any]) -> dict
 
 
 @lru_cache(maxsize=1024)
-def _item(dataset: str, level: int, seed: int) -> tuple[dict[str, Any], Callable[[str], float]]:
+def _item(dataset: str, level: int, configured: str, seed: int) -> tuple[dict[str, Any], Callable[[str], float]]:
     """Item 0 of the dataset with that seed, and its scorer."""
     library = _reasoning_gym()
     curricula, datasets = library.factory.CURRICULA, library.factory.DATASETS
@@ -199,10 +247,11 @@ def _item(dataset: str, level: int, seed: int) -> tuple[dict[str, Any], Callable
                 curriculum.set_attr_level(name, min(level - 1, highest))
             generated = datasets[dataset][0](curriculum.generate_configuration({"seed": seed, "size": 1}))
         else:
-            generated = library.create_dataset(dataset, seed=seed, size=1)
+            generated = library.create_dataset(dataset, seed=seed, size=1, **json.loads(configured))
         item = generated[0]
     except Exception as error:
-        raise UserError(f"gym:{dataset} cannot generate a problem at level {level}: {error}") from error
+        how = f"with {configured}" if configured != "{}" else f"at level {level}"
+        raise UserError(f"gym:{dataset} cannot generate a problem {how}: {error}") from error
 
     def scorer(answer: str) -> float:
         return float(generated.score_answer(answer, item)) if allows(dataset, answer, item) else 0.0

@@ -34,6 +34,7 @@ PATIENCE = 120.0
 """Seconds to wait for a reply from the referee: it may be importing, or sampling a problem."""
 OPERATIONS = {
     "gym-names": ("bessemer.tasks.gym", "library_names", None),
+    "gym-options": ("bessemer.tasks.gym", "library_options", None),
     "gym-problem": ("bessemer.tasks.gym", "library_problem", None),
     "gym-score": ("bessemer.tasks.gym", "prepare_scorer", "judge_score"),
     "maths-read": ("bessemer.tasks.maths", "prepare_library", "judge_gold"),

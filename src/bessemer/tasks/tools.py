@@ -186,8 +186,12 @@ class TaskWithTools(Environment):
         self.tools: Sequence[LocalTool] = list(added.values())
         self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
+        self.options = self.task.options
         if "python" in chosen:
             sandbox.resolve_level()  # UserError now instead of a failure later
+
+    def option_names(self) -> list[str]:
+        return self.task.option_names()
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
