@@ -10,6 +10,7 @@ from bessemer.config.units import Points, Rates
 
 Exported = Literal["nothing", "correct", "all"]
 """Which samples of a run are exported as conversations."""
+TaskOption = bool | int | float | str | list[bool | int | float | str]
 
 
 class RolloutConfig(ConfigTable):
@@ -49,7 +50,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
-        "lora", "language_scope", "first_problem",
+        "lora", "language_scope", "first_problem", "task_options",
     }  # fmt: skip
 
     @property
@@ -69,11 +70,15 @@ class RLConfig(AskingConfig, OnPolicyConfig):
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
+    task_options: dict[str, dict[str, TaskOption]] = Field(default={})
+    """Task name = its settings in this stage, for training and held-out evaluations: `share`, its turns in a round
+    (1); `languages`; `phrasing` ("seen" or "held-out"); `difficulty`, the least and the greatest; and those of the
+    task itself, such as {countdown = {numbers = 4, languages = ["en"]}}."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
     number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, with difficulty_filter
     times filter_pool, and its own first_problem more (R1: undocumented). This holds if both stages have the same
-    `tasks`, since the number counts turns over the stage's own list; otherwise compare task by task."""
+    `tasks` and shares, since the number counts turns over the stage's own list; otherwise compare task by task."""
     general_tasks: list[TaskName] = Field(default_factory=list)
     """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
     general_prompts: int = Field(0, ge=0)

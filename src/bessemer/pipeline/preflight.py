@@ -5,7 +5,7 @@ and sizes that must fit each other. `bessemer run RECIPE` begins with this; with
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,14 @@ def describe(stages: list[Examined]) -> str:
     return "\n".join([*lines, "", *(["missing, or does not fit:", *listed] if listed else ["no fault found"])])
 
 
-def task_probes(names: Collection[str], asked: float, key: str = "tasks") -> Iterator[Probe]:
+def task_probes(
+    names: Collection[str], asked: float, key: str = "tasks", make: Callable[[str], tasks.Task] = tasks.get
+) -> Iterator[Probe]:
     """Probes the tasks that a stage trains on, listed under `key`; the stage asks `asked` problems in all."""
     for name in dict.fromkeys(names):
 
         def probe(name: str = name) -> str | None:
-            task = tasks.get(name)
+            task = make(name)
             size, share = task.size("train"), asked * list(names).count(name) / len(names)
             if size == 0:
                 raise UserError(f"{name} has no problem to train on; add lines, or leave out @test")

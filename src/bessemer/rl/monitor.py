@@ -26,6 +26,7 @@ from bessemer.rl import rollout
 from bessemer.rl.alarms import AlarmTracker
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
+from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import CONVERSATIONS, conversation_line, write_atomic
 from bessemer.tasks.answer import thought
@@ -115,7 +116,7 @@ def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.T
     judges, or that hold out no problem, are left out; UserError if no main task is left."""
 
     def measured(names: Sequence[str]) -> list[tasks.Task]:
-        families = map(tasks.get, dict.fromkeys(names))
+        families = [task_of(settings, name) for name in dict.fromkeys(names)]
         return [task for task in families if task.size("test") != 0 and not task.judged_by]
 
     main, general = measured(settings.eval_tasks or settings.tasks), measured(settings.general_tasks)

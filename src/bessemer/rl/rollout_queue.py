@@ -29,6 +29,7 @@ from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selec
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
 from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
+from bessemer.rl.task_mix import mixture
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"
@@ -79,8 +80,7 @@ class RolloutGenerator:
         self.share = share
         self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
         self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
-        self.tasks = [tasks.get(name) for name in settings.tasks]
-        self.general = [tasks.get(name) for name in settings.general_tasks]
+        self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, settings.general_tasks)
         self.reward = Reward.of_config(settings)
 
     def start(self, number: int, cap: int, step: int) -> PendingRollout:

@@ -19,7 +19,7 @@ from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.rl import ray_sampler
+from bessemer.rl import ray_sampler, task_mix
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks
 from bessemer.rl.preference import RewardModel
@@ -38,7 +38,8 @@ class RL(Stage[RLConfig]):
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
         for name in config.tasks + config.general_tasks + config.eval_tasks:
-            tasks.get(name)
+            task_mix.task_of(config, name)
+        task_mix.check(config)
         Reward.of_config(config)
         if config.general_prompts and not config.general_tasks:
             raise UserError(f'stage "{config.name}": general_prompts needs general_tasks, such as ["general"]')
@@ -106,8 +107,9 @@ class RL(Stage[RLConfig]):
         yield partial(_check_effects, config)
         asked = config.rollouts * config.prompts_per_rollout
         general = max(0, config.rollouts - config.general_from) * config.general_prompts
-        yield from preflight.task_probes(config.tasks, asked - general)
-        yield from preflight.task_probes(config.general_tasks, general, "general_tasks")
+        for key, count in (("tasks", asked - general), ("general_tasks", general)):
+            names = task_mix.round_of(config, getattr(config, key))
+            yield from preflight.task_probes(names, count, key, partial(task_mix.task_of, config))
         longest = max(config.max_new_tokens.values)
         yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", longest)
 
@@ -120,7 +122,7 @@ class RL(Stage[RLConfig]):
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""
-        general, families = ([tasks.get(name) for name in names] for names in (config.general_tasks, config.tasks))
+        general, families = (task_mix.mixture(config, names) for names in (config.general_tasks, config.tasks))
         for number, round in product(range(config.rollouts), range(config.max_resamples)):
             asked = candidates(config, general, families, recipe.seed_of(config), number, round)
             yield from (problem for _, problem in chain(*asked))
