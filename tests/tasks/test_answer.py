@@ -94,14 +94,15 @@ def test_every_mixture_has_one_verdict(text, answers, fault, formatted):
 @pytest.mark.parametrize(
     ("rest", "answers", "fault"),
     [
-        ("```python\na\n```\nor\n```\nb\n```", "b\n", None),
+        ("```python\na()\n```\nor\n```python\nb()\n```", "b()\n", None),
+        ("```python\na()\n```\nwhich prints\n```\nb\n```", "a()\n", None),
         ("```python\na\n```\nIt prints\n```text\nb\n```", "a\n", None),
         ("```python\na\n```\n```python\nb", "", "unclosed"),
         ("print(1) is \\boxed{1}", "", "no-answer"),
         ("<answer>a</answer>", "a", None),
     ],
 )
-def test_code_is_the_last_block_of_the_final_part(rest, answers, fault):
+def test_code_is_the_last_program_of_the_final_part(rest, answers, fault):
     reply = parse_reply("<think>```python\nx\n```</think>\n\n" + rest, Code.final)
     assert ("".join(reply.answers), reply.fault) == (answers, fault)
 
@@ -168,6 +169,15 @@ HUGE = {
     "half boxes": "\\\\boxed{" * (MB // 8),
     "fences": "```python\nx```\n" * (MB // 15),
     "open fences": "```\n" * (MB // 4),
+    "longer fences": ("`" * 40 + "\n" + "```\n" * 90) * (MB // 400),
+    "ticks": "`" * MB,
+    "ticks in a line": "``` a " * (MB // 6),
+    "indented fences": (" " * 1000 + "~~~\n") * (MB // 1004),
+    "calls in blocks": ("```\n" + "f(" * 2000 + "\n```\n") * (MB // 4010),
+    "definitions in blocks": "```\n" + "def f(): f()\n" * (MB // 13) + "```\n```\nf()\n```\n",
+    "a name in blocks": "```\n" + "a" * MB + "\n```\n```\nb\n```",
+    "markers of lists": "1. - + * " * (MB // 9),
+    "blanks in blocks": "```\n" + " " * MB + "\n```\n```\nx\n```",
     "letters": "Answer: A\n" * (MB // 10),
     "stars": "** " * (MB // 3),
     "tags": "<answer>1</answer>" * (MB // 18),

@@ -26,7 +26,7 @@ text after `</think>` is read. `parse_reply` returns the answers stated there, o
                            characters, long runs of white space, comments, or invisible characters
 
 Answers stated twice count if they agree, boxes inside the tags are the tags' answer, and of several code blocks the
-last is the answer. The form is never kept if no answer can be read.
+last whole program is the answer (`fences.py`). The form is never kept if no answer can be read.
 
 Written for hostile text: a fixed number of linear scans and no nested quantifier.
 
@@ -35,10 +35,12 @@ may be blank, and then a summary in plain words (R1 2.3.4). `summary` reads that
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
+
+from bessemer.tasks import fences
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed", "empty"
@@ -60,9 +62,9 @@ Final = Literal["value", "code", "letter"]
 _TAG = re.compile("</?(?:think|answer)>")
 _BOX = re.compile(r"(?<!\\)(?:\\\\)*\\boxed ?\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_FENCE = re.compile(r"```([A-Za-z0-9+#_-]{0,20})[ \t]*\r?\n")
-_STATEMENT = re.compile(r"<answer>.*?(?:</answer>|\Z)|```.*?(?:```|\Z)", re.DOTALL)
-_PYTHON = ("", "python", "python3", "py")
+_STATEMENT = re.compile(
+    r"<answer>.*?(?:</answer>|\Z)|```.*?(?:```|\Z)|^[ \t]*+~~~.*?(?:~~~|\Z)", re.DOTALL | re.MULTILINE
+)
 _BLANK_LINE = re.compile("\r?\n\r?\n")
 _SYMBOL = (
     "[\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u27ff\u2900-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
@@ -144,7 +146,7 @@ def _gap(text: str) -> bool:
 
 def _readable(rest: str, answers: Sequence[str]) -> bool:
     """Whether the text after the thoughts, without the answers, is short and fully visible."""
-    stated = [last_block(answer).strip() for answer in answers]
+    stated = [fences.last_program(answer).strip() for answer in answers]
     if len(rest) - sum(map(len, stated)) > AROUND:
         return False
     for answer in stated:
@@ -239,34 +241,13 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     return boxes
 
 
-def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of every fenced block of Python or without a language; the end is -1 if it is left open."""
-    place = 0
-    while found := _FENCE.search(text, place):
-        end = text.find("```", found.end())
-        if found[1].lower() in _PYTHON:
-            yield found.end(), end
-        if end < 0:
-            return
-        place = end + 3
-
-
 def _fenced(text: str) -> str | None:
-    """The last such block, which must be closed."""
-    block = None
-    for begin, end in _blocks(text):
-        if end < 0:
-            raise _Fault(UNCLOSED)
-        block = text[begin:end]
-    return block
-
-
-def last_block(text: str) -> str:
-    """The program inside answer tags: the last fenced block, even one left open, or all of the text."""
-    block = text
-    for begin, end in _blocks(text):
-        block = text[begin : end if end >= 0 else None]
-    return block
+    """The program in a text whose blocks are all closed."""
+    found = list(fences.blocks(text))
+    if found and not found[-1].closed:
+        raise _Fault(UNCLOSED)
+    block = fences.answer_of(text, found)
+    return None if block is None else text[block.begin : block.end]
 
 
 def thought(text: str) -> str:

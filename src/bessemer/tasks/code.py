@@ -1,6 +1,6 @@
 """Small functions to write, from our own families and judged by their results; code_files.py reads those of a file.
 
-The answer is Python source, between the answer tags or in the last fenced block after the thoughts. It runs in the
+The answer is Python source, between the answer tags or in a fenced block after the thoughts. It runs in the
 sandbox (sandbox/), which refuses to run code without isolation, and only the values come back. The hidden tests of a
 template problem are derived from the problem, so they are the same everywhere and appear in no document. Its reasons,
 in addition to those of every task: wrong-output, error, timeout, memory, output (it wrote too much), syntax-error,
@@ -11,7 +11,6 @@ import json
 from functools import lru_cache
 
 from bessemer.tasks import sandbox
-from bessemer.tasks.answer import last_block
 from bessemer.tasks.base import (
     SPLITS,
     Problem,
@@ -22,6 +21,7 @@ from bessemer.tasks.base import (
     stable_random,
 )
 from bessemer.tasks.code_functions import FAMILIES, HELD_OUT, CodeMix, TargetFunction, functions_of, respond
+from bessemer.tasks.fences import flush_left, last_program
 
 NAME = "f"
 LONGEST = 10_000  # characters of an answer
@@ -41,8 +41,9 @@ class SandboxedTask(Task):
         raise NotImplementedError
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        """The last fenced block runs unchanged; the canonical form leaves out blank lines."""
-        source = last_block(answer).strip()
+        """The program runs as it stands, without the indentation of a list around it; the canonical form leaves out
+        blank lines."""
+        source = flush_left(last_program(answer)).strip()
         if not source:
             return sandbox.NO_FUNCTION, None
         if len(source) > LONGEST:
@@ -88,8 +89,8 @@ class Code(SandboxedTask):
 
 
 def source_of(answer: str) -> str:
-    """The canonical form of the program in an answer: its last fenced block, or all of it, without blank lines."""
-    lines = last_block(answer).strip().split("\n")  # splitlines knows ten other ends of a line
+    """The canonical form of the program in an answer, without blank lines."""
+    lines = flush_left(last_program(answer)).strip().split("\n")  # splitlines knows ten other ends of a line
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
