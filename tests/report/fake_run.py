@@ -42,6 +42,7 @@ from = "zero"
 """
 
 HOSTILE = '<script>alert("x")</script><img src=//evil.example onerror=alert(1)>\x00\x1b[31m </pre></details>\ud800'
+PROMPTS = ("The fox ", "从前", "User: What is 2+2?\nAssistant:")
 CONFORMANCE = [
     ("multi-head latent attention", "2.1.1", "512 + 64 latent", "64 + 16 latent", True),
     ("fine-grained experts, one shared", "2.1.2", "1 + 256, 8 chosen", "1 + 16, 4 chosen", True),
@@ -161,9 +162,10 @@ def _samples(folder: Path, rng: random.Random) -> None:
     ]
     parts = []
     for step in (50, 100, 200, 300, 400, 500):
-        text = "The fox " + " ".join(rng.choice(words) for _ in range(step // 10)) + ".\n\ndef add(a, b):\n    return"
-        body = "\n".join("    " + line for line in text.split("\n"))
-        parts.append(f"## step {step} · {step * 16}K tokens\n\n{body}\n\n")
+        for prompt in PROMPTS:
+            text = prompt + " ".join(rng.choice(words) for _ in range(step // 10)) + ".\n\ndef add(a, b):\n    return"
+            body = "\n".join("    " + line for line in text.split("\n"))
+            parts.append(f"## step {step} · {step * 16}K tokens\n\n{body}\n\n")
     (folder / "samples.md").write_text("".join(parts))
 
 

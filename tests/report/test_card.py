@@ -93,6 +93,25 @@ def test_a_legend_is_the_end_of_the_drawn_line_and_no_single_minibatch(tmp_path)
     assert float(re.search('class="last">[^<]*→ ([0-9.]+)<', single)[1]) == pytest.approx(3.0, rel=0.1)
 
 
+def test_the_samples_of_one_prompt_stand_together(text, tmp_path):
+    """Three prompts at six steps: each can be followed from the first step to the last."""
+    section = text.split('id="samples"')[1].split("</section>")[0]
+    assert "18 samples of 3 prompts, 15 shown" in section
+    parts = section.split('<p class="lead">')[1:]
+    assert [re.match("Prompt ([0-9]): (.*?)</p>", part).groups() for part in parts] == [
+        ("1", "The fox"), ("2", "从前"), ("3", "User: What is 2+2? Assistant:"),
+    ]  # fmt: skip
+    for part, prompt in zip(parts, ("The fox", "从前", "User: What is 2+2?"), strict=True):
+        assert [int(step) for step in re.findall("<summary>step ([0-9]+) ", part)] == [50, 100, 200, 400, 500]
+        assert all(block.startswith(prompt) for block in re.findall("<pre[^>]*>(.*?)</pre>", part, re.DOTALL))
+    root = fake_run.make(tmp_path / "run")
+    for texts, heading in ((["a", "b"], "2 samples"), (["one"], "1 sample")):  # of one step, and of an old file
+        lines = [f"## step 7 · 1K tokens\n\n    {words}\n" for words in texts]
+        (root / "02-pretrain" / "samples.md").write_text("\n".join(lines))
+        section = card.write(root).read_text().split('id="samples"')[1].split("</section>")[0]
+        assert f">{heading}<" in section and "Prompt 1" not in section
+
+
 def test_one_file_that_asks_for_nothing(text):
     page = Page(text)
     assert not {"link", "iframe", "object", "base", "form"} & set(page.tags)

@@ -15,6 +15,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from bessemer.runs.files import explained, write_atomic
 
 Answer = dict[str, Any]
 """A line of rollouts.jsonl."""
+Sample = tuple[str, str]
+"""Heading and text of a sample in samples.md."""
 
-_SAMPLES = 8  # shown per stage, spread from first to last
+_SAMPLES = 8  # shown per stage with one prompt, spread from first to last
+_PER_PROMPT, _SAMPLED = 5, 4  # samples shown of each of several prompts, and the number of these
 _PROMPTS = 8  # rollout prompts shown per stage: those asked most often
 _FEWEST, _MOMENTS = 6, 24  # moments shown per prompt, spread over training
 _PER_MOMENT = 2  # answers of one moment shown side by side
@@ -40,18 +44,47 @@ _CHARACTERS = 150_000  # about as many per stage, so that a long run leaves a sm
 
 
 def samples(facts: RunFacts) -> Html:
-    """The samples of each stage, spread from first to last; "" if no stage left any."""
+    """The samples of each stage, prompt by prompt, spread from first to last; "" if no stage left any."""
     parts = []
     for stage in facts.stages:
-        if shown := _spread(stage.samples, _SAMPLES):
+        prompts = _by_prompt(stage.samples)
+        shown = [_spread(lines, _PER_PROMPT if len(prompts) > 1 else _SAMPLES) for lines in prompts[:_SAMPLED]]
+        if shown:
             count = f"{len(stage.samples)} samples" if len(stage.samples) != 1 else "1 sample"
-            count += f", {len(shown)} shown" if len(shown) < len(stage.samples) else ""
-            parts.append(page.heading(stage.name, count))
+            count += f" of {len(prompts)} prompts" if len(prompts) > 1 else ""
+            number = sum(map(len, shown))
+            parts.append(page.heading(stage.name, count + (f", {number} shown" if number < len(stage.samples) else "")))
+        for at, lines in enumerate(shown):
+            if len(shown) > 1:
+                parts.append(page.paragraph(f"Prompt {at + 1}: {_opening(lines)}", "lead"))
             parts += [
-                page.fold(title, page.block(text), opened=place in (0, len(shown) - 1))
-                for place, (title, text) in enumerate(shown)
+                page.fold(title, page.block(text), opened=place in (0, len(lines) - 1))
+                for place, (title, text) in enumerate(lines)
             ]
     return page.join(*parts)
+
+
+def _by_prompt(lines: list[Sample]) -> list[list[Sample]]:
+    """The samples of each prompt. Every stage asks its prompts in one order, so those at the same place of a step
+    belong together; steps with one sample each have one prompt."""
+    steps: dict[str, list[Sample]] = {}
+    for line in lines:
+        steps.setdefault(line[0].split(" · ")[0], []).append(line)
+    if len(steps) < 2:
+        return [lines] if lines else []
+    groups: dict[int, list[Sample]] = {}
+    for step in steps.values():
+        for place, line in enumerate(step):
+            groups.setdefault(place, []).append(line)
+    return list(groups.values())
+
+
+def _opening(lines: list[Sample]) -> str:
+    """The words that all texts of a prompt begin with: the prompt."""
+    texts = [text for _, text in lines]
+    pairs = zip(min(texts), max(texts), strict=False)  # what the first and the last of an order share, all share
+    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) if len(texts) > 1 else ""
+    return _cut(" ".join(shared.split()), 160) or "…"
 
 
 def rollouts(facts: RunFacts) -> Html:
