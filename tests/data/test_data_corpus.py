@@ -11,7 +11,7 @@ from bessemer.data import corpus
 from bessemer.data import rows as packing
 from bessemer.data.corpus import is_heldout
 from bessemer.data.documents import Document
-from bessemer.data.rows import best_fit
+from bessemer.data.plans import best_fit
 from bessemer.errors import UserError
 
 

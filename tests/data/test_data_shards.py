@@ -10,7 +10,8 @@ import pytest
 from bessemer.data import corpus, shards
 from bessemer.data.corpus import Augment, tokenise
 from bessemer.data.encoder import Encoder
-from bessemer.data.rows import open_rows, plan_files, write_plan
+from bessemer.data.plans import plan_files, write_plan
+from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 
 

@@ -25,7 +25,7 @@ from bessemer.data.corpus import Augment, tokenise
 from bessemer.data.documents import Document, opened
 from bessemer.data.encoder import Encoder
 from bessemer.data.fetch import sha256_of
-from bessemer.data.rows import plan_files, write_plan
+from bessemer.data.plans import plan_files, write_plan
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer

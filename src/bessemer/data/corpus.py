@@ -33,7 +33,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from bessemer.data import rows, shards
+from bessemer.data import plans, rows, shards
 from bessemer.data.chat import FIM_BEGIN, FIM_END, FIM_HOLE
 from bessemer.data.documents import Document
 from bessemer.data.encoder import Encoder
@@ -79,7 +79,7 @@ def build(
     A corpus already at `out_dir` is replaced once the new one is complete.
     """
     out_dir = Path(out_dir).absolute()
-    rows.check_length(row_length)
+    plans.check_length(row_length)
     if not 0 <= heldout < 1:
         raise UserError(f"heldout {heldout} must be at least 0 and less than 1")
     if out_dir.exists() and not (out_dir / "meta.json").exists() and any(out_dir.iterdir()):
@@ -172,7 +172,7 @@ class _SplitWriter:
 
     def _close(self, writer: shards.ShardWriter) -> None:
         self.done.append(writer.finish())
-        rows.write_plan(self.folder, self.folder / f"rows-{self.row_length}", writer.name, self.dtype, self.row_length)
+        plans.write_plan(self.folder, self.folder / f"rows-{self.row_length}", writer.name, self.dtype, self.row_length)
         self._open = None
 
 

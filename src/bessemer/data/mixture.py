@@ -20,6 +20,7 @@ documents repeat and some come a little later.
 from __future__ import annotations
 
 import difflib
+import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -341,7 +342,10 @@ def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], 
 
 
 class Curriculum:
-    """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`."""
+    """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`.
+
+    With constant weights and without caps, a section's sources are opened when it is reached, so its rows may be
+    planned while the sections before it are read."""
 
     def __init__(
         self,
@@ -351,14 +355,23 @@ class Curriculum:
         seed: int = 0,
         caps: Mapping[str, float] | None = None,
     ) -> None:
-        self.plan = list(plan)
+        self.plan, self._sources_of, self._weights, self._seed = list(plan), sources_of, weights, seed
+        self._caps = caps or {}
+        self._opening = threading.Lock()
         self.mixtures: list[Mixture] = []
-        read: dict[str, float] = {}
-        for section in plan:
-            span = Span(section.rows, section.first_token, caps or {}, read)
-            mixture = Mixture(sources_of(section.length), weights, seed, span)
-            read = mixture.epochs(section.rows)
-            self.mixtures.append(mixture)
+        """Those of the sections that have been opened."""
+        needed_first = bool(self._caps) or any(callable(weight) for weight in weights.values())
+        self._mixture(len(self.plan) - 1 if needed_first else 0)
+
+    def _mixture(self, number: int) -> Mixture:
+        with self._opening:  # batches may be read by a thread of their own
+            while len(self.mixtures) <= number:
+                section, read = self.plan[len(self.mixtures)], dict[str, float]()
+                if self.mixtures:
+                    read = self.mixtures[-1].epochs(self.plan[len(self.mixtures) - 1].rows)
+                span = Span(section.rows, section.first_token, self._caps, read)
+                self.mixtures.append(Mixture(self._sources_of(section.length), self._weights, self._seed, span))
+            return self.mixtures[number]
 
     @property
     def ended(self) -> dict[str, int]:
@@ -372,18 +385,18 @@ class Curriculum:
         """The rows of a step that begins after `tokens` tokens; `first_row` counts the rows of the whole run;
         `masked`: with the documents as segments."""
         number = self._at(tokens)
-        return self.mixtures[number].batch(first_row - self.plan[number].first_row, n_rows, masked)
+        return self._mixture(number).batch(first_row - self.plan[number].first_row, n_rows, masked)
 
     def epochs(self, tokens: int, rows: int) -> dict[str, float]:
         """How often each source has been read after these tokens and rows."""
         number = self._at(tokens - 1)
-        return self.mixtures[number].epochs(rows - self.plan[number].first_row)
+        return self._mixture(number).epochs(rows - self.plan[number].first_row)
 
     def realised(self, tokens: int, rows: int) -> dict[str, float]:
         """Each source's share of the tokens read so far."""
         total: dict[str, float] = {}
         for number in range(self._at(tokens - 1) + 1):
-            section, mixture = self.plan[number], self.mixtures[number]
+            section, mixture = self.plan[number], self._mixture(number)
             n_rows = rows - section.first_row if number == self._at(tokens - 1) else section.rows
             for name, share in mixture.realised(0, n_rows).items():
                 total[name] = total.get(name, 0.0) + share * n_rows * section.length

@@ -1,30 +1,18 @@
-"""Rows: documents packed into rows of one length, planned once, read from the shards of a corpus on demand.
+"""Rows: documents packed into rows of one length, read from the shards of a corpus on demand.
 
-Packing is best fit (V3 4.1; Ding et al. 2024, "Fewer Truncations"). A document longer than a row is cut into row-sized
-pieces; then each piece, longest first, goes into the fullest row with room for it. So only documents longer than a row
-are cut, and there is little padding. Rows are in the order of their first document, so the first few rows are as
-representative as any.
-
-A plan lists the pieces of a shard's documents that make up each row, for one row length:
-
-    rows-256/train-00000.pieces.npy    (start, length) of every piece, in tokens of the shard; rows one after the other
-    rows-256/train-00000.rows.npy      (end, crc) of every row: where its pieces end, CRC-32 of its tokens
-
-It depends only on the lengths of the documents, so rows of another length need only another plan, made on first use,
-and no second copy of the tokens. A row whose tokens do not match its CRC was altered after it was planned.
+`plans` lists the pieces of documents that make up each row. A row whose tokens do not match the CRC in its plan was
+altered after it was planned.
 
 `permute` needs no table: it computes position n of a permutation from a key. The permutations are Feistel networks:
 they have no state and do not depend on the version of any library.
 
-Legend: B rows, T tokens per row; P pieces, R rows of a plan.
+Legend: B rows, T tokens per row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -32,10 +20,10 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-import filelock
 import numpy as np
 
 from bessemer.data import shards
+from bessemer.data.plans import PIECE, ROW, best_fit, find_plan, plan_files
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +31,6 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 1 << 25
 """Samples are packed in groups of about this many tokens, one group in memory at a time."""
-PIECE = np.dtype([("start", "<i8"), ("length", "<i4")])
-ROW = np.dtype([("end", "<i8"), ("crc", "<u4")])
 ROUNDS = 6
 OPEN = 128
 """Most shards open at a time: a corpus may have more shards than a process may open files."""
@@ -190,120 +176,6 @@ def open_rows(
         raise UserError(f"a corpus has the splits {' and '.join(shards.SPLITS)}, not {split!r}")
     shards.check(at, meta, [split], all_bytes=False)
     return Rows(at, meta, split, row_length or meta["row_length"], plans or Path(folder))
-
-
-def find_plan(folder: Path, meta: dict[str, Any], row_length: int, plans: Path) -> Path:
-    """The folder with all shards' plans for this length: in `folder`, or else in `plans`, made there if missing."""
-    names = [shard["name"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
-    existing = folder / f"rows-{row_length}"
-    if _complete(existing, names):
-        return existing
-    target = plans / f"rows-{row_length}"
-    target.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target / ".lock"):
-        for name in names:
-            if not _complete(target, [name]):
-                write_plan(folder, target, name, np.dtype(meta["dtype"]), row_length)
-    return target
-
-
-def _complete(target: Path, names: Iterable[str]) -> bool:
-    return all(file.is_file() for name in names for file in plan_files(target, name))
-
-
-def check_length(row_length: int) -> None:
-    if row_length < 2:
-        raise UserError(f"row_length {row_length} is too small: a row must hold a token and one to predict it from")
-
-
-def write_plan(folder: Path, target: Path, name: str, dtype: np.dtype, row_length: int) -> None:
-    """Plan one shard. A killed process leaves no partial file under a final name."""
-    check_length(row_length)
-    target.mkdir(exist_ok=True)
-    try:
-        tokens = np.fromfile(shards.tokens_file(folder, name), dtype)
-        ends = np.load(shards.ends_file(folder, name), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the shard {name} in {folder} cannot be read ({error}); {shards.REBUILD}") from error
-    packed = best_fit(np.diff(ends, prepend=0), row_length)
-    pieces, rows = np.empty(len(packed.start_P), PIECE), np.empty(len(packed.end_R), ROW)
-    pieces["start"], pieces["length"] = packed.start_P, packed.length_P
-    rows["end"], rows["crc"] = packed.end_R, [_crc(tokens, row) for row in packed.rows()]
-    scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{name}-"))
-    for file, array in zip(plan_files(target, name), (pieces, rows), strict=True):
-        np.save(scratch / file.name, array)
-        os.replace(scratch / file.name, file)
-    shutil.rmtree(scratch)
-
-
-def _crc(tokens: np.ndarray, row: list[range]) -> int:
-    crc = 0
-    for piece in row:
-        crc = zlib.crc32(tokens[piece.start : piece.stop].data, crc)
-    return crc
-
-
-def plan_files(target: Path, name: str) -> tuple[Path, Path]:
-    """(pieces, rows) of a shard."""
-    return target / f"{name}.pieces.npy", target / f"{name}.rows.npy"
-
-
-class PackedPieces(NamedTuple):
-    """Pieces of documents in row order."""
-
-    start_P: np.ndarray
-    """int64: where each piece begins."""
-    length_P: np.ndarray
-    """int64."""
-    end_R: np.ndarray
-    """int64: number of pieces in this row and those before it."""
-
-    def rows(self) -> Iterator[list[range]]:
-        """The pieces of each row."""
-        pieces = [range(a, a + n) for a, n in zip(self.start_P.tolist(), self.length_P.tolist(), strict=True)]
-        first = 0
-        for end in self.end_R.tolist():
-            yield pieces[first:end]
-            first = end
-
-
-def best_fit(lengths: np.ndarray, row_length: int) -> PackedPieces:
-    """Pack documents of these lengths, all positive."""
-    start_P, length_P = _pieces(np.asarray(lengths, np.int64), row_length)
-    row_P = np.empty(len(start_P), dtype=np.int64)
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    """Open rows by their free room."""
-    rooms = 0  # bit n is set if a row with room n is open
-    n_rows = 0
-    order = np.argsort(-length_P, kind="stable")
-    for piece, length in zip(order.tolist(), length_P[order].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = row_length, n_rows
-            n_rows += 1
-        row_P[piece] = row
-        if room > length:
-            by_room[room - length].append(row)
-            rooms |= 1 << (room - length)
-    first_R = np.full(n_rows, len(start_P), dtype=np.int64)
-    np.minimum.at(first_R, row_P, np.arange(len(start_P)))
-    sorted_P = np.lexsort((start_P, first_R[row_P]))
-    return PackedPieces(
-        start_P[sorted_P], length_P[sorted_P], np.bincount(row_P, minlength=n_rows)[np.argsort(first_R)].cumsum()
-    )
-
-
-def _pieces(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, lengths) after long documents have been cut."""
-    n_pieces = -(-lengths // row_length)
-    number_P = np.arange(n_pieces.sum()) - np.repeat(n_pieces.cumsum() - n_pieces, n_pieces)  # within its document
-    start_P = np.repeat(lengths.cumsum() - lengths, n_pieces) + number_P * row_length
-    return start_P, np.minimum(np.repeat(lengths, n_pieces) - number_P * row_length, row_length)
 
 
 def write_rows(

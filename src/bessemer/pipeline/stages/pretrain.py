@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import changed
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
+from bessemer.data import plans
 from bessemer.data.batch import Batch
 from bessemer.data.mixture import Curriculum, by_size, sections
 from bessemer.data.rows import Rows, open_rows
@@ -166,7 +168,8 @@ class Pretrain(Stage[_Config]):
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
-        monitor.train(trainer)
+        with feed.planning() if ctx.ranks is None or ctx.ranks.me == 0 else nullcontext():
+            monitor.train(trainer)
         last = monitor.validate(trainer, at_end=True)
         files = start.model or start.corpus / "tokenizer"
         distributed.save(trainer, ctx.dir / "model", files)
@@ -202,9 +205,11 @@ class Feed:
         """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
         names = _parts(config, corpus)
+        self._folders = [(corpus / name, ctx.state / "rows" / name) for name in names]
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
-            return {name: open_rows(corpus / name, split, length, ctx.state / "rows" / name) for name in names}
+            opening = zip(names, self._folders, strict=True)
+            return {name: open_rows(part, split, length, at) for name, (part, at) in opening}
 
         self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
@@ -245,6 +250,14 @@ class Feed:
                     'raise its cap, lower its weight, add text, or set on_cap = "redistribute"'
                 )
             ctx.say(f"{what}; the other parts take its share from there on")
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Inside, a process of its own plans the rows of the lengths that the run reaches later."""
+        with ExitStack() as started:
+            if later := [section.length for section in self._curriculum.plan[len(self._curriculum.mixtures) :]]:
+                started.enter_context(plans.ahead(self._folders, later))
+            yield
 
     def follow(self, trainer: Trainer) -> None:
         """Takes the position in the run from `trainer`."""
