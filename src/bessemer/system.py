@@ -64,6 +64,16 @@ def granted_cores() -> int:
     return os.cpu_count() or 1
 
 
+def user_cache() -> Path | None:
+    """This user's folder for what can be made or downloaded again: $XDG_CACHE_HOME/bessemer, by default
+    ~/.cache/bessemer. None without a home directory."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:  # no HOME, and no account for this user ID
+        return None
+    return home.absolute() / "bessemer"
+
+
 def can_fork() -> bool:
     """Whether a multithreaded process may fork children that compute. On macOS it may not: Accelerate, which multiplies
     matrices there, and the Objective-C runtime abort such a child."""

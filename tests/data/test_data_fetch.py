@@ -18,6 +18,7 @@ import pytest
 from bessemer.data import fetch as fetching
 from bessemer.data.fetch import Package, cache_dir, fetch
 from bessemer.errors import UserError
+from bessemer.kernels.cache import folder as kernels_folder
 
 
 @pytest.fixture
@@ -186,10 +187,21 @@ def test_a_missing_client_is_named(wheel, tmp_path, monkeypatch):
         fetch(wheel[1], tmp_path / "cache")
 
 
-def test_cache_is_the_argument_then_the_environment_then_the_working_directory(tmp_path, monkeypatch):
+def test_one_cache_for_downloads_and_kernels_wherever_a_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BESSEMER_CACHE", raising=False)
-    assert cache_dir() == tmp_path / ".cache" / "bessemer"
+    for name in ("BESSEMER_CACHE", "BESSEMER_KERNEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_dir() == tmp_path / "home" / ".cache" / "bessemer"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "bessemer" and kernels_folder() == cache_dir() / "kernels"
     monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "env"))
     assert cache_dir() == tmp_path / "env"
     assert cache_dir(tmp_path / "given") == tmp_path / "given"
+    assert {path.name for path in tmp_path.iterdir()} <= {"xdg"}, "nothing in the working directory"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(wheel, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="set BESSEMER_CACHE"):
+        fetch(wheel[1], tmp_path / "file")

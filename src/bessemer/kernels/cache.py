@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bessemer.system import fcntl
+from bessemer.system import fcntl, user_cache
 
 VARIABLE = "BESSEMER_KERNEL_CACHE"
-"""Environment variable: the folder to use instead of ~/.cache/bessemer/kernels."""
+"""Environment variable: the folder to use instead of `kernels` in the user's cache."""
 WAIT_SECONDS = 130
 """How long a process waits for another that builds."""
 LEFT_SECONDS = 1200
@@ -37,16 +37,13 @@ class BuildError(Exception):
 
 def folder() -> Path:
     """The cache folder, created if missing; it may be read-only. Raises BuildError if it cannot be used safely."""
-    named = os.environ.get(VARIABLE)
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    except RuntimeError:  # no HOME, and no account for this user ID
-        if not named:
-            raise BuildError(
-                f"no home directory for the kernels; set {VARIABLE} to a folder of yours", final=True
-            ) from None
-        home = Path()
-    path = Path(named).absolute() if named else home.absolute() / "bessemer" / "kernels"
+    named, cache = os.environ.get(VARIABLE), user_cache()
+    if named:
+        path = Path(named).absolute()
+    elif cache is not None:
+        path = cache / "kernels"
+    else:
+        raise BuildError(f"no home directory for the kernels; set {VARIABLE} to a folder of yours", final=True)
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         safe = _safe(path)
