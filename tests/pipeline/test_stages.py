@@ -23,6 +23,7 @@ from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 MODELS = ("02-pretrain", "03-zero")
@@ -219,6 +220,37 @@ def test_killed_and_stopped_in_every_stage_it_ends_the_same_bit_for_bit(whole, t
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name] == value, name
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("folder", MODELS)
+def test_a_damaged_model_is_written_again_from_its_last_checkpoint(whole, copy, monkeypatch, capsys, folder):
+    """Without a training step; later stages stay, since the bits are those that they were made from. The first line
+    says that a stage is to run."""
+    steps, update = [], Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda self, batches: steps.append(1) or update(self, batches))
+    flip(copy.out / folder / "model" / "model.safetensors")
+    results = copy()
+    name = folder.partition("-")[2]
+    assert [result.status for result in results.values()] == ["done" if one == name else "skipped" for one in results]
+    err = capsys.readouterr().err
+    assert not steps and "1 of 4 stages to run" in err and "written again from the checkpoint" in err
+    assert copy.leaves() == whole.leaves()
+
+
+def test_a_damaged_model_whose_checkpoints_are_damaged_too_is_trained_again(whole, copy, capsys):
+    flip(copy.out / MODELS[0] / "model" / "model.safetensors")
+    for checkpoint in (copy.out / MODELS[0] / "state").glob("step-*"):
+        flip(checkpoint / "model.safetensors")
+    results = copy()
+    assert [result.status for result in results.values()] == ["skipped", "done", "skipped", "skipped"]
+    assert "1 of 4 stages to run" in capsys.readouterr().err
+    assert copy.leaves()["02-pretrain/model/model.safetensors"] == whole.leaves()["02-pretrain/model/model.safetensors"]
 
 
 def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):

@@ -42,7 +42,7 @@ from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
     conformance_summary,
-    damage,
+    damages,
     digest,
     read_done,
     stage_folders,
@@ -53,7 +53,7 @@ from bessemer.runs.files import explained, read_json, write_atomic, write_json
 from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.system import alive
-from bessemer.train import determinism
+from bessemer.train import checkpoint, determinism
 from bessemer.workers import all_cores
 
 if TYPE_CHECKING:
@@ -118,12 +118,15 @@ def run(
             _adopt_files(plan, progress)
             if rundir.killed:
                 progress.say(rundir.killed)
+            intact = _check_outputs(plan, until, rundir, metrics, progress)
             progress.say(overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
                 progress.say(_write_conformance(conformance(recipe), root))
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
             entered.enter_context(trackers.mirrored(root, recipe.trackers))
-            return _run_all(plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks)
+            return _run_all(
+                plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks, intact
+            )
         finally:
             if ranks is not None:
                 ranks.order({"end": True})
@@ -174,7 +177,7 @@ def _is_abandoned(path: Path) -> bool:
 
 def _run_all(
     plan: list[Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
-    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: Ranks | None,
+    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: Ranks | None, intact: set[str],
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
     digests: dict[str, str] = {}
@@ -185,7 +188,9 @@ def _run_all(
             results.append(StageResult(item.name, item.config.kind, "waiting", 0.0, {}, item.folder))
             continue
         inputs = {name: digests[name] for name in item.sources}
-        done = _finished(item, inputs, rundir, metrics, progress)
+        if any(result.status == "done" for result in results):
+            intact = set()  # it may have been hours
+        done = _finished(item, inputs, rundir, metrics, progress, item.name in intact)
         how = "already done"
         if done is None and donor is not None and not item.folder.exists():
             done, why = donor.give(item.name, item.folder, digest(item.identity), inputs, item.files, metrics)
@@ -230,9 +235,10 @@ def _together(
 
 
 def _finished(
-    item: Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress
+    item: Planned, inputs: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress, intact: bool
 ) -> dict[str, Any] | None:
-    """The record of a complete stage; None if the stage must run, after moving its outdated folder aside."""
+    """The record of a complete stage; None if the stage must run, after moving its outdated folder aside. `intact`: its
+    output has just been checked."""
     record = read_json(item.folder / "stage.json")
     done = read_done(item.folder)
     if record is None:
@@ -243,13 +249,44 @@ def _finished(
     if record.get("inputs") != inputs:
         changed = [name for name in inputs if record.get("inputs", {}).get(name) != inputs[name]]
         why = f"the output of {' and '.join(changed)} is not the one it was made from"
-    elif done is not None and (damaged := damage(item.folder, done)):
-        why = damaged
+    elif done is not None and not intact and (damaged := damages(item.folder, done)):
+        _leave(item, damaged, rundir, metrics, progress)
+        return None
     if why:
         aside = rundir.set_aside(item.folder, item.name, metrics)
         progress.say(f"{item.name}: {why}; the old one is moved to {aside} and the stage runs again")
         return None
     return done
+
+
+def _check_outputs(
+    plan: list[Planned], until: str | None, rundir: RunDir, metrics: Metrics, progress: RunProgress
+) -> set[str]:
+    """Before anything runs, sees to finished stages whose output is damaged, so that it is known which stages must run.
+    Returns the names of those whose output is intact."""
+    intact = set()
+    for item in plan:
+        if item.done and (done := read_done(item.folder)) is not None:
+            if damaged := damages(item.folder, done):
+                _leave(item, damaged, rundir, metrics, progress)
+            else:
+                intact.add(item.name)
+        if item.name == until:
+            break
+    return intact
+
+
+def _leave(item: Planned, damaged: dict[str, str], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
+    """Makes a finished stage with damaged output unfinished. If only its models are damaged and a checkpoint is whole,
+    it goes on from there, which writes them again; else it is moved aside and starts over."""
+    why = next(iter(damaged.values()))
+    models = all(name == "done.json" or name.split("/")[0] in ("model", "model-ema") for name in damaged)
+    if models and (whole := checkpoint.newest_whole(item.folder / "state")) is not None:
+        (item.folder / "done.json").unlink()
+        progress.say(f"{item.name}: {why}; it is written again from the checkpoint {whole.name}")
+        return
+    aside = rundir.set_aside(item.folder, item.name, metrics)
+    progress.say(f"{item.name}: {why}; the old one is moved to {aside} and the stage runs again")
 
 
 def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: RunDir) -> dict[str, Any]:

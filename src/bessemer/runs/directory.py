@@ -367,19 +367,25 @@ def outputs(folder: Path) -> list[Path]:
 
 def damage(folder: Path, done: dict[str, Any]) -> str:
     """How the output differs from its record, or the record from what was written; '' if both are intact."""
+    return next(iter(damages(folder, done).values()), "")
+
+
+def damages(folder: Path, done: dict[str, Any]) -> dict[str, str]:
+    """How every damaged file of the output, or done.json itself, differs from what was written, by its name."""
     if not done.keys() >= {"fingerprint", "inputs", "summary", "seconds", "outputs", "digest"}:
-        return "done.json is broken"
+        return {"done.json": "done.json is broken"}
     if done.get("checksum") not in (None, digest({k: v for k, v in done.items() if k != "checksum"})):
-        return "done.json is not what was written (checksum differs)"
+        return {"done.json": "done.json is not what was written (checksum differs)"}
+    found = {}
     for name, fact in done["outputs"].items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != fact["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
-        if sha256(path, fresh=True) != fact["sha256"]:
-            return f"{name} is not what was written (checksum differs)"
-    return ""
+            found[name] = f"{name} is missing"
+        elif path.stat().st_size != fact["size"]:
+            found[name] = f"{name} has {path.stat().st_size} bytes instead of {fact['size']}"
+        elif sha256(path, fresh=True) != fact["sha256"]:
+            found[name] = f"{name} is not what was written (checksum differs)"
+    return found
 
 
 def conformance_state(row: dict[str, Any]) -> str:

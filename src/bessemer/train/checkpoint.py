@@ -23,6 +23,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -217,6 +218,20 @@ def latest(
         return path, state
     if paths:
         raise none_intact(state_dir, len(paths))
+    return None
+
+
+def newest_whole(state_dir: Path) -> Path | None:
+    """The newest checkpoint in which every byte is as it was written; None if there is none."""
+
+    def verify_all(state: State) -> None:
+        for part in state.tensors.values():
+            for name in part:
+                part[name]
+
+    with suppress(UserError):
+        found = latest(state_dir, warn=lambda text: None, use=verify_all)
+        return None if found is None else found[0]
     return None
 
 
