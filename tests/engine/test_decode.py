@@ -16,7 +16,7 @@ from bessemer.engine.decode import (
     prefill_all,
     step,
 )
-from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator
+from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator, prefix_keys
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
 from bessemer.model.experts import expert_ffn_reference
@@ -204,20 +204,22 @@ def test_bytes_per_token_follow_the_count():
 
 
 def test_pages_are_free_used_or_remembered():
+    keys = lambda ids: prefix_keys(ids, len(ids) - 1, 0, [])  # noqa: E731
     pages = PageAllocator()
     pages.grow(4)
     first, ids = pages.allocate(3), list(range(3 * PAGE))
-    pages.cache(ids, first)
-    assert pages.match([*ids, 7]) == first and pages.match(ids) == first[:2] and pages.match([1, *ids]) == []
+    pages.cache(prefix_keys(ids, len(ids), 0, []), first)
+    assert pages.match(keys([*ids, 7])) == first and pages.match(keys(ids)) == first[:2]
+    assert pages.match(keys([1, *ids])) == []
     pages.release(first)
     assert pages.available == 4
-    pages.share(found := pages.match(ids))  # in use again: only the third page may be evicted
+    pages.share(found := pages.match(keys(ids)))  # in use again: only the third page may be evicted
     taken = pages.allocate(2)
-    assert set(taken).isdisjoint(found) and pages.match([*ids, 7]) == found and pages.available == 0
+    assert set(taken).isdisjoint(found) and pages.match(keys([*ids, 7])) == found and pages.available == 0
     pages.release(found)
-    assert pages.match(ids) == found and pages.available == 2
+    assert pages.match(keys(ids)) == found and pages.available == 2
     pages.allocate(2)
-    assert pages.match(ids) == [] and pages.available == 0
+    assert pages.match(keys(ids)) == [] and pages.available == 0
 
 
 def test_experts_equal_the_loop(cfg):

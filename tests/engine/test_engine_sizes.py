@@ -1,14 +1,19 @@
 """Large but empty: V3's vocabulary and prompts of 32K tokens on a network of almost no width. Work is counted."""
 
+import hashlib
 import json
+import random
 import string
 import tracemalloc
 
 import pytest
+import torch
 from drain import drain
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import kv_cache
 from bessemer.engine.engine import Engine
+from bessemer.engine.kv_cache import PAGE, LatentCache
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.kernels import library, sampling
@@ -80,3 +85,73 @@ def test_a_penalised_row_leaves_the_others_alone(large, monkeypatch):
     assert [[t.token for t in tokens] for tokens, _ in list(found.values())[:15]] == [
         [t.token for t in tokens] for tokens, _ in expected
     ]
+
+
+def test_a_text_is_hashed_once(large, monkeypatch):
+    """A prompt of 32K tokens that waits, runs as two samples and ends."""
+    hashed, real = [], hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda *args, **options: hashed.append(0) or real(*args, **options))
+    prompt = tuple(n % 200 for n in range(CONTEXT - 600))
+    pages = len(prompt) // PAGE
+    scheduler = Scheduler(large, rows=4, cache_tokens=(pages + 1) * PAGE, prefill_tokens=CONTEXT)
+    drain(scheduler, [Request(prompt, 0, 2)])
+    assert len(hashed) == pages
+    scheduler.add(Request((7, 8, 9), 1, 40, stop_ids=()))  # leaves too few pages for the prompt
+    scheduler.step()
+    hashed.clear()
+    again = tuple(prompt)
+    for n in range(2):  # together they do not fit either
+        scheduler.add(Request(again, 2 + n, 20, stop_ids=()))
+    waited = 0
+    while scheduler.stats()["waiting"] == 2:
+        scheduler.step()
+        waited += 1
+    _, found = drain(scheduler)
+    assert waited > 20 and sum(end.reason == "length" for _, end in found.values()) >= 1
+    assert scheduler.stats()["prompt_tokens_found"] == 2 * pages * PAGE
+    assert len(hashed) <= pages + 2
+
+
+def test_the_page_table_is_extended_not_rebuilt(monkeypatch):
+    """64 rows of 32K tokens, each of which gets a page in turn; then half of them leave."""
+    written, real = [], kv_cache.indices
+    monkeypatch.setattr(kv_cache, "indices", lambda numbers, device: written.append(numbers) or real(numbers, device))
+    cfg = preset("tiny", dim=16, n_layers=1, n_dense_layers=1, kv_lora_rank=2, qk_rope_head_dim=2)
+    cache = LatentCache(cfg, torch.bfloat16, torch.device("cpu"))
+    prompts = [cache.open((1,) * CONTEXT) for _ in range(64)]
+    for prompt in prompts:
+        cache.extend(prompt, CONTEXT)
+    cache.admit([(prompt, 1) for prompt in prompts])
+    written.clear()
+    for b in range(64):
+        cache.reserve([CONTEXT + (b >= other) for other in range(64)])
+    assert sum(len(places) for places, _ in written) == 64
+    cache.keep(torch.arange(64) % 2 == 0)
+    cache.reserve([CONTEXT + PAGE + 1] * 32)
+    assert sum(len(places) for places, _ in written) == 64 + 32
+    pages = CONTEXT // PAGE + 2
+    assert [row[:pages] for row in cache.table_BP.tolist()] == cache.row_pages
+    assert len({page for row in cache.row_pages for page in row}) == 32 * pages
+
+
+@pytest.mark.parametrize("lengths", ["equal", "random"])
+@pytest.mark.parametrize("pages", [40, 24])
+def test_a_full_cache_prefills_little_twice(cfg, tokenizer, lengths, pages):
+    """Prompts of one page, whose answers need seven more each, or as many as chance wants."""
+    model = Transformer(cfg.model_copy(update={"max_seq_len": 512})).initialise(0)
+    scheduler = Scheduler(Engine(model, tokenizer), rows=32, cache_tokens=pages * PAGE)
+    tokens, real = [], scheduler.runner.prefill
+
+    def counted(chunks):
+        tokens.append(sum(chunk.end - chunk.prompt.length for chunk in chunks))
+        return real(chunks)
+
+    scheduler.runner.prefill = counted
+    draw = random.Random(1)
+    count = 48 if pages == 40 else 24
+    for n in range(count):
+        most = 448 if lengths == "equal" else draw.randint(20, 448)
+        prompt = tuple(draw.randrange(3, 290) for _ in range(PAGE))
+        scheduler.add(Request(prompt, n, most, stop_ids=()))
+    _, found = drain(scheduler)
+    assert len(found) == count and sum(tokens) <= 1.55 * count * PAGE

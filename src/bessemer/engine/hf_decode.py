@@ -134,7 +134,7 @@ class SlotCache(Cache):
         """None: the cache has no limit of its own."""
         return None
 
-    def open(self, ids: Sequence[int]) -> PromptPages:
+    def open(self, ids: Sequence[int], keys: list[bytes] | None = None) -> PromptPages:
         return PromptPages(tuple(ids))
 
     def extend(self, prompt: PromptPages, length: int) -> None:
@@ -146,7 +146,7 @@ class SlotCache(Cache):
     def pages_needed(self, length_B: Sequence[int]) -> int:
         return 0
 
-    def cache_row(self, row: int, ids: Sequence[int]) -> None:
+    def cache_row(self, row: int, ids: Sequence[int], length: int, keys: list[bytes]) -> None:
         """There is no prefix cache."""
 
     def scrub(self, row: int) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
@@ -63,6 +63,8 @@ class PromptPages:
     """Chosen experts, [n, L, K] for each chunk, if they are recorded."""
     states: list[Tensor] = field(default_factory=list)
     """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
+    keys: list[bytes] = field(default_factory=list)
+    """The keys of its full pages, as far as they are known (`prefix_keys`)."""
     slots: tuple[Any, int] | None = None
     """For a foreign model: its `hf_decode.SlotCache` and row."""
 
@@ -105,6 +107,8 @@ class LatentCache:
 
     chunked_prefill = True
     """A prompt may be processed over several steps."""
+    _empty = 0
+    """In the table, where a row has no page."""
 
     def __init__(
         self,
@@ -124,6 +128,10 @@ class LatentCache:
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         self.layers = [torch.zeros(0, PAGE, width, dtype=dtype, device=device) for _ in range(layers or cfg.n_layers)]
         self.table_BP = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        """The pages of every live row, and page 0 where it has none: the first rows of `_table_RP`."""
+        self._table_RP = self.table_BP
+        self._written: list[int] = []
+        """Number of pages of each row that are in the table."""
         self.row_pages: list[list[int]] = []
         """The pages of every live row, in order."""
 
@@ -145,10 +153,13 @@ class LatentCache:
         """Pages that can still be allocated; None without a limit."""
         return None if self.limit is None else self.limit - self.pages.total + self.pages.available
 
-    def open(self, ids: Sequence[int]) -> PromptPages:
-        """A prompt, starting from the longest cached prefix."""
-        found = self.pages.match(ids, self.drafts) if self.prefix_cache else []
-        prompt = PromptPages(tuple(ids), found, drafts=self.drafts)
+    def open(self, ids: Sequence[int], keys: list[bytes] | None = None) -> PromptPages:
+        """A prompt, starting from the longest cached prefix. keys: those of its pages that are already known; receives
+        the others as they are computed."""
+        keys = [] if keys is None else keys
+        least = 0 if self.drafts else 1  # at least one token is left to compute
+        found = self.pages.match(prefix_keys(ids, len(ids) - least, self.drafts, keys)) if self.prefix_cache else []
+        prompt = PromptPages(tuple(ids), found, drafts=self.drafts, keys=keys)
         self.pages.share(prompt.pages)
         prompt.length = prompt.cached = len(prompt.pages) * PAGE
         return prompt
@@ -158,7 +169,9 @@ class LatentCache:
         prompt.pages += self._allocate(pages_for(length) - len(prompt.pages))
 
     def drop(self, prompt: PromptPages) -> None:
-        """Releases a prompt that does not become a row."""
+        """Releases a prompt that does not become a row; what is computed of it stays available."""
+        if prompt.length > prompt.cached:
+            self._cache_pages(prompt.ids, prompt.length, prompt.pages, prompt.keys)
         self.pages.release(prompt.pages)
         prompt.pages, prompt.length = [], 0
 
@@ -167,8 +180,7 @@ class LatentCache:
         The prompts must not be used afterwards."""
         rows, source, target = [], [], []
         for prompt, copies in prompts:
-            if self.prefix_cache:
-                self.pages.cache(prompt.ids[: prompt.length], prompt.pages, self.drafts)
+            self._cache_pages(prompt.ids, prompt.length, prompt.pages, prompt.keys)
             full = prompt.full_pages
             for _ in range(copies - 1):
                 rest = self._allocate(len(prompt.pages) - full)
@@ -183,7 +195,7 @@ class LatentCache:
             for pool in self.layers:
                 pool[target_N] = pool[source_N]
         self.row_pages += rows
-        self._rebuild_table()
+        self._update_table()
 
     def keep(self, live_B: Tensor) -> Tensor:
         """Drops the rows where live_B, on the CPU, is False. Returns source [B'] there: new row b is old row
@@ -194,13 +206,21 @@ class LatentCache:
                 self.pages.release(row)
         self.row_pages = [row for row, stays in zip(self.row_pages, live, strict=True) if stays]
         source = live_B.nonzero().squeeze(-1)
-        self.table_BP = self.table_BP[to_device(source, self.table_BP.device)]
+        n, before = len(source), len(live)
+        self._table_RP[:n] = self._table_RP[to_device(source, self._table_RP.device)]
+        self._table_RP[n:before] = self._empty
+        self._written = [self._written[b] for b in source.tolist()]
+        self.table_BP = self._table_RP[:n]
         return source
 
-    def cache_row(self, row: int, ids: Sequence[int]) -> None:
-        """Makes the full pages of row `row` available to later prompts; `ids` are the tokens that all modules read."""
+    def cache_row(self, row: int, ids: Sequence[int], length: int, keys: list[bytes]) -> None:
+        """Makes the full pages of row `row` available to later prompts. All modules have read the first `length` of
+        its tokens `ids`; keys: as in `open`."""
+        self._cache_pages(ids, length, self.row_pages[row], keys)
+
+    def _cache_pages(self, ids: Sequence[int], length: int, pages: Sequence[int], keys: list[bytes]) -> None:
         if self.prefix_cache:
-            self.pages.cache(ids, self.row_pages[row], self.drafts)
+            self.pages.cache(prefix_keys(ids, length, self.drafts, keys), pages)
 
     def scrub(self, row: int) -> None:
         """Makes a row's own slots finite again after the network failed on it."""
@@ -221,7 +241,7 @@ class LatentCache:
         fresh = iter(self._allocate(sum(n for n in missing if n > 0)))
         for n, row in zip(missing, self.row_pages, strict=True):
             row += islice(fresh, max(0, n))
-        self._rebuild_table()
+        self._update_table()
 
     def slots(self, prompt: PromptPages, start: int, end: int) -> list[int]:
         """Indices of a prompt's tokens [start, end) in the flat pool."""
@@ -303,10 +323,28 @@ class LatentCache:
             pool[:total], pool[total:] = old, 0.0
         self.pages.grow(size - total)
 
-    def _rebuild_table(self) -> None:
-        width = max(map(len, self.row_pages), default=0)
-        padded = [row + [0] * (width - len(row)) for row in self.row_pages]
-        self.table_BP = torch.tensor(padded, dtype=torch.int64, device=self.table_BP.device).view(len(padded), width)
+    def _update_table(self) -> None:
+        """Writes the pages that rows have received: the others never change."""
+        rows, width = self._table_RP.shape
+        self._written += [0] * (len(self.row_pages) - len(self._written))
+        longest = max(map(len, self.row_pages), default=0)
+        if len(self.row_pages) > rows or longest > width:
+            self._grow_table(max(rows, len(self.row_pages)), width if longest <= width else max(longest, 2 * width))
+            width = self._table_RP.shape[1]
+        fresh = []
+        for b, (pages, written) in enumerate(zip(self.row_pages, self._written, strict=True)):
+            if len(pages) > written:
+                fresh += [(b * width + p, pages[p]) for p in range(written, len(pages))]
+                self._written[b] = len(pages)
+        self.table_BP = self._table_RP[: len(self.row_pages)]
+        if fresh:
+            place_N, page_N = indices(list(zip(*fresh, strict=True)), self._table_RP.device).view(2, -1)
+            self._table_RP.view(-1).index_copy_(0, place_N, page_N)
+
+    def _grow_table(self, rows: int, width: int) -> None:
+        old = self._table_RP
+        self._table_RP = old.new_full((rows, width), self._empty)
+        self._table_RP[: len(old), : old.shape[1]] = old
 
 
 class PageAllocator:
@@ -349,9 +387,9 @@ class PageAllocator:
             self._users[page] += 1
             self._idle.pop(page, None)
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Removes one user from each page."""
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """Removes one user from each page. The last one is evicted first: without those before it, it is of no use."""
+        for page in reversed(pages):
             self._users[page] -= 1
             if not self._users[page]:
                 if page in self._key:
@@ -363,15 +401,14 @@ class PageAllocator:
         """The page has one user and is not cached."""
         return self._users[page] == 1 and page not in self._key
 
-    def cache(self, ids: Sequence[int], pages: Sequence[int], drafts: int = 0) -> None:
-        """Caches the full pages among `pages`, which hold the beginning of `ids`."""
-        for key, page in zip(_prefix_keys(ids, drafts), pages, strict=False):
+    def cache(self, keys: Iterable[bytes], pages: Iterable[int]) -> None:
+        """Caches the pages under their keys."""
+        for key, page in zip(keys, pages, strict=False):
             if key not in self._page and page not in self._key:
                 self._page[key], self._key[page] = page, key
 
-    def match(self, ids: Sequence[int], drafts: int = 0) -> list[int]:
-        """Cached pages of the longest prefix of `ids` that leaves at least one token; not yet shared."""
-        keys = _prefix_keys(ids if drafts else ids[:-1], drafts)
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """Cached pages of the longest known beginning; not yet shared."""
         return [self._page[key] for key in takewhile(self._page.__contains__, keys)]
 
     def _evict(self, page: int) -> None:
@@ -380,12 +417,15 @@ class PageAllocator:
         self._free.append(page)
 
 
-def _prefix_keys(ids: Sequence[int], drafts: int) -> Iterable[bytes]:
-    """One key per full page, each standing for all tokens up to the end of the page and `drafts` more."""
-    key = b""
-    for end in range(PAGE + drafts, len(ids) + 1, PAGE):
-        key = hashlib.blake2b(key + array("q", ids[end - PAGE - drafts : end]).tobytes(), digest_size=16).digest()
-        yield key
+def prefix_keys(ids: Sequence[int], length: int, drafts: int, known: list[bytes]) -> Iterator[bytes]:
+    """One key per full page of the first `length` ids, each standing for all tokens up to the end of the page and
+    `drafts` more. known: keys of the first pages; receives the others as they are computed, so that a text that waits
+    or grows is hashed once."""
+    for n, end in enumerate(range(PAGE + drafts, length + 1, PAGE)):
+        if n == len(known):
+            before, page = known[-1] if known else b"", array("q", ids[end - PAGE - drafts : end])
+            known.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
+        yield known[n]
 
 
 def pages_for(tokens: int) -> int:

@@ -24,7 +24,7 @@ from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
 from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
-from bessemer.engine.kv_cache import LatentCache, PromptPages
+from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages
 from bessemer.engine.penalties import Penalties
 from bessemer.engine.random_streams import ACCEPT, DRAFT, uniform
 from bessemer.engine.sampling import (
@@ -149,6 +149,10 @@ class ModelRunner:
             n = len(self.sequences)
             old = self.rejected or RejectedDrafts(rejected_B.new_zeros(n), q_BV.new_zeros(n, self.vocab))
             self.rejected = RejectedDrafts(torch.cat((old.rejected_B, rejected_B)), torch.cat((old.q_BV, q_BV)))
+        for prompt, sequences in prompts:
+            for sequence in sequences:
+                sequence.page_keys = list(prompt.keys)
+                sequence.shared = prompt.full_pages * PAGE if len(sequences) > 1 else 0
         for sequence in fresh:
             sequence.start()
             sequence.rejected_q_V = None
@@ -215,7 +219,7 @@ class ModelRunner:
                 self.cache.scrub(b)
             elif sequence.finish is not None:
                 # the last pass left keys of drafts in the modules' layers, which its next step would have overwritten
-                self.cache.cache_row(b, sequence.ids[: fed[b] + 1 - self.lookahead])
+                self.cache.cache_row(b, sequence.ids, fed[b] + 1 - self.lookahead, sequence.page_keys)
         self.keep(live)
 
     def positions(self) -> list[int]:
@@ -247,8 +251,10 @@ class ModelRunner:
             self.drafter.select(source)
 
     def preempt(self, b: int) -> Sequence:
-        """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged."""
+        """Removes a sequence before it samples; admitted again with all its tokens, it continues unchanged. Its pages
+        stay available to it until others need them."""
         sequence = self.sequences[b]
+        self.cache.cache_row(b, sequence.ids, self.positions()[b] + 1 - self.lookahead, sequence.page_keys)
         if self.rejected is not None and self.rejected.rejected_B[b]:
             sequence.rejected_q_V = self.rejected.q_BV[b].clone()
         self.keep([other != b for other in range(len(self.sequences))])

@@ -2,8 +2,9 @@
 
 One `step` starts prompts while rows and pages suffice, prefills a bounded number of prompt tokens, so that a long
 prompt delays the decoding sequences only a little, samples a token for every sequence, and retires finished ones. When
-the cache is full the youngest sequence is preempted and waits; on its return its tokens so far are prefilled like a
-prompt, and since its random stream is indexed by position, it continues with the same tokens.
+the cache is full the youngest sequence is preempted and waits; on its return those of its tokens whose pages others
+took are prefilled like a prompt, and since its random stream is indexed by position, it continues with the same tokens.
+A prompt starts only if everything that runs is expected to end before the cache is full (`headroom`).
 
 Prompts with a common prefix share pages: several samples of one prompt at once, and a repeated system prompt or an
 earlier turn of a conversation through the prefix cache.
@@ -12,6 +13,7 @@ earlier turn of a conversation through the prefix cache.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from typing import Protocol
@@ -24,6 +26,7 @@ from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.grammar import Grammars
+from bessemer.engine.headroom import AnswerLengths, Need, peak_pages
 from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
@@ -50,10 +53,22 @@ class _Prefill:
     prompt: PromptPages
     sequences: list[Sequence]
 
-    def pages_needed(self, lookahead: int) -> int:
-        """Pages to allocate until its sequences decode: the rest of the prompt, then each additional sequence's own."""
-        total = pages_for(len(self.prompt.ids) + lookahead)
-        return total - len(self.prompt.pages) + (len(self.sequences) - 1) * (total - self.prompt.full_pages)
+    def pages_needed(self, lookahead: int, count: int | None = None) -> int:
+        """Pages to allocate until its first `count` sequences decode: the rest of the prompt, then each additional
+        sequence's own."""
+        total, count = pages_for(len(self.prompt.ids) + lookahead), count or len(self.sequences)
+        return total - len(self.prompt.pages) + (count - 1) * (total - self.prompt.full_pages)
+
+    def pages_of_its_own(self, count: int) -> int:
+        """Pages that it has and that its first `count` sequences do not share, less those to share that it lacks."""
+        shared = self.prompt.full_pages if count > 1 else 0
+        return len(self.prompt.pages) - shared
+
+    def needs(self, count: int, lookahead: int, more: Callable[[Sequence], int]) -> list[Need]:
+        """What its first `count` sequences take besides the pages that they share."""
+        shared = self.prompt.full_pages * PAGE if count > 1 else 0
+        slots = len(self.prompt.ids) + lookahead - shared
+        return [Need(slots, more(sequence)) for sequence in self.sequences[:count]]
 
 
 class Network(Protocol):
@@ -113,6 +128,9 @@ class Scheduler:
             self.max_rows, self.cache_tokens = steps.rows, steps.cache_tokens
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
+        self._lengths = AnswerLengths()
+        self._prompt: tuple[tuple[int, ...], list[bytes]] = (), []
+        """The last prompt and the keys of its pages, which its samples share until they start."""
         self._tickets = count(1)
         self._think = think_ids(engine.tokenizer)
         self._prefills: list[_Prefill] = []
@@ -153,9 +171,13 @@ class Scheduler:
             )
         grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
         sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
+        if self._prompt[0] is not request.prompt:
+            self._prompt = request.prompt, []
+        sequence.page_keys = self._prompt[1]
         self.queue.add(sequence)
         return sequence
 
+    @torch.inference_mode()
     def cancel(self, ticket: int) -> None:
         """Frees the request's row, pages and place in the queue at once; no event follows. Unknown tickets are
         ignored."""
@@ -232,11 +254,9 @@ class Scheduler:
             sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
             if not sequences:
                 return
-            job = _Prefill(self.cache.open(sequences[0].ids), sequences)
-            free, reserved, lookahead = self.cache.free_pages(), self._reserved_pages(), self.runner.lookahead
-            while free is not None and reserved + job.pages_needed(lookahead) > free and len(job.sequences) > 1:
-                job.sequences.pop()
-            if busy and free is not None and reserved + job.pages_needed(lookahead) > free:
+            job = _Prefill(self.cache.open(sequences[0].ids, sequences[0].page_keys), sequences)
+            del job.sequences[max(self._most_that_fit(job), 0 if busy else 1) :]
+            if not job.sequences:
                 self.cache.drop(job.prompt)
                 return
             if sequences[0].cached_tokens is None:  # otherwise it was preempted, and its prompt is counted
@@ -246,6 +266,32 @@ class Scheduler:
                 self.prompt_tokens += len(job.prompt.ids)
             self.queue.take(job.sequences)
             self._prefills.append(job)
+
+    def _most_that_fit(self, job: _Prefill) -> int:
+        """How many sequences of `job` may start so that they, and all that run, find pages until they end."""
+        free, lookahead, more = self.cache.free_pages(), self.runner.lookahead, self._lengths.more
+        if free is None:
+            return len(job.sequences)
+        left, owned = free - self._reserved_pages(), free
+        needs = []
+        for sequence, pages in zip(self.runner.sequences, self.cache.row_pages, strict=True):
+            slots = len(sequence.request.prompt) + len(sequence.tokens) + lookahead
+            needs.append(Need(slots - sequence.shared, more(sequence)))
+            owned += len(pages) - sequence.shared // PAGE
+        for other in self._prefills:
+            needs += other.needs(len(other.sequences), lookahead, more)
+            owned += other.pages_of_its_own(len(other.sequences))
+
+        def fit(count: int) -> bool:
+            if job.pages_needed(lookahead, count) > left:
+                return False
+            return peak_pages(needs + job.needs(count, lookahead, more)) <= owned + job.pages_of_its_own(count)
+
+        low, high = 0, len(job.sequences)
+        while low < high:
+            count = high if not low else (low + high + 1) // 2
+            low, high = (count, high) if fit(count) else (low, count - 1)
+        return low
 
     def _prefill(self) -> None:
         """Prefills a bounded number of tokens; completed prompts become live sequences."""
@@ -287,6 +333,8 @@ class Scheduler:
                 message = seq.error or str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
                 events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens or 0))
                 self.queue.finished(seq)
+                if seq.finish != "error":
+                    self._lengths.ended(len(seq.tokens))
         return events
 
     def _preempt(self) -> list[Token | Finished]:

@@ -173,11 +173,15 @@ class Sequence:
     """While preempted: the distribution of its rejected draft."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache at its first start; None before."""
+    page_keys: list[bytes] = field(default_factory=list)
+    """What its full pages are cached under, as far as it is known (`kv_cache.prefix_keys`)."""
+    shared: int = 0
+    """Tokens in pages that other samples of its prompt use too."""
 
     @property
     def ids(self) -> tuple[int, ...]:
         """Prompt and tokens so far."""
-        return (*self.request.prompt, *self.tokens)
+        return (*self.request.prompt, *self.tokens) if self.tokens else self.request.prompt
 
     @property
     def draftable(self) -> bool:

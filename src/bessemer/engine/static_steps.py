@@ -33,7 +33,6 @@ from bessemer.engine.kept_tokens import words
 from bessemer.engine.kv_cache import PAGE, LatentCache, own_pages, pages_for
 from bessemer.engine.row_sampling import Form
 from bessemer.engine.static_drafts import Rows, StaticDrafts, width_with
-from bessemer.engine.transfer import indices
 from bessemer.kernels import paged
 from bessemer.model.transformer import Transformer
 from bessemer.precision.probe import float64_home
@@ -56,37 +55,9 @@ class StaticCache(LatentCache):
     def __init__(self, steps: StaticSteps, prefix_cache: bool) -> None:
         weight = steps.model.embed.weight
         super().__init__(steps.model.cfg, weight.dtype, weight.device, steps.pages * PAGE, prefix_cache, layers=0)
-        self.layers, self._table_RP = steps.pools, steps.table_RP
+        self.layers, self._table_RP, self._empty = steps.pools, steps.table_RP, steps.pages
         self.pages.grow(steps.pages)
-        self._table_RP.fill_(steps.pages)
-        self._written: list[int] = []
-        """Number of pages of each row that are in the table."""
-        self._scratch = steps.pages
-
-    def keep(self, live_B: Tensor) -> Tensor:
-        before = len(self.row_pages)
-        self.table_BP = self._table_RP[:before]
-        source = super().keep(live_B)
-        n = len(source)
-        self._table_RP[:n] = self.table_BP
-        self._table_RP[n:before] = self._scratch
-        self.table_BP = self._table_RP[:n]
-        self._written = [self._written[b] for b in source.tolist()]
-        return source
-
-    def _rebuild_table(self) -> None:
-        """Writes only the new entries: the pages of a row never change."""
-        width, fresh = self._table_RP.shape[1], []
-        self._written += [0] * (len(self.row_pages) - len(self._written))
-        for b, (pages, written) in enumerate(zip(self.row_pages, self._written, strict=True)):
-            if len(pages) > written:
-                fresh += [(b * width + p, pages[p]) for p in range(written, len(pages))]
-                self._written[b] = len(pages)
-        self.table_BP = self._table_RP[: len(self.row_pages)]
-        if not fresh:
-            return
-        place_N, page_N = indices(list(zip(*fresh, strict=True)), self._table_RP.device).view(2, -1)
-        self._table_RP.view(-1).index_copy_(0, place_N, page_N)
+        self._table_RP.fill_(self._empty)
 
 
 class StepRows(NamedTuple):
