@@ -63,8 +63,8 @@ def whole(base, few, tmp_path_factory):
             names[id(made.prompts)] = (number, round)
             return made
 
-        def watched_score(problems, prompts, completions, cap):
-            groups = score(problems, prompts, completions, cap)
+        def watched_score(problems, prompts, *rest):
+            groups = score(problems, prompts, *rest)
             rewards = [[row.reward for row in group] for group in groups]
             asked = list(zip([p.prompt for _, p in problems], rewards, strict=True))
             stage.rounds.append((*names.pop(id(prompts)), asked))

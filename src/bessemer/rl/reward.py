@@ -32,6 +32,7 @@ from bessemer.errors import UserError
 from bessemer.rl.rollout import Group, ScoredSample, rewards
 from bessemer.tasks.base import stable_hash
 from bessemer.tasks.readability import reply_consistency
+from bessemer.tasks.repeatable import repeatable
 from bessemer.tasks.user_code import RewardFunction, reward_function
 
 
@@ -66,10 +67,15 @@ class Reward:
         return cls(*terms, config.overlong, kind, own, config.language_scope)
 
     def score(
-        self, groups: Sequence[Group], cap: int, reward_models: Mapping[str, PreferenceScorer] | None = None
+        self,
+        groups: Sequence[Group],
+        cap: int,
+        reward_models: Mapping[str, PreferenceScorer] | None = None,
+        seed: int = 0,
     ) -> None:
         """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. An
-        episode whose environment failed gets the mean of its group, so that it makes no dead group alive."""
+        episode whose environment failed gets the mean of its group, so that it makes no dead group alive. `seed`, the
+        rollout's, decides what a user's function draws from the global generators."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
             judged = [row for row in rows if row.problem.meta.get("aim") == aim]
@@ -77,7 +83,7 @@ class Reward:
             for row, score in zip(judged, scores, strict=True):
                 row.preference = score
         for number, row in enumerate(rows):
-            row.reward = self.of(row, cap, number)
+            row.reward = self.of(row, cap, number, seed)
             if not math.isfinite(row.reward):
                 raise UserError(
                     f"the reward of a sample of problem {row.problem.id} is {row.reward}; "
@@ -90,8 +96,8 @@ class Reward:
                 if row.failure:
                     row.reward = sum(sound) / len(sound) if sound else 0.0
 
-    def of(self, row: ScoredSample, cap: int, number: int = 0) -> float:
-        """The reward of one sample; `number` is its place in the rollout, for the coin."""
+    def of(self, row: ScoredSample, cap: int, number: int = 0, seed: int = 0) -> float:
+        """The reward of one sample; `number` is its place in the rollout, for what is drawn at random."""
         if self.kind == "random":
             return float(stable_hash("coin", row.problem.id, number, *row.completion.tokens) & 1)
         verdict = row.verdict
@@ -100,11 +106,19 @@ class Reward:
         if row.preference is not None:
             aim = self.preference * row.preference
         elif self.function is not None:
-            aim = self.function(row.problem, row.answer, verdict)
+            with repeatable("reward", seed, row.problem.id, number):
+                aim = self.function(row.problem, row.answer, verdict)
         else:
             aim = verdict.score
         reward = aim + self.format * float(verdict.formatted) + self.of_language(row)
         return reward - overlong(row.length, cap, self.overlong)
+
+    def beside(self, row: ScoredSample, cap: int) -> float:
+        """The terms of form, language and length alone; 0 for the controls, which have no other."""
+        if self.kind != "task":
+            return 0.0
+        form = self.format * float(row.verdict.formatted)
+        return form + self.of_language(row) - overlong(row.length, cap, self.overlong)
 
     def of_language(self, row: ScoredSample) -> float:
         """l R_language of one sample."""

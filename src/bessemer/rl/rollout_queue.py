@@ -127,15 +127,21 @@ class RolloutGenerator:
         )
 
     def score(
-        self, problems: Problems, prompts: Sequence[list[int]], outcomes: Sequence[Sequence[Outcome]], cap: int
+        self,
+        problems: Problems,
+        prompts: Sequence[list[int]],
+        outcomes: Sequence[Sequence[Outcome]],
+        cap: int,
+        seed: int = 0,
     ) -> list[Group]:
-        """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's."""
+        """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
+        `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share)
         rows = [row for group in groups for row in group]
 
         def scored() -> list[tuple[float, float | None]]:
-            self.reward.score(groups, cap, self.reward_models)
+            self.reward.score(groups, cap, self.reward_models, seed)
             return [(row.reward, row.preference) for row in rows]
 
         for row, (reward, preference) in zip(rows, self.once(scored), strict=True):
@@ -194,7 +200,8 @@ class PendingRollout:
 
     def _complete_round(self) -> None:
         generator, settings = self.generator, self.generator.settings
-        groups = generator.score(self._problems, self._play.prompts, self._play.outcomes(), self.cap)
+        seed = generator.round_seed(self.number, self._round)
+        groups = generator.score(self._problems, self._play.prompts, self._play.outcomes(), self.cap, seed)
         if generator.difficulty is not None:
             self._selection += Selection(counts=self._pass_counts(generator.difficulty, groups))
         self._n_problems += len(groups)

@@ -23,12 +23,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, TaskOptions, Verdict
+from bessemer.tasks.repeatable import repeatable
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""
@@ -179,10 +181,14 @@ class ToolEpisode:
     def __init__(self, environment: Environment, problem: Problem) -> None:
         self.environment, self.problem = environment, problem
         self.start: Sequence[Message] = [{"role": "user", "content": problem.prompt}]
+        self.said: tuple[str, ...] = ()
 
     def step(self, turn: ModelTurn) -> Observation:
         until = time.monotonic() + self.environment.seconds
-        outputs = [self._output(call, until) for call in turn.calls]
+        self.said = (*self.said, turn.text)
+        alone = self.environment.parallel == 1  # episodes that step at the same time would share the generators
+        with repeatable("tools", self.problem.id, *self.said) if alone else nullcontext():
+            outputs = [self._output(call, until) for call in turn.calls]
         return Observation([{"role": "tool", "content": text} for text in outputs], done=not outputs)
 
     def verdict(self, text: str) -> Verdict:

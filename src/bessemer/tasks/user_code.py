@@ -3,6 +3,9 @@
 The path is relative to the recipe's folder. The code is the user's own, named in the user's own recipe: it runs in this
 process with the user's rights, outside the sandbox, and the first load prints a warning. A stage records its SHA-256
 (pipeline/inputs.py) and runs again when the file has changed. The modules that it imports are not hashed.
+
+Such code may draw from the global generators of random, numpy and torch: every call of it begins with a seed that
+follows from its arguments (`repeatable`), so a resumed run draws what the uninterrupted one drew.
 """
 
 import ast
@@ -15,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +27,8 @@ from typing import Any
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task, Verdict
-from bessemer.tasks.environment import shortened
+from bessemer.tasks.environment import Environment, Episode, ModelTurn, Observation, shortened
+from bessemer.tasks.repeatable import repeatable
 
 RewardFunction = Callable[[Problem, str, Verdict], float]
 """(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
@@ -40,7 +44,57 @@ def task(name: str, **settings: Any) -> Task:
     domain = getattr(found, "domain", "")
     if not isinstance(domain, str) or not domain.isprintable() or domain.strip() in ("", "lm-eval"):
         raise UserError(f"{name} has the domain {domain!r}; set the attribute `domain` to a word for the reports")
-    return type(found.__name__, (found,), {"name": name, "__module__": found.__module__})(**settings)
+    own: dict[str, Any] = {"name": name, "__module__": found.__module__}
+    own |= {
+        method: _repeated(written) for method in OWN if (written := getattr(found, method)) is not getattr(Task, method)
+    }
+    if issubclass(found, Environment) and found.reset is not Environment.reset:
+        own["reset"] = _repeated_episode(found.reset)
+    return type(found.__name__, (found,), own)(**settings)
+
+
+OWN = ("make", "problem", "grade", "verify", "written", "document")
+"""Methods of a task that a user may write."""
+
+
+def _repeated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with the same random numbers for the same arguments."""
+
+    @wraps(method)
+    def call(self: Task, *args: Any, **named: Any) -> Any:
+        parts = [one.id if isinstance(one, Problem) else one for one in (*args, *named.values())]
+        with repeatable(self.name, method.__name__, *parts):
+            return method(self, *args, **named)
+
+    return call
+
+
+def _repeated_episode(reset: Callable[..., Episode]) -> Callable[..., Episode]:
+    """`reset` of an environment whose episodes draw the same random numbers after the same turns. Episodes that step at
+    the same time share the generators, so theirs are left alone."""
+
+    @wraps(reset)
+    def call(self: Environment, problem: Problem, seed: int) -> Episode:
+        if self.parallel > 1:
+            return reset(self, problem, seed)
+        with repeatable(self.name, "reset", problem.id, seed):
+            return _RepeatedEpisode(reset(self, problem, seed), (self.name, problem.id, seed))
+
+    return call
+
+
+class _RepeatedEpisode:
+    def __init__(self, episode: Episode, parts: tuple[object, ...]) -> None:
+        self.episode, self.parts, self.start, self.close = episode, parts, episode.start, episode.close
+
+    def step(self, turn: ModelTurn) -> Observation:
+        self.parts = (*self.parts, turn.text)
+        with repeatable(*self.parts):
+            return self.episode.step(turn)
+
+    def verdict(self, text: str) -> Verdict:
+        with repeatable(*self.parts, "verdict"):
+            return self.episode.verdict(text)
 
 
 def reward_function(name: str) -> RewardFunction:
@@ -92,7 +146,8 @@ def _module(path: Path, digest: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(path.parent))  # where a script finds what lies beside it
     try:
-        spec.loader.exec_module(module)
+        with repeatable("load", digest):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
