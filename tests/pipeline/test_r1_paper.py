@@ -29,7 +29,7 @@ DIVISORS = {
 FASTER = {"rl": 30, "sft": 10, "reward-model": 500}
 KEPT = {
     "temperature", "temperatures", "top_p", "clip_low", "clip_high", "kl", "format_reward", "language_reward",
-    "preference_reward", "consistency", "epochs", "made",
+    "preference_reward", "consistency", "eval_temperature", "epochs", "made",
 }  # fmt: skip
 
 ASKED = {

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bessemer.rl.monitor import start_gate
+from bessemer.rl.heldout import start_gate
 
 GOOD = {
-    "pass_at_1": 0.2, "pass_at_k": 0.5, "k": 4, "formatted": 0.8, "truncated": 0.05, "reasons": {},
+    "accuracy": 0.2, "accuracy_k": 0.5, "k": 4, "formatted": 0.8, "truncated": 0.05, "reasons": {},
 }  # fmt: skip
 
 
@@ -13,11 +13,11 @@ def test_a_base_that_solves_something_may_start():
     decision = start_gate(GOOD, 0.02, format_reward=1.0)
     assert decision.passed and decision.warnings == ()
     assert decision.message == "the model solves 20.0% of held-out problems (pass@4 50.0%)"
-    assert start_gate({"pass_at_1": 0.2, "pass_at_k": 0.5}, 0.02).passed  # rows of older versions have fewer keys
+    assert start_gate({"accuracy": 0.2, "accuracy_k": 0.5}, 0.02).passed
 
 
 def test_a_hopeless_one_is_refused_with_advice():
-    decision = start_gate(GOOD | {"pass_at_1": 0.01, "pass_at_k": 0.03}, 0.02)
+    decision = start_gate(GOOD | {"accuracy": 0.01, "accuracy_k": 0.03}, 0.02)
     assert not decision.passed
     assert "below minimum_pass 2.0%: RL has nothing to amplify. Pre-train longer" in decision.message
     assert "held-out problems" in decision.message
@@ -31,19 +31,19 @@ def test_a_hopeless_one_is_refused_with_advice():
     ],
 )
 def test_the_advice_follows_from_how_it_fails(change, advice):
-    hopeless = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0} | change, 0.02)
+    hopeless = start_gate(GOOD | {"accuracy": 0.0, "accuracy_k": 0.0} | change, 0.02)
     assert not hopeless.passed and advice in hopeless.message and "pre-train longer" in hopeless.message.lower()
     able = start_gate(GOOD | change, 0.02)
     assert able.passed and len(able.warnings) == 1 and advice in able.warnings[0]
 
 
 def test_what_may_start_but_will_learn_little_is_warned():
-    few = start_gate(GOOD | {"pass_at_1": 0.03, "pass_at_k": 0.06, "formatted": 0.25}, 0.02)
+    few = start_gate(GOOD | {"accuracy": 0.03, "accuracy_k": 0.06, "formatted": 0.25}, 0.02)
     assert few.passed and len(few.warnings) == 1 and "nearly all groups will be all wrong" in few.warnings[0]
-    done = start_gate(GOOD | {"pass_at_1": 0.97, "pass_at_k": 1.0}, 0.02)
+    done = start_gate(GOOD | {"accuracy": 0.97, "accuracy_k": 1.0}, 0.02)
     assert done.passed and "choose harder problems" in done.warnings[0]
-    form = GOOD | {"pass_at_1": 0.04, "pass_at_k": 0.2}
+    form = GOOD | {"accuracy": 0.04, "accuracy_k": 0.2}
     assert "the form alone may be learnt" in start_gate(form, 0.02, format_reward=0.5).warnings[0]
     assert start_gate(form, 0.02, format_reward=0.0).warnings == ()
-    forced = start_gate(GOOD | {"pass_at_1": 0.0, "pass_at_k": 0.0}, 0.0)  # a minimum of 0 admits any base
+    forced = start_gate(GOOD | {"accuracy": 0.0, "accuracy_k": 0.0}, 0.0)  # a minimum of 0 admits any base
     assert forced.passed and "0%" in forced.warnings[0]

@@ -51,6 +51,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
         "lora", "language_scope", "first_problem", "task_options",
+        "eval_temperature",
     }  # fmt: skip
 
     @property
@@ -210,6 +211,12 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     eval_every: int = Field(10, ge=1)
     """Rollouts between held-out evaluations."""
     eval_problems: int = Field(64, ge=1)
-    """Held-out problems per task and evaluation, 4 samples each."""
+    """Held-out problems per task and evaluation, 4 samples each. rl/heldout_accuracy and rl/heldout_reward count them
+    as training does; rl/heldout_pass_at_1 counts a right answer in any form, as the stage eval does."""
+    eval_temperature: float | None = Field(None, gt=0)
+    """Sampling temperature of the held-out evaluations (R1: 0.6). Default: `temperature`, so that they measure what is
+    trained."""
     minimum_pass: float = Field(0.02, ge=0, le=1)
-    """Minimum pass rate of the base model. Below it the stage refuses to start: RL cannot amplify what is not there."""
+    """Minimum held-out accuracy of the base model, as training counts it. Below it the stage refuses to start: RL
+    cannot amplify what is not there. With partial credit or a reward of your own, it is enough that the answers to this
+    share of the problems earn different rewards. 0: start anyway."""

@@ -38,7 +38,7 @@ call that lost ids on the left). Its samples and k are 1, and its intervals are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -90,7 +90,7 @@ def evaluate(
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")
     chosen = heldout(task, problems, skip)
-    seeds = [stable_hash("eval", seed, task.name, i) & (2**62 - 1) for i in range(skip, skip + problems)]
+    seeds = prompt_seeds(task, seed, range(skip, skip + problems))
     _, groups = played(
         engine, [(task, problem) for problem in chosen], encode, samples=samples, seeds=seeds, cap=max_new_tokens,
         context=context, once=once, temperature=temperature, top_p=top_p, batch_rows=batch_rows(problems * samples),
@@ -101,6 +101,11 @@ def evaluate(
         share=share,
     )  # fmt: skip
     return row | {"skip": skip}
+
+
+def prompt_seeds(task: Task, seed: int, indices: Iterable[int]) -> list[int]:
+    """The seeds of the random streams of held-out problems."""
+    return [stable_hash("eval", seed, task.name, index) & (2**62 - 1) for index in indices]
 
 
 def answer_of(outcome: Outcome, opening: str) -> Answer:

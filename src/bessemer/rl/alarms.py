@@ -305,7 +305,10 @@ def _reward_model_hacking(history: MetricHistory) -> Alarm | None:
 
 def _true_accuracy(history: MetricHistory) -> tuple[str, float, float] | None:
     """(metric, when the reward model joined, now): held-out if measured twice since, else training accuracy."""
-    for name, what, few in (("heldout_pass_at_1", "held-out accuracy", 2), ("accuracy", "accuracy", WINDOW)):
+    heldout = "held-out accuracy"  # under its earlier name, too
+    for name, what, few in (
+        ("heldout_accuracy", heldout, 2), ("heldout_pass_at_1", heldout, 2), ("accuracy", "accuracy", WINDOW)
+    ):  # fmt: skip
         track, before = history.judged.get(name), history.before.get(name, [])
         if track is not None and track.count >= few:
             first = before[-few:] or track.first[:few]

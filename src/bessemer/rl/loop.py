@@ -152,8 +152,9 @@ class Loop:
         for number in range(first, settings.rollouts):
             _, values = self._rollout(number)
             self.evaluator.write(values)
-            accuracy, length, tries = (values[f"rl/{name}"] for name in ("accuracy", "length", "tries"))
-            ctx.progress.advance(1, f"accuracy {accuracy:.3f}, length {length:.0f}, tries {tries:.1f}")
+            reward, accuracy, length = (values[f"rl/{name}"] for name in ("reward", "accuracy", "length"))
+            score = f", score {values['rl/score']:.3f}" if "rl/score" in values else ""
+            ctx.progress.advance(1, f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}")
             if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
                 self.evaluator.evaluate(self._cap())
             self.queue.settle(number + 1)

@@ -1,8 +1,8 @@
-"""What an RL stage records: the metrics of a rollout, held-out evaluations, the start gate, and exported samples.
+"""What an RL stage records: the metrics of a rollout, held-out evaluations, and exported samples.
 
 RL amplifies what a policy already does now and then; a group whose samples are all wrong teaches nothing (R1-Zero's
-base solved 15.6 % of AIME). So a run is evaluated once before its first step: `start_gate` decides whether RL can work,
-and bases its advice on how the answers fail.
+base solved 15.6 % of AIME). So a run is evaluated once before its first step: `heldout.start_gate` decides whether RL
+can work, and bases its advice on how the answers fail.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from bessemer import tasks
 from bessemer.config.rl import Exported, RLConfig
 from bessemer.data.chat import exchange
+from bessemer.engine.episodes import played
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import rollout
 from bessemer.rl.alarms import AlarmTracker
+from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
@@ -31,6 +33,7 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import CONVERSATIONS, conversation_line, write_atomic
 from bessemer.tasks.answer import thought
 from bessemer.tasks.countdown_traces import diagnose, rates
+from bessemer.train.setup import batch_rows
 from bessemer.train.trainer import Trainer
 
 REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
@@ -46,15 +49,6 @@ PROBES = 6
 """Held-out problems whose answers are recorded at every evaluation."""
 SAMPLES = 4
 """Answers per held-out problem."""
-
-FEW_ALIVE = 0.1
-"""pass@k below which nearly every group will be dead: worth a warning."""
-SOLVED = 0.95
-"""pass@1 from which nearly every group will be all right."""
-UNFORMED, CUT = 0.2, 0.5
-"""Shares of answers that count as a fault: well-formed below this, truncated above this."""
-FORM_ONLY = 10.0
-"""Well-formed answers per right one from which the format is far easier to learn than the task."""
 
 
 def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -155,44 +149,60 @@ class Evaluator:
             raise UserError(decision.message)
 
     def evaluate(self, cap: int) -> dict[str, Any]:
-        """Means over the tasks, written and printed, with each task's own pass@1 if there are several."""
+        """Means over the tasks as RL counts them (`heldout_row`), written and printed, with each task's own accuracy if
+        there are several."""
         settings, trainer = self.settings, self.trainer
         rows = {task.name: self._row(task, cap) for task in self.tasks + self.general}
         main = [rows[task.name] for task in self.tasks]
         self._probe(cap)
-        keys = ("pass_at_1", "pass_at_k", "maj_at_k", "mean_length", "language_consistency", "formatted", "truncated")
-        mean = {key: sum(row[key] for row in main) / len(main) for key in keys} | {"k": SAMPLES}
-        values = {f"rl/heldout_{key.replace('_k', '_4')}": mean[key] for key in keys[:3]}
+        mean: dict[str, Any] = {key: sum(row[key] for row in main) / len(main) for key in main[0]} | {"k": SAMPLES}
+        values = {f"rl/heldout_{key}": mean[key] for key in ("accuracy", "reward", "pass_at_1")}
+        values |= {f"rl/heldout_{key}_4": mean[f"{key}_k"] for key in ("pass_at", "maj_at")}
         values["rl/heldout_language"] = mean["language_consistency"]
+        if mean["graded"]:
+            values["rl/heldout_score"] = mean["score"]
         each = ""
         if len(rows) > 1:
-            values |= {f"rl/heldout/{name}": row["pass_at_1"] for name, row in rows.items()}
-            each = " (" + ", ".join(f"{name} {row['pass_at_1']:.3f}" for name, row in rows.items()) + ")"
+            values |= {f"rl/heldout/{name}": row["accuracy"] for name, row in rows.items()}
+            each = " (" + ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in rows.items()) + ")"
         self.write(values)
         self.ctx.say(
-            f"step {trainer.step}: held-out pass@1 {mean['pass_at_1']:.3f}{each}, pass@4 {mean['pass_at_k']:.3f}, "
-            f"maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
+            f"step {trainer.step}: held-out reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{each}"
+            + (f", score {mean['score']:.3f}" if mean["graded"] else "")
+            + (f", in any form pass@1 {mean['pass_at_1']:.3f}" if settings.accuracy_needs_format else "")
+            + f", pass@4 {mean['pass_at_k']:.3f}, maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
             + (f", language {mean['language_consistency']:.3f}" if settings.language_reward else "")
         )
         return mean
 
-    def _row(self, task: tasks.Task, cap: int) -> dict[str, Any]:
+    def _row(self, task: tasks.Task, cap: int) -> dict[str, float]:
         generator, settings = self.generator, self.settings
-        size = task.size("test") or settings.eval_problems
-        return scoring.evaluate(
+        count = min(task.size("test") or settings.eval_problems, settings.eval_problems)
+        problems = [(task, problem) for problem in scoring.heldout(task, count)]
+        prompts, outcomes = played(
             generator.sampler,
+            problems,
             generator.encode,
-            task,
-            problems=min(size, settings.eval_problems),
             samples=SAMPLES,
-            temperature=1.0,
+            seeds=scoring.prompt_seeds(task, self.ctx.seed, range(count)),
+            cap=cap,
+            temperature=settings.temperature if settings.eval_temperature is None else settings.eval_temperature,
             top_p=settings.top_p,
-            max_new_tokens=cap,
-            seed=self.ctx.seed,
+            batch_rows=batch_rows(count * SAMPLES),
             context=generator.context,
             once=generator.once,
             share=generator.share,
         )
+
+        def make() -> dict[str, float]:
+            groups = rollout.verify(problems, prompts, outcomes, generator.sampler.tokenizer.opening)
+            return heldout_row(groups, generator.reward, settings.accuracy_needs_format, cap, partial(self._score, cap))
+
+        row: dict[str, float] = generator.once(make)
+        return row
+
+    def _score(self, cap: int, groups: Sequence[Group]) -> None:
+        self.generator.reward.score(groups, cap, self.generator.reward_models, self.ctx.seed)
 
     def _probe(self, cap: int) -> None:
         """Records answers to the same few held-out problems every time, to show how they change over the run."""
@@ -212,7 +222,7 @@ class Evaluator:
             once=generator.once,
             share=generator.share,
         )
-        generator.reward.score(groups, cap, generator.reward_models)
+        self._score(cap, groups)
         self.ctx.rollouts([_line(row, step) for group in groups for row in group])
         for group in groups[:2]:
             text = f"User: {group[0].problem.prompt}\nAssistant:{_transcript(group[0])}"
@@ -242,67 +252,6 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
         "length": row.length,
         **turns,
     }
-
-
-@dataclass(frozen=True)
-class GateDecision:
-    """`message` says what was measured and, if it did not pass, why; `warnings` apply to a run that starts anyway."""
-
-    passed: bool
-    message: str
-    warnings: tuple[str, ...] = ()
-
-
-def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: float = 0.0) -> GateDecision:
-    """`row` is from `scoring.evaluate`: pass_at_1, pass_at_k and, if present, k, formatted, truncated.
-
-    With a `minimum_pass` of 0 every model passes, with warnings.
-    """
-    one, some, k = _share(row, "pass_at_1") or 0.0, _share(row, "pass_at_k") or 0.0, row.get("k", "k")
-    measured = f"the model solves {one:.1%} of held-out problems (pass@{k} {some:.1%})"
-    faults = _faults(row)
-    if one < minimum_pass:
-        parts = [*faults, "pre-train longer, raise the share of the task's documents, or choose an easier task"]
-        advice = ". ".join(part[0].upper() + part[1:] for part in parts)
-        message = f"{measured}, below minimum_pass {minimum_pass:.1%}: RL has nothing to amplify. {advice}"
-        return GateDecision(False, message)
-    warnings = list(faults)
-    if some < FEW_ALIVE:
-        warnings.append(
-            f"only {some:.0%} of the problems are solved in any of {k} tries, so nearly all groups will be all wrong: "
-            "take more samples per problem, or mix in easier problems"
-        )
-    if one > SOLVED:
-        warnings.append(f"{one:.0%} are solved already, so nearly all groups will be all right: choose harder problems")
-    form = _share(row, "formatted")
-    if format_reward > 0 and form is not None and form < SOLVED and form > FORM_ONLY * one:
-        warnings.append(
-            f"{form:.0%} of the answers are well-formed and {one:.1%} right: with a format_reward of {format_reward:g} "
-            "the form alone may be learnt; lower it"
-        )
-    return GateDecision(True, measured, tuple(warnings))
-
-
-def _faults(row: Mapping[str, object]) -> list[str]:
-    """How the answers fail, each with its remedy."""
-    faults = []
-    cut, form = _share(row, "truncated"), _share(row, "formatted")
-    if cut is not None and cut > CUT:
-        faults.append(
-            f"{cut:.0%} of the answers are cut off at the cap: raise max_new_tokens, or teach the model to end its "
-            "answers"
-        )
-    if form is not None and form < UNFORMED:
-        faults.append(
-            f"{form:.0%} of the answers have the form the verifier reads: begin with SFT on answers in that form (a "
-            "cold start), or check that the chat template is the one the model was trained in"
-        )
-    return faults
-
-
-def _share(row: Mapping[str, object], key: str) -> float | None:
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) else None
 
 
 class SampleExport:

@@ -1,0 +1,123 @@
+"""Held-out curves and the start gate measure what the stage trains: its form, its reward, its temperature."""
+
+import pytest
+import rl_stage
+import test_rl_queue
+
+from bessemer.engine.generation import Completion
+from bessemer.errors import UserError
+from bessemer.rl.heldout import heldout_row, start_gate
+from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import verify
+from bessemer.tasks import Problem, get
+
+TASK = """
+from bessemer.tasks import Problem, Task, Verdict
+
+class Formless(Task):
+    def make(self, split, index, seed, language, phrasing):
+        return Problem(f"{self.name}/{split}/{seed}/{index}", f"Say {index}.", language)
+
+    def verify(self, problem, completion):
+        return Verdict(True, False, "no-think", "x")
+
+class Near(Formless):
+    def verify(self, problem, completion):
+        return Verdict(False, True, "wrong-value", "x", partial=len(completion) % 5 / 10)
+
+def length(problem, answer, verdict):
+    return len(answer) / 100
+
+def nothing(problem, answer, verdict):
+    return 0.0
+"""
+
+base = test_rl_queue.base
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("own") / "mine.py"
+    file.write_text(TASK)
+    return file
+
+
+def groups_of(*texts):
+    problem = Problem("p", "", "en", {"value": 27})
+    made = [Completion([1, 2], text, [-1.0] * 2, [-1.0] * 2, "stop", 1) for text in texts]
+    return verify([(get("sums"), problem)], [[1]], [made], "")
+
+
+RIGHT, BARE, SUMMARY, WRONG = (
+    "<think>t</think><answer>27</answer>", "<answer>27</answer>", "<think>t</think>\n\n\\boxed{27}",
+    "<think>t</think><answer>28</answer>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("needs_format", "accuracy"), [(True, 0.25), (False, 0.75)])
+def test_a_right_answer_in_another_form_counts_as_in_training(needs_format, accuracy):
+    reward, groups = Reward(0.1), groups_of(RIGHT, BARE, SUMMARY, WRONG)
+    row = heldout_row(groups, reward, needs_format, 9, lambda groups: reward.score(groups, 9))
+    trained = verify(
+        [(get("sums"), groups[0][0].problem)], [[1]], [[one.completion for one in groups[0]]], "", needs_format
+    )
+    reward.score(trained, 9)
+    assert row["accuracy"] == sum(one.verdict.correct for one in trained[0]) / 4 == accuracy
+    assert row["reward"] == pytest.approx(sum(one.reward for one in trained[0]) / 4)
+    assert (row["pass_at_1"], row["accuracy_k"], row["pass_at_k"], row["graded"]) == (0.75, 1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("keys", "expected"), [((), 0.5), (("eval_temperature=0.25",), 0.25)])
+def test_held_out_answers_are_sampled_as_in_training_or_as_the_key_says(base, tmp_path, keys, expected):
+    stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=1", "temperature=0.5", *keys)
+    loop, asked = stage.loop(), []
+    generate = loop.sampler.generate
+    loop.sampler.generate = lambda *args, **named: asked.append(named) or generate(*args, **named)
+    loop.run()
+    assert {one["temperature"] for one in asked if one["samples"] == 4} == {expected}
+
+
+def test_the_gate_reads_what_training_counts(base, tmp_path, file):
+    needs = rl_stage.Stage(
+        base, tmp_path / "a", f'tasks=["{file}:Formless"]', "accuracy_needs_format=true", "minimum_pass=0.02"
+    )
+    with pytest.raises(UserError, match=r"below minimum_pass.*minimum_pass = 0"):
+        needs.run()
+    assert needs.values("rl/heldout_accuracy") == [0.0] and needs.values("rl/heldout_pass_at_1") == [1.0]
+    free = rl_stage.Stage(base, tmp_path / "b", f'tasks=["{file}:Formless"]', "minimum_pass=0.02", "rollouts=1")
+    free.run()
+    assert free.values("rl/heldout_accuracy") == [1.0, 1.0] == free.values("rl/accuracy") * 2
+
+
+def test_credit_and_an_own_reward_pass_the_gate_where_answers_differ_in_them(base, tmp_path, file):
+    said = []
+    for folder, keys in {
+        "credit": (f'tasks=["{file}:Near"]',),
+        "reward": (f'tasks=["{file}:Near"]', f'reward="{file}:length"'),
+    }.items():
+        stage = rl_stage.Stage(base, tmp_path / folder, *keys, "minimum_pass=0.02", "rollouts=1", "eval_problems=4")
+        loop = stage.loop()
+        advance = loop.ctx.progress.advance
+        loop.ctx.progress.advance = lambda n, note, advance=advance: said.append(note) or advance(n, note)
+        loop.run()
+        assert stage.values("rl/heldout_accuracy") == [0.0, 0.0] and stage.values("rl/accuracy") == [0.0]
+        assert stage.values("rl/score")[0] > 0 and stage.values("rl/heldout_score")[0] > 0
+        assert len(stage.values("rl/heldout_reward")) == 2 and stage.values("rl/heldout_reward")[0] > 0
+        assert f"reward {stage.values('rl/reward')[0]:.3f}" in said[-1] and "accuracy 0.000" in said[-1]
+    stage = rl_stage.Stage(
+        base, tmp_path / "none", f'tasks=["{file}:Near"]', f'reward="{file}:nothing"', "minimum_pass=0.02"
+    )
+    with pytest.raises(UserError, match=r"0\.0% of them earn different rewards, below minimum_pass"):
+        stage.run()
+
+
+def test_form_language_and_length_are_no_contrast():
+    reward = Reward(0.5, language=1.0, overlong=4, function=lambda problem, answer, verdict: 0.1)
+    groups = groups_of(RIGHT, BARE, SUMMARY, WRONG)
+    for number, row in enumerate(groups[0]):
+        row.language = number / 3
+    row = heldout_row(groups, reward, False, 4, lambda groups: reward.score(groups, 4))
+    assert len({one.reward for one in groups[0]}) > 1 and (row["graded"], row["contrast"]) == (1.0, 0.0)
+    assert not start_gate(row | {"accuracy": 0.0}, 0.02).passed
+    assert start_gate(row | {"accuracy": 0.0, "contrast": 0.02}, 0.02).passed
+    assert not start_gate(row | {"accuracy": 0.0, "contrast": 1.0, "graded": 0.0}, 0.02).passed
