@@ -77,6 +77,20 @@ run sft.toml --out file/x | file/x: a file is in the way
 data export runs/tiny file | file: a file is in the way
 run sft.toml --set main=bas | main = "bas" is no stage with a model; did you mean "base"?
 run sft.toml --set sft.lr=nan | key "lr" is NaN
+run tiny --set zero.rollout=5 | key "rollout" is 5 (a whole number), expected a table; did you mean "rollouts"?
+run tiny --set zero.rollout=5 | --set zero.rollout=5: [[stage]] "zero" (kind rl): key "rollout"
+run tiny --set zero.rollout.rows=x | --set zero.rollout.rows=x: [[stage]] "zero" (kind rl): key "rollout.rows"
+run tiny --set zero.ahead=x | --set zero.ahead=x: [[stage]] "zero" (kind rl): key "max_off_policy_rollouts"
+run tiny --set zero.rolouts=4 | --set zero.rolouts=4: [[stage]] "zero" (kind rl): unknown key "rolouts"; did you mean
+run tiny --set zero.from=bas | --set zero.from=bas: [[stage]] "zero": from = "bas" does not exist
+run tiny --set layout.pq=2 | --set layout.pq=2: [layout]: unknown key "pq"
+run tiny --set seed=x | --set seed=x: key "seed"
+run tiny --set model.hidden=64 | --set model.hidden=64: model (preset 'tiny'): unknown key 'hidden'; did you mean 'dim'?
+run tiny --set model.num_hidden_layers=2 | did you mean 'n_layers'?
+run tiny --set model.dim=x | --set model.dim=x: model (preset 'tiny'): dim:
+run tiny --set model.preset=v9 | --set model.preset=v9: model: unknown preset 'v9'
+run tiny --set model.name=x | unknown key 'name'
+plan v3 --cluster 8xH100 --set model.hidden=64 | did you mean 'dim'?
 run | 'RECIPE'; see bessemer run --help
 frobnicate | No such command 'frobnicate'; see bessemer --help
 """

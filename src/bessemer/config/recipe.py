@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from bessemer.config.builtin import NAME, builtin_recipes, find_recipe
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
@@ -126,6 +126,13 @@ class Recipe(Head):
     """How the run is distributed over devices."""
     stages: list[SerializeAsAny[StageConfig]] = Field(alias="stage")
     """The stages, in order; each [[stage]] table has a kind and that kind's own keys."""
+    _arguments: dict[str, str] = PrivateAttr(default_factory=dict)
+    # address -> the argument --set that gave its value
+
+    def of_model(self, key: str) -> str:
+        """ "--set model.KEY=VALUE: " if the command line gave this key of [model], otherwise nothing."""
+        argument = self._arguments.get(f"model.{key}")
+        return "" if argument is None else f"{argument}: "
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -156,17 +163,23 @@ class Recipe(Head):
         unknown = [key for key in data if key not in keys(cls)]
         if unknown:
             raise UserError(f'{where}: unknown key "{unknown[0]}" at the top level; {nearest(unknown[0], keys(cls))}')
-        stages = [_stage(table, number, where) for number, table in enumerate(tables, start=1)]
+        arguments = {argument.partition("=")[0].strip(): f"--set {argument}" for argument in overrides}
+        stages = [_stage(table, number, where, arguments) for number, table in enumerate(tables, start=1)]
         _check_names(stages, where)
-        _check_refs(stages, where)
-        layout = validate(LayoutConfig, data.get("layout", {}), f"{where}: [layout]")
-        head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where)
+        _check_refs(stages, where, arguments)
+        set_by = _set_by(LayoutConfig, "layout.", arguments)
+        layout = validate(LayoutConfig, data.get("layout", {}), where, ": [layout]", set_by)
+        head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where, set_by=arguments)
         if not NAME.fullmatch(head.name):
-            raise UserError(f'{where}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
+            place = arguments.get("name", where)
+            raise UserError(f'{place}: name is "{head.name}"; use letters, digits, "-" and "_" (it names a folder)')
         writers = [stage.name for stage in stages if stage.makes_model]
         if head.main is not None and head.main not in writers:
-            raise UserError(f'{where}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
-        return cls.model_construct(**dict(head), layout=layout, stages=stages)
+            place = arguments.get("main", where)
+            raise UserError(f'{place}: main = "{head.main}" is no stage with a model; {nearest(head.main, writers)}')
+        recipe = cls.model_construct(**dict(head), layout=layout, stages=stages)
+        recipe._arguments = arguments
+        return recipe
 
     def stage(self, name: str) -> StageConfig:
         for settings in self.stages:
@@ -247,13 +260,18 @@ def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _stage(table: dict[str, Any], number: int, where: str) -> StageConfig:
+def _set_by(table: type[ConfigTable], prefix: str, arguments: dict[str, str]) -> dict[str, str]:
+    """Top key of a table, under its current name -> the argument that set it or a part of it."""
+    keys_of = {address.removeprefix(prefix): one for address, one in arguments.items() if address.startswith(prefix)}
+    return {table.renamed.get(top := key.partition(".")[0], top): one for key, one in keys_of.items()}
+
+
+def _stage(table: dict[str, Any], number: int, where: str, arguments: dict[str, str]) -> StageConfig:
     place = f"{where}: [[stage]] number {number}"
     if "kind" not in table:
         raise UserError(f'{place}: key "kind" is required; it names the kind of stage')
-    return validate(
-        stage_config(table["kind"], place), table, f'{where}: [[stage]] "{table["name"]}" (kind {table["kind"]})'
-    )
+    config, named = stage_config(table["kind"], place), f': [[stage]] "{table["name"]}" (kind {table["kind"]})'
+    return validate(config, table, where, named, _set_by(config, f"{table['name']}.", arguments))
 
 
 def _check_names(stages: list[StageConfig], where: str) -> None:
@@ -270,7 +288,7 @@ def _check_names(stages: list[StageConfig], where: str) -> None:
         seen.add(stage.name)
 
 
-def _check_refs(stages: list[StageConfig], where: str) -> None:
+def _check_refs(stages: list[StageConfig], where: str, arguments: dict[str, str]) -> None:
     names = [stage.name for stage in stages]
     for place, stage in enumerate(stages):
         for key, name in stage_refs(stage):
@@ -284,7 +302,8 @@ def _check_refs(stages: list[StageConfig], where: str) -> None:
                 else "comes later"
             )
             earlier = f"stages before it: {', '.join(names[:place])}" if place else "no stage comes before it"
-            raise UserError(f'{where}: [[stage]] "{stage.name}": {key} = "{name}" {why}; {earlier}')
+            named = arguments.get(f"{stage.name}.{key}", where)
+            raise UserError(f'{named}: [[stage]] "{stage.name}": {key} = "{name}" {why}; {earlier}')
         if place and stage.source is None:
             stages[place] = stage.model_copy(update={"source": names[place - 1]})
 

@@ -8,11 +8,14 @@ A renamed key stays readable under its old name, with a warning. Fingerprints us
 written before the change go on.
 """
 
+import contextlib
 import difflib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from bessemer.errors import UserError
 
@@ -206,13 +209,18 @@ def original_names(table: type[ConfigTable], values: dict[str, Any]) -> dict[str
     return original
 
 
-def validate(table: type[AnyTable], values: dict[str, Any], where: str) -> AnyTable:
-    """`values` as a `table`, or a UserError that starts with `where` (file and table) and names the key."""
+def validate(
+    table: type[AnyTable], values: dict[str, Any], where: str, place: str = "", set_by: Mapping[str, str] | None = None
+) -> AnyTable:  # fmt: skip
+    """`values` as a `table`, or a UserError that names the key and starts with `where`, the file, or with the argument
+    that set the key (`set_by`), and then `place`, the table."""
     # through JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path
     try:
         return table.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(table, error)}") from None
+        first = error.errors(include_url=False)[0]  # one at a time: the second is often a child of the first
+        key = str(first["loc"][0]) if first["loc"] else ""
+        raise UserError(f"{(set_by or {}).get(key, where)}{place}: {_sentence(table, first)}") from None
 
 
 _EXPECTED = {
@@ -229,9 +237,8 @@ _TYPES = {
 }
 
 
-def _sentence(table: type[ConfigTable], error: ValidationError) -> str:
-    """The first mistake, in words. One at a time: the second is often a child of the first."""
-    first = error.errors(include_url=False)[0]
+def _sentence(table: type[ConfigTable], first: ErrorDetails) -> str:
+    """A mistake in words."""
     at = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "nullable", "constrained-"))]
     key = ".".join(at)
     if first["type"] == "extra_forbidden":
@@ -248,7 +255,20 @@ def _sentence(table: type[ConfigTable], error: ValidationError) -> str:
         expected = "one of " + first["ctx"]["expected"]
     if expected is None:  # bounds and the like, which pydantic words well: "Input should be greater than 0"
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
-    return f'key "{key}" is {given} ({_type_name(first["input"])}), expected {expected}'
+    meant = _meant(_table_at(table, at[:-1]), at[-1], first["input"])
+    return f'key "{key}" is {given} ({_type_name(first["input"])}), expected {expected}{meant}'
+
+
+def _meant(table: type[ConfigTable], key: str, value: object) -> str:
+    """'; did you mean "rollouts"?' if the value of `key` is one for a key that is spelled nearly alike."""
+    fields = {field.alias or name: field for name, field in table.model_fields.items()}
+    for near in difflib.get_close_matches(key, [name for name in fields if name != key], n=3, cutoff=0.8):
+        with contextlib.suppress(ValidationError):
+            field = fields[near]
+            adapter = TypeAdapter[Any](Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
+            adapter.validate_json(json.dumps(value, default=str), strict=True)
+            return f'; did you mean "{near}"?'
+    return ""
 
 
 def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:

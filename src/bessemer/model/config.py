@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -244,12 +244,16 @@ class ModelConfig(BaseModel):
         return self.make({**self.model_dump(), **context})
 
     @classmethod
-    def make(cls, values: dict[str, Any], where: str = "model") -> ModelConfig:
-        """Validates plain values; all problems are reported in one UserError, which names each key and its fix."""
+    def make(
+        cls, values: dict[str, Any], where: str = "model", set_by: Callable[[str], str] = lambda key: ""
+    ) -> ModelConfig:  # fmt: skip
+        """Validates plain values; all problems are reported in one UserError, which names each key and its fix.
+        `set_by` gives what a problem with a key begins with: the argument that set it."""
         try:
             return cls(**values)
         except ValidationError as error:
-            raise UserError("; ".join(_explain(item, where) for item in error.errors())) from None
+            faults = [set_by(str((*item["loc"], "")[0])) + _explain(item, where) for item in error.errors()]
+            raise UserError("; ".join(faults)) from None
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -257,12 +261,43 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
+ELSEWHERE = {
+    "dim": "hidden hidden_size hidden_dim d_model n_embd model_dim width",
+    "n_layers": "layers depth n_layer num_layers num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace dense_layers",
+    "inter_dim": "intermediate_size ffn ffn_dim d_ff mlp_dim",
+    "moe_inter_dim": "moe_intermediate_size expert_dim",
+    "n_heads": "heads n_head num_heads num_attention_heads",
+    "n_kv_heads": "num_key_value_heads kv_heads",
+    "n_routed_experts": "experts n_experts num_experts num_local_experts",
+    "n_activated_experts": "num_experts_per_tok experts_per_token top_k topk",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "route_scale": "routed_scaling_factor",
+    "n_mtp": "num_nextn_predict_layers mtp",
+    "vocab_size": "vocab vocabulary",
+    "max_seq_len": "max_position_embeddings context context_length n_positions block_size seq_len",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+"""Key -> what transformers and other programs call it, for hints."""
+
+
+def meant(key: str) -> str | None:
+    """The key that an unknown one most likely stands for."""
+    for name, others in ELSEWHERE.items():
+        if key in others.split():
+            return name
+    near = difflib.get_close_matches(key, [*ModelConfig.model_fields, "preset"], n=1)
+    return near[0] if near else None
+
+
 def _explain(item: ErrorDetails, where: str) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [*ModelConfig.model_fields, "preset"], n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{where}: unknown key '{key}'{hint}"
+        near = meant(key)
+        hint = f"did you mean '{near}'?" if near else "bessemer keys model lists all"
+        return f"{where}: unknown key '{key}'; {hint}"
     if item["type"] == "missing":
         return f"{where}: key '{key}' is missing"
     if not key:
@@ -334,10 +369,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, **overrides: object) -> ModelConfig:
-    """The named shape with some fields replaced; UserError, with the nearest match, for an unknown name or key."""
+def preset(name: str, set_by: Callable[[str], str] = lambda key: "", /, **overrides: object) -> ModelConfig:
+    """The named shape with some fields replaced; UserError, with the nearest match, for an unknown name or key, which
+    begins with what `set_by` gives for it (`ModelConfig.make`)."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"model: unknown preset '{name}'{hint} Presets: {', '.join(PRESETS)}")
-    return ModelConfig.make({**PRESETS[name], **overrides}, where=f"model (preset '{name}')")
+        raise UserError(f"{set_by('preset')}model: unknown preset '{name}'{hint} Presets: {', '.join(PRESETS)}")
+    return ModelConfig.make({**PRESETS[name], **overrides}, f"model (preset '{name}')", set_by)

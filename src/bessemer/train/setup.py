@@ -44,7 +44,7 @@ PRECISION = "precision.txt"
 def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> ModelConfig:
     """The recipe's [model] table as a config, with a stage's own changes to it."""
     values = dict(recipe.model) | (changes or {})
-    return preset(values.pop("preset", "tiny"), **values)
+    return preset(values.pop("preset", "tiny"), recipe.of_model, **values)
 
 
 def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
