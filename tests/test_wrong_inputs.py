@@ -64,6 +64,13 @@ data build latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save i
 data build dir | dir is a directory; name the recipe itself
 data check file | file is not a finished build
 keys sftt | did you mean "sft"?
+keys lr | distill.lr
+keys rl.lrr | rl has no key "lrr"; did you mean "lr"?
+keys rll.lr | unknown kind "rll"; did you mean "rl"?
+compare runs/tiny/zero runs/tiny/01-zero | is on both sides
+compare runs/tiny runs/tiny --task countdown | is on both sides
+whatif runs/none | no recipe at runs/none
+plan v3 --cluster 8xH100 --search | layouts rejected (needs more memory
 run nosuch.toml | no recipe at nosuch.toml; available recipes:
 run dir | dir is a directory; name the recipe itself
 run latin.toml | latin.toml, line 1 is not UTF-8 text (byte 0xe9); save it as UTF-8

@@ -174,19 +174,35 @@ def test_which_steps_can_be_replayed_is_said(whole, tmp_path):
     root, _ = whole
     with pytest.raises(UserError, match="has made 8 steps so far; there is no step 9"):
         replay(root, "zero", 9)
-    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start recomputes the 1 rollouts before it"):
-        replay(root, "zero", 3)
     with pytest.raises(UserError, match='only keys of "zero" affect its replay'):
         replay(root, "zero", 5, changes=["pretrain.lr=1"])
     with pytest.raises(UserError, match='"pretrain" is of kind pretrain; name a stage of kind rl as RUN/STAGE: zero'):
         replay(root, "pretrain", 5)
     root = tmp_path / "run"
     shutil.copytree(whole[0], root)
+    slow(root, 400)
+    with pytest.raises(UserError, match=r"steps from 5 on.*--from-start recomputes the 1 rollouts .* 6m 40s"):
+        replay(root, "zero", 3)
     shutil.rmtree(root / "03-zero" / "state")  # as in a stage taken from another run
     with pytest.raises(UserError, match=r"\(no checkpoint is there\); --from-start recomputes the 2 rollouts"):
         replay(root, None, 5)
     found = replay(root, None, 5, from_start=True)
     assert (found.begun, found.again) == (0, 2) and found.differences() == [{}]
+
+
+def slow(root, seconds):
+    """Make the record say that every rollout took as long."""
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    for number, line in enumerate(line for line in lines if "rl/reward" in line["values"]):
+        line["time"] = 1e9 + number * seconds
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_few_rollouts_are_computed_again_unasked(whole, call):
+    """By the record they took a moment; the user reads that they come first."""
+    status, out, err = call("replay", whole[0], "--step", 3)
+    assert status == 0 and "all" in out and "bit-identical" in out
+    assert "no checkpoint right before step 3" in err and "1 rollout is computed again" in err
 
 
 def test_a_record_that_says_otherwise_is_reported(whole, call, tmp_path):
@@ -250,11 +266,17 @@ def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path, monkeyp
     assert status == 2 and 'stage "pretrain"' in err and "is not finished" in err
     for folder in ("02-pretrain", "03-zero"):
         write_done(root / folder, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
-    asked, sample = [], rollout.sample
-    monkeypatch.setattr(rollout, "sample", lambda *args, **keys: asked.append(keys["top_p"]) or sample(*args, **keys))
-    status, out, _ = call("why", f"{root}/zero", "--problems", 8, "--samples", 4)
+    asked, played = [], rollout.played
+    monkeypatch.setattr(rollout, "played", lambda *args, **keys: asked.append(keys["top_p"]) or played(*args, **keys))
+    monkeypatch.setattr(pipeline_why, "AT_ONCE", 3)
+    status, out, err = call("why", f"{root}/zero", "--problems", 8, "--samples", 4)
+    assert err.startswith("pretrain and zero each answer 8 problems 4 times\npretrain: 8 problems answered"), err
+    in_parts = (root / "why-zero.json").read_bytes()
+    monkeypatch.undo()
+    call("why", f"{root}/zero", "--problems", 8, "--samples", 4)
+    assert (root / "why-zero.json").read_bytes() == in_parts, "the parts are only for the progress"
     assert status == 0 and "zero: reward" in out and "8 held-out problems x 4 answers" in out and "a coin" in out
-    assert asked == [0.9, 0.9], "as the stage sampled"
+    assert asked == [0.9] * 6, "as the stage sampled"
     kept = json.loads((root / "why-zero.json").read_text())
     assert kept["problems"] == 8 and "did not rise" in out
     assert "Why the reward rose" in (root / "report.html").read_text()

@@ -59,3 +59,15 @@ def test_a_stage_that_goes_is_named_and_a_run_must_be_there(toy, call, tmp_path)
     assert [(one.stage, one.fate) for one in answer.stages][-1] == ("compare", "dropped")
     status, _, err = call("whatif", "recipes/tiny.toml", "--run", tmp_path / "nothing")
     assert status == 2 and "is not a run directory" in err
+
+
+def test_a_run_stands_for_its_recipe(toy, call):
+    """`whatif`, `run` and a dry run take a run's directory, as the commands on models do."""
+    runner.run(Recipe.load(toy.path, ["first.steps=5"]), toy.out)
+    status, out, err = call("whatif", toy.out, "--set", "second.seed=8", "--json")
+    assert status == 0, err
+    assert [stage["fate"] for stage in json.loads(out)["stages"]] == ["kept", "again", "again"]
+    status, out, err = call("run", toy.out, "--json")
+    facts = json.loads(out)
+    assert status == 0 and facts["directory"] == str(toy.out), "with the --set that it was made with, in its own place"
+    assert {stage["status"] for stage in facts["stages"]} == {"skipped"}

@@ -67,6 +67,8 @@ def compare(
                "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
     check_used("--task", task, options)
     sides = [[model_dir(name.strip()) for name in side.split(",")] for side in (first, second)]
+    if same := {folder.resolve() for folder in sides[0]} & {folder.resolve() for folder in sides[1]}:
+        raise UserError(f"{min(same)} is on both sides; compare it with another model")
 
     def rows(folder: Any) -> list[dict[str, Any]]:
         if not task:
@@ -88,21 +90,26 @@ def compare(
 
 @app.command()
 def whatif(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe of a run, or one derived from it.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN", help="The recipe of a run, or one derived from it; or the run.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="A change; may be repeated.")
     ] = None,
-    run: Annotated[str | None, typer.Option(metavar="RUN", help="The existing run. Default: runs/NAME.")] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The existing run. Default: the run given, or runs/NAME.")
+    ] = None,
     usd: Annotated[float | None, typer.Option(min=0.0, help="Price of this machine per hour, in dollars.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages of a run a change would rerun, with time, memory and price. Nothing is run or moved."""
+    from bessemer.config.builtin import run_of
     from bessemer.config.recipe import Recipe
     from bessemer.plan import whatif as fates
     from bessemer.runs.directory import run_dir
 
     loaded = Recipe.load(recipe, set_ or [])
-    root = Path("runs") / loaded.name if run is None else run_dir(run)
+    root = run_of(recipe) or Path("runs") / loaded.name if run is None else run_dir(run)
     answer = fates.whatif(loaded, root, usd)
     if as_json:
         print_json(answer.facts())
@@ -121,7 +128,10 @@ def replay(
     ] = None,
     from_start: Annotated[
         bool,
-        typer.Option("--from-start", help="If no checkpoint before the step is kept: start at the stage's beginning."),
+        typer.Option(
+            "--from-start",
+            help="If no checkpoint before the step is kept: start at the stage's beginning, however long it takes.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -60,8 +60,9 @@ def keys(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]",
-            help="A stage kind, model, or data for a data recipe. Default: all keys of a training recipe.",
+            metavar="[KIND[.KEY]]",
+            help="A stage kind, model, layout, or data for a data recipe; or one key, such as rl.lr. Default: all keys "
+            "of a training recipe.",
         ),
     ] = None,
     json_schema: Annotated[

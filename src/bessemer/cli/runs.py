@@ -26,7 +26,11 @@ class ShotChoice(StrEnum):
 @app.command()
 def run(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A recipe: a file, or the name of a built-in one, such as tiny.")
+        Path,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe: a file, the name of a built-in one, such as tiny, or a run, which then goes on.",
+        ),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key; may be repeated.")
@@ -75,6 +79,7 @@ def run(
         return
     check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.cli import many
+    from bessemer.config.builtin import run_of
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
     from bessemer.pipeline.conformance import rows
@@ -85,6 +90,7 @@ def run(
 
     began = time.monotonic()
     loaded = Recipe.load(recipe, set_ or [])
+    out = out or run_of(recipe)
     root = out or Path("runs") / loaded.name
     ranks = many.start(loaded, root, processes)
     try:

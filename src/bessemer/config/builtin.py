@@ -38,7 +38,8 @@ def purpose(file: Path) -> str:
 
 def find_recipe(name: str | Path, data: bool = False) -> Path:
     """The file of a training recipe, or of a data recipe, which is named by its path or, where it comes with the
-    package, by its name alone. UserError: there is none, or the name could mean a file here, too."""
+    package, by its name alone; or that of a run, named by its directory or by its name under runs/. UserError: there is
+    none, or the name could mean a file here, too."""
     text = os.fspath(name)
     known = builtin_recipes(data)
     if text.startswith(PREFIX):
@@ -48,12 +49,26 @@ def find_recipe(name: str | Path, data: bool = False) -> Path:
         return known[inside]
     path = Path(text)
     if text not in known:
+        if not data and (run := run_of(text)) is not None:
+            return run / RECIPE
         if path.suffix or path.exists() or len(path.parts) > 1:
             return path  # reading it raises the error, if there is one
         raise UserError(f'no recipe "{text}": {nearest(text, list(known))} (or the path of a file, such as my.toml)')
     if here := [file for file in (path, path.with_suffix(".toml")) if file.is_file()]:
         raise UserError(f"{text} is a built-in recipe, and {here[0]} lies here: write ./{here[0]} or {PREFIX}{text}")
     return known[text]
+
+
+RECIPE = "recipe.toml"
+"""A run's own recipe, in its directory."""
+
+
+def run_of(name: str | Path) -> Path | None:
+    """The run directory that a path or a name under runs/ stands for; None if it is something else, such as the name of
+    a built-in recipe."""
+    if os.fspath(name) in builtin_recipes():
+        return None
+    return next((path for path in (Path(name), Path("runs") / name) if (path / RECIPE).is_file()), None)
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator
@@ -19,44 +19,77 @@ DATA = "data"
 """Stands for a stage kind: the recipe of `bessemer data build`."""
 MODEL = "model"
 """Stands for a stage kind: the table [model]."""
+LAYOUT = "layout"
+"""Stands for a stage kind: the table [layout]."""
 
 
 def describe_keys(kind: str | None, network: type[BaseModel], presets: Sequence[str]) -> str:
     """The keys of all tables of a recipe, of one stage kind or of [model] (UserError for an unknown kind), or of a data
-    recipe. `network`: the class of [model], in which one of `presets` may stand for the rest."""
+    recipe; "rl.lr" is one key. `network`: the class of [model], in which one of `presets` may stand for the rest."""
     if kind == DATA:
         return _table("data recipe", Curation)
+    if kind is not None and "." in kind:
+        kind, _, key = kind.partition(".")
+        return _one(kind, key, network)
+    if kind == LAYOUT:
+        return _table("[layout]", LayoutConfig)
     if kind is not None and kind not in (MODEL, *STAGES):
-        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, MODEL, *STAGES])}')
+        tables: dict[str, type[BaseModel]] = {
+            "": Head,
+            f"{LAYOUT}.": LayoutConfig,
+            f"{MODEL}.": network,
+            **{f"{k}.": t for k, t in STAGES.items()},
+        }
+        named = [f"{where}{kind}" for where, table in tables.items() if kind in dict(_entries(table))]
+        if named and named[0] != kind:
+            raise UserError(f"keys: {kind} is a key of {', '.join(named)}; write one of these")
+        if named:
+            return "\n".join(["top level", *dict(_entries(Head))[kind]])
+        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, MODEL, LAYOUT, *STAGES])}')
     preset = f"  preset (one of {', '.join(presets)})\n      A published or small shape; the other keys change it."
     model = "\n".join(["[model]", preset, *_keys(network)]).replace(", required", "")  # a preset has them all
     if kind == MODEL:
         return model
     if kind is not None:
         return _table(f'[[stage]] kind = "{kind}"', STAGES[kind])
-    tables = [_table("top level", Head), model, _table("[layout]", LayoutConfig)]
-    tables += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
-    return "\n\n".join(tables)
+    listed = [_table("top level", Head), model, _table("[layout]", LayoutConfig)]
+    listed += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
+    return "\n\n".join(listed)
 
 
 def _table(title: str, table: type[BaseModel]) -> str:
     return "\n".join([title, *_keys(table)])
 
 
-def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
-    """A key whose value is a documented table is followed by that table's keys."""
-    lines = []
+def _one(kind: str, key: str, network: type[BaseModel]) -> str:
+    """One key of a table, with those of its own table if it has one."""
+    tables: dict[str, type[BaseModel]] = {DATA: Curation, MODEL: network, LAYOUT: LayoutConfig, **STAGES}
+    if kind not in tables:
+        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, list(tables))}')
+    entries = dict(_entries(tables[kind]))
+    found = [line for name, lines in entries.items() if name == key or name.startswith(f"{key}.") for line in lines]
+    if not found:
+        raise UserError(f'keys: {kind} has no key "{key}"; {nearest(key, list(entries))}')
+    return "\n".join([f"{kind}:", *found])
+
+
+def _keys(table: type[BaseModel]) -> list[str]:
+    return [line for _, lines in _entries(table) for line in lines]
+
+
+def _entries(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """(key, its lines). A key whose value is a documented table is followed by that table's keys."""
     for name, field in table.model_fields.items():
         if issubclass(table, StageConfig) and name == "kind":
             continue
         inner = next(iter(tables_in(field.annotation)), None)
         listed = get_origin(field.annotation) in (list, tuple)
         facts = ("tables" if listed else "table") if inner is not None else _type(field) + _default(field)
-        lines.append(f"  {prefix}{field.alias or name} ({facts})")
-        lines += textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
+        key = f"{prefix}{field.alias or name}"
+        text = textwrap.wrap(field.description or "", 100, initial_indent="      ", subsequent_indent="      ")
+        yield key, [f"  {key} ({facts})", *text]
         if inner is not None:
-            lines += _keys(inner, f"{prefix}{field.alias or name}.")
-    return lines
+            yield from _entries(inner, f"{key}.")
 
 
 def _default(field: FieldInfo) -> str:

@@ -12,7 +12,9 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bessemer import __version__
@@ -21,6 +23,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import stage_refs
 from bessemer.config.training import OptimizerConfig
+from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.kernels import library
@@ -48,6 +51,8 @@ AFTER_SAMPLING = frozenset({
     *OptimizerConfig.runtime_only,
 })  # fmt: skip
 """Keys that do not act on a rollout that is sampled and scored already."""
+UNASKED = 300.0
+"""Seconds, by the run's record, up to which the rollouts before a step are recomputed without being asked for."""
 
 
 @dataclass(frozen=True)
@@ -113,30 +118,31 @@ def replay(
 ) -> Replay:
     """Replays the rollout whose updates make optimizer step `step` (from 1) of an RL stage, and `count` - 1 after it.
 
-    UserError if the run has not made that step, if no checkpoint before it is kept and `from_start` is not set, or if a
-    change is not for this stage.
+    UserError if the run has not made that step, if no checkpoint before it is kept and computing the rollouts before it
+    takes longer than `UNASKED` but `from_start` is not set, or if a change is not for this stage.
     """
     recipe = Recipe.load(root / "recipe.toml")
     config = _stage(recipe, name)
     folder = {name: folder for _, name, folder in stage_folders(root)}.get(config.name)
-    recorded = [] if folder is None else _recorded(root, config.name)
+    recorded, pace = ([], 0.0) if folder is None else _recorded(root, config.name)
     number = _number(config, recorded, step)
     if folder is None or number is None:
         reached = recorded[-1][0] if recorded else 0
         raise UserError(f'stage "{config.name}" of {root} has made {reached} steps so far; there is no step {step}')
     count = min(count, len(recorded) - number)
-    start = _nearest(folder / "state", config, number, recorded, from_start)
+    unasked = from_start or number * pace <= UNASKED
+    start = _nearest(folder / "state", config, number, recorded, unasked, number * pace)
     settings = _changed(recipe, root, config, changes, number, count)
     begun = 0 if start is None else _cursor(start, config)
     stopping = signals(first_of_all="finishing this rollout")
     with tempfile.TemporaryDirectory(prefix="bessemer-replay-") as place, stopping as stop:
         first, other = Path(place) / "original", Path(place) / "changed"
-        original = _play(recipe, root, first, start, stop, config, begun, number, count)
+        original = _play(recipe, root, first, start, stop, config, begun, number, count, pace)
         changed = []
         if settings is not None:
             there = [path for path in checkpoint.steps(first / "state") if _cursor(path, config) == number][-1]
             with_change = _stage(settings, config.name)
-            changed = _play(settings, root, other, there, stop, with_change, number, number, count)
+            changed = _play(settings, root, other, there, stop, with_change, number, number, count, pace)
     found = Replay(
         config.name,
         0 if start is None else _counters(start)["step"],
@@ -159,10 +165,12 @@ def _stage(recipe: Recipe, name: str | None) -> RLConfig:
     return rl_stage(recipe, name)
 
 
-def _recorded(root: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """(steps after its updates, metrics) of every rollout that the run has recorded."""
+def _recorded(root: Path, name: str) -> tuple[list[tuple[int, dict[str, Any]]], float]:
+    """(steps after its updates, metrics) of every rollout that the run has recorded; the median seconds of one."""
     lines = (line for line in read_lines(root / "metrics.jsonl") if line.get("stage") == name)
-    return [(line["step"], line["values"]) for line in lines if "rl/reward" in line["values"]]
+    made = [line for line in lines if "rl/reward" in line["values"]]
+    gaps = [after["time"] - before["time"] for before, after in pairwise(made)]
+    return [(line["step"], line["values"]) for line in made], median(gaps or [0.0])
 
 
 def _number(config: RLConfig, recorded: Sequence[tuple[int, Any]], step: int) -> int | None:
@@ -182,9 +190,9 @@ def _cursor(path: Path, config: RLConfig) -> int:
 
 
 def _nearest(
-    state: Path, config: RLConfig, number: int, recorded: Sequence[tuple[int, Any]], from_start: bool
+    state: Path, config: RLConfig, number: int, recorded: Sequence[tuple[int, Any]], from_start: bool, seconds: float
 ) -> Path | None:
-    """The last checkpoint before a rollout; None for the start of the stage."""
+    """The last checkpoint before a rollout; None for the start of the stage, from which it takes `seconds`."""
     paths = [*checkpoint.steps(state), *checkpoint.steps(state / checkpoint.KEPT)]
     places = {_cursor(path, config): path for path in paths}
     before = [place for place in places if place <= number]
@@ -196,7 +204,7 @@ def _nearest(
     kept = f"checkpoints are there for steps from {steps[0]} on" if steps else "no checkpoint is there"
     raise UserError(
         f"no checkpoint before this step is kept ({kept}); --from-start recomputes the {number} rollouts before "
-        "it. keep_every in the stage's table keeps checkpoints in later runs"
+        f"it, about {show_seconds(seconds)}. keep_every in the stage's table keeps checkpoints in later runs"
     )
 
 
@@ -249,8 +257,10 @@ def _play(
     first: int,
     number: int,
     count: int,
+    pace: float,
 ) -> list[Played]:
-    """Runs the stage from a checkpoint, which rollout `first` follows, in its own folder."""
+    """Runs the stage from a checkpoint, which rollout `first` follows, in its own folder. A rollout took `pace`
+    seconds in the run."""
     place.mkdir()
     if start is not None:
         checkpoint.copy(start, place / "state" / start.name)
@@ -259,6 +269,11 @@ def _play(
         setup.keep_precision(place / "state", kept)
     metrics = Metrics(place / "metrics.jsonl")
     progress = RunProgress({})
+    if again := number - first:
+        progress.say(
+            f"no checkpoint right before step {1 + number * config.updates_per_rollout} is kept: {again} "
+            f"rollout{'s are' if again > 1 else ' is'} computed again first, about {show_seconds(again * pace)}"
+        )
     try:
         with places.of_recipe(recipe.folder, root / places.REVISIONS):
             ctx = StageContext(

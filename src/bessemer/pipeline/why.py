@@ -4,11 +4,13 @@ stages' output, for its report card."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
+from bessemer.config.units import show_seconds
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -18,12 +20,17 @@ from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, TaskProblems
 from bessemer.runs.directory import read_done, stage_folders
 from bessemer.runs.files import write_json
+from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task, get
 from bessemer.train import setup
 
+AT_ONCE = 16
+"""Problems that a model answers between two signs of progress."""
+
 
 def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16) -> tuple[str, why.Explanation]:
-    """(stage, why its reward rose). UserError if the stage or the one it starts from is not finished."""
+    """(stage, why its reward rose), with progress on standard error. UserError if the stage or the one it starts from
+    is not finished."""
     recipe = Recipe.load(root / "recipe.toml")
     config = rl_stage(recipe, name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
@@ -39,8 +46,10 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
         cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
         judges = load_reward_models(config, {stage: folders[stage] for stage in config.reward_models})
         reward, seed = Reward.of_config(config), recipe.seed_of(config)
+        shown = RunProgress(dict.fromkeys((config.source, config.name), 1.0))
+        shown.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
         before, after = (
-            _answers(folders[stage] / "model", config, chosen, samples, cap, seed)
+            _answers(folders[stage] / "model", config, chosen, samples, cap, seed, shown, stage)
             for stage in (config.source, config.name)
         )
         for groups in (before, after):
@@ -80,12 +89,25 @@ def _split(task: Task) -> str:
     return "train" if task.size("test") == 0 else "test"
 
 
-def _answers(folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int) -> list[Group]:
+def _answers(
+    folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int, shown: RunProgress,
+    stage: str,
+) -> list[Group]:  # fmt: skip
+    bar, began = shown.begin(stage), time.monotonic()
+    bar.total(len(problems), "problems")
     model, tokenizer = setup.load_to_sample(folder, lambda text: None)
     tokenizer.use_template(config.prompt_template)
-    engine = Engine(model, tokenizer, setup.workers())
-    return rollout.sample(
-        engine, problems, lambda problem: question_ids(tokenizer, problem.prompt), samples=samples, seed=seed,
-        needs_format=config.accuracy_needs_format, temperature=config.temperature, top_p=config.top_p,
-        max_new_tokens=cap, batch_rows=setup.batch_rows(len(problems) * samples), context=model.cfg.max_seq_len,
-    )  # fmt: skip
+    engine, seeds = Engine(model, tokenizer, setup.workers()), rollout.prompt_seeds(seed, len(problems))
+    groups: list[Group] = []
+    for first in range(0, len(problems), AT_ONCE):
+        part = problems[first : first + AT_ONCE]
+        prompts, outcomes = rollout.played(
+            engine, part, lambda problem: question_ids(tokenizer, problem.prompt), samples=samples,
+            seeds=seeds[first : first + AT_ONCE], cap=cap, context=model.cfg.max_seq_len,
+            temperature=config.temperature, top_p=config.top_p, batch_rows=setup.batch_rows(len(part) * samples),
+        )  # fmt: skip
+        groups += rollout.verify(part, prompts, outcomes, tokenizer.opening, config.accuracy_needs_format)
+        bar.advance(len(part))
+    shown.end(stage, time.monotonic() - began)
+    shown.say(f"{stage}: {len(problems)} problems answered ({show_seconds(shown.spent[stage])})")
+    return groups

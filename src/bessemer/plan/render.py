@@ -146,4 +146,6 @@ def describe_search(result: SearchResult, shown: int = 8) -> str:
             f"{s.layout.pp:>4}{s.layout.ep:>5}{s.layout.dp:>5}{cp}  {s.schedule:<13}{','.join(s.recompute) or '-':<16}"
             f"{s.rows:>5}{s.micro:>7}  {'fp8' if s.fp8 else 'bf16':<7}{one.rate:>13,.0f}{one.bytes / GIB:>7.1f}"
         )
-    return "\n".join(lines + [f"rejected {count:,}: {reason}" for reason, count in result.rejected.most_common()])
+    return "\n".join(
+        lines + [f"{count:,} layouts rejected: {reason}" for reason, count in result.rejected.most_common()]
+    )

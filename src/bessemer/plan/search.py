@@ -76,7 +76,7 @@ def search(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> Search
             continue
         candidates.append(Candidate(setup, setup.step_tokens / step_time(setup).seconds / setup.layout.world, size))
     if not candidates:
-        why = "; ".join(f"{count} {reason}" for reason, count in rejected.most_common(3))
+        why = "; ".join(f"{count:,} layouts rejected ({reason})" for reason, count in rejected.most_common(3))
         need = f" (the smallest needs {least / GIB:.0f} GiB)" if least < float("inf") else ""
         raise UserError(f"no layout of {cluster} can hold this run{need}: {why}; use more devices or a smaller batch")
     candidates.sort(key=lambda one: -one.rate)

@@ -204,12 +204,14 @@ class Loop:
         try:
             self.sampler.open()
             self._start()
+            self.ctx.progress.total(number + count - first, "rollouts")
             for n in range(first, number + count):
                 if n == number:
                     self.trainer.save()
                     self.trainer.finish()
                 made = self._rollout(n)
                 self.queue.settle(n + 1)
+                self.ctx.progress.advance(1)
                 if n >= number:
                     yield made
                 if self.ctx.stop:
