@@ -120,6 +120,15 @@ def test_a_row_is_what_counting_gives(done):
         assert round(20 * one["readable"]) + sum(one["unreadable"].values()) == 20
 
 
+def test_answers_that_were_cut_off_are_worth_a_line(done, capsys):
+    """The first model writes on to the cap of 30 tokens; the line names model and key."""
+    folder, _ = done
+    cut = [row["truncated"] for row in results_of(folder)["rows"]]
+    stages_run.run(folder / "small.toml", folder / "other", 'eval.tasks=["arithmetic"]')
+    line = next(line for line in capsys.readouterr().err.splitlines() if "cut off" in line)
+    assert min(cut) > 0.05 and line.startswith("pretrain: ") and "max_new_tokens, 30" in line
+
+
 def test_the_planted_problem_is_found_where_it_lies(done):
     folder, results = done
     found = results_of(folder)["contamination"]

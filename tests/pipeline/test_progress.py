@@ -3,6 +3,8 @@
 import io
 import re
 
+import rl_stage
+
 from bessemer.runs.progress import RunProgress
 
 
@@ -68,3 +70,22 @@ def test_stages_after_the_last_that_is_asked_for_are_not_waited_for():
     assert progress.run_left("one", 10.0, 0.0) == 100.0
     progress.end("one", 10.0)
     assert progress.run_left("two", 0.0, 30.0) == 30.0
+
+
+def test_rl_counts_rollouts_and_says_which_accuracy_is_which(tmp_path, capsys):
+    stage = rl_stage.Stage(rl_stage.write_base(tmp_path / "base"), tmp_path / "run", "rollouts=2", "eval_every=1")
+    run = stage.run()
+    said = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
+    begins = [f"rollout {n} of 2, step {2 * n}: held-out (2 problems x 4)" for n in range(3)]
+    assert len(said) == 3 and all(line.startswith(begin) for line, begin in zip(said, begins, strict=True)), said
+    assert run.summary.keys() == {"steps", "last_rollout_accuracy", "heldout_accuracy"}
+
+
+def test_what_all_stages_compute_in_is_said_once(tmp_path, capsys):
+    out = io.StringIO()
+    progress = RunProgress({"one": 1.0, "two": 1.0}, out)
+    for name in ("one", "two"):
+        context = rl_stage.StageContext(name, tmp_path, {}, None, None, tmp_path, None, progress.begin(name), None)
+        context.say_once("compute in float32")
+        context.say(f"the weights of {name}")
+    assert out.getvalue().splitlines() == ["compute in float32", "the weights of one", "the weights of two"]

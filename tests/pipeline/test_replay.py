@@ -146,7 +146,7 @@ def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every
     rates = {"float32": 100.0, "bfloat16": 200.0}
     monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: rates)
     root, drawn = made(base, tmp_path / "run", 'precision="auto"', "rollouts=1")
-    ctx = SimpleNamespace(state=tmp_path / "state", say=lambda text: None, waiting=None)
+    ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, waiting=None)
     models = [dealing.engine_of(base / "model", ctx, precision="auto").model]
     rates["bfloat16"] = 50.0
     models.append(dealing.engine_of(base / "model", ctx, precision="auto").model)

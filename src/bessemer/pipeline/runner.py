@@ -41,7 +41,6 @@ from bessemer.runs import trackers
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
-    conformance_summary,
     damages,
     digest,
     read_done,
@@ -87,7 +86,7 @@ def run(
 
     Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
     signal. With `ranks`, this is rank 0, and the others `follow`. `conformance` gives the rows {item, section, paper,
-    here, state} of conformance.json, summarised at the start.
+    here, state} of conformance.json.
     """
     if until is not None:
         recipe.stage(until)
@@ -121,7 +120,8 @@ def run(
             intact = _check_outputs(plan, until, rundir, metrics, progress)
             progress.say(overview(plan, recipe, root, estimates, until, ranks))
             if conformance is not None:
-                progress.say(_write_conformance(conformance(recipe), root))
+                rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
+                write_atomic(root / "conformance.json", rows + "\n")
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
             entered.enter_context(trackers.mirrored(root, recipe.trackers))
             return _run_all(
@@ -381,15 +381,10 @@ def _computing(stage: str) -> Iterator[None]:
 
 
 def _facts(summary: dict[str, Any]) -> str:
-    texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in summary.items()
-             if isinstance(value, int | float | str)]  # fmt: skip
-    return ", ".join(texts)
-
-
-def _write_conformance(rows: list[dict[str, Any]], root: Path) -> str:
-    """Writes the whole table; returns a line for the screen."""
-    write_atomic(root / "conformance.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    return f"{conformance_summary(rows)}; item by item in report.html, or with --conformance"
+    known = {key.replace("_", " "): value for key, value in summary.items() if isinstance(value, int | float | str)}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
+    )
 
 
 def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:

@@ -49,8 +49,10 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: f
     return 2 * size**3 / best / 1e9
 
 
+@functools.cache
 def gemm_rates(device: torch.device | str = "cpu", seconds: float = 0.15) -> dict[str, float]:
-    """GFLOPS of float32 and bfloat16 GEMMs on all of torch's threads, by dtype name."""
+    """GFLOPS of float32 and bfloat16 GEMMs on all of torch's threads, by dtype name; measured once, so that the stages
+    of a run do not choose differently."""
     return {name: gemm_rate(getattr(torch, name), device, seconds) for name in ("float32", "bfloat16")}
 
 

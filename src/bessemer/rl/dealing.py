@@ -153,5 +153,5 @@ def engine_of(
     folder: Path, ctx: StageContext, role: str = "model", precision: Precision = "device"
 ) -> Engine | DealtEngine:
     """Loads the model in `folder` and returns an engine for it, as in `dealt`."""
-    loaded = setup.load_to_sample(folder, ctx.say, precision=precision, state=ctx.state)
+    loaded = setup.load_to_sample(folder, ctx.say_once, precision=precision, state=ctx.state)
     return dealt(Engine(*loaded, setup.workers()), folder, ctx, role, precision=precision)

@@ -30,6 +30,7 @@ def heldout_row(
     """Figures of verified answers to held-out problems, k for each; `score` sets their rewards. A failed episode counts
     as wrong, and its reward is left out.
 
+    n                          number of problems
     accuracy, score, reward    means, as `rl/accuracy`, `rl/score` and `rl/reward` count them in training
     accuracy_k                 share of problems with a right answer among the k
     graded                     1 if answers may earn something between nothing and all, else 0
@@ -47,6 +48,7 @@ def heldout_row(
     sound = [row for row in rows if not row.failure] or rows
     aims = [{round(row.reward - reward.beside(row, cap), 6) for row in group if not row.failure} for group in groups]
     return {
+        "n": len(groups),
         "accuracy": fmean(verdict_metrics.pass_at_1(verdicts)),
         "accuracy_k": _some(verdicts, k),
         "score": fmean(row.verdict.score for row in rows),

@@ -56,7 +56,7 @@ class Loop:
         network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
-        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say, ctx.state, ctx.agree)
+        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say_once, ctx.state, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low,
@@ -168,8 +168,10 @@ class Loop:
         distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
-        accuracy = ctx.metrics.last("rl/accuracy")  # maybe of an attempt that was killed after its last checkpoint
-        return {"steps": trainer.step} | ({"accuracy": round(accuracy, 4)} if ctx.leads else {})
+        # maybe of an attempt that was killed after its last checkpoint
+        last = {"last_rollout_accuracy": "rl/accuracy", "heldout_accuracy": "rl/heldout_accuracy"}
+        facts = {name: round(ctx.metrics.last(metric), 4) for name, metric in last.items()} if ctx.leads else {}
+        return {"steps": trainer.step, **facts}
 
     def _keep_if_due(self, done: int) -> None:
         """Keeps the checkpoint after every `keep_every` rollouts for good."""

@@ -166,8 +166,11 @@ class Evaluator:
             values |= {f"rl/heldout/{name}": row["accuracy"] for name, row in rows.items()}
             each = " (" + ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in rows.items()) + ")"
         self.write(values)
+        done = -(-trainer.rows // (settings.prompts_per_rollout * settings.samples))
+        asked = f"{sum(row['n'] for row in main):.0f} problems x {SAMPLES}"
         self.ctx.say(
-            f"step {trainer.step}: held-out reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{each}"
+            f"rollout {done} of {settings.rollouts}, step {trainer.step}: held-out ({asked}): "
+            f"reward {mean['reward']:.3f}, accuracy {mean['accuracy']:.3f}{each}"
             + (f", score {mean['score']:.3f}" if mean["graded"] else "")
             + (f", in any form pass@1 {mean['pass_at_1']:.3f}" if settings.accuracy_needs_format else "")
             + f", pass@4 {mean['pass_at_k']:.3f}, maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"

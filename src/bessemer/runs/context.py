@@ -156,6 +156,12 @@ class StageContext:
         """Print a line above the progress bar."""
         self.progress.say(text)
 
+    def say_once(self, text: str) -> None:
+        """`say`, unless this run has said the same before."""
+        if text not in self.progress.run.said_once:
+            self.progress.run.said_once.add(text)
+            self.say(text)
+
     def sample(self, step: int, tokens: int, text: str, title: str = "") -> None:
         """Append to `samples.md`. A model's text is indented, so that it cannot look like a heading, and its control
         characters are escaped, so that the file can be shown on a terminal."""

@@ -31,6 +31,8 @@ class RunProgress:
         self.ahead = names if until is None else names[: names.index(until) + 1]
         self.console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
         self.spent: dict[str, float] = {}
+        self.said_once: set[str] = set()
+        """Lines that need not be said again, such as what all stages compute in."""
         self._bars: Progress | None = None
         self._tasks: tuple[TaskID, TaskID] | None = None
         if self.console.is_terminal:

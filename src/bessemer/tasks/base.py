@@ -25,10 +25,10 @@ from bessemer.tasks.answer import (
     TEXT_AROUND,
     Final,
     Reply,
-    last_block,
     parse_reply,
     summary,
 )
+from bessemer.tasks.fences import last_program
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
@@ -271,7 +271,7 @@ def _around(completion: str, reply: Reply) -> int:
     before, opened, rest = completion.partition("<think>")
     _, closed, after = (rest if opened else before).partition("</think>")
     outside = len(before) * bool(opened) + len(after) if closed else len(completion)
-    return outside - sum(len(last_block(answer).strip()) for answer in reply.answers)
+    return outside - sum(len(last_program(answer).strip()) for answer in reply.answers)
 
 
 def page(prompt: str, response: str) -> str:

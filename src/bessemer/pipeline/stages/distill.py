@@ -100,7 +100,7 @@ class _Run:
         self.teachers = Teachers({name: ctx.inputs[name] / "model" for name in self.names}, network, ranks, ctx.say)
         self.tasks = [tasks.get(name) for name in config.tasks]
         workers = setup.workers() if ranks is None else Workers(1)
-        dtype = setup.set_precision(student, config, ctx.say, ctx.state, ctx.agree)
+        dtype = setup.set_precision(student, config, ctx.say_once, ctx.state, ctx.agree)
         self.trainer = distributed.trainer(
             network, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
             config, Runtime(workers=workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bessemer import tasks
@@ -101,6 +102,8 @@ class Eval(Stage[EvalConfig]):
                 ctx.interrupt()
         write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": contaminated}, indent=1))
         ctx.say(contamination.summary(contaminated))
+        for line in _about_cuts(rows, config):
+            ctx.say(line)
         return {"rows": len(rows), "contaminated": contaminated["hit"]}
 
     def _contamination(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
@@ -117,6 +120,21 @@ class Eval(Stage[EvalConfig]):
         result = search.result()
         write_atomic(path, json.dumps(result))
         return result
+
+
+CUT = 0.05
+"""Share of a model's answers from which on it is worth a line that they were cut off."""
+
+
+def _about_cuts(rows: Sequence[dict[str, Any]], config: EvalConfig) -> Iterator[str]:
+    """A line for each model of which many answers did not end."""
+    for model in config.models:
+        cut = fmean(row["truncated"] or 0.0 for row in rows if row["model"] == model)
+        if cut > CUT:
+            yield (
+                f"{model}: {cut:.0%} of the answers were cut off at max_new_tokens, {config.max_new_tokens}, and "
+                "mostly count as wrong; raise it to see what they would have come to"
+            )
 
 
 def _size(config: EvalConfig, task: tasks.Task) -> int:

@@ -113,7 +113,7 @@ class LongEval(Stage[LongEvalConfig]):
             last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
             context = {key: getattr(last, key) for key in ("rope_factor", "original_seq_len")}
         context["max_seq_len"] = max(*config.lengths, _corpus("", config.corpus, ctx.recipe).row_length)
-        return Engine(*setup.load_to_sample(ctx.inputs[model] / "model", ctx.say, context), setup.workers())
+        return Engine(*setup.load_to_sample(ctx.inputs[model] / "model", ctx.say_once, context), setup.workers())
 
     def _work(
         self, config: LongEvalConfig, ctx: StageContext

@@ -156,7 +156,7 @@ class Pretrain(Stage[_Config]):
         if distributed.compilable(network) and config.fp8 == "off" and isinstance(model, Transformer):
             flops = config.tokens * flops_per_token(model.cfg, feed.row_length, mtp=model.cfg.n_mtp > 0).training
             compiled = setup.want_compile(config.compile, flops, ctx.say)
-        dtype = setup.set_precision(model, config, ctx.say, ctx.state, ctx.agree, compiled)
+        dtype = setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree, compiled)
         if compiled and isinstance(model, Transformer):
             ctx.say("compiling the layers (about a minute, once per machine)")
             distributed.compile_layers(network)

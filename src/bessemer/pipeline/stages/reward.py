@@ -325,7 +325,7 @@ def _runtime(
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
         terms={"balance_alpha": constant(config.balance_alpha)},
         workers=setup.workers() if ctx.ranks is None else Workers(1),
-        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.state, ctx.agree),
+        compute_dtype=setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree),
     )  # fmt: skip
 
 

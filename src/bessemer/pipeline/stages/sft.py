@@ -176,7 +176,7 @@ def _runtime(
             "balance_alpha": constant(config.balance_alpha),
         },
         workers=setup.workers() if ctx.ranks is None else Workers(1),
-        compute_dtype=setup.set_precision(model, config, ctx.say, ctx.state, ctx.agree),
+        compute_dtype=setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree),
     )  # fmt: skip
 
 
