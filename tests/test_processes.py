@@ -10,6 +10,7 @@ from bessemer.cli.many import decide
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.precision.probe import Gpus
+from bessemer.system import granted_cores
 
 TEXT = """
 name = "small"
@@ -46,13 +47,19 @@ def decided(*overrides, gpus=8, present=8, chosen=None, asked=None, text=TEXT):
         ({"gpus": 0, "present": 0}, 1, ""),
         ({"asked": 1}, 1, "1 of 8 GPUs: --processes 1"),
         ({"asked": 2, "gpus": 0, "present": 0}, 2, "2 processes on this machine (--processes 2)"),
+        (
+            {"asked": 800, "gpus": 0, "present": 0},
+            800,
+            f"no GPU here: 800 processes share {granted_cores()} CPU cores, no faster than --processes ",
+        ),
         ({"gpus": 1, "chosen": "3"}, 1, "1 of 8 GPUs: CUDA_VISIBLE_DEVICES=3"),
         ({"gpus": 2, "chosen": "0,1"}, 2, "2 of 8 GPUs: CUDA_VISIBLE_DEVICES=0,1"),
     ],
-    ids=["all", "one", "cpu", "asked", "asked on a cpu", "one is visible", "two are visible"],
+    ids=["all", "one", "cpu", "asked", "asked on a cpu", "more than cores", "one is visible", "two are visible"],
 )
 def test_every_gpu_or_why_not(given, n, words):
-    assert decided(**given) == (n, words)
+    found, said = decided(**given)
+    assert found == n and (said == words or words and said == f"{words}{granted_cores()}")
 
 
 @pytest.mark.parametrize(

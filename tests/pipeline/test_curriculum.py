@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
+from bessemer.config.units import Points
 from bessemer.data import corpus
 from bessemer.data.documents import Document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.pipeline.stages.pretrain import Feed
+from bessemer.pipeline.stages.pretrain import Feed, beyond_budget
 
 CHANGES = """
 lengths = [["0", 32], ["8K", 64], ["16K", 128]]
@@ -65,6 +66,19 @@ def test_realised_shares_follow_the_recipe(whole):
     assert shares["countdown"][last] == pytest.approx(0.4 / 2, abs=0.05), "none of it in the second half"
     epochs = values(out, "data/epochs/english")
     assert epochs[last] == pytest.approx(0.25, abs=0.02), "its cap"
+
+
+def test_a_budget_that_whole_steps_overrun_is_said(whole, tmp_path, capsys):
+    """40K tokens in steps of 64 rows of 256; at V3's size a step is no hundredth of the budget."""
+    assert "3 of them train on 49.2K tokens where the budget is 40K" in beyond_budget(40_000, 256, Points(64))
+    assert beyond_budget(40_960, 256, Points(16)) is None
+    ramp = Points([["0", 3072], ["469B", 15360]])
+    assert beyond_budget(14_800_000_000_000, 4096, ramp) is None
+    path, out = whole
+    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
+    Feed(Recipe.load(path, ["pretrain.tokens=3K", "pretrain.batch_rows=40", "pretrain.lengths=64"]).stage("pretrain"),
+         ctx, out / "01-corpus", None, tokenizer)  # fmt: skip
+    assert "steps are whole: 2 of them train on 5.12K tokens" in capsys.readouterr().out
 
 
 def test_noise_is_in_training_rows_alone(whole, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,24 @@ def test_a_run_means_its_last_finished_model(root):
         model_dir(root / "zerro")
 
 
+def test_a_stage_that_was_interrupted_is_not_passed_over_in_silence(root, call):
+    """The base answers in its place, and whoever asks reads so, whatever the command."""
+    tables = [("corpus", "corpus"), ("pretrain", "pretrain"), ("sft", "chatty"), ("eval", "eval")]
+    text = "".join(f'[[stage]]\nkind = "{kind}"\nname = "{name}"\n' for kind, name in tables)
+    (root / "recipe.toml").write_text('name = "tiny"\n' + text)
+    base = make(root, "02-pretrain")
+    make(root, "03-chatty", done=False)
+    with pytest.warns(UserWarning, match='stage "chatty" of .* is not finished; this is the model of "pretrain"'):
+        assert model_dir("tiny") == Path("runs/tiny/02-pretrain/model")
+    _, _, err = call("generate", root, "hi")
+    assert 'warning: stage "chatty"' in err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model_dir(root / "pretrain") == base / "model", "named by the user"
+        (root / "03-chatty" / "done.json").write_text('{"seconds": 1}')
+        assert model_dir(root) == root / "03-chatty" / "model"
+
+
 def test_a_reward_model_is_nobody_to_talk_to(root):
     make(root, "01-zero")
     judge = make(root, "02-helpful")
@@ -65,7 +85,8 @@ def test_a_recipe_may_name_the_model_that_stands_for_its_run(root):
     """Without `main`, `bessemer chat runs/r1-small` would open the student, which is trained last."""
     (root / "recipe.toml").write_text('name = "tiny"\nmain = "r1"\n')
     student = make(root, "03-student")
-    assert model_dir(root) == student / "model"  # the main stage is not there yet
+    with pytest.warns(UserWarning, match='stage "r1" of .* is not finished; this is the model of "student"'):
+        assert model_dir(root) == student / "model"
     r1 = make(root, "02-r1")
     assert model_dir(root) == r1 / "model"
     assert [name for name, _ in writing_models(root)] == ["student", "r1"]  # serve's default is the last

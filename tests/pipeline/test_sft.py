@@ -134,7 +134,9 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
     assert results["sft"].summary["steps"] >= 20
     found, said = losses(out), capfd.readouterr().err
     assert found[-1] < 0.7 * found[0]
-    assert re.search(r"20 optimizer steps: \d epochs, 1 of \d+ rows a step \(what the recipe leaves open", said), said
+    assert re.search(r"20 optimizer steps: \d epochs, 1 of \d+ rows a step \(batch_rows is not set: 8 would", said), (
+        said
+    )
     assert f"loss {found[0]:.3f} at the first step, " in said and "warning: only" not in said
     stages_run.run(path, out, "sft.epochs=1", "sft.batch_rows=8")
     assert "warning: only" in capfd.readouterr().err

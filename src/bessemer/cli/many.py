@@ -17,6 +17,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.precision import probe
+from bessemer.system import granted_cores
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
@@ -65,6 +66,8 @@ def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, st
             raise UserError(
                 f"--processes is {asked}, but [layout] makes {least} ranks" + ("" if fixed else " or a multiple")
             )
+        if asked > (held := granted_cores()) and not gpus.usable:
+            return asked, f"no GPU here: {asked} processes share {held} CPU cores, no faster than --processes {held}"
         return asked, _use(asked, gpus, f"--processes {asked}")
     sampling = _sampling(recipe)
     most = max(least, (gpus.usable - sampling) // least * least)

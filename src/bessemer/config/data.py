@@ -84,7 +84,7 @@ class RejectConfig(SamplingConfig):
     wrong, or every readable one."""
     keep: int = Field(1, ge=1)
     """Maximum number of answers kept per problem."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=100)
     """Sampling temperature (cold start: 1)."""
     max_new_tokens: Tokens = Field(200, ge=1)
     """Length cap of an answer; answers that reach it are dropped."""

@@ -24,7 +24,7 @@ class EvalConfig(SamplingConfig):
     """Samples per problem; pass@1 is their mean (R1: 4 to 64)."""
     k: int | None = Field(None, ge=1)
     """k of pass@k and maj@k (the paper's cons@k). Default: all samples."""
-    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[1.0])
+    temperatures: list[Annotated[float, Field(ge=0, le=100)]] = Field(default=[1.0])
     """Sampling temperatures (R1: 0.6); a second one distinguishes a sharper distribution from more ability."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling threshold (R1: 0.95); 1: the model's full distribution."""

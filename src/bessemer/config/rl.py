@@ -6,7 +6,7 @@ from pydantic import Field
 
 from bessemer.config.table import AskingConfig, ConfigTable, OwnCode, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
-from bessemer.config.units import Points, Rates
+from bessemer.config.units import LearningRates, Points
 
 Exported = Literal["nothing", "correct", "all"]
 """Which samples of a run are exported as conversations."""
@@ -128,7 +128,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     max_new_tokens: Points = Points(160)
     """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k); of an episode, what the
     model writes in all turns together."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=100)
     """Sampling temperature (R1-Zero: 1)."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the most likely tokens that together hold this mass, so that no very unlikely token becomes a target
@@ -138,13 +138,13 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     sampler's truncation left (DeepSeek-V3.2 3.1, Keep Sampling Mask); rl/kept_tokens is the mean number of these.
     false: log-probabilities are over the whole vocabulary, as in most trainers, although samples come from the
     truncated distribution, which biases the gradient; for comparison."""
-    lr: Rates = Points(3e-4)
+    lr: LearningRates = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
     clip_low: float = Field(0.2, gt=0)
     """Lower clip of the ratio."""
     clip_high: float = Field(0.28, gt=0)
     """Upper clip of the ratio (R1: 10)."""
-    kl: float = Field(0.001, ge=0)
+    kl: float = Field(0.001, ge=0, le=100)
     """Coefficient of the divergence from the reference, as k3 in the loss (R1: 0.001), or in the reward
     (`kl_in_reward`)."""
     kl_in_reward: bool = False
@@ -177,7 +177,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     reward model)."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
-    critic_lr: Rates = Points(1e-3)
+    critic_lr: LearningRates = Points(1e-3)
     """Learning rate of the critic over optimizer steps (undocumented)."""
     format_reward: float = Field(0.1, ge=0)
     """Weight of the format reward relative to accuracy (R1: 1; in small models a large weight teaches only the

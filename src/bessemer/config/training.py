@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from bessemer.config.judge import JudgeConfig
 from bessemer.config.table import ConfigTable, Precision, Seed, SourceName, StageConfig, StageRef, TaskName
-from bessemer.config.units import Points, Rates, Seconds, Steps, Tokens, Weight
+from bessemer.config.units import Gammas, LearningRates, LossWeights, Points, Seconds, Steps, Tokens, Weight
 
 Divergence = Literal["reverse", "forward"]
 """KL of student from teacher (reverse), or of teacher from student (forward)."""
@@ -98,7 +98,7 @@ class OnPolicyConfig(FineTuningConfig):
 
     micro_rows: ClassVar = 1  # type: ignore[misc]  # constant, no key of the table
 
-    lr: Rates
+    lr: LearningRates
     """Learning rate over optimizer steps."""
     clip: float = Field(1.0, gt=0, alias="clip_norm")
     """Maximum gradient norm."""
@@ -154,7 +154,7 @@ class PretrainConfig(OptimizerConfig):
     lengths: Steps | None = None
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
     shorter rows mean more rows. Default: the corpus' row_length throughout (as V3 in pre-training)."""
-    lr: Rates
+    lr: LearningRates
     """Learning rate over consumed tokens; a point written ["14.3T", 2.2e-5, "cosine"] is reached by half a cosine (V3:
     2.2e-4 to 10T, cosine to 2.2e-5)."""
     warmup_steps: int = Field(0, ge=0)
@@ -164,13 +164,13 @@ class PretrainConfig(OptimizerConfig):
     """Rows per optimizer step over consumed tokens (V3: 3072 -> 15360), in rows of the corpus' row_length."""
     micro_rows: int = Field(32, ge=1)
     """Rows per forward pass; affects memory and speed only (with fp8 also the last digits: tiles run along tokens)."""
-    gamma: Rates = Points(0.001)
+    gamma: Gammas = Points(0.001)
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
-    mtp_lambda: Rates = Points([["0", 0.3]])
+    mtp_lambda: LossWeights = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
     mtp_targets: Literal["own", "other-row"] = "own"
     """Where the MTP modules' targets come from; other-row: the next row of the run, a control that teaches nothing."""
-    balance_alpha: float = Field(1e-4, ge=0)
+    balance_alpha: float = Field(1e-4, ge=0, le=100)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     routing: Literal["gate", "token"] = "gate"
     """What chooses a token's experts. token: a fixed random choice for every entry of the vocabulary (Roller et al.
@@ -213,9 +213,9 @@ class ExtendConfig(PretrainConfig):
     for an imported model, the value in its config."""
     tokens: Tokens = Field(1_000_000, ge=1)
     """Tokens to train on, padding included (V3: 62.9B in each phase)."""
-    gamma: Rates = Points(0.0)
+    gamma: Gammas = Points(0.0)
     """Update speed of the routing bias (V3: 0 from 14.3T on)."""
-    mtp_lambda: Rates = Points(0.1)
+    mtp_lambda: LossWeights = Points(0.1)
     """Weight of the MTP loss (V3: 0.1 from 10T on)."""
     model: dict[str, Any] = Field(default_factory=dict, max_length=0)
     """Not available for this kind: the model is that of the stage it starts from."""
@@ -235,9 +235,9 @@ class SFTConfig(FineTuningConfig):
     """Passes over the rows (R1: 2 to 3). Default: 2, or up to 10 if the data gives fewer than 20 steps."""
     row_length: int = Field(512, ge=2)
     """Tokens per row; longer conversations are left out and counted (R1: 32,768)."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1)
     """Learning rate at the start of a cosine over consumed tokens (R1: 5e-5)."""
-    lr_final: float = Field(ge=0)
+    lr_final: float = Field(ge=0, le=1)
     """Learning rate at the end of the cosine (R1: 5e-6)."""
     batch_rows: int | None = Field(None, ge=1)
     """Packed rows per optimizer step. Default: 8, or fewer if the data gives fewer than 20 steps."""
@@ -246,10 +246,10 @@ class SFTConfig(FineTuningConfig):
     more or fewer; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for training, exported with the model. Default: the model's own."""
-    mtp_lambda: float = Field(0.1, ge=0)
+    mtp_lambda: float = Field(0.1, ge=0, le=100)
     """Weight of the MTP loss, which keeps the module useful for speculative decoding (undocumented; V3 ends with
     0.1)."""
-    balance_alpha: float = Field(1e-4, ge=0)
+    balance_alpha: float = Field(1e-4, ge=0, le=100)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
     prompts: list[str] = Field(default_factory=list)
     """Questions to answer after every epoch, for reading."""
@@ -281,11 +281,11 @@ class DistillConfig(OnPolicyConfig):
     """Answers per problem."""
     max_new_tokens: Tokens = Field(200, ge=1)
     """Length cap of an answer."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=100)
     """Temperature of sampling and of both distributions."""
     divergence: Divergence = "reverse"
     """KL of student from teacher (reverse), or of teacher from student (forward)."""
-    lr: Rates = Points(1e-3)
+    lr: LearningRates = Points(1e-3)
     """Learning rate over optimizer steps."""
     eval_every: int = Field(25, ge=1)
     """Steps between held-out evaluations."""
@@ -330,7 +330,7 @@ class RewardModelConfig(FineTuningConfig):
     row_length: int = Field(256, ge=8)
     """Tokens per row, which holds several pairs; longer ones are left out and counted (R1: 8,192 in training, no
     limit in use)."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1)
     """Learning rate at the start of a cosine over consumed tokens, which ends at a tenth of it (R1: 6e-6, schedule
     undocumented)."""
     batch_rows: int = Field(8, ge=1)
@@ -340,7 +340,7 @@ class RewardModelConfig(FineTuningConfig):
     each has a few more or fewer; their mean is exact. 0: batch_rows decides."""
     style: Literal["zero", "r1-zero", "r1"] | None = None
     """Chat template for reading answers. Default: the model's own."""
-    balance_alpha: float = Field(1e-4, ge=0)
+    balance_alpha: float = Field(1e-4, ge=0, le=100)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:

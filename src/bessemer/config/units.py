@@ -224,14 +224,23 @@ Weight = Annotated[
 """A number, or points in consumed tokens; a number stays one."""
 
 
-def _not_negative(points: Points) -> Points:
-    if min(points.values) < 0:
-        raise UserError("expected values of 0 or more")
-    return points
+def _at_most(most: float, why: str) -> Any:
+    def check(points: Points) -> Points:
+        if min(points.values) < 0:
+            raise UserError("expected values of 0 or more")
+        if max(points.values) > most:
+            raise UserError(f"expected values of at most {most:g}{why}")
+        return points
+
+    return Annotated[Points, AfterValidator(check), WithJsonSchema(_points_schema(minimum=0, maximum=most))]
 
 
-Rates = Annotated[Points, AfterValidator(_not_negative), WithJsonSchema(_points_schema(minimum=0))]
-"""Points of which none lies below 0."""
+LearningRates = _at_most(1, ", for a learning rate above 1 moves every weight by more than its size")
+"""Learning rates over tokens or steps."""
+LossWeights = _at_most(100, ", for a heavier term leaves nothing of the others")
+"""Weights of a term of the loss over tokens."""
+Gammas = _at_most(1, ", for routing scores lie between 0 and 1")
+"""Update speeds of the routing bias over tokens."""
 Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_SECONDS_SCHEMA)]

@@ -17,12 +17,14 @@ import os
 import re
 import shlex
 import tomllib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from bessemer import __version__
+from bessemer.config.recipe import STAGES
 from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
@@ -270,7 +272,10 @@ def writing_models(root: Path) -> list[tuple[str, Path]]:
 def _last_model(root: Path) -> Path:
     stages = stage_folders(root)
     if writers := writing_models(root):
-        return writers[-1][1] / "model"
+        name, folder = writers[-1]
+        if (later := _meant(root)) not in (None, name):
+            warnings.warn(f'stage "{later}" of {root} is not finished; this is the model of "{name}"', stacklevel=3)
+        return folder / "model"
     listed = ", ".join(
         f"{folder.name} ({'no model' if read_json(folder / 'done.json') else 'unfinished'})" for _, _, folder in stages
     )
@@ -279,6 +284,16 @@ def _last_model(root: Path) -> Path:
         f"no finished model in {root}; its stages: {listed or 'none yet'}; "
         f"continue with: bessemer run {run}/recipe.toml --out {run}"
     )
+
+
+def _meant(root: Path) -> str | None:
+    """The stage whose model stands for a run once the run is finished; None if its recipe cannot be read."""
+    try:
+        recipe = _recipe(root)
+        tables = [table for table in recipe.get("stage", []) if STAGES[str(table.get("kind"))].makes_model]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+    return recipe.get("main") or next((str(table.get("name")) for table in reversed(tables)), None)
 
 
 def _runs() -> str:

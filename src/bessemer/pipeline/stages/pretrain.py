@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,6 +101,7 @@ class Pretrain(Stage[_Config]):
             what = f'row_length of "{corpus.name}"'
             model = config.source if config.corpus else config.name
             yield from preflight.length_probes(config, recipe, [model], what, corpus.row_length)
+            yield partial(beyond_budget, config.tokens, corpus.row_length, config.batch_rows)
 
     def estimate(self, config: _Config, recipe: Recipe) -> float:
         return lineage.estimate_seconds(recipe, config.name, config.tokens)
@@ -196,6 +198,19 @@ def runtime(
     )  # fmt: skip
 
 
+def beyond_budget(tokens: int, row_length: int, batch_rows: Callable[[float], float]) -> str | None:
+    """A line if the last whole step goes more than 1 % beyond a budget of `tokens`; `batch_rows` as in the recipe."""
+    done, steps = 0, 0
+    while done < tokens and steps < 10_000:  # with more steps than that the last one is no hundredth of them
+        done, steps = done + int(batch_rows(done)) * row_length, steps + 1
+    if done <= 1.01 * tokens:
+        return None
+    return (
+        f"steps are whole: {steps} of them train on {show_tokens(done)} tokens where the budget is "
+        f"{show_tokens(tokens)}; lower batch_rows to come closer"
+    )
+
+
 class Feed:
     """Rows for the trainer: the mixture of the recipe over the parts of a corpus."""
 
@@ -223,6 +238,8 @@ class Feed:
         def rows_of_step(tokens: int) -> int:
             return int(config.batch_rows(tokens) * self.scale(tokens))
 
+        if line := beyond_budget(config.tokens, self.row_length, config.batch_rows):
+            ctx.say(line)
         plan = sections(config.tokens, config.lengths or (lambda tokens: self.row_length), rows_of_step)
         weights: Mapping[str, float | Points] = config.mixture or dict.fromkeys(names, 1.0)
         if config.temperature is not None:

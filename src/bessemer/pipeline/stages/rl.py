@@ -136,9 +136,9 @@ TERMS = ("format_reward", "language_reward", "overlong", "preference_reward")
 CONTROLS = ("format", "random")
 
 
-def _check_effects(config: RLConfig) -> None:
+def _check_effects(config: RLConfig) -> str | None:
     """UserError for keys that do not do what they are for. A probe, since earlier versions took them: their finished
-    stages stay."""
+    stages stay. A lower clip without effect is only named: R1's eps of 10 has one."""
     if config.general_from and not config.general_prompts:
         raise UserError(
             f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
@@ -163,6 +163,9 @@ def _check_effects(config: RLConfig) -> None:
     for name in TERMS:
         if config.reward in CONTROLS and changed(config, name) and getattr(config, name):
             raise UserError(f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0')
+    if config.clip_low >= 1 and config.surrogate != "reinforce":
+        return f"clip_low = {config.clip_low:g} clips nothing below: no ratio is less than 0"
+    return None
 
 
 def _without_idle_keys(identity: dict[str, Any]) -> dict[str, Any]:

@@ -143,8 +143,10 @@ def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
     steps = f"{n} optimizer step{'s' if n > 1 else ''}"
     size = f"{config.batch_examples} conversations" if config.batch_examples else f"{batch:g} of {n_rows} rows"
     what = f"{steps}: {epochs} epoch{'s' if epochs > 1 else ''}, {size} a step"
-    if config.epochs is None or not (config.batch_rows or config.batch_examples):
-        what += " (what the recipe leaves open follows from the data)"
+    if not (config.batch_rows or config.batch_examples) and batch < sft_rows.BATCH_ROWS:
+        what += f" (batch_rows is not set: {sft_rows.BATCH_ROWS} would make fewer than {sft_rows.STEPS} steps)"
+    elif config.epochs is None:
+        what += " (epochs are not set and follow from the data)"
     if n >= FEW_STEPS:
         return what
     return f"warning: only {what}; the model will hardly change: add conversations, or raise epochs or lower batch_rows"
