@@ -59,7 +59,7 @@ def decided(*overrides, gpus=8, present=8, chosen=None, asked=None, text=TEXT):
 )
 def test_every_gpu_or_why_not(given, n, words):
     found, said = decided(**given)
-    assert found == n and (said == words or words and said == f"{words}{granted_cores()}")
+    assert found == n and (said == words or (words and said == f"{words}{granted_cores()}"))
 
 
 @pytest.mark.parametrize(

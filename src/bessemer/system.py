@@ -110,6 +110,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or less in a container; 0 if the system does not
+    say."""
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()) else 0
+    found = max(0, pages) * (os.sysconf("SC_PAGE_SIZE") if pages > 0 else 0)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            found = min(found or sys.maxsize, int(Path(path).read_text()))
+    return found
+
+
 def raise_open_files() -> None:
     """Raises this process's limit on open files as far as the system allows."""
     if resource is None:

@@ -25,10 +25,42 @@ def test_time_left_of_stage_and_run():
     clock.now += 12
     stage.advance(12, "loss [red]3.2")
     assert stage.left() == 48.0  # one step a second, 48 to go
-    # so far: 20 + 12 + 48 seconds against an estimate of 110; the third stage was estimated at 50
-    assert abs(progress.run_left("two", 12.0, 48.0) - (48 + 50 * 80 / 110)) < 1e-9
+    # so far: 20 + 12 + 48 seconds against an estimate of 110; the third stage was estimated at 50, and a quarter of the
+    # whole estimate, 40, says that the estimates are right
+    assert abs(progress.run_left("two", 12.0, 48.0) - (48 + 50 * 120 / 150)) < 1e-9
     line = out.getvalue()
-    assert re.search(r"\[2/3 two\]\s+52% 52/100 steps · loss \[red\]3.2 · 48s left · run 1m 24s left", line), line
+    assert re.search(r"\[2/3 two\]\s+52% 52/100 steps · loss \[red\]3.2 · 48s left · run 1m 28s left", line), line
+
+
+def test_the_run_s_time_stands_in_the_first_line():
+    """Before a stage has done anything its estimate counts, and reading texts says nothing about training."""
+    clock, out = Clock(), io.StringIO()
+    progress = RunProgress({"corpus": 60.0, "train": 100.0, "rl": 40.0}, out, clock)
+    progress.texts = {"corpus"}
+    stage = progress.begin("corpus")
+    clock.now += 11
+    stage.advance(0, "reading")
+    assert "reading · 49s left · run 3m 09s left" in out.getvalue()
+    progress.end("corpus", 11.0)
+    train = progress.begin("train")
+    train.total(1000, "tokens")
+    clock.now += 11
+    train.advance(0)
+    assert "1m 29s left · run 2m 09s left" in out.getvalue()
+    clock.now += 9
+    train.advance(100)  # 5 tokens a second, at twice the estimated time; a tenth of the work is half trusted
+    assert train.left() == 0.5 * 20 * 900 / 100 + 0.5 * 80
+    clock.now += 20
+    train.advance(100)
+    assert train.left() == 40 * 800 / 200
+
+
+def test_an_estimate_for_what_is_left_of_an_interrupted_stage():
+    clock = Clock()
+    stage = RunProgress({"one": 100.0}, io.StringIO(), clock).begin("one")
+    stage.total(100, "steps", done=60)
+    clock.now += 5
+    assert stage.left() == 35.0
 
 
 def test_a_log_gets_a_line_every_ten_seconds_and_no_control_codes():

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import toy_stage  # noqa: F401 (registers the kinds)
@@ -261,6 +263,24 @@ def test_the_first_screen(toy, capsys):
     run(toy)
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(f"toy in {toy.out}: 2 of 3 stages to run, about 1m 00s on ")
+
+
+def test_the_first_estimate_of_a_stage_stays_and_is_compared_with_what_it_took(toy):
+    """A second call plans only what is left; `bench/estimates.py` reads what was planned before a stage began."""
+    run(toy, until="first")
+    plan = toy.out / "plan.json"
+    plan.write_text(json.dumps({"seconds": {"first": 12.5, "second": 99.0}}))
+    run(toy)
+    assert json.loads(plan.read_text())["seconds"] == {"first": 12.5, "second": 30.0, "compare": 30.0}
+    done = toy.out / "01-first" / "done.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"seconds": 10.0}))
+    facts = toy.out / "estimates.json"
+    script = Path(__file__).parents[2] / "bench" / "estimates.py"
+    command = [sys.executable, script, toy.out, "--json", facts]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    first = json.loads(facts.read_text())[str(toy.out)][0]
+    assert first == {"stage": "first", "estimated": 12.5, "took": 10.0, "error": 0.25}
+    assert "12s" in said and "+25%" in said and "within 25 %: 1 of " in said
 
 
 def test_resolve_runs_for_every_stage_before_anything_is_written(toy, monkeypatch):

@@ -1,13 +1,18 @@
 """`bessemer plan RECIPE --here`: rates measured on this machine, compared with a finished run."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
+from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
+from bessemer.pipeline import pace
 from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline.work import guessed
 from bessemer.plan.estimate import estimate
 from bessemer.train import setup
 
@@ -43,7 +48,7 @@ def test_each_way_to_train_is_measured_once(monkeypatch):
         assert (model.layers[0].fp8 is None) == (settings.fp8 == "off")
         return rates[settings.fp8] / model.cfg.dim
 
-    monkeypatch.setattr("bessemer.plan.estimate.training_rate", training_rate)
+    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", training_rate)
     recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "zero.rollouts=1"])
     base, zero = recipe.stage("pretrain"), recipe.stage("zero")
     others = {"again": {}, "short": {"fp8": "short-sums"}, "wide": {"model": {"dim": 64}}}
@@ -60,24 +65,85 @@ def test_each_way_to_train_is_measured_once(monkeypatch):
     assert "decoding_tokens_per_second_of_wide-zero" in found.rates and "of_again" not in str(found.rates)
 
 
-def test_what_is_asked_and_validated_is_counted(monkeypatch):
-    """At rates of 1,000 tokens per second. Without a mixture, every part of the corpus is read."""
-    for name in ("training_rate", "_held_out", "_decoding"):
-        monkeypatch.setattr(f"bessemer.plan.estimate.{name}", lambda *how: 1000.0)
+def counted(recipe, name, **keys):
+    stage = recipe.stage(name).model_copy(update=keys)
+    return find_kind(stage.kind)().work(stage, recipe)
+
+
+def test_what_is_asked_and_validated_is_counted():
+    """By hand, for the demo. Without a mixture, every part of the corpus is read."""
+    recipe = Recipe.load(RECIPES / "tiny.toml")
+    (base,) = counted(recipe, "pretrain")
+    assert (base.trained, base.length, base.read) == (6_000_000, 320, (1 + 3) * 7 * 64 * 320)
+    assert counted(recipe, "pretrain", mixture={}) == [base] and base.sampled == 3 * 7 * 100
+    assert counted(recipe, "pretrain", validate_every=0)[0].read == 7 * 64 * 320
+    assert counted(recipe, "pretrain", ema_decay=0.9)[0].read == 2 * base.read
+    _, one, other = counted(recipe, "eval")
+    assert (one.model, other.model, one.sampled) == ("pretrain", "zero", 100 * 2 * 16 * 300 / 2)
+    assert counted(recipe, "eval", shots=[0, 1, 3, 8])[1].sampled == 4 * one.sampled
+
+
+def test_an_rl_stage_is_more_than_its_rollouts():
+    """The gate, held-out evaluations, probes, passes for log-probabilities; the cap rises at rollout 16."""
+    recipe = Recipe.load(RECIPES / "tiny.toml")
+    (zero, critic) = counted(recipe, "zero")
+    rollouts = (16 * 200 + 24 * 300) * 256 / 2
+    heldout = (64 * 4 + 12) * (200 + 300 + 300) / 2  # before the first, after 20 and after 40
+    assert zero.sampled == rollouts + heldout and zero.trained == rollouts + 40 * 256 * 40
+    assert zero.read == 2 * zero.trained and not critic.trained
+    assert counted(recipe, "zero", kl=0.0)[0].read == zero.trained
+    more = counted(recipe, "zero", eval_tasks=["countdown", "arithmetic", "logic"])[0].sampled - zero.sampled
+    assert more == 2 * 64 * 4 * (200 + 300 + 300) / 2
+    seldom = counted(recipe, "zero", eval_every=41)[0].sampled
+    assert zero.sampled - seldom == (64 * 4 + 12) * 300 / 2
+    assert counted(recipe, "zero", advantage="critic")[1].trained == zero.trained
+
+
+def test_work_at_the_size_of_the_papers_is_counted_at_once():
+    """32K answers of 671B parameters, in arithmetic alone; every stage of the paper's recipe has its work."""
+    recipe = Recipe.load(RECIPES / "r1-paper.toml")
+    with places.of_recipe(recipe.folder):
+        for stage in recipe.stages:
+            if stage.kind in ("rl", "reject"):
+                work = find_kind(stage.kind)().work(stage, recipe)
+                assert work[0].sampled > 1e8 and work[0].seconds >= 0
+
+
+def test_what_does_not_matter_is_not_measured_and_what_was_measured_serves_again(tmp_path, monkeypatch):
+    """A first run measures what takes long; another command minutes later reads the file; an hour later it does not."""
+    measured = []
+    for name in ("training_rate", "decoding_rate"):
+        monkeypatch.setattr(f"bessemer.pipeline.pace.{name}", lambda *how, name=name: measured.append(name) or 1000.0)
+    recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=30M", "zero.precision=device"])
+    stages = [stage for stage in recipe.stages if stage.name in ("pretrain", "zero")]
+    assert pace.Pace(recipe, worth=1e9).of_stages(stages) and not measured
+    found = pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages)
+    assert measured[0] == "training_rate" and found["pretrain"] > 30_000
+    first = [*measured]
+    assert pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages) == found and measured == first
+    path = tmp_path / "rates.json"
+    old = {key: one | {"time": one["time"] - 3600} for key, one in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(old | {"broken": 5}))
+    pace.Pace(recipe, worth=5.0, cache=tmp_path).of_stages(stages)
+    assert measured == first * 2
+
+
+def test_a_network_that_this_machine_cannot_hold_is_guessed(monkeypatch):
+    """671B parameters: nothing is allocated, no step is tried."""
+    recipe = Recipe.load(RECIPES / "tiny.toml", ["model.preset=v3"])
+    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", lambda *how: pytest.fail("measured"))
+    stage = recipe.stage("pretrain")
+    seconds = pace.Pace(recipe, worth=0.0).of_stages([stage])["pretrain"]
+    assert seconds == pytest.approx(sum(guessed(recipe, one) for one in counted(recipe, "pretrain")))
+    assert pace.Pace(recipe, worth=0.0, ranks=8).of_stages([stage])["pretrain"] < seconds
+
+
+def test_measuring_leaves_random_numbers_and_processes_as_they_were():
     recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
-
-    def seconds(name, **keys):
-        stages = [one.model_copy(update=keys if one.name == name else {}) for one in recipe.stages]
-        return estimate(recipe.model_copy(update={"stages": stages}), seconds=0.0).stages[name]
-
-    assert seconds("eval", shots=[0, 1, 3, 8]) == pytest.approx(4 * seconds("eval"))
-    evaluations = 2 + 40 // recipe.stage("zero").eval_every
-    more = seconds("zero", eval_tasks=["countdown", "arithmetic", "logic"]) - seconds("zero")
-    assert more == pytest.approx(2 * evaluations * 64 * 4 * 0.5 * (200 + 200 + 300) / 3 / 1000)
-    pass_of_7 = 7 * 64 * 32 / 1000 / setup.workers().n
-    for parts in (recipe.stage("pretrain").mixture, {}):
-        assert seconds("pretrain", validate_every=0, mixture=parts) == pytest.approx(6000 + pass_of_7)
-        assert seconds("pretrain", validate_every=2_000_000, mixture=parts) == pytest.approx(6000 + 4 * pass_of_7)
+    before, state = len(multiprocessing.active_children()), torch.random.get_rng_state()
+    pace.Pace(recipe, seconds=0.02, worth=0.0).of_stages(recipe.stages)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(multiprocessing.active_children()) == before
 
 
 def test_a_recipe_without_pre_training():

@@ -19,7 +19,8 @@ from bessemer.config.recipe import Recipe
 from bessemer.dist import mesh
 from bessemer.kernels import build, library
 from bessemer.model.transformer import Transformer
-from bessemer.plan import estimate
+from bessemer.pipeline import pace
+from bessemer.plan import plan_config
 from bessemer.precision import backends, probe
 from bessemer.system import granted_cores, sysctl
 from bessemer.tasks import sandbox
@@ -72,9 +73,9 @@ def examine(folder: Path) -> dict[str, Any]:
 
 def trained(devices: Iterable[str], seconds: float = 3.0) -> dict[str, float]:
     """Tokens per second at which each device trains the recipe tiny."""
-    settings, cfg, length = estimate.pretraining(Recipe.load(find_recipe("tiny")), needed_for="doctor")
+    settings, cfg, length = plan_config.pretraining(Recipe.load(find_recipe("tiny")), needed_for="doctor")
     models = {name: Transformer(cfg).initialise(0).to(name) for name in devices}
-    return {name: estimate.training_rate(model, settings, length, seconds) for name, model in models.items()}
+    return {name: pace.training_rate(model, settings, length, seconds) for name, model in models.items()}
 
 
 def as_notes(found: list[tuple[str, str, str]]) -> list[dict[str, str]]:

@@ -33,6 +33,7 @@ from bessemer.hf.causal_lm import needs_transformers
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.overview import overview
+from bessemer.pipeline.pace import Pace
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
@@ -97,8 +98,7 @@ def run(
         entered.enter_context(places.of_recipe(recipe.folder, root / places.REVISIONS))
         kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
         derived = {config.name: preflight.resolve(config, recipe, cache_dir(cache)) for config in recipe.stages}
-        estimates = {config.name: kinds[config.name].estimate(config, recipe) for config in recipe.stages}
-        progress = progress or RunProgress(estimates, until=until)
+        progress = progress or RunProgress(dict.fromkeys(kinds, 0.0), until=until)
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=ranks is not None))
@@ -112,8 +112,9 @@ def run(
             plan = planned(recipe, kinds, derived, rundir.folder, donor)
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
-            rundir.record_plan(estimates)
             _set_aside_stale(plan, rundir, metrics, progress)
+            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, ranks)
+            estimates = rundir.record_plan(progress.estimates)
             _adopt_files(plan, progress)
             if rundir.killed:
                 progress.say(rundir.killed)
@@ -132,6 +133,21 @@ def run(
                 ranks.order({"end": True})
             progress.close()
             metrics.close()
+
+
+def _estimates(
+    plan: list[Planned], recipe: Recipe, until: str | None, cache: Path | None, progress: RunProgress,
+    ranks: Ranks | None,
+) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
+    """Seconds of every stage, at rates measured here for those that are to run, and the stages that no model works
+    in."""
+    last = len(plan) if until is None else recipe.names().index(until) + 1
+    due = [item.config for item in plan[:last] if not item.done]
+    pace = Pace(recipe, cache=cache_dir(cache), ranks=1 if ranks is None else ranks.n, say=progress.say)
+    seconds = pace.of_stages(due)
+    estimates = {item.name: seconds.get(item.name, 0.0) or item.stage.estimate(item.config, recipe) for item in plan}
+    texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
+    return estimates, frozenset(texts)
 
 
 def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
+from bessemer.pipeline.work import Work, guessed
 from bessemer.runs import files
 from bessemer.runs.directory import RUN_FORMAT
 from bessemer.runs.metrics import Smoothed
@@ -95,9 +96,13 @@ class Stage(Generic[_Config]):
         """Whether a recorded identity, perhaps of an older version, means the same output as the identity `now`."""
         return recorded == now or (_device_is_float32() and _without_float32(recorded) == _without_float32(now))
 
+    def work(self, config: _Config, recipe: Recipe) -> list[Work]:
+        """The stage's work, for the time that it will take: everything that it does, model by model."""
+        return [Work(seconds=30.0)]
+
     def estimate(self, config: _Config, recipe: Recipe) -> float:
-        """Rough seconds on two CPU cores: only for the run's remaining time, and corrected by what the run measures."""
-        return 30.0
+        """Seconds guessed from the work, before anything is measured (`pipeline.pace` measures)."""
+        return sum(guessed(recipe, work) for work in self.work(config, recipe))
 
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         """Does the work; returns the facts worth a line in the summary."""

@@ -8,7 +8,7 @@ at the plan's rate. Reading, tokenising, judging and downloads need no GPU and c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.config import places
@@ -21,6 +21,7 @@ from bessemer.config.training import PretrainConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.eval import n_answers
+from bessemer.pipeline.work import guessed
 from bessemer.plan.cost import RunPlan, amount
 from bessemer.plan.inference import RolloutTime, rollout_time
 from bessemer.plan.plan_config import begun, planned
@@ -85,10 +86,11 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
         hours = sum(_answers(plan, recipe, name, n, stage.max_new_tokens) for name in stage.models for n in rows)
         work = f"{amount(sum(rows) * len(stage.models))} answers{_as_if(recipe, *stage.models)}"
         return StageCost(stage.name, stage.kind, hours, work)
-    # the stage's own first estimate, turned from this machine's seconds into tokens of the plan's network
+    # the stage's work, turned from this machine's seconds into tokens of the plan's network
     first = planned(recipe)
     one = lineage.estimate_seconds(recipe, first.name, 1.0) if first else setup.estimate_seconds(recipe, 1.0)
-    tokens = find_kind(stage.kind)().estimate(stage, recipe) / one
+    counted = find_kind(stage.kind)().work(stage, recipe)
+    tokens = sum(guessed(recipe, replace(work, seconds=0.0)) for work in counted) / one
     work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
     if tokens and lineage.training_flops(recipe, stage.name, plan.setup.length) is None:
         work += AS_IF

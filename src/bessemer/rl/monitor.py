@@ -122,6 +122,17 @@ def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.T
     return main, [] if settings.eval_tasks else general
 
 
+def heldout_answers(settings: RLConfig) -> int:
+    """Answers of one held-out evaluation, those that are kept to be read included; as many problems as each task may be
+    asked where its file is elsewhere."""
+    try:
+        families = [task for several in evaluation_tasks(settings) for task in several]
+        problems = sum(min(task.size("test") or settings.eval_problems, settings.eval_problems) for task in families)
+    except UserError:
+        problems = settings.eval_problems * len({*(settings.eval_tasks or settings.tasks)})
+    return problems * SAMPLES + PROBES * 2
+
+
 class Evaluator:
     """Writes metrics, raises their alarms, and evaluates on held-out problems, so that a run's curve does not come from
     its training problems. Call `begin()` once metrics.jsonl ends at the step that the stage resumes from."""

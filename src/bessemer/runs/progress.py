@@ -1,12 +1,13 @@
 """How far a run is and how long it will still take: as bars on a terminal, as a line every ten seconds in a log.
 
-The stage's time left comes from the speed of this attempt; the run's adds the later stages' estimates, scaled by how
-the stages so far compare with theirs. Progress is only for people: nothing reads it back.
+The stage's time left begins as its estimate and goes over to the speed of this attempt by a fifth of the work; the
+run's adds the later stages' estimates, scaled by how the stages of this call compare with theirs. Progress is only for
+people: nothing reads it back.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TextIO
 
 from rich.console import Console, RenderableType
@@ -17,6 +18,10 @@ from bessemer.config.units import show_seconds, show_tokens
 from bessemer.escape import escaped
 
 PLAIN_EVERY = 10.0  # seconds between lines when the output is not a terminal
+SURE = 0.2
+"""Share of a stage's work from which on its speed so far says how long the rest takes."""
+PRIOR = 0.25
+"""Part of the whole run's estimate that the stages so far must outweigh before they rescale the later ones."""
 
 
 class RunProgress:
@@ -30,7 +35,11 @@ class RunProgress:
         names = list(estimates)
         self.ahead = names if until is None else names[: names.index(until) + 1]
         self.console = Console(file=out or sys.stderr, highlight=False, soft_wrap=True)
+        self.texts: Collection[str] = ()
+        """Stages in which no model works: how long they take says nothing about the others."""
         self.spent: dict[str, float] = {}
+        self._ran: dict[str, float] = {}
+        """Seconds of the stages of this call."""
         self.said_once: set[str] = set()
         """Lines that need not be said again, such as what all stages compute in."""
         self._bars: Progress | None = None
@@ -54,11 +63,14 @@ class RunProgress:
                 self._bars.add_task(name, total=1.0, words=""),
                 self._bars.add_task("whole run", total=1.0, words=""),
             )
+        self._ran[name] = 0.0
         return StageProgress(self, name)
 
     def end(self, name: str, seconds: float) -> None:
         """Record the total seconds of `name`; for a skipped stage, those of the earlier run."""
         self.spent[name] = seconds
+        if name in self._ran:
+            self._ran[name] = seconds
         self.close()
 
     def close(self) -> None:
@@ -70,11 +82,16 @@ class RunProgress:
 
     def run_left(self, name: str, elapsed: float, left: float) -> float:
         """Seconds left of the run while `name`, started `elapsed` seconds ago, has `left` to go."""
-        measured = sum(self.spent.values()) + elapsed + left
-        estimated = sum(self.estimates.get(stage, 0.0) for stage in [*self.spent, name])
-        scale = measured / estimated if estimated > 0 else 1.0
-        later = [self.estimates[stage] for stage in self.ahead if stage not in self.spent and stage != name]
-        return left + scale * sum(later)
+        took = self._ran | {name: elapsed + left}
+        known = [stage for stage in took if stage not in self.texts and stage in self.spent.keys() | {name}]
+        prior = PRIOR * sum(self.estimates[stage] for stage in self.ahead)
+        estimated = sum(self.estimates.get(stage, 0.0) for stage in known) + prior
+        scale = (sum(took[stage] for stage in known) + prior) / estimated if estimated > 0 else 1.0
+        return left + sum(
+            (1.0 if stage in self.texts else scale) * self.estimates[stage]
+            for stage in self.ahead
+            if stage not in self.spent and stage != name
+        )
 
     def show(self, stage: "StageProgress") -> None:
         left = stage.left()
@@ -102,7 +119,7 @@ class StageProgress:
         self.run, self.name = run, name
         self.units, self.work, self.done, self.done_at_start = "", 0.0, 0.0, 0.0
         self.note = ""
-        self.started = self.shown = run.clock()
+        self.began = self.started = self.shown = run.clock()
 
     def total(self, work: float, units: str = "steps", done: float = 0.0) -> None:
         """Set the stage's work in its own units, and how much of it an earlier attempt has done."""
@@ -122,15 +139,20 @@ class StageProgress:
         self.run.say(text)
 
     def elapsed(self) -> float:
-        return self.run.clock() - self.started
+        return self.run.clock() - self.began
 
     def share(self) -> float:
         return min(1.0, self.done / self.work) if self.work > 0 else 0.0
 
     def left(self) -> float | None:
-        """Seconds left at the speed of this attempt; None before any work is done."""
-        fresh = self.done - self.done_at_start
-        return None if fresh <= 0 or self.work <= 0 else self.elapsed() * max(0.0, self.work - self.done) / fresh
+        """Seconds left: by the estimate at first, then at the speed of this attempt; None if neither says."""
+        fresh, rest = self.done - self.done_at_start, max(0.0, self.work - self.done)
+        part = (self.work - self.done_at_start) / self.work if self.work > 0 else 1.0
+        planned = max(0.0, part * self.run.estimates.get(self.name, 0.0) - self.elapsed())
+        if fresh <= 0 or self.work <= 0:
+            return planned or None
+        trust = min(1.0, fresh / (fresh + rest) / SURE)
+        return trust * (self.run.clock() - self.started) * rest / fresh + (1 - trust) * planned
 
     def words(self) -> str:
         amount = f"{show_tokens(self.done)}/{show_tokens(self.work)} {self.units}" if self.work else ""

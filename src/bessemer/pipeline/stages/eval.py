@@ -21,13 +21,14 @@ from bessemer.eval import contamination, scoring
 from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
+from bessemer.pipeline.work import Work, answers, moved
 from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.base import shared_file
 from bessemer.tasks.worked import examples
-from bessemer.train import lineage, setup
+from bessemer.train import setup
 
 
 @register
@@ -59,9 +60,14 @@ class Eval(Stage[EvalConfig]):
             for name in config.tasks:
                 yield preflight.of_key("shots", partial(_shown, config, name))
 
-    def estimate(self, config: EvalConfig, recipe: Recipe) -> float:
-        tokens = sum(n_answers(config)) * config.max_new_tokens
-        return sum(lineage.decode_seconds(recipe, name, tokens) for name in config.models)
+    def work(self, config: EvalConfig, recipe: Recipe) -> list[Work]:
+        """The answers of each model; the search for the problems in the training texts takes seconds beside them."""
+        written = answers(sum(n_answers(config)), config.max_new_tokens)
+        searched = Work(seconds=2.0 if config.searched_words else 0.0)
+        return [
+            searched,
+            *(Work(name, sampled=written, seconds=moved(recipe, name, trains=False)) for name in config.models),
+        ]
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()

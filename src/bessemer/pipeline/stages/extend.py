@@ -11,6 +11,7 @@ from typing import Any
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import StageConfig
 from bessemer.config.training import ExtendConfig, PretrainConfig
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
@@ -47,8 +48,8 @@ class Extend(Pretrain[ExtendConfig]):
         super().resolve(config, recipe)
         return {"original_length": original}
 
-    def estimate(self, config: ExtendConfig, recipe: Recipe) -> float:
-        return lineage.estimate_seconds(recipe, config.name, config.tokens, config.length)
+    def row_length(self, config: ExtendConfig, corpus: StageConfig) -> int:
+        return config.length
 
     def start(self, config: ExtendConfig, ctx: StageContext) -> Start:
         """The model of an earlier stage, with YaRN, trained on longer rows."""

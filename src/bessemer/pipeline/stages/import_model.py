@@ -25,7 +25,11 @@ from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.work import DISK, Work, params
 from bessemer.runs.context import StageContext
+
+DOWNLOAD = 4e7
+"""Bytes per second of a download, for the time it takes."""
 
 
 @register
@@ -33,6 +37,13 @@ class Import(Stage[ImportConfig]):
     kind = "import"
     uses_model = False
     uses_seed = False
+
+    def work(self, config: ImportConfig, recipe: Recipe) -> list[Work]:
+        """The download, if it is one, and the export."""
+        size = 4 * params(recipe, config.name)
+        if config.model.startswith(PACKAGE):
+            size += 1e6 * sources.known_model(config.model.removeprefix(PACKAGE)).package.megabytes * DISK / DOWNLOAD
+        return [Work(seconds=1.0 + 2 * size / DISK)]
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
         if config.system and config.style:

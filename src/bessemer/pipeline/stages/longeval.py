@@ -25,10 +25,11 @@ from bessemer.hf import hub
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.training_inputs import check_heldout
+from bessemer.pipeline.work import Work, moved
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.needle import SPEAKERS
-from bessemer.train import lineage, loss, setup
+from bessemer.train import loss, setup
 
 OWN, SWITCHED = "", " + YaRN"
 """Suffixes of a model's name: its own positions, or the last model's positions without training on them."""
@@ -73,10 +74,13 @@ class LongEval(Stage[LongEvalConfig]):
         if config.haystack:
             yield preflight.of_key("haystack", partial(sources.check, config.haystack, None))
 
-    def estimate(self, config: LongEvalConfig, recipe: Recipe) -> float:
-        prompts = len(config.depths) * config.problems * sum(config.lengths)
-        models = [*config.models, *config.switched]
-        return sum(lineage.estimate_seconds(recipe, name, prompts / 3, max(config.lengths)) for name in models)
+    def work(self, config: LongEvalConfig, recipe: Recipe) -> list[Work]:
+        prompts, longest = len(config.depths) * config.problems * sum(config.lengths), max(config.lengths)
+        rows = len(config.parts) * config.rows * longest
+        return [
+            Work(name, read=prompts + rows, length=longest, seconds=moved(recipe, name, trains=False))
+            for name in [*config.models, *config.switched]
+        ]
 
     def run(self, config: LongEvalConfig, ctx: StageContext) -> dict[str, Any]:
         setup.keep_memory()

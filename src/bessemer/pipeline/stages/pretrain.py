@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import changed
+from bessemer.config.table import StageConfig, changed
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data import plans
@@ -45,6 +45,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
+from bessemer.pipeline.work import Work, moved
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import ONE, ZERO, Runtime, Schedule, Trainer, constant
@@ -52,6 +53,8 @@ from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
 """Rows of each source in a validation."""
+SAMPLED = 100
+"""Tokens of a continuation, about."""
 
 
 class Start(NamedTuple):
@@ -103,8 +106,26 @@ class Pretrain(Stage[_Config]):
             yield from preflight.length_probes(config, recipe, [model], what, corpus.row_length)
             yield partial(beyond_budget, config.tokens, corpus.row_length, config.batch_rows)
 
-    def estimate(self, config: _Config, recipe: Recipe) -> float:
-        return lineage.estimate_seconds(recipe, config.name, config.tokens)
+    def work(self, config: _Config, recipe: Recipe) -> list[Work]:
+        """Training, the held-out rows of every part at every validation, continuations, loading and saving."""
+        corpus = recipe.stage(config.corpus or config.source or config.name)
+        length = self.row_length(config, corpus)
+        parts = len(config.mixture) or len(getattr(corpus, "parts", ()))
+        between = config.tokens // config.validate_every if config.validate_every else 0
+        heldout = (
+            (1 + (config.corpus is not None) + between) * parts * HELDOUT_ROWS * length * (2 if config.ema_decay else 1)
+        )
+        shown = 1 + (config.tokens // config.sample_every if config.sample_every else 0)
+        return [
+            Work(
+                config.name, trained=config.tokens, read=heldout, sampled=shown * len(config.prompts) * SAMPLED,
+                length=length, seconds=moved(recipe, config.name),
+            )
+        ]  # fmt: skip
+
+    def row_length(self, config: _Config, corpus: StageConfig) -> int:
+        """Tokens of its rows; `corpus`: the stage they come from."""
+        return getattr(corpus, "row_length", 256)
 
     def start(self, config: _Config, ctx: StageContext) -> Start:
         """Random weights to train on the preceding corpus, or an earlier model to train further."""

@@ -24,6 +24,7 @@ from bessemer.data.documents import HUB, Document
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.work import Work, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import engine_of
 from bessemer.rl.judge import Judge, api_key
@@ -35,7 +36,7 @@ from bessemer.tasks.base import CORRECT, WRONG_VALUE
 from bessemer.tasks.general import UNJUDGED, General
 from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.tasks.worked import in_r1_form
-from bessemer.train import lineage, setup
+from bessemer.train import setup
 
 LOOKED_AT = 256
 """Problems that are searched for a reference answer before anything runs, if there is a judge."""
@@ -85,8 +86,9 @@ class Reject(Stage[RejectConfig]):
     def exports_conversations(self, config: RejectConfig) -> bool:
         return True
 
-    def estimate(self, config: RejectConfig, recipe: Recipe) -> float:
-        return lineage.decode_seconds(recipe, config.name, config.problems * config.samples * config.max_new_tokens)
+    def work(self, config: RejectConfig, recipe: Recipe) -> list[Work]:
+        written = answers(config.problems * config.samples, config.max_new_tokens)
+        return [Work(config.name, sampled=written, seconds=moved(recipe, config.name, trains=False))]
 
     def training_data(
         self, config: RejectConfig, recipe: Recipe, folder: Path, cache: Path

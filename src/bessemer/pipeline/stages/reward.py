@@ -37,6 +37,7 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
+from bessemer.pipeline.work import Work, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import dealt, led
 from bessemer.rl.judge import Judge, api_key
@@ -101,9 +102,10 @@ class RewardModelling(Stage[RewardModelConfig]):
         for key, names in (("data", config.data), ("heldout_data", config.heldout_data)):
             yield from (preflight.of_key(key, partial(_counted, config, name)) for name in names)
 
-    def estimate(self, config: RewardModelConfig, recipe: Recipe) -> float:
-        sampled = lineage.decode_seconds(recipe, config.name, config.made * config.samples * config.max_new_tokens)
-        return sampled + lineage.estimate_seconds(recipe, config.name, config.epochs * config.made * 100)
+    def work(self, config: RewardModelConfig, recipe: Recipe) -> list[Work]:
+        written = answers(config.made * config.samples, config.max_new_tokens)
+        trained = config.epochs * config.made * 100
+        return [Work(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name))]
 
     def training_data(
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path

@@ -19,9 +19,10 @@ from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.work import PROMPT, Work, answers, moved
 from bessemer.rl import ray_sampler, task_mix
 from bessemer.rl.loop import Loop
-from bessemer.rl.monitor import evaluation_tasks
+from bessemer.rl.monitor import evaluation_tasks, heldout_answers
 from bessemer.rl.preference import RewardModel
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout_queue import candidates
@@ -116,9 +117,23 @@ class RL(Stage[RLConfig]):
     def exports_conversations(self, config: RLConfig) -> bool:
         return config.export_samples != "nothing"
 
-    def estimate(self, config: RLConfig, recipe: Recipe) -> float:
-        samples = config.rollouts * config.prompts_per_rollout * config.samples
-        return lineage.estimate_seconds(recipe, config.name, samples * max(config.max_new_tokens.values))
+    def work(self, config: RLConfig, recipe: Recipe) -> list[Work]:
+        """Rollouts and their updates, with a forward pass for the log-probabilities of the policy and one for those of
+        the reference; the held-out evaluations, one of them before the first rollout."""
+        caps = [config.max_new_tokens(number * config.updates_per_rollout) for number in range(config.rollouts)]
+        rows = config.prompts_per_rollout * config.samples
+        written = sum(answers(rows, cap) for cap in caps)
+        trained = written + config.rollouts * rows * PROMPT
+        every = config.eval_every
+        evaluated = [0, *(n + 1 for n in range(config.rollouts) if (n + 1) % every == 0 or n + 1 == config.rollouts)]
+        asked = heldout_answers(config)
+        heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
+        work = Work(
+            config.name, trained=trained, read=trained * (1 + (config.kl > 0)),
+            sampled=written * config.max_resamples + heldout, seconds=moved(recipe, config.name),
+        )  # fmt: skip
+        critic = Work(config.name, trained=trained, read=trained) if config.advantage == "critic" else Work()
+        return [work, critic]
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""

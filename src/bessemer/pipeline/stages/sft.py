@@ -28,6 +28,7 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
+from bessemer.pipeline.work import Work, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
@@ -66,14 +67,21 @@ class SFT(Stage[SFTConfig]):
         settings = now["settings"] | {key: meant[key] for key in meant if now["settings"][key] is None}
         return super().same(config, recorded, now | {"format": kind, "settings": settings})
 
-    def estimate(self, config: SFTConfig, recipe: Recipe) -> float:
+    def work(self, config: SFTConfig, recipe: Recipe) -> list[Work]:
         """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
         exported = sum(_exported(recipe.stage(name)) for name in config.samples)
         tokens = sum(file.stat().st_size for file in files) / 4 + exported
         if not tokens:
-            return super().estimate(config, recipe)
-        return lineage.estimate_seconds(recipe, config.name, (config.epochs or 2) * tokens, config.row_length)
+            return super().work(config, recipe)
+        epochs = config.epochs or sft_rows.EPOCHS[0]
+        shown = epochs * len(config.prompts) * 100
+        return [
+            Work(
+                config.name, trained=epochs * tokens, sampled=shown, length=config.row_length,
+                seconds=moved(recipe, config.name),
+            )
+        ]  # fmt: skip
 
     def probes(self, config: SFTConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield from preflight.length_probes(config, recipe, [config.source], "row_length", config.row_length)

@@ -15,8 +15,8 @@ const ZH = {
     "噪声大的曲线：浅色为实测，粗线为平滑后。拖选一段或按 + 放大，按 − 显示全部；方向键读取数值。",
   "Each row is an expert; time runs to the right.": "每行是一个专家，横轴为时间。",
   "Newest rollouts": "最新的采样回答", "Planned against measured time": "预计用时与实测用时",
-  "Planned: a rough estimate for two CPU cores, made when the run started. Measured: restarts included.":
-    "预计：运行启动时按两个 CPU 核粗略估算。实测：含各次重启的用时。",
+  "Planned: by rates measured on this machine just before the run, or guessed where nothing was measured. Measured: restarts included.":
+    "预计：按运行前在本机实测的速度估算，未实测处为粗略估算。实测：含各次重启的用时。",
   "Talk to the newest model": "与最新模型对话",
   // runs, stages, times
   "running": "运行中", "finished": "已完成", "stopped": "已停止", "not started": "未开始", "no stage has started": "尚无阶段开始",
