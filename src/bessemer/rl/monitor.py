@@ -205,11 +205,10 @@ class Evaluator:
             batch_rows=batch_rows(count * SAMPLES),
             context=generator.context,
             once=generator.once,
-            share=generator.share,
         )
+        groups = rollout.verify(problems, prompts, outcomes, generator.sampler.tokenizer.opening, share=generator.share)
 
         def make() -> dict[str, float]:
-            groups = rollout.verify(problems, prompts, outcomes, generator.sampler.tokenizer.opening)
             return heldout_row(groups, generator.reward, settings.accuracy_needs_format, cap, partial(self._score, cap))
 
         row: dict[str, float] = generator.once(make)
