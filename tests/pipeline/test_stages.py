@@ -23,6 +23,7 @@ from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
+from bessemer.train import checkpoint
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -245,12 +246,27 @@ def test_a_damaged_model_is_written_again_from_its_last_checkpoint(whole, copy, 
 
 def test_a_damaged_model_whose_checkpoints_are_damaged_too_is_trained_again(whole, copy, capsys):
     flip(copy.out / MODELS[0] / "model" / "model.safetensors")
-    for checkpoint in (copy.out / MODELS[0] / "state").glob("step-*"):
-        flip(checkpoint / "model.safetensors")
+    for one in checkpoint.steps(copy.out / MODELS[0] / "state"):
+        flip(one / "model.safetensors")
     results = copy()
     assert [result.status for result in results.values()] == ["skipped", "done", "skipped", "skipped"]
     assert "1 of 4 stages to run" in capsys.readouterr().err
     assert copy.leaves()["02-pretrain/model/model.safetensors"] == whole.leaves()["02-pretrain/model/model.safetensors"]
+
+
+def test_a_finished_stage_of_a_large_model_keeps_one_checkpoint_and_replay_says_what_would_keep_more(
+    copy, monkeypatch, call
+):
+    monkeypatch.setattr(checkpoint, "SMALL", 0)
+    results = copy("zero.rollouts=2", "zero.save_seconds=0")
+    assert results["zero"].status == "done"
+    assert [path.name for path in checkpoint.steps(copy.out / "03-zero" / "state")] == ["step-00000004"]
+    status, _, err = call("replay", copy.out, "--step", 3)
+    assert status == 2 and "keep_every" in err and "--from-start" in err
+    results = copy("zero.rollouts=2", "zero.seed=3", "zero.keep_every=1")
+    assert results["zero"].status == "done"
+    status, out, _ = call("replay", copy.out, "--step", 3)
+    assert status == 0 and "rollout 1" in out
 
 
 def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch):

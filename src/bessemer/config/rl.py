@@ -92,7 +92,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Number of rollouts; each is followed by updates_per_rollout optimizer steps."""
     keep_every: int = Field(0, ge=0)
     """Rollouts between checkpoints that are kept permanently, so that `bessemer replay` can start near any step. 0:
-    only the newest two are kept, and older steps are replayed from the stage's start."""
+    only the newest two are kept, after the stage's end one if they exceed 256 MiB, and older steps are replayed from
+    the stage's start."""
     prompts_per_rollout: int = Field(16, ge=1)
     """Problems per rollout (R1: 512)."""
     samples: int = Field(16, ge=1)

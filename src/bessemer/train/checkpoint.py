@@ -145,6 +145,16 @@ def put_in_place(temporary: Path, state_dir: Path, step: int, keep: int) -> Path
     return final
 
 
+def settle(state_dir: Path) -> None:
+    """After the end of a stage: of checkpoints of more than SMALL bytes only the newest stays, from which the stage's
+    models can be written again. Only `bessemer replay` reads earlier ones; those in KEPT stay."""
+    for path in steps(state_dir)[:-1]:
+        if sum(file.stat().st_size for file in path.iterdir()) > SMALL:
+            shutil.rmtree(path)
+
+
+SMALL = 1 << 28
+"""Bytes of a checkpoint that costs nothing to keep, such as one of `tiny`."""
 KEPT = "kept"
 """Folder, next to the newest checkpoints, of those that no later one replaces."""
 
