@@ -7,6 +7,7 @@ import pytest
 from completions import completion
 
 from bessemer.cli.common import read_prompts
+from bessemer.config.units import show_tokens
 from bessemer.data.chat import render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
@@ -14,6 +15,10 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
 from bessemer.escape import escaped
+from bessemer.model import accounting
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.serve.models import read_facts
 
 
 class Terminal(io.StringIO):
@@ -59,6 +64,19 @@ def test_chat_streams_what_the_engine_answers(folder, engine, tokenizer):
     assert str(folder) in head and "a context of 160 tokens, zero template, temperature 0.9, top-p 0.8" in head
     cut = answer.finish_reason == "length"
     assert "/help" in commands and rest == ["[cut off at 10 tokens; /continue resumes it]"] * cut
+
+
+def test_a_model_has_one_size_and_its_mtp_module_another(tokenizer, tmp_path):
+    """In the terminal and on the server; with drafts, the demo's network was 2.68M here and 2.16M there."""
+    Transformer(preset("tiny", vocab_size=tokenizer.vocab_size)).initialise(1).save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    cfg, facts = preset("tiny", vocab_size=tokenizer.vocab_size), read_facts("model", tmp_path / "model")
+    assert (facts.parameters, facts.mtp_parameters) == (accounting.main_params(cfg), accounting.mtp_params(cfg))
+    main, drafting = (show_tokens(size) for size in (facts.parameters, facts.mtp_parameters))
+    assert drafting != "0"
+    for drafts, words in ((0, ""), (1, f" and {drafting} of MTP")):  # the module is loaded for drafting alone
+        _, notes = talks(tmp_path / "model", drafts=drafts)
+        assert f"{main} parameters{words}, a context" in notes.splitlines()[0]
 
 
 def test_a_session_survives_everything(folder, monkeypatch):

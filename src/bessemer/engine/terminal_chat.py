@@ -67,8 +67,11 @@ def chat(
     options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
     talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
     talk.system, talk.alone = system, alone
-    context, size = engine.model.cfg.max_seq_len, sum(weight.numel() for weight in engine.model.parameters())
-    talk.note(f"{model_dir}: {show_tokens(size)} parameters, a context of {context} tokens, "
+    context, sizes = engine.model.cfg.max_seq_len, {True: 0, False: 0}
+    for name, weight in engine.model.named_parameters():
+        sizes[name.startswith("mtp.")] += weight.numel()
+    drafting = f" and {show_tokens(sizes[True])} of MTP" if sizes[True] else ""
+    talk.note(f"{model_dir}: {show_tokens(sizes[False])} parameters{drafting}, a context of {context} tokens, "
               f"{talk.style or 'its own'} template, temperature {temperature:g}, top-p {top_p:g}")  # fmt: skip
     if max_new_tokens is not None and max_new_tokens >= context:
         talk.note(f"--max-tokens {max_new_tokens} exceeds the context, which ends answers first")

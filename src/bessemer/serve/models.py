@@ -62,6 +62,7 @@ class ModelFacts:
     """Unix time of its config.json."""
     architecture: str
     parameters: int
+    """Those of the model without its MTP modules."""
     active_parameters: int | None
     """Parameters that one token uses; None if only transformers can tell."""
     context: int
@@ -75,6 +76,8 @@ class ModelFacts:
     """Layers with routed experts, whose choices can be reported."""
     experts: int = 0
     experts_per_token: int = 0
+    mtp_parameters: int = 0
+    """Those of the MTP modules, which only draft tokens."""
     dtype: str | None = None
     """Number format of its arithmetic; None until it is loaded."""
     own_context: int = 0
@@ -111,6 +114,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
         architecture=str(read_object(folder / "config.json").get("model_type")),
         parameters=accounting.main_params(cfg),
         active_parameters=accounting.active_params(cfg),
+        mtp_parameters=accounting.mtp_params(cfg),
         context=cfg.max_seq_len,
         layers=cfg.n_layers,
         sparse_layers=sparse,

@@ -122,7 +122,9 @@ class ModelDetails(BaseModel):
     loaded: bool
     architecture: str
     parameters: int
+    """Without those of the MTP modules."""
     active_parameters: int | None
+    mtp_parameters: int
     context: int
     thinks: bool
     style: Literal["r1", "r1-zero", "zero", "own"] | None

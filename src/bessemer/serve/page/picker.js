@@ -122,12 +122,13 @@ export class Picker {
 }
 
 export function about(model) {
-  const { parameters, active_parameters: active, sparse_layers: layers } = model;
+  const { parameters, active_parameters: active, mtp_parameters: mtp, sparse_layers: layers } = model;
   const words = [t(STAGES[model.stage] ?? STAGES[model.id] ?? "")];
   if (parameters) {
     const some = active && active !== parameters;
     const named = { n: short(parameters), active: some ? short(active) : "" };
     words.push(t(some ? "{n} parameters, {active} active per token" : "{n} parameters", named));
+    if (mtp) words.push(t("{n} more in MTP modules", { n: short(mtp) }));
   }
   if (layers) {
     const named = { k: model.experts_per_token, n: model.experts, layers };
