@@ -143,7 +143,7 @@ def test_an_episode_goes_on_as_the_conversation_is_rendered(directory, role):
 def test_where_an_answer_ends(tmp_path):
     tok = load_tokenizer(houses.llama3(tmp_path))
     assert tok.eos_id == tok.special_id("<|eot|>") and tok.stop_ids == [tok.eos_id, tok.special_id("<|end|>")]
-    assert tok.end_id == tok.pad_id == tok.special_id("<|end|>"), "padding may be any token: its place tells it"
+    assert tok.end_id == tok.pad_id == tok.special_id("<|end|>"), "padding may be any token: rows know their lengths"
 
 
 DEEPSEEK = (

@@ -28,7 +28,7 @@ from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
 STEPS, CLIP, LR, GAMMA = 4, 0.05, 3e-3, 0.01
-SAMPLED = GRPO(kl=0.0, constant=30)
+SAMPLED = GRPO(kl=0.0, constant=30, mtp_lambda=0.1)
 
 
 def model_of(cfg, fp8=False):
@@ -66,6 +66,13 @@ def samples(lot, micro, replay=True):
         choice = {"choice_BTLK": one.extras["choice_BTLK"]} if replay else {}
         one.extras = {"advantage_BT": one.loss_BT - 0.3, "old_logp_BT": -4.0 * one.loss_BT, **choice}
     return made
+
+
+def alone(training):
+    """The trainer, whose MTP modules are trained apart from the rest."""
+    for module in training.model.mtp:
+        module.apart = True
+    return training
 
 
 def warmed(rank, name, layout, micro, warms):
@@ -112,7 +119,7 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
 
 def replaying(rank, name, layout, micro):
     """The steps, and an RL step in the same processes that replays experts."""
-    training = across(layout, name, terms={})
+    training = alone(across(layout, name, terms={}))
     values = training.update(samples(training.shard.pipeline_index, micro))
     moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
     loads = {gate: load.tolist() for gate, load in training.loads.items()}
@@ -165,7 +172,7 @@ def replays_as_at_home(found, lots, micro):
     """Metrics, gradients (the first moments after one step) and expert loads."""
 
     def step(replay):
-        trainer = Trainer(model_of(CFG), SAMPLED, None, *config(terms={}))
+        trainer = alone(Trainer(model_of(CFG), SAMPLED, None, *config(terms={})))
         return trainer, trainer.update([b for lot in range(lots) for b in samples(lot, micro, replay)])
 
     (trainer, wanted), (without, _) = step(True), step(False)
@@ -174,7 +181,7 @@ def replays_as_at_home(found, lots, micro):
         "m/layers.3.ffn.experts.w2"
     ].norm()
     for values, moments, loads, (begin, end) in found:
-        for key in ("ratio", "entropy", "clip_share", "logp_gap", "logp_gap_max", "sampler_kl", "grad_norm"):
+        for key in ("ratio", "entropy", "clip_share", "logp_gap", "logp_gap_max", "sampler_kl", "mtp_1", "grad_norm"):
             assert values[f"train/{key}"] == pytest.approx(wanted[f"train/{key}"], rel=1e-5, abs=1e-7), key
         for name, value in moments.items():
             part = slice(begin, end) if ".experts." in name else slice(None)
@@ -233,6 +240,38 @@ def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
             assert load.sum() == routed[gate], gate
             assert (load == trainer.loads[gate].numpy()).all(), gate
             assert values[f"moe/max_vio/{gate}"] == wanted[f"moe/max_vio/{gate}"]
+        seen |= loads.keys()
+    assert seen == trainer.loads.keys()
+
+
+def padded(lot, micro):
+    made = batches(0, lot, micro)
+    for number, one in enumerate(made):
+        one.loss_BT[:, 14 - 3 * number - 4 :] = 0  # of 14 tokens
+    return made
+
+
+def with_padding(rank, name, layout):
+    training = across(layout, name, counts_padding=False)
+    training.model.set_recompute(("attend",))
+    training.update(training.mine(padded(0, 3)))
+    return {gate: load.numpy() for gate, load in training.loads.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("gpipe", Layout(1, 2, 1)), ("dualpipe", Layout(2, 1, 1))],
+    ids=str,
+)
+def test_padding_is_left_out_of_the_loads_on_every_rank(name, layout):
+    trainer = Trainer(model_of(CFG), next_token, None, *config(counts_padding=False))
+    trainer.update(padded(0, 3))
+    lengths = [row.nonzero()[0].max() + 1 for one in padded(0, 3) for row in one.loss_BT.numpy()]
+    for gate, load in trainer.loads.items():
+        assert load.sum() == sum(length - (gate == "mtp0") for length in lengths) * CFG.n_activated_experts, gate
+    seen = set()
+    for loads in on_ranks(2, with_padding, name, layout):
+        assert all((load == trainer.loads[gate].numpy()).all() for gate, load in loads.items())
         seen |= loads.keys()
     assert seen == trainer.loads.keys()
 

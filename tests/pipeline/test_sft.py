@@ -5,6 +5,7 @@ import re
 
 import pytest
 import stages_run
+import torch
 
 import bessemer
 from bessemer import tasks
@@ -138,8 +139,13 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
         said
     )
     assert f"loss {found[0]:.3f} at the first step, " in said and "warning: only" not in said
-    stages_run.run(path, out, "sft.epochs=1", "sft.batch_rows=8")
-    assert "warning: only" in capfd.readouterr().err
+    stages_run.run(path, out, "sft.epochs=1", "sft.batch_rows=8", "sft.mtp_lambda=0.0")
+    said = capfd.readouterr().err
+    assert "warning: only" in said and "MTP modules: frozen" in said
+    before, after = (bessemer.load(out / stage / "model").state_dict() for stage in ("02-pretrain", "03-sft"))
+    same = {name.startswith("mtp.") for name, x in after.items() if torch.equal(x, before[name]) and x.dim() > 1}
+    assert same == {True}, "matrices that nothing trains do not decay, and all others moved"
+    assert all(torch.equal(x, before[name]) for name, x in after.items() if name.startswith("mtp."))
 
 
 def test_a_run_of_an_older_version_stays_finished(done):

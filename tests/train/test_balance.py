@@ -5,6 +5,7 @@ from tiny_run import ROWS, T, batches, model, trainer
 from torch.utils.checkpoint import checkpoint
 
 from bessemer.config.units import Points
+from bessemer.data.batch import Batch
 from bessemer.train import balance
 
 
@@ -52,6 +53,27 @@ def test_update_uses_the_counts_of_the_whole_step():
     run.run()
     for name, gate in run.gates.items():
         assert torch.equal(gate.bias_E, fresh.gates()[name].expected)
+
+
+def test_padding_is_left_out_of_the_loads_outside_pre_training():
+    """A row of 2,048 positions with 20 tokens counts as 20, with those tokens' experts."""
+    torch.manual_seed(0)
+    weight_BT = torch.ones(2, 20)
+    weight_BT[:, 0] = weight_BT[1, 12:] = 0
+    short = Batch(torch.randint(3, 40, (2, 20)), weight_BT)
+    tokens_BT, loss_BT = torch.full((2, 2048), 7), torch.zeros(2, 2048)
+    tokens_BT[:, :20], loss_BT[:, :20] = short.tokens_BT, short.loss_BT
+    loads = []
+    for batch in (short, Batch(tokens_BT, loss_BT)):
+        run = trainer(steps=1, counts_padding=False, terms={"mtp_lambda": 0.1, "balance_alpha": 0.0})
+        run.update([batch])
+        loads.append(run.loads)
+    assert loads[0]["1"].sum() == (20 + 12) * 2 and loads[0]["mtp0"].sum() == (19 + 11) * 2
+    for name, load_E in loads[0].items():
+        assert torch.equal(load_E, loads[1][name]), name
+    counting = trainer(steps=1)
+    counting.update([short])
+    assert counting.loads["1"].sum() == 40 * 2, "pre-training counts every position"
 
 
 def test_recomputation_does_not_count_twice():

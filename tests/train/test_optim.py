@@ -185,6 +185,16 @@ def test_decay_spares_vectors():
         assert torch.allclose(p, expected, rtol=1e-6), name
 
 
+def test_what_no_step_trains_does_not_decay():
+    net = Net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    idle = next(name for name, p in net.named_parameters() if p.dim() >= 2)
+    optimizer = Optimizer(net, weight_decay=0.1, idle=(idle,))
+    optimizer.step(0.1, 1.0, 0.0, 1.0)
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name]) == (name == idle or p.dim() < 2), name
+
+
 def test_replaced_gradients_are_caught():
     net = Net()
     optimizer = Optimizer(net)

@@ -50,7 +50,7 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     ignore_at_default = AskingConfig.ignore_at_default | {
         "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
         "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
-        "lora", "language_scope", "first_problem", "task_options",
+        "lora", "language_scope", "first_problem", "task_options", "mtp",
         "eval_temperature",
     }  # fmt: skip
 
@@ -206,6 +206,10 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     runs with your permissions; or, as controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
+    mtp: Literal["frozen", "trained", "dropped"] = "frozen"
+    """The MTP modules, which draft in speculative decoding. frozen: they stay as they are while the policy moves away;
+    trained: on the samples, apart from the policy, which they touch only through the norm that is clipped; dropped: the
+    model has none from here on. rl/mtp_1 is the first one's loss (undocumented)."""
     eval_tasks: list[TaskName] = Field(default=[])
     """Task families of the held-out evaluations, such as a file of evaluation problems (R1-Zero: AIME 2024). Default:
     those of tasks and general_tasks that hold problems out."""

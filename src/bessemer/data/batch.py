@@ -104,6 +104,13 @@ class Batch:
         return self._count_trained()
 
     @property
+    def read_BT(self) -> Tensor:
+        """True up to the last trained token of each row. What follows it, padding above all, reaches no loss."""
+        at_T = torch.arange(self.loss_BT.shape[1], device=self.loss_BT.device)
+        last_B1 = (at_T * (self.loss_BT != 0)).amax(1, keepdim=True)
+        return (at_T <= last_B1) & (last_B1 > 0)
+
+    @property
     def n_loss_tokens(self) -> int:
         """Number of predictions that count: tokens with a non-zero weight."""
         return int(torch.count_nonzero(self.loss_BT))

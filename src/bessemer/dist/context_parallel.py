@@ -73,6 +73,10 @@ class WholeRows:
         """Returns what runs a layer's first phase for rows of T tokens at MTP depth k (0: the main model)."""
         return WholeAttend(table(T - k), first_tokens(segments, T - k))
 
+    def counted(self, k: int, counted_BT: Tensor | None) -> Tensor | None:
+        """Which of this rank's positions at depth k count in the loads (`Gate.counted_BT`)."""
+        return None if counted_BT is None else counted_BT[:, k:]
+
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
         """What depth k reads at this rank's positions: h^{k-1}, and the embeddings of the tokens k positions ahead."""
         h, embedded, _ = mtp_inputs(k, h_BTD, tokens_BT, None, embedding_VD)
@@ -115,6 +119,11 @@ class Context(WholeRows):
             return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut, choice_NK)
 
         return attend
+
+    def counted(self, k: int, counted_BT: Tensor | None) -> Tensor | None:
+        if counted_BT is None:
+            return None
+        return counted_BT[:, self.positions(counted_BT.shape[1], k).to(counted_BT.device) + k]
 
     def ahead(self, k: int, h_BTD: Tensor, tokens_BT: Tensor, embedding_VD: Tensor) -> tuple[Tensor, Tensor]:
         at = self.positions(tokens_BT.shape[1], k).to(tokens_BT.device)

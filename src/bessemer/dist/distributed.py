@@ -49,16 +49,17 @@ def fresh(
 
 def read(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None],
-    context: Mapping[str, Any] | None = None, split_rows: bool = True,
+    context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True,
 ) -> tuple[Network | ModelShard, Tokenizer]:  # fmt: skip
     """(network, tokenizer) of a model directory. On many ranks it must be in our own format; each reads its shard.
-    `context`: as in `hub.open_directory`; `split_rows`: as in `layout_of`."""
+    `context`: as in `hub.open_directory`; `split_rows`: as in `layout_of`; `mtp` false leaves out the MTP modules."""
     if ranks is None:
-        return setup.load_model(folder, context)
+        return setup.load_model(folder, context, mtp=mtp)
     if needs_transformers(folder):
         raise UserError(f"{folder} is not in the DeepSeek V3 family; train such a model with one process")
     cfg = hub.read_config(folder).at_length(context or {})
-    shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context)
+    cfg = cfg if mtp else cfg.model_copy(update={"n_mtp": 0})
+    shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context, mtp=mtp)
     return shard, load_tokenizer(folder)
 
 

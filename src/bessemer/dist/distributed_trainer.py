@@ -205,7 +205,8 @@ class DistributedTrainer(Trainer):
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
             mtp, choice = self.objective.with_mtp(**terms), batch.extras.get("choice_BTLK")
-            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler, choice)
+            counted_BT = None if self.runtime.counts_padding else batch.read_BT
+            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler, choice, counted_BT)
 
         per = executor.table.per_lane
         lanes = range(executor.table.lanes - executor.table.idle)

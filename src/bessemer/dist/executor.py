@@ -63,6 +63,8 @@ class Work(NamedTuple):
     """Whether the expert loads leave out its tokens (`Batch.filler`)."""
     choice_BTLK: Tensor | None = None
     """The experts of every token in all sparse layers, as in `Transformer.train_outputs`; a stage takes its own."""
+    counted_BT: Tensor | None = None
+    """Which tokens count in the expert loads; None: all."""
 
 
 class Executor:
@@ -234,7 +236,7 @@ class Executor:
 
 def _phases(part: Slice, x: Tensor, work: Work) -> Phases:
     """The phases of a slice; ends with (output to send on or None, loss term)."""
-    out = yield from part.phases(x, work.tokens_BT, work.segments, work.mtp, work.choice_BTLK)
+    out = yield from part.phases(x, work.tokens_BT, work.segments, work.mtp, work.choice_BTLK, work.counted_BT)
     if isinstance(out, TrainOutputs):
         assert part.head is not None, "the last stage has the head"
         return None, work.loss(out, part.head.weight)

@@ -219,12 +219,13 @@ class Slice(nn.Module):
 
     def phases(
         self, x: Tensor, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True,
-        choice_BTLK: Tensor | None = None,
+        choice_BTLK: Tensor | None = None, counted_BT: Tensor | None = None,
     ) -> Generator[PhaseOutput, PhaseOutput, tuple[Tensor, Tensor] | TrainOutputs]:  # fmt: skip
         """Returns (residual stream after the slice [B, T, D], balance term); the last stage returns
         `Transformer.train_outputs` with the balance term of this slice alone. x: the output of the previous stage, or
         the tokens at the first. With context parallelism tokens, segments and choices are of the whole rows, outputs of
-        this rank's positions. `choice_BTLK` as in `Transformer.train_outputs`, of all sparse layers."""
+        this rank's positions. `choice_BTLK` as in `Transformer.train_outputs`, of all sparse layers. `counted_BT`: the
+        tokens that count in the gates' loads; None: all."""
         context, T = self.context, tokens_BT.shape[1]
         self.reads(0)
         if self.first:
@@ -237,6 +238,8 @@ class Slice(nn.Module):
         for part, (number, layer) in enumerate(self.layers.items(), start=1):
             self._enter(part, x)
             choice_NK = choices[int(number) - self.first_sparse] if choices and not layer.dense else None
+            if not layer.dense:
+                layer.sparse_ffn.gate.counted_BT = context.counted(0, counted_BT)
             x, term, _ = yield from self.through(layer, self.exchange, x, attend, (), choice_NK)
             if term is not None:
                 balance = balance + term
@@ -253,6 +256,7 @@ class Slice(nn.Module):
             assert self.embed is not None, "MTP modules share the embedding"
             h, embedded = context.ahead(k, h, tokens_BT, self.embed.weight)
             joined, attend = module.join(h, embedded), context.attention(T, k, self.rope_table, segments)
+            module.layer.sparse_ffn.gate.counted_BT = context.counted(k, counted_BT)
             h, term, ready = yield from self.through(module.layer, self.exchange, joined, attend, ready)
             balance = balance + term
             ready = (*ready, module.norm(h))

@@ -57,6 +57,8 @@ class Gate(nn.Module):
             self.bias_E = None
         # Tokens per expert since the trainer last read it; the trainer sums over ranks and clears it.
         self.register_buffer("load_E", torch.zeros(cfg.n_routed_experts, dtype=torch.float32), persistent=False)
+        self.counted_BT: Tensor | None = None
+        """Which tokens of the next forward pass count in the loads, [B, T]; None: all."""
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
         """Maps counts [S, E] of this rank's pieces of sequences to those of whole sequences; None if none are split."""
 
@@ -90,7 +92,7 @@ class Gate(nn.Module):
             expert_NK, weight_NK, balance, count_SE = _KernelGate.apply(*arguments, self.training)
             if self.training:
                 with _COUNTING:
-                    self.load_E += count_SE.sum(0)
+                    self.load_E += self._counted(expert_NK, count_SE)
             return Routing(expert_NK, weight_NK, balance)
         if self.sum_counts is None and x_ND.device.type in ("cuda", "meta"):
             logit_NE = F.linear(x_ND.float(), self.weight)
@@ -99,7 +101,7 @@ class Gate(nn.Module):
                 logit_NE, self.bias_E, choice_NK, n_sequences, *_rule(cfg), training
             )
             if training:  # one kernel, ordered by its stream; a lock would break the compiler's graph
-                self.load_E += count_SE.detach().sum(0)
+                self.load_E += self._counted(expert_NK, count_SE.detach())
             return Routing(expert_NK, weight_NK, balance)
         score_NE = self.scores(x_ND)
         expert_NK = self.choose(score_NE)
@@ -113,10 +115,17 @@ class Gate(nn.Module):
         if self.training and torch.is_grad_enabled():
             count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
             with _COUNTING:
-                self.load_E += count_SE.sum(0)
+                self.load_E += self._counted(expert_NK, count_SE)
             total_SE = None if self.sum_counts is None else self.sum_counts(count_SE)
             balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, total_SE)
         return Routing(expert_NK, weight_NK, balance)
+
+    def _counted(self, expert_NK: Tensor, count_SE: Tensor) -> Tensor:
+        """The load of a forward pass, [E]."""
+        if self.counted_BT is None:
+            return count_SE.sum(0)
+        counts_X = self.counted_BT.flatten().float().repeat_interleave(expert_NK.shape[1])
+        return torch.zeros_like(self.load_E).scatter_add_(0, expert_NK.flatten(), counts_X)
 
 
 def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:

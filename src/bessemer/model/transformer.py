@@ -58,6 +58,9 @@ class TrainOutputs(NamedTuple):
 class MTPModule(nn.Module):
     """The module of one prediction depth (V3 2.2)."""
 
+    apart: bool = False
+    """Its loss trains it alone: no gradient reaches the network before it, nor the embedding."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.enorm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -68,6 +71,8 @@ class MTPModule(nn.Module):
 
     def join(self, h_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
         """Input of the block; position i holds h^{k-1}_i and the embedding of token i+k."""
+        if self.apart:
+            h_BTD, embedded_BTD = h_BTD.detach(), embedded_BTD.detach()
         return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(h_BTD)), -1))
 
     def forward(

@@ -28,16 +28,17 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.rl import importance, process, ray_sampler
+from bessemer.rl import drafting, importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
-from bessemer.rl.monitor import Evaluator, SampleExport, rollout_metrics, update_means
+from bessemer.rl.monitor import Evaluator, SampleExport, means, rollout_metrics, update_means
 from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
 from bessemer.runs.context import StageContext
+from bessemer.runs.curves import BALANCE
 from bessemer.train import checkpoint, setup
 from bessemer.train.trainer import Runtime
 from bessemer.workers import Workers
@@ -52,7 +53,9 @@ class Loop:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         self.base = ctx.source / "model"
         setup.keep_memory()
-        network, self.tokenizer = distributed.read(self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False)
+        network, self.tokenizer = distributed.read(
+            self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False, mtp=settings.mtp != "dropped"
+        )
         network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
@@ -67,13 +70,19 @@ class Loop:
             longest if settings.normalise == "constant" else 0,
             settings.unbiased_kl,
             settings.off_policy_mask,
+            drafting.prepare(network, settings, ctx.say),
         )
         self.trainer = distributed.trainer(
             network,
             self.objective,
             None,
             settings,
-            Runtime(workers=self.workers, compute_dtype=dtype),
+            Runtime(
+                workers=self.workers,
+                compute_dtype=dtype,
+                counts_padding=False,
+                idle=() if self.objective.with_mtp() else (drafting.PREFIX,),
+            ),
             ctx.state,
             stop=lambda: ctx.stop,
             model_config=distributed.model_of(network).cfg.model_dump(),
@@ -274,8 +283,9 @@ class Loop:
         return mini_batches
 
     def _correct(self, batches: list[Batch]) -> dict[str, float]:
-        """Adds importance weights, before the first update; the metrics say how far routing is from the sampler's."""
-        values = {}
+        """Adds importance weights, before the first update; the metrics say how far routing is from the sampler's, and
+        how well frozen MTP modules predict the samples."""
+        values = {} if self.objective.with_mtp() else drafting.losses(self.policy.model, batches[0])
         if self.settings.routing_replay:  # costs a forward pass, so on one micro-batch only
             assert isinstance(self.policy.model, Transformer)
             values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
@@ -315,7 +325,9 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
         if f"train/{measured}" in updates[0]:
             values[f"rl/sampler_{name}"] = updates[0][f"train/{measured}"]
-    values |= update_means("rl", ("off_policy_masked",), updates)
+    values |= update_means("rl", ("off_policy_masked", "max_vio", "mtp_1", "mtp_2", "mtp_3"), updates)
+    loads = dict.fromkeys(name for update in updates for name in update if name.startswith(BALANCE))
+    values |= means(loads, updates)
     last = next((update for update in reversed(updates) if "train/lr" in update), {})
     gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}
     return values | gpu | ({"rl/lr": last["train/lr"]} if last else {})

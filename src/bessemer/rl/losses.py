@@ -42,7 +42,7 @@ from bessemer.hf import lora
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import TrainOutputs, Transformer
 from bessemer.train import setup
-from bessemer.train.loss import Kept, token_logprobs
+from bessemer.train.loss import Kept, predicting, token_logprobs
 from bessemer.train.objective import Loss
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -85,13 +85,15 @@ class GRPO:
     unbiased_kl: bool = False
     off_policy_mask: float = 0.0
     """delta; 0: no output is masked."""
+    mtp_lambda: float = 0.0
+    """Weight of the MTP modules' loss on the sampled tokens; 0: they do not run."""
 
     def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
-        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False, **batch.routed)
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=self.with_mtp(), **batch.routed)
         return self.of(out, model.head_weight, batch)
 
     def with_mtp(self) -> bool:
-        return False
+        return self.mtp_lambda > 0
 
     def balance_alpha(self) -> float:
         return 0.0
@@ -99,7 +101,8 @@ class GRPO:
     def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         masked = ("off_policy_masked",) if self.off_policy_mask else ()
         kl = ("kl",) if self.kl > 0 else ()
-        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked), ("logp_gap_max",)
+        mtp = [f"mtp_{k}" for k in range(1, depths + 1)] if self.with_mtp() else []
+        return (*kl, "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl", *masked, *mtp), ("logp_gap_max",)
 
     def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch) -> Loss:
         """The loss, given outputs that were computed elsewhere (`Divided`)."""
@@ -144,6 +147,10 @@ class GRPO:
         peaks = {"logp_gap_max": torch.cat((gap, gap.new_zeros(1))).max()}  # a micro-batch may train on no token
         means = {name: value.detach() for name, value in metrics.items()}
         total, tokens = -(weight * value).sum(), weight.sum()
+        for k, hidden_BTD in enumerate(out.mtp_hidden, start=1):
+            depth = predicting(hidden_BTD, weight_VD.detach(), batch, 1 + k)
+            means[f"mtp_{k}"] = depth.detach()
+            total = total + self.mtp_lambda / len(out.mtp_hidden) * depth
         divisor = weight.new_tensor(float(self.constant * batch.counted[0])) if self.constant else tokens
         return Loss(total, divisor, means, peaks, weight=tokens if self.constant else None)
 

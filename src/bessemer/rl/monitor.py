@@ -54,8 +54,14 @@ SAMPLES = 4
 def update_means(prefix: str, names: Sequence[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over a rollout's updates. One that was skipped has no values and does not count as zeros; a metric
     that no update has is left out."""
-    found = {name: [update[f"train/{name}"] for update in updates if f"train/{name}" in update] for name in names}
-    return {f"{prefix}/{name}": float(np.mean(values)) for name, values in found.items() if values}
+    found = means([f"train/{name}" for name in names], updates)
+    return {f"{prefix}/{name.removeprefix('train/')}": value for name, value in found.items()}
+
+
+def means(names: Iterable[str], updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`update_means` under the metrics' own names."""
+    found = {name: [update[name] for update in updates if name in update] for name in names}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

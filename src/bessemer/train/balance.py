@@ -2,9 +2,10 @@
 
     b_i <- b_i + gamma * sign(mean load - load_i)
 
-with the loads of the whole step, MTP layers included; every token counts once, and fillers (`Batch.filler`) never. A
-gate has `load_E` (float32, counted by its training-mode forward) and `bias_E` (float32, or None if the model balances
-by loss alone). MaxVio = (max load - mean load) / mean load is the published measure of imbalance.
+with the loads of the whole step, MTP layers included; every token counts once, and fillers (`Batch.filler`) never, nor
+padding unless the stage counts it (`Runtime.counts_padding`). A gate has `load_E` (float32, counted by its
+training-mode forward) and `bias_E` (float32, or None if the model balances by loss alone). MaxVio = (max load - mean
+load) / mean load is the published measure of imbalance.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ def uncounted(gates: dict[str, Gate]) -> Iterator[None]:
     yield
     for gate, load_E in zip(gates.values(), before, strict=True):
         gate.load_E.copy_(load_E)
+
+
+def restrict(gates: dict[str, Gate], counted_BT: Tensor | None) -> None:
+    """From now on the loads count only these tokens of a batch; None: all. An MTP module's positions are those of the
+    tokens ahead."""
+    for name, gate in gates.items():
+        ahead = int(name.removeprefix("mtp")) + 1 if name.startswith("mtp") else 0
+        gate.counted_BT = None if counted_BT is None else counted_BT[:, ahead:]
 
 
 def clear(gates: dict[str, Gate]) -> None:

@@ -5,7 +5,7 @@ Parameters of one kind (rule, decayed or not, compute dtype) are stored one afte
 
 Invariants: gradients are accumulated in float32; a tied parameter exists once; padding between parameters stays zero;
 replacing a parameter or a gradient (zero_grad(set_to_none=True), model.to(device)) breaks the views and is detected at
-the next step. A parameter that received no gradient counts as gradient zero: it decays.
+the next step. A parameter that received no gradient in a step counts as gradient zero: it decays, unless it is `idle`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Optimizer:
     which parameters change (gates and norms stay float32). 1-D parameters (norms, biases) are exempt from decay.
     `stacked`: names of Muon's parameters, with the number of matrices stacked along the rows of each; `workers`
     orthogonalise them in parallel, and the result does not depend on how many there are. `ema_decay`: decay of a moving
-    average of the weights; 0 for none.
+    average of the weights; 0 for none. `idle`: beginnings of the names of parameters that never get a gradient, which
+    do not decay.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Optimizer:
         stacked: dict[str, int] | None = None,
         workers: Workers | None = None,
         ema_decay: float = 0.0,
+        idle: tuple[str, ...] = (),
     ):
         stacked = stacked or {}
         self.betas, self.eps = betas, eps
@@ -67,7 +69,7 @@ class Optimizer:
         kinds: dict[tuple, Members] = {}
         for name, parameter in named:
             value = values.pop(0)
-            decay = weight_decay if value.dim() >= 2 else 0.0
+            decay = weight_decay if value.dim() >= 2 and not name.startswith(idle) else 0.0
             kind = (name in stacked, decay, parameter.dtype, value.device, self._home(name))
             kinds.setdefault(kind, []).append((name, parameter, value))
         del value

@@ -182,17 +182,17 @@ def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
 
 
 def load_model(
-    directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32, mtp: bool = True
 ) -> tuple[Transformer | CausalLM, Tokenizer]:
     """Loads a model directory, ours or any Hugging Face causal LM, onto this machine's device; float32 is for training.
-    `context`, only for ours, is as in `hub.open_directory`."""
+    `context`, only for ours, is as in `hub.open_directory`; `mtp` false leaves out the MTP modules."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
     if context and not needs_transformers(directory):
-        return hub.load(directory, dtype, device(), context=context), load_tokenizer(directory)
+        return hub.load(directory, dtype, device(), mtp, context=context), load_tokenizer(directory)
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
-    return load_any(directory, dtype=dtype, device=device()), load_tokenizer(directory)
+    return load_any(directory, dtype=dtype, device=device(), mtp=mtp), load_tokenizer(directory)
 
 
 def load_to_sample(

@@ -65,8 +65,13 @@ class Runtime:
     `micro_rows` count."""
     gamma: Schedule = ZERO
     """Update speed of the routing bias."""
+    counts_padding: bool = True
+    """Whether padding counts in the expert loads. Pre-training packs rows, so there is hardly any; elsewhere it would
+    hide how samples are routed."""
     terms: dict[str, Schedule] = field(default_factory=dict)
     """Further arguments of the objective, such as mtp_lambda and balance_alpha."""
+    idle: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that no step trains; they do not decay."""
     workers: Workers = field(default_factory=lambda: Workers(1))
     """Processes that compute micro-batches in parallel; the result does not depend on how many there are."""
     read_ahead: bool | None = None
@@ -128,7 +133,7 @@ class Trainer(Checkpointed):
         self.optimizer = self._make_optimizer(
             compute_dtype=runtime.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
-            stacked=_stacked(model) if config.optimizer == "muon" else None,
+            stacked=_stacked(model) if config.optimizer == "muon" else None, idle=runtime.idle,
         )  # fmt: skip
         self.gates = self._find_gates()
         self.guard = guard.StepGuard(runtime.failures, runtime.rollbacks)
@@ -331,9 +336,11 @@ class Trainer(Checkpointed):
         rows, length = batch.tokens_BT.shape
         self._shape = rows, length, batch.segments_BT is not None
         batch = self._transfer(batch)
+        balance.restrict(self.gates, None if self.runtime.counts_padding else batch.read_BT)
         loss = self.objective(self.model, batch, **terms)
         with balance.uncounted(self.gates):
             loss.total.backward()
+        balance.restrict(self.gates, None)
         loss = replace(loss, total=loss.total.detach())
         if helper == 0:
             return loss, None

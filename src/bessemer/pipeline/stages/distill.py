@@ -108,10 +108,12 @@ class _Run:
         self.tasks = [tasks.get(name) for name in config.tasks]
         workers = setup.workers() if ranks is None else Workers(1)
         dtype = setup.set_precision(student, config, ctx.say_once, ctx.state, ctx.agree)
+        if student.cfg.n_mtp:
+            ctx.say("MTP modules: frozen")
         self.trainer = distributed.trainer(
             network, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
-            config, Runtime(workers=workers, compute_dtype=dtype), ctx.state, stop=lambda: ctx.stop,
-            model_config=student.cfg.model_dump(), warn=ctx.say,
+            config, Runtime(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
+            stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         whole = distributed.GatheredModel(self.trainer)
         engine = Engine(whole.model, self.tokenizer, workers)

@@ -215,7 +215,7 @@ def runtime(
             "mtp_lambda": config.mtp_lambda if model is None or model.cfg.n_mtp else ZERO,
             "balance_alpha": constant(config.balance_alpha),
         },
-        workers=workers, compute_dtype=dtype,
+        workers=workers, compute_dtype=dtype, idle=() if max(config.mtp_lambda.values) else ("mtp.",),
     )  # fmt: skip
 
 

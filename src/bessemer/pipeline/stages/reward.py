@@ -323,6 +323,7 @@ def _runtime(
     config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer | CausalLM, ctx: StageContext
 ) -> Runtime:
     return Runtime(
+        counts_padding=False,
         tokens=config.epochs * rows.n_rows * config.row_length,
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
         terms={"balance_alpha": constant(config.balance_alpha)},

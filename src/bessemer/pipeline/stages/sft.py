@@ -178,7 +178,12 @@ def _runtime(
     config: SFTConfig, rows: sft_rows.SFTRows, epochs: int, batch: float, model: Transformer | CausalLM,
     ctx: StageContext,
 ) -> Runtime:  # fmt: skip
+    trained = model.cfg.n_mtp > 0 and config.mtp_lambda > 0
+    if model.cfg.n_mtp:
+        ctx.say(f"MTP modules: {f'trained with weight {config.mtp_lambda:g}' if trained else 'frozen'}")
     return Runtime(
+        counts_padding=False,
+        idle=() if trained else ("mtp.",),
         tokens=epochs * rows.n_rows * config.row_length,
         batch_rows=sft_rows.batch_rows(rows, epochs, batch, config.batch_examples),
         terms={

@@ -63,6 +63,7 @@ const SERVER = {
   "of tokens, trainer over sampler": "逐词元，训练端与采样端的概率之比", "Staleness": "陈旧度",
   "steps between sampling and updating": "采样与更新相隔的步数", "Routing": "路由",
   "share of tokens routed differently by the trainer": "训练端路由不同的词元比例", "Sampling mask": "采样掩码",
+  "Drafts": "草稿", "loss of the MTP modules, nats per token": "MTP 模块的损失，nat/词元",
   "tokens that top-p leaves, mean": "top-p 保留的平均词元数", "KL to the reference": "与参考模型的 KL 散度",
   // names of lines
   "next token": "下一个词元", "token after (MTP 1)": "后第二个词元（MTP 1）", "two after (MTP 2)": "后第三个词元（MTP 2）",

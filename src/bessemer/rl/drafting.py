@@ -1,0 +1,55 @@
+"""The MTP modules in RL: what becomes of them while the policy moves (`RLConfig.mtp`), and how well they still draft.
+
+GRPO's objective does not train them. They draft in speculative decoding, in rollouts too (R1-Nature B.1), and draft the
+worse the further the policy is from the one that they were trained with. The papers do not say whether R1's RL trains
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bessemer.config.rl import RLConfig
+from bessemer.data.batch import Batch
+from bessemer.dist import distributed
+from bessemer.dist.model_shard import ModelShard
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.model.transformer import Transformer, evaluating
+from bessemer.train.loss import predicting
+
+WEIGHT = 0.1
+"""Weight of their loss if they are trained: V3's last, and that of SFT."""
+PREFIX = "mtp."
+"""Beginning of the names of their parameters."""
+
+
+def prepare(network: Transformer | CausalLM | ModelShard, settings: RLConfig, say: Callable[[str], None]) -> float:
+    """Gets a network's MTP modules ready for a stage; returns the weight of their loss."""
+    model = distributed.model_of(network)
+    depths = network.mesh.cfg.n_mtp if isinstance(network, ModelShard) else model.cfg.n_mtp
+    trained = settings.mtp == "trained" and depths > 0
+    if isinstance(model, Transformer):
+        for module in model.mtp:
+            module.apart = trained
+    if settings.mtp == "dropped":
+        say("MTP modules: left out of the model from here on")
+    elif depths:
+        say(f"MTP modules: {'trained on the samples' if trained else 'frozen'}; rl/mtp_1 is their loss on the samples")
+    return WEIGHT if trained else 0.0
+
+
+@torch.no_grad()
+def losses(model: Transformer | CausalLM, batch: Batch) -> dict[str, float]:
+    """Cross entropy of each module on the trained tokens of a batch, nats per token."""
+    if not isinstance(model, Transformer) or not len(model.mtp):
+        return {}
+    batch = batch.to(model.embed.weight.device)
+    with evaluating(model):
+        out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=True, **batch.routed)
+    values = {}
+    for k, hidden_BTD in enumerate(out.mtp_hidden, start=1):
+        total, weight = predicting(hidden_BTD, model.head_weight, batch, 1 + k), batch.predicted(1 + k)[1].sum()
+        values[f"rl/mtp_{k}"] = float(total) / max(float(weight), 1e-9)
+    return values

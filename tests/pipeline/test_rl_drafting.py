@@ -1,0 +1,58 @@
+"""What becomes of the MTP modules in RL and SFT, and what is measured of them and of the experts' loads."""
+
+import pytest
+import rl_stage
+import torch
+
+from bessemer.hf import hub
+from bessemer.train import setup
+from bessemer.workers import Workers
+
+DECAYING = ("reward=random", "weight_decay=0.5", "clip_norm=1000000.0", "kl=0.0", "rollouts=2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def stages(base, tmp_path_factory):
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "workers", lambda: Workers(1))
+        for kind in ("frozen", "trained", "dropped"):
+            made[kind] = rl_stage.Stage(base, tmp_path_factory.mktemp(kind) / "run", *DECAYING, f"mtp={kind}")
+            made[kind].run()
+    return made
+
+
+def weights(folder):
+    state = hub.load(folder / "model").state_dict()
+    parts = ({name: x for name, x in state.items() if name.startswith("mtp.") == mtp} for mtp in (True, False))
+    return [*parts]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+
+
+def test_the_policy_is_the_same_whatever_becomes_of_the_modules(base, stages):
+    """Frozen ones keep every bit though matrices decay; trained ones move and lower their loss by themselves."""
+    (before, begun), found = weights(base), {kind: weights(stage.out) for kind, stage in stages.items()}
+    assert before and equal(found["frozen"][0], before) and not found["dropped"][0]
+    moved = {name for name, x in found["trained"][0].items() if not torch.equal(x, before[name])}
+    assert moved >= {name for name in before if name.endswith("weight") and ".gate." not in name}
+    for kind in ("trained", "dropped"):
+        assert equal(found["frozen"][1], found[kind][1]), kind
+    assert not equal(found["frozen"][1], begun)
+
+
+def test_their_loss_on_the_samples_and_the_loads_are_metrics(stages):
+    frozen, trained = (stages[kind].values("rl/mtp_1") for kind in ("frozen", "trained"))
+    assert len(frozen) == len(trained) == 2 and trained[1] < trained[0] and trained[1] < frozen[1]
+    assert not stages["dropped"].values("rl/mtp_1")
+    for stage in stages.values():
+        largest, layer = stage.values("rl/max_vio"), stage.values("moe/max_vio/1")
+        assert len(largest) == len(layer) == 2 and all(a >= b > 0 for a, b in zip(largest, layer, strict=True))
+    assert stages["trained"].values("moe/max_vio/mtp0") and not stages["frozen"].values("moe/max_vio/mtp0")
