@@ -18,6 +18,7 @@ from judge_server import JudgeServer
 from bessemer.config.data import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
+from bessemer.hf.digest import digest
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks import base
@@ -101,6 +102,8 @@ def served(model):
 
 def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, served):
     url, name, process = served
+    listed = json.load(urllib.request.urlopen(f"{url}/models", timeout=5))["data"][0]
+    assert listed["bessemer"]["digest"] == digest(model), "by which the judge's replies are stored"
     judge = BY_STAGE.replace('stage = "import"', f'url = "{url}", served_model = "{name}", retries = 1')
     results = stages_run.run(write(tmp_path / "one", model, judge), tmp_path / "one" / "run")
     assert results["reject"].summary == {"kept": 11, "others": 0, "duplicate": 11, "unjudged": 2}

@@ -27,7 +27,8 @@ def short_pauses(monkeypatch):
 
 class Context(SimpleNamespace):
     def __init__(self, folder):
-        super().__init__(name="reject", cache=folder, state=folder, inputs={}, seed=7, stop=False)
+        super().__init__(name="reject", cache=folder, state=folder, inputs={}, seed=7, stop=False, said=[])
+        self.say = self.said.append
 
     def interrupt(self):
         raise Interrupted(self.name)
@@ -136,6 +137,91 @@ def test_no_request_is_paid_for_twice(tmp_path):
         assert len(server.asked) == 5 + 2 + 1, "the second judgement of one question is new"
         judge(server, tmp_path, served_model="other").verdicts(questions(1))
     assert len(server.asked) == 9
+
+
+def listed(**facts):
+    return [{"id": "other", "digest": "x"}, {"id": "v3", **facts}]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"models": listed(bessemer={"digest": "aa"})}, {"models": listed(bessemer={"digest": "bb"})}),
+        ({"models": listed(root="/a")}, {"models": listed(root="/b")}),
+        ({"models": listed(created=1)}, {"models": listed(created=2)}),
+        ({"probe": "ice and snow"}, {"probe": "snow and ice"}),
+        ({"models": listed(root="/a"), "probe": "one"}, {"models": listed(root="/a"), "probe": "two"}),
+        ({"probe": lambda question: question}, {"probe": lambda question: question[:20]}),
+    ],
+)
+def test_another_model_under_the_same_name_and_address_is_asked_anew(tmp_path, before, after):
+    with JudgeServer(lambda prompt: RIGHT, **before) as server:
+        assert judge(server, tmp_path).verdicts(questions(3)) == [True] * 3
+        again = judge(server, tmp_path)
+        assert again.verdicts(questions(3)) == [True] * 3 and again.ctx.said == []
+        assert len(server.asked) == 3
+        for name, value in after.items():
+            setattr(server, name, value)
+        server.reply = lambda prompt: WRONG
+        other = judge(server, tmp_path)
+        assert other.verdicts(questions(3)) == [False] * 3 and len(server.asked) == 6
+        assert len(other.ctx.said) == 1 and "another model" in other.ctx.said[0]
+        for name, value in before.items():
+            setattr(server, name, value)
+        back = judge(server, tmp_path)
+        assert back.verdicts(questions(3)) == [True] * 3 and len(back.ctx.said) == 1
+        assert len(server.asked) == 6
+
+
+def test_a_server_s_digest_spares_the_probes_and_a_probe_is_short_and_cold(tmp_path):
+    with JudgeServer(lambda prompt: RIGHT, models=listed(bessemer={"digest": "aa"})) as server:
+        judge(server, tmp_path).verdicts(questions(1))
+        assert server.probes == []
+        server.models = None
+        judge(server, tmp_path).verdicts(questions(1))
+    assert len(server.probes) == 3
+    assert {(one["temperature"], one["max_tokens"], one["model"]) for one in server.probes} == {(0, 48, "v3")}
+
+
+def test_a_server_that_is_not_quite_deterministic_is_known_again(tmp_path):
+    told = iter(range(1000))
+    with JudgeServer(lambda prompt: RIGHT, probe=lambda question: f"{question} {next(told) % 2}") as server:
+        for start in range(6):
+            made = judge(server, tmp_path)
+            assert made.verdicts(questions(2)) == [True, True] and made.ctx.said == [], start
+    assert len(server.asked) == 2 and len(server.probes) <= 6 * 9
+
+
+def test_a_list_of_models_may_be_anything(tmp_path):
+    one = {"id": "v3"}
+    odd = [
+        [], [None], [one, one], one, [one | {"bessemer": [1], "root": {"a": 1}, "created": "x"}],
+        [one | {"bessemer": "x", "created": True}], "v3", 7,
+    ]  # fmt: skip
+    with JudgeServer(lambda prompt: RIGHT) as server:
+        for models in odd:
+            server.models = models
+            made = judge(server, tmp_path)
+            assert made.verdicts(questions(1)) == [True] and made.ctx.said == []
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_away_is_taken_for_what_it_was_until_it_is_needed(tmp_path):
+    with JudgeServer(lambda prompt: RIGHT) as server:
+        judge(server, tmp_path).verdicts(questions(2))
+    gone = judge(server, tmp_path, retries=0)
+    assert gone.verdicts(questions(2)) == [True, True]
+    with pytest.raises(UserError, match="failed 1 times"):
+        gone.verdicts(questions(3))
+
+
+def test_without_the_cache_every_start_asks_again(tmp_path):
+    with JudgeServer(lambda prompt: RIGHT) as server:
+        for start in (1, 2):
+            made = judge(server, tmp_path, cache=False)
+            assert made.verdicts(questions(3)) == made.verdicts(questions(3)) == [True] * 3
+            assert len(server.asked) == 3 * start
+    assert server.probes == [] and not list(tmp_path.iterdir())
 
 
 def test_what_was_judged_before_a_failure_is_kept(tmp_path):
@@ -300,6 +386,7 @@ def test_a_cache_that_is_no_cache_is_named(tmp_path):
         ({"stage": "dev3", "url": "http://h/v1", "served_model": "m"}, "give either stage or url"),
         ({"url": "http://h/v1"}, "url and served_model belong together"),
         ({"stage": "dev3", "api_key_env": "K"}, "api_key_env has no effect without url"),
+        ({"stage": "dev3", "cache": False}, "cache has no effect without url"),
         ({"url": "file:///etc/passwd", "served_model": "m"}, "give the base of an API"),
         ({"url": "https://me:secret@h/v1", "served_model": "m"}, "must hold no credentials"),
         ({"url": "https://h/v1?key=1", "served_model": "m"}, "give the base of an API"),
@@ -322,5 +409,6 @@ def test_the_table_counts_in_the_fingerprint_but_not_how_fast_it_asks():
     assert values == reject(**asked, concurrency=99, timeout="1h", retries=0, api_key_env="K").fingerprint_values()
     assert values != reject(**asked | {"served_model": "n"}).fingerprint_values()
     assert values != reject(**asked, samples=2).fingerprint_values()
+    assert values != reject(**asked, cache=False).fingerprint_values() and "cache" not in values["judge"]
     assert "judge" not in reject().fingerprint_values()
     assert stage_refs(reject(stage="dev3")) == [("judge.stage", "dev3")]

@@ -1,7 +1,8 @@
 """A judge on the loopback address, whose replies the test decides: `with JudgeServer(reply) as server`.
 
 `reply(prompt)` gives the text of a chat completion, or (status, body, headers) to send verbatim. `server.asked` holds
-the requests that were answered with a completion.
+the requests that were answered with a completion. `server.models` is what /v1/models lists (None: status 404), and
+`server.probe` the answer to a question that finds out which model answers; these are counted in `server.probes` alone.
 """
 
 import json
@@ -9,10 +10,12 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from bessemer.rl.judge_replies import PROBES
+
 
 class JudgeServer:
-    def __init__(self, reply, delay=0.0):
-        self.reply, self.delay = reply, delay
+    def __init__(self, reply, delay=0.0, models=None, probe="as always"):
+        self.reply, self.delay, self.models, self.probe, self.probes = reply, delay, models, probe, []
         self.asked, self.requests, self.headers = [], [], []
         self.now = self.most = 0
         self.lock = threading.Lock()
@@ -21,6 +24,10 @@ class JudgeServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if (question := body["messages"][0]["content"]) in PROBES:
+                    outer.probes.append(body)
+                    said = outer.probe(question) if callable(outer.probe) else outer.probe
+                    return self.send(200, json.dumps({"choices": [{"message": {"content": said}}]}), {})
                 with outer.lock:
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
@@ -34,7 +41,13 @@ class JudgeServer:
                         outer.asked.append(body)
                 if isinstance(said, str):
                     said = 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}), {}
-                status, text, headers = said
+                self.send(*said)
+
+            def do_GET(self):
+                listed = json.dumps({"object": "list", "data": outer.models})
+                self.send(*((404, "", {}) if outer.models is None else (200, listed, {})))
+
+            def send(self, status, text, headers):
                 content = text if isinstance(text, bytes) else text.encode()
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(content))} | headers).items():

@@ -59,6 +59,9 @@ class ConfigTable(BaseModel):
     runtime_only: ClassVar[frozenset[str]] = frozenset()
     # keys that change how a stage runs but never its output (how often to save): excluded from the fingerprint
 
+    ignore_at_default: ClassVar[frozenset[str]] = frozenset()
+    # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
+
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
         protected_namespaces=(), validate_default=True,
@@ -70,9 +73,6 @@ AnyTable = TypeVar("AnyTable", bound=ConfigTable)
 
 class StageConfig(ConfigTable):
     """The keys every stage has."""
-
-    ignore_at_default: ClassVar[frozenset[str]] = frozenset()
-    # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
 
     makes_model: ClassVar[bool] = False
     # whether its output is a model that writes text, which other stages may train further
@@ -95,8 +95,10 @@ class StageConfig(ConfigTable):
         at_default = {name for name in self.ignore_at_default if not changed(self, name)}
         excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, *at_default, "seed"}, True)
         for name, value in self:
-            if isinstance(value, ConfigTable) and value.runtime_only:
-                excluded.setdefault(name, set(value.runtime_only))
+            if isinstance(value, ConfigTable):
+                added = {key for key in value.ignore_at_default if not changed(value, key)}
+                if inner := value.runtime_only | added:
+                    excluded.setdefault(name, inner)
         return original_names(type(self), self.model_dump(mode="json", by_alias=True, exclude=excluded))
 
 

@@ -9,7 +9,8 @@ is the last line of a reply, in exactly the form that was asked for. Any other r
 that the API refuses, for example because the answer is too long.
 
 Replies are stored as they arrive, under a hash of everything they depend on, so an interrupted stage asks only for what
-is missing. An API's replies are in the cache folder, those of a model directory in the stage's state.
+is missing. An API's replies are in the cache folder, under the identity of the model that answers (judge_replies.py),
+those of a model directory in the stage's state.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ import json
 import os
 import random
 import re
-import sqlite3
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,6 +36,7 @@ from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.rl.dealing import DealtEngine, engine_of
+from bessemer.rl.judge_replies import PROBES, Replies, recognised
 from bessemer.runs.context import StageContext
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_hash
@@ -84,6 +84,10 @@ FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED = 1.0, 60.0, 300.0
 """Seconds: pause before the second try, longest pause, longest Retry-After that is obeyed."""
 LARGEST_REPLY = 8_000_000
 """Bytes."""
+LISTING, RECENT = 10.0, 60.0
+"""Seconds: patience with a list of models; a younger `created` is the time of the request, not the model's."""
+PROBED = 48
+"""Tokens of an answer to a probe."""
 LOT = 64
 """Judgements per rank between two checks of the stop flag, for a model directory."""
 
@@ -109,11 +113,16 @@ class Judge:
         self.engine: Engine | DealtEngine | None = None
         if config.url is not None:
             self.api = _API(config, api_key(ctx.name, config))
-            self.replies = _Replies(ctx.cache / "judge.sqlite")
+            self.replies = Replies(ctx.cache / "judge.sqlite" if config.cache else None)
         else:
             assert config.stage is not None
             self.engine = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge")
-            self.replies = _Replies(ctx.state / "judge.sqlite")
+            self.replies = Replies(ctx.state / "judge.sqlite")
+        self.place = f"{config.url} {config.served_model}"
+        self.identity = ""
+        """Of the model at `url`; "" while it is not known."""
+        self.met = self.api is None or not config.cache
+        """Whether the model has been asked who it is, where that matters."""
 
     def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:
         """The verdict on each (question, reference, answer): True if right, None without a majority."""
@@ -153,16 +162,46 @@ class Judge:
 
     def _ask(self, questions: Sequence[tuple[str, int]]) -> list[str | None]:
         """The reply to each (question, repetition); None if there is none."""
-        config = self.config
-        place = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
-        keys = [hashlib.sha256(json.dumps([*place, *q]).encode()).hexdigest() for q in questions]
-        missing = {key: q for key, q in zip(keys, questions, strict=True) if self.replies.get(key) is None}
+        if not self.met:
+            self._meet()
+        keys, missing = self._missing(questions)
+        if missing and not self.met:
+            self._meet(patient=True)  # it may be another than the one whose replies were looked for
+            keys, missing = self._missing(questions)
         if self.api is not None and missing.keys() < set(keys):
             self.api.serves = True
         if missing:
             for key, reply in self._asked(missing):
                 self.replies.put(key, reply)
         return [self.replies.get(key) for key in keys]
+
+    def _missing(self, questions: Sequence[tuple[str, int]]) -> tuple[list[str], dict[str, tuple[str, int]]]:
+        """The key of every question, and the questions without a stored reply."""
+        config = self.config
+        place = [config.url, config.served_model, config.temperature, config.max_new_tokens, self.ctx.seed]
+        place += [] if self.api is None else [self.identity]
+        keys = [hashlib.sha256(json.dumps([*place, *q]).encode()).hexdigest() for q in questions]
+        return keys, {key: q for key, q in zip(keys, questions, strict=True) if self.replies.get(key) is None}
+
+    def _meet(self, patient: bool = False) -> None:
+        """Finds out which model answers. A server that is away is taken to have the model that it had last, unless
+        `patient`: then it is asked as often as for a judgement."""
+        assert self.api is not None
+        known = self.replies.models(self.place)
+        if patient:
+            self.api.probe(PROBES[0])
+        facts = self.api.facts()
+        if facts is None and not patient:
+            self.identity = known[0].identity if known else ""
+            return
+        model = recognised(facts or {}, self.api.probe, known)
+        if known and known[0].identity != model.identity:
+            self.ctx.say(
+                f"the judge {self.config.served_model} at {self.config.url} is another model than the last one that "
+                "answered there: it is asked anew, and its replies are stored apart"
+            )
+        self.replies.met(self.place, model)
+        self.identity, self.met = model.identity, True
 
     def _asked(self, questions: dict[str, tuple[str, int]]) -> Iterator[tuple[str, str]]:
         seeds = {key: stable_hash("judge", self.ctx.seed, *question) >> 33 for key, question in questions.items()}
@@ -207,27 +246,6 @@ def _scores(reply: str | None) -> tuple[float, float] | None:
     if match is None or not all(1 <= float(points) <= 10 for points in match.groups()):
         return None
     return float(match[1]), float(match[2])
-
-
-class _Replies:
-    """Stored replies by key, in an SQLite file that survives a kill at any moment and serves several runs."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.database = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self.database.execute("create table if not exists replies (key text primary key, reply text not null)")
-        except sqlite3.Error as error:
-            raise UserError(f"{path} cannot be used for the replies of a judge ({error}); move it away") from error
-
-    def get(self, key: str) -> str | None:
-        row = self.database.execute("select reply from replies where key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
-
-    def put(self, key: str, reply: str) -> None:
-        # lone surrogates have no UTF-8
-        text = reply.encode("utf-8", "replace").decode()
-        self.database.execute("insert or replace into replies values (?, ?)", (key, text))
 
 
 class _Refused(Exception):
@@ -290,15 +308,48 @@ class _API:
         if len(refused) == len(questions) and not self.serves:
             raise UserError(f"the judge at {self.config.url} refused all {len(refused)} requests: {refused[0]}")
 
+    def facts(self) -> dict[str, str | int] | None:
+        """What the server lists about the model; {} if nothing, None if there is no server."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        request = urllib.request.Request(f"{self.config.url}/models", headers=headers)
+        try:
+            with self.opener.open(request, timeout=min(self.config.timeout, LISTING)) as answer:
+                listed = json.loads(answer.read(LARGEST_REPLY))["data"]
+            (entry,) = (one for one in listed if one["id"] == self.config.served_model)
+            own = entry.get("bessemer") or {}
+            found = {name: entry.get(name) for name in ("root", "parent", "max_model_len", "created")}
+            found["digest"] = own.get("digest", entry.get("digest"))
+        except (urllib.error.HTTPError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return {}
+        except (OSError, http.client.HTTPException):
+            return None
+        facts = {name: value for name, value in found.items() if isinstance(value, str | int) and value != ""}
+        created = facts.pop("created", None)
+        if isinstance(created, int) and created < time.time() - RECENT:
+            facts["created"] = created
+        return {"digest": facts["digest"]} if "digest" in facts else facts
+
+    def probe(self, question: str) -> tuple[str, str]:
+        """The answer at temperature 0, thoughts included, and the server's fingerprint; "" for what it refuses."""
+        try:
+            reply = self._reply(question, 0, threading.Event(), temperature=0, max_tokens=PROBED)
+            found = json.loads(reply)
+            return json.dumps(found["choices"][0]["message"], sort_keys=True), str(found.get("system_fingerprint"))
+        except (_Refused, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return "", ""
+
     def _send(self, question: str, seed: int, over: threading.Event) -> str:
-        """Returns the reply; runs in a thread of the pool."""
+        """Returns the text of the reply; runs in a thread of the pool."""
+        return _content(self._reply(question, seed, over))
+
+    def _reply(self, question: str, seed: int, over: threading.Event, **changes: float) -> bytes:
         pause = FIRST_PAUSE
         for left in reversed(range(self.config.retries + 1)):
             if over.is_set():
                 raise _Stopped
             asked = ""
             try:
-                return _content(self._post(question, seed))
+                return self._post(question, seed, changes)
             except urllib.error.HTTPError as error:
                 why = f"status {error.code}, {self._said(error)}"
                 if error.code in REFUSED:
@@ -317,10 +368,10 @@ class _API:
             "kept; run again when it answers"
         )
 
-    def _post(self, question: str, seed: int) -> bytes:
+    def _post(self, question: str, seed: int, changes: Mapping[str, float]) -> bytes:
         body = {
             "model": self.config.served_model, "messages": [{"role": "user", "content": question}], "seed": seed,
-            "temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens,
+            "temperature": self.config.temperature, "max_tokens": self.config.max_new_tokens, **changes,
         }  # fmt: skip
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)

@@ -25,6 +25,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.digest import digest
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.hf.mapping import longest_text
 from bessemer.hf.safetensors_reader import Checkpoint
@@ -72,6 +73,8 @@ class ModelFacts:
     style: Literal["r1", "r1-zero", "zero", "own"] | None
     """Its chat template: one of Bessemer's, one of its own, or none."""
     layers: int
+    digest: str = ""
+    """What its files hold, by `hf.digest`."""
     sparse_layers: int = 0
     """Layers with routed experts, whose choices can be reported."""
     experts: int = 0
@@ -94,7 +97,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     """The facts of a model directory. Raises UserError if something is missing or broken."""
     created = int((folder / "config.json").stat().st_mtime)
     common: dict[str, Any] = dict(
-        name=name, folder=folder, created=created, practice=practice.of_model(folder),
+        name=name, folder=folder, created=created, practice=practice.of_model(folder), digest=digest(folder),
         **_template(folder), **_generation(folder),
     )  # fmt: skip
     if needs_transformers(folder):

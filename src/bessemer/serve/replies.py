@@ -129,6 +129,8 @@ class ModelDetails(BaseModel):
     thinks: bool
     style: Literal["r1", "r1-zero", "zero", "own"] | None
     layers: int
+    digest: str
+    """Of the table of tensors, a sample of the weights, the tokenizer and the template: it changes with the model."""
     sparse_layers: int
     experts: int
     experts_per_token: int
