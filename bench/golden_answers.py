@@ -9,8 +9,8 @@ and wrong answers paid. `--disagreements` lists them one by one. The graders:
 - math-verify: `parse` of gold answer and completion, then `verify`, as its README has it; a choice by its
   `StringExtractionConfig`.
 - lm-eval: the installed tasks' own code. Mathematics: aime24's `process_results`, a box, else what is between dollars;
-  hendrycks_math and the exact match of minerva_math expect forms that a chat model does not write, and the other metric
-  of minerva_math is math-verify. GSM8K and choices: the filter `flexible-extract` of gsm8k and of gpqa_main_cot_zeroshot.
+  hendrycks_math and the exact match of minerva_math expect forms that a chat model does not write, the other metric of
+  minerva_math is math-verify. GSM8K, choices: the filter `flexible-extract` of gsm8k and of gpqa_main_cot_zeroshot.
 
 The two peers get what follows `</think>`, as with lm-eval's `think_end_token`. They judge no programs, so the family
 `code` is counted apart. A grader that raises has refused the answer.
