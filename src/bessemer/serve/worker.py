@@ -12,8 +12,9 @@ A record is the scheduler's Token or Finished as a plain tuple, with the sample'
 
 A thread receives messages as they arrive, so that the server never waits for a step. Closing the pipe ends the worker.
 
-If a step raises, the samples that have already sent tokens end, and a new scheduler takes over the others. A sample
-that sees this happen twice ends too, so that a request the model cannot handle does not circulate for ever.
+If a step raises, the samples that have already sent tokens end, and a new scheduler of the same size takes over the
+others. A sample that sees this happen twice ends too, so that a request the model cannot handle does not circulate for
+ever.
 
 `score` gives log-probabilities of given texts in one forward pass, for `echo` with `logprobs` (and lm-eval through it).
 Shapes: B rows, T tokens (padded on the right, which causality hides), N real tokens, C of one chunk, D hidden,
@@ -29,6 +30,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -163,7 +165,7 @@ class ModelWorker:
         }
         while True:
             with self._changed:
-                while self._scheduler.idle and not (self._inbox or self._scores or self._closed):
+                while not (self._inbox or self._scores or self._closed) and self._scheduler.idle:
                     self._changed.wait()
                 messages = list(self._inbox)
                 self._inbox.clear()
@@ -191,10 +193,11 @@ class ModelWorker:
     def _send(self, *message: object) -> None:
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
-    def _new_scheduler(self) -> Scheduler:
+    def _new_scheduler(self, cache_tokens: int | None = None) -> Scheduler:
         c = self.config
+        tokens = cache_tokens or c.cache_tokens
         return Scheduler(
-            self.engine, rows=c.rows, cache_tokens=c.cache_tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
+            self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
         )
 
     def _add(self, call: int, samples: list[tuple[int, Request]]) -> None:
@@ -234,10 +237,15 @@ class ModelWorker:
             self._send(REFUSED, call, f"the model failed ({type(error).__name__}); ask again")
 
     def _step(self) -> None:
+        events, failure = None, ""
         try:
             events = self._scheduler.step()
         except Exception as error:
-            self._recover(error)
+            # as text: a handler may keep the record, and with an error the frames that hold the step's tensors
+            log.error("a step failed; its scheduler is replaced\n%s", "".join(traceback.format_exception(error)))
+            failure = type(error).__name__
+        if events is None:  # not above, where the error itself is still alive
+            self._recover(failure)
             return
         records = []
         for event in events:
@@ -259,19 +267,35 @@ class ModelWorker:
         if records or figures is not None:
             self._send(EVENTS, records, figures)
 
-    def _recover(self, error: Exception) -> None:
-        log.error("a step failed; its scheduler is replaced", exc_info=error)
+    def _recover(self, failure: str) -> None:
+        """Replaces the scheduler after a step that raised `failure`. The old one's memory is free before the new one
+        asks for as much. If there is no room for it, the process ends, and the server starts another when needed."""
         self.failures += 1
         samples, self._samples, self._tickets = list(self._samples.values()), {}, {}
-        self._scheduler = self._new_scheduler()
-        lost = []
+        tokens = self._scheduler.cache_tokens
+        del self._scheduler
+        gc.unfreeze()  # the first scheduler, whose parts refer to each other, was made before everything was frozen
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        lost, message = [], f"the model failed ({failure}) and the answer is lost; ask again"
+        try:
+            self._scheduler = self._new_scheduler(tokens)
+        except UserError as error:
+            log.error("the model's process ends: %s", error)
+            self._send(EVENTS, [tuple(Finished(sample.number, "error", message)) for sample in samples], None)
+            self._closed = True
+            return
+        gc.freeze()
         for sample in samples:
             sample.failures += 1
             if sample.started or sample.failures == MAX_FAILURES:
-                message = f"the model failed ({type(error).__name__}) and the answer is lost; ask again"
                 lost.append(tuple(Finished(sample.number, "error", message)))
-            else:
+                continue
+            try:
                 self._schedule(sample)
+            except UserError as error:  # the new scheduler got less memory
+                lost.append(tuple(Finished(sample.number, "error", str(error))))
         self._send_events(lost)
 
 

@@ -1,0 +1,122 @@
+"""A step that fails on a GPU. The GPU is simulated: its free memory is what the pools that are alive leave."""
+
+import threading
+import weakref
+from multiprocessing import Pipe
+
+import pytest
+
+from bessemer.engine import room, static_steps
+from bessemer.engine.engine import Engine
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.serve import ServeConfig, worker
+from bessemer.serve.worker import ModelWorker
+
+ROWS = 8
+
+
+class Gpu:
+    """`memory`: bytes of the whole device. `fail`: the next step raises, and the device then has this much memory.
+    `beside`: bytes of the pools that were alive when others were made."""
+
+    def __init__(self, monkeypatch):
+        self.memory, self.fail = 80 << 20, None
+        self.alive, self.beside = weakref.WeakSet(), []
+        made, step = static_steps.StaticSteps.__init__, Scheduler.step
+
+        def noted(steps, *args, **options):
+            self.beside.append(self.held)
+            made(steps, *args, **options)
+            self.alive.add(steps)
+
+        def broken(scheduler):
+            if self.fail is None:
+                return step(scheduler)
+            self.memory, self.fail = self.fail, None
+            # this frame holds the scheduler, as those of a real failure do
+            raise RuntimeError("CUDA out of memory")
+
+        monkeypatch.setattr(static_steps.StaticSteps, "__init__", noted)
+        monkeypatch.setattr(Scheduler, "step", broken)
+        monkeypatch.setattr(room, "free_bytes", lambda device: self.memory - self.held)
+        monkeypatch.setattr(room, "graphs", lambda device: None)
+        monkeypatch.setattr(static_steps, "serves", lambda model: True)
+
+    @property
+    def held(self):
+        return sum(pool.nbytes for steps in self.alive for pool in steps.pools)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+@pytest.fixture
+def model(engine):
+    cfg = preset("tiny", vocab_size=engine.tokenizer.vocab_size, max_seq_len=32768, n_mtp=0, dim=32, n_layers=2)
+    return Engine(Transformer(cfg).initialise(0), engine.tokenizer)
+
+
+def played(gpu, model, requests, memory):
+    """Runs a worker whose first step fails and leaves this much memory: (its scheduler's sizes and the advertised
+    context, tokens of each sample, how each ended, whether the worker has ended by itself)."""
+    ours, theirs = Pipe()
+    served = ModelWorker(theirs, model, ServeConfig(rows=ROWS))
+    context, gpu.fail = served.context, memory
+    thread = threading.Thread(target=served.run, daemon=True)
+    ours.send((worker.ADD, 1, list(enumerate(requests))))
+    thread.start()
+    tokens, ends, sizes = [0] * len(requests), {}, set()
+    while len(ends) < len(requests):
+        assert ours.poll(60)
+        kind, *rest = ours.recv()
+        if kind == worker.EVENTS:
+            records, figures = rest
+            sizes |= {figures["cache_tokens"]} if figures else set()
+            for number, *fields in records:
+                if isinstance(fields[0], str):
+                    ends[number] = fields[:2]
+                else:
+                    tokens[number] += 1
+    thread.join(0.5)
+    ended = not thread.is_alive()
+    ours.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    return sizes, context, tokens, ends, ended
+
+
+def whole(context, n=0):
+    """A request that fills the context."""
+    return Request((3,) * (context - 3), n, 3, stop_ids=())
+
+
+def context_of(gpu, model):
+    context = Scheduler(model, rows=ROWS).longest
+    gpu.alive.clear()
+    return context
+
+
+def test_the_new_scheduler_is_as_large_as_the_old_one(gpu, model):
+    context = context_of(gpu, model)
+    sizes, advertised, tokens, ends, ended = played(gpu, model, [whole(context), Request((5,), 1, 4)], gpu.memory)
+    assert advertised == context < 32768 and len(sizes) == 1 and sizes.pop() >= context
+    assert tokens == [3, 4] and ends[0][0] == ends[1][0] == "length" and not ended
+    assert gpu.beside == [0, 0, 0], "the old pools were gone before the new ones came"
+
+
+def test_only_what_no_longer_fits_is_lost(gpu, model):
+    context = context_of(gpu, model)
+    requests = [whole(context), Request((5,), 1, 4, stop_ids=())]
+    _, _, tokens, ends, ended = played(gpu, model, requests, gpu.memory // 2)
+    assert ends[0][0] == "error" and "cache holds" in ends[0][1]
+    assert tokens[1] == 4 and ends[1][0] == "length" and not ended
+
+
+def test_without_room_the_answers_end_and_so_does_the_process(gpu, model):
+    _, _, tokens, ends, ended = played(gpu, model, [Request((5,), 0, 4), Request((5,), 1, 4)], 1000)
+    assert {reason for reason, _ in ends.values()} == {"error"} and tokens == [0, 0] and ended
