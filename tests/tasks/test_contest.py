@@ -68,6 +68,7 @@ def test_what_passes_would_be_found():
 
 SCAN = """
 import ctypes, gc
+gc.unfreeze()
 given = input()
 tracked = gc.get_objects()
 pages = {id(one) >> 12 for one in (*tracked, *gc.get_referents(*tracked), given)}

@@ -17,6 +17,7 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks import sandbox
+from bessemer.tasks.clock import speed
 from bessemer.tasks.sandbox import judge, run, same
 from bessemer.tasks.sandbox.process import PROCESSES
 
@@ -320,9 +321,54 @@ def test_time_is_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatc
     slow = "import time\ndef f(n):\n    time.sleep(0.2)\n    return n * n + 1"
     assert judge(slow, "f", TESTS, seconds=0.7).reason == "timeout"
     limit = "import resource\ndef f():\n    return resource.getrlimit(resource.RLIMIT_CPU)[0]"
-    assert judge(limit, "f", [([], 62)], seconds=1.2, per_test=True).correct  # one process runs all tests
+    most = int(60 * speed()) + 2
+    assert judge(limit, "f", [([], most)], seconds=1.2, per_test=True).correct  # one process runs all tests
     monkeypatch.setattr("bessemer.tasks.sandbox.TOTAL_SECONDS", 0.0)
     assert judge(slow, "f", TESTS * 5, seconds=0.3, per_test=True).reason == "timeout"  # 4 s, and 3 are allowed
+
+
+BUSY = """
+import time
+def f(n):
+    began = time.process_time()
+    while time.process_time() - began < 0.3: pass
+    return n
+"""
+
+
+@contextmanager
+def crowded():
+    """One core for this process and its children, and twelve others that want it all the time."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(12)]
+    try:
+        yield
+    finally:
+        for one in others:
+            one.kill()
+            one.wait()
+        os.sched_setaffinity(0, cores)
+
+
+@isolated
+def test_the_same_program_has_the_same_time_on_a_crowded_machine(isolation, monkeypatch):
+    """0.3 s of a core take 4 s here; the limit counts what the program computes, or sleeps."""
+    monkeypatch.setattr("bessemer.tasks.sandbox.process.speed", lambda: 1.0)
+    source = BUSY.replace("def f", "print(input())\ndef f") + "f(1)"
+    with crowded():
+        assert judge(BUSY, "f", [([1], 1)], seconds=0.8, isolation=isolation).reason == "correct"
+        assert sandbox.judge_program(source, [("1", "1")], seconds=0.8, isolation=isolation).reason == "correct"
+        assert judge(BUSY, "f", [([1], 1)], seconds=0.2, isolation=isolation).reason == "timeout"
+        sleeps = "import time\ndef f(n):\n    time.sleep(60)"
+        assert judge(sleeps, "f", [([1], 1)], seconds=0.5, isolation=isolation).reason == "timeout"
+
+
+@pytest.mark.parametrize(("machine", "reason"), [(0.5, "timeout"), (1.0, "timeout"), (4.0, "correct")])
+def test_limits_are_those_of_the_reference_machine(machine, reason, monkeypatch):
+    monkeypatch.setattr("bessemer.tasks.sandbox.process.speed", lambda: machine)
+    assert judge(BUSY, "f", [([1], 1)], seconds=0.15).reason == reason
+    assert judge("import time\ndef f(n):\n    time.sleep(0.5)", "f", [([1], None)], seconds=0.15).reason == "timeout"
 
 
 def test_values_of_every_kind_there_and_back():

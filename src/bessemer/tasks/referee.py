@@ -4,12 +4,13 @@ Those libraries evaluate the text they are given, some without any bound, and ma
 signal, which works only in the main thread. So they never see a completion in the main process. The referee is one
 long-lived child that has imported them. Every verdict is computed in a fork of it, which has limits on processor time
 (`CPU_SECONDS`), memory and wall-clock time, cannot write files, and ends after the verdict, together with any damage
-that the text did. A bomb costs its fork a third of a second; the referee and the next verdict are unaffected.
+that the text did. A bomb costs its fork half a second; the referee and the next verdict are unaffected.
 
 This protects against text that is expensive or crashes a parser. Code is judged in the code sandbox. Parent and
 child (`python -m bessemer.tasks.referee`) exchange lines of JSON; nothing is pickled.
 """
 
+import gc
 import json
 import os
 import re
@@ -25,12 +26,14 @@ from typing import Any
 
 from bessemer.child import Child, NoReply, bounded, confine, serve
 from bessemer.errors import UserError
+from bessemer.tasks.clock import speed
 
-CPU_SECONDS = 0.35
-"""Processor time of one verdict, so that verdicts do not depend on load. A typical verdict takes 0.03 s."""
-WALL_SECONDS = 20.0
+CPU_SECONDS = 0.5
+"""Processor time of one verdict in seconds of the reference machine (`clock.speed`), so that verdicts depend neither on
+load nor on the machine. A typical verdict takes 0.04 s there."""
+WALL_SECONDS = 60.0
 """Wall-clock time of one verdict, for text that blocks without using the processor."""
-PATIENCE = 120.0
+PATIENCE = 180.0
 """Seconds to wait for a reply from the referee: it may be importing, or sampling a problem."""
 OPERATIONS = {
     "gym-names": ("bessemer.tasks.gym", "library_names", None),
@@ -81,6 +84,7 @@ class Referee(Child):
 
     def __init__(self) -> None:
         super().__init__("bessemer.tasks.referee")
+        speed()  # which it inherits
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -114,12 +118,14 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not hasattr(os, "fork"):
         return {"error": "this system cannot fork processes, without which a model's text cannot be judged safely"}
     read, write = os.pipe()
+    seconds = CPU_SECONDS * speed()
+    gc.freeze()  # collections of the fork then touch, and so copy, nothing of this process
     child = os.fork()
     if child == 0:
         with suppress(BaseException):
             os.close(read)
             confine(MEMORY)
-            with bounded(CPU_SECONDS):
+            with bounded(seconds):
                 os.write(write, json.dumps(work()).encode())  # fits into a pipe
         os._exit(0)
     os.close(write)

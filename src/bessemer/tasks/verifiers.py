@@ -39,7 +39,9 @@ from typing import Any, NamedTuple
 from bessemer import heartbeat, system
 from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.clock import VARIABLE, speed
 from bessemer.tasks.readability import consistency
+from bessemer.tasks.sandbox import warm
 from bessemer.workers import cores
 
 DIED, HUNG, MEMORY, CRASHED = "verifier-died", "verifier-hung", "verifier-memory", "grader-error"
@@ -261,7 +263,7 @@ class _Verifier:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: repr(speed())},
             )
 
     def end(self) -> None:
@@ -283,14 +285,15 @@ def main(pipe: Connection, parent: int) -> None:
     _end_with(parent)
     system.soft_limit("AS", MOST_MEMORY)
     known: dict[bytes, Task] = {}
-    while True:
-        try:
-            name, packed, problem, answer = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        if packed:
-            known[name] = pickle.loads(packed)
-        pipe.send_bytes(json.dumps(_answer(known[name], pickle.loads(problem), answer)).encode())
+    with warm.kept():
+        while True:
+            try:
+                name, packed, problem, answer = pickle.loads(pipe.recv_bytes())
+            except (EOFError, OSError):
+                return
+            if packed:
+                known[name] = pickle.loads(packed)
+            pipe.send_bytes(json.dumps(_answer(known[name], pickle.loads(problem), answer)).encode())
 
 
 def _answer(task: Task, problem: Problem, answer: str) -> dict[str, Any]:

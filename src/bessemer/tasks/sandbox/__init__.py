@@ -20,6 +20,7 @@ from typing import Any
 from bessemer.errors import UserError
 from bessemer.system import is_linux
 from bessemer.tasks.sandbox.process import LEVELS, Bounds, LimitExceeded, SandboxError, SandboxProcess
+from bessemer.tasks.sandbox.warm import opened
 
 FORCE = "BESSEMER_RUN_UNTRUSTED_CODE_WITHOUT_ISOLATION"
 """Environment variable; "1" lets hostile code run with the user's own rights if no isolation works."""
@@ -113,7 +114,7 @@ def judge(
         raise ValueError("judging takes the name of a function and at least one test")
     start = time.monotonic()
     bounds = _bounds(seconds, memory_mb, 64, per_test)
-    with SandboxProcess(resolve_level(isolation), bounds, imports=imports) as process:
+    with opened(resolve_level(isolation), bounds, "once", imports) as process:
         data, passed = _bytes(source), 0
         process.send(b"call %s %d\n" % (function.encode(), len(data)) + data)
         try:
@@ -151,7 +152,7 @@ def judge_program(
     bounds = _bounds(seconds, memory_mb, 64, per_test=True)
     bounds = replace(bounds, output=bounds.output + 2 * max(len(expected.encode()) for _, expected in tests))
     reason, detail, passed = CORRECT, "", 0
-    with SandboxProcess(resolve_level(isolation), bounds, mode="each", imports=imports) as process:
+    with opened(resolve_level(isolation), bounds, "each", imports) as process:
         data = _bytes(source)
         process.send(b"%d\n" % len(data) + data)
         try:

@@ -8,8 +8,8 @@ none         rlimits, the filter of system calls (which also refuses new process
 
 There are three pipes in addition to standard input, output and error: `ask` carries what we send, `reply` the answers
 line by line (first `ready`), `info` the number of the process whose death ends everything inside. Time is counted from
-`ready`, on this side; output is counted while it is read, and the memory of all processes together is checked while
-they run. When a sandbox is closed, all its processes are gone and reaped, however it was left.
+`ready`, on this side (see watch.py); output is counted while it is read, and the memory of all processes together is
+checked while they run. When a sandbox is closed, all its processes are gone and reaped, however it was left.
 
 Both levels run the program in a user namespace of its own, even for root, because the kernel counts processes by user
 and namespace: no sandbox runs into the limit of another. A user other than root maps only itself there; for root, this
@@ -27,6 +27,7 @@ import select
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -36,9 +37,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from bessemer.errors import UserError
-from bessemer.tasks.sandbox.watch import INTERVAL, look
+from bessemer.tasks.clock import speed
+from bessemer.tasks.sandbox.watch import INTERVAL, SLEEP_LOOK, Clock, look, processes
 
 LEVELS = ("bubblewrap", "namespaces", "none")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # complete; equal hashes make equal verdicts
@@ -49,14 +52,16 @@ _INSIDE = Path(__file__).parent / "inside"
 _BWRAP_INSIDE = "/inside"
 START_SECONDS = 20.0  # to build the sandbox, on a busy machine
 GRACE_SECONDS = 0.5
+PATIENCE = 20.0
+"""How many times its limit a program may take by the clock on the wall, beside others that take its cores."""
 END_SECONDS = 10.0  # for the kernel to clean up after a kill
 CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a program may use: `seconds` until its clock restarts, `total` seconds in all, and `output` bytes of each
-    of its streams."""
+    """What a program may use: `seconds` of the reference machine until its clock restarts, `total` of them in all, and
+    `output` bytes of each of its streams."""
 
     seconds: float
     memory_mb: int
@@ -73,17 +78,12 @@ class LimitExceeded(Exception):
 
 
 class SandboxProcess:
-    """A context manager. Raises SandboxError on entry; `line` and `finish` raise LimitExceeded."""
+    """A context manager. Raises SandboxError on entry; `line` and `finish` raise LimitExceeded. In mode "warm" it is a
+    sandbox for one program after another (see warm.py)."""
 
     def __init__(self, level: str, bounds: Bounds, stdin: bytes = b"", mode: str = "once", imports: bool = False):
-        self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
-        self._limit, self._seconds, self._total = bounds.output, bounds.seconds, bounds.total
-        self._memory = bounds.memory_mb << 20 if level != "none" else None
-        self._first: int | None = None
-        self._next_look = math.inf
-        self._selector = selectors.DefaultSelector()
-        self._outgoing: dict[int, bytearray] = {}
-        (ask, self._ask), (self._reply, reply), (self._info, info) = os.pipe(), os.pipe(), os.pipe()
+        self._prepare(level, bounds)
+        (ask, self._ask), (self._reply, reply), (self._info, info) = _channel(mode), os.pipe(), os.pipe()
         (maps, self._maps), alive = os.pipe(), os.pidfd_open(os.getpid()) if level == "bubblewrap" else -1
         inner = [ask, reply, info] + ([maps, alive] if level == "bubblewrap" else [])
         try:
@@ -106,23 +106,38 @@ class SandboxProcess:
             for fd in {*inner, maps}:
                 os.close(fd)
         pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
-        self._stdin, self._stdout, self._stderr = (pipe for pipe in pipes if pipe is not None)
-        self._sinks = {self._stdout.fileno(): self.stdout, self._stderr.fileno(): self.stderr}
-        self._sinks[self._reply] = self._lines
-        for fd in self._sinks:
-            self._selector.register(fd, selectors.EVENT_READ)
-        for fd in (self._ask, self._stdin.fileno()):
-            os.set_blocking(fd, False)
-            self._outgoing[fd] = bytearray()
+        self._attach(*(pipe for pipe in pipes if pipe is not None))
         self._send(self._stdin.fileno(), stdin)
         self._mapped = level == "bubblewrap" and os.geteuid() == 0
 
+    def _prepare(self, level: str, bounds: Bounds) -> None:
+        self.stdout, self.stderr, self._lines = bytearray(), bytearray(), bytearray()
+        self._limit, self._seconds, self._total = bounds.output, bounds.seconds, bounds.total
+        self._memory = bounds.memory_mb << 20 if level != "none" else None
+        self._first: int | None = None
+        self._ours = 1
+        """How many processes, the first ones, are not the program's."""
+        self._clock = Clock(speed())
+        self._next_look = self._next_time = math.inf
+        self._selector = selectors.DefaultSelector()
+        self._outgoing: dict[int, bytearray] = {}
+
+    def _attach(self, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes]) -> None:
+        """Watch our ends of the program's pipes, and those of `_ask` and `_reply`."""
+        self._stdin, self._stdout, self._stderr = stdin, stdout, stderr
+        self._sinks = {stdout.fileno(): self.stdout, stderr.fileno(): self.stderr, self._reply: self._lines}
+        for fd in self._sinks:
+            self._selector.register(fd, selectors.EVENT_READ)
+        for fd in (self._ask, stdin.fileno()):
+            os.set_blocking(fd, False)
+            self._outgoing[fd] = bytearray()
+
     def __enter__(self) -> "SandboxProcess":
-        self._deadline = time.monotonic() + START_SECONDS
         try:
+            self._deadline = time.monotonic() + START_SECONDS
             if self._mapped:
                 self._map_ids()
-            ready = self.line() == b"ready"
+            ready = self.line_within(START_SECONDS) == b"ready"
         except LimitExceeded:
             ready = False
         if not ready:
@@ -130,11 +145,14 @@ class SandboxProcess:
             lines = self.stderr.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
             raise SandboxError(f"the sandbox cannot be started: {lines[-1]}")
         self._first = self._first or self._read_info()
-        self._started = time.monotonic()
-        self._deadline = self._started + self._seconds
-        if self._memory:
-            self._next_look = self._started + INTERVAL
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        """The program's time begins."""
+        self._started = time.monotonic()
+        self._next_look = self._started + INTERVAL
+        self.restart_clock()
 
     def _map_ids(self) -> None:
         """Map root and nobody into bubblewrap's new user namespace, and let it continue; if that fails, it says why."""
@@ -158,6 +176,21 @@ class SandboxProcess:
         self.close()
 
     @property
+    def ask(self) -> int:
+        """Our end of what the sandbox is asked through."""
+        return self._ask
+
+    @property
+    def first(self) -> int | None:
+        """The process whose death ends everything inside."""
+        return self._first
+
+    def line_within(self, seconds: float) -> bytes | None:
+        """`line`, while no program runs."""
+        self._deadline, self._next_look = time.monotonic() + seconds, math.inf
+        return self._next_line()
+
+    @property
     def seconds(self) -> float:
         """Time since the program could start."""
         return time.monotonic() - self._started
@@ -167,6 +200,12 @@ class SandboxProcess:
 
     def line(self) -> bytes | None:
         """The next line of the reply without its end; None after the last."""
+        line = self._next_line()
+        if time.monotonic() > self._clock.began + self._seconds * min(1.0, self._clock.speed):
+            self._look_at_clock()  # it may have been over before we heard of it
+        return line
+
+    def _next_line(self) -> bytes | None:
         self._pump(lambda: b"\n" in self._lines or self._reply not in self._sinks)
         line, end, rest = bytes(self._lines).partition(b"\n")
         self._lines[:] = rest
@@ -174,7 +213,9 @@ class SandboxProcess:
 
     def restart_clock(self) -> None:
         """Give the program the time of a test again, as far as the total allows."""
-        self._deadline = min(time.monotonic() + self._seconds, self._started + self._total)
+        self._clock.start(self._processes())
+        self._next_time = self._clock.began + SLEEP_LOOK
+        self._deadline = self._clock.began + PATIENCE * (1.0 + self._seconds * self._clock.speed)
 
     def take_output(self) -> tuple[bytes, bytes]:
         """What has arrived on standard output and error, or waits in the pipes, since the last time."""
@@ -233,10 +274,27 @@ class SandboxProcess:
                 raise LimitExceeded("timeout")
             for key, _ in self._selector.select(max(0, min(left, self._next_look - time.monotonic()))):
                 (self._write if key.fd in self._outgoing else self._read)(key.fd)
-            if self._memory and self._first and time.monotonic() >= self._next_look:
-                if (pause := look(self._first, self._memory)) is None:
-                    raise LimitExceeded("memory")
-                self._next_look = time.monotonic() + pause
+            if time.monotonic() >= self._next_look and not done():
+                self._look()
+
+    def _processes(self) -> list[int]:
+        return processes(self._first) if self._first else []
+
+    def _look(self) -> None:
+        pause: float | None = INTERVAL
+        if self._memory and self._first:
+            pause = look(self._processes(), self._ours, self._memory)
+        if pause is None:
+            raise LimitExceeded("memory")
+        if time.monotonic() >= self._next_time:
+            self._look_at_clock()
+        self._next_look = time.monotonic() + pause
+
+    def _look_at_clock(self) -> None:
+        spent = self._clock.look(self._processes())
+        if spent > self._seconds or self._clock.before + spent > self._total:
+            raise LimitExceeded("timeout")
+        self._next_time = time.monotonic() + SLEEP_LOOK
 
     def _read(self, fd: int) -> None:
         data, sink = os.read(fd, CHUNK), self._sinks[fd]
@@ -260,13 +318,27 @@ class SandboxProcess:
                 del self._outgoing[fd]
 
 
+def _channel(mode: str) -> tuple[int, int]:
+    """The sandbox's end and ours of what it is asked through: a pipe, or a socket, which carries pipes."""
+    if mode != "warm":
+        return os.pipe()
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return theirs.detach(), ours.detach()
+
+
+def numbers_of(bounds: Bounds, mode: str) -> tuple[int, int, int, int]:
+    """Limits of one process: seconds of processor time, slightly above the clock's, which thus strikes first; bytes of
+    memory and of files; processes."""
+    # in mode each, every test has a process of its own
+    scratch, seconds = (SCRATCH, bounds.total) if mode == "once" else (0, bounds.seconds)
+    return int(seconds * speed()) + 2, bounds.memory_mb << 20, scratch, PROCESSES
+
+
 def _command(
     mode: str, imports: bool, level: str, bounds: Bounds, ask: int, reply: int, info: int, maps: int, alive: int
 ) -> list[str]:
-    """The command line of a sandbox. Processor time is bounded slightly above wall time, which thus strikes first."""
-    # in mode each, every test has a process of its own
-    scratch, seconds = (SCRATCH, bounds.total) if mode == "once" else (0, bounds.seconds)
-    numbers = (ask, reply, info, alive, os.getpid(), int(seconds) + 2, bounds.memory_mb << 20, scratch, PROCESSES)
+    """The command line of a sandbox."""
+    numbers = (ask, reply, info, alive, os.getpid(), *numbers_of(bounds, mode))
     script = ["main.py", mode + "+" * imports, level, *map(str, numbers)]
     if level == "bubblewrap":
         return [*_bwrap(info, maps), *_python(), f"{_BWRAP_INSIDE}/{script[0]}", *script[1:]]

@@ -33,7 +33,7 @@ READ_ONLY, NO_SETUID, NO_DEVICES = 1, 2, 4
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 NOBODY = 65534
-CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
+CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_ADMIN = 5, 6, 7, 21
 SCRATCH = b"mode=1777,size=%d,nr_inodes=4k"
 """Mount options of /tmp: a file or folder takes a kilobyte of kernel memory that the size does not count."""
 STACK, FILES = 8 << 20, 64
@@ -121,6 +121,34 @@ def end_program(pid: int, isolated: bool) -> int:
     return code if code >= 0 else 128 - code
 
 
+def fork_namespace() -> int:
+    """Fork; the child is process 1 of a new pid namespace inside this one."""
+    call("unshare", NEWPID)
+    pid = os.fork()
+    if pid:
+        own = os.pidfd_open(os.getpid())
+        call("setns", own, NEWPID)  # else the namespace of the next child could only lie in that of this one
+        os.close(own)
+    return pid
+
+
+def end_namespace(pid: int) -> int:
+    """End process 1 of a namespace inside this one, and with it every other, and return its exit status, which it may
+    have had already (128 + n after signal n)."""
+    os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def mount_scratch(size: int) -> None:
+    _tmpfs(b"/tmp", SCRATCH % size)
+
+
+def unmount_scratch() -> None:
+    """With all processes gone, the memory of its files is free."""
+    call("umount2", b"/tmp", MNT_DETACH)
+
+
 def exit_as(pid: int, pipes: tuple[int, int]) -> None:
     """Close the pipes and exit as child `pid` does (128 + n after signal n), reaping all other children first."""
     for fd in pipes:
@@ -155,13 +183,15 @@ def enter_namespaces(
         os._exit(1)
 
 
-def enter_bubblewrap(alive: int, scratch: int) -> None:
+def enter_bubblewrap(alive: int, scratch: int, mounts: bool) -> None:
     """In bubblewrap's process 1: mount /tmp (bubblewrap bounds no inodes), give up every right except those with which
-    root becomes nobody and ends a program, and end with the trusted process, whose pidfd is `alive`."""
+    root becomes nobody and ends a program, and `mounts` for every program, and end with the trusted process, whose
+    pidfd is `alive`."""
     if scratch:
         _tmpfs(b"/tmp", SCRATCH % scratch)
         os.chdir("/tmp")
     kept = sum(1 << n for n in (CAP_KILL, CAP_SETGID, CAP_SETUID)) if os.geteuid() == 0 else 0
+    kept |= 1 << CAP_SYS_ADMIN if mounts else 0
     call("capset", struct.pack("=II", 0x20080522, 0), struct.pack("=6I", kept, kept, 0, 0, 0, 0))
     _end_with(alive)
 

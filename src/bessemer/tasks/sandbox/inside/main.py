@@ -2,9 +2,10 @@
 
     main.py MODE LEVEL ASK REPLY INFO ALIVE PARENT CPU MEMORY FILE PROCESSES [+PATH...] [-PATH...]
 
-MODE is once, or each (see serve.py), with a + behind it if the program may use the names of serve.IMPORTED. ASK, REPLY,
-INFO and ALIVE are file descriptors (see ../process.py), PARENT the trusted process, CPU seconds, MEMORY and FILE bytes;
-if FILE is 0, nothing can be written. The program may read below each +PATH and not below a -PATH.
+MODE is once, each or warm (see serve.py), with a + behind it if the program may use the names of serve.IMPORTED. ASK,
+REPLY, INFO and ALIVE are file descriptors (see ../process.py), PARENT the trusted process, CPU seconds, MEMORY and FILE
+bytes; if FILE is 0, nothing can be written. In mode warm ASK is a socket, over which bounds come with every program.
+The program may read below each +PATH and not below a -PATH.
 """
 
 import os
@@ -22,13 +23,15 @@ def main(
         readable, hidden = ([path[1:] for path in paths if path[0] == sign] for sign in "+-")
         confine.enter_namespaces(info, (ask, reply), parent, bounds[2], readable, hidden)
     elif level == "bubblewrap":
-        confine.enter_bubblewrap(alive, bounds[2])
+        confine.enter_bubblewrap(alive, bounds[2], mounts=mode.startswith("warm"))
     else:
         confine.report_pid(info, os.getpid())
     if isolated:
         confine.protect()
     sys.path.pop(0)  # this folder
     names = serve.names_of(mode.endswith("+"))  # before the program's time begins
+    if mode.startswith("warm"):
+        serve.serve_warm(ask, reply, names)
     if mode.startswith("each"):
         if not isolated:
             confine.die_with(parent)

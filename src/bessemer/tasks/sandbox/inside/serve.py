@@ -10,13 +10,23 @@ input and the input. Process 1 runs each test in a fork of itself that has given
 writes. The fork sees an interpreter in which no program has run, the input as a file, pipes of its own, and no file
 system that it could write to. When it ends, every process that it left behind is ended too, and only then is {"status":
 ...} sent. So a test finds no memory, file, pipe or process of the one before, and the output is that of one test.
+
+In mode `warm` process 1 serves one program after another and reads nothing of any: a message over its socket says the
+mode, once or each, and the bounds, and carries five pipes of the program's own. A fork of process 1, in which no
+program has been read, is process 1 of a pid namespace of its own and does the rest. At the trusted side's word, or when
+that fork has ended, process 1 ends that namespace, unmounts the scratch folder, and answers `ended STATUS`. So a
+program finds nothing of the one before.
 """
 
+import atexit
 import builtins
+import gc
 import os
 import select
+import struct
 import sys
 from _json import encode_basestring_ascii  # not `json`: importing it takes half as long as starting the interpreter
+from contextlib import suppress
 
 import confine
 
@@ -29,6 +39,10 @@ IMPORTED = (
 two equal names the later one counts, then those of `builtins` and `typing`, then the modules themselves."""
 RECURSION = 50_000
 """The limit that LiveCodeBench's grader sets."""
+GRACE = 500
+"""Milliseconds in which a program that has closed its pipe may end by itself."""
+LOST_OUTPUT = 120
+"""The interpreter's exit status if it cannot flush a standard stream."""
 
 vars(builtins).update(exit=sys.exit, quit=sys.exit)  # defined by `site`, which the sandbox leaves out
 
@@ -46,7 +60,9 @@ def serve(ask: int, reply: int, names: dict[str, object]) -> None:
 
 
 def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool, names: dict[str, object]) -> None:
-    """Return in the fork of a test, when its program has ended; process 1 never returns."""
+    """Never returns."""
+    gc.collect()
+    gc.freeze()  # a test's own collections then pass over what it did not make
     # A fork closes it by number; Python 3.13 would complain about that on the program's own error output.
     questions = os.fdopen(ask, "rb", closefd=False)
     os.write(reply, b"ready\n")
@@ -63,13 +79,74 @@ def serve_each(ask: int, reply: int, bounds: list[int], isolated: bool, names: d
             os.closerange(3, 1024)
             confine.limit(*bounds, parent=parent, isolated=isolated)
             sys.argv = ["program"]
-            _run(source, -1, names)
-            return
+            _run_to_the_end(source, names)
         for fd in (given, stdout, stderr):
             os.close(fd)
         status = _relay(pid, {out: 1, err: 2}, isolated)
         _send(reply, f'{{"status": {status}}}')
     os._exit(0)
+
+
+def serve_warm(control: int, reply: int, names: dict[str, object]) -> None:
+    """Never returns, in any process."""
+    import _socket  # only here: each import makes the start longer
+
+    gc.collect()
+    gc.freeze()
+    channel = _socket.socket(fileno=control)
+    os.write(reply, b"ready\n")
+    while True:
+        message, extra, _, _ = channel.recvmsg(1024, 1024)
+        if not message:
+            os._exit(0)
+        mode, *numbers = message.decode().split()
+        bounds = [int(number) for number in numbers]
+        fds = struct.unpack("=5i", extra[0][2])
+        if bounds[2]:
+            confine.mount_scratch(bounds[2])
+        pid = confine.fork_namespace()
+        if not pid:
+            _serve_one(mode, fds, bounds, names)
+        for fd in fds:
+            os.close(fd)
+        status = _until_end(channel, pid)
+        if bounds[2]:
+            confine.unmount_scratch()
+        os.write(reply, b"ended %d\n" % status)
+
+
+def _serve_one(mode: str, fds: tuple[int, ...], bounds: list[int], names: dict[str, object]) -> None:
+    """The fork for one program."""
+    ask, reply, *standard = fds
+    for target, fd in enumerate(standard):
+        os.dup2(fd, target)
+    low, high = sorted((ask, reply))
+    for first, end in ((3, low), (low + 1, high), (high + 1, 1024)):
+        os.closerange(first, end)
+    os.chdir("/tmp")
+    if mode == "each":
+        serve_each(ask, reply, bounds, True, names)
+    confine.fork_program((ask, reply))
+    confine.limit(*bounds, parent=1, isolated=True)
+    serve(ask, reply, names)
+    os._exit(0)
+
+
+def _until_end(channel, pid: int) -> int:
+    """Wait for the program to end or for the trusted side to say so; return its exit status."""
+    ended, poll = os.pidfd_open(pid), select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(channel.fileno(), select.POLLIN)
+    ready = {fd for fd, _ in poll.poll()}
+    heard = channel.fileno() in ready and channel.recv(16)
+    if heard == b"wait":  # it has closed its pipe and is about to end
+        poll.unregister(channel.fileno())
+        poll.poll(GRACE)
+    status = confine.end_namespace(pid)
+    os.close(ended)
+    if not heard and not channel.recv(16):
+        os._exit(0)
+    return status
 
 
 def _relay(pid: int, pipes: dict[int, int], isolated: bool) -> int:
@@ -115,6 +192,40 @@ def _run(source: str, reply: int, names: dict[str, object]) -> None:
         trace = error.__traceback__  # begins with this frame, which the program's own report leaves out
         sys.excepthook(type(error), error.with_traceback(trace and trace.tb_next), None)
         sys.exit(1)
+
+
+def _run_to_the_end(source: str, names: dict[str, object]) -> None:
+    """Run the program and exit as the interpreter does: wait for its threads, call its exit functions, collect its
+    objects, flush its streams. Only the modules are not torn down, which takes longer than most tests."""
+    status = 0
+    try:
+        _run(source, -1, names)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        status = 0 if end.code is None else end.code & 0xFF if isinstance(end.code, int) else 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    if "threading" in sys.modules:
+        with suppress(BaseException):
+            sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    flushed = _flush()
+    gc.collect()
+    os._exit(status if _flush() and flushed else LOST_OUTPUT)
+
+
+def _flush() -> bool:
+    """Flush the standard streams, whatever they are by now; False if that fails."""
+    flushed = True
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException:
+            flushed = False
+    return flushed
 
 
 def _call(source: str, name: str, names: dict[str, object], questions, reply: int) -> None:
