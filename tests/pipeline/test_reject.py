@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +198,20 @@ def test_nothing_kept_is_an_error_that_says_why(done):
     folder, _ = done
     with pytest.raises(UserError, match=r"none of 32 answers was kept \(cut 32\)\. Start from a better model"):
         stages_run.run(folder / "small.toml", folder / "run", "reject.max_new_tokens=2", "reject.problems=2")
+
+
+def test_conversations_of_many_lots_are_distinct_and_never_in_memory_together(tmp_path):
+    """R1's 600K conversations are 10 GB as text; here 15 MB with 6 MB. Every conversation is in two lots."""
+    paths, text = [tmp_path / f"lot-{n}.json" for n in range(60)], "and so on " * 100
+    for n, path in enumerate(paths):
+        asked = [{"role": "user", "content": f"What is {k}?"} for k in range(250 * n, 250 * n + 500)]
+        kept = [[question, {"role": "assistant", "content": text}] for question in asked]
+        path.write_text(json.dumps({"kept": kept, "dropped": {"wrong": 2}}))
+    dropped, written, size = Counter(), 0, 0
+    tracemalloc.start()
+    for line in reject.distinct(paths, dropped):
+        written, size = written + 1, size + len(line)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert written == 60 * 250 + 250 and dropped == {"wrong": 120, "duplicate": 60 * 500 - written}
+    assert peak < 6e6 < 15e6 < size

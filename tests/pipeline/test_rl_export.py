@@ -1,10 +1,13 @@
 """What an RL stage exports: its samples as conversations, unchanged by a kill, and the prompt template, which later
 stages inherit."""
 
+import hashlib
 import json
+import tracemalloc
 
 import pytest
 import rl_stage
+from completions import completion
 
 from bessemer import tasks
 from bessemer.config.data import RejectConfig
@@ -16,6 +19,7 @@ from bessemer.pipeline.stages.eval import Eval
 from bessemer.pipeline.stages.reject import Reject
 from bessemer.rl import rollout
 from bessemer.rl.monitor import SampleExport
+from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import Interrupted
 
 COIN = 'reward="random"'
@@ -117,3 +121,25 @@ def test_rejection_and_evaluation_ask_in_the_template_they_name(base, tmp_path, 
         with pytest.raises(Asked) as caught:
             kind().run(config, ctx)
         assert str(caught.value) == f"{preamble}User: {COUNTDOWN.problem('train', 0).prompt}\nAssistant:"
+
+
+def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
+    """650 rollouts of 8,192 answers are many times a machine's memory; here 40 MB with 4 MB."""
+    export = SampleExport("all", tmp_path)
+    text = "".join(chr(97 + n % 26) for n in range(2000))
+    verdict = tasks.Verdict(True, True, "correct", None)
+    wanted = hashlib.sha256()
+    tracemalloc.start()
+    for number in range(20):
+        rows = [
+            ScoredSample(tasks.Problem("p", f"{number}/{n}", "en"), [1], completion([5], text), verdict)
+            for n in range(1000)
+        ]
+        export.add(number, [rows])
+        wanted.update((tmp_path / "left" / f"{number:06d}.jsonl").read_bytes())
+    export.finish(20, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    with (tmp_path / "samples.jsonl").open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").digest() == wanted.digest()
+    assert (tmp_path / "samples.jsonl").stat().st_size > 40e6 and peak < 8e6

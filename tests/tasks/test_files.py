@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import get
+from bessemer.tasks import checked, get
 from bessemer.tasks.files import LineIndex
+from bessemer.tasks.maths import Maths
 from bessemer.tasks.maths_questions import parse_quantity
 
 LINES = {
@@ -305,3 +306,49 @@ def test_a_quantity_has_its_unit_and_tolerance(file):
     ):
         with pytest.raises(UserError, match="line 1: .*" + hint):
             get(f"jsonl:{file(line | change)}")
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """How many gold answers are read as algebra."""
+    monkeypatch.setenv("BESSEMER_CACHE", str(tmp_path / "cache"))
+    seen, check = [], Maths.check.__func__
+    monkeypatch.setattr(Maths, "check", classmethod(lambda cls, lines: seen.extend(lines) or check(cls, lines)))
+    return seen
+
+
+def test_gold_answers_are_checked_once_for_a_file_and_a_version(counted, tmp_path, monkeypatch):
+    """26,000 LaTeX answers took 2.5 minutes in every process at every start."""
+    rows = [{"question": f"What is {n}?", "answer": f"\\frac{{x}}{{{n}}}"} for n in range(2, 72)]
+
+    def opened(name="a", lines=rows):
+        """As another process does: it has not seen the file."""
+        counted.clear()
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        task = get(f"jsonl:{tmp_path / name}")
+        return task.size("train"), len(counted)
+
+    assert opened() == (70, 70)
+    assert opened() == (70, 0)
+    assert opened("b") == (70, 0), "the bytes are the same"
+    assert opened("b", [*rows, {"question": "And 1?", "answer": "x"}]) == (71, 71)
+    assert opened("b", rows[:7]) == (7, 7)
+    monkeypatch.setattr("bessemer.tasks.checked.metadata.version", lambda name: "another")
+    checked.code_version.cache_clear()
+    assert opened() == (70, 70)
+    checked.code_version.cache_clear()
+
+
+def test_a_file_that_did_not_pass_is_not_recorded_and_a_cache_may_be_missing(counted, tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "\\\\frac{1}{0}"}\n')
+    for _ in range(2):
+        counted.clear()
+        with pytest.raises(UserError, match="is not a number, word or LaTeX expression"):
+            get(f"jsonl:{tmp_path}")
+        assert len(counted) == 1
+    monkeypatch.setenv("BESSEMER_CACHE", "/proc/absent")
+    for _ in range(2):
+        (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "\\\\frac{1}{x}"}\n')
+        assert get(f"jsonl:{tmp_path}").size("train") == 1
+    assert len(counted) == 3

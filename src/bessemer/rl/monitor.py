@@ -30,7 +30,7 @@ from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
-from bessemer.runs.files import CONVERSATIONS, conversation_line, write_atomic
+from bessemer.runs.files import CONVERSATIONS, conversation_line, pieces, write_atomic
 from bessemer.tasks.answer import thought
 from bessemer.tasks.countdown_traces import diagnose, rates
 from bessemer.train.setup import batch_rows
@@ -289,11 +289,11 @@ class SampleExport:
         rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
         rows = [row for row in rows if row.verdict.correct or self.which == "all"]
         lines = (conversation_line(exchange(row.problem.prompt, row.answer)) for row in rows)
-        write_atomic(self._file(number), "".join(line + "\n" for line in lines))
+        write_atomic(self._file(number), (f"{line}\n" for line in lines))
 
     def finish(self, rollouts: int, folder: Path) -> None:
-        """Writes all samples, in order, to the conversations file in the stage's folder."""
-        write_atomic(folder / CONVERSATIONS, b"".join(self._file(n).read_bytes() for n in range(rollouts)))
+        """Writes all samples, in order, to the conversations file in the stage's folder, a piece at a time."""
+        write_atomic(folder / CONVERSATIONS, (piece for n in range(rollouts) for piece in pieces(self._file(n))))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"

@@ -30,7 +30,17 @@ _AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def write_atomic(path: Path, data: str | bytes | Iterator[str]) -> None:
+PIECE = 1 << 20
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, at most PIECE at a time."""
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            yield piece
+
+
+def write_atomic(path: Path, data: str | bytes | Iterator[str] | Iterator[bytes]) -> None:
     """Write a temporary file in the same folder, fsync it, rename it, and fsync the folder. An iterator's pieces are
     written as they come."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

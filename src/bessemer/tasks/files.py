@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
+from bessemer.tasks import checked
 from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, file_and_split, stable_hash
 
 QUESTIONS = ("question", "problem", "prompt", "statement")
@@ -90,7 +91,8 @@ class FileTask(Task):
 
     @classmethod
     def check(cls, questions: Sequence[tuple[str, Question]]) -> None:
-        """Further checks of lines, each with its location, made once and cheaper in batches."""
+        """Further checks of lines, each with its location, cheaper in batches. They are made once for a file and a
+        version of the package (checked.py)."""
 
     @classmethod
     def wrong(cls, where: str, fault: str, record: dict[str, Any]) -> UserError:
@@ -186,6 +188,9 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
     index = LineIndex(path, array("q"), array("q"), [], array("Q"))
     ids: dict[str, int] = {}
     pending: list[tuple[str, Question]] = []
+    checks = kind.check.__func__ is not FileTask.check.__func__  # type: ignore[attr-defined]
+    passed = checked.Record(kind, path) if checks else None
+    check = kind.check if passed is None or not passed.exists else lambda questions: None
     for number, offset, line in (_rows if _is_parquet(path) else _lines)(path):
         where = f"{path}, line {number}"
         record = _record(line, where) if isinstance(line, bytes) else line
@@ -207,9 +212,11 @@ def _index(kind: type[FileTask], path: Path, changed: int, size: int) -> LineInd
         index.hashes.append(_hash(question.text))
         pending.append((where, question))
         if len(pending) == _CHUNK:
-            kind.check(pending)
+            check(pending)
             pending.clear()
-    kind.check(pending)
+    check(pending)
+    if passed is not None:
+        passed.write()
     if not index.lines:
         raise UserError(f"{path} contains no problem; a line of {kind.family}:PATH is {kind.form}")
     return index

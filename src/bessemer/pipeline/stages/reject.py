@@ -8,9 +8,10 @@ reason.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -133,27 +134,44 @@ class Reject(Stage[RejectConfig]):
         return self._finish(config, ctx, [ctx.state / f"lot-{first:08d}.json" for first in firsts])
 
     def _finish(self, config: RejectConfig, ctx: StageContext, paths: list[Path]) -> dict[str, Any]:
-        kept: dict[str, None] = {}
         dropped: Counter[str] = Counter()
-        for path in paths:
-            lot = json.loads(path.read_text())
-            dropped.update(lot["dropped"])
-            for messages in lot["kept"]:
-                line = files.conversation_line(messages)
-                dropped["duplicate"] += line in kept
-                kept[line] = None
-        if not kept:
+        kept = distinct(paths, dropped)
+        if (first := next(kept, None)) is None:
             reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
             raise UserError(
                 f'stage "{ctx.name}": none of {config.problems * config.samples} answers was kept ({reasons}). Start '
                 "from a better model, take more samples, or loosen consistency and repeated"
             )
         others = map(files.conversation_line, _others(config, ctx))
-        files.write_conversations(ctx.dir, chain(kept, others))
-        counts = {"kept": len(kept), "others": config.others}
+        written = Counter[str]()
+        files.write_conversations(ctx.dir, chain(_counted(chain([first], kept), written), others))
+        counts = {"kept": written["kept"], "others": config.others}
         counts |= {name: count for name, count in dropped.most_common() if count}
         ctx.metrics.write(config.problems, 0, {f"reject/{name}": count for name, count in counts.items()})
         return counts
+
+
+def distinct(lots: Sequence[Path], dropped: Counter[str]) -> Iterator[str]:
+    """The conversations of all lots as lines, each once; one lot is in memory at a time. Adds the answers that were
+    dropped, by reason."""
+    seen: set[bytes] = set()
+    for path in lots:
+        lot = json.loads(path.read_text())
+        dropped.update(lot["dropped"])
+        for messages in lot["kept"]:
+            line = files.conversation_line(messages)
+            digest = blake2b(line.encode(errors="surrogatepass"), digest_size=16).digest()
+            if digest in seen:
+                dropped["duplicate"] += 1
+            else:
+                seen.add(digest)
+                yield line
+
+
+def _counted(lines: Iterable[str], written: Counter[str]) -> Iterator[str]:
+    for line in lines:
+        written["kept"] += 1
+        yield line
 
 
 def _others(config: RejectConfig, ctx: StageContext) -> Iterator[Sequence[Message]]:
