@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 
 @pytest.fixture
 def remainder(tmp_path, monkeypatch):
-    (tmp_path / "remainder_of_the_page.py").write_text(re.search("```python\n(.*?)```", PAGE, re.DOTALL)[1])
+    (tmp_path / "remainder_of_the_page.py").write_text(re.search('```python\n(""".*?)```', PAGE, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(base._REGISTRY, "remainder", ("remainder_of_the_page", "Remainder"))
     return get("remainder")
