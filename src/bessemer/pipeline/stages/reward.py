@@ -40,7 +40,8 @@ from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.work import Work, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import dealt, led
-from bessemer.rl.judge import Judge, api_key
+from bessemer.rl.judge import Judge
+from bessemer.rl.judge_api import api_key
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_by
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import JUDGED, json_lines, write_atomic
