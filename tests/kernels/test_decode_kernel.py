@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache, prefill, step
+from bessemer.engine import kernel_steps
+from bessemer.engine.decode import PrefillChunk, RoutingTrace, logits_of, new_cache, prefill, step
 from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.model.config import preset
@@ -141,6 +142,105 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
         for other, where in ((again, slice(None)), (alone, slice(2, 4))):
             for k, expected in ((1, routes), (2, latents)):
                 assert all(map(torch.equal, other[k], expected[where]))
+
+
+def prefilled(model, rows, cuts=(), drafts=0, asked=None, steps=None):
+    """(logits after the last part, routes, latents of the last layer) of prompts that are cut at these positions."""
+    steps = steps or KernelSteps.of(model)
+    cache, trace = new_cache(model, drafts=drafts), RoutingTrace(model.cfg)
+    prompts = [cache.open(row, asked) for row in rows]
+    logits = {}
+    for cut in (*cuts, max(map(len, rows))):
+        chunks = [PrefillChunk(p, end) for p in prompts if (end := min(cut, len(p.ids))) > p.length]
+        for chunk in chunks:
+            cache.extend(chunk.prompt, chunk.end)
+        for chunk, logits_V in zip(chunks, steps.prefill(cache, chunks, trace), strict=True):
+            logits[id(chunk.prompt)] = logits_V
+    latents = [cache.read_prompt(len(cache.layers) - 1, prompt, len(prompt.ids) - drafts) for prompt in prompts]
+    return [logits[id(p)] for p in prompts], [torch.cat(p.routing) for p in prompts], latents
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """The expanded form from position 64 on, in blocks of 64 tokens."""
+    monkeypatch.setattr(kernel_steps, "LONG", 64)
+    monkeypatch.setattr(kernel_steps, "PASS", 64)
+
+
+@pytest.mark.parametrize("variant", ["v3", "odd widths", "yarn, no shared expert"])
+@torch.inference_mode()
+def test_the_expanded_form_equals_float64_and_does_not_depend_on_company_cuts_or_threads(
+    instructions, short_blocks, variant
+):
+    model, rows = network(**VARIANTS[variant] | {"max_seq_len": 700}), texts(330, 1, 129, 128, 65)
+    steps = KernelSteps.of(model)
+    found = prefilled(model, rows, steps=steps)
+    few = int(steps.attention_products)
+    for b, row in enumerate(rows):
+        exact, chosen = exact_network.forward(model, row)
+        assert distance(found[0][b].double(), exact[-1]) < 3e-6, b
+        assert torch.equal(found[1][b].long(), chosen)
+    again, before = [prefilled(model, rows, (1, 63, 64, 100, 256, 300))], torch.get_num_threads()
+    try:
+        for threads in (2, 7):  # the second: more than heads
+            torch.set_num_threads(threads)
+            again.append(prefilled(model, rows))
+    finally:
+        torch.set_num_threads(before)
+    alone = [prefilled(model, [row]) for row in rows]
+    again.append([[one[k][0] for one in alone] for k in range(3)])
+    for other in again:
+        for k in range(3):
+            assert all(map(torch.equal, other[k], found[k]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_steps, "LONG", 1 << 40)
+        absorbed = KernelSteps.of(model)
+        prefilled(model, rows, steps=absorbed)
+    assert few != int(absorbed.attention_products), "it took part"
+
+
+@torch.inference_mode()
+def test_the_expanded_form_in_bfloat16(instructions, short_blocks):
+    every = dict(n_routed_experts=4, n_activated_experts=4, n_expert_groups=1, n_limited_groups=1)
+    for variant in ("v3", "odd widths"):
+        model, rows = network(torch.bfloat16, **VARIANTS[variant] | every | {"max_seq_len": 700}), texts(610, 129, 200)
+        for logits, row in zip(prefilled(model, rows, (100,))[0], rows, strict=True):
+            assert distance(logits.double(), exact_network.forward(model, row)[0][-1]) < 0.02
+
+
+@torch.inference_mode()
+def test_tokens_that_a_sequence_made_before_it_was_preempted_get_the_same_bits_again(instructions, short_blocks):
+    """They were computed in the absorbed form, by steps; a prefill of prompt and tokens must do the same."""
+    model, row = network(max_seq_len=700), texts(200)[0]
+    new = texts(150, vocab=77)[0]
+    cache, steps = new_cache(model), KernelSteps.of(model)
+    prompt = cache.open(row)
+    cache.extend(prompt, len(row))
+    steps.prefill(cache, [PrefillChunk(prompt, len(row))])
+    cache.admit([(prompt, 1)])
+    for n, token in enumerate(new):
+        logits = steps(torch.tensor([[token]]), torch.tensor([len(row) + n]), cache).logits_BTV
+    total = len(row) + len(new)
+    latents = cache.layers[2].index_select(0, torch.tensor(cache.row_pages[0])).flatten(0, 1)[:total]
+    again = prefilled(model, [row + new], asked=len(row))
+    assert torch.equal(again[0][0], logits[0, 0]) and torch.equal(again[2][0], latents)
+    assert not torch.equal(prefilled(model, [row + new])[2][0], latents), "as a prompt they would be other bits"
+
+
+@torch.inference_mode()
+def test_a_long_prefill_multiplies_hardly_more_than_the_model_s_own_forward():
+    """16K tokens: multiplications of the attention, counted by the kernel. The last layer attends for one token."""
+    T = 16_384
+    model = network(n_layers=2, n_dense_layers=2, n_mtp=0, max_seq_len=T, inter_dim=32)
+    cfg, steps = model.cfg, KernelSteps.of(model)
+    prompt = (cache := new_cache(model)).open([7] * T)
+    cache.extend(prompt, T)
+    logits_1V = steps.prefill(cache, [PrefillChunk(prompt, T)])
+    pairs = cfg.n_heads * T * (T + 1) // 2
+    own = pairs * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+    absorbed = pairs * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    assert own < int(steps.attention_products) < min(1.2 * own, 0.7 * absorbed)
+    assert distance(logits_1V[0], logits_of(model, model.hidden(torch.tensor([[7] * T]))[0, -1])) < 3e-6
 
 
 @torch.inference_mode()

@@ -134,8 +134,8 @@ class SlotCache(Cache):
         """None: the cache has no limit of its own."""
         return None
 
-    def open(self, ids: Sequence[int], keys: list[bytes] | None = None) -> PromptPages:
-        return PromptPages(tuple(ids))
+    def open(self, ids: Sequence[int], keys: list[bytes] | None = None, asked: int | None = None) -> PromptPages:
+        return PromptPages(tuple(ids), asked=asked)
 
     def extend(self, prompt: PromptPages, length: int) -> None:
         """Slots are allocated when they are written."""

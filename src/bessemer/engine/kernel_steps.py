@@ -2,7 +2,9 @@
 Prefill is the same call with many tokens per row. A round (`kernels/cpp/round.cpp`) is a step with everything around
 it: the MTP module's drafts, their acceptance, and the next tokens.
 
-The kernel writes the new latents into the cache's pages and attends to the pages in place. It reads the weights in
+The kernel writes the new latents into the cache's pages and attends to the pages in place: in the absorbed form, which
+reads each latent once for all heads, or, for the whole blocks of a long prompt, in the expanded form, which multiplies
+less (`_expanded`). The forms differ by rounding. It reads the weights in
 place, so nothing goes stale when they are updated between two steps: every step compares the addresses, and rewrites
 its table of them if one has changed. In float32, a row's numbers depend only on its own tokens, bit for bit, whatever
 the other rows, their order, the number of tokens per row and of threads. In BF16, weights and cache are BF16, and
@@ -34,7 +36,18 @@ from bessemer.model.moe import FFN
 from bessemer.model.transformer import Transformer
 
 PASS = 512
-"""Tokens of a prefill that go through the network together: its buffers stay in a core's L2 cache."""
+"""Tokens of a prefill that go through the network together: its buffers stay in a core's L2 cache. A long prompt's
+blocks of as many tokens share the keys that they expand."""
+LONG = 2048
+"""Positions before this one attend in the absorbed form, whatever the prompt."""
+
+
+def _expanded(prompt: PromptPages) -> tuple[int, int]:
+    """The positions [start, end) whose tokens attend in the expanded form: whole blocks beyond LONG of what was asked,
+    without the last token, whose logits are read. Nothing else decides it, neither where a prompt is cut nor what other
+    rows do; so a preempted sequence, whose own tokens are prefilled like a prompt, gets the same bits again."""
+    asked = len(prompt.ids) if prompt.asked is None else prompt.asked
+    return LONG, max(LONG, (asked - 1) // PASS * PASS)
 
 
 class LiveRows(NamedTuple):
@@ -100,6 +113,9 @@ class KernelSteps:
         ]  # fmt: skip
         self._layers, self._sparse = cfg.n_layers, sum(not layer.dense for layer in model.layers)
         self._rope = model.rope_table(1)
+        self.attention_products = torch.zeros(1, dtype=torch.int64)
+        """Multiplications so far of queries with keys and probabilities with values, with those that expand keys and
+        values. Rounds do not count."""
 
     @classmethod
     def of(cls, model: Model) -> KernelSteps | None:
@@ -148,12 +164,15 @@ class KernelSteps:
         passes: list[list[_Piece]] = [[]]
         room = PASS
         for p, chunk in enumerate(chunks):
-            start = chunk.prompt.length
+            start, (first, last) = chunk.prompt.length, _expanded(chunk.prompt)
             while start < chunk.end:
-                if not room:
+                end = min(chunk.end, start + room)
+                if first <= start < last:  # a block expands its keys once, in one pass
+                    end = min(chunk.end, (start // PASS + 1) * PASS)
+                if end - start > room or not room:
                     passes.append([])
                     room = PASS
-                end = min(chunk.end, start + room)
+                    continue
                 passes[-1].append(_Piece(p, chunk.prompt, start, end, end == chunk.end))
                 start, room = end, room - (end - start)
         for pieces in passes:
@@ -174,6 +193,7 @@ class KernelSteps:
             begin,
             torch.tensor([piece.prompt.pages + [0] * (width - len(piece.prompt.pages)) for piece in pieces]),
             max(piece.end for piece in pieces),
+            torch.tensor([_expanded(piece.prompt) for piece in pieces]),
         )
         last = torch.tensor([b for b, piece in enumerate(pieces) if piece.last], dtype=torch.int64)
         raw_ND = self.model.embed.weight.new_empty(sum(lengths), self.model.cfg.dim) if cache.drafts else None
@@ -291,11 +311,11 @@ class KernelSteps:
         self._reach(rows.longest)
         table.point(pools)
         library.call(
-            f"decode_step_{self._dtype}", "pppip" + "ppppi" + "pip" + "pi" + "pppp" + "i",
+            f"decode_step_{self._dtype}", "pppip" + "ppppi" + "pipp" + "pi" + "pppp" + "ip",
             self._shape, self._factors, table.layers, len(pools), table.ends,
             rows.token, hidden, rows.begin, rows.base, len(rows.base),
-            rows.table, rows.table.shape[1], self._rope,
-            pick, M, raw, state, logits_MV, record, library.threads(),
+            rows.table, rows.table.shape[1], self._rope, rows.expand,
+            pick, M, raw, state, logits_MV, record, library.threads(), self.attention_products,
         )  # fmt: skip
         return logits_MV
 
@@ -324,6 +344,8 @@ class _Rows(NamedTuple):
     """[B, P]: the pages of each row."""
     longest: int
     """Positions of the longest row."""
+    expand: Tensor | None = None
+    """[B, 2]: the positions of each row whose tokens attend in the expanded form; None: none."""
 
 
 class _Table:

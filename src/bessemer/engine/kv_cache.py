@@ -65,6 +65,8 @@ class PromptPages:
     """With K MTP modules: h^0, ..., h^(K-1) at the last position where each is known, [D]; fewer in a short prompt."""
     keys: list[bytes] = field(default_factory=list)
     """The keys of its full pages, as far as they are known (`prefix_keys`)."""
+    asked: int | None = None
+    """The first tokens that were asked; the others were generated before a preemption. None: all."""
     slots: tuple[Any, int] | None = None
     """For a foreign model: its `hf_decode.SlotCache` and row."""
 
@@ -153,13 +155,13 @@ class LatentCache:
         """Pages that can still be allocated; None without a limit."""
         return None if self.limit is None else self.limit - self.pages.total + self.pages.available
 
-    def open(self, ids: Sequence[int], keys: list[bytes] | None = None) -> PromptPages:
+    def open(self, ids: Sequence[int], keys: list[bytes] | None = None, asked: int | None = None) -> PromptPages:
         """A prompt, starting from the longest cached prefix. keys: those of its pages that are already known; receives
-        the others as they are computed."""
+        the others as they are computed. `asked` as in `PromptPages`."""
         keys = [] if keys is None else keys
         least = 0 if self.drafts else 1  # at least one token is left to compute
         found = self.pages.match(prefix_keys(ids, len(ids) - least, self.drafts, keys)) if self.prefix_cache else []
-        prompt = PromptPages(tuple(ids), found, drafts=self.drafts, keys=keys)
+        prompt = PromptPages(tuple(ids), found, drafts=self.drafts, keys=keys, asked=asked)
         self.pages.share(prompt.pages)
         prompt.length = prompt.cached = len(prompt.pages) * PAGE
         return prompt

@@ -254,7 +254,8 @@ class Scheduler:
             sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
             if not sequences:
                 return
-            job = _Prefill(self.cache.open(sequences[0].ids, sequences[0].page_keys), sequences)
+            first = sequences[0]
+            job = _Prefill(self.cache.open(first.ids, first.page_keys, len(first.request.prompt)), sequences)
             del job.sequences[max(self._most_that_fit(job), 0 if busy else 1) :]
             if not job.sequences:
                 self.cache.drop(job.prompt)

@@ -4,7 +4,10 @@
 // depends only on its own tokens: products are chains over ascending k (rows.hpp), attention runs over the row's own
 // keys in ascending order, and no sum runs over rows.
 //
-// Prefill is a step with many tokens per row. Rows may have different numbers of tokens.
+// Prefill is a step with many tokens per row. Rows may have different numbers of tokens. Its caller names positions
+// whose tokens attend in the expanded form (keys and values of every head, made from the latents for all tokens of a
+// call together): fewer multiplications per query and key, if many queries share the keys. Which form a token takes is
+// part of its definition, since the forms differ by rounding.
 //
 // Shapes: B rows, N tokens of all rows, D hidden, H heads, C latent, R rotary, X = C + R, K experts per token of E.
 #include "decode.hpp"
@@ -15,6 +18,8 @@ namespace {
 
 constexpr i64 PAGE = 64;   // tokens per page
 constexpr i64 GROUP = 16;  // rows per task that shares nothing between rows; also tokens that attend together
+constexpr i64 BLOCK = 4 * PAGE;  // keys that are expanded together
+constexpr i64 QUERIES = 64;      // tokens that attend to them together
 
 // Addresses; absent ones are null. `gate` is null in a dense layer, whose FFN is in w13 and w2.
 template <class T>
@@ -144,6 +149,97 @@ __attribute__((noinline)) void attend(const Shape& s, double scale, const T* poo
         });
 }
 
+// The weights of one head's keys and values, for `attend_expanded`: W_UK [nope, C], and W_UV transposed, in panels.
+struct Head {
+    const float *keys, *values;
+};
+template <class T>
+Head expanding(const Shape& s, const T* w) {
+    i64 C = s.latent;
+    float* keys = (float*)w;
+    if (sizeof(T) == 2) {
+        keys = scratch<90, float>(s.nope * C);
+        widen_row(w, keys, s.nope * C);
+    }
+    float* values = scratch<91, float>(FloatGemm::b_size(C, s.value));
+    FloatGemm::pack_b(values, w + s.nope * C, C, s.value, 1, C);
+    return {keys, values};
+}
+
+// `tokens` queries of one head and row, from `position` on, against the row's keys up to their own, in the expanded
+// form: out [tokens, ldo] of value numbers. q [tokens, nope + rope], rotated. The softmax runs over blocks of keys that
+// begin at multiples of BLOCK, so a query's result depends on neither the first token nor their number. Returns the
+// multiplications.
+template <class T>
+__attribute__((noinline)) i64 attend_expanded(const Shape& s, double scale, const Head& head, const T* pool, const i64* pages, i64 position, i64 tokens, const float* q, float* out, i64 ldo) {
+    i64 C = s.latent, X = C + s.rope, wide = s.nope + s.rope, ldv = round_up(s.value, W), keys = position + tokens, work = 0;
+    float* panel = scratch<54, float>(X * PANEL);
+    float* k_block = scratch<92, float>(wide * BLOCK);
+    float* v_block = scratch<93, float>(BLOCK * ldv);
+    float* score = scratch<94, float>(QUERIES * BLOCK);
+    float* sums = scratch<95, float>(tokens * (ldv + 2));
+    float *high = sums + tokens * ldv, *total = high + tokens;
+    float* page_rows = sizeof(T) == 4 ? nullptr : scratch<62, float>(PAGE * C);
+    memset(sums, 0, tokens * ldv * sizeof(float));
+    for (i64 t = 0; t < tokens; ++t) high[t] = -3e38f, total[t] = 0;  // finite: -inf is never subtracted from -inf
+    for (i64 first = 0; first < keys; first += BLOCK) {
+        i64 here = least(BLOCK, keys - first);
+        memset(v_block, 0, BLOCK * ldv * sizeof(float));
+        for (i64 k = 0; k < here; k += PANEL) {
+            const T* at = pool + (pages[(first + k) / PAGE] * PAGE + (first + k) % PAGE) * X;
+            transpose_panel(panel, at, X, PANEL, X);
+            FloatGemm::multiply_rows(s.nope, PANEL, C, head.keys, C, 1, panel, PANEL, k_block + k * wide, PANEL, false);
+            memcpy(k_block + k * wide + s.nope * PANEL, panel + C * PANEL, s.rope * PANEL * sizeof(float));
+        }
+        for (i64 k = 0; k < here; k += PAGE) {
+            const T* at = pool + pages[(first + k) / PAGE] * PAGE * X;
+            i64 rows = least(PAGE, here - k), ld = X;
+            const float* latents = (const float*)at;
+            if (sizeof(T) == 2) {
+                for (i64 i = 0; i < rows; ++i) widen_row(at + i * X, page_rows + i * C, C);
+                latents = page_rows, ld = C;
+            }
+            FloatGemm::multiply(rows, s.value, C, latents, ld, head.values, v_block + k * ldv, ldv, false);
+        }
+        work += here * C * (s.nope + s.value);
+        for (i64 t = first > position ? (first - position) / QUERIES * QUERIES : 0; t < tokens; t += QUERIES) {
+            i64 n = least(QUERIES, tokens - t), seen = least(here, position + t + n - first), columns = round_up(seen, PANEL);
+            for (i64 k = 0; k < columns; k += PANEL)
+                FloatGemm::multiply_rows(n, PANEL, wide, q + t * wide, wide, 1, k_block + k * wide, PANEL, score + k, BLOCK, false);
+            for (i64 i = 0; i < n; ++i) {
+                float *row = score + i * BLOCK, *sum_row = sums + (t + i) * ldv;
+                i64 visible = least(here, position + t + i + 1 - first), end = round_up(visible, W);
+                if (visible <= 0) {
+                    memset(row, 0, columns * sizeof(float));
+                    continue;
+                }
+                for (i64 k = visible; k < end; ++k) row[k] = -std::numeric_limits<float>::infinity();
+                vf most = splat(-std::numeric_limits<float>::infinity()), added = {};
+                for (i64 k = 0; k < visible; k += W) most = vmax(load(row + k), most);
+                float before = high[t + i], top = max_of(most) * (float)scale;
+                if (before > top) top = before;
+                for (i64 k = 0; k < end; k += W) {
+                    vf p = vexp(load(row + k) * (float)scale - top);
+                    added += p;
+                    store(row + k, p);
+                }
+                for (i64 k = end; k < columns; k += W) store(row + k, (vf){});
+                vf by = vexp(splat(before - top));
+                high[t + i] = top;
+                total[t + i] = total[t + i] * by[0] + sum(added);
+                for (i64 v = 0; v < ldv; v += W) store(sum_row + v, load(sum_row + v) * by);
+            }
+            FloatGemm::multiply_rows(n, s.value, columns, score, BLOCK, 1, v_block, ldv, sums + t * ldv, ldv, true);
+            work += n * columns * (wide + s.value);
+        }
+    }
+    for (i64 t = 0; t < tokens; ++t) {
+        float share = 1.0f / total[t];
+        each_vector(s.value, [&](i64 v, int left) { store_some(out + t * ldo + v, load_some(sums + t * ldv + v, left) * share, left); });
+    }
+    return work;
+}
+
 // The state of a step's tokens between layers, and the operations on them that read no matrix.
 struct Tokens {
     const Shape& s;
@@ -153,7 +249,9 @@ struct Tokens {
     const i64 *base, *table;  // position of each row's first token; pages of each row
     i64 width;                // of the table
     const float* turns;       // rotary table [position, R]
+    const i64* expand;        // [B, 2]: the positions of each row whose tokens attend in the expanded form, or null
     int threads;
+    std::atomic<i64> work{0};  // multiplications of queries with keys and probabilities with values
     i64 N = begin[B], D = s.dim, X = s.latent + s.rope;
     float *x, *u, *qlat, *kv, *q, *ctx, *att, *out, *gates, *weight, *act, *routed;
     i64 *expert, *pair, *place, *start;
@@ -161,8 +259,13 @@ struct Tokens {
     i64* cell;      // its place in a pool, in slots
     struct Together {
         i64 row, first, tokens, sees;  // `sees`: keys of the first of them; each other sees one more
-    }* together;                       // tokens of a row that attend together
-    i64 n_together = 0;
+    };
+    Together *together, *expanded;  // tokens of a row that attend together, in either form
+    i64 n_together = 0, n_expanded = 0;
+    struct Range {
+        i64 first, tokens;
+    }* absorbed;  // neighbouring tokens, of any rows, that attend in the absorbed form
+    i64 n_absorbed = 0;
 
     void allocate() {
         i64 HC = s.heads * s.latent, wide = s.shared > s.dense ? s.shared : s.dense;
@@ -179,17 +282,36 @@ struct Tokens {
         start = place + N * s.active;
         position = scratch<69, i64>(2 * N);
         cell = position + N;
-        together = scratch<70, Together>(N);
+        together = scratch<70, Together>(N + B);
+        expanded = together + N;
+        absorbed = scratch<96, Range>(B + 1);
         for (i64 b = 0; b < B; ++b) {
-            i64 T_ = begin[b + 1] - begin[b];
+            i64 T_ = begin[b + 1] - begin[b], from = T_, to = T_;  // of the tokens in the expanded form
+            if (expand && expand[2 * b + 1] > expand[2 * b]) {
+                from = least(T_, expand[2 * b] > base[b] ? expand[2 * b] - base[b] : 0);
+                to = least(T_, expand[2 * b + 1] - base[b]);
+                if (to > from)
+                    expanded[n_expanded++] = {b, begin[b] + from, to - from, base[b] + from + 1};
+                else
+                    from = to = T_;
+            }
+            add_range(begin[b], from);
+            add_range(begin[b] + to, T_ - to);
             for (i64 t = 0; t < T_; ++t) {
                 // An MTP module may begin before the text; such a token gets a position that nothing reads yet.
                 i64 n = begin[b] + t, p = base[b] + t < 0 ? base[b] + T_ - 1 - (base[b] + t) : base[b] + t;
                 position[n] = p;
                 cell[n] = table[b * width + p / PAGE] * PAGE + p % PAGE;
-                if (t % GROUP == 0) together[n_together++] = {b, n, least(GROUP, T_ - t), base[b] + t + 1};
+                i64 left = t < from ? from - t : T_ - t, step = t < from ? t : t - to;
+                if ((t < from || t >= to) && step % GROUP == 0) together[n_together++] = {b, n, least(GROUP, left), base[b] + t + 1};
             }
         }
+    }
+    void add_range(i64 first, i64 tokens) {
+        if (n_absorbed && absorbed[n_absorbed - 1].first + absorbed[n_absorbed - 1].tokens == first)
+            absorbed[n_absorbed - 1].tokens += tokens;
+        else if (tokens)
+            absorbed[n_absorbed++] = {first, tokens};
     }
     template <class Each>
     void rows(i64 n, const Each& each) {
@@ -197,18 +319,20 @@ struct Tokens {
             for (i64 i = g * GROUP; i < least(n, (g + 1) * GROUP); ++i) each(i);
         });
     }
-    // Keeps only the tokens `pick`: in ascending order, at most one per row.
+    // Keeps only the tokens `pick`: in ascending order, at most one per row. They attend in the absorbed form, which the
+    // last token of a prompt does anyway.
     void keep(const i64* pick, i64 M) {
-        for (i64 m = 0, i = 0; m < M; ++m) {
+        for (i64 m = 0, b = 0; m < M; ++m) {
             i64 n = pick[m];
-            while (together[i].first + together[i].tokens <= n) ++i;
-            i64 row = together[i].row, sees = together[i].sees + n - together[i].first;
-            together[m] = {row, m, 1, sees};
+            while (begin[b + 1] <= n) ++b;
+            together[m] = {b, m, 1, base[b] + n - begin[b] + 1};
             memmove(x + m * D, x + n * D, D * sizeof(float));
             memmove(u + m * D, u + n * D, D * sizeof(float));
             position[m] = position[n];
         }
         N = n_together = M;
+        n_expanded = 0, n_absorbed = 1;
+        absorbed[0] = {0, M};
     }
     // The experts of every token and their weights, from the gate's logits.
     void choose(const float* bias, i64* record, i64 step) {
@@ -282,29 +406,51 @@ struct Step : Tokens {
             rows(N, [&](i64 n) { norm_row(qlat + n * Z, L.q_norm, qlat + n * Z, Z, f.latent_eps); });
         }
         if (Z) in = input<41, T>(qlat, Z, N, Z, threads);
+        i64 HV = s.heads * s.value;
+        float* whole = n_expanded ? scratch<97, float>(s.heads * N * wide) : nullptr;  // queries of every head
         parallel(s.heads, threads, [&](i64 h) {
-            float* own = scratch<50, float>(N * wide);
+            float* own = whole ? whole + h * N * wide : scratch<50, float>(N * wide);
             product_rows(in, L.wq_b + h * wide * in.K, wide, own, wide);
             const T* up = L.wkv_b + h * (s.nope + s.value) * s.latent;  // W_UK of this head, [nope, C]
             float* panel = scratch<54, float>(s.nope * PANEL);
-            for (i64 c = 0; c < s.latent; c += PANEL) {
+            for (i64 c = 0; c < s.latent && n_absorbed; c += PANEL) {
                 FloatGemm::pack_b(panel, up + c, s.nope, least(PANEL, s.latent - c), s.latent, 1);
-                FloatGemm::multiply_rows(N, least(PANEL, s.latent - c), s.nope, own, wide, 1, panel, PANEL, q + h * X + c,
-                                         s.heads * X, false);
+                for (i64 i = 0; i < n_absorbed; ++i) {
+                    i64 n = absorbed[i].first;
+                    FloatGemm::multiply_rows(absorbed[i].tokens, least(PANEL, s.latent - c), s.nope, own + n * wide, wide, 1, panel, PANEL,
+                                             q + (n * s.heads + h) * X + c, s.heads * X, false);
+                }
             }
-            for (i64 n = 0; n < N; ++n)
-                rotate(own + n * wide + s.nope, turns + position[n] * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
+            for (i64 n = 0; n < N; ++n) {
+                float* rope = own + n * wide + s.nope;
+                rotate(rope, turns + position[n] * s.rope, q + (n * s.heads + h) * X + s.latent, s.rope);
+                if (whole) memcpy(rope, q + (n * s.heads + h) * X + s.latent, s.rope * sizeof(float));
+            }
         });
         parallel(n_together, threads, [&](i64 i) {
             const Together& mine = together[i];
             i64 query = mine.first * s.heads;
             attend(s, f.scale, L.pool, table + mine.row * width, mine.sees, mine.tokens, q + query * X, ctx + query * s.latent);
+            work += mine.tokens * s.heads * (mine.sees + mine.tokens - 1) * (X + s.latent);
         });
-        i64 HV = s.heads * s.value;
+        i64 parts = s.heads < threads ? (threads + s.heads - 1) / s.heads : 1;  // more threads than heads share a head
+        for (i64 i = 0; i < n_expanded; ++i) {
+            const Together& mine = expanded[i];
+            i64 each = round_up((mine.tokens + parts - 1) / parts, QUERIES);
+            parallel(s.heads * ((mine.tokens + each - 1) / each), threads, [&](i64 task) {
+                i64 h = task % s.heads, t = task / s.heads * each, n = mine.first + t;
+                Head head = expanding(s, L.wkv_b + h * (s.nope + s.value) * s.latent);
+                work += attend_expanded(s, f.scale, head, L.pool, table + mine.row * width, mine.sees - 1 + t, least(each, mine.tokens - t),
+                                        whole + (h * N + n) * wide, att + n * HV + h * s.value, HV);
+            });
+        }
         parallel(s.heads, threads, [&](i64 h) {
-            Input mine = input<42, T>(ctx + h * s.latent, s.heads * s.latent, N, s.latent);
             const T* w_uv = L.wkv_b + (h * (s.nope + s.value) + s.nope) * s.latent;
-            product_rows(mine, w_uv, s.value, att + h * s.value, HV);
+            for (i64 i = 0; i < n_absorbed; ++i) {
+                i64 n = absorbed[i].first;
+                Input mine = input<42, T>(ctx + (n * s.heads + h) * s.latent, s.heads * s.latent, absorbed[i].tokens, s.latent);
+                product_rows(mine, w_uv, s.value, att + n * HV + h * s.value, HV);
+            }
         });
         dense_product(input<43, T>(att, HV, N, HV, threads), L.wo, D, out);
     }
@@ -407,10 +553,10 @@ struct Step : Tokens {
 
 template <class T>
 void decode(const i64* shape, const double* factors, const i64* layers, i64 n_layers, const i64* ends, const i64* token,
-            const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns, const i64* pick,
-            i64 M, T* raw, T* state, float* logits, i64* record, i64 threads) {
+            const T* hidden, const i64* begin, const i64* base, i64 B, const i64* table, i64 width, const float* turns, const i64* expand,
+            const i64* pick, i64 M, T* raw, T* state, float* logits, i64* record, i64 threads, i64* work) {
     const Shape& s = *(const Shape*)shape;
-    Step<T> step{{s, *(const Factors*)factors, B, begin, base, table, width, turns, (int)threads}};
+    Step<T> step{{s, *(const Factors*)factors, B, begin, base, table, width, turns, expand, (int)threads}};
     step.allocate();
     const Ends<T>& e = *(const Ends<T>*)ends;
     step.embed(e, token, hidden);
@@ -425,14 +571,15 @@ void decode(const i64* shape, const double* factors, const i64* layers, i64 n_la
     }
     if (raw) narrow_row(step.x, raw, step.N * s.dim);
     step.finish(e, pick, M, state, logits);
+    if (work) *work += step.work;
 }
 
 }  // namespace
 
 #define FUNCTIONS(T, suffix)                                                                                             \
     DECODE_STEP(T, suffix) {                                                                                             \
-        decode(shape, factors, layers, n_layers, ends, token, hidden, begin, base, B, table, width, turns, pick, M,      \
-               raw, state, logits, record, threads);                                                                     \
+        decode(shape, factors, layers, n_layers, ends, token, hidden, begin, base, B, table, width, turns, expand, pick, \
+               M, raw, state, logits, record, threads, work);                                                                     \
     }
 FUNCTIONS(float, float32)
 FUNCTIONS(bf16, bfloat16)

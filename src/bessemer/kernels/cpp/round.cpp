@@ -39,8 +39,8 @@ struct Round {
 
     void run(const Part& part, const i64* tokens, const T* states, const i64* begin, const i64* first, const i64* pick, i64 M, T* state, float* logits, i64* record) {
         const auto call = [&](auto* step) {
-            step(shape, factors, part.layers, part.count, part.ends, tokens, states, begin, first, B, table, width, turns, pick, M,
-                 nullptr, state, logits, record, threads);
+            step(shape, factors, part.layers, part.count, part.ends, tokens, states, begin, first, B, table, width, turns, nullptr,
+                 pick, M, nullptr, state, logits, record, threads, nullptr);
         };
         if constexpr (sizeof(T) == 4)
             call(decode_step_float32);
