@@ -1,5 +1,6 @@
 """A step that fails on a GPU. The GPU is simulated: its free memory is what the pools that are alive leave."""
 
+import gc
 import threading
 import weakref
 from multiprocessing import Pipe
@@ -43,6 +44,7 @@ class Gpu:
         monkeypatch.setattr(Scheduler, "step", broken)
         monkeypatch.setattr(room, "free_bytes", lambda device: self.memory - self.held)
         monkeypatch.setattr(room, "graphs", lambda device: None)
+        monkeypatch.setattr(room, "host_tokens", lambda *args: None)
         monkeypatch.setattr(static_steps, "serves", lambda model: True)
 
     @property
@@ -86,6 +88,7 @@ def played(gpu, model, requests, memory):
     ended = not thread.is_alive()
     ours.close()
     thread.join(30)
+    gc.unfreeze()
     assert not thread.is_alive()
     return sizes, context, tokens, ends, ended
 

@@ -1,5 +1,21 @@
 """Requests as large as the API allows: what one of them costs the server does not grow with its samples."""
 
+import pytest
+import torch
+from serving import CONTEXT, running
+
+from bessemer.engine import room
+from bessemer.engine.engine import Engine
+from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Request
+from bessemer.errors import UserError
+from bessemer.hf.causal_lm import CausalLM
+from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.model.accounting import kv_cache_bytes
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.serve import worker
 from bessemer.serve.protocol import CompletionRequest
 from bessemer.serve.sampling_params import requests
 
@@ -32,3 +48,51 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(server):
     assert CountedIds.reads <= 4
     again = requests(body, loaded(server), [ids, ids], client="", max_tokens=2, param="prompt", top=0)
     assert len({one.key for one in again}) == 256 and [one.key for one in again][:128] == [one.key for one in made]
+
+
+def test_a_cpus_cache_takes_at_most_half_of_what_is_free():
+    """DeepSeek-V2-Lite's shape without its weights: rows of full length would take 326 GB."""
+    with torch.device("meta"):
+        model = Transformer(preset("v2-lite"))
+    shape = model.embed.weight.shape
+    model.embed.weight = torch.nn.Parameter(
+        torch.zeros(1, dtype=torch.bfloat16).expand(shape)
+    )  # on the CPU, of 2 bytes
+    per_token = kv_cache_bytes(model.cfg, 2)
+    for free in (8 << 30, 64 << 30):
+        tokens = room.host_tokens(model, 64, free)
+        assert 0.49 * free < tokens * per_token <= free / 2
+    whole = 64 * model.cfg.max_seq_len
+    assert room.host_tokens(model, 64, 1 << 62) == whole and whole * per_token > 320e9
+    with pytest.raises(UserError, match="no room for a cache"):
+        room.host_tokens(model, 64, 1 << 20)
+
+
+def test_a_server_reports_the_context_that_its_memory_holds(r1, monkeypatch):
+    monkeypatch.setattr(worker, "host_room", lambda: 200_000)
+    with running(r1) as small:
+        facts = loaded(small).facts
+        assert PAGE <= facts.context < facts.own_context == CONTEXT
+        answer = small.post("/v1/completions", prompt=[5] * (facts.context - 4), max_tokens=20, ignore_eos=True)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+    monkeypatch.setattr(worker, "host_room", lambda: 1 << 40)
+    with running(r1) as large:
+        assert loaded(large).facts.context == CONTEXT
+
+
+def test_rows_of_a_foreign_model_start_as_long_as_memory_holds_them(r1):
+    """Their slots are those of the longest row, so a long row takes what many short ones would."""
+    transformers, tokenizer = pytest.importorskip("transformers"), load_tokenizer(r1)
+    config = transformers.LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      max_position_embeddings=512)  # fmt: skip
+    engine = Engine(CausalLM(transformers.LlamaForCausalLM(config)), tokenizer)
+    scheduler, most = Scheduler(engine, rows=16, cache_tokens=1024), 0
+    for n in range(12):
+        scheduler.add(Request((5,) * (300 if n == 6 else 20), n, 20, stop_ids=()))
+    while not scheduler.idle:
+        scheduler.step()
+        stats = scheduler.stats()
+        most = max(most, stats["running"])
+        assert stats["cache_tokens_used"] <= 1024
+    assert most == 6, "those before the long one, which waits until few are left"

@@ -1,4 +1,5 @@
-"""How many rows decode together on a GPU: as many of full length as fit into memory beside the weights.
+"""How many rows decode together on a GPU: as many of full length as fit into memory beside the weights. And how many
+tokens the cache of a server on a CPU holds.
 
 A row takes the latents of its tokens (`accounting.kv_cache_bytes`), the copy of one layer's that attention gathers, and
 sampling's temporaries. Some memory stays free for prefill and for what the allocator cannot use.
@@ -108,6 +109,25 @@ def rows_that_fit(model: Model, tokens: int, prefill_tokens: int, free: int | No
             "that training keeps (micro_tokens, precision), or generate on other GPUs"
         )
     return left // row
+
+
+def host_tokens(model: Model, rows: int, free: int, drafts: int = 0) -> int | None:
+    """Tokens in the cache of a model on a CPU: `rows` rows of full length, or what SHARED of the `free` bytes holds.
+    None on other devices, where `make_steps` finds out. UserError if there is no room for a page."""
+    if model.embed.weight.device.type != "cpu":
+        return None
+    if isinstance(model, CausalLM):
+        token = foreign_token_bytes(model)
+    else:
+        size, layers = model.embed.weight.element_size(), model.cfg.n_layers
+        token = kv_cache_bytes(model.cfg, size) * (layers + min(drafts, len(model.mtp))) // layers
+    tokens = int(free * (1 - SHARED)) // token
+    if tokens < PAGE:
+        raise UserError(
+            f"no room for a cache: a token takes {token / 1024:.0f} KiB, and {free / GIB:.2f} GiB of memory are free; "
+            "end other programs, or serve a smaller model"
+        )
+    return min(rows * PAGE * pages_for(model.cfg.max_seq_len + drafts), tokens)
 
 
 def make_steps(

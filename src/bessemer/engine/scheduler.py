@@ -271,8 +271,10 @@ class Scheduler:
     def _most_that_fit(self, job: _Prefill) -> int:
         """How many sequences of `job` may start so that they, and all that run, find pages until they end."""
         free, lookahead, more = self.cache.free_pages(), self.runner.lookahead, self._lengths.more
-        if free is None:
-            return len(job.sequences)
+        if free is None:  # every row has as many slots as the longest
+            running = [*self.runner.sequences, *(one for other in self._prefills for one in other.sequences)]
+            longest = [len(one.request.prompt) + len(one.tokens) + more(one) for one in (*running, *job.sequences)]
+            return max(0, min(len(job.sequences), self.cache_tokens // max(longest) - len(running)))
         left, owned = free - self._reserved_pages(), free
         needs = []
         for sequence, pages in zip(self.runner.sequences, self.cache.row_pages, strict=True):

@@ -19,7 +19,8 @@ class ServeConfig:
     waiting: int = 256
     """Samples that may wait, per model; one more is refused with 429."""
     cache_tokens: int | None = None
-    """Tokens that a model's cache holds (None: rows of full length); a prompt and its answer must fit into it."""
+    """Tokens that a model's cache holds (None: rows of full length, in at most half of the memory that is free when the
+    model is loaded); a prompt and its answer must fit into it."""
     prefill_tokens: int = 2048
     """Prompt tokens processed between two decoding steps."""
     drafts: int = 0

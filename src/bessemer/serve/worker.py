@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bessemer.engine import room
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
@@ -51,6 +52,7 @@ from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import evaluating
 from bessemer.serve import ServeConfig
+from bessemer.train.background import host_room
 from bessemer.train.setup import device
 
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"
@@ -194,8 +196,8 @@ class ModelWorker:
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def _new_scheduler(self, cache_tokens: int | None = None) -> Scheduler:
-        c = self.config
-        tokens = cache_tokens or c.cache_tokens
+        c, model = self.config, self.engine.model
+        tokens = cache_tokens or c.cache_tokens or room.host_tokens(model, c.rows, host_room(), c.drafts)
         return Scheduler(
             self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
         )
