@@ -105,6 +105,24 @@ def test_nobody_waits_for_one_who_sends_many(engine, prompts):
     assert order.index(late) <= 4 and len(order) == 13
 
 
+def test_a_client_with_many_names_waits_like_one(engine, prompts):
+    """And its users take turns among themselves."""
+    scheduler = Scheduler(engine, rows=2)
+    made = [("many", f"name {k}") for k in range(9)] + [("proxy", "first")] * 4 + [("proxy", "second"), ("one", "")]
+    clients = {
+        scheduler.add(Request(tuple(prompts[k % 3]), stream_key(k), 6, stop_ids=(), client=client, user=user)): (
+            client,
+            user,
+        )
+        for k, (client, user) in enumerate(made)
+    }
+    order = []
+    while not scheduler.idle:
+        order += [clients[event.ticket] for event in scheduler.step() if isinstance(event, Finished)]
+    assert order.index(("one", "")) <= 3 and order.index(("proxy", "second")) <= 5
+    assert [client for client, _ in order[:6]].count("many") <= 3
+
+
 def test_a_preempted_request_counts_its_prompt_once(engine):
     """What it computed before it was preempted was not found in the cache, although it is there on its return."""
     scheduler = Scheduler(engine, rows=4, cache_tokens=4 * PAGE)

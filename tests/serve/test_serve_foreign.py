@@ -1,6 +1,7 @@
 """A Hugging Face model of another architecture behind the same server."""
 
 import sys
+import threading
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ from hf_tokenizers import byte_level
 
 from bessemer.data.chat import render_ids
 from bessemer.engine.engine import load_engine
+from bessemer.hf.chat_template import ChatTemplate
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,19 @@ def test_a_foreign_model_is_served_like_ours(llama):
         logprobs = text["choices"][0]["logprobs"]
         assert logprobs["token_logprobs"][0] is None, "this tokenizer begins no text with a token of its own"
         assert text["choices"][0]["text"] == "the fox" and len(logprobs["tokens"]) > 1
+
+
+def test_a_models_own_template_does_not_stop_other_streams(llama, monkeypatch):
+    """It may take a second of processor time, in which the event loop must go on."""
+    threads, render = [], ChatTemplate.__call__
+
+    def noted(template, *args):
+        threads.append(threading.get_ident())
+        return render(template, *args)
+
+    monkeypatch.setattr(ChatTemplate, "__call__", noted)
+    with running(llama) as server:
+        assert server.chat(max_tokens=2).status_code == 200
+        asked = [{"role": "user", "content": "the fox"}]
+        assert server.post("/tokenize", messages=asked).status_code == 200
+        assert threads and server.thread.ident not in threads

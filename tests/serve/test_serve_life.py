@@ -244,7 +244,7 @@ def test_a_failing_step_costs_only_who_was_reading(r1, steps, monkeypatch):
         return step(self)
 
     def clients(scheduler):
-        return [sequence.request.client for sequence in scheduler.runner.sequences]
+        return [sequence.request.user for sequence in scheduler.runner.sequences]
 
     monkeypatch.setattr(Scheduler, "step", broken)
     with running(r1, config=ServeConfig(rows=1)) as server:

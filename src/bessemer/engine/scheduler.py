@@ -371,45 +371,51 @@ class Scheduler:
 
 
 class WaitingQueue:
-    """Sequences that wait for a row, served round-robin by client, so that a client with a thousand requests does not
-    starve another.
+    """Sequences that wait for a row, served round-robin by client, and a client's by user, so that one with a thousand
+    requests, or under a thousand names, does not starve another.
 
-    The client with the fewest running sequences goes first; among equals, the least recently served. Within a client,
-    first come first served. Preempted sequences return before new ones start.
+    The client with the fewest running sequences goes first; among equals, the least recently served. The same holds for
+    the users of a client, and within a user, first come first served. Preempted sequences return before new ones start.
     """
 
     def __init__(self) -> None:
-        self.running: Counter[str] = Counter()
-        """Each client's sequences in prefill or decoding."""
+        self.running: Counter[tuple[str, ...]] = Counter()
+        """Sequences in prefill or decoding, by (client,) and by (client, user)."""
         self._preempted: deque[Sequence] = deque()
-        self._waiting: dict[str, deque[Sequence]] = {}
-        self._last_turn: dict[str, int] = {}
-        """When each client with waiting or running sequences was last served."""
+        self._waiting: dict[tuple[str, str], deque[Sequence]] = {}
+        """By (client, user)."""
+        self._last_turn: dict[tuple[str, ...], int] = {}
+        """When each client, and each of its users, with waiting or running sequences was last served."""
         self._turns = 0
 
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._waiting.values()))
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.setdefault(sequence.request.client, deque()).append(sequence)
+        self._waiting.setdefault(_line(sequence), deque()).append(sequence)
 
     def requeue(self, sequence: Sequence) -> None:
         """Puts a preempted sequence before all others."""
-        self.running[sequence.request.client] -= 1
+        self._runs(sequence, -1)
         self._preempted.appendleft(sequence)
 
     def peek(self, most: int) -> list[Sequence]:
         """The next sequence, and up to `most` in total with the same prompt that follow it; they stay in the queue."""
         if self._preempted:
             return [self._preempted[0]]
-        heads = [
-            (self.running[client], self._last_turn.get(client, 0), sequences[0].number, client)
-            for client, sequences in self._waiting.items()
-        ]
-        if not heads:
+        if not self._waiting:
             return []
-        sequences = self._waiting[min(heads)[-1]]
-        most = max(1, most // len(heads))
+
+        def turn(line: tuple[str, str]) -> tuple[int, ...]:
+            served = [(self.running[who], self._last_turn.get(who, 0)) for who in (line[:1], line)]
+            return (*served[0], *served[1], self._waiting[line][0].number)
+
+        line = min(self._waiting, key=turn)
+        clients, users = (
+            len({client for client, _ in self._waiting}),
+            sum(line[0] == other for other, _ in self._waiting),
+        )
+        sequences, most = self._waiting[line], max(1, most // clients // users)
         prompt = sequences[0].request.prompt
         same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
         return list(takewhile(lambda sequence: same(sequence.request.prompt), islice(sequences, most)))
@@ -417,35 +423,48 @@ class WaitingQueue:
     def take(self, sequences: list[Sequence]) -> None:
         """Removes sequences returned by `peek` and counts them as running."""
         for sequence in sequences:
-            client = sequence.request.client
+            line = _line(sequence)
             preempted = self._preempted and self._preempted[0] is sequence
-            line = self._preempted if preempted else self._waiting[client]
-            assert line.popleft() is sequence
-            self.running[client] += 1
-            if not self._waiting.get(client, True):
-                del self._waiting[client]
+            queue = self._preempted if preempted else self._waiting[line]
+            assert queue.popleft() is sequence
+            self._runs(sequence, 1)
+            if not self._waiting.get(line, True):
+                del self._waiting[line]
         self._turns += 1
-        self._last_turn[sequences[0].request.client] = self._turns
+        line = _line(sequences[0])
+        self._last_turn[line[:1]] = self._last_turn[line] = self._turns
 
     def finished(self, sequence: Sequence) -> None:
         """A running sequence has ended."""
-        self.running[sequence.request.client] -= 1
-        self._forget(sequence.request.client)
+        self._runs(sequence, -1)
+        self._forget(sequence)
 
     def remove(self, number: int) -> bool:
         """Drops a waiting sequence; False if none has this number."""
-        for line in (self._preempted, *self._waiting.values()):
-            for sequence in line:
+        for queue in (self._preempted, *self._waiting.values()):
+            for sequence in queue:
                 if sequence.number == number:
-                    line.remove(sequence)
-                    self._waiting = {client: rest for client, rest in self._waiting.items() if rest}
-                    self._forget(sequence.request.client)
+                    queue.remove(sequence)
+                    self._waiting = {line: rest for line, rest in self._waiting.items() if rest}
+                    self._forget(sequence)
                     return True
         return False
 
-    def _forget(self, client: str) -> None:
-        """Drops what is known of a client if none of its sequences is left."""
-        preempted = any(sequence.request.client == client for sequence in self._preempted)
-        if not (self.running[client] or preempted or client in self._waiting):
-            self.running.pop(client, None)
-            self._last_turn.pop(client, None)
+    def _runs(self, sequence: Sequence, count: int) -> None:
+        line = _line(sequence)
+        self.running[line[:1]] += count
+        self.running[line] += count
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Drops what is known of a client and a user if none of their sequences is left."""
+        line = _line(sequence)
+        left = {*self._waiting, *map(_line, self._preempted)}
+        left |= {other[:1] for other in left}
+        for who in (line, line[:1]):
+            if not self.running[who] and who not in left:
+                self.running.pop(who, None)
+                self._last_turn.pop(who, None)
+
+
+def _line(sequence: Sequence) -> tuple[str, str]:
+    return sequence.request.client, sequence.request.user

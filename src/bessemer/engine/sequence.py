@@ -109,7 +109,9 @@ class Request:
     grammar_waits: bool = False
     """The prompt ends inside a thought, and the grammar applies only after it."""
     client: str = ""
-    """Waiting requests are admitted round-robin by client, first come first served within a client."""
+    """Waiting requests are admitted round-robin by client."""
+    user: str = ""
+    """Those of a client are admitted round-robin by user, and a user's first come first served."""
 
 
 class Token(NamedTuple):

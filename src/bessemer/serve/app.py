@@ -155,7 +155,8 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
                 ).model_dump_json()
 
             size = text_size(body.messages) if body.messages else len(body.prompt or "")
-            return Response(await model.tokenise(reply, size), media_type="application/json")
+            written = await model.tokenise(reply, size, renders=body.messages is not None)
+            return Response(written, media_type="application/json")
 
     @app.post("/detokenize", response_model=replies.DetokenizeReply)
     async def detokenize(body: protocol.DetokenizeRequest) -> Response:

@@ -145,7 +145,8 @@ async def prepare(
     size = text_size(body.messages) + tools
     thinking = _thinking_switch(body)
     model.check_length(text_size(body.messages, 0) + tools, "messages")
-    prompt = await model.tokenise(lambda: chat_prompt(model.tokenizer, body.messages, thinking, use.tools), size)
+    render = lambda: chat_prompt(model.tokenizer, body.messages, thinking, use.tools)  # noqa: E731
+    prompt = await model.tokenise(render, size, renders=True)
     grammar = await _grammar(body.response_format)
     if grammar and use.tools:
         what = 'an answer in a fixed format calls no tools; leave one of the two out, or say "tool_choice": "none"'

@@ -208,10 +208,11 @@ class LoadedModel:
     """Requests being prepared for it."""
     _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def tokenise(self, encode: Callable[[], T], characters: int) -> T:
+    async def tokenise(self, encode: Callable[[], T], characters: int, renders: bool = False) -> T:
         """Returns `encode()`, which tokenises `characters` characters (or decodes as many tokens). Long texts run in a
-        thread, one at a time, so that they do not block the event loop or fill the memory together."""
-        if characters < LONG_TEXT:
+        thread, one at a time, so that they do not block the event loop or fill the memory together. So do conversations
+        that a template of the model's own `renders`: it may take as long as it likes."""
+        if characters < LONG_TEXT and not (renders and self.facts.style == "own"):
             return encode()
         async with self._long_texts:
             return await asyncio.to_thread(encode)

@@ -79,7 +79,7 @@ class Generation(Body):
     return_token_ids: bool | None = None
     """Report the token ids."""
     user: Name | None = None
-    """The user behind the request; the server admits waiting requests of different users in turn."""
+    """The user behind the request; of one address, the server admits waiting requests of different users in turn."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     """Numbers added to the logits, by token id: -100 practically bans a token, 100 practically forces it."""
 

@@ -87,7 +87,8 @@ def requests(
             thinking_budget=thinking_budget,
             grammar=grammar,
             grammar_waits=grammar_waits,
-            client=f"{client} {body.user or ''}",
+            client=client,
+            user=body.user or "",
         )
         made += [replace(request, key=stream_key(seed, digest, first + k)) for k in range(n)]
     return made
