@@ -85,6 +85,7 @@ def run(
     from bessemer.pipeline.conformance import rows
     from bessemer.pipeline.runner import follow
     from bessemer.pipeline.runner import run as run_recipe
+    from bessemer.plan import feasible
     from bessemer.runs.context import Interrupted
     from bessemer.runs.directory import writing_models
 
@@ -92,6 +93,8 @@ def run(
     loaded = Recipe.load(recipe, set_ or [])
     out = out or run_of(recipe)
     root = out or Path("runs") / loaded.name
+    if not many.started():
+        feasible.check(loaded, root, until, processes)
     ranks = many.start(loaded, root, processes)
     try:
         with many.together(ranks):
@@ -156,18 +159,22 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
     from bessemer.pipeline import preflight
-    from bessemer.plan import dry_run, plan_config
+    from bessemer.plan import dry_run, feasible, plan_config
+    from bessemer.plan.hardware import device as named
 
     loaded = Recipe.load(recipe, overrides)
-    pretrains = next(plan_config.begun(loaded), None)
-    layout = dry_run.of_recipe(loaded, world, device) if pretrains or world or device else None
+    chosen = None if device is None else named(device)
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())
+        feasible.add(loaded, stages, world, chosen, lambda text: print(text, file=sys.stderr))
+        layout = dry_run.of_recipe(loaded, world, device) if next(plan_config.begun(loaded), None) else None
+    faults = preflight.list_faults(stages)
     if as_json:
         print_json((layout.facts() if layout else {}) | {"stages": [stage.facts() for stage in stages]})
     else:
-        print(preflight.describe(stages), *([dry_run.describe(layout)] if layout else []), sep="\n\n")
-    if any(stage.faults for stage in stages):
+        texts = [faults, preflight.describe(stages), dry_run.describe(layout) if layout else "", faults]
+        print(*filter(None, texts if faults else [*texts, "no fault found"]), sep="\n\n")
+    if faults:
         sys.exit(2)
 
 

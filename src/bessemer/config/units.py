@@ -97,12 +97,16 @@ def show_tokens(count: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """95 -> "1m 35s", for people."""
+    """95 -> "1m 35s", for people; from three days on in days, from three years on in years."""
     whole = round(max(0.0, seconds))
     if whole < 60:
         return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
+    if whole >= 3 * 365 * 86400:
+        return f"{whole / (365 * 86400):,.0f} years"
+    if whole >= 3 * 86400:
+        return f"{whole / 86400:,.0f} days"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 

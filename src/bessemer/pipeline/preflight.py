@@ -16,6 +16,7 @@ from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import ExtendConfig, PretrainConfig
+from bessemer.config.units import show_seconds
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import longest_text
@@ -32,9 +33,12 @@ class Examined:
     kind: str
     found: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    """That it will take; None if nobody asked, or nothing here tells."""
 
     def facts(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "found": self.found, "faults": self.faults}
+        facts = {"name": self.name, "kind": self.kind, "found": self.found, "faults": self.faults}
+        return facts | ({} if self.seconds is None else {"seconds": self.seconds})
 
 
 def examine(recipe: Recipe, cache: Path, names: Collection[str]) -> list[Examined]:
@@ -102,15 +106,24 @@ def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
 
 
 def describe(stages: list[Examined]) -> str:
-    """Text for a terminal: the stages with what was found, then the faults, each with the stages that have it."""
-    lines, faults = [], defaultdict[str, list[str]](list)
+    """Text for a terminal: the stages with their times and with what was found."""
+    lines = []
     for number, one in enumerate(stages, start=1):
-        lines += [f"{number:>2} {one.name}" + (f" ({one.kind})" if one.kind != one.name else "")]
-        lines += [f"     {line}" for line in one.found]
+        kind = f" ({one.kind})" if one.kind != one.name else ""
+        time = "" if one.seconds is None else f", about {show_seconds(one.seconds)}"
+        lines += [f"{number:>2} {one.name}{kind}{time}", *(f"     {line}" for line in one.found)]
+    timed = [one.seconds for one in stages if one.seconds is not None]
+    return "\n".join([*lines, *([f"in all about {show_seconds(sum(timed))}"] if timed else [])])
+
+
+def list_faults(stages: list[Examined]) -> str:
+    """Text for a terminal: the faults, each with the stages that have it; "" if there are none."""
+    faults = defaultdict[str, list[str]](list)
+    for one in stages:
         for fault in one.faults:
             faults[fault.removeprefix(_where(one.name))].append(one.name)
     listed = [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
-    return "\n".join([*lines, "", *(["missing, or does not fit:", *listed] if listed else ["no fault found"])])
+    return "\n".join(["missing, or does not fit:", *listed]) if listed else ""
 
 
 def task_probes(

@@ -1,0 +1,49 @@
+"""What a dry run counts for an RL stage is what the stage holds."""
+
+import pytest
+import rl_stage
+
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.hf import hub  # noqa: F401 (it writes models)
+from bessemer.model.config import preset
+from bessemer.model.transformer import Transformer
+from bessemer.plan import stage_memory
+from bessemer.train import setup
+from bessemer.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Large enough that the filling of flat vectors does not count, with an embedding that counts."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = Tokenizer.train(rl_stage.TEXTS, 300)
+    tokenizer.save(folder / "tokenizer")
+    model = Transformer(preset("tiny", vocab_size=20_000)).initialise(3)
+    model.save(folder / "model", tokenizer_dir=folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [(), ("kl=0.0",), ("optimizer=muon",), ("advantage=critic",)])
+def test_every_tensor_of_a_real_stage_is_counted(base, tmp_path, monkeypatch, changes):
+    """A small network in float32 on two workers, after a rollout: weights, gradients, moments, copies, to 5 %."""
+    monkeypatch.setattr(setup, "workers", lambda: Workers(2))
+    stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=1", *changes)
+    loop = stage.run()
+    recipe = stage.recipe.model_copy(update={"model": {"preset": "tiny", **loop.policy.model.cfg.model_dump()}})
+    need = stage_memory.of_stages(recipe)["zero"].bytes
+
+    def held(trainer):
+        groups = trainer.optimizer.groups
+        return {
+            "weights": sum(group.compute.nbytes for group in groups),
+            "gradients": sum(2 * group.grad.nbytes for group in groups),  # one for each worker
+            "moments": sum(tensor.nbytes for group in groups for tensor in group.moments.values()),
+        }
+
+    copies = sum(tensor.nbytes for tensor in loop.trainer.extra_tensors.values())
+    if loop.reference is not None:
+        copies += sum(tensor.nbytes for tensor in loop.reference.model.state_dict().values())
+    if loop.critic is not None:
+        copies += sum(held(loop.critic.trainer).values())
+    for kind, size in (held(loop.trainer) | {"copies": copies}).items():
+        assert need[kind] == pytest.approx(size, rel=0.05), (kind, need)

@@ -1,0 +1,102 @@
+"""A dry run says what cannot run on the machine that it is for; a run is refused for it before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bessemer.config.recipe import Recipe
+from bessemer.model.accounting import main_params
+from bessemer.model.config import preset
+from bessemer.pipeline import pace
+from bessemer.plan import stage_memory
+from bessemer.plan.hardware import GIB, device
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+H200, H800 = device("H200"), device("H800")
+
+
+def faults(name, on, *overrides, world=None):
+    recipe = Recipe.load(RECIPES / f"{name}.toml", overrides)
+    needs = stage_memory.of_stages(recipe, world, on)
+    found = {stage: stage_memory.fault(recipe, need, on) for stage, need in needs.items()}
+    return needs, {stage: text for stage, text in found.items() if text}
+
+
+@pytest.fixture(autouse=True)
+def guessed(monkeypatch):
+    """Times do not matter here."""
+    monkeypatch.setattr(pace, "WORTH", 1e99)
+
+
+def test_the_impossible_is_a_fault_first_and_last(call, tmp_path, monkeypatch):
+    """671B parameters on this machine: counted, not allocated."""
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("run", "tiny", "--set", "model.preset=v3", "--dry-run")
+    assert status == 2 and out.startswith("missing, or does not fit:") and "no fault found" not in out
+    blocks = out.strip().split("\n\n")
+    assert blocks[0] == blocks[-1]
+    for stage in ("pretrain", "zero", "eval"):
+        assert f'stage "{stage}" needs' in blocks[0]
+    assert "this machine has" in out and "--device" in out and "in all about" in out
+    status, out, err = call("run", "tiny", "--set", "model.preset=v3")
+    assert status == 2 and 'stage "pretrain" needs' in err and not (tmp_path / "runs").exists()
+
+
+def test_what_would_take_for_ever_is_a_fault(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("run", "tiny", "--set", "pretrain.tokens=1e15", "--dry-run", "--json")
+    stages = {stage["name"]: stage for stage in json.loads(out)["stages"]}
+    (fault,) = stages["pretrain"]["faults"]
+    assert status == 2 and "years here" in fault and stages["pretrain"]["seconds"] > 1e9
+    assert not stages["zero"]["faults"]
+
+
+def test_a_recipe_that_fits_says_its_time_and_memory(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("run", "tiny", "--dry-run")
+    assert status == 0 and out.rstrip().endswith("no fault found") and "missing" not in out
+    assert "2 pretrain, about " in out and "3 zero (rl), about " in out and "in all about " in out
+    assert out.count("     memory ") == 3
+
+
+def test_rl_of_v2_lite_on_four_h200():
+    """The recipe's own machine holds its fine-tuning and not its RL: whole copies of 15.7B parameters, three times."""
+    needs, found = faults("node", H200)
+    assert found.keys() == {"zero", "dev2", "r1"} and "smallest [layout] that fits: pp = 1, ep = " in found["zero"]
+    assert needs["zero"].bytes["copies"] == 3 * 2 * main_params(preset("v2-lite"))
+    assert 180 < needs["zero"].total / GIB < 200 and needs["dev1"].total < needs["zero"].total / 1.9
+    _, alone = faults("node", H200, *(f"{one}.{key}" for one in found for key in ("kl=0", "micro_tokens=4096")))
+    assert not alone, "without a reference it fits"
+
+
+def test_the_paper_s_recipe_on_no_layout_and_on_the_paper_s():
+    """671B: one process, then 1,024 ranks, where RL's copies, sampling on one card and the student remain."""
+    _, one = faults("r1-paper", H800)
+    assert {"zero", "dev1", "cold-start", "distilled", "r1"} <= one.keys()
+    needs, many = faults("r1-paper", H800, "layout.pp=16", "layout.ep=64", "layout.dp=1")
+    assert "no layout helps" in many["zero"] and needs["zero"].bytes["copies"] > 3000 * GIB
+    assert "one process" in many["cold-start"] and needs["zero"].ranks == 1024
+    recipe = Recipe.load(RECIPES / "r1-paper.toml", ["layout.pp=16", "layout.ep=64", "layout.dp=1"])
+    refused = {stage.name for stage in recipe.stages if stage_memory.refused_layout(recipe, stage)}
+    assert refused == {"distilled"}, "Qwen is of another family, and nothing splits it"
+
+
+def test_v3_s_pre_training_fits_its_ranks_and_a_long_row_does_not():
+    needs, found = faults("v3", H800)
+    assert found.keys() == {"extend-32k", "extend-128k"} and "[layout] recompute, or cp" in found["extend-32k"]
+    assert 60 < needs["pretrain"].total / GIB < H800.room / GIB
+    assert needs["extend-128k"].bytes["activations"] == pytest.approx(
+        4 * needs["extend-32k"].bytes["activations"], rel=0.01
+    )
+    _, cut = faults("v3", H800, "layout.cp=8", "layout.dp=2", "layout.recompute=[\"attend\", \"experts\"]",
+                    "pretrain.fp8=off", "extend-32k.fp8=off", "extend-128k.fp8=off", world=16384)  # fmt: skip
+    assert "extend-32k" not in cut
+
+
+def test_ranks_of_other_machines_are_not_compared_with_this_one(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("run", RECIPES / "v3.toml", "--dry-run", "--world", "2048")
+    assert "this machine" not in out and "does not fit" not in out.replace("missing, or does not fit", "")
+    status, out, _ = call("run", RECIPES / "v3.toml", "--dry-run", "--set", 'corpus.parts={text="fables-en"}')
+    assert status == 2 and "for all of them together" in out
