@@ -1,5 +1,6 @@
 """The engine: what it generates, that batching never affects it, and that the model is left as it was."""
 
+import inspect
 import math
 import pickle
 import sys
@@ -11,7 +12,7 @@ import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine import decode
+from bessemer.engine import decode, generation
 from bessemer.engine.engine import Engine
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.sequence import Request, Sequence
@@ -293,3 +294,23 @@ def test_on_text_hears_every_answer_once_and_short_ones_first(engine, prompts, p
     lengths = [len(found[p][k].tokens) for p, k, _ in heard]
     if processes == 1:  # four batches
         assert sum(a > b for a, b in pairwise(lengths)) <= 3 and lengths[0] < max(lengths)
+
+
+def test_an_editor_sees_every_option(engine):
+    """With its type and its default, and a misspelt one is refused by name."""
+    own = inspect.signature(generation.plan).parameters
+    for method in (Engine.generate, Engine.plan):
+        shown = inspect.signature(method).parameters
+        options = {name: p for name, p in shown.items() if name not in ("self", "prompts", "on_tokens", "on_text")}
+        assert all(
+            p.kind is not p.VAR_KEYWORD and p.default == own[name].default for name, p in shown.items() if name in own
+        )
+        assert (
+            set(options)
+            == set(own) - {"model", "tokenizer", "prompts", "on_tokens"}
+            == set(generation.Options.__annotations__)
+        )
+        types = {name: str(p.annotation) for name, p in options.items()}
+        assert types == {name: t.__forward_arg__ for name, t in generation.Options.__annotations__.items()}
+    with pytest.raises(TypeError, match="max_tokens"):
+        engine.generate(["a"], max_tokens=3)

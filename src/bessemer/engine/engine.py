@@ -14,7 +14,7 @@ import sys
 from collections import abc
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from bessemer.engine.generation import (
     GenerationPlan,
     OnText,
     OnTokens,
+    Options,
     Prompt,
     Sample,
 )
@@ -100,11 +101,12 @@ class Engine:
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
+    @generation.spelled_out
     def generate(
         self, prompts: abc.Sequence[Prompt], *, on_tokens: OnTokens | None = None, on_text: OnText | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> list[list[Completion]]:  # fmt: skip
-        """`samples` completions of each prompt, in order; the options are those of `generation.plan`.
+        """`samples` completions of each prompt, in order; `generation.Options` describes the options.
 
         on_tokens is called after each step with the new tokens, a list of (prompt index, sample, token). on_text is
         called as `OnText` says; for samples of another process, when that process has finished their batch.
@@ -114,10 +116,13 @@ class Engine:
             return plan.gather(plan.announced(self.workers.map(self.run, plan.batches), on_text))
         return plan.gather(self.run_all(plan.batches, on_text))
 
-    def plan(self, prompts: abc.Sequence[Prompt], **options: Any) -> GenerationPlan:
+    @generation.spelled_out
+    def plan(
+        self, prompts: abc.Sequence[Prompt], *, on_tokens: OnTokens | None = None, **options: Unpack[Options]
+    ) -> GenerationPlan:
         """Batches of at most `batch_rows` samples; `run` generates one, in this or another process with these weights.
         The options are those of `generation.plan`."""
-        return generation.plan(self.model, self.tokenizer, prompts, **options)
+        return generation.plan(self.model, self.tokenizer, prompts, on_tokens=on_tokens, **options)
 
     def check_prompt(self, ids: abc.Sequence[int], name: str = "the prompt") -> None:
         """UserError for a prompt that is empty, leaves no room for an answer, or has ids outside the vocabulary."""

@@ -7,12 +7,13 @@ plan, and any process with the weights can generate any batch.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from array import array
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
+from typing import Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -98,6 +99,54 @@ class GenerationPlan:
             for sample, completion in zip(batch.samples, completions, strict=True):
                 gathered[sample.prompt, sample.sample] = completion
         return [[gathered[p, k] for k in range(self.samples)] for p in range(self.prompts)]
+
+
+class Options(TypedDict, total=False):
+    """The options of `plan`, and of `Engine.generate`, for editors and type checkers; `plan` has their defaults."""
+
+    samples: int
+    """Completions of each prompt."""
+    max_new_tokens: int
+    """Most tokens of a completion."""
+    temperature: float
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float
+    """Keep the most likely tokens that together hold this mass; 1 keeps all."""
+    top_k: int
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float
+    """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float
+    """Divides the positive logits of every token in the prompt or the answer, and multiplies the negative ones."""
+    seed: int
+    """The same seed gives the same completions."""
+    stop_ids: Iterable[int] | None
+    """Tokens that end a completion; None: those that end a text or an answer in this tokenizer."""
+    stop_strings: Iterable[str] | None
+    """Strings that end a completion; they are not part of its text."""
+    batch_rows: int
+    """Most samples that a CPU generates together."""
+    seeds: abc.Sequence[int] | None
+    """One per prompt, in place of seed and prompt as the identity of the random streams."""
+    record_routing: bool
+    """Fill `Completion.routing`."""
+    drafts: int
+    """Tokens that the MTP module drafts per step."""
+    record_kept: bool
+    """Fill `Completion.kept`."""
+
+
+Method = TypeVar("Method", bound=Callable[..., object])
+
+
+def spelled_out(method: Method) -> Method:
+    """Shows the options and their defaults in the signature of a method that passes `**options` to `plan`, for `help`
+    and notebooks."""
+    signature, own = inspect.signature(method), inspect.signature(plan).parameters
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [own[name] for name in Options.__annotations__]
+    method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return method
 
 
 def plan(

@@ -11,6 +11,7 @@ Shapes: B sequences, C of them with counts, V vocabulary, N tokens that occur, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,8 @@ class Penalties:
 
     def _give_up(self, place: int, counting: list[Sequence]) -> None:
         last = len(counting) - 1
-        for column in (counting, self._counted, self._seen):
+        columns: tuple[list[Any], ...] = (counting, self._counted, self._seen)
+        for column in columns:
             column[place] = column[last]
             column.pop()
         owner_N = self._host_N // self.vocab

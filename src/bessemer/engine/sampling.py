@@ -187,7 +187,7 @@ def score_batch(sequences: list[Sequence], logits_BV: Tensor, token_B: Tensor) -
     for b, sequence in enumerate(sequences):
         groups[sequence.request.sampling.temperature].append(b)
     if len(groups) == 1:
-        return score(logits_BV, *groups, token_B)
+        return score(logits_BV, next(iter(groups)), token_B)
     scored = SampledTokens(token_B, *(torch.empty_like(token_B, dtype=torch.float32) for _ in range(2)))
     for temperature, members in groups.items():
         group = score(logits_BV[members], temperature, token_B[members])

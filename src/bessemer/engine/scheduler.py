@@ -458,7 +458,7 @@ class WaitingQueue:
     def _forget(self, sequence: Sequence) -> None:
         """Drops what is known of a client and a user if none of their sequences is left."""
         line = _line(sequence)
-        left = {*self._waiting, *map(_line, self._preempted)}
+        left: set[tuple[str, ...]] = {*self._waiting, *map(_line, self._preempted)}
         left |= {other[:1] for other in left}
         for who in (line, line[:1]):
             if not self.running[who] and who not in left:

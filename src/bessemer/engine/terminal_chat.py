@@ -23,7 +23,7 @@ from bessemer.data.chat import Message, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine, load_engine
-from bessemer.engine.generation import NEW_TOKENS
+from bessemer.engine.generation import NEW_TOKENS, Options
 from bessemer.engine.sequence import think_ids
 from bessemer.errors import UserError
 from bessemer.escape import escaped
@@ -64,7 +64,7 @@ def chat(
     no earlier turn. `input` takes the prompt to show and returns a message; without it, lines can be edited in a
     terminal, and a pipe is read line by line."""
     engine = load_engine(model_dir, drafts, compile)
-    options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
+    options: Options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
     talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
     talk.system, talk.alone = system, alone
     context, sizes = engine.model.cfg.max_seq_len, {True: 0, False: 0}
@@ -127,14 +127,14 @@ class Conversation:
     """The turns so far, and the output they are written to."""
 
     def __init__(
-        self, engine: Engine, output: TextIO, options: dict[str, float] | None = None,
+        self, engine: Engine, output: TextIO, options: Options | None = None,
         max_new_tokens: int | None = None, seed: int = 0, notes: TextIO | None = None,
     ):  # fmt: skip
         self.engine = engine
         self.style = template_style(engine.tokenizer)
         self.output, self.notes = output, notes or output
         self.dim = output.isatty()
-        self.options = options or {}
+        self.options: Options = options or {}
         """Sampling options for `Engine.generate`."""
         self.max_new_tokens = max_new_tokens
         self.seed = seed
@@ -196,13 +196,11 @@ class Conversation:
         room = self._context - len(begun)
         self.engine.check_prompt(begun)
         self.seed += 1  # a repeated question gets a different answer
+        options = self.options | Options(max_new_tokens=min(room, self.max_new_tokens or NEW_TOKENS), seed=self.seed)
         why = ""
         screen.resume()
         try:
-            [[answer]] = self.engine.generate(
-                [begun], max_new_tokens=min(room, self.max_new_tokens or NEW_TOKENS), seed=self.seed,
-                on_tokens=screen.add, **self.options,
-            )  # fmt: skip
+            [[answer]] = self.engine.generate([begun], on_tokens=screen.add, **options)
             if answer.finish_reason == "length":
                 why = f"cut off at {len(screen.ids)} tokens"
         except KeyboardInterrupt:
