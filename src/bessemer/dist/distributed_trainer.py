@@ -106,8 +106,19 @@ class DistributedTrainer(Trainer):
 
     def by_pipeline(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """The batches of each pipeline. All get the same number, padded with filler batches."""
-        micro = self._at_least(math.ceil(len(batches) / self.n_pipelines))
-        filled = [*batches, *[batches[0].as_filler()] * (self.n_pipelines * micro - len(batches))]
+        filler = batches[0].as_filler()
+        return [
+            [filler if number is None else batches[number] for number in own]
+            for own in self.numbers_by_pipeline(len(batches))
+        ]
+
+    @property
+    def pipeline(self) -> int:
+        return self.shard.pipeline_index
+
+    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        micro = self._at_least(math.ceil(count / self.n_pipelines))
+        filled = [*range(count), *[None] * (self.n_pipelines * micro - count)]
         return [filled[start : start + micro] for start in range(0, len(filled), micro)]
 
     def share_of(self, count: int) -> range:

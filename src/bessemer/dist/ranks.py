@@ -144,6 +144,13 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def gather(self, value: _Made, rank: int, what: str) -> list[_Made]:
+        """Every rank's value on one of them, pickled; [] on the others."""
+        values: list[Any] = [None] * self.n if self.me == rank else []
+        with watchdog.waiting(what, range(self.n)):
+            dist.gather_object(value, values or None, rank)
+        return values
+
     def share(self, what: str) -> Share:
         def merge(own: dict[Any, Any]) -> dict[Any, Any]:
             self.meet(what)  # one may take many times as long as another

@@ -176,8 +176,8 @@ class Engine:
                     bad = next(s for *_, s in started if s.number == failed[0].ticket)
                     raise not_finite(len(failed), len(scheduler.runner.sequences) + len(failed), len(bad.tokens) + 1)
                 _pass_on(events, by_ticket)
-                for event in events if on_text is not None else ():
-                    if isinstance(event, Finished):
+                for event in events:
+                    if on_text is not None and isinstance(event, Finished):
                         sample = by_ticket[event.ticket][1]
                         on_text(sample.prompt, sample.sample, self._text(sequences[event.ticket]))
             routing: list[Tensor | None] = [None] * len(started)
@@ -251,8 +251,8 @@ class Engine:
             batch.on_tokens([(s.prompt, s.sample, token) for s, q in running for token in q.tokens[q.n_emitted :]])
             for sequence in sequences:
                 sequence.n_emitted = len(sequence.tokens)
-        for sequence in sequences if on_text is not None else ():
-            if sequence.finish is not None:
+        for sequence in sequences:
+            if on_text is not None and sequence.finish is not None:
                 sample = batch.samples[sequence.number]
                 on_text(sample.prompt, sample.sample, self._text(sequence))
 

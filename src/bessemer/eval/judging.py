@@ -16,13 +16,24 @@ from bessemer.tasks.verifiers import Judged
 OURS = __name__.partition(".")[0] + "."
 
 
-def judge_all(asked: Sequence[tuple[Task, Problem, str]], share: Share = ALONE) -> list[Judged]:
-    """What is found about each (task, problem, answer), in order. Collective: all ranks pass the same."""
-    mine = _mine(asked, share)
+def judge_all(
+    asked: Sequence[tuple[Task, Problem, str]], share: Share = ALONE, holders: Sequence[int] | None = None
+) -> list[Judged]:
+    """What is found about each (task, problem, answer), in order. Collective: all ranks pass the same, or `holders`,
+    the ranks that have the answers."""
+    if holders is None:
+        mine = _mine(asked, share)
+    else:
+        mine = [number for number, rank in enumerate(holders) if rank == share.me]
     for number in mine:
         verifiers.begin(*asked[number])
     found = share.merge({number: verifiers.judged(*asked[number]) for number in mine})
     return [found[number] for number in range(len(asked))]
+
+
+def ours(task: Task) -> bool:
+    """Whether the package defines a task, so that it keeps nothing from one verdict to the next."""
+    return type(task).__module__.startswith(OURS)
 
 
 def _mine(asked: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]:
@@ -31,5 +42,5 @@ def _mine(asked: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]
         return list(range(len(asked)))
     owner = share.merge({number: share.me for number, one in enumerate(asked) if verifiers.begun(*one)})
     for number, (task, *_) in enumerate(asked):
-        owner.setdefault(number, number % share.n if type(task).__module__.startswith(OURS) else 0)
+        owner.setdefault(number, number % share.n if ours(task) else 0)
     return [number for number in range(len(asked)) if owner[number] == share.me]

@@ -52,7 +52,7 @@ class DealtEngine:
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         assert not any(isinstance(prompt, str) for prompt in prompts), "stages ask in token ids"
         options.setdefault("stop_ids", self.tokenizer.stop_ids)
-        heard: SamplingOptions = {"on_text": options.pop("on_text")} if "on_text" in options else {}
+        on_text = options.pop("on_text", None)
         listed = {name: list(value) if isinstance(value, Sequence) else value for name, value in options.items()}
         before, self._sent = self._sent, None if self.version is None else self.version()
         changed = before != self._sent
@@ -64,7 +64,9 @@ class DealtEngine:
         )  # fmt: skip
         if changed:
             share_weights(self.model, self.ranks)
-        return deal(self.engine, self.ranks, prompts, **options, **heard)
+        if on_text is not None:
+            options["on_text"] = on_text
+        return deal(self.engine, self.ranks, prompts, **options)
 
 
 class _Loaded(NamedTuple):

@@ -28,15 +28,16 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.rl import drafting, importance, process, ray_sampler
+from bessemer.rl import apart, drafting, importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.monitor import Evaluator, SampleExport, means, rollout_metrics, update_means
 from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
-from bessemer.rl.rollout import Group, Rollout, rewards, to_batches
+from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
+from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.curves import BALANCE
 from bessemer.train import checkpoint, setup
@@ -94,11 +95,15 @@ class Loop:
             self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
         engine.rows = settings.rollout.rows
+        self.carrier: apart.Carrier | None = None
+        families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
+        if ctx.ranks is not None and ctx.ranks.n > 1 and not reward_models and apart.stays(settings, families):
+            self.carrier = apart.Carrier(self.trainer, ctx.ranks)
         self.sampler = self._make_sampler(engine)
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once,
-            self.policy.model.cfg.max_seq_len, ctx.share,
+            self.policy.model.cfg.max_seq_len, ctx.share, self.carrier is not None,
         )  # fmt: skip
         self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
         self.correction: importance.ImportanceCorrection | None = None
@@ -121,7 +126,7 @@ class Loop:
         ctx, refresh = self.ctx, self.sampler_model.refresh
         if self.settings.rollout.engine == "local":
             if ctx.ranks is not None:
-                return ShardedSampler(engine, refresh, ctx.ranks)
+                return ShardedSampler(engine, refresh, ctx.ranks, self.carrier is not None)
             return LocalSampler(engine, refresh)
         if ctx.ranks is None:
             return ray_sampler.make(self.settings, ctx, engine, self.trainer, refresh)
@@ -276,9 +281,12 @@ class Loop:
         mini_batches = []
         for start in range(0, len(rows), size):
             part = [rows[i] for i in order[start : start + size]]
-            batches = to_batches(
-                part, self.tokenizer.pad_id, settings.micro_tokens, settings.normalise, self.trainer.n_pipelines
-            )
+            pad_id, n_pipelines = self.tokenizer.pad_id, self.trainer.n_pipelines
+            if self.carrier is not None:
+                parts = split_by_length(part, settings.micro_tokens, n_pipelines)
+                mini_batches.append(self.carrier.batches(part, parts, pad_id, settings.normalise))
+                continue
+            batches = to_batches(part, pad_id, settings.micro_tokens, settings.normalise, n_pipelines)
             mini_batches.append(list(self.trainer.mine(batches)))
         return mini_batches
 

@@ -7,7 +7,6 @@ can work, and bases its advice on how the answers fail.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -26,22 +25,16 @@ from bessemer.eval import scoring
 from bessemer.rl import rollout
 from bessemer.rl.alarms import AlarmTracker
 from bessemer.rl.heldout import heldout_row, start_gate
+from bessemer.rl.reading import REFLECTIVE
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import CONVERSATIONS, conversation_line, pieces, write_atomic
-from bessemer.tasks.answer import thought
-from bessemer.tasks.countdown_traces import diagnose, rates
+from bessemer.tasks.countdown_traces import rates
 from bessemer.train.setup import batch_rows
 from bessemer.train.trainer import Trainer
 
-REFLECTIVE = ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check", "等等")
-"""The paper's ten words (R1, Nature Methods), and the Chinese "wait"."""
-# ASCII, so that an adjacent Chinese character does not count as a letter of the word.
-_REFLECTIVE = re.compile(
-    "|".join(f"\\b{word}\\b" if word.isascii() else word for word in REFLECTIVE), re.ASCII | re.IGNORECASE
-)
 _TRACE = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "repeated", "gave_up")
 """Rates inside a countdown trace that say what RL changed: arithmetic, copying, verdicts, persistence."""
 
@@ -71,18 +64,17 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rows = [row for row in asked if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
-    thoughts = [thought(row.answer).strip() for row in rows]
-    words = Counter(word.lower() for row in rows for word in _REFLECTIVE.findall(row.answer))
+    readings = [row.read() for row in rows]
+    words = sum((reading.words for reading in readings), Counter[str]())
     values = {
         "rl/reward": _mean(row.reward for row in rows),
         "rl/accuracy": _mean(row.verdict.correct for row in verified),
         "rl/format": _mean(row.verdict.formatted for row in rows),
         "rl/length": _mean(row.length for row in rows),
-        "rl/think_share": _mean(bool(text) for text in thoughts),
+        "rl/think_share": _mean(reading.lines > 0 for reading in readings),
         "rl/language": _mean(row.language for row in rows),
         "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
-        # Counted by structure, not by words: each line of the thoughts is a try or a step.
-        "rl/tries": _mean(text.count("\n") + 1 if text else 0 for text in thoughts),
+        "rl/tries": _mean(reading.lines for reading in readings),
         "rl/reflective_words": words.total() / len(rows),
         **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
@@ -90,6 +82,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         values["rl/score"] = _mean(row.verdict.score for row in verified)
     if kept := [row.completion.kept.count_T[row.trained_N] for row in rows if row.completion.kept is not None]:
         values["rl/kept_tokens"] = float(torch.cat(kept).float().mean())
+    if counts := [row.reading.kept for row in rows if row.reading is not None and row.reading.kept is not None]:
+        values["rl/kept_tokens"] = sum(kept for kept, _ in counts) / max(1, sum(trained for _, trained in counts))
     if preferences:
         values["rl/preference"] = _mean(preferences)
     if episodes := [row.turns for row in rows if row.turns is not None]:
@@ -102,7 +96,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
     """Conditional rates over the countdown traces among the samples, without those that have nothing to count."""
     traces = [row for row in rows if "target" in row.problem.meta and len(row.problem.meta.get("numbers", ())) == 3]
-    trace_rates = rates(diagnose(row.problem, row.answer) for row in traces)
+    trace_rates = rates(trace for row in traces if (trace := row.read().trace) is not None)
     return {f"rl/trace/{name}": value for name in _TRACE if (value := trace_rates[name]) is not None}
 
 

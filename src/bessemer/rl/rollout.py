@@ -21,11 +21,12 @@ from bessemer.data.batch import Batch
 from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
-from bessemer.engine.generation import Completion
+from bessemer.engine.generation import Completion, rank_of
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
 from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
+from bessemer.rl.reading import Reading, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
@@ -57,6 +58,11 @@ class ScoredSample:
     """For an episode: who wrote which tokens of the completion. None: the model wrote all of them."""
     failure: str = ""
     """Why the environment failed; nothing of such an episode is trained on."""
+    reading: Reading | None = None
+    """Given if the text is on another rank (`apart`)."""
+
+    def read(self) -> Reading:
+        return self.reading or reading_of(self.problem, self.answer, self.completion.kept, self.trained_N)
 
     @property
     def answer(self) -> str:
@@ -157,16 +163,18 @@ def verify(
     begun: str,
     needs_format: bool = False,
     share: Share = ALONE,
+    apart: bool = False,
 ) -> list[Group]:
     """Verifies the completions of each problem with its task; an episode has its verdict already. `begun` as in
     `ScoredSample`. With `needs_format`, a right answer in the wrong format counts as wrong. The format is R1-Zero's two
     blocks or, if the template has opened the thoughts, as R1's does, R1's summary too. On many ranks `share` is this
-    one's; collective."""
+    one's; `apart`: they have their own completions alone. Collective."""
     pairs = [
         (task, problem, outcome) for (task, problem), group in zip(problems, outcomes, strict=True) for outcome in group
     ]
     plain = [(task, problem, begun + one.text) for task, problem, one in pairs if isinstance(one, Completion)]
-    found = iter(judge_all(plain, share))
+    held = [rank_of(one, share.me) for _, _, one in pairs if isinstance(one, Completion)] if apart else None
+    found = iter(judge_all(plain, share, held))
     groups = []
     for (_, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []
@@ -214,7 +222,12 @@ def to_batches(
     normalise "sequence": each output weighs 1 (the paper); "token" (DAPO) and "constant" (Dr. GRPO): each token does.
     """
     parts = split_by_length(rows, max_tokens, n_pipelines)
-    return [_batch(part, _width(_length(part[0])), pad_id, normalise) for part in parts]
+    return [batch_of(part, part, pad_id, normalise) for part in parts]
+
+
+def batch_of(rows: Sequence[ScoredSample], part: Sequence[ScoredSample], pad_id: int, normalise: str) -> Batch:
+    """The batch of the rows, as wide as that of the part they are from."""
+    return _batch(rows, _width(_length(part[0])), pad_id, normalise)
 
 
 def _width(longest: int) -> int:
@@ -314,7 +327,9 @@ def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Ten
 
 _PER_TOKEN = ("tokens", "logprobs")
 """Arrays of a completion: a checkpoint holds each as one vector over all samples."""
-_PLAIN = {field.name for field in fields(ScoredSample)} - {"problem", "prompt_tokens", "completion", "verdict"}
+_PLAIN = {field.name for field in fields(ScoredSample)} - {
+    "problem", "prompt_tokens", "completion", "verdict", "reading"
+}  # fmt: skip
 """Fields of a sample that are plain JSON."""
 
 

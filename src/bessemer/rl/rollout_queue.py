@@ -24,6 +24,7 @@ from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.episodes import Outcome, Play
+from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
 from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
 from bessemer.rl.reward import PreferenceScorer, Reward
@@ -62,7 +63,7 @@ class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
     `context`: the policy's context length in tokens, for episodes. `once(make)`: one rank makes the value for all.
-    `share`: this rank's of the verdicts.
+    `share`: this rank's of the verdicts. `apart`: the ranks have their own samples alone.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class RolloutGenerator:
         once: Once,
         context: int,
         share: Share = ALONE,
+        apart: bool = False,
     ) -> None:
-        self.share = share
+        self.share, self.apart = share, apart
         self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
         self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
         self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, settings.general_tasks)
@@ -137,8 +139,12 @@ class RolloutGenerator:
         """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
         `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
-        groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share)
+        groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, self.apart)
         rows = [row for group in groups for row in group]
+        if self.apart:
+            mine = [n for n, row in enumerate(rows) if rank_of(row.completion, self.share.me) == self.share.me]
+            for n, reading in self.share.merge({n: rows[n].read() for n in mine}).items():
+                rows[n].reading = reading
 
         def scored() -> list[tuple[float, float | None]]:
             self.reward.score(groups, cap, self.reward_models, seed)

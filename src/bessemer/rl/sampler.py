@@ -9,7 +9,7 @@
     Rank0Sampler      a trainer on many ranks: rank 0 has another sampler (`ray_sampler`) and passes its samples on
 
 Samples depend only on the arguments and the weights: they are identical whichever process generates them, even after a
-crash. On many ranks, all make the same calls at the same time, and all get all samples.
+crash. On many ranks, all make the same calls at the same time, and all get all samples, unless they stay `apart`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion, OnText, Prompt
+from bessemer.engine.generation import Completion, OnText, Prompt, held_by
 from bessemer.train import setup
 
 Completions = list[list[Completion]]
@@ -129,26 +129,43 @@ class LocalSampler:
 class ShardedSampler(LocalSampler):
     """`refresh` is collective: it copies the trainer's weights into this rank's whole network."""
 
-    def __init__(self, engine: Engine, refresh: Callable[[], None], ranks: Ranks) -> None:
+    def __init__(self, engine: Engine, refresh: Callable[[], None], ranks: Ranks, apart: bool = False) -> None:
+        """`apart`: samples that are submitted stay on the rank that generates them; of the others it knows what
+        `generation.held_by` says."""
         super().__init__(engine, refresh)
-        self.ranks = ranks
+        self.ranks, self.apart = ranks, apart
+
+    def policy(self) -> Submit:
+        def submit(prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> PendingSamples:
+            self.refresh()
+            return ReadySamples(deal(self.engine, self.ranks, prompts, self.apart, **options))
+
+        return submit
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
         return deal(self.engine, self.ranks, prompts, **options)
 
 
-def deal(engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
-    """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples. on_text hears of
-    this rank's share. Collective."""
+def deal(
+    engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], apart: bool = False, **options: Unpack[SamplingOptions]
+) -> Completions:
+    """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples, or `apart` as in
+    `ShardedSampler`. on_text hears of this rank's share. Collective."""
     n, on_text = ranks.n, options.pop("on_text", None)
     options["batch_rows"] = dealt(len(prompts) * options.get("samples", 1), options.get("batch_rows", 512), n)
     plan = engine.plan(prompts, **options)
     own = engine.run_all(plan.batches[ranks.me :: n], on_text)
     completions: list[list[Completion]] = [[] for _ in plan.batches]
     ranks.meet("samples")  # one rank may take many times as long as another
-    for rank, share in enumerate(ranks.all_gather(own, "samples")):
-        completions[rank::n] = share
+    if not apart:
+        for rank, share in enumerate(ranks.all_gather(own, "samples")):
+            completions[rank::n] = share
+        return plan.gather(completions)
+    facts = [[(len(one.tokens), one.finish_reason, one.prompt_tokens) for one in batch] for batch in own]
+    for rank, known in enumerate(ranks.all_gather(facts, "lengths of samples")):
+        completions[rank::n] = [[held_by(rank, *one) for one in batch] for batch in known]
+    completions[ranks.me :: n] = own
     return plan.gather(completions)
 
 

@@ -236,6 +236,18 @@ class Trainer(Checkpointed):
         """The number of parts into which `mine` splits a step's micro-batches."""
         return 1
 
+    @property
+    def pipeline(self) -> int:
+        """The number of the part that is this process's."""
+        return 0
+
+    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        """Which of `count` micro-batches of a step each part has; None for a filler."""
+        return [[*range(count)]]
+
+    def numbers_of_mine(self, count: int) -> list[int | None]:
+        return self.numbers_by_pipeline(count)[self.pipeline]
+
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro-batches of a step that this process computes; on one process all of them."""
         return batches

@@ -1,0 +1,76 @@
+"""Samples that stay on the rank that generated them, until the ranks that train them need them.
+
+After a rollout every rank has a row for every sample, and knows its length, verdict, reward and `Reading`; only the
+rank that generated it holds its tokens, log-probabilities and text (`generation.Elsewhere`). Before the updates each
+row goes once to the ranks of the pipeline that trains it, without its text.
+
+Some options read more than that: those of `stays` say so, and with them all ranks get all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bessemer import tasks
+from bessemer.config.rl import RLConfig
+from bessemer.data.batch import Batch
+from bessemer.dist.ranks import Ranks
+from bessemer.engine.generation import Completion, rank_of
+from bessemer.eval.judging import ours
+from bessemer.rl import rollout
+from bessemer.rl.rollout import ScoredSample
+from bessemer.tasks.environment import Environment
+from bessemer.train.trainer import Trainer
+
+
+def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
+    """Whether nothing but the trainer reads samples on other ranks than their own."""
+    plain = not any(isinstance(task, Environment) or task.judged_by for task in families) and all(map(ours, families))
+    reward = settings.reward in ("task", "format") and not (
+        settings.language_reward and settings.language_scope == "reply"
+    )
+    return (
+        plain and reward and settings.rollout.engine == "local" and settings.advantage in ("group", "batch")
+        and settings.supervision != "process" and settings.export_samples == "nothing"
+        and not settings.reward_models and not settings.max_off_policy_rollouts
+    )  # fmt: skip
+
+
+class Carrier:
+    """Brings rows to the ranks that train them. Collective, and so are its methods."""
+
+    def __init__(self, trainer: Trainer, ranks: Ranks) -> None:
+        self.trainer, self.ranks = trainer, ranks
+        self.pipelines = ranks.all_gather(trainer.pipeline, "pipelines")
+        """The pipeline of each rank."""
+
+    def batches(
+        self, rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], pad_id: int, normalise: str
+    ) -> list[Batch]:
+        """This rank's micro-batches of a mini-batch of `rows` in `parts` (`rollout.split_by_length`). The rows that
+        they need are filled."""
+        place = {id(row): number for number, row in enumerate(rows)}
+        of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.trainer.n_pipelines)]
+        for rank, pipeline in enumerate(self.pipelines):
+            wanted = of_pipeline[pipeline]
+            mine: dict[int, Completion] = {}
+            if rank != self.ranks.me:
+                held = [row for row in wanted if rank_of(row.completion, self.ranks.me) == self.ranks.me]
+                mine = {place[id(row)]: replace(row.completion, text="") for row in held}
+            for sent in self.ranks.gather(mine, rank, "samples of the mini-batch"):
+                for index, completion in sent.items():
+                    rows[index].completion = completion
+        batches = []
+        for number in self.trainer.numbers_of_mine(len(parts)):
+            part = parts[0][:1] if number is None else parts[number]
+            batch = rollout.batch_of(part, parts[number or 0], pad_id, normalise)
+            batches.append(batch.as_filler() if number is None else batch)
+        return batches
+
+    def _needed(self, parts: Sequence[Sequence[ScoredSample]], pipeline: int) -> list[ScoredSample]:
+        """The rows that a pipeline trains; a filler has the shape of the first."""
+        numbers = self.trainer.numbers_by_pipeline(len(parts))[pipeline]
+        rows = [row for number in numbers if number is not None for row in parts[number]]
+        first = parts[0][0]
+        return rows if None not in numbers or any(row is first for row in rows) else [*rows, first]

@@ -1,0 +1,104 @@
+"""Samples stay on the rank that generated them: the run is that of one process, and no rank holds another's tokens."""
+
+import json
+import pickle
+
+import pytest
+import rl_stage
+import stages_run
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from bessemer.config.recipe import Recipe
+from bessemer.dist.ranks import Ranks
+from bessemer.engine.generation import Elsewhere, held_by, rank_of
+from bessemer.rl.loop import Loop
+from bessemer.runs.context import StageContext, StopFlag
+from bessemer.runs.metrics import Metrics, StageMetrics
+from bessemer.runs.progress import RunProgress
+
+CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return rl_stage.write_base(tmp_path_factory.mktemp("base"))
+
+
+def trained(rank, base, folder, changes):
+    """(metrics, for every rollout the rows that are held when it is scored, as (number of tokens, whether its arrays
+    are here, whether its text is))."""
+    ranks = None
+    if dist.is_initialized():
+        ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
+    recipe = Recipe.load(folder / "small.toml", changes)
+    lines = folder / f"metrics-{rank}.jsonl"
+    ctx = StageContext(
+        "zero", folder / "zero", {}, base, recipe, folder, StageMetrics(Metrics(lines), "zero"),
+        RunProgress({}).begin("zero"), StopFlag(), ranks=ranks,
+    )  # fmt: skip
+    loop = Loop(recipe.stage("zero"), ctx, {})
+    held, score = [], loop.generator.score
+
+    def scored(*arguments):
+        groups = score(*arguments)
+        rows = [row.completion for group in groups for row in group]
+        held.append([(len(one.tokens), not isinstance(one.tokens, Elsewhere), bool(one.text)) for one in rows])
+        return groups
+
+    loop.generator.score = scored
+    loop.run()
+    return [json.loads(line)["values"] for line in lines.read_text().splitlines()], held
+
+
+def in_folder(folder, *changes):
+    stages_run.write_recipe(folder)
+    (folder / "zero").mkdir()
+    return [f"zero.{change}" for change in (*rl_stage.SMALL, *CHANGES)] + list(changes)
+
+
+def close(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not any(word in name for word in ("seconds", "time/", "memory", "per_second", "rl/sampler", "gpu/")):
+                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return trained(0, base, folder, in_folder(folder))
+
+
+@pytest.mark.parametrize("layout", ["layout.dp=2", "layout.pp=2", "layout.ep=2"])
+def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, tmp_path, layout):
+    values, whole = alone
+    found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout))
+    close(found[0][0], values)
+    for number, rows in enumerate(whole):
+        one, other = (held[number] for _, held in found)
+        assert [n for n, *_ in one] == [n for n, *_ in other] == [n for n, *_ in rows]
+        assert all(a != b for (_, a, _), (_, b, _) in zip(one, other, strict=True)), "each is on one rank"
+        assert all(here or not text for _, here, text in [*one, *other])
+        assert 0 < sum(here for _, here, _ in one) < len(rows)
+
+
+@pytest.mark.parametrize(
+    "change", ['zero.reward="random"', "zero.max_off_policy_rollouts=1", 'zero.export_samples="all"']
+)
+def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
+    found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
+    assert all(here for _, held in found for rows in held for _, here, _ in rows)
+
+
+def test_what_a_rank_keeps_of_another_s_samples_does_not_grow_with_them():
+    """8,192 samples of 10,000 tokens."""
+    long = [held_by(1, 10_000 + n % 7, "stop", 100) for n in range(8192)]
+    assert sum(len(one.tokens) for one in long) > 8192 * 10_000
+    assert len(pickle.dumps(long)) < 150 * len(long), "0.02 bytes a token"
+    assert [rank_of(one, 0) for one in long[:3]] == [1, 1, 1]
+    with pytest.raises(TypeError):
+        long[0].tokens[0]
