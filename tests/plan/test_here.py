@@ -84,14 +84,17 @@ def test_what_is_asked_and_validated_is_counted():
 
 
 def test_an_rl_stage_is_more_than_its_rollouts():
-    """The gate, held-out evaluations, probes, passes for log-probabilities; the cap rises at rollout 16."""
+    """The gate, held-out evaluations, probes, passes of the reference; the cap rises at rollout 16."""
     recipe = Recipe.load(RECIPES / "tiny.toml")
     (zero, critic) = counted(recipe, "zero")
     rollouts = (16 * 200 + 24 * 300) * 256 / 2
     heldout = (64 * 4 + 12) * (200 + 300 + 300) / 2  # before the first, after 20 and after 40
     assert zero.sampled == rollouts + heldout and zero.trained == rollouts + 40 * 256 * 40
-    assert zero.read == 2 * zero.trained and not critic.trained
-    assert counted(recipe, "zero", kl=0.0)[0].read == zero.trained
+    assert zero.read == zero.trained and not critic.trained, (
+        "the reference; the sampler's log-probabilities are the old"
+    )
+    assert counted(recipe, "zero", kl=0.0)[0].read == 0
+    assert counted(recipe, "zero", correction="token-mask")[0].read == 2 * zero.trained
     more = counted(recipe, "zero", eval_tasks=["countdown", "arithmetic", "logic"])[0].sampled - zero.sampled
     assert more == 2 * 64 * 4 * (200 + 300 + 300) / 2
     seldom = counted(recipe, "zero", eval_every=41)[0].sampled

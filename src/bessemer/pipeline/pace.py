@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import Precision, StageConfig
-from bessemer.config.training import ExtendConfig, OptimizerConfig, PretrainConfig
+from bessemer.config.training import ExtendConfig, OnPolicyConfig, OptimizerConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
@@ -108,7 +109,9 @@ class Pace:
         base = origin if isinstance(origin, PretrainConfig) else self._base
         if base is None or base is stage or not isinstance(stage, OptimizerConfig):
             return base
-        own = {key: getattr(stage, key) for key in ("fp8", "precision", "optimizer")}
+        own: dict[str, Any] = {key: getattr(stage, key) for key in ("fp8", "precision", "optimizer")}
+        if isinstance(stage, OnPolicyConfig):  # its updates leave the MTP modules out
+            own["mtp_lambda"] = Points(0.0)
         return base.model_copy(update=own | {"compile": "off"})
 
     def _length(self, settings: PretrainConfig) -> int:
@@ -126,7 +129,8 @@ class Pace:
         dtype = wanted if wanted == "auto" else str(setup.precision_on(wanted, setup.device()).dtype)
         how: list[object] = [kind, library.backend(setup.device()), setup.workers().n, dtype, cfg.model_dump()]
         if kind == "training":
-            how += [settings.fp8, settings.micro_rows, settings.optimizer, self._length(settings)]
+            mtp = any(settings.mtp_lambda.values)
+            how += [settings.fp8, settings.micro_rows, settings.optimizer, self._length(settings), mtp]
         return json.dumps(how)
 
     def _measure(self, kind: str, stage: StageConfig, settings: PretrainConfig, length: int) -> float | None:

@@ -118,8 +118,8 @@ class RL(Stage[RLConfig]):
         return config.export_samples != "nothing"
 
     def work(self, config: RLConfig, recipe: Recipe) -> list[Work]:
-        """Rollouts and their updates, with a forward pass for the log-probabilities of the policy and one for those of
-        the reference; the held-out evaluations, one of them before the first rollout."""
+        """Rollouts and their updates, with a forward pass of the reference and one for importance weights, where there
+        are any (the old log-probabilities are the sampler's); held-out evaluations, one before the first rollout."""
         caps = [config.max_new_tokens(number * config.updates_per_rollout) for number in range(config.rollouts)]
         rows = config.prompts_per_rollout * config.samples
         written = sum(answers(rows, cap) for cap in caps)
@@ -129,7 +129,7 @@ class RL(Stage[RLConfig]):
         asked = heldout_answers(config)
         heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
         work = Work(
-            config.name, trained=trained, read=trained * (1 + (config.kl > 0)),
+            config.name, trained=trained, read=trained * ((config.kl > 0) + (config.correction != "none")),
             sampled=written * config.max_resamples + heldout, seconds=moved(recipe, config.name),
         )  # fmt: skip
         critic = Work(config.name, trained=trained, read=trained) if config.advantage == "critic" else Work()

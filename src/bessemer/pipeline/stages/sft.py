@@ -28,7 +28,7 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
-from bessemer.pipeline.work import Work, moved
+from bessemer.pipeline.work import Work, answers, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
@@ -37,6 +37,10 @@ from bessemer.workers import Workers
 
 FEW_STEPS = 10
 """Training for fewer optimizer steps than this gives a warning."""
+
+
+KEPT = 0.6
+"""Share of the answers that it may keep which a stage of kind reject keeps, about."""
 
 
 @register
@@ -168,7 +172,7 @@ def _files(path: Path) -> list[Path]:
 def _exported(stage: StageConfig) -> float:
     """A rough guess of the tokens in the conversations that a stage exports."""
     if isinstance(stage, RejectConfig):
-        return stage.problems * stage.keep * stage.max_new_tokens / 2
+        return answers(stage.problems * stage.keep, stage.max_new_tokens) * KEPT
     if isinstance(stage, RLConfig):
         return stage.rollouts * stage.prompts_per_rollout * stage.samples * max(stage.max_new_tokens.values) / 4
     return 100 * getattr(stage, "examples", 0)
