@@ -1,7 +1,7 @@
 """`bessemer plan RECIPE --here`: rates measured on this machine, compared with a finished run."""
 
 import json
-import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.work import guessed
 from bessemer.plan.estimate import estimate
 from bessemer.train import setup
+from bessemer.workers import Workers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.dim=32", "model.n_layers=2", "model.vocab_size=512", "pretrain.batch_rows=4", "pretrain.micro_rows=2",
@@ -141,12 +142,13 @@ def test_a_network_that_this_machine_cannot_hold_is_guessed(monkeypatch):
     assert pace.Pace(recipe, worth=0.0, ranks=8).of_stages([stage])["pretrain"] < seconds
 
 
-def test_measuring_leaves_random_numbers_and_processes_as_they_were():
+def test_measuring_leaves_random_numbers_and_processes_as_they_were(monkeypatch):
     recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
-    before, state = len(multiprocessing.active_children()), torch.random.get_rng_state()
+    monkeypatch.setattr(setup, "workers", lambda: Workers(2))
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before, state = children.read_text(), torch.random.get_rng_state()
     pace.Pace(recipe, seconds=0.02, worth=0.0).of_stages(recipe.stages)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert len(multiprocessing.active_children()) == before
+    assert torch.equal(torch.random.get_rng_state(), state) and children.read_text() == before
 
 
 def test_a_recipe_without_pre_training():

@@ -7,6 +7,7 @@ machine, or of another family is guessed (`work.guessed`).
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -135,23 +136,26 @@ class Pace:
 
     def _measure(self, kind: str, stage: StageConfig, settings: PretrainConfig, length: int) -> float | None:
         """Tokens per second, or None where measuring would take too long or more memory than there is."""
-        cfg = setup.model_config(self.recipe, settings.model)
-        if BYTES * stored_params(cfg) > memory() / 2 or not cfg.kv_lora_rank:
+        cfg, on_gpu = setup.model_config(self.recipe, settings.model), setup.device().type == "cuda"
+        room = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory()
+        rows = self._rows(stage, settings, length)
+        smallest = Work(stage.name, sampled=256 * 16) if kind == "decoding" else Work(stage.name)
+        too_large = BYTES * stored_params(cfg) > room / 2 or not cfg.kv_lora_rank
+        if rows is None or too_large or guessed(self.recipe, smallest) > LONGEST:
             return None
         if not self.shown:
             self._say("measuring how fast this machine trains and samples ...")
-        with torch.random.fork_rng(devices=[]):
+        setup.keep_memory()
+        with torch.random.fork_rng(devices=[0] if on_gpu else []):
             if kind == "decoding":
-                if guessed(self.recipe, Work(stage.name, sampled=256 * 16)) > LONGEST:
-                    return None
                 dtype = setup.choose_precision(getattr(stage, "precision", "device")).dtype
                 rate = decoding_rate(self._network(cfg, None).to_compute(dtype), self.seconds)
             else:
-                rows = self._rows(stage, settings, length)
-                if rows is None:
-                    return None
                 smaller = settings.model_copy(update={"batch_rows": Points(rows)})
                 rate = training_rate(self._network(cfg, settings, length), smaller, length, self.seconds)
+        gc.collect()  # a trainer is part of reference cycles; its memory and its workers end now
+        if on_gpu:
+            torch.cuda.empty_cache()
         shown = f"{kind}_tokens_per_second"
         self.shown[f"{shown}_of_{stage.name}" if shown in self.shown else shown] = rate
         return rate

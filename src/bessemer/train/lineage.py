@@ -88,11 +88,6 @@ def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: in
     return setup.estimate_seconds(recipe, tokens, length=length) if flops is None else setup.seconds_of(tokens * flops)
 
 
-def decode_seconds(recipe: Recipe, name: str | None, tokens: float) -> float:
-    """`estimate_seconds` for decoding, about a quarter of the cost of training."""
-    return estimate_seconds(recipe, name, tokens / 4)
-
-
 def _local(stage: StageConfig | None) -> Path | None:
     """The directory that a stage imports, if it is on this machine."""
     if not isinstance(stage, ImportConfig) or stage.model.startswith((PACKAGE, HUB)):
