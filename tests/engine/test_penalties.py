@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_the_definition(seed):
             for _ in range(chance.choice((1, 1, 4))):
                 number += 1
                 fresh = Sequence(Request(prompt, number, sampling=chance.choice(PARAMS)), number)
-                fresh.tokens += [chance.randrange(V) for _ in range(chance.choice((0, 0, 9)))]  # after preemption
+                fresh.tokens.extend(chance.randrange(V) for _ in range(chance.choice((0, 0, 9))))  # after preemption
                 live.insert(chance.randrange(len(live) + 1), fresh)
         penalties.follow(live)
         for _ in range(chance.randrange(3)):

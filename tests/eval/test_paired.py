@@ -238,13 +238,20 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     root = write_run(tmp_path / "tiny")
     sums = {"model": "zero", "domain": "maths", "task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0}
     (root / "02-eval").mkdir()
-    status, _, err = call("compare", root / "zero", root / "zero")
+    other = shutil.copytree(root, tmp_path / "other")
+
+    def evaluated(row):
+        for run in (root, other):
+            write_json(run / "02-eval" / "results.json", {"rows": [row]})
+
+    assert "on both sides" in call("compare", root / "zero", root / "zero")[2]
+    status, _, err = call("compare", root / "zero", other / "zero")
     assert status == 2 and "asked nothing in common (nothing; nothing); evaluate both again with --task" in err
-    write_json(root / "02-eval" / "results.json", {"rows": [sums]})
-    status, _, err = call("compare", root / "zero", root / "zero")
+    evaluated(sums)
+    status, _, err = call("compare", root / "zero", other / "zero")
     assert status == 2 and "earlier version" in err and "--task sums" in err
-    write_json(root / "02-eval" / "results.json", {"rows": [sums | {"by_problem": {"a": 0.5, "b": 1.0}}]})
-    status, out, _ = call("compare", root / "zero", f"{root / 'zero'},{root / 'zero'}")
+    evaluated(sums | {"by_problem": {"a": 0.5, "b": 1.0}})
+    status, out, _ = call("compare", root / "zero", f"{other / 'zero'},{other / 'zero'}")
     assert status == 0 and "sums en, T 1" in out and "2 seeds" in out and "no significant difference" in out
     sides = []
     for cap in (8, 9):
@@ -258,17 +265,17 @@ def test_two_stages_of_a_run_by_the_command(call, tmp_path):
     assert (
         named in call("compare", *sides)[1] and named in json.loads(call("compare", *sides, "--json")[1])["left_out"][0]
     )
-    assert call("compare", root / "zero", root / "zero", "--measure", "beauty")[2].endswith(
+    assert call("compare", root / "zero", other / "zero", "--measure", "beauty")[2].endswith(
         'there is no measure "beauty"; choose from pass@1, readable, language\n'
     )
     asked = ("--task", "countdown", "--problems", 3, "--samples", 2, "--max-tokens", 8, "--json")
-    status, out, _ = call("compare", root, root / "zero", *asked)
+    status, out, _ = call("compare", root, other / "zero", *asked)
     (line,) = json.loads(out)["rows"]
     assert status == 0 and line["asked"] == "countdown en+zh, T 1, at most 8 tokens"
     assert line["n"] == 3 and line["difference"] == 0
-    status, out, _ = call("compare", root, root / "zero", *asked, "--measure", "readable")
+    status, out, _ = call("compare", root, other / "zero", *asked, "--measure", "readable")
     found = json.loads(out)
     assert status == 0 and found["measure"] == "readable" and 0 <= found["rows"][0]["first"] <= 1
-    assert "has no effect without --task" in call("compare", root, root, "--problems", 3)[2]
-    for command in (("compare", root, root), ("eval", root)):
+    assert "has no effect without --task" in call("compare", root, other, "--problems", 3)[2]
+    for command in (("compare", root, other), ("eval", root)):
         assert "Input should be greater than or equal to 0" in call(*command, "--task", "countdown", "--seed", -1)[2]

@@ -197,7 +197,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
                            "updates_per_rollout=4", "top_p=1.0")  # fmt: skip
     drawn = []
     verify = rollout.verify
-    monkeypatch.setattr(rollout, "verify", lambda *a: drawn.append(a[0][0][1].id) or verify(*a))
+    monkeypatch.setattr(rollout, "verify", lambda *a, **named: drawn.append(a[0][0][1].id) or verify(*a, **named))
     run = stage.run()
     train = [name for name in drawn if "/train/" in name]
     assert run.summary["steps"] < 6 * 4

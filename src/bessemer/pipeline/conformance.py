@@ -182,7 +182,7 @@ ITEMS: tuple[Item, ...] = (
     Item("Initialisation", "V3 4.2", "std {init_std} at width {dim}", _model,
          "model/transformer.py", "model/test_model_network.py", sizes=dict(init_std=0.006, dim=7168)),
     Item("Packing without cross-document mask", "V3 4.1", "rows of {row_length}{mask}", _corpus,
-         "data/rows.py", "data/test_data_corpus.py",
+         "data/plans.py", "data/test_data_corpus.py",
          dict(mask=Read("", lambda f, s: ", masked" if any(p.document_mask for p in _pretrain(f)) else "")),
          dict(row_length=4096), on=lambda v: not v["mask"]),
     Item("Fill-in-the-middle", "V3 4.1", "rate {fim_rate} on {parts}, PSM", _corpus,
