@@ -140,6 +140,17 @@ def test_a_helper_plans_ahead_and_ends_with_its_block(corpus, tmp_path, monkeypa
     assert find_plan(corpus, shards.read_meta(corpus), 128, tmp_path / "plans") == target
 
 
+def test_a_process_that_is_alone_gets_the_same_plans_with_helpers(corpus, tmp_path, monkeypatch):
+    meta = shards.read_meta(corpus)
+    alone = find_plan(corpus, meta, 256, tmp_path / "alone")
+    monkeypatch.setattr(plans, "HELPED", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    helped = find_plan(corpus, meta, 256, tmp_path / "helped")
+    for name in (f"train-{number:05d}" for number in range(12)):
+        for mine, theirs in zip(plan_files(alone, name), plan_files(helped, name), strict=True):
+            assert mine.read_bytes() == theirs.read_bytes()
+
+
 def test_what_a_killed_process_was_planning_is_planned_again(corpus, tmp_path):
     def die(*arguments):
         raise SystemExit(9)

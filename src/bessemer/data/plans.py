@@ -48,15 +48,16 @@ def find_plan(folder: Path, meta: dict[str, Any], row_length: int, plans: Path) 
     Processes that look for the same plans share the work, shard by shard, and each returns when all are made. One that
     is alone starts helpers on its other cores if there is much to plan.
     """
-    names = [shard["name"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
+    all_shards = _shards(meta)
+    names = [shard["name"] for shard in all_shards]
     existing = folder / f"rows-{row_length}"
     if _complete(existing, names):
         return existing
     target = plans / f"rows-{row_length}"
     target.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if not _complete(target, [name])]
-    tokens = sum(shard["tokens"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"])
-    helpers = min(cores(), len(missing)) - 1 if tokens * len(missing) >= HELPED * len(names) else 0
+    unplanned = [shard for shard in all_shards if not _complete(target, [shard["name"]])]
+    missing, tokens = [shard["name"] for shard in unplanned], sum(shard["tokens"] for shard in unplanned)
+    helpers = min(cores(), len(missing)) - 1 if tokens >= HELPED else 0
     with ExitStack() as started:
         for _ in range(helpers):
             started.enter_context(ahead([(folder, plans)], [row_length]))
@@ -111,11 +112,15 @@ def _help(lengths: Sequence[int], corpora: Sequence[tuple[Path, Path]]) -> None:
         for corpus, plans in corpora:
             with suppress(UserError, OSError):
                 folder, meta = shards.follow(corpus)
-                names = [shard["name"] for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
+                names = [shard["name"] for shard in _shards(meta)]
                 target = plans / f"rows-{length}"
                 if not _complete(folder / target.name, names):
                     target.mkdir(parents=True, exist_ok=True)
                     _plan_free(folder, target, names, np.dtype(meta["dtype"]), length, 0, goes_on)
+
+
+def _shards(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for split in shards.SPLITS for shard in meta["parts"][split]["shards"]]
 
 
 def _complete(target: Path, names: Iterable[str]) -> bool:

@@ -36,7 +36,7 @@ from bessemer.errors import UserError
 from bessemer.hf.replace import lacking
 from bessemer.model.moe import EXPERTS
 from bessemer.system import sync_folder
-from bessemer.train.checkpoint_files import Damaged, Sums, TensorFile, verify, write_synced, write_tensors
+from bessemer.train.checkpoint_files import Damaged, FileSums, TensorFile, verify, write_synced, write_tensors
 
 FORMAT = 2
 """Raised by one when older code could misread the files. 1: a file has one checksum."""
@@ -186,7 +186,7 @@ def as_json(value: dict[str, Any]) -> bytes:
 
 
 def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
-    files: dict[str, Sums | str] = {}
+    files: dict[str, FileSums | str] = {}
     for stem, tensors in state.tensors.items():
         files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", dict(tensors))
     for name, text in (("counters.json", counters), ("config.json", json.dumps(state.config, indent=1).encode())):
@@ -194,7 +194,7 @@ def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
     seal(directory, step, files)
 
 
-def seal(directory: Path, step: int, files: Mapping[str, Sums | str]) -> None:
+def seal(directory: Path, step: int, files: Mapping[str, FileSums | str]) -> None:
     """Writes the manifest of the files and their checksums, the last file of a checkpoint."""
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)

@@ -36,7 +36,7 @@ class Damaged(Exception):
     """A checkpoint that must not be used; the message names file and damage."""
 
 
-class Sums(TypedDict):
+class FileSums(TypedDict):
     """What a manifest holds of a file with tensors."""
 
     header: str
@@ -47,7 +47,7 @@ class Sums(TypedDict):
     """Bytes of a chunk."""
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor of a file; its bytes are [begin, end) of the data."""
 
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 class TensorFile:
     """A file with tensors, open for reading. Raises Damaged as soon as anything that it reads does not match `sums`."""
 
-    def __init__(self, path: Path, sums: Sums | str):
+    def __init__(self, path: Path, sums: FileSums | str):
         self.path, self._sums = path, sums
         self.bytes_read = 0
         """Bytes of the tensors that were read and hashed."""
@@ -85,7 +85,7 @@ class TensorFile:
         for key in self.entries:
             self.read(key)
 
-    def _read_header(self) -> tuple[dict[str, Entry], int]:
+    def _read_header(self) -> tuple[dict[str, TensorEntry], int]:
         """(the entries, where the data begin)."""
         try:
             with open(self.path, "rb") as file:
@@ -98,7 +98,7 @@ class TensorFile:
         try:
             named = {key: value for key, value in json.loads(head).items() if key != "__metadata__"}
             entries = {
-                key: Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
+                key: TensorEntry(_DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
                 for key, value in named.items()
             }
             fits = all(
@@ -198,7 +198,7 @@ class _Digests:
             self._digest, self._filled = hashlib.sha256(), 0
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Sums:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileSums:
     """Writes and syncs a safetensors file and its digests. The library's own writer needs a second copy of the tensors
     in memory and turns a full disk into its own exception."""
     header, offset = {}, 0
