@@ -282,3 +282,38 @@ def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
     (wrong / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="do not match"):
         find_models(wrong, ServeConfig(), launch=in_thread).preload()
+
+
+GOOD = {
+    CHAT: {"messages": USER, "max_tokens": 1},
+    "/v1/completions": {"prompt": "the fox", "max_tokens": 1},
+    "/v1/responses": {"input": "the fox", "max_output_tokens": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "better"),
+    [
+        ("/v1/responses", "max_tokens", "max_output_tokens"), ("/v1/responses", "stop", ""), ("/v1/responses", "n", ""),
+        (CHAT, "max_output_tokens", "max_tokens"), (CHAT, "temprature", "temperature"), (CHAT, "echo", ""),
+        ("/v1/completions", "stops", "stop"), ("/v1/completions", "response_format", ""),
+        ("/v1/completions", "max_completion_tokens", "max_tokens"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_that_means_something_is_refused(server, path, field, better):
+    """Ignoring it would answer another question."""
+    answer = server.post(path, **GOOD[path], **{field: 3})
+    error = error_of(answer)
+    assert answer.status_code == 400 and (error["code"], error["param"]) == ("unknown_parameter", field)
+    assert repr(better) in error["message"] if better else "did you mean" not in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", CHAT, "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_unknown_fields_are_named_in_a_header(server, path, stream):
+    """What OpenAI adds, other servers' extensions, and names that no header can hold."""
+    extra = {"store": True, "safety_identifier": "x", "a\r\nb: 盛": [1], "seedling": None}
+    answer = server.post(path, **GOOD[path], **extra, stream=stream)
+    assert answer.status_code == 200
+    assert answer.headers["x-bessemer-ignored"] == "store, safety_identifier, a%0D%0Ab%3A%20%E7%9B%9B"
+    assert "x-bessemer-ignored" not in server.post(path, **GOOD[path]).headers

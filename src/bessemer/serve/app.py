@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from bessemer import __version__
 from bessemer.errors import UserError
 from bessemer.serve import chat, completions, protocol, replies, responses
-from bessemer.serve.bodies import BodyRoute
+from bessemer.serve.bodies import IGNORED, BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.http import add_page
 from bessemer.serve.metrics import ServerMetrics
@@ -83,7 +83,7 @@ def build(models: Models) -> FastAPI:
             allow_origins=list(models.config.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", IGNORED],
         )
     app.add_middleware(RequestCounter, metrics=metrics)
     return app

@@ -13,21 +13,24 @@ import math
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from bessemer.serve.metrics import CLIENT_GONE
-from bessemer.serve.protocol import ApiError, invalid
+from bessemer.serve.protocol import ApiError, Body, invalid, unknown_fields
 
 LARGE = 32_768
 """A body of at least this many bytes is parsed in a thread."""
 MOST_VALUES = 250_000
 """Most numbers in one body, some 10 MB in memory. A string, list or object costs and counts as WEIGHT numbers."""
 WEIGHT = 4
+IGNORED = "X-Bessemer-Ignored"
+"""Header of an answer that names the fields of the request that had no effect."""
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
 """Whole strings, the openings of lists and objects, and the commas between values."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -40,14 +43,18 @@ class BodyRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        kind: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]  # of every endpoint
+        kind: type[Body] = self.body_field.field_info.annotation  # type: ignore[assignment]  # of every endpoint
 
         async def read_and_handle(request: Request) -> Response:
             _check_type(request.headers.get("content-type", ""))
             try:
-                return await handle(_ReadRequest(request, await read(request, kind)))
+                value, unknown = await read(request, kind)
+                response = await handle(_ReadRequest(request, value))
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)  # nobody receives it
+            if unknown:
+                response.headers[IGNORED] = ", ".join(quote(name[:64], safe="") for name in unknown[:20])
+            return response
 
         return read_and_handle
 
@@ -55,19 +62,20 @@ class BodyRoute(APIRoute):
 class _ReadRequest(Request):
     """A request whose body is already validated; FastAPI finds the object where it expects parsed JSON."""
 
-    def __init__(self, request: Request, value: BaseModel):
+    def __init__(self, request: Request, value: Body):
         super().__init__(request.scope, request.receive)
         self._value = value
 
     async def body(self) -> bytes:
         return b"{}"
 
-    async def json(self) -> BaseModel:
+    async def json(self) -> Body:
         return self._value
 
 
-async def read(request: Request, kind: type[BaseModel]) -> BaseModel:
-    """The body as a `kind`. Raises ApiError or RequestValidationError if it is not one."""
+async def read(request: Request, kind: type[Body]) -> tuple[Body, list[str]]:
+    """The body as a `kind`, and the names of its unknown fields. Raises ApiError or RequestValidationError if it is not
+    one."""
     raw = b"".join([part async for part in request.stream()])  # request.body() would keep it during the answer
     try:
         if len(raw) < LARGE:
@@ -78,8 +86,8 @@ async def read(request: Request, kind: type[BaseModel]) -> BaseModel:
         request.state.connection.request_read()
 
 
-def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
-    """The body as a `kind`; raises what `read` raises."""
+def parse(raw: bytes, kind: type[Body]) -> tuple[Body, list[str]]:
+    """`read` for the bytes of a body."""
     if not raw:
         raise invalid("the body is empty; send a JSON object")
     if not few_values(raw):
@@ -97,8 +105,9 @@ def parse(raw: bytes, kind: type[BaseModel]) -> BaseModel:
     except (ValueError, RecursionError):  # bytes, numbers and nesting that Python or JSON refuses
         what = "the body cannot be read: it must be JSON in UTF-8, with whole characters, moderate nesting and numbers"
         raise invalid(what, code="invalid_body") from None
+    unknown = unknown_fields(value, kind)
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value), unknown
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in found]) from None

@@ -1,14 +1,18 @@
 """The OpenAI API as JSON: requests and errors. The answers are in `replies`.
 
-Unknown fields of a request are ignored, as in every server of this kind; known fields are checked strictly: no string
-for a number, no NaN, nothing out of bounds. null counts as absent. Fields of OpenAI's API that would change the answer
-and that no model here supports (suffix, ...) are listed too, so that they are refused rather than ignored.
+Known fields are checked strictly: no string for a number, no NaN, nothing out of bounds. null counts as absent. Fields
+of OpenAI's API that would change the answer and that no model here supports (suffix, ...) are listed too, so that they
+are refused rather than ignored. So are unknown fields that mean something here: those of another endpoint, such as
+`max_tokens` of a response, and names that resemble a field's. All others are ignored, because clients send fields that
+other servers have or that OpenAI adds, and a header of the answer names them.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +36,8 @@ class Body(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+    generates: ClassVar[bool] = False
+    """It asks for an answer."""
 
 
 class StreamOptions(Body):
@@ -46,6 +52,7 @@ class StreamOptions(Body):
 class Generation(Body):
     """Fields of both generation endpoints."""
 
+    generates = True
     model: Name | None = None
     """An id from /v1/models; by default the default model."""
     stream: bool | None = None
@@ -295,6 +302,40 @@ def field_names(body: type[Body] = Body) -> frozenset[str]:
     """Field names that may occur in the location of a validation error: those of this body and all its subclasses."""
     own = frozenset(info.alias or name for name, info in body.model_fields.items())
     return own.union(*map(field_names, body.__subclasses__()))
+
+
+SAME = (
+    ("max_tokens", "max_output_tokens", "max_completion_tokens"), ("messages", "input", "prompt"),
+    ("response_format", "text"), ("reasoning_effort", "reasoning"),
+)  # fmt: skip
+"""Names of one thing at different endpoints."""
+HARMLESS = frozenset({"stream_options", "add_special_tokens", "metadata", "include"})
+"""Fields of one endpoint that change no answer where others ignore them."""
+
+
+@cache
+def _generation_fields() -> frozenset[str]:
+    """The fields of all endpoints that generate."""
+    bodies = [Body, *Body.__subclasses__(), *Generation.__subclasses__()]
+    return frozenset(info.alias or n for body in bodies if body.generates for n, info in body.model_fields.items())
+
+
+def unknown_fields(value: object, body: type[Body]) -> list[str]:
+    """Names in a JSON object that are not fields of `body` and have no effect. Raises ApiError for one that means
+    something here."""
+    if not isinstance(value, dict):
+        return []
+    own = {info.alias or name for name, info in body.model_fields.items()}
+    unknown = [name for name, given in value.items() if name not in own and given is not None]
+    for name in unknown:
+        near = difflib.get_close_matches(name[:64], own, n=1, cutoff=0.85)
+        if not near and (name in HARMLESS or not body.generates or name not in _generation_fields()):
+            continue
+        alike = next((names for names in SAME if name in names), ())
+        better = next((one for one in (*alike, *near) if one in own), None)
+        hint = f"did you mean {better!r}?" if better else "leave it out"
+        raise ApiError(400, f"this endpoint has no field {name[:64]!r}; {hint}", param=name, code="unknown_parameter")
+    return unknown
 
 
 ERROR_TYPES = {

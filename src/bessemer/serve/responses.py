@@ -129,6 +129,7 @@ class ReasoningSettings(Body):
 class ResponsesRequest(Body):
     """POST /v1/responses."""
 
+    generates = True
     model: Name | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4095, fail_fast=True)]
     """A question, or the items of a conversation; with `instructions` they fit into the messages of a chat."""
