@@ -1,14 +1,18 @@
 """Whatever is sent, the answer is an error in OpenAI's form, and the next request is served as usual."""
 
 import json
+import shutil
 import socket
 
 import httpx
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from serving import error_of, in_thread, running
 
 from bessemer.errors import UserError
+from bessemer.hf.causal_lm import load_any
 from bessemer.serve import ServeConfig
 from bessemer.serve import server as serve_module
 from bessemer.serve.models import find_models
@@ -317,3 +321,36 @@ def test_other_unknown_fields_are_named_in_a_header(server, path, stream):
     assert answer.status_code == 200
     assert answer.headers["x-bessemer-ignored"] == "store, safety_identifier, a%0D%0Ab%3A%20%E7%9B%9B"
     assert "x-bessemer-ignored" not in server.post(path, **GOOD[path]).headers
+
+
+def with_file(folder, to, name, **values):
+    """A copy of a model whose JSON file `name` has these values."""
+    shutil.copytree(folder, to)
+    written = json.loads((to / name).read_text())
+    (to / name).write_text(json.dumps(written | values))
+    return to
+
+
+def test_end_ids_that_end_nothing_are_named(r1, tmp_path, capsys):
+    bad = [5, 10**12, -3, True, "x", 4000]
+    folder = with_file(r1, tmp_path / "ends", "generation_config.json", eos_token_id=bad)
+    with running(folder) as server:
+        assert server.chat(max_tokens=2).status_code == 200
+        (model,) = server.models.loaded.values()
+        assert 5 in model.stop_ids and 4000 not in model.stop_ids
+    said = capsys.readouterr().err
+    assert "generation_config.json" in said and "eos_token_id 1000000000000, -3, True, x, 4000" in said
+
+
+def test_a_context_of_any_number_is_no_context(r1, tmp_path):
+    folder = with_file(r1, tmp_path / "long", "config.json", max_position_embeddings=10**15)
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        find_models(folder, ServeConfig())
+
+
+def test_a_tensor_without_a_place_is_refused(r1, tmp_path):
+    shutil.copytree(r1, tmp_path / "more")
+    file = next((tmp_path / "more").glob("*.safetensors"))
+    save_file({**load_file(file), "model.layers.0.extra.weight": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"extra\.weight"):
+        load_any(tmp_path / "more")

@@ -84,6 +84,8 @@ V3_DEFAULTS = {
 V3_DEFAULTS |= {name: 0 for name in OWN}
 V2_DEFAULTS = {**V3_DEFAULTS, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+MOST_POSITIONS = 1 << 27
+"""Longest text that a config.json may allow: over ten times what any published model reads."""
 LIMITS = ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
 """Keys of any family that bound the length of a text."""
 REWARD_SUFFIX = "ForSequenceClassification"
@@ -161,7 +163,10 @@ def longest_text(values: dict[str, Any]) -> int | None:
     for table in tables:
         if table.get("rope_type", table.get("type")) in ("longrope", "su"):
             limits += [one.get("original_max_position_embeddings") for one in (values, table)]
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    if found is not None and found > MOST_POSITIONS:
+        raise UserError(f"config.json: {found} is no length of a text ({' or '.join(LIMITS)}); correct it")
+    return found
 
 
 def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
@@ -186,6 +191,8 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: key '{key}' is missing; copy config.json from the original checkpoint again")
         ours[name] = value
     cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
+    if cfg.max_seq_len > MOST_POSITIONS:
+        raise UserError(f"{where}: max_position_embeddings = {cfg.max_seq_len} is no length of a text; correct it")
     _check_rope_scale(cfg, values, where)
     if cfg.own and family != "bessemer":
         raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not valid for {family}; it must be positive")

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import Any, Literal, TypeVar
 from bessemer.data import chat
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.model_files import read_object, read_text
-from bessemer.data.tokenizer import Tokenizer
+from bessemer.data.tokenizer import MAX_IDS, Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.causal_lm import needs_transformers
@@ -89,6 +90,8 @@ class ModelFacts:
     """Sampling defaults of its generation_config.json."""
     end_ids: tuple[int, ...] = ()
     """End-of-answer tokens that generation_config.json names."""
+    bad_end_ids: tuple[str, ...] = ()
+    """What it names as such that is no id."""
     practice: Practice = field(default_factory=Practice)
     """What it was trained on, according to the records of its run."""
 
@@ -150,8 +153,13 @@ def _generation(folder: Path) -> dict[str, Any]:
     if advice.get("do_sample") is False:
         sampling = {"temperature": 0.0}
     ends = advice.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    return {"sampling": sampling, "end_ids": tuple(i for i in ends if isinstance(i, int) and i >= 0)}
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    valid = [type(end) is int and 0 <= end < MAX_IDS for end in ends]
+    return {
+        "sampling": sampling,
+        "end_ids": tuple(end for end, is_id in zip(ends, valid, strict=True) if is_id),
+        "bad_end_ids": tuple(str(end)[:40] for end, is_id in zip(ends, valid, strict=True) if not is_id),
+    }
 
 
 class Vocabulary:
@@ -328,6 +336,12 @@ class Models:
         service = Service(facts.folder, self.config, self.launch)
         ends = dict.fromkeys((*tokenizer.stop_ids, *facts.end_ids))
         known = tuple(i for i in ends if i < tokenizer.vocab_size)
+        if bad := [*facts.bad_end_ids, *(str(i) for i in ends if i >= tokenizer.vocab_size)]:
+            file = facts.folder / "generation_config.json"
+            why = (
+                f"eos_token_id {', '.join(bad)} is no token of {tokenizer.vocab_size}"
+            )
+            print(f"warning: {file}: {why}; correct it", file=sys.stderr, flush=True)
         served = service.facts
         facts = replace(facts, context=served.context, own_context=facts.context, dtype=served.dtype)
         return LoadedModel(facts, service, tokenizer, Vocabulary(tokenizer), known)
