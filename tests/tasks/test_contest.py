@@ -5,6 +5,8 @@ import base64
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 import zlib
 
@@ -82,6 +84,37 @@ def test_expected_outputs_are_not_in_the_memory_of_the_program(isolation):
     """The heap pages that hold objects contain the input, but not the expected output."""
     judgement = judge_program(SCAN, [("a-word-nobody-has", "sah-ydobon-drow-a")], seconds=10, isolation=isolation)
     assert (judgement.reason, judgement.detail) == ("wrong-output", "True True False\n")
+
+
+ENDINGS = {
+    "exit functions": "import atexit\natexit.register(print, 'last')\nprint('first')",
+    "an exit function that fails": "import atexit\natexit.register(lambda: 1 / 0)\nprint('first')",
+    "a thread": "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+    "a daemon": "import threading, time\nthreading.Thread(target=lambda: (time.sleep(9), print(1)), daemon=True).start()",
+    "a file that nobody closes": "out = open(1, 'w')\nout.write('7')",
+    "such a file in a cycle": "class C: pass\nc = C(); c.me = c; c.out = open(1, 'w')\nc.out.write('7')",
+    "such a file of a function": "out = open(1, 'w')\ndef f(): return out.write('7')\nf()",
+    "a finaliser": "class C:\n    def __del__(self): print('gone')\nc = C()\nprint('here')",
+    "a finaliser in a cycle": "class C:\n    def __del__(self): print('gone')\nc = C(); c.me = c\ndef f(): return c",
+    "another standard output": "import io, sys\nsys.stdout = io.TextIOWrapper(open(1, 'wb', 0), write_through=False)\nprint('7')",
+    "a closed standard output": "import sys\nprint('7')\nsys.stdout.close()",
+    "output that is lost": "import os\nprint('7')\nos.close(1)",
+    "a number": "print('7')\nraise SystemExit(0)",
+    "a high number": "print('7')\nraise SystemExit(256)",
+    "True": "raise SystemExit(True)",
+    "a text": "raise SystemExit('text')",
+    "an interrupt": "raise KeyboardInterrupt",
+    "a generator": "def g():\n    try: yield 1\n    finally: print('closed')\nh = g()\nnext(h)",
+    "a pending exception": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    kept = e\n    out = open(1, 'w')\n    out.write('7')\nraise SystemExit",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_program_ends_as_the_interpreter_ends_it(name):
+    """It leaves out the teardown of modules, which nobody can see."""
+    there = subprocess.run([sys.executable, "-c", ENDINGS[name]], capture_output=True, text=True, env={})
+    judgement = judge_program(ENDINGS[name], [("", there.stdout)], seconds=10, imports=True)
+    assert judgement.reason == ("error" if there.returncode else "correct"), (there, judgement)
 
 
 def test_much_input_and_much_output():

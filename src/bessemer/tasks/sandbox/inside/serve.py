@@ -21,6 +21,7 @@ program finds nothing of the one before.
 import atexit
 import builtins
 import gc
+import io
 import os
 import select
 import struct
@@ -54,7 +55,7 @@ def serve(ask: int, reply: int, names: dict[str, object]) -> None:
     source = questions.read(int(length)).decode()
     sys.argv = ["program"]
     if mode == "run":
-        _run(source, reply, names)
+        _run(source, reply, _space(names))
     else:
         _call(source, name[0], names, questions, reply)
 
@@ -183,9 +184,13 @@ def names_of(imports: bool) -> dict[str, object]:
     return vars(builtins) | names | modules
 
 
-def _run(source: str, reply: int, names: dict[str, object]) -> None:
+def _space(names: dict[str, object]) -> dict[str, object]:
+    return {"__name__": "__main__", "__builtins__": names}
+
+
+def _run(source: str, reply: int, space: dict[str, object]) -> None:
     try:
-        exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": names})
+        exec(compile(source, "<program>", "exec"), space)
     except Exception as error:
         if reply >= 0:
             _send(reply, _error(error))
@@ -195,11 +200,12 @@ def _run(source: str, reply: int, names: dict[str, object]) -> None:
 
 
 def _run_to_the_end(source: str, names: dict[str, object]) -> None:
-    """Run the program and exit as the interpreter does: wait for its threads, call its exit functions, collect its
-    objects, flush its streams. Only the modules are not torn down, which takes longer than most tests."""
-    status = 0
+    """Run the program and exit as the interpreter does: wait for its threads, call its exit functions, flush its
+    streams, let go of its variables and collect its objects. Only modules are not torn down, which takes longer than
+    most tests."""
+    status, space = 0, _space(names)
     try:
-        _run(source, -1, names)
+        _run(source, -1, space)
     except SystemExit as end:
         if end.code is not None and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
@@ -212,6 +218,14 @@ def _run_to_the_end(source: str, names: dict[str, object]) -> None:
             sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
     flushed = _flush()
+    for private in (True, False):  # the interpreter's order
+        for name in list(space):
+            if name != "__builtins__" and (not private or (name[:1] == "_" and name[1:2] != "_")):
+                space[name] = None
+    for one in gc.get_objects():  # in a cycle the file may be closed before the text above it is written
+        if type(one) is io.TextIOWrapper:
+            with suppress(BaseException):
+                one.flush()
     gc.collect()
     os._exit(status if _flush() and flushed else LOST_OUTPUT)
 
