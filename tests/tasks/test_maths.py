@@ -315,7 +315,7 @@ def test_other_mistakes(file, tmp_path):
         get(f"gsm8k:{path}").document(0)
     with pytest.raises(UserError, match="no phrasing 'held-out'"):
         get(f"gsm8k:{path}", phrasing="held-out")
-    with pytest.raises(UserError, match="no setting 'slip'"):
+    with pytest.raises(UserError, match=r"no setting 'slip'.*Known: plain_answers"):
         get(f"gsm8k:{path}", slip=0.1)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
