@@ -6,6 +6,7 @@ import test_rl_queue
 
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
+from bessemer.eval import scoring
 from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import verify
@@ -121,3 +122,14 @@ def test_form_language_and_length_are_no_contrast():
     assert not start_gate(row | {"accuracy": 0.0}, 0.02).passed
     assert start_gate(row | {"accuracy": 0.0, "contrast": 0.02}, 0.02).passed
     assert not start_gate(row | {"accuracy": 0.0, "contrast": 1.0, "graded": 0.0}, 0.02).passed
+
+
+@pytest.mark.filterwarnings("ignore:.*your own code")
+def test_an_evaluation_has_the_score_beside_what_is_correct(file):
+    def row(task):
+        problem = task.problem("test", 0)
+        answers = [scoring.Answer("x" * n) for n in range(5)]
+        return scoring.judge(task, [problem], [answers], k=1, temperature=1.0, top_p=1.0, max_new_tokens=9)
+
+    near, formless = (row(get(f"{file}:{name}")) for name in ("Near", "Formless"))
+    assert (near["pass_at_1"], near["score"]) == (0.0, pytest.approx(0.2)) and "score" not in formless

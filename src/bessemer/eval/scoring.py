@@ -26,6 +26,7 @@ A row is one model on one task at one way of sampling:
     language_consistency   mean share of the thoughts' words in the language of the question; this and `readable` have
                            an *_interval, too
     reasons                {verdict: answers}
+    score                  mean credit of the answers, 0 to 1; absent for a task that gives no partial credit
     shots, shot_kind       examples before each question, and their kind (`shots.py`); absent if there are none
     prefix                 text before every question; absent if there is none
     turns, called, failed  for an environment: the model's turns per episode, the share of episodes in which a tool
@@ -49,7 +50,7 @@ from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.eval.judging import judge_all
 from bessemer.tasks import verdict_metrics as metrics
-from bessemer.tasks.base import Problem, Task, stable_hash
+from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.readability import READABLE, consistency, readable
 from bessemer.train.setup import batch_rows
 
@@ -174,8 +175,13 @@ def judge(
         "language_consistency_interval": list(metrics.mean_interval(consistent, seed)[1:]),
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
+        **_credit([verdict for group in verdicts for verdict in group]),
         **_of_episodes([answer.episode for answer in answers if answer.episode is not None]),
     }
+
+
+def _credit(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    return {"score": fmean(v.score for v in verdicts)} if any(v.partial is not None for v in verdicts) else {}
 
 
 def _of_episodes(episodes: Sequence[PlayedEpisode]) -> dict[str, Any]:
