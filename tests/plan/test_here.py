@@ -142,6 +142,16 @@ def test_a_network_that_this_machine_cannot_hold_is_guessed(monkeypatch):
     assert pace.Pace(recipe, worth=0.0, ranks=8).of_stages([stage])["pretrain"] < seconds
 
 
+def test_what_cannot_be_measured_is_guessed(monkeypatch):
+    def fails(*how):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", fails)
+    recipe = Recipe.load(RECIPES / "tiny.toml", ["pretrain.prompts=[]"])
+    seconds = pace.Pace(recipe, worth=0.0).of_stages([recipe.stage("pretrain")])["pretrain"]
+    assert seconds == pytest.approx(sum(guessed(recipe, one) for one in counted(recipe, "pretrain", prompts=[])))
+
+
 def test_measuring_leaves_random_numbers_and_processes_as_they_were(monkeypatch):
     recipe = Recipe.load(RECIPES / "tiny.toml", SMALL)
     monkeypatch.setattr(setup, "workers", lambda: Workers(2))

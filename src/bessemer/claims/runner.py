@@ -6,6 +6,7 @@ one, with the recipe runner, and measures. A finished job is not run again; an i
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -135,7 +136,7 @@ def run_job(job: ArmJob, out: Path, command: str = "") -> ArmResult:
     try:
         if job.recipe is not None:
             reuse = None if job.donor is None else out / job.donor / RUN
-            runner.run(job.recipe(), folder / RUN, reuse=reuse)
+            runner.run(job.recipe(), folder / RUN, reuse=reuse, worth=math.inf)  # nobody waits for it
         metrics = {name: _short(value) for name, value in part(job.part).measure(job, folder / RUN).items()}
     except UserError as error:
         if "does not recover" not in str(error):  # train.guard: a run that diverges is a result

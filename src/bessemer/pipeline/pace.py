@@ -20,11 +20,12 @@ import torch
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import Precision, StageConfig
-from bessemer.config.training import ExtendConfig, OnPolicyConfig, OptimizerConfig, PretrainConfig
+from bessemer.config.training import OnPolicyConfig, OptimizerConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
+from bessemer.errors import UserError
 from bessemer.kernels import library
 from bessemer.model.accounting import flops_per_token, stored_params
 from bessemer.model.config import ModelConfig
@@ -94,7 +95,10 @@ class Pace:
             return guessed(self.recipe, part) / self._ranks
         if key not in self._found:
             kept = self._kept.get(key)
-            self._found[key] = kept["rate"] if kept else self._measure(kind, stage, settings, self._length(settings))
+            self._found[key] = kept["rate"] if kept else None
+            # what cannot be measured is guessed; what is wrong with it, the stage itself will say
+            with suppress(RuntimeError, UserError):
+                self._found[key] = self._found[key] or self._measure(kind, stage, settings, self._length(settings))
             self._keep(key)
         if (rate := self._found[key]) is None:
             return guessed(self.recipe, part)
@@ -116,8 +120,6 @@ class Pace:
         return base.model_copy(update=own | {"compile": "off"})
 
     def _length(self, settings: PretrainConfig) -> int:
-        if isinstance(settings, ExtendConfig):
-            return settings.length
         corpus = self.recipe.stage(settings.source) if settings.source else None
         return getattr(corpus, "row_length", 256)
 

@@ -33,7 +33,7 @@ from bessemer.hf.causal_lm import needs_transformers
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.overview import overview
-from bessemer.pipeline.pace import Pace
+from bessemer.pipeline.pace import WORTH, Pace
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
@@ -82,12 +82,13 @@ def run(
     progress: RunProgress | None = None,
     reuse: Path | None = None,
     ranks: Ranks | None = None,
+    worth: float = WORTH,
 ) -> list[StageResult]:
     """Runs `recipe` in `out` (default runs/NAME) up to and including the stage `until`; returns every stage's result.
 
     Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
     signal. With `ranks`, this is rank 0, and the others `follow`. `conformance` gives the rows {item, section, paper,
-    here, state} of conformance.json.
+    here, state} of conformance.json. `worth`: as in `Pace`; inf: nothing is measured, and times are guesses.
     """
     if until is not None:
         recipe.stage(until)
@@ -113,7 +114,7 @@ def run(
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
             _set_aside_stale(plan, rundir, metrics, progress)
-            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, ranks)
+            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, ranks, worth)
             estimates = rundir.record_plan(progress.estimates)
             _adopt_files(plan, progress)
             if rundir.killed:
@@ -137,13 +138,14 @@ def run(
 
 def _estimates(
     plan: list[Planned], recipe: Recipe, until: str | None, cache: Path | None, progress: RunProgress,
-    ranks: Ranks | None,
+    ranks: Ranks | None, worth: float,
 ) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
     """Seconds of every stage, at rates measured here for those that are to run, and the stages that no model works
     in."""
     last = len(plan) if until is None else recipe.names().index(until) + 1
     due = [item.config for item in plan[:last] if not item.done]
-    pace = Pace(recipe, cache=cache_dir(cache), ranks=1 if ranks is None else ranks.n, say=progress.say)
+    n_ranks = 1 if ranks is None else ranks.n
+    pace = Pace(recipe, worth=worth, cache=cache_dir(cache), ranks=n_ranks, say=progress.say)
     seconds = pace.of_stages(due)
     estimates = {item.name: seconds.get(item.name, 0.0) or item.stage.estimate(item.config, recipe) for item in plan}
     texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
