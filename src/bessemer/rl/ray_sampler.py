@@ -25,7 +25,7 @@ from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import GenerationPlan, OnText, Prompt
+from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.rl.ray_worker import pack_weights
@@ -184,9 +184,9 @@ class RaySampler:
         return partial(self._submit, self._version, self._weights)
 
     def _submit(
-        self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]
-    ) -> RaySamples:
-        on_text = options.pop("on_text", None)
+        self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], on_text: OnText | None = None,
+        **options: Unpack[Options],
+    ) -> RaySamples:  # fmt: skip
         plan = self.engine.plan(prompts, **options)
         jobs = [RolloutJob(batch, version, weights) for batch in plan.batches]
         self.pool.submit(jobs)

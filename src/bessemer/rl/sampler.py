@@ -15,31 +15,22 @@ crash. On many ranks, all make the same calls at the same time, and all get all 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, Unpack
 
 from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion, OnText, Prompt, held_by
+from bessemer.engine.generation import Completion, OnText, Options, Prompt, held_by
 from bessemer.train import setup
 
 Completions = list[list[Completion]]
 """`samples` completions of each prompt, in order."""
 
 
-class SamplingOptions(TypedDict, total=False):
-    """Those options of `Engine.generate` that RL sets."""
+class SamplingOptions(Options, total=False):
+    """Options of `Engine.generate`."""
 
-    samples: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    batch_rows: int
-    stop_ids: Sequence[int]
-    seeds: Sequence[int]
-    record_routing: bool
-    record_kept: bool
     on_text: OnText
 
 
@@ -148,11 +139,12 @@ class ShardedSampler(LocalSampler):
 
 
 def deal(
-    engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], apart: bool = False, **options: Unpack[SamplingOptions]
-) -> Completions:
+    engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], apart: bool = False, on_text: OnText | None = None,
+    **options: Unpack[Options],
+) -> Completions:  # fmt: skip
     """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples, or `apart` as in
     `ShardedSampler`. on_text hears of this rank's share. Collective."""
-    n, on_text = ranks.n, options.pop("on_text", None)
+    n = ranks.n
     options["batch_rows"] = dealt(len(prompts) * options.get("samples", 1), options.get("batch_rows", 512), n)
     plan = engine.plan(prompts, **options)
     own = engine.run_all(plan.batches[ranks.me :: n], on_text)

@@ -316,7 +316,7 @@ HARMLESS = frozenset({"stream_options", "add_special_tokens", "metadata", "inclu
 @cache
 def _generation_fields() -> frozenset[str]:
     """The fields of all endpoints that generate."""
-    bodies = [Body, *Body.__subclasses__(), *Generation.__subclasses__()]
+    bodies: list[type[Body]] = [Body, *Body.__subclasses__(), *Generation.__subclasses__()]
     return frozenset(info.alias or n for body in bodies if body.generates for n, info in body.model_fields.items())
 
 
