@@ -64,7 +64,9 @@ def close(one, other):
         assert a.keys() == b.keys()
         for name in a:
             # rl/mtp_1 is measured on the first micro-batch of every rank, so on other rows
-            if not any(word in name for word in ("seconds", "time/", "memory", "per_second", "rl/sampler", "gpu/", "mtp")):
+            if not any(
+                word in name for word in ("seconds", "time/", "memory", "per_second", "rl/sampler", "gpu/", "mtp")
+            ):
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
 

@@ -338,9 +338,7 @@ class Models:
         known = tuple(i for i in ends if i < tokenizer.vocab_size)
         if bad := [*facts.bad_end_ids, *(str(i) for i in ends if i >= tokenizer.vocab_size)]:
             file = facts.folder / "generation_config.json"
-            why = (
-                f"eos_token_id {', '.join(bad)} is no token of {tokenizer.vocab_size}"
-            )
+            why = f"eos_token_id {', '.join(bad)} is no token of {tokenizer.vocab_size}"
             print(f"warning: {file}: {why}; correct it", file=sys.stderr, flush=True)
         served = service.facts
         facts = replace(facts, context=served.context, own_context=facts.context, dtype=served.dtype)
