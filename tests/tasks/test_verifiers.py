@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import types
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,46 @@ def test_a_task_that_cannot_be_sent_is_judged_here():
     assert found.verdict.answer == str(os.getpid())
     (found,) = judge_all([(TASK, PROBLEM, "right")])
     assert found.verdict.answer != str(os.getpid())
+
+
+def test_a_class_that_only_chooses_problems_is_judged_by_the_one_it_is_of(pool):
+    """As a task narrowed to some difficulties is."""
+
+    def of(**methods):
+        task = tasks.get("code")
+        mixed = type("_Chooses", (type(task),), methods | {"__module__": "bessemer.tasks.narrowed"})
+        task.__class__ = type("Code", (mixed,), {"__module__": type(task).__module__})
+        return task, task.problem("train", 0), "<think>t</think><answer>def f(x): return 1</answer>"
+
+    chooses, judges = of(size=lambda self, split: 1), of(judge=lambda self, problem, source: "correct")
+    assert verifiers.apart(chooses[0]) and not verifiers.apart(judges[0])
+    assert pool().submit(*chooses).result(60).verdict.reason == "wrong-output"
+    assert type(chooses[0]).__mro__[1].__name__ == "_Chooses", "the task itself is as it was"
+    assert judge_all([judges])[0].verdict.correct
+
+
+def test_a_class_that_another_process_does_not_find_is_judged_here(monkeypatch):
+    module = types.ModuleType("only_here")
+    exec("from hard_answers import Hard as H\nclass Own(H): pass", vars(module))
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    module.Own.__module__ = "only_here"
+    task = module.Own()
+    assert verifiers.apart(task)
+    found = judge_all([(task, PROBLEM, "right"), (task, PROBLEM, "wrong")])
+    assert [one.verdict.correct for one in found] == [True, False] and not verifiers.apart(task)
+    assert found[0].verdict.answer == str(os.getpid())
+
+
+def test_what_was_judged_is_not_kept(pool):
+    """65,536 judgements are kept: with their answers they were gigabytes."""
+    one = pool(1)
+    one.submit(TASK, PROBLEM, "right").result(60)
+    tracemalloc.start()
+    for n in range(40):
+        one.submit(TASK, PROBLEM, f"wrong {n} " + "and so on " * 100_000).result(60)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 8e6 < 40e6
 
 
 PROGRAM = f"""

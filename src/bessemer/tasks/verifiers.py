@@ -15,6 +15,7 @@ that answer, too. Requests are pickled, since both ends are this program; replie
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import os
@@ -54,8 +55,14 @@ KEPT = 1 << 16
 """Judgements that are kept: the samples of a problem often give the same answer."""
 NEAR = 64
 """Waiting answers among which a verifier looks for one to the problem it knows: its tests are read then."""
+JUDGING = {"verify", "grade", "judge", "_judge"}
+"""Methods of a task that decide a verdict."""
 TRIES = 2
 PR_SET_PDEATHSIG = 1
+
+
+class Absent(Exception):
+    """A verifier finds no class of the task's name."""
 
 
 class Judged(NamedTuple):
@@ -78,13 +85,15 @@ def begun(task: Task, problem: Problem, answer: str) -> bool:
 def judged(task: Task, problem: Problem, answer: str) -> Judged:
     """The verdict on an answer. UserError if a user can mend why there is none."""
     heartbeat.beat()
-    if not apart(task):
-        return Judged(task.verify(problem, answer), consistency(answer, problem.language))
-    future = _verifiers(os.getpid()).submit(task, problem, answer)
-    while True:
-        with suppress(TimeoutError):
-            return future.result(1.0)
-        heartbeat.beat()
+    while apart(task):
+        verifiers = _verifiers(os.getpid())
+        try:
+            return verifiers.submit(task, problem, answer).result(1.0)
+        except TimeoutError:
+            heartbeat.beat()
+        except Absent:
+            verifiers.forget(task)
+    return Judged(task.verify(problem, answer), consistency(answer, problem.language))
 
 
 def apart(task: Task) -> bool:
@@ -96,6 +105,20 @@ def apart(task: Task) -> bool:
 def _verifiers(pid: int) -> Verifiers:
     """Those of this process; a fork has its own."""
     return Verifiers()
+
+
+def _importable(task: Task) -> Task:
+    """The task, or its copy as an object of the class of the package that judges for it: `narrowed` makes classes that
+    choose problems and cannot be imported."""
+    for kind in type(task).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None)
+        if found is kind:
+            break
+        if not kind.__module__.startswith("bessemer.") or not JUDGING.isdisjoint(vars(kind)):
+            return task
+    twin = copy.copy(task)
+    twin.__class__ = kind
+    return twin
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -133,10 +156,14 @@ class Verifiers:
         """The task as bytes; None if another process cannot have it."""
         if task not in self._tasks:
             try:
-                self._tasks[task] = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
+                self._tasks[task] = pickle.dumps(_importable(task), pickle.HIGHEST_PROTOCOL)
             except Exception:  # whatever an object of the user's may raise
                 self._tasks[task] = None
         return self._tasks[task]
+
+    def forget(self, task: Task) -> None:
+        """Have the task judged in this process from now on."""
+        self._tasks[task] = None
 
     def submit(self, task: Task, problem: Problem, answer: str) -> Future[Judged]:
         packed = self.packed(task)
@@ -198,6 +225,7 @@ def _serve_all(pool: weakref.ref[Verifiers], verifier: _Verifier) -> None:
             job.found.set_result(verifier.judge(job))
         except BaseException as error:
             job.found.set_exception(error)
+        job.packed, job.problem, job.answer = b"", b"", ""  # the job is kept for what was found
 
 
 def _end_all(verifiers: list[_Verifier]) -> None:
@@ -233,6 +261,9 @@ class _Verifier:
                 self.end()
                 continue
             self.known = job.problem
+            if "absent" in reply:
+                self._tasks.discard(job.task)
+                raise Absent(reply["absent"])
             if "fault" in reply:
                 raise UserError(reply["fault"])
             if "error" in reply:
@@ -291,9 +322,14 @@ def main(pipe: Connection, parent: int) -> None:
                 name, packed, problem, answer = pickle.loads(pipe.recv_bytes())
             except (EOFError, OSError):
                 return
-            if packed:
-                known[name] = pickle.loads(packed)
-            pipe.send_bytes(json.dumps(_answer(known[name], pickle.loads(problem), answer)).encode())
+            try:
+                if packed:
+                    known[name] = pickle.loads(packed)
+                task, asked = known[name], pickle.loads(problem)
+            except Exception as error:  # this process has not loaded what the other has
+                pipe.send_bytes(json.dumps({"absent": repr(error)}).encode())
+                continue
+            pipe.send_bytes(json.dumps(_answer(task, asked, answer)).encode())
 
 
 def _answer(task: Task, problem: Problem, answer: str) -> dict[str, Any]:
