@@ -1,9 +1,10 @@
 """Agreement with the golden answers (tests/data/golden) of our graders, of math-verify and of lm-eval.
 
-    python bench/golden_answers.py [--disagreements [GRADER]] [--family NAME ...] [--json PATH]
+    python bench/golden_answers.py [--second] [--disagreements [GRADER]] [--family NAME ...] [--json PATH]
 
 For every family and grader: the answers judged, the share of verdicts that agree with the label, right answers refused
-and wrong answers paid. `--disagreements` lists them one by one. The graders:
+and wrong answers paid. `--disagreements` lists them one by one. `--second` takes the second set,
+tests/data/golden/second. The graders:
 
 - ours: the `verify` of the task that the answer names.
 - math-verify: `parse` of gold answer and completion, then `verify`, as its README has it; a choice by its
@@ -33,15 +34,16 @@ from bessemer.errors import UserError
 from bessemer.tasks import get
 
 FOLDER = Path(__file__).parents[1] / "tests" / "data" / "golden"
+SECOND = FOLDER / "second"
 THINK, END = "<think>", "</think>"
 Entry = dict[str, Any]
 Paid = dict[str, bool | None]
 """By id, whether a grader pays the answer; None if it does not judge this kind."""
 
 
-def entries(families: Iterable[str] = ()) -> list[Entry]:
+def entries(families: Iterable[str] = (), folder: Path = FOLDER) -> list[Entry]:
     """The golden answers of the families, or all of them."""
-    paths = [FOLDER / f"{name}.jsonl" for name in families] or sorted(FOLDER.glob("*.jsonl"))
+    paths = [folder / f"{name}.jsonl" for name in families] or sorted(folder.glob("*.jsonl"))
     return [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
 
 
@@ -202,11 +204,12 @@ def _shown(entry: Entry, verdicts: dict[str, Paid]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", default=[], help="only these files of tests/data/golden")
+    parser.add_argument("--second", action="store_true", help="the second set, tests/data/golden/second")
+    parser.add_argument("--family", nargs="+", default=[], help="only these files")
     parser.add_argument("--disagreements", nargs="?", const="any", choices=["any", *GRADERS])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    answers = entries(args.family)
+    answers = entries(args.family, SECOND if args.second else FOLDER)
     verdicts = {name: grader(answers) for name, grader in GRADERS.items()}
     table = measure(answers, verdicts)
     print(f"{'family':28}" + "".join(f"| {name:^31}" for name in GRADERS))

@@ -10,13 +10,13 @@ BENCH = Path(__file__).parents[2] / "bench" / "golden_answers.py"
 spec = importlib.util.spec_from_file_location("golden_answers", BENCH)
 golden = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(golden)
-ANSWERS = golden.entries()
+ANSWERS, SECOND = golden.entries(), golden.entries(folder=golden.SECOND)
 NEEDED = {"id", "family", "task", "language", "question", "completion", "label"}
 ALLOWED = NEEDED | {"gold", "choices", "unit", "tolerance", "tests", "entry_point", "why"}
 
 
 def test_every_line_has_the_fields_of_its_task():
-    for entry in ANSWERS:
+    for entry in ANSWERS + SECOND:
         assert entry.keys() >= NEEDED and entry.keys() <= ALLOWED, entry["id"]
         assert entry["label"] in ("right", "wrong") and entry["language"] in ("en", "zh"), entry["id"]
         assert entry["id"].rpartition("-")[0] == entry["family"], entry["id"]
@@ -30,14 +30,16 @@ def test_every_line_has_the_fields_of_its_task():
 
 
 def test_no_answer_stands_twice_and_no_question_has_two_golds():
-    assert len({entry["id"] for entry in ANSWERS}) == len(ANSWERS)
-    assert len({(entry["question"], entry["completion"]) for entry in ANSWERS}) == len(ANSWERS)
+    every = ANSWERS + SECOND
+    assert len({entry["id"] for entry in every}) == len(every)
+    assert len({(entry["question"], entry["completion"]) for entry in every}) == len(every)
     golds, labels = defaultdict(set), defaultdict(set)
-    for entry in ANSWERS:
+    for entry in every:
         golds[entry["question"]].add(str([entry.get(key) for key in ("gold", "choices", "tests", "unit", "tolerance")]))
         labels[entry["question"]].add(entry["label"])
     assert all(len(gold) == 1 for gold in golds.values())
     assert all(label == {"right", "wrong"} for label in labels.values())  # no question that one verdict satisfies
+    assert not {entry["question"] for entry in ANSWERS} & {entry["question"] for entry in SECOND}
 
 
 def test_the_shares_are_those_of_a_useful_measure():
