@@ -8,8 +8,9 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.data.tools import Tool
 from bessemer.engine.engine import Engine
-from bessemer.engine.grammar import DEEPEST, Grammars, json_grammar
+from bessemer.engine.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
@@ -143,3 +144,46 @@ def test_schemas_that_cannot_be_enforced_are_named(tokenizer):
     ):
         with pytest.raises(UserError, match=message):
             json_grammar(schema)
+
+
+OPEN = {
+    "type": "object", "required": ["said", "list"], "additionalProperties": False,
+    "properties": {
+        "said": {"type": "string"}, "more": {"type": "number"},
+        "list": {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["content", "call"])
+def test_what_the_limit_cuts_off_can_still_be_parsed(engine, prompts, tokenizer, form):
+    """A model that knows no JSON writes strings and lists without an end."""
+    tool = Tool("note", parameters=OPEN)
+    grammar = json_grammar(OPEN) if form == "content" else calls_grammar((tool,), tokenizer.tool_marks, 2)
+    scheduler = Scheduler(engine, rows=16)
+    wanted = [
+        Request(tuple(prompts[n % 4]), stream_key(3, n), 130, SAMPLINGS[n % 3], grammar=grammar) for n in range(12)
+    ]
+    found, _ = drain(scheduler, wanted, every=1)
+    assert "length" in {end.reason for _, end in found}
+    for tokens, end in found:
+        text = tokenizer.decode([token.token for token in tokens], skip_special=False)
+        value, length = json.JSONDecoder().raw_decode(text[text.index("{") :])
+        jsonschema.validate(value, OPEN)
+        assert end.reason in ("stop", "length") and (form == "call" or length == len(text))
+
+
+def test_there_is_at_most_one_blank_between_two_tokens(tokenizer):
+    """Where more are allowed, a weak model pads its answers with them."""
+    grammars = Grammars(tokenizer)
+
+    def follows(text, ids):
+        state = grammars.start(json_grammar(SCHEMAS[0]), waits=False)
+        for token in tokenizer.encode(text):
+            assert state.allowed()[token]
+            state.append(token)
+        return bool(state.allowed()[ids])
+
+    (blank,), (line,) = tokenizer.encode(" "), tokenizer.encode("\n")
+    for text in ("{", '{"a":', '{"a": 4', '{ "a": 4,'):
+        assert follows(text, blank) and not follows(text, line) and not follows(text + " ", blank)

@@ -2,7 +2,8 @@
 
 A grammar is text in llguidance's own syntax; `json_grammar` makes one from a JSON schema, `calls_grammar` from tools.
 What it allows depends only on the tokens of its own answer, so samples stay independent of the batch. It applies only
-once a thought has ended.
+once a thought has ended. Shortly before the answer reaches its length limit, it allows only what closes strings, lists,
+objects and calls, where something does, so that arguments cut off by the limit can still be parsed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, DEEPEST, SEPARATOR, Tool, depth
 from bessemer.errors import UserError
 
-WHITESPACE = r"[ \n]{1,12}"
-"""Between JSON tokens. Without a bound, a weak model writes whitespace until it reaches its length limit."""
+WHITESPACE = " "
+"""What may stand between two JSON tokens, at most once: as `json.dumps` writes. If more may, a weak model pads its
+answers with it."""
+RESERVE = 64
+"""Tokens at the end of an answer in which the grammar closes what is open. An answer of fewer than twice as many keeps
+half of them."""
 LONGEST = 32_768
 """Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
+QUOTE, BACKSLASH = b'"\\'
 KEPT = 32
 """Number of compiled grammars in the cache."""
 
@@ -77,16 +83,18 @@ class Grammars:
         self.tokenizer = tokenizer
         self._compiled = lru_cache(maxsize=KEPT)(self._compile)
         self._vocabulary: Any = None
+        self._closers: tuple[Tensor, ...] = ()
 
     def start(self, grammar: str, waits: bool) -> GrammarState:
         """The state at the beginning of an answer; `waits`: the answer begins inside a thought."""
-        return GrammarState(self._compiled(grammar).deep_copy(), self.tokenizer, waits)
+        return GrammarState(self._compiled(grammar).deep_copy(), self.tokenizer, waits, self._closers)
 
     def _compile(self, grammar: str) -> Any:
         guidance = _guidance()
         if self._vocabulary is None:
             wrapped = guidance.TokenizerWrapper(_Vocabulary(self.tokenizer))
             self._vocabulary = guidance.LLTokenizer(wrapped, eos_token=list(self.tokenizer.stop_ids) or None)
+            self._closers = _closers(self.tokenizer)
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the grammar cannot be used: {_short(matcher.get_error())}")
@@ -96,8 +104,13 @@ class Grammars:
 class GrammarState:
     """How far one answer has got in its grammar."""
 
-    def __init__(self, matcher: Any, tokenizer: Tokenizer, waits: bool):
-        self._matcher, self._tokenizer = matcher, tokenizer
+    def __init__(self, matcher: Any, tokenizer: Tokenizer, waits: bool, closers: tuple[Tensor, ...] = ()):
+        self._matcher, self._tokenizer, self._closers = matcher, tokenizer, closers
+        self._in_string = self._escaped = False
+        self.closing = False
+        """The answer must end soon."""
+        self.cut = False
+        """Something was closed for that reason."""
         self.waits = waits
         """Every token is allowed until </think>."""
 
@@ -106,6 +119,11 @@ class GrammarState:
             self.waits = token != self._tokenizer.think_end_id
         else:
             self._matcher.consume_token(token)
+            for byte in b"" if self._tokenizer.is_special(token) else self._tokenizer.token_bytes(token):
+                if self._escaped or not self._in_string:
+                    self._escaped, self._in_string = False, self._in_string or byte == QUOTE
+                else:
+                    self._escaped, self._in_string = byte == BACKSLASH, byte != QUOTE
 
     @property
     def complete(self) -> bool:
@@ -122,7 +140,27 @@ class GrammarState:
         if self.waits:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool))
+        allowed_V = torch.from_numpy(
+            np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool)
+        )
+        # a text that may end here, such as one that calls could follow, is not shortened
+        if self.closing and not self._matcher.is_accepting():
+            for closes_V in self._closers[-1:] if self._in_string else self._closers:
+                if bool((closing_V := allowed_V & closes_V).any()):
+                    self.cut = True
+                    return closing_V
+        return allowed_V
+
+
+def _closers(tokenizer: Tokenizer) -> tuple[Tensor, ...]:
+    """What leads to an end outside strings, in order of preference: tokens of closing brackets, or the end of a call;
+    the comma before what is still required; and tokens of a quotation mark, which begin and end strings, with closing
+    brackets after it. bool [V] each."""
+    ends = {tokenizer.tool_marks.get(mark) for mark in (CALL_END, CALLS_END)}
+    texts = [b"" if tokenizer.is_special(i) else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    quotes = [text[:1] == b'"' and not text.strip(b'"]}') for text in texts]
+    brackets = [i in ends or (text != b"" and not text.strip(b"]}")) for i, text in enumerate(texts)]
+    return torch.tensor(brackets), torch.tensor([text == b"," for text in texts]), torch.tensor(quotes)
 
 
 class _Vocabulary:

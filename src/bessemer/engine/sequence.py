@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.grammar import GrammarState
+from bessemer.engine.grammar import RESERVE, GrammarState
 from bessemer.errors import UserError
 
 FinishReason = Literal["stop", "length", "error"]
@@ -229,9 +229,13 @@ class Sequence:
             self.stop_tail, stopped = self.stop.after(self.stop_tail, token)
         if self.grammar is not None:
             self.grammar.append(token)
+            left = request.max_new_tokens - len(self.tokens)
+            self.grammar.closing = left <= min(RESERVE, request.max_new_tokens // 2)
         if self.grammar is not None and self.grammar.error:
             self.finish, self.error = "error", f"the grammar of this answer failed: {self.grammar.error}"
-        elif (self.grammar is not None and self.grammar.complete) or token in request.stop_ids or stopped:
+        elif self.grammar is not None and self.grammar.complete:
+            self.finish = "length" if self.grammar.cut else "stop"
+        elif token in request.stop_ids or stopped:
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"
