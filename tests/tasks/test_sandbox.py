@@ -455,3 +455,22 @@ def test_a_level_that_fails_says_why(monkeypatch):
         run("print(1)", isolation="bubblewrap")
     with pytest.raises(UserError, match=r"no level 'docker'.*bubblewrap, namespaces, none"):
         run("print(1)", isolation="docker")
+
+
+HIDES = """
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def f(n):
+    while True:
+        if os.fork() == 0:
+            began = time.process_time()
+            while time.process_time() - began < 0.004: pass
+            os._exit(0)
+        time.sleep(0.001)
+"""
+
+
+@isolated
+def test_time_in_children_that_nobody_waits_for_ends_too(isolation, monkeypatch):
+    monkeypatch.setattr("bessemer.tasks.sandbox.process.PATIENCE", 2.0)
+    assert judge(HIDES, "f", [([1], 1)], seconds=0.5, isolation=isolation).reason in ("timeout", "error")
