@@ -27,6 +27,53 @@ def test_share(text, english):
     assert share(text, "zh") == (1.0 if english is None else 1.0 - english)
 
 
+GEOMETRY = {
+    "zh": "由题意可知三角形 $ABC$ 中 $\\angle A = 60^\\circ$，\n"
+    "由余弦定理得 $BC^2 = AB^2 + AC^2 - 2 AB \\cdot AC \\cos A$，\n"
+    "代入得 \\[BC = \\sqrt{3}\\text{ cm}.\\] 所以 AB=AC，面积为 \\(\\frac{\\sqrt{3}}{4}\\)，即 5cm 的\\frac{1}{2}。",
+    "en": "In triangle $ABC$ we have $\\angle A = 60^\\circ$.\n"
+    "By the law of cosines $BC^2 = AB^2 + AC^2 - 2 AB \\cdot AC \\cos A$.\n"
+    "So \\[BC = \\sqrt{3}\\text{ cm}.\\] Hence AB=AC and the area is \\(\\frac{\\sqrt{3}}{4}\\).",
+}
+
+
+@pytest.mark.parametrize("language", GEOMETRY)
+def test_notation_belongs_to_no_language(language):
+    assert share(GEOMETRY[language], language) == 1.0
+    assert share(GEOMETRY[language], "zh" if language == "en" else "en") == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "设\n\\begin{align}\nx&=1\\\\ y&=2\n\\end{align}\n所以",
+        "设 2xy+3ab=7，sin A = 1/2，log 3",
+        "速度是 50 km/h，面积 $16\\text{ cm}^2$。",
+        "矩阵 $\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}$ 的行列式 $\\det A = ad - bc$",
+        "所以\n```python\nfor i in range(3):\n    print(i)\n```\n得到",
+        "过点P作PQ∥AB交AC于Q，连接BQ",
+    ],
+)
+def test_notation_does_not_lower_chinese(text):
+    assert share(text, "zh") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("对 $This is hidden English prose$", 5),
+        ("对 $\\text{we first compute the sum}$", 5),
+        ("对 \\[\\mathrm{hidden} = \\text{prose here}\\]", 3),
+        ("对 \\this \\is \\hidden", 3),
+        ("对 THIS IS HIDDEN", 3),
+        ("对\n```\nwe first compute the whole sum\n```", 6),
+        ("对 $\\begin{align} first we add them \\end{align}$", 4),
+    ],
+)
+def test_notation_hides_no_prose(text, words):
+    assert share(text, "zh") == 1 / (1 + words)
+
+
 @pytest.mark.parametrize("text", ["Сначала сложим", "먼저 숫자를 더하고", "まずたして"])
 def test_a_third_language_is_neither(text):
     assert share(text, "en") == share(text, "zh") == 0.0
