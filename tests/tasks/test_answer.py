@@ -123,12 +123,12 @@ def test_code_is_the_last_program_of_the_final_part(rest, answers, fault):
         ("Option C", "C", None),
         ("The choice is C.", "C", None),
         ("**Option A**\nIt is warm.\n**Option B**\nIt is cold.", "", "no-answer"),
-        ("**Option A**\nIt is wrong.\n\nOption B is right.", "", "no-answer"),
+        ("**Option A**\nIt is wrong.\n\nOption B is right.", "B", None),
         ("C", "C", None),
         ("\\boxed{C}\n\nAnswer: C", "C", None),
         ("\\boxed{C}\n\nAnswer: D", "C|D", None),
-        ("A\nB\nC\nD\nE", "", "several-answers"),
-        ("A better choice is C, I think.", "", "no-answer"),
+        ("A\nB\nC\nD\nE", "A|B", None),
+        ("A better choice is C, I think.", "C", None),
     ],
 )
 def test_a_choice_may_be_stated_in_a_line(rest, answers, fault):

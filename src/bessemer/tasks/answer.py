@@ -4,7 +4,7 @@ Two forms, each read strictly:
   R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else, except up to GAP characters of
               white space before, between and after;
   R1's        `<think> thoughts </think>`, a blank line, then free text that states the answer: in `\\boxed{...}` with
-              balanced braces, in answer tags, for code in a fenced block, for a choice in a line `Answer: C`.
+              balanced braces, in answer tags, for code in a fenced block, for a choice in a sentence (statements.py).
 
 The text around the answer is for a reader: it has at most AROUND characters, none of them invisible. The bounds are
 ours; the reports name none. Thoughts may have any length, but some of their text must be visible.
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from bessemer.tasks import fences
+from bessemer.tasks import fences, statements
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed", "empty"
@@ -57,10 +57,10 @@ LONGEST = 10_000
 """Maximum characters of a box."""
 
 Final = Literal["value", "code", "letter"]
-"""What states an answer besides the tags: a box; a code fence; a box or a line with the letter, such as `Answer: C`."""
+"""What states an answer besides the tags: a box; a code fence; a box or a sentence with the letter."""
 
 _TAG = re.compile("</?(?:think|answer)>")
-_BOX = re.compile(r"(?<!\\)(?:\\\\)*\\boxed ?\{")
+_BOX = re.compile(r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox) ?\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _STATEMENT = re.compile(
     r"<answer>.*?(?:</answer>|\Z)|```.*?(?:```|\Z)|^[ \t]*+~~~.*?(?:~~~|\Z)", re.DOTALL | re.MULTILINE
@@ -80,21 +80,6 @@ _UNSEEN = re.compile(rf"[{_IGNORABLE}]|(?<!{_SYMBOL})\ufe0f(?!\u20e3)|(?<!\ufe0f
 """What a reader does not see: those, two characters of emoji when outside an emoji, long runs of white space,
 comments."""
 _VISIBLE = re.compile(rf"[^\s\ufe0f\u200d{_IGNORABLE}]")
-_STATED = re.compile(
-    r"^[*_ \t]{0,8}(?:(?:The )?(?:(?:[Ff]inal |[Cc]orrect |[Bb]est )?[Aa]nswer(?: is)?"
-    r"|(?:[Ff]inal |[Cc]orrect |[Bb]est )(?:[Oo]ption|[Cc]hoice)(?: is)?)"
-    r"|(?:(?:因此|所以|故)[，,]?)?(?:最终|正确)?答案[是为]?|(?:故|应|所以|因此)选)?[*_]{0,4}[:：]?[*_ \t]{0,8}"
-    r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
-    re.MULTILINE,
-)
-"""A line that states a letter, alone or as the answer."""
-_NAMED = re.compile(
-    r"^[*_ \t]{0,8}(?:(?:The )?(?:[Oo]ption|[Cc]hoice)(?: is)?|选)[*_]{0,4}[:：]?[*_ \t]{0,8}"
-    r"[(（]?([A-Z])[)）]?[.。*_ \t]{0,8}$",
-    re.MULTILINE,
-)
-"""A line that names a letter: the answer if nothing states one and the text holds no other."""
-_LETTER = re.compile("(?<![A-Za-z])[A-Z](?![A-Za-z'’])")
 
 
 @dataclass(frozen=True)
@@ -203,10 +188,9 @@ def _answers(rest: str, tagged: _Tagged | None, thoughts: str, final: Final) -> 
         if tagged and not any(tagged[1] <= begin < tagged[2] for begin, _ in boxes):
             stated.append(rest[tagged[1] : tagged[2]])
         if final == "letter":
-            stated += [line[1] for line in islice(_STATED.finditer(rest), MOST_BOXES)]
-            named = {line[1] for line in islice(_NAMED.finditer(rest), MOST_BOXES)}
-            others = set(_LETTER.findall(rest)) - named - {"A", "I"}  # the latter two may be words
-            stated += named if len(named) == 1 and not others and not any(stated) else ()
+            stated += statements.letters(rest[: tagged[0]] + rest[tagged[3] :] if tagged else rest, any(stated))
+        elif not any(text is not None for text in stated):
+            stated += statements.values(rest)
     texts = {" ".join(text.split()): text for text in stated if text is not None}
     if not texts:
         raise _Fault(IN_THOUGHTS if final != "code" and _BOX.search(thoughts) else NO_ANSWER)
@@ -222,7 +206,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     """Begin and end of the content of every box."""
     boxes: list[tuple[int, int]] = []
     place = 0
-    if "\\boxed" not in text:  # spares most texts the search
+    if "\\boxed" not in text and "\\fbox" not in text:  # spares most texts the search
         return boxes
     while found := _BOX.search(text, place):
         if len(boxes) == MOST_BOXES:
@@ -272,7 +256,7 @@ def prose(text: str) -> str:
     except _Fault:
         return rest
     for begin, end in reversed(boxes):
-        rest = rest[: rest.rindex("\\boxed", 0, begin)] + rest[end + 1 :]
+        rest = rest[: max(rest.rfind(name, 0, begin) for name in ("\\boxed", "\\fbox"))] + rest[end + 1 :]
     return rest
 
 

@@ -19,17 +19,13 @@ from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, stabl
 from bessemer.tasks.files import FileTask, Question
 from bessemer.tasks.maths_questions import no_value, peeled
 from bessemer.tasks.sandbox import same
+from bessemer.tasks.statements import letter_of
 
 MAX_CHARS = 4000
 """Maximum length in characters of an answer that is read."""
 SHUFFLE = "@shuffle"
 _ASK_LETTER = {"en": "Answer with the letter of one choice.", "zh": "请用一个选项的字母作答。"}
 _ASK_JSON = {"en": "Give the answer as JSON.", "zh": "请以JSON格式作答。"}
-_LETTER = re.compile(
-    r"(?:答案[是为]?[:：]? ?)?(?:\\(?:text(?:bf)?|mathrm|mathbf) ?\{)?[*(（]*([A-Za-z])[)）*]*\}?[.):：。、．]?"
-    r"(?:\s+(.+))?",
-    re.DOTALL,
-)
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -86,12 +82,9 @@ class MultipleChoice(FileTask):
         return Problem(problem.id, prompt, problem.language, problem.meta | {"gold": gold})
 
     def grade(self, problem: Problem, answer: str) -> tuple[str, str | None]:
-        found = _LETTER.fullmatch(peeled(answer)) if len(answer) <= MAX_CHARS else None
-        if found is None:
-            return UNPARSABLE, None
-        letter, text = found[1].upper(), found[2]
         choices = dict(zip(ascii_uppercase, problem.meta["choices"], strict=False))
-        if letter not in choices or (text is not None and " ".join(text.split()) != choices[letter]):
+        letter = letter_of(peeled(answer), choices) if len(answer) <= MAX_CHARS else None
+        if letter not in choices:
             return UNPARSABLE, None
         return CORRECT if letter == problem.meta["gold"] else WRONG_VALUE, letter
 
