@@ -70,7 +70,7 @@ def test_a_gold_answer_that_is_no_value_is_named(tmp_path, family, gold):
         ("\\$18", "£18", "How much?", "wrong-value"),
         ("10\\text{ cm}", "10 cm", "How long?", "correct"),
         ("10\\text{ cm}", "10\\text{ m}", "How long?", "wrong-value"),
-        ("10\\text{ cm}", "10 m", "How long?", "unparsable"),
+        ("10\\text{ cm}", "10 m", "How long?", "wrong-value"),
         ("5t", "5", "Simplify 2t+3t.", "wrong-value"),  # math-verify takes t for a unit
         ("K", "\u212a", "Which?", "unparsable"),  # the Kelvin sign
         ("x^2+1", "\\mathrm{х}^2+1", "Which?", "unparsable"),

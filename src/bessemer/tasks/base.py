@@ -182,7 +182,7 @@ class Task:
             return UNPARSABLE, None
         judged = [self.grade(problem, text) for text in reply.answers]
         if len(judged) > 1 and (judged[0][1] is None or len({answer for _, answer, *_ in judged}) > 1):
-            return SEVERAL, None
+            return self.grade_together(problem, reply.answers)
         return judged[-1]
 
     def _right_in_plain_text(self, problem: Problem, completion: str) -> bool:
@@ -213,6 +213,10 @@ class Task:
                 "answer is that integer; set it, or define grade"
             )
         return grade_integer(answer, value)
+
+    def grade_together(self, problem: Problem, answers: Sequence[str]) -> tuple[str, str | None]:
+        """`grade` for texts that state different values. They contradict each other, unless a task knows better."""
+        return SEVERAL, None
 
     def document(self, index: int, seed: int = 0, language: str | None = None) -> str:
         """Pre-training document number `index`, about problems of the train split only, in the seen phrasings."""

@@ -40,8 +40,9 @@ OPERATIONS = {
     "gym-options": ("bessemer.tasks.gym", "library_options", None),
     "gym-problem": ("bessemer.tasks.gym", "library_problem", None),
     "gym-score": ("bessemer.tasks.gym", "prepare_scorer", "judge_score"),
-    "maths-read": ("bessemer.tasks.maths", "prepare_library", "judge_gold"),
-    "maths-same": ("bessemer.tasks.maths", "prepare_library", "judge_same"),
+    "maths-near": ("bessemer.tasks.equality", "prepare", "judge_near"),
+    "maths-read": ("bessemer.tasks.equality", "prepare", "judge_gold"),
+    "maths-same": ("bessemer.tasks.equality", "prepare", "judge_same"),
 }
 """(module, prepare, judge). `prepare(request)` runs in the referee, may import and cache anything, sees no completion.
 `judge(prepared, request)` sees the completion and runs in a fork with limits. Both return JSON; an operation without

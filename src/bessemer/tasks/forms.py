@@ -1,0 +1,200 @@
+"""The form in which a question asks for an expression, and whether an answer has it.
+
+An equal expression is no answer to "factor x^2 - 9" if it is x^2 - 9 in another order, so these verbs are judged by the
+tree of the answer as it is written, beside that of the gold answer. A form that the gold answer does not have is not
+asked of the answer. `kept` runs in the referee process.
+
+  factor       as many factors, of the same degrees, as the gold answer has, none with a common number left in it
+  expand       a sum of products without sums, no two of them alike
+  simplify     nothing left to work out in any sum, product or root, and no longer than the gold answer
+  rationalize  no root below a fraction bar
+  complex      a + bi, nothing left to multiply
+  positive     no negative exponent
+  slope        y = ..., if it is an equation
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from math import gcd
+from typing import Any
+
+_ASKS = {
+    "factor": r"(?<!common )(?<!scale )(?<!\bthe )(?<!\ba )\bfactor(?:i[sz]e)?\b(?! of)|factored form|因式分解"
+    r"|分解因式",
+    "expand": r"\bexpand(?:ed)?\b|multiply out|展开",
+    "simplify": r"simpl(?:if|est)|lowest terms|\breduce|irreducible|化简|最简|约分",
+    "rationalize": r"rationali[sz]|有理化",
+    "complex": r"\bform \$?(?:\\\()? ?a ?[+±] ?b ?i",
+    "positive": r"positive exponents?|正指数",
+    "slope": r"slope[- ]intercept|斜截式",
+}
+_FRACTION = re.compile(r"\\[dt]?frac ?\{?([0-9]+)\}? ?\{?([0-9]+)\}?|(?<![0-9.])([0-9]+) ?/ ?([0-9]+)(?![0-9.])")
+LONGER = 1
+"""By how many numbers and letters a simplified answer may exceed the gold answer."""
+
+
+def asked(question: str) -> tuple[str, ...]:
+    """The forms that a question asks for; none if it both factors and expands."""
+    found = tuple(form for form, verb in _ASKS.items() if re.search(verb, question, re.IGNORECASE))
+    return () if {"factor", "expand"} <= set(found) else found
+
+
+def kept(forms: Sequence[str], texts: Sequence[str], trees: Sequence[Any]) -> bool:
+    """Whether an answer equal to the gold answer has the forms. `texts` and `trees`: of the gold answer, the answer."""
+    from sympy import Expr
+
+    if not all(isinstance(tree, Expr) for tree in trees):
+        forms = [form for form in forms if form in ("positive", "slope")]
+    return all(_KEPT[form](*texts, *trees) or not _KEPT[form](texts[0], texts[0], trees[0], trees[0]) for form in forms)
+
+
+def _factored(_: str, __: str, gold: Any, answer: Any) -> bool:
+    ours, theirs = (_factors(one) for one in (gold, answer))
+    return sorted(degree for degree, _ in ours) == sorted(degree for degree, _ in theirs) and (
+        max((content for _, content in theirs), default=1) <= max((content for _, content in ours), default=1)
+    )
+
+
+def _factors(one: Any, times: int = 1) -> list[tuple[int, int]]:
+    """(total degree, common whole number of the coefficients) of every factor with a letter."""
+    from sympy import Poly, PolynomialError
+
+    if one.is_Mul:
+        return [factor for part in one.args for factor in _factors(part, times)]
+    if one.is_Pow and one.exp.is_Integer and one.exp > 0:
+        return _factors(one.base, times * int(one.exp))
+    if not one.free_symbols:
+        return []
+    try:
+        poly = Poly(one.doit(), *sorted(one.free_symbols, key=str))
+    except PolynomialError:
+        return [(1, 1)] * times
+    coefficients = [c for c in poly.coeffs() if c.is_Integer]
+    whole = len(coefficients) == len(poly.coeffs())
+    return [(poly.total_degree(), gcd(*map(int, coefficients)) if whole else 1)] * times
+
+
+def _expanded(_: str, __: str, ___: Any, answer: Any) -> bool:
+    from sympy import Add, expand
+
+    terms = list(_terms(answer))
+    if any(part.is_Add and part.free_symbols for term in terms for part in _parts(term)):
+        return False
+    return len(terms) == len(Add.make_args(expand(answer.doit())))
+
+
+def _multiplied(_: str, __: str, ___: Any, answer: Any) -> bool:
+    return not any(part.is_Add for term in _terms(answer) for part in _parts(term))
+
+
+def _positive(_: str, text: str, __: Any, ___: Any) -> bool:
+    return not re.search(r"\^ ?\{? ?-", text)
+
+
+def _slope(_: str, text: str, __: Any, ___: Any) -> bool:
+    return "=" not in text or re.match(r"\s*y\s*=", text) is not None
+
+
+def _parts(term: Any) -> Iterator[Any]:
+    """The factors of a term, and the bases of their powers."""
+    if term.is_Mul:
+        for part in term.args:
+            yield from _parts(part)
+    elif term.is_Pow:
+        yield from _parts(term.base)
+    else:
+        yield term
+
+
+def _terms(one: Any) -> Iterator[Any]:
+    if one.is_Add:
+        for part in one.args:
+            yield from _terms(part)
+    else:
+        yield one
+
+
+def _simplified(gold_text: str, text: str, gold: Any, answer: Any) -> bool:
+    if any(
+        gcd(int(top), int(bottom)) > 1 for a, b, c, d in _FRACTION.findall(text) for top, bottom in [(a or c, b or d)]
+    ):
+        return False
+    if not _rational(gold_text, text, gold, answer) or _size(answer) > _size(gold) + LONGER:
+        return False
+    return all(map(_clean, _nodes(answer)))
+
+
+def _rational(_: str, __: str, gold: Any, answer: Any) -> bool:
+    return not _root_below(answer) or (answer is not gold and _root_below(gold))
+
+
+def _root_below(tree: Any) -> bool:
+    return any(
+        node.is_Pow and node.exp.is_number and node.exp.is_negative and any(map(_root, _nodes(node)))
+        for node in _nodes(tree)
+    )
+
+
+def _root(node: Any) -> bool:
+    return bool(node.is_Pow and node.base.is_number and node.exp.is_Rational and node.exp.q > 1)
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    from sympy import Basic, preorder_traversal
+
+    return (node for node in preorder_traversal(tree) if isinstance(node, Basic) and hasattr(node, "is_Add"))
+
+
+def _size(tree: Any) -> int:
+    """How many numbers and letters it has, without 1 and -1."""
+    return sum(not node.args and node not in (1, -1) for node in _nodes(tree))
+
+
+def _clean(node: Any) -> bool:
+    """Whether nothing at this node is left to work out."""
+    from sympy import Add, Pow
+
+    if node.is_Add:
+        return len(list(_terms(node))) == len(Add.make_args(node.doit()))
+    if node.is_Mul:
+        factors = [part for part in _flat(node) if part not in (1, -1)]
+        above = [part for part in factors if part.is_Rational and part.p != 1]
+        below = [part for part in factors if (part.is_Rational and part.q != 1) or _inverse(part)]
+        bases = [part.base if part.is_Pow else part for part in factors if part.free_symbols]
+        roots = [part for part in factors if _root(part)]
+        if max(len(above), len(below), len(roots)) > 1 or len(bases) != len(set(bases)):
+            return False
+        return not (above and below) or gcd(int(above[0].p), _bottom(below[0])) == 1
+    if node.is_Pow and node.base.is_number and node.exp.is_Rational and not node.base.has(Add):
+        if node.exp.is_Integer:
+            return node.exp == -1 or node.base.is_Integer is not True or abs(node.exp) > 20 or node.base == 10
+        done = Pow(node.base.doit(), node.exp)
+        return bool(done.is_Pow and done.exp == node.exp)
+    return True
+
+
+def _bottom(part: Any) -> int:
+    return int(part.base if part.is_Pow else part.q)
+
+
+def _inverse(part: Any) -> bool:
+    return bool(part.is_Pow and part.base.is_Integer and part.exp.is_Integer and part.exp.is_negative)
+
+
+def _flat(one: Any) -> Iterator[Any]:
+    if one.is_Mul:
+        for part in one.args:
+            yield from _flat(part)
+    else:
+        yield one
+
+
+_KEPT: dict[str, Callable[[str, str, Any, Any], bool]] = {
+    "factor": _factored,
+    "expand": _expanded,
+    "simplify": _simplified,
+    "rationalize": _rational,
+    "complex": _multiplied,
+    "positive": _positive,
+    "slope": _slope,
+}
