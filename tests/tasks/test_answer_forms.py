@@ -1,8 +1,8 @@
 """Answers in further forms than the golden ones, labelled by hand by the same conventions (tests/data/golden).
 
-tests/data/answer_forms: maths_1 and choice_1 were written while the graders were, maths_2 and choice_2 before any
-grader had judged them; then 133 of their 141 verdicts agreed, and no wrong answer was paid. The choices are replies to
-"Which is a noble gas? A) O B) Ne C) N D) H".
+tests/data/answer_forms: maths_1 and choice_1 were written while the graders were, the others before any grader had
+judged them. At that time 133 of the 141 verdicts of the second set agreed, none of them paid a wrong answer, and 138 of
+the 149 of the third, of which 3 paid one. The choices are replies to "Which is a noble gas? A) O B) Ne C) N D) H".
 """
 
 import json
@@ -31,6 +31,12 @@ def tasks(tmp_path_factory):
 def test_an_answer_to_mathematics(tasks, case):
     problem = Problem("p", case["question"], "en", {"gold": case["gold"]})
     assert (tasks["maths"].grade(problem, case["answer"])[0] == "correct") == case["right"]
+
+
+@pytest.mark.parametrize("case", lines("reply"), ids=lambda case: f"{case['question'][:40]} {case['reply'][:40]}")
+def test_a_reply_to_mathematics(tasks, case):
+    problem = Problem("p", case["question"], "en", {"gold": case["gold"]})
+    assert tasks["maths"].verify(problem, f"<think>t</think>\n\n{case['reply']}").correct == case["right"]
 
 
 @pytest.mark.parametrize("case", lines("choice"), ids=lambda case: case["reply"][:60])

@@ -4,7 +4,7 @@ Two forms, each read strictly:
   R1-Zero's   `<think> thoughts </think> <answer> answer </answer>` and nothing else, except up to GAP characters of
               white space before, between and after;
   R1's        `<think> thoughts </think>`, a blank line, then free text that states the answer: in `\\boxed{...}` with
-              balanced braces, in answer tags, for code in a fenced block, for a choice in a sentence (statements.py).
+              balanced braces, in answer tags, for code in a fenced block, or in a sentence (statements.py).
 
 The text around the answer is for a reader: it has at most AROUND characters, none of them invisible. The bounds are
 ours; the reports name none. Thoughts may have any length, but some of their text must be visible.
@@ -19,7 +19,7 @@ text after `</think>` is read. `parse_reply` returns the answers stated there, o
   empty             no     the tags or the box hold nothing
   bad-tags          no     tags nested, repeated, out of order, or answer tags inside the thoughts; boxes nested, or
                            around tags
-  several-answers   no     boxes, tags or lines that state different answers; `Task.verify` compares their values
+  several-answers   no     boxes, tags or sentences that state different answers; `Task.verify` compares their values
   no-think          yes    no thoughts before the answer, or blank ones
   text-before       yes    the text does not begin with `<think>`
   text-around       yes    around the answer: text that no blank line separates from the thoughts, more than AROUND
@@ -57,7 +57,7 @@ LONGEST = 10_000
 """Maximum characters of a box."""
 
 Final = Literal["value", "code", "letter"]
-"""What states an answer besides the tags: a box; a code fence; a box or a sentence with the letter."""
+"""What states an answer besides the tags: a box or a sentence; a code fence; a box or a sentence with the letter."""
 
 _TAG = re.compile("</?(?:think|answer)>")
 _BOX = re.compile(r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox) ?\{")

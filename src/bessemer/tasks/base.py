@@ -120,7 +120,8 @@ class Task:
     all_languages: tuple[str, ...] = ("en", "zh")
     """Set on the class, or on the object if a file decides."""
     final: ClassVar[Final] = "value"
-    """What may state an answer besides the tags: value, a box; code, a fenced block; letter, a box or `Answer: C`."""
+    """What may state an answer besides the tags: value, a box or "the answer is 42"; code, a fenced block; letter, a
+    box or `Answer: C`."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
     costly: ClassVar[bool] = False
     """Whether a verdict takes so long that processes of their own judge the answers (verifiers.py)."""

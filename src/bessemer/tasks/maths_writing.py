@@ -25,7 +25,7 @@ _WANTED = re.compile(
     re.IGNORECASE,
 )
 _SPAN = re.compile(r"\$([^$]{1,60})\$|\\\((.{1,60}?)\\\)")
-_INDEXED = re.compile(r"([A-Za-z])(?:'+|\^-1|\^\\prime|_\w+)?(?:\([^()]{1,24}\))?")
+_INDEXED = re.compile(r"([A-Za-z])(?:'+|\^-1|\^\\prime|_(?:[0-9]+|[A-Za-z](?![a-z])))?(?:\([^()]{1,24}\))?")
 _PLAINER = tuple(
     (re.compile(old), new)
     for old, new in (

@@ -19,7 +19,7 @@ _OPEN = r"(?:[*_$({\[（「【\s]|\\[([]|\\(?:text|textbf|mathbf|mathrm|boxed|bf
 _CLOSE = r"(?:[*_$)}\]）」】]|\\[)\]])*"
 _LETTER = rf"{_OPEN}(?P<letter>[A-Z])(?![A-Za-z0-9'’_^]|[-+/=]|\s*[+=<>])"
 _MORE = re.compile(
-    rf"{_CLOSE}[ \t]*(?:,|or|and|/|&|或|和|与|、)[ \t]*(?:[Oo]ption |[Cc]hoice )?"
+    rf"{_CLOSE}[ \t]*(?:,|or|and|/|&|或|和|与|、|还是)[ \t]*(?:[Oo]ption |[Cc]hoice |选)?"
     rf"{_OPEN}([A-Z])(?![A-Za-z0-9'’])(?!(?<=[AI]) [a-z])"
 )
 _KIND = r"(?:[Oo]ption|[Cc]hoice|(?i:answer)|[Ll]etter|[Ss]tatement|选项|答案)"
@@ -33,7 +33,7 @@ _STATED = (
     rf"|of)\b[^.\n:：]{{0,60}}?)?[ \t]*{_MARK}"
     rf"(?:\b(?:the )?(?:letter |option |choice |answer |[Oo]ption |[Cc]hoice ))?{_LETTER}",
     rf"\*\*(?:[Ff]inal )?(?i:answer)[*:：\s]{{1,6}}(?:[Oo]ption )?{_LETTER}",
-    rf"\b(?:[Ww]e|[Ii]|I would|I'd|I'll|[Ww]e should|[Ww]e can|[Ll]et's|[Tt]herefore,?|[Ss]o,?|[Tt]hus,?"
+    rf"\b(?:[Ww]e|[Ii]|I would|I'd|I'll|[Ww]e should|[Ww]e can|[Ll]et(?:'s| me| us)|[Tt]herefore,?|[Ss]o,?|[Tt]hus,?"
     rf"|[Hh]ence,?|[Mm]ust|[Ss]hould) "
     rf"(?:choose|select|pick|go with|choosing|conclude)(?: (?:the )?(?:option|choice|answer|letter))? ?{_LETTER}",
     # option B is correct, B is the right answer, (B) is the correct choice
@@ -47,21 +47,27 @@ _STATED = (
     rf"[.!?:]\s+\*\*{_LETTER}{_CLOSE}[.]?\**\s*\Z",
     rf"(?:^|[.!:：]\s+|\n)[*_]{{0,4}}(?:[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o|[Cc]onclusion)[,:]? (?:it(?: i|')s "
     rf"|[Oo]ption |[Cc]hoice |the answer: )?{_LETTER}(?={_CLOSE}\s*(?:[.!]|$))",
+    rf"\b(?:[Ii]t['’]s|[Ii]t is|[Tt]hat['’]s) (?:option )?{_LETTER}(?={_CLOSE}[.!]?\s*$)",
+    rf"\bleaving (?:us with )?(?:only )?(?:option |choice )?{_LETTER}",
+    rf"\b(?:option |choice )?{_LETTER}{_CLOSE} as the (?:correct|right|only|best)\b",
     # 答案是B, 故选B, B正确
     r"(?:答案[】）)]?(?:应该|应|就)?(?:是|为|选)?|选择|选项(?:是|为|[:：]))[*_]{0,4}[:：]?[*_ \t]{0,6}\s{0,2}"
     rf"(?:选项 ?|选择? ?)?{_LETTER}",
-    r"(?:故|应|因此|所以|应该|正确的?|综上)[，,]?(?:本题)?(?:答案)?(?:应|就)?(?:选择?|是|为)(?:选项)?[:：]?"
+    r"(?:故|应|因此|所以|应该|正确的?|综上|本题|此题|我)[，,]?(?:本题)?(?:答案)?(?:应|就)?(?:选择?|是|为)(?:选项)?[:：]?"
     rf"[*_ \t]{{0,6}}{_LETTER}",
-    rf"(?:^|[。，,；\n]) ?选择?(?:选项)?[:：]? ?{_LETTER}",
+    rf"(?:^|[。，,；？\n]) ?选择?(?:选项)?[:：]? ?{_LETTER}",
     rf"{_LETTER}{_CLOSE}(?:选项|项)?(?:是|为|才是|说法)?(?:正确|对)(?:的|答案|选项)?(?=[。，,；！!\s）)]|$)",
 )
 _END = r"(?=[*_]{0,4}(?:[.。!！]?[*_]{0,4}[ \t]*$|[.。!！][ \t]))"
-_VALUE = rf"(?P<value>\$\$?[^$\n]{{1,300}}\$\$?|\\\(.{{1,300}}?\\\)|\\\[\s*.{{1,300}}?\s*\\\]|[^\n]{{1,120}}?){_END}"
+_VALUE = (
+    r"(?P<value>\$\$?[^$\n]{1,300}\$\$?|\\\(.{1,300}?\\\)|\\\[\s*.{1,300}?\s*\\\]|(?:(?!\banswer\b)[^\n]){1,120}?)"
+    rf"{_END}"
+)
 _VALUES = (
     re.compile(rf"^####[ \t]*{_VALUE}", re.MULTILINE),
     re.compile(
         rf"\b(?i:answer)(?: to the (?:question|problem))?[*_]{{0,4}}(?:(?: is"
-        rf"|[ \t]*[:：])[*_]{{0,4}})+\s{{0,3}}[*_]{{0,4}}(?!.{{0,60}}\banswer\b){_VALUE}"
+        rf"|[ \t]*[:：])[*_]{{0,4}})+\s{{0,3}}[*_]{{0,4}}{_VALUE}"
         rf"|答案(?:应?[是为]|[:：])[*_]{{0,4}}[:：]?\s{{0,2}}[*_]{{0,4}}(?P<zh>[^\n，。]{{1,120}}?){_END}",
         re.MULTILINE,
     ),
@@ -69,9 +75,7 @@ _VALUES = (
 )
 """From the plainest on; what an earlier one finds, the later are not asked for."""
 _STATEMENT = [re.compile(pattern, re.MULTILINE) for pattern in _STATED]
-_ANSWER = [
-    pattern for pattern in _STATEMENT if "nswer" in pattern.pattern[:16] or pattern.pattern.startswith("(?:答案")
-]
+_ANSWER = [pattern for pattern in _STATEMENT if re.match(r"\\[b*].{0,24}answer|\(\?:答案", pattern.pattern)]
 """Those that call the letter the answer: they count beside a box too."""
 _QUOTED = re.compile('"[^"\n]{0,300}"|“[^”\n]{0,300}”|「[^」\n]{0,300}」|^[ \t]*>.*$|`[^`\n]{0,300}`', re.MULTILINE)
 _DENIED = re.compile(
@@ -192,7 +196,7 @@ _GIVEN = re.compile(
     re.DOTALL,
 )
 _REASON = re.compile(r"(?:because|since|as|for|is|which|due|—|-|–|\()")
-_ANOTHER = re.compile(rf"(?:,|or|and|/|&|或|和|与|、|\s)*{_OPEN}[A-Z](?![A-Za-z0-9'’])")
+_ANOTHER = re.compile(rf"(?:,|or|and|/|&|或|和|与|、|\s)*{_OPEN}[A-Z]{_CLOSE}\s*(?:[.,、，/&]|or\b|and\b|或|和|与|$)")
 
 
 def letter_of(answer: str, texts: dict[str, str]) -> str | None:

@@ -258,8 +258,9 @@ _USED = re.compile(
     rf"(?:(?<=[0-9)½¼¾])[ -]*|\b(?:a|an|per|one|each|half|in|many|two|three|four|five|six|seven|eight|nine|ten|few"
     rf"|some|[a-z]) |/ ?)"
     rf"(?P<unit>{_PHRASE})|(?:(?<=[0-9几少半一二三四五六七八九十百千万])|/) ?(?P<zh>{_PHRASE_ZH}|(?:{_NAMES}"
-    rf"|[mgLl])(?![A-Za-z])(?:\^[23])?)|(?P<sign>°[CF]?|[%€£¥¢]|\$(?= ?[0-9]))"
+    rf"|[mgLl])(?![A-Za-z])(?:\^[23])?)|(?P<sign>°[CF]?|[%€£¥¢])"
 )
+_PERCENTAGE = re.compile(r"\b(?:as a|what) percent|\bin percent|百分之[几多]|百分比", re.IGNORECASE)
 _MONEY_TEXT = re.compile(r"\\\$|\$ ?[0-9][0-9,.]*(?![^$]{0,200}\$)|\bdollars?\b|\bcents?\b|USD", re.IGNORECASE)
 
 
@@ -278,6 +279,8 @@ def _asks(question: str) -> tuple[str, tuple[Unit, ...], frozenset[Unit], tuple[
     explicit = tuple(unit for unit in hourly if unit) + tuple(
         unit for match in _EXPLICIT.finditer(plain) if (unit := unit_of(match["unit"] or match["zh"]))
     )
+    if _PERCENTAGE.search(plain):
+        explicit += ((("%", 1),),)
     used = {unit for match in _USED.finditer(whole) if (unit := unit_of(next(filter(None, match.groups()))))} | set(
         explicit
     )
@@ -303,12 +306,16 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
     """Whether an answer may carry a unit."""
     if not given:
         return True
-    unit = unit_of(given)
     if gold:
+        unit = unit_of(given)
         return same_unit(given, gold) or (unit is None and _words(given) == _words(gold))
-    if head := _price(given, question):
-        return unit_fits(head, gold, question)
+    head, _, thing = _plain(given).partition(" of ")
+    if thing and unit_of(head) and all(word in _words(question) for word in _words(thing)):
+        given = head  # cups of flour
+    elif head := _price(given, question):
+        given = head
     part, explicit, used, quantities = _asks(question)
+    unit = unit_of(given)
     if unit is None:
         return _counted(given, part, question, bool(explicit), quantities)
     if explicit:
