@@ -80,11 +80,6 @@ class TensorFile:
             self._fill(found.view(torch.uint8).numpy().data, entry.begin + start * width)
         return found.view(entry.shape) if stop - start == whole else found
 
-    def verify(self) -> None:
-        """Verifies every byte."""
-        for key in self.entries:
-            self.read(key)
-
     def _read_header(self) -> tuple[dict[str, TensorEntry], int]:
         """(the entries, where the data begin)."""
         try:
