@@ -21,7 +21,7 @@ from bessemer.tasks.maths_writing import (
     unworded,
 )
 from bessemer.tasks.referee import ask
-from bessemer.tasks.units import split_unit, unit_fits, unit_of
+from bessemer.tasks.units import asks_a_share, split_unit, unit_fits, unit_of
 
 Judged = tuple[str, str | None]
 """A reason code and the canonical form of the answer; None if it could not be read."""
@@ -62,9 +62,7 @@ _IN_INTERVALS = re.compile(r"interval notation|(?:as|of) an? (?:union of )?inter
 _BASE = re.compile(r"[0-9]+_ ?\{?(\w+)\}?")
 _LOG = re.compile(r"\\log(?![_a-z]| ?_)")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+|log|ln|lg|int|sum|prod|lim|binom|det|gcd)(?![a-z])|!")
-_NO_SHARE = re.compile(
-    r"how many|how much|number of|多少|几[^分]|^(?!.*percent)(?:.*(?:fraction|decimal|分数|小数))", re.IGNORECASE
-)
+_NO_SHARE = re.compile(r"^(?!.*percent).*(?:fraction|decimal|分数|小数)", re.IGNORECASE | re.DOTALL)
 _OF_WHAT = re.compile("^[A-Za-z]+(?: ?: ?[A-Za-z]+)+ ?= ?")
 SIGNS = frozenset("αβγδεζηθλμπρστφχψωΓΔΘΛΞΠΣΦΨΩ")
 """Non-ASCII characters that an expression may hold whatever the gold answer holds."""
@@ -122,7 +120,7 @@ def _converted(number: Numeral | None, gold: str, gold_unit: str, value: str, un
     numeral = parse_numeral(value)
     if numeral is None:
         return False
-    if number and given == _PERCENT and not gold_unit and not _NO_SHARE.search(question):
+    if number and given == _PERCENT and not gold_unit and asks_a_share(question) and not _NO_SHARE.search(question):
         return number.value == numeral.value / 100
     if number and theirs == _PERCENT and not unit and not re.search("percent|%|百分", question, re.IGNORECASE):
         return number.value == numeral.value * 100

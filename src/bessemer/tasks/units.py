@@ -333,6 +333,12 @@ def unit_fits(given: str, gold: str, question: str) -> bool:
     return dimension in asked and _of_used(unit, used)
 
 
+def asks_a_share(question: str) -> bool:
+    """Whether a question may ask for a share: for no unit, and for no quantity that has a dimension or is counted."""
+    _, explicit, _, quantities = _asks(question)
+    return not explicit and quantities in ((), ("none",), ("percent",))
+
+
 def _price(given: str, question: str) -> str:
     """The currency of a price such as "$ per pound", if the question speaks of pounds; else ""."""
     head, per, thing = re.sub(r"/|(?<= )(?:each|every|an?)(?= )", " per ", _plain(given)).partition(" per ")
