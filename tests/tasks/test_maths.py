@@ -93,7 +93,7 @@ def test_what_is_read_is_a_number_to_python_too(text):
         ("even", "veen", "wrong-value"),
         ("even", "7", "unparsable"),
         ("x^2+2x+1", "1 + 2x + x^2", "correct"),
-        ("x^2+2x+1", "$(1+x)^2$", "unfinished"),
+        ("x^2+2x+1", "$(1+x)^2$", "echo"),
         ("x^2+2x+1", "y = x^2+2x+1", "correct"),
         ("x^2+2x+1", "1 = x^2+2x+1", "unparsable"),
         ("x^2+2x+1", "x^2 = x^2+2x+1", "unparsable"),

@@ -15,12 +15,13 @@ import logging
 import random
 import re
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks.forms import kept
+from bessemer.tasks.forms import echoes, kept
 from bessemer.tasks.referee import guard_sympy
 
 DIGITS = 1200
@@ -321,15 +322,25 @@ def _valued(one: Any) -> bool:
 
 
 def judge_same(_: ModuleType, request: dict[str, Any]) -> dict[str, Any]:
-    """{"same": verdict, "canonical": how sympy writes the answer, "kept": whether the answer has the forms asked for},
-    or canonical None if it is not an expression. All of the `sides` of an equation must be equal to the answer."""
+    """{"same": verdict, "canonical": how sympy writes the answer, "kept": whether the answer has the forms asked for,
+    "echo": whether it is one of the pieces of the question in another order}, or canonical None if it is not an
+    expression. All of the `sides` of an equation must be equal to the answer."""
     texts = [request["gold"], request["answer"], *request.get("sides", ())]
     gold, answer, *sides = (parsed(text) for text in texts)
     if gold is None or answer is None or None in sides:
         return {"same": False, "canonical": None}
     equal = same(gold, answer) and all(same(side, answer) for side in sides)
     in_form = not equal or kept(request.get("forms", ()), texts[:2], (gold, answer))
-    return {"same": bool(equal), "canonical": str(answer)[:MAX_CANONICAL], "kept": in_form}
+    copied = equal and _echoed(gold, answer, request.get("pieces", ()))
+    return {"same": bool(equal), "canonical": str(answer)[:MAX_CANONICAL], "kept": in_form, "echo": copied}
+
+
+def _echoed(gold: Any, answer: Any, pieces: Sequence[str]) -> bool:
+    from sympy import Expr
+
+    if not isinstance(answer, Expr) or not isinstance(gold, Expr):
+        return False
+    return echoes(answer, gold, [tree for piece in pieces if isinstance(tree := parsed(piece), Expr)])
 
 
 def judge_near(_: ModuleType, request: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,12 @@ asked of the answer. `kept` runs in the referee process.
   complex      a + bi, nothing left to multiply
   positive     no negative exponent
   slope        y = ..., if it is an equation
+  isolated     the letter of the gold answer alone on one side, if it is an equation
+  square       a square of a sum
+  prime        a product of powers of primes
+  single       one term, one logarithm
+
+`echoes` finds a piece of the question in any order of its terms and factors.
 """
 
 import re
@@ -27,8 +33,14 @@ _ASKS = {
     "complex": r"\bform \$?(?:\\\()? ?a ?[+±] ?b ?i",
     "positive": r"positive exponents?|正指数",
     "slope": r"slope[- ]intercept|斜截式",
+    "isolated": r"\bsolve\b.{0,60}\bfor \$?[A-Za-z]\b|in terms of|\bexpress \$?[A-Za-z]\b|the subject"
+    r"|解出|用.{1,12}表示",
+    "square": r"complet\w+ the square|vertex form|配方|顶点式",
+    "prime": r"prime factori[sz]ation|prime factors|product of primes|质因数|素因数",
+    "single": r"single (?:fraction|logarithm|term|power)",
 }
 _FRACTION = re.compile(r"\\[dt]?frac ?\{?([0-9]+)\}? ?\{?([0-9]+)\}?|(?<![0-9.])([0-9]+) ?/ ?([0-9]+)(?![0-9.])")
+_TIMES = re.compile(r"\\cdot|\\times|\*")
 LONGER = 1
 """By how many numbers and letters a simplified answer may exceed the gold answer."""
 
@@ -44,7 +56,7 @@ def kept(forms: Sequence[str], texts: Sequence[str], trees: Sequence[Any]) -> bo
     from sympy import Expr
 
     if not all(isinstance(tree, Expr) for tree in trees):
-        forms = [form for form in forms if form in ("positive", "slope")]
+        forms = [form for form in forms if form in ("positive", "slope", "isolated")]
     return all(_KEPT[form](*texts, *trees) or not _KEPT[form](texts[0], texts[0], trees[0], trees[0]) for form in forms)
 
 
@@ -74,13 +86,13 @@ def _factors(one: Any, times: int = 1) -> list[tuple[int, int]]:
     return [(poly.total_degree(), gcd(*map(int, coefficients)) if whole else 1)] * times
 
 
-def _expanded(_: str, __: str, ___: Any, answer: Any) -> bool:
+def _expanded(_: str, __: str, gold: Any, answer: Any) -> bool:
     from sympy import Add, expand
 
     terms = list(_terms(answer))
     if any(part.is_Add and part.free_symbols for term in terms for part in _parts(term)):
         return False
-    return len(terms) == len(Add.make_args(expand(answer.doit())))
+    return len(terms) == len(Add.make_args(expand(answer.doit()))) == len(list(_terms(gold)))
 
 
 def _multiplied(_: str, __: str, ___: Any, answer: Any) -> bool:
@@ -93,6 +105,52 @@ def _positive(_: str, text: str, __: Any, ___: Any) -> bool:
 
 def _slope(_: str, text: str, __: Any, ___: Any) -> bool:
     return "=" not in text or re.match(r"\s*y\s*=", text) is not None
+
+
+def _isolated(gold_text: str, text: str, _: Any, __: Any) -> bool:
+    name, *rest = gold_text.split("=")
+    sides = text.split("=")
+    if len(rest) != 1 or len(sides) != 2:
+        return True
+    own = [re.sub(r"[{}\s]", "", side) for side in (name, *sides)]
+    return any(own[n] == own[0] and own[0] not in re.sub(r"\\[a-z]+", "", own[3 - n]) for n in (1, 2))
+
+
+def _square(_: str, __: str, ___: Any, answer: Any) -> bool:
+    return any(node.is_Pow and node.exp == 2 and node.base.is_Add for node in _nodes(answer))
+
+
+def _prime(_: str, text: str, __: Any, ___: Any) -> bool:
+    from sympy import isprime
+
+    factors = [re.fullmatch(r"([0-9]{1,15})(?:\^\{?[0-9]+\}?)?", one.strip()) for one in _TIMES.split(text)]
+    return all(one is not None and isprime(int(one[1])) for one in factors)
+
+
+def _single(_: str, __: str, ___: Any, answer: Any) -> bool:
+    logs = sum(type(node).__name__ == "log" for node in _nodes(answer))
+    return len(list(_terms(answer))) == 1 and logs <= 1
+
+
+def echoes(answer: Any, gold: Any, pieces: Sequence[Any]) -> bool:
+    """Whether an answer has the shape of a piece of the question, and the gold answer has another."""
+    shape = _shape(answer)
+    return isinstance(shape, tuple) and shape != _shape(gold) and shape in map(_shape, pieces)
+
+
+def _shape(tree: Any) -> Any:
+    """A tree without the order of terms and factors, zeros and ones, its powers of ten written out; a number or a name
+    is a text."""
+    if tree.is_Add or tree.is_Mul:
+        flat = _terms(tree) if tree.is_Add else _flat(tree)
+        parts = sorted(map(_shape, flat), key=repr)
+        parts = [part for part in parts if part != ("0" if tree.is_Add else "1")]
+        return parts[0] if len(parts) == 1 else (("+" if tree.is_Add else "*"), *parts)
+    if tree.is_Pow and tree.exp == 1:
+        return _shape(tree.base)
+    if tree.is_Pow and tree.base == 10 and tree.exp.is_Integer and 0 < tree.exp < 100:
+        return str(10 ** int(tree.exp))
+    return (type(tree).__name__, *map(_shape, tree.args)) if tree.args else str(tree)
 
 
 def _parts(term: Any) -> Iterator[Any]:
@@ -197,4 +255,8 @@ _KEPT: dict[str, Callable[[str, str, Any, Any], bool]] = {
     "complex": _multiplied,
     "positive": _positive,
     "slope": _slope,
+    "isolated": _isolated,
+    "square": _square,
+    "prime": _prime,
+    "single": _single,
 }

@@ -15,6 +15,7 @@ from bessemer.tasks.maths_writing import (
     misnamed,
     named,
     paired,
+    pieces,
     plainer,
     sides,
     unnamed,
@@ -228,10 +229,11 @@ def _expression(gold: str, answer: str, question: str) -> Judged:
     if numeral and _takes(question, numeral) and _near(gold, numeral):
         return CORRECT, numeral.canonical
     forms = asked(question)
-    reply = _same(gold, answer, forms=forms)
+    reply = _same(gold, answer, forms=forms, pieces=pieces(question))
     if reply["canonical"] is None or not reply["same"]:
         return UNPARSABLE if reply["canonical"] is None else WRONG_VALUE, reply["canonical"]
-    if copied and not forms:
+    copied = copied or reply["echo"]
+    if reply["echo"] or (copied and not forms):
         return ECHO, reply["canonical"]
     worked_out = not _FUNCTION.search(answer) or _FUNCTION.search(gold) or not _FUNCTION.search(question)
     if not reply["kept"] or not worked_out:
@@ -262,8 +264,10 @@ def _echoes(answer: str, question: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _same(gold: str, answer: str, sides: tuple[str, ...] = (), forms: tuple[str, ...] = ()) -> dict[str, Any]:
+def _same(
+    gold: str, answer: str, sides: tuple[str, ...] = (), forms: tuple[str, ...] = (), pieces: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """equality.judge_same. A bare `\\log` is natural if the gold answer writes `\\ln`."""
     if "\\ln" in gold and not _LOG.search(gold):
         answer = _LOG.sub(r"\\ln", answer)
-    return ask("maths-same", gold=gold, answer=answer, sides=sides, forms=forms)
+    return ask("maths-same", gold=gold, answer=answer, sides=sides, forms=forms, pieces=pieces)

@@ -25,6 +25,11 @@ _WANTED = re.compile(
     re.IGNORECASE,
 )
 _SPAN = re.compile(r"\$([^$]{1,60})\$|\\\((.{1,60}?)\\\)")
+PIECES = 4
+_AFTER = re.compile(
+    r"\b(?:factor|expand|simplify|compute|evaluate|calculate|rationalize)(?: completely| fully)?:? ([^.,;?$\n]{3,60})",
+    re.IGNORECASE,
+)
 _INDEXED = re.compile(r"([A-Za-z])(?:'+|\^-1|\^\\prime|_(?:[0-9]+|[A-Za-z](?![a-z])))?(?:\([^()]{1,24}\))?")
 _PLAINER = tuple(
     (re.compile(old), new)
@@ -67,6 +72,12 @@ def plainer(text: str) -> str:
 def bare(text: str) -> str:
     """The text without white space and what LaTeX has for it."""
     return re.sub(r"\\left|\\right|\\[,;! ]|[{}\s]", "", text)
+
+
+def pieces(question: str) -> tuple[str, ...]:
+    """The last PIECES expressions of a question, and what follows a verb without dollars."""
+    spans = [one or other for one, other in _SPAN.findall(question)] + _AFTER.findall(question)
+    return tuple(side for span in spans[-PIECES:] for side in sides(plainer(span)) if len(side) > 2)
 
 
 def unworded(answer: str, question: str, ratio: bool) -> str:
