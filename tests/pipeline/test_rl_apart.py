@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from array import array
 
 import pytest
 import rl_stage
@@ -12,11 +13,14 @@ from ranks import on_ranks
 
 from bessemer.config.recipe import Recipe
 from bessemer.dist.ranks import Ranks
-from bessemer.engine.generation import Elsewhere, held_by, rank_of
+from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
+from bessemer.rl.apart import Carrier
 from bessemer.rl.loop import Loop
+from bessemer.rl.rollout import ScoredSample, split_by_length
 from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.tasks.base import Problem, Verdict
 
 CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")
 
@@ -95,6 +99,47 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
     assert all(here for _, held in found for rows in held for _, here, _ in rows)
+
+
+class OnePipeline:
+    """What a carrier reads of a trainer whose ranks are all in one pipeline."""
+
+    n_pipelines, pipeline = 1, 0
+
+    def numbers_by_pipeline(self, count):
+        return [[*range(count)]]
+
+    def numbers_of_mine(self, count):
+        return [*range(count)]
+
+
+def carried(rank, n):
+    """(rows sent by this rank, the texts, the first tokens) after 8 rows, each made by rank i % n, were carried."""
+    ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, n, torch.device("cpu"))
+    rows, sent, gather = [], 0, ranks.gather
+
+    def counting(value, *arguments):
+        nonlocal sent
+        sent += len(value)
+        return gather(value, *arguments)
+
+    ranks.gather = counting
+    for number in range(8):
+        one = held_by(number % n, 6, "stop", 2)
+        if number % n == rank:
+            one = Completion(array("i", [number] * 6), "text", array("f", [0.0] * 6), "stop", 2)
+        problem, verdict = Problem(str(number), "q", "en", {}), Verdict(True, True, "", None)
+        rows.append(ScoredSample(problem, [1, 2], one, verdict, language=1.0, begun=""))
+    Carrier(OnePipeline(), ranks).batches(rows, split_by_length(rows, 16, 1), 0, "token")
+    return sent, [row.completion.text for row in rows], [row.completion.tokens[0] for row in rows]
+
+
+def test_a_row_goes_once_to_each_rank_that_trains_it():
+    """A rank passes on no row that it was sent, and nothing replaces its own."""
+    for rank, (sent, texts, tokens) in enumerate(on_ranks(3, carried, 3)):
+        own = [number % 3 == rank for number in range(8)]
+        assert sent == 2 * sum(own) and tokens == [*range(8)]
+        assert texts == ["text" if mine else "" for mine in own]
 
 
 def test_what_a_rank_keeps_of_another_s_samples_does_not_grow_with_them():

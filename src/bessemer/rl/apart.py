@@ -52,12 +52,12 @@ class Carrier:
         they need are filled."""
         place = {id(row): number for number, row in enumerate(rows)}
         of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.trainer.n_pipelines)]
+        own = [rank_of(row.completion, self.ranks.me) == self.ranks.me for row in rows]  # before any other's arrive
         for rank, pipeline in enumerate(self.pipelines):
-            wanted = of_pipeline[pipeline]
             mine: dict[int, Completion] = {}
             if rank != self.ranks.me:
-                held = [row for row in wanted if rank_of(row.completion, self.ranks.me) == self.ranks.me]
-                mine = {place[id(row)]: replace(row.completion, text="") for row in held}
+                held = [number for row in of_pipeline[pipeline] if own[number := place[id(row)]]]
+                mine = {number: replace(rows[number].completion, text="") for number in held}
             for sent in self.ranks.gather(mine, rank, "samples of the mini-batch"):
                 for index, completion in sent.items():
                     rows[index].completion = completion
