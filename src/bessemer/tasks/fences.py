@@ -9,7 +9,8 @@ The answer is the last whole program. Models show sample input, output and calls
 block without any code, and one that calls what an earlier block defines, is no program of its own. Blocks that name
 Python come before blocks without a language. Without a whole program, the last block is the answer.
 
-Written for hostile text: linear scans, no nested quantifier, and at most MOST_BLOCKS blocks from the end are compared.
+Written for hostile text: linear scans, no nested quantifier, at most MOST_FENCES fences, of which the last MOST_BLOCKS
+blocks are compared.
 """
 
 import re
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-MOST_BLOCKS = 16
+MOST_FENCES, MOST_BLOCKS = 1_000, 16
 _PYTHON = ("", "python", "python3", "py")
 _OPENING = re.compile(
     r"^(?P<indent>[ \t]*+(?:(?:[-*+]|[0-9]{1,3}[.)])[ \t]*+)?)(?P<fence>`{3,}+|~{3,}+)[ \t]*+"
@@ -60,25 +61,23 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> Iterator[Block]:
-    """Every such block, in order; one that is left open reaches to the end of the text."""
+    """Every such block up to MOST_FENCES, in order; one that is left open reaches to the end of the text."""
     place = 0
-    while found := _OPENING.search(text, place):
-        fence, language = found["fence"] or found["inline"], found["language"] or found["word"] or ""
-        deepest = len(text) if found["inline"] else len(found["indent"]) + 3
-        closing = _CLOSING.search(text, found.end())
-        while closing and not _closes(closing, fence, deepest):
-            closing = _CLOSING.search(text, closing.end())
-        end = closing.start() if closing else len(text)
+    for _ in range(MOST_FENCES):
+        if not (found := _OPENING.search(text, place)):
+            return
+        indent, fence, language, inline, word = found.groups("")
+        begin, deepest = found.end(), len(text) if inline else len(indent) + 3
+        run, language, place = fence or inline, language or word, begin
+        while closing := _CLOSING.search(text, place):
+            place = closing.end()
+            indent, fence, inline = closing.groups("")
+            if (fence or inline).startswith(run) and len(indent) <= deepest:
+                break
         if language.lower() in _PYTHON:
-            yield Block(found.end(), end, closing is not None, bool(language))
+            yield Block(begin, closing.start() if closing else len(text), closing is not None, bool(language))
         if closing is None:
             return
-        place = closing.end()
-
-
-def _closes(closing: re.Match[str], fence: str, deepest: int) -> bool:
-    run = closing["fence"] or closing["inline"]
-    return run[0] == fence[0] and len(run) >= len(fence) and len(closing["indent"] or "") <= deepest
 
 
 def answer_of(text: str, found: Iterable[Block]) -> Block | None:
