@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -333,14 +334,16 @@ class LatentCache:
         if len(self.row_pages) > rows or longest > width:
             self._grow_table(max(rows, len(self.row_pages)), width if longest <= width else max(longest, 2 * width))
             width = self._table_RP.shape[1]
-        fresh = []
+        places, fresh = [], []
         for b, (pages, written) in enumerate(zip(self.row_pages, self._written, strict=True)):
             if len(pages) > written:
-                fresh += [(b * width + p, pages[p]) for p in range(written, len(pages))]
+                places.append(np.arange(b * width + written, b * width + len(pages)))
+                fresh.append(np.array(pages[written:]))
                 self._written[b] = len(pages)
         self.table_BP = self._table_RP[: len(self.row_pages)]
         if fresh:
-            place_N, page_N = indices(list(zip(*fresh, strict=True)), self._table_RP.device).view(2, -1)
+            numbers_2N = torch.from_numpy(np.stack((np.concatenate(places), np.concatenate(fresh))))
+            place_N, page_N = to_device(numbers_2N, self._table_RP.device)
             self._table_RP.view(-1).index_copy_(0, place_N, page_N)
 
     def _grow_table(self, rows: int, width: int) -> None:

@@ -129,7 +129,7 @@ class Scheduler:
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
         self._lengths = AnswerLengths()
-        self._prompt: tuple[tuple[int, ...], list[bytes]] = (), []
+        self._prompt: tuple[tuple[int, ...] | None, list[bytes]] = None, []
         """The last prompt and the keys of its pages, which its samples share until they start."""
         self._tickets = count(1)
         self._think = think_ids(engine.tokenizer)
@@ -156,7 +156,9 @@ class Scheduler:
 
     def start(self, request: Request) -> Sequence:
         """`add`, but returns the sequence, for a caller that reads it when it is finished instead of events."""
-        self.engine.check_prompt(request.prompt)
+        if self._prompt[0] is not request.prompt:  # otherwise one of many samples of a prompt
+            self.engine.check_prompt(request.prompt)
+            self._prompt = request.prompt, []
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         if request.max_new_tokens < 1:
@@ -171,8 +173,6 @@ class Scheduler:
             )
         grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
         sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
-        if self._prompt[0] is not request.prompt:
-            self._prompt = request.prompt, []
         sequence.page_keys = self._prompt[1]
         self.queue.add(sequence)
         return sequence
