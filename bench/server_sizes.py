@@ -3,11 +3,13 @@
     python bench/server_sizes.py [--rows 16] [--steps 200] [--out FILE]
 
 One plain sample decodes in a scheduler while requests arrive as in a server's worker: pickled, in one message, all
-samples started between two steps. For every case: how long it takes to start them, during which nothing decodes, and the
-longest time between two tokens of the plain sample. The cases: n = 128 samples without anything, with 64 stop strings,
-with 300 biases, and of a prompt of 32K tokens (whose prefill, not its samples, then takes the time). What a case costs
-the others is its time beyond that of the first. Then the memory of 320 samples with 64 stop strings, and the step of 16 rows, one of which has a penalty and a prompt of 4,000 tokens, against 16
-plain ones; both in turn, medians of processor time.
+samples started between two steps. For every case: how long it takes to start them, during which nothing decodes, and
+the longest time between two tokens of the plain sample. The cases: n = 128 samples without anything, with 64 stop
+strings, with 300 biases, and of a prompt of 32K tokens (whose prefill, not its samples, then takes the time). What a
+case costs the others is its time beyond that of the first.
+
+Then the memory of 320 samples with 64 stop strings, and the step of 16 rows, one of which has a penalty and a prompt of
+4,000 tokens, against 16 plain ones; both in turn, medians of processor time.
 """
 
 from __future__ import annotations
