@@ -32,7 +32,7 @@ def base(tmp_path_factory):
 
 def trained(rank, base, folder, changes):
     """(metrics, for every rollout the rows that are held when it is scored, as (number of tokens, whether its arrays
-    are here, whether its text is))."""
+    are here, whether its text is), rows sent to other ranks)."""
     ranks = None
     if dist.is_initialized():
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
@@ -52,8 +52,16 @@ def trained(rank, base, folder, changes):
         return groups
 
     loop.generator.score = scored
+    sent, gather = [], ranks and ranks.gather
+
+    def gathered(value, *arguments):
+        sent.append(len(value))
+        return gather(value, *arguments)
+
+    if ranks is not None:
+        ranks.gather = gathered
     loop.run()
-    return [json.loads(line)["values"] for line in lines.read_text().splitlines()], held
+    return [json.loads(line)["values"] for line in lines.read_text().splitlines()], held, sum(sent)
 
 
 def in_folder(folder, *changes):
@@ -82,15 +90,17 @@ def alone(base, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["layout.dp=2", "layout.pp=2", "layout.ep=2"])
 def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, tmp_path, layout):
-    values, whole = alone
+    values, whole, _ = alone
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, layout))
     close(found[0][0], values)
     for number, rows in enumerate(whole):
-        one, other = (held[number] for _, held in found)
+        one, other = (held[number] for _, held, _ in found)
         assert [n for n, *_ in one] == [n for n, *_ in other] == [n for n, *_ in rows]
         assert all(a != b for (_, a, _), (_, b, _) in zip(one, other, strict=True)), "each is on one rank"
         assert all(here or not text for _, here, text in [*one, *other])
         assert 0 < sum(here for _, here, _ in one) < len(rows)
+    rows, moved = sum(map(len, whole)), sum(sent for *_, sent in found)
+    assert 0 < moved <= rows and (moved == rows or layout != "layout.pp=2"), "each goes once to each that trains it"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,8 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
 )
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
-    assert all(here for _, held in found for rows in held for _, here, _ in rows)
+    assert all(here for _, held, _ in found for rows in held for _, here, _ in rows)
+    assert all(sent == 0 for *_, sent in found)
 
 
 class OnePipeline:

@@ -51,13 +51,13 @@ class Carrier:
         """This rank's micro-batches of a mini-batch of `rows` in `parts` (`rollout.split_by_length`). The rows that
         they need are filled."""
         place = {id(row): number for number, row in enumerate(rows)}
+        own = {id(row) for row in rows if rank_of(row.completion, self.ranks.me) == self.ranks.me}
         of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.trainer.n_pipelines)]
-        own = [rank_of(row.completion, self.ranks.me) == self.ranks.me for row in rows]  # before any other's arrive
         for rank, pipeline in enumerate(self.pipelines):
             mine: dict[int, Completion] = {}
             if rank != self.ranks.me:
-                held = [number for row in of_pipeline[pipeline] if own[number := place[id(row)]]]
-                mine = {number: replace(rows[number].completion, text="") for number in held}
+                asked = [row for row in of_pipeline[pipeline] if id(row) in own]
+                mine = {place[id(row)]: replace(row.completion, text="") for row in asked}
             for sent in self.ranks.gather(mine, rank, "samples of the mini-batch"):
                 for index, completion in sent.items():
                     rows[index].completion = completion
