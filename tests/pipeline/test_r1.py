@@ -179,7 +179,7 @@ def test_killed_behind_its_last_checkpoint_a_stage_leaves_the_same_and_no_tempor
     assert [name for name, result in again.items() if result.status == "done"] == ["r1", "logits"]
     for name, done in before.items():
         fresh = json.loads((results[name].folder / "done.json").read_text())
-        assert (fresh["summary"], fresh["digest"]) == (done["summary"], done["digest"]) and len(done["summary"]) == 2
+        assert (fresh["summary"], fresh["digest"]) == (done["summary"], done["digest"]) and len(done["summary"]) >= 2
     assert not list(out.rglob("*.tmp-*"))
 
 
