@@ -11,12 +11,14 @@ from ranks import on_ranks
 from test_executor import CFG, TERMS, batch, replayed
 from train_config import train_config
 
+from bessemer.data.batch import Batch
 from bessemer.dist import zero1
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.divided_matrices import divided, inside, owners
 from bessemer.dist.executor import Executor
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
+from bessemer.kernels import library
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import tuning
@@ -245,32 +247,43 @@ def test_fillers_are_computed_and_never_counted(name, layout, fp8, phases):
 
 
 def padded(lot, micro):
-    made = batches(0, lot, micro)
-    for number, one in enumerate(made):
+    """Micro-batches of different lengths."""
+    made = []
+    for number, one in enumerate(batches(0, lot, micro)):
         one.loss_BT[:, 14 - 3 * number - 4 :] = 0  # of 14 tokens
+        made.append(Batch(one.tokens_BT[:, : 14 - 2 * number], one.loss_BT[:, : 14 - 2 * number]))
     return made
 
 
-def with_padding(rank, name, layout):
+def with_padding(rank, name, layout, kernels):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(library.VARIABLE, kernels)
+        library.forget()
+        return padding_left_out(name, layout)
+
+
+def padding_left_out(name, layout):
     training = across(layout, name, counts_padding=False)
     training.model.set_recompute(("attend",))
     training.update(training.mine(padded(0, 3)))
     return {gate: load.numpy() for gate, load in training.loads.items()}
 
 
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize(
     ("name", "layout"),
     [("gpipe", Layout(1, 2, 1)), ("dualpipe", Layout(2, 1, 1))],
     ids=str,
 )
-def test_padding_is_left_out_of_the_loads_on_every_rank(name, layout):
+def test_padding_is_left_out_of_the_loads_on_every_rank(name, layout, kernels):
+    """Backward recomputes the gates of a micro-batch after forward has met shorter ones."""
     trainer = Trainer(model_of(CFG), next_token, None, *config(counts_padding=False))
     trainer.update(padded(0, 3))
     lengths = [row.nonzero()[0].max() + 1 for one in padded(0, 3) for row in one.loss_BT.numpy()]
     for gate, load in trainer.loads.items():
         assert load.sum() == sum(length - (gate == "mtp0") for length in lengths) * CFG.n_activated_experts, gate
     seen = set()
-    for loads in on_ranks(2, with_padding, name, layout):
+    for loads in on_ranks(2, with_padding, name, layout, kernels):
         assert all((load == trainer.loads[gate].numpy()).all() for gate, load in loads.items())
         seen |= loads.keys()
     assert seen == trainer.loads.keys()

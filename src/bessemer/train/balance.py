@@ -24,10 +24,12 @@ from bessemer.model.gate import Gate
 def uncounted(gates: dict[str, Gate]) -> Iterator[None]:
     """Tokens computed inside do not count in the loads: for a backward pass, whose recomputed forwards would count
     theirs again, and for a pipeline's fillers."""
-    before = [gate.load_E.clone() for gate in gates.values()]
+    before = [(gate.load_E.clone(), gate.counted_BT) for gate in gates.values()]
+    restrict(gates, None)  # in a pipeline, the last forward pass may have been of a batch of another shape
     yield
-    for gate, load_E in zip(gates.values(), before, strict=True):
+    for gate, (load_E, counted_BT) in zip(gates.values(), before, strict=True):
         gate.load_E.copy_(load_E)
+        gate.counted_BT = counted_BT
 
 
 def restrict(gates: dict[str, Gate], counted_BT: Tensor | None) -> None:
