@@ -1,5 +1,6 @@
 """Plans of rows: those of placing piece after piece, by far fewer steps; shared by processes; made ahead."""
 
+import os
 import sys
 import time
 from multiprocessing import get_context
@@ -130,6 +131,10 @@ def test_processes_plan_a_shard_once_between_them(corpus, tmp_path):
 
 
 def test_a_helper_plans_ahead_and_ends_with_its_block(corpus, tmp_path, monkeypatch):
+    """It runs no file of the working directory, whatever its name."""
+    (tmp_path / "filelock.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, filter(None, sys.path))))
+    monkeypatch.chdir(tmp_path)
     target = tmp_path / "plans" / "rows-128"
     with ahead([(corpus, tmp_path / "plans")], [128, 1 << 12]):
         for _ in range(3_000):

@@ -91,8 +91,9 @@ def ahead(corpora: Sequence[tuple[Path, Path]], lengths: Sequence[int]) -> Itera
     arguments = [",".join(map(str, lengths)), *(str(path.absolute()) for pair in corpora for path in pair)]
     quiet = subprocess.DEVNULL
     helper = subprocess.Popen(
-        [sys.executable, "-m", "bessemer.data.plans", *arguments], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet
-    )
+        [sys.executable, "-P", "-m", "bessemer.data.plans", *arguments],
+        stdin=subprocess.PIPE, stdout=quiet, stderr=quiet,
+    )  # fmt: skip
     try:
         yield
     finally:
