@@ -98,7 +98,7 @@ def idle(folder: Path, args: argparse.Namespace) -> dict:
 
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train(["the quick brown fox " * 50] * 4, 300)
-    cfg = preset("tiny", vocab_size=512, max_seq_len=args.tokens + 64, n_mtp=0)
+    cfg = preset("tiny", vocab_size=1024, max_seq_len=args.tokens + 64, n_mtp=0)
     engine = Engine(Transformer(cfg).initialise(0).eval(), tokenizer)
     code = answers(folder, 1)[0][0]
     groups = args.rollout // 8
@@ -159,8 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=8192)
     parser.add_argument("--sample", type=int, default=64, help="answers of each kind that are judged one by one")
-    parser.add_argument("--rollout", type=int, default=512, help="samples of the rollout")
-    parser.add_argument("--tokens", type=int, default=2048, help="its longest sample")
+    parser.add_argument("--rollout", type=int, default=256, help="samples of the rollout")
+    parser.add_argument("--tokens", type=int, default=4096, help="its longest sample")
     parser.add_argument("--before", help="folder of another version of the package, for the serial verdicts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", choices=("serial", "verdicts", "idle"), help=argparse.SUPPRESS)
