@@ -97,7 +97,7 @@ def _check_kinds(options: Mapping[str, Any], where: str) -> None:
         raise UserError(f'{where}.phrasing is {phrasing!r}; write "seen" or "held-out"')
 
 
-def _bounds(span: Any) -> tuple[int, int]:
+def _bounds(span: object) -> tuple[int, int]:
     if not isinstance(span, list) or [type(one) for one in span] != [int, int] or span[0] > span[1]:
         raise UserError(f"difficulty is {span!r}; write the least and the greatest, such as [1, 2]")
     return span[0], span[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from array import array
-from typing import Any
+from typing import cast
 
 from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Task
@@ -19,7 +19,7 @@ TRIES = 256
 
 def narrowed(task: Task, low: int, high: int) -> Task:
     """The task with the problems whose difficulty is from `low` to `high`. UserError if it has none."""
-    found: Any = copy.copy(task)
+    found = cast(_Narrowed, copy.copy(task))
     found.__class__ = type(type(task).__name__, (_Narrowed, type(task)), {"__module__": type(task).__module__})
     found.low, found.high, found.kept = low, high, {}
     size = task.size("train")
@@ -48,7 +48,7 @@ class _Narrowed(Task):
             raise _none(self, set())
         return super().problem(split, fitting[place % len(fitting)], seed, language)
 
-    def difficulty(self, split: str, index: int, seed: int) -> Any:
+    def difficulty(self, split: str, index: int, seed: int) -> object:
         return super().problem(split, index, seed).meta.get("difficulty")
 
     def _fits(self, split: str, index: int, seed: int) -> bool:
@@ -71,8 +71,8 @@ class _Narrowed(Task):
         return found
 
 
-def _none(task: Any, known: set[Any]) -> UserError:
-    has = ", ".join(map(str, sorted(filter(lambda one: one is not None, known)))) or "none"
+def _none(task: _Narrowed, known: set[object]) -> UserError:
+    has = ", ".join(map(str, sorted(one for one in known if isinstance(one, int)))) or "none"
     return UserError(
         f"{task.name} has no problem of difficulty {task.low} to {task.high}; its problems have the difficulties {has}"
     )

@@ -61,7 +61,7 @@ def _repeated(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, with the same random numbers for the same arguments."""
 
     @wraps(method)
-    def call(self: Task, *args: Any, **named: Any) -> Any:
+    def call(self: Task, *args: object, **named: object) -> object:
         parts = [one.id if isinstance(one, Problem) else one for one in (*args, *named.values())]
         with repeatable(self.name, method.__name__, *parts):
             return method(self, *args, **named)
