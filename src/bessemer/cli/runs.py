@@ -75,7 +75,7 @@ def run(
         return
     if dry_run:
         _refuse("--dry-run", running)
-        _dry_run(recipe, set_ or [], world or processes, device, as_json)
+        _dry_run(recipe, set_ or [], world, processes, device, as_json)
         return
     check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer.cli import many
@@ -154,7 +154,9 @@ def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
     print_table(table)
 
 
-def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str | None, as_json: bool) -> None:
+def _dry_run(
+    recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
+) -> None:
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
@@ -166,8 +168,10 @@ def _dry_run(recipe: Path, overrides: list[str], world: int | None, device: str 
     chosen = None if device is None else named(device)
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())
-        feasible.add(loaded, stages, world, chosen, lambda text: print(text, file=sys.stderr))
-        layout = dry_run.of_recipe(loaded, world, device) if next(plan_config.begun(loaded), None) else None
+        feasible.add(loaded, stages, world, processes, chosen, lambda text: print(text, file=sys.stderr))
+        layout = (
+            dry_run.of_recipe(loaded, world or processes, device) if next(plan_config.begun(loaded), None) else None
+        )
     faults = preflight.list_faults(stages)
     if as_json:
         print_json((layout.facts() if layout else {}) | {"stages": [stage.facts() for stage in stages]})

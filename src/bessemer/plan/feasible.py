@@ -27,22 +27,24 @@ TOO_LONG = 3 * 365 * 86400.0
 
 
 def add(
-    recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, say: Callable[[str], None]
-) -> None:
-    """Adds to the examined stages their memory, their time, and the faults of both. With `world` alone the ranks are of
-    machines that nobody named, so nothing is compared."""
+    recipe: Recipe, stages: list[Examined], world: int | None, processes: int | None, device: Device | None,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Adds to the examined stages their memory, their time, and the faults of both. `processes` are of this machine;
+    with `world` alone the ranks are of machines that nobody named, so nothing is compared."""
+    elsewhere, world = world is not None, world or processes
     needs = stage_memory.of_stages(recipe, world, device)
     for one in stages:
         config = recipe.stage(one.name)
         if (need := needs.get(one.name)) is not None:
             one.found.append(need.describe())
-            compared = device is not None or world is None
+            compared = device is not None or not elsewhere
             one.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
         one.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
     if device is not None:
         _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
-    elif world is None:
-        _measured(recipe, stages, say)
+    elif not elsewhere:
+        _measured(recipe, stages, world or recipe.layout.fewest, say)
     for one in stages:
         one.seconds = one.seconds or None  # nothing here tells how long its files are
         if one.seconds is not None and one.seconds > TOO_LONG and not one.faults:
@@ -67,14 +69,14 @@ def check(recipe: Recipe, root: Path, until: str | None, world: int | None) -> N
                 raise UserError(why)
 
 
-def _measured(recipe: Recipe, stages: list[Examined], say: Callable[[str], None]) -> None:
+def _measured(recipe: Recipe, stages: list[Examined], ranks: int, say: Callable[[str], None]) -> None:
     """Times on this machine, at rates measured here."""
     known = []
     for config in recipe.stages:
         with suppress(UserError):  # a file is missing, which is a fault already
             find_kind(config.kind)().work(config, recipe)
             known.append(config)
-    seconds = Pace(recipe, cache=cache_dir(None), ranks=recipe.layout.fewest, say=say).of_stages(known)
+    seconds = Pace(recipe, cache=cache_dir(None), ranks=ranks, say=say).of_stages(known)
     for one in stages:
         one.seconds = seconds.get(one.name)
 
