@@ -1,5 +1,7 @@
 """Curricula: where sections begin, and that none reads a row twice without need."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,12 @@ def test_a_section_s_rows_are_opened_when_it_is_reached(parts_of):
     eager = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1)
     eager.realised(60 * 32, 50)
     assert made.batch(40 * 32, 40, 20).tokens_BT.tolist() == eager.batch(40 * 32, 40, 20).tokens_BT.tolist()
+
+
+def test_weights_that_are_no_shares_are_reported_once_and_not_during_training(parts_of):
+    plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
+    with pytest.warns(UserWarning, match="sum to 4, not 1"):
+        made = Curriculum(plan, parts_of, {"a": 1.0, "b": 3.0}, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made.batch(40 * 32, 40, 2).tokens_BT.shape == (2, 64)

@@ -184,6 +184,8 @@ class Mixture:
         else:
             constant = {name: weight for name, weight in weights.items() if not callable(weight)}
             self.quota = constant_quota(self.names, _normalised(self.names, constant))
+            if span is None or not span.first_token:  # once in a run, whose later sections are opened while it trains
+                _report_sum(constant)
         self._known = lru_cache(4)(self._ordered)
         read = {} if span is None else span.read
         self._first = np.array([round(read.get(name, 0.0) * rows_of[name]) for name in self.names])
@@ -297,10 +299,14 @@ def _normalised(names: list[str], weights: Mapping[str, float]) -> dict[str, flo
                 f"the weight of {name} is {weight}; it must be positive (leave the source out to use none of it)"
             )
     total = sum(weights.values())
-    if abs(total - 1) > 1e-6:
-        shares = ", ".join(f"{name} {weights[name] / total:.4f}" for name in names)
-        warnings.warn(f"the mixture weights sum to {total:g}, not 1; used as shares: {shares}", stacklevel=3)
     return {name: weights[name] / total for name in names}
+
+
+def _report_sum(weights: Mapping[str, float]) -> None:
+    total = sum(weights.values())
+    if abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{name} {weights[name] / total:.4f}" for name in sorted(weights))
+        warnings.warn(f"the mixture weights sum to {total:g}, not 1; used as shares: {shares}", stacklevel=3)
 
 
 def _check_alike(sources: dict[str, Rows]) -> None:
