@@ -146,9 +146,8 @@ export function samplingOf(settings, model, seed) {
   const fields = Object.fromEntries(
     names.filter((name) => settings[name] !== null).map((name) => [name, settings[name]]),
   );
-  const thinks = model.thinks && model.talks; // a request to continue a text has no such field
-  if (thinks && settings.thinking !== "own") fields.thinking = settings.thinking === "always";
-  if (thinks && settings.thinking !== "never" && settings.thinking_budget !== null) {
+  if (model.thinks && settings.thinking !== "own") fields.thinking = settings.thinking === "always";
+  if (model.thinks && settings.thinking !== "never" && settings.thinking_budget !== null) {
     fields.thinking_budget = settings.thinking_budget;
   }
   return { ...fields, seed };
