@@ -157,3 +157,14 @@ def test_a_full_cache_prefills_little_twice(cfg, tokenizer, lengths, pages):
         scheduler.add(Request(prompt, n, most, stop_ids=()))
     _, found = drain(scheduler)
     assert len(found) == count and sum(tokens) <= 1.55 * count * PAGE
+
+
+@pytest.mark.parametrize(("prompt", "most"), [(PAGE - 1, 1), (28, 100), (5, 59)])
+def test_rows_that_have_pages_for_their_longest_all_start(engine, prompt, most):
+    """As in rollouts on a GPU, whose cache has exactly that size."""
+    pages = -(-(prompt + most) // PAGE)
+    scheduler = Scheduler(engine, rows=8, cache_tokens=8 * pages * PAGE)
+    for n in range(8):
+        scheduler.add(Request(tuple(range(3 + n, 3 + n + prompt)), n, most, stop_ids=()))
+    scheduler.step()
+    assert scheduler.stats()["waiting"] == 0

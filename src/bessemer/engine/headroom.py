@@ -36,6 +36,8 @@ class Need(NamedTuple):
     """Slots now, its next step's included, after the shared pages."""
     more: int
     """Tokens that it needs room for after that."""
+    pages: int
+    """The most pages that it can ever take."""
 
 
 class AnswerLengths:
@@ -69,7 +71,7 @@ def peak_pages(needs: Iterable[Need]) -> int:
     """The most pages that the sequences hold together until the last of them ends."""
     ordered = sorted(needs, key=lambda need: -need.more)
     most = 0
-    for n, (tokens, more) in enumerate(zip(accumulate(need.tokens for need in ordered), ordered, strict=True), 1):
+    for n, (tokens, need) in enumerate(zip(accumulate(need.tokens for need in ordered), ordered, strict=True), 1):
         # just before the n-th from the end does, with half an empty page each
-        most = max(most, pages_for(tokens + n * more.more) + n // 2)
-    return most
+        most = max(most, pages_for(tokens + n * need.more) + n // 2)
+    return min(most, sum(need.pages for need in ordered))

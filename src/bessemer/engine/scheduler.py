@@ -67,8 +67,13 @@ class _Prefill:
     def needs(self, count: int, lookahead: int, more: Callable[[Sequence], int]) -> list[Need]:
         """What its first `count` sequences take besides the pages that they share."""
         shared = self.prompt.full_pages * PAGE if count > 1 else 0
-        slots = len(self.prompt.ids) + lookahead - shared
-        return [Need(slots, more(sequence)) for sequence in self.sequences[:count]]
+        return [_need(one, lookahead, shared, more) for one in self.sequences[:count]]
+
+
+def _need(sequence: Sequence, lookahead: int, shared: int, more: Callable[[Sequence], int]) -> Need:
+    """What a sequence takes after `shared` tokens."""
+    prompt, request = len(sequence.request.prompt) + lookahead - shared, sequence.request
+    return Need(prompt + len(sequence.tokens), more(sequence), pages_for(prompt + request.max_new_tokens - 1))
 
 
 class Network(Protocol):
@@ -278,8 +283,7 @@ class Scheduler:
         left, owned = free - self._reserved_pages(), free
         needs = []
         for sequence, pages in zip(self.runner.sequences, self.cache.row_pages, strict=True):
-            slots = len(sequence.request.prompt) + len(sequence.tokens) + lookahead
-            needs.append(Need(slots - sequence.shared, more(sequence)))
+            needs.append(_need(sequence, lookahead, sequence.shared, more))
             owned += len(pages) - sequence.shared // PAGE
         for other in self._prefills:
             needs += other.needs(len(other.sequences), lookahead, more)
