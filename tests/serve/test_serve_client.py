@@ -5,6 +5,7 @@ from typing import Literal
 
 import openai
 import pytest
+import torch
 from pydantic import BaseModel
 
 from bessemer.data.chat import render_ids
@@ -170,7 +171,10 @@ def test_log_probabilities_and_routing_are_the_engines(server, engine):
     shown = [i for i in sample.tokens if i != engine.tokenizer.eos_id]
     assert choice.token_ids == shown
     rows = choice.logprobs.content
-    assert [row.logprob for row in rows] == pytest.approx(sample.logprobs[: len(shown)], abs=1e-4)
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([[*ids, *sample.tokens[:-1]]]))[0, len(ids) - 1 :]
+    raw = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None]).squeeze(1).tolist()
+    assert [row.logprob for row in rows] == pytest.approx(raw[: len(shown)], abs=1e-4), "at temperature 1"
     assert [bytes(row.bytes) for row in rows] == [engine.tokenizer.token_bytes(i) for i in shown]
     for row in rows:
         figures = [entry.logprob for entry in row.top_logprobs]

@@ -57,7 +57,7 @@ def sampled(device, tokenizer, **options):
     engine = Engine(Transformer(CFG).initialise(0).to(device), tokenizer)
     prompts = [tokenizer.encode("the quick"), tokenizer.encode("two <answer>")]
     found = engine.generate(prompts, samples=2, max_new_tokens=6, **options)
-    return [one.tokens for group in found for one in group]
+    return [list(one.tokens) for group in found for one in group]
 
 def scheduled(device, tokenizer):
     scheduler = Scheduler(Engine(Transformer(CFG).initialise(0).to(device), tokenizer), rows=2, prefill_tokens=8)
