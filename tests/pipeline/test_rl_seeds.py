@@ -98,7 +98,7 @@ def test_draws_follow_from_the_arguments_and_leave_the_generators_alone(file):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     problem = task.problem("train", 3)
     assert problem == again.problem("train", 3) != again.problem("train", 4)
-    verdicts = [task.verify(problem, text) for text in "abcdabcd"]
+    verdicts = [task.verify(problem, text) for text in "abc\ud800abc\ud800"]
     assert verdicts[:4] == verdicts[4:] and len({verdict.score for verdict in verdicts}) == 4
     reward = Reward(function=reward_function(f"{file}:noisy"))
 

@@ -13,7 +13,8 @@ from bessemer.tasks.base import stable_hash
 def repeatable(*parts: object) -> Iterator[None]:
     """Seeds the global generators of random and, if they are loaded, numpy and torch (on the CPU) from `parts`. Their
     states are put back afterwards, so nothing else notices what was drawn."""
-    seed, undo = stable_hash(*parts), [partial(random.setstate, random.getstate())]
+    texts = (str(part).encode("utf-8", "backslashreplace").decode() for part in parts)  # surrogates have no UTF-8
+    seed, undo = stable_hash(*texts), [partial(random.setstate, random.getstate())]
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
