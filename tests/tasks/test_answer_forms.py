@@ -1,8 +1,9 @@
 """Answers in further forms than the golden ones, labelled by hand by the same conventions (tests/data/golden).
 
-tests/data/answer_forms: maths_1, maths_4 and choice_1 were written while the graders were, the others before any grader
-had judged them. At that time 133 of the 141 verdicts of the second set agreed, none of them paid a wrong answer, and 138
-of the 149 of the third, of which 3 paid one. The choices are replies to "Which is a noble gas? A) O B) Ne C) N D) H".
+tests/data/answer_forms: maths_1, maths_4 and choice_1 were written while the graders were, the others before any
+grader had judged them. At that time 133 of the 141 verdicts of the second set agreed, none of them paid a wrong answer,
+and 138 of the 149 of the third, of which 3 paid one. The choices are replies to "Which is a noble gas?
+A) O B) Ne C) N D) H".
 """
 
 import json

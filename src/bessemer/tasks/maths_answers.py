@@ -84,18 +84,16 @@ def judge(gold: str, answer: str, question: str) -> Judged:
         called, gold = sides(plainer(answer))[:-1], last
         if called and is_name(called[0]) and bare(called[0]) != bare(names[0]):
             return WRONG_VALUE, answer
-    exact, sign, rounded = re.sub(r"\\simeq|≈|≐", r"\\approx", answer).partition("\\approx")
-    if sign and (
-        number is None or sides(exact)[1:] or parse_numeral(split_unit(exact)[0]) or not exact.strip().isalpha()
-    ):
-        return _rounded(gold, exact, rounded, question)
-    answer = (f"{exact}={rounded}" if sign else answer).strip()
+    exact, sign, decimal = re.sub(r"\\simeq|≈|≐", r"\\approx", answer).partition("\\approx")
+    if sign and (not is_name(exact) or exact.strip() in ("\\pi", "e")):
+        return _rounded(gold, exact, decimal, question)
+    answer = (f"{exact}={decimal}" if sign else answer).strip()
     if misnamed(plainer(answer), question):
         return WRONG_VALUE, answer
     steps: list[str] = []
     if "=" in answer and "=" not in gold and not assigned(plainer(answer)) and not _OF_WHAT.match(answer):
         answer, steps = named(answer, question)
-        if number and parse_numeral(split_unit(answer)[0]) is None and steps:  # 42 = 6 \\cdot 7
+        if number and parse_numeral(split_unit(answer)[0]) is None and steps:  # 42 = 6 * 7
             answer, steps = steps[0], [*steps[1:], answer]
         if not answer:
             return UNPARSABLE, None
@@ -105,12 +103,9 @@ def judge(gold: str, answer: str, question: str) -> Judged:
         reason, canonical = WRONG_VALUE, f"{canonical} {unit}"
     if reason != CORRECT and _converted(number, gold, gold_unit, value, unit, question):
         reason = CORRECT
-    if (
-        reason == CORRECT
-        and steps
-        and not _same(gold, value, tuple(split_unit(plainer(step))[0] for step in steps))["same"]
-    ):
-        return UNPARSABLE, None
+    if reason == CORRECT and steps:
+        plain = tuple(split_unit(plainer(step))[0] for step in steps)
+        return (CORRECT, canonical) if _same(gold, value, plain)["same"] else (UNPARSABLE, None)
     return reason, canonical
 
 
@@ -135,8 +130,6 @@ def _rounded(gold: str, exact: str, decimal: str, question: str) -> Judged:
     """`exact \\approx decimal`: one of the two is the answer, and they agree."""
     if not exact.strip():
         return judge(gold, decimal.strip(), question)
-    if exact.strip().isalpha() or not sides(exact)[-1]:
-        return UNPARSABLE, None
     last = sides(exact)[-1]
     numeral = parse_numeral(split_unit(decimal.strip(), letters=True)[0])
     if numeral is None or not _near(plainer(split_unit(last, letters=True)[0]), numeral):
