@@ -16,7 +16,7 @@ from bessemer.dist.ranks import Ranks
 from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
 from bessemer.rl.apart import Carrier
 from bessemer.rl.loop import Loop
-from bessemer.rl.rollout import ScoredSample, split_by_length
+from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
@@ -112,20 +112,21 @@ def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     assert all(sent == 0 for *_, sent in found)
 
 
-class OnePipeline:
-    """What a carrier reads of a trainer whose ranks are all in one pipeline."""
+class Dealt:
+    """What a carrier reads of a trainer: the parts of each pipeline, None for a filler; rank r is in pipeline r % n."""
 
-    n_pipelines, pipeline = 1, 0
+    def __init__(self, numbers, rank):
+        self.numbers, self.n_pipelines, self.pipeline = numbers, len(numbers), rank % len(numbers)
 
     def numbers_by_pipeline(self, count):
-        return [[*range(count)]]
+        return self.numbers
 
     def numbers_of_mine(self, count):
-        return [*range(count)]
+        return self.numbers[self.pipeline]
 
 
-def carried(rank, n):
-    """(rows sent by this rank, the texts, the first tokens) after 8 rows, each made by rank i % n, were carried."""
+def carried(rank, n, numbers):
+    """(rows sent by this rank, the texts, the micro-batches) after 8 rows, each made by rank i % n, were carried."""
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, n, torch.device("cpu"))
     rows, sent, gather = [], 0, ranks.gather
 
@@ -141,16 +142,22 @@ def carried(rank, n):
             one = Completion(array("i", [number] * 6), "text", array("f", [0.0] * 6), "stop", 2)
         problem, verdict = Problem(str(number), "q", "en", {}), Verdict(True, True, "", None)
         rows.append(ScoredSample(problem, [1, 2], one, verdict, language=1.0, begun=""))
-    Carrier(OnePipeline(), ranks).batches(rows, split_by_length(rows, 16, 1), 0, "token")
-    return sent, [row.completion.text for row in rows], [row.completion.tokens[0] for row in rows]
+    batches = Carrier(Dealt(numbers, rank), ranks).batches(rows, [rows[:3], rows[3:6], rows[6:]], 0, "token")
+    return sent, [row.completion.text for row in rows], [(one.tokens_BT[:, 2].tolist(), one.filler) for one in batches]
 
 
 def test_a_row_goes_once_to_each_rank_that_trains_it():
     """A rank passes on no row that it was sent, and nothing replaces its own."""
-    for rank, (sent, texts, tokens) in enumerate(on_ranks(3, carried, 3)):
+    for rank, (sent, texts, batches) in enumerate(on_ranks(3, carried, 3, [[0, 1, 2]])):
         own = [number % 3 == rank for number in range(8)]
-        assert sent == 2 * sum(own) and tokens == [*range(8)]
+        assert sent == 2 * sum(own) and [first for first, _ in batches] == [[0, 1, 2], [3, 4, 5], [6, 7]]
         assert texts == ["text" if mine else "" for mine in own]
+
+
+def test_a_filler_has_a_row_that_another_rank_made():
+    one, other = on_ranks(2, carried, 2, [[0, 1], [2, None]])
+    assert one[2] == [([0, 1, 2], False), ([3, 4, 5], False)]
+    assert other[2] == [([6, 7], False), ([0], True)]
 
 
 def test_what_a_rank_keeps_of_another_s_samples_does_not_grow_with_them():
