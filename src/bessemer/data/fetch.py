@@ -71,7 +71,7 @@ def fetch(package: Package, cache: str | Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"no download fits into {folder} ({error.strerror}); set BESSEMER_CACHE to a folder of yours"
+            f"cannot create {folder} ({error.strerror}); set BESSEMER_CACHE to a folder that you can write to"
         ) from error
     target = folder / package.filename
     with filelock.FileLock(folder / f".{package.filename}.lock"):

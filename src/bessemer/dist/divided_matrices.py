@@ -59,10 +59,15 @@ class DividedMatrices:
     """Those of one bucket, whose shares have `each` elements. All ranks of the group make it and call it alike."""
 
     def __init__(
-        self, runs: Sequence[Run], each: int, ranks: dist.ProcessGroup, work_R: list[float], turn: Callable[..., None]
+        self,
+        runs: Sequence[Run],
+        each: int,
+        ranks: dist.ProcessGroup,
+        work_R: list[float],
+        orthogonalise: Callable[[Tensor, Sequence[Run]], None],
     ):
-        """`turn(vector, runs)` orthogonalises these runs of a vector."""
-        self.ranks, self.turn = ranks, turn
+        """`orthogonalise` does it in place, to these matrices of a vector."""
+        self.ranks, self._orthogonalise = ranks, orthogonalise
         n, me = dist.get_world_size(ranks), dist.get_rank(ranks)
         cut = list(zip(divided(runs, each), owners(runs, each, work_R), strict=True))
         self.sent_R = [_overlaps([run for run, owner in cut if owner == rank], me, each) for rank in range(n)]
@@ -88,7 +93,7 @@ class DividedMatrices:
             self._wait()
             whole = torch.empty(self.numel, device=self._back.device)
             _put(whole, self.parts_R, self._back)
-            self.turn(whole, self.mine)
+            self._orthogonalise(whole, self.mine)
             self._back = self._exchange(whole, self.parts_R, self.sent_R)
 
     def receive(self, moves: Tensor) -> None:

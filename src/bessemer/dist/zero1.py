@@ -168,7 +168,7 @@ class ShardedMuonGroup(ShardedGroup):
         found, each = runs(self.slots, stacked), self.master.numel()
         whole = inside(found, self.mine.start, self.mine.stop)
         self.matrices = Matrices(whole, each, self.compute.dtype, Workers(1), self.master.device)
-        self.divided = DividedMatrices(found, each, ranks, work_R, self.matrices.turn)
+        self.divided = DividedMatrices(found, each, ranks, work_R, self.matrices.orthogonalise_in)
 
     def send(self, update: Update) -> None:
         self.matrices.direct(self.summed, self.moments["m"], update)

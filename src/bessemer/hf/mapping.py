@@ -165,7 +165,7 @@ def longest_text(values: dict[str, Any]) -> int | None:
             limits += [one.get("original_max_position_embeddings") for one in (values, table)]
     found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
     if found is not None and found > MOST_POSITIONS:
-        raise UserError(f"config.json: {found} is no length of a text ({' or '.join(LIMITS)}); correct it")
+        raise UserError(f"config.json: {found} is not a plausible context length ({' or '.join(LIMITS)}); correct it")
     return found
 
 
@@ -192,7 +192,9 @@ def from_hf(values: dict[str, Any], where: str) -> ModelConfig:
         ours[name] = value
     cfg = ModelConfig.make({**ours, **_rope(values, where)}, where)
     if cfg.max_seq_len > MOST_POSITIONS:
-        raise UserError(f"{where}: max_position_embeddings = {cfg.max_seq_len} is no length of a text; correct it")
+        raise UserError(
+            f"{where}: max_position_embeddings = {cfg.max_seq_len} is not a plausible context length; correct it"
+        )
     _check_rope_scale(cfg, values, where)
     if cfg.own and family != "bessemer":
         raise UserError(f"{where}: kv_lora_rank = {cfg.kv_lora_rank} is not valid for {family}; it must be positive")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 18
-"""Bytes that share a digest: little beside the 2 MB of one bucket that a rank of 128 reads, and a digest of 0.01 %."""
+"""Bytes that share a digest: few beside the 2 MB of a bucket that a rank of 128 reads; the digests take 0.01 %."""
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

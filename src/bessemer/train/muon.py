@@ -86,7 +86,7 @@ class Matrices:
         for index in indices:
             update_rules.orthogonalise_([run.of(self.moves) for run in self.pieces[index]], self.dtype)
 
-    def turn(self, vector: Tensor, runs: Sequence[Run]) -> None:
+    def orthogonalise_in(self, vector: Tensor, runs: Sequence[Run]) -> None:
         """Orthogonalises matrices of another vector."""
         for piece in _pieces(runs, vector.device):
             update_rules.orthogonalise_([run.of(vector) for run in piece], self.dtype)
