@@ -5,6 +5,8 @@ import rl_stage
 import torch
 
 from bessemer.hf import hub
+from bessemer.model.transformer import Transformer
+from bessemer.rl import drafting
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -56,3 +58,26 @@ def test_their_loss_on_the_samples_and_the_loads_are_metrics(stages):
         largest, layer = stage.values("rl/max_vio"), stage.values("moe/max_vio/1")
         assert len(largest) == len(layer) == 2 and all(a >= b > 0 for a, b in zip(largest, layer, strict=True))
     assert stages["trained"].values("moe/max_vio/mtp0") and not stages["frozen"].values("moe/max_vio/mtp0")
+
+
+def with_modules(base, folder, n):
+    """The base with n MTP modules."""
+    cfg = hub.read_config(base / "model").model_copy(update={"n_mtp": n})
+    Transformer(cfg).initialise(3).save(folder / "model", tokenizer_dir=base / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+def test_every_depth_is_measured(base, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+    stage = rl_stage.Stage(with_modules(base, tmp_path / "four", 4), tmp_path / "run", "rollouts=1", f"mtp={kind}")
+    stage.run()
+    assert all(len(stage.values(f"rl/mtp_{k}")) == 1 for k in range(1, 5))
+
+
+def test_training_modules_that_do_not_exist_is_reported(base, tmp_path):
+    said = []
+    settings = rl_stage.Stage(base, tmp_path / "run", "mtp=trained").recipe.stage("zero")
+    model = hub.load(with_modules(base, tmp_path / "none", 0) / "model")
+    assert drafting.prepare(model, settings, said.append) == 0.0
+    assert any("warning" in line and "mtp" in line for line in said)

@@ -37,6 +37,8 @@ def prepare(network: Transformer | CausalLM | ModelShard, settings: RLConfig, sa
         say("MTP modules: left out of the model from here on")
     elif depths:
         say(f"MTP modules: {'trained on the samples' if trained else 'frozen'}; rl/mtp_1 is their loss on the samples")
+    elif settings.mtp == "trained":
+        say('warning: the model has no MTP modules, so mtp = "trained" has no effect')
     return WEIGHT if trained else 0.0
 
 

@@ -333,8 +333,10 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for name, measured in (("gap", "logp_gap"), ("gap_max", "logp_gap_max"), ("kl", "sampler_kl")):
         if f"train/{measured}" in updates[0]:
             values[f"rl/sampler_{name}"] = updates[0][f"train/{measured}"]
-    values |= update_means("rl", ("off_policy_masked", "max_vio", "mtp_1", "mtp_2", "mtp_3"), updates)
-    loads = dict.fromkeys(name for update in updates for name in update if name.startswith(BALANCE))
+    names = dict.fromkeys(name for update in updates for name in update)
+    depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
+    values |= update_means("rl", ("off_policy_masked", "max_vio", *depths), updates)
+    loads = [name for name in names if name.startswith(BALANCE)]
     values |= means(loads, updates)
     last = next((update for update in reversed(updates) if "train/lr" in update), {})
     gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}
