@@ -138,6 +138,17 @@ def test_the_same_answer_is_judged_once(pool):
     assert one.submit(TASK, Problem("other", "?", "en"), "right") is not twice[0]
 
 
+def test_a_judgement_is_kept_until_it_is_asked_for(pool, monkeypatch):
+    """A rollout of more answers than are kept was judged twice."""
+    monkeypatch.setattr(verifiers, "KEPT", 4)
+    one = pool(1)
+    begun = [one.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
+    for found in begun:
+        found.result(60)
+    assert [one.submit(TASK, PROBLEM, f"wrong {n}", asked=True) for n in range(12)] == begun
+    assert [one.knows(TASK, PROBLEM, f"wrong {n}") for n in range(12)] == [False] * 8 + [True] * 4
+
+
 def test_a_task_that_cannot_be_sent_is_judged_here():
     class Local(Hard):
         """Pickle finds no class inside a function."""

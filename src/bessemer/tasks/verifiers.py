@@ -52,7 +52,7 @@ PATIENCE = 1800.0
 MOST_MEMORY = 8 << 30
 """Bytes of address space of a verifier."""
 KEPT = 1 << 16
-"""Judgements that are kept: the samples of a problem often give the same answer."""
+"""Judgements that are kept after somebody has asked for them: the samples of a problem often give the same answer."""
 NEAR = 64
 """Waiting answers among which a verifier looks for one to the problem it knows: its tests are read then."""
 JUDGING = {"verify", "grade", "judge", "_judge"}
@@ -88,7 +88,7 @@ def judged(task: Task, problem: Problem, answer: str) -> Judged:
     while apart(task):
         verifiers = _verifiers(os.getpid())
         try:
-            return verifiers.submit(task, problem, answer).result(1.0)
+            return verifiers.submit(task, problem, answer, asked=True).result(1.0)
         except TimeoutError:
             heartbeat.beat()
         except Absent:
@@ -143,8 +143,10 @@ class Verifiers:
 
     def __init__(self, n: int | None = None, patience: float = PATIENCE) -> None:
         self.n, self.patience = n, patience
-        self._jobs: OrderedDict[bytes, _Job] = OrderedDict()
+        self._jobs: dict[bytes, _Job] = {}
         """Those that wait, run or are done, by digest."""
+        self._asked: OrderedDict[bytes, None] = OrderedDict()
+        """Digests of those that somebody has asked for, the latest last. Others are kept until somebody does."""
         self._waiting: list[_Job] = []
         self._tasks: weakref.WeakKeyDictionary[Task, bytes | None] = weakref.WeakKeyDictionary()
         self._changed = Condition()
@@ -165,20 +167,23 @@ class Verifiers:
         """Have the task judged in this process from now on."""
         self._tasks[task] = None
 
-    def submit(self, task: Task, problem: Problem, answer: str) -> Future[Judged]:
+    def submit(self, task: Task, problem: Problem, answer: str, asked: bool = False) -> Future[Judged]:
+        """What will be found about the answer. `asked`: somebody waits for it, and it need not be kept for long."""
         packed = self.packed(task)
         assert packed is not None, "the caller asks only about tasks that can be sent"
         key, about = self._key(packed, problem, answer)
         with self._changed:
-            if key not in self._jobs:
+            if (job := self._jobs.get(key)) is None:
                 self._start()
                 job = self._jobs[key] = _Job(_digest(packed), packed, about, answer)
                 self._waiting.append(job)
                 self._changed.notify()
-                while len(self._jobs) > KEPT and next(iter(self._jobs.values())).found.done():
-                    self._jobs.popitem(last=False)
-            self._jobs.move_to_end(key)
-            return self._jobs[key].found
+            if asked:
+                self._asked[key] = None
+                self._asked.move_to_end(key)
+                if len(self._asked) > KEPT:
+                    del self._jobs[self._asked.popitem(last=False)[0]]
+            return job.found
 
     def knows(self, task: Task, problem: Problem, answer: str) -> bool:
         packed = self.packed(task)
