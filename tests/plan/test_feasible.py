@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.cli import many
 from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
 from bessemer.model.accounting import main_params
 from bessemer.model.config import preset
 from bessemer.pipeline import pace
 from bessemer.plan import stage_memory
 from bessemer.plan.hardware import GIB, device
+from bessemer.precision import probe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 H200, H800 = device("H200"), device("H800")
@@ -98,6 +101,26 @@ def test_v3_s_pre_training_fits_its_ranks_and_a_long_row_does_not():
     _, cut = faults("v3", H800, "layout.cp=8", "layout.dp=2", "layout.recompute=[\"attend\", \"experts\"]",
                     "pretrain.fp8=off", "extend-32k.fp8=off", "extend-128k.fp8=off", world=16384)  # fmt: skip
     assert "extend-32k" not in cut
+
+
+def test_what_fits_the_ranks_that_a_run_starts_is_no_fault(call, tmp_path, monkeypatch):
+    """Eight GPUs share masters and moments of V2-Lite, which one does not hold."""
+    _, one = faults("tiny", H200, "model.preset=v2-lite", world=1)
+    assert "pretrain" in one
+    eight = probe.Gpus(8, 8, None)
+    monkeypatch.setattr(probe, "gpus", lambda: eight)
+
+    def check(n_ranks):
+        assert "pretrain" not in faults("tiny", H200, "model.preset=v2-lite", world=n_ranks)[1]
+        raise UserError(f"checked for {n_ranks}")
+
+    with pytest.raises(UserError, match="checked for 8"):
+        many.start(Recipe.load(RECIPES / "tiny.toml"), tmp_path, check=check)
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call("run", "tiny", "--dry-run", "--json")
+    found = {stage["name"]: stage["found"] for stage in json.loads(out)["stages"]}
+    assert status == 0 and any(" a rank: " in line for line in found["pretrain"])
+    assert call("run", "tiny", "--set", "model.preset=v3")[0] == 2 and not (tmp_path / "runs").exists()
 
 
 def test_ranks_of_other_machines_are_not_compared_with_this_one(call, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from bessemer.dist.ranks import Ranks
 
 
-def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None) -> Ranks | None:
+def start(
+    recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None,
+    check: Callable[[int], None] = lambda n_ranks: None,
+) -> Ranks | None:  # fmt: skip
     """The ranks of this run; None if one process runs it alone. If there are none yet and the run needs several, this
     process starts them and exits with their status: as many as `asked` for, else one for every GPU that the recipe can
-    use, and at least those of its [layout]."""
+    use, and at least those of its [layout]. `check` raises UserError if the run cannot do with that many; ranks that
+    torchrun started are not checked, since their machines may be others."""
     from bessemer.dist import groups
     from bessemer.dist.ranks import Ranks, launch
 
@@ -41,6 +45,8 @@ def start(recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus
         if n_ranks > 1:
             if fault := _fault(recipe, n_ranks):  # an error that every rank would raise
                 raise UserError(fault)
+        check(n_ranks)
+        if n_ranks > 1:
             sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))
         return None
     n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

@@ -93,9 +93,7 @@ def run(
     loaded = Recipe.load(recipe, set_ or [])
     out = out or run_of(recipe)
     root = out or Path("runs") / loaded.name
-    if not many.started():
-        feasible.check(loaded, root, until, processes)
-    ranks = many.start(loaded, root, processes)
+    ranks = many.start(loaded, root, processes, check=lambda n_ranks: feasible.check(loaded, root, until, n_ranks))
     try:
         with many.together(ranks):
             if ranks is not None and ranks.me:
@@ -157,18 +155,21 @@ def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
 def _dry_run(
     recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
 ) -> None:
+    from bessemer.cli import many
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
     from bessemer.pipeline import preflight
     from bessemer.plan import dry_run, feasible, plan_config
     from bessemer.plan.hardware import device as named
+    from bessemer.precision import probe
 
     loaded = Recipe.load(recipe, overrides)
     chosen = None if device is None else named(device)
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())
-        feasible.add(loaded, stages, world, processes, chosen, lambda text: print(text, file=sys.stderr))
+        here, _ = many.decide(loaded, processes, probe.gpus())
+        feasible.add(loaded, stages, world, chosen, here, lambda text: print(text, file=sys.stderr))
         layout = (
             dry_run.of_recipe(loaded, world or processes, device) if next(plan_config.begun(loaded), None) else None
         )

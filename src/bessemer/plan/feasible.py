@@ -27,24 +27,23 @@ TOO_LONG = 3 * 365 * 86400.0
 
 
 def add(
-    recipe: Recipe, stages: list[Examined], world: int | None, processes: int | None, device: Device | None,
+    recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, here: int,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Adds to the examined stages their memory, their time, and the faults of both. `processes` are of this machine;
-    with `world` alone the ranks are of machines that nobody named, so nothing is compared."""
-    elsewhere, world = world is not None, world or processes
-    needs = stage_memory.of_stages(recipe, world, device)
+    """Adds to the examined stages their memory, their time, and the faults of both. `here`: ranks that a run starts on
+    this machine. With `world` alone the ranks are of machines that nobody named, so nothing is compared."""
+    needs = stage_memory.of_stages(recipe, world or (None if device else here), device)
     for one in stages:
         config = recipe.stage(one.name)
         if (need := needs.get(one.name)) is not None:
             one.found.append(need.describe())
-            compared = device is not None or not elsewhere
+            compared = device is not None or world is None
             one.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
         one.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
     if device is not None:
         _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
-    elif not elsewhere:
-        _measured(recipe, stages, world or recipe.layout.fewest, say)
+    elif world is None:
+        _measured(recipe, stages, here, say)
     for one in stages:
         one.seconds = one.seconds or None  # nothing here tells how long its files are
         if one.seconds is not None and one.seconds > TOO_LONG and not one.faults:
@@ -55,9 +54,9 @@ def add(
             )
 
 
-def check(recipe: Recipe, root: Path, until: str | None, world: int | None) -> None:
-    """UserError for a stage that is still to run and whose weights, gradients, optimizer and copies alone exceed this
-    machine's memory."""
+def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:
+    """UserError for a stage that is still to run on `world` ranks here and whose weights, gradients, optimizer and
+    copies alone exceed this machine's memory."""
     done = {
         name for _, name, folder in (stage_folders(root) if root.is_dir() else ()) if (folder / "done.json").exists()
     }
