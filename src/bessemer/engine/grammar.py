@@ -25,9 +25,8 @@ from bessemer.errors import UserError
 WHITESPACE = " "
 """What may stand between two JSON tokens, at most once: as `json.dumps` writes. If more may, a weak model pads its
 answers with it."""
-RESERVE = 64
-"""Tokens at the end of an answer in which the grammar closes what is open. An answer of fewer than twice as many keeps
-half of them."""
+RESERVE = 32
+"""Tokens at the end of an answer in which the grammar closes what is open; at most an eighth of a short one's."""
 LONGEST = 32_768
 """Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
 QUOTE, BACKSLASH = b'"\\'
