@@ -11,7 +11,7 @@ from bessemer.errors import UserError
 from bessemer.model.accounting import main_params
 from bessemer.model.config import preset
 from bessemer.pipeline import pace
-from bessemer.plan import stage_memory
+from bessemer.plan import feasible, stage_memory
 from bessemer.plan.hardware import GIB, device
 from bessemer.precision import probe
 
@@ -121,6 +121,19 @@ def test_what_fits_the_ranks_that_a_run_starts_is_no_fault(call, tmp_path, monke
     found = {stage["name"]: stage["found"] for stage in json.loads(out)["stages"]}
     assert status == 0 and any(" a rank: " in line for line in found["pretrain"])
     assert call("run", "tiny", "--set", "model.preset=v3")[0] == 2 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("model", ["tiny-random/deepseek-v3", "someone/tiny-random-llama-405b"])
+def test_a_run_is_not_refused_for_the_name_of_a_model(model, tmp_path):
+    """Before its files are here, nothing but [model] or its name tells its size."""
+    (tmp_path / "own.toml").write_text(
+        f'name = "own"\nmodel.preset = "v3"\n[[stage]]\nname = "base"\nkind = "import"\nmodel = "hub:{model}"\n'
+        '[[stage]]\nname = "zero"\nkind = "rl"\nsource = "base"\ntasks = ["arithmetic"]\nrollouts = 1\n'
+    )
+    recipe = Recipe.load(tmp_path / "own.toml")
+    need = stage_memory.of_stages(recipe)["zero"]
+    assert need.guess and stage_memory.fault(recipe, need, H800), "a dry run says what it would be"
+    feasible.check(recipe, tmp_path / "run", None, 1)
 
 
 def test_ranks_of_other_machines_are_not_compared_with_this_one(call, tmp_path, monkeypatch):

@@ -42,9 +42,8 @@ def start(
         n_ranks, why = decide(recipe, asked, gpus)
         if why:
             print(why, file=sys.stderr)
-        if n_ranks > 1:
-            if fault := _fault(recipe, n_ranks):  # an error that every rank would raise
-                raise UserError(fault)
+        if n_ranks > 1 and (fault := _fault(recipe, n_ranks)):  # an error that every rank would raise
+            raise UserError(fault)
         check(n_ranks)
         if n_ranks > 1:
             sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))

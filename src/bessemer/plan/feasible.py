@@ -56,7 +56,7 @@ def add(
 
 def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:
     """UserError for a stage that is still to run on `world` ranks here and whose weights, gradients, optimizer and
-    copies alone exceed this machine's memory."""
+    copies alone exceed this machine's memory. What is guessed refuses nothing."""
     done = {
         name for _, name, folder in (stage_folders(root) if root.is_dir() else ()) if (folder / "done.json").exists()
     }
@@ -64,7 +64,7 @@ def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:
     due = {*names[: names.index(until) + 1 if until in names else len(names)]} - done
     with places.of_recipe(recipe.folder):
         for name, need in stage_memory.of_stages(recipe, world).items():
-            if name in due and (why := stage_memory.fault(recipe, need, None, stage_memory.CERTAIN)):
+            if name in due and not need.guess and (why := stage_memory.fault(recipe, need, None, stage_memory.CERTAIN)):
                 raise UserError(why)
 
 

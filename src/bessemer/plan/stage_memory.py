@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,8 @@ class StageMemory:
     ranks: int
     """Processes that hold as much, on one machine or several."""
     bytes: dict[str, int]
-    as_if: bool = False
-    """The network is [model], for want of the one that is imported."""
+    guess: str = ""
+    """Where the size of a model that is not here yet is from; "" if its files or [model] tell."""
 
     @property
     def total(self) -> int:
@@ -69,7 +70,7 @@ class StageMemory:
 
     def describe(self) -> str:
         each = " a rank" if self.ranks > 1 else ""
-        return f"memory {_amount(self.total)}{each}: {self.chief()}" + (" (as if its model were [model])" * self.as_if)
+        return f"memory {_amount(self.total)}{each}: {self.chief()}" + f" ({self.guess})" * bool(self.guess)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _nearest(
 
 
 def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | None) -> StageMemory | None:
-    cfg, as_if = _network(recipe, stage)
+    cfg, guess = _network(recipe, stage)
     on_gpu = device is not None or torch.cuda.is_available()
     if isinstance(stage, OptimizerConfig):
         number = 2 if stage.precision == "bfloat16" or (stage.precision != "float32" and on_gpu) else 4
@@ -160,14 +161,14 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         found = _training(recipe, stage, cfg, layout, number, device)
         found |= _copies(recipe, stage, cfg, layout, number, found)
         found["cache"] = _cache(stage, cfg, number, on_gpu, layout.world)
-        return StageMemory(stage.name, world, found, as_if)
+        return StageMemory(stage.name, world, found, guess)
     if isinstance(stage, RejectConfig | EvalConfig | LongEvalConfig):  # one process holds the whole model
         number = 2 if on_gpu else 4
-        whole = number * (_held(cfg) if cfg else _billions(recipe, _source(stage)))
-        if not whole:
+        count, guess = (_held(cfg), guess) if cfg else _parameters(recipe, _source(stage))
+        if not count:
             return None
         cache = _cache(stage, cfg, number, on_gpu, 1) if cfg else 0
-        return StageMemory(stage.name, 1, {"weights": int(whole), "cache": cache}, as_if)
+        return StageMemory(stage.name, 1, {"weights": number * count, "cache": cache}, guess)
     return None
 
 
@@ -250,7 +251,7 @@ def _cache(stage: StageConfig, cfg: ModelConfig, number: int, on_gpu: bool, rank
 
 def _foreign(recipe: Recipe, stage: OptimizerConfig, number: int) -> StageMemory | None:
     """A model of another family is trained by one process; activations are not counted."""
-    count = int(_billions(recipe, stage.source))
+    count, guess = _parameters(recipe, stage.source)
     if not count:
         return None
     lora = getattr(stage, "lora", None) is not None
@@ -259,7 +260,7 @@ def _foreign(recipe: Recipe, stage: OptimizerConfig, number: int) -> StageMemory
         found |= {"gradients": 4 * count, "masters": 4 * count * (number < 4), "moments": 8 * count}
     if isinstance(stage, RLConfig) and stage.kl > 0 and not lora:
         found["copies"] = 2 * number * count
-    return StageMemory(stage.name, 1, found)
+    return StageMemory(stage.name, 1, found, guess)
 
 
 def refused_layout(recipe: Recipe, stage: StageConfig, world: int | None = None) -> str | None:
@@ -282,18 +283,16 @@ def _own_family(recipe: Recipe, origin: ImportConfig) -> bool:
     return bool(OWN.search(origin.model)) and not OTHER.search(origin.model)
 
 
-def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, bool]:
-    """(network of a stage, whether it is [model] in place of one that is not here); None for another family."""
+def _network(recipe: Recipe, stage: StageConfig) -> tuple[ModelConfig | None, str]:
+    """(network of a stage, `StageMemory.guess`); None for another family."""
     name = stage.name if isinstance(stage, PretrainConfig) else _source(stage)
     if (cfg := lineage.config_of(recipe, name)) is not None:
-        return cfg, False
+        return cfg, ""
     origin = lineage.origin(recipe, name)
     if isinstance(origin, ImportConfig) and _own_family(recipe, origin):
-        try:
-            return setup.model_config(recipe), True
-        except UserError:
-            return None, False
-    return None, False
+        with suppress(UserError):
+            return setup.model_config(recipe), "as if its model were [model]"
+    return None, ""
 
 
 def _source(stage: StageConfig) -> str | None:
@@ -302,13 +301,14 @@ def _source(stage: StageConfig) -> str | None:
     return models[0] if models else stage.source
 
 
-def _billions(recipe: Recipe, name: str | None) -> float:
-    """Parameters of a model of another family, from its files or its address; 0 if neither tells."""
+def _parameters(recipe: Recipe, name: str | None) -> tuple[int, str]:
+    """(parameters of a model of another family, `StageMemory.guess`): from its files, else from its address; 0 if
+    neither tells."""
     if counted := params(recipe, name):
-        return counted
+        return int(counted), ""
     origin = lineage.origin(recipe, name)
     match = BILLIONS.search(origin.model) if isinstance(origin, ImportConfig) else None
-    return 1e9 * float(match[1]) if match else 0.0
+    return (int(1e9 * float(match[1])), "by its model's name") if match else (0, "")
 
 
 def _amount(size: float) -> str:
