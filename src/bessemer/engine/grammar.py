@@ -144,7 +144,7 @@ class GrammarState:
         )
         # a text that may end here, such as one that calls could follow, is not shortened
         if self.closing and not self._matcher.is_accepting():
-            for closes_V in self._closers[-1:] if self._in_string else self._closers:
+            for closes_V in self._closers[2:] if self._in_string else self._closers[:3]:
                 if bool((closing_V := allowed_V & closes_V).any()):
                     self.cut = True
                     return closing_V
@@ -153,13 +153,17 @@ class GrammarState:
 
 def _closers(tokenizer: Tokenizer) -> tuple[Tensor, ...]:
     """What leads to an end outside strings, in order of preference: tokens of closing brackets, or the end of a call;
-    the comma before what is still required; and tokens of a quotation mark, which begin and end strings, with closing
-    brackets after it. bool [V] each."""
+    the comma before what is still required; and tokens of a quotation mark, with closing brackets after it. The mark
+    ends strings too, once the bytes of a character, the last kind, are complete. bool [V] each."""
     ends = {tokenizer.tool_marks.get(mark) for mark in (CALL_END, CALLS_END)}
     texts = [b"" if tokenizer.is_special(i) else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     quotes = [text[:1] == b'"' and not text.strip(b'"]}') for text in texts]
     brackets = [i in ends or (text != b"" and not text.strip(b"]}")) for i, text in enumerate(texts)]
-    return torch.tensor(brackets), torch.tensor([text == b"," for text in texts]), torch.tensor(quotes)
+    commas, rests = (
+        [text == b"," for text in texts],
+        [text != b"" and min(text) >= 0x80 and max(text) < 0xC0 for text in texts],
+    )
+    return torch.tensor(brackets), torch.tensor(commas), torch.tensor(quotes), torch.tensor(rests)
 
 
 class _Vocabulary:
