@@ -3,8 +3,8 @@
 A line has a question and an answer (see files.py); a quantity also has a "unit" that an answer may carry or leave out,
 a "tolerance" relative to the gold value, or both.
 
-Judging, cheapest first. A unit is split off and judged by itself (units.py). If the gold answer is a plain number, only
-plain numbers count, compared exactly: an expression with that value is unfinished work, and often a copy of the
+Judging, cheapest first. A unit is split off and judged alone (units_asked.py). If the gold answer is a plain number,
+only plain numbers count, compared exactly: an expression with that value is unfinished work, and often a copy of the
 question. A fraction need not be in lowest terms if the question does not ask for them, and a power counts if the
 question has none. If the gold answer is words, only those words count. Everything else is one expression, compared in
 the referee process (equality.py), exactly; the whole text of the answer must be that expression. A decimal stands for

@@ -22,7 +22,8 @@ from bessemer.tasks.maths_writing import (
     unworded,
 )
 from bessemer.tasks.referee import ask
-from bessemer.tasks.units import asks_a_share, split_unit, unit_fits, unit_of
+from bessemer.tasks.units import split_unit, unit_of
+from bessemer.tasks.units_asked import asks_a_share, unit_fits
 
 Judged = tuple[str, str | None]
 """A reason code and the canonical form of the answer; None if it could not be read."""
