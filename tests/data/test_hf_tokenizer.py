@@ -15,10 +15,12 @@ from bessemer.data.mixture import Mixture
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
 from bessemer.errors import UserError
+from bessemer.eval.shots import Shots
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.serve.chat import chat_prompt
 from bessemer.serve.models import Vocabulary
 from bessemer.serve.protocol import Turn
+from bessemer.tasks import get
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]
 ANSWER = {"role": "assistant", "content": "<think>36</think> 40, é漢"}
@@ -469,3 +471,11 @@ def test_a_message_of_all_private_characters(chatml, most):
     else:
         with pytest.raises(UserError, match="private-use"):
             chat.render_ids(chatml, [message])
+
+
+def test_text_before_a_question_ends_as_documents_do(tmp_path):
+    tok = load_tokenizer(houses.byte_level(tmp_path, eos_token="<|text|>"))
+    assert tok.end_id != tok.eos_id
+    problem, prefix = get("arithmetic").problem("test", 0), "Think well."
+    ids = Shots(prefix=prefix).encoder(tok, get("arithmetic"), 500)(problem)
+    assert ids == [*tok.encode(prefix), tok.end_id, *chat.question_ids(tok, problem.prompt)]

@@ -254,6 +254,15 @@ def test_a_damaged_model_whose_checkpoints_are_damaged_too_is_trained_again(whol
     assert copy.leaves()["02-pretrain/model/model.safetensors"] == whole.leaves()["02-pretrain/model/model.safetensors"]
 
 
+def test_a_stage_with_other_damaged_output_starts_over(copy, capsys):
+    """Its checkpoints hold weights alone."""
+    text = copy.out / MODELS[1] / "rollouts.jsonl"
+    text.write_bytes(text.read_bytes()[:-3] + b"??\n")
+    assert copy()["zero"].status == "done"
+    err = capsys.readouterr().err
+    assert "the old one is moved to" in err and "written again from the checkpoint" not in err
+
+
 def test_a_finished_stage_of_a_large_model_keeps_one_checkpoint_and_replay_says_what_would_keep_more(
     copy, monkeypatch, call
 ):
