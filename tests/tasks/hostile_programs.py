@@ -196,6 +196,7 @@ HOSTILE = {
     "kill everyone": "import os\nos.kill(-1, 9)\ndef f(n): pass",
     "kill the parent": "import os\nos.kill(os.getppid(), 9)\ndef f(n): pass",
     "kill the group": "import os\nos.killpg(0, 9)\ndef f(n): pass",
+    "interrupt the group": "import os, signal\nsignal.signal(2, signal.SIG_IGN)\nos.killpg(0, 2)\ndef f(n): pass",
     "kill the first": "import os\nos.kill(1, 9)\ndef f(n): pass",
     "stop": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
     "trace the parent": "import ctypes, os\nctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0)\ndef f(n): pass",

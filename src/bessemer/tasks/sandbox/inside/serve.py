@@ -118,6 +118,7 @@ def serve_warm(control: int, reply: int, names: dict[str, object]) -> None:
 
 def _serve_one(mode: str, fds: tuple[int, ...], bounds: list[int], names: dict[str, object]) -> None:
     """The fork for one program."""
+    os.setsid()  # a signal to the program's process group would reach process 1 and the launcher, if the user is theirs
     ask, reply, *standard = fds
     for target, fd in enumerate(standard):
         os.dup2(fd, target)
