@@ -18,7 +18,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline import runner
+from bessemer.pipeline import replay, runner
 from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted
@@ -267,6 +267,7 @@ def test_a_finished_stage_of_a_large_model_keeps_one_checkpoint_and_replay_says_
     copy, monkeypatch, call
 ):
     monkeypatch.setattr(checkpoint, "SMALL", 0)
+    monkeypatch.setattr(replay, "UNASKED", -1.0)
     results = copy("zero.rollouts=2", "zero.save_seconds=0")
     assert results["zero"].status == "done"
     assert [path.name for path in checkpoint.steps(copy.out / "03-zero" / "state")] == ["step-00000004"]
