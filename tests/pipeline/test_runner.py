@@ -43,6 +43,7 @@ def test_a_run_leaves_what_the_contract_says_and_is_skipped_the_second_time(toy)
     before = toy.result()
     assert run(toy) == ALL_SKIPPED
     assert toy.result() == before
+    assert not (toy.out / "03-compare" / "state").exists(), "a stage that saves nothing would seem to be resumed"
 
 
 def test_until_stops_after_a_stage_and_the_next_call_goes_on(toy):

@@ -334,7 +334,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
         rundir.check()
         pinned = {name: commit for name, commit in outside.read_by(item.config).items() if name.startswith(places.HUB)}
         write_stage_record(ctx.dir, item.identity, inputs, files | pinned, began)
-        checkpoint.settle(ctx.state)
+        checkpoint.settle(ctx.dir / "state")
         record = read_json(ctx.dir / "stage.json")
         assert record is not None
         return write_done(ctx.dir, record, summary, ctx.elapsed(), ctx.cpu())
