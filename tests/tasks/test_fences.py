@@ -58,6 +58,8 @@ def fenced(source, language="python", fence="```", indent=""):
         ("program", fenced(ADD) + "\n\nFor\n\n```python\n3 4", False),  # a block is left open
         ("function", fenced(DOUBLE), True),
         ("function", fenced(DOUBLE) + "\n\nUsage:\n\n" + fenced("print(double(4))  # 8"), True),
+        ("function", fenced(DOUBLE) + "\n\n" + fenced("from solution import double\nprint(double(4))"), True),
+        ("function", fenced("gcd = 1") + "\n\n" + fenced("from math import gcd\n" + DOUBLE + "\nprint(gcd(4, 6))"), True),
         ("function", fenced(DOUBLE) + "\n\nTests:\n\n" + fenced("def test():\n    assert double(4) == 8\n\ntest()"),
          True),
         ("function", fenced(DOUBLE) + "\n\nUsage:\n\n" + fenced(">>> double(4)\n8", "pycon"), True),

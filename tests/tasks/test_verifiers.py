@@ -125,6 +125,17 @@ def test_a_verifier_that_is_killed_costs_nothing(pool):
     assert not alive(second)
 
 
+def test_an_answer_is_not_wrong_because_the_verifiers_are_closed(pool):
+    one = pool(1)
+    pid = int(one.submit(TASK, PROBLEM, "right").result(60).verdict.answer)
+    hangs = one.submit(TASK, PROBLEM, "hang")
+    time.sleep(1.0)  # until it is being judged; if it is not yet, nothing is found either
+    one.close()
+    assert not alive(pid)
+    with pytest.raises(TimeoutError):
+        hangs.result(1.0)
+
+
 def test_what_a_user_can_mend_stops_the_call(pool):
     with pytest.raises(UserError, match="mend this first"):
         pool().submit(TASK, PROBLEM, "mend").result(60)

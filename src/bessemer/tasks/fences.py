@@ -14,6 +14,7 @@ blocks are compared.
 """
 
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -97,9 +98,11 @@ def answer_of(text: str, found: Iterable[Block]) -> Block | None:
 
 
 def _borrowed(source: str, before: set[str]) -> set[str]:
-    """The names that a program calls, does not import, and finds among those of earlier blocks."""
+    """The names that a program calls, does not import from the standard library, and finds among those of earlier
+    blocks."""
     called = before.intersection(_CALLED.findall(source))
-    return called.difference(*map(_NAME.findall, _IMPORTED.findall(source))) if called else called
+    imported = map(_NAME.findall, _IMPORTED.findall(source) if called else ())
+    return called.difference(*(names for names in imported if names and names[0] in sys.stdlib_module_names))
 
 
 def _defined(source: str) -> set[str]:

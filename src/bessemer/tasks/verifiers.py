@@ -227,7 +227,9 @@ def _serve_all(pool: weakref.ref[Verifiers], verifier: _Verifier) -> None:
         if job is None:
             continue
         try:
-            job.found.set_result(verifier.judge(job))
+            found = verifier.judge(job)
+            if not verifier.over:  # else it did not end because of the answer
+                job.found.set_result(found)
         except BaseException as error:
             job.found.set_exception(error)
         job.packed, job.problem, job.answer = b"", b"", ""  # the job is kept for what was found
