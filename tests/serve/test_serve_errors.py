@@ -312,6 +312,16 @@ def test_an_unknown_field_that_means_something_is_refused(server, path, field, b
     assert repr(better) in error["message"] if better else "did you mean" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [(CHAT, {"echo": False, "suffix": ""}), ("/v1/completions", {"tools": [], "response_format": {}})],
+)
+def test_a_field_that_asks_for_nothing_is_not_refused(server, path, extra):
+    answer = server.post(path, **GOOD[path], **extra)
+    assert answer.status_code == 200 and answer.headers["x-bessemer-ignored"] == ", ".join(extra)
+    assert server.post(path, **GOOD[path], **dict.fromkeys(extra, 0)).status_code == 400
+
+
 @pytest.mark.parametrize("path", ["/v1/responses", CHAT, "/v1/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_other_unknown_fields_are_named_in_a_header(server, path, stream):

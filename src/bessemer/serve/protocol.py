@@ -322,12 +322,14 @@ def _generation_fields() -> frozenset[str]:
 
 def unknown_fields(value: object, body: type[Body]) -> list[str]:
     """Names in a JSON object that are not fields of `body` and have no effect. Raises ApiError for one that means
-    something here."""
+    something here, unless it asks for nothing: clients of vLLM send `"echo": false` to chats."""
     if not isinstance(value, dict):
         return []
     own = {info.alias or name for name, info in body.model_fields.items()}
     unknown = [name for name, given in value.items() if name not in own and given is not None]
     for name in unknown:
+        if value[name] is False or value[name] in ("", [], {}):
+            continue
         near = difflib.get_close_matches(name[:64], own, n=1, cutoff=0.85)
         if not near and (name in HARMLESS or not body.generates or name not in _generation_fields()):
             continue
