@@ -57,8 +57,8 @@ LR = 0.0051234
 
 @dataclass(frozen=True)
 class Budget:
-    """What a path may cost a reader. It falls when the path does, and is never raised: a longer path needs another part
-    of it to become shorter."""
+    """What a path may cost a reader, with a C++ compiler at hand. It falls when the path does, and is never raised: a
+    longer path needs another part of it to become shorter."""
 
     files: int
     lines: int
@@ -66,10 +66,10 @@ class Budget:
 
 
 BUDGETS = {
-    "token": Budget(0, 0, "25 files, 1,450 lines"),
-    "rollout": Budget(0, 0, "25 files, 1,400 lines"),
-    "request": Budget(0, 0, "25 files, 1,500 lines"),
-    "setting": Budget(0, 0, "8 files"),
+    "token": Budget(41, 2_110, "25 files, 1,450 lines"),
+    "rollout": Budget(48, 2_510, "25 files, 1,400 lines"),
+    "request": Budget(29, 2_045, "25 files, 1,500 lines"),
+    "setting": Budget(11, 515, "8 files"),
 }
 TITLES = {
     "token": "a token, from document to updated weight",

@@ -32,7 +32,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import runtime
-from bessemer.pipeline.work import Work, guessed
+from bessemer.pipeline.work import StageWork, guessed
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.files import read_json, write_json
 from bessemer.system import memory
@@ -64,7 +64,7 @@ class Pace:
         that it measures, before it does."""
         self.recipe, self.seconds, self.worth, self._base, self._ranks = recipe, seconds, worth, base, ranks
         self._say = say
-        self.work: dict[str, list[Work]] = {}
+        self.work: dict[str, list[StageWork]] = {}
         """What is counted of each stage."""
         self.shown: dict[str, float] = {}
         self.compiled = False
@@ -83,10 +83,10 @@ class Pace:
                     self._guesses[key] = self._guesses.get(key, 0.0) + guessed(self.recipe, part)
         return {stage.name: sum(self._of(stage, one) for one in work[stage.name]) for stage in stages}
 
-    def _of(self, stage: StageConfig, work: Work) -> float:
+    def _of(self, stage: StageConfig, work: StageWork) -> float:
         return work.seconds + sum(self._of_part(stage, kind, part) for kind, part in _parts(work))
 
-    def _of_part(self, stage: StageConfig, kind: str, part: Work) -> float:
+    def _of_part(self, stage: StageConfig, kind: str, part: StageWork) -> float:
         """Seconds of work of one kind."""
         key = self._key(kind, stage, part)
         settings = self._settings(stage, part)
@@ -108,7 +108,7 @@ class Pace:
         cost = flops_per_token(cfg, part.length).training / flops_per_token(cfg, self._length(settings)).training
         return (part.trained + part.read / 3) * cost / rate
 
-    def _settings(self, stage: StageConfig, work: Work) -> PretrainConfig | None:
+    def _settings(self, stage: StageConfig, work: StageWork) -> PretrainConfig | None:
         """The stage of pre-training whose network the work is done with, with what the stage itself trains with."""
         origin = lineage.origin(self.recipe, work.model)
         base = origin if isinstance(origin, PretrainConfig) else self._base
@@ -123,7 +123,7 @@ class Pace:
         corpus = self.recipe.stage(settings.source) if settings.source else None
         return getattr(corpus, "row_length", 256)
 
-    def _key(self, kind: str, stage: StageConfig, work: Work) -> str:
+    def _key(self, kind: str, stage: StageConfig, work: StageWork) -> str:
         if (settings := self._settings(stage, work)) is None:
             return kind
         cfg = setup.model_config(self.recipe, settings.model)
@@ -141,7 +141,7 @@ class Pace:
         cfg, on_gpu = setup.model_config(self.recipe, settings.model), setup.device().type == "cuda"
         room = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory()
         rows = self._rows(stage, settings, length)
-        smallest = Work(stage.name, sampled=256 * 16) if kind == "decoding" else Work(stage.name)
+        smallest = StageWork(stage.name, sampled=256 * 16) if kind == "decoding" else StageWork(stage.name)
         too_large = BYTES * stored_params(cfg) > room / 2 or not cfg.kv_lora_rank
         if rows is None or too_large or guessed(self.recipe, smallest) > LONGEST:
             return None
@@ -165,7 +165,7 @@ class Pace:
     def _rows(self, stage: StageConfig, settings: PretrainConfig, length: int) -> int | None:
         """Rows of a step to measure: the stage's own, or fewer if a step takes long."""
         rows = max(1, round(settings.batch_rows(settings.tokens)))
-        one = guessed(self.recipe, Work(stage.name, trained=length, length=length))
+        one = guessed(self.recipe, StageWork(stage.name, trained=length, length=length))
         if one > LONGEST:
             return None
         return rows if rows * one <= LONGEST else max(1, int(LONGEST / one))
@@ -193,13 +193,13 @@ class Pace:
             write_json(self._cache, self._kept)
 
 
-def _parts(work: Work) -> list[tuple[str, Work]]:
+def _parts(work: StageWork) -> list[tuple[str, StageWork]]:
     """The work of each kind that has a rate of its own, without its fixed seconds."""
     parts = []
     if work.trained or work.read:
-        parts.append(("training", Work(work.model, trained=work.trained, read=work.read, length=work.length)))
+        parts.append(("training", StageWork(work.model, trained=work.trained, read=work.read, length=work.length)))
     if work.sampled:
-        parts.append(("decoding", Work(work.model, sampled=work.sampled, length=work.length)))
+        parts.append(("decoding", StageWork(work.model, sampled=work.sampled, length=work.length)))
     return parts
 
 

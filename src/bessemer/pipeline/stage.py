@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
-from bessemer.pipeline.work import Work, guessed
+from bessemer.pipeline.work import StageWork, guessed
 from bessemer.runs import files
 from bessemer.runs.directory import RUN_FORMAT
 from bessemer.runs.metrics import Smoothed
@@ -96,9 +96,9 @@ class Stage(Generic[_Config]):
         """Whether a recorded identity, perhaps of an older version, means the same output as the identity `now`."""
         return recorded == now or (_device_is_float32() and _without_float32(recorded) == _without_float32(now))
 
-    def work(self, config: _Config, recipe: Recipe) -> list[Work]:
+    def work(self, config: _Config, recipe: Recipe) -> list[StageWork]:
         """The stage's work, for the time that it will take: everything that it does, model by model."""
-        return [Work(seconds=30.0)]
+        return [StageWork(seconds=30.0)]
 
     def estimate(self, config: _Config, recipe: Recipe) -> float:
         """Seconds guessed from the work, before anything is measured (`pipeline.pace` measures)."""

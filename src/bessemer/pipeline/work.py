@@ -21,8 +21,8 @@ DISK = 3e8
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work with one model."""
+class StageWork:
+    """Work of a stage with one model."""
 
     model: str | None = None
     """The stage whose network it is; None: none."""
@@ -38,7 +38,7 @@ class Work:
     """Loading, saving, texts, downloads."""
 
 
-def guessed(recipe: Recipe, work: Work) -> float:
+def guessed(recipe: Recipe, work: StageWork) -> float:
     """Seconds at the rates of `setup.estimate_seconds`: a token read costs a third of one trained on, and one sampled
     about a quarter."""
     tokens = work.trained + work.read / 3 + work.sampled / 4

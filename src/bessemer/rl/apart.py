@@ -1,6 +1,6 @@
 """Samples that stay on the rank that generated them, until the ranks that train them need them.
 
-After a rollout every rank has a row for every sample, and knows its length, verdict, reward and `Reading`; only the
+After a rollout every rank has a row for every sample, and knows its length, verdict, reward and `TextCounts`; only the
 rank that generated it holds its tokens, log-probabilities and text (`generation.Elsewhere`). Before the updates each
 row goes once to the ranks of the pipeline that trains it, without its text.
 

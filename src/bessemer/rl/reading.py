@@ -21,7 +21,7 @@ _REFLECTIVE = re.compile(
 )
 
 
-class Reading(NamedTuple):
+class TextCounts(NamedTuple):
     lines: int
     """Lines of the thoughts, each of which is a try or a step: counted by structure, not by words. 0 without any."""
     words: Counter[str]
@@ -32,11 +32,11 @@ class Reading(NamedTuple):
     """Tokens that truncation kept, over all trained tokens, and the number of these."""
 
 
-def reading_of(problem: Problem, answer: str, kept: KeptTokens | None, trained_N: Tensor) -> Reading:
+def reading_of(problem: Problem, answer: str, kept: KeptTokens | None, trained_N: Tensor) -> TextCounts:
     """`kept` and `trained_N` as in a `ScoredSample` and its completion."""
     thoughts, meta = thought(answer).strip(), problem.meta
     traced = "target" in meta and len(meta.get("numbers", ())) == 3
-    return Reading(
+    return TextCounts(
         thoughts.count("\n") + 1 if thoughts else 0,
         Counter(word.lower() for word in _REFLECTIVE.findall(answer)),
         diagnose(problem, answer) if traced else None,

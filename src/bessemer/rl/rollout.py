@@ -26,7 +26,7 @@ from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
 from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
-from bessemer.rl.reading import Reading, reading_of
+from bessemer.rl.reading import TextCounts, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
@@ -58,10 +58,10 @@ class ScoredSample:
     """For an episode: who wrote which tokens of the completion. None: the model wrote all of them."""
     failure: str = ""
     """Why the environment failed; nothing of such an episode is trained on."""
-    reading: Reading | None = None
+    reading: TextCounts | None = None
     """Given if the text is on another rank (`apart`)."""
 
-    def read(self) -> Reading:
+    def read(self) -> TextCounts:
         return self.reading or reading_of(self.problem, self.answer, self.completion.kept, self.trained_N)
 
     @property

@@ -28,7 +28,7 @@ from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.pipeline.work import Work
+from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
 from bessemer.tasks.environment import Environment
 from bessemer.tasks.needle import Needle
@@ -92,10 +92,10 @@ class Corpus(Stage[CorpusConfig]):
                 least = None if limit is None else max(limit // 4, sample)  # a character is four tokens at most
                 yield preflight.of_key(f"parts.{part}", partial(sources.check, spec.removeprefix(NEEDLE), least))
 
-    def work(self, config: CorpusConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: CorpusConfig, recipe: Recipe) -> list[StageWork]:
         """Tokens of the parts with a limit; of the others the size is not known before they are read."""
         tokens = sum(config.limits.get(part, UNLIMITED) for part in config.parts)
-        return [Work(seconds=1.5 + 2 * tokens / (PACKED * cores()))]
+        return [StageWork(seconds=1.5 + 2 * tokens / (PACKED * cores()))]
 
     def run(self, config: CorpusConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)

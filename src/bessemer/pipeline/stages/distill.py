@@ -22,7 +22,7 @@ from bessemer.eval import scoring
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.pipeline.work import PROMPT, Work, answers, moved
+from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import DealtEngine, dealt
 from bessemer.rl.rollout import ScoredSample
@@ -64,15 +64,15 @@ class Distill(Stage[DistillConfig]):
         models = [config.source, *{config.teachers.get(task, config.teacher) for task in config.tasks} - {None}]
         yield from preflight.length_probes(config, recipe, models, "max_new_tokens", config.max_new_tokens)
 
-    def work(self, config: DistillConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: DistillConfig, recipe: Recipe) -> list[StageWork]:
         """Samples, updates, the teachers' forward passes, and the held-out evaluations."""
         samples = config.steps * config.prompts_per_step * config.samples
         trained = answers(samples, config.max_new_tokens) + samples * PROMPT
         asked = len(config.tasks) * config.eval_problems * 4
         times = 1 + -(-config.steps // config.eval_every)
         written = answers(samples + times * asked, config.max_new_tokens)
-        taught = [Work(name, read=trained / len(_teachers(config))) for name in _teachers(config)]
-        return [Work(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name)), *taught]
+        taught = [StageWork(name, read=trained / len(_teachers(config))) for name in _teachers(config)]
+        return [StageWork(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name)), *taught]
 
     def training_data(
         self, config: DistillConfig, recipe: Recipe, folder: Path, cache: Path

@@ -21,7 +21,7 @@ from bessemer.eval import contamination, scoring
 from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
-from bessemer.pipeline.work import Work, answers, moved
+from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
@@ -60,13 +60,13 @@ class Eval(Stage[EvalConfig]):
             for name in config.tasks:
                 yield preflight.of_key("shots", partial(_shown, config, name))
 
-    def work(self, config: EvalConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: EvalConfig, recipe: Recipe) -> list[StageWork]:
         """The answers of each model; the search for the problems in the training texts takes seconds beside them."""
         written = answers(sum(n_answers(config)), config.max_new_tokens)
-        searched = Work(seconds=2.0 if config.searched_words else 0.0)
+        searched = StageWork(seconds=2.0 if config.searched_words else 0.0)
         return [
             searched,
-            *(Work(name, sampled=written, seconds=moved(recipe, name, trains=False)) for name in config.models),
+            *(StageWork(name, sampled=written, seconds=moved(recipe, name, trains=False)) for name in config.models),
         ]
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:

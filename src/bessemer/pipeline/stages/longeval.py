@@ -25,7 +25,7 @@ from bessemer.hf import hub
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.training_inputs import check_heldout
-from bessemer.pipeline.work import Work, moved
+from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.needle import SPEAKERS
@@ -74,11 +74,11 @@ class LongEval(Stage[LongEvalConfig]):
         if config.haystack:
             yield preflight.of_key("haystack", partial(sources.check, config.haystack, None))
 
-    def work(self, config: LongEvalConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: LongEvalConfig, recipe: Recipe) -> list[StageWork]:
         prompts, longest = len(config.depths) * config.problems * sum(config.lengths), max(config.lengths)
         rows = len(config.parts) * config.rows * longest
         return [
-            Work(name, read=prompts + rows, length=longest, seconds=moved(recipe, name, trains=False))
+            StageWork(name, read=prompts + rows, length=longest, seconds=moved(recipe, name, trains=False))
             for name in [*config.models, *config.switched]
         ]
 

@@ -45,7 +45,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
-from bessemer.pipeline.work import Work, moved
+from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import ONE, ZERO, Runtime, Schedule, Trainer, constant
@@ -106,7 +106,7 @@ class Pretrain(Stage[_Config]):
             yield from preflight.length_probes(config, recipe, [model], what, corpus.row_length)
             yield partial(beyond_budget, config.tokens, corpus.row_length, config.batch_rows)
 
-    def work(self, config: _Config, recipe: Recipe) -> list[Work]:
+    def work(self, config: _Config, recipe: Recipe) -> list[StageWork]:
         """Training, the held-out rows of every part at every validation, continuations, loading and saving."""
         corpus = recipe.stage(config.corpus or config.source or config.name)
         length = self.row_length(config, corpus)
@@ -117,7 +117,7 @@ class Pretrain(Stage[_Config]):
         )
         shown = 1 + (config.tokens // config.sample_every if config.sample_every else 0)
         return [
-            Work(
+            StageWork(
                 config.name, trained=config.tokens, read=heldout, sampled=shown * len(config.prompts) * SAMPLED,
                 length=length, seconds=moved(recipe, config.name),
             )

@@ -25,7 +25,7 @@ from bessemer.data.documents import HUB, Document
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.pipeline.work import Work, answers, moved
+from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import engine_of
 from bessemer.rl.judge import Judge
@@ -88,9 +88,9 @@ class Reject(Stage[RejectConfig]):
     def exports_conversations(self, config: RejectConfig) -> bool:
         return True
 
-    def work(self, config: RejectConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: RejectConfig, recipe: Recipe) -> list[StageWork]:
         written = answers(config.problems * config.samples, config.max_new_tokens)
-        return [Work(config.name, sampled=written, seconds=moved(recipe, config.name, trains=False))]
+        return [StageWork(config.name, sampled=written, seconds=moved(recipe, config.name, trains=False))]
 
     def training_data(
         self, config: RejectConfig, recipe: Recipe, folder: Path, cache: Path

@@ -37,7 +37,7 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
-from bessemer.pipeline.work import Work, answers, moved
+from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.dealing import dealt, led
 from bessemer.rl.judge import Judge
@@ -103,10 +103,10 @@ class RewardModelling(Stage[RewardModelConfig]):
         for key, names in (("data", config.data), ("heldout_data", config.heldout_data)):
             yield from (preflight.of_key(key, partial(_counted, config, name)) for name in names)
 
-    def work(self, config: RewardModelConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: RewardModelConfig, recipe: Recipe) -> list[StageWork]:
         written = answers(config.made * config.samples, config.max_new_tokens)
         trained = config.epochs * config.made * 100
-        return [Work(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name))]
+        return [StageWork(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name))]
 
     def training_data(
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path

@@ -19,7 +19,7 @@ from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
-from bessemer.pipeline.work import PROMPT, Work, answers, moved
+from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
 from bessemer.rl import ray_sampler, task_mix
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
@@ -117,7 +117,7 @@ class RL(Stage[RLConfig]):
     def exports_conversations(self, config: RLConfig) -> bool:
         return config.export_samples != "nothing"
 
-    def work(self, config: RLConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: RLConfig, recipe: Recipe) -> list[StageWork]:
         """Rollouts and their updates, with a forward pass of the reference and one for importance weights, where there
         are any (the old log-probabilities are the sampler's); held-out evaluations, one before the first rollout."""
         caps = [config.max_new_tokens(number * config.updates_per_rollout) for number in range(config.rollouts)]
@@ -128,11 +128,11 @@ class RL(Stage[RLConfig]):
         evaluated = [0, *(n + 1 for n in range(config.rollouts) if (n + 1) % every == 0 or n + 1 == config.rollouts)]
         asked = heldout_answers(config)
         heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
-        work = Work(
+        work = StageWork(
             config.name, trained=trained, read=trained * ((config.kl > 0) + (config.correction != "none")),
             sampled=written * config.max_resamples + heldout, seconds=moved(recipe, config.name),
         )  # fmt: skip
-        critic = Work(config.name, trained=trained, read=trained) if config.advantage == "critic" else Work()
+        critic = StageWork(config.name, trained=trained, read=trained) if config.advantage == "critic" else StageWork()
         return [work, critic]
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:

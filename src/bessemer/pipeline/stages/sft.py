@@ -28,7 +28,7 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
-from bessemer.pipeline.work import Work, answers, moved
+from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
@@ -71,7 +71,7 @@ class SFT(Stage[SFTConfig]):
         settings = now["settings"] | {key: meant[key] for key in meant if now["settings"][key] is None}
         return super().same(config, recorded, now | {"format": kind, "settings": settings})
 
-    def work(self, config: SFTConfig, recipe: Recipe) -> list[Work]:
+    def work(self, config: SFTConfig, recipe: Recipe) -> list[StageWork]:
         """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
         exported = sum(_exported(recipe.stage(name)) for name in config.samples)
@@ -81,7 +81,7 @@ class SFT(Stage[SFTConfig]):
         epochs = config.epochs or sft_rows.EPOCHS[0]
         shown = epochs * len(config.prompts) * 100
         return [
-            Work(
+            StageWork(
                 config.name, trained=epochs * tokens, sampled=shown, length=config.row_length,
                 seconds=moved(recipe, config.name),
             )

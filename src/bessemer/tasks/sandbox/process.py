@@ -41,7 +41,7 @@ from typing import IO
 
 from bessemer.errors import UserError
 from bessemer.tasks.clock import speed
-from bessemer.tasks.sandbox.watch import INTERVAL, SLEEP_LOOK, Clock, look, processes
+from bessemer.tasks.sandbox.watch import INTERVAL, SLEEP_LOOK, ProgramClock, look, processes
 
 LEVELS = ("bubblewrap", "namespaces", "none")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # complete; equal hashes make equal verdicts
@@ -118,7 +118,7 @@ class SandboxProcess:
         self._first: int | None = None
         self._ours = 1
         """How many processes, the first ones, are not the program's."""
-        self._clock = Clock(speed())
+        self._clock = ProgramClock(speed())
         self._next_look = self._next_time = math.inf
         self._selector = selectors.DefaultSelector()
         self._outgoing: dict[int, bytearray] = {}

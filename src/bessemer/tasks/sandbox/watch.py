@@ -48,7 +48,7 @@ def look(found: list[int], ours: int, most: int) -> float | None:
     return min(INTERVAL, max(SHORTEST, (most - held) / (len(programs) * SPEED)))
 
 
-class Clock:
+class ProgramClock:
     """Seconds that a program has slept, or computed in seconds of the reference machine (`tasks/clock.py`)."""
 
     def __init__(self, speed: float) -> None:
