@@ -14,13 +14,15 @@ from ranks import on_ranks
 from bessemer.config.recipe import Recipe
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
-from bessemer.rl.apart import Carrier
+from bessemer.rl.apart import Carrier, stays
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.tasks import get
 from bessemer.tasks.base import Problem, Verdict
+from bessemer.tasks.environment import Environment
 
 CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")
 
@@ -110,6 +112,25 @@ def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
     assert all(here for _, held, _ in found for rows in held for _, here, _ in rows)
     assert all(sent == 0 for *_, sent in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stay"),
+    [((), True), (("language_reward=0.1",), True), (("language_reward=0.1", 'language_scope="reply"'), False),
+     (('advantage="critic"',), False), (('advantage="batch"',), True), (('supervision="process"',), False),
+     (('rollout.engine="ray"',), False), (('reward="random"',), False), (('export_samples="all"',), False),
+     (("max_off_policy_rollouts=1",), False)],
+)  # fmt: skip
+def test_samples_stay_only_where_nothing_but_the_trainer_reads_them(tmp_path, changes, stay):
+    """What an option reads elsewhere would be an empty text."""
+    stages_run.write_recipe(tmp_path)
+    recipe = Recipe.load(tmp_path / "small.toml", [f"zero.{change}" for change in (*rl_stage.SMALL, *changes)])
+    settings = recipe.stage("zero")
+    countdown = get("countdown")
+    talk = {"name": "talk", "domain": "words", "__module__": type(countdown).__module__}
+    others = [type("Talk", (Environment,), talk)(), type("Mine", (type(countdown),), {"__module__": "mine"})()]
+    assert stays(settings, [countdown]) == stay
+    assert not any(stays(settings, [countdown, other]) for other in others)
 
 
 class Dealt:

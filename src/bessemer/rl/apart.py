@@ -26,7 +26,7 @@ from bessemer.train.trainer import Trainer
 
 def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
     """Whether nothing but the trainer reads samples on other ranks than their own."""
-    plain = not any(isinstance(task, Environment) or task.judged_by for task in families) and all(map(ours, families))
+    plain = all(ours(task) and not isinstance(task, Environment) for task in families)
     reward = settings.reward in ("task", "format") and not (
         settings.language_reward and settings.language_scope == "reply"
     )

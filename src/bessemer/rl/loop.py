@@ -97,7 +97,7 @@ class Loop:
         engine.rows = settings.rollout.rows
         self.carrier: apart.Carrier | None = None
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
-        if ctx.ranks is not None and ctx.ranks.n > 1 and not reward_models and apart.stays(settings, families):
+        if ctx.ranks is not None and ctx.ranks.n > 1 and apart.stays(settings, families):
             self.carrier = apart.Carrier(self.trainer, ctx.ranks)
         self.sampler = self._make_sampler(engine)
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
