@@ -14,7 +14,7 @@ from bessemer.engine.grammar import DEEPEST, Grammars, calls_grammar, json_gramm
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.engine.sequence import Request, SamplingParams, Sequence
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -173,6 +173,20 @@ def test_what_the_limit_cuts_off_can_still_be_parsed(cfg, prompts, tokenizer, fo
         value, length = json.JSONDecoder().raw_decode(text[text.index("{") :])
         jsonschema.validate(value, OPEN)
         assert end.reason in ("stop", "length") and (form == "call" or length == len(text))
+
+
+def test_an_answer_that_fits_into_its_limit_is_not_cut_off(tokenizer):
+    """It was, if it ended within the last 64 tokens."""
+    written = tokenizer.encode(json.dumps({"said": "the fox " * 10, "list": [{"name": "the dog"}]}))
+    grammar = json_grammar(OPEN)
+    for limit, fits in ((len(written) + 10, True), (len(written) - 10, False)):
+        request = Request((1,), 0, limit, grammar=grammar)
+        sequence = Sequence(request, 0, None, Grammars(tokenizer).start(grammar, False))
+        for token in written:
+            if not sequence.grammar.allowed()[token]:
+                break
+            sequence.append(token, 0.0, 0.0)
+        assert (sequence.finish == "stop") == fits
 
 
 def test_there_is_at_most_one_blank_between_two_tokens(tokenizer):

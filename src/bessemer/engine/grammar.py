@@ -2,8 +2,9 @@
 
 A grammar is text in llguidance's own syntax; `json_grammar` makes one from a JSON schema, `calls_grammar` from tools.
 What it allows depends only on the tokens of its own answer, so samples stay independent of the batch. It applies only
-once a thought has ended. Shortly before the answer reaches its length limit, it allows only what closes strings, lists,
-objects and calls, where something does, so that arguments cut off by the limit can still be parsed.
+once a thought has ended. Shortly before the answer reaches its length limit, as soon as closing what is open would take
+nearly all tokens that are left, it allows only what closes strings, lists, objects and calls, so that arguments cut off
+by the limit can still be parsed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from bessemer.errors import UserError
 WHITESPACE = " "
 """What may stand between two JSON tokens, at most once: as `json.dumps` writes. If more may, a weak model pads its
 answers with it."""
-RESERVE = 32
-"""Tokens at the end of an answer in which the grammar closes what is open; at most an eighth of a short one's."""
+RESERVE = 64
+"""Tokens at the end of an answer in which the grammar closes what is open, as late as possible. An answer of fewer than
+twice as many keeps half of them."""
+SPARE = 8
+"""Tokens more than closing takes when it begins, since the next token may open something."""
 LONGEST = 32_768
 """Maximum characters of a schema; compiling a longer one would keep other answers waiting."""
 QUOTE, BACKSLASH = b'"\\'
+OUTSIDE = False, False
+"""In no string, and behind no backslash in one."""
 KEPT = 32
 """Number of compiled grammars in the cache."""
 
@@ -105,11 +111,11 @@ class GrammarState:
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer, waits: bool, closers: tuple[Tensor, ...] = ()):
         self._matcher, self._tokenizer, self._closers = matcher, tokenizer, closers
-        self._in_string = self._escaped = False
-        self.closing = False
-        """The answer must end soon."""
+        self._string = OUTSIDE
+        self.left: int | None = None
+        """Tokens that may follow, once they are few."""
         self.cut = False
-        """Something was closed for that reason."""
+        """Something was closed because they are."""
         self.waits = waits
         """Every token is allowed until </think>."""
 
@@ -118,11 +124,17 @@ class GrammarState:
             self.waits = token != self._tokenizer.think_end_id
         else:
             self._matcher.consume_token(token)
-            for byte in b"" if self._tokenizer.is_special(token) else self._tokenizer.token_bytes(token):
-                if self._escaped or not self._in_string:
-                    self._escaped, self._in_string = False, self._in_string or byte == QUOTE
-                else:
-                    self._escaped, self._in_string = byte == BACKSLASH, byte != QUOTE
+            self._string = self._after(self._string, token)
+
+    def _after(self, string: tuple[bool, bool], token: int) -> tuple[bool, bool]:
+        """(in a string, behind its backslash) after a token."""
+        inside, escaped = string
+        for byte in b"" if self._tokenizer.is_special(token) else self._tokenizer.token_bytes(token):
+            if escaped or not inside:
+                escaped, inside = False, inside or byte == QUOTE
+            else:
+                escaped, inside = byte == BACKSLASH, byte != QUOTE
+        return inside, escaped
 
     @property
     def complete(self) -> bool:
@@ -138,17 +150,37 @@ class GrammarState:
         """The tokens that may come next, bool [V] of the tokenizer's vocabulary; None for all."""
         if self.waits:
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed_V = torch.from_numpy(
-            np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool)
-        )
+        allowed_V = self._next(self._matcher)
+        self.cut = self.cut or (self.left is not None and self._to_close(self.left - SPARE) >= self.left - SPARE)
         # a text that may end here, such as one that calls could follow, is not shortened
-        if self.closing and not self._matcher.is_accepting():
-            for closes_V in self._closers[2:] if self._in_string else self._closers[:3]:
-                if bool((closing_V := allowed_V & closes_V).any()):
-                    self.cut = True
-                    return closing_V
+        if self.cut and not self._matcher.is_accepting():
+            return self._closing(allowed_V, self._string)
         return allowed_V
+
+    def _next(self, matcher: Any) -> Tensor:
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").astype(bool))
+
+    def _closing(self, allowed_V: Tensor, string: tuple[bool, bool]) -> Tensor:
+        """Those of the allowed tokens that lead to an end. If none does, one alone: with a choice, an answer could take
+        longer than `_to_close` has counted."""
+        for closes_V in self._closers[2:] if string[0] else self._closers[:3]:
+            if bool((closing_V := allowed_V & closes_V).any()):
+                return closing_V
+        first_V = torch.zeros_like(allowed_V)
+        first_V[allowed_V.nonzero()[:1]] = True
+        return first_V
+
+    def _to_close(self, most: int) -> int:
+        """How many tokens end the text from here, if they are fewer than `most`."""
+        if self._matcher.is_accepting():
+            return -SPARE
+        matcher, string, count = self._matcher.deep_copy(), self._string, 0
+        while count < most and not matcher.is_accepting() and not matcher.is_stopped():
+            token = int(self._closing(self._next(matcher), string).int().argmax())
+            matcher.consume_token(token)
+            string, count = self._after(string, token), count + 1
+        return count
 
 
 def _closers(tokenizer: Tokenizer) -> tuple[Tensor, ...]:

@@ -230,7 +230,7 @@ class Sequence:
         if self.grammar is not None:
             self.grammar.append(token)
             left = request.max_new_tokens - len(self.tokens)
-            self.grammar.closing = left <= min(RESERVE, request.max_new_tokens // 8)
+            self.grammar.left = left if left <= min(RESERVE, request.max_new_tokens // 2) else None
         if self.grammar is not None and self.grammar.error:
             self.finish, self.error = "error", f"the grammar of this answer failed: {self.grammar.error}"
         elif self.grammar is not None and self.grammar.complete:
