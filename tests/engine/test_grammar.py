@@ -133,6 +133,14 @@ def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
         assert abs(count / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5 + 1e-3
 
 
+def test_a_bias_of_no_token_is_refused(engine, prompts):
+    """It would be added to a token of another sample: their logits lie one after the other."""
+    scheduler = Scheduler(engine, rows=2)
+    for token in (-1, engine.model.cfg.vocab_size):
+        with pytest.raises(UserError, match=f"bias: {token} "):
+            scheduler.add(Request(tuple(prompts[4]), 1, 6, SamplingParams(bias=((token, 1.0),))))
+
+
 def test_schemas_that_cannot_be_enforced_are_named(tokenizer):
     deep = {"type": "object"}
     for _ in itertools.repeat(None, DEEPEST):

@@ -168,6 +168,9 @@ class Scheduler:
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        vocab = self.model.cfg.vocab_size
+        if (bad := next((token for token, _ in request.sampling.bias if not 0 <= token < vocab), None)) is not None:
+            raise UserError(f"bias: {bad} is no token id below {vocab}")
         if request.routing and self.runner.trace is None:
             raise UserError("routing: no layer of this model has routed experts; leave it off")
         stop = stop_strings(self.engine.tokenizer, tuple(request.stop_strings))
