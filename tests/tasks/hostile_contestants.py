@@ -62,7 +62,7 @@ CHANNELS = {
     "size of the output's pipe": ("fcntl.fcntl(1, 1031, 4096)", "fcntl.fcntl(1, 1032) == 4096"),
     "the input": ("os.write(0, b'seen')", "os.fstat(0).st_size > 9"),
     "limits": ("resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))", "resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 9"),
-    "priority": ("os.nice(5)", "os.nice(0) >= 5"),
+    "priority": ("os.nice(19)", "os.nice(0) == 19"),
     "a process": ("time.sleep(0) if os.fork() else [os.setsid(), time.sleep(60)]", "alive()"),
     "a process of a process": ("time.sleep(0) if os.fork() else [os.setsid(), os.fork() or time.sleep(60)]", "alive()"),
 }  # fmt: skip
