@@ -148,7 +148,7 @@ def prefilled(model, rows, cuts=(), drafts=0, asked=None, steps=None):
     """(logits after the last part, routes, latents of the last layer) of prompts that are cut at these positions."""
     steps = steps or KernelSteps.of(model)
     cache, trace = new_cache(model, drafts=drafts), RoutingTrace(model.cfg)
-    prompts = [cache.open(row, asked) for row in rows]
+    prompts = [cache.open(row, asked=asked) for row in rows]
     logits = {}
     for cut in (*cuts, max(map(len, rows))):
         chunks = [PrefillChunk(p, end) for p in prompts if (end := min(cut, len(p.ids))) > p.length]

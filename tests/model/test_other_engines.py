@@ -96,7 +96,7 @@ def test_transformers_generates_the_same_greedy_tokens(saved, words, changes):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
             pad_token_id=words.pad_id,
         )  # fmt: skip
-        assert found[0, len(prompt) :].tolist() == ours
+        assert found[0, len(prompt) :].tolist() == list(ours)
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
     monkeypatch.setattr(loop, "GRPO", Sick)
     problems = []
     verify = rollout.verify
-    monkeypatch.setattr(rollout, "verify", lambda *a: problems.append(a[0][0][1].id) or verify(*a))
+    monkeypatch.setattr(rollout, "verify", lambda *a, **named: problems.append(a[0][0][1].id) or verify(*a, **named))
     results = copy("zero.rollouts=5", "zero.save_seconds=99", "zero.micro_tokens=9000", "zero.eval_every=9")
     assert results["zero"].status == "done" and results["zero"].summary["steps"] == 5 * 2 - 3
     train = [problem for problem in problems if "/train/" in problem]

@@ -326,10 +326,10 @@ def test_a_field_that_asks_for_nothing_is_not_refused(server, path, extra):
 @pytest.mark.parametrize("stream", [False, True])
 def test_other_unknown_fields_are_named_in_a_header(server, path, stream):
     """What OpenAI adds, other servers' extensions, and names that no header can hold."""
-    extra = {"store": True, "safety_identifier": "x", "a\r\nb: 盛": [1], "seedling": None}
+    extra = {"store": True, "safety_identifier": "x", "a\r\nb: 盛": [1], "": 0, "seedling": None}
     answer = server.post(path, **GOOD[path], **extra, stream=stream)
     assert answer.status_code == 200
-    assert answer.headers["x-bessemer-ignored"] == "store, safety_identifier, a%0D%0Ab%3A%20%E7%9B%9B"
+    assert answer.headers["x-bessemer-ignored"] == 'store, safety_identifier, a%0D%0Ab%3A%20%E7%9B%9B, ""'
     assert "x-bessemer-ignored" not in server.post(path, **GOOD[path]).headers
 
 

@@ -189,7 +189,7 @@ def test_partial_credit_is_beside_the_verdict():
     ("text", "score"),
     [
         ("27", 0.4),
-        ("The answer is 27.", 0.4),
+        ("So it is 27.", 0.4),
         ("<think>3*9</think>\n\nSo it is:\n27", 0.4),
         ("**27**", 0.4),
         ("28", 0.0),

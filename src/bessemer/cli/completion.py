@@ -224,7 +224,8 @@ def _keys(module: str, table: str, *more: str) -> Callable[[str], Candidates]:
 
 
 _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
-    "RECIPE": _recipes, "[MODEL|RECIPE]": _recipes, "RUN": _runs, "RUN...": _runs, "RUN[/STAGE]": _models,
+    "RECIPE": _recipes, "[MODEL|RECIPE]": _recipes, "RECIPE|RUN": lambda text: chain(_recipes(text), _runs(text)),
+    "RUN": _runs, "RUN...": _runs, "RUN[/STAGE]": _models,
     "MODEL": _models, "[MODEL]": _models, "MODEL[,MODEL]": _models, "SRC": _models,
 }  # fmt: skip
 _OF_COMMANDS: dict[tuple[str, ...], Callable[[str], Candidates]] = {

@@ -53,7 +53,7 @@ class BodyRoute(APIRoute):
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)  # nobody receives it
             if unknown:
-                response.headers[IGNORED] = ", ".join(quote(name[:64], safe="") for name in unknown[:20])
+                response.headers[IGNORED] = ", ".join(quote(name[:64], safe="") or '""' for name in unknown[:20])
             return response
 
         return read_and_handle
