@@ -111,6 +111,8 @@ def _defined(source: str) -> set[str]:
 
 def last_program(text: str) -> str:
     """The program in a text that is one or holds one: that of its fenced blocks, even one left open, or all of it."""
+    if "```" not in text and "~~~" not in text:
+        return text
     first = _OPENING.search(text)
     if first is None or _PROGRAM.search(text, 0, first.start()):
         return text
