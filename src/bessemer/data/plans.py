@@ -86,8 +86,8 @@ def _plan_free(
 
 @contextmanager
 def ahead(corpora: Sequence[tuple[Path, Path]], lengths: Sequence[int]) -> Iterator[None]:
-    """Inside, a process of its own plans these (corpus folder, folder for plans) for these row lengths, one length
-    after another. It reports no error: whoever opens the rows plans what is missing, and says what is wrong."""
+    """Inside, a separate process plans these (corpus folder, folder for plans) for these row lengths, one length after
+    another. It reports no error: opening the rows plans what is missing and raises what is wrong."""
     arguments = [",".join(map(str, lengths)), *(str(path.absolute()) for pair in corpora for path in pair)]
     quiet = subprocess.DEVNULL
     helper = subprocess.Popen(
