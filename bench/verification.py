@@ -35,7 +35,8 @@ KINDS = ("programs", "mathematics", "sums", "sums")
 def write_problems(folder: Path) -> None:
     tests = [{"input": f"{n}\n{n + 3}\n", "output": f"{2 * n + 3}\n"} for n in range(TESTS)]
     (folder / "code.jsonl").write_text(json.dumps({"prompt": "Print the sum of two numbers.", "tests": tests}) + "\n")
-    lines = [{"question": f"Which polynomial is it, problem {n}?", "answer": f"x^2+{n + 2}x+{n + 1}"} for n in range(64)]
+    asked = "Which polynomial is it, problem"
+    lines = [{"question": f"{asked} {n}?", "answer": f"x^2+{n + 2}x+{n + 1}"} for n in range(64)]
     (folder / "maths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
