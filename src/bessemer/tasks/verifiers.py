@@ -34,7 +34,7 @@ from functools import cache
 from hashlib import blake2b
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, RLock, Thread
 from typing import Any, NamedTuple
 
 from bessemer import heartbeat, system
@@ -233,17 +233,17 @@ def _serve_all(pool: weakref.ref[Verifiers], verifier: _Verifier) -> None:
         except BaseException as error:
             job.found.set_exception(error)
         job.packed, job.problem, job.answer = b"", b"", ""  # the job is kept for what was found
+    verifier.end()
 
 
 def _end_all(verifiers: list[_Verifier]) -> None:
     while verifiers:
-        verifier = verifiers.pop()
-        verifier.over = True
-        verifier.end()
+        verifiers.pop().stop()
 
 
 class _Verifier:
-    """One process and the pipe to it, started with the first answer and again whenever it is gone."""
+    """One process and the pipe to it, started with the first answer and again whenever it is gone. One thread uses
+    it; only `stop` may be called from another."""
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
@@ -254,6 +254,8 @@ class _Verifier:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
         self._tasks: set[bytes] = set()
+        self._lock = RLock()  # a pool may be collected, and stopped, while its own thread holds it
+        """Held while the process begins or ends."""
 
     def judge(self, job: _Job) -> Judged:
         why = DIED
@@ -292,25 +294,38 @@ class _Verifier:
 
     def _begin(self) -> None:
         self.end()
-        if self.over:
-            raise EOFError
-        self._pipe, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bessemer.tasks.verifiers", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: repr(speed())},
-            )
+        with self._lock:
+            if self.over:
+                raise EOFError
+            self._pipe, theirs = Pipe()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "bessemer.tasks.verifiers", str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: repr(speed())},
+                )
 
     def end(self) -> None:
-        process, self._process, self._tasks, self.known = self._process, None, set(), None
-        if process is not None:
-            process.kill()
-            process.wait()
-        if self._pipe is not None:
-            self._pipe.close()
+        self._tasks, self.known = set(), None
+        with self._lock:
+            self._kill()
+            if self._pipe is not None:
+                self._pipe.close()
+            self._process = self._pipe = None
+
+    def stop(self) -> None:
+        """Ends the process for good. The thread that uses the pipe closes it: its number may be another file's once it
+        is closed."""
+        with self._lock:
+            self.over = True
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def _wrong(reason: str) -> Verdict:
