@@ -1,0 +1,250 @@
+"""Sorts the package into a core and add-ons, and counts the imports that lead out of the core.
+
+    python tools/core.py            sizes, and the number of arrows from core outwards
+    python tools/core.py --arrows   each arrow: file:line -> module (add-on)
+    python tools/core.py --files    every file with its part
+
+An arrow is an import of an add-on's module anywhere in a core file, also inside a function or for type checkers, or a
+string that names such a module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "bessemer"
+
+ADDONS: dict[str, tuple[str, ...]] = {
+    "accelerate": (
+        "kernels/*",
+        "precision/*",
+        "model/attention_cpu.py",
+        "model/attention_gpu.py",
+        "model/gate_gpu.py",
+        "model/deferred.py",
+        "model/fp8.py",
+        "model/grouped.py",
+        "model/operation.py",
+        "engine/kernel_steps.py",
+        "engine/static_*.py",
+        "engine/device_runner.py",
+        "engine/row_sampling.py",
+        "engine/room.py",
+        "engine/transfer.py",
+        "engine/compiled.py",
+        "train/transfer.py",
+        "train/determinism.py",
+        "train/gpu_faults.py",
+        "data/encoder.py",
+    ),
+    "distributed": (
+        "dist/*",
+        "rl/ray_*.py",
+        "rl/vllm_*.py",
+        "rl/worker_pool.py",
+        "rl/apart.py",
+        "rl/dealing.py",
+        "engine/eplb.py",
+        "engine/placement.py",
+        "pipeline/schedule_shapes.py",
+    ),
+    "r1": (
+        "pipeline/stages/reject.py",
+        "pipeline/stages/reward.py",
+        "pipeline/stages/distill.py",
+        "pipeline/stages/extend.py",
+        "pipeline/stages/longeval.py",
+        "pipeline/stages/examples.py",
+        "rl/judge*.py",
+        "rl/preference.py",
+        "rl/critic.py",
+        "rl/teachers.py",
+        "rl/process.py",
+        "rl/difficulty.py",
+        "rl/reading.py",
+        "config/judge.py",
+        "data/preference_rows.py",
+    ),
+    "tasks": (
+        "tasks/checked.py",
+        "tasks/clock.py",
+        "tasks/code*.py",
+        "tasks/composed_stories.py",
+        "tasks/env*.py",
+        "tasks/equality.py",
+        "tasks/exact.py",
+        "tasks/fences.py",
+        "tasks/files.py",
+        "tasks/forms.py",
+        "tasks/general*.py",
+        "tasks/gym.py",
+        "tasks/logic.py",
+        "tasks/maths*.py",
+        "tasks/needle.py",
+        "tasks/ngrams.py",
+        "tasks/products.py",
+        "tasks/referee.py",
+        "tasks/statements.py",
+        "tasks/sums.py",
+        "tasks/tools.py",
+        "tasks/units*.py",
+        "tasks/verifiers.py",
+        "tasks/word_problems.py",
+        "tasks/worked.py",
+        "tasks/sandbox/*",
+        "engine/episodes.py",
+        "engine/turns.py",
+        "data/tools.py",
+        "data/tool_calls.py",
+    ),
+    "families": (
+        "hf/causal_lm.py",
+        "hf/dcp.py",
+        "hf/gguf_file.py",
+        "hf/hf_tokenizer.py",
+        "hf/lora.py",
+        "hf/modelfile.py",
+        "hf/remote.py",
+        "hf/replace.py",
+        "engine/hf_decode.py",
+        "engine/hf_static.py",
+        "data/formats.py",
+        "pipeline/stages/import_model.py",
+    ),
+    "evals": (
+        "eval/contamination.py",
+        "eval/instructions.py",
+        "eval/lm_eval_model.py",
+        "eval/long_context.py",
+        "eval/paired.py",
+        "eval/shots.py",
+        "eval/suite*.py",
+        "eval/tables.py",
+        "data/fingerprints.py",
+        "cli/compare.py",
+    ),
+    "curate": ("curate/*", "config/curation.py", "pipeline/curation.py", "cli/data.py"),
+    "plan": (
+        "plan/*",
+        "cli/plan.py",
+        "pipeline/planned.py",
+        "pipeline/conformance*.py",
+        "model/accounting.py",
+        "pipeline/pace.py",
+        "pipeline/work.py",
+    ),
+    "serve": ("serve/*", "engine/grammar.py", "engine/terminal_chat.py", "engine/penalties.py", "cli/talk.py"),
+    "watch": (
+        "report/*",
+        "runs/curves.py",
+        "runs/following.py",
+        "runs/trackers.py",
+        "runs/export.py",
+        "pipeline/replay.py",
+        "pipeline/why.py",
+        "rl/why.py",
+        "rl/alarms.py",
+        "pipeline/overview.py",
+        "serve/watch.py",
+        "serve/run_follower.py",
+        "cli/many.py",
+    ),
+    "claims": (
+        "claims/*",
+        "cli/claims.py",
+        "plan/audit.py",
+        "plan/credibility.py",
+        "plan/validate.py",
+        "plan/chance.py",
+    ),
+    "examples": ("examples/*",),
+}
+
+
+def part(path: Path) -> str:
+    """The add-on of a file, or "core"."""
+    name = path.relative_to(PACKAGE).as_posix()
+    if name.startswith("addons/"):
+        return name.split("/")[1]
+    fitting = [
+        (len(pattern), addon) for addon, patterns in ADDONS.items() for pattern in patterns if fnmatch(name, pattern)
+    ]
+    return max(fitting)[1] if fitting else "core"
+
+
+def parts() -> dict[Path, str]:
+    return {path: part(path) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def module(path: Path) -> str:
+    names = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def arrows() -> list[tuple[Path, int, str, str]]:
+    """(core file, line, module, its add-on) of every import that leads out of the core."""
+    sorting = parts()
+    addon_of = {module(path): name for path, name in sorting.items()}
+    outward = []
+    for path, name in sorting.items():
+        if name != "core":
+            continue
+        seen = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for target in _targets(node, addon_of):
+                if addon_of[target] != "core" and target not in seen and target != module(path):
+                    seen.add(target)
+                    outward.append((path, getattr(node, "lineno", 0), target, addon_of[target]))
+    return outward
+
+
+def _targets(node: ast.AST, known: dict[str, str]) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names} & known.keys()
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        inner = {f"{node.module}.{alias.name}" for alias in node.names} & known.keys()
+        own = {node.module} if len(inner) < len(node.names) else set()
+        return inner | own & known.keys()
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("bessemer."):
+        return {node.value.partition(":")[0]} & known.keys()
+    return set()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arrows", action="store_true")
+    parser.add_argument("--files", action="store_true")
+    args = parser.parse_args()
+    sorting = parts()
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorting}
+    if args.files:
+        for path, name in sorted(sorting.items(), key=lambda entry: (entry[1], entry[0])):
+            print(f"{name:12} {lines[path]:5}  {path.relative_to(PACKAGE)}")
+    outward = arrows()
+    if args.arrows:
+        for path, line, target, name in outward:
+            print(f"{path.relative_to(PACKAGE)}:{line} -> {target} ({name})")
+    for name in ["core", *ADDONS]:
+        own = [path for path, its in sorting.items() if its == name]
+        print(f"{name:12} {sum(lines[path] for path in own):7,} lines {len(own):4} files")
+    rooms = Counter(
+        (relative[0] if len(relative := path.relative_to(PACKAGE).parts) > 1 else "top")
+        for path, name in sorting.items()
+        if name == "core"
+    )
+    sizes = Counter({room: 0 for room in rooms})
+    for path, name in sorting.items():
+        if name == "core":
+            relative = path.relative_to(PACKAGE).parts
+            sizes[relative[0] if len(relative) > 1 else "top"] += lines[path]
+    print("core rooms:  " + ", ".join(f"{room} {sizes[room]:,}/{number}" for room, number in sorted(rooms.items())))
+    print(f"all          {sum(lines.values()):7,} lines {len(lines):4} files")
+    print(f"arrows from the core outwards: {len(outward)}")
+
+
+if __name__ == "__main__":
+    main()
