@@ -2,16 +2,79 @@
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from enum import StrEnum
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from bessemer.errors import UserError
 from bessemer.escape import escaped, escaped_json
 
+ELSEWHERE: dict[str, str] = {}
+"""Commands of the repository's other projects: name -> the project's folder in a clone."""
+
+
+class Commands(TyperGroup):
+    """The package's own commands, and those that installed packages list in the entry-point group `bessemer.commands`:
+    functions annotated for typer. Such a package is imported only for its own command, for a list of all commands and
+    for an unknown one."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._plug_in()
+        return list(self.commands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._plug_in()
+        if cmd_name in self.commands or cmd_name not in ELSEWHERE:
+            return self.commands.get(cmd_name)
+        folder = ELSEWHERE[cmd_name]
+        return _refusing(cmd_name, f"{cmd_name} comes with bessemer-{folder}; in a clone: pip install -e ./{folder}")
+
+    def _plug_in(self) -> None:
+        for entry in entry_points(group="bessemer.commands"):
+            command = self.commands.get(entry.name)
+            if command is None:
+                self.commands[entry.name] = _plugged(entry)
+            elif getattr(command, "entry", "") != entry.value:
+                warnings.warn(f"{entry.value} is left out: there is a command {entry.name} already", stacklevel=2)
+
+
+def _plugged(entry: EntryPoint) -> Any:
+    """The command of an entry point. If it cannot be imported, a command that says why."""
+    try:
+        command = _command(entry.name, entry.load())
+    except Exception as error:
+        command = _refusing(
+            entry.name, f"the command {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+        )
+    command.entry = entry.value
+    return command
+
+
+def _refusing(name: str, why: str) -> Any:
+    """A hidden command that takes all arguments and refuses."""
+
+    def refuse() -> None:
+        raise UserError(why)
+
+    takes_all = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    return _command(name, refuse, hidden=True, context_settings=takes_all)
+
+
+def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, **settings)(function)
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="From documents to a reasoning model that answers: DeepSeek-V3, R1-Zero and R1 in one run.",
     no_args_is_help=True,
     add_completion=False,

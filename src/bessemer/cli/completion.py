@@ -145,7 +145,9 @@ def _program() -> Node:
 
 
 def _commands(command: Node) -> dict[str, Node] | None:
-    return getattr(command, "commands", None)
+    if not hasattr(command, "list_commands"):
+        return None
+    return {name: command.get_command(None, name) for name in command.list_commands(None)}
 
 
 def _valued(command: Node, name: str) -> Node:
