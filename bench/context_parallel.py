@@ -38,13 +38,13 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import Runtime, constant
+from bessemer.train.trainer import TrainingPlan, constant
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 
 
-def config() -> tuple[PretrainConfig, Runtime]:
-    return PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=1), Runtime(
+def config() -> tuple[PretrainConfig, TrainingPlan]:
+    return PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=1), TrainingPlan(
         tokens=1, gamma=constant(1e-3), batch_rows=constant(1),
         terms={name: constant(value) for name, value in TERMS.items()},
     )  # fmt: skip

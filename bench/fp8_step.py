@@ -33,7 +33,7 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, setup
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 ONE_BILLION = dict(
@@ -53,7 +53,7 @@ def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: 
     return Trainer(
         model, objective.next_token, None,
         PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows, moments="bfloat16"),
-        Runtime(
+        TrainingPlan(
             tokens=1, gamma=constant(1e-3), batch_rows=constant(rows), compute_dtype=case["dtype"],
             terms={name: constant(value) for name, value in TERMS.items()},
         ),

@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.rl.losses import GRPO, Reference
     from bessemer.rl.reward import Reward, assign_group_advantages
     from bessemer.train import setup
-    from bessemer.train.trainer import Runtime, Trainer
+    from bessemer.train.trainer import Trainer, TrainingPlan
 
     setup.keep_memory()
     model, tokenizer = setup.load_model(args.directory / "model")
@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     trainer = Trainer(
         model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
         PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0),
-        Runtime(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
+        TrainingPlan(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
     )  # fmt: skip
     engine, reward = Engine(model, tokenizer, workers), Reward()
     reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)

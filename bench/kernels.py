@@ -33,7 +33,7 @@ from bessemer.model.moe import FFN
 from bessemer.model.norm import RMSNorm
 from bessemer.model.transformer import Transformer
 from bessemer.train import loss, objective, setup, update_rules
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 from bessemer.workers import Workers
 
 TOKENS = 4096
@@ -112,7 +112,7 @@ def step(cfg: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Callab
     trainer = Trainer(
         Transformer(cfg).initialise(0), objective.next_token, None,
         PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows),
-        Runtime(
+        TrainingPlan(
             tokens=1, gamma=constant(1e-3), batch_rows=constant(rows), compute_dtype=dtype, workers=Workers(1),
             terms={"mtp_lambda": constant(0.0), "balance_alpha": constant(1e-4)},
         ),

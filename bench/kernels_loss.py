@@ -41,7 +41,7 @@ def run(seed: int, steps: int, micro_rows: int, dtype: str) -> dict:
     from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
     from bessemer.train import loss, objective, setup
-    from bessemer.train.trainer import Runtime, Trainer, constant
+    from bessemer.train.trainer import Trainer, TrainingPlan, constant
 
     setup.keep_memory()
     torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def run(seed: int, steps: int, micro_rows: int, dtype: str) -> dict:
     trainer = Trainer(
         Transformer(preset("tiny")).initialise(seed), objective.next_token, None,
         PretrainConfig(kind="pretrain", optimizer="muon", lr=Points(3e-3), micro_rows=micro_rows),
-        Runtime(
+        TrainingPlan(
             tokens=1, gamma=constant(1e-3), batch_rows=constant(ROWS), compute_dtype=getattr(torch, dtype),
             terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-4)},
         ),

@@ -32,7 +32,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import objective, setup
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 
 PARTS = ("fables-en", "fables-zh", "python-code", "shakespeare")
 LENGTHS = (256, 1024, 4096)
@@ -61,11 +61,11 @@ def loader(folder: Path, steps: int) -> dict[str, float]:
 
     setup.keep_memory()
     config = PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=ROWS)
-    runtime = Runtime(
+    plan = TrainingPlan(
         tokens=10**12, gamma=constant(1e-3), batch_rows=constant(ROWS),
         terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-4)},
     )  # fmt: skip
-    trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, config, runtime)
+    trainer = Trainer(Transformer(preset("tiny")).initialise(0), objective.next_token, batches, config, plan)
     taken = []
     for _ in range(steps):
         began = time.perf_counter()

@@ -42,7 +42,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     from bessemer.rl.losses import GRPO, Reference
     from bessemer.train import gpu_faults, setup
     from bessemer.train.objective import next_token
-    from bessemer.train.trainer import Runtime, Trainer, constant
+    from bessemer.train.trainer import Trainer, TrainingPlan, constant
     from bessemer.workers import Workers
 
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     terms = {} if grpo else {"mtp_lambda": constant(0.0), "balance_alpha": constant(0.0)}
     with tempfile.TemporaryDirectory() as state:
         objective = GRPO(kl=0.001) if grpo else next_token
-        trainer = Trainer(model, objective, None, config, Runtime(terms=terms), Path(state))
+        trainer = Trainer(model, objective, None, config, TrainingPlan(terms=terms), Path(state))
         reference = Reference(trainer, GatheredModel(trainer), Workers(1), 400, 1.0) if grpo else None
         generator = torch.Generator().manual_seed(0)
         seconds, cpu = [], []

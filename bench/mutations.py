@@ -50,7 +50,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     ),
     "AdamW, FP32 masters": ("if norm / divisor > clip:", "if norm / divisor > 2 * clip:"),
     "Learning rate over consumed tokens": ("share = (1 - math.cos(math.pi * share)) / 2", "pass"),
-    "Batch size over consumed tokens": ("self.runtime.batch_rows(tokens)", "self.runtime.batch_rows(0)"),
+    "Batch size over consumed tokens": ("self.plan.batch_rows(tokens)", "self.plan.batch_rows(0)"),
     "Initialisation": ("normal_(0.0, self.cfg.init_std", "normal_(0.0, 2 * self.cfg.init_std"),
     "Packing without cross-document mask": ("fitting := rooms >> length", "fitting := 0"),  # every piece its own row
     "Fill-in-the-middle": (

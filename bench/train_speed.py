@@ -73,7 +73,7 @@ def ours(preset_name: str, case: dict) -> None:
     from bessemer.model.transformer import Transformer
     from bessemer.precision import probe
     from bessemer.train import objective, setup
-    from bessemer.train.trainer import Runtime, Trainer, constant
+    from bessemer.train.trainer import Trainer, TrainingPlan, constant
     from bessemer.workers import one_core_each
 
     setup.keep_memory()
@@ -90,7 +90,7 @@ def ours(preset_name: str, case: dict) -> None:
     trainer = Trainer(
         model, objective.next_token, None,
         PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows),
-        Runtime(
+        TrainingPlan(
             tokens=1, gamma=constant(1e-3), batch_rows=constant(rows),
             terms={"mtp_lambda": constant(0.3 if case["mtp"] else 0.0), "balance_alpha": constant(1e-4)},
             compute_dtype=dtype, workers=workers,

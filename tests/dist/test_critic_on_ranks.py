@@ -21,7 +21,7 @@ from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.checkpoint_reader import CheckpointReader
-from bessemer.train.trainer import Runtime
+from bessemer.train.trainer import TrainingPlan
 from bessemer.workers import Workers
 
 PAD, LR = 2, 3e-3
@@ -61,7 +61,7 @@ class Run:
             zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # this process is the rank's own
             network = ModelShard(network, Mesh(layout, CFG), schedule)
         self.policy = distributed.trainer(
-            network, GRPO(kl=0.0), None, SETTINGS, Runtime(workers=Workers(1), compute_dtype=dtype), folder,
+            network, GRPO(kl=0.0), None, SETTINGS, TrainingPlan(workers=Workers(1), compute_dtype=dtype), folder,
             model_config=CFG.model_dump(),
         )  # fmt: skip
         self.whole = distributed.GatheredModel(self.policy)

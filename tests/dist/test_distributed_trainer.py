@@ -298,8 +298,8 @@ def without_mtp(rank, layout):
 def reading(layout, ahead):
     """Three steps that read rows, the last with a single row."""
     training, asked, logged = across(layout, "1f1b", read_ahead=ahead), [], []
-    runtime, T = training.runtime, batch(0, False).tokens_BT.shape[1]
-    runtime.tokens, runtime.batch_rows = 5 * T, lambda tokens: 2 if tokens < 4 * T else 1
+    plan, T = training.plan, batch(0, False).tokens_BT.shape[1]
+    plan.tokens, plan.batch_rows = 5 * T, lambda tokens: 2 if tokens < 4 * T else 1
 
     def rows(first, n):
         asked.append((training.reading // T, first, n))

@@ -249,7 +249,7 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
     shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     loop_ = rl_stage.Stage(base, tmp_path / "run", *CRITIC).loop()
     policy = Trainer(
-        CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.runtime
+        CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.plan
     )
     with pytest.raises(UserError, match="needs a network of the DeepSeek family, and this is another"):
         critic.Critic(policy, GatheredModel(policy), loop_.settings, 2)

@@ -77,7 +77,7 @@ def test_what_is_measured_before_the_first_step_is_written_once(ctx, step):
                 ctx.metrics.write(0, 0, {"val/bpb/english": 2.0})
 
     trainer = SimpleNamespace(
-        start=lambda: True, run=lambda: True, step=step, tokens=step, runtime=SimpleNamespace(tokens=9)
+        start=lambda: True, run=lambda: True, step=step, tokens=step, plan=SimpleNamespace(tokens=9)
     )
     for line in range(4):
         ctx.metrics.write(line, line, {"train/loss" if line else "val/bpb/english": 2.0})

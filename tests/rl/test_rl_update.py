@@ -126,7 +126,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
         batches = with_reference(rollout.to_batches(rows, PAD, 50, "sequence"), reference)
         assert len(batches) >= 5
         logged = [run.update(batches) for _ in range(3)]
-        run.runtime.workers.stop()
+        run.plan.workers.stop()
         found.append((weights(run.model), [{k: v for k, v in x.items() if "per_second" not in k} for x in logged]))
     (one, logged_one), (two, logged_two) = found
     assert torch.equal(one, two) and logged_one == logged_two

@@ -1,29 +1,29 @@
-"""A trainer's config and runtime from one set of values."""
+"""A trainer's config and plan from one set of values."""
 
 from dataclasses import fields
 
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
-from bessemer.train.trainer import Runtime, constant
+from bessemer.train.trainer import TrainingPlan, constant
 
 SCHEDULES = ("batch_rows", "row_scale", "gamma")
 
 
-def train_config(eps: float = 1e-8, **values) -> tuple[PretrainConfig, Runtime]:
-    """(config, runtime). Values that `Runtime` names go into it, where a number is a constant schedule; the others are
+def train_config(eps: float = 1e-8, **values) -> tuple[PretrainConfig, TrainingPlan]:
+    """(config, plan). Values that `TrainingPlan` names go into it, a number as a constant schedule; the others are
     keys of a pre-training stage. No checkpoints by time unless `save_seconds` is given."""
 
     class Config(PretrainConfig):
         pass
 
     Config.eps = eps
-    runtime = {one.name: values.pop(one.name) for one in fields(Runtime) if one.name in values}
+    plan = {one.name: values.pop(one.name) for one in fields(TrainingPlan) if one.name in values}
     for name in SCHEDULES:
-        if isinstance(runtime.get(name), int | float):
-            runtime[name] = constant(runtime[name])
-    runtime["terms"] = {
+        if isinstance(plan.get(name), int | float):
+            plan[name] = constant(plan[name])
+    plan["terms"] = {
         name: constant(value) if isinstance(value, int | float) else value
-        for name, value in runtime.get("terms", {}).items()
+        for name, value in plan.get("terms", {}).items()
     }
     lr = Points(values.pop("lr", 1e-3))
-    return Config(kind="pretrain", lr=lr, **({"save_seconds": 1e9} | values)), Runtime(**runtime)
+    return Config(kind="pretrain", lr=lr, **({"save_seconds": 1e9} | values)), TrainingPlan(**plan)

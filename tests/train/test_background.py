@@ -237,7 +237,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
         yield
         current[0] = "main"
 
-    class Runtime:
+    class TrainingPlan:
         cudaHostRegister = staticmethod(lambda pointer, size, flags: log.append(f"pinned {flags}") or 0)
         cudaHostUnregister = staticmethod(lambda pointer: log.append("unpinned"))
 
@@ -245,7 +245,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", Main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "cudart", TrainingPlan)
     add = HostCopies.add
 
     def logged(self, tensor, place=None):

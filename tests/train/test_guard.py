@@ -64,7 +64,7 @@ def test_bad_step_is_skipped_counted_and_explained(name, backward, words):
 def test_a_skipped_step_is_as_if_its_rows_were_not_there():
     clean = trainer(steps=4, micro_rows=ROWS)
     order = iter([0, 1, 3])
-    clean.runtime.tokens = 10**9
+    clean.plan.tokens = 10**9
     skipping, _ = poisoned("norm", bad_steps={2}, steps=4)
     skipping.run()
     lrs = [(0, 0), (1, 1), (3, 3)]

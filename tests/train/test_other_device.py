@@ -48,8 +48,8 @@ SEGMENTS = (torch.arange(33) > 19).long().expand(4, 33)
 WEIGHTS = ((torch.arange(33) > 0) & (torch.arange(33) != 20)).float().expand(4, 33)
 
 def trained(device, **values):
-    config, runtime = train_config(terms=dict(mtp_lambda=0.3, balance_alpha=1e-4), **values)
-    trainer = Trainer(Transformer(CFG).initialise(0).to(device), next_token, None, config, runtime)
+    config, plan = train_config(terms=dict(mtp_lambda=0.3, balance_alpha=1e-4), **values)
+    trainer = Trainer(Transformer(CFG).initialise(0).to(device), next_token, None, config, plan)
     steps = [trainer.update(Batch(TOKENS, WEIGHTS, SEGMENTS).to(device).micro(2)) for _ in range(2)]
     return [[step[name] for name in ("train/loss", "train/mtp_1", "train/grad_norm")] for step in steps]
 

@@ -175,8 +175,8 @@ def test_counters_schedules_and_log(tmp_path):
     tokens, row = 0, 0
     for step, (logged_step, logged_tokens, values) in enumerate(log):
         assert values["train/lr"] == run.config.lr(tokens)
-        assert values["train/mtp_lambda"] == run.runtime.terms["mtp_lambda"](tokens)
-        rows = int(run.runtime.batch_rows(tokens))
+        assert values["train/mtp_lambda"] == run.plan.terms["mtp_lambda"](tokens)
+        rows = int(run.plan.batch_rows(tokens))
         row, tokens = row + rows, tokens + rows * T
         assert (logged_step, logged_tokens) == (step + 1, tokens)
         assert {"train/loss", "train/mtp_1", "train/balance", "train/max_vio", "moe/max_vio/mtp0"} <= values.keys()

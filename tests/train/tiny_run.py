@@ -14,7 +14,7 @@ from bessemer.data.batch import Batch
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import Runtime, Trainer
+from bessemer.train.trainer import Trainer, TrainingPlan
 
 torch.set_num_threads(1)
 T, V = 16, 64
@@ -40,7 +40,7 @@ def batches(first_row: int, n_rows: int) -> Batch:
     return Batch(tokens, loss)
 
 
-def config(steps: int, **changes) -> tuple[PretrainConfig, Runtime]:
+def config(steps: int, **changes) -> tuple[PretrainConfig, TrainingPlan]:
     per_step = ROWS * T
     values = dict(
         tokens=steps * per_step, lr=Points([[0, 1e-3], [20 * per_step, 3e-3]]), gamma=0.01,

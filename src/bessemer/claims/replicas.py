@@ -19,7 +19,7 @@ from bessemer.dist.model_shard import ModelShard
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 
 REPLICAS, STEPS, ROWS, LENGTH = 2, 3, 2, 64
 CFG = preset("tiny")
@@ -36,13 +36,13 @@ def _batches(step: int, seed: int) -> list[Batch]:
     return made
 
 
-def _settings() -> tuple[PretrainConfig, Runtime]:
+def _settings() -> tuple[PretrainConfig, TrainingPlan]:
     config = PretrainConfig(kind="pretrain", name="replicas", lr=Points(1e-3), micro_rows=ROWS, save_seconds=1e9)
-    runtime = Runtime(
+    plan = TrainingPlan(
         tokens=1, gamma=constant(1e-3), batch_rows=constant(REPLICAS * ROWS),
         terms={"mtp_lambda": constant(0.3), "balance_alpha": constant(1e-4)},
     )  # fmt: skip
-    return config, runtime
+    return config, plan
 
 
 def _trained(trainer: Trainer, seed: int) -> tuple[int, list[float]]:

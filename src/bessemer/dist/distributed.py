@@ -194,7 +194,7 @@ class RoundedModel:
 
 
 def _empty_model(trainer: DistributedTrainer) -> Transformer:
-    return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.runtime.compute_dtype)
+    return Transformer(trainer.mesh.cfg).to(trainer.device).to_compute(trainer.plan.compute_dtype)
 
 
 def save(
@@ -211,7 +211,7 @@ def save(
             assert trainer.state_dir is not None, "a stage's trainer has a folder"
             last = trainer.state_dir / f"step-{trainer.step:08d}"
             sharded_checkpoint.export(
-                last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.runtime.compute_dtype,
+                last, trainer.mesh.cfg, directory, kind=kind, dtype=trainer.plan.compute_dtype,
                 network=type(trainer.model), tokenizer_dir=tokenizer_dir, files=files,
             )  # fmt: skip
         return

@@ -69,7 +69,7 @@ class DistributedTrainer(Trainer):
         self._saver: sharded_checkpoint.Saver | None = None
         self._copies = HostCopies()
         if self.state_dir is not None:
-            self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.runtime.keep)
+            self._saver = sharded_checkpoint.Saver(self.state_dir, self.model_config, self.plan.keep)
         self._stop_requested, self.stop = self.stop, lambda: self._stopping
         self._goes_on = False
         for part in shard.slices.values():
@@ -216,7 +216,7 @@ class DistributedTrainer(Trainer):
 
             weight = balance_weight(batch, self.objective.balance_alpha(**terms))
             mtp, choice = self.objective.with_mtp(**terms), batch.extras.get("choice_BTLK")
-            counted_BT = None if self.runtime.counts_padding else batch.read_BT
+            counted_BT = None if self.plan.counts_padding else batch.read_BT
             return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler, choice, counted_BT)
 
         per = executor.table.per_lane

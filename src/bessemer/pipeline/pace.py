@@ -31,7 +31,7 @@ from bessemer.model.accounting import flops_per_token, stored_params
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.pretrain import runtime
+from bessemer.pipeline.stages.pretrain import training_plan
 from bessemer.pipeline.work import StageWork, guessed
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.files import read_json, write_json
@@ -208,7 +208,7 @@ def training_rate(model: Transformer, settings: PretrainConfig, length: int, sec
     because kernels are then compiled for every number of rows that an expert may get."""
     choice = setup.choose_precision(settings.precision)
     trainer = Trainer(
-        model, objective.next_token, None, settings, runtime(settings, choice.dtype, setup.workers()),
+        model, objective.next_token, None, settings, training_plan(settings, choice.dtype, setup.workers()),
         warn=lambda text: None,
     )  # fmt: skip
     rows = max(1, round(settings.batch_rows(settings.tokens)))

@@ -157,7 +157,7 @@ class StepLog:
         if resumed:
             ctx.say(f"resuming at step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
         ctx.rewind(trainer.step or -1)  # at step 0 `begin` writes its lines again
-        ctx.progress.total(trainer.runtime.tokens, "tokens", done=trainer.tokens)
+        ctx.progress.total(trainer.plan.tokens, "tokens", done=trainer.tokens)
         self.begin(trainer)
         if not trainer.run():
             ctx.interrupt()

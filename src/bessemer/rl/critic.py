@@ -68,7 +68,7 @@ class Critic:
         network: Scorer | ModelShard = begun
         if isinstance(policy, DistributedTrainer):
             network = ModelShard(begun, policy.mesh.of(begun.cfg), policy.shard.schedule)
-        self.trainer = distributed.trainer(network, ValueLoss(), None, own, policy.runtime, warn=policy.warn)
+        self.trainer = distributed.trainer(network, ValueLoss(), None, own, policy.plan, warn=policy.warn)
         policy.companions[NAME] = self.trainer
         self._explained = 0.0
         self._divergence: float | None = None
@@ -125,7 +125,7 @@ class Critic:
         """V of every trained token of every batch, on all ranks; `sizes`: trained tokens per batch."""
         trainer = self.trainer
         if not isinstance(trainer, DistributedTrainer):
-            return list(trainer.runtime.workers.map(self._values_here, batches))
+            return list(trainer.plan.workers.map(self._values_here, batches))
         shard = trainer.shard
         with evaluating(shard.model):
             computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _values_of)

@@ -41,7 +41,7 @@ from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.curves import BALANCE
 from bessemer.train import checkpoint, setup
-from bessemer.train.trainer import Runtime
+from bessemer.train.trainer import TrainingPlan
 from bessemer.workers import Workers
 
 
@@ -78,7 +78,7 @@ class Loop:
             self.objective,
             None,
             settings,
-            Runtime(
+            TrainingPlan(
                 workers=self.workers,
                 compute_dtype=dtype,
                 counts_padding=False,

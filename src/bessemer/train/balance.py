@@ -3,7 +3,7 @@
     b_i <- b_i + gamma * sign(mean load - load_i)
 
 with the loads of the whole step, MTP layers included; every token counts once, and fillers (`Batch.filler`) never, nor
-padding unless the stage counts it (`Runtime.counts_padding`). A gate has `load_E` (float32, counted by its
+padding unless the stage counts it (`TrainingPlan.counts_padding`). A gate has `load_E` (float32, counted by its
 training-mode forward) and `bias_E` (float32, or None if the model balances by loss alone). MaxVio = (max load - mean
 load) / mean load is the published measure of imbalance.
 """

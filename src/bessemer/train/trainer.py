@@ -53,7 +53,7 @@ ZERO, ONE = constant(0.0), constant(1.0)
 
 
 @dataclass
-class Runtime:
+class TrainingPlan:
     """What a stage decides when it runs; everything else the trainer reads from the stage's `OptimizerConfig`."""
 
     tokens: int = 0
@@ -110,7 +110,7 @@ class Trainer(Checkpointed):
         objective: Objective,
         batches: Callable[[int, int], Batch] | None,
         config: OptimizerConfig,
-        runtime: Runtime,
+        plan: TrainingPlan,
         state_dir: str | Path | None = None,
         log: Callable[[int, int, dict[str, float]], None] = lambda step, tokens, values: None,
         stop: Callable[[], bool] = lambda: False,
@@ -121,22 +121,22 @@ class Trainer(Checkpointed):
         warn: Callable[[str], None] = warnings.warn,
     ):
         self.model, self.objective, self.batches = model, objective, batches
-        self.config, self.runtime, self.compute_dtype = config, runtime, runtime.compute_dtype
-        super().__init__(None if state_dir is None else Path(state_dir), runtime.save_steps, runtime.keep)
+        self.config, self.plan, self.compute_dtype = config, plan, plan.compute_dtype
+        super().__init__(None if state_dir is None else Path(state_dir), plan.save_steps, plan.keep)
         self.log, self.stop, self.on_step, self.warn = log, stop, on_step, warn
         self.model_config, self.generators = model_config or {}, generators or {}
         devices, rank = self._devices()
         self.instruments = Instruments(
-            config, model, next(model.parameters()).device, runtime.compute_dtype,
+            config, model, next(model.parameters()).device, plan.compute_dtype,
             None if self.state_dir is None else self.state_dir / "profile", warn, devices, rank,
         )  # fmt: skip
         self.optimizer = self._make_optimizer(
-            compute_dtype=runtime.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+            compute_dtype=plan.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
-            stacked=_stacked(model) if config.optimizer == "muon" else None, idle=runtime.idle,
+            stacked=_stacked(model) if config.optimizer == "muon" else None, idle=plan.idle,
         )  # fmt: skip
         self.gates = self._find_gates()
-        self.guard = guard.StepGuard(runtime.failures, runtime.rollbacks)
+        self.guard = guard.StepGuard(plan.failures, plan.rollbacks)
         self.step = self.tokens = self.rows = self.skipped = 0
         self.loads: dict[str, Tensor] = {}
         """Tokens per expert of the last step, by gate."""
@@ -146,14 +146,14 @@ class Trainer(Checkpointed):
         self._transfer = Transfer(self.device)
         self.reading = 0
         """Consumed tokens at the beginning of the step whose batches are being read."""
-        ahead = self.device.type == "cuda" if runtime.read_ahead is None else runtime.read_ahead
+        ahead = self.device.type == "cuda" if plan.read_ahead is None else plan.read_ahead
         self._ahead = ReadAhead(self._read) if ahead else None
         self._prepare()
-        if runtime.gamma(0) and not self._has_biases():
+        if plan.gamma(0) and not self._has_biases():
             self.warn("gamma has no effect: no layer of this model has a routing bias (set gamma to 0)")
 
     def _make_optimizer(self, **options: Any) -> Optimizer:
-        return Optimizer(self.model, workers=self.runtime.workers, **options)
+        return Optimizer(self.model, workers=self.plan.workers, **options)
 
     def _devices(self) -> tuple[int, int]:
         """(devices that compute a step together, the number of this process among them)."""
@@ -167,7 +167,7 @@ class Trainer(Checkpointed):
 
     def _prepare(self) -> None:
         """Moves weights and gradient outboxes into memory shared with the helper processes."""
-        workers, groups = self.runtime.workers, self.optimizer.groups
+        workers, groups = self.plan.workers, self.optimizer.groups
         biases = [gate.bias_E for gate in self.gates.values() if gate.bias_E is not None]
         workers.share([group.compute for group in groups] + biases + [self.optimizer.kept.epoch])
         self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
@@ -185,7 +185,7 @@ class Trainer(Checkpointed):
     def _run(self) -> bool:
         assert self.batches is not None, "run() needs batches; without them call update()"
         self.start()
-        while self.tokens < self.runtime.tokens:
+        while self.tokens < self.plan.tokens:
             values = self.update(self._micro_batches())
             self.log(self.step, self.tokens, values)
             for hook in self.on_step:
@@ -200,13 +200,13 @@ class Trainer(Checkpointed):
         return True
 
     def _rows_of_step(self, tokens: int) -> int:
-        rows = int(self.runtime.batch_rows(tokens) * self.runtime.row_scale(tokens))
+        rows = int(self.plan.batch_rows(tokens) * self.plan.row_scale(tokens))
         if rows < 1:
             raise UserError(f"batch_rows is {rows} at {tokens} tokens; it must be at least 1")
         return rows
 
     def _rows_of_forward(self, tokens: int) -> int:
-        return max(1, int(self.config.micro_rows * self.runtime.row_scale(tokens)))
+        return max(1, int(self.config.micro_rows * self.plan.row_scale(tokens)))
 
     def _micro_batches(self) -> Iterator[Batch]:
         """The micro-batches of the step that begins now."""
@@ -216,7 +216,7 @@ class Trainer(Checkpointed):
             return
         batches, rows = self._ahead.take(here), self._rows_of_step(here.tokens)
         after = Place(here.tokens + rows * batches[0].tokens_BT.shape[1], here.rows + rows)
-        if after.tokens < self.runtime.tokens:
+        if after.tokens < self.plan.tokens:
             self._ahead.begin(after)
         yield from batches
 
@@ -272,9 +272,9 @@ class Trainer(Checkpointed):
 
     def _update(self, micro_batches: Iterable[Batch]) -> dict[str, float]:
         start = time.monotonic()
-        terms = {name: schedule(self.tokens) for name, schedule in self.runtime.terms.items()}
-        lr = self.config.learning_rate(self.tokens, self.step, self.runtime.tokens)
-        gamma = self.runtime.gamma(self.tokens)
+        terms = {name: schedule(self.tokens) for name, schedule in self.plan.terms.items()}
+        lr = self.config.learning_rate(self.tokens, self.step, self.plan.tokens)
+        gamma = self.plan.gamma(self.tokens)
         self.model.train()
         try:
             sums = self._accumulate(micro_batches, terms)
@@ -309,7 +309,7 @@ class Trainer(Checkpointed):
         }
 
     def _too_large(self, terms: dict[str, float]) -> UserError:
-        mtp, number = bool(terms.get("mtp_lambda")), self.runtime.compute_dtype.itemsize
+        mtp, number = bool(terms.get("mtp_lambda")), self.plan.compute_dtype.itemsize
         fault = gpu_faults.of_step(
             self.device, self.optimizer.groups, self.model, self.config, self._shape, number, mtp
         )
@@ -325,7 +325,7 @@ class Trainer(Checkpointed):
                 batches.append(batch)
                 yield batch, terms
 
-        for loss, result in self.runtime.workers.map(self._gradients, items()):
+        for loss, result in self.plan.workers.map(self._gradients, items()):
             losses.append(loss)
             if result is not None:
                 self._collect(result)
@@ -348,7 +348,7 @@ class Trainer(Checkpointed):
         rows, length = batch.tokens_BT.shape
         self._shape = rows, length, batch.segments_BT is not None
         batch = self._transfer(batch)
-        balance.restrict(self.gates, None if self.runtime.counts_padding else batch.read_BT)
+        balance.restrict(self.gates, None if self.plan.counts_padding else batch.read_BT)
         loss = self.objective(self.model, batch, **terms)
         with balance.uncounted(self.gates):
             loss.total.backward()

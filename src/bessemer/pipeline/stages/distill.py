@@ -31,7 +31,7 @@ from bessemer.rl.teachers import Teachers
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 from bessemer.train.objective import OnPolicyDistillation
-from bessemer.train.trainer import Runtime
+from bessemer.train.trainer import TrainingPlan
 from bessemer.workers import Workers
 
 HELDOUT = "distill/heldout_pass_at_1"
@@ -112,7 +112,7 @@ class _Run:
             ctx.say("MTP modules: frozen")
         self.trainer = distributed.trainer(
             network, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
-            config, Runtime(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
+            config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         whole = distributed.GatheredModel(self.trainer)

@@ -48,7 +48,7 @@ from bessemer.pipeline.training_inputs import check_mixture, check_stages, model
 from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import ONE, ZERO, Runtime, Schedule, Trainer, constant
+from bessemer.train.trainer import ONE, ZERO, Schedule, Trainer, TrainingPlan, constant
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
@@ -187,7 +187,7 @@ class Pretrain(Stage[_Config]):
         workers = setup.workers() if ctx.ranks is None else Workers(1)
         trainer = distributed.trainer(
             network, objective.next_token, feed.batch,
-            config, runtime(config, dtype, workers, feed.scale, model), ctx.state,
+            config, training_plan(config, dtype, workers, feed.scale, model), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
@@ -201,14 +201,14 @@ class Pretrain(Stage[_Config]):
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
-def runtime(
+def training_plan(
     config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE,
     model: distributed.Network | None = None,
-) -> Runtime:  # fmt: skip
+) -> TrainingPlan:  # fmt: skip
     """The trainer's inputs other than the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules or
     routing biases is trained without their terms."""
     foreign = isinstance(model, CausalLM)
-    return Runtime(
+    return TrainingPlan(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale,
         gamma=ZERO if foreign and not changed(config, "gamma") else config.gamma,
         terms={
@@ -419,7 +419,7 @@ class _Monitor(StepLog):
 
     def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
         if self.ctx.ranks is None:
-            sums = trainer.runtime.workers.map(self._nats, self.heldout)
+            sums = trainer.plan.workers.map(self._nats, self.heldout)
         else:
             sums = (distributed.nats(trainer, self.feed.validation(name)) for name in self.heldout)
         return {

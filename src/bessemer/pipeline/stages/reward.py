@@ -49,7 +49,7 @@ from bessemer.tasks import general_quality
 from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 from bessemer.workers import Workers
 
 Line = dict[str, Any]
@@ -322,8 +322,8 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
 
 def _runtime(
     config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer | CausalLM, ctx: StageContext
-) -> Runtime:
-    return Runtime(
+) -> TrainingPlan:
+    return TrainingPlan(
         counts_padding=False,
         tokens=config.epochs * rows.n_rows * config.row_length,
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
@@ -343,7 +343,7 @@ class _Monitor(StepLog):
         self.config, self.tokenizer, self.heldout = config, tokenizer, heldout
 
     def __call__(self, trainer: Trainer) -> None:
-        if trainer.tokens < trainer.runtime.tokens:
+        if trainer.tokens < trainer.plan.tokens:
             return
         units = [_texts(line, self.config.aim, self.tokenizer) for line in self.heldout]
         flat = score_by(trainer, [ids for unit in units for ids, _ in unit], self.tokenizer.pad_id)

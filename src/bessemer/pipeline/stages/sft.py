@@ -32,7 +32,7 @@ from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import Runtime, Trainer, constant
+from bessemer.train.trainer import Trainer, TrainingPlan, constant
 from bessemer.workers import Workers
 
 FEW_STEPS = 10
@@ -181,11 +181,11 @@ def _exported(stage: StageConfig) -> float:
 def _runtime(
     config: SFTConfig, rows: sft_rows.SFTRows, epochs: int, batch: float, model: Transformer | CausalLM,
     ctx: StageContext,
-) -> Runtime:  # fmt: skip
+) -> TrainingPlan:  # fmt: skip
     trained = model.cfg.n_mtp > 0 and config.mtp_lambda > 0
     if model.cfg.n_mtp:
         ctx.say(f"MTP modules: {f'trained with weight {config.mtp_lambda:g}' if trained else 'frozen'}")
-    return Runtime(
+    return TrainingPlan(
         counts_padding=False,
         idle=() if trained else ("mtp.",),
         tokens=epochs * rows.n_rows * config.row_length,
