@@ -8,7 +8,6 @@ ignore stop tokens and decode the same number of tokens. Rounds alternate betwee
 median over the rounds with the minimum and the maximum.
 
     plain       our decoder with default settings
-    compiled    the same with its steps through torch.compile, compiled before the timing; only where no kernel serves
     tokens/s    new tokens of all rows divided by the time of the whole call, prefill included; and "decoding alone",
                 with the time of prefill and the first token subtracted on both sides
     guesses     our decoder at batch 1 with 0 to 3 draft tokens from the MTP module, in processor seconds of the same
@@ -56,9 +55,7 @@ def main() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer = bessemer.load(args.model, dtype="float32"), Tokenizer.load(args.model)
-    engines, compiled = {"plain": Engine(model, tokenizer)}, Engine(model, tokenizer, compile=True)
-    if compiled.compiled is not None:
-        engines["compiled"] = compiled
+    engines = {"plain": Engine(model, tokenizer)}
     peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     facts: dict[str, Any] = {
         "model": "/".join(args.model.resolve().parts[-3:]), "torch": torch.__version__,
@@ -104,7 +101,7 @@ def case(engines: dict[str, Engine], peer: Any, asked: list[list[int]], tokens: 
             return peer.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)[:, ids.shape[1] :].tolist()
 
     calls = {name: ours(engine) for name, engine in engines.items()} | {"theirs": theirs}
-    outputs = {name: call(tokens) for name, call in calls.items()}  # also compiles
+    outputs = {name: call(tokens) for name, call in calls.items()}
     whole: dict[str, list[float]] = {name: [] for name in calls}
     first: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -178,10 +175,9 @@ def cache(engine: Engine) -> dict[str, Any]:
 def _case_line(facts: dict[str, Any]) -> str:
     lines = [f"batch {facts['batch']}, prompt {facts['prompt_tokens']}: transformers "
              f"{facts['theirs']['tokens_per_second']['median']:.0f} tokens/s"]  # fmt: skip
-    for name in [name for name in ("plain", "compiled") if name in facts]:
-        one = facts[name]
+    if (one := facts.get("plain")) is not None:
         lines.append(
-            f"  {name} {one['tokens_per_second']['median']:.0f} = {one['ratio']['median']:.2f}x "
+            f"  plain {one['tokens_per_second']['median']:.0f} = {one['ratio']['median']:.2f}x "
             f"({one['ratio']['low']:.2f} to {one['ratio']['high']:.2f}); "
             f"decoding alone {one['decoding_alone_ratio']:.2f}x; {one['rows_with_equal_tokens']} rows equal"
         )

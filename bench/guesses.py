@@ -1,6 +1,6 @@
 """Speed-up by MTP speculative decoding at batch 1, by network depth, on memorised text.
 
-    python bench/guesses.py [--layers 4 16] [--drafts 3] [--rounds 5] [--compile] [--json bench/results/guesses.json]
+    python bench/guesses.py [--layers 4 16] [--drafts 3] [--rounds 5] [--json bench/results/guesses.json]
 
 For every depth, one network, otherwise the preset `tiny`, is trained on 400 tokens of this project's README until it
 reproduces them. It then recites them greedily from their first 32 tokens, with 0, 1, ... draft tokens per step. The MTP
@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--compile", action="store_true", help="run the steps through torch.compile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     keep_memory()
@@ -49,14 +48,14 @@ def main() -> None:
     facts: dict[str, Any] = {
         "processor": processor(), "torch": torch.__version__, "dtype": "float32",
         "threads": 1, "batch": 1, "routing": "real", "rounds": args.rounds, "new_tokens": args.tokens,
-        "compiled": args.compile, "networks": [],
+        "networks": [],
     }  # fmt: skip
     for layers in args.layers:
         model, steps, losses = learn(ids, tokenizer.vocab_size, layers)
         print(f"{layers} layers: {steps} steps, loss {losses[0]:.3f}, MTP loss {losses[1]:.3f}", flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        lines = recite(Engine(model, tokenizer, compile=args.compile), ids, args)
+        lines = recite(Engine(model, tokenizer), ids, args)
         torch.set_num_threads(threads)
         facts["networks"].append({"layers": layers, "steps": steps, "losses": losses, "guesses": lines})
         for line in lines:
@@ -108,7 +107,7 @@ def recite(engine: Engine, ids: list[int], args: argparse.Namespace) -> list[dic
             outputs[drafts] = []
             while not scheduler.idle:
                 outputs[drafts] += [event.token for event in scheduler.step() if isinstance(event, Token)]
-            if round_ >= 0:  # the first round warms up (and compiles)
+            if round_ >= 0:  # the first round warms up
                 seconds[drafts].append(time.process_time() - began)
             figures = scheduler.stats()
             accepted[drafts] = figures.get("accepted", 0) / max(1, figures.get("drafted", 0))

@@ -15,7 +15,6 @@ os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests c
 
 SLOW = {
     "test_build.py",
-    "test_compiled.py",
     "test_curriculum.py",
     "test_extend.py",
     "test_fp8_kernels.py",

@@ -88,10 +88,6 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
 Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module drafts at each step.")]
-Compile = Annotated[
-    bool,
-    typer.Option("--compile", help="On a CPU without the kernels, compile the decoding steps (a minute or two)."),
-]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus threshold; 1 keeps all tokens.")]
 

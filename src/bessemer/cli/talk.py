@@ -10,7 +10,6 @@ import typer
 
 from bessemer.cli.common import (
     AsJson,
-    Compile,
     Drafts,
     Model,
     NoVerify,
@@ -49,7 +48,6 @@ def generate(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     drafts: Drafts = 0,
-    compile: Compile = False,
     seed: Seed = 0,
     no_verify: NoVerify = False,
     as_json: AsJson = False,
@@ -62,7 +60,7 @@ def generate(
     begun = [*(prompts or []), *(read_prompts(file) if file else [])]
     if not begun:
         raise UserError("no prompt: write one after the model, or name a file of them with --file")
-    engine = load_engine(model_dir(model), drafts, compile)
+    engine = load_engine(model_dir(model), drafts)
     groups = engine.generate(begun, max_new_tokens=max_tokens or NEW_TOKENS, temperature=temperature, top_p=top_p,
                              drafts=drafts, seed=seed)  # fmt: skip
     texts = [completion for (completion,) in groups]
@@ -114,7 +112,6 @@ def chat(
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     drafts: Drafts = 0,
-    compile: Compile = False,
     seed: Seed = 0,
     no_verify: NoVerify = False,
 ) -> None:
@@ -127,7 +124,7 @@ def chat(
     single = practice.of_model(folder).multi_turn is False
     talk(
         folder, system=system, alone=single if alone is None else alone, max_new_tokens=max_tokens,
-        temperature=temperature, top_p=top_p, drafts=drafts, compile=compile, seed=seed,
+        temperature=temperature, top_p=top_p, drafts=drafts, seed=seed,
     )  # fmt: skip
 
 
@@ -144,7 +141,6 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Answers that may queue; more are rejected with 429.")] = 256,
     cache_tokens: Annotated[int | None, typer.Option(min=1, help="Capacity of a model's KV cache in tokens.")] = None,
     drafts: Drafts = 0,
-    compile: Compile = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per model. Default: all cores but one.")] = None,
     loaded: Annotated[int, typer.Option(min=1, help="Models in memory at once.")] = 4,
     origin: Annotated[
@@ -161,7 +157,7 @@ def serve(
     from bessemer.serve.server import serve as run_server
 
     config = ServeConfig(
-        rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, compile=compile, threads=threads,
+        rows=rows, waiting=waiting, cache_tokens=cache_tokens, drafts=drafts, threads=threads,
         loaded=loaded, api_key=api_key, origins=tuple(origin or ()), reasoning_format=reasoning_format.value,
     )  # fmt: skip
     run_server(model, host=host, port=port, config=config, drain_seconds=drain, force=force)

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, OwnPages, PromptPages, RowGroup
-from bessemer.engine.sampling import GreedyTokens
 from bessemer.engine.transfer import indices, to_device
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.kernels import attention, paged
@@ -74,7 +73,6 @@ class ForwardOutput(NamedTuple):
     state_BTD: Tensor | None
     """Hidden states after the final norm; None for a foreign model."""
     logits_BTV: Tensor
-    greedy: GreedyTokens | None = None
 
 
 class PrefillChunk(NamedTuple):

@@ -10,7 +10,6 @@ Shapes: B live sequences, L sparse layers, K experts per token.
 
 from __future__ import annotations
 
-import sys
 from collections import abc
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 from bessemer import heartbeat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import generation, room, static_steps
-from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.generation import (
     Completion,
@@ -36,7 +34,6 @@ from bessemer.engine.generation import (
 )
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
@@ -69,9 +66,8 @@ FEW = 8
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained between calls."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None, compile: bool = False):
-        """compile: on a CPU that no kernel serves (`kernel_steps`), decoding steps go through torch.compile
-        (`compiled`). UserError if model and tokenizer do not belong together."""
+    def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None):
+        """UserError if model and tokenizer do not belong together."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
@@ -84,15 +80,6 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
-        self.compiled: CompiledSteps | None = None
-        self.not_compiled = ""
-        """Why `compile` compiled nothing, as a message for the user."""
-        if compile and static_steps.serves(model):
-            self.not_compiled = "--compile: nothing to compile; steps on a GPU are CUDA graphs of our own kernels"
-        elif compile and KernelSteps.of(model) is not None:
-            self.not_compiled = "--compile: nothing to compile; faster C++ kernels already run this model"
-        elif compile:
-            self.compiled = CompiledSteps(model, tokenizer.vocab_size)
         self.rows = 0
         """Samples that decode together on a GPU; 0: as many as its memory holds."""
         self.keeps_memory = False
@@ -217,9 +204,7 @@ class Engine:
             trace = RoutingTrace(model.cfg)
         with evaluating(model), torch.inference_mode():
             cache = new_cache(model, drafts=batch.drafts)
-            runner = ModelRunner(
-                model, self.tokenizer, cache, trace, batch.drafts, self.compiled, kept=batch.record_kept
-            )
+            runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, kept=batch.record_kept)
             prompts = [cache.open(ids) for ids in by_prompt]
             logits_PV = torch.cat([runner.prefill(batch) for batch in whole_prompts(cache, prompts)])
             runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
@@ -284,18 +269,11 @@ def _pass_on(
             batch.on_tokens([(sample.prompt, sample.sample, token) for sample, token in pairs])
 
 
-def load_engine(model_dir: str | Path, drafts: int = 0, compile: bool = False) -> Engine:
+def load_engine(model_dir: str | Path, drafts: int = 0) -> Engine:
     """Loads the model and tokenizer of a Hugging Face directory onto this machine's device. MTP layers are loaded only
-    for drafting. compile: compiles the decoding steps now, for calls with this many drafts."""
+    for drafting."""
     model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
-    engine = Engine(model, load_tokenizer(model_dir), compile=compile)
+    engine = Engine(model, load_tokenizer(model_dir))
     engine.keeps_memory = True
     check_drafts(engine.model, drafts)
-    if engine.compiled is not None:
-        print(
-            "compiling the decoding steps: a minute or two the first time, seconds later", file=sys.stderr, flush=True
-        )
-        engine.compiled.prepare(drafts)
-    elif engine.not_compiled:
-        print(engine.not_compiled, file=sys.stderr, flush=True)
     return engine

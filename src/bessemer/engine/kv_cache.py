@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.transfer import indices, to_device
@@ -38,8 +37,6 @@ from bessemer.model.config import ModelConfig
 
 PAGE = 64
 """Tokens per page. Long pages cost least to gather; on average half a page per sequence stays empty."""
-MIN_PAGES = 2
-"""Pages of a pool, and of a row as compiled steps read it: torch.compile specialises on a size of 1."""
 GROUP_BYTES = 1 << 20
 """Gathered per row group on a CPU: about one core's L2 cache."""
 
@@ -268,15 +265,6 @@ class LatentCache:
         page_N = indices(prompt.pages, self.table_BP.device)
         return self.layers[layer].index_select(0, page_N).flatten(0, 1)[:length]
 
-    def pages_BP(self, length: int) -> Tensor:
-        """The pages of every live row up to `length` tokens, at least MIN_PAGES; short rows are padded with page 0."""
-        page_BP = self.table_BP[:, : pages_for(length)]
-        return F.pad(page_BP, (0, max(0, MIN_PAGES - page_BP.shape[1]))).contiguous()
-
-    def one_group(self, pages: int) -> bool:
-        """Whether all rows, padded to `pages` pages, are gathered at once."""
-        return len(self.row_pages) <= self._group_size(pages)
-
     def row_groups(self, position_B: Tensor, T: int = 1) -> list[RowGroup]:
         """Partitions the rows for attention when each has T new tokens, the first at position_B."""
         length = [position + T for position in position_B.tolist()]
@@ -316,7 +304,7 @@ class LatentCache:
 
     def _grow(self, missing: int) -> None:
         total = self.pages.total
-        size = max(total + missing, total + total // 2, MIN_PAGES)
+        size = max(total + missing, total + total // 2)
         if self.limit is not None:
             if total + missing > self.limit:
                 raise CacheFull

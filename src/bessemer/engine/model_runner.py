@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
 from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
@@ -62,20 +61,19 @@ class ModelRunner:
         cache: LatentCache,
         trace: RoutingTrace | None = None,
         drafts: int = 0,
-        compiled: CompiledSteps | None = None,
         trace_all: bool = True,
         kept: bool = False,
     ):
         """trace_all: steps always record experts, not only if a live request wants them. kept: every sequence records
         the tokens that truncation kept; all must have the same parameters, and there are no drafts."""
-        self.model, self.cache, self.trace, self.compiled, self.kept = model, cache, trace, compiled, kept
+        self.model, self.cache, self.trace, self.kept = model, cache, trace, kept
         self._trace_all = trace_all
-        self.kernels = KernelSteps.of(model) if compiled is None else None
+        self.kernels = KernelSteps.of(model)
         self.vocab = tokenizer.vocab_size
         self.drafter: Drafter | None = None
         if drafts:
             assert isinstance(model, Transformer)
-            self.drafter = Drafter(model, cache, drafts, compiled, self.kernels)
+            self.drafter = Drafter(model, cache, drafts, self.kernels)
         device = model.embed.weight.device
         self.sequences: list[Sequence] = []
         self.key_B = torch.zeros(0, dtype=torch.int64, device=device)
@@ -270,8 +268,8 @@ class ModelRunner:
             return self._round(self.kernels, token_B)
         if drafter is not None:
             return self._advance_with_drafts(drafter, token_B)
-        _, logits_BTV, best = self._forward(token_B.unsqueeze(1))
-        self.logits_BV, self.ahead = logits_BTV.squeeze(1), _first(best) if best and self.all_greedy else None
+        _, logits_BTV = self._forward(token_B.unsqueeze(1))
+        self.logits_BV, self.ahead = logits_BTV.squeeze(1), None
         self.position_B = self.position_B + 1
         self.expert_BLK = None if self._tracer is None else self._tracer.take()
 
@@ -313,9 +311,9 @@ class ModelRunner:
         depth = drafter.depth
         drafts, q = self._draft(drafter, token_B, self.all_greedy)
         token_BT = torch.stack((token_B, *drafts), 1)
-        state_BTD, logits_BTV, best = self._forward(token_BT)
+        state_BTD, logits_BTV = self._forward(token_BT)
         expert_BTLK = None if self._tracer is None else self._tracer.take().unflatten(0, token_BT.shape)
-        best = (best or most_likely(logits_BTV, self.vocab)) if self.all_greedy else None
+        best = most_likely(logits_BTV, self.vocab) if self.all_greedy else None
         draftable_B = self._most_B > 0
         if best is not None:
             known_B = (best.token_BT[:, :-1] == token_BT[:, 1:]).cumprod(1).sum(1)
@@ -365,15 +363,10 @@ class ModelRunner:
         """T tokens of every sequence through the network."""
         if self.kernels is not None:
             return self.kernels(token_BT, self.position_B, self.cache, self._tracer)
-        if self.compiled is not None and self._use_compiled(token_BT):
-            return self.compiled(token_BT, self.position_B, self.cache, self._tracer)
         if not isinstance(self.model, Transformer):
             return ForwardOutput(None, step(self.model, token_BT.squeeze(1), self.position_B, self.cache).unsqueeze(1))
         state_BTD = self.model.norm(hidden_step(self.model, token_BT, self.position_B, self.cache, self._tracer))
         return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
-
-    def _use_compiled(self, tokens: Tensor) -> bool:
-        return self.compiled is not None and tokens.numel() <= self.compiled.max_tokens
 
     def _uniform(self, purpose: int, ahead: int) -> Tensor:
         return uniform(self.key_B ^ purpose, self.position_B + ahead)

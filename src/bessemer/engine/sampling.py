@@ -279,8 +279,7 @@ def sample(
 
 
 def greedy_tokens(logits_BTV: Tensor, vocab: int) -> GreedyTokens:
-    """The most likely ids below `vocab`. Written for torch.compile, which fuses it into one pass; `sample` is faster in
-    eager mode."""
+    """The most likely ids below `vocab`."""
     token_BT = logits_BTV[..., :vocab].argmax(-1)
     best_BT1 = logits_BTV.gather(-1, token_BT.unsqueeze(-1))
     top_BT1 = logits_BTV.amax(-1, keepdim=True)

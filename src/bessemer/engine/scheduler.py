@@ -22,7 +22,6 @@ import torch
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import room, static_steps
-from bessemer.engine.compiled import CompiledSteps
 from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.grammar import Grammars
@@ -82,7 +81,6 @@ class Network(Protocol):
     model: Model
     tokenizer: Tokenizer
     grammars: Grammars
-    compiled: CompiledSteps | None
 
     def check_prompt(self, ids: tuple[int, ...]) -> None: ...
 
@@ -121,7 +119,7 @@ class Scheduler:
         assert not (kept and drafts)
         self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
         self.drafts = check_drafts(self.model, drafts)
-        model, compiled = self.model, engine.compiled
+        model = self.model
         static = steps is not None or static_steps.serves(model)
         longest = model.cfg.max_seq_len
         pages = pages_for(longest + (static_steps.ahead(drafts) if static else drafts))
@@ -151,9 +149,7 @@ class Scheduler:
             self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything, kept)
         else:
             self.cache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
-            self.runner = ModelRunner(
-                model, engine.tokenizer, self.cache, trace, self.drafts, compiled, everything, kept
-            )
+            self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, everything, kept)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""

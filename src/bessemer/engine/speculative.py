@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.compiled import MAX_DRAFTS, CompiledSteps
 from bessemer.engine.decode import Model, layer_step
 from bessemer.engine.kernel_steps import DraftStates, KernelSteps
 from bessemer.engine.kv_cache import LatentCache
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
+
+MAX_DRAFTS = 8
+"""Largest number of tokens drafted per step."""
 
 
 def check_drafts(model: Model, depth: int) -> int:
@@ -59,13 +61,10 @@ class Drafter:
         model: Transformer,
         cache: LatentCache,
         depth: int,
-        compiled: CompiledSteps | None = None,
         kernels: KernelSteps | None = None,
     ):
-        self.model, self.cache, self.depth, self.compiled, self.kernels = model, cache, depth, compiled, kernels
+        self.model, self.cache, self.depth, self.kernels = model, cache, depth, kernels
         self.modules = list(model.mtp)[:depth]
-        if len(self.modules) > 1:
-            self.compiled = None  # its graph returns one state of one module
         weight = model.embed.weight
         self.hidden_BTD = weight.new_zeros(0, depth + 1, model.cfg.dim)
         """The main model's states at base, base + 1, ...; valid up to number `known`."""
@@ -150,9 +149,6 @@ class Drafter:
                 self._drafting, hidden_BTD, token_BT, base_B, last_B, self.cache
             )
             self._state = self._out_BTD[self._rows, last_B]
-            return logits_BV
-        if self.compiled is not None and token_BT.numel() <= self.compiled.max_tokens:
-            self._state, logits_BV = self.compiled.draft(hidden_BTD, token_BT, base_B, last_B, self.cache)
             return logits_BV
         T, module = token_BT.shape[1], self.modules[self._drafting]
         position_BT = self._positions(base_B, T)

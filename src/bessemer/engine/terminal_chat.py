@@ -52,7 +52,6 @@ def chat(
     max_new_tokens: int | None = None,
     seed: int = 0,
     drafts: int = 0,
-    compile: bool = False,
     system: str = "",
     alone: bool = False,
     input: Callable[[str], str] | None = None,
@@ -60,10 +59,10 @@ def chat(
     notes: TextIO | None = None,
 ) -> None:
     """Runs a session until /exit or the end of the input. `max_new_tokens` per answer: None for what the context
-    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`, `compile` as in `Engine`; with `alone`, the model sees
-    no earlier turn. `input` takes the prompt to show and returns a message; without it, lines can be edited in a
-    terminal, and a pipe is read line by line."""
-    engine = load_engine(model_dir, drafts, compile)
+    leaves, at most NEW_TOKENS. `drafts` as in `Engine.generate`; with `alone`, the model sees no earlier turn. `input`
+    takes the prompt to show and returns a message; without it, lines can be edited in a terminal, and a pipe is read
+    line by line."""
+    engine = load_engine(model_dir, drafts)
     options: Options = {"temperature": temperature, "top_p": top_p, "drafts": drafts}
     talk = Conversation(engine, output or sys.stdout, options, max_new_tokens, seed, notes or sys.stderr)
     talk.system, talk.alone = system, alone

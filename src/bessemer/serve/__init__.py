@@ -25,8 +25,6 @@ class ServeConfig:
     """Prompt tokens processed between two decoding steps."""
     drafts: int = 0
     """Tokens that the MTP module drafts at each step. If not 0, every model must have an MTP module."""
-    compile: bool = False
-    """On a CPU without the kernels, compile the decoding steps; a model's first load takes a minute or two."""
     threads: int | None = None
     """Compute threads of each model. None: all cores but one, which is left to the server and its clients. Two busy
     threads on one core cost far more than one thread fewer."""

@@ -60,8 +60,6 @@ def serve(
     models = find_models(model, config, name, launch)
     for line in models.broken:
         print(f"not served: {line}", flush=True)
-    if config.compile:
-        print("compiling the decoding steps where no kernel serves: a minute or two the first time", flush=True)
     with bind(host, port) as bound:
         models.preload()
         bound.listen(BACKLOG)  # whoever reads the next line may connect at once

@@ -119,12 +119,8 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
         model = load_any(folder, device=device(), mtp=config.drafts > 0)
-        engine = Engine(model, load_tokenizer(folder), compile=config.compile)
+        engine = Engine(model, load_tokenizer(folder))
         worker = ModelWorker(connection, engine, config)
-        if engine.compiled is not None:
-            engine.compiled.prepare(config.drafts)
-        elif engine.not_compiled:
-            print(engine.not_compiled, file=sys.stderr, flush=True)
     except UserError as error:
         connection.send((REFUSED, 0, str(error)))
         return
