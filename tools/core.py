@@ -3,6 +3,9 @@
     python tools/core.py            sizes, and the number of arrows from core outwards
     python tools/core.py --arrows   each arrow: file:line -> module (add-on)
     python tools/core.py --files    every file with its part
+    python tools/core.py --alone    the deletion test: in a copy of the repository without any add-on, and without the
+                                    tests that import one, the tests pass and the tiny recipe runs
+    python tools/core.py --without serve watch      the same without these add-ons only
 
 An arrow is an import of an add-on's module anywhere in a core file, also inside a function or for type checkers, or a
 string that names such a module.
@@ -12,11 +15,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "src" / "bessemer"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "bessemer"
 
 ADDONS: dict[str, tuple[str, ...]] = {
     "accelerate": (
@@ -214,11 +223,78 @@ def _targets(node: ast.AST, known: dict[str, str]) -> set[str]:
     return set()
 
 
+RUN = ("tiny", "--set", "pretrain.tokens=60K", "--set", "zero.rollouts=1", "--set", "eval.problems=4")
+"""The tiny recipe, cut to a minute."""
+
+
+def copy_without(removed: set[str], target: Path) -> list[Path]:
+    """Copies the repository's files except those of the removed add-ons and the tests that import one; returns these
+    tests."""
+    gone = {path for path, name in parts().items() if name in removed}
+    modules = {module(path) for path in gone}
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+    tests = [path for path in files if path.suffix == ".py" and path.relative_to(ROOT).parts[0] == "tests"]
+    helpers = {path.stem: path for path in tests if path.parent.name == "shared"}
+    left_out = {path for path in tests if _reaches(path, modules, helpers, set())}
+    kept_rooms = {path.parent for path in parts() if path not in gone}
+    for path in files:
+        if path in gone or path in left_out:
+            continue
+        if path.is_relative_to(PACKAGE) and path.suffix != ".py" and not _has_code(path, kept_rooms):
+            continue  # an add-on's own data
+        copied = target / path.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copied)
+    return sorted(left_out)
+
+
+def _has_code(path: Path, rooms: set[Path]) -> bool:
+    """Whether the closest folder of Python files above a data file stays."""
+    folder = next(parent for parent in path.parents if any(parent.glob("*.py")))
+    return folder in rooms
+
+
+def _reaches(path: Path, modules: set[str], helpers: dict[str, Path], seen: set[Path]) -> bool:
+    """Whether a test, or a helper that it imports, imports or names one of the modules."""
+    seen.add(path)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if _targets(node, dict.fromkeys(modules, "")):
+            return True
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            helper = helpers.get(name.partition(".")[0])
+            if helper and helper not in seen and _reaches(helper, modules, helpers, seen):
+                return True
+    return False
+
+
+def deletion_test(removed: set[str], options: list[str]) -> int:
+    """The first exit status that is not 0 of the tiny recipe and the remaining tests in a copy without the add-ons."""
+    with tempfile.TemporaryDirectory(prefix="core-") as folder:
+        target = Path(folder) / "repository"
+        left_out = copy_without(removed, target)
+        print(f"without {', '.join(sorted(removed))}; {len(left_out)} files of tests import them", flush=True)
+        env = os.environ | {"PYTHONPATH": str(target / "src"), "OMP_NUM_THREADS": "1"}
+        run = [sys.executable, "-m", "bessemer", "run", *RUN, "--out", str(Path(folder) / "run")]
+        for command in (run, [sys.executable, "-m", "pytest", "-q", *options]):
+            if status := subprocess.run(command, cwd=target, env=env).returncode:
+                return status
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--without", nargs="+", choices=sorted(ADDONS), default=[])
+    parser.add_argument("options", nargs="*", help="passed to pytest")
     parser.add_argument("--arrows", action="store_true")
     parser.add_argument("--files", action="store_true")
     args = parser.parse_args()
+    if removed := set(ADDONS) if args.alone else set(args.without):
+        raise SystemExit(deletion_test(removed, args.options))
     sorting = parts()
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorting}
     if args.files:
