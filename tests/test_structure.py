@@ -77,7 +77,7 @@ def test_no_circle_of_imports():
 
 def test_every_room_has_its_layer():
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
-    layered = {name.strip() for layer in contract for name in layer.split("|")}
+    layered = {name.strip() for layer in contract for name in re.split("[|:]", layer)}
     rooms = {f"bessemer.{path.stem}" for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     files = {f"bessemer.{path.stem}" for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
     assert layered == rooms | files

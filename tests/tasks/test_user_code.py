@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from completions import completion
 
+from bessemer import plugins
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
-from bessemer.tasks import Problem, Task, Verdict, get, user_code
+from bessemer.tasks import Problem, Task, Verdict, get
 from bessemer.tasks.base import shared_file
 from bessemer.tasks.user_code import reward_function
 
@@ -26,7 +27,7 @@ NAME = "remainder.py:Remainder"
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(user_code, "_beside", {})
+    monkeypatch.setattr(plugins, "_beside", {})
     for name in ("my_own", "by_way_of"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     shutil.copy(EXAMPLES / "remainder.py", tmp_path)
@@ -129,11 +130,11 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("def f(prompts, completions, **settings): return [1.0]", r"three arguments.*write def f\(problem, answer"),
+        ("def f(prompts, completions, **settings): return [1.0]", r"3 arguments.*is def f\(problem, answer"),
         ("def f(problem, answer, verdict, scale): return 1.0", "missing a required argument: 'scale'"),
         ("def f(problem, answer, verdict): pass", "f returned None; return a number"),
         ("def f(*_): return 10**400", r"f returned 10+\.\.\. .*; return a number"),
-        ("import sys\ndef f(*_): sys.exit(3)", r"mine\.py:f called sys\.exit\(3\); return a number"),
+        ("import sys\ndef f(*_): sys.exit(3)", r"mine\.py, line 2: SystemExit: 3"),
         ("def f(*_): return [1.0, 2.0]", r"f returned \[1\.0, 2\.0\]; return a number"),
     ],
 )

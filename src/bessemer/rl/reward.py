@@ -29,10 +29,9 @@ from torch import Tensor
 
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
+from bessemer.repeatable import repeatable, stable_hash
 from bessemer.rl.rollout import Group, ScoredSample, rewards
-from bessemer.tasks.base import stable_hash
 from bessemer.tasks.readability import reply_consistency
-from bessemer.tasks.repeatable import repeatable
 from bessemer.tasks.user_code import RewardFunction, reward_function
 
 

@@ -11,13 +11,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from hashlib import blake2b
 from importlib import import_module, resources
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from bessemer.config.places import located
 from bessemer.errors import UserError
+from bessemer.repeatable import stable_hash
 from bessemer.tasks.answer import (
     AROUND,
     NO_ANSWER,
@@ -282,12 +282,6 @@ def _around(completion: str, reply: Reply) -> int:
 def page(prompt: str, response: str) -> str:
     """R1-Zero's plain-text form, which pre-training documents and the `zero` chat template share."""
     return f"User: {prompt}\nAssistant:{response}"
-
-
-def stable_hash(*parts: object) -> int:
-    """A 64-bit hash of the parts alone; Python's own hash() changes with PYTHONHASHSEED."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def stable_random(*parts: object) -> random.Random:

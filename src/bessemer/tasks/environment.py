@@ -29,8 +29,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.errors import UserError
+from bessemer.repeatable import repeatable
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, TaskOptions, Verdict
-from bessemer.tasks.repeatable import repeatable
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""

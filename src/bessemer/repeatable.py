@@ -1,12 +1,18 @@
-"""Random numbers of the global generators that repeat, for code which is not ours and may draw them."""
+"""Hashes that every process agrees on, and random numbers of the global generators that repeat, for code which is not
+ours and may draw them."""
 
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from hashlib import blake2b
 
-from bessemer.tasks.base import stable_hash
+
+def stable_hash(*parts: object) -> int:
+    """A 64-bit hash of the parts alone; Python's own hash() changes with PYTHONHASHSEED."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 @contextmanager
