@@ -133,7 +133,7 @@ def test_names_and_patterns_start_at_the_recipe(tmp_path, monkeypatch):
         with places.of_recipe(beside):
             ((unit,), _) = origins.units(_source(Path(spec)), 1000, None)
         assert Path(unit.pieces[0].path).read_text() == wanted
-    with places.of_recipe(here):  # as version 0.2.0 named them, so that its builds still count as finished
+    with places.of_recipe(here):
         assert origins.units(_source(Path("raw/*.txt")), 1000, None)[0][0].pieces[0].path == "raw/a.txt"
 
 

@@ -1,9 +1,7 @@
 """Chat: text, ids, Jinja and transformers agree; prompts and completions meet at a token boundary."""
 
 import functools
-import json
 import re
-from pathlib import Path
 
 import jinja2
 import jinja2.sandbox
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from bessemer.data import chat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
 
 TYPED = [
     "<think>",
@@ -149,32 +146,6 @@ def test_a_tag_of_the_user_does_not_begin_the_answer(tokenizer):
     for style in chat.STYLES:
         ids = chat.render_ids(tokenizer, tags, style)
         assert ids.count(tokenizer.think_id) == 1 + (style == "r1-zero") * chat.ZERO_PREAMBLE.count(chat.THINK)
-
-
-def earlier(style: str, guarded: bool = True) -> str:
-    """The template as written by versions without tools; before 0.2 it had no guard against forged turns."""
-    file = Path(__file__).parent / "earlier_templates" / f"chat_{'r1' if style == 'r1' else 'zero'}.jinja"
-    text = file.read_text("utf-8").replace("\n", "")
-    if style == "r1-zero":
-        preamble = f"{{%- if not ns.seen -%}}{{%- set ns.system = {json.dumps(chat.ZERO_PREAMBLE)} -%}}{{%- endif -%}}"
-        text = text.replace("{{- bos_token -}}", preamble + "{{- bos_token -}}")
-    guard = r".replace('\nUser:', '\n User:').replace('\nAssistant:', '\n Assistant:')"
-    return text if guarded else text.replace(guard, "")
-
-
-def test_models_of_earlier_versions_keep_their_style(tokenizer, tmp_path):
-    for style in chat.STYLES:
-        for guarded in (True, False):
-            tokenizer.save(tmp_path)
-            (tmp_path / "chat_template.jinja").write_text(earlier(style, guarded))
-            assert load_tokenizer(tmp_path).chat_style == style and type(load_tokenizer(tmp_path)) is Tokenizer
-    assert chat.style_of(earlier("r1") + " ") is None
-
-
-@settings(max_examples=100, deadline=None)
-@given(MESSAGES, st.sampled_from(chat.STYLES), st.booleans())
-def test_conversations_without_tools_are_those_of_earlier_versions(messages, style, prompt):
-    assert via_jinja(earlier(style), messages, prompt) == chat.render(messages, style, prompt)
 
 
 @settings(max_examples=200, deadline=None)

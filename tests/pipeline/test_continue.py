@@ -223,9 +223,3 @@ def test_nothing_is_measured_on_text_that_the_model_was_trained_on(stage, change
 def test_only_stages_that_make_a_model_are_gone_on_from():
     makers = {"pretrain", "extend", "import", "sft", "distill", "rl"}
     assert {kind for kind in STAGES if STAGES[kind].makes_model} == makers
-
-
-def test_a_run_from_random_weights_keeps_its_fingerprint(ours):
-    """Version 0.1.0 did not have the key `corpus`, so it must not enter the identity while it is unset."""
-    identity = json.loads((at(ours, "pretrain") / "stage.json").read_text())["identity"]
-    assert "corpus" not in identity["settings"] and identity["derived"]["model"]["dim"] == 32

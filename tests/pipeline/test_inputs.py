@@ -23,7 +23,6 @@ from bessemer.hf.dcp import export
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
-from bessemer.runs.directory import digest
 
 MODEL = {
     "vocab_size": 390, "dim": 16, "n_layers": 1, "n_dense_layers": 1, "n_mtp": 0, "inter_dim": 16, "n_heads": 1,
@@ -177,36 +176,6 @@ def test_reuse_takes_no_stage_whose_files_have_changed(own, tmp_path, capsys):
     assert own.run(out=tmp_path / "new", reuse=own.out) == ["eval"]
     said = capsys.readouterr().err
     assert "eval: q.jsonl changed since the run of 20" in said and f"not taken from {own.out}" in said
-
-
-def without_files(own):
-    """Rewrite the run as version 0.2.0 left it: no hashes, and the imported files' sizes and dates in the identity."""
-    model = sorted(path for path in (own.folder / "start").iterdir())
-    dated = {"files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in model}}
-    fingerprints = {}
-    for name, path in own.records().items():
-        record, done = json.loads(path.read_text()), json.loads((path.parent / "done.json").read_text())
-        del record["files"], record["since"], done["checksum"]
-        what = record["identity"]
-        what["inputs"] = {other: fingerprints[other] for other in what["inputs"]}
-        if name == "import":
-            what["derived"] = dated
-        record["fingerprint"] = done["fingerprint"] = fingerprints[name] = digest(what)
-        path.write_text(json.dumps(record))
-        (path.parent / "done.json").write_text(json.dumps(done))
-
-
-def test_runs_without_hashes_stay_finished_and_are_compared_from_then_on(own, tmp_path, capsys):
-    without_files(own)
-    shutil.copytree(own.out, tmp_path / "old")
-    said = "import, corpus, sft, eval: made by a version that did not record the files"
-    assert own.run() == [] and said in capsys.readouterr().err
-    assert own.run() == [] and "did not record" not in capsys.readouterr().err
-    assert own.run(out=tmp_path / "new", reuse=tmp_path / "old") == []
-    lines(own.folder / "chat.jsonl", talk("good night"))
-    assert own.run() == ["sft", "eval"]
-    os.utime(own.folder / "start" / "config.json", (1, 1))  # all that the old record can compare
-    assert own.run(out=tmp_path / "old")[0] == "import"
 
 
 def test_an_address_on_the_hub_keeps_its_commit_in_a_run(own, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,6 @@ from bessemer.engine import room, static_steps
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import loop, rollout
 from bessemer.rl.importance import check_replay
 from bessemer.rl.losses import GRPO
@@ -244,31 +243,6 @@ def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_aga
 def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         preflight.check(rl_stage.Stage(base, tmp_path / "run", *changes).recipe, tmp_path, ["zero"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "kept"),
-    [
-        (["general_from=9"], True),
-        (['reward="format"', "format_reward=0.5", "overlong=8"], True),
-        (['reward="random"', "language_reward=1.0", "format_reward=0"], True),
-        (["kl=0", "reference_every=9"], True),
-        (['surrogate="reinforce"', "clip_low=0.5"], True),
-        (["max_resamples=2", "samples=1", 'advantage="critic"'], False),
-        (["overlong=8"], False),
-        (["general_from=9", 'general_tasks=["general"]', "general_prompts=1"], False),
-    ],
-)
-def test_a_finished_stage_with_a_key_without_effect_stays_finished_with_or_without_it(base, tmp_path, changes, kept):
-    def made(*changes):
-        recipe = rl_stage.Stage(base, tmp_path / "run", *changes).recipe
-        settings = recipe.stage("zero")
-        return RL().identity(settings, recipe, RL().resolve(settings, recipe), {})
-
-    idle = ("general_from", "format_reward", "overlong", "language_reward", "max_resamples")
-    idle += ("reference_every", "clip_low")
-    one, other = made(*changes), made(*[change for change in changes if not change.startswith(idle)])
-    assert one != other and RL().same(None, one, other) is RL().same(None, other, one) is kept
 
 
 def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):

@@ -88,6 +88,22 @@ def test_a_stage_may_have_a_seed_of_its_own(toy):
     assert (toy.out / "02-second" / "model" / "config.json").read_bytes() != before
 
 
+@pytest.mark.parametrize("line", ["", "# bessemer 0.1.0, run format 1\n", "# bessemer 9.0.0, run format 99\n"])
+def test_a_run_of_another_format_is_refused_and_stays_what_it_is(toy, line, tmp_path):
+    run(toy)
+    own = toy.out / "recipe.toml"
+    own.write_text(line + own.read_text().partition("\n")[2])
+    before = toy.result()
+    for again in (
+        lambda: run(toy),
+        lambda: Recipe.load(own),
+        lambda: runner.run(Recipe.load(toy.path), tmp_path / "other", reuse=toy.out),
+    ):
+        with pytest.raises(UserError, match=f"bessemer run RECIPE.toml --out {toy.out}-new"):
+            again()
+    assert toy.result() == before
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_damaged_output_is_noticed_and_made_again(toy, harm, capsys):
     run(toy)

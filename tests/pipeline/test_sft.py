@@ -9,10 +9,8 @@ import torch
 
 import bessemer
 from bessemer import tasks
-from bessemer.config.training import SFTConfig
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
-from bessemer.pipeline.stages.sft import SFT as SFTStage
 
 SFT = """
 [[stage]]
@@ -146,22 +144,6 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
     same = {name.startswith("mtp.") for name, x in after.items() if torch.equal(x, before[name]) and x.dim() > 1}
     assert same == {True}, "matrices that nothing trains do not decay, and all others moved"
     assert all(torch.equal(x, before[name]) for name, x in after.items() if name.startswith("mtp."))
-
-
-def test_a_run_of_an_older_version_stays_finished(done):
-    """It recorded 2 epochs and 8 rows when its recipe left them open; an explicitly set value counts as a change."""
-    _, results = done
-    recorded = json.loads((results["sft"].folder / "stage.json").read_text())["identity"]
-    stage, config = SFTStage(), SFTConfig(kind="sft", lr=1e-3, lr_final=1e-4)
-    now = recorded | {"settings": recorded["settings"] | {"epochs": None, "batch_rows": None}}
-
-    def before(**settings):
-        return recorded | {"format": [*recorded["format"][:2], 1], "settings": recorded["settings"] | settings}
-
-    assert stage.same(config, before(epochs=2, batch_rows=8), now)
-    assert not stage.same(config, before(epochs=3, batch_rows=8), now)
-    assert not stage.same(config, recorded | {"settings": now["settings"] | {"epochs": 2, "batch_rows": 8}}, now)
-    assert stage.same(config, before(), recorded), "a recipe that sets both"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_difficulties_and_ways_of_sampling():
     assert [(table.sampling, table.models) for table in tables.stage_tables(caps)] == [
         ("8 samples each, at most 40 tokens", ("a",)), ("8 samples each, at most 200 tokens", ("a", "b"))
     ]  # fmt: skip
-    (table,) = tables.stage_tables([*caps[1:], row("c")])  # an earlier version did not record the cap
+    (table,) = tables.stage_tables([*caps[1:], row("c")])  # of a file of answers
     assert (table.sampling, table.models) == ("8 samples each", ("a", "b", "c"))
     ((title, lines),) = found[0].details
     assert title == "pass@1 by difficulty"

@@ -68,8 +68,6 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
         ({"multi_turn": 0}, 'data = ["a.jsonl"]', False),
         ({"multi_turn": 3}, 'data = ["a.jsonl"]', True),
         ({}, 'data = ["a.jsonl"]', None),
-        ({}, 'samples = ["picked"]\n[[stage]]\nkind = "reject"\nname = "picked"', False),
-        ({}, 'samples = ["picked"]\n[[stage]]\nkind = "reject"\nname = "picked"\nothers_data = ["a.jsonl"]', None),
         ({}, 'data = ["a.jsonl"]\n[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["countdown"]', None),
         ({"multi_turn": 0}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["env:http://h"]', None),
         ({"multi_turn": 3}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "sft"\ntasks = ["env:http://h"]', True),

@@ -1,6 +1,5 @@
 """When layers are compiled, and in which precision a stage computes."""
 
-import itertools
 import re
 import shutil
 from pathlib import Path
@@ -12,12 +11,11 @@ import torch
 import bessemer
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
-from bessemer.config.training import DistillConfig, OptimizerConfig, PretrainConfig
+from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stage import find_kind
 from bessemer.train import setup
 
 PACKAGE = Path(bessemer.__file__).parent
@@ -126,26 +124,6 @@ def test_a_cpu_is_as_it_was():
     assert setup.precision_on("bfloat16", CPU) == (torch.bfloat16, "bfloat16 (set by the recipe)")
 
 
-@pytest.mark.parametrize("table", [RLConfig, DistillConfig])
-@pytest.mark.parametrize("card", [None, H100, V100], ids=["CPU", "H100", "V100"])
-def test_float32_makes_what_device_made_only_where_device_is_float32(monkeypatch, table, card):
-    """In a record without `precision` it is the default, `device`, or float32, which was the default before."""
-    if card is not None:
-        has_card(monkeypatch, card)
-    monkeypatch.setattr(setup, "device", lambda: CPU if card is None else GPU)
-    values = {"kind": "rl" if table is RLConfig else "distill", "tasks": ["countdown"], "teacher": "base"}
-    values = {key: value for key, value in values.items() if key in table.model_fields}
-    stage = find_kind(values["kind"])()
-    made = {
-        name: {"settings": table(**values, precision=name).fingerprint_values()}
-        for name in ("device", "float32", "bfloat16")
-    }
-    assert "precision" not in made["device"]["settings"]
-    for one, other in itertools.permutations(made, 2):
-        same = card is not H100 and "bfloat16" not in (one, other)
-        assert stage.same(table(**values), made[one], made[other]) is same, (one, other)
-
-
 @pytest.mark.parametrize("card", [H100, V100], ids=["H100", "V100"])
 def test_a_stage_says_what_it_computes_with(monkeypatch, card, tmp_path):
     """Device, card, dtype, experts and compilation in one line."""
@@ -189,10 +167,6 @@ def test_a_resume_keeps_the_dtype_that_was_measured_when_the_stage_began(monkeyp
     assert attempt(1, 121.0)[0] == torch.bfloat16
     dtype, said = attempt(2, 119.0)
     assert dtype == torch.bfloat16 and "bfloat16 (as when the stage began)" in said
-    (tmp_path / setup.PRECISION).unlink()  # a stage of an earlier version
-    counters = max(tmp_path.glob("step-*/counters.json"))
-    counters.write_text(counters.read_text().replace('"cpu (', '"cuda ('))  # begun on a GPU
-    assert setup.choose_precision("auto", state=tmp_path).dtype == torch.bfloat16, "by the checkpoint before"
     assert setup.choose_precision("device", state=tmp_path).dtype == torch.float32
     shutil.rmtree(tmp_path)
     assert setup.kept_precision(tmp_path) is None

@@ -61,6 +61,26 @@ def find_recipe(name: str | Path, data: bool = False) -> Path:
 
 RECIPE = "recipe.toml"
 """A run's own recipe, in its directory."""
+RUN_FORMAT = 2
+"""Raised when run directories of the version before cannot be continued."""
+FORMAT_LINE = "# bessemer {}, run format {}\n"
+"""First line of a run's own recipe: the version that wrote it, and its RUN_FORMAT."""
+
+
+def check_run_format(run: Path) -> None:
+    """UserError if a run has stages of another RUN_FORMAT."""
+    if not (run / RECIPE).is_file() or not any(run.glob("[0-9]*-*/stage.json")):
+        return
+    with open(run / RECIPE, encoding="utf-8", errors="replace") as file:
+        known = re.fullmatch(FORMAT_LINE.format(r"(\S+)", r"(\d+)"), file.readline())
+    if known is not None and int(known[2]) == RUN_FORMAT:
+        return
+    version = f"Bessemer {known[1]} (run format {known[2]})" if known else "an earlier version of Bessemer"
+    raise UserError(
+        f"{run} was made by {version}, and this version (run format {RUN_FORMAT}) cannot continue it. Start anew with: "
+        f"bessemer run RECIPE.toml --out {run}-new. The models in {run} still load, also as the start of a new run "
+        '(a stage of kind "import")'
+    )
 
 
 def run_of(name: str | Path) -> Path | None:

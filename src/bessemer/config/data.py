@@ -10,7 +10,6 @@ from bessemer.config.units import Tokens
 
 
 class CorpusConfig(StageConfig):
-    ignore_at_default = frozenset({"tokenizer", "tool_tokens"})
     starts_from: ClassVar = False
 
     parts: dict[str, SourceName] = Field(default_factory=dict)
@@ -64,8 +63,6 @@ class ExamplesConfig(StageConfig):
 
 
 class RejectConfig(SamplingConfig):
-    ignore_at_default = SamplingConfig.ignore_at_default | {"judge", "others_data", "answers"}
-
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
     problems: int = Field(1000, ge=1)

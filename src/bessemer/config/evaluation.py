@@ -12,8 +12,6 @@ ShotKind = Literal["worked", "direct", "other-language", "fables"]
 
 
 class EvalConfig(SamplingConfig):
-    ignore_at_default = SamplingConfig.ignore_at_default | {"shots", "shot_kind", "prefix"}
-
     models: list[StageRef]
     """Stages whose models are compared, in the order of the table."""
     tasks: list[TaskName]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from bessemer.config.builtin import NAME
 from bessemer.config.curation import Curation
 from bessemer.config.recipe import RESERVED, STAGES, Head, LayoutConfig
-from bessemer.config.table import ConfigTable, StageConfig, keys
+from bessemer.config.table import StageConfig, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
@@ -38,7 +38,7 @@ def data_recipe_schema() -> Schema:
 
 
 def _stages(defs: Schema) -> Schema:
-    every = sorted({key for config in STAGES.values() for key in _names(config)})
+    every = sorted({key for config in STAGES.values() for key in keys(config)})
     cases: list[Schema] = [
         {"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": _stage(kind, config, defs)}
         for kind, config in STAGES.items()
@@ -77,11 +77,4 @@ def _schema(table: type[BaseModel], defs: Schema) -> Schema:
         one = schema["properties"].get(field.alias or name, {})
         if least := [bound.ge for bound in field.metadata if hasattr(bound, "ge") and "minimum" in one]:
             one["minimum"] = max(least)
-    if issubclass(table, ConfigTable):
-        for old, new in table.renamed.items():
-            schema["properties"][old] = schema["properties"][new] | {"deprecated": True, "description": f"Now {new}."}
     return schema
-
-
-def _names(config: type[StageConfig]) -> set[str]:
-    return {*keys(config), *config.renamed}

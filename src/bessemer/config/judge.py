@@ -12,7 +12,6 @@ from bessemer.config.units import Seconds, Tokens
 
 class JudgeConfig(ConfigTable):
     runtime_only: ClassVar = frozenset({"api_key_env", "concurrency", "timeout", "retries"})
-    ignore_at_default: ClassVar = frozenset({"cache"})
 
     stage: StageRef | None = None
     """Earlier stage whose model judges. For a model directory, name a stage of kind import."""

@@ -13,19 +13,18 @@ import json
 import os
 import re
 import tomllib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
-from bessemer.config.builtin import NAME, builtin_recipes, find_recipe
+from bessemer.config.builtin import NAME, RECIPE, builtin_recipes, check_run_format, find_recipe
 from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
 from bessemer.config.evaluation import EvalConfig, LongEvalConfig
 from bessemer.config.places import read_text
 from bessemer.config.rl import RLConfig
-from bessemer.config.table import ConfigTable, Seed, StageConfig, current_names, keys, nearest, stage_refs, validate
+from bessemer.config.table import ConfigTable, Seed, StageConfig, keys, nearest, stage_refs, validate
 from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
@@ -137,6 +136,8 @@ class Recipe(Head):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
         path = find_recipe(path)
+        if path.name == RECIPE:
+            check_run_format(path.parent)
         text = read_text(path, "recipe", _nearby(path))
         recipe = cls.parse(text, overrides, where=str(path))
         return recipe.model_copy(update={"folder": os.path.abspath(path.parent / (recipe.folder or "."))})
@@ -153,12 +154,8 @@ class Recipe(Head):
             raise UserError(f"{where}: no stages; a recipe needs at least one [[stage]] table with a kind")
         for table in tables:
             table.setdefault("name", table.get("kind", ""))
-        renames: dict[str, str] = {}
-        _use_current_names(data, where, renames)
         for override in overrides:
-            _override(data, override, renames)
-        for sentence in renames.values():
-            warnings.warn(f"{where}: {sentence}; the old name works in this release only", stacklevel=2)
+            _override(data, override)
         data["stage"] = tables = _inherit_keys(data["stage"], where)
         unknown = [key for key in data if key not in keys(cls)]
         if unknown:
@@ -167,7 +164,7 @@ class Recipe(Head):
         stages = [_stage(table, number, where, arguments) for number, table in enumerate(tables, start=1)]
         _check_names(stages, where)
         _check_refs(stages, where, arguments)
-        set_by = _set_by(LayoutConfig, "layout.", arguments)
+        set_by = _set_by("layout.", arguments)
         layout = validate(LayoutConfig, data.get("layout", {}), where, ": [layout]", set_by)
         head = validate(Head, {key: data[key] for key in keys(Head) if key in data}, where, set_by=arguments)
         if not NAME.fullmatch(head.name):
@@ -207,27 +204,6 @@ class Recipe(Head):
         return "\n".join(lines) + "\n"
 
 
-def _configs(tables: list[dict[str, Any]]) -> dict[str, type[StageConfig]]:
-    """Stage name -> the class of its table, its own kind's or that of the stage it is `like`. Stages without a known
-    kind are left out; `_stage` reports them."""
-    configs: dict[str, type[StageConfig]] = {}
-    for table in tables:
-        kind = table.get("kind")
-        config = STAGES.get(kind) if isinstance(kind, str) else configs.get(str(table.get("like")))
-        if config is not None:
-            configs[str(table["name"])] = config
-    return configs
-
-
-def _use_current_names(data: dict[str, Any], where: str, renames: dict[str, str]) -> None:
-    configs = _configs(data["stage"])
-    for place, table in enumerate(data["stage"]):
-        if (config := configs.get(str(table["name"]))) is not None:
-            data["stage"][place] = current_names(config, table, f'{where}: [[stage]] "{table["name"]}"', renames)
-    if isinstance(data.get("layout"), dict):
-        data["layout"] = current_names(LayoutConfig, data["layout"], f"{where}: [layout]", renames)
-
-
 def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """Tables with the keys inherited through `like`; a key that a table sets itself replaces the inherited one whole,
     a key that `--set` sets inside a table only its own."""
@@ -260,10 +236,10 @@ def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _set_by(table: type[ConfigTable], prefix: str, arguments: dict[str, str]) -> dict[str, str]:
-    """Top key of a table, under its current name -> the argument that set it or a part of it."""
+def _set_by(prefix: str, arguments: dict[str, str]) -> dict[str, str]:
+    """Top key of a table -> the argument that set it or a part of it."""
     keys_of = {address.removeprefix(prefix): one for address, one in arguments.items() if address.startswith(prefix)}
-    return {table.renamed.get(top := key.partition(".")[0], top): one for key, one in keys_of.items()}
+    return {key.partition(".")[0]: one for key, one in keys_of.items()}
 
 
 def _stage(table: dict[str, Any], number: int, where: str, arguments: dict[str, str]) -> StageConfig:
@@ -271,7 +247,7 @@ def _stage(table: dict[str, Any], number: int, where: str, arguments: dict[str, 
     if "kind" not in table:
         raise UserError(f'{place}: key "kind" is required; it names the kind of stage')
     config, named = stage_config(table["kind"], place), f': [[stage]] "{table["name"]}" (kind {table["kind"]})'
-    return validate(config, table, where, named, _set_by(config, f"{table['name']}.", arguments))
+    return validate(config, table, where, named, _set_by(f"{table['name']}.", arguments))
 
 
 def _check_names(stages: list[StageConfig], where: str) -> None:
@@ -308,14 +284,13 @@ def _check_refs(stages: list[StageConfig], where: str, arguments: dict[str, str]
             stages[place] = stage.model_copy(update={"source": names[place - 1]})
 
 
-def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> None:
+def _override(data: dict[str, Any], override: str) -> None:
     """Put one `--set` argument into the parsed TOML."""
     address, equals, text = override.partition("=")
     parts = [part.strip() for part in address.split(".")]
     if not equals or not all(parts):
         raise UserError(f'--set {override}: write stage.key=value, such as --set pretrain.tokens="8M", or seed=8')
     stages = {table["name"]: table for table in data["stage"] if isinstance(table.get("name"), str)}
-    config: type[ConfigTable] | None = None
     if len(parts) == 1:
         if parts[0] not in ("seed", "name", "trackers", "main"):
             raise UserError(f"--set {override}: needs a stage: write stage.key=value with one of: {', '.join(stages)}")
@@ -323,23 +298,15 @@ def _override(data: dict[str, Any], override: str, renames: dict[str, str]) -> N
         return
     if parts[0] in ("model", "layout"):
         target = data.setdefault(parts[0], {})
-        config = LayoutConfig if parts[0] == "layout" else None
     elif parts[0] in stages:
         target = stages[parts[0]]
-        config = _configs(data["stage"]).get(parts[0])
     else:
         raise UserError(f'--set {override}: no stage "{parts[0]}"; {nearest(parts[0], [*stages, "model", "layout"])}')
-    change: dict[str, Any] = {parts[-1]: _value(override, text)}
-    for part in reversed(parts[1:-1]):
-        change = {part: change}
-    if config is not None:
-        change = current_names(config, change, f"--set {override}", renames)
-    for _ in parts[1:-1]:
-        ((part, change),) = change.items()
+    for part in parts[1:-1]:
         target = target.setdefault(part, _Changes()) if isinstance(target, dict) else target
     if not isinstance(target, dict):
         raise UserError(f'--set {override}: "{".".join(parts[:-1])}" is not a table')
-    target |= change
+    target[parts[-1]] = _value(override, text)
 
 
 def _value(override: str, text: str) -> object:

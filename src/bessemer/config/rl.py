@@ -1,6 +1,6 @@
 """The stage "rl": GRPO on problems with rewards (R1 2.2, 2.3.2, 2.3.4)."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,8 +15,6 @@ TaskOption = bool | int | float | str | list[bool | int | float | str]
 
 class RolloutConfig(ConfigTable):
     """[rollout]: where samples are generated."""
-
-    renamed_values: ClassVar = {"engine": {"here": "local"}}
 
     engine: Literal["local", "ray", "vllm"] = "local"
     """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
@@ -45,14 +43,7 @@ class RolloutConfig(ConfigTable):
 
 class RLConfig(AskingConfig, OnPolicyConfig):
     makes_model: ClassVar = True
-    renamed: ClassVar = {"ahead": "max_off_policy_rollouts", "draws": "max_resamples", "leaves": "export_samples"}
     runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
-    ignore_at_default = AskingConfig.ignore_at_default | {
-        "difficulty_filter", "filter_explore", "filter_window", "filter_pool", "supervision", "precision", "fp8",
-        "eval_tasks", "kl_in_reward", "unbiased_kl", "off_policy_mask", "top_p", "keep_sampling_mask",
-        "lora", "language_scope", "first_problem", "task_options", "mtp",
-        "eval_temperature",
-    }  # fmt: skip
 
     @property
     def keeps_mask(self) -> bool:
@@ -63,11 +54,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     def contrasts(self) -> bool:
         """Samples are compared by their rewards within their group alone, so equal ones teach nothing."""
         return self.samples > 1 and self.advantage == "group" and self.supervision == "outcome"
-
-    def fingerprint_values(self) -> dict[str, Any]:
-        """Without `accuracy_needs_format` where it is what every run did before the key was there."""
-        values = super().fingerprint_values()
-        return {key: value for key, value in values.items() if (key, value) != ("accuracy_needs_format", True)}
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""

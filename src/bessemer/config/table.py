@@ -3,9 +3,6 @@
 Each stage kind has a class that extends `StageConfig`; the docstring under a field is its help text. A field annotated
 `StageRef` (or `list[StageRef]`) names an earlier stage: the recipe checks it, and the stage finds that stage's folder
 in `ctx.inputs`. Validation is strict: "3" is not 3, and an unknown key is an error that names the nearest one.
-
-A renamed key stays readable under its old name, with a warning. Fingerprints use the old name, so that run directories
-written before the change go on.
 """
 
 import contextlib
@@ -50,17 +47,8 @@ one that measures faster."""
 class ConfigTable(BaseModel):
     """A table of a recipe: unknown keys refused, no silent conversions, immutable, documented fields."""
 
-    renamed: ClassVar[dict[str, str]] = {}
-    # old key -> the key that replaced it
-
-    renamed_values: ClassVar[dict[str, dict[str, str]]] = {}
-    # key -> {old value: the value that replaced it}
-
     runtime_only: ClassVar[frozenset[str]] = frozenset()
     # keys that change how a stage runs but never its output (how often to save): excluded from the fingerprint
-
-    ignore_at_default: ClassVar[frozenset[str]] = frozenset()
-    # keys added after version 0.1.0, whose default is the behaviour of 0.1.0: excluded while at their default
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True,
@@ -91,21 +79,16 @@ class StageConfig(ConfigTable):
     """Random seed for this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
     def fingerprint_values(self) -> dict[str, Any]:
-        """The values that decide the output, as JSON, under the names their keys had first."""
-        at_default = {name for name in self.ignore_at_default if not changed(self, name)}
-        excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, *at_default, "seed"}, True)
+        """The values that decide the output, as JSON."""
+        excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, "seed"}, True)
         for name, value in self:
-            if isinstance(value, ConfigTable):
-                added = {key for key in value.ignore_at_default if not changed(value, key)}
-                if inner := value.runtime_only | added:
-                    excluded.setdefault(name, inner)
-        return original_names(type(self), self.model_dump(mode="json", by_alias=True, exclude=excluded))
+            if isinstance(value, ConfigTable) and value.runtime_only:
+                excluded.setdefault(name, value.runtime_only)
+        return self.model_dump(mode="json", by_alias=True, exclude=excluded)
 
 
 class AskingConfig(StageConfig):
     """The key of the stages that ask a model questions."""
-
-    ignore_at_default = frozenset({"prompt_template"})
 
     prompt_template: Literal["model", "zero", "r1-zero"] = "model"
     """Prompt format. model: the model's own chat template; r1-zero: R1-Zero's, a preamble and `User: ... Assistant:`
@@ -116,17 +99,15 @@ class AskingConfig(StageConfig):
 class SamplingConfig(AskingConfig):
     """The key of the stages that ask a model which they do not train."""
 
-    ignore_at_default = AskingConfig.ignore_at_default | {"precision"}
-
     precision: Precision = "device"
     """Dtype in which the models answer. device: bfloat16 on a GPU that supports it, float32 on a CPU; auto: on a CPU,
     whichever measures faster."""
 
 
 def changed(settings: BaseModel, name: str) -> bool:
-    """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default.
-    A key with a default_factory counts as changed: so it did in 0.1.0, whose fingerprints must stay what they are."""
-    return getattr(settings, name) != type(settings).model_fields[name].default
+    """Whether a key differs from its default. Being set is no evidence: a run's own recipe writes out every default."""
+    field = type(settings).model_fields[name]
+    return getattr(settings, name) != field.get_default(call_default_factory=True, validated_data={})
 
 
 def stage_refs(settings: ConfigTable) -> list[tuple[str, str]]:
@@ -171,44 +152,6 @@ def nearest(key: str, known: list[str]) -> str:
 def keys(table: type[ConfigTable]) -> list[str]:
     """The keys of a table as they are written in a recipe."""
     return [field.alias or name for name, field in table.model_fields.items()]
-
-
-def current_names(
-    table: type[ConfigTable], values: dict[str, Any], where: str, renames: dict[str, str]
-) -> dict[str, Any]:
-    """`values` with renamed keys and values under their current names, nested tables included.
-
-    Adds one sentence to `renames` for each old name it meets. An old key next to its new one is a UserError that
-    starts with `where`.
-    """
-    renamed = {}
-    for key, value in values.items():
-        name = table.renamed.get(key, key)
-        if name != key:
-            if name in values:
-                raise UserError(f'{where}: "{key}" is the old name of "{name}", and both are set; remove "{key}"')
-            renames.setdefault(key, f'key "{key}" is now called "{name}"')
-        if isinstance(value, str) and value in (new := table.renamed_values.get(name, {})):
-            renames.setdefault(f"{name}.{value}", f'{name} = "{value}" is now written {name} = "{new[value]}"')
-            value = new[value]
-        inner = _table_at(table, [name])
-        if isinstance(value, dict) and inner is not table:
-            value = current_names(inner, value, f"{where}: {name}", renames)
-        renamed[name] = value
-    return renamed
-
-
-def original_names(table: type[ConfigTable], values: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `current_names`."""
-    old_keys = {new: old for old, new in table.renamed.items()}
-    original = {}
-    for key, value in values.items():
-        old_values = {new: old for old, new in table.renamed_values.get(key, {}).items()}
-        inner = _table_at(table, [key])
-        if isinstance(value, dict) and inner is not table:
-            value = original_names(inner, value)
-        original[old_keys.get(key, key)] = old_values.get(value, value) if isinstance(value, str) else value
-    return original
 
 
 def validate(

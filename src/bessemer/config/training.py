@@ -115,23 +115,6 @@ class OnPolicyConfig(FineTuningConfig):
 class PretrainConfig(OptimizerConfig):
     makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
-    ignore_at_default = frozenset(
-        {
-            "fp8",
-            "moments",
-            "ema_decay",
-            "temperature",
-            "epoch_caps",
-            "on_cap",
-            "lengths",
-            "corpus",
-            "weights_seed",
-            "routing",
-            "mtp_targets",
-            "token_noise",
-            "warmup_steps",
-        }
-    )
 
     corpus: StageRef | None = None
     """Corpus stage to train on, if `from` names a model to train further; the optimizer then starts fresh, so lr should
@@ -199,8 +182,6 @@ class PretrainConfig(OptimizerConfig):
 
 
 class ExtendConfig(PretrainConfig):
-    ignore_at_default = frozenset({"weights_seed", "routing", "mtp_targets", "token_noise", "warmup_steps"})
-
     corpus: StageRef
     """Corpus stage whose documents are packed into rows of `length` tokens: the model's own, or another one with the
     same tokenizer."""
@@ -224,7 +205,6 @@ class ExtendConfig(PretrainConfig):
 class SFTConfig(FineTuningConfig):
     makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
-    ignore_at_default = frozenset({"fp8", "batch_examples", "lora"})
 
     data: list[SourceName] = Field(default_factory=list)
     """Conversations: .jsonl or .parquet files with `messages`, or `prompt` and `completion`, directories of them, or
@@ -262,7 +242,6 @@ class SFTConfig(FineTuningConfig):
 class DistillConfig(OnPolicyConfig):
     makes_model: ClassVar = True
     runtime_only = OptimizerConfig.runtime_only | {"micro_tokens"}
-    ignore_at_default = frozenset({"precision", "fp8", "teachers", "lora"})
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
     weight_decay: ClassVar = 0.0  # type: ignore[misc]  # constant, no key of the table
 
@@ -295,9 +274,6 @@ class DistillConfig(OnPolicyConfig):
 
 class RewardModelConfig(FineTuningConfig):
     runtime_only = OptimizerConfig.runtime_only | {"micro_rows"}
-    ignore_at_default = frozenset(
-        {"previous", "replay", "judge", "tasks", "fp8", "batch_examples", "heldout_data", "lora"}
-    )
     optimizer: ClassVar = "adamw"  # type: ignore[misc]  # constant, no key of the table
 
     previous: StageRef | None = None

@@ -39,7 +39,6 @@ answer tags are our addition: otherwise V3's pre-split would join the colon of `
 prompt ending in a colon could never lead to an answer without thoughts.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -79,14 +78,6 @@ ZERO_PREAMBLE = (
 answer, the tags of each, and the form written out once. It gives no hint on how to reason."""
 
 _TURN = re.compile(r"\n(?=(?:User|Assistant):)")
-_EARLIER = {
-    "28d2d811fb371dbe1da3c3ef4205b678b08e1be4b3c14c83d2f9d1ef93bb8023": "zero",
-    "4f3f9c4d04fe210ab834143914adae4e93633d80ddc1aa360f008a4b5359f5f4": "zero",
-    "8f26dc1aa43c6ad23aff7d5f805d8020c5e7110f9ca38671e0d91db1e4fbe0a0": "r1-zero",
-    "15b2aa47882d79df1031f80537716d8141dee56823c564b06a69f5619cebeb8d": "r1-zero",
-    "87fa2ec7b318fa3352b2277f1b867dc639cc42425dd51d619adcadafd99ea7e6": "r1",
-}
-"""SHA-256 of templates that earlier versions wrote: without tools, and before 0.2 without the guard of `_TURN`."""
 _INSIDE_TAG = re.compile(r"(?<=<)(?=/?(?:think|answer)>)")
 
 
@@ -257,10 +248,7 @@ def _template(name: str) -> str:
 
 def style_of(template: str | None) -> str | None:
     """The style whose template this is; None for any other template."""
-    if template is None:
-        return None
-    earlier = _EARLIER.get(hashlib.sha256(template.encode("utf-8", "replace")).hexdigest())
-    return earlier or next((style for style in STYLES if template == jinja(style)), None)
+    return next((style for style in STYLES if template == jinja(style)), None)
 
 
 def _pieces(

@@ -192,7 +192,7 @@ def _run(
     for one in ready:
         file, count = out / f"{one.name}.jsonl", samples or one.evaluation.samples
         header = {"evaluation": one.name, "model": weights, "sampling": asdict(sampling)}
-        _open(file, header, header | {"model": _dated(model)})
+        _open(file, header)
         _sample(engine, one, sampling, count, file)
         answers = read_answers(file, [one])[one.name]
         kept = {key: {n: group[n] for n in sorted(group)[:count]} for key, group in answers.items()}
@@ -259,16 +259,16 @@ def _sample(engine: Engine, one: Ready, sampling: Sampling, samples: int, file: 
             os.fsync(written.fileno())
 
 
-def _open(file: Path, header: dict[str, Any], older: dict[str, Any]) -> None:
-    """Starts a file of answers, or checks that its settings are these, in this or the older form. Removes an incomplete
-    line at its end, which a kill may leave."""
+def _open(file: Path, header: dict[str, Any]) -> None:
+    """Starts a file of answers, or checks that its settings are these. Removes an incomplete line at its end, which a
+    kill may leave."""
     text, begun = file.read_bytes() if file.is_file() else b"", json.dumps(header).encode()
     whole = text[: text.rfind(b"\n") + 1]
     if begun.startswith(text):
         file.write_bytes(begun + b"\n")
         return
     known = _header(file)
-    if known in (header, older):
+    if known == header:
         os.truncate(file, len(whole))
     else:
         differ = " and ".join(key for key in header if (known or {}).get(key) != header[key])
@@ -335,12 +335,6 @@ def _whole(record: dict[str, Any], text: str) -> str:
 
 def _digest(problem: Problem) -> str:
     return f"{stable_hash(problem.prompt):016x}"
-
-
-def _dated(model: Path) -> dict[str, Any]:
-    """What versions up to 0.2.0 wrote about a model."""
-    changed = max((file.stat().st_mtime_ns for file in model.glob("*.safetensors")), default=0)
-    return {"path": str(model.resolve()), "changed": changed}
 
 
 def _label(model: Path) -> str:

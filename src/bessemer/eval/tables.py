@@ -2,9 +2,9 @@
 
 Stage table (R1-Nature, Table 2), from evaluation rows (`scoring` lists their keys). Rows with the same sampling
 settings (samples, k, temperature, top_p, max_new_tokens) and the same text before the question are comparable and form
-one `StageTable`; of two rows of a model, the last counts. Rows of earlier versions lack max_new_tokens; they join the
-rows with the same settings otherwise, if these all state the same one. Nothing is interpolated: a measure that no row
-has is left out.
+one `StageTable`; of two rows of a model, the last counts. Rows of a file of answers may lack max_new_tokens; they join
+the rows with the same settings otherwise, if these all state the same one. Nothing is interpolated: a measure that no
+row has is left out.
 The only figures computed here are the plain mean over the tasks of a table, for models evaluated on all of them, and
 its interval.
 

@@ -10,7 +10,6 @@ from typing import Any
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, stage_refs
 from bessemer.pipeline import inputs as outside
-from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import Stage
 from bessemer.runs.directory import difference, digest, read_done
 from bessemer.runs.files import read_json
@@ -45,14 +44,14 @@ class Planned:
         if not record:
             return "its record is missing"
         if record.get("fingerprint") != digest(self.identity):
-            return difference(record["identity"], self.identity, self.config.renamed)
+            return difference(record["identity"], self.identity)
         why = outside.changed(record, self.files)
         return f"{why}; the stage runs again" if why else ""
 
 
 def planned(
     recipe: Recipe, kinds: dict[str, Stage[Any]], derived: dict[str, dict[str, Any]],
-    folder_of: Callable[[int, str], Path], donor: Donor | None = None,
+    folder_of: Callable[[int, str], Path],
 ) -> list[Planned]:  # fmt: skip
     """The stages in order; `folder_of` gives the folder of the n-th (from 1) by its name."""
     found: list[Planned] = []
@@ -61,13 +60,7 @@ def planned(
         sources = list(dict.fromkeys(name for _, name in stage_refs(config)))
         stage, facts = kinds[config.name], derived[config.name]
         what = stage.identity(config, recipe, facts, {name: fingerprints[name] for name in sources})
-        folder = folder_of(number, config.name)
-        for before in (folder, None if donor is None else donor.folder(config.name)):
-            # keep an older version's record that means the same: later stages were made from its fingerprint
-            recorded = before and (read_json(before / "stage.json") or {}).get("identity")
-            if recorded and stage.same(config, recorded, what):
-                what = recorded
-                break
         fingerprints[config.name] = digest(what)
+        folder = folder_of(number, config.name)
         found.append(Planned(config, stage, folder, what, sources, outside.read_by(config)))
     return found

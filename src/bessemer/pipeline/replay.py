@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -41,8 +41,6 @@ from bessemer.train import checkpoint, setup
 
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
 """Metrics that depend on timing."""
-NO_LONGER_WRITTEN = frozenset({"rl/kl", "rl/dead_groups"})
-"""Metrics that 0.1.0 wrote where they mean nothing."""
 AFTER_SAMPLING = frozenset({
     "lr", "clip", "clip_low", "clip_high", "kl", "kl_in_reward", "unbiased_kl", "off_policy_mask", "reference_every",
     "surrogate", "normalise", "scale_by_std", "advantage", "supervision", "gae_lambda", "critic_lr", "weight_decay",
@@ -96,9 +94,8 @@ class Replay:
         """For each rollout, the metrics that differ from the record: name -> (recorded, replayed)."""
         found = []
         for played, recorded in zip(self.original, self.recorded, strict=True):
-            left_out = NO_LONGER_WRITTEN - played.values.keys()
             written = {} if recorded is None else recorded
-            values = {name: x for name, x in written.items() if not CLOCK.match(name) and name not in left_out}
+            values = {name: x for name, x in written.items() if not CLOCK.match(name)}
             found.append({n: (x, played.values.get(n)) for n, x in values.items() if played.values.get(n) != x})
         return found
 
@@ -143,7 +140,7 @@ def replay(
             there = [path for path in checkpoint.steps(first / "state") if _cursor(path, config) == number][-1]
             with_change = _stage(settings, config.name)
             changed = _play(settings, root, other, there, stop, with_change, number, number, count, pace)
-    found = Replay(
+    return Replay(
         config.name,
         0 if start is None else _counters(start)["step"],
         number - begun,
@@ -153,10 +150,6 @@ def replay(
         changed,
         _notes(folder, start),
     )
-    if config.normalise == "constant" and any("rl/entropy" in one for one in found.differences()):
-        why = "0.1.0 recorded sums of the updates, such as rl/entropy, divided by max_new_tokens in place of the tokens"
-        return replace(found, notes=(*found.notes, why))
-    return found
 
 
 def _stage(recipe: Recipe, name: str | None) -> RLConfig:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bessemer.config.builtin import check_run_format
 from bessemer.config.places import REVISIONS
 from bessemer.errors import UserError
 from bessemer.pipeline.inputs import Files, changed
@@ -22,6 +23,7 @@ class Donor:
     def __init__(self, root: Path) -> None:
         if not (root / "recipe.toml").is_file():
             raise UserError(f"--reuse {root}: not a run directory (no recipe.toml in it)")
+        check_run_format(root)
         self.root = root
 
     def folder(self, name: str) -> Path | None:

@@ -110,13 +110,12 @@ def run(
             donor.give_revisions(root)
         metrics = Metrics(root / "metrics.jsonl")
         try:
-            plan = planned(recipe, kinds, derived, rundir.folder, donor)
+            plan = planned(recipe, kinds, derived, rundir.folder)
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
             _set_aside_stale(plan, rundir, metrics, progress)
             progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, ranks, worth)
             estimates = rundir.record_plan(progress.estimates)
-            _adopt_files(plan, progress)
             if rundir.killed:
                 progress.say(rundir.killed)
             intact = _check_outputs(plan, until, rundir, metrics, progress)
@@ -167,21 +166,6 @@ def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, prog
             progress.say(f"{item.name}: {why}; the old one is moved to {aside}")
 
 
-def _adopt_files(plan: list[Planned], progress: RunProgress) -> None:
-    """Stages begun before records listed files get such a record now, since nothing tells what the files were then."""
-    adopted = []
-    for item in plan:
-        record = read_json(item.folder / "stage.json")
-        if record is not None and "files" not in record and item.files:
-            write_stage_record(item.folder, record["identity"], record["inputs"], item.files, time.time())
-            adopted.append(item.name)
-    if adopted:
-        progress.say(
-            f"{', '.join(adopted)}: made by a version that did not record the files it read; they are assumed "
-            "unchanged, and compared from now on"
-        )
-
-
 def _is_temporary(path: Path) -> bool:
     """A file or folder that `write_atomic` or `reuse` left when killed; under the lock, nothing writes to a stage's."""
     return ".tmp-" in path.name
@@ -215,7 +199,6 @@ def _run_all(
             how = f"taken from {donor.root}"
             if why:
                 progress.say(f"{item.name}: {why}; not taken from {donor.root}")
-            _adopt_files([item], progress)
         status = "skipped" if done else "done"
         if done is None:
             how = "done"

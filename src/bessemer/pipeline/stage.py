@@ -33,11 +33,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from bessemer.config.builtin import RUN_FORMAT
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
 from bessemer.pipeline.work import StageWork, guessed
 from bessemer.runs import files
-from bessemer.runs.directory import RUN_FORMAT
 from bessemer.runs.metrics import Smoothed
 
 if TYPE_CHECKING:
@@ -92,10 +92,6 @@ class Stage(Generic[_Config]):
         }
         return json.loads(json.dumps(what))  # as it reads back from disk, tuples and all
 
-    def same(self, config: _Config, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        """Whether a recorded identity, perhaps of an older version, means the same output as the identity `now`."""
-        return recorded == now or (_device_is_float32() and _without_float32(recorded) == _without_float32(now))
-
     def work(self, config: _Config, recipe: Recipe) -> list[StageWork]:
         """The stage's work, for the time that it will take: everything that it does, model by model."""
         return [StageWork(seconds=30.0)]
@@ -119,23 +115,6 @@ class Stage(Generic[_Config]):
         """
         if self.exports_conversations(config):
             yield from files.conversation_texts(folder)
-
-
-def _device_is_float32() -> bool:
-    import torch
-
-    from bessemer.train import setup
-
-    return setup.precision_on("device", setup.device()).dtype == torch.float32
-
-
-def _without_float32(identity: dict[str, Any]) -> dict[str, Any]:
-    """Without a `precision` of float32, which some records lack: it was the default of RL and distillation before
-    "device"."""
-    settings = dict(identity.get("settings", {}))
-    if settings.get("precision") == "float32":
-        del settings["precision"]
-    return identity | {"settings": settings}
 
 
 class StepLog:

@@ -27,7 +27,7 @@ from bessemer.report import comparisons, page, panels, why
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.page import Html
-from bessemer.runs.directory import conformance_state, conformance_summary
+from bessemer.runs.directory import conformance_summary
 from bessemer.runs.files import explained, write_atomic
 
 Answer = dict[str, Any]
@@ -353,7 +353,7 @@ def _conformance(facts: RunFacts) -> Html:
         return Html()
     rows = [
         [
-            page.pill(state := conformance_state(row), state not in ("adapted", "off")),
+            page.pill(state := row["state"], state not in ("adapted", "off")),
             *(row.get(key, "") for key in ("item", "section", "paper", "here")),
         ]
         for row in facts.conformance

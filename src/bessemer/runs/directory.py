@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bessemer import __version__
+from bessemer.config.builtin import FORMAT_LINE, RUN_FORMAT, check_run_format
 from bessemer.config.recipe import STAGES
 from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
@@ -33,7 +34,6 @@ from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
-RUN_FORMAT = 1  # raise it when a change means that old run directories cannot be continued
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
 """How closely a run follows an item of the papers, closest first; `pipeline/conformance.py` decides which applies."""
 PLAN = "plan.json"
@@ -72,6 +72,7 @@ class RunDir:
                     f'{root} belongs to the recipe "{owner}", not "{name}"; choose another folder with --out, '
                     "or change the recipe's name back"
                 )
+            check_run_format(root)
             return cls(root)
 
     def __enter__(self) -> "RunDir":
@@ -97,7 +98,7 @@ class RunDir:
         self._lock = lock
 
     def record_recipe(self, text: str) -> None:
-        path = self.root / "recipe.toml"
+        path, text = self.root / "recipe.toml", FORMAT_LINE.format(__version__, RUN_FORMAT) + text
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
 
@@ -310,11 +311,8 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> str:
-    """The differences of two identities as text: 'lr 0.003 -> 0.001, seed 7 -> 8'.
-
-    Identities hold the old names of `renamed` keys (old -> new); the text uses the new ones.
-    """
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The differences of two identities as text: 'lr 0.003 -> 0.001, seed 7 -> 8'."""
     before, after = _flat(old), _flat(new)
     changed = [key for key in after | before if before.get(key) != after.get(key)]
     words = []
@@ -325,7 +323,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]
         elif key == "format":
             words.append("this version writes the stage differently")
         else:
-            words.append(f"{renamed.get(short, short)} {_short(before.get(key))} -> {_short(after.get(key))}")
+            words.append(f"{short} {_short(before.get(key))} -> {_short(after.get(key))}")
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
 
 
@@ -394,7 +392,7 @@ def damages(folder: Path, done: dict[str, Any]) -> dict[str, str]:
     """How every damaged file of the output, or done.json itself, differs from what was written, by its name."""
     if not done.keys() >= {"fingerprint", "inputs", "summary", "seconds", "outputs", "digest"}:
         return {"done.json": "done.json is broken"}
-    if done.get("checksum") not in (None, digest({k: v for k, v in done.items() if k != "checksum"})):
+    if done.get("checksum") != digest({k: v for k, v in done.items() if k != "checksum"}):
         return {"done.json": "done.json is not what was written (checksum differs)"}
     found = {}
     for name, fact in done["outputs"].items():
@@ -408,15 +406,10 @@ def damages(folder: Path, done: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def conformance_state(row: dict[str, Any]) -> str:
-    """The state of a row of conformance.json. Runs before 0.3 only know whether the item is on."""
-    return str(row.get("state") or ("on" if row.get("on") else "off"))
-
-
 def conformance_summary(rows: list[dict[str, Any]]) -> str:
     """ "24 of 44 items of the papers' recipe as published, 9 scaled, 7 adapted, 4 off"."""
-    counts = Counter(map(conformance_state, rows))
-    first, *others = ("on", "off") if "on" in counts else CONFORMANCE_STATES
+    counts = Counter(row["state"] for row in rows)
+    first, *others = CONFORMANCE_STATES
     return ", ".join(
         [f"{counts[first]} of {len(rows)} items of the papers' recipe {first}", *(f"{counts[s]} {s}" for s in others)]
     )

@@ -82,7 +82,7 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
         practised += map(str, table.get("tasks", []))
         sources = map(str, table.get("parts", {}).values())
         read += [source.removeprefix("task:") for source in sources if source.startswith("task:")]
-        several += _multi_turn(table, tables, folders)
+        several += _multi_turn(table, folders)
         foreign |= table.get("kind") == "import"
         lengths += [size for key in _LENGTHS for size in _sizes(table.get(key))]
     rows, temperature = _evaluation(name, folders)
@@ -102,18 +102,15 @@ def _practice(name: str, tables: dict[str, dict[str, Any]], folders: dict[str, P
     )  # fmt: skip
 
 
-def _multi_turn(table: dict[str, Any], tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[bool | None]:
+def _multi_turn(table: dict[str, Any], folders: dict[str, Path]) -> Iterator[bool | None]:
     """Whether a stage that trains on conversations had one with a second question; None if its records do not tell."""
     kind, name = table.get("kind"), str(table.get("name") or table.get("kind"))
     if kind in ("rl", "distill"):
         yield None if any(mark in str(task) for task in table.get("tasks", []) for mark in _UNKNOWN) else False
     elif kind == "sft":
         record = _read(folders[name] / "done.json") if name in folders else None
-        found = ((record or {}).get("summary") or {}).get("multi_turn")
-        if found is None:  # Earlier records do not count them. Answers that other stages sampled have one question.
-            samples = [tables.get(source, {}) for source in table.get("samples", [])]
-            found = None if any(one.get("data") or one.get("others_data") for one in (table, *samples)) else 0
-        yield None if found is None else found > 0
+        count = ((record or {}).get("summary") or {}).get("multi_turn")
+        yield None if count is None else count > 0
 
 
 def _ancestry(name: str, tables: dict[str, Any], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:

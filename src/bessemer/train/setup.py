@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +26,6 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends, probe
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.probe import cpp_compiler
-from bessemer.train import checkpoint
 from bessemer.workers import Workers, cores, one_core_each
 
 if TYPE_CHECKING:
@@ -111,16 +109,11 @@ def keep_precision(state: Path, choice: probe.Choice) -> None:
 
 
 def kept_precision(state: Path) -> probe.Choice | None:
-    """What the stage of `state` computes in on a CPU, if that is known; in stages of earlier versions, and after a file
-    that was written in part, from the newest checkpoint that a CPU made."""
+    """What the stage of `state` computes in on a CPU; None before it has been chosen."""
     path = state / PRECISION
-    found = [path.read_text()] if path.is_file() else []
-    for one in reversed(checkpoint.steps(state)):
-        with suppress(checkpoint.Damaged):
-            counters = checkpoint.read_json(one, "counters.json")
-            found += [counters["dtype"]] if "dtype" in counters and counters["backend"].startswith("cpu") else []
-    dtype = next((name for name in found if name in ("float32", "bfloat16")), None)
-    return None if dtype is None else probe.Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)")
+    dtype = path.read_text() if path.is_file() else ""
+    known = dtype in ("float32", "bfloat16")  # a kill may have cut it, and then nothing has been computed
+    return probe.Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)") if known else None
 
 
 def precision_on(precision: Precision, where: torch.device) -> probe.Choice:

@@ -61,15 +61,6 @@ class Import(Stage[ImportConfig]):
             )
         return {}
 
-    def same(self, config: ImportConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        """Version 0.2.0 and earlier recorded the sizes and dates of a directory's files; they must still match."""
-        dated = recorded.get("derived", {}).get("files")
-        if dated is None or not (folder := located(config.model)).is_dir():
-            return super().same(config, recorded, now)
-        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-        known = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-        return super().same(config, recorded, now | {"derived": {"files": known}})
-
     def run(self, config: ImportConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         with tempfile.TemporaryDirectory(

@@ -213,8 +213,7 @@ def _earlier(config: RewardModelConfig, recipe: Recipe) -> Iterator[RewardModelC
 
 
 def _check_heldout(config: RewardModelConfig, recipe: Recipe) -> None:
-    """UserError if answers are held out here that an earlier one was trained on. A probe, since earlier versions did
-    not look as far: their finished stages stay."""
+    """UserError if answers are held out here that an earlier one was trained on."""
     for earlier in sorted(_earlier(config, recipe), key=_share):
         trained, share = {located(name).resolve() for name in earlier.data}, _share(earlier)
         lower = f"set it to {share:g}" if share else "give heldout_data"

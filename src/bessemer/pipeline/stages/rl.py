@@ -101,9 +101,6 @@ class RL(Stage[RLConfig]):
             )
         return ray_sampler.facts(config.name, config.rollout, config.routing_replay, config.top_p)
 
-    def same(self, config: RLConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        return super().same(config, _without_idle_keys(recorded), _without_idle_keys(now))
-
     def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
         yield partial(_check_effects, config)
         asked = config.rollouts * config.prompts_per_rollout
@@ -152,8 +149,8 @@ CONTROLS = ("format", "random")
 
 
 def _check_effects(config: RLConfig) -> str | None:
-    """UserError for keys that do not do what they are for. A probe, since earlier versions took them: their finished
-    stages stay. A lower clip without effect is only named: R1's eps of 10 has one."""
+    """UserError for keys that do not do what they are for. A lower clip without effect is only reported: R1 uses
+    one (eps = 10)."""
     if config.general_from and not config.general_prompts:
         raise UserError(
             f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
@@ -181,19 +178,6 @@ def _check_effects(config: RLConfig) -> str | None:
     if config.clip_low >= 1 and config.surrogate != "reinforce":
         return f"clip_low = {config.clip_low:g} clips nothing below: no ratio is less than 0"
     return None
-
-
-def _without_idle_keys(identity: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that have no effect beside the others: their values tell no outputs apart."""
-    settings = identity.get("settings", {})
-    idle = {*(TERMS if settings.get("reward") in CONTROLS else ())}
-    if not settings.get("general_prompts"):
-        idle.add("general_from")
-    if settings.get("kl") == 0:
-        idle.add("reference_every")
-    if settings.get("surrogate") == "reinforce":
-        idle |= {"clip_low", "clip_high"}
-    return identity | {"settings": {key: value for key, value in settings.items() if key not in idle}}
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:

@@ -62,15 +62,6 @@ class SFT(Stage[SFTConfig]):
                 )
         return {}
 
-    def same(self, config: SFTConfig, recorded: dict[str, Any], now: dict[str, Any]) -> bool:
-        """In format 1, epochs and batches that were left open were 2 and 8, and were recorded as such."""
-        kind = [*now["format"][:2], 1]
-        if recorded.get("format") != kind:
-            return super().same(config, recorded, now)
-        meant = {"epochs": sft_rows.EPOCHS[0], "batch_rows": sft_rows.BATCH_ROWS}
-        settings = now["settings"] | {key: meant[key] for key in meant if now["settings"][key] is None}
-        return super().same(config, recorded, now | {"format": kind, "settings": settings})
-
     def work(self, config: SFTConfig, recipe: Recipe) -> list[StageWork]:
         """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
