@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains a small reasoning model from nothing, `make test` runs the tests.
+# Two commands: `make demo` trains a small reasoning model from nothing, `make test` runs the tests that judge a change.
 # Both set up what they need in .venv; outside the clone they only fill caches.
 
 PYTHON ?= python3
@@ -9,13 +9,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the tests; both in the versions of constraints.txt. Our own package is built with the setuptools of the lock.
 INSTALL := $(PIP) --require-hashes --no-deps -r requirements.lock && $(PIP) --no-build-isolation -c constraints.txt
 
-.PHONY: demo test lint types coverage site clean
+.PHONY: demo test test-all core lint types coverage site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/bessemer run tiny
 
+# One core per test process: OpenMP threads that share cores stall.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one core per test process: OpenMP threads that share cores stall
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The slow tier too: what takes seconds or needs a browser, Ray, Triton's interpreter or many processes.
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The deletion test: without any add-on the core's tests pass and the tiny recipe runs.
+core: $(VENV)/.dev
+	$(BIN)/python tools/core.py --alone -- -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
