@@ -21,7 +21,7 @@ WORDS = Asked("words", "en", 1.0, 1.0)
 
 
 def row(asked, shares, **more):
-    stated = asked._asdict() | {"max_new_tokens": asked.max_new_tokens} | more
+    stated = asked._asdict() | {"max_new_tokens": asked.max_new_tokens, "translated": True} | more
     return stated | {"by_problem": {f"p{place}": share for place, share in enumerate(shares, more.get("skip", 0))}}
 
 
@@ -118,6 +118,7 @@ def readable(*rows, **more):
     """The mean of a stage table, with its interval."""
     rows = [
         {"model": "m", "task": task, "language": language, "pass_at_1": 0.5, "readable": np.mean(shares), "samples": 1,
+         "translated": True,
          "readable_by_problem": {f"p{place}": share for place, share in enumerate(shares)}} | more
         for task, language, shares in rows
     ]  # fmt: skip
@@ -126,9 +127,10 @@ def readable(*rows, **more):
     return cells[0].value, *cells[0].interval
 
 
-@pytest.mark.parametrize("task, more", [("jsonl:mine.jsonl@test", {}), ("sums", {"translated": False})])
-def test_other_problems_in_another_language_are_other_problems(task, more):
+@pytest.mark.parametrize("task", ["jsonl:mine.jsonl@test", "sums"])
+def test_other_problems_in_another_language_are_other_problems(task):
     """A file has its own questions in each language, and may have more in one."""
+    more = {"translated": False}
     english, shares = SUMS._replace(task=task), np.linspace(0, 1, 30).tolist()
     chinese = english._replace(language="zh")
     first, second = (

@@ -21,7 +21,7 @@ from bessemer.errors import UserError
 from bessemer.hf.digest import digest
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
-from bessemer.tasks import base
+from bessemer.tasks import base, registry
 
 RECIPE = """
 name = "judged"
@@ -122,9 +122,9 @@ def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, serve
 def test_only_answers_that_could_be_kept_are_judged(tmp_path):
     family = f"general:{prompts(tmp_path)}@train"
     config = RejectConfig(kind="reject", tasks=[family])
-    asked = (base.get(family).problem("train", number) for number in range(2))
+    asked = (registry.get(family).problem("train", number) for number in range(2))
     problem = next(problem for problem in asked if "reference" in problem.meta)
-    ruled = base.get("arithmetic").problem("train", 0)
+    ruled = registry.get("arithmetic").problem("train", 0)
 
     def sampled(text, end="stop", problem=problem):
         made = completion([5] * 9, text, None, end, 3)

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks import base, environment, get, sandbox
+from bessemer.tasks import base, environment, get, registry, sandbox
 from bessemer.tasks.env_server import ServerEnvironment
 from bessemer.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
 from bessemer.tasks.products import Products
@@ -223,8 +223,9 @@ def test_a_task_with_tools_is_that_task(tmp_path, monkeypatch):
     file = tmp_path / "sums.jsonl"
     file.write_text('{"question": "What is 2+2?", "answer": "4"}\n' * 1)
     named = f"tools:calculator:jsonl:{file}@train"
-    assert get(named).size("train") == 1 and base.file_of(named) == str(file)
-    assert base.shared_file(named, f"jsonl:{file}") == str(file) and base.without_tools(named) == f"jsonl:{file}@train"
+    assert get(named).size("train") == 1 and registry.file_of(named) == str(file)
+    assert registry.shared_file(named, f"jsonl:{file}") == str(file)
+    assert registry.without_tools(named) == f"jsonl:{file}@train"
     for wrong, hint in (("tools:calc:arithmetic", "calculator"), ("tools:calculator", "names no task"),
                         ("tools:calculator:arithmetc", "arithmetic"),
                         ("tools:calculator+no-calculator:arithmetic", "names a tool twice"),
@@ -234,7 +235,7 @@ def test_a_task_with_tools_is_that_task(tmp_path, monkeypatch):
             get(wrong)
     inner = get("tools:no-calculator:arithmetic")
     inner.seconds, inner.parallel = 3.0, 7
-    monkeypatch.setattr(base, "get", lambda name, **settings: inner)
+    monkeypatch.setattr(registry, "get", lambda name, **settings: inner)
     outer = TaskWithTools("calculator:inner")
     assert outer.tools == [CALCULATOR] and (outer.seconds, outer.parallel) == (3.0, 7), "the outer tool takes its place"
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks import get
-from bessemer.tasks.base import shared_file
+from bessemer.tasks.registry import shared_file
 
 
 @pytest.fixture

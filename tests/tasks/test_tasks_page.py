@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.tasks import base, get, names
+from bessemer.tasks import base, get, names, registry
 from bessemer.tasks.answer import BAD_TAGS, NO_ANSWER, NO_THINK
 from bessemer.tasks.gym import RULES
 
@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 def remainder(tmp_path, monkeypatch):
     (tmp_path / "remainder_of_the_page.py").write_text(re.search('```python\n(""".*?)```', PAGE, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(base._REGISTRY, "remainder", ("remainder_of_the_page", "Remainder"))
+    monkeypatch.setitem(registry.REGISTRY, "remainder", ("remainder_of_the_page", "Remainder"))
     return get("remainder")
 
 

@@ -16,7 +16,7 @@ from bessemer.pipeline import inputs
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
 from bessemer.tasks import Problem, Task, Verdict, get
-from bessemer.tasks.base import shared_file
+from bessemer.tasks.registry import shared_file
 from bessemer.tasks.user_code import reward_function
 
 ROOT = Path(__file__).parents[2]

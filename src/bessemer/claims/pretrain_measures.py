@@ -37,7 +37,7 @@ from bessemer.eval import long_context
 from bessemer.hf import hub
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stages.pretrain import experts_by_token
-from bessemer.tasks.base import Task, get
+from bessemer.tasks import Task, get
 from bessemer.tasks.needle import Needle
 from bessemer.train.loss import heldout_nats
 

@@ -17,10 +17,10 @@ import numpy as np
 from bessemer import tasks
 from bessemer.curate.words import DIGITS, OPERATOR, WordBlock, words
 from bessemer.errors import UserError
-from bessemer.tasks.base import without_tools
 from bessemer.tasks.code_files import TESTS
 from bessemer.tasks.files import FileTask
 from bessemer.tasks.ngrams import SHORTEST, NgramIndex
+from bessemer.tasks.registry import without_tools
 
 FIGURES = (DIGITS, OPERATOR)
 GENERATED = frozenset({"template", "story", "item"})

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.eval.intervals import Rates, problems_of, stratified
-from bessemer.tasks.base import translated
 from bessemer.tasks.verdict_metrics import wilson
 
 LONG_FILE = "long.json"
@@ -167,9 +166,9 @@ def before(row: Row) -> str:
 
 def pooled(row: Row, key: str) -> tuple[str, Rates]:
     """A measure of a row by problem, as (pool, rates): rows of one pool asked the same problems, by the same numbers or
-    names. Rows of earlier versions do not say whether their languages did; the task's name does."""
+    names."""
     task, rates = str(row["task"]), row.get(key, {})
-    if row.get("translated", translated(task)):
+    if row.get("translated"):
         return task, dict(enumerate(rates.values(), row.get("skip", 0)))
     return f"{task} {row.get('language')}", rates
 

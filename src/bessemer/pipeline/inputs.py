@@ -18,7 +18,7 @@ from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, named_sources, named_tasks
 from bessemer.data import documents, fingerprints, sources
-from bessemer.tasks.base import file_of
+from bessemer.tasks.registry import file_of
 
 Files = dict[str, dict[str, str]]
 TASK, NEEDLE = "task:", "needle:"

@@ -36,6 +36,7 @@ class ArithmeticMix:
 
 class Arithmetic(Task):
     name, domain = "arithmetic", "arithmetic"
+    translated = True
     Mix = ArithmeticMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:

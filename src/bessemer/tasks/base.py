@@ -1,4 +1,4 @@
-"""The Task contract, its registry, and the stable randomness of every task.
+"""The Task contract, and the stable randomness of every task.
 
 Invariants: whatever a task returns is a pure function of (task, settings, split, index, seed, language), the same in
 every process and on every machine; and the train and test sets are disjoint because a problem's split is a hash of
@@ -11,11 +11,10 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from importlib import import_module, resources
+from importlib import resources
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from bessemer.config.places import located
 from bessemer.errors import UserError
 from bessemer.repeatable import stable_hash
 from bessemer.tasks.answer import (
@@ -35,8 +34,6 @@ TEST_SHARE = 0.10
 DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval", "tools")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
 UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
-_OWN = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
-"""The user's own code (user_code.py)."""
 _INTEGER = re.compile("-?[0-9]{1,300}")
 
 
@@ -127,6 +124,8 @@ class Task:
     """Whether a verdict takes so long that processes of their own judge the answers (verifiers.py)."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """What `get` was given besides the name: `get(name, **settings)` makes the same task in another process."""
+    translated: bool = False
+    """Whether problem n is the same in every language: our generators draw it before they word it."""
     judged_by: frozenset[str] = frozenset()
     """Aims of the reward models that are needed to judge its answers; empty if `verify` judges them."""
     Mix: ClassVar[type] = NoMix
@@ -139,11 +138,11 @@ class Task:
         `Options` and `Mix`."""
         self.languages = tuple(languages or self.all_languages)
         for language in self.languages:
-            _known(language, self.all_languages, f"task {self.name!r} has no language")
-        self.phrasing = _known(phrasing, self.phrasings, f"task {self.name!r} has no phrasing")
+            known(language, self.all_languages, f"task {self.name!r} has no language")
+        self.phrasing = known(phrasing, self.phrasings, f"task {self.name!r} has no phrasing")
         options, mix = ([f.name for f in fields(kind)] for kind in (self.Options, self.Mix))
         for key in settings:
-            _known(key, [*dict.fromkeys([*options, *self.option_names(), *mix])], f"task {self.name!r} has no setting")
+            known(key, [*dict.fromkeys([*options, *self.option_names(), *mix])], f"task {self.name!r} has no setting")
         self.options = self.Options(**{key: value for key, value in settings.items() if key in options})
         self.mix = self.Mix(**{key: value for key, value in settings.items() if key in mix})
 
@@ -154,7 +153,7 @@ class Task:
 
     def problem(self, split: str, index: int, seed: int = 0, language: str | None = None) -> Problem:
         """Problem number `index` of a split. `language=None` samples one of `self.languages`."""
-        _known(split, SPLITS, "there is no split")
+        known(split, SPLITS, "there is no split")
         if index < 0:
             raise UserError(f"there is no problem {index}; count from 0")
         language = self._language(language, split, index, seed)
@@ -193,11 +192,6 @@ class Task:
         line = text.splitlines()[-1]
         stated = dict.fromkeys((text, line.strip(), line.split()[-1].strip(".,:;!?*$。，！？")))
         return any(self.grade(problem, one)[0] == CORRECT for one in stated)
-
-    @property
-    def translated(self) -> bool:
-        """Whether problem n is the same in every language. A task of your own may set it."""
-        return translated(self.name)
 
     def size(self, split: str) -> int | None:
         """Number of distinct problems in a split; None if unlimited."""
@@ -241,7 +235,7 @@ class Task:
     def _language(self, language: str | None, *parts: object) -> str:
         if language is None:
             return self.languages[stable_hash(self.name, "language", *parts) % len(self.languages)]
-        return _known(language, self.languages, f"task {self.name!r} has no language")
+        return known(language, self.languages, f"task {self.name!r} has no language")
 
 
 @dataclass(frozen=True)
@@ -305,39 +299,6 @@ def file_and_split(argument: str) -> tuple[str, str | None]:
     return (path, split) if mark and split in SPLITS else (argument, None)
 
 
-def file_of(name: str) -> str | None:
-    """The file or directory that a task is made from, as its name gives it; None for a task without one."""
-    name = without_tools(name)
-    if _OWN.fullmatch(name):
-        return name.rpartition(":")[0]
-    family, _, argument = name.partition(":")
-    if f"{family}:PATH" not in _FAMILIES:
-        return None
-    return file_and_split(argument.replace("@shuffle", ""))[0] or None  # `general` has a form without a file
-
-
-def without_tools(name: str) -> str:
-    """The task inside `tools:NAMES:TASK`; any other name is itself."""
-    family, _, rest = name.partition(":")
-    return without_tools(rest.partition(":")[2]) if family == "tools" else name
-
-
-def translated(name: str) -> bool:
-    """Whether problem n of a task is the same in every language: our generators draw it before they word it."""
-    return without_tools(name) in _REGISTRY
-
-
-def shared_file(first: str, second: str) -> str | None:
-    """The file that two tasks, by their names, both take problems from; None if there is none, or if each problem of
-    the file is in only one split."""
-    (one, whole), (other, its_whole) = (
-        file_and_split(without_tools(name).partition(":")[2].replace("@shuffle", "")) for name in (first, second)
-    )
-    if not one or not other or (whole is None and its_whole is None) or not located(one).exists():
-        return None
-    return one if located(one).resolve() == located(other).resolve() else None
-
-
 def read_toml(name: str) -> dict[str, Any]:
     """Reads a data file of this folder."""
     return tomllib.loads(resources.files("bessemer.tasks").joinpath(name).read_text("utf-8"))
@@ -369,56 +330,8 @@ def check_shares(mix: object, rates: Sequence[str], sums_to_one: Sequence[str] =
         raise UserError(f"{kind}: {' + '.join(sums_to_one)} is {total:.4g}; make these shares add up to 1")
 
 
-_REGISTRY = {
-    "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
-    "code": ("bessemer.tasks.code", "Code"),
-    "countdown": ("bessemer.tasks.countdown", "Countdown"),
-    "general": ("bessemer.tasks.general", "General"),
-    "logic": ("bessemer.tasks.logic", "Logic"),
-    "products": ("bessemer.tasks.products", "Products"),
-    "sums": ("bessemer.tasks.sums", "DigitSums"),
-    "words": ("bessemer.tasks.word_problems", "WordProblems"),
-}
-_FAMILIES = {
-    "choice:PATH": ("bessemer.tasks.exact", "MultipleChoice"),
-    "general:PATH": ("bessemer.tasks.general", "GeneralFile"),
-    "code:PATH": ("bessemer.tasks.code_files", "CodeFile"),
-    "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
-    "gym:NAME": ("bessemer.tasks.gym", "Gym"),
-    "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
-    "puzzle:PATH": ("bessemer.tasks.exact", "Puzzle"),
-    "env:URL": ("bessemer.tasks.env_server", "ServerEnvironment"),
-    "verifiers:NAME": ("bessemer.tasks.env_verifiers", "VerifiersEnvironment"),
-    "tools:NAMES:TASK": ("bessemer.tasks.tools", "TaskWithTools"),
-}
-"""Tasks whose name carries an argument after the colon; their class takes it first."""
-
-
-def names() -> list[str]:
-    """Every name `get` knows, and the patterns of those with an argument."""
-    return sorted([*_REGISTRY, *_FAMILIES])
-
-
-def get(name: str, **settings: Any) -> Task:
-    """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
-    `Options` and `Mix`. UserError for an unknown name or setting."""
-    task = _make(name, settings)
-    task.settings = settings
-    return task
-
-
-def _make(name: str, settings: dict[str, Any]) -> Task:
-    if _OWN.fullmatch(name) and without_tools(name) == name:
-        return import_module("bessemer.tasks.user_code").task(name, **settings)
-    family, colon, argument = name.partition(":")
-    for pattern, (module, attribute) in _FAMILIES.items():
-        if colon and pattern.startswith(f"{family}:"):
-            return getattr(import_module(module), attribute)(argument, **settings)
-    module, attribute = _REGISTRY[_known(name, names(), "there is no task")]
-    return getattr(import_module(module), attribute)(**settings)
-
-
-def _known(value: str, allowed: Sequence[str], complaint: str) -> str:
+def known(value: str, allowed: Sequence[str], complaint: str) -> str:
+    """The value, or a UserError that names the nearest of those allowed."""
     if value in allowed:
         return value
     if not allowed:

@@ -53,6 +53,7 @@ class SandboxedTask(Task):
 
 class Code(SandboxedTask):
     name = "code"
+    translated = True
     Mix = CodeMix
 
     def size(self, split: str) -> int:

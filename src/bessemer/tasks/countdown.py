@@ -71,6 +71,7 @@ class CountdownOptions(TaskOptions):
 
 class Countdown(Task):
     name, domain = "countdown", "search"
+    translated = True
     Mix = TraceMix
     Options = CountdownOptions
     options: CountdownOptions

@@ -83,6 +83,7 @@ def _aims_of(file: LineIndex) -> frozenset[str]:
 
 class General(Task):
     name = "general"
+    translated = True
     domain = "general"
     Mix = GeneralMix
 

@@ -72,6 +72,7 @@ class LogicMix:
 
 class Logic(Task):
     name, domain = "logic", "logic"
+    translated = True
     Mix = LogicMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:

@@ -35,6 +35,7 @@ class ProductsMix:
 
 class Products(Environment):
     name, domain = "products", "arithmetic"
+    translated = True
     Mix = ProductsMix
     tools = (CALCULATOR,)
     described = False

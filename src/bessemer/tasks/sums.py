@@ -38,6 +38,7 @@ class SumsMix:
 
 class DigitSums(Task):
     name, domain = "sums", "arithmetic"
+    translated = True
     Mix = SumsMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:

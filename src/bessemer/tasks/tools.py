@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks import base, sandbox
+from bessemer.tasks import registry, sandbox
 from bessemer.tasks.base import Problem, Verdict, Written
 from bessemer.tasks.environment import Environment, LocalTool, shortened
 
@@ -171,7 +171,7 @@ class TaskWithTools(Environment):
             )
         if not task:
             raise UserError(f"tools:{argument} names no task; add one, as in tools:{names}:arithmetic")
-        self.task = base.get(task, **settings)
+        self.task = registry.get(task, **settings)
         self.name, self.domain = f"tools:{argument}", self.task.domain
         added = {TOOLS[name].name: TOOLS[name] for name in chosen}
         self.added = frozenset(added)
@@ -184,7 +184,8 @@ class TaskWithTools(Environment):
             for name in ("described", "max_turns", "seconds", "observed", "parallel"):
                 setattr(self, name, getattr(self.task, name))
         self.tools: Sequence[LocalTool] = list(added.values())
-        self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
+        self.all_languages, self.translated = self.task.all_languages, self.task.translated
+        self.judged_by = self.task.judged_by
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         self.options = self.task.options
         if "python" in chosen:

@@ -64,6 +64,7 @@ class WordsMix:
 
 class WordProblems(Task):
     name, domain = "words", "words"
+    translated = True
     Mix = WordsMix
 
     def make(self, split: str, index: int, seed: int, language: str, phrasing: str) -> Problem:

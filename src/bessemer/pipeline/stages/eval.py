@@ -26,7 +26,7 @@ from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
-from bessemer.tasks.base import shared_file
+from bessemer.tasks.registry import shared_file
 from bessemer.tasks.worked import examples
 from bessemer.train import setup
 
