@@ -45,11 +45,6 @@ def test_the_body_is_copied_and_the_head_is_new():
     assert not hasattr(network, "head") and not network.mtp
 
 
-def test_it_is_made_from_our_networks_alone():
-    with pytest.raises(UserError, match="not from Linear; use a model"):
-        Scorer.of(torch.nn.Linear(2, 2), seed=1)
-
-
 @pytest.mark.parametrize("changes", [{}, dict(tie_embeddings=True), V2], ids=["v3", "tied", "v2"])
 def test_transformers_reads_the_same_scores(changes, tmp_path):
     """Right padding, since their model looks for the last token that is not padding."""

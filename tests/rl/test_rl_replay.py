@@ -11,7 +11,7 @@ from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
-from bessemer.rl.importance import ImportanceCorrection, own_choice, routing_disagreement
+from bessemer.rl.importance import ImportanceCorrection, routing_disagreement
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
@@ -115,7 +115,9 @@ def test_disagreement_counts_pairs_of_token_and_layer(sampled, model):
     choice = batch.extras["choice_BTLK"]
     pairs = int((choice[..., 0] >= 0).sum())
     assert routing_disagreement(model, batch) * pairs == pytest.approx(0, abs=1)  # a rounding error may flip one
-    batch.extras["choice_BTLK"] = own_choice(model, batch).flip(-1).short().where(choice >= 0, choice)
+    batch.extras["choice_BTLK"] = (
+        model.chosen_experts(batch.tokens_BT, batch.segments).flip(-1).short().where(choice >= 0, choice)
+    )
     assert routing_disagreement(model, batch) == 0.0, "the order does not count"
     other = batch.extras["choice_BTLK"]
     for b, t in ((0, 0), (1, 5), (2, 1)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,9 +21,10 @@ from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.hf import hub, lora
-from bessemer.hf.causal_lm import CausalLM, CausalScorer, load_scorer, needs_transformers
+from bessemer.hf.causal_lm import load_scorer, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Scorer, Transformer
 from bessemer.train import loss, setup
 from bessemer.train.trainer import Trainer
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
     from bessemer.config.training import FineTuningConfig
     from bessemer.data.batch import Batch
 
-Network = Transformer | CausalLM
-_Network = TypeVar("_Network", bound=Network)
+Network = LanguageModel
 
 
 def fresh(
@@ -80,7 +80,7 @@ def recompute(network: Network | ModelShard, layout: LayoutConfig, say: Callable
     """Makes training recompute in backward what `layout` says. A model of another family has no such phases: the
     recipe's other stages may need them, so it goes on without."""
     model = model_of(network)
-    if isinstance(model, Transformer):
+    if model.layers:
         model.set_recompute(layout.recompute)
     elif layout.recompute:
         say("[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations")
@@ -88,14 +88,14 @@ def recompute(network: Network | ModelShard, layout: LayoutConfig, say: Callable
 
 def read_scorer(
     folder: Path, ranks: Ranks | None, layout: LayoutConfig, say: Callable[[str], None], new_head: int | None
-) -> Scorer | CausalScorer | ModelShard:
+) -> LanguageModel | ModelShard:
     """A reward model: the one in a directory, or with `new_head`, a seed, the body of its language model under a new
     head. Rows are not split, because a pair's two scores are compared."""
     if ranks is None:
         if new_head is None:
             return load_scorer(folder, torch.float32, setup.device())
         model, _ = setup.load_model(folder)
-        return CausalScorer.of(model, new_head) if isinstance(model, CausalLM) else Scorer.of(model, new_head)
+        return model.scorer(new_head)
     if needs_transformers(folder):
         raise UserError(f"{folder} is not in the DeepSeek V3 family; train a reward model of it with one process")
     cfg = hub.read_config(folder)
@@ -104,7 +104,7 @@ def read_scorer(
     return ModelShard.read(folder, own, schedule, ranks.device, kind=Scorer, new_head=new_head, mtp=False)
 
 
-def model_of(network: _Network | ModelShard) -> _Network | Transformer:
+def model_of(network: Network | ModelShard) -> LanguageModel:
     """The module that holds the parameters."""
     return network.model if isinstance(network, ModelShard) else network
 
@@ -114,13 +114,12 @@ def compilable(network: Network | ModelShard) -> bool:
     if isinstance(network, ModelShard):
         layout = network.mesh.layout
         return layout.pp == layout.ep == layout.cp == 1
-    return isinstance(network, Transformer)
+    return bool(network.layers)
 
 
 def compile_layers(network: Network | ModelShard) -> None:
     """As `setup.compile_layers`; for a shard, the layers that its slices call."""
     if not isinstance(network, ModelShard):
-        assert isinstance(network, Transformer), "another family's layers are compiled by their own library"
         return setup.compile_layers(network)
     for part in network.slices.values():
         for layer in [*part.layers.values(), *(module.layer for module in part.mtp)]:
@@ -141,7 +140,7 @@ def nats(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     return heldout_nats(trainer.shard, batches)
 
 
-def gather(trainer: Trainer) -> Transformer | CausalLM | None:
+def gather(trainer: Trainer) -> LanguageModel | None:
     """The whole network on rank 0, to sample from; None on the other ranks. Collective."""
     if not isinstance(trainer, DistributedTrainer):
         return trainer.model
@@ -167,7 +166,6 @@ class GatheredModel:
     def refresh(self) -> None:
         """Copies the current weights. Collective."""
         if self._source is not None and self._copied_at != self._source.rows:  # every update counts its rows
-            assert isinstance(self.model, Transformer), "a model on many ranks is our own"
             self._source.optimizer.settle()
             gather_into(self._source.shard, self.model)
             self._copied_at = self._source.rows

@@ -23,7 +23,8 @@ from bessemer.hf import hub
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.moe import EXPERTS
-from bessemer.model.transformer import Scorer, TrainOutputs, Transformer
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import Scorer, Transformer
 from bessemer.train.loss import next_token_nats
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class ModelShard:
 
 
 @torch.no_grad()
-def gather_into(shard: ModelShard, into: Transformer | None) -> None:
+def gather_into(shard: ModelShard, into: LanguageModel | None) -> None:
     """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
     broadcasts one tensor at a time, in float32."""
     mine = shard.model.state_dict()

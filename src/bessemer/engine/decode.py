@@ -31,15 +31,15 @@ from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, OwnPages, PromptPages, RowGroup
 from bessemer.engine.transfer import indices, to_device
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.kernels import attention, paged
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA, rotate
 from bessemer.model.moe import Dispatched
+from bessemer.model.protocol import LanguageModel, Sizes
 from bessemer.model.transformer import Transformer
 
-Model = Transformer | CausalLM
+Model = LanguageModel
 PREFILL_TOKENS = 16384
 """Approximate number of tokens in one prefill forward pass, padding included; bounds its memory."""
 
@@ -47,7 +47,7 @@ PREFILL_TOKENS = 16384
 class RoutingTrace:
     """The experts chosen by each token of a forward pass, for replay in the trainer (R3), the chat page and EPLB."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: Sizes):
         self.dtype = torch.uint8 if cfg.n_routed_experts <= 256 else torch.int16
         self._layers: list[Tensor] = []
         self._all: Tensor | None = None

@@ -48,9 +48,9 @@ from bessemer.engine.sequence import (
 from bessemer.engine.speculative import check_drafts
 from bessemer.engine.static_steps import Steps
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM, load_any
+from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.model.transformer import Transformer, evaluating
+from bessemer.model.transformer import evaluating
 from bessemer.precision import probe
 from bessemer.workers import Workers
 
@@ -73,9 +73,8 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {model.cfg.vocab_size}; they do "
                 "not match: load both from one directory"
             )
-        if isinstance(model, Transformer):
-            model.cfg.require_latent("the engine")
-        if isinstance(model, CausalLM):
+        model.cfg.require_latent("the engine")
+        if not model.layers:
             from bessemer.engine import hf_decode  # noqa: F401 (registers foreign models; needs transformers)
         self.model = model
         self.tokenizer = tokenizer
@@ -200,7 +199,7 @@ class Engine:
         sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
         by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
         model, trace, record = self.model, None, RoutingRecord()
-        if batch.record_routing and isinstance(model, Transformer):
+        if batch.record_routing:
             trace = RoutingTrace(model.cfg)
         with evaluating(model), torch.inference_mode():
             cache = new_cache(model, drafts=batch.drafts)

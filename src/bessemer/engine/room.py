@@ -10,10 +10,10 @@ Shapes: L layers, V vocabulary.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
-from bessemer.engine.decode import Model
 from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.static_steps import Capture, CudaGraphs, StaticSteps, Steps, ahead
 from bessemer.errors import UserError
@@ -21,6 +21,8 @@ from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.transformer import Transformer
 
+Model = Any
+"""A `LanguageModel`; the sizes of our own are read from its config."""
 GRAPHS = "BESSEMER_CUDA_GRAPHS"
 """Environment variable: "off" launches every operation of a decoding step separately."""
 SPARE = 0.1

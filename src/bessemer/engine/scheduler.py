@@ -42,7 +42,6 @@ from bessemer.engine.speculative import check_drafts
 from bessemer.engine.static_steps import Steps
 from bessemer.engine.transfer import indices
 from bessemer.errors import UserError
-from bessemer.model.transformer import Transformer
 
 
 @dataclass(eq=False)
@@ -139,7 +138,7 @@ class Scheduler:
         self._prefills: list[_Prefill] = []
         self.model.eval()
         trace = None
-        if isinstance(self.model, Transformer) and any(not layer.dense for layer in self.model.layers):
+        if any(not layer.dense for layer in self.model.layers):
             trace = RoutingTrace(self.model.cfg)
         self.cache: LatentCache
         self.runner: ModelRunner

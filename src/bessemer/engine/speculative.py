@@ -37,7 +37,7 @@ def check_drafts(model: Model, depth: int) -> int:
     """The number of drafts per step; UserError if the model cannot draft."""
     if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= MAX_DRAFTS:
         raise UserError(f"drafts must be a whole number from 0 to {MAX_DRAFTS}, not {depth!r}")
-    if depth and not (isinstance(model, Transformer) and len(model.mtp)):
+    if depth and not len(model.mtp):
         raise UserError("drafts need the model's MTP module, and this model has none (or was loaded without it)")
     return depth
 

@@ -34,7 +34,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from bessemer.data import chat as templates
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.transformer import Transformer, evaluating
+from bessemer.model.transformer import evaluating
 from bessemer.tasks.verdict_metrics import wilson
 from bessemer.train.loss import chunk_rows
 
@@ -203,9 +203,7 @@ class BessemerLM(LM):
         place_M, target_M = torch.tensor(places, device=device), torch.tensor(targets, device=device)
         logp, greedy = [], []
         with evaluating(model), torch.inference_mode():
-            h_MD = model.hidden(tokens_BT.to(device)).flatten(0, 1)[place_M]
-            if isinstance(model, Transformer):  # the hidden states of a transformers model are normalised
-                h_MD = model.norm(h_MD)
+            h_MD = model.train_outputs(tokens_BT.to(device), mtp=False).hidden_BTD.flatten(0, 1)[place_M]
             size = chunk_rows(model.head_weight)
             for h_CD, target_C in zip(h_MD.split(size), target_M.split(size), strict=True):
                 logp_CV = F.linear(h_CD, model.head_weight).float().log_softmax(-1)

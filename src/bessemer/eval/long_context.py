@@ -23,8 +23,8 @@ from bessemer.data.corpus import is_heldout
 from bessemer.data.rows import Rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer, evaluating
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import evaluating
 from bessemer.tasks.needle import Needle
 from bessemer.train import loss
 
@@ -76,7 +76,7 @@ def find_needles(engine: Engine, task: Needle, grid: NeedleGrid, length: int) ->
     ]  # fmt: skip
 
 
-def loss_by_position(model: Transformer | CausalLM, rows: Rows, n_rows: int) -> list[dict[str, Any]]:
+def loss_by_position(model: LanguageModel, rows: Rows, n_rows: int) -> list[dict[str, Any]]:
     """Loss of the first `n_rows` rows by bucket: {first, end, n, nats, bits_per_byte}, `nats` per token."""
     n_rows = min(n_rows, rows.n_rows)
     nats_T, count_T = torch.zeros(rows.row_length), torch.zeros(rows.row_length)

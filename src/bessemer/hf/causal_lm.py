@@ -1,8 +1,7 @@
 """Any Hugging Face causal language model behind the interface of our own network.
 
-Trainer, objectives, Engine, reference policy and checkpoints use a model through `train_outputs`, `head_weight`,
-`embed`, `cfg`, `gates`, `to_compute` and `save`. `CausalLM` provides these for a model of the transformers library (the
-extra `hf`), so the rest of the package treats both alike. `CausalScorer` is a reward model, like `Scorer`.
+`CausalLM` is a `LanguageModel` whose layers the transformers library computes (the extra `hf`); `CausalScorer` is a
+reward model, like `Scorer`.
 
 Invariants
 - No code that comes with a model is run: only architectures of the installed transformers, only safetensors.
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -39,10 +38,9 @@ from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.hf.mapping import FAMILIES, LIMITS, longest_text
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
-from bessemer.model.gate import Gate
-from bessemer.model.layer import Layer
+from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.segments import Packed, Segments
-from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, scores
+from bessemer.model.transformer import Scorer, Transformer, scores
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose cache is keys and values, which sequences can share; they cannot share a recurrent state."""
@@ -74,12 +72,20 @@ class CausalLMConfig(BaseModel):
     n_mtp: int = 0
     """MTP modules: none."""
 
+    @property
+    def n_routed_experts(self) -> int:
+        """Of gates of our own: none."""
+        return 0
 
-class CausalLM(nn.Module):
+    def require_latent(self, what: str) -> None:
+        """Attention is not our own."""
+
+
+class CausalLM(LanguageModel):
     """A transformers model with a head. `inner` is the transformers model, unchanged, including parameter names."""
 
-    layers: tuple[Layer, ...] = ()
-    """Layers whose routing could be replayed: none."""
+    cfg: CausalLMConfig
+    layers, mtp = (), ()
     auto = "AutoModelForCausalLM"
     """The transformers class that reads and creates such models."""
     head: str | None = None
@@ -94,12 +100,12 @@ class CausalLM(nn.Module):
         """Name of the KV cache argument in this version of transformers."""
         self.train(False)
 
-    def train(self, mode: bool = True) -> CausalLM:
+    def train(self, mode: bool = True) -> Self:
         """Always stays in evaluation mode; see the invariants."""
         return super().train(False)
 
     @property
-    def embed(self) -> nn.Embedding:
+    def embed(self) -> nn.Embedding:  # type: ignore[override]
         return self.inner.get_input_embeddings()
 
     @property
@@ -110,11 +116,7 @@ class CausalLM(nn.Module):
     def head_weight(self) -> Tensor:
         return self.head_layer.weight
 
-    def gates(self) -> dict[str, Gate]:
-        """Empty: the gates of a transformers model are not balanced here."""
-        return {}
-
-    def to_compute(self, dtype: torch.dtype) -> CausalLM:
+    def to_compute(self, dtype: torch.dtype) -> Self:
         """Casts all parameters to one dtype, as transformers' modules expect; buffers (rotary frequencies) stay."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -129,16 +131,21 @@ class CausalLM(nn.Module):
         """Logits of the next token, [B, T, V]."""
         return self.hidden(tokens_BT, _positions(segments)) @ self.head_weight.T
 
-    def train_outputs(self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = False) -> TrainOutputs:
-        """`Transformer.train_outputs` without MTP depths and without a balance term."""
+    def train_outputs(
+        self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = False, choice_BTLK: Tensor | None = None
+    ) -> TrainOutputs:
+        """Without MTP depths and without a balance term; no experts are replayed."""
+        assert choice_BTLK is None, "a model without layers of our own has no experts to replay"
         hidden_BTD = self.hidden(tokens_BT, _positions(segments))
         return TrainOutputs(hidden_BTD, [], torch.zeros((), device=tokens_BT.device))
+
+    def scorer(self, seed: int) -> CausalScorer:
+        """The same body, not copied, with a new head. Raises UserError if transformers has no such model."""
+        return CausalScorer.of(self, seed)
 
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        """Writes a plain Hugging Face directory atomically and verifies it by reading it back. tokenizer_dir: where to
-        copy the tokenizer from. files: further text files by name."""
         with replacing(Path(directory), () if tokenizer_dir is None else hub.REPLACED) as fresh:
             try:
                 self.inner.save_pretrained(fresh)
@@ -167,7 +174,6 @@ class CausalScorer(CausalLM):
     @classmethod
     @torch.no_grad()
     def of(cls, model: CausalLM, seed: int) -> CausalScorer:
-        """A language model's body, not copied, with a new head. Raises UserError if transformers has no such model."""
         config, body = copy.deepcopy(model.inner.config), model.inner.base_model
         config.num_labels = 1
         config.id2label, config.label2id = {0: "REWARD"}, {"REWARD": 0}

@@ -37,6 +37,7 @@ from bessemer.hf.mapping import is_reward_model
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import cast, read_header
 from bessemer.hf.safetensors_writer import write_json
+from bessemer.model.protocol import LanguageModel
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -83,10 +84,14 @@ class LoRAModel(CausalLM):
             if _trained(name)
         }
 
+    def frozen(self) -> dict[str, nn.Parameter]:
+        named = self.named_parameters(remove_duplicate=False)  # a tied weight has several names
+        return {name: parameter for name, parameter in named if not _trained(name)}
+
     @torch.no_grad()
     def merged(self) -> CausalLM:
         """A plain model that computes the same: W + alpha / rank * B A, added in float32 and rounded to W's dtype."""
-        plain = copy.deepcopy(self.inner, {id(parameter): parameter for parameter in frozen(self).values()})
+        plain = copy.deepcopy(self.inner, {id(parameter): parameter for parameter in self.frozen().values()})
         for name, layer in [*_adapted(plain)]:
             weight = layer.base_layer.get_parameter("weight")
             changed = weight.float() + layer.get_delta_weight(NAME).float()
@@ -138,7 +143,7 @@ def own_family(stage: str) -> UserError:
     )
 
 
-def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
+def attach(network: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:
     """The model with new adapters, whose A matrices are drawn with `seed`. `base`: the directory it was read from.
     Raises UserError for a network of our own family, and for targets that the model lacks."""
     if not isinstance(network, CausalLM):
@@ -156,7 +161,7 @@ def attach(network: nn.Module, config: LoRAConfig, seed: int, base: Path, stage:
 
 def describe(model: LoRAModel) -> str:
     """What is trained, in one line, and which matrices "all-linear" leaves out: experts stacked in one parameter."""
-    stacked = sorted({".".join(name.split(".")[-2:]) for name, one in frozen(model).items() if one.dim() == 3})
+    stacked = sorted({".".join(name.split(".")[-2:]) for name, one in model.frozen().items() if one.dim() == 3})
     left = f"; frozen, since stacked: {', '.join(stacked)}" if stacked and model.config.targets == "all-linear" else ""
     trained = sum(tensor.numel() for tensor in model.adapters().values())
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -165,14 +170,6 @@ def describe(model: LoRAModel) -> str:
         f"LoRA of rank {model.config.rank}, alpha {model.config.alpha}, on {places} matrices: {trained:,} of {every:,} "
         f"parameters are trained ({trained / every:.1%}){left}"
     )
-
-
-def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that LoRA freezes, by name; empty for any other model. A tied weight has several names."""
-    if not isinstance(model, LoRAModel):
-        return {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in named if not _trained(name)}
 
 
 def merge(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:

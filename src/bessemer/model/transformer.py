@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,14 @@ from torch import Tensor, nn
 
 from bessemer.errors import UserError
 from bessemer.model import attention_gpu
+from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
 from bessemer.model.moe import FFN, Experts
 from bessemer.model.norm import RMSNorm
+from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.precision.fp8_linear import FP8Recipe
 
@@ -42,17 +44,6 @@ RECOMPUTES_ITSELF = "training in FP8 already recomputes norms, gates and activat
 APART = 20e9
 """From this many parameters on, every matrix has its own random stream. Drawing V3's 671B numbers from one stream takes
 every rank more than an hour, and it keeps a thousandth of them."""
-
-
-class TrainOutputs(NamedTuple):
-    """Hidden states ready for the head, and the balance term."""
-
-    hidden_BTD: Tensor
-    """After the final norm; position t predicts token t+1."""
-    mtp_hidden: list[Tensor]
-    """Entry k-1 is [B, T-k, D], after that module's own norm; position t predicts token t+1+k."""
-    balance: Tensor
-    """Sum over MoE layers (MTP included) and sequences of sum_i f_i P_i."""
 
 
 class MTPModule(nn.Module):
@@ -82,11 +73,12 @@ class MTPModule(nn.Module):
         return self.layer(self.join(h_BTD, embedded_BTD), rope, segments)
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
     """A network of the DeepSeek V2/V3 family."""
 
     readout: ClassVar[str] = "head"
     """Name of the matrix that reads the hidden states after the final norm."""
+    cfg: ModelConfig
     # nn.ModuleLists; torch does not declare that class as generic
     layers: Sequence[Layer]
     mtp: Sequence[MTPModule]
@@ -227,16 +219,28 @@ class Transformer(nn.Module):
     def train_outputs(
         self, tokens_BT: Tensor, segments: Segments = None, mtp: bool = True, choice_BTLK: Tensor | None = None
     ) -> TrainOutputs:
-        """Main and MTP hidden states of a batch.
-
-        `choice_BTLK` holds the K experts of each token in each of the main model's L sparse layers; entries below 0
-        leave the choice to the gate.
-        """
         x, balance = self._run(tokens_BT, segments, choice_BTLK)
         hidden = self.norm(x)
         modules = self.mtp if mtp else ()
         depths, term = mtp_states(modules, hidden, tokens_BT, segments, self.embed.weight, self.rope_table)
         return TrainOutputs(hidden, depths, balance + term)
+
+    @torch.no_grad()
+    def chosen_experts(self, tokens_BT: Tensor, segments: Segments = None) -> Tensor:
+        rope = self.rope_table(tokens_BT.shape[1])
+        x_BTD, choices = self.embed(tokens_BT), []
+        for layer in self.layers:
+            attended = layer.attend(x_BTD, rope, segments)
+            if attended.routing is not None:
+                choices.append(attended.routing.expert_NK.view(*tokens_BT.shape, -1))
+            x_BTD = layer.feed_forward(attended)
+        return torch.stack(choices, 2)
+
+    def training_flops(self, length: int, mtp: bool) -> float | None:
+        return flops_per_token(self.cfg, length, mtp=mtp).training
+
+    def scorer(self, seed: int) -> Scorer:
+        return Scorer.of(self, seed)
 
     def save(self, directory: str | Path, **options: Any) -> None:
         """Writes a Hugging Face model directory; options as for `bessemer.hf.hub.save`. That module is found by name
@@ -300,13 +304,8 @@ class Scorer(Transformer):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, seed: int) -> Scorer:
+    def of(cls, model: Transformer, seed: int) -> Scorer:
         """A copy of a language model's body with a new head."""
-        if not isinstance(model, Transformer):
-            raise UserError(
-                "a network with a scalar head must start from a model of the DeepSeek family, not from "
-                f"{type(model).__name__}; use a model that Bessemer trained or read as deepseek_v3 or deepseek_v2"
-            )
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         scorer = cls(model.cfg).to_compute(dtype).to(device)
         body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("head.", "mtp."))}

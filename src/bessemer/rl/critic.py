@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.model.layer import Phase
-from bessemer.model.transformer import Scorer, TrainOutputs, Transformer, evaluating, scores
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import Scorer, evaluating, scores
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
@@ -58,13 +60,13 @@ class Critic:
     ) -> None:
         self.policy, self.settings, self.pad_id = policy, settings, pad_id
         whole.refresh()
-        if not isinstance(whole.model, Transformer):
+        if not whole.model.layers:
             raise UserError(
                 f'stage "{settings.name}": advantage = "critic" needs a network of the DeepSeek family, and this '
                 'is another; use "group"'
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
-        begun = critic_of(whole.model).set_fp8(FP8_RECIPES.get(settings.fp8)).set_recompute(recompute)
+        begun = cast(Scorer, critic_of(whole.model)).set_fp8(FP8_RECIPES.get(settings.fp8)).set_recompute(recompute)
         network: Scorer | ModelShard = begun
         if isinstance(policy, DistributedTrainer):
             network = ModelShard(begun, policy.mesh.of(begun.cfg), policy.shard.schedule)
@@ -136,19 +138,18 @@ class Critic:
     @torch.no_grad()
     def _values_here(self, batch: Batch) -> Tensor:
         model = self.trainer.model
-        assert isinstance(model, Scorer)
         with evaluating(model):
             return values(model, batch.to(model.embed.weight.device)).cpu()
 
 
-def critic_of(policy: Transformer) -> Scorer:
+def critic_of(policy: LanguageModel) -> LanguageModel:
     """A critic that starts from the policy's layers and predicts 0 everywhere."""
-    critic = Scorer.of(policy, seed=0)
-    nn.init.zeros_(critic.score.weight)
+    critic = policy.scorer(seed=0)
+    nn.init.zeros_(critic.head_weight)
     return critic
 
 
-def values(critic: Scorer, batch: Batch) -> Tensor:
+def values(critic: LanguageModel, batch: Batch) -> Tensor:
     """V of every trained token, [N], in the order of `Batch.trained_N`; differentiable."""
     out = critic.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
     return _values_of(out, critic.head_weight, batch)
@@ -165,7 +166,7 @@ class ValueLoss:
     clip: float = 0.2
     """How far V may move from V_old within one rollout (PPO's released code; the R1 reports do not say)."""
 
-    def __call__(self, model: Scorer, batch: Batch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         return self.of(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch)
 
     def with_mtp(self) -> bool:

@@ -21,8 +21,7 @@ from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Prompt
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.rl.sampler import Completions, SamplingOptions, deal
 from bessemer.runs.context import Interrupted, StageContext
 from bessemer.train import setup
@@ -46,7 +45,7 @@ class DealtEngine:
         return self.engine.tokenizer
 
     @property
-    def model(self) -> Transformer | CausalLM:
+    def model(self) -> LanguageModel:
         return self.engine.model
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
@@ -98,7 +97,7 @@ class Helper:
 
 
 @torch.no_grad()
-def share_weights(model: Transformer | CausalLM, ranks: Ranks) -> None:
+def share_weights(model: LanguageModel, ranks: Ranks) -> None:
     """Copies rank 0's weights into the others' models of the same shape, in place. Collective; one tensor at a time, in
     float32."""
     for name, own in model.state_dict().items():

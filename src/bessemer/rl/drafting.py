@@ -15,8 +15,8 @@ from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer, evaluating
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import evaluating
 from bessemer.train.loss import predicting
 
 WEIGHT = 0.1
@@ -25,14 +25,13 @@ PREFIX = "mtp."
 """Beginning of the names of their parameters."""
 
 
-def prepare(network: Transformer | CausalLM | ModelShard, settings: RLConfig, say: Callable[[str], None]) -> float:
+def prepare(network: LanguageModel | ModelShard, settings: RLConfig, say: Callable[[str], None]) -> float:
     """Gets a network's MTP modules ready for a stage; returns the weight of their loss."""
     model = distributed.model_of(network)
     depths = network.mesh.cfg.n_mtp if isinstance(network, ModelShard) else model.cfg.n_mtp
     trained = settings.mtp == "trained" and depths > 0
-    if isinstance(model, Transformer):
-        for module in model.mtp:
-            module.apart = trained
+    for module in model.mtp:
+        module.apart = trained
     if settings.mtp == "dropped":
         say("MTP modules: left out of the model from here on")
     elif depths:
@@ -43,9 +42,9 @@ def prepare(network: Transformer | CausalLM | ModelShard, settings: RLConfig, sa
 
 
 @torch.no_grad()
-def losses(model: Transformer | CausalLM, batch: Batch) -> dict[str, float]:
+def losses(model: LanguageModel, batch: Batch) -> dict[str, float]:
     """Cross entropy of each module on the trained tokens of a batch, nats per token."""
-    if not isinstance(model, Transformer) or not len(model.mtp):
+    if not len(model.mtp):
         return {}
     batch = batch.to(model.embed.weight.device)
     with evaluating(model):

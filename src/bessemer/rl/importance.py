@@ -34,8 +34,7 @@ from torch import Tensor
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.rl.losses import LOG_RATIO_LIMIT, policy_logprobs
 from bessemer.workers import Workers
 
@@ -63,7 +62,7 @@ def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: fl
 class ImportanceCorrection:
     """Call `apply(batches)` before the first update of a rollout."""
 
-    def __init__(self, model: Transformer | CausalLM, workers: Workers, settings: RLConfig) -> None:
+    def __init__(self, model: LanguageModel, workers: Workers, settings: RLConfig) -> None:
         self.model, self.workers, self.settings = model, workers, settings
 
     def apply(self, batches: list[Batch]) -> dict[str, float]:
@@ -85,7 +84,7 @@ class ImportanceCorrection:
         return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.settings.temperature).cpu()
 
 
-def check_replay(stage: str, model: Transformer | CausalLM) -> None:
+def check_replay(stage: str, model: LanguageModel) -> None:
     """Raises UserError for a model without routed experts."""
     if all(layer.dense for layer in model.layers):
         raise UserError(
@@ -95,23 +94,11 @@ def check_replay(stage: str, model: Transformer | CausalLM) -> None:
 
 
 @torch.no_grad()
-def routing_disagreement(model: Transformer, batch: Batch) -> float:
+def routing_disagreement(model: LanguageModel, batch: Batch) -> float:
     """Share of (token, MoE layer) pairs that the model, without replay, would send to other experts than the sampler
     did. The order of a token's K experts does not count."""
     batch = batch.to(model.embed.weight.device)
     replayed = batch.extras["choice_BTLK"]
-    other_BTL = (own_choice(model, batch).sort(-1).values != replayed.sort(-1).values).any(-1)
+    own_BTLK = model.chosen_experts(batch.tokens_BT, batch.segments)
+    other_BTL = (own_BTLK.sort(-1).values != replayed.sort(-1).values).any(-1)
     return other_BTL[replayed[..., 0] >= 0].float().mean().item()
-
-
-@torch.no_grad()
-def own_choice(model: Transformer, batch: Batch) -> Tensor:
-    """The experts that the model's gates choose without replay, [B, T, L, K] for L MoE layers."""
-    rope = model.rope_table(batch.tokens_BT.shape[1])
-    x_BTD, choices = model.embed(batch.tokens_BT), []
-    for layer in model.layers:
-        attended = layer.attend(x_BTD, rope, batch.segments)
-        if attended.routing is not None:
-            choices.append(attended.routing.expert_NK.view(*batch.tokens_BT.shape, -1))
-        x_BTD = layer.feed_forward(attended)
-    return torch.stack(choices, 2)

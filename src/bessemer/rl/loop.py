@@ -27,7 +27,6 @@ from bessemer.data.chat import question_ids
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.model.transformer import Transformer
 from bessemer.rl import apart, drafting, importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
@@ -295,7 +294,6 @@ class Loop:
         how well frozen MTP modules predict the samples."""
         values = {} if self.objective.with_mtp() else drafting.losses(self.policy.model, batches[0])
         if self.settings.routing_replay:  # costs a forward pass, so on one micro-batch only
-            assert isinstance(self.policy.model, Transformer)
             values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
         if self.correction is not None:
             values |= self.correction.apply(batches)

@@ -38,9 +38,7 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.dist.distributed import GatheredModel
-from bessemer.hf import lora
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import TrainOutputs, Transformer
+from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.train import setup
 from bessemer.train.loss import Kept, predicting, token_logprobs
 from bessemer.train.objective import Loss
@@ -88,7 +86,7 @@ class GRPO:
     mtp_lambda: float = 0.0
     """Weight of the MTP modules' loss on the sampled tokens; 0: they do not run."""
 
-    def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=self.with_mtp(), **batch.routed)
         return self.of(out, model.head_weight, batch)
 
@@ -225,7 +223,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: float) -> Tensor:
+def policy_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
     """log pi of every trained token, [B, T], 0 elsewhere."""
     weight = batch.loss_BT[:, 1:].flatten()
     keep = batch.trained_N
@@ -238,7 +236,7 @@ def policy_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: fl
     return torch.nn.functional.pad(flat.view(batch.tokens_BT.shape[0], -1), (1, 0))
 
 
-def reference_logprobs(model: Transformer | CausalLM, batch: Batch, temperature: float) -> Tensor:
+def reference_logprobs(model: LanguageModel, batch: Batch, temperature: float) -> Tensor:
     """log pi_ref of every trained token, [B, T], 0 elsewhere. The reference chooses its experts itself."""
     extras = {name: tensor for name, tensor in batch.extras.items() if name != "choice_BTLK"}
     return policy_logprobs(model, replace(batch, extras=extras), temperature)
@@ -270,7 +268,7 @@ class Reference:
         self.trainer, self.policy, self.workers = trainer, policy, workers
         self.every, self.temperature = every, temperature
         policy.refresh()
-        self.frozen = lora.frozen(policy.model)
+        self.frozen = policy.model.frozen()
         shared = {id(parameter): parameter for parameter in self.frozen.values()}
         self.model = copy.deepcopy(policy.model, dict(shared))
         self.model.eval().requires_grad_(False)
@@ -301,7 +299,7 @@ class Reference:
         self._copy(stored or self._state(self.policy.model))
         self._store()
 
-    def _state(self, model: Transformer | CausalLM) -> dict[str, Tensor]:
+    def _state(self, model: LanguageModel) -> dict[str, Tensor]:
         """What distinguishes the reference from the policy."""
         return {name: value for name, value in model.state_dict().items() if name not in self.frozen}
 

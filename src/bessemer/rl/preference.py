@@ -31,9 +31,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import model_shard
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalScorer, load_scorer
+from bessemer.hf.causal_lm import load_scorer
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
-from bessemer.model.transformer import Scorer, TrainOutputs, evaluating, scores
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import evaluating, scores
 from bessemer.tasks.answer import summary
 from bessemer.train.objective import trained_places
 from bessemer.train.trainer import Trainer
@@ -93,7 +94,6 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> l
 def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
     """`score_ids` for the network being trained, computed by all ranks that train it. Collective."""
     if not isinstance(trainer, DistributedTrainer):
-        assert isinstance(trainer.model, Scorer | CausalScorer)
         return score_ids(trainer.model, texts, pad_id)
     shard, parts = trainer.shard, [*_batches(texts)]
     batches = [_last_marked([texts[i] for i in part], pad_id) for part in parts]
@@ -123,7 +123,7 @@ def _marked_scores(out: TrainOutputs, weight_1D: Tensor, batch: Batch) -> Tensor
 
 
 @torch.no_grad()
-def score_ids(network: Scorer | CausalScorer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
+def score_ids(network: LanguageModel, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
     """The score at the last token of each text. Texts of similar length share a forward; padding follows them, so no
     text attends to it."""
     device, was_training = network.embed.weight.device, network.training
@@ -152,7 +152,7 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 class RewardModel:
     """A trained reward model; RL calls `score`."""
 
-    def __init__(self, network: Scorer | CausalScorer, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
+    def __init__(self, network: LanguageModel, tokenizer: Tokenizer, scale: Scale, name: str = "reward model"):
         if tokenizer.fingerprint != scale.tokenizer:
             raise UserError(
                 f"{name}: the tokenizer is not the one that the model was trained with; put back its tokenizer.json, "

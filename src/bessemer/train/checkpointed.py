@@ -19,14 +19,13 @@ from torch import Tensor
 from bessemer.config.units import show_seconds
 from bessemer.kernels import library
 from bessemer.model.gate import Gate
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.train import checkpoint, guard
 from bessemer.train.background import SHARE, Background, CheckpointWriter
 from bessemer.train.optimizer import Optimizer, load_exactly
 
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
-    from bessemer.hf.causal_lm import CausalLM
 
 COUNTERS = ("step", "tokens", "rows", "skipped")
 RARE = 300.0
@@ -36,7 +35,7 @@ RARE = 300.0
 class Checkpointed:
     """The half of `Trainer` that saves and resumes. The other half sets the attributes declared here."""
 
-    model: Transformer | CausalLM
+    model: LanguageModel
     optimizer: Optimizer
     gates: dict[str, Gate]
     guard: guard.StepGuard

@@ -9,12 +9,10 @@ import torch
 from bessemer.errors import UserError
 from bessemer.model.accounting import stage_activation_bytes
 from bessemer.model.layer import Layer
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from torch import nn
 
     from bessemer.config.training import OptimizerConfig
     from bessemer.train.groups import Group
@@ -37,19 +35,20 @@ def held(groups: Iterable[Group]) -> dict[str, int]:
     return sizes
 
 
-def kept(model: nn.Module, rows: int, length: int, number: int, mtp: bool, padded: bool = False) -> int | None:
-    """Bytes that the forward of a micro-batch keeps for backward; None for models of other families."""
-    if not isinstance(model, Transformer):
+def kept(model: LanguageModel, rows: int, length: int, number: int, mtp: bool, padded: bool = False) -> int | None:
+    """Bytes that the forward of a micro-batch keeps for backward; None for layers of another library."""
+    layer = next((module for module in model.modules() if isinstance(module, Layer)), None)
+    if layer is None:
         return None
-    layer = next(module for module in model.modules() if isinstance(module, Layer))
+    cfg = layer.attn.cfg
     return stage_activation_bytes(
-        model.cfg, range(model.cfg.n_layers), rows, length, last=True, fp8=layer.fp8 is not None, number_bytes=number,
+        cfg, range(cfg.n_layers), rows, length, last=True, fp8=layer.fp8 is not None, number_bytes=number,
         mtp=mtp, fused=True, recompute=layer.recompute, whole=True, padded=padded,
     )  # fmt: skip
 
 
 def explain(
-    card: str, total: int, stays: dict[str, int], model: nn.Module, config: OptimizerConfig, rows: int, length: int,
+    card: str, total: int, stays: dict[str, int], model: LanguageModel, config: OptimizerConfig, rows: int, length: int,
     number: int, mtp: bool, padded: bool = False,
 ) -> UserError:  # fmt: skip
     """The error for a step that ran out of the `total` bytes of a card, in a forward or backward of `rows` rows of
@@ -87,7 +86,7 @@ def _smaller(stays: dict[str, int], config: OptimizerConfig) -> str:
 
 
 def of_step(
-    device: torch.device, groups: Iterable[Group], model: nn.Module,
+    device: torch.device, groups: Iterable[Group], model: LanguageModel,
     config: OptimizerConfig, shape: tuple[int, int, bool], number: int, mtp: bool,
 ) -> UserError:  # fmt: skip
     """`explain` with this device's name and memory. `shape`: rows, their length, and whether they are packed."""

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bessemer.model.accounting import flops_per_token
 from bessemer.model.layer import Layer
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
@@ -44,15 +43,15 @@ class Instruments:
     """One trainer's instruments. `devices`: how many compute a step together; `rank`: which of them this process is."""
 
     def __init__(
-        self, config: OptimizerConfig, model: nn.Module, device: torch.device, dtype: torch.dtype, folder: Path | None,
-        say: Callable[[str], None], devices: int = 1, rank: int = 0,
+        self, config: OptimizerConfig, model: LanguageModel, device: torch.device, dtype: torch.dtype,
+        folder: Path | None, say: Callable[[str], None], devices: int = 1, rank: int = 0,
     ):  # fmt: skip
         self.steps = frozenset(config.profile_steps) if folder is not None else frozenset()
         self.model, self.device, self.folder, self.say = model, device, folder, say
         self.devices, self.rank = devices, rank
         self._peak = None
         if device.type == "cuda":
-            if dtype == torch.bfloat16 and isinstance(model, Transformer):
+            if dtype == torch.bfloat16:
                 self._peak = peak_flops(torch.cuda.get_device_name(device))
             if config.memory_snapshot:
                 torch.cuda.memory._record_memory_history(max_entries=HISTORY)
@@ -94,10 +93,9 @@ class Instruments:
             "gpu/memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
             "gpu/allocator_retries": float(torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)),
         }
-        if self._peak is not None and rows:
-            assert isinstance(self.model, Transformer)
-            needed = flops_per_token(self.model.cfg, tokens // rows, mtp=mtp).training * tokens
-            values["gpu/mfu"] = needed / seconds / (self._peak * self.devices)
+        flops = self.model.training_flops(tokens // rows, mtp) if self._peak is not None and rows else None
+        if self._peak is not None and flops is not None:
+            values["gpu/mfu"] = flops * tokens / seconds / (self._peak * self.devices)
         return values
 
     def dump(self) -> str:

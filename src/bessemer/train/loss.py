@@ -27,8 +27,7 @@ from bessemer.kernels.fused import Fused
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
-    from bessemer.hf.causal_lm import CausalLM
-    from bessemer.model.transformer import Transformer
+    from bessemer.model.protocol import LanguageModel
 
 FAR = -1e30
 """Logit of a token that is left out: its probability is 0, and 0 times it is finite in every number format."""
@@ -135,7 +134,7 @@ def next_token_nats(hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch) -> floa
 
 
 @torch.no_grad()
-def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tuple[float, float]:
+def heldout_nats(model: LanguageModel, batches: Sequence[Batch]) -> tuple[float, float]:
     """(cross entropy in nats, loss tokens), summed over held-out batches, within their segments."""
     training = model.training
     model.eval()
@@ -150,7 +149,7 @@ def heldout_nats(model: Transformer | CausalLM, batches: Sequence[Batch]) -> tup
 
 
 @torch.no_grad()
-def nats_by_position(model: Transformer | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def nats_by_position(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """(cross entropy in nats, loss tokens) at each position, summed over rows, [T] in float32 on the CPU. The model
     must be in eval mode."""
     batch = batch.to(model.head_weight.device)

@@ -31,14 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bessemer.model.transformer import TrainOutputs, scores
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import scores
 from bessemer.train.loss import chunk_rows, predicting
 
 if TYPE_CHECKING:
     from bessemer.config.training import Divergence
     from bessemer.data.batch import Batch
-    from bessemer.hf.causal_lm import CausalLM
-    from bessemer.model.transformer import Scorer, Transformer
 
 
 @dataclass
@@ -125,7 +124,7 @@ class NextToken:
     weighted by the loss tokens of their micro-batch.
     """
 
-    def __call__(self, model: Transformer | CausalLM, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
+    def __call__(self, model: LanguageModel, batch: Batch, mtp_lambda: float, balance_alpha: float) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=mtp_lambda > 0, **batch.routed)
         return self.of(out, model.head_weight, batch, mtp_lambda, balance_alpha)
 
@@ -170,7 +169,7 @@ class _Preference:
     measured: ClassVar[tuple[str, ...]]
     """Names of its own metrics."""
 
-    def __call__(self, model: Scorer, batch: Batch, balance_alpha: float) -> Loss:
+    def __call__(self, model: LanguageModel, batch: Batch, balance_alpha: float) -> Loss:
         out = model.train_outputs(batch.tokens_BT, batch.segments, mtp=False)
         return self.of(out, model.head_weight, batch, balance_alpha)
 
@@ -236,11 +235,11 @@ class OnPolicyDistillation:
     the student's slices are on several ranks, batches carry their teacher's hidden states (`teacher_BTD`), and
     `teachers` only provide the heads (`rl.teachers`)."""
 
-    teachers: tuple[Transformer | CausalLM, ...]
+    teachers: tuple[LanguageModel, ...]
     divergence: Divergence = "reverse"
     temperature: float = 1.0
 
-    def __call__(self, model: Transformer | CausalLM, batch: Batch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
         taught = with_states(batch, teacher_states(self.teachers[batch.teacher], batch))
         return self.of(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, taught)
 
@@ -267,7 +266,7 @@ class OnPolicyDistillation:
 
 
 @torch.no_grad()
-def teacher_states(teacher: Transformer | CausalLM, batch: Batch) -> Tensor:
+def teacher_states(teacher: LanguageModel, batch: Batch) -> Tensor:
     """The hidden states that the teacher's head reads, [B, T, D]."""
     return teacher.train_outputs(batch.tokens_BT, batch.segments, mtp=False).hidden_BTD
 

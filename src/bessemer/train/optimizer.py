@@ -24,8 +24,7 @@ from bessemer.train.muon import MuonGroup
 from bessemer.workers import Workers
 
 if TYPE_CHECKING:
-    from bessemer.hf.causal_lm import CausalLM
-    from bessemer.model.transformer import Transformer
+    from bessemer.model.protocol import LanguageModel
 
 
 class Optimizer:
@@ -41,7 +40,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: Transformer | CausalLM,
+        model: LanguageModel,
         *,
         compute_dtype: torch.dtype = torch.float32,
         betas: tuple[float, float] = (0.9, 0.95),

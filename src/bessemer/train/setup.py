@@ -15,14 +15,15 @@ from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM, load_any, needs_transformers
+from bessemer.hf.causal_lm import load_any, needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.kernels import library
 from bessemer.model import attention_gpu, grouped
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
+from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.precision import backends, probe
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.probe import cpp_compiler
@@ -128,7 +129,7 @@ def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
 
 
 def set_precision(
-    model: Transformer | CausalLM, config: OptimizerConfig, say: Callable[[str], None], state: Path,
+    model: LanguageModel, config: OptimizerConfig, say: Callable[[str], None], state: Path,
     agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(), compiled: bool = False,
 ) -> torch.dtype:  # fmt: skip
     """The compute dtype that a stage's `precision` chooses, as in `choose_precision`; applies `fp8` to `model`."""
@@ -137,7 +138,7 @@ def set_precision(
         choice = choice._replace(why=f"{choice.why} with float32 masters")
     announce(model, choice, say, compiled)
     if config.fp8 != "off":
-        if not isinstance(model, Transformer):
+        if not model.layers:
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
         if probe.float64_home(device()) != device():
             raise UserError(f'stage "{config.name}": MPS has no FP8; set fp8 = "off", or {probe.VARIABLE}=cpu')
@@ -147,9 +148,7 @@ def set_precision(
     return choice.dtype
 
 
-def announce(
-    model: Transformer | CausalLM, choice: probe.Choice, say: Callable[[str], None], compiled: bool = False
-) -> None:
+def announce(model: LanguageModel, choice: probe.Choice, say: Callable[[str], None], compiled: bool = False) -> None:
     """Says what a stage computes with, in one line, and lets float32 products on a GPU run in TF32."""
     if device().type != "cuda":
         where = f"kernels: {library.status().why}" if device().type == "cpu" else f"on {describe_device()}"
@@ -161,8 +160,8 @@ def announce(
     facts = [f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}"]
     if experts := next((module for module in model.modules() if isinstance(module, Experts)), None):
         facts.append(f"experts: {'grouped_mm' if experts_grouped(experts, choice.dtype) else 'one after another'}")
-    if isinstance(model, Transformer):
-        widths = model.cfg.qk_head_dim, model.cfg.v_head_dim
+    if layer := next((module for module in model.modules() if isinstance(module, Layer)), None):
+        widths = layer.attn.cfg.qk_head_dim, layer.attn.cfg.v_head_dim
         facts.append(f"attention: {attention_gpu.backend(device(), choice.dtype, *widths, packed=False)}")
     facts.append("layers compiled" if compiled else "layers not compiled")
     say("; ".join(facts))
@@ -176,7 +175,7 @@ def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
 
 def load_model(
     directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32, mtp: bool = True
-) -> tuple[Transformer | CausalLM, Tokenizer]:
+) -> tuple[LanguageModel, Tokenizer]:
     """Loads a model directory, ours or any Hugging Face causal LM, onto this machine's device; float32 is for training.
     `context`, only for ours, is as in `hub.open_directory`; `mtp` false leaves out the MTP modules."""
     if not directory.is_dir():
@@ -194,7 +193,7 @@ def load_to_sample(
     context: Mapping[str, Any] | None = None,
     precision: Precision = "device",
     state: Path | None = None,
-) -> tuple[Transformer | CausalLM, Tokenizer]:  # fmt: skip
+) -> tuple[LanguageModel, Tokenizer]:  # fmt: skip
     """`load_model` for a model that is not trained; by default in BF16 on a GPU that has it, in float32 on a CPU.
     `state`: as in `choose_precision`."""
     choice = choose_precision(precision, state=state)
@@ -238,7 +237,7 @@ def want_compile(
     return flops > COMPILE_FLOPS and device().type == "cpu" and cpp_compiler() is not None and not library.available()
 
 
-def compile_layers(model: Transformer) -> None:
+def compile_layers(model: LanguageModel) -> None:
     """Compiles the layers in place; names and parameters stay, results change by rounding."""
     # All layers share one limit on graphs: kinds of layers, training or not, row lengths, sizes of `Packed`. Beyond it
     # torch would go on without compiling. (torch._dynamo is imported only here, which keeps start-up fast.)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.gate import Gate
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.precision.probe import double
 from bessemer.train import balance, determinism, gpu_faults, guard
 from bessemer.train.checkpointed import Checkpointed
@@ -39,7 +39,6 @@ from bessemer.workers import Workers, rank
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
-    from bessemer.hf.causal_lm import CausalLM
 
 Schedule = Callable[[int], float]
 """A value as a function of the tokens consumed before the step."""
@@ -106,7 +105,7 @@ class Trainer(Checkpointed):
 
     def __init__(
         self,
-        model: Transformer | CausalLM,
+        model: LanguageModel,
         objective: Objective,
         batches: Callable[[int, int], Batch] | None,
         config: OptimizerConfig,
@@ -133,7 +132,7 @@ class Trainer(Checkpointed):
         self.optimizer = self._make_optimizer(
             compute_dtype=plan.compute_dtype, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             moments_dtype=getattr(torch, config.moments), ema_decay=config.ema_decay,
-            stacked=_stacked(model) if config.optimizer == "muon" else None, idle=plan.idle,
+            stacked=model.hidden_matrices() if config.optimizer == "muon" else None, idle=plan.idle,
         )  # fmt: skip
         self.gates = self._find_gates()
         self.guard = guard.StepGuard(plan.failures, plan.rollbacks)
@@ -406,9 +405,3 @@ class Trainer(Checkpointed):
             f"{self.guard.failures} non-finite steps in a row: back to {path.name}, continuing with row {rows} "
             f"(rollback {self.guard.rolled_back} of {self.guard.rollbacks})"
         )
-
-
-def _stacked(model: Transformer | CausalLM) -> dict[str, int]:
-    if not isinstance(model, Transformer):
-        raise UserError('optimizer = "muon" supports only our own networks; set optimizer = "adamw"')
-    return model.hidden_matrices()

@@ -17,8 +17,8 @@ from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM, needs_transformers
-from bessemer.model.transformer import Transformer
+from bessemer.hf.causal_lm import needs_transformers
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Pretrain, Start
 from bessemer.pipeline.training_inputs import model_and_corpus
@@ -71,10 +71,8 @@ class Extend(Pretrain[ExtendConfig]):
         }  # fmt: skip
         ctx.say(f"YaRN: s {config.rope_factor:g} over {original} tokens, rows of {config.length}")
 
-        def network() -> Transformer | ModelShard:
-            made, _ = distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)
-            assert not isinstance(made, CausalLM), "a network of another family has no YaRN to set"
-            return made
+        def network() -> LanguageModel | ModelShard:
+            return distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)[0]
 
         return Start(corpus, config.length, cfg.at_length(context), network, folder)
 

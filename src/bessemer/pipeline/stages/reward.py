@@ -32,9 +32,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.work import StageWork, answers, moved
@@ -320,7 +319,7 @@ def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], 
 
 
 def _runtime(
-    config: RewardModelConfig, rows: preference_rows.PairRows, model: Transformer | CausalLM, ctx: StageContext
+    config: RewardModelConfig, rows: preference_rows.PairRows, model: LanguageModel, ctx: StageContext
 ) -> TrainingPlan:
     return TrainingPlan(
         counts_padding=False,

@@ -24,8 +24,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
-from bessemer.model.transformer import Transformer
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
 from bessemer.pipeline.work import StageWork, answers, moved
@@ -170,7 +169,7 @@ def _exported(stage: StageConfig) -> float:
 
 
 def _runtime(
-    config: SFTConfig, rows: sft_rows.SFTRows, epochs: int, batch: float, model: Transformer | CausalLM,
+    config: SFTConfig, rows: sft_rows.SFTRows, epochs: int, batch: float, model: LanguageModel,
     ctx: StageContext,
 ) -> TrainingPlan:  # fmt: skip
     trained = model.cfg.n_mtp > 0 and config.mtp_lambda > 0
