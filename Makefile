@@ -54,9 +54,9 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt requirements.lock
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt requirements.lock
-	$(INSTALL) -e '.[dev]'
+$(VENV)/.dev: $(BIN)/python pyproject.toml claims/pyproject.toml constraints.txt requirements.lock
+	$(INSTALL) -e '.[dev]' -e ./claims
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info claims/src/*.egg-info

@@ -17,7 +17,7 @@ from pathlib import Path
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "src" / "bessemer"
+PACKAGES = (ROOT / "src" / "bessemer", ROOT / "claims" / "src" / "bessemer_claims")
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 LANGUAGES = {
@@ -109,16 +109,19 @@ class Site:
         self.pages["docs/keys.md"] = "keys.md"
 
     def add_api(self) -> None:
-        """A page per room: the docstrings of its modules, by name."""
+        """A page per room and one for the project of the claims: the docstrings of their modules, by name."""
         listed = "# API\n\nThe rooms of the package, as [architecture](../docs/architecture.md) explains them.\n\n"
-        for room in sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
+        core, *others = PACKAGES
+        rooms = [(path, core.parent) for path in core.iterdir() if (path / "__init__.py").exists()]
+        for room, folder in [*sorted(rooms), *((path, path.parent) for path in others)]:
             modules = sorted(
-                ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in room.rglob("*.py")
+                ".".join(path.relative_to(folder).with_suffix("").parts) for path in room.rglob("*.py")
                 if path.name not in ("__init__.py", "__main__.py")
             )  # fmt: skip
             if not modules:
                 continue
-            text = f"# bessemer.{room.name}\n\n" + "".join(f"::: {module}\n\n" for module in modules)
+            name = ".".join(room.relative_to(folder).parts)
+            text = f"# {name}\n\n" + "".join(f"::: {module}\n\n" for module in modules)
             self.add(f"api/{room.name}.md", text, "docs/api.md")
             self.pages[f"api/{room.name}"] = f"api/{room.name}.md"
             listed += f"- [{room.name}](../api/{room.name})\n"
@@ -207,7 +210,8 @@ def write(out: Path) -> None:
         file.write_text(rewritten(site, page, text) if origin else text, "utf-8")
     if site.lost:
         raise SystemExit("links that lead nowhere:\n" + "\n".join(sorted(site.lost)))
-    config = (ROOT / "mkdocs.yml").read_text("utf-8").replace("paths: [src]", f"paths: [{ROOT / 'src'}]")
+    config = (ROOT / "mkdocs.yml").read_text("utf-8")
+    config = config.replace("paths: [src]", f"paths: [{', '.join(str(path.parent) for path in PACKAGES)}]")
 
     def listed(found: re.Match[str]) -> str:
         pages = [page for page in site.texts if page.startswith(found[3])]

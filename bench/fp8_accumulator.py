@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 
-from bessemer.claims.numerics import errors
+from bessemer_claims.numerics import errors
 
 CASES = ((13, None), (14, None), (None, None), (13, 128), (14, 128), (14, 32), (None, 128))
 """(bits of the accumulator, number of columns after which its sum is promoted to float32)."""

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from machine import processor, spread
 
-from bessemer.claims.numerics import allocations
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
@@ -34,6 +33,7 @@ from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer, TrainingPlan, constant
+from bessemer_claims.numerics import allocations
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 ONE_BILLION = dict(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bessemer.claims.registry import Part, rules
-from bessemer.claims.verdict import Measured, Outcome, agrees, run
 from bessemer.eval import intervals as ours
+from bessemer_claims.registry import Part, rules
+from bessemer_claims.verdict import Measured, Outcome, agrees, run
 
 RUNS = 1000
 

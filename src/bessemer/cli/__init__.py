@@ -24,7 +24,6 @@ from bessemer.cli import compare  # noqa: F401  isort: skip
 from bessemer.cli import talk  # noqa: F401  isort: skip
 from bessemer.cli import models  # noqa: F401  isort: skip
 from bessemer.cli import plan  # noqa: F401  isort: skip
-from bessemer.cli import claims  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
 from bessemer.cli import completion  # noqa: F401  isort: skip
 

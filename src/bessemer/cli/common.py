@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from bessemer.errors import UserError
 from bessemer.escape import escaped, escaped_json
 
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = {"audit": "claims", "claims": "claims"}
 """Commands of the repository's other projects: name -> the project's folder in a clone."""
 
 

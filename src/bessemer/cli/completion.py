@@ -235,5 +235,4 @@ _OF_COMMANDS: dict[tuple[str, ...], Callable[[str], Candidates]] = {
     ("recipes", "name"): lambda _: chain(_recipes(""), _recipes("", data=True)),
     ("keys", "kind"): _keys("config.recipe", "STAGES", "data", "model"),
     ("track", "to"): _keys("runs.trackers", "TRACKERS"),
-    ("claims", "part"): _keys("claims.runs", "PARTS", "none"),
 }  # fmt: skip

@@ -29,11 +29,6 @@ def plan(
                                        "stages train, and predict the run.")] = False,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="With --here: the run to compare with. "
                                              "Default: runs/NAME.")] = None,
-    audit: Annotated[str | None, typer.Option(metavar="NAME", help="Show published claims next to predictions: "
-                                              "deepseek-v3.")] = None,
-    draws: Annotated[int | None, typer.Option(metavar="N", help="With --audit: draw the uncertain inputs N times (400 "
-                                              "is usual), and say how likely the published cost is.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="With --draws: their seed. Default: 0.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, with its Gantt chart.")] = None,
     schedule: Annotated[str | None, typer.Option(metavar="NAME", help="Show only a pipeline schedule: gpipe, 1f1b, "
                                                  "interleaved, zb1p, zbv, dualpipe, dualpipe-v.")] = None,
@@ -47,41 +42,27 @@ def plan(
     svg: Annotated[Path | None, typer.Option(help="With --schedule: write its chart to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Predict what a run would cost, whether it fits, and whether a published claim can be true."""
+    """Predict what a run would cost and whether it fits."""
     names = [word for word in words or [] if "=" not in word]
     settings = [*(set_ or []), *(word for word in words or [] if "=" in word)]
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)}: one model or recipe at a time")
     target = names[0] if names else None
-    asked = [
-        name for name, given in (("--audit", audit), ("--schedule", schedule), ("a model or recipe", target)) if given
-    ]
+    asked = [name for name, given in (("--schedule", schedule), ("a model or recipe", target)) if given]
     if len(asked) != 1:
         what = f"both {' and '.join(asked)}" if asked else "nothing"
-        raise UserError(f"{what} to plan; give a model or recipe, or --audit NAME, or --schedule NAME")
+        raise UserError(f"{what} to plan; give a model or recipe, or --schedule NAME")
     costing: dict[str, object] = {"--cluster": cluster, "--search": search, "--html": html}
     idle = {} if target and not here else costing
     idle |= {} if here else {"--run": run}
     idle |= {} if target else {"--here": here, "--set": settings}
     timed: dict[str, object] = {"--pp": pp, "--micro": micro, "--costs": costs, "--svg": svg}
     idle |= {} if schedule else {name: value is not None for name, value in timed.items()}
-    idle |= {} if audit else {"--draws": draws is not None}
-    idle |= {} if draws is not None else {"--seed": seed is not None}
     if given := [name for name, value in idle.items() if value]:
         mend = f"use --set layout.pp={pp}" if given[0] == "--pp" and target and not here else "leave it out"
         raise UserError(f"{given[0]} has no effect on {'--here' if target and here else asked[0]}; {mend}")
     if schedule is not None:
         _schedule(schedule, pp, micro, costs, svg, as_json)
-    elif audit is not None and draws is not None:
-        from bessemer.plan.credibility import credibility
-
-        found = credibility(audit, draws, seed or 0)
-        print_json(found.facts()) if as_json else print(found.describe())
-    elif audit is not None:
-        from bessemer.plan import audit as audits
-
-        lines = audits.audit(audit)
-        print_json([line.facts() for line in lines]) if as_json else print(audits.describe(lines))
     elif target is not None and here:
         _here(target, settings, run, as_json)
     elif target is not None:

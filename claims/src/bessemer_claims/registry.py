@@ -1,0 +1,199 @@
+"""The claims, the rules that decide them and the experiments behind them: the package's data files as typed objects."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from bessemer.config.table import ConfigTable
+from bessemer.errors import UserError
+
+Text = Annotated[list[str], Field(min_length=2, max_length=2)]
+"""[English, Chinese]."""
+LANGUAGES = ("en", "zh")
+
+
+class PublishedScore(ConfigTable):
+    """Two published scores on the same problems, in percent."""
+
+    on: str
+    problems: int
+    one: float
+    other: float
+
+
+class ClaimEntry(ConfigTable):
+    """One claim; the head of claims.toml explains the fields."""
+
+    kinds: Annotated[str, Field(pattern="^[RXSAN]+$")]
+    experiment: str
+    text: Text
+    paper: str | Text
+    source: str | Text
+    arms: str = ""
+    audit: Literal["holds", "fails", "mixed", "unclear", "unknowable"] | None = None
+    figures: dict[str, float] = Field(default_factory=dict)
+    scores: list[PublishedScore] = Field(default_factory=list)
+    found: Text | None = None
+    limit: Text | None = None
+
+    def published(self, language: int) -> str:
+        return self.paper if isinstance(self.paper, str) else self.paper[language]
+
+    def sources(self) -> tuple[str, str]:
+        """The source in both languages."""
+        return (self.source, self.source) if isinstance(self.source, str) else (self.source[0], self.source[1])
+
+    @model_validator(mode="after")
+    def _complete(self) -> ClaimEntry:
+        if self.audit and "A" not in self.kinds:
+            raise ValueError("an audit needs A among the kinds")
+        if self.kinds[0] in "XSAN" and self.found is None:
+            raise ValueError("what was found is missing")
+        return self
+
+
+class Part(ConfigTable):
+    """One part of a rule; the head of rules.toml explains the fields."""
+
+    kind: Literal["X", "S", "B", "R"]
+    side: Literal["above", "below", "equal", "between", "outside"]
+    metric: str = ""
+    threshold: float | int | None = None
+    printed: str | None = None
+    margin: float | int | None = None
+    paper: float | None = None
+    positive: str = ""
+    negative: str = ""
+    low: str = ""
+    high: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Part:
+        if self.side in ("between", "outside"):
+            complete = bool(self.low and self.high)
+        elif self.kind == "X" and self.side == "equal":
+            complete = self.printed is not None
+        else:
+            complete = self.threshold is not None
+        if not complete:
+            raise ValueError(f"{self.kind} {self.side}: nothing to compare with")
+        if self.kind in "RB" and self.margin is None:
+            raise ValueError(f"{self.metric or self.kind}: the smallest effect of interest is missing")
+        return self
+
+
+class ClaimRule(ConfigTable):
+    """What decides a claim."""
+
+    parts: list[Part]
+    needs: Literal["all", "any"] = "any"
+
+
+class Rules(ConfigTable):
+    """The contents of rules.toml."""
+
+    confidence: float
+    seeds: int
+    smaller: int
+    aa_confidence: float
+    claim: dict[str, ClaimRule]
+
+
+class Experiment(ConfigTable):
+    """What is run, or would be."""
+
+    does: Text
+    limit: Text
+
+
+Table = TypeVar("Table", bound=ConfigTable)
+
+
+def data(name: str) -> bytes:
+    """A data file of this package."""
+    return resources.files("bessemer_claims").joinpath(name).read_bytes()
+
+
+def read_toml(name: str) -> dict[str, Any]:
+    return tomllib.loads(data(name).decode())
+
+
+def entry(kind: type[Table], values: dict[str, Any], where: str) -> Table:
+    """A table of a data file; an error in it becomes a UserError of one sentence that names file and key."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise UserError(f"{where}{': ' + key if key else ''}: {wrong['msg']}") from None
+
+
+@cache
+def experiments() -> dict[str, Experiment]:
+    table = read_toml("experiments.toml")
+    return {name: entry(Experiment, values, f"experiments.toml, {name}") for name, values in table.items()}
+
+
+@cache
+def claims() -> dict[str, ClaimEntry]:
+    """All claims in the order of the account."""
+    found = {}
+    for name, values in read_toml("claims.toml").items():
+        found[name] = entry(ClaimEntry, values, f"claims.toml, {name}")
+        if found[name].experiment not in experiments():
+            raise UserError(f"claims.toml, {name}: no experiment {found[name].experiment}")
+    return found
+
+
+@cache
+def metrics() -> dict[str, dict[str, list[str]]]:
+    """Claim -> metric of its rule -> [English, Chinese, unit]; "beside CLAIM" -> what else its card shows -> the same;
+    "control" -> control -> [English, Chinese]."""
+    return read_toml("metrics.toml")
+
+
+@cache
+def rules() -> Rules:
+    read = entry(Rules, read_toml("rules.toml"), "rules.toml")
+    if unknown := read.claim.keys() - claims().keys():
+        raise UserError(f"rules.toml: no claim {', '.join(sorted(unknown))}")
+    return read
+
+
+def rules_hash() -> str:
+    """The hash of rules.toml, which shows a reader that no rule changed after a result."""
+    return hashlib.sha256(data("rules.toml")).hexdigest()
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The ids of `--only`, in the account's order; UserError for an unknown one, with the nearest."""
+    known = claims()
+    wanted = [name.strip().upper() for name in names if name.strip()]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
+            raise UserError(f'no claim "{name}"; {hint}bessemer claims --list shows all {len(known)}')
+    if not wanted:
+        raise UserError("--only needs at least one id, such as L6 or M7; bessemer claims --list shows them")
+    return [name for name in known if name in wanted]
+
+
+def listing() -> str:
+    """Every claim with its kinds and its experiment, for `--list`, and what the letters mean; nothing is computed."""
+    lines = [f"{name:<4} {one.kinds:<3} {one.experiment:<4} {one.text[0]}" for name, one in claims().items()]
+    return "\n".join([*lines, "", LEGEND])
+
+
+LEGEND = """\
+id, kinds of evidence (R a run here, X exact computation, S the planner, A published figures or a source, N nobody
+outside can test it), experiment, claim. `bessemer claims --part none --only ID` shows evidence and verdict,
+`bessemer claims --full --only ID --dry-run` the runs behind it."""

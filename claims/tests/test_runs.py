@@ -1,0 +1,415 @@
+"""The runs behind the trained claims: what is planned, how results are kept and merged, what the rules make of them."""
+
+import json
+import random
+from collections import defaultdict
+
+import pytest
+from typer.testing import CliRunner
+
+from bessemer.cli import app
+from bessemer.errors import UserError
+from bessemer.model import accounting
+from bessemer.model.config import ModelConfig
+from bessemer.pipeline.stage import find_kind
+from bessemer.train.setup import model_config
+from bessemer_claims import PARTS, cards, page, pretrain, registry, results, runner, runs
+from bessemer_claims.pretrain_metrics import SHARES, worst_part
+from bessemer_claims.runs import ArmJob, ArmResult, Runs
+from bessemer_claims.verdict import ClaimVerdict, Doubt, Measured, Outcome, run
+
+
+def network(arm: str, shape: str = "claims") -> ModelConfig:
+    made = pretrain.recipe(arm, 1, shape)
+    return model_config(made, made.stage("pretrain").model)
+
+
+def test_every_metric_is_one_of_a_rule_and_its_arms_exist():
+    rules = registry.rules().claim
+    known = {job.arm for job in pretrain.jobs("full")}
+    for name in PARTS:
+        for (claim, metric), how in runs.part(name).METRICS.items():
+            [part] = [one for one in rules[claim].parts if one.metric == metric]
+            assert part.kind == "R"
+            if name == "pretrain":
+                assert how.needs <= known, (claim, how.needs - known)
+                assert bool(part.positive) == bool(how.positive), claim
+                assert bool(part.negative) == bool(how.negative) or claim == "M4", claim
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_control_that_compares_equals_shows_no_effect(part):
+    """All numbers of all arms are 1. M2, P3 and F7 compare nothing with them, and M3 divides by a difference."""
+    rules = registry.rules()
+    for (claim, metric), how in runs.part(part).METRICS.items():
+        if claim in ("F7", "M2", "M3", "P3"):
+            continue
+        ones = defaultdict[str, float](lambda: 1.0)
+        same = Runs(ArmResult(part, arm, seed, "", "", "", ones) for arm in how.needs for seed in (1, 2, 3))
+        [rule] = [one for one in rules.claim[claim].parts if one.metric == metric]
+        assert Doubt.ANYHOW not in run(rule, how.measured(same), rules).doubts, claim
+
+
+def test_what_stands_beside_a_rule_is_like_a_part_of_it():
+    """Every comparison beside a rule has its arms and its texts, and none takes the name of a rule's metric."""
+    rules, words = registry.rules().claim, registry.metrics()
+    named: dict[str, set[str]] = {}
+    for name in PARTS:
+        there = {(job.shape, job.arm) for job in runs.part(name).jobs("full")}
+        for one in runs.part(name).BESIDE:
+            shape = one.shape or runs.part(name).SHAPE["full"]
+            assert {(shape, arm) for arm in one.metric.needs} <= there, one.name
+            assert one.name not in {part.metric for part in rules[one.claim].parts}
+            [like] = [part for part in rules[one.claim].parts if part.metric == one.like]
+            assert bool(like.positive) >= bool(one.metric.positive) and bool(like.negative) >= bool(one.metric.negative)
+            named.setdefault(f"beside {one.claim}", set()).add(one.name)
+    assert {key: set(table) for key, table in words.items() if key.startswith("beside ")} == named
+
+
+def test_arms_are_alike_where_they_should_be():
+    ref = network("ref")
+    stored, flops = accounting.main_params(ref), accounting.flops_per_token(ref, 256).training
+    for arm in ("DTOT", "NS", "CO", "MQA"):
+        assert accounting.main_params(network(arm)) == pytest.approx(stored, rel=0.003), arm
+    for arm in ("DACT", "NL", "NS", "LIM1", "CO", "AUX", "NONE", "HASH"):
+        assert accounting.flops_per_token(network(arm), 256).training == pytest.approx(flops, rel=0.02), arm
+    width = {arm: network(arm).kv_width for arm in ("ref", "MHA", "GQA", "MQA", "MLA-24")}
+    assert width == {"ref": 48, "MHA": 528, "GQA": 144, "MQA": 80, "MLA-24": 24}
+    heads = network("ONE")
+    assert heads.n_heads * heads.v_head_dim == ref.n_heads * ref.v_head_dim
+    wide, dense = (network(arm, "wide") for arm in ("ref", "DACT"))
+    same = accounting.flops_per_token(dense, 256).training
+    assert accounting.flops_per_token(wide, 256).training == pytest.approx(same, rel=0.02) and wide.kv_width == 80
+    mtp = accounting.flops_per_token(network("MTP"), 256, mtp=True).training
+    assert mtp / flops == pytest.approx(pretrain.arms()["LONG"].tokens, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", ["nano", "short", "claims"])
+def test_every_arm_is_a_recipe(shape):
+    for arm in (name for name, one in pretrain.arms().items() if one.quick or shape != "nano"):
+        made = pretrain.recipe(arm, 2, shape)
+        config = made.stage("pretrain")
+        find_kind("pretrain")().resolve(config, made)  # raises before anything runs
+        rate = pretrain.shapes()[shape].lr * pretrain.arms()[arm].rate
+        assert config.lr(config.tokens) == pytest.approx(rate / 10)
+        network(arm, shape)
+    for arm in ("LATE", "REV") if shape != "nano" else ():  # every domain's total share is unchanged
+        config = pretrain.recipe(arm, 1, shape).stage("pretrain")
+        half = config.tokens / 2
+        for part, share in SHARES.items():
+            assert (config.mixture[part](half / 2) + config.mixture[part](1.5 * half)) / 2 == pytest.approx(share)
+    again, ref = (pretrain.recipe(arm, 2, shape).stage("pretrain") for arm in ("ref'", "ref"))
+    assert again.weights_seed != 2 and again.model_copy(update={"weights_seed": None}) == ref
+
+
+def test_planned_runs():
+    needed = runs.planned("full", ["pretrain"], ["L6"])
+    ordinary = {job.arm for job in needed if job.shape != "wide"}
+    assert ordinary == {"corpus", "ref", "ref'", "MHA", "MLA-24", "MHA-norm"} and needed[0].arm == "corpus"
+    names = [job.name for job in runs.planned("full", ["pretrain"])]
+    assert len(set(names)) == len(names)
+    assert names.index("pretrain-claims-MULTI-DTOT-3") < names.index("pretrain-claims-ref-4")
+    assert {job.seed for job in runs.planned("default", ["pretrain"], seeds=2)} == {0, 1, 2}
+    assert not runs.planned("quick", ["pretrain"], ["K1"])
+    # a run that reuses one that itself reuses another needs all three
+    chain = [job.arm for job in runs.planned("full", ["zero"], ["R5"], seeds=1)]
+    assert chain == ["base", "right", "cold", "dev2", "dev3", "r1"]
+    wide = [job for job in runs.planned("full", ["pretrain"], ["M5"], seeds=1) if job.shape == "wide"]
+    assert [job.arm for job in wide] == ["ref", "ref'", "DACT"]
+    assert not [job for job in runs.planned("full", ["pretrain"], ["M17"]) if job.shape == "wide"]
+    counted = {job.donor for job in runs.planned("default", ["pretrain"], ["M20"]) if job.arm.startswith("spikes-")}
+    assert counted == {f"pretrain-short-{arm}-1" for arm in ("ref", "ref-again", "DACT", "NONE", "TEN")}
+
+
+def test_dry_run_and_wrong_options(tmp_path):
+    done = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--json"])
+    facts = json.loads(done.stdout)
+    assert facts["jobs"][0]["name"] == "pretrain-all-corpus-0" and facts["minutes"] > 0
+    assert not any(tmp_path.iterdir())
+    lines = CliRunner().invoke(app, ["claims", "--only", "L6", "--dry-run", "--runs", str(tmp_path), "--seeds", "2"])
+    [mha] = [line for line in lines.stdout.splitlines() if line.split()[2] == "MHA"]
+    assert "2 of 2" in mha and "keys and values of every head" in mha and "0 of them finished" in lines.stdout
+    save = ["--save", str(tmp_path / "new")]
+    for options, what in (
+        (["--quick", "--full"], "two tiers"),
+        (save, "--save has no effect with --dry-run"), (["--list", *save], "--save has no effect with --list"),
+        (["--part", "none", "--seeds", "3"], "--seeds has no effect with --part none"),
+    ):  # fmt: skip
+        wrong = CliRunner().invoke(app, ["claims", *options, "--dry-run"])
+        assert isinstance(wrong.exception, UserError) and what in str(wrong.exception)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+NUMBERS = (
+    "bpb_unread", "overfit", "copy", "needle_240", "cloze", "maxvio", "information", "information_untrained", "damage",
+    "damage_shuffled", "rise_best_2", "rise_best_4", "rise_random_2", "ref/DACT", "MHA/ref", "ref/ref",
+)  # fmt: skip
+
+
+def result(arm: str, seed: int, shape: str = "short", **numbers: float) -> ArmResult:
+    jobs = pretrain.jobs(tier(shape), seed)
+    [job] = [job for job in jobs if (job.arm, job.seed, job.shape) == (arm, seed, shape)]
+    others = dict.fromkeys(NUMBERS, 0.5) | {f"bpb_{part}": numbers.get("bpb", 2.0) for part in SHARES}
+    return ArmResult("pretrain", arm, seed, shape, job.digest, registry.rules_hash(), others | numbers)
+
+
+def tier(shape: str) -> runs.Tier:
+    return next(name for name, one in pretrain.SHAPE.items() if one == shape)
+
+
+def latent_as_good(shape: str = "short", seeds: int = 3, change: float = -0.004) -> list[ArmResult]:
+    """Results in which MLA is slightly better than MHA, and a narrower latent much worse."""
+    noise = random.Random(0)
+    means = {"ref": 2.0 * (1 + change), "ref'": 2.0 * (1 + change), "MHA": 2.0, "MLA-24": 2.05}
+    return [
+        result(arm, seed, shape, bpb=mean + noise.gauss(0, 0.001))
+        for arm, mean in means.items() for seed in range(1, seeds + 1)
+    ]  # fmt: skip
+
+
+def verdict_on(found: list[ArmResult], name: str = "L6") -> ClaimVerdict:
+    [card] = cards.make([name], runs.best(found))
+    return card.verdict
+
+
+def test_verdicts_need_seeds_and_controls():
+    assert verdict_on(latent_as_good()) is ClaimVerdict.SHOWN
+    assert verdict_on(latent_as_good(seeds=1)) is ClaimVerdict.PART
+    assert verdict_on(latent_as_good(change=0.03)) is ClaimVerdict.CONTRADICTED
+    blind = [one for one in latent_as_good() if one.arm != "MLA-24"]  # no control shows that harm would be noticed
+    assert verdict_on(blind) is ClaimVerdict.PART
+    assert runs.missing(blind, registry.claims())["MLA-24"] == ["L12", "L6"]
+    assert runs.missing(blind, ["L12"]) == {"MLA-24": ["L12"]}
+    assert verdict_on([one for one in blind if one.arm != "MHA"]) is ClaimVerdict.NOT_RUN
+
+
+def test_the_largest_runs_with_enough_seeds_judge():
+    small, large = latent_as_good("short"), latent_as_good("claims", seeds=2, change=0.03)
+    assert verdict_on(small + large) is ClaimVerdict.SHOWN
+    assert verdict_on(small + latent_as_good("claims", change=0.03)) is ClaimVerdict.CONTRADICTED
+    unfinished = [one for one in latent_as_good("claims", change=0.03) if one.arm != "MLA-24"]
+    assert verdict_on(small + unfinished) is ClaimVerdict.SHOWN  # the larger runs lack a control, so they wait for it
+    [card] = cards.make(["L6"], runs.best(small))
+    [part] = card.facts()["parts"]
+    assert (part["seeds"], part["size"]) == (3, "network 128 wide, 4 layers, 500K tokens read")
+
+
+def test_one_seed_beside_the_committed_ones():
+    held = latent_as_good()
+    for change, agrees in ((-0.004, True), (0.02, False)):
+        own = latent_as_good(seeds=1, change=change)
+        judged, again, wrong = results.evidence("default", held, own)
+        [card] = cards.make(["L6"], judged, again)
+        assert card.verdict is ClaimVerdict.SHOWN and not wrong  # the committed seeds decide
+        assert card.facts()["parts"][0]["this_run"]["agrees"] is agrees
+        said = "as expected" if agrees else "outside the 95"
+        assert said in cards.describe([card]) and said in page._card(card) and "3 runs" in page._card(card)
+    smaller = [result(arm, 1, "nano", bpb=2.0) for arm in ("ref", "MHA")]
+    judged, again, _ = results.evidence("quick", held, smaller)
+    [card] = cards.make(["L6"], judged, again)  # another size is no reason to expect the same value
+    assert card.facts()["parts"][0]["this_run"].keys() == {"value", "size"}
+    said = cards.describe([card]) + page._card(card)
+    assert said.count("network 64 wide, 2 layers, 250K tokens read") == 2
+    assert "as expected" not in said and "prediction interval" not in said
+
+
+def test_of_two_sources_the_one_with_more_seeds_judges():
+    held = latent_as_good(seeds=1)
+    judged, again, _ = results.evidence("default", held, latent_as_good(seeds=3, change=0.03))
+    [card] = cards.make(["L6"], judged, again)
+    assert card.verdict is ClaimVerdict.CONTRADICTED and card.facts()["parts"][0]["seeds"] == 3
+    assert not any(again.values())  # seeds that decide are not compared with themselves
+    judged, _, _ = results.evidence("default", held, latent_as_good(seeds=1, change=0.03))
+    assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.PART  # on a tie the committed seeds decide
+    for tier in ("default", "full"):
+        judged, _, _ = results.evidence(tier, latent_as_good(), latent_as_good(change=0.03))
+        assert cards.make(["L6"], judged)[0].verdict is ClaimVerdict.SHOWN
+
+
+def test_the_arms_of_a_seed_come_from_one_source():
+    """Times are compared within a machine, and a control shares the arm that it is compared with."""
+    held, other = latent_as_good(), latent_as_good(seeds=4, change=0.03)
+    [kept] = results.evidence("default", held, [])[0]["L6"].values()
+
+    def found(own: list[ArmResult], held: list[ArmResult] = held) -> Measured | None:
+        return results.evidence("full", held, own)[0].get("L6", {}).get("bpb(ref) / bpb(MHA) - 1")
+
+    mha = [one for one in other if one.arm == "MHA"]
+    died = [ArmResult(**vars(one) | {"metrics": {}, "diverged": "it did not recover"}) for one in mha]
+    for own in (mha, died):
+        assert found(own) == kept and [*results.evidence("default", held, own)[0]["L6"].values()] == [kept]
+    bare = found([one for one in other if one.arm in ("ref", "MHA")])  # without controls: only its fourth seed is new
+    assert bare.values[:3] == kept.values and bare.values[3] > 0.02 and bare.positive == kept.positive
+    assert min(found(other).values) > 0.02
+    assert found(mha, [one for one in held if one.arm != "MHA"]) is None
+
+
+@pytest.mark.parametrize(
+    ("held", "own", "saved"),
+    [
+        ({1: "ref MHA"}, {2: "ref MHA", 3: "ref MHA"}, {1: "", 2: "ref MHA", 3: "ref MHA"}),  # new seeds
+        ({1: "ref MHA"}, {1: "ref", 2: "ref"}, {1: "", 2: "ref"}),  # a part of a seed replaces nothing
+        ({1: "ref MHA"}, {1: "ref MHA", 2: "ref MHA"}, {1: "ref MHA", 2: "ref MHA"}),  # more seeds
+        ({1: "ref"}, {1: "ref MHA"}, {1: "ref MHA"}),  # the whole seed of which there was a part
+        ({1: "ref"}, {1: "MHA"}, {1: "MHA"}),  # its other part
+        ({1: "ref MHA"}, {1: "ref DACT DTOT", 2: "ref"}, {1: "DACT DTOT", 2: "ref"}),  # neither has all arms
+    ],
+)
+def test_saved_seeds_are_whole(held, own, saved):
+    """`saved`: the arms that come from `own`."""
+
+    def made(seeds: dict[int, str], bpb: float) -> list[ArmResult]:
+        return [result(arm, seed, bpb=bpb) for seed, arms in seeds.items() for arm in arms.split()]
+
+    joined = runs.joined(made(held, 2.0), made(own, 3.0))
+    ours = {seed: " ".join(one.arm for one in joined if one.seed == seed and one.metrics["bpb"] == 3) for seed in saved}
+    assert ours == saved and {one.seed for one in joined} == {*held, *own}
+
+
+def test_what_stands_beside_a_rule_changes_no_verdict():
+    found = latent_as_good()
+    worse = [result("MHA-norm", seed, bpb=1.9 + 0.001 * seed) for seed in (1, 2, 3)]  # MLA is 5 % worse than this arm
+    [card] = cards.make(["L6"], runs.best(found + worse))
+    [one] = card.beside
+    assert card.verdict is ClaimVerdict.SHOWN and len(card.findings) == 1
+    assert one.outcome is Outcome.FAILS and one.interval.low > 0.03 and one.seeds == 3
+    assert "whose keys and values are normalised" in page._card(card) and "beside the rule: " in cards.describe([card])
+    assert card.facts()["beside"][0]["outcome"] == "fails"
+    [alone] = cards.make(["L6"], runs.best([one for one in found + worse if one.arm != "MHA"]))
+    assert alone.verdict is ClaimVerdict.NOT_RUN and alone.beside  # the rule's own part has not been run
+    [earlier] = cards.make(["Z3"], {"Z3": {"pass@1, right - form, points": Measured([50.0])}})
+    assert earlier.earlier is not None and len(earlier.beside) == 1
+
+
+def test_noise_and_spikes_are_differences_of_differences():
+    bits = {"ref": 2.0, "NOISE": 2.1, "DACT": 2.1, "NOISE-DACT": 2.3, "HALF": 2.9, "ref'": 2.01, "NOISE'": 2.11}
+    noise = [result(arm, seed, bpb=one + 0.001 * seed) for arm, one in bits.items() for seed in (1, 2, 3)]
+    how = pretrain.METRICS["M15", "loss by noise: ref - DACT"].measured(Runs(noise))
+    assert how.values == pytest.approx([-0.1] * 3) and how.positive == pytest.approx([-0.8] * 3)
+    assert how.negative == pytest.approx([0.0] * 3, abs=1e-9) and verdict_on(noise, "M15") is ClaimVerdict.SHOWN
+    jumps = {"spikes-ref": 3, "spikes-DACT": 0, "spikes-TEN": 9, "spikes-ref'": 3}
+    found = [result(arm, seed, spikes=n + seed % 2) for arm, n in jumps.items() for seed in (1, 2, 3)]
+    assert verdict_on(found, "M20") is ClaimVerdict.SHOWN
+    calm = [one for one in found if one.arm != "spikes-TEN"] + [result("spikes-TEN", n, spikes=3) for n in (1, 2, 3)]
+    assert verdict_on(calm, "M20") is ClaimVerdict.NOT_SHOWN  # the control has no more spikes: they would go unnoticed
+    heads = {"MULTI-MHA": 0.3, "MULTI-ONE": 0.5, "MULTI": 0.4, "MULTI'": 0.4}
+    many = [result(arm, seed, overfit=one + 0.001 * seed) for arm, one in heads.items() for seed in (1, 2, 3)]
+    assert verdict_on(many, "L2") is ClaimVerdict.SHOWN
+
+
+def test_spikes_are_counted_in_the_run_beside_even_if_it_diverged(tmp_path):
+    [job] = [job for job in pretrain.jobs("default") if job.arm == "spikes-TEN"]
+    folder = tmp_path / job.donor / runner.RUN
+    folder.mkdir(parents=True)
+    lines = [{"stage": "pretrain", "values": {"train/loss": 5.0 + 0.1 * (step % 2)}} for step in range(40)]
+    lines += [
+        {"stage": "pretrain", "values": {"train/loss": 9.0}},
+        {"stage": "pretrain", "values": {"train/skipped": 1}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runner.run_job(job, tmp_path).metrics == {"spikes": 2}
+
+
+def test_a_diverged_arm_is_a_result():
+    held = [one for one in latent_as_good() if (one.arm, one.seed) != ("MHA", 2)]
+    held.append(ArmResult("pretrain", "MHA", 2, "short", "", "", {}, diverged="training does not recover"))
+    assert Runs(held).diverged == {"MHA": [2]} and Runs(held).seeds("ref", "MHA") == [1, 3]
+    assert verdict_on(held) is ClaimVerdict.PART  # two seeds are left
+
+
+def test_chance_that_differs_too_much_fails():
+    assert runs.different(latent_as_good()) == []
+    apart = [
+        result(arm, seed, bpb=2 + shift + 0.0001 * seed)
+        for arm, shift in (("ref", 0), ("ref'", 0.1))
+        for seed in (1, 2, 3)
+    ]
+    assert "A/A test: bpb of ref and ref' differ" in runs.different(apart)[0]
+
+
+def test_the_worst_part_is_chosen_by_other_seeds():
+    """With no real difference its mean is then 0; choosing each seed's own worst part would be biased."""
+    noise, found, own = random.Random(1), [], []
+    for _ in range(300):
+        seeds = [tuple({f"bpb_{part}": noise.gauss(0, 1) for part in SHARES} for _ in range(2)) for _ in range(3)]
+        found += worst_part(seeds)
+        own += [worst_part([one])[0] for one in seeds]
+    assert abs(sum(found) / len(found)) < 0.2 and sum(own) / len(own) > 1.5
+
+
+def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
+    good = result("ref", 1, bpb=2.0)
+    other_rules = ArmResult(**{**vars(good), "seed": 2, "rules": "0" * 64})
+    other_arm = ArmResult(**{**vars(good), "seed": 3, "settings": "0" * 16})
+    gone = ArmResult(**{**vars(good), "arm": "GONE"})
+    for place, one in enumerate((good, other_rules, other_arm, gone)):
+        (tmp_path / str(place)).mkdir()
+        results.write(tmp_path / str(place), one)
+    read = results.finished(tmp_path)
+    assert read.results == [good]
+    said = " ".join(read.left_out)
+    assert "ref seed 2 ran under other rules (000000000000" in said and "ref seed 3 ran with other settings" in said
+    assert "GONE seed 1 no longer exist" in said
+    [path] = results.save(read.results, tmp_path / "kept")
+    assert [ArmResult(**entry) for entry in json.loads(path.read_text())] == [good]
+    later = result("ref", 2, bpb=2.1)
+    results.save([later], tmp_path / "kept")
+    assert results.committed(tmp_path / "kept").results == [good, later]
+    path.write_text("{")
+    with pytest.raises(UserError, match="is no file of results"):
+        results.save([later], tmp_path / "kept")
+    (tmp_path / "0" / results.FILE).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        results.finished(tmp_path)
+
+
+def test_committed_results_are_of_todays_rules_and_arms():
+    read = results.committed()
+    assert read.left_out == [] and all(one.metrics or one.diverged for one in read.results)
+    assert len(runs.joined(read.results, [])) == len(read.results), "one result per arm and seed"
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_runs_in_its_own_process_and_once(tmp_path):
+    jobs = [job for job in pretrain.jobs("quick") if job.arm == pretrain.SPEED]
+    said: list[str] = []
+    assert runner.run(jobs, "quick", tmp_path, 2, said.append) == []
+    one = results.of_job(jobs[0], tmp_path / jobs[0].name)
+    assert one is not None and set(one.metrics) == {"ref/DACT", "MHA/ref", "ref/ref"}
+    assert one.facts["torch"] and one.metrics["ref/ref"] > 0
+    said.clear()
+    runner.run(jobs, "quick", tmp_path, 2, said.append)
+    assert said == [] and runner.done(jobs[0], tmp_path)
+
+
+class _Part:
+    METRICS, SHAPE, SIZES, SAME = {}, {"quick": "s"}, {"s": ""}, None
+
+    def __init__(self, fails: str):
+        self.fails = fails
+
+    def measure(self, job, folder):
+        raise UserError(self.fails)
+
+
+def test_a_run_that_does_not_recover_has_a_result_and_any_other_error_none(tmp_path, monkeypatch):
+    job = ArmJob("pretrain", "x", 1, "s", {}, 1.0)
+    monkeypatch.setattr(runner, "part", lambda name: _Part("training does not recover: 3 non-finite steps"))
+    assert runner.run_job(job, tmp_path).diverged.startswith("training does not recover")
+    assert results.read(tmp_path / job.name).metrics == {}
+    monkeypatch.setattr(runner, "part", lambda name: _Part("disk full"))
+    (tmp_path / job.name / results.FILE).unlink()
+    with pytest.raises(UserError, match="disk full"):
+        runner.run_job(job, tmp_path)
+    assert results.read(tmp_path / job.name) is None
+
+
+def test_a_job_that_fails_takes_those_that_need_it_with_it(tmp_path):
+    broken = ArmJob("pretrain", "nobody", 1, "nano", {}, 1.0)
+    after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
+    failed = runner.run([broken, after], "quick", tmp_path, 2, lambda line: None)
+    assert [one.job.arm for one in failed] == ["nobody", "later"] and f"{broken.name} failed" in failed[1].why

@@ -1,0 +1,48 @@
+"""Writes docs/claims.html, and its counts in both READMEs, from the committed results.
+
+    python claims/tools/page.py [--runs runs/claims]
+
+With --runs, the finished runs in that folder are first added to the committed results. A test fails when this is due.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from bessemer_claims import cards, page, phrases, results
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "claims.html"
+READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+
+
+def tallies(made: list[cards.Card]) -> list[str]:
+    """The counts of verdicts as the READMEs print them: English, Chinese."""
+    names, numbers = phrases.words()["verdict"], cards.counts(made)
+    english = ", ".join(f"{number} {names[verdict][0]}" for verdict, number in numbers.items())
+    return [english, "，".join(f"{names[verdict][1]} {number} 条" for verdict, number in numbers.items())]
+
+
+def main(runs: Path | None) -> None:
+    if runs is not None:
+        found = results.finished(runs)
+        for sentence in found.left_out:
+            print(sentence, file=sys.stderr)
+        if not found.results:
+            sys.exit(f"no finished runs in {runs}; its folders hold result.json")
+        results.save(found.results, results.COMMITTED)
+    made = page.committed()
+    PAGE.write_text(page.document(made), encoding="utf-8")
+    for readme, tally in zip(READMES, tallies(made), strict=True):
+        form = re.sub(r"\d+", r"\\d+", re.escape(tally))
+        text, changed = re.subn(form, tally, readme.read_text(encoding="utf-8"))
+        assert changed == 1, f"{readme.name} has no sentence like: {tally}"
+        readme.write_text(text, encoding="utf-8")
+        print(tally)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, help="finished runs to join to the committed results first")
+    main(parser.parse_args().runs)
