@@ -162,14 +162,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "serve/run_follower.py",
         "cli/many.py",
     ),
-    "claims": (
-        "claims/*",
-        "cli/claims.py",
-        "plan/audit.py",
-        "plan/credibility.py",
-        "plan/validate.py",
-        "plan/chance.py",
-    ),
     "examples": ("examples/*",),
 }
 
