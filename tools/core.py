@@ -164,6 +164,8 @@ ADDONS: dict[str, tuple[str, ...]] = {
     ),
     "examples": ("examples/*",),
 }
+PROJECTS = ("claims",)
+"""Folders of the repository that use the package; a copy without an add-on leaves them out."""
 
 
 def part(path: Path) -> str:
@@ -231,7 +233,7 @@ def copy_without(removed: set[str], target: Path) -> list[Path]:
     left_out = {path for path in tests if _reaches(path, modules, helpers, set())}
     kept_rooms = {path.parent for path in parts() if path not in gone}
     for path in files:
-        if path in gone or path in left_out:
+        if path in gone or path in left_out or path.relative_to(ROOT).parts[0] in PROJECTS:
             continue
         if path.is_relative_to(PACKAGE) and path.suffix != ".py" and not _has_code(path, kept_rooms):
             continue  # an add-on's own data
@@ -299,6 +301,10 @@ def main() -> None:
     for name in ["core", *ADDONS]:
         own = [path for path, its in sorting.items() if its == name]
         print(f"{name:12} {sum(lines[path] for path in own):7,} lines {len(own):4} files")
+    for name in PROJECTS:
+        own = list((ROOT / name / "src").rglob("*.py"))
+        total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in own)
+        print(f"{name:12} {total:7,} lines {len(own):4} files, a project beside the package")
     rooms = Counter(
         (relative[0] if len(relative := path.relative_to(PACKAGE).parts) > 1 else "top")
         for path, name in sorting.items()

@@ -21,6 +21,7 @@ LLAMA = ModelShape(128256, 8192, 80, 80, 28672, heads=64, kv_heads=8)
 PLAIN = Setup(LLAMA, Layout(8, 8), device("H100"), "1f1b", 16, 1, 8192)
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_planner_says_now():
     page = Path(__file__).parents[2] / "docs" / "planner.md"
     assert page.read_text(encoding="utf-8") == planner_page.page(), (

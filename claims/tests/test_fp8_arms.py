@@ -18,6 +18,7 @@ def test_formats_differ_in_nothing_else():
     assert [job.donor for job in jobs[:3]] == [None, "fp8-whole-bf16-1", "fp8-whole-bf16-1"]
 
 
+@pytest.mark.slow
 def test_a_pair_of_runs_gives_two_gaps(tmp_path):
     [job] = [one for one in fp8.jobs("default") if one.arm == "unscaled"]
     made = job.recipe()

@@ -19,6 +19,7 @@ def test_bytes_of_the_allocator_are_those_of_the_formula(recipe):
     assert numerics.kept_bytes(cfg, 2, 64, recipe, 0) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_rank_of_two_holds_half_of_the_optimizer(monkeypatch):
     found = replicas.numbers(1)
     assert found["share"] == pytest.approx(0.5, abs=0.01) and found["losses apart"] < 1e-6

@@ -374,6 +374,7 @@ def test_committed_results_are_of_todays_rules_and_arms():
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_runs_in_its_own_process_and_once(tmp_path):
     jobs = [job for job in pretrain.jobs("quick") if job.arm == pretrain.SPEED]
     said: list[str] = []
@@ -408,6 +409,7 @@ def test_a_run_that_does_not_recover_has_a_result_and_any_other_error_none(tmp_p
     assert results.read(tmp_path / job.name) is None
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_takes_those_that_need_it_with_it(tmp_path):
     broken = ArmJob("pretrain", "nobody", 1, "nano", {}, 1.0)
     after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
