@@ -86,7 +86,7 @@ run sft.toml --set main=bas | main = "bas" is no stage with a model; did you mea
 run sft.toml --set sft.lr=nan | key "lr" is NaN
 run tiny --set zero.rollout=5 | key "rollout" is 5 (a whole number), expected a table; did you mean "rollouts"?
 run tiny --set zero.rollout=5 | --set zero.rollout=5: [[stage]] "zero" (kind rl): key "rollout"
-run tiny --set zero.rollout.rows=x | --set zero.rollout.rows=x: [[stage]] "zero" (kind rl): key "rollout.rows"
+run tiny --set zero.rollout.workers=x | --set zero.rollout.workers=x: [[stage]] "zero" (kind rl): key "rollout.workers"
 run tiny --set zero.ahead=x | --set zero.ahead=x: [[stage]] "zero" (kind rl): key "max_off_policy_rollouts"
 run tiny --set zero.rolouts=4 | --set zero.rolouts=4: [[stage]] "zero" (kind rl): unknown key "rolouts"; did you mean
 run tiny --set zero.from=bas | --set zero.from=bas: [[stage]] "zero": from = "bas" does not exist

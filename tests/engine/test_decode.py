@@ -172,11 +172,11 @@ def test_copies_share_full_pages_and_go_their_own_ways(model, prompts):
     )
     assert cache.pages.total - cache.pages.available == 1 + 3 + 3
     rows = go_on(model, cache, [rows[0]] * 3 + [rows[1]] * 3, 3)
-    kept = cache.keep(torch.tensor([False, True, False, True, False, True]))
-    rows = [rows[b] for b in kept.tolist()]
+    kept = cache.keep([False, True, False, True, False, True])
+    rows = [rows[b] for b in kept]
     assert len(cache.row_pages) == 3 and cache.pages.total - cache.pages.available == 2 + 1 + 1
     go_on(model, cache, rows, 2)
-    cache.keep(torch.zeros(3, dtype=torch.bool))
+    cache.keep([False] * 3)
     assert cache.pages.total == cache.pages.available
 
 
@@ -187,7 +187,7 @@ def test_a_full_cache_says_so_and_stays_as_it_is(model):
     with pytest.raises(CacheFull):
         cache.extend(held, 100)
     assert held.pages == [] and cache.free_pages() == 1 and cache.pages_needed([65, 65]) == 2
-    cache.keep(torch.tensor([True, False]))
+    cache.keep([True, False])
     cache.extend(held, 100)
     assert cache.free_pages() == 0
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from drain import drain
 from test_scheduler import alone, requests
-from test_static_drafts import warmed
-from test_static_steps import MadeUp, Transfers, as_gpu, same
 
 from bessemer.data.chat import render_ids
-from bessemer.engine import device_runner, hf_decode, hf_static
+from bessemer.engine import hf_decode
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.sequence import Request, SamplingParams
+from bessemer.engine.sequence import Request
 from bessemer.engine.terminal_chat import Conversation
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
@@ -27,7 +25,6 @@ from hf_cases import made, tokens
 
 from bessemer.hf.hf_tokenizer import load_tokenizer
 
-__all__ = ["as_gpu"]
 torch.set_num_threads(1)
 KINDS = ("llama", "qwen2", "gpt2", "mixtral", "gemma3")
 LENGTHS = (1, 2, 5, 5, 9, 17, 33, 70)
@@ -54,9 +51,8 @@ def prompts():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts, as_gpu):
-    """Prompts of different lengths together; rows end at different steps, by length and by the stop id. On the GPU's
-    path rows are also refilled, and grow."""
+def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts):
+    """Prompts of different lengths together; rows end at different steps, by length and by the stop id."""
     window = {"sliding_window": 128} if kind == "gemma3" else {}
     engine = Engine(model(kind, **window), tokenizer)
     stop = tokenizer.eos_id
@@ -73,14 +69,6 @@ def test_greedy_tokens_are_those_of_transformers(kind, tokenizer, prompts, as_gp
         assert list(completion.tokens) == theirs[0, len(prompt) :].tolist()
         reasons.add(completion.finish_reason)
     assert "length" in reasons
-    as_gpu(warmed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_static, "FIRST", 40)
-        engine.rows, engine.keeps_memory = 5, True
-        again = engine.generate(prompts, max_new_tokens=40, temperature=0)
-    same(again, found)
-    steps = engine._steps
-    assert (steps.rows, steps.stored[0][0].shape[2], steps.row_tokens) == (5, 128, 128) and steps._graphs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,11 +89,10 @@ def test_logprobs_are_those_of_the_trainer(kind, temperature, tokenizer, prompts
             assert (expected - torch.tensor(completion.logprobs)).abs().max() < 3e-5
 
 
-def test_samples_of_static_steps_are_those_of_fixed_batches(engine, prompts, as_gpu):
-    """Through the scheduler, with every sampling rule, penalties and a row of NaN."""
+def test_requests_through_the_scheduler_get_what_they_would_get_alone(engine, prompts):
+    """With every sampling rule, penalties and a row of NaN."""
     wanted = requests(prompts)[::2]
     expected = [alone(engine, one) for one in wanted]
-    as_gpu()
     scheduler = Scheduler(engine, rows=4)
     with torch.no_grad():
         engine.model.embed.weight[VOCABULARY - 1] = float("nan")
@@ -115,27 +102,6 @@ def test_samples_of_static_steps_are_those_of_fixed_batches(engine, prompts, as_
     for (events, end), one in zip(results[1:], expected, strict=True):
         assert [event.token for event in events] == list(one.tokens) and end.reason == one.finish_reason
         assert [event.logprob for event in events] == pytest.approx(one.logprobs, abs=2e-5)
-    assert scheduler.runner.steps.stored[0][0].isfinite().all()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
-def test_a_step_waits_for_the_device_once(kind, tokenizer, monkeypatch):
-    """On the meta device, with transformers' part included."""
-    monkeypatch.setattr(device_runner, "Fetch", MadeUp)
-    monkeypatch.setattr(MadeUp, "reads", [])
-    window = {"sliding_window": 128} if kind == "gemma3" else {}
-    scheduler = Scheduler(Engine(model(kind, **window).to("meta"), tokenizer), rows=2)
-    assert isinstance(scheduler.runner, device_runner.DeviceRunner)
-    for k in range(3):
-        sampling = SamplingParams((0.0, 1.0, 0.8)[k], top_p=0.9 if k == 2 else 1.0)
-        scheduler.add(Request((3, 4, 5) * (1 + 20 * (k % 2)), k, 4, sampling, stop_ids=()))
-    steps = 0
-    with Transfers():
-        while not scheduler.idle:
-            scheduler.step()
-            steps += 1
-            assert len(MadeUp.reads) == steps
-    assert steps > 7
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(engine, prompts):
@@ -208,8 +174,8 @@ def test_rows_that_leave_take_their_slots_along():
     (layer,) = cache.layers
     states = torch.arange(4.0)[:, None, None, None].expand(4, 2, 3, 5).clone()
     layer.update(states, states + 10)
-    source = cache.keep(torch.tensor([False, True, False, True]))
-    assert source.tolist() == [3, 1] and cache.rows == 2
+    source = cache.keep([False, True, False, True])
+    assert source == [3, 1] and cache.rows == 2
     seen = cache.start_step(torch.tensor([3, 70]))
     keys, values = layer.update(torch.full((2, 2, 1, 5), 7.0), torch.full((2, 2, 1, 5), 8.0))
     assert keys.shape == (2, 2, 71, 5) and seen.sum(1).tolist() == [4, 71]

@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from bessemer.engine import row_sampling
-from bessemer.engine.kept_tokens import words
 from bessemer.engine.random_streams import stream_key, uniform
 from bessemer.engine.sampling import (
     RejectedDrafts,
-    SampledTokens,
     inverse_cdf,
     most_likely,
     probabilities,
@@ -96,18 +93,10 @@ def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, 
     key, position = torch.arange(40), torch.arange(40) * 7
     for params in PARAMS[1:]:
         rules = torch.tensor([[params.temperature, params.top_p, params.top_k, params.min_p]] * 40, dtype=torch.float64)
-        u, form = uniform(key, position), row_sampling.form_of([params])
-
-        def by_rows(logits, kept, form=form, rules=rules):
-            mask_BW = torch.zeros(40, words(66), dtype=torch.int64)
-            form = form._replace(kept=kept)
-            found_B3 = row_sampling.sample(logits, 66, rules, key, position, form, kept_BW=mask_BW)
-            return SampledTokens(found_B3[:, 0].long(), *found_B3[:, 1:].float().unbind(-1), mask_BW)
-
+        u = uniform(key, position)
         forms = (
             lambda logits, kept, rules=rules: sample_rows(logits, 66, rules, key, position, kept=kept),
             lambda logits, kept, params=params, u=u: sample(logits.clone(), params, u, 66, kept=kept),
-            by_rows,
         )
         for call in forms:
             alone = call(logits[:, :66].contiguous(), True)
@@ -118,8 +107,6 @@ def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, 
             for logp, temperature in ((plain.logp_B, params.temperature), (found.raw_logp_B, 1.0)):
                 exact = (logits.double() / temperature).log_softmax(-1).gather(1, alone.token_B[:, None]).squeeze(1)
                 torch.testing.assert_close(logp.double(), exact, atol=3e-6, rtol=1e-5)
-        p_BV = row_sampling.probabilities(logits, 66, rules, form)
-        assert torch.equal(p_BV, row_sampling.probabilities(logits[:, :66], 66, rules, form))
 
 
 def test_after_a_refused_draft_what_is_left_is_sampled(instructions):

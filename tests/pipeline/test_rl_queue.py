@@ -1,7 +1,6 @@
 """The RL stage with everything between sampler and trainer switched on: a rollout ahead, routing replay, importance
 weights, dead groups resampled. Killed midway, it ends bit for bit like an uninterrupted run."""
 
-import json
 import math
 import os
 import signal
@@ -11,7 +10,6 @@ import pytest
 import rl_stage
 import torch
 
-from bessemer.engine import room, static_steps
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
@@ -250,24 +248,3 @@ def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
     dense = Transformer(stage.loop().policy.model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
     with pytest.raises(UserError, match="routing_replay has nothing to replay"):
         check_replay("zero", dense)
-
-
-def test_a_rollout_through_the_scheduler_has_the_same_samples(base, whole, tmp_path, monkeypatch):
-    """As on a GPU: static steps, rows refilled as they finish, experts recorded for the updates."""
-    made = []
-    monkeypatch.setattr(static_steps, "serves", lambda model: True)
-    steps = room.make_steps
-    monkeypatch.setattr(room, "make_steps", lambda *sizes: made.append(sizes[2]) or steps(*sizes))
-    monkeypatch.setattr(room, "graphs", lambda device: static_steps.plain)
-    stage = rl_stage.Stage(base, tmp_path / "run", *ALL[:1], *ALL[2:], "rollouts=2", "rollout.rows=3")
-    stage.run()
-    assert made and set(made) == {3}
-
-    def asked(stage):
-        rows = [json.loads(line) for line in (stage.out / "rollouts.jsonl").read_text().splitlines()]
-        return [(row["id"], row["completion"]) for row in rows if row["step"] == 0]
-
-    assert asked(stage) == asked(whole) and len(asked(stage)) > 4
-    for name in ("rl/reward", "rl/length", "rl/dead_groups"):  # the reward is a pure function of a sample's tokens
-        assert stage.values(name)[0] == whole.values(name)[0]
-    assert stage.values("rl/sampler_gap")[0] < 1e-5

@@ -26,7 +26,7 @@ from bessemer.train import setup
 
 COIN = 'reward="random"'
 ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
-       'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2", "rollout.rows=2")  # fmt: skip
+       'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
 
@@ -39,6 +39,12 @@ def leaves(stage):
         for name in TIMES:
             line["values"].pop(name, None)
     return found | {"metrics": facts, "rollouts": (stage.out / "rollouts.jsonl").read_bytes()}
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Two samples each, so that one rollout keeps several workers busy."""
+    monkeypatch.setattr(setup, "batch_rows", lambda samples: 2)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +355,6 @@ def test_the_sampler_makes_no_other_stage_of_it(base, tmp_path):
     assert "rollout" not in plain["settings"] and plain["derived"] == {}
     assert identity("rollout.engine=ray", "rollout.workers=7") == plain
     assert identity("rollout.engine=vllm")["derived"] == {"sampler": "vllm"}
-    assert identity("rollout.rows=64")["derived"] == {"rows": 64}
 
 
 def test_a_cluster_that_is_too_small_or_absent_is_refused(ray, base, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ from multiprocessing import Pipe
 
 import pytest
 
-from bessemer.engine import room, static_steps
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
@@ -20,18 +19,18 @@ ROWS = 8
 
 
 class Gpu:
-    """`memory`: bytes of the whole device. `fail`: the next step raises, and the device then has this much memory.
-    `beside`: bytes of the pools that were alive when others were made."""
+    """`memory`: bytes that the device has for caches. `fail`: the next step raises, and the device then has this much.
+    `beside`: schedulers that were alive when others were made."""
 
     def __init__(self, monkeypatch):
-        self.memory, self.fail = 80 << 20, None
+        self.memory, self.fail = 8 << 20, None
         self.alive, self.beside = weakref.WeakSet(), []
-        made, step = static_steps.StaticSteps.__init__, Scheduler.step
+        made, step = Scheduler.__init__, Scheduler.step
 
-        def noted(steps, *args, **options):
-            self.beside.append(self.held)
-            made(steps, *args, **options)
-            self.alive.add(steps)
+        def noted(scheduler, *args, **options):
+            self.beside.append(len(self.alive))
+            made(scheduler, *args, **options)
+            self.alive.add(scheduler)
 
         def broken(scheduler):
             if self.fail is None:
@@ -40,16 +39,9 @@ class Gpu:
             # this frame holds the scheduler, as those of a real failure do
             raise RuntimeError("CUDA out of memory")
 
-        monkeypatch.setattr(static_steps.StaticSteps, "__init__", noted)
+        monkeypatch.setattr(Scheduler, "__init__", noted)
         monkeypatch.setattr(Scheduler, "step", broken)
-        monkeypatch.setattr(room, "free_bytes", lambda device: self.memory - self.held)
-        monkeypatch.setattr(room, "graphs", lambda device: None)
-        monkeypatch.setattr(room, "host_tokens", lambda *args: None)
-        monkeypatch.setattr(static_steps, "serves", lambda model: True)
-
-    @property
-    def held(self):
-        return sum(pool.nbytes for steps in self.alive for pool in steps.pools)
+        monkeypatch.setattr(worker, "free_bytes", lambda model: self.memory)
 
 
 @pytest.fixture
@@ -99,8 +91,9 @@ def whole(context, n=0):
 
 
 def context_of(gpu, model):
-    context = Scheduler(model, rows=ROWS).longest
-    gpu.alive.clear()
+    tokens = worker.cache_room(model.model, ROWS, gpu.memory)
+    context = Scheduler(model, rows=ROWS, cache_tokens=tokens).longest
+    gpu.beside.clear()
     return context
 
 
@@ -109,7 +102,7 @@ def test_the_new_scheduler_is_as_large_as_the_old_one(gpu, model):
     sizes, advertised, tokens, ends, ended = played(gpu, model, [whole(context), Request((5,), 1, 4)], gpu.memory)
     assert advertised == context < 32768 and len(sizes) == 1 and sizes.pop() >= context
     assert tokens == [3, 4] and ends[0][0] == ends[1][0] == "length" and not ended
-    assert gpu.beside == [0, 0, 0], "the old pools were gone before the new ones came"
+    assert gpu.beside == [0, 0], "the old cache was gone before the new one came"
 
 
 def test_only_what_no_longer_fits_is_lost(gpu, model):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from serving import CONTEXT, running
 
-from bessemer.engine import room
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.scheduler import Scheduler
@@ -50,7 +49,7 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(server):
     assert len({one.key for one in again}) == 256 and [one.key for one in again][:128] == [one.key for one in made]
 
 
-def test_a_cpus_cache_takes_at_most_half_of_what_is_free():
+def test_a_cache_takes_at_most_half_of_what_is_free():
     """DeepSeek-V2-Lite's shape without its weights: rows of full length would take 326 GB."""
     with torch.device("meta"):
         model = Transformer(preset("v2-lite"))
@@ -60,22 +59,22 @@ def test_a_cpus_cache_takes_at_most_half_of_what_is_free():
     )  # on the CPU, of 2 bytes
     per_token = kv_cache_bytes(model.cfg, 2)
     for free in (8 << 30, 64 << 30):
-        tokens = room.host_tokens(model, 64, free)
+        tokens = worker.cache_room(model, 64, free)
         assert 0.49 * free < tokens * per_token <= free / 2
     whole = 64 * model.cfg.max_seq_len
-    assert room.host_tokens(model, 64, 1 << 62) == whole and whole * per_token > 320e9
+    assert worker.cache_room(model, 64, 1 << 62) == whole and whole * per_token > 320e9
     with pytest.raises(UserError, match="no room for a cache"):
-        room.host_tokens(model, 64, 1 << 20)
+        worker.cache_room(model, 64, 1 << 20)
 
 
 def test_a_server_reports_the_context_that_its_memory_holds(r1, monkeypatch):
-    monkeypatch.setattr(worker, "host_room", lambda: 200_000)
+    monkeypatch.setattr(worker, "free_bytes", lambda model: 200_000)
     with running(r1) as small:
         facts = loaded(small).facts
         assert PAGE <= facts.context < facts.own_context == CONTEXT
         answer = small.post("/v1/completions", prompt=[5] * (facts.context - 4), max_tokens=20, ignore_eos=True)
         assert answer.json()["usage"]["completion_tokens"] == 4
-    monkeypatch.setattr(worker, "host_room", lambda: 1 << 40)
+    monkeypatch.setattr(worker, "free_bytes", lambda model: 1 << 40)
     with running(r1) as large:
         assert loaded(large).facts.context == CONTEXT
 

@@ -122,34 +122,6 @@ def check_swiglu_without_weights():
         assert found is wanted is None or close(found, wanted) is None
 
 
-def check_paged_attention():
-    """Rows of 1 to 200 tokens in pages scattered over the pool; all batches but the largest split their pages. Slots
-    that a row does not see, and pages that it does not have, hold NaN."""
-    from bessemer.kernels import paged, triton_paged
-
-    triton_paged.PROGRAMS = 64
-    generator = torch.Generator().manual_seed(0)
-    for lengths, H, C, R in (
-        ([200, 1, 64, 65, 130], 3, 24, 8),
-        ([7] * 16 + [150], 20, 32, 16),
-        ([63], 16, 40, 4),
-        ([70, 2], 2, 8, 2),
-    ):
-        B, pages = len(lengths), 4
-        spread = torch.randperm(B * pages, generator=generator)
-        pool, table = normal(B * pages + 1, 64, C + R), spread.view(B, pages)
-        q, position = normal(B, H, C + R, seed=1), torch.tensor(lengths) - 1
-        wanted = paged.attend_reference(q.double(), pool.double(), table, position, C, 0.3)
-        for row, n in zip(table, lengths, strict=True):
-            pool[row] = (
-                pool[row].flatten(0, 1).masked_fill(torch.arange(256)[:, None] >= n, float("nan")).view(4, 64, -1)
-            )
-        for dtype, bound in ((torch.float32, 2e-6), (torch.float16, 3e-3)):  # the interpreter cannot multiply BF16
-            found = triton_paged.attend(q.to(dtype), pool.to(dtype), table, position, C, 0.3)
-            assert found.dtype == dtype
-            close(found, wanted, bound)
-
-
 def check_losses():
     """With blocks narrower than the vocabulary, which is not a multiple of them."""
     from bessemer.kernels import triton_loss
@@ -206,7 +178,7 @@ def logprobs_are_right(z, target, temperature, bound):
 
 def hopper_kernels():
     """(name, kernel, warps, argument types, constants, and stages if not 3), at V3's widths."""
-    from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm, triton_paged
+    from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm
 
     half, full, whole = "*bf16", "*fp32", "*i64"
     norm = {"x": half, "y": half, "dy": half, "dx": half, "weight": full, "dweight": full, "eps": "fp32"}
@@ -214,11 +186,6 @@ def hopper_kernels():
         block = 1 << (width - 1).bit_length()
         for kernel in (triton_norm._forward, triton_norm._backward):
             yield "norm", kernel, triton_norm._warps(block), norm, {"BLOCK": block}
-    paged = {"table": whole, "position": whole, "part": full, "lse": full, "scale": "fp32"}
-    shape = {"C": 512, "R": 64, "CB": 512, "RB": 64, "PAGE": 64, "HEADS": 16, "SLOTS": triton_paged.SLOTS, "SPLITS": 4}
-    for dtype, number in ((torch.bfloat16, half), (torch.float32, full)):
-        warps, stages = triton_paged.options(dtype).values()
-        yield "paged", triton_paged._attend, warps, {"q": number, "pool": number, **paged}, shape, stages
     heads = {n: half for n in ("q", "kv", "k_rope", "qh", "kh", "vh", "dqh", "dkh", "dvh", "dq", "dkv", "dk_rope")}
     blocks = {"HB": triton_heads.HEADS, "NB": 128, "RB": 32}
     for padded in (128, 256):

@@ -24,7 +24,8 @@ class RolloutConfig(ConfigTable):
     processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; routing_replay and
     correction remove its effect on the updates. vLLM always rounds."""
     workers: int = Field(1, ge=1)
-    """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs."""
+    """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs. Workers in excess
+    of a rollout's batches are idle."""
     gpus: int | None = Field(None, ge=0)
     """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. A Ray cluster that
     the run starts gets the GPUs that the trainer does not use. One of your own does not know which these are, so start
@@ -32,13 +33,10 @@ class RolloutConfig(ConfigTable):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """vLLM: share of a GPU's memory for a worker's weights, cache and workspace together."""
     max_model_len: int | None = Field(None, ge=1)
-    """vLLM: maximum tokens of prompt and answer. Default: the model's context. Less leaves room for more rows."""
+    """vLLM: maximum tokens of prompt and answer. Default: the model's context. Less leaves room for more samples."""
     sleep: bool = False
     """vLLM: release the GPU's memory between batches (the weights wait in the node's memory) and share GPUs with the
     trainer, which needs memory too: lower gpu_memory_utilization. Without it, vLLM has GPUs of its own."""
-    rows: int = Field(0, ge=0)
-    """Samples decoded together. 0: on a GPU, as many as its memory holds at full length; on a CPU, half the rollout or,
-    from 512 samples on, a quarter, between 64 and 512. Workers in excess of a rollout's batches are idle."""
 
 
 class RLConfig(AskingConfig, OnPolicyConfig):

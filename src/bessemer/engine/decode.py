@@ -12,8 +12,8 @@ The routed experts give the same bits as `model.experts.expert_ffn` without grad
 handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
 rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times faster at 64 or fewer.
 
-`new_cache`, `prefill` and `step` dispatch on the model's type; `hf_decode` registers the versions for foreign models,
-whose cache has the interface of `LatentCache`.
+`new_cache`, `token_bytes`, `prefill` and `step` dispatch on the model's type; `hf_decode` registers the versions for
+foreign models, whose cache has the interface of `LatentCache`.
 
 Shapes: B rows, T tokens of each, N real tokens, M routed rows in expert order, S slots, D hidden, H heads, X = C + R,
 E experts, K experts per token, F expert inner width, L sparse layers, V vocabulary.
@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.engine.kv_cache import LatentCache, OwnPages, PromptPages, RowGroup
-from bessemer.engine.transfer import indices, to_device
-from bessemer.kernels import attention, paged
+from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup, indices
+from bessemer.kernels import attention
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA, rotate
@@ -95,6 +94,12 @@ def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False
     return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
 
 
+@singledispatch
+def token_bytes(model: Model, drafts: int = 0) -> int:
+    """Bytes of a token in a cache for `drafts` drafts per step."""
+    return sum(pool.shape[-1] * pool.element_size() for pool in new_cache(model, drafts=drafts).layers)
+
+
 def prefill_all(
     model: Model, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
 ) -> list[Tensor]:
@@ -143,9 +148,8 @@ def _prefill_whole(
     lengths = [chunk.end for chunk in chunks]
     T = max(lengths)
     tokens_BT = indices([[*chunk.prompt.ids, *[0] * (T - chunk.end)] for chunk in chunks], device)
-    length_B = torch.tensor(lengths)
-    real_N = to_device((torch.arange(T) < length_B[:, None]).flatten().nonzero().squeeze(-1), device)
-    length_B = to_device(length_B, device)
+    real_N = indices([b * T + t for b, length in enumerate(lengths) for t in range(length)], device)
+    length_B = indices(lengths, device)
     rope = model.rope_table(T)
     last_B = length_B - 1
     row_B = torch.arange(len(chunks), device=device)
@@ -255,7 +259,7 @@ def layer_step(
     x_BTD: Tensor,
     rope: Tensor,
     cache: LatentCache,
-    groups: Sequence[RowGroup] | OwnPages,
+    groups: Sequence[RowGroup],
     slot_N: Tensor,
     trace: RoutingTrace | None = None,
 ) -> Tensor:
@@ -275,16 +279,12 @@ def absorbed_queries(attn: MLA, u_BTD: Tensor, rope: Tensor) -> Tensor:
     return q_NHX.view(u_BTD.shape[0], -1, q_NHX.shape[-1])
 
 
-def attend(
-    q_BQX: Tensor, cache: LatentCache, index: int, groups: Sequence[RowGroup] | OwnPages, cfg: ModelConfig
-) -> Tensor:
+def attend(q_BQX: Tensor, cache: LatentCache, index: int, groups: Sequence[RowGroup], cfg: ModelConfig) -> Tensor:
     """The attention output of every query, [B, T * H, X].
 
     Keys and values are the same tensor, read once; the rotary columns of the value are computed and discarded, which is
-    cheaper than separate products. (With `OwnPages` they are left out: [B, H, C].)
+    cheaper than separate products.
     """
-    if isinstance(groups, OwnPages):
-        return paged.attend(q_BQX, cache.layers[index], *groups, cfg.kv_lora_rank, cfg.softmax_scale)
     outputs = [_attend(q_BQX, cache.read(index, group), group, cfg.n_heads, cfg.softmax_scale) for group in groups]
     if len(outputs) == 1:  # one group contains all rows in order
         return outputs[0]

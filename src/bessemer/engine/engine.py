@@ -1,9 +1,8 @@
 """`Engine` turns prompts into completions, for RL rollouts, evaluation, `bessemer generate` and chat.
 
-On a CPU, samples run in static batches, with one prefill per distinct prompt in a batch (a prompt's samples are split
-only if they exceed a batch). Batches go to processes, one per core, whose kernels gain nothing from refilled rows. On a
-GPU, all samples of a call go through one `Scheduler`, as many at a time as memory holds. Results depend on neither:
-every sample has its own random stream, identified by the seed, the prompt's tokens and the sample's number.
+Samples run in fixed batches, with one prefill per distinct prompt in a batch (a prompt's samples are split only if they
+exceed a batch). On a CPU batches go to processes, one per core. Results do not depend on either: every sample has its
+own random stream, identified by the seed, the prompt's tokens and the sample's number.
 
 Shapes: B live sequences, L sparse layers, K experts per token.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from bessemer import heartbeat
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import generation, room, static_steps
+from bessemer.engine import generation
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.generation import (
     Completion,
@@ -30,37 +29,19 @@ from bessemer.engine.generation import (
     OnTokens,
     Options,
     Prompt,
-    Sample,
 )
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.sequence import (
-    Finished,
-    Sequence,
-    Token,
-    cut_at_stop,
-    stop_strings,
-)
+from bessemer.engine.sequence import Sequence, cut_at_stop, stop_strings
 from bessemer.engine.speculative import check_drafts
-from bessemer.engine.static_steps import Steps
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
 from bessemer.hf.hf_tokenizer import load_tokenizer
 from bessemer.model.transformer import evaluating
 from bessemer.precision import probe
 from bessemer.workers import Workers
-
-PREFILL = 8192
-"""The most prompt tokens that a step prefills when the samples of a call go through a scheduler."""
-GATHER = 16
-"""One in this many rows may be idle until prompts are prefilled together: each prefill takes as many launches as
-several steps."""
-FEW = 8
-"""Up to this many rows, steps kept between calls have room for the whole context."""
 
 
 class Engine:
@@ -79,11 +60,6 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
-        self.rows = 0
-        """Samples that decode together on a GPU; 0: as many as its memory holds."""
-        self.keeps_memory = False
-        """Whether buffers and graphs stay on the GPU between calls; set it only if nothing else needs the memory."""
-        self._steps: Steps | None = None
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -98,7 +74,7 @@ class Engine:
         called as `OnText` says; for samples of another process, when that process has finished their batch.
         """
         plan = self.plan(prompts, on_tokens=on_tokens, **options)
-        if on_tokens is None and self.workers.n > 1 and not self._continuous(plan.batches):
+        if on_tokens is None and self.workers.n > 1:
             return plan.gather(plan.announced(self.workers.map(self.run, plan.batches), on_text))
         return plan.gather(self.run_all(plan.batches, on_text))
 
@@ -119,80 +95,8 @@ class Engine:
         return self.run_all([batch])[0]
 
     def run_all(self, batches: abc.Sequence[GenerationBatch], on_text: OnText | None = None) -> list[list[Completion]]:
-        """`run` for every batch, in this process: one after another, or all together on a GPU."""
-        if self._continuous(batches):
-            try:
-                return self._run_continuously(batches, on_text)
-            finally:
-                if not self.keeps_memory:
-                    self.release()
+        """`run` for every batch, one after another in this process."""
         return [self._run_batch(batch, on_text) for batch in batches]
-
-    def release(self) -> None:
-        """Frees the GPU memory that `keeps_memory` holds."""
-        if self._steps is not None:
-            self._steps = None
-            torch.cuda.empty_cache()
-
-    def _continuous(self, batches: abc.Sequence[GenerationBatch]) -> bool:
-        return bool(batches) and static_steps.serves(self.model)
-
-    def _run_continuously(
-        self, batches: abc.Sequence[GenerationBatch], on_text: OnText | None
-    ) -> list[list[Completion]]:
-        """Runs all samples through one scheduler; those of a batch are queued one after another."""
-        samples = [(batch, sample) for batch in batches for sample in batch.samples]
-        record = RoutingRecord() if any(batch.record_routing for batch in batches) else None
-        with evaluating(self.model), torch.inference_mode():
-            longest = max(len(s.request.prompt) + s.request.max_new_tokens for _, s in samples)
-            drafts = batches[0].drafts
-            steps = self._steps_for(self.rows or len(samples), longest, drafts)
-            # prompts with a cached prefix would be prefilled one by one, which costs more than recomputing it
-            scheduler = Scheduler(
-                self, rows=steps.rows, prefill_tokens=PREFILL, drafts=drafts, steps=steps, record=record,
-                prefix_cache=False, gather=max(1, steps.rows // GATHER), kept=batches[0].record_kept,
-            )  # fmt: skip
-            started = [(batch, sample, scheduler.start(sample.request)) for batch, sample in samples]
-            by_ticket = {sequence.number: (batch, sample) for batch, sample, sequence in started}
-            sequences = {sequence.number: sequence for *_, sequence in started}
-            while not scheduler.idle:
-                heartbeat.beat()
-                events = scheduler.step()
-                if failed := [e for e in events if isinstance(e, Finished) and e.reason == "error"]:
-                    bad = next(s for *_, s in started if s.number == failed[0].ticket)
-                    raise not_finite(len(failed), len(scheduler.runner.sequences) + len(failed), len(bad.tokens) + 1)
-                _pass_on(events, by_ticket)
-                for event in events:
-                    if on_text is not None and isinstance(event, Finished):
-                        sample = by_ticket[event.ticket][1]
-                        on_text(sample.prompt, sample.sample, self._text(sequences[event.ticket]))
-            routing: list[Tensor | None] = [None] * len(started)
-            if record is not None:
-                routing[:] = record.of([sequence.number for *_, sequence in started])
-        completions = iter(self._completion(s, routed) for (*_, s), routed in zip(started, routing, strict=True))
-        return [[next(completions) for _ in batch.samples] for batch in batches]
-
-    def _steps_for(self, rows: int, row_tokens: int, drafts: int) -> Steps:
-        """Static steps for up to `rows` rows, or for as many as memory holds: those of the last call, if they are large
-        enough and no weight has moved."""
-        model, steps = self.model, self._steps
-        fits = steps is not None and steps.asked >= rows and steps.row_tokens >= row_tokens and steps.depth == drafts
-        if steps is None or not fits or not steps.current:
-            self.release()
-            steps = None
-            free = room.free_bytes(model.embed.weight.device)
-            whole = model.cfg.max_seq_len
-            if self.keeps_memory and rows <= FEW and room.fits(model, rows, whole, PREFILL, free, drafts):
-                row_tokens = whole  # a conversation grows, but its steps are captured once
-            fit = room.rows_that_fit(model, row_tokens, PREFILL, free, drafts)
-            n = rows if fit is None or self.rows else min(rows, fit)
-            # every row fills pages of its own
-            cache_tokens = n * PAGE * pages_for(row_tokens + static_steps.ahead(drafts))
-            vocab = self.tokenizer.vocab_size
-            self._steps = room.make_steps(model, vocab, n, row_tokens, cache_tokens, PREFILL, room.SPARE, drafts)
-            self._steps.asked = rows
-        assert self._steps is not None
-        return self._steps
 
     def _run_batch(self, batch: GenerationBatch, on_text: OnText | None) -> list[Completion]:
         stop = stop_strings(self.tokenizer, tuple(batch.stop_strings))
@@ -256,23 +160,10 @@ class Engine:
         )
 
 
-def _pass_on(
-    events: abc.Sequence[Token | Finished], by_ticket: abc.Mapping[int, tuple[GenerationBatch, Sample]]
-) -> None:
-    """Passes the tokens of a scheduler's step to on_tokens."""
-    for batch, own in groupby(
-        (event for event in events if isinstance(event, Token)), key=lambda event: by_ticket[event.ticket][0]
-    ):
-        if batch.on_tokens is not None:
-            pairs = [(by_ticket[event.ticket][1], event.token) for event in own]
-            batch.on_tokens([(sample.prompt, sample.sample, token) for sample, token in pairs])
-
-
 def load_engine(model_dir: str | Path, drafts: int = 0) -> Engine:
     """Loads the model and tokenizer of a Hugging Face directory onto this machine's device. MTP layers are loaded only
     for drafting."""
     model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
     engine = Engine(model, load_tokenizer(model_dir))
-    engine.keeps_memory = True
     check_drafts(engine.model, drafts)
     return engine

@@ -20,8 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bessemer.engine import decode
 from bessemer.engine.decode import PrefillChunk, RoutingTrace
-from bessemer.engine.kv_cache import PromptPages
-from bessemer.engine.transfer import indices
+from bessemer.engine.kv_cache import PromptPages, indices
 from bessemer.hf.causal_lm import CausalLM
 
 SLOT_STEP = 64
@@ -32,6 +31,17 @@ SLOT_STEP = 64
 def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> SlotCache:
     """An empty cache. Prefixes are not cached, and only the number of rows bounds the size."""
     return SlotCache(model.cfg.n_layers)
+
+
+@decode.token_bytes.register(CausalLM)
+def token_bytes(model: CausalLM, drafts: int = 0) -> int:
+    """Bytes of a token's keys and values, by those of one token."""
+    probe = SlotCache(model.cfg.n_layers)
+    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.embed.weight.device)
+    with torch.no_grad():
+        model.hidden(token_11, **{model.cache_word: probe})
+    states = [states for layer in probe.slot_layers for states in (layer.keys, layer.values)]
+    return sum(stored[0, :, 0].numel() * stored.element_size() for stored in states)
 
 
 @decode.prefill.register(CausalLM)
@@ -163,7 +173,7 @@ class SlotCache(Cache):
 
     def admit(self, prompts: Sequence[tuple[PromptPages, int]]) -> None:
         """Appends `copies` rows for each prompt. The prompts must not be used afterwards."""
-        self._append([source._select(torch.tensor(rows)) for source, rows in self._sources(prompts)])
+        self._append([source._select(rows) for source, rows in self._sources(prompts)])
 
     def _sources(self, prompts: Sequence[tuple[PromptPages, int]]) -> list[tuple[SlotCache, list[int]]]:
         """The prompts' caches, each with the rows to copy from it, one for each new row."""
@@ -185,30 +195,24 @@ class SlotCache(Cache):
             return None
         return torch.arange(self.slots, device=position_B.device) <= position_B[:, None]
 
-    def keep(self, live_B: Tensor) -> Tensor:
-        """Drops the rows where live_B, on the CPU, is False. Returns source [B'] there: new row b is old row source[b].
-        Live rows from beyond B' move into the holes, all others stay."""
-        live = live_B.nonzero().squeeze(-1)
-        self.rows = live.numel()
-        source = torch.arange(self.rows, device=live.device)
-        holes = (~live_B[: self.rows]).nonzero().squeeze(-1)
-        movers = live[live >= self.rows]  # exactly as many as there are holes
-        source[holes] = movers
-        if holes.numel():
-            self._move(holes, movers)
+    def keep(self, live_B: Sequence[bool]) -> list[int]:
+        """Drops the rows where live_B is False. Returns source_B': new row b is old row source[b]. Live rows from
+        beyond B' move into the holes, all others stay."""
+        self.rows = sum(live_B)
+        movers = iter([b for b, stays in enumerate(live_B) if stays and b >= self.rows])  # as many as there are holes
+        source = [b if live_B[b] else next(movers) for b in range(self.rows)]
+        moved = [b for b in range(self.rows) if source[b] != b]
+        for layer in self.slot_layers if moved else ():
+            for states in (layer.keys, layer.values):
+                states[moved] = states[[source[b] for b in moved]]
         return source
 
-    def _move(self, target_N: Tensor, source_N: Tensor) -> None:
-        """Copies rows onto others."""
-        for layer in self.slot_layers:
-            layer.keys[target_N], layer.values[target_N] = layer.keys[source_N], layer.values[source_N]
-
-    def _select(self, source_B: Tensor) -> SlotCache:
+    def _select(self, source_B: Sequence[int]) -> SlotCache:
         """A cache whose row b is a copy of this one's row source_B[b]."""
         selected = SlotCache(len(self.slot_layers))
-        selected.rows = source_B.numel()
+        selected.rows = len(source_B)
         for new, old in zip(selected.slot_layers, self.slot_layers, strict=True):
-            rows = source_B.to(old.keys.device)
+            rows = indices(source_B, old.keys.device)
             new.keys, new.values = old.keys.index_select(0, rows), old.values.index_select(0, rows)
             new.is_initialized = True
         return selected

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bessemer.engine.transfer import indices, to_device
 from bessemer.model.config import ModelConfig
 
 PAGE = 64
@@ -87,28 +86,11 @@ class RowGroup(NamedTuple):
     """[b, T, S], -inf where a token must not attend; None if every token sees all slots."""
 
 
-class OwnPages(NamedTuple):
-    """One new token per row, and the pages of each row: replaces row groups on a GPU (`kernels.paged`)."""
-
-    table_BP: Tensor
-    position_B: Tensor
-
-
-def own_pages(table_BP: Tensor, position_BT: Tensor) -> tuple[OwnPages, Tensor]:
-    """T new tokens of every row, each as a row of its own, [B * T]; and their slots in the flat pool."""
-    T, position_N = position_BT.shape[1], position_BT.flatten()
-    table_NP = table_BP if T == 1 else table_BP[:, None].expand(-1, T, -1).flatten(0, 1)
-    page_N1 = table_NP.gather(1, (position_N // PAGE)[:, None])
-    return OwnPages(table_NP, position_N), page_N1.squeeze(1) * PAGE + position_N % PAGE
-
-
 class LatentCache:
     """The latents of the sequences that decode together."""
 
     chunked_prefill = True
     """A prompt may be processed over several steps."""
-    _empty = 0
-    """In the table, where a row has no page."""
 
     def __init__(
         self,
@@ -197,19 +179,17 @@ class LatentCache:
         self.row_pages += rows
         self._update_table()
 
-    def keep(self, live_B: Tensor) -> Tensor:
-        """Drops the rows where live_B, on the CPU, is False. Returns source [B'] there: new row b is old row
-        source[b]."""
-        live = live_B.tolist()
-        for row, stays in zip(self.row_pages, live, strict=True):
+    def keep(self, live_B: Sequence[bool]) -> list[int]:
+        """Drops the rows where live_B is False. Returns source_B': new row b is old row source[b]."""
+        for row, stays in zip(self.row_pages, live_B, strict=True):
             if not stays:
                 self.pages.release(row)
-        self.row_pages = [row for row, stays in zip(self.row_pages, live, strict=True) if stays]
-        source = live_B.nonzero().squeeze(-1)
-        n, before = len(source), len(live)
-        self._table_RP[:n] = self._table_RP[to_device(source, self._table_RP.device)]
-        self._table_RP[n:before] = self._empty
-        self._written = [self._written[b] for b in source.tolist()]
+        source = [b for b, stays in enumerate(live_B) if stays]
+        self.row_pages = [self.row_pages[b] for b in source]
+        self._written = [self._written[b] for b in source]
+        n = len(source)
+        self._table_RP[:n] = self._table_RP[indices(source, self._table_RP.device)]
+        self._table_RP[n : len(live_B)] = 0
         self.table_BP = self._table_RP[:n]
         return source
 
@@ -331,12 +311,12 @@ class LatentCache:
         self.table_BP = self._table_RP[: len(self.row_pages)]
         if fresh:
             numbers_2N = torch.from_numpy(np.stack((np.concatenate(places), np.concatenate(fresh))))
-            place_N, page_N = to_device(numbers_2N, self._table_RP.device)
+            place_N, page_N = numbers_2N.to(self._table_RP.device)
             self._table_RP.view(-1).index_copy_(0, place_N, page_N)
 
     def _grow_table(self, rows: int, width: int) -> None:
         old = self._table_RP
-        self._table_RP = old.new_full((rows, width), self._empty)
+        self._table_RP = old.new_zeros(rows, width)
         self._table_RP[: len(old), : old.shape[1]] = old
 
 
@@ -419,6 +399,11 @@ def prefix_keys(ids: Sequence[int], length: int, drafts: int, known: list[bytes]
             before, page = known[-1] if known else b"", array("q", ids[end - PAGE - drafts : end])
             known.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
         yield known[n]
+
+
+def indices(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Whole numbers as an int64 tensor on the device."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def pages_for(tokens: int) -> int:

@@ -23,7 +23,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, hidden_step, prefill, step
 from bessemer.engine.kept_tokens import ids_of_mask
 from bessemer.engine.kernel_steps import KernelSteps, LiveRows
-from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages
+from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, indices
 from bessemer.engine.penalties import Penalties
 from bessemer.engine.random_streams import ACCEPT, DRAFT, uniform
 from bessemer.engine.sampling import (
@@ -44,11 +44,10 @@ from bessemer.engine.sampling import (
 )
 from bessemer.engine.sequence import Sequence
 from bessemer.engine.speculative import Accepted, Drafter
-from bessemer.engine.transfer import Fetch, indices, to_device
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
-from bessemer.precision.probe import double, float64_home
+from bessemer.precision.probe import float64_home
 
 
 class ModelRunner:
@@ -133,7 +132,7 @@ class ModelRunner:
         positions = indices([len(prompt.ids) for prompt, _ in prompts], device)[source]
         self.logits_BV, self.ahead = _append(self.logits_BV, logits_PV[source]), None
         self.key_B, self.position_B = torch.cat((self.key_B, keys)), torch.cat((self.position_B, positions))
-        self.rules_B4 = torch.cat((self.rules_B4, to_device(rules(fresh), self.rules_B4.device)))
+        self.rules_B4 = torch.cat((self.rules_B4, rules(fresh, self.rules_B4.device)))
         if self.trace is not None:
             last_PLK = torch.stack([prompt.routing[-1][-1] for prompt, _ in prompts])
             if self.expert_BLK is None:
@@ -162,8 +161,10 @@ class ModelRunner:
         assert self.logits_BV is not None
         self._record(self.logits_BV, self.expert_BLK)
         sampled = self._choose(self.logits_BV)
-        kept = [None] * len(self.sequences) if sampled.kept_BV is None else ids_of_mask(sampled.kept_BV)
-        for sequence, token, logp, raw_logp, ids in zip(self.sequences, *_columns(sampled), kept, strict=True):
+        kept = [None] * len(self.sequences) if sampled.kept_BV is None else ids_of_mask(sampled.kept_BV.cpu())
+        for sequence, token, logp, raw_logp, ids in zip(
+            self.sequences, *map(Tensor.tolist, sampled[:3]), kept, strict=True
+        ):
             if not isfinite(logp):
                 sequence.finish = "error"
             elif sequence.finish is None:
@@ -201,17 +202,12 @@ class ModelRunner:
         uniform_B = uniform(self.key_B, self.position_B)
         return sample_batch(self.sequences, logits_BV, uniform_B, self.vocab, self.rejected, self.kept)
 
-    def settle(self) -> bool:
-        """Called before preemption: appends drafts that a device has accepted, which may finish some sequences. Returns
-        whether it did so."""
-        return False
-
     def retire(self) -> None:
         """Drops the finished sequences."""
         live = [sequence.finish is None for sequence in self.sequences]
         if all(live):
             return
-        fed = self._fed()
+        fed = self.positions()
         for b, sequence in enumerate(self.sequences):
             if sequence.finish == "error":
                 self.cache.scrub(b)
@@ -221,19 +217,15 @@ class ModelRunner:
         self.keep(live)
 
     def positions(self) -> list[int]:
-        """Before `sample`: the position of every sequence's next token."""
+        """The position of every sequence's next token."""
         position: list[int] = self.position_B.tolist()
         return position
 
-    def _fed(self) -> list[int]:
-        """After `sample`: how many tokens of every sequence are in the cache."""
-        return self.positions()
-
     def keep(self, live: list[bool]) -> None:
         """Keeps the sequences where `live` is True, and drops the others."""
-        source = self.cache.keep(torch.tensor(live, dtype=torch.bool))
-        self.sequences = [self.sequences[b] for b in source.tolist()]
-        self._select(to_device(source, self.key_B.device))
+        source = self.cache.keep(live)
+        self.sequences = [self.sequences[b] for b in source]
+        self._select(indices(source, self.key_B.device))
         self.token_B = self.token_B if self.sequences else None  # without sequences no `advance` follows
         self._look_at_requests()
 
@@ -381,15 +373,6 @@ class ModelRunner:
                     sequence.top.append(top[b])
                 if routes and sequence.request.routing:
                     sequence.routes.append(tuple(map(tuple, routes[b])))
-
-
-def _columns(sampled: SampledTokens) -> tuple[list[int], list[float], list[float]]:
-    """The columns as lists, with a single wait for a device."""
-    if sampled.token_B.device.type == "cpu":
-        return sampled.token_B.tolist(), sampled.logp_B.tolist(), sampled.raw_logp_B.tolist()
-    rows = Fetch(torch.stack([double(column) for column in sampled[:3]], -1)).read()
-    token_B, logp_B, raw_logp_B = map(list, zip(*rows, strict=True))
-    return [int(token) for token in token_B], logp_B, raw_logp_B
 
 
 def _on_host(known_B: Tensor, draft_BJ: Tensor, logp_2BJ: Tensor) -> Iterable[Accepted]:

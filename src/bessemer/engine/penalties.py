@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.engine.kv_cache import indices
 from bessemer.engine.sequence import SamplingParams, Sequence
-from bessemer.engine.transfer import indices, to_device
 
 
 def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, promp
     out_BV = out_BV - params.presence_penalty * (answer_BV > 0) - params.frequency_penalty * answer_BV
     if params.bias:
         ids, values = zip(*params.bias, strict=True)
-        out_BV[:, indices(ids, out_BV.device)] += to_device(torch.tensor(values, dtype=out_BV.dtype), out_BV.device)
+        out_BV[:, indices(ids, out_BV.device)] += torch.tensor(values, dtype=out_BV.dtype, device=out_BV.device)
     return out_BV
 
 
@@ -65,7 +65,7 @@ class Penalties:
             if fresh.pop(id(counting[place]), None) is None:
                 self._give_up(place, counting)
         self._take_up(counting, list(fresh.values()))
-        self._index_N = to_device(torch.from_numpy(self._host_N), self._index_N.device)
+        self._index_N = torch.from_numpy(self._host_N).to(self._index_N.device)
         self.sequences = counting + [sequence for sequence in changed if not sequence.request.sampling.counts]
         self._look_at_params(len(counting))
 
@@ -108,12 +108,12 @@ class Penalties:
             (1.0 / p.repetition_penalty, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
             for p in params[:C]
         ]
-        self._factors_4C = to_device(torch.tensor(factors).view(C, 4).T.contiguous(), device)
+        self._factors_4C = torch.tensor(factors, device=device).view(C, 4).T.contiguous()
         biases = [(place * self.vocab + token, value) for place, p in enumerate(params) for token, value in p.bias]
         self._bias = None
         if biases:
             places, values = zip(*biases, strict=True)
-            self._bias = indices(places, device), to_device(torch.tensor(values), device)
+            self._bias = indices(places, device), torch.tensor(values, device=device)
 
     def _count(self) -> None:
         """Adds the tokens generated since the last call."""

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.engine.kv_cache import indices
 from bessemer.engine.random_streams import uniform
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
-from bessemer.engine.transfer import indices, to_device
 from bessemer.kernels import sampling as kernel
 from bessemer.precision.probe import double
 
@@ -104,10 +104,11 @@ def sample_batch(
     return sampled
 
 
-def rules(sequences: list[Sequence]) -> Tensor:
+def rules(sequences: list[Sequence], device: torch.device) -> Tensor:
     """The parameters of every sequence for `sample_rows`: temperature, top_p, top_k, min_p; [B, 4], float64."""
     params = [sequence.request.sampling for sequence in sequences]
-    return torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], dtype=torch.float64).view(-1, 4)
+    numbers = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in params]
+    return torch.tensor(numbers, dtype=torch.float64, device=device).view(-1, 4)
 
 
 def sample_rows(
@@ -141,12 +142,7 @@ def _sample_group(
     kept: bool = False,
 ) -> SampledTokens:  # fmt: skip
     params = sequences[0].request.sampling
-    # on a GPU, asking whether there are any would make the host wait
-    if (
-        rejected is not None
-        and params.temperature > 0
-        and (logits_BV.device.type != "cpu" or bool(rejected.rejected_B.any()))
-    ):
+    if rejected is not None and params.temperature > 0 and bool(rejected.rejected_B.any()):
         p_BV = probabilities(logits_BV, params, vocab)
         p_BV = torch.where(rejected.rejected_B[:, None], residual(p_BV, rejected.q_BV), p_BV)
         return score(logits_BV, params.temperature, inverse_cdf(p_BV, uniform_B))
@@ -231,7 +227,7 @@ def _allowed(sequences: list[Sequence], vocab: int, device: torch.device) -> Ten
     if all(mask is None for mask in masks):
         return None
     every_V = torch.ones(vocab, dtype=torch.bool)
-    return to_device(torch.stack([every_V if mask is None else mask for mask in masks]), device)
+    return torch.stack([every_V if mask is None else mask for mask in masks]).to(device)
 
 
 def sample(
@@ -262,8 +258,7 @@ def sample(
     own_BV, own_p_BV = shifted_BV[:, :vocab], p_BV[:, :vocab]
     if vocab < V:
         top_B1 = own_BV.amax(-1, keepdim=True)
-        # on a GPU, asking would make the host wait
-        if logits_BV.device.type != "cpu" or bool((top_B1 < 0).any()):
+        if bool((top_B1 < 0).any()):
             own_BV = own_BV - top_B1  # the most likely token has p = 1, however likely a spare row is
             own_p_BV = _exp(own_BV, params.temperature)
     if allowed_BV is not None:

@@ -21,12 +21,10 @@ from typing import Protocol
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import room, static_steps
 from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
-from bessemer.engine.device_runner import DeviceRunner
 from bessemer.engine.grammar import Grammars
 from bessemer.engine.headroom import AnswerLengths, Need, peak_pages
-from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, pages_for
+from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, indices, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import (
@@ -39,8 +37,6 @@ from bessemer.engine.sequence import (
     think_ids,
 )
 from bessemer.engine.speculative import check_drafts
-from bessemer.engine.static_steps import Steps
-from bessemer.engine.transfer import indices
 from bessemer.errors import UserError
 
 
@@ -95,39 +91,26 @@ class Scheduler:
         cache_tokens: int | None = None,
         prefill_tokens: int = 2048,
         drafts: int = 0,
-        steps: Steps | None = None,
         record: RoutingRecord | None = None,
         prefix_cache: bool = True,
-        gather: int = 1,
         kept: bool = False,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
-        full length; on a GPU at most what its memory holds); a step prefills at most `prefill_tokens` prompt tokens, so
+        full length); a step prefills at most `prefill_tokens` prompt tokens, so
         that long prompts do not stall the others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
-        steps: static steps to decode with, whose sizes replace `rows` and `cache_tokens`; on a GPU the scheduler makes
-        its own by default. record: receives the experts of every token fed; needs `prefix_cache` off, so that every
-        prompt is computed in full. gather: while others decode, prompts start only when this many rows are free, so
-        that they are prefilled together; for throughput. kept: sequences record the tokens that truncation kept; all
-        must have the same parameters."""
+        record: receives the experts of every token fed; needs `prefix_cache` off, so that every prompt is computed in
+        full. kept: sequences record the tokens that truncation kept; all must have the same parameters."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
         assert record is None or not prefix_cache
         assert not (kept and drafts)
-        self.max_rows, self.prefill_tokens, self.record, self.gather = rows, prefill_tokens, record, gather
+        self.max_rows, self.prefill_tokens, self.record = rows, prefill_tokens, record
         self.drafts = check_drafts(self.model, drafts)
         model = self.model
-        static = steps is not None or static_steps.serves(model)
-        longest = model.cfg.max_seq_len
-        pages = pages_for(longest + (static_steps.ahead(drafts) if static else drafts))
-        self.cache_tokens = cache_tokens or rows * PAGE * pages
-        if steps is None and static:
-            vocab, spare = engine.tokenizer.vocab_size, room.SHARED if cache_tokens is None else room.SPARE
-            steps = room.make_steps(model, vocab, rows, longest, self.cache_tokens, prefill_tokens, spare, drafts)
-        if steps is not None:
-            self.max_rows, self.cache_tokens = steps.rows, steps.cache_tokens
+        self.cache_tokens = cache_tokens or rows * PAGE * pages_for(model.cfg.max_seq_len + drafts)
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
         self._lengths = AnswerLengths()
@@ -140,15 +123,8 @@ class Scheduler:
         trace = None
         if any(not layer.dense for layer in self.model.layers):
             trace = RoutingTrace(self.model.cfg)
-        self.cache: LatentCache
-        self.runner: ModelRunner
-        everything = record is not None
-        if steps is not None:
-            self.cache = steps.new_cache(prefix_cache)
-            self.runner = DeviceRunner(steps, engine.tokenizer, self.cache, trace, everything, kept)
-        else:
-            self.cache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
-            self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, everything, kept)
+        self.cache: LatentCache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
+        self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, record is not None, kept)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
@@ -232,16 +208,16 @@ class Scheduler:
         with torch.inference_mode():
             self._start_prompts()
             self._prefill()
-            events = self._preempt()
+            self._preempt()
             if not self.runner.sequences:
-                return events
+                return []
             self.runner.sample()
-            events += self._emit()
+            events = self._emit()
             self.runner.retire()
             if self.runner.sequences:
                 self.runner.advance()
                 if self.record is not None and self.runner.expert_BLK is not None:
-                    self.record.add_step([s.number for s in self.runner.sequences], self.runner.expert_BLK.clone())
+                    self.record.add_step([s.number for s in self.runner.sequences], self.runner.expert_BLK)
                 if self.drafts:
                     events += self._emit()
                     self.runner.retire()
@@ -249,9 +225,6 @@ class Scheduler:
 
     def _start_prompts(self) -> None:
         """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
-        running = len(self.runner.sequences)
-        if running and not self._prefills and self.max_rows - running < min(self.gather, len(self.queue)):
-            return
         while True:
             busy = len(self.runner.sequences) + sum(len(job.sequences) for job in self._prefills)
             sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
@@ -342,20 +315,14 @@ class Scheduler:
                     self._lengths.ended(len(seq.tokens))
         return events
 
-    def _preempt(self) -> list[Token | Finished]:
-        """Preempts the youngest sequences until the others have room for their next tokens. Returns the events of
-        drafts that had to be settled first."""
-        events: list[Token | Finished] = []
+    def _preempt(self) -> None:
+        """Preempts the youngest sequences until the others have room for their next tokens."""
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
             if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:
                 break  # they need no more than this
             length_B = [position + self.runner.lookahead for position in self.runner.positions()]
             if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
                 break
-            if not self._prefills and self.runner.settle():
-                events += self._emit()
-                self.runner.retire()
-                continue
             self.preempted += 1
             if self._prefills:  # younger than any sequence that decodes
                 job = self._prefills.pop()
@@ -365,7 +332,6 @@ class Scheduler:
             else:
                 youngest = max(range(len(sequences)), key=lambda b: sequences[b].number)
                 self.queue.requeue(self.runner.preempt(youngest))
-        return events
 
     def _reserved_pages(self) -> int:
         """Pages that the prompts in prefill will still allocate."""

@@ -16,8 +16,7 @@ For speed, some code repeats the math of a layer and must change together with i
                     `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp`
     MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_attention` (sequences split over ranks)
-    softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `kernels.paged` (decoding),
-                    `dist.context_attention`
+    softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `dist.context_attention`
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 

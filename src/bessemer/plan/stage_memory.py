@@ -160,14 +160,14 @@ def _of_stage(recipe: Recipe, stage: StageConfig, world: int, device: Device | N
         layout, *_ = distributed.layout_of(recipe.layout, world, not isinstance(stage, RLConfig | DistillConfig))
         found = _training(recipe, stage, cfg, layout, number, device)
         found |= _copies(recipe, stage, cfg, layout, number, found)
-        found["cache"] = _cache(stage, cfg, number, on_gpu, layout.world)
+        found["cache"] = _cache(stage, cfg, number, layout.world)
         return StageMemory(stage.name, world, found, guess)
     if isinstance(stage, RejectConfig | EvalConfig | LongEvalConfig):  # one process holds the whole model
         number = 2 if on_gpu else 4
         count, guess = (_held(cfg), guess) if cfg else _parameters(recipe, _source(stage))
         if not count:
             return None
-        cache = _cache(stage, cfg, number, on_gpu, 1) if cfg else 0
+        cache = _cache(stage, cfg, number, 1) if cfg else 0
         return StageMemory(stage.name, 1, {"weights": number * count, "cache": cache}, guess)
     return None
 
@@ -231,13 +231,13 @@ def _held(cfg: ModelConfig) -> int:
     return main_params(cfg) + mtp_params(cfg)
 
 
-def _cache(stage: StageConfig, cfg: ModelConfig, number: int, on_gpu: bool, ranks: int) -> int:
+def _cache(stage: StageConfig, cfg: ModelConfig, number: int, ranks: int) -> int:
     """Bytes of what the engine stores of the answers that it samples together."""
     if isinstance(stage, RLConfig):
         if stage.rollout.engine != "local":
             return 0  # workers of their own sample
         answers, cap = stage.prompts_per_rollout * stage.samples, max(stage.max_new_tokens.values)
-        rows = stage.rollout.rows or setup.batch_rows(answers)
+        rows = setup.batch_rows(answers)
     elif isinstance(stage, DistillConfig | RejectConfig | EvalConfig):
         answers, cap = getattr(stage, "prompts_per_step", 64) * stage.samples, stage.max_new_tokens
         rows = setup.batch_rows(answers)
@@ -245,7 +245,7 @@ def _cache(stage: StageConfig, cfg: ModelConfig, number: int, on_gpu: bool, rank
         answers, cap, rows = 1, max(stage.lengths), 1
     else:
         return 0
-    rows = 1 if on_gpu else max(1, min(rows, answers) // ranks)
+    rows = max(1, min(rows, answers) // ranks)
     return int(rows * min(cap + PROMPT, cfg.max_seq_len) * kv_cache_bytes(cfg, number))
 
 

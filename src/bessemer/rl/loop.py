@@ -93,7 +93,6 @@ class Loop:
         if settings.rollout.precision == "bfloat16" and dtype != torch.bfloat16:
             self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
-        engine.rows = settings.rollout.rows
         self.carrier: apart.Carrier | None = None
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
         if ctx.ranks is not None and ctx.ranks.n > 1 and apart.stays(settings, families):

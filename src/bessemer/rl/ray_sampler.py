@@ -65,7 +65,7 @@ def facts(stage: str, rollout: RolloutConfig, replay: bool, top_p: float = 1.0) 
         )
     sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
     rounded = {"precision": rollout.precision} if changed(rollout, "precision") else {}
-    return sampler | rounded | ({"rows": rollout.rows} if rollout.rows else {})
+    return sampler | rounded
 
 
 def trainer_workers(rollout: RolloutConfig) -> Workers:
@@ -88,7 +88,7 @@ def make(
     if idle > 0:
         ctx.say(
             f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of {rollout.workers} "
-            "rollout workers will have nothing to do; lower rollout.workers or rollout.rows"
+            "rollout workers will have nothing to do; lower rollout.workers"
         )
     if rollout.engine == "vllm" and settings.correction == "none":
         ctx.say(

@@ -94,7 +94,6 @@ class BessemerEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_any(directory, dtype=torch.float32, device=device)
         self.engine = Engine(self.model, load_tokenizer(directory))
-        self.engine.keeps_memory = True  # this GPU does nothing else
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         load_weights(self.model, weights)

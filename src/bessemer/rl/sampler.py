@@ -35,12 +35,8 @@ class SamplingOptions(Options, total=False):
 
 
 def batch_rows(rollout: RolloutConfig, samples: int) -> int:
-    """Samples per batch, which one process generates. On separate GPUs a batch is a worker's whole share, and as many
-    of its samples decode together as fit into memory."""
-    if rollout.rows:
-        return rollout.rows
-    on_gpus = rollout.engine == "vllm" or rollout.gpus or (rollout.gpus is None and setup.device().type == "cuda")
-    if rollout.engine != "local" and on_gpus:
+    """Samples per batch, which one process generates: for vLLM a worker's whole share."""
+    if rollout.engine == "vllm":
         return max(1, -(-samples // rollout.workers))
     return setup.batch_rows(samples)
 

@@ -185,7 +185,7 @@ class WorkerPool:
         if self._deaths_in_a_row[w] >= DEATHS:
             raise UserError(
                 f"a rollout worker died {DEATHS} times in a row (the last: {why}). If memory ran out, lower "
-                "rollout.workers or rollout.rows; the same command resumes from the last checkpoint"
+                "rollout.workers; the same command resumes from the last checkpoint"
             )
         self.ray.kill(self.workers[w])  # it may only be out of reach
         self._loading = {ref: place for ref, place in self._loading.items() if place != w}

@@ -12,9 +12,8 @@ A record is the scheduler's Token or Finished as a plain tuple, with the sample'
 
 A thread receives messages as they arrive, so that the server never waits for a step. Closing the pipe ends the worker.
 
-If a step raises, the samples that have already sent tokens end, and a new scheduler of the same size takes over the
-others. A sample that sees this happen twice ends too, so that a request the model cannot handle does not circulate for
-ever.
+If a step raises, the samples that have already sent tokens end, and a new scheduler takes over the others. A sample
+that sees this happen twice ends too, so that a request the model cannot handle does not circulate for ever.
 
 `score` gives log-probabilities of given texts in one forward pass, for `echo` with `logprobs` (and lm-eval through it).
 Shapes: B rows, T tokens (padded on the right, which causality hides), N real tokens, C of one chunk, D hidden,
@@ -43,8 +42,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bessemer.engine import room
+from bessemer.engine.decode import Model, token_bytes
 from bessemer.engine.engine import Engine
+from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
 from bessemer.errors import UserError
@@ -68,6 +68,8 @@ BATCH_TOKENS = 4096
 notice."""
 LOGITS = 1 << 20
 """Most logits held at a time, so that a large vocabulary does not multiply the memory."""
+CACHE_SHARE = 0.5
+"""Share of the free memory that a model's cache may take if no size is given: several models may be served."""
 log = logging.getLogger("bessemer.serve")
 
 
@@ -191,9 +193,9 @@ class ModelWorker:
     def _send(self, *message: object) -> None:
         self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
-    def _new_scheduler(self, cache_tokens: int | None = None) -> Scheduler:
+    def _new_scheduler(self) -> Scheduler:
         c, model = self.config, self.engine.model
-        tokens = cache_tokens or c.cache_tokens or room.host_tokens(model, c.rows, host_room(), c.drafts)
+        tokens = c.cache_tokens or cache_room(model, c.rows, free_bytes(model), c.drafts)
         return Scheduler(
             self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
         )
@@ -270,7 +272,6 @@ class ModelWorker:
         asks for as much. If there is no room for it, the process ends, and the server starts another when needed."""
         self.failures += 1
         samples, self._samples, self._tickets = list(self._samples.values()), {}, {}
-        tokens = self._scheduler.cache_tokens
         del self._scheduler
         gc.unfreeze()  # the first scheduler, whose parts refer to each other, was made before everything was frozen
         gc.collect()
@@ -278,7 +279,7 @@ class ModelWorker:
             torch.cuda.empty_cache()
         lost, message = [], f"the model failed ({failure}) and the answer is lost; ask again"
         try:
-            self._scheduler = self._new_scheduler(tokens)
+            self._scheduler = self._new_scheduler()
         except UserError as error:
             log.error("the model's process ends: %s", error)
             self._send(EVENTS, [tuple(Finished(sample.number, "error", message)) for sample in samples], None)
@@ -295,6 +296,25 @@ class ModelWorker:
             except UserError as error:  # the new scheduler got less memory
                 lost.append(tuple(Finished(sample.number, "error", str(error))))
         self._send_events(lost)
+
+
+def free_bytes(model: Model) -> int:
+    """Bytes that the model's device has left."""
+    device = model.embed.weight.device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_room()
+
+
+def cache_room(model: Model, rows: int, free: int, drafts: int = 0) -> int:
+    """Tokens in the cache of a model: `rows` rows of full length, or what CACHE_SHARE of the `free` bytes holds.
+    UserError if there is no room for a page."""
+    token = token_bytes(model, drafts)
+    pages = int(free * CACHE_SHARE) // (PAGE * token)
+    if not pages:
+        raise UserError(
+            f"no room for a cache: a token takes {token / 1024:.0f} KiB, and {free / (1 << 30):.2f} GiB of memory are "
+            "free; end other programs, or serve a smaller model"
+        )
+    return PAGE * min(rows * pages_for(model.cfg.max_seq_len + drafts), pages)
 
 
 def scoring_batches(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:

@@ -101,9 +101,9 @@ def of_stage(stage: str) -> UserError:
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     return UserError(
         f'stage "{stage}" ran out of memory on {card.name} ({card.total_memory / GIB:.1f} GiB), of which this process '
-        f"held {torch.cuda.max_memory_allocated() / GIB:.1f} at most. Lower what is computed at once (rollout.rows in "
-        "RL, max_new_tokens), free the card of other programs (nvidia-smi), or take a smaller model; the same command "
-        "resumes from the last checkpoint"
+        f"held {torch.cuda.max_memory_allocated() / GIB:.1f} at most. Lower what is computed at once "
+        "(prompts_per_rollout or samples in RL, max_new_tokens), free the card of other programs (nvidia-smi), or take "
+        "a smaller model; the same command resumes from the last checkpoint"
     )
 
 

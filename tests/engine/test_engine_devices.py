@@ -1,0 +1,35 @@
+"""The plain torch path does not depend on the device: every tensor that decoding makes names its device."""
+
+import pytest
+import torch
+from drain import drain
+from test_scheduler import requests
+
+from bessemer.engine.engine import Engine
+from bessemer.engine.scheduler import Scheduler
+from bessemer.kernels import library
+from bessemer.model.transformer import Transformer
+
+
+@pytest.fixture
+def engine(cfg, tokenizer, monkeypatch):
+    """A model with an MTP module, on the CPU. The kernels take no other device, so they are off."""
+    monkeypatch.setenv(library.VARIABLE, "off")
+    library.forget()
+    yield Engine(Transformer(cfg.model_copy(update={"n_mtp": 1})).initialise(3), tokenizer)
+    monkeypatch.undo()
+    library.forget()
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_tensor_lies_where_the_model_does(engine, prompts, drafts):
+    """Without a device of its own, a tensor is made on `meta` here, and the first operation on it and on the model's
+    numbers fails."""
+    options = dict(max_new_tokens=20, seed=3, drafts=drafts)
+    expected = engine.generate(prompts, **options)
+    wanted = requests(prompts, top=2) if not drafts else requests(prompts)[:6]
+    alone = drain(Scheduler(engine, drafts=drafts), wanted, every=1)[0]
+    with torch.device("meta"):
+        assert engine.generate(prompts, **options) == expected
+        found, _ = drain(Scheduler(engine, drafts=drafts), wanted, every=1)
+    assert found == alone
