@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from bessemer import cli
-from bessemer.config.recipe import STAGES
+from bessemer.config.kinds import CORE
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.eval.shots import Shots
@@ -95,7 +95,7 @@ def recipe(tmp_path, monkeypatch, stub):
             return {"words": config.words}
 
     monkeypatch.setitem(KINDS, "cli-note", Note)
-    monkeypatch.setitem(STAGES, "cli-note", NoteConfig)
+    monkeypatch.setitem(CORE, "cli-note", NoteConfig)
     rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "state": "scaled"}]
     stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"

@@ -13,7 +13,7 @@ import typer
 from bessemer import cli
 from bessemer.cli.completion import SCRIPTS, Shell, candidates
 from bessemer.config.builtin import builtin_recipes
-from bessemer.config.recipe import STAGES
+from bessemer.config.kinds import CORE
 from bessemer.runs.trackers import TRACKERS
 
 
@@ -60,7 +60,7 @@ def test_values(folder):
     assert offered("chat runs/tiny/") == ["runs/tiny/zero"], "stages with a model"
     assert offered("report runs/tiny ") == ["runs/my run", "runs/tiny"], "as many runs as one likes"
     assert "model" in offered("keys m")
-    assert offered("keys r") == [kind for kind in STAGES if kind.startswith("r")]
+    assert offered("keys r") == [kind for kind in CORE if kind.startswith("r")]
     assert offered("eval runs/tiny --shot-kind ") == ["worked", "direct", "other-language", "fables"]
     assert offered("eval --shot-kind=d") == ["--shot-kind=direct"]
     assert offered("convert --to g") == ["gguf"] and offered("convert --to gguf runs/t") == ["runs/tiny"]

@@ -14,6 +14,7 @@ import pytest
 
 from bessemer.config import json_schema
 from bessemer.config.builtin import builtin_recipes, find_recipe, purpose, write_own
+from bessemer.config.curation import Curation
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.model.config import PRESETS, ModelConfig
@@ -158,7 +159,7 @@ def test_the_schema_finds_what_is_wrong(old, new, where):
 
 
 def test_the_schema_of_data_recipes():
-    validator = jsonschema.Draft202012Validator(json_schema.data_recipe_schema())
+    validator = jsonschema.Draft202012Validator(json_schema.schema_of("data", Curation))
     good = tomllib.loads(find_recipe("data", data=True).read_text("utf-8"))
     assert list(validator.iter_errors(good)) == []
     assert list(validator.iter_errors(good | {"sauce": []}))

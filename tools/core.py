@@ -70,6 +70,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "rl/difficulty.py",
         "rl/reading.py",
         "config/judge.py",
+        "config/r1.py",
         "data/preference_rows.py",
     ),
     "tasks": (
@@ -117,6 +118,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "engine/hf_static.py",
         "data/formats.py",
         "pipeline/stages/import_model.py",
+        "config/families.py",
     ),
     "evals": (
         "eval/contamination.py",

@@ -38,8 +38,8 @@ from bessemer.errors import UserError
 from bessemer.repeatable import repeatable
 
 KINDS = {
-    "stages": "stage", "tasks": "task", "rewards": "reward", "advantages": "advantage", "losses": "loss",
-    "samplers": "sampler", "commands": "command", "ops": "operation", "steps": "step backend",
+    "stages": "stage", "tables": "table", "tasks": "task", "rewards": "reward", "advantages": "advantage",
+    "losses": "loss", "samplers": "sampler", "commands": "command", "ops": "operation", "steps": "step backend",
     "families": "model family", "hooks": "hook",
 }  # fmt: skip
 """Every kind, and what an error calls a member."""

@@ -10,7 +10,8 @@ import stages_run
 import torch
 
 import bessemer
-from bessemer.config.recipe import STAGES, Recipe
+from bessemer.config.kinds import stage_tables
+from bessemer.config.recipe import Recipe
 from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import load_any
@@ -222,4 +223,4 @@ def test_nothing_is_measured_on_text_that_the_model_was_trained_on(stage, change
 
 def test_only_stages_that_make_a_model_are_gone_on_from():
     makers = {"pretrain", "extend", "import", "sft", "distill", "rl"}
-    assert {kind for kind in STAGES if STAGES[kind].makes_model} == makers
+    assert {kind for kind, table in stage_tables().items() if table.makes_model} == makers

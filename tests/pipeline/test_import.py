@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bessemer.config.data import ExamplesConfig
+from bessemer.config.r1 import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids

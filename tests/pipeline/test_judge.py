@@ -15,7 +15,7 @@ import stages_run
 from completions import completion
 from judge_server import JudgeServer
 
-from bessemer.config.data import RejectConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.hf.digest import digest

@@ -14,7 +14,7 @@ import stages_run
 from completions import completion
 
 from bessemer import tasks
-from bessemer.config.data import RejectConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.errors import UserError
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample

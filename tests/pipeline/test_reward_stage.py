@@ -8,8 +8,8 @@ import stages_run
 import torch
 from safetensors.torch import load_file
 
+from bessemer.config.r1 import RewardModelConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.training import RewardModelConfig
 from bessemer.data import chat, formats
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError

@@ -10,8 +10,8 @@ import rl_stage
 from completions import completion
 
 from bessemer import tasks
-from bessemer.config.data import RejectConfig
 from bessemer.config.evaluation import EvalConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.eval import scoring

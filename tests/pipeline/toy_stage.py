@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from bessemer.config import recipe
-from bessemer.config.recipe import STAGES
+from bessemer.config.kinds import CORE
 from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Tokens
 from bessemer.errors import UserError
@@ -100,7 +100,7 @@ class Compare(Stage):
         return {"compared": len(values)}
 
 
-STAGES |= {"count": CountConfig, "compare": CompareConfig}
+CORE.update({"count": CountConfig, "compare": CompareConfig})
 
 
 def main(path: str, out: str, until: str | None = None) -> int:

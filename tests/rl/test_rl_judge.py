@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from judge_server import JudgeServer
 
-from bessemer.config.data import RejectConfig
 from bessemer.config.judge import JudgeConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.config.table import stage_refs, validate
 from bessemer.errors import UserError
 from bessemer.rl import judge_api as module

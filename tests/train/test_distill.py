@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 import torch
 
-from bessemer.config.training import DistillConfig
+from bessemer.config.r1 import DistillConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.pipeline.stages.distill import Distill

@@ -233,6 +233,6 @@ _OF_METAVARS: dict[str, Callable[[str], Candidates]] = {
 _OF_COMMANDS: dict[tuple[str, ...], Callable[[str], Candidates]] = {
     ("data", "build", "recipe"): lambda text: _recipes(text, data=True), ("init", "source"): lambda _: _recipes(""),
     ("recipes", "name"): lambda _: chain(_recipes(""), _recipes("", data=True)),
-    ("keys", "kind"): _keys("config.recipe", "STAGES", "data", "model"),
+    ("keys", "kind"): _keys("config.kinds", "CORE", "data", "model"),
     ("track", "to"): _keys("runs.trackers", "TRACKERS"),
 }  # fmt: skip

@@ -77,13 +77,14 @@ def keys(
 
         print(describe_keys(kind, ModelConfig, list(PRESETS)))
         return
-    from bessemer.config.help import DATA
-    from bessemer.config.json_schema import data_recipe_schema, recipe_schema
+    from bessemer.config.json_schema import recipe_schema, schema_of
+    from bessemer.config.kinds import recipe_tables
 
-    if kind == DATA:
-        print_json(data_recipe_schema())
+    if kind in (others := recipe_tables()):
+        print_json(schema_of(kind, others[kind]))
     elif kind is not None:
-        raise UserError(f'--json-schema describes whole recipes; leave "{kind}" out, or write {DATA} for data recipes')
+        known = ", ".join(others)
+        raise UserError(f'--json-schema describes whole recipes; leave "{kind}" out, or name another recipe: {known}')
     else:
         from bessemer.model.config import PRESETS, ModelConfig
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bessemer.config.table import SamplingConfig, SourceName, StageConfig, StageRef, TaskName
+from bessemer.config.table import SamplingConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 ShotKind = Literal["worked", "direct", "other-language", "fables"]
@@ -38,36 +38,3 @@ class EvalConfig(SamplingConfig):
     """Text before the examples and the question, such as an instruction; a document of its own."""
     searched_words: Tokens = 50_000_000
     """Maximum words of each earlier stage's training text to search for the problems; 0: no search."""
-
-
-class LongEvalConfig(StageConfig):
-    models: list[StageRef]
-    """Stages whose models are compared: the one before the extension first, the longest last."""
-    switched: list[StageRef] = Field(default_factory=list)
-    """Those of `models` to evaluate also with the last model's position encoding, without training: the effect of YaRN
-    alone."""
-    haystack: SourceName = ""
-    """Source of the text that hides the needles, held out in the same way as the documents of `corpus`. Empty: no
-    needles."""
-    corpus: StageRef
-    """Corpus whose held-out rows give the loss by position; its rows are as long as the longest length."""
-    parts: list[str] = Field(default_factory=list)
-    """Parts of `corpus` for the loss by position."""
-    lengths: list[int] = Field(default=[256, 1024, 4096])
-    """Tokens per prompt, answer included."""
-    depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    """Depths of the needle: the share of the text before it."""
-    problems: int = Field(40, ge=1)
-    """Problems per length and depth."""
-    needles: int = Field(8, ge=1)
-    """Needles per text: one is asked for, the others are distractors."""
-    rows: int = Field(32, ge=1)
-    """Held-out rows per part for the loss by position; of short rows, four times as many."""
-    short: StageRef | None = None
-    """Corpus of short rows, to measure what the extension costs on them. Default: not measured."""
-    short_parts: list[str] = Field(default_factory=list)
-    """Parts of `short` to measure. Default: all. Rows are read without a document mask, so parts with many short
-    documents say little if the model was trained with a mask."""
-    short_bound: float = Field(0.1, gt=0)
-    """Acceptable increase over the first model in bits per byte, as a mean over those parts; a larger one is
-    reported."""

@@ -9,14 +9,12 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from bessemer.config.curation import Curation
-from bessemer.config.recipe import STAGES, Head, LayoutConfig
+from bessemer.config.kinds import recipe_tables, stage_tables
+from bessemer.config.recipe import Head, LayoutConfig
 from bessemer.config.table import StageConfig, StageRef, nearest, tables_in
 from bessemer.config.units import Points, parse_bytes, parse_seconds, parse_tokens
 from bessemer.errors import UserError
 
-DATA = "data"
-"""Stands for a stage kind: the recipe of `bessemer data build`."""
 MODEL = "model"
 """Stands for a stage kind: the table [model]."""
 LAYOUT = "layout"
@@ -24,36 +22,38 @@ LAYOUT = "layout"
 
 
 def describe_keys(kind: str | None, network: type[BaseModel], presets: Sequence[str]) -> str:
-    """The keys of all tables of a recipe, of one stage kind or of [model] (UserError for an unknown kind), or of a data
-    recipe; "rl.lr" is one key. `network`: the class of [model], in which one of `presets` may stand for the rest."""
-    if kind == DATA:
-        return _table("data recipe", Curation)
+    """The keys of all tables of a recipe, of one stage kind or of [model] (UserError for an unknown kind), or of
+    another kind of recipe, such as `data`; "rl.lr" is one key. `network`: the class of [model], in which one of
+    `presets` may stand for the rest."""
+    stages, recipes = stage_tables(), recipe_tables()
+    if kind in recipes:
+        return _table(f"{kind} recipe", recipes[kind])
     if kind is not None and "." in kind:
         kind, _, key = kind.partition(".")
         return _one(kind, key, network)
     if kind == LAYOUT:
         return _table("[layout]", LayoutConfig)
-    if kind is not None and kind not in (MODEL, *STAGES):
+    if kind is not None and kind not in (MODEL, *stages):
         tables: dict[str, type[BaseModel]] = {
             "": Head,
             f"{LAYOUT}.": LayoutConfig,
             f"{MODEL}.": network,
-            **{f"{k}.": t for k, t in STAGES.items()},
+            **{f"{k}.": t for k, t in stages.items()},
         }
         named = [f"{where}{kind}" for where, table in tables.items() if kind in dict(_entries(table))]
         if named and named[0] != kind:
             raise UserError(f"keys: {kind} is a key of {', '.join(named)}; write one of these")
         if named:
             return "\n".join(["top level", *dict(_entries(Head))[kind]])
-        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [DATA, MODEL, LAYOUT, *STAGES])}')
+        raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, [*recipes, MODEL, LAYOUT, *stages])}')
     preset = f"  preset (one of {', '.join(presets)})\n      A published or small shape; the other keys change it."
     model = "\n".join(["[model]", preset, *_keys(network)]).replace(", required", "")  # a preset has them all
     if kind == MODEL:
         return model
     if kind is not None:
-        return _table(f'[[stage]] kind = "{kind}"', STAGES[kind])
+        return _table(f'[[stage]] kind = "{kind}"', stages[kind])
     listed = [_table("top level", Head), model, _table("[layout]", LayoutConfig)]
-    listed += [_table(f'[[stage]] kind = "{name}"', table) for name, table in sorted(STAGES.items())]
+    listed += [_table(f'[[stage]] kind = "{name}"', table) for name, table in stages.items()]
     return "\n\n".join(listed)
 
 
@@ -63,7 +63,7 @@ def _table(title: str, table: type[BaseModel]) -> str:
 
 def _one(kind: str, key: str, network: type[BaseModel]) -> str:
     """One key of a table, with those of its own table if it has one."""
-    tables: dict[str, type[BaseModel]] = {DATA: Curation, MODEL: network, LAYOUT: LayoutConfig, **STAGES}
+    tables: dict[str, type[BaseModel]] = {**recipe_tables(), MODEL: network, LAYOUT: LayoutConfig, **stage_tables()}
     if kind not in tables:
         raise UserError(f'keys: unknown kind "{kind}"; {nearest(kind, list(tables))}')
     entries = dict(_entries(tables[kind]))

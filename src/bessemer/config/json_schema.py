@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from bessemer.config.builtin import NAME
-from bessemer.config.curation import Curation
-from bessemer.config.recipe import RESERVED, STAGES, Head, LayoutConfig
-from bessemer.config.table import StageConfig, keys
+from bessemer.config.kinds import stage_tables
+from bessemer.config.recipe import RESERVED, Head, LayoutConfig
+from bessemer.config.table import ConfigTable, StageConfig, keys
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
@@ -30,24 +30,30 @@ def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
     return {"$schema": DIALECT, "title": "A recipe of Bessemer"} | head | {"$defs": defs}
 
 
-def data_recipe_schema() -> Schema:
-    """Of the recipes of `bessemer data build`."""
+def schema_of(name: str, recipe: type[ConfigTable]) -> Schema:
+    """Of another kind of recipe."""
     defs: Schema = {}
-    table = _schema(Curation, defs)
-    return {"$schema": DIALECT, "title": "A data recipe of Bessemer"} | table | {"$defs": defs}
+    table = _schema(recipe, defs)
+    return {"$schema": DIALECT, "title": f"A {name} recipe of Bessemer"} | table | {"$defs": defs}
 
 
 def _stages(defs: Schema) -> Schema:
-    every = sorted({key for config in STAGES.values() for key in keys(config)})
+    tables = stage_tables()
+    every = sorted({key for config in tables.values() for key in keys(config)})
     cases: list[Schema] = [
         {"if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]}, "then": _stage(kind, config, defs)}
-        for kind, config in STAGES.items()
+        for kind, config in tables.items()
     ]
     # the kind of the stage that this one is `like` stands in another table
     cases.append({"if": {"not": {"required": ["kind"]}}, "then": {"propertyNames": {"enum": every}}})
     one = {
         "type": "object",
-        "properties": {"kind": {"enum": list(STAGES), "description": StageConfig.model_fields["kind"].description}},
+        "properties": {
+            "kind": {
+                "anyOf": [{"enum": list(tables)}, {"type": "string", "pattern": ":"}],  # or a stage of the user's own
+                "description": StageConfig.model_fields["kind"].description,
+            }
+        },
         "anyOf": [{"required": ["kind"]}, {"required": ["like"]}],
         "allOf": cases,
     }

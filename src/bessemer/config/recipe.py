@@ -20,43 +20,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from bessemer.config.builtin import NAME, RECIPE, builtin_recipes, check_run_format, find_recipe
-from bessemer.config.data import CorpusConfig, ExamplesConfig, ImportConfig, RejectConfig
-from bessemer.config.evaluation import EvalConfig, LongEvalConfig
-from bessemer.config.places import read_text
-from bessemer.config.rl import RLConfig
+from bessemer.config.kinds import stage_config
+from bessemer.config.places import of_recipe, read_text
 from bessemer.config.table import ConfigTable, Seed, StageConfig, keys, nearest, stage_refs, validate
-from bessemer.config.training import DistillConfig, ExtendConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
-
-STAGES: dict[str, type[StageConfig]] = {
-    "corpus": CorpusConfig,
-    "distill": DistillConfig,
-    "eval": EvalConfig,
-    "examples": ExamplesConfig,
-    "extend": ExtendConfig,
-    "import": ImportConfig,
-    "longeval": LongEvalConfig,
-    "pretrain": PretrainConfig,
-    "reject": RejectConfig,
-    "reward-model": RewardModelConfig,
-    "rl": RLConfig,
-    "sft": SFTConfig,
-}
-"""Kind -> the class of its table; the code that runs it is in `pipeline/stages/`."""
-
-
-def stage_config(kind: object, where: str) -> type[StageConfig]:
-    """The table of a kind; a UserError that starts with `where` when there is no such kind."""
-    if not isinstance(kind, str) or kind not in STAGES:
-        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), list(STAGES))}")
-    return STAGES[kind]
-
-
-def starts_from(kind: object) -> bool:
-    """Whether stages of a kind start from the output of another; so do those of kinds that are not known here."""
-    return not isinstance(kind, str) or kind not in STAGES or STAGES[kind].starts_from
-
 
 RESERVED = ("model", "layout", "stage", "name", "seed", "trackers")  # words with a meaning of their own in --set
 
@@ -139,8 +107,9 @@ class Recipe(Head):
         if path.name == RECIPE:
             check_run_format(path.parent)
         text = read_text(path, "recipe", _nearby(path))
-        recipe = cls.parse(text, overrides, where=str(path))
-        return recipe.model_copy(update={"folder": os.path.abspath(path.parent / (recipe.folder or "."))})
+        with of_recipe(folder := os.path.abspath(path.parent / _folder(text))):
+            recipe = cls.parse(text, overrides, where=str(path))
+        return recipe.model_copy(update={"folder": folder})
 
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> "Recipe":
@@ -153,7 +122,7 @@ class Recipe(Head):
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             raise UserError(f"{where}: no stages; a recipe needs at least one [[stage]] table with a kind")
         for table in tables:
-            table.setdefault("name", table.get("kind", ""))
+            table.setdefault("name", str(table.get("kind", "")).rpartition(":")[2])
         for override in overrides:
             _override(data, override)
         data["stage"] = tables = _inherit_keys(data["stage"], where)
@@ -202,6 +171,14 @@ class Recipe(Head):
         for stage in stages:
             lines += ["", "[[stage]]", *_pairs(stage)]
         return "\n".join(lines) + "\n"
+
+
+def _folder(text: str) -> str:
+    """Where relative paths of a recipe start; `parse` reports what is wrong with it."""
+    try:
+        return str(tomllib.loads(text).get("folder", "."))
+    except tomllib.TOMLDecodeError:
+        return "."
 
 
 def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:

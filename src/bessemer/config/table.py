@@ -29,7 +29,7 @@ class _SourceName:
 
 
 class _TaskName:
-    """Marks the name of a task, which may end in a path."""
+    """Marks the name of a task, which may end in a path, or of the user's own code."""
 
 
 SourceName = Annotated[str, _SourceName]
@@ -67,8 +67,8 @@ class StageConfig(ConfigTable):
     starts_from: ClassVar[bool] = True
     # whether `from` is part of its lineage; the stage before a corpus, an import or examples is not
 
-    kind: str
-    """Which stage this is."""
+    kind: TaskName
+    """Which stage this is; FILE.py:CLASS or package.module:CLASS is one of your own."""
     name: str = ""
     """The stage's name, used by other stages, by --set and in its folder. Default: its kind."""
     source: StageRef | None = Field(default=None, alias="from")

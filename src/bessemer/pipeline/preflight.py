@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.data import ImportConfig
+from bessemer.config.families import ImportConfig
 from bessemer.config.places import located
+from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
-from bessemer.config.training import ExtendConfig, PretrainConfig
+from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_seconds
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError

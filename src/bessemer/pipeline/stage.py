@@ -31,8 +31,9 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
 
+from bessemer import plugins
 from bessemer.config.builtin import RUN_FORMAT
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
@@ -55,6 +56,8 @@ class Stage(Generic[_Config]):
     """One step of a recipe: input directories in, one output directory out. `_Config` is the class of its table."""
 
     kind: ClassVar[str]
+    table: ClassVar[type[StageConfig]]
+    """The class of its table: that in `Stage[...]`."""
     format: ClassVar[int] = 1
     """Raise it when the stage's output changes for the same config, so that old output is remade."""
     uses_model: ClassVar[bool] = True
@@ -63,6 +66,11 @@ class Stage(Generic[_Config]):
     """Whether the recipe's seed changes what this stage makes."""
     distributed: ClassVar[bool] = False
     """Whether all ranks run it together; otherwise rank 0 alone does."""
+
+    def __init_subclass__(cls) -> None:
+        for part in (part for base in getattr(cls, "__orig_bases__", ()) for part in get_args(base)):
+            if isinstance(part, type) and issubclass(part, StageConfig):
+                cls.table = part
 
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:
         """Checks the stage's table against the recipe before anything runs (UserError); returns facts derived from it.
@@ -83,7 +91,7 @@ class Stage(Generic[_Config]):
         """Everything that determines the output of this stage; `inputs` maps the stages it reads to their
         fingerprints."""
         what = {
-            "format": [RUN_FORMAT, self.kind, self.format],
+            "format": [RUN_FORMAT, config.kind, self.format],
             "settings": config.fingerprint_values(),
             "seed": recipe.seed_of(config) if self.uses_seed else None,
             "model": recipe.model if self.uses_model else None,
@@ -178,5 +186,7 @@ def load_kinds() -> dict[str, type[Stage[Any]]]:
 
 
 def find_kind(kind: str) -> type[Stage[Any]]:
-    """The stage class of a kind; reading a recipe has checked that the kind exists."""
-    return (KINDS if kind in KINDS else load_kinds())[kind]
+    """The stage class of a kind; UserError if it cannot be loaded."""
+    known = KINDS if kind in KINDS else load_kinds()
+    found: type[Stage[Any]] = known[kind] if kind in known else plugins.find("stages", kind, derives=Stage)
+    return found

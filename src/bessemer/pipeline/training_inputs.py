@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from bessemer.config.data import CorpusConfig, ImportConfig
+from bessemer.config.data import CorpusConfig
+from bessemer.config.families import ImportConfig
+from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.training import ExtendConfig, PretrainConfig
+from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.hf.hf_tokenizer import load_tokenizer

@@ -13,7 +13,8 @@ from typing import Any, overload
 
 from bessemer.config import places
 from bessemer.config.builtin import PREFIX, builtin_recipes
-from bessemer.config.data import CorpusConfig, ImportConfig
+from bessemer.config.data import CorpusConfig
+from bessemer.config.families import ImportConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig, nearest

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.config import places
-from bessemer.config.data import RejectConfig
 from bessemer.config.evaluation import EvalConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig

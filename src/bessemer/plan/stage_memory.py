@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bessemer.config.data import ImportConfig, RejectConfig
-from bessemer.config.evaluation import EvalConfig, LongEvalConfig
+from bessemer.config.evaluation import EvalConfig
+from bessemer.config.families import ImportConfig
+from bessemer.config.r1 import DistillConfig, ExtendConfig, LongEvalConfig, RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
-from bessemer.config.training import DistillConfig, ExtendConfig, OptimizerConfig, PretrainConfig
+from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.dist import distributed, schedules
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError

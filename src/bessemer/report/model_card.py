@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import __version__
-from bessemer.config.recipe import starts_from
+from bessemer.config.kinds import starts_from
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.data.model_files import read_object
 from bessemer.eval import tables

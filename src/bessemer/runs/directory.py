@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from bessemer import __version__
 from bessemer.config.builtin import FORMAT_LINE, RUN_FORMAT, check_run_format
-from bessemer.config.recipe import STAGES
+from bessemer.config.kinds import stage_config
 from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
@@ -296,8 +296,8 @@ def _meant(root: Path) -> str | None:
     """The stage whose model stands for a run once the run is finished; None if its recipe cannot be read."""
     try:
         recipe = _recipe(root)
-        tables = [table for table in recipe.get("stage", []) if STAGES[str(table.get("kind"))].makes_model]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        tables = [table for table in recipe.get("stage", []) if stage_config(table.get("kind"), "").makes_model]
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, UserError):
         return None
     return recipe.get("main") or next((str(table.get("name")) for table in reversed(tables)), None)
 

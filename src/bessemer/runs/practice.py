@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bessemer.config.recipe import starts_from
+from bessemer.config.kinds import starts_from
 from bessemer.config.units import parse_tokens
 from bessemer.errors import UserError
 from bessemer.runs.directory import stage_folders

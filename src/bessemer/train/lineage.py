@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bessemer.config.data import ImportConfig
+from bessemer.config.families import ImportConfig
 from bessemer.config.places import located
 from bessemer.config.training import FineTuningConfig, PretrainConfig
 from bessemer.data import sources

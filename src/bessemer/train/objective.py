@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ from bessemer.model.transformer import scores
 from bessemer.train.loss import chunk_rows, predicting
 
 if TYPE_CHECKING:
-    from bessemer.config.training import Divergence
     from bessemer.data.batch import Batch
+
+Divergence = Literal["reverse", "forward"]
+"""KL of student from teacher (reverse), or of teacher from student (forward)."""
 
 
 @dataclass

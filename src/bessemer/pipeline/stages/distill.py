@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
+from bessemer.config.r1 import DistillConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.training import DistillConfig
 from bessemer.data.chat import question_ids
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.data import ExamplesConfig
+from bessemer.config.r1 import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import Stage, register

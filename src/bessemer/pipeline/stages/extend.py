@@ -10,9 +10,10 @@ Output: model/ with `rope_factor`, `original_seq_len` and `max_seq_len` of its o
 from typing import Any
 
 from bessemer.config.data import CorpusConfig
+from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
-from bessemer.config.training import ExtendConfig, PretrainConfig
+from bessemer.config.training import PretrainConfig
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bessemer.config.data import ImportConfig
+from bessemer.config.families import ImportConfig
 from bessemer.config.places import located, looked_in, pin
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.config.data import CorpusConfig
-from bessemer.config.evaluation import LongEvalConfig
+from bessemer.config.r1 import LongEvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.rows import Rows, open_rows

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.data import RejectConfig
+from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import Message, exchange, question_ids

@@ -22,9 +22,9 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.places import located
+from bessemer.config.r1 import RewardModelConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, changed
-from bessemer.config.training import RewardModelConfig
 from bessemer.data import formats, preference_rows, sft_rows, sources
 from bessemer.data.chat import question_ids
 from bessemer.data.documents import HUB

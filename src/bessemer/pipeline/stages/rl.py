@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
+from bessemer.config.r1 import RewardModelConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
-from bessemer.config.training import RewardModelConfig
 from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bessemer.config.data import RejectConfig
 from bessemer.config.places import located
+from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig

@@ -1,0 +1,103 @@
+"""Kinds of stages that come from outside the package: their tables, help, schema and errors."""
+
+import sys
+
+import jsonschema
+import pytest
+
+from bessemer import plugins
+from bessemer.config import kinds
+from bessemer.config.help import describe_keys
+from bessemer.config.json_schema import recipe_schema
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.model.config import PRESETS, ModelConfig
+from bessemer.pipeline import runner
+
+COUNTING = """
+from bessemer.config.table import StageConfig
+from bessemer.pipeline.stage import Stage
+
+class CountConfig(StageConfig):
+    up_to: int = 3
+    \"\"\"The number to count up to.\"\"\"
+
+class Count(Stage[CountConfig]):
+    def run(self, config, ctx):
+        (ctx.dir / "made.txt").write_text(str(config.up_to))
+        return {"counted": config.up_to}
+
+class Nothing:
+    pass
+"""
+
+
+@pytest.fixture
+def counting(tmp_path):
+    (tmp_path / "counting.py").write_text(COUNTING)
+
+    def recipe(keys, name="Count"):
+        path = tmp_path / "recipe.toml"
+        path.write_text(f'name = "own"\n[[stage]]\nkind = "counting.py:{name}"\n{keys}\n')
+        return path
+
+    return recipe
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that brings a stage with its table, and a recipe of its own."""
+    (tmp_path / "counting_addon.py").write_text(
+        COUNTING + "from bessemer.config.table import ConfigTable\nclass Note(ConfigTable):\n    text: str\n"
+    )
+    about = tmp_path / "counting_addon-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: counting-addon\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[bessemer.stages]\ntally = counting_addon:Count\n"
+        "[bessemer.tables]\ntally = counting_addon:CountConfig\nnote = counting_addon:Note\n"
+        "gone = not_installed_addon:Config\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins._entry_points.cache_clear()
+    yield
+    plugins._entry_points.cache_clear()
+    sys.modules.pop("counting_addon", None)
+
+
+def test_a_stage_in_a_file_has_the_table_that_its_class_names(counting, tmp_path):
+    recipe = Recipe.load(counting("up_to = 5"))
+    assert recipe.names() == ["Count"]
+    (result,) = runner.run(recipe, tmp_path / "run")
+    assert (result.folder / "made.txt").read_text() == "5" and result.summary == {"counted": 5}
+    assert runner.run(Recipe.load(tmp_path / "run" / "recipe.toml"), tmp_path / "run")[0].status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "words"),
+    [
+        ("up_too = 5", "Count", ["recipe.toml", '"up_too"', 'did you mean "up_to"']),
+        ('up_to = "5"', "Count", ['"up_to"', "a whole number"]),
+        ("", "Counted", ["counting.py", "Counted", "did you mean Count"]),
+        ("", "Nothing", ["counting.py:Nothing", "Stage"]),
+    ],
+)
+def test_a_mistake_in_a_stage_of_one_s_own_is_one_line_that_names_it(counting, keys, name, words):
+    with pytest.raises(UserError) as error:
+        Recipe.load(counting(keys, name))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_package_s_tables_have_help_a_schema_and_errors(package):
+    assert "tally" in kinds.stage_tables() and "note" in kinds.recipe_tables()
+    assert "The number to count up to." in describe_keys("tally", ModelConfig, list(PRESETS))
+    assert "text (string, required)" in describe_keys("note", ModelConfig, list(PRESETS))
+    schema = jsonschema.Draft202012Validator(recipe_schema(ModelConfig, list(PRESETS)))
+    for kind, key, right in (("tally", "up_to", True), ("tally", "tasks", False), ("own.py:Stage", "up_to", True)):
+        assert schema.is_valid({"name": "x", "stage": [{"kind": kind, key: 3}]}) is right
+    stage = '[[stage]]\nkind = "{}"\n'
+    assert Recipe.parse('name = "x"\n' + stage.format("tally"), ["tally.up_to=7"]).stage("tally").up_to == 7
+    with pytest.raises(UserError, match='did you mean "tally"'):
+        Recipe.parse('name = "x"\n' + stage.format("tallly"))
+    with pytest.raises(UserError, match="not_installed_addon, which is not here"):
+        Recipe.parse('name = "x"\n' + stage.format("gone"))
