@@ -44,8 +44,9 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
         return CORE[kind]
     tables = plugins.names("tables")
     if not isinstance(kind, str) or (":" not in kind and kind not in (*tables, *plugins.names("stages"))):
-        known = list(stage_tables())
-        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {nearest(str(kind), known)}")
+        known = nearest(str(kind), list(stage_tables()))
+        more = "" if tables else "; no add-on is installed, and pip install -e . enters those of a checkout"
+        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {known}{more}")
     try:
         found = plugins.find("tables", kind) if kind in tables else plugins.find("stages", kind)
     except UserError as error:
