@@ -123,6 +123,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
     "evals": (
         "eval/contamination.py",
         "eval/instructions.py",
+        "eval/intervals.py",
         "eval/lm_eval_model.py",
         "eval/long_context.py",
         "eval/paired.py",

@@ -10,9 +10,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from bessemer.eval.intervals import holm
 from bessemer_claims import phrases, registry, runs, verdict
 from bessemer_claims.registry import ClaimEntry, Text, claims, data, experiments
+from bessemer_claims.seeds import holm
 from bessemer_claims.verdict import ClaimVerdict, Evidence, Measured, Outcome, PartFinding
 
 

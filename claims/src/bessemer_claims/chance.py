@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from bessemer.eval.intervals import t_quantile
 from bessemer.plan.hardware import RateFactors
 from bessemer.plan.step_time import step_costs, step_end, step_key, table_of
 from bessemer.plan.training_setup import Setup
@@ -25,14 +25,6 @@ Draws = dict[str, np.ndarray]
 """For every input, its n values."""
 
 
-def triangular(share: np.ndarray, low: float, mode: float, high: float) -> np.ndarray:
-    """Quantiles of a triangular distribution."""
-    left = (mode - low) / (high - low)
-    rising = low + np.sqrt(share * (high - low) * (mode - low))
-    falling = high - np.sqrt((1 - share) * (high - low) * (high - mode))
-    return np.where(share < left, rising, falling)
-
-
 def draw(n: int, seed: int) -> Draws:
     generator, values = np.random.default_rng(seed), {}
     for one in read_toml("ranges.toml")["input"]:
@@ -40,7 +32,8 @@ def draw(n: int, seed: int) -> Draws:
         if "chance" in one:
             values[one["name"]] = (share < one["chance"]).astype(float)
         else:
-            values[one["name"]] = triangular(share, one["low"], one["mode"], one["high"])
+            low, mode, high = one["low"], one["mode"], one["high"]
+            values[one["name"]] = stats.triang.ppf(share, (mode - low) / (high - low), low, high - low)
     return values
 
 
@@ -111,5 +104,5 @@ def next_one(ratios: Sequence[float], share: float = 0.9) -> Quantiles:
     """The prediction interval for one more ratio like these, by Student's t on their logarithms. `share`: coverage."""
     logs, n = np.log(ratios), len(ratios)
     middle = float(logs.mean())
-    wide = t_quantile(0.5 + share / 2, n - 1) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
+    wide = float(stats.t.ppf(0.5 + share / 2, n - 1)) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / n)
     return Quantiles(*(math.exp(middle + sign * wide) for sign in (-1, 0, 1)))

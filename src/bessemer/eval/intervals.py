@@ -1,4 +1,4 @@
-"""Intervals and tests for a handful of seeds: Student's t in closed form, Holm's correction, shares of problems.
+"""Intervals for a handful of seeds and for shares of problems.
 
 The seed is the unit: `values` are differences within each seed. With one seed the interval is unbounded.
 """
@@ -9,7 +9,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,39 +24,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) for a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    if freedom % 2:
-        term = total = math.cos(angle) if freedom > 1 else 0.0
-        for k in range(2, freedom - 1, 2):
-            term *= square * k / (k + 1)
-            total += term
-        return 0.5 + (angle + sine * total) / math.pi
-    term = total = 1.0
-    for k in range(1, freedom - 2, 2):
-        term *= square * k / (k + 1)
-        total += term
-    return 0.5 + sine * total / 2
-
-
-@cache
-def t_quantile(share: float, freedom: int) -> float:
-    """The value that T exceeds with probability 1 - share."""
-    if not (0 < share < 1 and freedom >= 1):
-        raise ValueError(f"no quantile {share} with {freedom} degrees of freedom")
-    if share < 0.5:
-        return -t_quantile(1 - share, freedom)
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < share:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, freedom) < share else (low, middle)
-    return (low + high) / 2
-
-
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean and Student's interval, which is infinite with one seed."""
     middle = statistics.fmean(values)
@@ -70,39 +36,14 @@ def smallest_visible(values: Sequence[float], confidence: float = 0.95) -> float
     n = len(values)
     if n < 2:
         return math.inf
-    return t_quantile((1 + confidence) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    from scipy.special import stdtrit  # Student's quantile; a report without seeds does not wait for scipy
+
+    return float(stdtrit(n - 1, (1 + confidence) / 2)) * statistics.stdev(values) / math.sqrt(n)
 
 
 def wider(*intervals: Interval) -> Interval:
     """The widest of the intervals, such as those over seeds and over the problems within them."""
     return max(intervals, key=lambda one: one.high - one.low)
-
-
-def p_value(values: Sequence[float], threshold: float = 0.0) -> float:
-    """Two-sided p value for a mean that differs from the threshold; 1 with one seed."""
-    n = len(values)
-    if n < 2:
-        return 1.0
-    spread, gap = statistics.stdev(values), statistics.fmean(values) - threshold
-    if spread == 0:
-        return 1.0 if gap == 0 else 0.0
-    return 2 * (1 - t_cdf(abs(gap) * math.sqrt(n) / spread, n - 1))
-
-
-def equivalent(values: Sequence[float], centre: float, margin: float, confidence: float = 0.95) -> bool:
-    """Whether two one-sided tests show that the mean lies within `margin` of `centre` (Schuirmann 1987)."""
-    one_sided = over_seeds(values, 2 * confidence - 1)
-    return centre - margin < one_sided.low and one_sided.high < centre + margin
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrected p values of several tests, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = highest
-    return corrected
 
 
 def shares_apart(one: float, other: float, problems: int) -> Interval:
