@@ -2,7 +2,10 @@
 
 import json
 import random
+import runpy
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -367,7 +370,8 @@ def test_results_of_other_rules_and_settings_are_named_and_left_out(tmp_path):
 
 def test_committed_results_are_of_todays_rules_and_arms():
     read = results.committed()
-    assert read.left_out == [] and all(one.metrics or one.diverged for one in read.results)
+    assert read.left_out == [], "did a key only change its name? claims/tools/renamed.py"
+    assert all(one.metrics or one.diverged for one in read.results)
     assert len(runs.joined(read.results, [])) == len(read.results), "one result per arm and seed"
 
 
@@ -415,3 +419,18 @@ def test_a_job_that_fails_takes_those_that_need_it_with_it(tmp_path):
     after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
     failed = runner.run([broken, after], "quick", tmp_path, 2, lambda line: None)
     assert [one.job.arm for one in failed] == ["nobody", "later"] and f"{broken.name} failed" in failed[1].why
+
+
+def test_a_renamed_key_keeps_the_results(tmp_path, monkeypatch):
+    """The digests in the results follow the arms that the file names, and no others."""
+    files = {path.name: path.read_text() for path in results.COMMITTED.glob("*.json")}
+    known = {"/".join(key): digest for key, digest in results.digests().items()}
+    old = known["fp8/coarse/short"]
+    (tmp_path / "before.json").write_text(json.dumps(known | {"fp8/coarse/short": "0123456789abcdef"}))
+    (tmp_path / "results").mkdir()
+    for name, text in files.items():
+        (tmp_path / "results" / name).write_text(text.replace(old, "0123456789abcdef"))
+    monkeypatch.setattr(results, "COMMITTED", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["renamed.py", "--after", str(tmp_path / "before.json")])
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / "renamed.py"), run_name="__main__")
+    assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == files
