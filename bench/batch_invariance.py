@@ -20,8 +20,8 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
-from bessemer.hf.causal_lm import load_any
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.runs.directory import model_dir
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, counts = model_dir(args.model), {}
     for dtype in ("float32", "bfloat16"):
-        engine = Engine(load_any(folder, dtype=dtype, mtp=False), load_tokenizer(folder))
+        engine = Engine(load(folder, dtype=dtype, mtp=False), load_tokenizer(folder))
         requests = [
             Request(
                 tuple(question_ids(engine.tokenizer, f"What are {n} and {7 * n % 41}?")), stream_key(n), args.tokens,

@@ -32,9 +32,9 @@ import torch  # noqa: E402
 
 from bessemer.config.recipe import Recipe  # noqa: E402
 from bessemer.errors import UserError  # noqa: E402
-from bessemer.hf.causal_lm import load_any  # noqa: E402
-from bessemer.hf.hf_tokenizer import load_tokenizer  # noqa: E402
+from bessemer.hf.families import load_tokenizer  # noqa: E402
 from bessemer.hf.hub import convert  # noqa: E402
+from bessemer.hf.model_directory import load  # noqa: E402
 from bessemer.pipeline import runner  # noqa: E402
 from bessemer.report import card  # noqa: E402
 from bessemer.runs.metrics import Metrics  # noqa: E402
@@ -64,7 +64,7 @@ def tensors_of(named: dict[str, torch.Tensor]) -> str:
 
 
 def read_model(directory: Path) -> Any:
-    model, tokenizer = load_any(directory), load_tokenizer(directory)
+    model, tokenizer = load(directory), load_tokenizer(directory)
     ids = tokenizer.encode("User: what is 3+4?")
     return tensors_of(model.state_dict()), model.cfg.model_dump(), tokenizer.fingerprint, tokenizer.chat_template, ids
 

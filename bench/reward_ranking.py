@@ -16,7 +16,7 @@ from statistics import fmean
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import load_engine
-from bessemer.hf.causal_lm import load_scorer
+from bessemer.hf.model_directory import load_scorer
 from bessemer.rl.preference import judged_ids, score_ids
 from bessemer.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, r1_form, sample_request
 

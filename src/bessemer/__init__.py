@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.2.0"
 
 _PUBLIC = {
-    "load": ("bessemer.hf.causal_lm", "load_any"),
+    "load": ("bessemer.hf.model_directory", "load"),
     "Engine": ("bessemer.engine.engine", "Engine"),
     "Recipe": ("bessemer.config.recipe", "Recipe"),
     "Tokenizer": ("bessemer.data.tokenizer", "Tokenizer"),

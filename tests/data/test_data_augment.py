@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from bessemer.data import chat, corpus
 from bessemer.data.corpus import Augment, boundary_tokens
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 
 
 def test_fim_is_prefix_suffix_middle_of_the_same_text(tokenizer, texts):

@@ -16,7 +16,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
 from bessemer.errors import UserError
 from bessemer.eval.shots import Shots
-from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.hf_tokenizer import HFTokenizer
 from bessemer.serve.chat import chat_prompt
 from bessemer.serve.models import Vocabulary
 from bessemer.serve.protocol import Turn

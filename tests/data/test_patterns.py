@@ -8,7 +8,7 @@ import pytest
 from bessemer.data import patterns
 from bessemer.data.tokenizer import KNOWN, Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -12,7 +12,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 
 WEATHER = {
     "type": "object",

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
 from hf_cases import made, tokens
 
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 
 torch.set_num_threads(1)
 KINDS = ("llama", "qwen2", "gpt2", "mixtral", "gemma3")

@@ -13,7 +13,7 @@ from hf_cases import KINDS, made, relative, tokens
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.hf import causal_lm
+from bessemer.hf import causal_lm, model_directory
 from bessemer.hf.mapping import longest_text
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -102,9 +102,9 @@ def test_what_is_saved_is_what_transformers_loads(pair, tmp_path):
 
 def test_a_directory_says_which_kind_it_is(directory, tmp_path):
     Transformer(preset("tiny", vocab_size=300, dim=64, n_layers=2)).initialise(0).save(tmp_path / "ours")
-    assert isinstance(causal_lm.load_any(tmp_path / "ours"), Transformer)
-    assert isinstance(causal_lm.load_any(directory, dtype="bfloat16"), causal_lm.CausalLM)
-    assert causal_lm.load_any(directory, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
+    assert isinstance(model_directory.load(tmp_path / "ours"), Transformer)
+    assert isinstance(model_directory.load(directory, dtype="bfloat16"), causal_lm.CausalLM)
+    assert model_directory.load(directory, dtype="bfloat16").embed.weight.dtype == torch.bfloat16
 
 
 def test_compute_in_bfloat16_keeps_the_rotary_frequencies():
@@ -184,7 +184,7 @@ def pickle_only(directory):
 def test_broken_directories_are_refused_by_name(directory, damage, message):
     damage(directory)
     with pytest.raises(UserError, match=message):
-        causal_lm.load_any(directory)
+        model_directory.load(directory)
 
 
 def test_code_that_comes_with_a_model_is_not_run(directory, tmp_path):

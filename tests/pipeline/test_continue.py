@@ -14,8 +14,8 @@ from bessemer.config.kinds import stage_tables
 from bessemer.config.recipe import Recipe
 from bessemer.data.rows import open_rows
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.pipeline import runner
 from bessemer.pipeline.stage import find_kind
 
@@ -95,7 +95,7 @@ def values(folder, name):
 
 def loss_of(folder, base, rows):
     """Mean loss in nats on held-out tokens, from the base's own logits and independent of the training code."""
-    model = load_any(at(folder, base) / "model", dtype=torch.float32)
+    model = load(at(folder, base) / "model", dtype=torch.float32)
     batch = rows.batch(range(min(rows.n_rows, 64)))
     with torch.no_grad():
         logits = model(batch.tokens_BT).log_softmax(-1)[:, :-1]

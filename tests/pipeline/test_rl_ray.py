@@ -15,7 +15,7 @@ import torch
 from bessemer.config.recipe import Recipe
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
+from bessemer.hf.model_directory import load
 from bessemer.pipeline.replay import replay
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl import ray_cluster, ray_sampler, ray_worker, worker_pool
@@ -395,10 +395,10 @@ def test_a_cluster_where_nobody_listens_is_refused_at_once(monkeypatch):
 
 
 def test_weights_of_another_network_or_number_format(base):
-    model = load_any(base / "model", dtype=torch.float32)
+    model = load(base / "model", dtype=torch.float32)
     packed = ray_worker.pack_weights(model.to_compute(torch.bfloat16).state_dict())
     weights = ray_worker.unpack_weights(packed)
-    other = load_any(base / "model", dtype=torch.float32)
+    other = load(base / "model", dtype=torch.float32)
     ray_worker.load_weights(other, weights)
     for name, tensor in model.state_dict().items():
         found = other.state_dict()[name]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from serving import error_of, in_thread, running
 
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
+from bessemer.hf.model_directory import load
 from bessemer.serve import ServeConfig
 from bessemer.serve import server as serve_module
 from bessemer.serve.models import find_models
@@ -363,4 +363,4 @@ def test_a_tensor_without_a_place_is_refused(r1, tmp_path):
     file = next((tmp_path / "more").glob("*.safetensors"))
     save_file({**load_file(file), "model.layers.0.extra.weight": torch.zeros(2)}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"extra\.weight"):
-        load_any(tmp_path / "more")
+        load(tmp_path / "more")

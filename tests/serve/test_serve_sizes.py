@@ -10,7 +10,7 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -15,7 +15,8 @@ from bessemer.config.training import LoRAConfig
 from bessemer.data import preference_rows
 from bessemer.errors import UserError
 from bessemer.hf import lora
-from bessemer.hf.causal_lm import CausalLM, CausalScorer, load, load_scorer
+from bessemer.hf.causal_lm import CausalLM, CausalScorer, load
+from bessemer.hf.model_directory import load_scorer
 from bessemer.rl.preference import score_ids
 from bessemer.train.objective import pairwise
 from bessemer.train.trainer import Trainer

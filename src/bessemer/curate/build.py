@@ -28,7 +28,7 @@ from bessemer.curate.jobs import Job, JobRunner, facts_of
 from bessemer.curate.settings import Settings, identity
 from bessemer.data import sources
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.system import peak_memory
 
 VERSION = 1

@@ -28,7 +28,7 @@ from bessemer.data.fetch import sha256_of
 from bessemer.data.plans import plan_files, write_plan
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 
 NAME = "documents.jsonl.zst"
 BLOCK_CHARS = 1 << 20

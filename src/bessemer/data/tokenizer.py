@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -37,6 +38,7 @@ WORDS = (
 )
 KNOWN = frozenset({DIGITS, CJK, WORDS})
 """Patterns that need no trial run."""
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_IDS = 1 << 24
 """Limit above any id of a published tokenizer; a table has a row for every id."""
 SMALLEST = len(ADDED) + 256
@@ -109,8 +111,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
-        template_file = directory / "chat_template.jinja"
-        template = read_text(template_file) if template_file.exists() else config.get("chat_template")
+        template = template_of(directory, config)
         bos, eos, pad = (token_text(config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad"))
         if bos is None or eos is None or pad is None:
             raise UserError(f"{directory / 'tokenizer_config.json'} names no bos_token, eos_token or pad_token")
@@ -120,7 +121,7 @@ class Tokenizer:
                     f"{directory / 'tokenizer.json'} is not a byte-level BPE tokenizer; no other kind is supported"
                 )
             patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
-            return cls(spec, bos, eos, pad, template if isinstance(template, str) else "")
+            return cls(spec, bos, eos, pad, template)
         except UserError:
             raise
         except Exception as error:  # the Rust library raises plain Exception
@@ -141,7 +142,7 @@ class Tokenizer:
         }
         if self.chat_template:
             config["chat_template"] = self.chat_template
-            (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+            (directory / TEMPLATE_FILE).write_text(self.chat_template, "utf-8")
         spec = json.loads(self._tok.to_str())
         for token in spec["added_tokens"]:
             # As in V3's own file, so that decoding in other programs also shows the marks of tools.
@@ -171,6 +172,23 @@ class Tokenizer:
                 'style to keep the model\'s own template, or set it to "zero" or "r1-zero"'
             )
         return chat.jinja(style)
+
+    def set_system(self, system: str) -> None:
+        """Makes the template start every conversation without a system message with this one."""
+        raise UserError("a system message needs a model with a chat template of its own kind")
+
+    def switched(self, thinking: bool) -> Self:
+        """A copy whose chat template thinks or not, if it has such a switch."""
+        return self
+
+    def trimmed(self, text: str) -> str:
+        """The text without the white space that control tokens in it take."""
+        return text
+
+    @property
+    def renders(self) -> bool:
+        """Whether conversations can be written: with one of our templates, or with its own."""
+        return self.chat_style is not None
 
     def use_template(self, prompt_template: str) -> None:
         """Switches to the template that a recipe's `prompt_template` names; "model" keeps the present one."""
@@ -345,6 +363,18 @@ def _check_utf8(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"a text has a lone surrogate, which UTF-8 cannot express: {error}") from error
+
+
+def template_of(directory: Path, config: dict[str, Any]) -> str:
+    """The Jinja text of a directory's chat template, or "" if there is none; of several, the one named default.
+    `config` is its tokenizer_config.json."""
+    if (directory / TEMPLATE_FILE).exists():
+        return read_text(directory / TEMPLATE_FILE)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""
 
 
 def token_text(entry: object) -> str | None:

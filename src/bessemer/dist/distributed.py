@@ -20,9 +20,9 @@ from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard, gather_into, heldout_nats
 from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
-from bessemer.hf import hub, lora
-from bessemer.hf.causal_lm import load_scorer, needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf import model_directory
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load_scorer, own_config
 from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import RECOMPUTES_ITSELF, Scorer, Transformer
@@ -55,9 +55,9 @@ def read(
     `context`: as in `hub.open_directory`; `split_rows`: as in `layout_of`; `mtp` false leaves out the MTP modules."""
     if ranks is None:
         return setup.load_model(folder, context, mtp=mtp)
-    if needs_transformers(folder):
+    if (cfg := own_config(folder)) is None:
         raise UserError(f"{folder} is not in the DeepSeek V3 family; train such a model with one process")
-    cfg = hub.read_config(folder).at_length(context or {})
+    cfg = cfg.at_length(context or {})
     cfg = cfg if mtp else cfg.model_copy(update={"n_mtp": 0})
     shard = ModelShard.read(folder, *_mesh(cfg, ranks, layout, say, split_rows), ranks.device, context, mtp=mtp)
     return shard, load_tokenizer(folder)
@@ -70,8 +70,8 @@ def adapted(
     """The network of `folder` as the stage trains it: with adapters if its table has [lora], recomputing in backward
     what `layout` says."""
     if config.lora is not None:
-        network = lora.attach(model_of(network), config.lora, seed, folder, config.name)
-        say(lora.describe(network))
+        network, line = model_directory.adapted(model_of(network), config.lora, seed, folder, config.name)
+        say(line)
     recompute(network, layout, say)
     return network
 
@@ -96,9 +96,8 @@ def read_scorer(
             return load_scorer(folder, torch.float32, setup.device())
         model, _ = setup.load_model(folder)
         return model.scorer(new_head)
-    if needs_transformers(folder):
+    if (cfg := own_config(folder)) is None:
         raise UserError(f"{folder} is not in the DeepSeek V3 family; train a reward model of it with one process")
-    cfg = hub.read_config(folder)
     made, schedule = _mesh(mesh.headed(cfg), ranks, layout, say, split_rows=False)
     own = made.of(cfg.model_copy(update={"n_mtp": 0}))
     return ModelShard.read(folder, own, schedule, ranks.device, kind=Scorer, new_head=new_head, mtp=False)

@@ -37,8 +37,8 @@ from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import Sequence, cut_at_stop, stop_strings
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.model.transformer import evaluating
 from bessemer.precision import probe
 from bessemer.workers import Workers
@@ -163,7 +163,7 @@ class Engine:
 def load_engine(model_dir: str | Path, drafts: int = 0) -> Engine:
     """Loads the model and tokenizer of a Hugging Face directory onto this machine's device. MTP layers are loaded only
     for drafting."""
-    model = load_any(model_dir, device=probe.device(), mtp=drafts > 0)
+    model = load(model_dir, device=probe.device(), mtp=drafts > 0)
     engine = Engine(model, load_tokenizer(model_dir))
     check_drafts(engine.model, drafts)
     return engine

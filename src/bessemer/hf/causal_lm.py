@@ -34,13 +34,13 @@ from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.hf_tokenizer import load_tokenizer
-from bessemer.hf.mapping import FAMILIES, LIMITS, longest_text
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.mapping import LIMITS, longest_text
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.segments import Packed, Segments
-from bessemer.model.transformer import Scorer, Transformer, scores
+from bessemer.model.transformer import scores
 
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose cache is keys and values, which sequences can share; they cannot share a recurrent state."""
@@ -211,20 +211,6 @@ class CausalScorer(CausalLM):
 _Kind = TypeVar("_Kind", bound=CausalLM)
 
 
-def needs_transformers(directory: str | Path) -> bool:
-    """Whether config.json declares an architecture other than `Transformer`'s."""
-    return str(read_object(Path(directory) / "config.json").get("model_type")) not in FAMILIES
-
-
-def load_any(
-    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
-) -> Transformer | CausalLM:
-    """The model of a directory: a `Transformer` for the DeepSeek family, else a `CausalLM`. dtype as in `hub.load`."""
-    if not Path(directory).is_dir():
-        raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
-    return load(directory, dtype, device) if needs_transformers(directory) else hub.load(directory, dtype, device, mtp)
-
-
 def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
     kind: type[_Kind] = CausalLM,  # type: ignore[assignment]
@@ -244,15 +230,6 @@ def load(
         _check_counts(values, checkpoint)
         _check_memory(directory, checkpoint, kind.auto)
         return checked(kind(_read(directory, hub.parse_dtype(dtype), kind.auto).to(device)), str(directory))
-
-
-def load_scorer(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Scorer | CausalScorer:
-    """The reward model of a directory, of any family."""
-    if Path(directory).is_dir() and needs_transformers(directory):
-        return load(directory, dtype, device, CausalScorer)
-    return hub.load(directory, dtype=dtype, device=device, kind=Scorer)
 
 
 @contextmanager

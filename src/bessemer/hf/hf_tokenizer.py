@@ -23,18 +23,26 @@ from collections.abc import Sequence
 from copy import copy, deepcopy
 from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
 from bessemer.data import chat, patterns
-from bessemer.data.chat import BOS, NOT_SPECIAL, THINK, THINK_END, Message
-from bessemer.data.model_files import read_object, read_text
-from bessemer.data.tokenizer import KNOWN, Tokenizer, byte_of_character, empty_table, fingerprint_of, token_text
+from bessemer.data.chat import NOT_SPECIAL, THINK, THINK_END, Message
+from bessemer.data.model_files import read_object
+from bessemer.data.tokenizer import (
+    KNOWN,
+    TEMPLATE_FILE,
+    Tokenizer,
+    byte_of_character,
+    empty_table,
+    fingerprint_of,
+    template_of,
+    token_text,
+)
 from bessemer.errors import UserError
 from bessemer.hf.chat_template import ChatTemplate
 
-TEMPLATE_FILE = "chat_template.jinja"
 NO_TEMPLATE = (
     'this model has no chat template, so it cannot be asked a question: import it with style = "r1-zero" (R1-Zero\'s '
     "prompt), or put the template of its instruct sibling into chat_template.jinja"
@@ -51,15 +59,6 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _EMPTY_THOUGHT = re.compile(rf"{THINK}\s*{THINK_END}\s*$")
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 """Unicode's private-use characters."""
-
-
-def load_tokenizer(directory: str | Path, own_template: bool = True) -> Tokenizer:
-    """The tokenizer of a model directory: ours if the directory has our tokens and one of our templates. With
-    `own_template` false a foreign model's template, which may be one that cannot be used, is not looked at."""
-    config = read_object(Path(directory) / "tokenizer_config.json")
-    template = _template_of(Path(directory), config)
-    ours = token_text(config.get("bos_token")) == BOS and chat.style_of(template) is not None
-    return Tokenizer.load(directory) if ours else HFTokenizer.load(directory, own_template)
 
 
 class HFTokenizer(Tokenizer):
@@ -98,7 +97,7 @@ class HFTokenizer(Tokenizer):
         spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
         patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
         try:
-            template = _template_of(directory, config) if own_template else ""
+            template = template_of(directory, config) if own_template else ""
             return cls(spec, config, _names(directory, config), template)
         except UserError as error:
             raise UserError(f"{directory}: {error}") from error
@@ -125,7 +124,6 @@ class HFTokenizer(Tokenizer):
         self._adopt(self._jinja(style))
 
     def set_system(self, system: str) -> None:
-        """Makes the template start every conversation without a system message with this one."""
         if self._template is None:
             raise UserError("a system message needs the model's own chat template, and this model has none")
         self._adopt(add_system(self.chat_template, system))
@@ -142,7 +140,11 @@ class HFTokenizer(Tokenizer):
     def opening(self) -> str:
         return self._opening if self._template else super().opening
 
-    def switched(self, thinking: bool) -> "HFTokenizer":
+    @property
+    def renders(self) -> bool:
+        return self._template is not None or super().renders
+
+    def switched(self, thinking: bool) -> Self:
         """A copy whose chat template reads the switch as `thinking` (DeepSeek-V3.1) and `enable_thinking` (Qwen3)."""
         made = copy(self)
         switches = {"thinking": thinking, "enable_thinking": thinking}
@@ -150,7 +152,6 @@ class HFTokenizer(Tokenizer):
         return made
 
     def trimmed(self, text: str) -> str:
-        """The text without the white space that control tokens in it take."""
         return self._greedy.sub(lambda found: found[found.lastindex or 0], text) if self._greedy else text
 
     def render_answers(
@@ -343,17 +344,6 @@ def _names(directory: Path, config: dict) -> dict[str, str]:
     named = (read_object(older) if older.is_file() else {}) | config
     texts = {key: token_text(value) for key, value in named.items() if key.endswith("_token")}
     return {key: text for key, text in texts.items() if isinstance(text, str) and text}
-
-
-def _template_of(directory: Path, config: dict[str, Any]) -> str:
-    """The Jinja text of the chat template, or "" if there is none; of several, the one named default."""
-    if (directory / TEMPLATE_FILE).exists():
-        return read_text(directory / TEMPLATE_FILE)
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else ""
 
 
 def check_pretokenizer(spec: dict[str, Any], where: str) -> None:

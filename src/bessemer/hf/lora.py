@@ -34,6 +34,7 @@ from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM, CausalScorer, load
 from bessemer.hf.mapping import is_reward_model
+from bessemer.hf.model_directory import own_family
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import cast, read_header
 from bessemer.hf.safetensors_writer import write_json
@@ -134,13 +135,6 @@ def check_installed() -> None:
     """Raises UserError if peft is not installed."""
     if find_spec("peft") is None:
         raise UserError("LoRA adapters need the peft library: pip install 'bessemer[lora]'")
-
-
-def own_family(stage: str) -> UserError:
-    return UserError(
-        f'stage "{stage}": lora is for models of other families, which transformers computes; this one is in the '
-        "DeepSeek V3 family; leave lora out to train all of its weights"
-    )
 
 
 def attach(network: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str) -> LoRAModel:

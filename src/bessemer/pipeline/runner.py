@@ -29,7 +29,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.model_directory import is_own
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.overview import overview
@@ -229,7 +229,7 @@ def _together(
     if ranks is None or not item.stage.distributed:
         return None
     config = None if source is None else source / "model" / "config.json"
-    if recipe.layout.fewest == 1 and config is not None and config.is_file() and needs_transformers(config.parent):
+    if recipe.layout.fewest == 1 and config is not None and config.is_file() and not is_own(config.parent):
         progress.say(f"{item.name}: a model of another family is trained by one process; the other ranks wait")
         return None
     return ranks

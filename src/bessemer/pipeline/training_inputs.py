@@ -11,7 +11,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline.inputs import NEEDLE, SHARDS
 from bessemer.runs.context import StageContext
 

@@ -31,8 +31,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import model_shard
 from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_scorer
-from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load_scorer
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.transformer import evaluating, scores
 from bessemer.tasks.answer import summary
@@ -158,7 +158,7 @@ class RewardModel:
                 f"{name}: the tokenizer is not the one that the model was trained with; put back its tokenizer.json, "
                 "or train the reward model again"
             )
-        if tokenizer.chat_style is None and not isinstance(tokenizer, HFTokenizer):
+        if not tokenizer.renders:
             raise UserError(f"{name}: its tokenizer has none of our chat templates; train the reward model again")
         self.network, self.tokenizer, self.scale, self.name = network, tokenizer, scale, name
 

@@ -24,8 +24,8 @@ import bessemer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.rl.vllm_engine import DEFAULTS, VLLMEngine, VLLMSettings
 from bessemer.train import setup
 
@@ -92,7 +92,7 @@ class BessemerEngine:
 
     def __init__(self, directory: Path) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_any(directory, dtype=torch.float32, device=device)
+        self.model = load(directory, dtype=torch.float32, device=device)
         self.engine = Engine(self.model, load_tokenizer(directory))
 
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,7 @@ from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.ranks import Ranks
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import load_any, needs_transformers
+from bessemer.hf.model_directory import is_own, load
 from bessemer.model.transformer import TrainOutputs
 from bessemer.train import setup
 from bessemer.train.objective import teacher_states, with_states
@@ -104,12 +104,12 @@ def _placed(
         say(f'teacher "{name}" is whole on every rank that computes a loss: {unfit}')
         if not _computes_loss(student):
             return None
-    return load_any(folder, dtype, setup.device(), mtp=False).eval().requires_grad_(False)
+    return load(folder, dtype, setup.device(), mtp=False).eval().requires_grad_(False)
 
 
 def _unfit(folder: Path, student: ModelShard) -> str | None:
     """Why a teacher cannot be cut like the student; None if it can."""
-    if needs_transformers(folder):
+    if not is_own(folder):
         return "its model is of another family"
     layout, slices = student.mesh.layout, len(student.place[0]) // student.mesh.layout.pp
     return mesh.refusal(layout, mesh.headed(hub.read_config(folder)), layout.world, slices)

@@ -24,10 +24,9 @@ from bessemer import system
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
-from bessemer.hf import hub
-from bessemer.hf.causal_lm import needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.hf.mapping import slots
+from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
 from bessemer.rl.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
 
@@ -62,7 +61,7 @@ class VLLMEngine:
             raise UserError("rollout.engine = \"vllm\" needs vLLM: pip install 'bessemer[vllm]'") from None
         self.params = SamplingParams
         self.tokenizer = load_tokenizer(directory)
-        self.cfg = None if needs_transformers(directory) else hub.read_config(directory)
+        self.cfg = own_config(directory)
         mapped = transfers(LLM)
         self.llm = LLM(**llm_arguments(directory, gpus, options), **settings(mapped))
         self.weights: WeightLoader

@@ -20,7 +20,6 @@ from bessemer.data.tools import Tool, description
 from bessemer.engine.grammar import json_grammar
 from bessemer.engine.sequence import Token, think_ids
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import HFTokenizer
 from bessemer.serve import sampling_params, tool_calling
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest
 from bessemer.serve.models import LoadedModel, Vocabulary
@@ -190,7 +189,7 @@ def chat_prompt(
     messages = messages_of(turns)
     prefix = messages.pop()["content"] if messages[-1]["role"] == "assistant" and len(messages) > 1 else None
     style = template_style(tokenizer)
-    if thinking is not None and isinstance(tokenizer, HFTokenizer):
+    if thinking is not None:
         tokenizer = tokenizer.switched(thinking)
     ids = render_ids(tokenizer, messages, style, tools=tools)
     end = tokenizer.decode(ids[-32:], skip_special=False).rstrip()  # room for a tag in bytes

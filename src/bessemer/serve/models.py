@@ -24,11 +24,10 @@ from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.model_files import read_object, read_text
 from bessemer.data.tokenizer import MAX_IDS, Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import hub
-from bessemer.hf.causal_lm import needs_transformers
 from bessemer.hf.digest import digest
-from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.hf.mapping import longest_text
+from bessemer.hf.model_directory import own_config
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
 from bessemer.runs import practice
@@ -103,7 +102,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
         name=name, folder=folder, created=created, practice=practice.of_model(folder), digest=digest(folder),
         **_template(folder), **_generation(folder),
     )  # fmt: skip
-    if needs_transformers(folder):
+    if (cfg := own_config(folder)) is None:
         config = read_object(folder / "config.json")
         config |= config.get("text_config") or {}
         return ModelFacts(
@@ -114,7 +113,6 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
             layers=int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
             **common,
         )
-    cfg = hub.read_config(folder)
     sparse = cfg.n_layers - cfg.n_dense_layers
     return ModelFacts(
         architecture=str(read_object(folder / "config.json").get("model_type")),
@@ -180,7 +178,7 @@ class Vocabulary:
     def prompt_ids(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt. Its author writes the turns, so names of control tokens become these tokens.
         `begin`: BOS comes first, exactly once, if the model's training documents had it."""
-        text = self.tokenizer.trimmed(text) if isinstance(self.tokenizer, HFTokenizer) else text
+        text = self.tokenizer.trimmed(text)
         ids: list[int] = []
         for piece in filter(None, self._names.split(text)):
             if piece in self._control:

@@ -48,8 +48,8 @@ from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import load_any
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.model.transformer import evaluating
 from bessemer.serve import ServeConfig
 from bessemer.train.background import host_room
@@ -120,7 +120,7 @@ def work(connection: Connection, folder: Path, config: ServeConfig) -> None:
     with socket.socket(fileno=dup(connection.fileno())) as pipe, suppress(OSError):
         pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
     try:
-        model = load_any(folder, device=device(), mtp=config.drafts > 0)
+        model = load(folder, device=device(), mtp=config.drafts > 0)
         engine = Engine(model, load_tokenizer(folder))
         worker = ModelWorker(connection, engine, config)
     except UserError as error:

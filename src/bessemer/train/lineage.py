@@ -13,8 +13,8 @@ from bessemer.data.documents import HUB
 from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
 from bessemer.errors import UserError
-from bessemer.hf import hub, lora
-from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.families import family
+from bessemer.hf.model_directory import own_config, own_family
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.train import setup
@@ -41,16 +41,16 @@ def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
     if isinstance(first, PretrainConfig):
         return setup.model_config(recipe, first.model)
     folder = _local(first)
-    return None if folder is None or needs_transformers(folder) else hub.read_config(folder)
+    return None if folder is None else own_config(folder)
 
 
 def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
     """UserError, before anything runs, if a stage's [lora] is not supported."""
     if config.lora is None:
         return
-    lora.check_installed()
+    family().check_adapters()
     if config_of(recipe, config.source) is not None:
-        raise lora.own_family(config.name)
+        raise own_family(config.name)
     for key, value, only in (("fp8", config.fp8, "off"), ("optimizer", config.optimizer, "adamw")):
         if value != only:
             raise UserError(f'stage "{config.name}": lora does not go with {key} = "{value}"; set {key} = "{only}"')

@@ -15,8 +15,8 @@ from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import hub
-from bessemer.hf.causal_lm import load_any, needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import is_own, load
 from bessemer.kernels import library
 from bessemer.model import attention_gpu, grouped
 from bessemer.model.accounting import flops_per_token
@@ -180,11 +180,11 @@ def load_model(
     `context`, only for ours, is as in `hub.open_directory`; `mtp` false leaves out the MTP modules."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
-    if context and not needs_transformers(directory):
+    if context and is_own(directory):
         return hub.load(directory, dtype, device(), mtp, context=context), load_tokenizer(directory)
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
-    return load_any(directory, dtype=dtype, device=device(), mtp=mtp), load_tokenizer(directory)
+    return load(directory, dtype=dtype, device=device(), mtp=mtp), load_tokenizer(directory)
 
 
 def load_to_sample(

@@ -25,7 +25,7 @@ from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.eval.long_context import NEEDLE, needle
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.work import StageWork

@@ -19,7 +19,7 @@ from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.work import PROMPT, StageWork, answers, moved

@@ -17,8 +17,7 @@ from bessemer.config.training import PretrainConfig
 from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
-from bessemer.hf import hub
-from bessemer.hf.causal_lm import needs_transformers
+from bessemer.hf.model_directory import own_config
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Pretrain, Start
@@ -55,11 +54,10 @@ class Extend(Pretrain[ExtendConfig]):
     def start(self, config: ExtendConfig, ctx: StageContext) -> Start:
         """The model of an earlier stage, with YaRN, trained on longer rows."""
         folder, corpus = model_and_corpus(ctx, config.corpus)
-        if needs_transformers(folder):
+        if (cfg := own_config(folder)) is None:
             raise UserError(
                 f'stage "{ctx.name}": {folder} is not of the DeepSeek V3 family; it cannot be extended here'
             )
-        cfg = hub.read_config(folder)
         if cfg.yarn and cfg.rope_factor != config.rope_factor:
             raise UserError(
                 f'stage "{ctx.name}": rope_factor is {config.rope_factor:g}, the model was extended with '

@@ -20,9 +20,9 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf import remote
-from bessemer.hf.causal_lm import load_any
+from bessemer.hf.families import load_tokenizer
 from bessemer.hf.gguf_file import read_gguf
-from bessemer.hf.hf_tokenizer import HFTokenizer, load_tokenizer
+from bessemer.hf.model_directory import load
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.work import DISK, StageWork, params
@@ -71,8 +71,6 @@ class Import(Stage[ImportConfig]):
             if style := config.style or ("r1-zero" if bare else None):
                 tokenizer.chat_style = style
             if config.system is not None:
-                if not isinstance(tokenizer, HFTokenizer):
-                    raise UserError(f'stage "{ctx.name}": system needs a model with a chat template of its own kind')
                 tokenizer.set_system(config.system)
             Engine(model, tokenizer)  # refuses a tokenizer that is not the model's
             tokenizer.save(Path(scratch) / "tokenizer")
@@ -90,7 +88,7 @@ def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[Langu
         model = read_gguf(file, scratch / "read", dtype)
         return model, load_tokenizer(scratch / "read")
     directory = _download(spec, ctx.cache) if spec.startswith(HUB) else located(spec)
-    return load_any(directory, dtype), load_tokenizer(directory, own_template=config.style is None)
+    return load(directory, dtype), load_tokenizer(directory, own_template=config.style is None)
 
 
 def _download(spec: str, cache: Path) -> Path:

@@ -36,9 +36,8 @@ from bessemer.dist import distributed
 from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf import hub
-from bessemer.hf.causal_lm import needs_transformers
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
@@ -141,7 +140,7 @@ class Pretrain(Stage[_Config]):
 
     def _go_on(self, config: _Config, ctx: StageContext, corpus: str) -> Start:
         folder, at = model_and_corpus(ctx, corpus)
-        cfg = None if needs_transformers(folder) else hub.read_config(folder)
+        cfg = own_config(folder)
         has_mtp = f", MTP depth {cfg.n_mtp}" if cfg is not None and cfg.n_mtp else ""
         warm = config.warmup_steps or config.lr.values[0] < max(config.lr.values)
         ctx.say(

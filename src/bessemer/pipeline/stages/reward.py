@@ -32,7 +32,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf.hf_tokenizer import load_tokenizer
+from bessemer.hf.families import load_tokenizer
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register

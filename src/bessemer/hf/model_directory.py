@@ -1,0 +1,66 @@
+"""Opens a model directory of any family: its network or its reward model, and adapters on it.
+
+The format of DeepSeek-V2 and V3 is our own, and `hub` reads it. A `Family` of an add-on reads each other one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bessemer.config.training import LoRAConfig
+from bessemer.errors import UserError
+from bessemer.hf import hub
+from bessemer.hf.families import architecture_of, family
+from bessemer.hf.mapping import FAMILIES
+from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import Scorer
+
+
+def is_own(directory: str | Path) -> bool:
+    """Whether config.json declares the architecture of `Transformer`."""
+    return architecture_of(Path(directory)) in FAMILIES
+
+
+def own_config(directory: str | Path) -> ModelConfig | None:
+    """The config of a network of our own family; None for any other."""
+    return hub.read_config(directory) if is_own(directory) else None
+
+
+def load(
+    directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
+) -> LanguageModel:
+    """The network of a directory. dtype and mtp as in `hub.load`."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
+    if is_own(directory):
+        return hub.load(directory, dtype, device, mtp)
+    return family(architecture_of(directory)).load(directory, dtype, device)
+
+
+def load_scorer(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The reward model of a directory."""
+    directory = Path(directory)
+    if not directory.is_dir() or is_own(directory):
+        return hub.load(directory, dtype=dtype, device=device, kind=Scorer)
+    return family(architecture_of(directory)).load_scorer(directory, dtype, device)
+
+
+def adapted(model: LanguageModel, config: LoRAConfig, seed: int, base: Path, stage: str) -> tuple[LanguageModel, str]:
+    """`Family.attach` for the model of `base`. UserError for a network of our own family."""
+    if model.layers:
+        raise own_family(stage)
+    return family(architecture_of(base)).attach(model, config, seed, base, stage)
+
+
+def own_family(stage: str) -> UserError:
+    """The error for a stage with adapters on a network of our own family."""
+    return UserError(
+        f'stage "{stage}": lora is for models of other families, which transformers computes; this one is in the '
+        "DeepSeek V3 family; leave lora out to train all of its weights"
+    )
