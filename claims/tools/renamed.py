@@ -1,4 +1,4 @@
-"""Keeps committed results after a rename: the digests of their arms' settings follow keys that only changed their names.
+"""Keeps committed results after a rename: the digests of settings follow keys that only changed their names.
 
     python claims/tools/renamed.py --before digests.json    in the state before the rename
     python claims/tools/renamed.py --after digests.json     after it: rewrites the digests in claims/results
