@@ -2,7 +2,7 @@
 
     python bench/context_parallel.py --json bench/results/context_parallel.json
 
-Every rank is a process with one core that communicates over gloo and runs the real trainer (`DistributedTrainer`) on
+Every rank is a process with one core that communicates over gloo and runs the real trainer (`Trainer`) on
 the preset `tiny`, with rows of random tokens and one row per micro-batch. `highest` is the peak number of bytes that
 torch's allocator handed out in a step, not counting weights and optimizer. `cpu_seconds` is the processor time of the
 busiest rank, which excludes waiting and other work on the machine. `seconds` is the time from the first rank's start to
@@ -31,14 +31,15 @@ from torch.autograd.profiler import profile
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.collective import trainer_of
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import balance
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
 
@@ -64,7 +65,7 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
     cfg = preset("tiny", max_seq_len=max(args.lengths))
     shard = ModelShard(Transformer(cfg).initialise(0), Mesh(Layout(cp=cp), cfg), "gpipe")
-    training = DistributedTrainer(shard, next_token, None, *config())
+    training = trainer_of(shard, next_token, None, *config())
     for length in args.lengths:
         training.update(rows(length))
     while (length := turn.get()) is not None:
@@ -76,10 +77,10 @@ def on_a_rank(rank: int, store: str, cp: int, args: argparse.Namespace, answers:
     dist.destroy_process_group()
 
 
-def highest(training: DistributedTrainer, length: int) -> int:
+def highest(training: Trainer, length: int) -> int:
     """Peak bytes over the forward and backward passes of one step."""
     with profile(use_cpu=True, profile_memory=True) as profiler:
-        training._accumulate(rows(length), TERMS)
+        training.collective.accumulate(rows(length), TERMS)
     live = most = 0
     for event in profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -32,7 +32,8 @@ from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, setup
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 from bessemer_claims.numerics import allocations
 
 TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-4}
@@ -48,7 +49,7 @@ def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: 
     if case["fp8"]:
         model.set_fp8(FP8_RECIPES[case["fp8"]])
     if case["compile"]:
-        setup.compile_layers(model)
+        setup.compile_layers([*model.layers, *model.mtp])
 
     return Trainer(
         model, objective.next_token, None,

@@ -65,13 +65,14 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.chat import question_ids
-    from bessemer.dist.distributed import GatheredModel
     from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
     from bessemer.rl.losses import GRPO, Reference
     from bessemer.rl.reward import Reward, assign_group_advantages
     from bessemer.train import setup
-    from bessemer.train.trainer import Trainer, TrainingPlan
+    from bessemer.train.plan import TrainingPlan
+    from bessemer.train.runtime import Whole
+    from bessemer.train.trainer import Trainer
 
     setup.keep_memory()
     model, tokenizer = setup.load_model(args.directory / "model")
@@ -82,7 +83,7 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
         TrainingPlan(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
     )  # fmt: skip
     engine, reward = Engine(model, tokenizer, workers), Reward()
-    reference = Reference(trainer, GatheredModel(trainer), workers, 10**9, 1.0)
+    reference = Reference(trainer, Whole(trainer.model), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
     def step(number: int) -> float:

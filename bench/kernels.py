@@ -33,7 +33,8 @@ from bessemer.model.moe import FFN
 from bessemer.model.norm import RMSNorm
 from bessemer.model.transformer import Transformer
 from bessemer.train import loss, objective, setup, update_rules
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 TOKENS = 4096

@@ -41,7 +41,8 @@ def run(seed: int, steps: int, micro_rows: int, dtype: str) -> dict:
     from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
     from bessemer.train import loss, objective, setup
-    from bessemer.train.trainer import Trainer, TrainingPlan, constant
+    from bessemer.train.plan import TrainingPlan, constant
+    from bessemer.train.trainer import Trainer
 
     setup.keep_memory()
     torch.set_num_threads(1)

@@ -32,7 +32,8 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import objective, setup
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 
 PARTS = ("fables-en", "fables-zh", "python-code", "shakespeare")
 LENGTHS = (256, 1024, 4096)

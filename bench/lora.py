@@ -36,13 +36,14 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     from bessemer.config.training import LoRAConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
-    from bessemer.dist.distributed import GatheredModel
     from bessemer.hf import lora
     from bessemer.hf.causal_lm import load
     from bessemer.rl.losses import GRPO, Reference
     from bessemer.train import gpu_faults, setup
     from bessemer.train.objective import next_token
-    from bessemer.train.trainer import Trainer, TrainingPlan, constant
+    from bessemer.train.plan import TrainingPlan, constant
+    from bessemer.train.runtime import Whole
+    from bessemer.train.trainer import Trainer
     from bessemer.workers import Workers
 
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as state:
         objective = GRPO(kl=0.001) if grpo else next_token
         trainer = Trainer(model, objective, None, config, TrainingPlan(terms=terms), Path(state))
-        reference = Reference(trainer, GatheredModel(trainer), Workers(1), 400, 1.0) if grpo else None
+        reference = Reference(trainer, Whole(trainer.model), Workers(1), 400, 1.0) if grpo else None
         generator = torch.Generator().manual_seed(0)
         seconds, cpu = [], []
         reset_peak()
@@ -78,7 +79,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
             "cpu_seconds": statistics.median(cpu[1:]),
             "peak_mb": status("VmHWM") / 1e3,
             "held_mb": sum(held.values()) / 1e6,
-            "checkpoint_mb": trainer._state().bytes() / 1e6,
+            "checkpoint_mb": trainer.state().bytes() / 1e6,
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
 

@@ -73,7 +73,8 @@ def ours(preset_name: str, case: dict) -> None:
     from bessemer.model.transformer import Transformer
     from bessemer.precision import probe
     from bessemer.train import objective, setup
-    from bessemer.train.trainer import Trainer, TrainingPlan, constant
+    from bessemer.train.plan import TrainingPlan, constant
+    from bessemer.train.trainer import Trainer
     from bessemer.workers import one_core_each
 
     setup.keep_memory()
@@ -83,7 +84,7 @@ def ours(preset_name: str, case: dict) -> None:
     cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0, **case["set"])
     model = Transformer(cfg).initialise(0)
     if case["compile"]:
-        setup.compile_layers(model)
+        setup.compile_layers([*model.layers, *model.mtp])
     dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
 
     workers = one_core_each()

@@ -54,6 +54,8 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "engine/eplb.py",
         "engine/placement.py",
         "pipeline/schedule_shapes.py",
+        "pipeline/on_ranks.py",
+        "cli/many.py",
     ),
     "r1": (
         "pipeline/stages/reject.py",
@@ -65,7 +67,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "rl/judge*.py",
         "rl/preference.py",
         "rl/critic.py",
-        "rl/teachers.py",
         "rl/process.py",
         "rl/difficulty.py",
         "rl/reading.py",
@@ -156,7 +157,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "pipeline/overview.py",
         "serve/watch.py",
         "serve/run_follower.py",
-        "cli/many.py",
     ),
     "examples": ("examples/*",),
 }

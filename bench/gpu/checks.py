@@ -432,7 +432,7 @@ def save(place: Place) -> Finding:
         waits, beside = [], []
         for _ in range(2):  # the first allocates the buffer
             began = time.perf_counter()
-            state = one._state()
+            state = one.state()
             one.optimizer.copied = writer.save(one.step, state)
             waits.append(time.perf_counter() - began)
             while writer.background.busy:

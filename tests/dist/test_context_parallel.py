@@ -11,9 +11,9 @@ from test_executor import CFG, TERMS, choice
 
 from bessemer.data.batch import Batch
 from bessemer.dist import context_attention, model_shard
+from bessemer.dist.collective import trainer_of
 from bessemer.dist.context_attention import Cut, FP8Core, attention, blocks
 from bessemer.dist.context_parallel import Context
-from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
@@ -178,10 +178,10 @@ def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
     model = stepped(recompute)
     part = ModelShard(model, Mesh(layout, CFG), name)
     settings = config(counts_padding=segmented)
-    training = DistributedTrainer(part, Replaying(), None, *settings, model_config=CFG.model_dump(), warn=print)
+    training = trainer_of(part, Replaying(), None, *settings, model_config=CFG.model_dump(), warn=print)
     batches = [prescribed(part.pipeline_index * micro + number, segmented) for number in range(micro)]
     model.train()
-    sums = training._accumulate(batches, TERMS)
+    sums = training.collective.accumulate(batches, TERMS)
     grads = {}
     for parameter, p in part.model.named_parameters():
         dist.all_reduce(p.grad, group=part.mesh.group["expert" if ".experts." in parameter else "dense"])
@@ -216,7 +216,9 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
     model, bound = stepped(recompute), 0.1 if recompute == "fp8" else 2e-5
     trainer = Trainer(model, Replaying(), None, *config(counts_padding=segmented))
     model.train()
-    sums = trainer._accumulate([prescribed(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS)
+    sums = trainer.collective.accumulate(
+        [prescribed(n, segmented) for n in range(layout.dp * layout.ep * micro)], TERMS
+    )
     wanted = dict(model.named_parameters())
     names = set()
     for values, counted, grads, loads, first in found:
@@ -236,7 +238,7 @@ def test_a_step_over_pieces_of_rows_is_a_step_over_the_rows(layout, name, micro,
 def steps_on_a_rank(rank, layout, name, micro, folder, first, count):
     """Some steps from the checkpoint that is there, then the held-out loss and a checkpoint."""
     part = ModelShard(Transformer(CFG).initialise(1), Mesh(layout, CFG), name)
-    training = DistributedTrainer(part, next_token, None, *config(), folder, model_config=CFG.model_dump(), warn=print)
+    training = trainer_of(part, next_token, None, *config(), folder, model_config=CFG.model_dump(), warn=print)
     assert training.start() == (first > 0)
     lots = [
         range(part.pipeline_index * micro + 100 * step, (part.pipeline_index + 1) * micro + 100 * step)

@@ -11,9 +11,11 @@ from ranks import on_ranks
 from test_executor import CFG
 
 from bessemer.config.rl import RLConfig
-from bessemer.dist import distributed, zero1
+from bessemer.dist import zero1
+from bessemer.dist.collective import RankCollective
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard, gather_into
+from bessemer.dist.whole import GatheredModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
 from bessemer.rl.critic import Critic
@@ -21,7 +23,9 @@ from bessemer.rl.losses import GRPO, Reference
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.checkpoint_reader import CheckpointReader
-from bessemer.train.trainer import TrainingPlan
+from bessemer.train.plan import TrainingPlan
+from bessemer.train.runtime import Whole
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 PAD, LR = 2, 3e-3
@@ -56,15 +60,15 @@ class Run:
     """Policy, reference and critic, whole or only this rank's part."""
 
     def __init__(self, folder, schedule=None, layout=None, dtype=torch.float32):
-        network = Transformer(CFG).initialise(1)
+        network, among = Transformer(CFG).initialise(1), None
         if layout is not None:
             zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # this process is the rank's own
-            network = ModelShard(network, Mesh(layout, CFG), schedule)
-        self.policy = distributed.trainer(
+            among = RankCollective(ModelShard(network, Mesh(layout, CFG), schedule))
+        self.policy = Trainer(
             network, GRPO(kl=0.0), None, SETTINGS, TrainingPlan(workers=Workers(1), compute_dtype=dtype), folder,
-            model_config=CFG.model_dump(),
+            model_config=CFG.model_dump(), collective=among,
         )  # fmt: skip
-        self.whole = distributed.GatheredModel(self.policy)
+        self.whole = Whole(network) if among is None else GatheredModel(self.policy)
         self.critic = Critic(self.policy, self.whole, SETTINGS, PAD)
         self.resumed = self.policy.start()
         self.reference = Reference(self.policy, self.whole, Workers(1), 99, 1.0)
@@ -75,8 +79,10 @@ class Run:
         self.critic.assign_advantages(rows, self.reference)
         flat = [row for group in rows for row in group]
         for part in (flat[::2], flat[1::2]):
-            batches = rollout.to_batches(part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.n_pipelines)
-            mine = list(self.policy.mine(batches))
+            batches = rollout.to_batches(
+                part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.collective.n_pipelines
+            )
+            mine = list(self.policy.collective.mine(batches))
             self.critic.update(mine)
             self.policy.update(mine)
         found = {name: [getattr(row, name) for row in flat] for name in ("values", "returns", "advantage")}
@@ -116,8 +122,8 @@ def on_a_rank(rank, folder, alone, schedule, layout):
     again.policy.save()
     moved = Run(alone, schedule, layout)
     assert moved.resumed and moved.critic.trainer.optimizer.steps == 2
-    scorer = Scorer(run.critic.trainer.mesh.cfg)
-    gather_into(run.critic.trainer.shard, scorer)
+    scorer = Scorer(run.critic.trainer.collective.mesh.cfg)
+    gather_into(run.critic.trainer.collective.shard, scorer)
     return {
         "both": both, "ended": ended, "repeated": repeated, "again": again.state(), "moved": moved.rollout(2),
         "whole": {name: value.numpy() for name, value in scorer.state_dict().items()},

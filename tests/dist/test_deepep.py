@@ -162,12 +162,12 @@ def overlapped(rank):
 def meetings():
     """When a trainer's ranks meet: before every step, and before held-out rows."""
     training, met = across(Layout(ep=2), "1f1b"), []
-    training.shard.exchange.begin = lambda: met.append(what)
+    training.collective.shard.exchange.begin = lambda: met.append(what)
     what = "step"
     for number in range(2):
         training.update([batch(2 * number, False), batch(2 * number + 1, False)])
     what = "held out"
-    heldout_nats(training.shard, [batch(0, False), batch(1, False)])
+    heldout_nats(training.collective.shard, [batch(0, False), batch(1, False)])
     return met
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from bessemer.config.recipe import LayoutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
@@ -12,8 +13,9 @@ from bessemer.engine.episodes import played
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.dealing import DealtEngine, Helper, led
-from bessemer.rl.sampler import LocalSampler, Rank0Sampler, ShardedSampler, dealt
+from bessemer.pipeline.on_ranks import OnRanks
+from bessemer.rl.dealing import DealtEngine, Helper, rows_of_batch
+from bessemer.rl.sampler import LocalSampler, Rank0Sampler
 from bessemer.runs.context import Interrupted, StageContext, StopFlag
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.environment import Environment, Observation
@@ -28,6 +30,10 @@ def engine(seed=1):
     return Engine(Transformer(preset("tiny", **shape)).initialise(seed).eval(), tokenizer)
 
 
+def runtime_of(ranks):
+    return OnRanks(ranks, LayoutConfig(), print)
+
+
 def texts(groups):
     return [[completion.text for completion in group] for group in groups]
 
@@ -36,10 +42,13 @@ def generated(rank, kind):
     ranks, calls = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
     made = engine()
     if kind == "sharded":
-        sampler = ShardedSampler(made, lambda: calls.append(rank), ranks)
+        sampler = LocalSampler(made, lambda: calls.append(rank), runtime_of(ranks))
     else:
         sampler = Rank0Sampler(
-            LocalSampler(made, lambda: None) if rank == 0 else None, made.tokenizer, lambda: calls.append(rank), ranks
+            LocalSampler(made, lambda: None) if rank == 0 else None,
+            made.tokenizer,
+            lambda: calls.append(rank),
+            runtime_of(ranks),
         )
     return texts(sampler.policy()(PROMPTS, **ASKED).take()), calls
 
@@ -48,7 +57,7 @@ def generated(rank, kind):
     (1024, 256, 8, 128), (1024, 256, 4, 256), (1024, 256, 3, 171), (9, 2, 2, 2), (3, 64, 8, 1), (2048, 512, 4, 512),
 ])  # fmt: skip
 def test_every_rank_has_as_many_batches(samples, rows, n, wanted):
-    assert dealt(samples, rows, n) == wanted <= rows
+    assert rows_of_batch(samples, rows, n) == wanted <= rows
     assert samples < n or -(-samples // wanted) / n > 0.8
 
 
@@ -87,7 +96,10 @@ def episodes(rank, ranks=None):
     """(tokens and verdicts of two problems' samples, number of environments reset here)."""
     if ranks:
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
-        sampler, once = ShardedSampler(engine(), lambda: None, ranks), lambda make: ranks.broadcast(make, "episodes")
+        sampler, once = (
+            LocalSampler(engine(), lambda: None, runtime_of(ranks)),
+            lambda make: ranks.broadcast(make, "episodes"),
+        )
     else:
         sampler, once = LocalSampler(engine(), lambda: None), lambda make: make()
     problems = [(Talk(), Talk().problem("train", n)) for n in range(2)]
@@ -154,21 +166,21 @@ def test_ranks_that_wait_for_a_stage_generate_what_rank_0_orders(tmp_path):
 def led_by_rank_0(rank, folder):
     """Parts of a stage that rank 0 runs with the other as helper: one succeeds, one fails, and one is stopped."""
     ranks, made = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu")), []
-    ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), ranks=ranks)
+    ctx = StageContext("part", folder, {}, None, None, folder, None, None, StopFlag(), runtime=runtime_of(ranks))
 
     def make(alone):
         mine = engine()
         prompts = [mine.tokenizer.encode(text) for text in PROMPTS]
-        made.append(texts(DealtEngine(mine, folder, alone.waiting).generate(prompts, **ASKED)))
+        made.append(texts(DealtEngine(mine, folder, alone.runtime.ranks).generate(prompts, **ASKED)))
 
     def fail(alone):
         raise UserError("the judge does not answer")
 
-    led(ctx, make)
+    ctx.led(make)
     with pytest.raises(UserError, match="the judge does not answer"):
-        led(ctx, fail)
+        ctx.led(fail)
     with pytest.raises(Interrupted):
-        led(ctx, StageContext.interrupt)
+        ctx.led(StageContext.interrupt)
     return made
 
 

@@ -13,7 +13,7 @@ from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.dist import zero1
-from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.collective import trainer_of
 from bessemer.dist.divided_matrices import divided, inside, owners
 from bessemer.dist.executor import Executor
 from bessemer.dist.mesh import Layout, Mesh
@@ -56,7 +56,7 @@ def across(layout, name, cfg=CFG, fp8=False, dtype=torch.float32, state_dir=None
     zero1.BUCKET, zero1.FILLING = bucket, 0.25
     part = part_of(layout, name, cfg, fp8)
     objective = SAMPLED if more.get("terms") == {} else next_token
-    return DistributedTrainer(
+    return trainer_of(
         part, objective, None, *config(dtype, **more), state_dir, model_config=cfg.model_dump(), warn=warn
     )
 
@@ -80,14 +80,14 @@ def alone(training):
 def warmed(rank, name, layout, micro, warms):
     """Two steps: their results, and how often they were warmed up."""
     training = across(layout, name)
-    training._warms = warms
+    training.collective._warms = warms
     calls, warm = [], Executor.warm
-    training._executor_for(micro).warm = lambda work: (
+    training.collective.executor_for(micro).warm = lambda work: (
         calls.append(tuning.allowed()),
-        warm(training._executor, work),
+        warm(training.collective._executor, work),
     )
-    run = training._executor.run
-    training._executor.run = lambda *given: (calls.append(tuning.allowed()), run(*given))
+    run = training.collective._executor.run
+    training.collective._executor.run = lambda *given: (calls.append(tuning.allowed()), run(*given))
     values = [update(training, step, micro) for step in range(2)]
     for one in values:
         del one["train/tokens_per_second"]
@@ -106,7 +106,7 @@ def test_a_warm_up_leaves_no_trace():
 
 
 def update(training, step, micro):
-    return training.update(batches(step, training.shard.pipeline_index, micro))
+    return training.update(batches(step, training.collective.shard.pipeline_index, micro))
 
 
 def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
@@ -116,16 +116,17 @@ def on_a_rank(rank, name, layout, micro, dtype=torch.float32, fp8=False):
     moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
     biases = {name: gate.bias_E.numpy() for name, gate in training.gates.items()}
     held = sum(t.nbytes for g in training.optimizer.groups for t in g.moments.values())
-    return values, weights, moments, biases, (training.mesh.experts.start, training.mesh.experts.stop), held
+    experts = training.collective.mesh.experts
+    return values, weights, moments, biases, (experts.start, experts.stop), held
 
 
 def replaying(rank, name, layout, micro):
     """The steps, and an RL step in the same processes that replays experts."""
     training = alone(across(layout, name, terms={}))
-    values = training.update(samples(training.shard.pipeline_index, micro))
+    values = training.update(samples(training.collective.shard.pipeline_index, micro))
     moments = {n: v.float().numpy() for n, v in training.optimizer.state_dict().items() if n.startswith("m/")}
     loads = {gate: load.tolist() for gate, load in training.loads.items()}
-    experts = training.mesh.experts.start, training.mesh.experts.stop
+    experts = training.collective.mesh.experts.start, training.collective.mesh.experts.stop
     return on_a_rank(rank, name, layout, micro), (values, moments, loads, experts)
 
 
@@ -216,7 +217,7 @@ def with_few(rank, name, layout, fp8, phases):
     """Three micro-batches where four are needed, so one of them is a filler."""
     training = across(layout, name, fp8=fp8)
     training.model.set_recompute(phases)
-    values = training.update(training.mine(batches(0, 0, 3)))
+    values = training.update(training.collective.mine(batches(0, 0, 3)))
     loads = {gate: load.numpy() for gate, load in training.loads.items()}
     return values, training.rows, training.tokens, loads
 
@@ -265,7 +266,7 @@ def with_padding(rank, name, layout, kernels):
 def padding_left_out(name, layout):
     training = across(layout, name, counts_padding=False)
     training.model.set_recompute(("attend",))
-    training.update(training.mine(padded(0, 3)))
+    training.update(training.collective.mine(padded(0, 3)))
     return {gate: load.numpy() for gate, load in training.loads.items()}
 
 
@@ -350,7 +351,7 @@ def with_muon(rank, name, layout, micro):
     weights = {name: value.numpy() for name, value in training.optimizer.masters().items()}
     muon = [g for g in training.optimizer.groups if "v" not in g.moments]
     own, cut = sum(g.moments["m"].numel() for g in muon), sum(len(g.divided.mine) for g in muon)
-    return values, weights, (training.mesh.experts.start, training.mesh.experts.stop), own, cut
+    return values, weights, (training.collective.mesh.experts.start, training.collective.mesh.experts.stop), own, cut
 
 
 @pytest.mark.parametrize(("name", "layout", "micro"), [("dualpipe", Layout(2, 1, 2), 4), ("gpipe", Layout(1, 4, 1), 1)])

@@ -15,12 +15,13 @@ from ranks import on_ranks
 from test_distributed_trainer import across
 from test_executor import batch
 
-from bessemer.config.recipe import Recipe
+from bessemer.config.recipe import LayoutConfig, Recipe
 from bessemer.dist import chunk, distributed, executor, groups, schedules
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.ranks import Ranks, _device
 from bessemer.errors import UserError
 from bessemer.model.config import preset
+from bessemer.pipeline.on_ranks import OnRanks
 
 
 def alone(work, *arguments):
@@ -40,7 +41,7 @@ def _join(_, work, *arguments):
 
 def timeouts(folder):
     training = across(Layout(), "1f1b", state_dir=folder)
-    training._executor_for(2)
+    training.collective.executor_for(2)
     made = list(dist.distributed_c10d._world.pg_map)
     return [group._get_backend(torch.device("cpu")).options._timeout for group in made]
 
@@ -132,8 +133,10 @@ def test_the_exchange_s_thread_sets_its_device(monkeypatch):
 
 def whole_layers():
     training = across(Layout(), "1f1b")
-    assert training.shard.exchange is None and distributed.compilable(training.shard)
-    called, layers = Counter(), [*training.model.layers, *(module.layer for module in training.model.mtp)]
+    assert training.collective.shard.exchange is None
+    runtime = OnRanks(Ranks(None, 0, 1, torch.device("cpu")), LayoutConfig(), print)
+    called, layers = Counter(), runtime.layers(runtime.held(training.collective.shard))
+    assert len(layers) == len(training.model.layers) + len(training.model.mtp)
     for number, layer in enumerate(layers):
 
         def whole(*given, number=number, layer=layer):  # stands for what `compile` would install

@@ -263,7 +263,7 @@ def of_two_copies(early=True):
     """Two steps of DualPipe on 2 x 2 ranks, and how many actions before the end of the second each sum began."""
     training, begun = across(Layout(2, 2), "dualpipe"), {}
     optimizer, ran = training.optimizer, []
-    ahead = training._executor_for(4)
+    ahead = training.collective.executor_for(4)
     do = ahead._do
     ahead._do = lambda step: (ran.append(step), do(step))
     for number, group in enumerate(optimizer.groups):

@@ -13,18 +13,20 @@ from test_critic_on_ranks import PAD, groups
 from test_executor import CFG
 from train_config import train_config
 
+from bessemer.config.recipe import LayoutConfig
 from bessemer.data import preference_rows
 from bessemer.data.preference_rows import BAD, GOOD
-from bessemer.dist import distributed, zero1
+from bessemer.dist import zero1
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.ranks import Ranks
 from bessemer.hf import hub
 from bessemer.model.transformer import Scorer, Transformer
+from bessemer.pipeline.on_ranks import OnRanks
 from bessemer.rl import rollout
 from bessemer.rl.preference import score_by
-from bessemer.rl.teachers import Teachers
 from bessemer.train.objective import OnPolicyDistillation, pairwise, pointwise
+from bessemer.train.runtime import OneProcess
 
 T, LR, ROWS, STEPS, SEED = 40, 3e-3, 6, 2, 5
 KINDS = {"pairs": (preference_rows.PairRows, pairwise), "labels": (preference_rows.LabelRows, pointwise)}
@@ -57,11 +59,23 @@ def base(tmp_path_factory):
 class Run:
     """A training run, whole or only this rank's part; `values` holds those of every step."""
 
+    said, runtime = (), OneProcess()
+
+    def placed(self, network, schedule, layout):
+        """The whole network, or this rank's part of it."""
+        if layout is None:
+            return network
+        shard = network if isinstance(network, ModelShard) else ModelShard(network, Mesh(layout, CFG), schedule)
+        ranks = Ranks(dist.distributed_c10d._get_default_store(), dist.get_rank(), layout.world, shard.device)
+        self.said = []
+        self.runtime = OnRanks(ranks, LayoutConfig(), self.said.append)
+        return self.runtime.held(shard)
+
     def __init__(self, network, objective, rows, folder, **settings):
         self.values = []
-        self.trainer = distributed.trainer(
+        self.trainer = self.runtime.trainer(
             network, objective, rows, *train_config(lr=LR, clip=1.0, micro_rows=1, **settings), folder,
-            model_config=distributed.model_of(network).cfg.model_dump(),
+            model_config=network.cfg.model_dump(),
         )  # fmt: skip
 
     def train(self, steps):
@@ -86,6 +100,7 @@ class Rewards(Run):
         else:
             mesh, cpu = Mesh(layout, CFG.model_copy(update={"n_mtp": 0})), torch.device("cpu")
             network = ModelShard.read(base / "student", mesh, schedule, cpu, kind=Scorer, new_head=SEED, mtp=False)
+        network = self.placed(network, schedule, layout)
         rows = preference_rows.load(base / kind, rows_of, 0).batch
         super().__init__(network, objective, rows, folder, batch_rows=ROWS, terms={"balance_alpha": 1e-2}, tokens=1)
 
@@ -100,11 +115,8 @@ class Distilled(Run):
     """With three teachers."""
 
     def __init__(self, kind, base, folder, schedule=None, layout=None):
-        network, ranks, self.said = hub.load(base / "student"), None, []
-        if layout is not None:
-            network = ModelShard(network, Mesh(layout, CFG), schedule)
-            ranks = Ranks(dist.distributed_c10d._get_default_store(), dist.get_rank(), layout.world, network.device)
-        self.teachers = Teachers({name: base / name for name in TEACHERS}, network, ranks, self.said.append)
+        network = self.placed(hub.load(base / "student"), schedule, layout)
+        self.teachers = self.runtime.frozen({name: base / name for name in TEACHERS}, network)
         super().__init__(network, OnPolicyDistillation(self.teachers.networks, "reverse", 0.9), None, folder)
 
     def batches(self):
@@ -114,9 +126,9 @@ class Distilled(Run):
         batches = [
             replace(batch, teacher=number)
             for number in range(len(TEACHERS))
-            for batch in rollout.to_batches(rows[number::3], PAD, 30, "token", self.trainer.n_pipelines)
+            for batch in rollout.to_batches(rows[number::3], PAD, 30, "token", self.trainer.collective.n_pipelines)
         ]
-        return self.teachers.teach(self.trainer, batches)
+        return self.teachers.read(self.trainer, batches)
 
     def scores(self):
         return []
@@ -146,15 +158,15 @@ def on_a_rank(rank, base, folder, alone, kinds, schedule, layout):
         run = trained(kind, base, folder / kind, schedule, layout)
         again = RUNS[kind](kind, base, folder / f"{kind}-half", schedule, layout)
         again.train(STEPS)
-        distributed.save(run.trainer, folder / f"{kind}-model", None)
-        distributed.save(again.trainer, folder / f"{kind}-again", None)
+        run.runtime.save(run.trainer, folder / f"{kind}-model", None)
+        again.runtime.save(again.trainer, folder / f"{kind}-again", None)
         moved = folder / f"{kind}-moved"
         if rank == 0:
             shutil.copytree(alone / f"{kind}-half", moved)
         dist.barrier()
         other = RUNS[kind](kind, base, moved, schedule, layout)
         other.train(STEPS)
-        found[kind] = run.figures(), again.figures(), other.figures(), run.scores(), getattr(run, "said", [])
+        found[kind] = run.figures(), again.figures(), other.figures(), run.scores(), [*run.said]
     return found
 
 
@@ -164,7 +176,7 @@ def alone(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     runs = {kind: trained(kind, base, folder / kind) for kind in RUNS}
     for kind, run in runs.items():
-        distributed.save(run.trainer, folder / f"{kind}-model", None)
+        run.runtime.save(run.trainer, folder / f"{kind}-model", None)
     return folder, runs
 
 

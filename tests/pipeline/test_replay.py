@@ -16,10 +16,11 @@ from bessemer.pipeline import why as pipeline_why
 from bessemer.pipeline.replay import AFTER_SAMPLING, replay
 from bessemer.report import why
 from bessemer.report.facts import read
-from bessemer.rl import dealing, rollout
+from bessemer.rl import rollout, sampler
 from bessemer.runs.context import Interrupted
 from bessemer.runs.directory import write_done
 from bessemer.train import checkpoint, setup
+from bessemer.train.runtime import OneProcess
 from bessemer.workers import Workers
 
 CHANGES = ('reward="random"', "rollouts=4", "reference_every=3", "difficulty_filter=true", "max_off_policy_rollouts=1",
@@ -146,10 +147,10 @@ def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every
     rates = {"float32": 100.0, "bfloat16": 200.0}
     monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: rates)
     root, drawn = made(base, tmp_path / "run", 'precision="auto"', "rollouts=1")
-    ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, waiting=None)
-    models = [dealing.engine_of(base / "model", ctx, precision="auto").model]
+    ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, runtime=OneProcess())
+    models = [sampler.engine_of(base / "model", ctx, precision="auto").model]
     rates["bfloat16"] = 50.0
-    models.append(dealing.engine_of(base / "model", ctx, precision="auto").model)
+    models.append(sampler.engine_of(base / "model", ctx, precision="auto").model)
     assert [model.embed.weight.dtype for model in models] == [torch.bfloat16] * 2
     for path in checkpoint.steps(root / "03-zero" / "state"):
         shutil.rmtree(path)

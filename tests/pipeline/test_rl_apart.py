@@ -14,6 +14,7 @@ from ranks import on_ranks
 from bessemer.config.recipe import Recipe
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
+from bessemer.pipeline.on_ranks import OnRanks
 from bessemer.rl.apart import Carrier, stays
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import ScoredSample
@@ -23,6 +24,7 @@ from bessemer.runs.progress import RunProgress
 from bessemer.tasks import get
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.environment import Environment
+from bessemer.train.runtime import OneProcess
 
 CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")
 
@@ -35,14 +37,16 @@ def base(tmp_path_factory):
 def trained(rank, base, folder, changes):
     """(metrics, for every rollout the rows that are held when it is scored, as (number of tokens, whether its arrays
     are here, whether its text is), rows sent to other ranks)."""
-    ranks = None
+    ranks, runtime = None, OneProcess()
     if dist.is_initialized():
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     recipe = Recipe.load(folder / "small.toml", changes)
+    if ranks is not None:
+        runtime = OnRanks(ranks, recipe.layout, lambda text: None)
     lines = folder / f"metrics-{rank}.jsonl"
     ctx = StageContext(
         "zero", folder / "zero", {}, base, recipe, folder, StageMetrics(Metrics(lines), "zero"),
-        RunProgress({}).begin("zero"), StopFlag(), ranks=ranks,
+        RunProgress({}).begin("zero"), StopFlag(), runtime=runtime,
     )  # fmt: skip
     loop = Loop(recipe.stage("zero"), ctx, {})
     held, score = [], loop.generator.score
@@ -134,16 +138,13 @@ def test_samples_stay_only_where_nothing_but_the_trainer_reads_them(tmp_path, ch
 
 
 class Dealt:
-    """What a carrier reads of a trainer: the parts of each pipeline, None for a filler; rank r is in pipeline r % n."""
+    """What a carrier reads of a collective: the parts of each pipeline, None for a filler; rank r is in r % n."""
 
     def __init__(self, numbers, rank):
         self.numbers, self.n_pipelines, self.pipeline = numbers, len(numbers), rank % len(numbers)
 
     def numbers_by_pipeline(self, count):
         return self.numbers
-
-    def numbers_of_mine(self, count):
-        return self.numbers[self.pipeline]
 
 
 def carried(rank, n, numbers):

@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bessemer.config.recipe import LayoutConfig
-from bessemer.dist.distributed import GatheredModel
 from bessemer.errors import UserError
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.pipeline import preflight
@@ -20,6 +19,7 @@ from bessemer.rl import critic, loop
 from bessemer.rl.losses import GRPO
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint
+from bessemer.train.runtime import Whole
 from bessemer.train.trainer import Trainer
 
 MODEL, MOMENTS = "critic/model/", "critic/optimizer/"
@@ -252,7 +252,7 @@ def test_a_foreign_policy_has_no_critic(base, tmp_path):
         CausalLM(LlamaForCausalLM(LlamaConfig(**shape))), loop_.objective, None, loop_.settings, loop_.trainer.plan
     )
     with pytest.raises(UserError, match="needs a network of the DeepSeek family, and this is another"):
-        critic.Critic(policy, GatheredModel(policy), loop_.settings, 2)
+        critic.Critic(policy, Whole(policy.model), loop_.settings, 2)
 
 
 def test_process_supervision_gives_advantages_per_token_without_a_critic(base, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from train_config import train_config
 
 from bessemer.config.recipe import Recipe
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.collective import trainer_of
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.schedules import schedule
@@ -123,10 +123,12 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, bytes kept by a step's forwards, and a lower and an upper bound of a step's peak on
     top. The profiler misses what gloo's threads free: what it still counts at the end is what it missed."""
     model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
-    training = DistributedTrainer(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
-    executor = training._executor_for(MICRO)
+    training = trainer_of(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
+    executor = training.collective.executor_for(MICRO)
     model.rope_table(LENGTH)
-    batches = [batch(100 * rank + number).at(training.shard.context.positions(LENGTH)) for number in range(MICRO)]
+    batches = [
+        batch(100 * rank + number).at(training.collective.shard.context.positions(LENGTH)) for number in range(MICRO)
+    ]
     groups = training.optimizer.groups
     held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
@@ -139,7 +141,7 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     def forwards():
         executor._work, executor._losses = work, []
         executor.channels.begin(executor._room)
-        for action in alone[training.mesh.pp]:
+        for action in alone[training.collective.mesh.pp]:
             executor._do(action)
         executor.channels.end()
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
-from bessemer.train.trainer import TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
 
 SCHEDULES = ("batch_rows", "row_scale", "gamma")
 

@@ -37,7 +37,7 @@ def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
             run.save()
             run.extras["list"].append(2)
         run.update(micro[step : step + 1])
-    assert run._background.busy and [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000000"]
+    assert run.store.background.busy and [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000000"]
     disk.set()
     run.finish()
     saved = checkpoint.load(tmp_path / "step-00000002")
@@ -62,9 +62,9 @@ def test_a_checkpoint_that_is_due_is_left_out_while_the_last_is_written(tmp_path
     disk.set()
     run.finish()
     run._save_cost = 1000.0
-    assert not run._due_by_time(), "a checkpoint that took 1000 s of training comes again after 20,000"
+    assert not run.due_by_time(), "a checkpoint that took 1000 s of training comes again after 20,000"
     run._save_cost, run._saved_at = 0.0, 0.0
-    assert run._due_by_time()
+    assert run.due_by_time()
 
 
 def saved_steps(tmp_path, monkeypatch, seconds_to_write: float, steps: int) -> tuple[list[int], list[str]]:
@@ -136,7 +136,7 @@ def test_where_memory_has_no_room_for_a_copy_training_waits(tmp_path, monkeypatc
     )
     run = trainer(steps=3, state_dir=tmp_path, save_seconds=0, warn=said.append)
     run.run()
-    assert callers == {threading.current_thread().name} and run._writer._copies.held == 0
+    assert callers == {threading.current_thread().name} and run.store.writer._copies.held == 0
     assert len(said) == 1 and "waits while checkpoints are written" in said[0]
     assert checkpoint.latest(tmp_path)[1].counters["step"] == 3
 
@@ -163,7 +163,7 @@ def test_what_grows_comes_last_and_moves_nothing(tmp_path):
     run = trainer(steps=3, state_dir=tmp_path)
     run.start()
     run.finish()
-    copies = run._writer._copies
+    copies = run.store.writer._copies
     (first,), places = copies._chunks, []
     for step, size in ((1, 10), (2, 100_000)):
         run.step, run.extra_tensors = step, {"rollouts": torch.ones(size)}
@@ -237,7 +237,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
         yield
         current[0] = "main"
 
-    class TrainingPlan:
+    class CudaRuntime:
         cudaHostRegister = staticmethod(lambda pointer, size, flags: log.append(f"pinned {flags}") or 0)
         cudaHostUnregister = staticmethod(lambda pointer: log.append("unpinned"))
 
@@ -245,7 +245,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", Main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "cudart", TrainingPlan)
+    monkeypatch.setattr(torch.cuda, "cudart", CudaRuntime)
     add = HostCopies.add
 
     def logged(self, tensor, place=None):
@@ -254,7 +254,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HostCopies, "add", logged)
     run = trainer(steps=2, state_dir=tmp_path)
-    state = run._state
+    state = run.state
 
     def on_gpu():
         found = state()
@@ -262,7 +262,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
             named.update({name: tensor.as_subclass(OnGPU) for name, tensor in named.items()})
         return found
 
-    run._state = on_gpu
+    run.state = on_gpu
     step = run.optimizer.groups[0].step
     run.optimizer.groups[0].step = lambda update: (log.append("step"), step(update))
     run.start()
@@ -281,7 +281,7 @@ def test_order_of_copies_from_a_gpu(tmp_path, monkeypatch):
     log.clear()
     run._restore_latest()
     assert run.step == 0, "and what was written can be read"
-    del run._writer._copies
+    del run.store.writer._copies
     assert log == ["unpinned"]
 
 

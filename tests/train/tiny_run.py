@@ -14,7 +14,8 @@ from bessemer.data.batch import Batch
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import Trainer, TrainingPlan
+from bessemer.train.plan import TrainingPlan
+from bessemer.train.trainer import Trainer
 
 torch.set_num_threads(1)
 T, V = 16, 64

@@ -13,13 +13,14 @@ import torch.distributed as dist
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.collective import trainer_of
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 
 REPLICAS, STEPS, ROWS, LENGTH = 2, 3, 2, 64
 CFG = preset("tiny")
@@ -47,7 +48,7 @@ def _settings() -> tuple[PretrainConfig, TrainingPlan]:
 
 def _trained(trainer: Trainer, seed: int) -> tuple[int, list[float]]:
     """(bytes of masters and moments, losses of the steps)."""
-    losses = [trainer.update(trainer.mine(_batches(step, seed)))["train/total"] for step in range(STEPS)]
+    losses = [trainer.update(trainer.collective.mine(_batches(step, seed)))["train/total"] for step in range(STEPS)]
     held = [one for group in trainer.optimizer.groups for one in (group.master, *group.moments.values())]
     return sum(one.nbytes for one in held), losses
 
@@ -56,7 +57,7 @@ def _on_a_rank(rank: int, store: str, seed: int, answers: SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=REPLICAS)
     part = ModelShard(Transformer(CFG).initialise(seed), Mesh(Layout(dp=REPLICAS), CFG), "gpipe")
-    trainer = DistributedTrainer(part, next_token, None, *_settings(), None, model_config=CFG.model_dump())
+    trainer = trainer_of(part, next_token, None, *_settings(), None, model_config=CFG.model_dump())
     answers.put(_trained(trainer, seed))
     dist.barrier()
     dist.destroy_process_group()

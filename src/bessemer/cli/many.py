@@ -7,34 +7,36 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from bessemer import plugins
 from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
+from bessemer.dist import groups, links, watchdog
+from bessemer.dist.ranks import Ranks, launch
 from bessemer.errors import UserError
+from bessemer.pipeline.on_ranks import ManyRanks
+from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.stage import find_kind
 from bessemer.precision import probe
 from bessemer.system import granted_cores
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
-    from bessemer.dist.ranks import Ranks
 
 
+@plugins.register("hooks", "start-ranks")
 def start(
     recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None,
     check: Callable[[int], None] = lambda n_ranks: None,
-) -> Ranks | None:  # fmt: skip
-    """The ranks of this run; None if one process runs it alone. If there are none yet and the run needs several, this
+) -> Processes:  # fmt: skip
+    """The processes of this run (`pipeline.processes`). If there are none yet and the run needs several, this
     process starts them and exits with their status: as many as `asked` for, else one for every GPU that the recipe can
     use, and at least those of its [layout]. `check` raises UserError if the run cannot do with that many; ranks that
     torchrun started are not checked, since their machines may be others."""
-    from bessemer.dist import groups
-    from bessemer.dist.ranks import Ranks, launch
-
     if Ranks.started():
         groups.set_environment()
     gpus = gpus or probe.gpus()
@@ -47,16 +49,16 @@ def start(
         check(n_ranks)
         if n_ranks > 1:
             sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))
-        return None
+        return ThisProcess()
     n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if asked not in (None, n_ranks):
         raise UserError(f"{n_ranks} ranks were started, but --processes is {asked}; leave it out")
     if 0 < here < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and asked is None:
         print(f"{here} of {gpus.usable} GPUs: that many ranks were started here", file=sys.stderr)
     if n_ranks == recipe.layout.fewest == 1:
-        return None
+        return ThisProcess()
     try:
-        return Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout, root / "hang")
+        return StartedRanks(Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout, root / "hang"))
     except UserError as error:
         _end(error, first=os.environ["RANK"] == "0")
 
@@ -131,12 +133,16 @@ def _fault(recipe: Recipe, n: int) -> str | None:
     return None
 
 
+class StartedRanks(ManyRanks):
+    """The ranks of a run that the command line started."""
+
+    def running(self) -> AbstractContextManager[None]:
+        return together(self.ranks)
+
+
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[None]:
+def together(ranks: Ranks) -> Iterator[None]:
     """Wraps the run: prints an error that all ranks raise only once, and ends the ranks that wait for a lost rank."""
-    if ranks is None:
-        yield
-        return
     try:
         yield
     except UserError as error:
@@ -144,8 +150,6 @@ def together(ranks: Ranks | None) -> Iterator[None]:
     except RuntimeError as error:  # torch has no class for gloo's
         if not _connection_lost(error):
             raise
-        from bessemer.dist import watchdog
-
         time.sleep(1.0)  # so that the launcher notices the lost rank first
         matches = re.findall(r"Connection \w+ by peer", str(error))
         ranks.report_lost(matches[0] if matches else str(error)[:200])
@@ -173,8 +177,6 @@ def _end(error: UserError, first: bool, ranks: Ranks | None = None) -> NoReturn:
 
 def started() -> bool:
     """Whether torchrun or a similar launcher has started this process as one of several."""
-    from bessemer.dist.ranks import Ranks
-
     return Ranks.started() and Ranks.world_size() > 1
 
 
@@ -182,8 +184,6 @@ def examine(folder: Path) -> dict[str, Any] | None:
     """The doctor's facts about all machines of a run: those of rank 0's machine, what keeps others from running, and
     the links between them. None on the other ranks."""
     from bessemer.cli import doctor
-    from bessemer.dist import links
-    from bessemer.dist.ranks import Ranks
 
     try:
         ranks = Ranks.join({}, timeout=120.0)

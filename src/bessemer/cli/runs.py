@@ -78,12 +78,11 @@ def run(
         _dry_run(recipe, set_ or [], world, processes, device, as_json)
         return
     check_used("--dry-run", False, {"world": world, "device": device})
-    from bessemer.cli import many
     from bessemer.config.builtin import run_of
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
     from bessemer.pipeline.conformance import rows
-    from bessemer.pipeline.runner import follow
+    from bessemer.pipeline.processes import start
     from bessemer.pipeline.runner import run as run_recipe
     from bessemer.plan import feasible
     from bessemer.runs.context import Interrupted
@@ -93,13 +92,13 @@ def run(
     loaded = Recipe.load(recipe, set_ or [])
     out = out or run_of(recipe)
     root = out or Path("runs") / loaded.name
-    ranks = many.start(loaded, root, processes, check=lambda n_ranks: feasible.check(loaded, root, until, n_ranks))
+    started = start(loaded, root, processes, check=lambda n: feasible.check(loaded, root, until, n))
     try:
-        with many.together(ranks):
-            if ranks is not None and ranks.me:
-                follow(loaded, ranks)
+        with started.running():
+            if started.me:
+                started.follow(loaded)
                 return
-            results = run_recipe(loaded, out, until, conformance=rows, reuse=reuse, ranks=ranks)
+            results = run_recipe(loaded, out, until, conformance=rows, reuse=reuse, processes=started)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)

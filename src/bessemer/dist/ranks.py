@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from bessemer.dist import groups, watchdog
 from bessemer.dist.watchdog import Watchdog
 from bessemer.errors import UserError
 from bessemer.precision import probe
+from bessemer.train.runtime import Share
 from bessemer.workers import cores
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -48,18 +49,6 @@ MAX_RESTARTS = 3
 """The most restarts without progress."""
 
 _Made = TypeVar("_Made")
-
-
-class Share(NamedTuple):
-    """This process's part of work that all ranks have: item i is rank i % n's. `merge` collects what each found, by
-    item, on all of them; collective."""
-
-    me: int = 0
-    n: int = 1
-    merge: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda own: own
-
-
-ALONE = Share()
 
 
 class Ranks:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bessemer.dist.ranks import ALONE, Share
 from bessemer.tasks import verifiers
 from bessemer.tasks.base import Problem, Task
 from bessemer.tasks.verifiers import Judged
+from bessemer.train.runtime import ALONE, Share
 
 OURS = __name__.partition(".")[0] + "."
 

@@ -44,7 +44,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.episodes import Generates, Outcome, PlayedEpisode, played
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
@@ -52,6 +51,7 @@ from bessemer.eval.judging import judge_all
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.readability import READABLE, consistency, readable
+from bessemer.train.runtime import ALONE, Share
 from bessemer.train.setup import batch_rows
 
 FIGURES = ("pass_at_1", "pass_at_k", "maj_at_k")

@@ -14,18 +14,17 @@ if TYPE_CHECKING:
     import torch
 
     from bessemer.config.table import Precision
-    from bessemer.dist.ranks import Ranks
 
 
 def overview(
     plan: list[Planned], recipe: Recipe, root: Path, estimates: dict[str, float], until: str | None,
-    ranks: Ranks | None,
+    n_processes: int,
 ) -> str:  # fmt: skip
     """The stages, the device and the estimated time: a line for the run and one for each stage."""
     from bessemer.train import setup
 
     dtypes = _dtypes({config.precision for config in recipe.stages if hasattr(config, "precision")}, setup.device())
-    device = setup.describe_device() if ranks is None else f"{ranks.n} ranks"
+    device = setup.describe_device() if n_processes == 1 else f"{n_processes} ranks"
     where = f"on {device}" + (f", in {' or '.join(dtypes)}" if dtypes else "")
     last = len(plan) if until is None else recipe.names().index(until) + 1
     due = [item.name for item in plan[:last] if not item.done]

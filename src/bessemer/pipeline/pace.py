@@ -179,7 +179,7 @@ class Pace:
             return model
         flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
         if self.seconds > SECONDS and setup.want_compile(settings.compile, flops):  # compiling takes a minute
-            setup.compile_layers(model)
+            setup.compile_layers([*model.layers, *model.mtp])
             self.compiled = True
         return model
 

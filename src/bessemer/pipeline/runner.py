@@ -5,8 +5,8 @@ Each stage's identity (config, seed, model, inputs) is compared with what its fo
     same, incomplete                      -> entered again; the stage resumes from its own state/
     absent, but finished in a run to reuse -> copied from there (`Donor`)
     other, damaged, or made from an input that has changed since -> moved aside and run again
-The first SIGINT or SIGTERM lets the stage save and stop; the second kills. On many ranks, rank 0 runs the recipe and
-the others `follow`.
+The first SIGINT or SIGTERM lets the stage save and stop; the second kills. With several processes, the first runs the
+recipe and the others follow it (`processes`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
-from bessemer.hf.model_directory import is_own
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.overview import overview
 from bessemer.pipeline.pace import WORTH, Pace
 from bessemer.pipeline.planned import Planned, planned
+from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
-from bessemer.rl.dealing import Helper
 from bessemer.runs import trackers
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
@@ -50,14 +49,10 @@ from bessemer.runs.directory import (
     write_stage_record,
 )
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
-from bessemer.runs.metrics import Metrics, NoMetrics, StageMetrics
+from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.system import alive
 from bessemer.train import checkpoint, determinism
-from bessemer.workers import all_cores
-
-if TYPE_CHECKING:
-    from bessemer.dist.ranks import Ranks
 
 
 @dataclass
@@ -81,19 +76,19 @@ def run(
     conformance: Callable[[Recipe], list[dict[str, Any]]] | None = None,
     progress: RunProgress | None = None,
     reuse: Path | None = None,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     worth: float = WORTH,
 ) -> list[StageResult]:
     """Runs `recipe` in `out` (default runs/NAME) up to and including the stage `until`; returns every stage's result.
 
     Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
-    signal. With `ranks`, this is rank 0, and the others `follow`. `conformance` gives the rows {item, section, paper,
+    signal. This is process 0 of `processes` (None: the only one). `conformance` gives the rows {item, section, paper,
     here, state} of conformance.json. `worth`: as in `Pace`; inf: nothing is measured, and times are guesses.
     """
     if until is not None:
         recipe.stage(until)
     trackers.check_installed(recipe.trackers)
-    root = out or Path("runs") / recipe.name
+    root, processes = out or Path("runs") / recipe.name, processes or ThisProcess()
     donor = None if reuse is None else Donor(reuse)
     with ExitStack() as entered:
         entered.enter_context(places.of_recipe(recipe.folder, root / places.REVISIONS))
@@ -102,7 +97,7 @@ def run(
         progress = progress or RunProgress(dict.fromkeys(kinds, 0.0), until=until)
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
-        stop = entered.enter_context(signals(together=ranks is not None))
+        stop = entered.enter_context(signals(together=processes.n > 1))
         text = outside.with_folder(recipe, root).to_toml()
         if not (root / "recipe.toml").exists():  # makes the folder a run's before anything else is written there
             rundir.record_recipe(text)
@@ -114,37 +109,35 @@ def run(
             preflight.check(recipe, cache_dir(cache), [item.name for item in plan if not item.done])
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
             _set_aside_stale(plan, rundir, metrics, progress)
-            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, ranks, worth)
+            progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, processes.n, worth)
             estimates = rundir.record_plan(progress.estimates)
             if rundir.killed:
                 progress.say(rundir.killed)
             intact = _check_outputs(plan, until, rundir, metrics, progress)
-            progress.say(overview(plan, recipe, root, estimates, until, ranks))
+            progress.say(overview(plan, recipe, root, estimates, until, processes.n))
             if conformance is not None:
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
             entered.enter_context(trackers.mirrored(root, recipe.trackers))
             return _run_all(
-                plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, ranks, intact
+                plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, processes, intact
             )
         finally:
-            if ranks is not None:
-                ranks.order({"end": True})
+            processes.end()
             progress.close()
             metrics.close()
 
 
 def _estimates(
     plan: list[Planned], recipe: Recipe, until: str | None, cache: Path | None, progress: RunProgress,
-    ranks: Ranks | None, worth: float,
+    n_processes: int, worth: float,
 ) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
     """Seconds of every stage, at rates measured here for those that are to run, and the stages that no model works
     in."""
     last = len(plan) if until is None else recipe.names().index(until) + 1
     due = [item.config for item in plan[:last] if not item.done]
-    n_ranks = 1 if ranks is None else ranks.n
-    pace = Pace(recipe, worth=worth, cache=cache_dir(cache), ranks=n_ranks, say=progress.say)
+    pace = Pace(recipe, worth=worth, cache=cache_dir(cache), ranks=n_processes, say=progress.say)
     seconds = pace.of_stages(due)
     estimates = {item.name: seconds.get(item.name, 0.0) or item.stage.estimate(item.config, recipe) for item in plan}
     texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
@@ -179,7 +172,7 @@ def _is_abandoned(path: Path) -> bool:
 
 def _run_all(
     plan: list[Planned], recipe: Recipe, rundir: RunDir, until: str | None, cache: Path, metrics: Metrics,
-    progress: RunProgress, stop: StopFlag, donor: Donor | None, ranks: Ranks | None, intact: set[str],
+    progress: RunProgress, stop: StopFlag, donor: Donor | None, processes: Processes, intact: set[str],
 ) -> list[StageResult]:  # fmt: skip
     results: list[StageResult] = []
     digests: dict[str, str] = {}
@@ -204,14 +197,13 @@ def _run_all(
             how = "done"
             if stop:
                 raise Interrupted(_how_to_go_on(recipe, rundir.root, item.name, "before"))
-            together = _together(item, folders.get(item.config.source or ""), recipe, progress, ranks)
+            source, report = folders.get(item.config.source or ""), progress.begin(item.name)
             ctx = StageContext(
                 name=item.name, dir=item.folder, inputs={name: folders[name] for name in item.sources},
-                source=folders.get(item.config.source or ""), recipe=recipe, cache=cache,
-                metrics=StageMetrics(metrics, item.name), progress=progress.begin(item.name), stop_flag=stop,
-                ranks=together, waiting=ranks if together is None else None,
+                source=source, recipe=recipe, cache=cache, metrics=StageMetrics(metrics, item.name), progress=report,
+                stop_flag=stop, runtime=processes.runtime(item.stage, source, recipe, report.say),
             )  # fmt: skip
-            with nullcontext() if ranks is None or ctx.ranks is not None else all_cores():
+            with ctx.runtime.working():
                 done = _run_one(item, ctx, inputs, rundir)
         digests[item.name] = done["digest"]
         progress.end(item.name, done["seconds"])
@@ -220,19 +212,6 @@ def _run_all(
         results.append(StageResult(item.name, kind, status, seconds, summary, item.folder))
         past_until = item.name == until
     return results
-
-
-def _together(
-    item: Planned, source: Path | None, recipe: Recipe, progress: RunProgress, ranks: Ranks | None
-) -> Ranks | None:
-    """The ranks that run a stage together; None: rank 0 alone, while the others wait."""
-    if ranks is None or not item.stage.distributed:
-        return None
-    config = None if source is None else source / "model" / "config.json"
-    if recipe.layout.fewest == 1 and config is not None and config.is_file() and not is_own(config.parent):
-        progress.say(f"{item.name}: a model of another family is trained by one process; the other ranks wait")
-        return None
-    return ranks
 
 
 def _finished(
@@ -303,14 +282,13 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
         ctx.spent, ctx.cpu_spent = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         if not (ctx.dir / "state").exists():
             ctx.rewind(-1)  # no state to resume from: the stage starts over, and so do its lines
-        if ctx.ranks is not None:
-            ctx.ranks.order(
-                {"stage": ctx.name, "folder": str(ctx.dir), "inputs": {n: str(p) for n, p in ctx.inputs.items()},
-                 "source": None if ctx.source is None else str(ctx.source), "spent": ctx.spent}
-            )  # fmt: skip
+        ctx.runtime.announce(
+            {"stage": ctx.name, "folder": str(ctx.dir), "inputs": {n: str(p) for n, p in ctx.inputs.items()},
+             "source": None if ctx.source is None else str(ctx.source), "spent": ctx.spent}
+        )  # fmt: skip
         with _clock(ctx, rundir):
             try:
-                with _computing(item.name):
+                with computing(item.name):
                     summary = item.stage.run(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
@@ -364,7 +342,7 @@ def _how_to_go_on(recipe: Recipe, root: Path, name: str, where: str) -> str:
 
 
 @contextmanager
-def _computing(stage: str) -> Iterator[None]:
+def computing(stage: str) -> Iterator[None]:
     """Turns a GPU that fails or runs out of memory into a UserError, as training steps do themselves. At the end frees
     everything the stage had: a trainer is part of reference cycles, so Python would otherwise free its weights and end
     its worker processes in the middle of the next stage."""
@@ -387,32 +365,3 @@ def _facts(summary: dict[str, Any]) -> str:
     return ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
     )
-
-
-def follow(recipe: Recipe, ranks: Ranks, cache: Path | None = None) -> None:
-    """Runs the stages that rank 0 orders, until rank 0 ends the run."""
-    with places.of_recipe(recipe.folder), open(os.devnull, "w") as nowhere:
-        for config in recipe.stages:
-            preflight.resolve(config, recipe, cache_dir(cache))  # errors are those of rank 0, which reports them once
-        progress = RunProgress({}, out=nowhere)
-        quietly = determinism.kept(recipe.layout.deterministic, lambda text: None)
-        with quietly, signals(together=True, quiet=True) as stop:
-            helper = Helper(ranks)
-            for order in ranks.follow():
-                if "samples" in order:
-                    helper.take_part(order)
-                    continue
-                helper.forget()
-                config = recipe.stage(order["stage"])
-                stage = find_kind(config.kind)()
-                ctx = StageContext(
-                    name=config.name, dir=Path(order["folder"]), ranks=ranks,
-                    inputs={name: Path(path) for name, path in order["inputs"].items()},
-                    source=None if order["source"] is None else Path(order["source"]), recipe=recipe,
-                    cache=cache_dir(cache), metrics=NoMetrics(), progress=progress.begin(config.name),
-                    stop_flag=stop, spent=order["spent"],
-                )  # fmt: skip
-                revisions = ctx.dir.parent / places.REVISIONS
-                computing = _computing(config.name)
-                with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), computing:
-                    stage.run(config, ctx)  # if interrupted: rank 0 says how to go on

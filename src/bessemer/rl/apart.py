@@ -21,7 +21,7 @@ from bessemer.eval.judging import ours
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.environment import Environment
-from bessemer.train.trainer import Trainer
+from bessemer.train.collective import Collective
 
 
 def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
@@ -40,9 +40,9 @@ def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
 class Carrier:
     """Brings rows to the ranks that train them. Collective, and so are its methods."""
 
-    def __init__(self, trainer: Trainer, ranks: Ranks) -> None:
-        self.trainer, self.ranks = trainer, ranks
-        self.pipelines = ranks.all_gather(trainer.pipeline, "pipelines")
+    def __init__(self, among: Collective, ranks: Ranks) -> None:
+        self.among, self.ranks = among, ranks
+        self.pipelines = ranks.all_gather(among.pipeline, "pipelines")
         """The pipeline of each rank."""
 
     def batches(
@@ -52,7 +52,7 @@ class Carrier:
         they need are filled."""
         place = {id(row): number for number, row in enumerate(rows)}
         own = {id(row) for row in rows if rank_of(row.completion, self.ranks.me) == self.ranks.me}
-        of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.trainer.n_pipelines)]
+        of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.among.n_pipelines)]
         for rank, pipeline in enumerate(self.pipelines):
             mine: dict[int, Completion] = {}
             if rank != self.ranks.me:
@@ -62,7 +62,7 @@ class Carrier:
                 for index, completion in sent.items():
                     rows[index].completion = completion
         batches = []
-        for number in self.trainer.numbers_of_mine(len(parts)):
+        for number in self.among.numbers_by_pipeline(len(parts))[self.among.pipeline]:
             part = parts[0][:1] if number is None else parts[number]
             batch = rollout.batch_of(part, parts[number or 0], pad_id, normalise)
             batches.append(batch.as_filler() if number is None else batch)
@@ -70,7 +70,7 @@ class Carrier:
 
     def _needed(self, parts: Sequence[Sequence[ScoredSample]], pipeline: int) -> list[ScoredSample]:
         """The rows that a pipeline trains; a filler has the shape of the first."""
-        numbers = self.trainer.numbers_by_pipeline(len(parts))[pipeline]
+        numbers = self.among.numbers_by_pipeline(len(parts))[pipeline]
         rows = [row for number in numbers if number is not None for row in parts[number]]
         first = parts[0][0]
         return rows if None not in numbers or any(row is first for row in rows) else [*rows, first]

@@ -28,20 +28,17 @@ from torch import Tensor, nn
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.dist import distributed, model_shard
-from bessemer.dist.distributed import GatheredModel
-from bessemer.dist.distributed_trainer import DistributedTrainer
-from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.model.layer import Phase
 from bessemer.model.protocol import LanguageModel, TrainOutputs
-from bessemer.model.transformer import Scorer, evaluating, scores
+from bessemer.model.transformer import Scorer, scores
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
 from bessemer.rl.monitor import update_means
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.train.objective import Loss
+from bessemer.train.runtime import Whole
 from bessemer.train.trainer import Trainer
 
 NAME = "critic"
@@ -56,7 +53,7 @@ class Critic:
     that backward recomputes. Collective."""
 
     def __init__(
-        self, policy: Trainer, whole: GatheredModel, settings: RLConfig, pad_id: int, recompute: Iterable[Phase] = ()
+        self, policy: Trainer, whole: Whole, settings: RLConfig, pad_id: int, recompute: Iterable[Phase] = ()
     ) -> None:
         self.policy, self.settings, self.pad_id = policy, settings, pad_id
         whole.refresh()
@@ -67,10 +64,9 @@ class Critic:
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
         begun = cast(Scorer, critic_of(whole.model)).set_fp8(FP8_RECIPES.get(settings.fp8)).set_recompute(recompute)
-        network: Scorer | ModelShard = begun
-        if isinstance(policy, DistributedTrainer):
-            network = ModelShard(begun, policy.mesh.of(begun.cfg), policy.shard.schedule)
-        self.trainer = distributed.trainer(network, ValueLoss(), None, own, policy.plan, warn=policy.warn)
+        self.trainer = Trainer(
+            begun, ValueLoss(), None, own, policy.plan, warn=policy.warn, collective=policy.collective.beside(begun)
+        )
         policy.companions[NAME] = self.trainer
         self._explained = 0.0
         self._divergence: float | None = None
@@ -80,11 +76,11 @@ class Critic:
         """Sets the value, GAE advantage and return of every token. Advantages get mean 0 over the rollout and, with
         `scale_by_std`, standard deviation 1; returns are not scaled. `reference` is needed with `kl_in_reward`."""
         rows = list(chain.from_iterable(groups))
-        tokens, n_pipelines = self.settings.micro_tokens, self.trainer.n_pipelines
+        tokens, n_pipelines = self.settings.micro_tokens, self.trainer.collective.n_pipelines
         parts = rollout.split_by_length(rows, tokens, n_pipelines)
         batches = rollout.to_batches(rows, self.pad_id, tokens, "token", n_pipelines)
         sizes = [batch.n_loss_tokens for batch in batches]
-        for part, value_N in zip(parts, self._values(batches, sizes), strict=True):
+        for part, value_N in zip(parts, self.trainer.collective.outputs(batches, _values_of, sizes), strict=True):
             lengths = [len(row.trained_N) for row in part]
             for row, own in zip(part, value_N.split(lengths), strict=True):
                 row.values = own.tolist()
@@ -94,9 +90,9 @@ class Critic:
         reward_RL[torch.arange(len(rows)), length_R - 1] = torch.tensor([row.reward for row in rows]).double()
         if self.settings.kl_in_reward:
             assert reference is not None
-            mine = self.trainer.share_of(len(batches))
+            mine = self.trainer.collective.share_of(len(batches))
             reference.add_logprobs([batches[number] for number in mine])
-            ratios = self.trainer.exchanged({number: _log_ratios(batches[number]) for number in mine}, sizes)
+            ratios = self.trainer.collective.exchanged({number: _log_ratios(batches[number]) for number in mine}, sizes)
             log_ratio_RL = _by_row(rows, parts, ratios)
             reward_RL -= self.settings.kl * log_ratio_RL
             self._divergence = float(log_ratio_RL.sum() / length_R.sum())
@@ -122,24 +118,6 @@ class Critic:
         means, self._updates = update_means("critic", ("loss", "clip_share", "grad_norm"), self._updates), []
         divergence = {} if self._divergence is None else {"rl/kl": self._divergence}
         return means | {"critic/explained": self._explained} | divergence
-
-    def _values(self, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Tensor]:
-        """V of every trained token of every batch, on all ranks; `sizes`: trained tokens per batch."""
-        trainer = self.trainer
-        if not isinstance(trainer, DistributedTrainer):
-            return list(trainer.plan.workers.map(self._values_here, batches))
-        shard = trainer.shard
-        with evaluating(shard.model):
-            computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _values_of)
-        numbers = range(shard.pipeline_index, len(batches), shard.n_pipelines)
-        found = zip(numbers, computed, strict=False)  # fillers come last
-        return trainer.exchanged({number: values for number, values in found if values is not None}, sizes)
-
-    @torch.no_grad()
-    def _values_here(self, batch: Batch) -> Tensor:
-        model = self.trainer.model
-        with evaluating(model):
-            return values(model, batch.to(model.embed.weight.device)).cpu()
 
 
 def critic_of(policy: LanguageModel) -> LanguageModel:

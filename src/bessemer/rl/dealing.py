@@ -7,7 +7,6 @@ the batches, then all exchange results. If rank 0 trains the model, it sends the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -19,13 +18,10 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist import watchdog
 from bessemer.dist.ranks import Ranks
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Prompt
-from bessemer.errors import UserError
+from bessemer.engine.generation import Completion, OnText, Options, Prompt, held_by
 from bessemer.model.protocol import LanguageModel
-from bessemer.rl.sampler import Completions, SamplingOptions, deal
-from bessemer.runs.context import Interrupted, StageContext
+from bessemer.rl.sampler import Completions, SamplingOptions
 from bessemer.train import setup
-from bessemer.workers import all_cores
 
 
 class DealtEngine:
@@ -110,49 +106,31 @@ def share_weights(model: LanguageModel, ranks: Ranks) -> None:
             own.copy_(value)
 
 
-def dealt(
-    engine: Engine, folder: Path, ctx: StageContext, role: str = "model", version: Callable[[], int] | None = None,
-    precision: Precision = "device",
-) -> Engine | DealtEngine:  # fmt: skip
-    """`engine`, which runs the model in `folder`, extended to the ranks that wait for this stage if they have GPUs of
-    their own. On a CPU this rank already has all cores."""
-    if ctx.waiting is None or ctx.waiting.device.type == "cpu":
-        return engine
-    ctx.say(f"{ctx.waiting.n} ranks generate")
-    return DealtEngine(engine, folder, ctx.waiting, role, version, precision)
+def deal(
+    engine: Engine, ranks: Ranks, prompts: Sequence[Prompt], apart: bool = False, on_text: OnText | None = None,
+    **options: Unpack[Options],
+) -> Completions:  # fmt: skip
+    """`Engine.generate` shared by all ranks, whose engines have the same weights; all get all samples, or `apart` as in
+    `Runtime.generate`. on_text hears of this rank's share. Collective."""
+    n = ranks.n
+    options["batch_rows"] = rows_of_batch(len(prompts) * options.get("samples", 1), options.get("batch_rows", 512), n)
+    plan = engine.plan(prompts, **options)
+    own = engine.run_all(plan.batches[ranks.me :: n], on_text)
+    completions: list[list[Completion]] = [[] for _ in plan.batches]
+    ranks.meet("samples")  # one rank may take many times as long as another
+    if not apart:
+        for rank, share in enumerate(ranks.all_gather(own, "samples")):
+            completions[rank::n] = share
+        return plan.gather(completions)
+    facts = [[(len(one.tokens), one.finish_reason, one.prompt_tokens) for one in batch] for batch in own]
+    for rank, known in enumerate(ranks.all_gather(facts, "lengths of samples")):
+        completions[rank::n] = [[held_by(rank, *one) for one in batch] for batch in known]
+    completions[ranks.me :: n] = own
+    return plan.gather(completions)
 
 
-def led(ctx: StageContext, make: Callable[[StageContext], object]) -> None:
-    """Runs `make` on rank 0 alone, inside a stage of all ranks; the other ranks help it sample. A UserError or a stop
-    on rank 0 is raised on all ranks."""
-    if ctx.ranks is None:
-        make(ctx)
-        return
-    error, stopped = "", False
-    if ctx.leads:
-        try:
-            with all_cores():
-                make(replace(ctx, ranks=None, waiting=ctx.ranks))
-        except UserError as fault:
-            error = str(fault)
-        except Interrupted:
-            stopped = True
-        finally:
-            ctx.ranks.order({"end": True})
-    else:
-        helper = Helper(ctx.ranks)
-        for order in ctx.ranks.follow():
-            helper.take_part(order)
-    outcome = ctx.agree(lambda: {"error": error, "stopped": stopped})
-    if outcome["error"]:
-        raise UserError(outcome["error"])
-    if outcome["stopped"]:
-        ctx.interrupt()
-
-
-def engine_of(
-    folder: Path, ctx: StageContext, role: str = "model", precision: Precision = "device"
-) -> Engine | DealtEngine:
-    """Loads the model in `folder` and returns an engine for it, as in `dealt`."""
-    loaded = setup.load_to_sample(folder, ctx.say_once, precision=precision, state=ctx.state)
-    return dealt(Engine(*loaded, setup.workers()), folder, ctx, role, precision=precision)
+def rows_of_batch(samples: int, rows: int, n: int) -> int:
+    """Rows per batch, at most `rows`, such that n ranks get equally many batches: 1,024 samples in batches of 256 would
+    leave half of eight ranks idle."""
+    batches = max(1, -(-samples // (rows * n))) * n
+    return max(1, -(-samples // batches))

@@ -13,8 +13,6 @@ import torch
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.dist import distributed
-from bessemer.dist.model_shard import ModelShard
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.train.loss import predicting
@@ -25,10 +23,9 @@ PREFIX = "mtp."
 """Beginning of the names of their parameters."""
 
 
-def prepare(network: LanguageModel | ModelShard, settings: RLConfig, say: Callable[[str], None]) -> float:
+def prepare(model: LanguageModel, settings: RLConfig, say: Callable[[str], None]) -> float:
     """Gets a network's MTP modules ready for a stage; returns the weight of their loss."""
-    model = distributed.model_of(network)
-    depths = network.mesh.cfg.n_mtp if isinstance(network, ModelShard) else model.cfg.n_mtp
+    depths = model.cfg.n_mtp
     trained = settings.mtp == "trained" and depths > 0
     for module in model.mtp:
         module.apart = trained

@@ -24,9 +24,9 @@ from statistics import fmean
 from bessemer.config.judge import JudgeConfig
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
-from bessemer.rl.dealing import DealtEngine, engine_of
 from bessemer.rl.judge_api import JudgeAPI, api_key
 from bessemer.rl.judge_replies import PROBES, Replies, recognised
+from bessemer.rl.sampler import engine_of
 from bessemer.runs.context import StageContext
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_hash
@@ -77,7 +77,7 @@ class Judge:
     def __init__(self, config: JudgeConfig, ctx: StageContext) -> None:
         self.config, self.ctx = config, ctx
         self.api: JudgeAPI | None = None
-        self.engine: Engine | DealtEngine | None = None
+        self.engine: Engine | None = None
         if config.url is not None:
             self.api = JudgeAPI(config, api_key(ctx.name, config))
             self.replies = Replies(ctx.cache / "judge.sqlite" if config.cache else None)
@@ -178,7 +178,7 @@ class Judge:
         assert self.engine is not None
         prompts = {key: question_ids(self.engine.tokenizer, text) for key, (text, _) in questions.items()}
         keys = [key for key, ids in prompts.items() if len(ids) < self.engine.model.cfg.max_seq_len]
-        size = LOT * (self.engine.ranks.n if isinstance(self.engine, DealtEngine) else 1)
+        size = LOT * (self.ctx.runtime.generators)
         for start in range(0, len(keys), size):
             lot = keys[start : start + size]
             completions = self.engine.generate(

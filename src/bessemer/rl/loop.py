@@ -24,10 +24,9 @@ from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
-from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.rl import apart, drafting, importance, process, ray_sampler
+from bessemer.rl import drafting, importance, process, ray_sampler
 from bessemer.rl.critic import Critic
 from bessemer.rl.difficulty import DifficultyFilter
 from bessemer.rl.losses import GRPO, Reference
@@ -35,13 +34,13 @@ from bessemer.rl.monitor import Evaluator, SampleExport, means, rollout_metrics,
 from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
-from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler, ShardedSampler
+from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.curves import BALANCE
 from bessemer.train import checkpoint, setup
-from bessemer.train.trainer import TrainingPlan
-from bessemer.workers import Workers
+from bessemer.train.plan import TrainingPlan
+from bessemer.train.runtime import RoundedModel
 
 
 class Loop:
@@ -53,13 +52,12 @@ class Loop:
             raise UserError(f'stage "{ctx.name}" needs a stage with a model before it')
         self.base = ctx.source / "model"
         setup.keep_memory()
-        network, self.tokenizer = distributed.read(
-            self.base, ctx.ranks, ctx.recipe.layout, ctx.say, split_rows=False, mtp=settings.mtp != "dropped"
-        )
-        network = distributed.adapted(network, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
+        runtime = ctx.runtime
+        model, self.tokenizer = runtime.read(self.base, split_rows=False, mtp=settings.mtp != "dropped")
+        model = setup.adapted(model, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
-        self.workers = ray_sampler.trainer_workers(settings.rollout) if ctx.ranks is None else Workers(1)
-        dtype = setup.set_precision(distributed.model_of(network), settings, ctx.say_once, ctx.state, ctx.agree)
+        self.workers = ray_sampler.trainer_workers(settings.rollout) if runtime.n == 1 else runtime.workers()
+        dtype = setup.set_precision(model, settings, ctx.say_once, ctx.state, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
             settings.clip_low,
@@ -70,10 +68,10 @@ class Loop:
             longest if settings.normalise == "constant" else 0,
             settings.unbiased_kl,
             settings.off_policy_mask,
-            drafting.prepare(network, settings, ctx.say),
+            drafting.prepare(model, settings, ctx.say),
         )
-        self.trainer = distributed.trainer(
-            network,
+        self.trainer = runtime.trainer(
+            model,
             self.objective,
             None,
             settings,
@@ -85,18 +83,15 @@ class Loop:
             ),
             ctx.state,
             stop=lambda: ctx.stop,
-            model_config=distributed.model_of(network).cfg.model_dump(),
+            model_config=model.cfg.model_dump(),
             warn=ctx.say,
         )
-        self.policy = distributed.GatheredModel(self.trainer)
-        self.sampler_model: distributed.GatheredModel | distributed.RoundedModel = self.policy
+        self.policy = self.sampler_model = runtime.whole(self.trainer)
         if settings.rollout.precision == "bfloat16" and dtype != torch.bfloat16:
-            self.sampler_model = distributed.RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
+            self.sampler_model = RoundedModel(self.policy, self.trainer, torch.bfloat16, self.workers)
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
-        self.carrier: apart.Carrier | None = None
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
-        if ctx.ranks is not None and ctx.ranks.n > 1 and apart.stays(settings, families):
-            self.carrier = apart.Carrier(self.trainer, ctx.ranks)
+        self.carrier = runtime.carrier(self.trainer, settings, families)
         self.sampler = self._make_sampler(engine)
         self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
         self.generator = RolloutGenerator(
@@ -123,13 +118,11 @@ class Loop:
     def _make_sampler(self, engine: Engine) -> Sampler:
         ctx, refresh = self.ctx, self.sampler_model.refresh
         if self.settings.rollout.engine == "local":
-            if ctx.ranks is not None:
-                return ShardedSampler(engine, refresh, ctx.ranks, self.carrier is not None)
-            return LocalSampler(engine, refresh)
-        if ctx.ranks is None:
+            return LocalSampler(engine, refresh, ctx.runtime, self.carrier is not None)
+        if ctx.runtime.n == 1:
             return ray_sampler.make(self.settings, ctx, engine, self.trainer, refresh)
         ray = ray_sampler.make(self.settings, ctx, engine, self.trainer, lambda: None) if ctx.leads else None
-        return Rank0Sampler(ray, self.tokenizer, refresh, ctx.ranks)
+        return Rank0Sampler(ray, self.tokenizer, refresh, ctx.runtime)
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)
@@ -177,7 +170,7 @@ class Loop:
                 ctx.interrupt()
             trainer.save_if_due()
         trainer.save()
-        distributed.save(trainer, ctx.dir / "model", self._tokenizer_dir())
+        ctx.runtime.save(trainer, ctx.dir / "model", self._tokenizer_dir())
         if self.export is not None:
             self.export.finish(settings.rollouts, ctx.dir)
         # maybe of an attempt that was killed after its last checkpoint
@@ -279,13 +272,13 @@ class Loop:
         mini_batches = []
         for start in range(0, len(rows), size):
             part = [rows[i] for i in order[start : start + size]]
-            pad_id, n_pipelines = self.tokenizer.pad_id, self.trainer.n_pipelines
+            pad_id, n_pipelines = self.tokenizer.pad_id, self.trainer.collective.n_pipelines
             if self.carrier is not None:
                 parts = split_by_length(part, settings.micro_tokens, n_pipelines)
                 mini_batches.append(self.carrier.batches(part, parts, pad_id, settings.normalise))
                 continue
             batches = to_batches(part, pad_id, settings.micro_tokens, settings.normalise, n_pipelines)
-            mini_batches.append(list(self.trainer.mine(batches)))
+            mini_batches.append(list(self.trainer.collective.mine(batches)))
         return mini_batches
 
     def _correct(self, batches: list[Batch]) -> dict[str, float]:
@@ -299,8 +292,8 @@ class Loop:
         if not values:
             return values
         tokens = float(sum(batch.n_loss_tokens for batch in batches))  # fillers have none
-        share = tokens / self.trainer.average({"tokens": tokens})["tokens"]
-        return self.trainer.average({name: share * value for name, value in values.items()})
+        share = tokens / self.trainer.collective.average({"tokens": tokens})["tokens"]
+        return self.trainer.collective.average({name: share * value for name, value in values.items()})
 
     def _update(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on one mini-batch."""

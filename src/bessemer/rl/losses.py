@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
-from bessemer.dist.distributed import GatheredModel
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.train import setup
 from bessemer.train.loss import Kept, predicting, token_logprobs
 from bessemer.train.objective import Loss
+from bessemer.train.runtime import Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -262,9 +262,7 @@ class Reference:
     shares the base weights with the policy and has its own adapters, which start at B = 0: the base.
     """
 
-    def __init__(
-        self, trainer: Trainer, policy: GatheredModel, workers: Workers, every: int, temperature: float
-    ) -> None:
+    def __init__(self, trainer: Trainer, policy: Whole, workers: Workers, every: int, temperature: float) -> None:
         self.trainer, self.policy, self.workers = trainer, policy, workers
         self.every, self.temperature = every, temperature
         policy.refresh()

@@ -28,13 +28,11 @@ from bessemer.data.chat import render_ids
 from bessemer.data.formats import Prompt, messages_of
 from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist import model_shard
-from bessemer.dist.distributed_trainer import DistributedTrainer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load_scorer
 from bessemer.model.protocol import LanguageModel, TrainOutputs
-from bessemer.model.transformer import evaluating, scores
+from bessemer.model.transformer import scores
 from bessemer.tasks.answer import summary
 from bessemer.train.objective import trained_places
 from bessemer.train.trainer import Trainer
@@ -93,16 +91,11 @@ def judged_ids(tokenizer: Tokenizer, aim: str, prompt: Prompt, answer: str) -> l
 
 def score_by(trainer: Trainer, texts: Sequence[Sequence[int]], pad_id: int) -> list[float]:
     """`score_ids` for the network being trained, computed by all ranks that train it. Collective."""
-    if not isinstance(trainer, DistributedTrainer):
-        return score_ids(trainer.model, texts, pad_id)
-    shard, parts = trainer.shard, [*_batches(texts)]
+    parts = [*_batches(texts)]
     batches = [_last_marked([texts[i] for i in part], pad_id) for part in parts]
-    with evaluating(shard.model):
-        computed = model_shard.forward(shard, model_shard.dealt(shard, batches), _marked_scores)
-    found = zip(range(shard.pipeline_index, len(parts), shard.n_pipelines), computed, strict=False)  # then fillers
-    mine = {number: score_S for number, score_S in found if score_S is not None}
+    scored = trainer.collective.outputs(batches, _marked_scores, [*map(len, parts)])
     of_texts = [0.0] * len(texts)
-    for part, score_S in zip(parts, trainer.exchanged(mine, [*map(len, parts)]), strict=True):
+    for part, score_S in zip(parts, scored, strict=True):
         for i, score in zip(part, score_S.tolist(), strict=True):
             of_texts[i] = score
     return of_texts

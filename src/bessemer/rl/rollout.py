@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
-from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.engine import Engine
 from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.generation import Completion, rank_of
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
-from bessemer.rl.dealing import DealtEngine
 from bessemer.rl.difficulty import Selection
 from bessemer.rl.reading import TextCounts, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.readability import consistency
+from bessemer.train.runtime import ALONE, Share
 
 
 @dataclass
@@ -129,7 +128,7 @@ def problems_of(
 
 
 def sample(
-    engine: Engine | Sampler | DealtEngine,
+    engine: Engine | Sampler,
     problems: TaskProblems,
     encode: Callable[[Problem], list[int]],
     *,

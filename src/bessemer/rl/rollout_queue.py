@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
-from bessemer.dist.ranks import ALONE, Share
 from bessemer.engine.episodes import Outcome, Play
 from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
@@ -31,6 +30,7 @@ from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
 from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
 from bessemer.rl.task_mix import mixture
+from bessemer.train.runtime import ALONE, Share
 from bessemer.train.trainer import Trainer
 
 KEY = "rollouts"

@@ -11,19 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_tokens
-from bessemer.dist.ranks import ALONE, Ranks, Share
 from bessemer.errors import UserError
 from bessemer.escape import escaped
 from bessemer.runs.files import ROLLOUTS, write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
 from bessemer.runs.progress import StageProgress
+from bessemer.train.runtime import OneProcess, Runtime, Share
 
 _Result = TypeVar("_Result")
 
@@ -92,10 +92,8 @@ class StageContext:
     metrics: StageMetrics
     progress: StageProgress
     stop_flag: StopFlag
-    ranks: Ranks | None = None
-    """The processes that run this stage together; None if this process runs it alone."""
-    waiting: Ranks | None = None
-    """The processes that wait while this one runs the stage alone."""
+    runtime: Runtime = field(default_factory=OneProcess)
+    """The processes that run this stage."""
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""
     started: float = field(default_factory=time.monotonic)
@@ -123,23 +121,25 @@ class StageContext:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the stage's output: rank 0 does."""
-        return self.ranks is None or self.ranks.me == 0
+        """Whether this process writes the stage's output: process 0 does."""
+        return self.runtime.me == 0
 
     def agree(self, decide: Callable[[], _Result]) -> _Result:
-        """Calls `decide` on rank 0 only and returns its result (plain JSON) on all ranks."""
-        if self.ranks is None:
-            return decide()
-        return self.ranks.agree(decide() if self.leads else None)
+        """Calls `decide` in process 0 only and returns its result (plain JSON) in all of them."""
+        return self.runtime.agree(decide)
 
     def once(self, make: Callable[[], _Result]) -> _Result:
         """Like `agree`, for any picklable result."""
-        return make() if self.ranks is None else self.ranks.broadcast(make, f"what rank 0 does in {self.name}")
+        return self.runtime.once(make, f"what rank 0 does in {self.name}")
+
+    def led(self, make: Callable[["StageContext"], object]) -> None:
+        """Runs a part of the stage in process 0 alone. A UserError or a stop is raised in all processes."""
+        self.runtime.led(lambda runtime: make(replace(self, runtime=runtime)))
 
     @property
     def share(self) -> Share:
-        """This process's share of what all ranks of the stage do."""
-        return ALONE if self.ranks is None else self.ranks.share(f"what each rank does in {self.name}")
+        """This process's share of what all processes of the stage do."""
+        return self.runtime.share(f"what each rank does in {self.name}")
 
     def interrupt(self) -> NoReturn:
         raise Interrupted(self.name)

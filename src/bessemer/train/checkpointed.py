@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ from bessemer.model.gate import Gate
 from bessemer.model.protocol import LanguageModel
 from bessemer.train import checkpoint, guard
 from bessemer.train.background import SHARE, Background, CheckpointWriter
+from bessemer.train.objective import Objective
 from bessemer.train.optimizer import Optimizer, load_exactly
+from bessemer.train.plan import TrainingPlan
+from bessemer.train.transfer import Transfer
 
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
@@ -30,6 +33,57 @@ if TYPE_CHECKING:
 COUNTERS = ("step", "tokens", "rows", "skipped")
 RARE = 300.0
 """Seconds between checkpoints above which a run says that they are rarer than `save_seconds`."""
+
+
+class CheckpointStore(Protocol):
+    """Where and how a trainer's checkpoints are written."""
+
+    @property
+    def background(self) -> Background:
+        """The thread that writes."""
+        ...
+
+    def write(self, trainer: Checkpointed) -> Path:
+        """Starts to write the trainer's state and returns where to."""
+        ...
+
+    def restore(self, trainer: Checkpointed) -> Path | None:
+        """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
+        ...
+
+    def poll(self) -> None:
+        """Raises the error of a write that has failed, if this process may raise it alone."""
+        ...
+
+    def close(self) -> None:
+        """Called after another error; raises nothing. No write may overlap with the next attempt."""
+        ...
+
+
+class Files:
+    """The store of one process."""
+
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.writer = CheckpointWriter(folder, keep, warn)
+
+    @property
+    def background(self) -> Background:
+        return self.writer.background
+
+    def write(self, trainer: Checkpointed) -> Path:
+        trainer.optimizer.copied = self.writer.save(trainer.step, trainer.state())
+        return self.folder / f"step-{trainer.step:08d}"
+
+    def restore(self, trainer: Checkpointed) -> Path | None:
+        latest = checkpoint.latest(self.folder, trainer.model_config, trainer.warn, trainer.restore)
+        return None if latest is None else latest[0]
+
+    def poll(self) -> None:
+        self.background.poll()
+
+    def close(self) -> None:
+        self.background.wait()
 
 
 class Checkpointed:
@@ -42,6 +96,14 @@ class Checkpointed:
     config: OptimizerConfig
     model_config: dict[str, Any]
     generators: dict[str, np.random.Generator]
+    plan: TrainingPlan
+    objective: Objective
+    transfer: Transfer
+    asked_to_stop: Callable[[], bool]
+    state_dir: Path | None
+    shape: tuple[int, int, bool]
+    collective: Any
+    """`collective.Collective`, which builds on this file."""
     warn: Callable[[str], None]
     device: torch.device
     compute_dtype: torch.dtype
@@ -50,8 +112,8 @@ class Checkpointed:
     rows: int
     skipped: int
 
-    def __init__(self, state_dir: Path | None, save_steps: int | None, keep: int) -> None:
-        self.state_dir, self.save_steps = state_dir, save_steps
+    def __init__(self, save_steps: int | None) -> None:
+        self.save_steps = save_steps
         self.extras: dict[str, Any] = {}
         self.extra_tensors: dict[str, Tensor] = {}
         self.companions: dict[str, Checkpointed] = {}
@@ -61,9 +123,8 @@ class Checkpointed:
         self._save_cost = 0.0
         """Seconds that training waited for the last checkpoint."""
         self._rare = False
-        self._writer: CheckpointWriter | None = None
-        if state_dir is not None:
-            self._writer = CheckpointWriter(state_dir, keep, lambda text: self.warn(text))
+        self.store: CheckpointStore | None = None
+        """None: this trainer saves nothing itself."""
 
     def start(self) -> bool:
         """Resumes (True), or writes the first checkpoint (False), so that there is always one to go back to."""
@@ -74,47 +135,39 @@ class Checkpointed:
         return False
 
     def _restore_latest(self) -> Path | None:
-        """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
         self.finish()
-        if self.state_dir is None:
-            return None
-        latest = checkpoint.latest(self.state_dir, self.model_config, self.warn, self._restore)
-        return None if latest is None else latest[0]
+        return None if self.store is None else self.store.restore(self)
 
     def finish(self) -> None:
         """Waits for the checkpoint that is still being written, and raises its error."""
-        if self._background is not None:
-            self._background.finish()
+        if self.store is not None:
+            self.store.background.finish()
 
     def close(self) -> None:
-        """Waits like `finish` but raises nothing, after another error: no write may overlap with the next attempt."""
-        if self._background is not None:
-            self._background.wait()
-
-    @property
-    def _background(self) -> Background | None:
-        return None if self._writer is None else self._writer.background
+        if self.store is not None:
+            self.store.close()
 
     def save_if_due(self) -> None:
         """Saves if a checkpoint is due by steps or by seconds; never within a streak of bad steps."""
-        if self._background is not None:
-            self._background.poll()
+        if self.store is not None:
+            self.store.poll()
         steps = self.save_steps
-        if ((steps is not None and self.step % steps == 0) or self._due_by_time()) and self.guard.streak == 0:
+        due = (steps is not None and self.step % steps == 0) or self.collective.is_due(self.due_by_time)
+        if due and self.guard.streak == 0:
             self.save()
             if self.config.save_seconds == 0:
                 self.finish()
 
-    def _due_by_time(self) -> bool:
+    def due_by_time(self) -> bool:
         """Whether `save_seconds` have passed and the last checkpoint is written. Training waits for at most a twentieth
         of its time, and the disk is written to for at most a twentieth. With 0 seconds, true after every step, and
         training waits until it is written."""
         seconds = self.config.save_seconds
         if seconds == 0:
             return True
-        if self._background is None or self._background.busy:
+        if self.store is None or self.store.background.busy:
             return False
-        interval = max(seconds, max(self._save_cost, self._background.seconds) / SHARE)
+        interval = max(seconds, max(self._save_cost, self.store.background.seconds) / SHARE)
         if interval > max(seconds, RARE) and not self._rare:
             self._rare = True
             self.warn(
@@ -126,23 +179,20 @@ class Checkpointed:
 
     def save(self) -> Path | None:
         """Starts writing a checkpoint of this step unless there is one already; `finish` waits for it."""
-        if self.state_dir is None or self._saved_step == self.step:
+        if self.store is None or self._saved_step == self.step:
             return None
         self.guard.saved()
         return self._write()
 
     def _write(self) -> Path:
-        assert self._writer is not None and self.state_dir is not None, "save() has checked it"
+        assert self.store is not None, "save() has checked it"
         start = time.monotonic()
-        self.optimizer.copied = self._writer.save(self.step, self._state())
-        self._saved(start)
-        return self.state_dir / f"step-{self.step:08d}"
-
-    def _saved(self, start: float) -> None:
+        path = self.store.write(self)
         self._saved_at, self._saved_step = time.monotonic(), self.step
         self._save_cost = self._saved_at - start
+        return path
 
-    def _state(self) -> checkpoint.State:
+    def state(self) -> checkpoint.State:
         random_tensors, random_values = guard.capture_rng(self.generators)
         theirs = {
             f"{name}/{stem}/{key}": tensor
@@ -154,19 +204,19 @@ class Checkpointed:
             tensors={
                 "model": self.optimizer.masters() | self._buffers(),
                 "optimizer": self.optimizer.state_dict(),
-                "gates": self._gate_tensors(),
+                "gates": self.gate_tensors(),
                 "rng": random_tensors,
                 "extras": self.extra_tensors | theirs,
             },
-            counters=self._counters() | {"rng": random_values, "extras": self.extras},
+            counters=self.counters() | {"rng": random_values, "extras": self.extras},
             config=self.model_config,
         )
 
-    def _counters(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         computed = {"backend": library.backend(self.device), "dtype": str(self.compute_dtype).removeprefix("torch.")}
         return {name: getattr(self, name) for name in COUNTERS} | computed
 
-    def _restore_counters(self, saved: dict[str, Any]) -> None:
+    def restore_counters(self, saved: dict[str, Any]) -> None:
         for name in COUNTERS:
             setattr(self, name, saved[name])
         before, now = saved.get("backend"), library.backend(self.device)
@@ -175,16 +225,16 @@ class Checkpointed:
                 f"step {self.step} was saved on {before}, this run continues on {now}: results differ by rounding"
             )
 
-    def _restore(self, state: checkpoint.State) -> None:
+    def restore(self, state: checkpoint.State) -> None:
         load_exactly(self.optimizer.masters() | self._buffers(), state.tensors["model"], "model")
         self.optimizer.refresh()
         self.optimizer.load_state_dict(state.tensors["optimizer"])
-        load_exactly(self._gate_tensors(), state.tensors["gates"], "gate")
+        load_exactly(self.gate_tensors(), state.tensors["gates"], "gate")
         guard.restore_rng(state.tensors["rng"], state.counters["rng"], self.generators)
         extras, elsewhere = state.tensors["extras"], tuple(f"{name}/" for name in self.companions)
         self.extra_tensors = {key: extras[key] for key in extras if not key.startswith(elsewhere)}
         self.extras = state.counters["extras"]
-        self._restore_counters(state.counters)
+        self.restore_counters(state.counters)
         for name, other in self.companions.items():
             theirs = checkpoint.Under(extras, f"{name}/")
             if theirs or self.step or other.step:  # the first may be from before it had companions
@@ -200,11 +250,11 @@ class Checkpointed:
         """Everything that forward computes with, as masters where it is trained."""
         return self.model.state_dict() | self.optimizer.masters()
 
-    def _gate_tensors(self) -> dict[str, Tensor]:
+    def gate_tensors(self) -> dict[str, Tensor]:
         tensors = {f"load/{name}": gate.load_E for name, gate in self.gates.items()}
         return tensors | {f"bias/{name}": g.bias_E for name, g in self.gates.items() if g.bias_E is not None}
 
     def _buffers(self) -> dict[str, Tensor]:
         """Persistent buffers other than those of the gates."""
-        persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self._gate_tensors().values()}
+        persistent, gates = self.model.state_dict().keys(), {id(tensor) for tensor in self.gate_tensors().values()}
         return {name: b for name, b in self.model.named_buffers() if name in persistent and id(b) not in gates}

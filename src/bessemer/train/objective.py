@@ -235,7 +235,7 @@ def trained_places(batch: Batch) -> tuple[Tensor, Tensor]:
 class OnPolicyDistillation:
     """Distillation on the student's samples: a frozen teacher reads the same tokens. `Batch.teacher` says which one. If
     the student's slices are on several ranks, batches carry their teacher's hidden states (`teacher_BTD`), and
-    `teachers` only provide the heads (`rl.teachers`)."""
+    `teachers` only provide the heads (`Runtime.frozen`)."""
 
     teachers: tuple[LanguageModel, ...]
     divergence: Divergence = "reverse"

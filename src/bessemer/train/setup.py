@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from bessemer import plugins
 from bessemer.config.table import Precision
 from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import hub, model_directory
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import is_own, load
 from bessemer.kernels import library
@@ -24,13 +25,15 @@ from bessemer.model.config import ModelConfig, preset
 from bessemer.model.layer import Layer
 from bessemer.model.moe import Experts
 from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.precision import backends, probe
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.probe import cpp_compiler
 from bessemer.workers import Workers, cores, one_core_each
 
 if TYPE_CHECKING:
-    from bessemer.config.recipe import Recipe
+    from bessemer.config.recipe import LayoutConfig, Recipe
+    from bessemer.config.training import FineTuningConfig
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's mallopt."""
@@ -202,6 +205,51 @@ def load_to_sample(
     return model, tokenizer
 
 
+def load_frozen(directory: Path) -> LanguageModel:
+    """A model that is read and never trained, without MTP modules; in BF16 on a GPU."""
+    model = load(directory, choose_precision("device").dtype, device(), mtp=False)
+    return model.eval().requires_grad_(False)
+
+
+def adapted(
+    model: LanguageModel, config: FineTuningConfig, folder: Path, seed: int, layout: LayoutConfig,
+    say: Callable[[str], None],
+) -> LanguageModel:  # fmt: skip
+    """The model of `folder` as the stage trains it: with adapters if its table has [lora], recomputing in backward what
+    `layout` says."""
+    if config.lora is not None:
+        model, line = model_directory.adapted(model, config.lora, seed, folder, config.name)
+        say(line)
+    recompute(model, layout, say)
+    return model
+
+
+def recompute(model: LanguageModel, layout: LayoutConfig, say: Callable[[str], None]) -> None:
+    """Makes training recompute in backward what `layout` says. A model of another family has no such phases: the
+    recipe's other stages may need them, so it goes on without."""
+    if model.layers:
+        model.set_recompute(layout.recompute)
+    elif layout.recompute:
+        say("[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations")
+
+
+def check_recompute(recipe: Recipe, stage: str) -> None:
+    """UserError if a stage that trains in FP8 should also recompute what the recipe's layout says."""
+    if recipe.layout.recompute and getattr(recipe.stage(stage), "fp8", "off") != "off":
+        raise UserError(f'stage "{stage}": {RECOMPUTES_ITSELF}')
+
+
+def check_layout(
+    recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, split_rows: bool = True
+) -> None:
+    """UserError, before anything runs, if the recipe's layout does not fit the stage, its network or a step of that
+    many rows. `split_rows`: as in `Runtime.read`."""
+    check_recompute(recipe, stage)
+    check = plugins.table("hooks").get("check-layout")
+    if check is not None:
+        check(recipe, stage, rows, cfg, split_rows=split_rows)
+
+
 def keep_memory() -> bool:
     """Makes glibc keep freed memory. A training step allocates the same large tensors again and again; by default each
     is a fresh mapping whose pages the kernel must clear first. Returns whether it took effect."""
@@ -237,12 +285,10 @@ def want_compile(
     return flops > COMPILE_FLOPS and device().type == "cpu" and cpp_compiler() is not None and not library.available()
 
 
-def compile_layers(model: LanguageModel) -> None:
-    """Compiles the layers in place; names and parameters stay, results change by rounding."""
+def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
+    """Compiles layers in place; names and parameters stay, results change by rounding."""
     # All layers share one limit on graphs: kinds of layers, training or not, row lengths, sizes of `Packed`. Beyond it
     # torch would go on without compiling. (torch._dynamo is imported only here, which keeps start-up fast.)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in model.layers:
+    for layer in layers:
         layer.compile(dynamic=False)
-    for module in model.mtp:
-        module.compile(dynamic=False)

@@ -15,7 +15,6 @@ from bessemer import tasks
 from bessemer.config.r1 import DistillConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data.chat import question_ids
-from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -24,15 +23,12 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
 from bessemer.rl import rollout
-from bessemer.rl.dealing import DealtEngine, dealt
 from bessemer.rl.rollout import ScoredSample
-from bessemer.rl.sampler import ShardedSampler
-from bessemer.rl.teachers import Teachers
+from bessemer.rl.sampler import LocalSampler
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 from bessemer.train.objective import OnPolicyDistillation
-from bessemer.train.trainer import TrainingPlan
-from bessemer.workers import Workers
+from bessemer.train.plan import TrainingPlan
 
 HELDOUT = "distill/heldout_pass_at_1"
 
@@ -56,7 +52,7 @@ class Distill(Stage[DistillConfig]):
                 f'stage "{config.name}": {missing[0]} has no teacher; name one in teachers, or a teacher for all'
             )
         lineage.check_lora(config, recipe)
-        distributed.check_recompute(recipe, config.name)
+        setup.check_recompute(recipe, config.name)
         return {}
 
     def probes(self, config: DistillConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
@@ -98,32 +94,28 @@ class _Run:
         if ctx.source is None:
             raise UserError(f'stage "{ctx.name}" needs a student to start from: name its stage with from = "..."')
         setup.keep_memory()
-        source, ranks = ctx.source / "model", ctx.ranks
-        network, self.tokenizer = distributed.read(source, ranks, ctx.recipe.layout, ctx.say, split_rows=False)
-        network = distributed.adapted(network, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
-        student, self.names = distributed.model_of(network), _teachers(config)
+        source, runtime = ctx.source / "model", ctx.runtime
+        student, self.tokenizer = runtime.read(source, split_rows=False)
+        student = setup.adapted(student, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
+        self.names = _teachers(config)
         for name in self.names:
             self._follow(name)
-        self.teachers = Teachers({name: ctx.inputs[name] / "model" for name in self.names}, network, ranks, ctx.say)
+        self.teachers = runtime.frozen({name: ctx.inputs[name] / "model" for name in self.names}, student)
         self.tasks = [tasks.get(name) for name in config.tasks]
-        workers = setup.workers() if ranks is None else Workers(1)
+        workers = runtime.workers()
         dtype = setup.set_precision(student, config, ctx.say_once, ctx.state, ctx.agree)
         if student.cfg.n_mtp:
             ctx.say("MTP modules: frozen")
-        self.trainer = distributed.trainer(
-            network, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
+        self.trainer = runtime.trainer(
+            student, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
             config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
-        whole = distributed.GatheredModel(self.trainer)
+        whole = runtime.whole(self.trainer)
         engine = Engine(whole.model, self.tokenizer, workers)
-        self.engine: Engine | DealtEngine | ShardedSampler
-        if config.lora is not None:  # the ranks that wait would need the adapters too
-            self.engine = engine
-        elif ranks is None:
-            self.engine = dealt(engine, source, ctx, version=lambda: self.trainer.rows)
-        else:
-            self.engine = ShardedSampler(engine, whole.refresh, ranks)
+        if config.lora is None:  # processes that wait would need the adapters too
+            engine = runtime.dealt(engine, source, version=lambda: self.trainer.rows)
+        self.engine = LocalSampler(engine, whole.refresh, runtime)
 
     def _follow(self, name: str) -> None:
         """Gives the student the chat style that its teachers share; UserError for a teacher that it cannot follow."""
@@ -169,7 +161,7 @@ class _Run:
         trainer.save()
         if ctx.leads:
             self.tokenizer.save(ctx.state / "tokenizer")
-        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
+        ctx.runtime.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
         # from the metrics, since this attempt may have resumed after the last evaluation
         return {"steps": config.steps} | ({"pass_at_1": round(ctx.metrics.last(HELDOUT), 4)} if ctx.leads else {})
 
@@ -191,11 +183,11 @@ class _Run:
             replace(batch, teacher=teacher)
             for teacher, own in sorted(rows.items())
             for batch in rollout.to_batches(
-                own, self.tokenizer.pad_id, config.micro_tokens, "token", self.trainer.n_pipelines
+                own, self.tokenizer.pad_id, config.micro_tokens, "token", self.trainer.collective.n_pipelines
             )
         ]
         right = [row.verdict.correct for group in groups for row in group]
-        return self.trainer.update(self.teachers.teach(self.trainer, batches)) | {
+        return self.trainer.update(self.teachers.read(self.trainer, batches)) | {
             "distill/accuracy": sum(right) / len(right)
         }
 

@@ -22,7 +22,7 @@ from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind, register
 from bessemer.pipeline.work import StageWork, answers, moved
-from bessemer.rl.dealing import DealtEngine, engine_of
+from bessemer.rl.sampler import engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
@@ -83,7 +83,7 @@ class Eval(Stage[EvalConfig]):
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
         contaminated = self._contamination(config, ctx)
-        engine: Engine | DealtEngine | None = None
+        engine: Engine | None = None
         loaded = ""
         for model, task, temperature, shots in grid[len(rows) :]:
             if engine is None or model != loaded:

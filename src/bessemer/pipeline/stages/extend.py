@@ -14,11 +14,8 @@ from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
-from bessemer.dist import distributed
-from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import own_config
-from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Pretrain, Start
 from bessemer.pipeline.training_inputs import model_and_corpus
@@ -70,10 +67,9 @@ class Extend(Pretrain[ExtendConfig]):
         }  # fmt: skip
         ctx.say(f"YaRN: s {config.rope_factor:g} over {original} tokens, rows of {config.length}")
 
-        def network() -> LanguageModel | ModelShard:
-            return distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say, context)[0]
-
-        return Start(corpus, config.length, cfg.at_length(context), network, folder)
+        return Start(
+            corpus, config.length, cfg.at_length(context), lambda: ctx.runtime.read(folder, context)[0], folder
+        )
 
 
 def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:

@@ -32,20 +32,20 @@ from bessemer.data.batch import Batch
 from bessemer.data.mixture import Curriculum, by_size, sections
 from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist import distributed
-from bessemer.dist.model_shard import ModelShard
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
 from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import ONE, ZERO, Schedule, Trainer, TrainingPlan, constant
+from bessemer.train.plan import ONE, ZERO, Schedule, TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 HELDOUT_ROWS = 64
@@ -63,7 +63,7 @@ class Start(NamedTuple):
     """Length of the rows to train on; None: that of the corpus."""
     cfg: ModelConfig | None
     """Config of the network; None for another family, whose network holds it."""
-    network: Callable[[], distributed.Network | ModelShard]
+    network: Callable[[], LanguageModel]
     """Makes the network with its initial weights."""
     model: Path | None = None
     """The model directory to train further, whose tokenizer files the result gets; None: random weights."""
@@ -86,7 +86,7 @@ class Pretrain(Stage[_Config]):
             cfg.require_latent(f'stage "{config.name}": training in FP8')
         if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):
             raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
-        distributed.check(recipe, config.name, config.batch_rows.values, cfg)
+        setup.check_layout(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 cannot be combined; set compile = "off"')
         self.check_data(config, recipe, preflight.context_of(recipe, config.name))
@@ -136,7 +136,7 @@ class Pretrain(Stage[_Config]):
         is_model = other is not None and ctx.recipe.stage(other).makes_model
         ctx.say("the weights are random" + (hint if is_model else ""))
         seed = ctx.seed if config.weights_seed is None else config.weights_seed
-        return Start(ctx.source, None, cfg, lambda: distributed.fresh(cfg, seed, ctx.ranks, ctx.recipe.layout, ctx.say))
+        return Start(ctx.source, None, cfg, lambda: ctx.runtime.fresh(cfg, seed))
 
     def _go_on(self, config: _Config, ctx: StageContext, corpus: str) -> Start:
         folder, at = model_and_corpus(ctx, corpus)
@@ -147,60 +147,55 @@ class Pretrain(Stage[_Config]):
             f'the weights of "{config.source}"{has_mtp}; the optimizer starts fresh, the learning rate '
             + (f"rises again to {max(config.lr.values):g}" if warm else f"at {config.lr(0):g} without a warm-up")
         )
-
-        def network() -> distributed.Network | ModelShard:
-            return distributed.read(folder, ctx.ranks, ctx.recipe.layout, ctx.say)[0]
-
-        return Start(at, None, cfg, network, folder)
+        return Start(at, None, cfg, lambda: ctx.runtime.read(folder)[0], folder)
 
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         start = self.start(config, ctx)
         tokenizer = load_tokenizer(start.corpus / "tokenizer")
         feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer)
         if config.routing == "token" and start.cfg is not None:
-            if ctx.ranks is not None:
+            if ctx.runtime.n > 1:
                 raise UserError(f'stage "{ctx.name}": routing = "token" is for one process')
             feed.table_VLK = experts_by_token(start.cfg)
         setup.keep_memory()
-        network = start.network()
-        model = distributed.model_of(network)
+        model = start.network()
         cfg = start.cfg or model.cfg
         if tokenizer.vocab_size > cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} entries, but the model only {cfg.vocab_size}")
         if feed.row_length > cfg.max_seq_len:
             raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
-        distributed.recompute(network, ctx.recipe.layout, ctx.say)
+        setup.recompute(model, ctx.recipe.layout, ctx.say)
         if config.compile == "on" and not model.layers:
             raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
-        compiled = False
-        if distributed.compilable(network) and config.fp8 == "off":
+        compiled, layers = False, ctx.runtime.layers(model)
+        if layers and config.fp8 == "off":
             flops = model.training_flops(feed.row_length, model.cfg.n_mtp > 0) or 0.0
             compiled = setup.want_compile(config.compile, config.tokens * flops, ctx.say)
         dtype = setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree, compiled)
         if compiled:
             ctx.say("compiling the layers (about a minute, once per machine)")
-            distributed.compile_layers(network)
+            setup.compile_layers(layers)
         monitor = _Monitor(config, ctx, tokenizer, feed, goes_on=start.model is not None)
-        workers = setup.workers() if ctx.ranks is None else Workers(1)
-        trainer = distributed.trainer(
-            network, objective.next_token, feed.batch,
+        workers = ctx.runtime.workers()
+        trainer = ctx.runtime.trainer(
+            model, objective.next_token, feed.batch,
             config, training_plan(config, dtype, workers, feed.scale, model), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
-        with feed.planning() if ctx.ranks is None or ctx.ranks.me == 0 else nullcontext():
+        with feed.planning() if ctx.leads else nullcontext():
             monitor.train(trainer)
         last = monitor.validate(trainer, at_end=True)
         files = start.model or start.corpus / "tokenizer"
-        distributed.save(trainer, ctx.dir / "model", files)
+        ctx.runtime.save(trainer, ctx.dir / "model", files)
         if config.ema_decay:
-            distributed.save(trainer, ctx.dir / "model-ema", files, "ema")
+            ctx.runtime.save(trainer, ctx.dir / "model-ema", files, "ema")
         return {"tokens": trainer.tokens, "steps": trainer.step, **{f"bpb_{k}": round(v, 4) for k, v in last.items()}}
 
 
 def training_plan(
     config: PretrainConfig, dtype: torch.dtype, workers: Workers, row_scale: Schedule = ONE,
-    model: distributed.Network | None = None,
+    model: LanguageModel | None = None,
 ) -> TrainingPlan:  # fmt: skip
     """The trainer's inputs other than the stage's table; `row_scale` as in `Feed`. A `model` without MTP modules or
     routing biases is trained without their terms."""
@@ -415,22 +410,19 @@ class _Monitor(StepLog):
         return bits
 
     def _bits_per_byte(self, trainer: Trainer) -> dict[str, float]:
-        if self.ctx.ranks is None:
-            sums = trainer.plan.workers.map(self._nats, self.heldout)
-        else:
-            sums = (distributed.nats(trainer, self.feed.validation(name)) for name in self.heldout)
+        sums = trainer.plan.workers.map(self._nats, self.heldout)
         return {
             name: nats / tokens / math.log(2) / rows.bytes_per_token
             for (name, rows), (nats, tokens) in zip(self.heldout.items(), sums, strict=True)
         }
 
     def _nats(self, name: str) -> tuple[float, float]:
-        return distributed.nats(self.trainer, self.feed.validation(name))
+        return self.trainer.collective.nats(self.feed.validation(name))
 
     def samples(self, trainer: Trainer) -> None:
         if not self.config.prompts:
             return
-        model = distributed.gather(trainer)
+        model = self.ctx.runtime.gather(trainer)
         if model is None:
             return
         engine = Engine(model, self.tokenizer)

@@ -27,9 +27,9 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
-from bessemer.rl.dealing import engine_of
 from bessemer.rl.judge import Judge
 from bessemer.rl.judge_api import api_key
+from bessemer.rl.sampler import engine_of
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic

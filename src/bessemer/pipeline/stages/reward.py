@@ -29,7 +29,6 @@ from bessemer.data import formats, preference_rows, sft_rows, sources
 from bessemer.data.chat import question_ids
 from bessemer.data.documents import HUB
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
@@ -38,7 +37,6 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, register
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
-from bessemer.rl.dealing import dealt, led
 from bessemer.rl.judge import Judge
 from bessemer.rl.judge_api import api_key
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_by
@@ -48,8 +46,8 @@ from bessemer.tasks import general_quality
 from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
-from bessemer.workers import Workers
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 
 Line = dict[str, Any]
 WRITTEN = 4
@@ -66,7 +64,7 @@ class RewardModelling(Stage[RewardModelConfig]):
     distributed = True
 
     def resolve(self, config: RewardModelConfig, recipe: Recipe) -> dict[str, Any]:
-        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows], split_rows=False)
+        setup.check_layout(recipe, config.name, [config.batch_examples or config.batch_rows], split_rows=False)
         if not config.data and not config.made:
             raise UserError(f'stage "{config.name}": nothing to judge; give data = [...] or made = 2000')
         if config.samples and not config.made:
@@ -122,7 +120,7 @@ class RewardModelling(Stage[RewardModelConfig]):
         tokenizer = load_tokenizer(ctx.source / "model")
         if config.style is not None:
             tokenizer.chat_style = config.style
-        led(ctx, lambda alone: _judge(config, alone, tokenizer))
+        ctx.led(lambda alone: _judge(config, alone, tokenizer))
         lines, facts = json.loads((ctx.state / ANSWERS).read_text())
         train, heldout = _split(lines, config, ctx)
         folder = ctx.source / "model"
@@ -133,15 +131,15 @@ class RewardModelling(Stage[RewardModelConfig]):
             replayed = _replayed(config, ctx, train, heldout)
             train, facts = [*train, *replayed], {**facts, "replayed": len(replayed)}
         new_head = ctx.seed if config.previous is None else None
-        scorer = distributed.read_scorer(folder, ctx.ranks, ctx.recipe.layout, ctx.say, new_head)
-        network = distributed.adapted(scorer, config, folder, ctx.seed, ctx.recipe.layout, ctx.say)
+        scorer = ctx.runtime.scorer(folder, new_head)
+        model = setup.adapted(scorer, config, folder, ctx.seed, ctx.recipe.layout, ctx.say)
         packed = ctx.agree(lambda: _pack(config, ctx, tokenizer, train, heldout))
         kind, objective = _BY_AIM[config.aim]
         rows = preference_rows.load(ctx.state / "rows", kind, ctx.seed)
         ctx.say(f"{packed['units']} judged answers in {packed['rows']} rows, {len(heldout)} held out")
-        monitor, model = _Monitor(config, ctx, tokenizer, heldout), distributed.model_of(network)
-        trainer = distributed.trainer(
-            network, objective, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
+        monitor = _Monitor(config, ctx, tokenizer, heldout)
+        trainer = ctx.runtime.trainer(
+            model, objective, rows.batch, config, _runtime(config, rows, model, ctx), ctx.state,
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
@@ -149,7 +147,7 @@ class RewardModelling(Stage[RewardModelConfig]):
         scale = Scale.learn(config.aim, trainer.extras["bad"], trainer.extras["good"], tokenizer.fingerprint)
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
-        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer", files={FACTS: scale.to_json()})
+        ctx.runtime.save(trainer, ctx.dir / "model", ctx.state / "tokenizer", files={FACTS: scale.to_json()})
         counts = {"steps": trainer.step, "trained": packed["units"], "heldout": len(heldout)}
         return counts | {"accuracy": trainer.extras["accuracy"], "too_long": packed["too_long"], **facts}
 
@@ -259,7 +257,7 @@ def _made(config: RewardModelConfig, ctx: StageContext, tokenizer: Tokenizer) ->
         assert ctx.source is not None, "run() has checked it"
         folder = ctx.source / "model"
         model, _ = setup.load_model(folder, dtype=setup.choose_precision("device").dtype)
-        engine = dealt(Engine(model, tokenizer, setup.workers()), folder, ctx)
+        engine = ctx.runtime.dealt(Engine(model, tokenizer, setup.workers()), folder)
         prefix = tokenizer.opening
         groups = engine.generate(
             prompts, samples=config.samples, seeds=seeds, max_new_tokens=config.max_new_tokens,
@@ -326,7 +324,7 @@ def _runtime(
         tokens=config.epochs * rows.n_rows * config.row_length,
         batch_rows=sft_rows.batch_rows(rows, config.epochs, config.batch_rows, config.batch_examples),
         terms={"balance_alpha": constant(config.balance_alpha)},
-        workers=setup.workers() if ctx.ranks is None else Workers(1),
+        workers=ctx.runtime.workers(),
         compute_dtype=setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree),
     )  # fmt: skip
 

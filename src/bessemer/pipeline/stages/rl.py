@@ -15,7 +15,6 @@ from bessemer.config.r1 import RewardModelConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
-from bessemer.dist import distributed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
@@ -85,7 +84,7 @@ class RL(Stage[RLConfig]):
         if config.correction == "none" and changed(config, "correction_cap"):
             raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
         lineage.check_lora(config, recipe)
-        distributed.check_recompute(recipe, config.name)
+        setup.check_recompute(recipe, config.name)
         if config.lora is not None and config.rollout.engine != "local":
             raise UserError(
                 f'stage "{config.name}": with lora the trainer samples from base and adapters itself, and separate '

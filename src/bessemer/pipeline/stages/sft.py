@@ -21,7 +21,6 @@ from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
 from bessemer.data.documents import HUB, Document, is_text
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist import distributed
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
@@ -31,8 +30,8 @@ from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
-from bessemer.train.trainer import Trainer, TrainingPlan, constant
-from bessemer.workers import Workers
+from bessemer.train.plan import TrainingPlan, constant
+from bessemer.train.trainer import Trainer
 
 FEW_STEPS = 10
 """Training for fewer optimizer steps than this gives a warning."""
@@ -49,7 +48,7 @@ class SFT(Stage[SFTConfig]):
     distributed = True
 
     def resolve(self, config: SFTConfig, recipe: Recipe) -> dict[str, Any]:
-        distributed.check(recipe, config.name, [config.batch_examples or config.batch_rows or sft_rows.BATCH_ROWS])
+        setup.check_layout(recipe, config.name, [config.batch_examples or config.batch_rows or sft_rows.BATCH_ROWS])
         if not config.data and not config.samples:
             raise UserError(f'stage "{config.name}": nothing to train on; give data = [...] or samples = [...]')
         lineage.check_lora(config, recipe)
@@ -98,9 +97,8 @@ class SFT(Stage[SFTConfig]):
             raise UserError(f'stage "{ctx.name}" needs a model to start from: name its stage with from = "..."')
         setup.keep_memory()
         source = ctx.source / "model"
-        network, tokenizer = distributed.read(source, ctx.ranks, ctx.recipe.layout, ctx.say)
-        network = distributed.adapted(network, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
-        model = distributed.model_of(network)
+        model, tokenizer = ctx.runtime.read(source)
+        model = setup.adapted(model, config, source, ctx.seed, ctx.recipe.layout, ctx.say)
         if config.style is not None:
             tokenizer.chat_style = config.style
         folder = ctx.state / "rows"
@@ -108,19 +106,18 @@ class SFT(Stage[SFTConfig]):
         rows = sft_rows.load(ctx.state / "rows", ctx.seed)
         ctx.say(_about(facts))
         epochs, batch = sft_rows.fitted(rows, config)
-        if ctx.ranks is not None:
-            distributed.check(ctx.recipe, ctx.name, [batch], n=ctx.ranks.n)
+        ctx.runtime.check(ctx.recipe, ctx.name, [batch])
         ctx.say(_steps(config, rows.n_rows, epochs, batch))
         monitor = _Monitor(config, ctx, tokenizer, rows.n_rows * config.row_length)
-        trainer = distributed.trainer(
-            network, objective.next_token, rows.batch, config, _runtime(config, rows, epochs, batch, model, ctx),
+        trainer = ctx.runtime.trainer(
+            model, objective.next_token, rows.batch, config, _runtime(config, rows, epochs, batch, model, ctx),
             ctx.state, log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor],
             model_config=model.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         monitor.train(trainer)
         if ctx.leads:
             tokenizer.save(ctx.state / "tokenizer")
-        distributed.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
+        ctx.runtime.save(trainer, ctx.dir / "model", ctx.state / "tokenizer")
         counts = ("samples", "multi_turn", "too_long", "answer_tokens")
         return {"steps": trainer.step, **{key: facts[key] for key in counts}}
 
@@ -184,7 +181,7 @@ def _runtime(
             "mtp_lambda": constant(config.mtp_lambda if model.cfg.n_mtp else 0.0),
             "balance_alpha": constant(config.balance_alpha),
         },
-        workers=setup.workers() if ctx.ranks is None else Workers(1),
+        workers=ctx.runtime.workers(),
         compute_dtype=setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree),
     )  # fmt: skip
 
@@ -200,7 +197,7 @@ class _Monitor(StepLog):
         prompts = self.config.prompts if self.passed(self.epoch) else []
         if not prompts:
             return
-        model = distributed.gather(trainer)
+        model = self.ctx.runtime.gather(trainer)
         if model is None:
             return
         encoded = [question_ids(self.tokenizer, text) for text in prompts]

@@ -1,7 +1,6 @@
-"""Teachers of on-policy distillation: where their networks are placed, and what a step needs from them.
+"""Teachers of on-policy distillation on many ranks: where their networks are placed, and what a step needs from them.
 
-A single process holds every teacher whole, and the objective asks it for one micro-batch after another. On many ranks
-the states of all micro-batches are computed before the step, by teachers that are
+The states of all micro-batches are computed before the step, by teachers that are
 
     cut       over pipeline and expert-parallel ranks, as the student is: those of our own family, if the layout fits
     whole     on every rank that computes a loss, the last of a pipeline (both ends with DualPipe), while the others of
@@ -26,45 +25,38 @@ from torch import Tensor
 from bessemer import heartbeat
 from bessemer.data.batch import Batch
 from bessemer.dist import mesh, model_shard
-from bessemer.dist.distributed import Network
-from bessemer.dist.distributed_trainer import DistributedTrainer
+from bessemer.dist.collective import of_ranks
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.ranks import Ranks
 from bessemer.hf import hub
-from bessemer.hf.model_directory import is_own, load
+from bessemer.hf.model_directory import is_own
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import TrainOutputs
 from bessemer.train import setup
 from bessemer.train.objective import teacher_states, with_states
 from bessemer.train.trainer import Trainer
 
 
-class Teachers:
-    """`folders`: each teacher's model directory by name, in the order that `Batch.teacher` counts. Collective."""
+class FrozenOnRanks:
+    """`Frozen` networks (`train.runtime`) of model directories by name, in the order that `Batch.teacher` counts.
+    Collective."""
 
     def __init__(
-        self,
-        folders: Mapping[str, Path],
-        student: Network | ModelShard,
-        ranks: Ranks | None,
-        say: Callable[[str], None],
+        self, folders: Mapping[str, Path], student: ModelShard, ranks: Ranks, say: Callable[[str], None]
     ) -> None:
         self.ranks = ranks
         self.placed = [_placed(name, folder, student, say) for name, folder in folders.items()]
         """None for a whole teacher that is on other ranks."""
-        self.networks: tuple[Network, ...] = ()
-        """For the objective; empty on ranks that compute no loss."""
-        if not isinstance(student, ModelShard) or _computes_loss(student):
+        self.networks: tuple[LanguageModel, ...] = ()
+        if _computes_loss(student):
             modules = (one.model if isinstance(one, ModelShard) else one for one in self.placed)
             self.networks = tuple(module for module in modules if module is not None)
 
     @torch.no_grad()
-    def teach(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """This rank's micro-batches of a step, with their teachers' states if it computes their loss. Collective; all
-        ranks pass the same batches."""
-        if not isinstance(trainer, DistributedTrainer):
-            return batches
-        pipelines, index = trainer.by_pipeline(batches), trainer.shard.pipeline_index
-        table, mine = trainer.shard.table(len(pipelines[index])), [*pipelines[index]]
+    def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+        among = of_ranks(trainer)
+        pipelines, index = among.by_pipeline(batches), among.pipeline
+        table, mine = among.shard.table(len(pipelines[index])), [*pipelines[index]]
         for lane in range(table.lanes - table.idle):
             places = range(lane * table.per_lane, (lane + 1) * table.per_lane)
             for number, teacher in enumerate(self.placed):
@@ -77,34 +69,28 @@ class Teachers:
                     if teacher.exchange is not None:  # all pipelines take part in it
                         own += [mine[0].as_filler().to(trainer.device)] * (most - len(own))
                     found = model_shard.forward(teacher, own, _hidden, lane)[: len(asked[index])]
-                elif trainer.shard.place[lane][-1] == trainer.mesh.pp:
+                elif among.shard.place[lane][-1] == among.mesh.pp:
                     found = [_asked(teacher, batch) for batch in own]
                 else:
                     continue
                 for i, states_BTD in zip(asked[index], found, strict=True):
                     if states_BTD is not None:
                         mine[i] = with_states(mine[i], states_BTD)
-        if self.ranks is not None:
-            self.ranks.meet("teachers")  # in a pipeline with a whole teacher, all ranks wait for it
+        self.ranks.meet("teachers")  # in a pipeline with a whole teacher, all ranks wait for it
         return mine
 
 
 def _placed(
-    name: str, folder: Path, student: Network | ModelShard, say: Callable[[str], None]
-) -> Network | ModelShard | None:
+    name: str, folder: Path, student: ModelShard, say: Callable[[str], None]
+) -> LanguageModel | ModelShard | None:
     """A frozen teacher, whole or this rank's part of it; None if another rank has it whole."""
-    dtype = setup.choose_precision("device").dtype
-    if isinstance(student, ModelShard):
-        unfit = _unfit(folder, student)
-        if not unfit:
-            cut = student.mesh.of(hub.read_config(folder).model_copy(update={"n_mtp": 0}))
-            shard = ModelShard.read(folder, cut, student.schedule, student.device, mtp=False)
-            shard.model.to_compute(dtype).eval().requires_grad_(False)
-            return shard
-        say(f'teacher "{name}" is whole on every rank that computes a loss: {unfit}')
-        if not _computes_loss(student):
-            return None
-    return load(folder, dtype, setup.device(), mtp=False).eval().requires_grad_(False)
+    if not (unfit := _unfit(folder, student)):
+        cut = student.mesh.of(hub.read_config(folder).model_copy(update={"n_mtp": 0}))
+        shard = ModelShard.read(folder, cut, student.schedule, student.device, mtp=False)
+        shard.model.to_compute(setup.choose_precision("device").dtype).eval().requires_grad_(False)
+        return shard
+    say(f'teacher "{name}" is whole on every rank that computes a loss: {unfit}')
+    return setup.load_frozen(folder) if _computes_loss(student) else None
 
 
 def _unfit(folder: Path, student: ModelShard) -> str | None:
@@ -119,7 +105,7 @@ def _computes_loss(student: ModelShard) -> bool:
     return any(part.last for part in student.slices.values())
 
 
-def _asked(teacher: Network, batch: Batch) -> Tensor:
+def _asked(teacher: LanguageModel, batch: Batch) -> Tensor:
     heartbeat.beat()
     return teacher_states(teacher, batch)
 

@@ -1,0 +1,75 @@
+"""The processes of a run: this one, or many ranks, which come with distributed training (`start-ranks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bessemer import plugins
+from bessemer.errors import UserError
+from bessemer.train.runtime import OneProcess, Runtime
+
+if TYPE_CHECKING:
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.stage import Stage
+
+
+class Processes(Protocol):
+    """All processes of a run. Process 0 runs the recipe, the others `follow`."""
+
+    me: int
+    n: int
+
+    def runtime(self, stage: Stage[Any], source: Path | None, recipe: Recipe, say: Callable[[str], None]) -> Runtime:
+        """Where a stage runs that starts from the folder `source`; asked in process 0."""
+        ...
+
+    def running(self) -> AbstractContextManager[object]:
+        """To be entered around the run: ends all processes if this one fails."""
+        ...
+
+    def end(self) -> None:
+        """Called in process 0 when the run is over, however it ended."""
+        ...
+
+    def follow(self, recipe: Recipe) -> None:
+        """Runs the stages that process 0 runs together with this one."""
+        ...
+
+
+class ThisProcess:
+    """A run in one process."""
+
+    me, n = 0, 1
+
+    def runtime(self, stage: Stage[Any], source: Path | None, recipe: Recipe, say: Callable[[str], None]) -> Runtime:
+        return OneProcess()
+
+    def running(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def end(self) -> None:
+        pass
+
+    def follow(self, recipe: Recipe) -> None:
+        raise AssertionError("process 0 follows nobody")
+
+
+def start(
+    recipe: Recipe, root: Path, asked: int | None = None, check: Callable[[int], None] = lambda n: None
+) -> Processes:
+    """The processes of a run: as many as `asked` for, as the recipe's layout says, or as this machine's GPUs suggest.
+    If others must be started first, this process starts them and exits with their status. `check` raises UserError if
+    the run cannot do with that many."""
+    many = plugins.table("hooks").get("start-ranks")
+    if many is not None:
+        return many(recipe, root, asked, check=check)
+    if (n := max(asked or 1, recipe.layout.fewest)) > 1:
+        raise UserError(
+            f"{n} processes train together only with the add-on for distributed training, which is not installed; "
+            "leave --processes and [layout] out"
+        )
+    check(1)
+    return ThisProcess()

@@ -1,0 +1,261 @@
+"""What the processes that train one network do together, and what one process does instead.
+
+The trainer asks its `Collective` for everything that depends on how many processes there are: who computes which rows,
+the sums of a step, where checkpoints are written. `Alone` is the collective of one process, whose helper processes
+(`Workers`) may compute micro-batches for it. That of many ranks comes with distributed training.
+
+Work in RL is dealt out by the same object. A step's micro-batches are divided over pipelines: parts of the processes
+that hold the network once. One process is one pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import evaluating
+from bessemer.precision.probe import double
+from bessemer.train import balance, guard
+from bessemer.train.checkpointed import Checkpointed, CheckpointStore, Files
+from bessemer.train.loss import heldout_nats
+from bessemer.train.objective import Loss, Sums, means
+from bessemer.train.optimizer import Optimizer
+from bessemer.workers import Workers, rank
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+    from bessemer.model.gate import Gate
+    from bessemer.model.protocol import TrainOutputs
+    from bessemer.model.transformer import Transformer
+
+Read = Callable[["TrainOutputs", Tensor, "Batch"], Tensor]
+"""Numbers of a batch, one float32 vector, from the network's outputs and the weight of its head."""
+
+
+class Collective(Protocol):
+    """One per trainer. All processes of a collective make the same calls in the same order."""
+
+    devices: int
+    """Devices that compute a step together."""
+    me: int
+    """The number of this process among them."""
+    n_pipelines: int
+    """The number of parts into which a step's micro-batches are divided."""
+    pipeline: int
+    """The number of the part that is this process's."""
+
+    def optimizer(self, model: LanguageModel, workers: Workers, **options: Any) -> Optimizer: ...
+
+    def gates(self, model: LanguageModel) -> dict[str, Gate]:
+        """The gates that this process trains, by name."""
+        ...
+
+    def has_biases(self, gates: Mapping[str, Gate]) -> bool:
+        """Whether any gate of the whole network has a routing bias."""
+        ...
+
+    def join(self, trainer: Checkpointed) -> None:
+        """Called once, at the end of the trainer's construction."""
+        ...
+
+    def parts(self, n_rows: int, size: int) -> Iterator[range]:
+        """The rows of this process's micro-batches of a step of `n_rows`, at most `size` each; empty for a filler."""
+        ...
+
+    def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        """Adds the gradients of this process's micro-batches to those of the parameters; returns the step's sums."""
+        ...
+
+    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        """Where a non-finite step started to go wrong."""
+        ...
+
+    def stops(self, asked: Callable[[], bool]) -> bool:
+        """Whether all stop, `asked` of any of them."""
+        ...
+
+    def is_due(self, due: Callable[[], bool]) -> bool:
+        """Whether all save, `due` on the first."""
+        ...
+
+    def store(self, trainer: Checkpointed) -> CheckpointStore: ...
+
+    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        """Which of `count` micro-batches of a step each part has; None for a filler."""
+        ...
+
+    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches of a step that this process computes."""
+        ...
+
+    def share_of(self, count: int) -> range:
+        """The indices of those of `count` pieces of work that this process does."""
+        ...
+
+    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """All float32 vectors, in order, of these `sizes`; each process passes those it has, by index, as `mine`."""
+        ...
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over all processes of metrics that each computed on its own micro-batches."""
+        ...
+
+    def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
+        """`read` of every batch after a forward pass in eval mode, without MTP or gradients, on the CPU of all
+        processes. `sizes`: of the vectors."""
+        ...
+
+    def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        """(cross entropy in nats, loss tokens), both summed over held-out batches."""
+        ...
+
+    def beside(self, model: Transformer) -> Collective:
+        """The collective of another network, whole, that the same processes train in the same way."""
+        ...
+
+
+class _HelperResult(NamedTuple):
+    """What a helper returns besides the gradients, which are in its outbox."""
+
+    helper: int
+    loads: dict[str, Tensor]
+
+
+class Alone:
+    """One process and its helpers; the result does not depend on how many there are."""
+
+    devices, me, n_pipelines, pipeline = 1, 0, 1, 0
+
+    def __init__(self) -> None:
+        self._reads: dict[Read, Callable[[Batch], Tensor]] = {}
+
+    def optimizer(self, model: LanguageModel, workers: Workers, **options: Any) -> Optimizer:
+        return Optimizer(model, workers=workers, **options)
+
+    def gates(self, model: LanguageModel) -> dict[str, Gate]:
+        return model.gates()
+
+    def has_biases(self, gates: Mapping[str, Gate]) -> bool:
+        return any(gate.bias_E is not None for gate in gates.values())
+
+    def join(self, trainer: Checkpointed) -> None:
+        """Moves weights and gradient outboxes into memory shared with the helpers."""
+        self.trainer = trainer
+        workers, groups = trainer.plan.workers, trainer.optimizer.groups
+        biases = [gate.bias_E for gate in trainer.gates.values() if gate.bias_E is not None]
+        workers.share([group.compute for group in groups] + biases + [trainer.optimizer.kept.epoch])
+        self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
+        workers.share(out for outbox in self._outboxes for out in outbox)
+
+    def parts(self, n_rows: int, size: int) -> Iterator[range]:
+        return (range(done, min(done + size, n_rows)) for done in range(0, n_rows, size))
+
+    def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        batches: list[Batch] = []
+        losses: list[Loss] = []
+
+        def items() -> Iterator[tuple[Batch, dict[str, float]]]:
+            for batch in micro_batches:
+                batches.append(batch)
+                yield batch, terms
+
+        for loss, result in self.trainer.plan.workers.map(self._gradients, items()):
+            losses.append(loss)
+            if result is not None:
+                self._collect(result)
+        divisor = float(double(torch.stack([loss.tokens for loss in losses])).sum())
+        finite = bool(torch.stack([loss.total.float() for loss in losses]).isfinite().all())
+        rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
+        return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})
+
+    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _HelperResult | None]:
+        """Adds the gradients of one micro-batch to this process's; a helper starts from zero, in its outbox."""
+        batch, terms = item
+        trainer, gates, helper = self.trainer, self.trainer.gates, rank()
+        if helper:  # forked at any moment, it may have inherited loads
+            for group, out in zip(trainer.optimizer.groups, self._outboxes[helper - 1], strict=True):
+                if group.grad is not out:
+                    group.add_into(out)
+            trainer.optimizer.zero_grad()
+            balance.clear(gates)
+        trainer.model.train()
+        trainer.shape = *batch.tokens_BT.shape, batch.segments_BT is not None
+        batch = trainer.transfer(batch)
+        balance.restrict(gates, None if trainer.plan.counts_padding else batch.read_BT)
+        loss = trainer.objective(trainer.model, batch, **terms)
+        with balance.uncounted(gates):
+            loss.total.backward()
+        balance.restrict(gates, None)
+        loss = replace(loss, total=loss.total.detach())
+        if helper == 0:
+            return loss, None
+        return loss, _HelperResult(helper, {name: gate.load_E.clone() for name, gate in gates.items()})
+
+    def _collect(self, result: _HelperResult) -> None:
+        """Adds what a helper computed, in the order of the micro-batches."""
+        for group, out in zip(self.trainer.optimizer.groups, self._outboxes[result.helper - 1], strict=True):
+            group.grad += out
+        for name, load_E in result.loads.items():
+            self.trainer.gates[name].load_E += load_E
+
+    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        trainer = self.trainer
+        totals = torch.stack([loss.total.float() for loss in sums.losses])
+        bad = (~totals.isfinite()).nonzero().flatten().tolist()
+        if not bad:
+            return guard.bad_gradients(trainer.optimizer.nonfinite_gradients())
+        batch = sums.batches[bad[0]]
+        with torch.no_grad():
+            where = guard.nonfinite_activation(
+                trainer.model, lambda: trainer.objective(trainer.model, trainer.transfer(batch), **terms)
+            )
+        what = f"loss of micro-batch {bad[0]} is {totals[bad[0]].item()}"
+        return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
+
+    def stops(self, asked: Callable[[], bool]) -> bool:
+        return asked()
+
+    def is_due(self, due: Callable[[], bool]) -> bool:
+        return due()
+
+    def store(self, trainer: Checkpointed) -> CheckpointStore:
+        assert trainer.state_dir is not None, "a trainer without a folder has no store"
+        return Files(trainer.state_dir, trainer.plan.keep, lambda text: trainer.warn(text))
+
+    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        return [[*range(count)]]
+
+    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches
+
+    def share_of(self, count: int) -> range:
+        return range(count)
+
+    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [mine[number] for number in range(len(sizes))]
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        return values
+
+    def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
+        work = self._reads.setdefault(read, partial(self._output, read))  # one object: another restarts the helpers
+        return list(self.trainer.plan.workers.map(work, batches))
+
+    @torch.no_grad()
+    def _output(self, read: Read, batch: Batch) -> Tensor:
+        model = self.trainer.model
+        batch = batch.to(model.embed.weight.device)
+        with evaluating(model):
+            return read(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch).cpu()
+
+    def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        return heldout_nats(self.trainer.model, batches)
+
+    def beside(self, model: Transformer) -> Collective:
+        return Alone()

@@ -1,0 +1,288 @@
+"""Where a stage runs: in this process alone, or in this and others together.
+
+The runner gives every stage a `Runtime`. The stage asks it for its network, its trainer and its output, and never how
+many processes there are. `OneProcess` is the runtime of one; that of many ranks comes with distributed training, where
+all ranks run the stage and make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from bessemer.hf.model_directory import load_scorer
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import Transformer
+from bessemer.train import setup
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+if TYPE_CHECKING:
+    from bessemer.config.recipe import Recipe
+    from bessemer.config.rl import RLConfig
+    from bessemer.config.table import Precision
+    from bessemer.data.batch import Batch
+    from bessemer.data.tokenizer import Tokenizer
+    from bessemer.model.config import ModelConfig
+    from bessemer.tasks import Task
+
+_Made = TypeVar("_Made")
+
+
+class Share(NamedTuple):
+    """This process's part of work that all processes have: item i is that of process i % n. `merge` collects what each
+    found, by item, on all of them; collective."""
+
+    me: int = 0
+    n: int = 1
+    merge: Callable[[dict[Any, Any]], dict[Any, Any]] = lambda own: own
+
+
+ALONE = Share()
+
+
+class Whole:
+    """The whole network that a trainer trains, in this process, to sample from and to compare with."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def refresh(self) -> None:
+        """Copies the current weights, if they are elsewhere. Collective."""
+
+
+class RoundedModel(Whole):
+    """A copy of the network in another dtype, for sampling, next to the trained one."""
+
+    def __init__(self, policy: Whole, trainer: Trainer, dtype: torch.dtype, workers: Workers) -> None:
+        super().__init__(copy.deepcopy(policy.model).requires_grad_(False).to_compute(dtype))
+        self._policy, self._trainer, self._copied_at = policy, trainer, -1
+        workers.share(self.model.state_dict().values())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the current weights. Collective."""
+        self._policy.refresh()
+        if self._copied_at != self._trainer.rows:  # every update counts its rows
+            for own, exact in zip(
+                self.model.state_dict().values(), self._policy.model.state_dict().values(), strict=True
+            ):
+                own.copy_(exact)
+            self._copied_at = self._trainer.rows
+
+
+class Frozen(Protocol):
+    """Frozen networks that read a trained one's batches, such as teachers."""
+
+    @property
+    def networks(self) -> tuple[LanguageModel, ...]:
+        """For the objective; empty in processes that compute no loss."""
+        ...
+
+    def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """This process's micro-batches of a step, with the hidden states of the network that `Batch.teacher` counts,
+        unless the objective asks the network itself. Collective; all processes pass the same batches."""
+        ...
+
+
+class SampleCarrier(Protocol):
+    """Brings samples from the processes that generated them to those that train them. Collective."""
+
+    def batches(self, rows: Sequence[Any], parts: Sequence[Sequence[Any]], pad_id: int, normalise: str) -> list[Batch]:
+        """This process's micro-batches of a mini-batch of `rows` in `parts`. The rows that they need are filled."""
+        ...
+
+
+class Runtime(Protocol):
+    """Everything a stage does that depends on the number of processes."""
+
+    me: int
+    """The number of this process; process 0 writes the stage's output."""
+    n: int
+    """Processes that run the stage."""
+    generators: int
+    """Processes that generate what an engine of `dealt` is asked for."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """To be entered while the stage runs."""
+        ...
+
+    def announce(self, stage: dict[str, Any]) -> None:
+        """Called by the runner, in process 0, before the stage begins: the others begin it too."""
+        ...
+
+    def agree(self, decide: Callable[[], _Made]) -> _Made:
+        """What `decide` returns in process 0 (plain JSON), in all processes."""
+        ...
+
+    def once(self, make: Callable[[], _Made], what: str) -> _Made:
+        """Like `agree`, for any picklable result. `what`: what the others wait for, for an error."""
+        ...
+
+    def share(self, what: str) -> Share: ...
+
+    def workers(self) -> Workers:
+        """The helper processes of this one."""
+        ...
+
+    def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
+        """UserError if a step of that many rows cannot be divided over the processes."""
+        ...
+
+    def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
+        """A randomly initialised network; its weights do not depend on the number of processes."""
+        ...
+
+    def read(
+        self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
+    ) -> tuple[LanguageModel, Tokenizer]:
+        """(network, tokenizer) of a model directory. `context`: as in `hub.open_directory`. `split_rows` False: rows
+        may have any length, so they are not divided over processes. `mtp` False leaves out the MTP modules."""
+        ...
+
+    def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
+        """A reward model: the one in a directory, or with `new_head`, a seed, the body of its language model under a
+        new head. Rows are not divided, because a pair's two scores are compared."""
+        ...
+
+    def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
+        """What may be compiled, because it is called whole: layers and MTP modules; [] if nothing is."""
+        ...
+
+    def trainer(self, model: LanguageModel, *arguments: Any, **options: Any) -> Trainer:
+        """The `Trainer` of a network that this runtime made; arguments as there."""
+        ...
+
+    def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
+        """The networks of model directories, by name, in BF16 on a GPU; `beside`: the network that is trained."""
+        ...
+
+    def whole(self, trainer: Trainer) -> Whole: ...
+
+    def gather(self, trainer: Trainer) -> LanguageModel | None:
+        """The whole network in process 0, to sample from; None in the others. Collective."""
+        ...
+
+    def save(
+        self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
+        files: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory, with further
+        text `files` by name."""
+        ...
+
+    def generate(self, engine: Any, prompts: Sequence[Any], apart: bool = False, **options: Any) -> Any:
+        """`Engine.generate`, divided over the processes, whose engines have the same weights; all get all samples.
+        `apart`: samples stay where they were generated, and the others know what `generation.held_by` says."""
+        ...
+
+    def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> SampleCarrier | None:
+        """What trains an RL stage's samples though they stay where they were generated; None: all processes get all
+        samples. Collective."""
+        ...
+
+    def dealt(
+        self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
+        precision: Precision = "device",
+    ) -> Any:  # fmt: skip
+        """`engine`, which runs the model in `folder`, or one like it that also uses processes that wait for this stage.
+        They keep one model per `role`. `version()` differs after every change of the weights; None: they stay."""
+        ...
+
+    def led(self, make: Callable[[Runtime], object]) -> None:
+        """Runs `make` in process 0 alone; it gets the runtime to do so with. A UserError or a stop is raised in all
+        processes."""
+        ...
+
+
+class FrozenHere(NamedTuple):
+    """Frozen networks, whole, in the process that trains."""
+
+    networks: tuple[LanguageModel, ...]
+
+    def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches
+
+
+class OneProcess:
+    """This process alone."""
+
+    me, n, generators = 0, 1, 1
+
+    def working(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def announce(self, stage: dict[str, Any]) -> None:
+        pass
+
+    def agree(self, decide: Callable[[], _Made]) -> _Made:
+        return decide()
+
+    def once(self, make: Callable[[], _Made], what: str) -> _Made:
+        return make()
+
+    def share(self, what: str) -> Share:
+        return ALONE
+
+    def workers(self) -> Workers:
+        return setup.workers()
+
+    def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
+        pass
+
+    def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
+        return Transformer(cfg).initialise(seed).to(setup.device())
+
+    def read(
+        self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
+    ) -> tuple[LanguageModel, Tokenizer]:
+        return setup.load_model(folder, context, mtp=mtp)
+
+    def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
+        if new_head is None:
+            return load_scorer(folder, torch.float32, setup.device())
+        model, _ = setup.load_model(folder)
+        return model.scorer(new_head)
+
+    def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
+        return [*model.layers, *model.mtp]
+
+    def trainer(self, model: LanguageModel, *arguments: Any, **options: Any) -> Trainer:
+        return Trainer(model, *arguments, **options)
+
+    def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
+        return FrozenHere(tuple(setup.load_frozen(folder) for folder in folders.values()))
+
+    def whole(self, trainer: Trainer) -> Whole:
+        return Whole(trainer.model)
+
+    def gather(self, trainer: Trainer) -> LanguageModel | None:
+        return trainer.model
+
+    def save(
+        self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
+        files: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        trainer.finish()  # reports a failed save before the model is there
+        with trainer.optimizer.averaged() if kind == "ema" else nullcontext():
+            trainer.model.save(directory, tokenizer_dir=tokenizer_dir, files=files)
+
+    def generate(self, engine: Any, prompts: Sequence[Any], apart: bool = False, **options: Any) -> Any:
+        return engine.generate(prompts, **options)
+
+    def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> SampleCarrier | None:
+        return None
+
+    def dealt(
+        self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
+        precision: Precision = "device",
+    ) -> Any:  # fmt: skip
+        return engine
+
+    def led(self, make: Callable[[Runtime], object]) -> None:
+        make(self)
