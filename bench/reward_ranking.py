@@ -18,7 +18,8 @@ from bessemer.data.chat import question_ids
 from bessemer.engine.engine import load_engine
 from bessemer.hf.model_directory import load_scorer
 from bessemer.rl.preference import judged_ids, score_ids
-from bessemer.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, r1_form, sample_request
+from bessemer.tasks.answer import r1_form
+from bessemer.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, sample_request
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "tasks/ngrams.py",
         "tasks/products.py",
         "tasks/referee.py",
-        "tasks/statements.py",
+        "tasks/letters.py",
         "tasks/sums.py",
         "tasks/tools.py",
         "tasks/units*.py",

@@ -9,6 +9,11 @@ _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _OBEYED if chr(code) not in
 _IN_JSON = {code: f"\\u{code:04x}" for code in _OBEYED if code >= 0x7F}
 
 
+def shortened(text: str, most: int) -> str:
+    """The first `most` characters of a text, and how many are missing."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
+
+
 def escaped(text: str) -> str:
     """Keeps newline and tab, and writes every other character that a terminal obeys as Python does (`\\x1b`)."""
     return text.translate(_ESCAPES)

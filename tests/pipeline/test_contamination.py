@@ -9,7 +9,7 @@ from bessemer import tasks
 from bessemer.eval import contamination
 from bessemer.eval.contamination import ContaminationSearch, identity
 from bessemer.tasks import Problem
-from bessemer.tasks.ngrams import words
+from bessemer.tasks.readability import words
 
 STORY = "A farmer has {} hens and each of them lays {} eggs a week; how many eggs does he sell after keeping {}?"
 

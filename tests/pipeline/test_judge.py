@@ -15,13 +15,13 @@ import stages_run
 from completions import completion
 from judge_server import JudgeServer
 
+from bessemer import tasks
 from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.hf.digest import digest
 from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
-from bessemer.tasks import base, registry
 
 RECIPE = """
 name = "judged"
@@ -122,13 +122,13 @@ def test_our_own_server_judges_and_no_request_is_repeated(model, tmp_path, serve
 def test_only_answers_that_could_be_kept_are_judged(tmp_path):
     family = f"general:{prompts(tmp_path)}@train"
     config = RejectConfig(kind="reject", tasks=[family])
-    asked = (registry.get(family).problem("train", number) for number in range(2))
+    asked = (tasks.get(family).problem("train", number) for number in range(2))
     problem = next(problem for problem in asked if "reference" in problem.meta)
-    ruled = registry.get("arithmetic").problem("train", 0)
+    ruled = tasks.get("arithmetic").problem("train", 0)
 
     def sampled(text, end="stop", problem=problem):
         made = completion([5] * 9, text, None, end, 3)
-        verdict = base.Verdict(problem is ruled, True, "correct", None)
+        verdict = tasks.Verdict(problem is ruled, True, "correct", None)
         return ScoredSample(problem, [1], made, verdict)
 
     texts = ("<think>\nSo.\n</think>\n\nN0.", "<think>\nSo.\n</think>\n\nN1.", "I do not know.")

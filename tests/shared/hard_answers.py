@@ -5,11 +5,12 @@ import signal
 import time
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.base import Problem, Verdict
+from bessemer.tasks.verifiers import CostlyTask
 
 
-class Hard(Task):
-    name, domain, costly = "hard", "words", True
+class Hard(CostlyTask):
+    name, domain = "hard", "words"
 
     def make(self, split, index, seed, language, phrasing):
         return Problem(f"hard/{index}", "?", language)

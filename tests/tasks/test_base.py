@@ -8,7 +8,7 @@ import pytest
 
 from bessemer.errors import UserError
 from bessemer.tasks import Problem, Task, Verdict, get, names
-from bessemer.tasks.base import DOMAINS, split_of, split_of_text, stable_hash
+from bessemer.tasks.base import split_of, split_of_text, stable_hash
 from bessemer.tasks.countdown import _difficulty
 
 DIGEST = """
@@ -50,7 +50,7 @@ def test_names_and_get():
 @pytest.mark.parametrize("name", FIXED)
 def test_every_problem_has_a_domain_and_a_difficulty(name):
     task = get(name)
-    assert task.domain in DOMAINS
+    assert task.domain not in ("", "own")
     levels = {task.problem(split, i).meta["difficulty"] for split in ("train", "test") for i in range(100)}
     assert levels <= set(range(10)) and all(isinstance(level, int) for level in levels)
     assert len(levels) > 1

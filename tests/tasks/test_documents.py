@@ -167,8 +167,8 @@ def test_no_page_of_other_tasks_answers_a_held_out_problem():
     """Not even one whose author confuses numbers or names."""
     products, rng = get("products"), random.Random(0)
     for index in range(2000):
-        for turn in products.written(index).turns:
-            for call in turn.get("tool_calls", ()):
+        for message in products.written(index).messages:
+            for call in message.get("tool_calls", ()):
                 asked = json.loads(call["function"]["arguments"])["expression"]
                 assert split_of([int(number) for number in asked.split("*")]) == "train"
         request = general_requests.sample_request("helpful", "train", "en", rng)

@@ -20,7 +20,7 @@ from bessemer.tasks import base, environment, get, registry, sandbox
 from bessemer.tasks.env_server import ServerEnvironment
 from bessemer.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
 from bessemer.tasks.products import Products
-from bessemer.tasks.tools import CALCULATOR, PYTHON, TaskWithTools, calculate, run_python
+from bessemer.tasks.tools import CALCULATOR, PYTHON, TaskWithTools, calculate, run_python, without_tools
 
 ISOLATED = pytest.mark.skipif(sandbox.level() == "none", reason="no isolation here")
 
@@ -223,9 +223,9 @@ def test_a_task_with_tools_is_that_task(tmp_path, monkeypatch):
     file = tmp_path / "sums.jsonl"
     file.write_text('{"question": "What is 2+2?", "answer": "4"}\n' * 1)
     named = f"tools:calculator:jsonl:{file}@train"
-    assert get(named).size("train") == 1 and registry.file_of(named) == str(file)
+    assert get(named).size("train") == 1 and registry.source_of(named) == (str(file), "train")
     assert registry.shared_file(named, f"jsonl:{file}") == str(file)
-    assert registry.without_tools(named) == f"jsonl:{file}@train"
+    assert without_tools(named) == f"jsonl:{file}@train"
     for wrong, hint in (("tools:calc:arithmetic", "calculator"), ("tools:calculator", "names no task"),
                         ("tools:calculator:arithmetc", "arithmetic"),
                         ("tools:calculator+no-calculator:arithmetic", "names a tool twice"),
@@ -258,7 +258,7 @@ def test_pages_of_products_guess_or_call():
         )
         assert page.response == f"<answer>{page.turns[1]['content']}</answer>"
     guesses = [page for page in pages if page.author == "guesser"]
-    assert all(page.turns == () for page in guesses)
+    assert not any(page.several_turns for page in guesses)
     assert 0.05 < sum(task.verify(page.problem, page.response).correct for page in guesses) / len(guesses) < 0.15
     sets = [{tuple(sorted(task.problem(s, i).meta["numbers"])) for i in range(500)} for s in base.SPLITS]
     assert not sets[0] & sets[1]
@@ -376,7 +376,7 @@ def test_a_server_that_goes_wrong_in_the_middle_fails_the_episode(serve, fault, 
 
 @pytest.mark.parametrize(("rewards", "right"), [((0.7, 0.2, 0.1), True), ((0.1,) * 10, True), ((0.9, 0.09), False)])
 def test_rewards_that_sum_to_1_solve_an_episode(rewards, right):
-    assert get("env:http://127.0.0.1:1").judged(sum(rewards)).correct is right
+    assert get("env:http://127.0.0.1:1").verdict_of(sum(rewards)).correct is right
 
 
 def test_a_reset_without_a_server_is_tried_again(serve, monkeypatch):
@@ -554,7 +554,7 @@ def test_a_rubric_s_reward_is_credit(made):
         (False, 0.45), (False, 0.5), (True, 1.0), (False, 0.0),
     ]  # fmt: skip
     server = get("env:http://127.0.0.1:1", solved=4)
-    assert [(v.correct, v.score) for v in map(server.judged, (1, 4))] == [(False, 0.25), (True, 1.0)]
+    assert [(v.correct, v.score) for v in map(server.verdict_of, (1, 4))] == [(False, 0.25), (True, 1.0)]
     for solved in (0, -1.0, True, "1"):
         with pytest.raises(UserError, match="solved is"):
             get("env:http://127.0.0.1:1", solved=solved)

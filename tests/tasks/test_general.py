@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.tasks import Problem, get
+from bessemer.tasks.answer import r1_form
 from bessemer.tasks.general_quality import HELPFUL, judge
 from bessemer.tasks.general_requests import (
     FAMILIES,
@@ -15,7 +16,6 @@ from bessemer.tasks.general_requests import (
     GeneralRequest,
     answer_in_manner,
     manners_for,
-    r1_form,
     sample_request,
     spell,
     split_of,

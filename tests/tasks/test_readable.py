@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer import tasks
-from bessemer.tasks.ngrams import repeated, run_hashes, words
+from bessemer.tasks.ngrams import run_hashes
 from bessemer.tasks.readability import (
     READABLE,
     REASONS,
@@ -16,7 +16,9 @@ from bessemer.tasks.readability import (
     has_code,
     longest_paragraph,
     readable,
+    repeated,
     repeated_lines,
+    words,
 )
 
 FINE = "<think>I add 2 and 3.\nThat is 5, and 5 is wanted.</think>\nThe answer is <answer>2+3</answer>."

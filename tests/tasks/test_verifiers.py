@@ -20,9 +20,8 @@ from bessemer.dist.ranks import Ranks
 from bessemer.errors import UserError
 from bessemer.eval.judging import judge_all
 from bessemer.system import alive
-from bessemer.tasks import verifiers
-from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.verifiers import Verifiers
+from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.verifiers import CRASHED, DIED, HUNG, MEMORY, CostlyTask, Verifiers
 
 SHARED = str(Path(__file__).parents[1] / "shared")
 TASK = Hard()
@@ -88,10 +87,12 @@ def test_the_number_of_verifiers_changes_nothing(asked, pool):
 def shared(rank, asked):
     ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     for one in asked[5:7] if rank else []:
-        verifiers.begin(*one)  # what this rank has generated
+        task, *answer = one
+        task.begin(*answer)  # what this rank has generated
     own = []
-    judged = verifiers.judged
-    verifiers.judged = lambda *one: own.append(one[2]) or judged(*one)
+    judged = Task.judged, CostlyTask.judged
+    Task.judged = lambda *one: own.append(one[2]) or judged[0](*one)
+    CostlyTask.judged = lambda *one: own.append(one[2]) or judged[1](*one)
     return judge_all(asked, ranks.share("verdicts")), own
 
 
@@ -108,10 +109,10 @@ def test_answers_that_end_or_hold_up_a_verifier_are_wrong_alone(pool, tmp_path):
     with pytest.warns(UserWarning, match="what a parser may raise"):
         found = [future.result(60).verdict for future in [one.submit(TASK, PROBLEM, text) for text in texts]]
     assert [verdict.reason for verdict in found] == [
-        "correct", verifiers.DIED, "correct", verifiers.MEMORY, verifiers.CRASHED, verifiers.HUNG, "wrong-value",
+        "correct", DIED, "correct", MEMORY, CRASHED, HUNG, "wrong-value",
         "correct", "correct",
     ]  # fmt: skip
-    assert found[1] == Verdict(False, False, verifiers.DIED, None)
+    assert found[1] == Verdict(False, False, DIED, None)
 
 
 def test_a_verifier_that_is_killed_costs_nothing(pool):
@@ -151,7 +152,7 @@ def test_the_same_answer_is_judged_once(pool):
 
 def test_a_judgement_is_kept_until_it_is_asked_for(pool, monkeypatch):
     """A rollout of more answers than are kept was judged twice."""
-    monkeypatch.setattr(verifiers, "KEPT", 4)
+    monkeypatch.setattr("bessemer.tasks.verifiers.KEPT", 4)
     one = pool(1)
     begun = [one.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
     for found in begun:
@@ -179,7 +180,7 @@ def test_a_class_that_only_chooses_problems_is_judged_by_the_one_it_is_of(pool):
         return task, task.problem("train", 0), "<think>t</think><answer>def f(x): return 1</answer>"
 
     chooses, judges = of(size=lambda self, split: 1), of(judge=lambda self, problem, source: "correct")
-    assert verifiers.apart(chooses[0]) and not verifiers.apart(judges[0])
+    assert chooses[0].apart and not judges[0].apart
     assert pool().submit(*chooses).result(60).verdict.reason == "wrong-output"
     assert type(chooses[0]).__mro__[1].__name__ == "_Chooses", "the task itself is as it was"
     assert judge_all([judges])[0].verdict.correct
@@ -191,9 +192,9 @@ def test_a_class_that_another_process_does_not_find_is_judged_here(monkeypatch):
     monkeypatch.setitem(sys.modules, "only_here", module)
     module.Own.__module__ = "only_here"
     task = module.Own()
-    assert verifiers.apart(task)
+    assert task.apart
     found = judge_all([(task, PROBLEM, "right"), (task, PROBLEM, "wrong")])
-    assert [one.verdict.correct for one in found] == [True, False] and not verifiers.apart(task)
+    assert [one.verdict.correct for one in found] == [True, False] and not task.apart
     assert found[0].verdict.answer == str(os.getpid())
 
 

@@ -20,7 +20,7 @@ from bessemer.errors import UserError
 from bessemer.tasks.code_files import TESTS
 from bessemer.tasks.files import FileTask
 from bessemer.tasks.ngrams import SHORTEST, NgramIndex
-from bessemer.tasks.registry import without_tools
+from bessemer.tasks.tools import without_tools
 
 FIGURES = (DIGITS, OPERATOR)
 GENERATED = frozenset({"template", "story", "item"})

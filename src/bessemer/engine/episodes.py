@@ -27,7 +27,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
 from bessemer.engine.generation import Completion, OnText, Prompt
 from bessemer.errors import UserError
-from bessemer.tasks import verifiers
+from bessemer.escape import shortened
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
 from bessemer.tasks.environment import (
     FAILED,
@@ -36,7 +36,6 @@ from bessemer.tasks.environment import (
     Episode,
     Message,
     bounded,
-    shortened,
 )
 
 _Result = TypeVar("_Result")
@@ -186,11 +185,11 @@ class Play:
         """An answer is complete: its verdict is under way before those of others are."""
         task, problem = self.problems[number]
         if self._judged_apart(task):
-            verifiers.begin(task, problem, self.tokenizer.opening + text)
+            task.begin(problem, self.tokenizer.opening + text)
 
     @staticmethod
     def _judged_apart(task: Task) -> bool:
-        return not isinstance(task, Environment) and verifiers.apart(task)
+        return not task.episodic and task.apart
 
     def outcomes(self) -> list[list[Outcome]]:
         """The G outcomes of every problem, in order. UserError if the environments failed in all their episodes."""

@@ -32,7 +32,8 @@ import numpy as np
 
 from bessemer.curate.decontaminate import GENERATED
 from bessemer.tasks import Problem
-from bessemer.tasks.ngrams import SHORTEST, NgramIndex, words
+from bessemer.tasks.ngrams import SHORTEST, NgramIndex
+from bessemer.tasks.readability import words
 
 N = 10
 PIECE = 1 << 17

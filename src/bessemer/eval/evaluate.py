@@ -17,7 +17,6 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.eval.shots import NONE, Shots
-from bessemer.tasks.environment import Environment
 from bessemer.train import setup
 
 
@@ -39,7 +38,7 @@ def evaluate(
     `skip`."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     for task in chosen:
-        if isinstance(task, Environment) and (shots.count or shots.prefix):
+        if task.episodic and (shots.count or shots.prefix):
             raise UserError(f"{task.name} has multi-turn episodes and takes neither shots nor a prefix")
     engine = _engine(model_dir)
     context = engine.model.cfg.max_seq_len

@@ -1,16 +1,15 @@
-"""Verdicts on many answers: by this process's verifiers, and on many ranks by those of all.
+"""Verdicts on many answers, on many ranks by all of them.
 
-Each rank judges the answers that its verifiers have begun, which are those it generated; of the rest, every n-th. Your
-own tasks are judged on rank 0, in order, since only your code knows what it keeps. What is exchanged is the verdicts.
+Each rank judges the answers that it has begun to judge, which are those it generated; of the rest, every n-th. Your own
+tasks are judged on rank 0, in order, since only your code knows what it keeps. What is exchanged is the verdicts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bessemer.tasks import verifiers
-from bessemer.tasks.base import Problem, Task
-from bessemer.tasks.verifiers import Judged
+from bessemer import heartbeat
+from bessemer.tasks.base import Judged, Problem, Task
 from bessemer.train.runtime import ALONE, Share
 
 OURS = __name__.partition(".")[0] + "."
@@ -26,9 +25,19 @@ def judge_all(
     else:
         mine = [number for number, rank in enumerate(holders) if rank == share.me]
     for number in mine:
-        verifiers.begin(*asked[number])
-    found = share.merge({number: verifiers.judged(*asked[number]) for number in mine})
+        task, problem, answer = asked[number]
+        task.begin(problem, answer)
+    found = share.merge({number: _judged(*asked[number]) for number in mine})
     return [found[number] for number in range(len(asked))]
+
+
+def _judged(task: Task, problem: Problem, completion: str) -> Judged:
+    heartbeat.beat()
+    return task.judged(problem, completion)
+
+
+def _begun(task: Task, problem: Problem, completion: str) -> bool:
+    return task.begun(problem, completion)
 
 
 def ours(task: Task) -> bool:
@@ -40,7 +49,7 @@ def _mine(asked: Sequence[tuple[Task, Problem, str]], share: Share) -> list[int]
     """The numbers of the answers that this rank judges."""
     if share.n == 1:
         return list(range(len(asked)))
-    owner = share.merge({number: share.me for number, one in enumerate(asked) if verifiers.begun(*one)})
+    owner = share.merge({number: share.me for number, one in enumerate(asked) if _begun(*one)})
     for number, (task, *_) in enumerate(asked):
         owner.setdefault(number, number % share.n if ours(task) else 0)
     return [number for number in range(len(asked)) if owner[number] == share.me]

@@ -18,7 +18,7 @@ from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, named_sources, named_tasks
 from bessemer.data import documents, fingerprints, sources
-from bessemer.tasks.registry import file_of
+from bessemer.tasks.registry import source_of
 
 Files = dict[str, dict[str, str]]
 TASK, NEEDLE = "task:", "needle:"
@@ -53,7 +53,7 @@ def _paths(config: StageConfig) -> list[str]:
             named.append(name)
         elif (name := name.removeprefix(NEEDLE)) and not name.startswith(places.HUB) and name not in sources.SOURCES:
             paths.append(name)
-    return [path for name in named if (path := file_of(name)) is not None] + paths
+    return [source[0] for name in named if (source := source_of(name)) is not None] + paths
 
 
 def _hashes(name: str) -> dict[str, str]:

@@ -22,7 +22,6 @@ from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import longest_text
 from bessemer.pipeline.stage import Probe, find_kind
-from bessemer.tasks.environment import Environment
 from bessemer.train import setup
 
 
@@ -149,7 +148,7 @@ def task_probes(
 def refuse_environments(stage: str, names: Collection[str], what: str) -> None:
     """UserError if one of these tasks is an environment; `what` says why none can be used."""
     for name in names:
-        if isinstance(tasks.get(name), Environment):
+        if tasks.get(name).episodic:
             raise UserError(f'stage "{stage}": {name} has episodes of several turns, and {what}')
 
 

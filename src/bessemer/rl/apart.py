@@ -20,13 +20,12 @@ from bessemer.engine.generation import Completion, rank_of
 from bessemer.eval.judging import ours
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
-from bessemer.tasks.environment import Environment
 from bessemer.train.collective import Collective
 
 
 def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
     """Whether nothing but the trainer reads samples on other ranks than their own."""
-    plain = all(ours(task) and not isinstance(task, Environment) for task in families)
+    plain = all(ours(task) and not task.episodic for task in families)
     reward = settings.reward in ("task", "format") and not (
         settings.language_reward and settings.language_scope == "reply"
     )

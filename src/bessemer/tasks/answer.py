@@ -38,9 +38,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import ClassVar, Literal
 
-from bessemer.tasks import fences, statements
+from bessemer.tasks import statements
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 NO_ANSWER, IN_THOUGHTS, UNCLOSED, EMPTY = "no-answer", "in-thoughts", "unclosed", "empty"
@@ -55,9 +55,6 @@ MOST_ANSWERS = 4
 MOST_BOXES = 64
 LONGEST = 10_000
 """Maximum characters of a box."""
-
-Final = Literal["value", "code", "letter"]
-"""What states an answer besides the tags: a box or a sentence; a code fence; a box or a sentence with the letter."""
 
 _TAG = re.compile("</?(?:think|answer)>")
 _BOX = re.compile(r"(?<!\\)(?:\\\\)*\\(?:boxed|fbox) ?\{")
@@ -103,18 +100,51 @@ class Reply:
         return self.answers[-1] if self.answers else None
 
 
-class _Fault(Exception):
+class Fault(Exception):
     """Carries the name of a fault that forbids reading an answer."""
 
 
-def parse_reply(text: str, final: Final = "value") -> Reply:
+Tagged = tuple[int, int, int, int]
+"""Begin and end of the opening answer tag, begin and end of the closing one."""
+
+
+class Reader:
+    """Reads the value that a reply states. A task whose answers are no values, such as programs, has another reader."""
+
+    hides_in_thoughts: ClassVar[bool] = True
+    """Whether a box in the thoughts is an answer out of its place."""
+
+    def stated(self, rest: str, tagged: Tagged | None) -> list[str]:
+        """The texts that the text after the thoughts states as its answer: tags and boxes, or else sentences."""
+        found = self.marked(rest, tagged)
+        return found or statements.values(rest)
+
+    def bare(self, answer: str) -> str:
+        """The part of a stated text that is the answer; the rest is text around it."""
+        return answer
+
+    def marked(self, rest: str, tagged: Tagged | None) -> list[str]:
+        """What boxes and tags state; boxes inside the tags are the tags' answer."""
+        boxes = _boxes(rest)
+        if tagged and any(begin <= tagged[0] < end for begin, end in boxes):
+            raise Fault(BAD_TAGS)
+        found: list[str] = [rest[begin:end] for begin, end in boxes]
+        if tagged and not any(tagged[1] <= begin < tagged[2] for begin, _ in boxes):
+            found.append(rest[tagged[1] : tagged[2]])
+        return found
+
+
+VALUE = Reader()
+
+
+def parse_reply(text: str, reader: Reader = VALUE) -> Reply:
     think = _first_block(text, "think")
     try:
         thoughts, rest, tagged, fault = _parts(text)
-        answers = _answers(rest, tagged, thoughts, final)
-    except _Fault as unread:
+        answers = _answers(rest, tagged, thoughts, reader)
+    except Fault as unread:
         return Reply(think, (), str(unread), None)
-    if fault is None and not _readable(rest, answers):
+    if fault is None and not _readable(rest, [reader.bare(answer).strip() for answer in answers]):
         fault = TEXT_AROUND
     if fault is not None:
         return Reply(think, answers, fault, None)
@@ -131,29 +161,24 @@ def _gap(text: str) -> bool:
 
 def _readable(rest: str, answers: Sequence[str]) -> bool:
     """Whether the text after the thoughts, without the answers, is short and fully visible."""
-    stated = [fences.last_program(answer).strip() for answer in answers]
-    if len(rest) - sum(map(len, stated)) > AROUND:
+    if len(rest) - sum(map(len, answers)) > AROUND:
         return False
-    for answer in stated:
+    for answer in answers:
         rest = rest.replace(answer, "x")
     return not _UNSEEN.search(rest)
 
 
-_Tagged = tuple[int, int, int, int]
-"""Begin and end of the opening answer tag, begin and end of the closing one."""
-
-
-def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
+def _parts(text: str) -> tuple[str, str, Tagged | None, str | None]:
     """(thoughts, the text after them, the answer tags in it, the fault of the form if any)."""
     tags = list(islice(_TAG.finditer(text), len(TAGS) + 1))  # one more than any form has
     if len(tags) > len(TAGS):
-        raise _Fault(BAD_TAGS)
+        raise Fault(BAD_TAGS)
     thinks = [tag for tag in tags if "think" in tag.group()]
     order = [tag.group() for tag in thinks]
     if order not in ([], ["<think>"], ["</think>"], ["<think>", "</think>"]):
-        raise _Fault(BAD_TAGS)
+        raise Fault(BAD_TAGS)
     if order == ["<think>"]:
-        raise _Fault(UNCLOSED)
+        raise Fault(UNCLOSED)
     begin = thinks[-1].end() if thinks else 0
     before = text[: thinks[0].start()] if order[:1] == ["<think>"] else ""
     thoughts = text[thinks[0].end() if len(thinks) == 2 else 0 : thinks[-1].start()] if thinks else ""
@@ -162,11 +187,11 @@ def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
     names = [tag.group() for tag in late]
     if early:
         hidden = not late and not before.strip() and not _BOX.search(text, begin)
-        raise _Fault(IN_THOUGHTS if hidden else BAD_TAGS)
+        raise Fault(IN_THOUGHTS if hidden else BAD_TAGS)
     if names not in ([], ["<answer>"], ["<answer>", "</answer>"]):
-        raise _Fault(BAD_TAGS)
+        raise Fault(BAD_TAGS)
     if names == ["<answer>"]:
-        raise _Fault(UNCLOSED)
+        raise Fault(UNCLOSED)
     begun = order != ["</think>"] and _gap(before)
     fault = NO_THINK if not _VISIBLE.search(thoughts) else None if begun else TEXT_BEFORE
     tagged = None
@@ -176,29 +201,16 @@ def _parts(text: str) -> tuple[str, str, _Tagged | None, str | None]:
     return thoughts, text[begin:], tagged, fault
 
 
-def _answers(rest: str, tagged: _Tagged | None, thoughts: str, final: Final) -> tuple[str, ...]:
+def _answers(rest: str, tagged: Tagged | None, thoughts: str, reader: Reader) -> tuple[str, ...]:
     """The different texts that state an answer, without blank ones."""
-    if final == "code":
-        stated = [_fenced(rest)] if tagged is None else [rest[tagged[1] : tagged[2]]]
-    else:
-        boxes = _boxes(rest)
-        if tagged and any(begin <= tagged[0] < end for begin, end in boxes):
-            raise _Fault(BAD_TAGS)
-        stated = [rest[begin:end] for begin, end in boxes]
-        if tagged and not any(tagged[1] <= begin < tagged[2] for begin, _ in boxes):
-            stated.append(rest[tagged[1] : tagged[2]])
-        if final == "letter":
-            stated += statements.letters(rest[: tagged[0]] + rest[tagged[3] :] if tagged else rest, any(stated))
-        elif not any(text is not None for text in stated):
-            stated += statements.values(rest)
-    texts = {" ".join(text.split()): text for text in stated if text is not None}
+    texts = {" ".join(text.split()): text for text in reader.stated(rest, tagged)}
     if not texts:
-        raise _Fault(IN_THOUGHTS if final != "code" and _BOX.search(thoughts) else NO_ANSWER)
+        raise Fault(IN_THOUGHTS if reader.hides_in_thoughts and _BOX.search(thoughts) else NO_ANSWER)
     texts.pop("", None)
     if not texts:
-        raise _Fault(EMPTY)
+        raise Fault(EMPTY)
     if len(texts) > MOST_ANSWERS:
-        raise _Fault(SEVERAL)
+        raise Fault(SEVERAL)
     return tuple(texts.values())
 
 
@@ -210,28 +222,19 @@ def _boxes(text: str) -> list[tuple[int, int]]:
         return boxes
     while found := _BOX.search(text, place):
         if len(boxes) == MOST_BOXES:
-            raise _Fault(BAD_TAGS)
+            raise Fault(BAD_TAGS)
         begin, depth = found.end(), 1
         for brace in _BRACE.finditer(text, begin, begin + LONGEST):
             depth += {"{": 1, "}": -1}.get(brace.group(), 0)
             if depth == 0:
                 break
         else:
-            raise _Fault(UNCLOSED)
+            raise Fault(UNCLOSED)
         if _BOX.search(text, begin, brace.start()):
-            raise _Fault(BAD_TAGS)
+            raise Fault(BAD_TAGS)
         boxes.append((begin, brace.start()))
         place = brace.end()
     return boxes
-
-
-def _fenced(text: str) -> str | None:
-    """The program in a text whose blocks are all closed."""
-    found = list(fences.blocks(text))
-    if found and not found[-1].closed:
-        raise _Fault(UNCLOSED)
-    block = fences.answer_of(text, found)
-    return None if block is None else text[block.begin : block.end]
 
 
 def thought(text: str) -> str:
@@ -248,12 +251,17 @@ def summary(text: str) -> str:
     return "" if "<think>" in before else text.strip()
 
 
+def r1_form(thought: str, summary: str) -> str:
+    """An answer in R1's form. Blank thoughts are one line break, as the template's prompt has it."""
+    return f"<think>\n{thought}\n</think>\n\n{summary}" if thought else f"<think>\n</think>\n\n{summary}"
+
+
 def prose(text: str) -> str:
     """The summary without the answer that it states: the words that a reader gets around it."""
     rest = _STATEMENT.sub("\n", summary(text))
     try:
         boxes = _boxes(rest)
-    except _Fault:
+    except Fault:
         return rest
     for begin, end in reversed(boxes):
         rest = rest[: max(rest.rfind(name, 0, begin) for name in ("\\boxed", "\\fbox"))] + rest[end + 1 :]

@@ -9,10 +9,11 @@ import math
 import random
 from dataclasses import dataclass
 
+from bessemer import plugins
 from bessemer.tasks.base import Problem, Task, Written, check_shares, read_templates, split_of
 from bessemer.tasks.countdown_expressions import LARGEST, apply
 
-TEMPLATES = read_templates("arithmetic")
+TEMPLATES = read_templates(__package__, "templates.toml", "arithmetic")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ArithmeticMix:
         check_shares(self, list(self.__dataclass_fields__))
 
 
+@plugins.register("tasks", "arithmetic")
 class Arithmetic(Task):
     name, domain = "arithmetic", "arithmetic"
     translated = True

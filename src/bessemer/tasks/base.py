@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib import resources
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from bessemer.errors import UserError
 from bessemer.repeatable import stable_hash
@@ -22,18 +22,17 @@ from bessemer.tasks.answer import (
     NO_ANSWER,
     SEVERAL,
     TEXT_AROUND,
-    Final,
+    VALUE,
+    Reader,
     Reply,
     parse_reply,
     summary,
 )
-from bessemer.tasks.fences import last_program
+from bessemer.tasks.readability import consistency
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10
-DOMAINS = ("search", "arithmetic", "logic", "words", "maths", "gym", "general", "code", "stem", "retrieval", "tools")
 CORRECT, WRONG_VALUE, WRONG_NUMBERS, UNPARSABLE = "correct", "wrong-value", "wrong-numbers", "unparsable"
-UNFINISHED, ECHO, TIMEOUT = "unfinished", "echo", "timeout"
 _INTEGER = re.compile("-?[0-9]{1,300}")
 
 
@@ -80,6 +79,12 @@ class Verdict:
         return self.correct and self.reason == CORRECT
 
 
+class Judged(NamedTuple):
+    verdict: Verdict
+    language: float
+    """`consistency` of the answer with the language of its problem."""
+
+
 Grade = tuple[str, str | None] | tuple[str, str | None, float | None]
 """(reason, canonical answer), and the partial credit if there is any."""
 MOST_AROUND = 100_000
@@ -113,19 +118,18 @@ class Task:
     name: str
     """Set on the class, or on the object if the name carries an argument. A recipe's FILE.py:CLASS replaces it."""
     domain: str = "own"
-    """The word by which evaluations group their results; ours use DOMAINS. Set on the class or on the object."""
+    """The word by which evaluations group their results, such as "search". Set on the class or the object."""
     all_languages: tuple[str, ...] = ("en", "zh")
     """Set on the class, or on the object if a file decides."""
-    final: ClassVar[Final] = "value"
-    """What may state an answer besides the tags: value, a box or "the answer is 42"; code, a fenced block; letter, a
-    box or `Answer: C`."""
+    reader: ClassVar[Reader] = VALUE
+    """Reads the answer from a reply; by default from tags, boxes and sentences such as "the answer is 42"."""
     phrasings: ClassVar[tuple[str, ...]] = ("seen", "held-out")
-    costly: ClassVar[bool] = False
-    """Whether a verdict takes so long that processes of their own judge the answers (verifiers.py)."""
+    episodic: ClassVar[bool] = False
+    """Whether a problem is an episode of several turns."""
+    translated: bool = False
+    """Whether problem n is the same in every language."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """What `get` was given besides the name: `get(name, **settings)` makes the same task in another process."""
-    translated: bool = False
-    """Whether problem n is the same in every language: our generators draw it before they word it."""
     judged_by: frozenset[str] = frozenset()
     """Aims of the reward models that are needed to judge its answers; empty if `verify` judges them."""
     Mix: ClassVar[type] = NoMix
@@ -166,8 +170,8 @@ class Task:
     def verify(self, problem: Problem, completion: str) -> Verdict:
         """Judge the text that follows `Assistant:`, including a `<think>` that the template already wrote. An answer
         with more than MOST_AROUND characters around it is not correct, however it is stated."""
-        reply = parse_reply(completion, self.final)
-        if reply.answers and _around(completion, reply) > MOST_AROUND:
+        reply = parse_reply(completion, self.reader)
+        if reply.answers and _around(completion, reply, self.reader) > MOST_AROUND:
             return Verdict(False, False, TEXT_AROUND, None)
         if reply.fault == NO_ANSWER and self.options.plain_answers:
             credit = self.options.plain_answers * self._right_in_plain_text(problem, completion)
@@ -192,6 +196,39 @@ class Task:
         line = text.splitlines()[-1]
         stated = dict.fromkeys((text, line.strip(), line.split()[-1].strip(".,:;!?*$。，！？")))
         return any(self.grade(problem, one)[0] == CORRECT for one in stated)
+
+    @property
+    def schemas(self) -> Sequence[dict[str, Any]]:
+        """The tools that its prompts describe, in the form that OpenAI's API and chat templates take."""
+        return []
+
+    @property
+    def apart(self) -> bool:
+        """Whether processes of their own judge the answers, because a verdict takes long."""
+        return False
+
+    def begin(self, problem: Problem, completion: str) -> None:
+        """An answer is complete: if processes of their own judge it, they may start. Does not wait."""
+
+    def begun(self, problem: Problem, completion: str) -> bool:
+        """Whether such a process judges the answer, or has judged it."""
+        return False
+
+    def judged(self, problem: Problem, completion: str) -> Judged:
+        """The verdict on an answer, and its language. UserError if a user can mend why there is none."""
+        return Judged(self.verify(problem, completion), consistency(completion, problem.language))
+
+    @classmethod
+    def repeated(cls) -> dict[str, Any]:
+        """Methods in whose place a user's own class gets others that draw the same random numbers for the same
+        arguments, besides those that every task has (user_code.py)."""
+        return {}
+
+    @classmethod
+    def source(cls, argument: str) -> tuple[str, str | None] | None:
+        """The file or directory that `NAME:argument` takes its problems from, and the split that they all belong to,
+        if one does. None without a file."""
+        return None
 
     def size(self, split: str) -> int | None:
         """Number of distinct problems in a split; None if unlimited."""
@@ -240,37 +277,32 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`, or the last turn of a
-    page with several."""
+    """A document before it becomes text: `response` is what `author` wrote after `Assistant:`."""
 
     problem: Problem
     author: str
     response: str
-    turns: tuple[dict[str, Any], ...] = ()
-    """The messages between question and response, such as calls of tools and their outputs, in OpenAI's form."""
 
     @property
     def text(self) -> str:
-        return page(self.problem.prompt, "\n".join([*map(_shown, self.turns), self.response]))
+        return page(self.problem.prompt, self.response)
 
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The page as a conversation."""
-        question = {"role": "user", "content": self.problem.prompt}
-        return (question, *self.turns, {"role": "assistant", "content": self.response})
+        return {"role": "user", "content": self.problem.prompt}, {"role": "assistant", "content": self.response}
+
+    @property
+    def several_turns(self) -> bool:
+        return len(self.messages) > 2
 
 
-def _shown(message: dict[str, Any]) -> str:
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    return " ".join([message["content"], *(f"{call['name']} {call['arguments']}" for call in calls)]).strip()
-
-
-def _around(completion: str, reply: Reply) -> int:
+def _around(completion: str, reply: Reply, reader: Reader) -> int:
     """Characters of a completion outside its thoughts and the answers that it states."""
     before, opened, rest = completion.partition("<think>")
     _, closed, after = (rest if opened else before).partition("</think>")
     outside = len(before) * bool(opened) + len(after) if closed else len(completion)
-    return outside - sum(len(last_program(answer).strip()) for answer in reply.answers)
+    return outside - sum(len(reader.bare(answer).strip()) for answer in reply.answers)
 
 
 def page(prompt: str, response: str) -> str:
@@ -292,21 +324,14 @@ def split_of_text(text: str, test_share: float = TEST_SHARE) -> str:
     return "test" if stable_hash("split", text) < test_share * 2**64 else "train"
 
 
-def file_and_split(argument: str) -> tuple[str, str | None]:
-    """Splits the argument of a file's task: "PATH@train" gives (PATH, "train"), and all its problems are for training;
-    "PATH" gives (PATH, None), and the file or a hash of the question decides."""
-    path, mark, split = argument.rpartition("@")
-    return (path, split) if mark and split in SPLITS else (argument, None)
+def read_toml(package: str, name: str) -> dict[str, Any]:
+    """Reads a data file of a package."""
+    return tomllib.loads(resources.files(package).joinpath(name).read_text("utf-8"))
 
 
-def read_toml(name: str) -> dict[str, Any]:
-    """Reads a data file of this folder."""
-    return tomllib.loads(resources.files("bessemer.tasks").joinpath(name).read_text("utf-8"))
-
-
-def read_templates(task: str) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The wordings of a task's questions in templates.toml, by (language, phrasing)."""
-    texts = read_toml("templates.toml")[task]
+def read_templates(package: str, name: str, task: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The wordings of a task's questions in such a file, by (language, phrasing)."""
+    texts = read_toml(package, name)[task]
     return {
         (language, phrasing): tuple(texts[language][phrasing]) for language in texts for phrasing in texts[language]
     }

@@ -14,27 +14,26 @@ from bessemer.tasks import sandbox
 from bessemer.tasks.base import (
     SPLITS,
     Problem,
-    Task,
     Written,
     read_templates,
     stable_hash,
     stable_random,
 )
 from bessemer.tasks.code_functions import FAMILIES, HELD_OUT, CodeMix, TargetFunction, functions_of, respond
-from bessemer.tasks.fences import flush_left, last_program
+from bessemer.tasks.fences import ProgramReader, flush_left, last_program
+from bessemer.tasks.verifiers import CostlyTask
 
 NAME = "f"
 LONGEST = 10_000  # characters of an answer
 TOO_LONG = "too-long"
-TEMPLATES = read_templates("code")
+TEMPLATES = read_templates(__package__, "questions.toml", "code")
 
 
-class SandboxedTask(Task):
+class SandboxedTask(CostlyTask):
     """A task whose answers are run. A subclass writes `judge`."""
 
     domain = "code"
-    final = "code"
-    costly = True
+    reader = ProgramReader()
 
     def judge(self, problem: Problem, source: str) -> str:
         """The reason code of a program."""

@@ -64,7 +64,7 @@ def _families(data: dict[str, Any]) -> dict[str, FunctionFamily]:
     return families
 
 
-_DATA = read_toml("code_functions.toml")
+_DATA = read_toml(__package__, "code_functions.toml")
 HELD_OUT = tuple(_DATA["held_out"])
 FAMILIES = _families(_DATA)
 

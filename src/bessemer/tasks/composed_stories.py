@@ -43,7 +43,7 @@ def _bounds(ranges: str) -> dict[str, tuple[int, int]]:
 @cache
 def composed(split: str, steps: int) -> tuple[Story, ...]:
     """The compositions of a split that take `steps` steps, in a fixed order."""
-    clauses = read_toml("story_clauses.toml")
+    clauses = read_toml(__package__, "story_clauses.toml")
     events = [(name,) for name in clauses["events"]] + list(permutations(clauses["events"], 2))
     stories = []
     for opening, happens, question in product(clauses["openings"], events, clauses["questions"]):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import combinations_with_replacement
 
+from bessemer import plugins
 from bessemer.errors import UserError
 from bessemer.tasks.base import (
     CORRECT,
@@ -40,7 +41,7 @@ MAX_TARGET = 60
 MOST_DRAWS = 10_000
 """Draws after which the options allow no problem; one in ten is of the test split."""
 
-TEMPLATES = read_templates("countdown")
+TEMPLATES = read_templates(__package__, "templates.toml", "countdown")
 COMMA = {"en": ", ", "zh": "、"}
 DRILL_HEADS = {"en": "Drill:\n", "zh": "练习:\n"}
 
@@ -69,6 +70,7 @@ class CountdownOptions(TaskOptions):
         return (self.numbers, self.largest, self.highest_target) != (3, NUMBERS[-1], MAX_TARGET)
 
 
+@plugins.register("tasks", "countdown")
 class Countdown(Task):
     name, domain = "countdown", "search"
     translated = True

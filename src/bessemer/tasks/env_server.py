@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bessemer.errors import UserError
+from bessemer.escape import shortened
 from bessemer.tasks.base import Problem, Verdict, stable_hash
 from bessemer.tasks.environment import (
     Environment,
@@ -41,7 +42,6 @@ from bessemer.tasks.environment import (
     Observation,
     RewardOptions,
     finite,
-    shortened,
     verdict_of_reward,
 )
 
@@ -106,7 +106,7 @@ class ServerEnvironment(Environment):
             found = {name: value for name, value in observation.items() if name not in _OUTER}
         return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
-    def judged(self, total: float) -> Verdict:
+    def verdict_of(self, total: float) -> Verdict:
         """The verdict on an episode with this sum of rewards."""
         return verdict_of_reward(total, self.solved)
 
@@ -137,7 +137,7 @@ class _ServerEpisode:
         return Observation([{"role": role, "content": text}], self.over)
 
     def verdict(self, text: str) -> Verdict:
-        return self.environment.judged(self.total)
+        return self.environment.verdict_of(self.total)
 
     def _read(self, answer: Any) -> str:
         """The text of an answer; adds its reward."""

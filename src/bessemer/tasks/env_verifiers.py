@@ -91,7 +91,6 @@ class VerifiersEnvironment(Environment):
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """The tools as the prompt describes them."""
         return [_function(tool) for tool in getattr(self.environment, "tool_defs", None) or ()]
 
 

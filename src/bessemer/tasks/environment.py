@@ -25,12 +25,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.errors import UserError
 from bessemer.repeatable import repeatable
-from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, TaskOptions, Verdict
+from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, TaskOptions, Verdict, Written, page
 
 FAILED = "environment-failed"
 """Reason of the verdict on an episode that the environment could not finish."""
@@ -129,6 +130,28 @@ def _is_a(value: object, kind: str) -> bool:
 
 
 @dataclass(frozen=True)
+class WrittenTurns(Written):
+    """A page with several turns, of which `response` is the last."""
+
+    turns: tuple[dict[str, Any], ...] = ()
+    """The messages between question and response, such as calls of tools and their outputs, in OpenAI's form."""
+
+    @property
+    def text(self) -> str:
+        return page(self.problem.prompt, "\n".join([*map(_shown, self.turns), self.response]))
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        question, answer = super().messages
+        return question, *self.turns, answer
+
+
+def _shown(message: dict[str, Any]) -> str:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return " ".join([message["content"], *(f"{call['name']} {call['arguments']}" for call in calls)]).strip()
+
+
+@dataclass(frozen=True)
 class RewardOptions(TaskOptions):
     """Settings of an environment that gives rewards."""
 
@@ -153,6 +176,7 @@ def verdict_of_reward(reward: float, solved: float) -> Verdict:
 class Environment(Task):
     """Base class. A subclass is a task that lists `tools`, or overrides `reset` to return its own episodes."""
 
+    episodic = True
     tools: Sequence[LocalTool] = ()
     described: bool = True
     """Whether the prompt describes the tools; a model that has read pages with calls needs no description."""
@@ -169,10 +193,41 @@ class Environment(Task):
         """A new episode. `seed` is the same for all samples of a problem in a rollout, and differs in the next."""
         return ToolEpisode(self, problem)
 
+    @classmethod
+    def repeated(cls) -> dict[str, Any]:
+        return {} if cls.reset is Environment.reset else {"reset": _repeated_episode(cls.reset)}
+
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """The tools as the prompt describes them."""
         return [tool.schema for tool in self.tools] if self.described else []
+
+
+def _repeated_episode(reset: Callable[..., Episode]) -> Callable[..., Episode]:
+    """`reset` of an environment whose episodes draw the same random numbers after the same turns. Episodes that step at
+    the same time share the generators, so theirs are left alone."""
+
+    @wraps(reset)
+    def call(self: Environment, problem: Problem, seed: int) -> Episode:
+        if self.parallel > 1:
+            return reset(self, problem, seed)
+        with repeatable(self.name, "reset", problem.id, seed):
+            return _RepeatedEpisode(reset(self, problem, seed), (self.name, problem.id, seed))
+
+    return call
+
+
+class _RepeatedEpisode:
+    def __init__(self, episode: Episode, parts: tuple[object, ...]) -> None:
+        self.episode, self.parts, self.start, self.close = episode, parts, episode.start, episode.close
+
+    def step(self, turn: ModelTurn) -> Observation:
+        self.parts = (*self.parts, turn.text)
+        with repeatable(*self.parts):
+            return self.episode.step(turn)
+
+    def verdict(self, text: str) -> Verdict:
+        with repeatable(*self.parts, "verdict"):
+            return self.episode.verdict(text)
 
 
 class ToolEpisode:
@@ -216,11 +271,6 @@ class ToolEpisode:
             return f"error: {tool.name} did not return within {self.environment.seconds:g} s"
         except Exception as error:
             return f"error: {error}" if isinstance(error, ValueError) else f"error: {type(error).__name__}: {error}"
-
-
-def shortened(text: str, most: int) -> str:
-    """The first `most` characters of a text, and how many are missing."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
 
 
 def finite(number: float) -> bool:

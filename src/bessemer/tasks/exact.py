@@ -17,9 +17,9 @@ from typing import Any
 
 from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem, stable_random
 from bessemer.tasks.files import FileTask, Question
+from bessemer.tasks.letters import LetterReader, letter_of
 from bessemer.tasks.maths_questions import no_value, peeled
 from bessemer.tasks.sandbox import same
-from bessemer.tasks.statements import letter_of
 
 MAX_CHARS = 4000
 """Maximum length in characters of an answer that is read."""
@@ -31,14 +31,17 @@ _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 class MultipleChoice(FileTask):
     domain = "stem"
-    final = "letter"
+    reader = LetterReader()
     family = "choice"
     form = '{"question": "...", "choices": ["...", "..."], "answer": "B"}'
 
     def __init__(self, path: str, **settings: Any):
         self.shuffle = SHUFFLE in path
-        super().__init__(path.replace(SHUFFLE, ""), **settings)
-        self.name = f"{self.family}:{path}"
+        super().__init__(path, **settings)
+
+    @classmethod
+    def source(cls, argument: str) -> tuple[str, str | None]:
+        return super().source(argument.replace(SHUFFLE, ""))
 
     @classmethod
     def read(cls, record: dict[str, Any], where: str) -> Question:

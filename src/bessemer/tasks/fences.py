@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from bessemer.tasks.answer import UNCLOSED, Fault, Reader, Tagged
+
 MOST_FENCES, MOST_BLOCKS = 1_000, 16
 _PYTHON = ("", "python", "python3", "py")
 _OPENING = re.compile(
@@ -59,6 +61,27 @@ class Block(NamedTuple):
     closed: bool
     named: bool
     """Whether the fence names Python."""
+
+
+class ProgramReader(Reader):
+    """Reads the program between the tags, or else in a fenced block."""
+
+    hides_in_thoughts = False
+
+    def stated(self, rest: str, tagged: Tagged | None) -> list[str]:
+        return _fenced(rest) if tagged is None else [rest[tagged[1] : tagged[2]]]
+
+    def bare(self, answer: str) -> str:
+        return last_program(answer)
+
+
+def _fenced(text: str) -> list[str]:
+    """The program in a text whose blocks are all closed, if there is one."""
+    found = list(blocks(text))
+    if found and not found[-1].closed:
+        raise Fault(UNCLOSED)
+    block = answer_of(text, found)
+    return [] if block is None else [text[block.begin : block.end]]
 
 
 def blocks(text: str) -> Iterator[Block]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from bessemer.config.places import located, looked_in
 from bessemer.errors import UserError
 from bessemer.tasks import checked
-from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, file_and_split, stable_hash
+from bessemer.tasks.base import SPLITS, TEST_SHARE, Problem, Task, stable_hash
 
 QUESTIONS = ("question", "problem", "prompt", "statement")
 IDS = ("id", "question_id", "problem_id", "Record ID")
@@ -79,10 +79,17 @@ class FileTask(Task):
 
     def __init__(self, path: str, **settings: Any):
         self.name = f"{self.family}:{path}"
-        self.files = self._files(*file_and_split(path))
+        self.files = self._files(*self.source(path))
         self.all_languages = tuple(sorted({language for file in self.files.values() for language in file.languages}))
         super().__init__(**settings)
         self.pools = {split: self._rows(split) for split in SPLITS}
+
+    @classmethod
+    def source(cls, argument: str) -> tuple[str, str | None]:
+        """PATH@train gives (PATH, "train"): all its problems are for training. PATH gives (PATH, None): the file or a
+        hash of the question decides."""
+        path, mark, split = argument.rpartition("@")
+        return (path, split) if mark and split in SPLITS else (argument, None)
 
     @classmethod
     def read(cls, record: dict[str, Any], where: str) -> Question:
@@ -143,7 +150,7 @@ class FileTask(Task):
         return super()._language(language, *parts)
 
     def _files(self, name: str, whole: str | None) -> dict[str, LineIndex]:
-        """The file of each split; one file may serve both. `whole` as in `file_and_split`."""
+        """The file of each split; one file may serve both. `whole` is the split of all its problems, if one is."""
         path = located(name)
         if path.is_dir() and whole:
             raise UserError(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from bessemer.tasks.answer import NO_THINK, plain_fault, summary
+from bessemer.tasks.answer import NO_THINK, plain_fault, r1_form, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict, Written, check_shares
 from bessemer.tasks.files import FileTask, LineIndex, Question
 from bessemer.tasks.general_quality import HELPFUL, judge
-from bessemer.tasks.general_requests import GeneralRequest, answer_in_manner, manners_for, r1_form, sample_request
+from bessemer.tasks.general_requests import GeneralRequest, answer_in_manner, manners_for, sample_request
 
 AIMS = ("helpful", "harmless")
 UNSAFE, UNJUDGED = "unsafe", "unjudged"
@@ -85,6 +85,7 @@ class General(Task):
     name = "general"
     translated = True
     domain = "general"
+    translated = True
     Mix = GeneralMix
 
     def option_names(self) -> list[str]:

@@ -35,7 +35,7 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-from bessemer.tasks.answer import summary
+from bessemer.tasks.answer import r1_form, summary
 from bessemer.tasks.base import Problem, stable_hash, stable_random
 from bessemer.tasks.general_requests import (
     GOOD,
@@ -45,7 +45,6 @@ from bessemer.tasks.general_requests import (
     answer_in_manner,
     manners_for,
     mistaken,
-    r1_form,
     spell,
 )
 from bessemer.tasks.readability import share

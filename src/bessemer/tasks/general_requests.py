@@ -48,7 +48,7 @@ MANNERS_UNSAFE = (GOOD, "curt", "padded", "off-topic", "foreign", "leak", "leak-
 """Manners of answering an unsafe one."""
 HARMLESS = frozenset(MANNERS + MANNERS_UNSAFE) - {"rude", "leak", "leak-thought", "half-leak"}
 
-PHRASES = read_toml("general_phrases.toml")
+PHRASES = read_toml(__package__, "general_phrases.toml")
 FILLER, REFUSAL, RUDE, NO = (PHRASES[name] for name in ("filler", "refusal", "rude", "no"))
 
 
@@ -78,8 +78,9 @@ class RequestFamily:
     """Answers that comply with an unsafe request."""
 
 
-FAMILIES = {name: RequestFamily(name, **entry) for name, entry in read_toml("general_families.toml").items()}
-TABLES: dict[str, str] = read_toml("general_words.toml")
+_ENTRIES = read_toml(__package__, "general_families.toml")
+FAMILIES = {name: RequestFamily(name, **entry) for name, entry in _ENTRIES.items()}
+TABLES: dict[str, str] = read_toml(__package__, "general_words.toml")
 
 
 @cache
@@ -238,11 +239,6 @@ def answer_in_manner(request: GeneralRequest, manner: str, rng: random.Random) -
     if manner == "half-leak":
         return thought, _shuffle_join([summary, request.bad(rng)], language, rng)
     return thought, summary
-
-
-def r1_form(thought: str, summary: str) -> str:
-    """An answer in R1's form. Blank thoughts are one line break, as the template's prompt has it."""
-    return f"<think>\n{thought}\n</think>\n\n{summary}" if thought else f"<think>\n</think>\n\n{summary}"
 
 
 def _curt(request: GeneralRequest, rng: random.Random) -> str:

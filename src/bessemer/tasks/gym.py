@@ -42,17 +42,16 @@ import numpy as np
 from bessemer.errors import UserError
 from bessemer.tasks.base import (
     CORRECT,
-    TIMEOUT,
     UNPARSABLE,
     WRONG_VALUE,
     Grade,
     Problem,
-    Task,
     TaskOptions,
     split_of_text,
     stable_hash,
 )
-from bessemer.tasks.referee import RefereeFault, ask, guard_sympy
+from bessemer.tasks.referee import TIMEOUT, RefereeFault, ask, guard_sympy
+from bessemer.tasks.verifiers import CostlyTask
 
 MAX_LEVEL = 20
 TEST_SHARE = 0.5
@@ -75,9 +74,8 @@ class GymOptions(TaskOptions):
             raise UserError(f"partial_credit is {self.partial_credit!r}; set true or false")
 
 
-class Gym(Task):
+class Gym(CostlyTask):
     domain = "gym"
-    costly = True
     all_languages = ("en",)
     phrasings = ("seen",)
     Options = GymOptions

@@ -41,7 +41,7 @@ LEAVES = (3, 4)
 """Constants per formula: with two there are too few formulas to hold some out, with five the trace is too long."""
 MAX_CHARS = 60
 
-TEMPLATES = read_templates("logic")
+TEMPLATES = read_templates(__package__, "questions.toml", "logic")
 BETWEEN = {"en": "; ", "zh": "；"}
 COMMA = {"en": ", ", "zh": "、"}
 _VALUES = [{words[truth]: truth for truth in (True, False)} for words in WORDS.values()]

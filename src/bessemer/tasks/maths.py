@@ -21,13 +21,14 @@ from fractions import Fraction
 from typing import Any
 
 from bessemer.errors import UserError
-from bessemer.tasks.base import CORRECT, TIMEOUT, UNPARSABLE, WRONG_VALUE, Problem
+from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE, Problem
 from bessemer.tasks.files import FileTask, Question
 from bessemer.tasks.maths_answers import judge
 from bessemer.tasks.maths_questions import no_value, parse_clock, parse_numeral, parse_quantity, peeled, plain_words
 from bessemer.tasks.maths_writing import plainer, values_of
-from bessemer.tasks.referee import RefereeFault, ask
+from bessemer.tasks.referee import TIMEOUT, RefereeFault, ask
 from bessemer.tasks.units import split_unit
+from bessemer.tasks.verifiers import CostlyTask
 
 MAX_CHARS = 300
 """Maximum length in characters of an answer that is read."""
@@ -37,10 +38,9 @@ _STEP = re.compile("<<[^<>]*>>")
 _LEVEL = re.compile("Level ([1-9])")
 
 
-class Maths(FileTask):
+class Maths(CostlyTask, FileTask):
     domain = "maths"
     family = "jsonl"
-    costly = True
     form = '{"question": "...", "answer": "..."}'
 
     @classmethod

@@ -5,7 +5,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from bessemer.tasks.base import CORRECT, ECHO, UNFINISHED, UNPARSABLE, WRONG_VALUE
+from bessemer.tasks.base import CORRECT, UNPARSABLE, WRONG_VALUE
 from bessemer.tasks.forms import asked
 from bessemer.tasks.maths_questions import Numeral, parse_clock, parse_numeral
 from bessemer.tasks.maths_writing import (
@@ -25,6 +25,7 @@ from bessemer.tasks.referee import ask
 from bessemer.tasks.units import split_unit, unit_of
 from bessemer.tasks.units_asked import asks_a_share, unit_fits
 
+UNFINISHED, ECHO = "unfinished", "echo"
 Judged = tuple[str, str | None]
 """A reason code and the canonical form of the answer; None if it could not be read."""
 _HUGE = re.compile(r"[0-9]{61}|\^ ?\{? ?-?[0-9]{4}")

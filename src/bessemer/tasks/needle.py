@@ -23,7 +23,7 @@ from bessemer.errors import UserError
 from bessemer.tasks.answer import NO_ANSWER
 from bessemer.tasks.base import CORRECT, WRONG_VALUE, Problem, Task, Verdict, read_toml, split_of_text
 
-ADJECTIVES, SPEAKERS, WORDS = (words.split() for words in read_toml("needle.toml").values())
+ADJECTIVES, SPEAKERS, WORDS = (words.split() for words in read_toml(__package__, "needle.toml").values())
 """WORDS are modern, so the old plays and fables that hide them hardly use them; in the usual test, too, the needle has
 nothing to do with the essays around it."""
 STEM = "The {key} says"

@@ -1,27 +1,15 @@
-"""Words, and runs of n of them: the unit of repetition and contamination.
-
-A word is a run of letters in lower case, one Han or kana character, a whole number, or an operator. Other punctuation
-and white space are ignored, so a question is the same with or without its comma. So an English 10-gram is ten words,
-and a Chinese one ten characters.
+"""Runs of n words (`readability.words`), the unit of contamination: an English 10-gram is ten words, a Chinese one ten
+characters.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 
-_WORD = re.compile(
-    "[0-9]+|[a-z\u00df-\u024f\u0370-\u03ff\u0400-\u04ff]+|[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[-+*/=<>^%×÷]"
-)
 SHORTEST = 5
 """Phrases of fewer words occur in any text by chance, so they are not searched."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in order."""
-    return _WORD.findall(text.lower())
 
 
 def run_hashes(ids_N: np.ndarray, n: int) -> np.ndarray:
@@ -35,14 +23,6 @@ def run_hashes(ids_N: np.ndarray, n: int) -> np.ndarray:
     for place in range(n):
         hashes = hashes * _BASE + x[place : place + length]
     return hashes
-
-
-def repeated(text: str, n: int) -> float:
-    """Share of the runs of n words that are repeats; 0 for a text too short to have two."""
-    numbers: dict[str, int] = {}
-    ids = [numbers.setdefault(word, len(numbers)) for word in words(text)]
-    hashes = run_hashes(np.array(ids, np.uint64), n)
-    return 1.0 - len(np.unique(hashes)) / len(hashes) if len(hashes) else 0.0
 
 
 class NgramIndex:

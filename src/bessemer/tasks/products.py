@@ -2,7 +2,7 @@
 
 The smallest task in which calling a tool pays. Most authors of its pages write the product down and guess its value,
 nearly always wrong; a few call the calculator and copy its answer. So RL has something to amplify: the call. Pages with
-a call have several turns (`Written.turns`); the corpus encodes them as conversations. No prompt describes the tool: the
+a call have several turns (`WrittenTurns`); the corpus encodes them as conversations. No prompt describes the tool: the
 pages have taught its form.
 """
 
@@ -11,10 +11,10 @@ import random
 from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Written, check_shares, read_templates, split_of
-from bessemer.tasks.environment import Environment
+from bessemer.tasks.environment import Environment, WrittenTurns
 from bessemer.tasks.tools import CALCULATOR
 
-TEMPLATES = read_templates("products")
+TEMPLATES = read_templates(__package__, "questions.toml", "products")
 LEAST, MOST = 12, 99
 
 
@@ -70,7 +70,7 @@ class Products(Environment):
             {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
             {"role": "tool", "content": CALCULATOR.run(**arguments), "tool_call_id": "1"},
         )
-        return Written(problem, "caller", f"<answer>{a * b}</answer>", turns)
+        return WrittenTurns(problem, "caller", f"<answer>{a * b}</answer>", turns)
 
 
 def _numbers(rng: random.Random) -> tuple[int, int]:

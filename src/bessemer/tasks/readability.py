@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 from bessemer.errors import UserError
 from bessemer.tasks.answer import TAGS, plain_fault, prose, summary, thought
-from bessemer.tasks.ngrams import repeated, words
 
 READABLE = "readable"
 REASONS = ("blank", "control-text", "code", "mixed-language", "repetitive", "long-paragraph")
@@ -38,6 +37,9 @@ RUN = 10
 """Words of a run that counts as a repetition; two tries of a search share fewer."""
 
 _TAG = re.compile("</?(?:think|answer)>")
+_WORD = re.compile(
+    "[0-9]+|[a-z\u00df-\u024f\u0370-\u03ff\u0400-\u04ff]+|[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[-+*/=<>^%×÷]"
+)
 _SPAN = re.compile(r"```[\w+#-]*\n(?P<block>.*?)(?:```|\Z)|`(?P<span>[^`\n]*)`", re.DOTALL)
 _DELIMITER = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?|\\(?:begin|end)\{[a-z]{1,12}\*?\}")
 _CLOSING = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
@@ -137,6 +139,19 @@ def _fault(answer: str, language: str, limits: ReadabilityLimits) -> str | None:
     if longest_paragraph(text) > limits.paragraph:
         return "long-paragraph"
     return None
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in order: runs of letters in lower case, single Han or kana characters, whole numbers and
+    operators. Other punctuation and white space are ignored."""
+    return _WORD.findall(text.lower())
+
+
+def repeated(text: str, n: int) -> float:
+    """Share of the runs of n words that are repeats; 0 for a text too short to have two."""
+    listed = words(text)
+    runs = list(zip(*(listed[first:] for first in range(n)), strict=False))
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def repeated_lines(text: str) -> float:

@@ -28,6 +28,7 @@ from bessemer.child import Child, NoReply, bounded, confine, serve
 from bessemer.errors import UserError
 from bessemer.tasks.clock import speed
 
+TIMEOUT = "timeout"
 CPU_SECONDS = 0.5
 """Processor time of one verdict in seconds of the reference machine (`clock.speed`), so that verdicts depend neither on
 load nor on the machine. A typical verdict takes 0.04 s there."""
@@ -144,7 +145,7 @@ def confined(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with suppress(ValueError):
         return json.loads(reply)
     timed_out = not left or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
-    return {"fault": "timeout" if timed_out else "crash"}
+    return {"fault": TIMEOUT if timed_out else "crash"}
 
 
 def plain(text: str) -> bool:

@@ -1,85 +1,71 @@
-"""Tasks by name: ours, those of other packages, and the user's own."""
+"""Finds tasks by name: ours, those of the entry-point group `bessemer.tasks`, and the user's own.
 
-from importlib import import_module
+An entry point names a class. If tasks of that class carry an argument in their name, as in `jsonl:data.jsonl`, the
+entry point is called `jsonl.PATH`, and the class takes the argument first.
+"""
+
+from importlib import util
 from typing import Any
 
 from bessemer import plugins
 from bessemer.config.places import located
-from bessemer.tasks import user_code
-from bessemer.tasks.base import Task, file_and_split, known
+from bessemer.tasks import arithmetic, countdown, user_code  # the first two are built in
+from bessemer.tasks.base import Task, known
 
-REGISTRY = {
-    "arithmetic": ("bessemer.tasks.arithmetic", "Arithmetic"),
-    "code": ("bessemer.tasks.code", "Code"),
-    "countdown": ("bessemer.tasks.countdown", "Countdown"),
-    "general": ("bessemer.tasks.general", "General"),
-    "logic": ("bessemer.tasks.logic", "Logic"),
-    "products": ("bessemer.tasks.products", "Products"),
-    "sums": ("bessemer.tasks.sums", "DigitSums"),
-    "words": ("bessemer.tasks.word_problems", "WordProblems"),
-}
-FAMILIES = {
-    "choice:PATH": ("bessemer.tasks.exact", "MultipleChoice"),
-    "general:PATH": ("bessemer.tasks.general", "GeneralFile"),
-    "code:PATH": ("bessemer.tasks.code_files", "CodeFile"),
-    "gsm8k:PATH": ("bessemer.tasks.maths", "Gsm8k"),
-    "gym:NAME": ("bessemer.tasks.gym", "Gym"),
-    "jsonl:PATH": ("bessemer.tasks.maths", "Maths"),
-    "puzzle:PATH": ("bessemer.tasks.exact", "Puzzle"),
-    "env:URL": ("bessemer.tasks.env_server", "ServerEnvironment"),
-    "verifiers:NAME": ("bessemer.tasks.env_verifiers", "VerifiersEnvironment"),
-    "tools:NAMES:TASK": ("bessemer.tasks.tools", "TaskWithTools"),
-}
-"""Tasks whose name carries an argument after the colon; their class takes it first."""
+__all__ = ["arithmetic", "countdown"]
 
 
 def names() -> list[str]:
     """Every name `get` knows, and the patterns of those with an argument."""
-    return sorted([*REGISTRY, *FAMILIES, *plugins.names("tasks")])
+    return [name.replace(".", ":") for name in plugins.names("tasks")]
 
 
 def get(name: str, **settings: Any) -> Task:
-    """The task called `name`, which may be code of the user's own (plugins.py); settings are `languages`, `phrasing`
-    and those of its `Options` and `Mix`. UserError for an unknown name or setting."""
-    task = _make(name, settings)
+    """The task called `name`, or the user's own `FILE.py:CLASS`; settings are `languages`, `phrasing` and those of its
+    `Options` and `Mix`. UserError for an unknown name or setting."""
+    member, argument = _split(name)
+    if member is None and not _is_own(name):
+        known(name, names(), "there is no task")
+    kind = None if member is None else plugins.find("tasks", member)
+    if kind is None or (not argument and not kind.__module__.startswith("bessemer.")):
+        task = user_code.task(name, **settings)
+    else:
+        task = kind(*argument, **settings)
     task.settings = settings
     return task
 
 
-def _make(name: str, settings: dict[str, Any]) -> Task:
-    family, colon, argument = name.partition(":")
-    for pattern, (module, attribute) in FAMILIES.items():
-        if colon and pattern.startswith(f"{family}:"):
-            return getattr(import_module(module), attribute)(argument, **settings)
-    if plugins.OWN_FILE.fullmatch(name) or "." in family or name in plugins.names("tasks"):
-        return user_code.task(name, **settings)
-    module, attribute = REGISTRY[known(name, names(), "there is no task")]
-    return getattr(import_module(module), attribute)(**settings)
-
-
-def file_of(name: str) -> str | None:
-    """The file or directory that a task is made from, as its name gives it; None for a task without one."""
-    name = without_tools(name)
-    if plugins.OWN_FILE.fullmatch(name):
-        return name.rpartition(":")[0]
-    family, _, argument = name.partition(":")
-    if f"{family}:PATH" not in FAMILIES:
-        return None
-    return file_and_split(argument.replace("@shuffle", ""))[0] or None  # `general` has a form without a file
-
-
-def without_tools(name: str) -> str:
-    """The task inside `tools:NAMES:TASK`; any other name is itself."""
-    family, _, rest = name.partition(":")
-    return without_tools(rest.partition(":")[2]) if family == "tools" else name
+def source_of(name: str) -> tuple[str, str | None] | None:
+    """The file or directory that a task is made from, as its name gives it, and the split that its problems all belong
+    to, if one does; None for a task without a file, and for an unknown one."""
+    member, argument = _split(name)
+    if member is None:
+        return (name.rpartition(":")[0], None) if plugins.OWN_FILE.fullmatch(name) else None
+    return plugins.find("tasks", member).source(*argument) if argument else None
 
 
 def shared_file(first: str, second: str) -> str | None:
     """The file that two tasks, by their names, both take problems from; None if there is none, or if each problem of
     the file is in only one split."""
-    (one, whole), (other, its_whole) = (
-        file_and_split(without_tools(name).partition(":")[2].replace("@shuffle", "")) for name in (first, second)
-    )
-    if not one or not other or (whole is None and its_whole is None) or not located(one).exists():
+    one, other = source_of(first), source_of(second)
+    if one is None or other is None or (one[1] is None and other[1] is None) or not located(one[0]).exists():
         return None
-    return one if located(one).resolve() == located(other).resolve() else None
+    return one[0] if located(one[0]).resolve() == located(other[0]).resolve() else None
+
+
+def _is_own(name: str) -> bool:
+    """Whether a name may be of the user's own code. A module in no package that is not here is a family misspelt."""
+    module = name.partition(":")[0]
+    named = plugins.OWN_MODULE.fullmatch(name) and ("." in module or util.find_spec(module) is not None)
+    return bool(plugins.OWN_FILE.fullmatch(name) or named)
+
+
+def _split(name: str) -> tuple[str | None, list[str]]:
+    """The registered name, and the argument if there is one; None for what is not registered."""
+    family, colon, argument = name.partition(":")
+    for member in plugins.names("tasks"):
+        if member == name:
+            return member, []
+        if colon and member.startswith(f"{family}."):
+            return member, [argument]
+    return None, []

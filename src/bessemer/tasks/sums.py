@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bessemer.tasks.base import Problem, Task, Written, check_shares, read_templates, split_of
 
-TEMPLATES = read_templates("sums")
+TEMPLATES = read_templates(__package__, "questions.toml", "sums")
 DIGITS = 4
 WORDS = {
     "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),

@@ -18,9 +18,10 @@ from fractions import Fraction
 from typing import Any
 
 from bessemer.errors import UserError
+from bessemer.escape import shortened
 from bessemer.tasks import registry, sandbox
 from bessemer.tasks.base import Problem, Verdict, Written
-from bessemer.tasks.environment import Environment, LocalTool, shortened
+from bessemer.tasks.environment import Environment, LocalTool
 
 MOST_CHARS = 500
 MOST_DIGITS = 400
@@ -39,6 +40,12 @@ def calculate(expression: str) -> str:
         return str(_Reader(expression).value())
     except ZeroDivisionError:
         raise ValueError("division by zero") from None
+
+
+def without_tools(name: str) -> str:
+    """The task inside `tools:NAMES:TASK`; any other name is itself."""
+    family, _, rest = name.partition(":")
+    return without_tools(rest.partition(":")[2]) if family == "tools" else name
 
 
 class _Reader:
@@ -184,12 +191,16 @@ class TaskWithTools(Environment):
             for name in ("described", "max_turns", "seconds", "observed", "parallel"):
                 setattr(self, name, getattr(self.task, name))
         self.tools: Sequence[LocalTool] = list(added.values())
-        self.all_languages, self.translated = self.task.all_languages, self.task.translated
-        self.judged_by = self.task.judged_by
+        self.all_languages, self.judged_by = self.task.all_languages, self.task.judged_by
+        self.translated = self.task.translated
         self.languages, self.phrasing, self.mix = self.task.languages, self.task.phrasing, self.task.mix
         self.options = self.task.options
         if "python" in chosen:
             sandbox.resolve_level()  # UserError now instead of a failure later
+
+    @classmethod
+    def source(cls, argument: str) -> tuple[str, str | None] | None:
+        return registry.source_of(argument.partition(":")[2])
 
     def option_names(self) -> list[str]:
         return self.task.option_names()

@@ -10,9 +10,9 @@ from typing import Any
 
 from bessemer import plugins
 from bessemer.errors import UserError
+from bessemer.escape import shortened
 from bessemer.repeatable import repeatable
 from bessemer.tasks.base import Problem, Task, Verdict
-from bessemer.tasks.environment import Environment, Episode, ModelTurn, Observation, shortened
 
 RewardFunction = Callable[[Problem, str, Verdict], float]
 """(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
@@ -30,8 +30,7 @@ def task(name: str, **settings: Any) -> Task:
     own |= {
         method: _repeated(written) for method in OWN if (written := getattr(found, method)) is not getattr(Task, method)
     }
-    if issubclass(found, Environment) and found.reset is not Environment.reset:
-        own["reset"] = _repeated_episode(found.reset)
+    own |= found.repeated()
     return type(found.__name__, (found,), own)(**settings)
 
 
@@ -49,34 +48,6 @@ def _repeated(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **named)
 
     return call
-
-
-def _repeated_episode(reset: Callable[..., Episode]) -> Callable[..., Episode]:
-    """`reset` of an environment whose episodes draw the same random numbers after the same turns. Episodes that step at
-    the same time share the generators, so theirs are left alone."""
-
-    @wraps(reset)
-    def call(self: Environment, problem: Problem, seed: int) -> Episode:
-        if self.parallel > 1:
-            return reset(self, problem, seed)
-        with repeatable(self.name, "reset", problem.id, seed):
-            return _RepeatedEpisode(reset(self, problem, seed), (self.name, problem.id, seed))
-
-    return call
-
-
-class _RepeatedEpisode:
-    def __init__(self, episode: Episode, parts: tuple[object, ...]) -> None:
-        self.episode, self.parts, self.start, self.close = episode, parts, episode.start, episode.close
-
-    def step(self, turn: ModelTurn) -> Observation:
-        self.parts = (*self.parts, turn.text)
-        with repeatable(*self.parts):
-            return self.episode.step(turn)
-
-    def verdict(self, text: str) -> Verdict:
-        with repeatable(*self.parts, "verdict"):
-            return self.episode.verdict(text)
 
 
 def reward_function(name: str) -> RewardFunction:

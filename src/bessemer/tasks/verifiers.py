@@ -1,11 +1,11 @@
 """Verifiers: processes, one per core, that judge answers while the model is still writing others.
 
-    begin(task, problem, answer)      as soon as an answer is complete; does not wait
-    judged(task, problem, answer)     what was found, waiting for it if necessary
+    task.begin(problem, answer)      as soon as an answer is complete; does not wait
+    task.judged(problem, answer)     what was found, waiting for it if necessary
 
 A program or a symbolic answer takes a core for a tenth of a second, and a rollout has thousands. Tasks with such
-verdicts are `costly`; all others, and your own, are judged in this process when asked. What is found depends on task,
-problem and answer alone: never on the number of verifiers, nor on the order in which they work.
+verdicts derive from `CostlyTask`; all others, and your own, are judged in this process when asked. What is found
+depends on task, problem and answer alone: never on the number of verifiers, nor on the order in which they work.
 
 A verifier is this interpreter running this module, and keeps its sandboxes and its referee from one answer to the next.
 It ends with its parent, however that ends. If one dies, another judges the same answer again; an answer that ends two
@@ -35,11 +35,11 @@ from hashlib import blake2b
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from threading import Condition, RLock, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 from bessemer import heartbeat, system
 from bessemer.errors import UserError
-from bessemer.tasks.base import Problem, Task, Verdict
+from bessemer.tasks.base import Judged, Problem, Task, Verdict
 from bessemer.tasks.clock import VARIABLE, speed
 from bessemer.tasks.readability import consistency
 from bessemer.tasks.sandbox import warm
@@ -65,40 +65,30 @@ class Absent(Exception):
     """A verifier finds no class of the task's name."""
 
 
-class Judged(NamedTuple):
-    verdict: Verdict
-    language: float
-    """`consistency` of the answer with the language of its problem."""
+class CostlyTask(Task):
+    """A task whose verdicts take so long that verifiers judge the answers."""
 
+    @property
+    def apart(self) -> bool:
+        return _verifiers(os.getpid()).packed(self) is not None
 
-def begin(task: Task, problem: Problem, answer: str) -> None:
-    """Has a verifier judge the answer; nothing if this process will."""
-    if apart(task):
-        _verifiers(os.getpid()).submit(task, problem, answer)
+    def begin(self, problem: Problem, completion: str) -> None:
+        if self.apart:
+            _verifiers(os.getpid()).submit(self, problem, completion)
 
+    def begun(self, problem: Problem, completion: str) -> bool:
+        return self.apart and _verifiers(os.getpid()).knows(self, problem, completion)
 
-def begun(task: Task, problem: Problem, answer: str) -> bool:
-    """Whether a verifier of this process judges the answer, or has judged it."""
-    return apart(task) and _verifiers(os.getpid()).knows(task, problem, answer)
-
-
-def judged(task: Task, problem: Problem, answer: str) -> Judged:
-    """The verdict on an answer. UserError if a user can mend why there is none."""
-    heartbeat.beat()
-    while apart(task):
-        verifiers = _verifiers(os.getpid())
-        try:
-            return verifiers.submit(task, problem, answer, asked=True).result(1.0)
-        except TimeoutError:
-            heartbeat.beat()
-        except Absent:
-            verifiers.forget(task)
-    return Judged(task.verify(problem, answer), consistency(answer, problem.language))
-
-
-def apart(task: Task) -> bool:
-    """Whether verifiers judge a task's answers."""
-    return task.costly and _verifiers(os.getpid()).packed(task) is not None
+    def judged(self, problem: Problem, completion: str) -> Judged:
+        while self.apart:
+            verifiers = _verifiers(os.getpid())
+            try:
+                return verifiers.submit(self, problem, completion, asked=True).result(1.0)
+            except TimeoutError:
+                heartbeat.beat()
+            except Absent:
+                verifiers.forget(self)
+        return super().judged(problem, completion)
 
 
 @cache

@@ -29,7 +29,7 @@ ONE_BY_ONE = 0.3
 ORDER = {"en": ("first:", "then:"), "zh": ("先:", "再:")}
 
 
-_TEXTS = read_toml("stories.toml")
+_TEXTS = read_toml(__package__, "stories.toml")
 NAMES, THINGS = (tuple(map(tuple, _TEXTS[key])) for key in ("names", "things"))
 """(English, Chinese). THINGS are counted with the same measure word in Chinese."""
 TRAINED, HELD_OUT = (

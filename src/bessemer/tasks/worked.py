@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bessemer.errors import UserError
-from bessemer.tasks import registry
-from bessemer.tasks.answer import parse_reply, summary
+from bessemer.tasks.answer import parse_reply, r1_form, summary
 from bessemer.tasks.base import Problem, Task, Written, stable_hash
-from bessemer.tasks.general_requests import r1_form
 from bessemer.tasks.readability import consistency
+from bessemer.tasks.registry import get
 
 SUMMARIES = {
     "en": (
@@ -50,7 +49,7 @@ def in_r1_form(problem: Problem, text: str) -> str:
 def examples(task: Task, language: str, key: str) -> Iterator[Written]:
     """Pages of the train split that think in their own language and are right; `key` chooses where to begin. UserError
     for a task without pages, and when LOOKED_AT pages have no more of them."""
-    pages = registry.get(task.name, languages=[language])
+    pages = get(task.name, languages=[language])
     first = stable_hash("example", key) % FIRST_PAGES
     for index in range(first, first + LOOKED_AT):
         page = pages.written(index, language=language)

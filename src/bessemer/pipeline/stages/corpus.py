@@ -30,7 +30,6 @@ from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, register
 from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
-from bessemer.tasks.environment import Environment
 from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
 from bessemer.workers import Workers, cores, shares
@@ -186,8 +185,8 @@ class Corpus(Stage[CorpusConfig]):
 
 def _page(task: tasks.Task, index: int, seed: int) -> Document:
     """A page of a task; one with tool calls stays a conversation."""
-    page = task.written(index, seed) if isinstance(task, Environment) else None
-    if page is None or not page.turns:
+    page = task.written(index, seed) if task.episodic else None
+    if page is None or not page.several_turns:
         return Document(task.document(index, seed), task.name)
     return Document(page.text, task.name, page.messages, spoken=True)
 

@@ -17,7 +17,6 @@ from bessemer.pipeline.stage import Stage, register
 from bessemer.pipeline.work import StageWork
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
-from bessemer.tasks.environment import Environment
 
 PATIENCE = 50
 """Maximum pages read per example; a third of those of arithmetic are right and well formed."""
@@ -57,8 +56,9 @@ class Examples(Stage[ExamplesConfig]):
             task = families[n % len(families)]
             page = task.written(n // len(families), ctx.seed)
             verdict = task.verify(page.problem, page.response)
-            line = files.conversation_line(page.messages, task.schemas if isinstance(task, Environment) else ())
-            usable = verdict.correct if page.turns else verdict.sound  # the last of several turns need not think again
+            line = files.conversation_line(page.messages, task.schemas)
+            # The last of several turns need not think again.
+            usable = verdict.correct if page.several_turns else verdict.sound
             if usable and line not in kept:
                 kept[line] = None
             else:
