@@ -120,9 +120,10 @@ def test_an_evaluation_of_which_nothing_is_searched_for_is_refused_before_any_wo
     assert not list((tmp_path / "out").glob("work/read/*"))
 
 
-def test_any_engine_makes_the_same_files(made, tmp_path):
+def test_any_engine_makes_the_same_files(made, tmp_path, monkeypatch):
     build(load(made), tmp_path / "one")
-    build(load(made, ["engine.workers=3", "engine.memory=3000"]), tmp_path / "three")
+    monkeypatch.setattr("bessemer.pipeline.curation.DEDUP_MEMORY", 3000)
+    build(load(made, ["engine.workers=3"]), tmp_path / "three")
     assert _files(tmp_path / "one") == _files(tmp_path / "three")
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4
 

@@ -247,7 +247,6 @@ kind = "reward-model"
 name = "again"
 from = "pretrain"
 previous = "helpful"
-replay = 0.9
 aim = "helpful"
 data = ["{folder}/new.jsonl"]
 heldout_data = ["{folder}/heldout.jsonl"]
@@ -262,8 +261,9 @@ precision = "float32"
 """
 
 
-def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path):
+def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path, monkeypatch):
     """All old answers are asked for; the file holds those that the previous reward model held out."""
+    monkeypatch.setattr("bessemer.pipeline.stages.reward.REPLAY", 0.9)
     folder, results = done
     path, out = tmp_path / "small.toml", shutil.copytree(folder / "run", tmp_path / "run")
     path.write_text((folder / "small.toml").read_text() + AGAIN.format(folder=tmp_path))
@@ -288,7 +288,6 @@ def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path):
             r'heldout holds out answers in .*pairs.jsonl that "helpful" was trained on; set it to 0.05',
         ),
         ({"[[stage]]": "[layout]\ndp = 7\n\n[[stage]]"}, "a step of 6 rows is too small for pp 1 x dp 7 x ep 1"),
-        ({'aim = "helpful"': 'aim = "helpful"\nreplay = 0.2'}, "replay has no effect without previous"),
         ({"made = 60": "made = 0", "samples = 1": "", 'data = ["{pairs}"]': ""}, "nothing to judge; give data"),
         ({"made = 60": "made = 0"}, "samples are answers to made prompts"),
         ({"row_length = 192": "row_length = 9"}, "longer than a row of 9 tokens; raise row_length"),

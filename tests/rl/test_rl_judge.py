@@ -215,15 +215,6 @@ def test_a_server_that_is_away_is_taken_for_what_it_was_until_it_is_needed(tmp_p
         gone.verdicts(questions(3))
 
 
-def test_without_the_cache_every_start_asks_again(tmp_path):
-    with JudgeServer(lambda prompt: RIGHT) as server:
-        for start in (1, 2):
-            made = judge(server, tmp_path, cache=False)
-            assert made.verdicts(questions(3)) == made.verdicts(questions(3)) == [True] * 3
-            assert len(server.asked) == 3 * start
-    assert server.probes == [] and not list(tmp_path.iterdir())
-
-
 def test_what_was_judged_before_a_failure_is_kept(tmp_path):
     count = []
 
@@ -386,7 +377,6 @@ def test_a_cache_that_is_no_cache_is_named(tmp_path):
         ({"stage": "dev3", "url": "http://h/v1", "served_model": "m"}, "give either stage or url"),
         ({"url": "http://h/v1"}, "url and served_model belong together"),
         ({"stage": "dev3", "api_key_env": "K"}, "api_key_env has no effect without url"),
-        ({"stage": "dev3", "cache": False}, "cache has no effect without url"),
         ({"url": "file:///etc/passwd", "served_model": "m"}, "give the base of an API"),
         ({"url": "https://me:secret@h/v1", "served_model": "m"}, "must hold no credentials"),
         ({"url": "https://h/v1?key=1", "served_model": "m"}, "give the base of an API"),
@@ -409,6 +399,5 @@ def test_the_table_counts_in_the_fingerprint_but_not_how_fast_it_asks():
     assert values == reject(**asked, concurrency=99, timeout="1h", retries=0, api_key_env="K").fingerprint_values()
     assert values != reject(**asked | {"served_model": "n"}).fingerprint_values()
     assert values != reject(**asked, samples=2).fingerprint_values()
-    assert values != reject(**asked, cache=False).fingerprint_values() and "cache" not in values["judge"]
-    assert "judge" not in reject().fingerprint_values()
+    assert reject().fingerprint_values()["judge"] is None
     assert stage_refs(reject(stage="dev3")) == [("judge.stage", "dev3")]

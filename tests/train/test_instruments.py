@@ -10,7 +10,6 @@ from tiny_run import model, trainer
 
 from bessemer.model.accounting import flops_per_token
 from bessemer.precision.weights import KeptWeights
-from bessemer.train import instruments
 from bessemer.train.instruments import PHASES, Instruments, named_phases, peak_flops
 
 
@@ -101,14 +100,3 @@ def test_a_step_has_its_own_peak_of_memory(monkeypatch):
         card.peak = max(card.peak, 30 << 30)
         kept.drop()
     assert made.values(1, 1, True, 1.0)["gpu/memory_gib"] == 30 and kept.copies == 2
-
-
-def test_a_memory_snapshot(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda max_entries: calls.append(max_entries))
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(path))
-    config = trainer(memory_snapshot=True).config
-    made = Instruments(config, model(), torch.device("cuda"), torch.bfloat16, tmp_path / "profile", print)
-    assert "memory-rank-00000.pickle" in made.dump()
-    assert calls == [instruments.HISTORY, str(tmp_path / "profile" / "memory-rank-00000.pickle")]

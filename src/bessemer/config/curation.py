@@ -1,6 +1,6 @@
 """The recipe of `bessemer data build`: the sources, their filters, and how they become shards.
 
-    name, seed, row_length, heldout, fim_rate, fim_parts, boundary_split_rate
+    name, seed, row_length, heldout, fim_rate, fim_parts
     [tokenizer] | [[source]] ... | [dedup] | [decontaminate] | [engine]
 
 Overrides are `key=value`, `table.key=value`, and `SOURCE.key=value` with a source's name. `pipeline/curation.py` loads
@@ -20,7 +20,7 @@ from pydantic import Field
 from bessemer.config.builtin import find_recipe
 from bessemer.config.places import read_text
 from bessemer.config.table import ConfigTable, Seed, nearest, validate
-from bessemer.config.units import Bytes, Tokens
+from bessemer.config.units import Bytes
 from bessemer.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -37,9 +37,8 @@ class SourceTable(ConfigTable):
     """A registered source, `hf://owner/name[/config][#split]`, or a file, folder or pattern (`data/**/*.jsonl.gz`) of
     .jsonl, .txt, .parquet, .html, .warc and .wet files, also .gz and .zst."""
     domain: str
-    """english, chinese, code, mathematics, or a name of your own."""
-    part: str = ""
-    """Part of the training mixture, and folder of its shards. Default: the domain."""
+    """english, chinese, code, mathematics, or a name of your own: the part of the training mixture, and the folder of
+    its shards."""
     text: str = "text"
     """The key or column that holds the text."""
     languages: list[str] = Field(default_factory=list)
@@ -56,10 +55,6 @@ class SourceTable(ConfigTable):
     and count it."""
     longest: Bytes = 10_000_000
     """Maximum bytes of a document, line or page; longer ones count as unreadable."""
-    retries: int = Field(3, ge=0)
-    """Retries of a source that disappears while it is read."""
-    pause: float = Field(1.0, ge=0)
-    """Seconds before the first retry, doubled before each further one."""
 
 
 class TokenizerTable(ConfigTable):
@@ -69,8 +64,6 @@ class TokenizerTable(ConfigTable):
     """A tokenizer or model directory. Default: train a new tokenizer."""
     vocab_size: int = Field(32_768, ge=300)
     """Vocabulary size of a new tokenizer."""
-    sample: Tokens = 20_000_000
-    """Characters of each source to train a new tokenizer on."""
 
 
 class DedupTable(ConfigTable):
@@ -80,12 +73,6 @@ class DedupTable(ConfigTable):
     """Remove texts that differ only in case and white space."""
     near: bool = True
     """Remove texts that share most of their n-grams, by MinHash."""
-    ngram: int = Field(5, ge=1)
-    """Words of an n-gram; in Chinese, characters (FineWeb: 5)."""
-    permutations: int = Field(120, ge=8)
-    """Hashes in a MinHash signature."""
-    bands: int = Field(20, ge=1)
-    """Bands of a signature; texts that share one are compared. Must divide the permutations."""
     threshold: float = Field(0.75, ge=0.1, le=1)
     """Minimum share of equal hashes between the signatures of two copies."""
 
@@ -112,8 +99,6 @@ class EngineTable(ConfigTable):
     """Jobs that run in parallel; 0: one per core."""
     unit_bytes: Bytes = 64_000_000
     """Approximate input of one job. Unlike the other keys of this table, it determines the number of shards."""
-    memory: Bytes = 512_000_000
-    """Memory limit of one deduplication job."""
 
 
 class Curation(ConfigTable):
@@ -131,8 +116,6 @@ class Curation(ConfigTable):
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)
     """Parts with fill-in-the-middle (V3: all)."""
-    boundary_split_rate: float = Field(0.05, ge=0, le=1)
-    """Share of "punctuation + line break" tokens split in two (V3 4.1 does not state the share)."""
     tokenizer: TokenizerTable = TokenizerTable()
     """The tokenizer."""
     sources: list[SourceTable] = Field(alias="source")
@@ -165,21 +148,17 @@ class Curation(ConfigTable):
         names = [source.name for source in self.sources]
         for source in self.sources:
             table = f'{where}: source "{source.name}"'
-            for key, name in (("name", source.name), ("part", source.part or source.domain)):
+            for key, name in (("name", source.name), ("domain", source.domain)):
                 if not _NAME.fullmatch(name):
                     raise UserError(f"{table}: {key} {name!r} must be letters, digits, - and _, as it names a folder")
-            if (source.part or source.domain) in _RESERVED:
-                raise UserError(f"{table}: no part may be called {' or '.join(_RESERVED)}; give it another part")
+            if (source.domain) in _RESERVED:
+                raise UserError(f"{table}: no domain may be called {' or '.join(_RESERVED)}; give it another one")
             if names.count(source.name) > 1:
                 raise UserError(f"{table} occurs twice; give each source its own name")
             for rule, number in source.rules.items():
                 if number is True:
                     raise UserError(f"{table}: rule {rule} is true; give its number, or false to leave it out")
-        if self.dedup.permutations % self.dedup.bands:
-            raise UserError(
-                f"{where}: dedup.bands {self.dedup.bands} does not divide dedup.permutations {self.dedup.permutations}"
-            )
-        parts = list(dict.fromkeys(source.part or source.domain for source in self.sources))
+        parts = list(dict.fromkeys(source.domain for source in self.sources))
         for part in self.fim_parts:
             if part not in parts:
                 raise UserError(f'{where}: fim_parts names "{part}", which is not a part; {nearest(part, parts)}')

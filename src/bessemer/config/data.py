@@ -33,5 +33,3 @@ class CorpusConfig(StageConfig):
     """Share of training documents of `fim_parts` in prefix-suffix-middle order (V3 4.1: 0.1)."""
     fim_parts: list[str] = Field(default_factory=list)
     """Parts with fill-in-the-middle (V3: all)."""
-    boundary_split_rate: float = Field(0.05, ge=0, le=1)
-    """Share of "punctuation + line break" tokens split in two (V3 4.1 does not state the share)."""

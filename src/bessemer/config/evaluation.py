@@ -34,7 +34,5 @@ class EvalConfig(SamplingConfig):
     shot_kind: ShotKind = "worked"
     """worked: pages with thoughts and a right answer; direct: their questions with the answers alone; other-language:
     worked, in the task's other language; fables: the same number of tokens of fables, a control."""
-    prefix: str = ""
-    """Text before the examples and the question, such as an instruction; a document of its own."""
     searched_words: Tokens = 50_000_000
     """Maximum words of each earlier stage's training text to search for the problems; 0: no search."""

@@ -20,10 +20,6 @@ class JudgeConfig(ConfigTable):
     provider)."""
     served_model: str | None = None
     """Name of the model at `url`."""
-    cache: bool = True
-    """Store the replies of `url`, so that no request is paid for twice, not even in another run from the same folder
-    with the same seed. They belong to the model that gave them: at every start the server is asked which one it has.
-    false: every start asks everything again."""
     api_key_env: str | None = None
     """Environment variable that holds the API key. The key is stored nowhere, but it is sent in clear text: use https,
     except on this machine."""
@@ -68,6 +64,4 @@ class JudgeConfig(ConfigTable):
             raise ValueError("url and served_model belong together")
         if self.url is None and self.api_key_env is not None:
             raise ValueError("api_key_env has no effect without url")
-        if self.url is None and not self.cache:
-            raise ValueError("cache has no effect without url")
         return self

@@ -65,8 +65,6 @@ class RewardModelConfig(FineTuningConfig):
     previous: StageRef | None = None
     """Earlier reward-model stage to continue from: its weights, and some of its judged answers. New answers are sampled
     from the model of `from`, the policy that was trained with it (DeepSeekMath 4.1.4, iterative GRPO)."""
-    replay: float = Field(0.1, ge=0, lt=1)
-    """Share of the training answers taken from `previous` (DeepSeekMath: 0.1)."""
     aim: Literal["helpful", "harmless"]
     """helpful: pairwise, reads the prompt and the summary; harmless: pointwise, also reads the thoughts."""
     data: list[SourceName] = Field(default_factory=list)
@@ -132,8 +130,6 @@ class DistillConfig(OnPolicyConfig):
     """Length cap of an answer."""
     temperature: float = Field(1.0, gt=0, le=100)
     """Temperature of sampling and of both distributions."""
-    divergence: Literal["reverse", "forward"] = "reverse"
-    """KL of student from teacher (reverse), or of teacher from student (forward)."""
     lr: LearningRates = Points(1e-3)
     """Learning rate over optimizer steps."""
     eval_every: int = Field(25, ge=1)
@@ -150,9 +146,6 @@ class ExtendConfig(PretrainConfig):
     """Tokens per row, and the model's maximum length from then on (V3: 32,768, then 131,072)."""
     rope_factor: float = Field(40.0, gt=1)
     """YaRN's scale s, the same in every phase: the reachable length over the original length (V3: 40)."""
-    original_length: int | None = Field(None, ge=8)
-    """Length at which the model was trained before any extension. Default: the row length of its pre-training corpus;
-    for an imported model, the value in its config."""
     tokens: Tokens = Field(1_000_000, ge=1)
     """Tokens to train on, padding included (V3: 62.9B in each phase)."""
     gamma: Gammas = Points(0.0)

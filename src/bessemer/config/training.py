@@ -35,7 +35,7 @@ class OptimizerConfig(StageConfig):
     class constant there.
     """
 
-    runtime_only = frozenset({"save_seconds", "profile_steps", "memory_snapshot"})
+    runtime_only = frozenset({"save_seconds", "profile_steps"})
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.95)  # decay rates of AdamW's moments (V3 4.2)
     eps: ClassVar[float] = 1e-8  # of AdamW (undocumented in V3)
@@ -44,7 +44,7 @@ class OptimizerConfig(StageConfig):
     """Optimizer of the matrices inside the layers; AdamW updates the rest (V3: adamw for all; R1: undocumented)."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (V3: 0.1; R1: undocumented)."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, alias="clip_norm")
     """Maximum gradient norm (V3: 1.0)."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the optimizer's moments (V3: bfloat16)."""
@@ -69,8 +69,6 @@ class OptimizerConfig(StageConfig):
     profile_steps: list[int] = Field(default_factory=list)
     """Optimizer steps (from 1) whose torch.profiler traces are written to the stage's state/profile. On a GPU the
     phases of the layers are also ranges in NVIDIA's tools."""
-    memory_snapshot: bool = False
-    """On a GPU: record every allocation and, if memory runs out, write the record to the stage's state/profile."""
 
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         """The rate of the step that begins at `tokens` consumed tokens of `total`, after `step` optimizer steps."""
@@ -96,8 +94,6 @@ class OnPolicyConfig(FineTuningConfig):
 
     lr: LearningRates
     """Learning rate over optimizer steps."""
-    clip: float = Field(1.0, gt=0, alias="clip_norm")
-    """Maximum gradient norm."""
     micro_tokens: int = Field(4096, ge=16)
     """Padded tokens per forward pass; affects memory and speed only."""
     precision: Precision = "device"
@@ -128,8 +124,6 @@ class PretrainConfig(OptimizerConfig):
     """Instead of a mixture: shares proportional to (tokens of the part)^temperature."""
     epoch_caps: dict[str, float] = Field(default_factory=dict)
     """Part = maximum number of times it is read."""
-    on_cap: Literal["redistribute", "refuse"] = "redistribute"
-    """If a part reaches its cap before the end: redistribute its share to the other parts, or refuse the run."""
     lengths: Steps | None = None
     """Tokens per row over consumed tokens, such as [["0", 128], ["2M", 256]]; a step keeps its number of tokens, so
     shorter rows mean more rows. Default: the corpus' row_length throughout (as V3 in pre-training)."""

@@ -172,5 +172,5 @@ def _end_with_parent() -> None:
 def _killed(job: Job) -> str:
     return (
         f"the worker process for {job.step} of {job.title} was killed twice. If memory ran out, lower "
-        "engine.unit_bytes, engine.memory or engine.workers; the same command continues from here"
+        "engine.unit_bytes or engine.workers; the same command continues from here"
     )

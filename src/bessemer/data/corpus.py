@@ -55,6 +55,10 @@ class PackedCorpus:
     heldout: rows.Rows
 
 
+BOUNDARY_SPLIT_RATE = 0.05
+"""Share of "punctuation + line break" tokens that a recipe's corpora split in two (V3 4.1 does not state the share)."""
+
+
 def build(
     documents: Iterable[Document],
     tokenizer: Tokenizer,

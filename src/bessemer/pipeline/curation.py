@@ -12,6 +12,7 @@ from bessemer.config.table import nearest
 from bessemer.curate import build as building
 from bessemer.curate import filters, settings
 from bessemer.curate.jobs import Done, InProcess, Job, JobRunner, ProcessPool, perform
+from bessemer.data.corpus import BOUNDARY_SPLIT_RATE
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
 from bessemer.runs.files import explained
@@ -36,6 +37,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Curation:
     return curation
 
 
+TOKENIZER_SAMPLE = 20_000_000
+"""Characters of each source that a new tokenizer is trained on."""
+DEDUP_MEMORY = 512_000_000
+"""Bytes of memory that one deduplication job may use."""
+
+
 def plain(curation: Curation, cache: str | None = None) -> settings.Settings:
     """The recipe as the build's settings."""
     tokenizer = curation.tokenizer
@@ -46,10 +53,10 @@ def plain(curation: Curation, cache: str | None = None) -> settings.Settings:
             tuple(curation.decontaminate.tasks), curation.decontaminate.n, curation.decontaminate.problems
         ),
         settings.Tokens(
-            tokenizer.source, tokenizer.vocab_size, tokenizer.sample, curation.row_length, curation.heldout,
-            curation.fim_rate, tuple(curation.fim_parts), curation.boundary_split_rate,
+            tokenizer.source, tokenizer.vocab_size, TOKENIZER_SAMPLE, curation.row_length, curation.heldout,
+            curation.fim_rate, tuple(curation.fim_parts), BOUNDARY_SPLIT_RATE,
         ),
-        curation.engine.unit_bytes, curation.engine.memory, cache,
+        curation.engine.unit_bytes, DEDUP_MEMORY, cache,
     )  # fmt: skip
 
 
@@ -61,8 +68,8 @@ def _plain_source(table: SourceTable) -> settings.Source:
         else:
             rules[rule] = float(number)
     return settings.Source(
-        table.name, table.source, table.domain, table.part or table.domain, table.text, tuple(table.languages),
-        table.confidence, rules, table.bad, table.longest, table.retries, table.pause,
+        table.name, table.source, table.domain, table.domain, table.text, tuple(table.languages),
+        table.confidence, rules, table.bad, table.longest,
     )  # fmt: skip
 
 

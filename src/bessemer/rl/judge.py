@@ -80,7 +80,7 @@ class Judge:
         self.engine: Engine | None = None
         if config.url is not None:
             self.api = JudgeAPI(config, api_key(ctx.name, config))
-            self.replies = Replies(ctx.cache / "judge.sqlite" if config.cache else None)
+            self.replies = Replies(ctx.cache / "judge.sqlite")
         else:
             assert config.stage is not None
             self.engine = engine_of(ctx.inputs[config.stage] / "model", ctx, role="judge")
@@ -88,7 +88,7 @@ class Judge:
         self.place = f"{config.url} {config.served_model}"
         self.identity = ""
         """Of the model at `url`; "" while it is not known."""
-        self.met = self.api is None or not config.cache
+        self.met = self.api is None
         """Whether the model has been asked who it is, where that matters."""
 
     def verdicts(self, answers: Sequence[tuple[str, str, str]]) -> list[bool | None]:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 PHASES = ("attend", "dispatch", "experts", "combine", "finish")
-HISTORY = 100_000
-"""Number of past allocations in a memory snapshot."""
 
 
 @cache
@@ -50,12 +48,8 @@ class Instruments:
         self.model, self.device, self.folder, self.say = model, device, folder, say
         self.devices, self.rank = devices, rank
         self._peak = None
-        if device.type == "cuda":
-            if dtype == torch.bfloat16:
-                self._peak = peak_flops(torch.cuda.get_device_name(device))
-            if config.memory_snapshot:
-                torch.cuda.memory._record_memory_history(max_entries=HISTORY)
-        self._snapshot = config.memory_snapshot
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            self._peak = peak_flops(torch.cuda.get_device_name(device))
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -97,15 +91,6 @@ class Instruments:
         if self._peak is not None and flops is not None:
             values["gpu/mfu"] = flops * tokens / seconds / (self._peak * self.devices)
         return values
-
-    def dump(self) -> str:
-        """Writes the memory snapshot if the stage asks for it; returns a sentence that says so, or ""."""
-        if not self._snapshot or self.device.type != "cuda" or self.folder is None:
-            return ""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"memory-rank-{self.rank:05d}.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))
-        return f". A snapshot of its memory is in {path} (open it in https://docs.pytorch.org/memory_viz)"
 
 
 @contextmanager

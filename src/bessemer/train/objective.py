@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,6 @@ from bessemer.train.loss import chunk_rows, predicting
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
-
-Divergence = Literal["reverse", "forward"]
-"""KL of student from teacher (reverse), or of teacher from student (forward)."""
 
 
 @dataclass
@@ -238,7 +235,6 @@ class OnPolicyDistillation:
     `teachers` only provide the heads (`Runtime.frozen`)."""
 
     teachers: tuple[LanguageModel, ...]
-    divergence: Divergence = "reverse"
     temperature: float = 1.0
 
     def __call__(self, model: LanguageModel, batch: Batch) -> Loss:
@@ -253,7 +249,7 @@ class OnPolicyDistillation:
         )
         total = _weighted_divergence(
             student_ND, weight_VD, teacher_ND, self.teachers[batch.teacher].head_weight.detach(), weight[keep],
-            self.divergence, self.temperature,
+            self.temperature,
         )  # fmt: skip
         return Loss(total, weight.sum(), {"loss": total.detach()})
 
@@ -278,15 +274,14 @@ def with_states(batch: Batch, teacher_BTD: Tensor) -> Batch:
     return replace(batch, extras={**batch.extras, "teacher_BTD": teacher_BTD})
 
 
-def divergence_of(student_NV: Tensor, teacher_NV: Tensor, which: Divergence) -> Tensor:
-    """KL divergence per token, [N], of the distributions with these log-probabilities."""
-    left, right = (student_NV, teacher_NV) if which == "reverse" else (teacher_NV, student_NV)
-    return (left.exp() * (left - right)).sum(-1)
+def divergence_of(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """KL divergence of the student from the teacher per token, [N], from their log-probabilities."""
+    return (student_NV.exp() * (student_NV - teacher_NV)).sum(-1)
 
 
 def _weighted_divergence(
     student_ND: Tensor, student_VD: Tensor, teacher_ND: Tensor, teacher_VD: Tensor, weight_N: Tensor,
-    which: Divergence, temperature: float,
+    temperature: float,
 ) -> Tensor:  # fmt: skip
     """sum_n weight_n * divergence_n; a chunk's logits are recomputed in backward, so that all of them never exist at
     once. If the heads have different numbers of rows, both are padded beyond their common tokenizer."""
@@ -297,7 +292,7 @@ def _weighted_divergence(
     def chunk(student_CD: Tensor, head_VD: Tensor, teacher_CD: Tensor, weight_C: Tensor) -> Tensor:
         student_CV = ((student_CD @ head_VD.T).float() / temperature).log_softmax(-1)
         teacher_CV = ((teacher_CD @ teacher_VD.T).float() / temperature).log_softmax(-1)
-        return (divergence_of(student_CV, teacher_CV, which) * weight_C).sum()
+        return (divergence_of(student_CV, teacher_CV) * weight_C).sum()
 
     size = chunk_rows(student_VD)
     parts = [

@@ -215,8 +215,9 @@ class Trainer(Checkpointed):
 
     def _too_large(self, terms: dict[str, float]) -> UserError:
         mtp, number = bool(terms.get("mtp_lambda")), self.plan.compute_dtype.itemsize
-        fault = gpu_faults.of_step(self.device, self.optimizer.groups, self.model, self.config, self.shape, number, mtp)
-        return UserError(f"{fault}{self.instruments.dump()}")
+        return UserError(
+            gpu_faults.of_step(self.device, self.optimizer.groups, self.model, self.config, self.shape, number, mtp)
+        )
 
     def _discard(self) -> None:
         self.skipped += 1

@@ -142,7 +142,7 @@ class Corpus(Stage[CorpusConfig]):
             heldout=config.heldout,
             limit_tokens=config.limits.get(name),
             fim_rate=config.fim_rate if name in config.fim_parts else 0.0,
-            boundary_split_rate=config.boundary_split_rate,
+            boundary_split_rate=corpus.BOUNDARY_SPLIT_RATE,
             seed=ctx.seed,
         )
         return _counts(built)

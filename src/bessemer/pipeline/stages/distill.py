@@ -107,7 +107,7 @@ class _Run:
         if student.cfg.n_mtp:
             ctx.say("MTP modules: frozen")
         self.trainer = runtime.trainer(
-            student, OnPolicyDistillation(self.teachers.networks, config.divergence, config.temperature), None,
+            student, OnPolicyDistillation(self.teachers.networks, config.temperature), None,
             config, TrainingPlan(workers=workers, compute_dtype=dtype, counts_padding=False), ctx.state,
             stop=lambda: ctx.stop, model_config=student.cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip

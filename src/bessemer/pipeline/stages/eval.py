@@ -46,8 +46,8 @@ class Eval(Stage[EvalConfig]):
             tasks.get(name)
         for task in _tasks(config):
             _size(config, task)
-        if any(config.shots) or config.prefix:
-            preflight.refuse_environments(config.name, config.tasks, "takes neither shots nor a prefix; leave them out")
+        if any(config.shots):
+            preflight.refuse_environments(config.name, config.tasks, "takes no shots; leave them out")
         if changed(config, "shot_kind") and not any(config.shots):
             raise UserError(f'stage "{config.name}": shot_kind has no effect while shots is {config.shots}')
         return {}
@@ -181,7 +181,7 @@ def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
 
 
 def _shots(config: EvalConfig) -> list[Shots]:
-    return [Shots(count, config.shot_kind, config.prefix) for count in config.shots]
+    return [Shots(count, config.shot_kind) for count in config.shots]
 
 
 def _shown(config: EvalConfig, name: str) -> None:

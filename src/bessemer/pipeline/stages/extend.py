@@ -74,9 +74,6 @@ class Extend(Pretrain[ExtendConfig]):
 
 def original_length(config: ExtendConfig, recipe: Recipe) -> int | None:
     """Tokens of the rows that the model was pre-trained on; None if the recipe does not say."""
-    for phase in [config, *_phases(config, recipe)]:
-        if phase.original_length is not None:
-            return phase.original_length
     first = lineage.origin(recipe, config.name)
     between = _trained(config, recipe)  # a stage of another kind in between hides what it was trained on
     if not between or between[-1] is not first or first.source is None:

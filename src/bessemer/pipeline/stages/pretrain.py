@@ -274,11 +274,6 @@ class Feed:
         for name, tokens in self._curriculum.ended.items():
             cap = self.config.epoch_caps[name]
             what = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
-            if self.config.on_cap == "refuse":
-                raise UserError(
-                    f'stage "{self.config.name}": {what}, before the end at {show_tokens(self.config.tokens)}; '
-                    'raise its cap, lower its weight, add text, or set on_cap = "redistribute"'
-                )
             ctx.say(f"{what}; the other parts take its share from there on")
 
     @contextmanager

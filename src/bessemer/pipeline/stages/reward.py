@@ -80,8 +80,6 @@ class RewardModelling(Stage[RewardModelConfig]):
             api_key(config.name, config.judge)
         if config.heldout_data and changed(config, "heldout"):
             raise UserError(f'stage "{config.name}": heldout has no effect beside heldout_data; leave one of them out')
-        if config.previous is None and changed(config, "replay"):
-            raise UserError(f'stage "{config.name}": replay has no effect without previous')
         if config.previous is not None:
             other = recipe.stage(config.previous)
             if not isinstance(other, RewardModelConfig) or other.aim != config.aim:
@@ -291,8 +289,12 @@ def _split(lines: Iterable[Line], config: RewardModelConfig, ctx: StageContext) 
     return splits
 
 
+REPLAY = 0.1
+"""Share of the training answers taken from the previous reward model (DeepSeekMath 4.1.4)."""
+
+
 def _replayed(config: RewardModelConfig, ctx: StageContext, new: Sequence[Line], heldout: Sequence[Line]) -> list[Line]:
-    """Training answers of the previous reward model: a share `replay` of the total that includes the `new` ones. None
+    """Training answers of the previous reward model: a share REPLAY of the total that includes the `new` ones. None
     is among these, as those of a file that both read; no answer to a prompt of `heldout` is among them: with
     heldout_data the hash of a prompt does not say what is."""
     assert config.previous is not None
@@ -302,7 +304,7 @@ def _replayed(config: RewardModelConfig, ctx: StageContext, new: Sequence[Line],
     old = [line for line in old if formats.text_of(line["prompt"]) not in apart]
     old = [line for line in old if json.dumps(line, sort_keys=True) not in known]
     order = sorted(old, key=lambda line: tasks.stable_hash("replay", ctx.seed, *map(line.get, sorted(line))))
-    return order[: round(len(new) * config.replay / (1 - config.replay))]
+    return order[: round(len(new) * REPLAY / (1 - REPLAY))]
 
 
 def _texts(line: Line, aim: str, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
