@@ -26,6 +26,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.rows import open_rows
 from bessemer.eval.intervals import over_seeds
 from bessemer.hf.hub import load
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.report import card, comparisons
 from bessemer.report.facts import read
@@ -128,7 +129,7 @@ def _of_held_out(folder: Path, batches: list[Batch], name: str = "float32") -> t
     model = load(folder, torch.float32)
     if name == "bfloat16":
         model.to_compute(torch.bfloat16)
-    model.set_fp8(FP8_RECIPES.get(name)).train()
+    set_fp8(model, FP8_RECIPES.get(name)).train()
     for parameter in model.parameters():
         parameter.grad = None
     losses = [next_token(model, batch, mtp_lambda=0.0, balance_alpha=0.0) for batch in batches]

@@ -26,8 +26,7 @@ from machine import processor, spread
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from bessemer.kernels import library
-from bessemer.model import attention_cpu, attention_gpu
+from bessemer.kernels import attention_cpu, attention_gpu, library
 from bessemer.model.config import preset
 
 DOCUMENT = 500

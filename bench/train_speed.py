@@ -65,13 +65,13 @@ def serve(step, first: bool, facts: dict) -> None:
 def ours(preset_name: str, case: dict) -> None:
     import torch
 
+    from bessemer import probe
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
     from bessemer.model.accounting import flops_per_token
     from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
-    from bessemer.precision import probe
     from bessemer.train import objective, setup
     from bessemer.train.plan import TrainingPlan, constant
     from bessemer.train.trainer import Trainer

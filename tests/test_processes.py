@@ -9,7 +9,7 @@ import pytest
 from bessemer.cli.many import decide
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.precision.probe import Gpus
+from bessemer.probe import Gpus
 from bessemer.system import granted_cores
 
 TEXT = """

@@ -29,15 +29,9 @@ PACKAGE = ROOT / "src" / "bessemer"
 
 ADDONS: dict[str, tuple[str, ...]] = {
     "accelerate": (
+        "accelerated.py",
         "kernels/*",
         "precision/*",
-        "model/attention_cpu.py",
-        "model/attention_gpu.py",
-        "model/gate_gpu.py",
-        "model/deferred.py",
-        "model/fp8.py",
-        "model/grouped.py",
-        "model/operation.py",
         "engine/kernel_steps.py",
         "train/transfer.py",
         "train/determinism.py",

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.model.norm import normalise, normalise_backward
+from bessemer.kernels.norm import normalise, normalise_backward
 from bessemer.precision import adapters, backends, emulation, formats
 from bessemer.precision.operand import TILE, DeviceCounts, Group, Operand, quantise
 

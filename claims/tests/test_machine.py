@@ -2,8 +2,8 @@
 
 import pytest
 
-from bessemer.model.accounting import activation_bytes
 from bessemer.model.config import preset
+from bessemer.precision.activations import activation_bytes
 from bessemer_claims import drafts, machine, numerics, replicas
 
 

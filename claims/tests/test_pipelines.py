@@ -8,7 +8,7 @@ import torch
 from bessemer.dist.chunk import Chunk, Serial
 from bessemer.dist.schedules import schedule
 from bessemer.dist.timeline import Costs, simulate
-from bessemer.model.deferred import Store
+from bessemer.kernels.deferred import Store
 from bessemer_claims import pipelines
 from bessemer_claims.pipelines import Case, SleepingStage
 

@@ -17,8 +17,9 @@ from bessemer.dist.context_parallel import Context
 from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
 from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
-from bessemer.model import fp8
 from bessemer.model.transformer import Transformer
+from bessemer.precision import fp8_layers as fp8
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import loss
 from bessemer.train.objective import NextToken, next_token
@@ -192,7 +193,7 @@ def gradients_on_a_rank(rank, layout, name, micro, segmented, recompute):
 
 def stepped(recompute):
     model = Transformer(CFG).initialise(1)
-    return model.set_fp8(PAPER) if recompute == "fp8" else model.set_recompute(recompute)
+    return set_fp8(model, PAPER) if recompute == "fp8" else model.set_recompute(recompute)
 
 
 STEPS = [

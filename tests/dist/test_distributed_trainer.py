@@ -22,6 +22,7 @@ from bessemer.kernels import library
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.precision import tuning
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.rl.losses import GRPO
 from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
@@ -34,7 +35,7 @@ SAMPLED = GRPO(kl=0.0, constant=30, mtp_lambda=0.1)
 
 
 def model_of(cfg, fp8=False):
-    return Transformer(cfg).initialise(1).set_fp8(PAPER if fp8 else None)
+    return set_fp8(Transformer(cfg).initialise(1), PAPER if fp8 else None)
 
 
 def batches(step, lot, micro):

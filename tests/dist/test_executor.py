@@ -14,6 +14,7 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import Slice, cut, keep_experts
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import balance_weight, next_token
 
@@ -23,7 +24,7 @@ TERMS = {"mtp_lambda": 0.3, "balance_alpha": 1e-2}
 
 
 def model_of(cfg, fp8):
-    model = Transformer(cfg).initialise(1).set_fp8(PAPER if fp8 else None)
+    model = set_fp8(Transformer(cfg).initialise(1), PAPER if fp8 else None)
     model.train()
     return model
 

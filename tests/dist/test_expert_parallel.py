@@ -85,8 +85,8 @@ def at_home(n, fp8):
     experts.w13, experts.w2 = (torch.nn.Parameter(w.clone()) for w in parts[0][3:5])
     experts.fp8 = PAPER if fp8 else None
     x.requires_grad_(), weight.requires_grad_()
-    sent = moe.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), E, experts.fp8)
-    y = moe.combine(experts(sent), sent.slot_NK)
+    sent = moe.dispatch(x, moe.Routing(expert, weight, x.new_zeros(())), experts)
+    y = moe.combine(experts(sent), sent.slot_NK) if fp8 else experts(sent)
     y.backward(dy)
     return y.detach(), [x.grad, weight.grad, experts.w13.grad, experts.w2.grad], expert
 

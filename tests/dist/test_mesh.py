@@ -12,6 +12,7 @@ from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 
 TINY = preset("tiny")
@@ -80,7 +81,7 @@ def test_the_nearest_are_near():
 def layer_on_a_rank(rank, layout, fp8):
     """The second layer of the same random model on every rank, with only this rank's experts and rows."""
     torch.manual_seed(0)
-    model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
+    model = set_fp8(Transformer(TINY).initialise(3), PAPER if fp8 else None)
     model.train()
     layer, mesh = model.layers[1], Mesh(layout, TINY)
     mine = slice(mesh.experts.start, mesh.experts.stop)
@@ -115,7 +116,7 @@ def relative(found, wanted):
 def test_a_layer_across_ranks_is_the_layer(layout, fp8):
     """Experts over ep, data over dp, one node or two: output and gradients of the input and of every weight."""
     found = on_ranks(layout.world, layer_on_a_rank, layout, fp8)
-    model = Transformer(TINY).initialise(3).set_fp8(PAPER if fp8 else None)
+    model = set_fp8(Transformer(TINY).initialise(3), PAPER if fp8 else None)
     model.train()
     layer = model.layers[1]
     x = torch.cat([rows_of(rank, layout) for rank in range(layout.world)]).requires_grad_()

@@ -17,9 +17,9 @@ from bessemer.engine.decode import (
     step,
 )
 from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator, prefix_keys
+from bessemer.model import moe
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
-from bessemer.model.experts import expert_ffn_reference
 from bessemer.model.transformer import Transformer
 
 
@@ -228,7 +228,7 @@ def test_experts_equal_the_loop(cfg):
     rows, weight = torch.randn(11, 8, generator=generator), torch.rand(11, generator=generator)
     w13, w2 = torch.randn(5, 12, 8, generator=generator), torch.randn(5, 8, 6, generator=generator)
     found = expert_ffn(rows, weight, count, w13, w2)
-    assert distance(found, expert_ffn_reference(rows, weight, count, w13, w2)) < 1e-6
+    assert distance(found, moe.expert_ffn.equation(rows, weight, count, w13, w2)) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["kernel", "torch"])

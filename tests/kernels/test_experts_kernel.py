@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bessemer.kernels import experts as kernel
-from bessemer.model.experts import dense_ffn, expert_ffn, expert_ffn_reference, routed_ffn
+from bessemer.kernels.expert_ffn import dense_ffn
+from bessemer.model.moe import expert_ffn, routed_ffn
 
 SHAPES = [(1, 1, 1, 1, 1), (50, 6, 5, 5, 2), (40, 40, 7, 24, 1), (300, 96, 8, 48, 3), (2500, 32, 2, 20, 2)]
 """N, D, E, F, K; in the last shape one expert has more rows than one task sums."""
@@ -21,13 +22,13 @@ def routed_reference(x_ND, expert_NK, weight_NK, w13, w2):
     """Token by token and expert by expert."""
     order = expert_NK.flatten().argsort(stable=True)
     count = torch.bincount(expert_NK.flatten(), minlength=len(w2))
-    rows = expert_ffn_reference(x_ND[order // expert_NK.shape[1]], weight_NK.flatten()[order], count, w13, w2)
+    rows = expert_ffn.equation(x_ND[order // expert_NK.shape[1]], weight_NK.flatten()[order], count, w13, w2)
     return torch.zeros_like(x_ND).index_add(0, order // expert_NK.shape[1], rows)
 
 
 def dense_reference(x_ND, w13, w2):
     ones = torch.ones(len(x_ND), dtype=x_ND.dtype)
-    return expert_ffn_reference(x_ND, ones, torch.tensor([len(x_ND)]), w13[None], w2[None])
+    return expert_ffn.equation(x_ND, ones, torch.tensor([len(x_ND)]), w13[None], w2[None])
 
 
 def case(N, D, E, F, K, dtype, choice=None):
@@ -65,7 +66,7 @@ def test_values_and_gradients_equal_float64(instructions, dtype):
         assert kernel.serves(x, w13, w2)
         assert_near(routed_ffn, routed_reference, arguments, dtype)
         sorted_rows = (x, gate[:, 0].detach().requires_grad_(), torch.bincount(choice[:, 0], minlength=E), w13, w2)
-        assert_near(expert_ffn, expert_ffn_reference, sorted_rows, dtype)
+        assert_near(expert_ffn, expert_ffn.equation, sorted_rows, dtype)
         dense = (x, w13[0].detach().requires_grad_(), w2[0].detach().requires_grad_())
         assert_near(dense_ffn, dense_reference, dense, dtype)
 

@@ -12,9 +12,10 @@ from model_cases import relative, tiny
 from ranks import on_ranks
 
 from bessemer.dist.expert_parallel import AllToAll, Hop
-from bessemer.model import fp8, moe
+from bessemer.model import moe
 from bessemer.model.gate import Routing
 from bessemer.precision import adapters, backends, emulation
+from bessemer.precision import fp8_layers as fp8
 from bessemer.precision.fp8_linear import PAPER, weight_gradient
 from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise
 
@@ -116,7 +117,7 @@ def case(dtype=torch.bfloat16, tokens=90, seed=0):
 
 
 def run(experts, x, routing, dy):
-    sent = moe.dispatch(x, routing, CFG.n_routed_experts, PAPER)
+    sent = moe.dispatch(x, routing, experts)
     y = moe.combine(experts(sent), sent.slot_NK)
     y.backward(dy)
     return sent, [y.detach(), x.grad, routing.weight_NK.grad, experts.w13.grad, experts.w2.grad]

@@ -13,19 +13,20 @@ from model_cases import relative, tiny, tokens
 from test_model_experts import COUNTS, case, in_float64, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bessemer.kernels import attention_gpu, grouped, swiglu
+from bessemer.kernels import expert_ffn as experts
 from bessemer.kernels import experts as kernel
-from bessemer.kernels import swiglu
 from bessemer.kernels.fused import Fused
-from bessemer.model import attention_gpu, experts, grouped, mla
-from bessemer.model.accounting import layer_activation_bytes
 from bessemer.model.config import preset
-from bessemer.model.experts import expert_ffn, expert_ffn_reference, routed_ffn
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
+from bessemer.model.moe import expert_ffn, routed_ffn
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
 from bessemer.precision import adapters, backends
+from bessemer.precision.activations import layer_activation_bytes
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.loss import cross_entropy
 
@@ -44,7 +45,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_grouped_products_are_the_reference_in_value_and_gradient(on_gpu, counts, dtype):
-    exact = run(expert_ffn_reference, in_float64(case(counts, dtype, D=16, inner=8)))
+    exact = run(expert_ffn.equation, in_float64(case(counts, dtype, D=16, inner=8)))
     for found, wanted in zip(run(expert_ffn, case(counts, dtype, D=16, inner=8)), exact, strict=True):
         assert found.shape == wanted.shape and found.dtype == dtype
         assert relative(found, wanted) < BOUNDS[dtype] if wanted.norm() else not found.any()
@@ -85,7 +86,7 @@ def test_rows_are_gathered_and_summed_as_by_the_loop(on_gpu, monkeypatch, dtype)
 
     exact = [t.to(dtype).double().requires_grad_() for t in (x, gate, w13, w2)]
     order, count = expert.flatten().sort(stable=True).indices, torch.bincount(expert.flatten(), minlength=E)
-    rows = expert_ffn_reference(exact[0][order // K], exact[1].flatten()[order], count, *exact[2:])
+    rows = expert_ffn.equation(exact[0][order // K], exact[1].flatten()[order], count, *exact[2:])
     (torch.zeros(N, D, dtype=torch.float64).index_add(0, order // K, rows) * dy.to(dtype)).sum().backward()
 
     own = [torch.nn.Parameter(t.to(dtype)) for t in (x, gate, w13, w2)]
@@ -345,7 +346,7 @@ def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_e
     def launched(n_experts):
         cfg = tiny(n_routed_experts=n_experts, dim=128, moe_inter_dim=128, n_expert_groups=4, qk_nope_head_dim=16)
         model = Transformer(cfg).to("meta").to_compute(torch.bfloat16).train()
-        model.set_fp8(PAPER)
+        set_fp8(model, PAPER)
         x = torch.empty(2, 24, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
         with Launches() as launches:
             kernels.names = launches.names
@@ -403,7 +404,7 @@ def test_attention_of_a_gpu_is_the_equation(monkeypatch, kind):
         q = torch.cat((leaves[0][..., :nope], q_rope.transpose(1, 2)), -1)
         k = torch.cat((leaves[1][..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
         score = torch.einsum("bthx,bshx->bhts", q, k) * 0.3
-        seen = mla.causal_mask(T, None if given is None else segments, cpu)
+        seen = attention_gpu.causal_mask(T, None if given is None else segments, cpu)
         wanted = torch.einsum(
             "bhts,bshx->bthx", score.masked_fill(~seen, float("-inf")).softmax(-1), leaves[1][..., nope:]
         )

@@ -7,12 +7,12 @@ import torch
 from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
+from bessemer.block_fp8 import dequantise_blocks, quantise_blocks, scale_shape
 from bessemer.errors import UserError
 from bessemer.hf import hub
 from bessemer.hf.mapping import slots
 from bessemer.model import accounting
 from bessemer.model.config import preset
-from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
 
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows
 CFG = tiny(dim=160, kv_lora_rank=136, moe_inter_dim=130, n_routed_experts=4, n_expert_groups=2, n_limited_groups=1,

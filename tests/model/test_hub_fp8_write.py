@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from transformers import DeepseekV3ForCausalLM
 
+from bessemer.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
 from bessemer.hf import hub, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Scorer
-from bessemer.precision.formats import quantise_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not divide into tiles:UserWarning")
 # ragged everywhere: dim 160 = 1.25 tiles, kv_a has 136 + 8 = 144 rows; one dense layer, two sparse ones, one of MTP

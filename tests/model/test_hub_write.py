@@ -16,13 +16,13 @@ import torch
 from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
+from bessemer.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
 from bessemer.hf import dcp, hub, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_reader import cast
 from bessemer.model import transformer
 from bessemer.model.config import preset
-from bessemer.precision.formats import quantise_blocks
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
 

@@ -12,12 +12,12 @@ from model_cases import V2, random_model, tiny, tokens
 from torch.autograd.profiler import profile
 
 from bessemer.data.batch import Batch
-from bessemer.kernels import library
-from bessemer.model import deferred
+from bessemer.kernels import deferred, library
+from bessemer.kernels.deferred import Store
 from bessemer.model.config import preset
-from bessemer.model.deferred import Store
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import next_token
 from bessemer.train.optimizer import Optimizer
@@ -28,7 +28,7 @@ KINDS = {"float32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp8"
 
 def trained(cfg, dtype, recipe):
     """A model with its gradients in float32 vectors, as in training, and its store."""
-    model = random_model(cfg).set_fp8(recipe)
+    model = set_fp8(random_model(cfg), recipe)
     model.train()
     for parameter in model.parameters():
         parameter.grad = None
@@ -197,7 +197,7 @@ def test_what_waits_holds_what_its_gradients_read():
     cfg, held = preset("tiny"), {}
     for kind in ("bf16", "fp8-bf16"):
         dtype, recipe = KINDS[kind]
-        model = Transformer(cfg).initialise(0).set_fp8(recipe)
+        model = set_fp8(Transformer(cfg).initialise(0), recipe)
         model.train()
         kept = Optimizer(model, compute_dtype=dtype).kept
         store = Store()

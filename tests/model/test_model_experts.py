@@ -1,10 +1,10 @@
-"""The grouped SwiGLU: reference, hand-written backward and float64 agree, empty experts included."""
+"""The grouped SwiGLU: equation, hand-written backward and float64 agree, empty experts included."""
 
 import pytest
 import torch
 from model_cases import relative
 
-from bessemer.model.experts import expert_ffn, expert_ffn_reference
+from bessemer.model.moe import expert_ffn
 
 COUNTS = [[3, 2, 4], [0, 9, 0], [0, 0, 0, 5], [1, 0, 3, 0, 0], [0, 0], [40, 3, 0, 75]]
 
@@ -32,11 +32,11 @@ def run(function, arguments):
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_reference_is_the_equation(counts):
-    """Row by row in float64: y = weight * W2 (silu(W1 x) * W3 x)."""
+def test_the_equation_row_by_row(counts):
+    """In float64: y = weight * W2 (silu(W1 x) * W3 x)."""
     rows, weights, count, w13, w2 = case(counts, torch.float64)
     expert = [e for e, n in enumerate(counts) for _ in range(n)]
-    found = expert_ffn_reference(rows, weights, count, w13, w2)
+    found = expert_ffn.equation(rows, weights, count, w13, w2)
     for m, e in enumerate(expert):
         gate, up = w13[e, :5] @ rows[m], w13[e, 5:] @ rows[m]
         wanted = weights[m] * (w2[e] @ (gate / (1 + torch.exp(-gate)) * up))
@@ -45,9 +45,9 @@ def test_reference_is_the_equation(counts):
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_fast_equals_reference_in_value_and_gradient(counts, dtype, bound):
-    """Against the reference in float64; the bounds are a few roundings of the dtype."""
-    exact = run(expert_ffn_reference, in_float64(case(counts, dtype)))
+def test_implementations_equal_the_equation_in_value_and_gradient(counts, dtype, bound):
+    """Against the equation in float64; the bounds are a few roundings of the dtype."""
+    exact = run(expert_ffn.equation, in_float64(case(counts, dtype)))
     for found, wanted in zip(run(expert_ffn, case(counts, dtype)), exact, strict=True):
         assert found.shape == wanted.shape and found.dtype == dtype
         if wanted.norm():
@@ -75,13 +75,13 @@ def test_mixed_dtypes_as_in_training():
     expert_ffn(rows, weights, count, w13, w2).float().sum().backward()
     assert weights.grad.dtype == torch.float32 and rows.grad.dtype == torch.bfloat16
     exact = in_float64((rows, weights, count, w13, w2))
-    expert_ffn_reference(*exact).sum().backward()
+    expert_ffn.equation(*exact).sum().backward()
     assert relative(weights.grad, exact[1].grad) < 3e-2
 
 
 def test_custom_op_is_registered_properly():
     """Schema, fake tensors and autograd registration, as torch.compile needs them."""
-    from bessemer.model import experts
+    from bessemer.kernels import expert_ffn as experts
 
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.float32)
     order = torch.tensor([2, 0, 1, 4, 3, 8, 7, 6, 5])

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from bessemer.data.batch import Batch
 from bessemer.hf.mapping import slots
-from bessemer.model import fp8
-from bessemer.model.accounting import activation_bytes, stage_activation_bytes
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.mla import latent_attention
 from bessemer.model.transformer import Transformer
 from bessemer.precision import backends, emulation
+from bessemer.precision import fp8_layers as fp8
+from bessemer.precision.activations import activation_bytes, stage_activation_bytes
 from bessemer.precision.formats import pack_e5m6
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER, FP8Recipe
 from bessemer.precision.operand import quantise
 from bessemer.train import balance
@@ -29,7 +30,7 @@ torch.set_num_threads(1)
 
 
 def in_training(cfg: ModelConfig, recipe: FP8Recipe | None = PAPER) -> Transformer:
-    model = random_model(cfg).set_fp8(recipe)
+    model = set_fp8(random_model(cfg), recipe)
     model.train()
     for parameter in model.parameters():
         parameter.grad = None
@@ -91,7 +92,7 @@ def test_eval_mode_is_untouched():
 
 def test_without_a_recipe_nothing_changes():
     cfg = tiny()
-    models = in_training(cfg).set_fp8(None), in_training(cfg, None)
+    models = set_fp8(in_training(cfg), None), in_training(cfg, None)
     losses = [step(model, batch(cfg)) for model in models]
     assert torch.equal(*losses)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
@@ -380,7 +381,7 @@ def test_bytes_kept_are_as_computed(name):
     cfg, found = preset(name), {}
     data = batch(cfg, rows=4, length=128)
     for dtype, recipe in ((torch.bfloat16, PAPER), (torch.bfloat16, None), (torch.float32, None)):
-        model = Transformer(cfg).initialise(0).to_compute(dtype).set_fp8(recipe)
+        model = set_fp8(Transformer(cfg).initialise(0).to_compute(dtype), recipe)
         model.train()
         model.rope_table(128)
         live, _ = live_and_highest(lambda model=model: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))

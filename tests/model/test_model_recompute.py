@@ -9,11 +9,12 @@ from bessemer.data.batch import Batch
 from bessemer.dist.chunk import Chunk, Serial
 from bessemer.dist.stage import Slice
 from bessemer.errors import UserError
-from bessemer.model.accounting import activation_bytes
+from bessemer.kernels.deferred import Store
 from bessemer.model.config import preset
-from bessemer.model.deferred import Store
 from bessemer.model.layer import PHASES
 from bessemer.model.transformer import Transformer
+from bessemer.precision.activations import activation_bytes
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import balance
 from bessemer.train.objective import next_token
@@ -105,7 +106,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match='phase "combine" cannot be recomputed in backward; choose from attend, exp'):
         model.set_recompute(["attend", "combine"])
     with pytest.raises(UserError, match="already recomputes"):
-        in_training(()).set_fp8(PAPER).set_recompute(["attend"])
+        set_fp8(in_training(()), PAPER).set_recompute(["attend"])
     with pytest.raises(UserError, match="already recomputes"):
-        in_training(["attend"]).set_fp8(PAPER)
-    assert in_training(()).set_fp8(PAPER).set_recompute(()).layers[0].recompute == frozenset()
+        set_fp8(in_training(["attend"]), PAPER)
+    assert set_fp8(in_training(()), PAPER).set_recompute(()).layers[0].recompute == {"route"}

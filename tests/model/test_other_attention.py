@@ -12,6 +12,7 @@ from bessemer.hf import gguf_file, hub, mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 
 KINDS = {
@@ -113,7 +114,7 @@ def test_a_directory_is_read_back_and_no_other_program_takes_it(cfg, tmp_path):
 def test_what_needs_a_latent_says_so(kind):
     model = Transformer(tiny(**KINDS[kind]))
     with pytest.raises(UserError, match=r"training in FP8 supports only multi-head latent attention"):
-        model.set_fp8(PAPER)
+        set_fp8(model, PAPER)
     tokenizer = Tokenizer.train(["Use 3, 4, 6 to make 18."], SMALLEST)
     wide = Transformer(tiny(**KINDS[kind], vocab_size=tokenizer.vocab_size))
     with pytest.raises(UserError, match="the engine supports"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bessemer import probe
 from bessemer.cli import many
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
@@ -13,7 +14,6 @@ from bessemer.model.config import preset
 from bessemer.pipeline import pace
 from bessemer.plan import feasible, stage_memory
 from bessemer.plan.hardware import GIB, device
-from bessemer.precision import probe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 H200, H800 = device("H200"), device("H800")

@@ -14,6 +14,7 @@ from bessemer.pipeline import pace
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.work import guessed
 from bessemer.plan.estimate import estimate
+from bessemer.precision.fp8_layers import recipe_of
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -46,7 +47,7 @@ def test_each_way_to_train_is_measured_once(monkeypatch):
 
     def training_rate(model, settings, length, seconds):
         trained.append((model.cfg.dim, settings.fp8, settings.precision, settings.optimizer))
-        assert (model.layers[0].fp8 is None) == (settings.fp8 == "off")
+        assert (recipe_of(model.layers[0]) is None) == (settings.fp8 == "off")
         return rates[settings.fp8] / model.cfg.dim
 
     monkeypatch.setattr("bessemer.pipeline.pace.training_rate", training_rate)

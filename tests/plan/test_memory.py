@@ -24,6 +24,7 @@ from bessemer.plan import dry_run, memory, plan_config
 from bessemer.plan.cost import setup_memory
 from bessemer.plan.hardware import parse_cluster
 from bessemer.plan.memory import NumberFormats
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER
 from bessemer.precision.operand import quantise, transpose
 from bessemer.train.objective import next_token
@@ -122,7 +123,7 @@ def config(dtype):
 def on_a_rank(rank, name, layout, dtype, fp8):
     """Bytes held before a step, bytes kept by a step's forwards, and a lower and an upper bound of a step's peak on
     top. The profiler misses what gloo's threads free: what it still counts at the end is what it missed."""
-    model = Transformer(TINY).initialise(1).set_fp8(PAPER if fp8 else None)
+    model = set_fp8(Transformer(TINY).initialise(1), PAPER if fp8 else None)
     training = trainer_of(ModelShard(model, Mesh(layout, TINY), name), next_token, None, *config(dtype))
     executor = training.collective.executor_for(MICRO)
     model.rope_table(LENGTH)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.block_fp8 import dequantise_blocks, quantise_blocks, scale_shape
 from bessemer.errors import UserError
-from bessemer.precision.formats import dequantise_blocks, quantise_blocks, scale_shape
 
 torch.set_num_threads(1)
 

@@ -170,7 +170,7 @@ def check_rms_norm():
     """Bit for bit the norm's kernel followed by the quantisation's. It agrees with torch up to the last bits of a sum,
     which may show in the factors."""
     from bessemer.kernels import triton_norm
-    from bessemer.model.norm import normalise, normalise_backward
+    from bessemer.kernels.norm import normalise, normalise_backward
     from bessemer.precision import triton_rms_norm
 
     triton_norm.PARTS = triton_rms_norm.PARTS = 4  # so that a program takes several rows

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bessemer import probe
 from bessemer.errors import UserError
-from bessemer.precision import probe
 from bessemer.train import setup
 
 

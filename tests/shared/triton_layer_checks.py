@@ -41,7 +41,7 @@ def check_norm():
 
 def check_heads():
     from bessemer.kernels import triton_heads
-    from bessemer.model.attention_gpu import heads_backward_reference, heads_reference
+    from bessemer.kernels.attention_gpu import heads_backward_reference, heads_reference
 
     for B, T, H, nope, turned, value in SHAPES:
         q, kv = normal(B, T, H, nope + turned), normal(B, T, H, nope + value, seed=1)
@@ -71,8 +71,7 @@ def rules():
 
 
 def check_gate():
-    from bessemer.kernels import triton_gate
-    from bessemer.model import gate_gpu
+    from bessemer.kernels import gate_gpu, triton_gate
 
     for rule in rules():
         S, T, E, K = 2, 4, rule.n_experts, rule.n_activated
@@ -135,7 +134,7 @@ def check_losses():
         exact = z.double().requires_grad_()
         wanted = exact.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
         (right,) = torch.autograd.grad(-(wanted * weight.double()).sum(), exact)
-        for body in (triton_loss.cross_entropy, torchs._of_logits):
+        for body in (triton_loss.cross_entropy, torchs.loss_of_logits.equation):
             logp, grad = body(z.clone(), target[:, None], weight, True)
             assert grad.dtype == dtype
             close(logp, wanted.detach())
@@ -164,7 +163,7 @@ def logprobs_are_right(z, target, temperature, bound):
     (alone,) = torch.autograd.grad(logp, exact, changes[0].double())
     for forward, backward in (
         (triton_loss.logprobs, triton_loss.logprobs_backward),
-        (torchs._logprobs_of, torchs._logprobs_backward),
+        (torchs.logprobs_of_logits.equation, torchs.logprobs_gradient.equation),
     ):
         found = forward(z.clone(), target, temperature, True)
         for mine, value in zip(found, (logp.detach(), lse, entropy.detach()), strict=True):

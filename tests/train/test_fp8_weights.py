@@ -7,6 +7,7 @@ import tiny_run
 import torch
 
 from bessemer.precision import weights
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import PAPER, FP8Recipe
 from bessemer.precision.operand import quantise, transpose
 from bessemer.precision.weights import KEPT
@@ -28,7 +29,7 @@ def quantised(monkeypatch):
 
 def steps(number: int = 3, copies: int | None = None, dtype=torch.float32, forget: bool = False, **changes):
     """A trainer after some steps of two micro-batches, and the gradient norm and losses of each step."""
-    network = tiny_run.model().set_fp8(PAPER)
+    network = set_fp8(tiny_run.model(), PAPER)
     training = tiny_run.trainer(network, compute_dtype=dtype, **changes)
     if forget:
         for parameter in network.parameters():

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bessemer import probe
 from bessemer.cli import doctor
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision import probe
 from bessemer.train import setup
 
 SHARED = Path(__file__).parents[1] / "shared"

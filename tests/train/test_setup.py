@@ -14,6 +14,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
+from bessemer.kernels import attention_gpu
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
@@ -37,7 +38,8 @@ PACKAGE = Path(bessemer.__file__).parent
 def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernels, flops, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(setup, "cpp_compiler", lambda: compiler)
-    monkeypatch.setattr(setup.library, "available", lambda: kernels)
+    found = [(lambda: True, lambda: "avx2" if kernels else "off")]
+    monkeypatch.setattr(setup.ops.instructions, "implementations", found)
     monkeypatch.setattr(setup.probe, "gpu_compiler_trouble", lambda: None)
     assert setup.want_compile(setting, flops) is wanted
 
@@ -130,8 +132,8 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card, tmp_path):
     has_card(monkeypatch, card)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(setup, "device", lambda: GPU)
-    monkeypatch.setattr(setup.attention_gpu, "_try", lambda *trial: None)  # pretend that every kernel works
-    setup.attention_gpu._tried.cache_clear()
+    monkeypatch.setattr(attention_gpu, "_try", lambda *trial: None)  # pretend that every kernel works
+    attention_gpu._tried.cache_clear()
     said, before = [], torch.get_float32_matmul_precision()
     config = RLConfig(kind="rl", tasks=["countdown"])
     try:

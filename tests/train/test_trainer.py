@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from bessemer.config.units import Points
 from bessemer.errors import UserError
-from bessemer.kernels import library
+from bessemer.model import ops
 from bessemer.train.checkpoint import latest
 from bessemer.train.objective import Loss, next_token
 from bessemer.train.setup import compile_layers
@@ -121,7 +121,7 @@ def test_a_resume_on_other_kernels_says_so(tmp_path, monkeypatch):
     backend = latest(tmp_path)[1].counters["backend"]
     trainer(steps=2, state_dir=tmp_path, warn=said.append).run()
     assert backend.startswith("cpu (kernels ") and not said
-    monkeypatch.setattr(library, "backend", lambda device: "cpu (kernels of others)")
+    monkeypatch.setattr(ops, "backend", lambda device: "cpu (kernels of others)")
     trainer(steps=3, state_dir=tmp_path, warn=said.append).run()
     assert said == [
         f"step 2 was saved on {backend}, this run continues on cpu (kernels of others): results differ by rounding"

@@ -17,6 +17,7 @@ from bessemer.model import accounting
 from bessemer.model.config import ModelConfig, preset
 from bessemer.plan.hardware import device, efficiency, parse_cluster
 from bessemer.plan.plan_config import published, setup
+from bessemer.precision import activations
 from bessemer.precision.operand import TILE
 from bessemer.tasks.verdict_metrics import wilson
 from bessemer_claims.registry import claims, read_toml
@@ -104,8 +105,8 @@ def _prediction() -> Values:
 
 def _kept() -> Values:
     cfg = v3()
-    fp8 = accounting.layer_activation_bytes(cfg, False, fp8=True) / 1e3
-    bf16 = accounting.layer_activation_bytes(cfg, False, fp8=False, fused=True) / 1e3
+    fp8 = activations.layer_activation_bytes(cfg, False, fp8=True) / 1e3
+    bf16 = activations.layer_activation_bytes(cfg, False, fp8=False, fused=True) / 1e3
     return {"fp8": fp8, "bf16": bf16, "share": 100 * fp8 / bf16}
 
 

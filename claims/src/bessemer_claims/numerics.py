@@ -12,6 +12,7 @@ from bessemer.data.batch import Batch
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
 from bessemer.precision.emulation import reference_gemm
+from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.precision.operand import quantise
 from bessemer.train.objective import next_token
@@ -43,7 +44,7 @@ def allocations(function: Callable[[], Result]) -> tuple[Result, list[int]]:
 def kept_bytes(cfg: ModelConfig, rows: int, length: int, recipe: str | None, seed: int) -> int:
     """Bytes that a forward in BF16, or by the FP8 recipe of this name, keeps for its backward, from the allocator."""
     model = Transformer(cfg).initialise(seed).to_compute(torch.bfloat16).train()
-    model.set_fp8(FP8_RECIPES[recipe] if recipe else None)
+    set_fp8(model, FP8_RECIPES[recipe] if recipe else None)
     tokens = torch.randint(0, cfg.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
     loss = torch.ones(rows, length)
     loss[:, 0] = 0

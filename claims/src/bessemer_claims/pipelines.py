@@ -27,7 +27,7 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.stage import PhaseOutput, Phases, Slice
 from bessemer.dist.table import Action, Step
 from bessemer.dist.timeline import Costs, simulate
-from bessemer.model.deferred import gradient
+from bessemer.kernels.deferred import gradient
 
 WIDTH = 8
 """How many numbers a stage sends on per row."""

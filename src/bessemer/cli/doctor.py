@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bessemer import __version__
+from bessemer import __version__, probe
 from bessemer.config.builtin import find_recipe
 from bessemer.config.recipe import Recipe
 from bessemer.dist import mesh
@@ -21,7 +21,7 @@ from bessemer.kernels import build, library
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import pace
 from bessemer.plan import plan_config
-from bessemer.precision import backends, probe
+from bessemer.precision import backends
 from bessemer.system import granted_cores, sysctl
 from bessemer.tasks import sandbox
 from bessemer.workers import Workers, cores, shared_free

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bessemer import plugins
+from bessemer import plugins, probe
 from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
@@ -21,7 +21,6 @@ from bessemer.errors import UserError
 from bessemer.pipeline.on_ranks import ManyRanks
 from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.stage import find_kind
-from bessemer.precision import probe
 from bessemer.system import granted_cores
 
 if TYPE_CHECKING:

@@ -154,6 +154,7 @@ def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
 def _dry_run(
     recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
 ) -> None:
+    from bessemer import probe
     from bessemer.cli import many
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
@@ -161,7 +162,6 @@ def _dry_run(
     from bessemer.pipeline import preflight
     from bessemer.plan import dry_run, feasible, plan_config
     from bessemer.plan.hardware import device as named
-    from bessemer.precision import probe
 
     loaded = Recipe.load(recipe, overrides)
     chosen = None if device is None else named(device)

@@ -36,8 +36,8 @@ from torch.autograd.function import once_differentiable
 from bessemer.dist import watchdog
 from bessemer.dist.expert_parallel import packed, unpacked
 from bessemer.dist.ranks import all_gather, reduce_scatter
-from bessemer.model import fp8
 from bessemer.model.mla import MLA, rotate
+from bessemer.precision import fp8_layers
 from bessemer.precision.fp8_linear import forward, input_gradient, weight_gradient
 from bessemer.precision.operand import Operand
 
@@ -266,17 +266,17 @@ class _Work:
         return summed.flatten(1, 2)[:, : self.t].to(self.dtype)
 
 
-class FP8Core(fp8.Core):
+class FP8Core(fp8_layers.Core):
     """The core of attention in FP8 for this rank's tokens of rows that are split."""
 
     def __init__(self, cut: Cut):
         self.cut = cut
 
-    def forward(self, given: fp8.Projected) -> tuple[Tensor, Tensor]:
+    def forward(self, given: fp8_layers.Projected) -> tuple[Tensor, Tensor]:
         return _FP8Work(given, self.cut).forward()
 
     def backward(
-        self, dout: Tensor, given: fp8.Projected, out: Tensor, lse: Tensor
+        self, dout: Tensor, given: fp8_layers.Projected, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         dq, dlatent, dweight = _FP8Work(given, self.cut).backward(dout, out, lse)
         back = given.rope * given.rope.new_tensor([1, -1])  # the rotation's transpose
@@ -290,7 +290,7 @@ class FP8Core(fp8.Core):
 class _FP8Work(_Work):
     """Latents are bytes: values and scales of the operand that W_UKV multiplies, and the shared rotated key."""
 
-    def __init__(self, given: fp8.Projected, cut: Cut):
+    def __init__(self, given: fp8_layers.Projected, cut: Cut):
         self.recipe, self.given = given.recipe, given
         R = given.k_rope.shape[-1]
         q_nope, q_rope = given.q.split([given.q.shape[-1] - R, R], -1)

@@ -32,10 +32,10 @@ from torch import Tensor
 from bessemer.dist import watchdog
 from bessemer.dist.context_attention import Cut, FP8Core, attention
 from bessemer.errors import UserError
-from bessemer.model import fp8
 from bessemer.model.layer import Attended, Layer, recomputed
 from bessemer.model.segments import Packed, Segments, first_tokens
 from bessemer.model.transformer import mtp_inputs
+from bessemer.precision import fp8_layers
 
 Attend = Callable[[Layer, Tensor, Tensor | None], Attended]
 """(layer, its input, experts to replay as in `gate.Gate`) -> the output of the layer's first phase."""
@@ -112,9 +112,9 @@ class Context(WholeRows):
         cut = Cut(self.group, self.n, self.rank, T // (2 * self.n))
 
         def attend(layer: Layer, x_BTD: Tensor, choice_NK: Tensor | None) -> Attended:
-            if layer.fp8 is not None and layer.training:
+            if (recipe := fp8_layers.recipe_of(layer)) is not None:
                 core = FP8Core(cut)
-                y_BTD = fp8.attention(layer.attn_norm, layer.attn, x_BTD, rope, segments_BT, layer.fp8, core)
+                y_BTD = fp8_layers.attention(layer.attn_norm, layer.attn, x_BTD, rope, segments_BT, recipe, core)
                 return recomputed(layer.route, x_BTD + y_BTD, choice_NK)
             return layer.run_phase("attend", _attend, layer, x_BTD, rope, segments_BT, cut, choice_NK)
 

@@ -40,7 +40,8 @@ from torch.autograd.function import once_differentiable
 from bessemer.dist import groups, watchdog
 from bessemer.dist.exchange import Exchange, Sent, of_rows
 from bessemer.dist.expert_parallel import AllToAll, counted
-from bessemer.model import fp8, moe
+from bessemer.model import moe
+from bessemer.precision import fp8_layers
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
 
@@ -187,7 +188,7 @@ class DeepEP(Exchange):
         choice = way.expert_RK.masked_fill(way.expert_RK < 0, self.n_local).flatten()
         place = choice.sort(stable=True).indices[: way.rows]
         count_E = choice.new_zeros(self.n_local + 1).scatter_add_(0, choice, torch.ones_like(choice))[:-1]
-        arrived, filling = way.arrived, recipe is not None and fp8.fills(recipe, x_ND.device)
+        arrived, filling = way.arrived, recipe is not None and fp8_layers.fills(recipe, x_ND.device)
         operand = None if arrived is None else lambda token: of_rows(arrived, token, filling)
         way.arrived = None  # not kept for backward
         return self.rows(x_RD, weight_RK.to(routing.weight_NK.dtype), place, count_E, operand, filling, way)

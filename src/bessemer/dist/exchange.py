@@ -4,7 +4,7 @@
     DeepEP      `deepep`: DeepSeek's kernels for NVLink and RDMA
 
 Rank r of a group of n holds experts r E/n to (r+1) E/n - 1. `dispatch` gives it all rows for its experts in expert
-order, as `moe.dispatch` does on one device; `combine` sums the results of every token and returns them. Both are
+order, as `fp8_layers.dispatch` does on one device; `combine` sums the results of every token and returns them. Both are
 differentiable, and backward takes the same routes in reverse. `mesh.choose_exchange` chooses the backend of a run.
 
 A backend overrides `dispatch`, which ends in `rows`, and `returned`.
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bessemer.model import fp8, moe
+from bessemer.model import moe
+from bessemer.precision import fp8_layers
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import Operand
 
@@ -46,7 +47,7 @@ class Copies:
 
     def of(self, x_TD: Tensor) -> Tensor:
         """The rows [S, ...]."""
-        return (fp8.with_nothing(x_TD) if self._more else x_TD).index_select(0, self.token_S)
+        return (fp8_layers.with_nothing(x_TD) if self._more else x_TD).index_select(0, self.token_S)
 
     def total(self, x_SD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Each token's sum of its rows, in row order: [T, D] in the dtype of x, 0 for a token without rows. Summed in
@@ -155,13 +156,13 @@ class Exchange:
     ) -> Sent:  # fmt: skip
         """Repeats received tokens once for each of their experts here. `place_M`: the choices r K + k in expert order.
         `operand(token_M)` gives the rows in FP8; x_RD is then a tensor without memory, for the gradient's path back.
-        `filling`: these rows are filled up (`fp8.fills`)."""
+        `filling`: these rows are filled up (`fp8_layers.fills`)."""
         token_M, weight_M = place_M // weight_RK.shape[1], weight_RK.flatten().index_select(0, place_M)
         if operand is None:
             copies = Copies(token_M, len(x_RD))
             return Sent(copies.made(x_RD), weight_M, count_E, copies, None, back)
         if filling:
-            fill = fp8.filled(count_E, len(token_M))
+            fill = fp8_layers.filled(count_E, len(token_M))
             token_M, weight_M, count_E = fill.spread(token_M, len(x_RD)), fill.spread(weight_M, 0.0), fill.rows_E
         copies = Copies(token_M, len(x_RD), len(place_M))
         return Sent(copies.anchor(x_RD), weight_M, count_E, copies, operand(token_M), back, filling)
@@ -171,5 +172,5 @@ def of_rows(x: Operand, token_M: Tensor, filled: bool) -> Operand:
     """The operand's rows of these tokens; `filled`: some are of the token after the last, whose row is zeros."""
     value, scale = x.value_MK.view(torch.uint8), x.scale_MJ
     if filled:
-        value, scale = fp8.with_nothing(value), fp8.with_nothing(scale, 1.0)
+        value, scale = fp8_layers.with_nothing(value), fp8_layers.with_nothing(scale, 1.0)
     return Operand(value.index_select(0, token_M).view(torch.float8_e4m3fn), scale.index_select(0, token_M))

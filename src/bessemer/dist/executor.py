@@ -5,7 +5,7 @@ so a table that `table.check` accepts cannot hang.
 
     F    forward of a slice, phase by phase, keeping the graph of every phase (`chunk`)
     B    backward: adds to the gradients of the slice's parameters and sends on the gradient of its input
-    I    B without the gradients of matrices, which are deferred to a store (`model.deferred`); frees the graphs
+    I    B without the gradients of matrices, which are deferred to a store (`kernels.deferred`); frees the graphs
     W    the gradients that an I deferred
     F&B  forward of one micro-batch and backward of another, alternating; the exchanges of each run alongside the
          computation of the other (`chunk.Overlapped`)
@@ -40,7 +40,7 @@ from bessemer.dist.completion import Completed, CompleteGradients, alike
 from bessemer.dist.groups import Wanted
 from bessemer.dist.stage import Phases, Slice, holding
 from bessemer.dist.table import Action, Pair, Table, actions
-from bessemer.model.deferred import Store
+from bessemer.kernels.deferred import Store
 from bessemer.model.segments import Segments
 from bessemer.model.transformer import TrainOutputs
 

@@ -1,7 +1,8 @@
 """Sends tokens to their experts and back when a layer's experts live on several ranks (V3 3.2.2).
 
 Rank r of an expert-parallel group of n holds experts r E/n to (r+1) E/n - 1. `Exchange.dispatch` gives a rank all rows
-for its experts in expert order, as `moe.dispatch` does on one device; `combine` returns the results and sums them.
+for its experts in expert order, as `fp8_layers.dispatch` does on one device; `combine` returns the results and sums
+them.
 
 A token makes one hop or two. In a hop it is sent once to every place that needs it, however many experts it has there:
 
@@ -42,7 +43,8 @@ from torch.autograd.function import once_differentiable
 
 from bessemer.dist import watchdog
 from bessemer.dist.exchange import Copies, Exchange, Sent, of_rows, on_cpu
-from bessemer.model import fp8, moe
+from bessemer.model import moe
+from bessemer.precision import fp8_layers
 from bessemer.precision.fp8_linear import FP8Recipe
 from bessemer.precision.operand import TILE, Operand
 
@@ -200,7 +202,7 @@ class AllToAll(Exchange):
         for hop in self.hops:
             at, route, rows = self._hop(at, hop, recipe)
             routes.append(route)
-        return self._sorted(at, rows, tuple(routes), recipe is not None and fp8.fills(recipe, x_ND.device))
+        return self._sorted(at, rows, tuple(routes), recipe is not None and fp8_layers.fills(recipe, x_ND.device))
 
     def returned(self, y_RD: Tensor, back: object) -> Tensor:
         for route in reversed(cast(tuple[Route, ...], back)):

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 
 import bessemer
+from bessemer import probe
 from bessemer.dist import groups, watchdog
 from bessemer.dist.watchdog import Watchdog
 from bessemer.errors import UserError
-from bessemer.precision import probe
 from bessemer.train.runtime import Share
 from bessemer.workers import cores
 

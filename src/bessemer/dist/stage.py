@@ -22,6 +22,7 @@ from bessemer.model.moe import Experts
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Segments
 from bessemer.model.transformer import MTPModule, TrainOutputs, Transformer
+from bessemer.precision.fp8_layers import recipe_of
 
 
 def cut(cfg: ModelConfig, stages: int, head: int | None = None) -> list[range]:
@@ -115,8 +116,7 @@ def through(
     if exchange is None:
         sent, _ = yield PhaseOutput(layer.dispatch(leaving))
     else:
-        recipe = layer.fp8 if layer.training else None
-        sent, _ = yield PhaseOutput(exchange.dispatch(leaving.u_ND, leaving.routing, recipe))
+        sent, _ = yield PhaseOutput(exchange.dispatch(leaving.u_ND, leaving.routing, recipe_of(layer)))
     rows, _ = yield PhaseOutput(layer.experts(sent))
     routed, _ = yield PhaseOutput(layer.combine(rows, sent) if exchange is None else exchange.combine(rows, sent))
     return layer.finish(attended, routed), attended.routing.balance, carried

@@ -100,7 +100,7 @@ def simulate(table: Table, costs: Timing = Costs(), message: float = 0.0) -> Tim
 
 def _live(steps: tuple[Step, ...]) -> int:
     """A forward allocates the activations of its micro-batch, a backward frees them; in a pair the forward comes first.
-    What a W still reads after its I (`model.deferred`) is not counted."""
+    What a W still reads after its I (`kernels.deferred`) is not counted."""
     peak = now = 0
     for action in actions(steps):
         now += {"F": 1, "B": -1, "I": -1, "W": 0}[action.kind]

@@ -17,7 +17,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from bessemer import heartbeat
+from bessemer import heartbeat, probe
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import generation
 from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
@@ -40,7 +40,6 @@ from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
 from bessemer.model.transformer import evaluating
-from bessemer.precision import probe
 from bessemer.workers import Workers
 
 

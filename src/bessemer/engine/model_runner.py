@@ -47,7 +47,7 @@ from bessemer.engine.speculative import Accepted, Drafter
 from bessemer.errors import UserError
 from bessemer.kernels import sampling as kernel
 from bessemer.model.transformer import Transformer
-from bessemer.precision.probe import float64_home
+from bessemer.probe import float64_home
 
 
 class ModelRunner:

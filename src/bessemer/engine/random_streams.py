@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bessemer.precision.probe import double
+from bessemer.probe import double
 
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1

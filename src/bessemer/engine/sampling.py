@@ -33,7 +33,7 @@ from bessemer.engine.kv_cache import indices
 from bessemer.engine.random_streams import uniform
 from bessemer.engine.sequence import MAX_FLOAT, SamplingParams, Sequence, TopTokens
 from bessemer.kernels import sampling as kernel
-from bessemer.precision.probe import double
+from bessemer.probe import double
 
 BLOCK = 64
 """Width w of the blocks for sums and searches over the vocabulary; two passes over all of V are slower."""

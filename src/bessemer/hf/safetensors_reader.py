@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bessemer.block_fp8 import dequantise_blocks, scale_shape
 from bessemer.data.model_files import (
     AGAIN,
     CONSOLIDATED,
@@ -33,7 +34,6 @@ from bessemer.data.model_files import (
 )
 from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
-from bessemer.precision.formats import dequantise_blocks, scale_shape
 
 SINGLE = "model.safetensors"
 WEIGHTS = {

@@ -31,12 +31,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from bessemer.block_fp8 import E4M3_MAX, SMALLEST, quantise_blocks, scale_shape
 from bessemer.data.model_files import INDEX
 from bessemer.errors import UserError
 from bessemer.hf.mapping import SCALE_SUFFIX, Slot
 from bessemer.hf.safetensors_reader import SINGLE, WEIGHTS, Checkpoint
-from bessemer.precision.formats import quantise_blocks, scale_shape
-from bessemer.precision.operand import E4M3_MAX, SMALLEST
 
 CODES = {dtype: code for code, dtype in WEIGHTS.items()}
 BLOCK = 128

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bessemer.kernels.library import DTYPES, call, fits, threads
+from bessemer.model.config import ModelConfig
 
 BLOCK = 512
 """Tokens per backward task; each task has its own [E, D] slice of `partial`."""
@@ -29,18 +32,30 @@ class Rule(NamedTuple):
     normalise: bool
     scale: float
 
+    @classmethod
+    def of(cls, cfg: ModelConfig) -> Rule:
+        grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
+        return cls(
+            cfg.n_routed_experts, cfg.n_activated_experts, cfg.n_expert_groups if grouped else 1, cfg.n_limited_groups,
+            cfg.n_rated_experts, cfg.score_func == "softmax", cfg.norm_topk_prob, cfg.route_scale,
+        )  # fmt: skip
+
 
 RULE = "iiiiiiif"
 
 
-def serves(x_ND: Tensor, weight_ED: Tensor, rule: Rule) -> bool:
+def serves(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int,
+    cfg: ModelConfig, counting: bool, sum_counts: Callable[[Tensor], Tensor] | None = None,
+) -> bool:  # fmt: skip
     return (
-        fits(x_ND)
+        sum_counts is None
+        and fits(x_ND)
         and x_ND.is_contiguous()
         and x_ND.numel() > 0
         and weight_ED.dtype == torch.float32
         and weight_ED.is_contiguous()
-        and max(rule.n_activated, rule.n_rated) <= MOST
+        and max(cfg.n_activated_experts, cfg.n_rated_experts) <= MOST
     )
 
 
@@ -81,3 +96,38 @@ def backward(
         N, D, len(count_SE), *rule, threads(),
     )  # fmt: skip
     return dx_ND, dweight_ED
+
+
+def routing(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int,
+    cfg: ModelConfig, counting: bool, sum_counts: None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`model.gate.routing`."""
+    choice_NK = None if choice_NK is None else choice_NK.long().contiguous()
+    arguments = x_ND, weight_ED, bias_E, choice_NK
+    if not torch.is_grad_enabled():
+        expert_NK, weight_NK, _ = forward(*arguments, Rule.of(cfg))
+        return expert_NK, weight_NK, x_ND.new_zeros((), dtype=torch.float32), None
+    return _Routing.apply(*arguments, n_sequences, Rule.of(cfg), counting)
+
+
+class _Routing(torch.autograd.Function):
+    """(experts, gates, balance term, selections of each sequence); the last two are 0 unless `counting`."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_ED, bias_E, choice_NK, n_sequences, rule, counting):
+        expert_NK, weight_NK, score = forward(x_ND, weight_ED, bias_E, choice_NK, rule)
+        if counting:
+            count_SE, term = balance(expert_NK, score, n_sequences, rule)
+        else:
+            count_SE, term = weight_NK.new_zeros(n_sequences, rule.n_experts), weight_NK.new_zeros(())
+        ctx.save_for_backward(x_ND, weight_ED, expert_NK, score, count_SE)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(expert_NK, count_SE)
+        return expert_NK, weight_NK, term, count_SE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _expert, dweight_NK, dbalance, _count):
+        dx_ND, dweight_ED = backward(dweight_NK.contiguous(), dbalance, *ctx.saved_tensors, ctx.rule)
+        return dx_ND, dweight_ED, None, None, None, None, None

@@ -101,11 +101,6 @@ def status() -> Status:
     return _found()[1]
 
 
-def backend(device: torch.device) -> str:
-    """Names what computes on a device, for records: results of different backends differ by rounding."""
-    return device.type if device.type != "cpu" else f"cpu (kernels {status().instructions})"
-
-
 def forget() -> None:
     """Makes the next call look for a library again, according to the environment at that time."""
     _found.cache_clear()

@@ -1,11 +1,17 @@
-"""RMSNorm (`model.norm`)."""
+"""RMSNorm (`model.norm`): C++ on a CPU and Triton on a GPU, each one operation that saves only its input.
+
+Under torch.compile on CUDA the equation runs, and the compiler fuses it with its neighbours.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from bessemer.kernels.fused import Fused
 from bessemer.kernels.library import DTYPES, call, fits, threads
+from bessemer.kernels.operation import operation
 
 BLOCK = 64
 """Rows per backward task; each task has its own row of `partial`."""
@@ -27,7 +33,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`model.norm.normalise`."""
+    """`normalise` in C++."""
     rows, stride = _rows(x)
     y, D = torch.empty(x.shape, dtype=x.dtype), x.shape[-1]
     call(f"rms_norm_{DTYPES[x.dtype]}", "pippiifi", rows, stride, weight_D, y, x.numel() // D, D, eps, threads())
@@ -35,7 +41,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`model.norm.normalise_backward`."""
+    """`normalise_backward` in C++."""
     rows, stride = _rows(x)
     dy, D = dy.contiguous(), x.shape[-1]
     N = x.numel() // D
@@ -46,3 +52,95 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tu
         dy, rows, stride, weight_D, dx, dweight_D, partial, N, D, eps, threads(),
     )  # fmt: skip
     return dx, dweight_D
+
+
+# --- with gradients --------------------------------------------------------------------------------------------------
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept with size 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normalise_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return (x32 * _scale(x32, eps)).mul_(weight_D).to(x.dtype)
+
+
+def _normalise_backward_reference(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x32, dy32 = x.float(), dy.float()
+    scale = _scale(x32, eps)
+    z = x32 * scale
+    dweight_D = (dy32 * z).flatten(0, -2).sum(0)
+    dz = dy32 * weight_D
+    inner = torch.linalg.vecdot(dz, z).unsqueeze(-1).mul_(-1 / x.shape[-1])
+    return dz.addcmul_(z, inner).mul_(scale).to(x.dtype), dweight_D
+
+
+_normalise = Fused("triton_norm", "forward", _normalise_reference)
+_normalise_backward = Fused("triton_norm", "backward", _normalise_backward_reference)
+
+
+def normalise(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the last dimension without an autograd graph, in x's dtype."""
+    return rms_norm(x, weight_D, eps) if serves(x, weight_D) else _normalise(x, weight_D, eps)
+
+
+def normalise_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x (in its dtype) and of the gain (float32), recomputed from the input."""
+    if serves(x, weight_D) and dy.dtype == x.dtype:
+        return rms_norm_backward(dy, x, weight_D, eps)
+    return _normalise_backward(dy, x, weight_D, eps)
+
+
+class _CPUNorm(torch.autograd.Function):
+    """Saves only its input, in the input's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight_D, eps):
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        return normalise(x, weight_D, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *normalise_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+def on_cpu(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`model.norm.rms_norm`, 4x as fast as torch's chain of operations forward and longer chain backward."""
+    return (_CPUNorm.apply if torch.is_grad_enabled() else normalise)(x, weight_D, eps)
+
+
+@operation("rms_norm")
+def on_gpu(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`model.norm.rms_norm` as one operation that saves only its input."""
+    return normalise(x, weight_D, eps)
+
+
+@torch.library.register_fake(on_gpu)
+def _(x, weight_D, eps):
+    return x.new_empty(x.shape)
+
+
+@operation("rms_norm_backward")
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return normalise_backward(dy, x, weight_D, eps)
+
+
+@torch.library.register_fake(_rms_norm_backward)
+def _(dy, x, weight_D, eps):
+    return x.new_empty(x.shape), torch.empty_like(weight_D)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.eps = inputs[2]
+
+
+def _grad(ctx, dy):
+    return *_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+
+
+torch.library.register_autograd(on_gpu, _grad, setup_context=_setup)

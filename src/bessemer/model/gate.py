@@ -6,7 +6,7 @@ would let an excluded expert win when biases are negative).
 A caller may pass in a choice made elsewhere (in RL, by the sampler). Gate weights still come from the scores of this
 pass, so the gradient reaches the router.
 
-`Gate.forward` holds the plain version; `kernels.gate` does the same in one pass on a CPU, and `gate_gpu` on a GPU.
+`routing` is the equation and `Gate` the module, which owns the weight, the bias and the counts.
 
 Shapes: N tokens, S sequences of T tokens, D hidden, E experts, K experts per token.
 """
@@ -14,17 +14,16 @@ Shapes: N tokens, S sequences of T tokens, D hidden, E experts, K experts per to
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from bessemer.kernels import gate as kernel
-from bessemer.model import gate_gpu
 from bessemer.model.config import ModelConfig
+from bessemer.model.ops import operation
 
 _COUNTING = Lock()
 """Micro-batches may run concurrently in threads; no count may be lost."""
@@ -64,60 +63,23 @@ class Gate(nn.Module):
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """Affinity s_i of each token to each expert, float32 [N, E]."""
-        logits = F.linear(x_ND.float(), self.weight)
-        return logits.sigmoid() if self.cfg.score_func == "sigmoid" else logits.softmax(-1)
+        return scores(x_ND, self.weight, self.cfg)
 
     def choose(self, score_NE: Tensor) -> Tensor:
         """Experts of each token by biased score, from its best groups only, [N, K]."""
-        cfg = self.cfg
-        z_NE = score_NE.detach()
-        if self.bias_E is not None:
-            z_NE = z_NE + self.bias_E
-        if cfg.topk_method != "greedy" and cfg.n_expert_groups > 1:
-            z_NGE = z_NE.unflatten(-1, (cfg.n_expert_groups, -1))
-            rating_NG = z_NGE.topk(cfg.n_rated_experts, dim=-1).values.sum(-1)
-            keep = rating_NG.topk(cfg.n_limited_groups, dim=-1).indices
-            excluded_NG = torch.ones_like(rating_NG, dtype=torch.bool).scatter_(-1, keep, False)
-            z_NE = z_NGE.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
-        return z_NE.topk(cfg.n_activated_experts, dim=-1).indices
+        return choose(score_NE, self.bias_E, self.cfg)
 
     def forward(self, x_ND: Tensor, n_sequences: int, choice_NK: Tensor | None = None) -> Routing:
         """Routes N = n_sequences * T tokens. Entries of `choice_NK` that are at least 0 override the gate's choice."""
-        cfg = self.cfg
-        if self.sum_counts is None and kernel.serves(x_ND, self.weight, rule := _rule(cfg)):
-            choice_NK = None if choice_NK is None else choice_NK.long().contiguous()
-            arguments = x_ND, self.weight, self.bias_E, choice_NK, n_sequences, rule
-            if not torch.is_grad_enabled():
-                return Routing(*kernel.forward(*arguments[:4], rule)[:2], x_ND.new_zeros((), dtype=torch.float32))
-            expert_NK, weight_NK, balance, count_SE = _KernelGate.apply(*arguments, self.training)
-            if self.training:
-                with _COUNTING:
-                    self.load_E += self._counted(expert_NK, count_SE)
-            return Routing(expert_NK, weight_NK, balance)
-        if self.sum_counts is None and x_ND.device.type in ("cuda", "meta"):
-            logit_NE = F.linear(x_ND.float(), self.weight)
-            training = self.training and torch.is_grad_enabled()
-            expert_NK, weight_NK, balance, count_SE = gate_gpu.choose(
-                logit_NE, self.bias_E, choice_NK, n_sequences, *_rule(cfg), training
-            )
-            if training:  # one kernel, ordered by its stream; a lock would break the compiler's graph
-                self.load_E += self._counted(expert_NK, count_SE.detach())
-            return Routing(expert_NK, weight_NK, balance)
-        score_NE = self.scores(x_ND)
-        expert_NK = self.choose(score_NE)
-        if choice_NK is not None:
-            expert_NK = torch.where(choice_NK < 0, expert_NK, choice_NK.long())
-        weight_NK = score_NE.gather(-1, expert_NK)
-        if cfg.norm_topk_prob:
-            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
-        weight_NK = weight_NK * cfg.route_scale
-        balance = score_NE.new_zeros(())
-        if self.training and torch.is_grad_enabled():
-            count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
-            with _COUNTING:
+        counting = self.training and torch.is_grad_enabled()
+        expert_NK, weight_NK, balance, count_SE = routing(
+            x_ND, self.weight, self.bias_E, choice_NK, n_sequences, self.cfg, counting, self.sum_counts
+        )
+        if counting:
+            assert count_SE is not None
+            # a lock would break a compiled graph, whose kernels run in the order of their stream
+            with nullcontext() if torch.compiler.is_compiling() else _COUNTING:
                 self.load_E += self._counted(expert_NK, count_SE)
-            total_SE = None if self.sum_counts is None else self.sum_counts(count_SE)
-            balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, total_SE)
         return Routing(expert_NK, weight_NK, balance)
 
     def _counted(self, expert_NK: Tensor, count_SE: Tensor) -> Tensor:
@@ -126,6 +88,49 @@ class Gate(nn.Module):
             return count_SE.sum(0)
         counts_X = self.counted_BT.flatten().float().repeat_interleave(expert_NK.shape[1])
         return torch.zeros_like(self.load_E).scatter_add_(0, expert_NK.flatten(), counts_X)
+
+
+def scores(x_ND: Tensor, weight_ED: Tensor, cfg: ModelConfig) -> Tensor:
+    """`Gate.scores`."""
+    logits = F.linear(x_ND.to(weight_ED.dtype), weight_ED)
+    return logits.sigmoid() if cfg.score_func == "sigmoid" else logits.softmax(-1)
+
+
+def choose(score_NE: Tensor, bias_E: Tensor | None, cfg: ModelConfig) -> Tensor:
+    """`Gate.choose`."""
+    z_NE = score_NE.detach()
+    if bias_E is not None:
+        z_NE = z_NE + bias_E
+    if cfg.topk_method != "greedy" and cfg.n_expert_groups > 1:
+        z_NGE = z_NE.unflatten(-1, (cfg.n_expert_groups, -1))
+        rating_NG = z_NGE.topk(cfg.n_rated_experts, dim=-1).values.sum(-1)
+        keep = rating_NG.topk(cfg.n_limited_groups, dim=-1).indices
+        excluded_NG = torch.ones_like(rating_NG, dtype=torch.bool).scatter_(-1, keep, False)
+        z_NE = z_NGE.masked_fill(excluded_NG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return z_NE.topk(cfg.n_activated_experts, dim=-1).indices
+
+
+@operation
+def routing(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int,
+    cfg: ModelConfig, counting: bool, sum_counts: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(experts [N, K], gates [N, K], balance term, selections of each sequence [S, E]); the term is 0 and the
+    selections may be None unless `counting`. `choice_NK` and `sum_counts` are as in `Gate`."""
+    score_NE = scores(x_ND, weight_ED, cfg)
+    expert_NK = choose(score_NE, bias_E, cfg)
+    if choice_NK is not None:
+        expert_NK = torch.where(choice_NK < 0, expert_NK, choice_NK.long())
+    weight_NK = score_NE.gather(-1, expert_NK)
+    if cfg.norm_topk_prob:
+        weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+    weight_NK = weight_NK * cfg.route_scale
+    if not counting:
+        return expert_NK, weight_NK, score_NE.new_zeros(()), None
+    count_SE = selections(expert_NK, n_sequences, cfg.n_routed_experts)
+    total_SE = None if sum_counts is None else sum_counts(count_SE)
+    balance = sequence_balance(score_NE, count_SE, cfg.n_activated_experts, total_SE)
+    return expert_NK, weight_NK, balance, count_SE
 
 
 def selections(expert_NK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
@@ -151,33 +156,3 @@ def sequence_balance(score_NE: Tensor, count_SE: Tensor, n_activated: int, total
     T = share_STE.shape[1]
     f_SE = count_SE * (n_experts / (n_activated * T))
     return (f_SE * share_STE.mean(1)).sum()
-
-
-def _rule(cfg: ModelConfig) -> kernel.Rule:
-    grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
-    return kernel.Rule(
-        cfg.n_routed_experts, cfg.n_activated_experts, cfg.n_expert_groups if grouped else 1, cfg.n_limited_groups,
-        cfg.n_rated_experts, cfg.score_func == "softmax", cfg.norm_topk_prob, cfg.route_scale,
-    )  # fmt: skip
-
-
-class _KernelGate(torch.autograd.Function):
-    """(experts, gates, balance term, selections of each sequence); the last two are 0 unless training."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_ED, bias_E, choice_NK, n_sequences, rule, training):
-        expert_NK, weight_NK, score = kernel.forward(x_ND, weight_ED, bias_E, choice_NK, rule)
-        if training:
-            count_SE, balance = kernel.balance(expert_NK, score, n_sequences, rule)
-        else:
-            count_SE, balance = weight_NK.new_zeros(n_sequences, rule.n_experts), weight_NK.new_zeros(())
-        ctx.save_for_backward(x_ND, weight_ED, expert_NK, score, count_SE)
-        ctx.rule = rule
-        ctx.mark_non_differentiable(expert_NK, count_SE)
-        return expert_NK, weight_NK, balance, count_SE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _expert, dweight_NK, dbalance, _count):
-        dx_ND, dweight_ED = kernel.backward(dweight_NK.contiguous(), dbalance, *ctx.saved_tensors, ctx.rule)
-        return dx_ND, dweight_ED, None, None, None, None, None

@@ -8,15 +8,16 @@
 
 `forward` is their composition. Expert parallelism, pipeline overlap, recomputation and profiling split a layer only at
 these boundaries. A dense layer has nothing to exchange, so its dispatch and combine pass the tokens through. Outside
-FP8, so do those of a layer with all experts on this device: one operation maps tokens to tokens (`experts.routed_ffn`).
+FP8, so do those of a layer with all experts on this device: one operation maps tokens to tokens (`moe.routed_ffn`).
 
 For speed, some code repeats the math of a layer and must change together with it:
 
-    SwiGLU          `moe.FFN` (plain), `experts` (hand-written backward; kernel), `kernels.swiglu` (GPU), `fp8._SwiGLU`,
-                    `emulation.swiglu*` and `triton_quantise.swiglu*` (FP8), `engine.decode`, `decode.cpp`
-    MLA             `mla.MLA` (expanded and absorbed), `fp8._Attention`, `engine.decode` (against the KV cache),
+    SwiGLU          `moe.swiglu` and `moe.expert_ffn`, `kernels.expert_ffn`, `kernels.swiglu` (GPU), `engine.decode`,
+                    `decode.cpp`; in FP8 `fp8_layers._SwiGLU`, `emulation.swiglu*`, `triton_quantise.swiglu*`
+    MLA             `mla.MLA` (expanded and absorbed), `fp8_layers._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_attention` (sequences split over ranks)
-    softmax core    `attention_gpu`, `attention_cpu` (and `attention.hpp`), `dist.context_attention`
+    softmax core    `mla.latent_attention`, `kernels.attention_gpu`, `kernels.attention` (and `attention.hpp`),
+                    `dist.context_attention`
     layer wiring    `Layer.forward`, `dist.stage.through` (stops between the phases), `engine.decode`, `decode.cpp`
     MTP wiring      `transformer.mtp_states`, `dist.stage.Slice.phases`
 
@@ -33,24 +34,25 @@ again, so wrap such a backward in `train.balance.uncounted`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar, TypeVarTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bessemer.model import fp8, moe
+from bessemer.model import moe
 from bessemer.model.config import ModelConfig
 from bessemer.model.mla import MLA
 from bessemer.model.norm import RMSNorm
+from bessemer.model.ops import operation
 from bessemer.model.segments import Segments
-from bessemer.precision.fp8_linear import FP8Recipe
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
-Phase = Literal["attend", "experts", "finish"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-"""The phases that can be recomputed."""
+Phase = Literal["attend", "route", "experts", "finish"]
+"""What a layer can recompute; "route" is the second half of `attend`, which FP8 training recomputes."""
+PHASES: tuple[Phase, ...] = ("attend", "experts", "finish")
+"""The phases that a recipe may ask for."""
 
 
 def recomputed(function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
@@ -72,11 +74,15 @@ Sent = Tensor | moe.Unsent | moe.Dispatched
 """What `dispatch` passes to `experts`; a tensor in a dense layer."""
 
 
+@operation
+def attention(x_BTD: Tensor, rope: Tensor, segments: Segments, layer: Layer) -> Tensor:
+    """Attn(norm(x)), [B, T, D]."""
+    return layer.attn(layer.attn_norm(x_BTD), rope, segments)
+
+
 class Layer(nn.Module):
     """x + Attn(norm(x)), then h + FFN(norm(h)) (V3 2.1)."""
 
-    fp8: FP8Recipe | None = None
-    """Recipe for training's matrix products (`Transformer.set_fp8`); None: in the compute dtype."""
     recompute: frozenset[Phase] = frozenset()
     """Phases that training recomputes in backward (`Transformer.set_recompute`)."""
     ffn: moe.FFN | moe.MoE
@@ -99,13 +105,10 @@ class Layer(nn.Module):
     def attend(
         self, x_BTD: Tensor, rope: Tensor, segments: Segments = None, choice_NK: Tensor | None = None
     ) -> Attended:
-        if self.fp8 is not None and self.training:
-            h_BTD = x_BTD + fp8.attention(self.attn_norm, self.attn, x_BTD, rope, segments, self.fp8)
-            return recomputed(self.route, h_BTD, choice_NK)
         return self.run_phase("attend", self._attend, x_BTD, rope, segments, choice_NK)
 
     def _attend(self, x_BTD: Tensor, rope: Tensor, segments: Segments, choice_NK: Tensor | None) -> Attended:
-        return self.route(x_BTD + self.attn(self.attn_norm(x_BTD), rope, segments), choice_NK)
+        return self.run_phase("route", self.route, x_BTD + attention(x_BTD, rope, segments, self), choice_NK)
 
     def run_phase(self, phase: Phase, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """function(*arguments), which computes this phase; backward recomputes it if `recompute` names the phase."""
@@ -120,9 +123,7 @@ class Layer(nn.Module):
         """Copies rows in expert order only in FP8, which sends them quantised; `dist` copies them between ranks."""
         if attended.routing is None:
             return attended.u_ND
-        if self.fp8 is not None and self.training:
-            return moe.dispatch(attended.u_ND, attended.routing, self.cfg.n_routed_experts, self.fp8)
-        return moe.Unsent(attended.u_ND, attended.routing)
+        return moe.dispatch(attended.u_ND, attended.routing, self.sparse_ffn.experts)
 
     def experts(self, sent: Sent) -> Tensor:
         return self.run_phase("experts", self.ffn if self.dense else self.sparse_ffn.experts, sent)

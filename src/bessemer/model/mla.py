@@ -14,12 +14,7 @@ and everything else stay the same; there is no absorbed form.
 
 The whole short-context stage uses plain RoPE. The config switches YaRN on (V3 4.3), never the length of a batch.
 
-`attention_reference` is the softmax core in its plainest form. `latent_attention` takes the projections, rotates them,
-builds the heads and picks a backend:
-
-    CPU               `attention_cpu.latent_attention`: one operation from the projections to the output, with its own
-                      backward
-    everything else   `attention_gpu`: heads in one kernel, packed segments without a mask, torch's best attention
+`latent_attention` is the softmax core: it rotates the projections, builds the heads and attends.
 
 Shapes: B sequences, T queries, S cached tokens, D hidden, H heads, N/R nope and rope widths, V value width, C latent
 rank.
@@ -30,12 +25,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bessemer.model import attention_cpu, attention_gpu
 from bessemer.model.config import ModelConfig
 from bessemer.model.norm import RMSNorm
-from bessemer.model.segments import Packed, Segments, causal_mask
+from bessemer.model.ops import operation
+from bessemer.model.segments import Packed, Segments
 
 # The released code uses RMSNorm's default epsilon for the latent norms and rms_norm_eps only for the block norms; the
 # two differ in Moonlight (1e-5).
@@ -162,11 +158,6 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
     x [..., d_h^R]; cos_sin broadcastable to [..., d_h^R / 2, 2]. Computed in float32, returned in x's dtype.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # the same result in a fifth of the time
-        # always copy: a contiguous slice of a wider tensor may start at an odd element, where a complex view cannot
-        pairs = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
-        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin.contiguous())
-        return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_sin.unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -176,51 +167,29 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 # --- softmax core ----------------------------------------------------------------------------------------------------
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, segments_BT: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T) v in float32 with all scores materialised. q, k [B, H, T, N + R], v [B, H, T, V]."""
-    score = q.float() @ k.float().transpose(-1, -2) * scale
-    score = score.masked_fill(~causal_mask(q.shape[-2], segments_BT, q.device), float("-inf"))
-    return (score.softmax(-1) @ v.float()).to(q.dtype)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
+@operation
 def latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
 ) -> Tensor:
     """MLA's expanded core. q [B, T, H, N + R] and k_rope [B, T, R] are not yet rotated; kv [B, T, H, N + V] holds keys
     and values of every head; rope [T, R/2, 2] or [B, T, R/2, 2]. Returns [B, T, H, V]."""
-    if _on_cpu(q):
-        assert not isinstance(segments, Packed)
-        return attention_cpu.latent_attention(q, kv, k_rope, rope, segments, scale)[0]
-    return attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
+    nope, value = q.shape[-1] - k_rope.shape[-1], kv.shape[-1] - q.shape[-1] + k_rope.shape[-1]
+    k_rotated = rotate(k_rope, rope).unsqueeze(2).expand(-1, -1, q.shape[2], -1)
+    q = torch.cat((q[..., :nope], rotate(q[..., nope:], rope.unsqueeze(-3))), -1)
+    k = torch.cat((kv[..., :nope], k_rotated), -1)
+    # only for values as wide as keys does torch keep the scores out of memory
+    v = F.pad(kv[..., nope:], (0, max(0, q.shape[-1] - value)))
+    if segments is None:
+        return _causal(q, k, v, scale)[..., :value]
+    out = torch.zeros_like(v)
+    for row, own in enumerate(segments.segments_BT if isinstance(segments, Packed) else segments):
+        for segment in own.unique():
+            at = (own == segment).nonzero().squeeze(1)
+            out[row, at] = _causal(q[row, at], k[row, at], v[row, at], scale)
+    return out[..., :value]
 
 
-def attention_forward(
-    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
-) -> tuple[Tensor, Tensor]:
-    """`latent_attention` without an autograd graph, for a caller that saves the arguments itself. Returns the output
-    and the log of the softmax denominators (empty if torch's attention recomputes its own)."""
-    if _on_cpu(q):
-        assert not isinstance(segments, Packed)
-        return attention_cpu.flash_forward(q, kv, k_rope, rope, segments, scale)
-    with torch.no_grad():
-        out = attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
-        return out, q.new_empty(0, dtype=torch.float32)
-
-
-def attention_backward(
-    dout: Tensor, q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments,
-    out: Tensor, lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, kv and k_rope. `out` and `lse` come from `attention_forward`; `out` may be rounded."""
-    if _on_cpu(q):
-        assert not isinstance(segments, Packed)
-        return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
-    with torch.enable_grad():
-        q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
-        again = attention_gpu.latent_attention(q, kv, k_rope, rope, scale, segments)
-    dq, dkv, dk_rope = torch.autograd.grad(again, (q, kv, k_rope), dout)
-    return dq, dkv, dk_rope
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over the keys up to each query, for [..., T, H, X]."""
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(-3, -2)

@@ -1,23 +1,21 @@
 """DeepSeekMoE (MoE 3, V3 2.1.2): shared and fine-grained routed experts. `gate` chooses experts; this module sends
 tokens to them and combines the results. No token is ever dropped.
 
-Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width, M = N*K routed rows sorted by expert.
+Shapes: N tokens, D hidden, E experts, K experts per token, F expert inner width, M = N*K routed rows in expert order;
+count_E is the rows of each expert, order_M the number n K + k of each row's choice, slot_NK the row of each choice.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bessemer.model import fp8, grouped
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import Combine, Spread, dense_ffn, expert_ffn, expert_order, routed_ffn, slots
 from bessemer.model.gate import Gate, Routing
-from bessemer.precision.fp8_linear import FP8Recipe
-from bessemer.precision.operand import Operand
+from bessemer.model.ops import operation
 
 EXPERTS = ".experts."
 """Occurs in the name of every tensor that stacks the routed experts."""
@@ -38,37 +36,69 @@ class Dispatched(NamedTuple):
     count_E: Tensor
     """Rows per expert, int64, padding included."""
     slot_NK: Tensor
-    """Row of each (token, choice)."""
-    operand: Operand | None = None
-    """The rows in FP8 training; `rows_MD` is then a tensor without storage that only carries the gradient back."""
+    operand: Any = None
+    """The rows in another number format; `rows_MD` is then a tensor without storage that only carries the gradient
+    back."""
     filled: bool = False
-    """Whether the rows of every expert are padded (`fp8.Filled`)."""
+    """Whether the rows of every expert are padded."""
 
 
-def dispatch(x_ND: Tensor, routing: Routing, n_experts: int, recipe: FP8Recipe | None = None) -> Dispatched:
-    """Copies each token once per chosen expert, sorted by expert (ties in token order); in FP8 if there is a recipe."""
-    N, K = routing.expert_NK.shape
-    order_M, count_E = expert_order(routing.expert_NK, n_experts)
-    token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
-    if recipe is not None:
-        fill = fp8.filled(count_E, len(order_M)) if fp8.fills(recipe, x_ND.device) else None
-        if fill is not None:
-            count_E, token_M, weight_M = fill.rows_E, fill.spread(token_M, N), fill.spread(weight_M, 0.0)
-            slot_NK = fill.place_M[slot_NK]
-        rows_MD, operand = fp8.send(x_ND, token_M, recipe, slot_NK, fill is not None)
-        return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand, fill is not None)
-    return Dispatched(Spread.apply(x_ND, token_M, slot_NK), weight_M, count_E, slot_NK)
+def expert_order(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """(order_M, count_E): the choices sorted by expert, ties in token order, and the rows per expert."""
+    expert_M, order_M = expert_NK.flatten().sort(stable=True)
+    return order_M, expert_M.new_zeros(n_experts).scatter_add_(0, expert_M, torch.ones_like(expert_M))
 
 
+def slots(order_M: Tensor) -> Tensor:
+    """The row of each choice, [M]: the inverse permutation of `order_M`."""
+    slot_M = torch.empty_like(order_M)
+    slot_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    return slot_M
+
+
+@operation
+def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """y_m = weight_m * W2_e (silu(W1_e x_m) * W3_e x_m), where e is the expert of row m; [M, D]."""
+    count, out = count_E.tolist(), []
+    for rows, weights, w13_e, w2_e in zip(rows_MD.split(count), weight_M.split(count), w13, w2, strict=True):
+        gate, up = F.linear(rows, w13_e).chunk(2, -1)
+        out.append(weights.unsqueeze(-1).to(rows.dtype) * F.linear(F.silu(gate) * up, w2_e))
+    return torch.cat(out)
+
+
+@operation
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
-    """Sums the K weighted expert outputs of every token, [N, D]."""
-    return Combine.apply(rows_MD, slot_NK)
+    """Sums the K expert outputs of every token, [N, D], in float32 or wider and in ascending order of experts."""
+    rows_NKD = rows_MD[slot_NK.sort(1).values]
+    return rows_NKD.to(torch.promote_types(rows_MD.dtype, torch.float32)).sum(1).to(rows_MD.dtype)
+
+
+@operation
+def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """Each token's weighted sum over its K experts, [N, D]."""
+    N, K = expert_NK.shape
+    order_M, count_E = expert_order(expert_NK, len(w2))
+    rows_MD = expert_ffn(x_ND.index_select(0, order_M // K), weight_NK.flatten()[order_M], count_E, w13, w2)
+    return combine(rows_MD, slots(order_M).view(N, K))
+
+
+@operation
+def dispatch(x_ND: Tensor, routing: Routing, experts: Experts) -> Unsent | Dispatched:
+    """Tokens on their way to the experts of one device."""
+    return Unsent(x_ND, routing)
+
+
+@operation
+def run_experts(sent: Dispatched | Unsent, experts: Experts) -> Tensor:
+    """weight * W_2 (silu(W_1 x) * W_3 x): [M, D] for rows in expert order; for `Unsent` tokens, the sum over their
+    experts [N, D]."""
+    if isinstance(sent, Unsent):
+        return routed_ffn(sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK, experts.w13, experts.w2)
+    return expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, experts.w13, experts.w2)
 
 
 class Experts(nn.Module):
     """The routed experts of one layer, stacked: w13 [E, 2F, D] (gate rows, then up rows), w2 [E, D, F]."""
-
-    fp8: FP8Recipe | None = None
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -77,27 +107,18 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, D, inner))
 
     def forward(self, sent: Dispatched | Unsent) -> Tensor:
-        """weight * W_2 (silu(W_1 x) * W_3 x): [M, D] for rows in expert order; for `Unsent` tokens, the sum over their
-        experts [N, D]."""
-        if isinstance(sent, Unsent):
-            return routed_ffn(sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK, self.w13, self.w2)
-        if sent.operand is not None:
-            assert self.fp8 is not None
-            count = fp8.counts(sent.count_E, len(sent.rows_MD), self.fp8, sent.filled)
-            return fp8.expert_swiglu(sent.rows_MD, sent.operand, self.w13, self.w2, self.fp8, sent.weight_M, count)
-        return expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, self.w13, self.w2)
+        return run_experts(sent, self)
 
 
-def _plain(linear: nn.Module) -> bool:
-    """Whether calling the module only applies its weight: it has not been replaced and has no hooks."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return isinstance(linear, nn.Linear) and not hooks
+@operation
+def swiglu(x: Tensor, ffn: FFN) -> Tensor:
+    """W_2 (silu(W_1 x) * (W_3 x))."""
+    gate, up = ffn.w13(x).chunk(2, -1)
+    return ffn.w2(F.silu(gate) * up)
 
 
 class FFN(nn.Module):
-    """SwiGLU: W_2 (silu(W_1 x) * (W_3 x)), with W_1 and W_3 stacked in w13. Used by dense layers and shared experts."""
-
-    fp8: FP8Recipe | None = None
+    """SwiGLU with W_1 and W_3 stacked in w13. Used by dense layers and shared experts."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -105,15 +126,7 @@ class FFN(nn.Module):
         self.w2 = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 is not None and self.training:
-            return fp8.swiglu(x, self.w13.weight, self.w2.weight, self.fp8)
-        if x.device.type == "cpu" and _plain(self.w13) and _plain(self.w2):
-            return dense_ffn(x.flatten(0, -2), self.w13.weight, self.w2.weight).view(x.shape)
-        if x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling():
-            h = self.w13(x)
-            return self.w2(grouped.activation(h.flatten(0, -2)).view(*h.shape[:-1], -1))
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        return swiglu(x, self)
 
 
 class MoE(nn.Module):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from bessemer.errors import UserError
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer, Phase
+from bessemer.model.ops import operation
 from bessemer.model.segments import Segments
-from bessemer.precision.fp8_linear import FP8Recipe
 
 
 class TrainOutputs(NamedTuple):
@@ -121,10 +121,6 @@ class LanguageModel(nn.Module):
         """Maps the name of every matrix that Muon may update to the number of matrices stacked along its rows."""
         raise UserError('optimizer = "muon" supports only our own networks; set optimizer = "adamw"')
 
-    def set_fp8(self, recipe: FP8Recipe | None) -> Self:
-        """Makes training compute the matrix products of `layers` in FP8; None turns that off."""
-        raise UserError('fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
-
     def set_recompute(self, phases: Iterable[Phase]) -> Self:
         """Makes training recompute these phases of `layers` in backward."""
         raise UserError("recompute is for models of the DeepSeek V3 family; leave it out")
@@ -136,3 +132,12 @@ class LanguageModel(nn.Module):
     def training_flops(self, length: int, mtp: bool) -> float | None:
         """FLOPs of training per token in rows of this length; None if they are not known."""
         return None
+
+
+@operation
+def train_in_fp8(model: LanguageModel, recipe: str) -> str:
+    """Makes training compute the matrix products of `layers` in FP8, by the recipe that the key `fp8` names; "off": in
+    the compute dtype. Eval mode does not change. Returns what computes them."""
+    if recipe != "off":
+        raise UserError(f'fp8 = "{recipe}": training in FP8 comes with bessemer.accelerated, which is not installed')
+    return ""

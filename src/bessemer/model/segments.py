@@ -61,14 +61,6 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Tensor:
-    """True where a query may attend: [T, T], or [B, 1, T, T] when tokens attend only to their own segment."""
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    if segments_BT is None:
-        return causal
-    return (causal & (segments_BT[:, :, None] == segments_BT[:, None, :])).unsqueeze(1)
-
-
 def first_tokens(segments: Segments, T: int) -> Segments:
     """The segments of the first T tokens of each row."""
     if isinstance(segments, Packed):

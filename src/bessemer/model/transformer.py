@@ -26,20 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bessemer.errors import UserError
-from bessemer.model import attention_gpu
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.layer import PHASES, Layer, Phase
 from bessemer.model.mla import rope_table
-from bessemer.model.moe import FFN, Experts
 from bessemer.model.norm import RMSNorm
 from bessemer.model.protocol import LanguageModel, TrainOutputs
-from bessemer.model.segments import Packed, Segments, first_tokens
-from bessemer.precision.fp8_linear import FP8Recipe
+from bessemer.model.segments import Segments, first_tokens
 
 RECOMPUTES_ITSELF = "training in FP8 already recomputes norms, gates and activations; set recompute = []"
-
 
 APART = 20e9
 """From this many parameters on, every matrix has its own random stream. Drawing V3's 671B numbers from one stream takes
@@ -137,29 +133,17 @@ class Transformer(LanguageModel):
                 parameter.data = parameter.data.to(dtype)
         return self
 
-    def set_fp8(self, recipe: FP8Recipe | None) -> Self:
-        """Makes training compute the matrix products of attention, FFN and experts in FP8 (`fp8`); None turns that off.
-        Eval mode does not change."""
-        if recipe is not None:
-            self.cfg.require_latent("training in FP8")
-        if recipe is not None and any(getattr(module, "recompute", ()) for module in self.modules()):
-            raise UserError(RECOMPUTES_ITSELF)
-        for module in self.modules():
-            if isinstance(module, (Layer, FFN, Experts)):
-                module.fp8 = recipe
-        return self
-
     def set_recompute(self, phases: Iterable[Phase]) -> Self:
         """Makes training recompute these phases of every layer in backward (`layer`). Raises UserError if a phase does
-        not exist or is communication, and in FP8, which has its own recomputation."""
+        not exist or is communication, and in FP8, which has its own recomputation ("route")."""
         chosen = frozenset(phases)
         for phase in sorted(chosen - set(PHASES)):
             raise UserError(f'phase "{phase}" cannot be recomputed in backward; choose from {", ".join(PHASES)}')
         layers = [module for module in self.modules() if isinstance(module, Layer)]
-        if chosen and any(layer.fp8 is not None for layer in layers):
+        if chosen and any("route" in layer.recompute for layer in layers):
             raise UserError(RECOMPUTES_ITSELF)
         for layer in layers:
-            layer.recompute = chosen
+            layer.recompute = chosen | (layer.recompute & {"route"})
         return self
 
     @property
@@ -204,8 +188,6 @@ class Transformer(LanguageModel):
     def _run(self, tokens_BT: Tensor, segments: Segments, choice_BTLK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         table = self.rope_table(tokens_BT.shape[1])
         x = self.embed(tokens_BT)
-        widths = self.cfg.qk_head_dim, self.cfg.v_head_dim
-        attention_gpu.backend(x.device, x.dtype, *widths, isinstance(segments, Packed))  # the trial, outside tracing
         balance = torch.zeros((), dtype=torch.float32, device=x.device)
         choices = () if choice_BTLK is None else choice_BTLK.flatten(0, 1).unbind(1)
         assert len(choices) in (0, sum(not layer.dense for layer in self.layers)), "one choice for every sparse layer"

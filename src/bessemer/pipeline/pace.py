@@ -26,14 +26,14 @@ from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.kernels import library
+from bessemer.model import ops
 from bessemer.model.accounting import flops_per_token, stored_params
 from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import train_in_fp8
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import training_plan
 from bessemer.pipeline.work import StageWork, guessed
-from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.runs.files import read_json, write_json
 from bessemer.system import memory
 from bessemer.tasks.arithmetic import Arithmetic
@@ -130,7 +130,7 @@ class Pace:
         wanted: Precision = getattr(stage, "precision", "device")
         # what "auto" stands for is measured only if it comes to that
         dtype = wanted if wanted == "auto" else str(setup.precision_on(wanted, setup.device()).dtype)
-        how: list[object] = [kind, library.backend(setup.device()), setup.workers().n, dtype, cfg.model_dump()]
+        how: list[object] = [kind, ops.backend(setup.device()), setup.workers().n, dtype, cfg.model_dump()]
         if kind == "training":
             mtp = any(settings.mtp_lambda.values)
             how += [settings.fp8, settings.micro_rows, settings.optimizer, self._length(settings), mtp]
@@ -175,7 +175,7 @@ class Pace:
         if settings is None:
             return model
         if settings.fp8 != "off":
-            model.set_fp8(FP8_RECIPES[settings.fp8])
+            train_in_fp8(model, settings.fp8)
             return model
         flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
         if self.seconds > SECONDS and setup.want_compile(settings.compile, flops):  # compiling takes a minute

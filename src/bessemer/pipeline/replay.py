@@ -26,7 +26,7 @@ from bessemer.config.training import OptimizerConfig
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
-from bessemer.kernels import library
+from bessemer.model import ops
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import load_reward_models
 from bessemer.pipeline.why import rl_stage
@@ -290,7 +290,7 @@ def _notes(folder: Path, start: Path | None) -> tuple[str, ...]:
     made = (read_json(folder / "done.json") or {}).get("version", __version__)
     if made != __version__:
         notes.append(f"the run was made by version {made}, this is {__version__}")
-    before, now = None if start is None else _counters(start).get("backend"), library.backend(setup.device())
+    before, now = None if start is None else _counters(start).get("backend"), ops.backend(setup.device())
     if before not in (None, now):
         notes.append(f"the run computed on {before}, this is {now}: results differ by rounding")
     return tuple(notes)

@@ -27,16 +27,10 @@ from bessemer.dist.mesh import Layout
 from bessemer.dist.stage import cut
 from bessemer.dist.table import Table
 from bessemer.dist.zero1 import vector_size
-from bessemer.model.accounting import (
-    ParamTensor,
-    gain,
-    kept_bytes,
-    layer_tensors,
-    mtp_tensors,
-    stage_activation_bytes,
-)
+from bessemer.model.accounting import ParamTensor, gain, layer_tensors, mtp_tensors
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import PHASES
+from bessemer.precision.activations import kept_bytes, stage_activation_bytes
 
 KINDS = ("weights", "gradients", "masters", "moments", "routing", "operands", "activations", "working")
 

@@ -23,9 +23,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from bessemer.block_fp8 import factor
 from bessemer.precision import backends, emulation, weights
 from bessemer.precision.formats import round_mantissa
-from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, factor, quantise_by
+from bessemer.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, quantise_by
 
 
 @dataclass(frozen=True)

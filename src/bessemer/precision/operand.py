@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.block_fp8 import E4M3_MAX, factor
+
 TILE = 128
-E4M3_MAX = 448.0
-SMALLEST = torch.finfo(torch.float32).tiny
 Group = Literal["tile", "block", "tensor"]
 
 
@@ -117,17 +117,6 @@ def quantise_by(x_MK: Tensor, scale: Tensor) -> Operand:
     scale_MJ = scale[..., None, None].expand(*x_MK.shape[:-1], -(-x_MK.shape[-1] // TILE)).contiguous()
     ratio = (x_MK.detach().float() / scale[..., None, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     return Operand(ratio.to(torch.float8_e4m3fn), scale_MJ)
-
-
-def factor(amax: Tensor, power_of_two: bool = False) -> Tensor:
-    """The scaling factor of a group whose largest magnitude is `amax`: amax / 448, optionally rounded up to a power of
-    two; 1 for zeros, never below the smallest normal float32, and NaN if the group is not finite."""
-    # divide by a tensor: CUDA multiplies by the reciprocal of a scalar, which is sometimes off in the last bit
-    scale = torch.where(amax == 0, 1.0, (amax / amax.new_tensor(E4M3_MAX)).clamp_(min=SMALLEST))
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scale)  # log2 is sometimes off by one
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-    return scale.masked_fill_(~torch.isfinite(amax), float("nan"))
 
 
 def by_tile(x_MK: Tensor, scale_MJ: Tensor) -> list[tuple[Tensor, Tensor]]:

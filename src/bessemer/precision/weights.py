@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bessemer.model.ops import Kept
 from bessemer.precision.operand import Operand, transpose
 
 KEPT = "fp8_kept"
@@ -64,12 +65,11 @@ class _Entry(NamedTuple):
     """The transposed operand, once it has been needed."""
 
 
-class KeptWeights:
+class KeptWeights(Kept):
     """The operands of some weights until `drop`."""
 
     def __init__(self, weights: Iterable[Tensor]):
-        self.epoch = torch.zeros(1, dtype=torch.int64)
-        """Number of drops, on the CPU: in shared memory it tells helper processes, which keep their own operands."""
+        super().__init__()
         self._entries: dict[int, _Entry] = {}
         self._sizes: dict[int, int] = {}
         """Bytes of one copy of each weight that was requested."""
@@ -97,7 +97,7 @@ class KeptWeights:
 
     def drop(self) -> None:
         """Discards all operands, because the weights change."""
-        self.epoch += 1
+        super().drop()
         held = self.nbytes
         self._entries.clear()
         if self._sizes and self._device.type == "cuda":

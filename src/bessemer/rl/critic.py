@@ -30,9 +30,8 @@ from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.layer import Phase
-from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.protocol import LanguageModel, TrainOutputs, train_in_fp8
 from bessemer.model.transformer import Scorer, scores
-from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.rl import rollout
 from bessemer.rl.losses import Reference
 from bessemer.rl.monitor import update_means
@@ -63,7 +62,8 @@ class Critic:
                 'is another; use "group"'
             )
         own = settings.model_copy(update={"lr": settings.critic_lr})
-        begun = cast(Scorer, critic_of(whole.model)).set_fp8(FP8_RECIPES.get(settings.fp8)).set_recompute(recompute)
+        begun = cast(Scorer, critic_of(whole.model)).set_recompute(recompute)
+        train_in_fp8(begun, settings.fp8)
         self.trainer = Trainer(
             begun, ValueLoss(), None, own, policy.plan, warn=policy.warn, collective=policy.collective.beside(begun)
         )

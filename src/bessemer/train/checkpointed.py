@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bessemer.config.units import show_seconds
-from bessemer.kernels import library
+from bessemer.model import ops
 from bessemer.model.gate import Gate
 from bessemer.model.protocol import LanguageModel
 from bessemer.train import checkpoint, guard
@@ -213,13 +213,13 @@ class Checkpointed:
         )
 
     def counters(self) -> dict[str, Any]:
-        computed = {"backend": library.backend(self.device), "dtype": str(self.compute_dtype).removeprefix("torch.")}
+        computed = {"backend": ops.backend(self.device), "dtype": str(self.compute_dtype).removeprefix("torch.")}
         return {name: getattr(self, name) for name in COUNTERS} | computed
 
     def restore_counters(self, saved: dict[str, Any]) -> None:
         for name in COUNTERS:
             setattr(self, name, saved[name])
-        before, now = saved.get("backend"), library.backend(self.device)
+        before, now = saved.get("backend"), ops.backend(self.device)
         if before not in (None, now):  # None: from before there were kernels
             self.warn(
                 f"step {self.step} was saved on {before}, this run continues on {now}: results differ by rounding"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
-from bessemer.precision.probe import double
+from bessemer.probe import double
 from bessemer.train import balance, guard
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore, Files
 from bessemer.train.loss import heldout_nats

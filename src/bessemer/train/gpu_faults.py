@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from bessemer.errors import UserError
-from bessemer.model.accounting import stage_activation_bytes
 from bessemer.model.layer import Layer
 from bessemer.model.protocol import LanguageModel
+from bessemer.precision.activations import stage_activation_bytes
+from bessemer.precision.fp8_layers import recipe_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,8 +43,8 @@ def kept(model: LanguageModel, rows: int, length: int, number: int, mtp: bool, p
         return None
     cfg = layer.attn.cfg
     return stage_activation_bytes(
-        cfg, range(cfg.n_layers), rows, length, last=True, fp8=layer.fp8 is not None, number_bytes=number,
-        mtp=mtp, fused=True, recompute=layer.recompute, whole=True, padded=padded,
+        cfg, range(cfg.n_layers), rows, length, last=True, fp8=recipe_of(layer) is not None,
+        number_bytes=number, mtp=mtp, fused=True, recompute=layer.recompute, whole=True, padded=padded,
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def of_step(
     """`explain` with this device's name and memory. `shape`: rows, their length, and whether they are packed."""
     card = torch.cuda.get_device_properties(device)
     rows, length, packed = shape
-    padded = number < 4 and (packed or card.major < 9)  # as `model.attention_gpu` chooses
+    padded = number < 4 and (packed or card.major < 9)  # as `kernels.attention_gpu` chooses
     return explain(card.name, card.total_memory, held(groups), model, config, rows, length, number, mtp, padded)
 
 

@@ -20,7 +20,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from bessemer.precision.probe import double
+from bessemer.probe import double
 from bessemer.train import update_rules
 
 ALIGN = 64

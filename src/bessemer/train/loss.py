@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.kernels import loss as kernel
-from bessemer.kernels.fused import Fused
+from bessemer.model.ops import operation
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -65,12 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + size)
             hidden_CD, target_C1, loss_C = hidden_ND[rows], target_N[rows, None], loss_N[rows]
             logits_CV = hidden_CD @ weight_VD.T
-            if kernel.serves(logits_CV):
-                total += torch.dot(kernel.cross_entropy(logits_CV, target_C1, loss_C, with_grad), loss_C)
-                grad_CV = logits_CV
-            else:
-                logp_C, grad_CV = _on_device(logits_CV, target_C1, loss_C, with_grad)
-                total -= torch.dot(logp_C, loss_C)
+            logp_C, grad_CV = loss_of_logits(logits_CV, target_C1, loss_C, with_grad)
+            total -= torch.dot(logp_C, loss_C)
             if not with_grad:
                 continue
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
@@ -91,17 +86,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grad_total, weight, None, None, None
 
 
-def _of_logits(logits_CV: Tensor, target_C1: Tensor, loss_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """(log p(target) [C], the gradient of the logits in their dtype: loss_c (p - onehot))."""
+@operation
+def loss_of_logits(logits_CV: Tensor, target_C1: Tensor, loss_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    """(log p(target) [C], the gradient of the logits in their dtype: loss_c (p - onehot)); may overwrite the logits."""
     logp_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
     logp_C = logp_CV.gather(1, target_C1).squeeze(1)
     if not with_grad:
         return logp_C, logp_CV
     grad_CV = logp_CV.exp_().scatter_add_(1, target_C1, torch.full_like(target_C1, -1.0, dtype=torch.float32))
     return logp_C, grad_CV.mul_(loss_C[:, None]).to(logits_CV.dtype)
-
-
-_on_device = Fused("triton_loss", "cross_entropy", _of_logits)
 
 
 def cross_entropy(hidden: Tensor, weight_VD: Tensor, target: Tensor, loss_weight: Tensor) -> Tensor:
@@ -217,13 +210,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logits_CV = hidden_ND[rows] @ weight_VD.T
             if kept is not None:
                 kept.leave_(logits_CV, start)
-            if kernel.serves(logits_CV):
-                kernel.logprobs(
-                    logits_CV, target_N[rows], temperature, logp_N[rows], lse_N[rows],
-                    entropy_N[rows] if with_entropy else None,
-                )  # fmt: skip
-                continue
-            logp_N[rows], lse_N[rows], entropy_N[rows] = _logprobs(logits_CV, target_N[rows], temperature, with_entropy)
+            results = logprobs_of_logits(logits_CV, target_N[rows], temperature, with_entropy)
+            logp_N[rows], lse_N[rows], entropy_N[rows] = results
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N, entropy_N)
         ctx.temperature, ctx.with_entropy, ctx.kept = temperature, with_entropy, kept
         return logp_N, entropy_N
@@ -241,8 +229,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if ctx.kept is not None:
                 ctx.kept.leave_(grad_CV, start)
             changes = grad_logp_N[rows], grad_entropy_N[rows] if ctx.with_entropy else None
-            backward = kernel.logprobs_backward_ if kernel.serves(grad_CV) else _backward_on_device
-            grad_CV = backward(grad_CV, target_N[rows], ctx.temperature, lse_N[rows], entropy_N[rows], *changes)
+            results = lse_N[rows], entropy_N[rows]
+            grad_CV = logprobs_gradient(grad_CV, target_N[rows], ctx.temperature, *results, *changes)
             grad_hidden_ND[rows] = grad_CV @ weight_VD
             if grad_weight_VD is not None:
                 grad_weight_VD += grad_CV.T @ hidden_CD
@@ -250,10 +238,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden_ND, weight, None, None, None, None
 
 
-def _logprobs_of(
+@operation
+def logprobs_of_logits(
     logits_CV: Tensor, target_C: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log p(target), log of the softmax denominators, entropy or zeros), float32 [C]."""
+    """(log p(target), log of the softmax denominators, entropy or zeros), float32 [C]; may overwrite the logits."""
     logits_CV = _scaled(logits_CV, temperature)
     lse_C = torch.logsumexp(logits_CV, -1)
     logp_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - lse_C
@@ -263,11 +252,12 @@ def _logprobs_of(
     return logp_C, lse_C, -(logits_CV.exp() * logits_CV).sum(-1)
 
 
-def _logprobs_backward(
+@operation
+def logprobs_gradient(
     logits_CV: Tensor, target_C: Tensor, temperature: float, lse_C: Tensor, entropy_C: Tensor, grad_logp_C: Tensor,
     grad_entropy_C: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits: d logp_t / d z_v = onehot - p ; d H / d z_v = -p (log p + H)."""
+    """The gradient of the logits: d logp_t / d z_v = onehot - p ; d H / d z_v = -p (log p + H). May overwrite them."""
     logp_CV, g_C1 = _scaled(logits_CV, temperature).sub_(lse_C[:, None]), grad_logp_C[:, None]
     p_CV = logp_CV.exp()
     if grad_entropy_C is None:
@@ -276,10 +266,6 @@ def _logprobs_backward(
         grad_CV = p_CV.mul_(logp_CV.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None]).add_(g_C1).neg_())
     grad_CV.scatter_add_(1, target_C[:, None], g_C1)
     return grad_CV.div_(temperature).to(logits_CV.dtype)
-
-
-_logprobs = Fused("triton_loss", "logprobs", _logprobs_of)
-_backward_on_device = Fused("triton_loss", "logprobs_backward", _logprobs_backward)
 
 
 def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bessemer import plugins
+from bessemer import plugins, probe
 from bessemer.config.table import Precision
 from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
@@ -18,17 +18,12 @@ from bessemer.errors import UserError
 from bessemer.hf import hub, model_directory
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import is_own, load
-from bessemer.kernels import library
-from bessemer.model import attention_gpu, grouped
+from bessemer.model import ops
 from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
-from bessemer.model.layer import Layer
-from bessemer.model.moe import Experts
-from bessemer.model.protocol import LanguageModel
+from bessemer.model.protocol import LanguageModel, train_in_fp8
 from bessemer.model.transformer import RECOMPUTES_ITSELF
-from bessemer.precision import backends, probe
-from bessemer.precision.fp8_linear import FP8_RECIPES
-from bessemer.precision.probe import cpp_compiler
+from bessemer.probe import cpp_compiler
 from bessemer.workers import Workers, cores, one_core_each
 
 if TYPE_CHECKING:
@@ -60,7 +55,7 @@ def seconds_of(flops: float) -> float:
     """Seconds for this many FLOPs of training, at the rates of `estimate_seconds`."""
     if torch.cuda.is_available():
         return flops / 1e14
-    return flops / ((50e9 if library.available() else 25e9) * cores())
+    return flops / ((25e9 if ops.instructions() == "off" else 50e9) * cores())
 
 
 def device() -> torch.device:
@@ -145,35 +140,25 @@ def set_precision(
             raise UserError(f'stage "{config.name}": fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
         if probe.float64_home(device()) != device():
             raise UserError(f'stage "{config.name}": MPS has no FP8; set fp8 = "off", or {probe.VARIABLE}=cpu')
-        model.set_fp8(FP8_RECIPES[config.fp8])
-        served = backends.summary(backends.table(device()))
+        served = train_in_fp8(model, config.fp8)
         say(f"matrices of attention, FFN and experts in FP8 ({config.fp8}), {served}")
     return choice.dtype
 
 
 def announce(model: LanguageModel, choice: probe.Choice, say: Callable[[str], None], compiled: bool = False) -> None:
     """Says what a stage computes with, in one line, and lets float32 products on a GPU run in TF32."""
-    if device().type != "cuda":
-        where = f"kernels: {library.status().why}" if device().type == "cpu" else f"on {describe_device()}"
-        say(f"compute in {choice.why}; {where}")
-        return
-    # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
-    full = choice.dtype == torch.float32
-    torch.set_float32_matmul_precision("high" if full else "highest")
-    facts = [f"compute in {choice.why}{', products in TF32' if full else ''}, on {describe_device()}"]
-    if experts := next((module for module in model.modules() if isinstance(module, Experts)), None):
-        facts.append(f"experts: {'grouped_mm' if experts_grouped(experts, choice.dtype) else 'one after another'}")
-    if layer := next((module for module in model.modules() if isinstance(module, Layer)), None):
-        widths = layer.attn.cfg.qk_head_dim, layer.attn.cfg.v_head_dim
-        facts.append(f"attention: {attention_gpu.backend(device(), choice.dtype, *widths, packed=False)}")
-    facts.append("layers compiled" if compiled else "layers not compiled")
+    where, full = device(), choice.dtype == torch.float32
+    facts = [f"compute in {choice.why}"]
+    if where.type == "cuda":
+        # In BF16 only what must be exact is left in float32, the gate's scores above all (V3 3.3.1).
+        torch.set_float32_matmul_precision("high" if full else "highest")
+        facts[0] += f"{', products in TF32' if full else ''}, on {describe_device()}"
+    elif where.type != "cpu":
+        facts.append(f"on {describe_device()}")
+    facts += ops.facts(model, where, choice.dtype)
+    if where.type == "cuda":
+        facts.append("layers compiled" if compiled else "layers not compiled")
     say("; ".join(facts))
-
-
-def experts_grouped(experts: Experts, dtype: torch.dtype) -> bool:
-    """Whether routed experts in this dtype run as grouped GEMMs on a GPU."""
-    w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (experts.w13, experts.w2))
-    return grouped.serves(torch.empty(1, w13.shape[-1], dtype=dtype, device="meta"), w13, w2)
 
 
 def load_model(
@@ -282,7 +267,8 @@ def want_compile(
         return trouble is None
     if setting != "auto":
         return setting == "on"
-    return flops > COMPILE_FLOPS and device().type == "cpu" and cpp_compiler() is not None and not library.available()
+    without = device().type == "cpu" and ops.instructions() == "off"
+    return without and flops > COMPILE_FLOPS and cpp_compiler() is not None
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
@@ -290,5 +276,7 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     # All layers share one limit on graphs: kinds of layers, training or not, row lengths, sizes of `Packed`. Beyond it
     # torch would go on without compiling. (torch._dynamo is imported only here, which keeps start-up fast.)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in layers:
+        ops.before_tracing(getattr(layer, "layer", layer))  # an MTP module holds one
     for layer in layers:
         layer.compile(dynamic=False)

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bessemer.kernels import muon as kernel
+from bessemer.model.ops import operation
 
 BLOCK = 1 << 16
 """Elements per block on a CPU if moments are not float32."""
@@ -90,15 +90,12 @@ def adamw_reference_(
     v.copy_(v32)
 
 
+@operation
 def orthogonalise_(matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Replaces every matrix [R, C] of these stacks [N, R, C] by Muon's update: U V^T, with singular values between 0.7
     and 1.2, times `muon_scale`. A zero matrix stays zero. Products are in `dtype`, and in BF16 on a GPU (Jordan et al.
     2024): the iteration corrects its own rounding."""
     scale = muon_scale(*matrices[0].shape[-2:])
-    if all(kernel.serves(x_NRC) for x_NRC in matrices):
-        for x_NRC in matrices:
-            kernel.newton_schulz_(x_NRC, STEPS, COEFFICIENTS, dtype, scale)
-        return
     if matrices[0].device.type != "cpu":
         dtype = torch.bfloat16
     whole_NRC = torch.cat(list(matrices))

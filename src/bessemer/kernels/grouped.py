@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.kernels import swiglu
-from bessemer.model.operation import operation
+from bessemer.kernels.operation import operation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 16

@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bessemer.kernels.fused import Fused
-from bessemer.model.operation import operation
-from bessemer.model.segments import Packed, Segments, causal_mask
+from bessemer.kernels.operation import operation
+from bessemer.model.segments import Packed, Segments
 
 FLASH_WIDTH = 256
 """The widest head that FlashAttention takes."""
@@ -145,6 +145,14 @@ def latent_attention(
     with sdpa_kernel(KERNELS[kind], set_priority=True) if kind in KERNELS else nullcontext():
         out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out.transpose(1, 2)[..., :value]
+
+
+def causal_mask(T: int, segments_BT: Tensor | None, device: torch.device) -> Tensor:
+    """True where a query may attend: [T, T], or [B, 1, T, T] when tokens attend only to their own segment."""
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    if segments_BT is None:
+        return causal
+    return (causal & (segments_BT[:, :, None] == segments_BT[:, None, :])).unsqueeze(1)
 
 
 def packed_attention(qh: Tensor, kh: Tensor, vh: Tensor, segments: Packed, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""`mla.latent_attention` as one operation for CPUs, with a hand-written backward.
+"""`model.mla.latent_attention` as one operation for CPUs, with a hand-written backward.
 
 It saves its arguments, its output and one number per query and head: the log of the softmax denominator, from which
 backward recomputes the probabilities, as FlashAttention does. Memory therefore grows with T and not with T^2. A block
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bessemer.kernels import attention as kernel
-from bessemer.model.operation import operation
+from bessemer.kernels.operation import operation
+from bessemer.model.segments import Packed, Segments
 
 BLOCK = 64
 """Queries per block."""
@@ -29,7 +30,7 @@ def _blocks(segments_BT: Tensor | None, T: int) -> list[tuple[int, int, int]]:
 
 def _rotate(x: Tensor, factor: Tensor) -> Tensor:
     """Multiplies pairs of the last dimension by complex numbers, in one pass instead of nine."""
-    # always copy, as in mla.rotate
+    # always copy: a contiguous slice of a wider tensor may start at an odd element, where a complex view cannot
     pairs = x.to(x.dtype, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * factor).flatten(-2)
 
@@ -136,14 +137,14 @@ def _projection_gradients(
 
 
 @operation("latent_attention")
-def latent_attention(
+def _latent_attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, segments_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`flash_forward` with an autograd graph."""
     return flash_forward(q, kv, k_rope, rope, segments_BT, scale)
 
 
-@torch.library.register_fake(latent_attention)
+@torch.library.register_fake(_latent_attention)
 def _(q, kv, k_rope, rope, segments_BT, scale):
     B, T, H, width = q.shape
     value = kv.shape[-1] - width + k_rope.shape[-1]
@@ -177,4 +178,12 @@ def _grad(ctx, dout, *_):
     return *gradients, None, None, None
 
 
-torch.library.register_autograd(latent_attention, _grad, setup_context=_setup)
+torch.library.register_autograd(_latent_attention, _grad, setup_context=_setup)
+
+
+def latent_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float, segments: Segments = None
+) -> Tensor:
+    """`model.mla.latent_attention`."""
+    assert not isinstance(segments, Packed), "only a batch on a GPU is packed"
+    return _latent_attention(q, kv, k_rope, rope, segments, scale)[0]

@@ -6,12 +6,16 @@ and one backward (`kernels.triton_gate`) instead of torch's forty or so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.kernels.fused import Fused
 from bessemer.kernels.gate import Rule
-from bessemer.model.operation import operation
+from bessemer.kernels.operation import operation
+from bessemer.model.config import ModelConfig
 
 
 def choose_reference(
@@ -125,3 +129,20 @@ def _grad(ctx, _expert, dweight_NK, dbalance, _count):
 
 
 torch.library.register_autograd(choose, _grad, setup_context=_setup)
+
+
+def serves(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int,
+    cfg: ModelConfig, counting: bool, sum_counts: Callable[[Tensor], Tensor] | None = None,
+) -> bool:  # fmt: skip
+    return sum_counts is None and x_ND.device.type in ("cuda", "meta")
+
+
+def routing(
+    x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int,
+    cfg: ModelConfig, counting: bool, sum_counts: None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`model.gate.routing`."""
+    logit_NE = F.linear(x_ND.float(), weight_ED)
+    expert_NK, weight_NK, term, count_SE = choose(logit_NE, bias_E, choice_NK, n_sequences, *Rule.of(cfg), counting)
+    return expert_NK, weight_NK, term, count_SE.detach()

@@ -1,13 +1,14 @@
-"""SwiGLU of the routed experts (rows sorted by expert, one set of weights each) and of a dense FFN (one expert).
+"""SwiGLU of the routed experts (rows sorted by expert, one set of weights each) and of a dense FFN (one expert), with a
+hand-written backward.
 
-`expert_ffn_reference` is the plain loop over rows in expert order; `expert_ffn` is the same function with a
-hand-written backward that recomputes the activation instead of storing it (V3 3.2.3 stores the inputs of SwiGLU and
-recomputes its output). The gate weight is applied between the two matrices, where rows are narrowest. `routed_ffn` adds
-dispatch and combine, so that a layer on one device maps tokens to tokens. `dense_ffn` has one expert and no gate.
+`model.moe` has the equations. The backward here recomputes the activation instead of storing it (V3 3.2.3 stores the
+inputs of SwiGLU and recomputes its output), and the gate weight is applied between the two matrices, where rows are
+narrowest. `routed_ffn` adds dispatch and combine, so that a layer on one device maps tokens to tokens. `dense_ffn` has
+one expert and no gate.
 
-All three are one operation. `kernels.experts` computes it on a CPU, block by block and without ever storing the rows
-[M, D]; `grouped` on a GPU, without a loop over experts; torch's loop below everywhere else. Its backward adds weight
-gradients directly to the parameters' float32 gradients if `deferred.own_gradient` allows.
+All three are one operation. `experts` computes it on a CPU, block by block and without ever storing the rows [M, D];
+`grouped` on a GPU, without a loop over experts; torch's loop below everywhere else. Its backward adds weight gradients
+directly to the parameters' float32 gradients if `deferred.own_gradient` allows.
 
 Shapes: N tokens, K experts per token, M = N K routed rows in expert order, D hidden, E experts, F inner width; count_E
 is the rows per expert; order_M is the number n K + k of each row's choice. x is [N, D], or [M, D] already in expert
@@ -24,19 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bessemer.kernels import deferred, grouped
 from bessemer.kernels import experts as kernel
-from bessemer.model import deferred, grouped
-from bessemer.model.operation import operation
-
-
-def expert_ffn_reference(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """y_m = weight_m * W2_e (silu(W1_e x_m) * W3_e x_m), where e is the expert of row m; [M, D]."""
-    out = []
-    weights = weight_M.split(count_E.tolist())
-    for e, rows in enumerate(rows_MD.split(count_E.tolist())):
-        gate, up = F.linear(rows, w13[e]).chunk(2, -1)
-        out.append(weights[e].unsqueeze(-1).to(rows.dtype) * F.linear(F.silu(gate) * up, w2[e]))
-    return torch.cat(out)
+from bessemer.kernels.operation import operation
+from bessemer.model.moe import slots
 
 
 @operation("expert_order")
@@ -54,13 +46,6 @@ def _(expert_NK, n_experts):
     return expert_NK.new_empty(expert_NK.numel()), expert_NK.new_empty(n_experts)
 
 
-def slots(order_M: Tensor) -> Tensor:
-    """The row of each choice, [M]: the inverse permutation of `order_M`."""
-    slot_M = torch.empty_like(order_M)
-    slot_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    return slot_M
-
-
 def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     """Rows summed over the choices of each token, [N, D], as the kernel does: in float32 (float64 stays) and in
     ascending order of experts, which is also that of their rows."""
@@ -74,9 +59,12 @@ def _combined(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     return total_ND.to(rows_MD.dtype)
 
 
-class Combine(torch.autograd.Function):
-    """Sums the K weighted expert outputs of each token."""
+def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
+    """`model.moe.combine`; rows that are in no slot get no gradient."""
+    return _Combine.apply(rows_MD, slot_NK)
 
+
+class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
         ctx.save_for_backward(slot_NK)
@@ -90,24 +78,9 @@ class Combine(torch.autograd.Function):
         slot_M, (N, K) = slot_NK.flatten(), slot_NK.shape
         if ctx.rows == len(slot_M):
             return dy_ND.index_select(0, slots(slot_M) // K), None
-        token_M = slot_M.new_full((ctx.rows,), N)  # the other rows are padding (`fp8.Filled`)
+        token_M = slot_M.new_full((ctx.rows,), N)  # the other rows are padding (`fp8_layers.Filled`)
         token_M[slot_M] = torch.arange(N, device=slot_M.device).repeat_interleave(K)
         return F.pad(dy_ND, (0, 0, 0, 1)).index_select(0, token_M), None
-
-
-class Spread(torch.autograd.Function):
-    """Copies each token once per expert it chose, in expert order. Backward gathers the gradients of the copies instead
-    of adding them atomically."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, token_M: Tensor, slot_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_NK)
-        return x_ND.index_select(0, token_M)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, drows_MD: Tensor) -> tuple[Tensor, None, None]:
-        return _combined(drows_MD, *ctx.saved_tensors), None, None
 
 
 def _choices(order_M: Tensor, n_tokens: int) -> int:
@@ -371,12 +344,12 @@ def _called(
 
 
 def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """`expert_ffn_reference`, but fast: same arguments and result."""
+    """`model.moe.expert_ffn`."""
     return _called(rows_MD, weight_M, count_E, None, w13, w2)
 
 
 def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """Each token's weighted sum over its K experts, [N, D]: `expert_ffn` between `moe.dispatch` and `moe.combine`."""
+    """`model.moe.routed_ffn`."""
     order_M, count_E = expert_order(expert_NK, w2.shape[0])
     return _called(x_ND, weight_NK, count_E, order_M, w13, w2)
 

@@ -18,23 +18,59 @@ Shapes: B sequences, T tokens, N = B*T, D hidden, H heads, M routed rows, F inne
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bessemer.model import grouped
-from bessemer.model.deferred import added_gradient
-from bessemer.model.mla import MLA, attention_backward, attention_forward
-from bessemer.model.norm import RMSNorm, normalise, normalise_backward
+from bessemer.errors import UserError
+from bessemer.kernels import grouped
+from bessemer.kernels.cores import attention_backward, attention_forward
+from bessemer.kernels.deferred import added_gradient
+from bessemer.kernels.expert_ffn import expert_order
+from bessemer.kernels.norm import normalise, normalise_backward
+from bessemer.model.gate import Routing
+from bessemer.model.layer import Layer
+from bessemer.model.mla import MLA
+from bessemer.model.moe import FFN, Dispatched, Experts, Unsent, slots
+from bessemer.model.norm import RMSNorm
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.segments import Segments
+from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.precision import backends
 from bessemer.precision.emulation import swiglu_gradients
 from bessemer.precision.formats import PackedE5M6
 from bessemer.precision.fp8_linear import FP8Recipe, TokenTiles, forward, input_gradient, token_tiles, weight_gradient
 from bessemer.precision.operand import TILE, Counts, DeviceCounts, Operand, padded
+
+Network = TypeVar("Network", bound=LanguageModel)
+RECIPE = "fp8"
+"""Name of the attribute of layers, FFNs and experts that holds the recipe of their products in training."""
+
+
+def set_fp8(model: Network, recipe: FP8Recipe | None) -> Network:
+    """Makes training compute the matrix products of attention, FFN and experts in FP8, and returns the model; None
+    turns that off. Eval mode does not change."""
+    if recipe is not None and not model.layers:
+        raise UserError('fp8 is for models of the DeepSeek V3 family; set fp8 = "off"')
+    if recipe is not None:
+        model.cfg.require_latent("training in FP8")
+    found = [module for module in model.modules() if isinstance(module, Layer)]
+    if recipe is not None and any(layer.recompute - {"route"} for layer in found):
+        raise UserError(RECOMPUTES_ITSELF)
+    for module in model.modules():
+        if isinstance(module, (Layer, FFN, Experts)):
+            setattr(module, RECIPE, recipe)
+    for layer in found:
+        layer.recompute = layer.recompute - {"route"} if recipe is None else frozenset({"route"})
+    return model
+
+
+def recipe_of(module: nn.Module) -> FP8Recipe | None:
+    """The recipe of the products that a layer, an FFN or experts compute in FP8 now; None: in their own dtype."""
+    return getattr(module, RECIPE, None) if module.training else None
 
 
 class Filled(NamedTuple):
@@ -73,6 +109,21 @@ def counts(count_E: Tensor, rows: int, recipe: FP8Recipe, filled: bool) -> Count
     if recipe.bits is not None or (count_E.device.type == "cpu" and not filled):
         return count_E.tolist()
     return DeviceCounts(count_E.to(torch.int32), rows, filled)
+
+
+def dispatch(x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched:
+    """`model.moe.dispatch`: copies each token once per chosen expert, sorted by expert (ties in token order)."""
+    recipe = recipe_of(experts)
+    assert recipe is not None
+    N, K = routing.expert_NK.shape
+    order_M, count_E = expert_order(routing.expert_NK, len(experts.w2))
+    token_M, weight_M, slot_NK = order_M // K, routing.weight_NK.flatten()[order_M], slots(order_M).view(N, K)
+    fill = filled(count_E, len(order_M)) if fills(recipe, x_ND.device) else None
+    if fill is not None:
+        count_E, token_M, weight_M = fill.rows_E, fill.spread(token_M, N), fill.spread(weight_M, 0.0)
+        slot_NK = fill.place_M[slot_NK]
+    rows_MD, operand = send(x_ND, token_M, recipe, slot_NK, fill is not None)
+    return Dispatched(rows_MD, weight_M, count_E, slot_NK, operand, fill is not None)
 
 
 def with_nothing(x_ND: Tensor, value: float = 0.0) -> Tensor:
@@ -127,6 +178,14 @@ def expert_swiglu(
     """`swiglu` for routed experts, every row times its gate `weight_M`. Rows are as `send` returns them, in expert
     order, `count` per expert; w13 [E, 2F, D] and w2 [E, D, F]."""
     return _SwiGLU.apply(rows_MD, *sent, weight_M, w13, w2, recipe, count)
+
+
+def run_experts(sent: Dispatched | Unsent, experts: Experts) -> Tensor:
+    """`model.moe.run_experts` for rows that were sent in FP8."""
+    recipe = recipe_of(experts)
+    assert recipe is not None and not isinstance(sent, Unsent)
+    count = counts(sent.count_E, len(sent.rows_MD), recipe, sent.filled)
+    return expert_swiglu(sent.rows_MD, sent.operand, experts.w13, experts.w2, recipe, sent.weight_M, count)
 
 
 class _SwiGLU(torch.autograd.Function):
