@@ -94,7 +94,7 @@ def before_tracing(layer: nn.Module) -> None:
     """Called before torch.compile traces a layer: for trials that must run outside of it."""
 
 
-class Kept:
+class WeightCache:
     """What is computed from weights and kept while they do not change; here nothing."""
 
     def __init__(self) -> None:
@@ -107,6 +107,6 @@ class Kept:
 
 
 @operation
-def kept_of(weights: list[Tensor]) -> Kept:
+def kept_of(weights: list[Tensor]) -> WeightCache:
     """What an optimizer keeps of its matrices."""
-    return Kept()
+    return WeightCache()

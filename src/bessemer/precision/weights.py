@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.model.ops import Kept
+from bessemer.model.ops import WeightCache
 from bessemer.precision.operand import Operand, transpose
 
 KEPT = "fp8_kept"
@@ -65,7 +65,7 @@ class _Entry(NamedTuple):
     """The transposed operand, once it has been needed."""
 
 
-class KeptWeights(Kept):
+class KeptWeights(WeightCache):
     """The operands of some weights until `drop`."""
 
     def __init__(self, weights: Iterable[Tensor]):
