@@ -1,6 +1,7 @@
 """Loading is strict: each defect of a checkpoint gives one UserError that names the tensor and the file."""
 
 import json
+import os
 import re
 
 import pytest
@@ -188,13 +189,13 @@ def test_key_twice_in_a_header(single):
 def test_shard_cut_short(single, keep):
     file = single / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(single, "model.safetensors: (truncated|.* bytes, but its header describes)")
+    refused(single, r"model\.safetensors: .*not a safetensors file")
 
 
 def test_shard_with_something_appended(single):
     with open(single / "model.safetensors", "ab") as file:
         file.write(b"more")
-    refused(single, "bytes, but its header describes")
+    refused(single, r"model\.safetensors: .*not a safetensors file")
 
 
 def test_overlapping_tensors(single):
@@ -206,22 +207,32 @@ def test_overlapping_tensors(single):
     header[b]["data_offsets"] = header[a]["data_offsets"]
     head = json.dumps(header).encode()
     file.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
-    refused(single, "overlaps another or leaves a gap")
+    refused(single, rf"offset for tensor .{a}")
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    "entry",
     [
-        ('"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]', "entry for tensor a is damaged"),
-        ('"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]', "entry for tensor a is damaged"),
-        ('"dtype": "F32", "shape": [1], "data_offsets": 4', "entry for tensor a is damaged"),
-        ('"dtype": [], "shape": [1], "data_offsets": [0, 4]', "a is stored as .*; supported: F64"),
+        '"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]',
+        '"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]',
+        '"dtype": "F32", "shape": [2], "data_offsets": [0, 4]',
+        '"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]',
+        '"dtype": "F32", "shape": [1], "data_offsets": 4',
+        '"dtype": "F32", "data_offsets": [0, 4]',
+        '"dtype": [], "shape": [1], "data_offsets": [0, 4]',
     ],
 )
-def test_an_entry_of_the_wrong_kind(single, entry, words):
+def test_an_entry_of_the_wrong_kind(single, entry):
     head = f'{{"a": {{{entry}}}}}'.encode()
     (single / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
-    refused(single, words)
+    refused(single, r"model\.safetensors: .*not a safetensors file")
+
+
+def test_a_header_larger_than_the_library_reads(single):
+    file = single / "model.safetensors"
+    file.write_bytes((100_000_001).to_bytes(8, "little"))
+    os.truncate(file, 100_000_100)
+    refused(single, r"model\.safetensors: .*not a safetensors file")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
