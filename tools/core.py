@@ -40,6 +40,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
     ),
     "distributed": (
         "dist/*",
+        "cli/placement.py",
         "rl/ray_*.py",
         "rl/vllm_*.py",
         "rl/worker_pool.py",
@@ -112,6 +113,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "engine/hf_decode.py",
         "engine/hf_static.py",
         "data/formats.py",
+        "cli/models.py",
         "pipeline/stages/import_model.py",
         "config/families.py",
     ),

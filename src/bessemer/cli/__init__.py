@@ -22,7 +22,6 @@ from bessemer.cli import runs  # noqa: F401  isort: skip
 from bessemer.cli import recipes  # noqa: F401  isort: skip
 from bessemer.cli import compare  # noqa: F401  isort: skip
 from bessemer.cli import talk  # noqa: F401  isort: skip
-from bessemer.cli import models  # noqa: F401  isort: skip
 from bessemer.cli import plan  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
 from bessemer.cli import completion  # noqa: F401  isort: skip

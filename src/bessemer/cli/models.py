@@ -1,4 +1,4 @@
-"""Commands on model directories: conversion, exchange with the hub, and placement of experts on a cluster."""
+"""Commands on model directories: conversion, and exchange with the hub."""
 
 import sys
 from enum import StrEnum
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, NoVerify, Seed, app, print_json, read_prompts
+from bessemer.cli.common import AsJson, Model, NoVerify, print_json
 from bessemer.errors import UserError
 
 
@@ -28,7 +28,6 @@ class Scales(StrEnum):
     ue8m0 = "ue8m0"
 
 
-@app.command()
 def convert(
     src: Annotated[
         str,
@@ -135,7 +134,6 @@ def convert(
     print(dst)
 
 
-@app.command()
 def push(
     model: Model,
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub; created if new.")],
@@ -155,7 +153,6 @@ def push(
     print(card if dry_run else remote.push(folder, card, name, private))
 
 
-@app.command()
 def pull(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A model on the Hugging Face hub.")],
     folder: Annotated[Path | None, typer.Argument(metavar="[DST]", help="The new directory. Default: NAME.")] = None,
@@ -170,40 +167,3 @@ def pull(
         print_json({"directory": str(target), "commit": commit})
     else:
         print(target)
-
-
-@app.command()
-def placement(
-    model: Model,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that the experts are spread over.")],
-    replicas: Annotated[
-        int | None,
-        typer.Option(min=1, help="Expert replicas in total. Default: experts, rounded up to a multiple of GPUs."),
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that hold the GPUs.")] = 1,
-    task: Annotated[list[str] | None, typer.Option(help="Traffic: problems of a task; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Traffic: prompts, in the format of bessemer generate.")] = None,
-    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 32,
-    loads: Annotated[Path | None, typer.Option(help="File that stores the loads between calls.")] = None,
-    seed: Seed = 0,
-    no_verify: NoVerify = False,
-    as_json: AsJson = False,
-) -> None:
-    """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""
-    from bessemer.engine import placement as placing
-    from bessemer.hf.hub import read_config
-    from bessemer.runs.directory import model_dir
-
-    if not task and not file:
-        raise UserError("no traffic: name a task with --task (such as countdown), or a file of prompts with --file")
-    folder = model_dir(model)
-    if replicas is None:
-        replicas = -(-read_config(folder).n_routed_experts // gpus) * gpus
-    facts = placing.report(
-        folder, replicas=replicas, gpus=gpus, nodes=nodes, prompts=read_prompts(file) if file else (),
-        names=task or (), problems=problems, seed=seed, loads_file=loads,
-    )  # fmt: skip
-    if as_json:
-        print_json(facts)
-    else:
-        print(placing.describe(facts))
