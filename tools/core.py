@@ -98,7 +98,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "tasks/sandbox/*",
         "engine/episodes.py",
         "engine/turns.py",
-        "data/tools.py",
         "data/tool_calls.py",
     ),
     "families": (

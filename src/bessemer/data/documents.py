@@ -1,7 +1,7 @@
 """Documents, and the user's own text: files of three kinds, a directory of them, or a data set on the Hugging Face hub.
 
 .jsonl     one object per line: {"text": ...} or {"messages": [...]} (also {"conversations": [...]}), or TRL's
-           {"prompt": ..., "completion": ...} (`formats`). Messages may come with {"tools": [...]}
+           {"prompt": ..., "completion": ...} (`prompts`). Messages may come with {"tools": [...]}
 .txt       documents separated by one or more blank lines
 .parquet   a column `text`, or `messages` (and `tools`), or `prompt` and `completion`
 
@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 
 from bessemer.config import places
 from bessemer.config.places import HUB
-from bessemer.data import chat, formats
+from bessemer.data import chat
+from bessemer.data.prompts import completed, without_none
 from bessemer.data.tools import Message, Tool, read_tools
 from bessemer.errors import UserError
 
@@ -293,15 +294,15 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     messages, prompted = record.get("messages", record.get("conversations")), False
     tools: tuple[Tool, ...] = ()
     if messages is None and key not in record and {"prompt", "completion"} <= record.keys():
-        messages, prompted = formats.completed(record, where), True
+        messages, prompted = completed(record, where), True
     if key in record:
         text, messages = record[key], None
         if not isinstance(text, str):
             raise UserError(f"{where}: {key} must be a string, not {type(text).__name__}")
     elif isinstance(messages, list):
         try:
-            messages = [formats.without_none(message) for message in messages]
-            tools = read_tools(formats.without_none(record.get("tools", [])))
+            messages = [without_none(message) for message in messages]
+            tools = read_tools(without_none(record.get("tools", [])))
             text = chat.transcript(messages, tools)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error

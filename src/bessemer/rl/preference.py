@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
-from bessemer.data.formats import Prompt, messages_of
 from bessemer.data.model_files import read_object
+from bessemer.data.prompts import Prompt, messages_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
