@@ -24,7 +24,6 @@ from bessemer.cli import compare  # noqa: F401  isort: skip
 from bessemer.cli import talk  # noqa: F401  isort: skip
 from bessemer.cli import plan  # noqa: F401  isort: skip
 from bessemer.cli import data  # noqa: F401  isort: skip
-from bessemer.cli import completion  # noqa: F401  isort: skip
 
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]

@@ -77,7 +77,6 @@ app = typer.Typer(
     cls=Commands,
     help="From documents to a reasoning model that answers: DeepSeek-V3, R1-Zero and R1 in one run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -113,6 +112,13 @@ NoVerify = Annotated[
 class YesNo(StrEnum):
     yes = "yes"
     no = "no"
+
+
+def recipes_like(incomplete: str) -> list[str]:
+    """Built-in recipes whose names begin so, for a shell; without any it offers files."""
+    from bessemer.config.builtin import builtin_recipes
+
+    return [name for name in builtin_recipes() if name.startswith(incomplete)]
 
 
 def print_json(facts: object) -> None:
