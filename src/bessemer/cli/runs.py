@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, NoVerify, YesNo, app, print_json
+from bessemer.cli.common import AsJson, NoVerify, YesNo, app, print_json, recipes_like
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def run(
         typer.Argument(
             metavar="RECIPE",
             help="A recipe: a file, the name of a built-in one, such as tiny, or a run, which then goes on.",
+            autocompletion=recipes_like,
         ),
     ],
     set_: Annotated[
@@ -236,15 +237,10 @@ def track(
     to: Annotated[str, typer.Option("--to", metavar="NAMES", help="tensorboard, wandb, mlflow, trackio, or several.")],
 ) -> None:
     """Send a run's metrics to experiment trackers that lack them. The recipe key trackers does this during the run."""
-    from bessemer.config.table import nearest
     from bessemer.runs import trackers
     from bessemer.runs.directory import run_dir
 
-    names = [name.strip() for name in to.split(",")]
-    for name in names:
-        if name not in trackers.TRACKERS:
-            raise UserError(f'no tracker "{name}"; {nearest(name, list(trackers.TRACKERS))}')
-    if failed := trackers.track(run_dir(run), names):
+    if failed := trackers.track(run_dir(run), [name.strip() for name in to.split(",")]):
         raise UserError("; ".join(failed))
 
 

@@ -75,9 +75,10 @@ class Head(ConfigTable):
     """Seed for every random choice in the run."""
     model: dict[str, Any] = Field(default_factory=lambda: {"preset": "tiny"})
     """preset = "tiny", plus any keys of `bessemer keys model`."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers that also receive the run's metrics (pip install 'bessemer[trackers]'). Each reads its own
-    environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A tracker that fails does not stop the run."""
+    trackers: list[str] = Field(default_factory=list)
+    """Experiment trackers that also receive the run's metrics: tensorboard, wandb, mlflow, trackio (pip install
+    'bessemer[trackers]'). Each reads its own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A
+    tracker that fails does not stop the run."""
     main: str | None = None
     """The stage whose model stands for the run: `bessemer chat RUN`, serve, push and other commands take it, and the
     report compares it with the first. Default: the last finished model."""

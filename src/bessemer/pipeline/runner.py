@@ -37,7 +37,6 @@ from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind
-from bessemer.runs import trackers
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
@@ -49,6 +48,7 @@ from bessemer.runs.directory import (
     write_stage_record,
 )
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
+from bessemer.runs.hooks import hooks
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.system import alive
@@ -87,7 +87,9 @@ def run(
     """
     if until is not None:
         recipe.stage(until)
-    trackers.check_installed(recipe.trackers)
+    beside = hooks()
+    for hook in beside:
+        hook.check(recipe)
     root, processes = out or Path("runs") / recipe.name, processes or ThisProcess()
     donor = None if reuse is None else Donor(reuse)
     with ExitStack() as entered:
@@ -119,7 +121,8 @@ def run(
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")
             entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
-            entered.enter_context(trackers.mirrored(root, recipe.trackers))
+            for hook in beside:
+                entered.enter_context(hook.around(root, recipe))
             return _run_all(
                 plan, recipe, rundir, until, cache_dir(cache), metrics, progress, stop, donor, processes, intact
             )
