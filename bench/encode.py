@@ -1,4 +1,4 @@
-"""Encoding by the tokenizers library, by our encoder and by gigatoken, on one core.
+"""Encoding by the tokenizers library and by gigatoken, on one core.
 
     pip install 'bessemer[gigatoken]'
     python bench/encode.py [--megabytes 12] [--rounds 3] [--json bench/results/encode.json]
@@ -6,7 +6,7 @@
 The texts are the source code of the installed Python packages, one text per file, in an order drawn once, and the
 paragraphs of this repository's documents; the tokenizer is trained on some of them. A batch is 256 texts. Figures are
 processor time, the least over the rounds, since other work on the machine only slows a round; the first round is also
-given, because the caches of the last two encoders are empty then. All ids are compared.
+given, because gigatoken's cache is empty then. All ids are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 from machine import processor
 
-from bessemer.data.encoder import Encoder
+from bessemer.data import gigatoken_encoder
 from bessemer.data.tokenizer import Tokenizer
 
 BATCH = 256
@@ -45,10 +45,9 @@ def main() -> None:
     results = {"machine": processor(), "load": os.getloadavg()[0], "gigatoken": version("gigatoken"), "rows": []}
     for group, texts in groups.items():
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        plain, quick = Encoder(tokenizer), Encoder(tokenizer)
-        plain._gigatoken = None
-        assert quick._gigatoken is not None, "install the version that data/encoder.py names"
-        ways = {"library": tokenizer.encode_batch, "ours": plain.encode_batch, "gigatoken": quick.encode_batch}
+        quick = gigatoken_encoder.faster(tokenizer)
+        assert quick is not None, "install the version that data/gigatoken_encoder.py names"
+        ways = {"library": tokenizer.encode_batch, "gigatoken": quick}
         expected = None
         for way, encode in ways.items():
             times = []

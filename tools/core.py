@@ -36,7 +36,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "train/transfer.py",
         "train/determinism.py",
         "train/gpu_faults.py",
-        "data/encoder.py",
+        "data/gigatoken_encoder.py",
     ),
     "distributed": (
         "dist/*",

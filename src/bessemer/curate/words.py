@@ -1,9 +1,10 @@
 """Words of many texts as 64-bit hashes, for the search for duplicates and contamination.
 
-A word is defined as in `tasks/ngrams.words`: a run of letters in lower case, a whole number, one Han or kana character,
-or one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai, Lao, Khmer,
-Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are hashed as
-ranges of an array (`data/encoder.py`).
+A word is defined as in `tasks/readability.words`: a run of letters in lower case, a whole number, one Han or kana
+character, or one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai, Lao,
+Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are hashed
+as ranges of an array, h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, from prefix sums. B is odd, so B^-s
+exists.
 
 Legend: C characters, W words.
 """
@@ -17,8 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.encoder import hash_pieces
-
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 1 << 64)
+SMALLEST_POWERS = 5 << 18
+"""Powers are computed for at least this many positions at a time."""
+_powers_cache: list[tuple[np.ndarray, np.ndarray]] = []
 BETWEEN, LETTERS, DIGITS, SINGLE, OPERATOR = range(5)
 """Kinds of characters. A word is a run of LETTERS or of DIGITS, or one character of the last two."""
 _LISTED = ((0x61, 0x7A), (0xDF, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF))
@@ -75,3 +79,29 @@ def _table() -> np.ndarray:
     for operator in _OPERATORS:
         kinds[ord(operator)] = OPERATOR
     return kinds
+
+
+def hash_pieces(points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint64 hash of every points_C[start:end]; equal pieces have equal hashes wherever they occur."""
+    powers_C, inverses_C = _powers(len(points_C) + 1)
+    sums_C = np.zeros(len(points_C) + 1, np.uint64)
+    # squared, so that sums of nearby code points do not coincide
+    mixed_C = points_C.astype(np.uint64) + np.uint64(1)
+    mixed_C *= mixed_C + np.uint64(0xD1B54A32D192ED03)
+    np.cumsum(mixed_C * powers_C[:-1], out=sums_C[1:])
+    return (sums_C[ends] - sums_C[starts]) * inverses_C[starts]
+
+
+def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """B^i and B^-i for i < n."""
+    if not _powers_cache or len(_powers_cache[0][0]) < n:
+        size = max(n, SMALLEST_POWERS)
+        _powers_cache[:] = [(_cumulated(_BASE, size), _cumulated(_INVERSE, size))]
+    powers, inverses = _powers_cache[0]
+    return powers[:n], inverses[:n]
+
+
+def _cumulated(factor: int, n: int) -> np.ndarray:
+    powers = np.full(n, factor, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers, out=powers)  # wraps around, as intended

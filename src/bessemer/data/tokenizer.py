@@ -13,13 +13,9 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -251,28 +247,6 @@ class Tokenizer:
             for text in texts:
                 _check_utf8(text)
             raise
-
-    def encode_pieces(
-        self, points_C: np.ndarray, starts: np.ndarray, ends: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, number of ids of each) for pieces of a text (uint32 code points) that the pre-split leaves whole."""
-        wide = sum((points_C >= least).astype(np.int64) for least in (0x80, 0x800, 0x10000)) + 1
-        offsets = np.concatenate(([0], np.cumsum(wide)))
-        utf8 = points_C.tobytes().decode("utf-32-le").encode()
-        spelled = self._alphabet[np.frombuffer(utf8, np.uint8)].tobytes().decode("utf-32-le")
-        tokenize = self._tok.model.tokenize
-        spans = zip(offsets[starts].tolist(), offsets[ends].tolist(), strict=True)
-        tokens = [tokenize(spelled[start:end]) for start, end in spans]
-        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        ids = map(attrgetter("id"), chain.from_iterable(tokens))
-        return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
-
-    @cached_property
-    def _alphabet(self) -> np.ndarray:
-        """uint32 [256]: the character that byte-level BPE writes for each byte."""
-        return np.array(
-            [ord(sign) for sign, _ in sorted(byte_of_character().items(), key=lambda one: one[1])], np.uint32
-        )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` drops control tokens."""
