@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 
 import httpx
+from openai_types import check_event, check_reply
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
@@ -87,7 +88,10 @@ class Running:
         assert not self.thread.is_alive()
 
     def post(self, path, **body):
-        return httpx.post(self.url + path, json=body, timeout=60)
+        answer = httpx.post(self.url + path, json=body, timeout=60)
+        if answer.status_code == 200 and not body.get("stream"):
+            check_reply(path, answer.json())
+        return answer
 
     def chat(self, text="the fox", **options):
         return self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **options)
@@ -100,7 +104,7 @@ class Running:
             raw = b"".join(answer.iter_raw())
         events = [line for line in raw.split(b"\n\n") if line and not line.startswith(b":")]
         assert events[-1] == b"data: [DONE]" and all(line.startswith(b"data: ") for line in events)
-        return [json.loads(line[6:]) for line in events[:-1]]
+        return [check_event(path, json.loads(line[6:])) for line in events[:-1]]
 
     @property
     def open_samples(self):

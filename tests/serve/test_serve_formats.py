@@ -5,6 +5,7 @@ import json
 import jsonschema
 import openai
 import pytest
+from openai_types import check_event, check_reply
 from serving import running
 
 from bessemer.serve import ServeConfig
@@ -61,7 +62,9 @@ def test_responses_are_the_chat_in_another_form(server):
     assert whole.metadata == {"a": "b"} and whole.instructions == "Brief." and whole.temperature == 0.9
 
     items = [{"role": "system", "content": [{"type": "input_text", "text": "Brief."}]}, turns[1]]
+    check_reply("/v1/responses", whole.model_dump(exclude_unset=True))
     events = list(api.responses.create(model="r1", input=items, stream=True, **asked))
+    assert all(check_event("/v1/responses", event.model_dump(exclude_unset=True)) for event in events)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
     assert events[-1].type == "response.incomplete"

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: nothing that it allows is answered with a 5xx, and it describes every answer."""
+"""The OpenAPI document is true: nothing that it allows is answered with a 5xx, and it describes every status."""
 
 import warnings
 

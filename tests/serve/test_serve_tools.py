@@ -5,12 +5,13 @@ import json
 import jsonschema
 import openai
 import pytest
+from openai.types.chat import ChatCompletion
+from openai_types import check_event, check_reply
 from serving import error_of, running, write_model
 
 from bessemer.data import chat
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, SEPARATOR, read_tools
 from bessemer.serve.events import ChoiceBuilder
-from bessemer.serve.replies import ChatReply, ResponsesReply
 from bessemer.serve.response_items import ResponseItems
 from bessemer.serve.tool_calling import CallWriter, ToolUse
 
@@ -65,7 +66,7 @@ def test_demanded_calls_fit_their_schemas_and_streams_say_the_same(tool_server):
     for seed in range(3):
         reply = api.chat.completions.create(**asked, tool_choice="required", seed=seed)
         [choice] = reply.choices
-        ChatReply.model_validate(reply.model_dump(exclude_unset=True))
+        check_reply("/v1/chat/completions", reply.model_dump(exclude_unset=True))
         assert choice.finish_reason == "tool_calls" and choice.message.content is None
         calls = checked(choice.message.tool_calls)
         assert len({call.id for call in choice.message.tool_calls}) == len(calls) <= 8
@@ -108,7 +109,7 @@ def test_a_model_that_decides_for_itself_keeps_to_strict_schemas(tool_server):
         for seed in range(3):
             bias = {str(marks[CALLS]): 100}
             answer = tool_server.post("/v1/chat/completions", **asked, seed=seed, logit_bias=bias).json()
-            choice = ChatReply.model_validate(answer).choices[0]
+            choice = ChatCompletion.model_validate(answer).choices[0]
             assert choice.finish_reason == "tool_calls" and checked(choice.message.tool_calls)
 
 
@@ -231,9 +232,10 @@ def test_responses_call_functions_too(tool_server):
         (c["function"]["name"], c["function"]["arguments"]) for c in same.json()["choices"][0]["message"]["tool_calls"]
     ]
     whole = api.responses.create(input="the fox", **asked)
-    ResponsesReply.model_validate(whole.model_dump(exclude_unset=True))
+    check_reply("/v1/responses", whole.model_dump(exclude_unset=True))
     assert [(item.name, item.arguments) for item in whole.output] == expected and whole.status == "completed"
     events = list(api.responses.create(input="the fox", stream=True, **asked))
+    assert all(check_event("/v1/responses", event.model_dump(exclude_unset=True)) for event in events)
     written = {}
     for event in events:
         if event.type == "response.function_call_arguments.delta":

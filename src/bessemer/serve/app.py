@@ -1,4 +1,7 @@
-"""The HTTP application: endpoints, errors, the chat page, and an OpenAPI document that describes exactly these."""
+"""The HTTP application: endpoints, errors, the chat page, and an OpenAPI document of the requests and errors.
+
+Replies are plain dictionaries in OpenAI's form; the tests check each with the types of OpenAI's own client.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from bessemer import __version__
 from bessemer.errors import UserError
-from bessemer.serve import chat, completions, protocol, replies, responses
+from bessemer.serve import chat, completions, protocol, responses
 from bessemer.serve.bodies import IGNORED, BodyRoute
 from bessemer.serve.events import EventStream, Responder, while_connected
 from bessemer.serve.http import add_page
@@ -39,9 +42,16 @@ EVENT = {
     "description": "One event: a chunk of the answer, an error, or [DONE].",
     "properties": {"data": {"type": "string"}},
 }
-STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": EVENT}}}
+ANSWER: dict[str, Any] = {
+    "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": EVENT}}
+}
 FAILED = {"model": protocol.ErrorResponse, "description": "What is wrong."}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": FAILED, "5XX": FAILED}
+MODEL_FACTS = (
+    "architecture", "parameters", "active_parameters", "mtp_parameters", "context", "thinks", "style", "layers",
+    "digest", "sparse_layers", "experts", "experts_per_token", "dtype", "sampling", "practice",
+)  # fmt: skip
+"""The fields of `ModelFacts` that /v1/models shows. `dtype` is null until the model is loaded."""
 PAGE = Path(__file__).with_name("page")
 
 
@@ -91,21 +101,17 @@ def build(models: Models) -> FastAPI:
 
 def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
 
-    @app.post(
-        "/v1/chat/completions", response_model=None, responses={200: {"model": replies.ChatReply, **STREAM}, **ERRORS}
-    )
+    @app.post("/v1/chat/completions", response_model=None, responses={200: ANSWER, **ERRORS})
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         """Answers a conversation, at once or as a stream of chunks."""
         return await answer(body, request, chat.prepare)
 
-    @app.post("/v1/completions", response_model=None, responses={200: {"model": replies.TextReply, **STREAM}, **ERRORS})
+    @app.post("/v1/completions", response_model=None, responses={200: ANSWER, **ERRORS})
     async def text_completions(body: protocol.CompletionRequest, request: Request) -> Response:
         """Continues texts, at once or as a stream of chunks."""
         return await answer(body, request, completions.prepare)
 
-    @app.post(
-        "/v1/responses", response_model=None, responses={200: {"model": replies.ResponsesReply, **STREAM}, **ERRORS}
-    )
+    @app.post("/v1/responses", response_model=None, responses={200: ANSWER, **ERRORS})
     async def new_response(body: responses.ResponsesRequest, request: Request) -> Response:
         """Answers in the form of OpenAI's Responses API, at once or as typed events."""
         return await answer(body, request, responses.prepare)
@@ -136,29 +142,26 @@ def _add_generation(app: FastAPI, models: Models, metrics: ServerMetrics) -> Non
 def _add_tokenizer(app: FastAPI, models: Models) -> None:
     """Adds endpoints in vLLM's form, which lm-eval's remote tokenizer reads."""
 
-    @app.post("/tokenize", response_model=replies.TokenizeReply)
+    @app.post("/tokenize")
     async def tokenize(body: protocol.TokenizeRequest) -> Response:
         """Tokenises a text, or a conversation as the model sees it."""
         async with models.use(body.model) as model:
             if (body.prompt is None) == (body.messages is None):
                 raise invalid("give either prompt or messages", "prompt")
 
-            def reply() -> str:
+            def reply() -> JSONResponse:
                 if body.messages is not None:
                     ids = list(chat.chat_prompt(model.tokenizer, body.messages, tools=tools_of(body.tools or ())).ids)
                 else:
                     ids = model.vocabulary.prompt_ids(body.prompt or "", body.add_special_tokens is not False)
                 names = [model.vocabulary.name(i) for i in ids]
-                context = model.facts.context
-                return replies.TokenizeReply(
-                    tokens=ids, count=len(ids), max_model_len=context, token_strs=names
-                ).model_dump_json()
+                known = {"tokens": ids, "count": len(ids), "max_model_len": model.facts.context}
+                return JSONResponse(known | {"token_strs": names})
 
             size = text_size(body.messages) if body.messages else len(body.prompt or "")
-            written = await model.tokenise(reply, size, renders=body.messages is not None)
-            return Response(written, media_type="application/json")
+            return await model.tokenise(reply, size, renders=body.messages is not None)
 
-    @app.post("/detokenize", response_model=replies.DetokenizeReply)
+    @app.post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest) -> Response:
         """Decodes tokens to text, with control tokens as their names."""
         async with models.use(body.model) as model:
@@ -167,10 +170,10 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
                 raise invalid(f"token id {bad[0]} is outside the vocabulary of {vocab_size}", "tokens")
             decode = model.tokenizer.decode
             text = await model.tokenise(lambda: decode(body.tokens, skip_special=False), len(body.tokens))
-            return Response(replies.DetokenizeReply(prompt=text).model_dump_json(), media_type="application/json")
+            return JSONResponse({"prompt": text})
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> replies.TokenizerInfo:
+    async def tokenizer_info() -> dict[str, Any]:
         """Describes the default model's tokenizer."""
         async with models.use(None) as model:
             tokenizer = model.tokenizer
@@ -178,47 +181,48 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
             def name(token_id: int | None) -> str | None:
                 return None if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
-            return replies.TokenizerInfo(
-                tokenizer_class="PreTrainedTokenizerFast",
-                bos_token=name(tokenizer.bos_id),
-                eos_token=name(tokenizer.eos_id),
-                pad_token=name(tokenizer.pad_id),
-                chat_template=tokenizer.chat_template or None,
-            )
+            return {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": name(tokenizer.bos_id),
+                "eos_token": name(tokenizer.eos_id),
+                "pad_token": name(tokenizer.pad_id),
+                "chat_template": tokenizer.chat_template or None,
+            }
 
 
 def _add_status(app: FastAPI, models: Models, metrics: ServerMetrics) -> None:
     @app.get("/v1/models")
-    async def list_models() -> replies.ModelList:
+    async def list_models() -> dict[str, Any]:
         """The models of this server; the last is the default."""
-        return replies.ModelList(data=[reply(facts) for facts in models.offers.values()])
+        return {"object": "list", "data": [reply(facts) for facts in models.offers.values()]}
 
     @app.get("/v1/models/{model}")
-    async def get_model(model: str) -> replies.ModelReply:
+    async def get_model(model: str) -> dict[str, Any]:
         """One model of this server."""
         return reply(models.find(model))
 
-    def reply(facts: ModelFacts) -> replies.ModelReply:
+    def reply(facts: ModelFacts) -> dict[str, Any]:
         default, loaded = facts is models.default, facts.name in models.loaded
         if loaded:  # its dtype is known, and the cache may shorten its context
             facts = models.loaded[facts.name].facts
-        known = {name: getattr(facts, name) for name in replies.ModelDetails.model_fields if hasattr(facts, name)}
-        details = replies.ModelDetails(stage=facts.name, default=default, loaded=loaded, **known)
-        return replies.ModelReply(id=facts.name, created=facts.created, bessemer=details)
+        details = {"stage": facts.name, "default": default, "loaded": loaded}
+        details |= {name: getattr(facts, name) for name in MODEL_FACTS}
+        known = {"id": facts.name, "object": "model", "created": facts.created, "owned_by": "bessemer"}
+        return known | {"bessemer": details}
 
     @app.get("/health")
-    async def health(response: Response) -> replies.Health:
+    async def health() -> dict[str, Any]:
         """Whether the server is up, and how busy it is."""
         stats = [model.service.stats for model in models.loaded.values()]
         running = sum(int(s.scheduler.get("running", 0)) for s in stats)
-        return replies.Health(
-            status="draining" if app.state.draining else "ok",
-            auth=bool(models.config.api_key),
-            running=running,
-            waiting=max(0, sum(s.open for s in stats) - running),
-            version=__version__,
-            watch=_watched(models) is not None,
-        )
+        return {
+            "status": "draining" if app.state.draining else "ok",
+            "auth": bool(models.config.api_key),
+            "running": running,
+            "waiting": max(0, sum(s.open for s in stats) - running),
+            "version": __version__,
+            "watch": _watched(models) is not None,
+        }
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:

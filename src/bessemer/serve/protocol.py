@@ -1,4 +1,4 @@
-"""The OpenAI API as JSON: requests and errors. The answers are in `replies`.
+"""The OpenAI API as JSON: requests and errors.
 
 Known fields are checked strictly: no string for a number, no NaN, nothing out of bounds. null counts as absent. Fields
 of OpenAI's API that would change the answer and that no model here supports (suffix, ...) are listed too, so that they
