@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from bessemer import cli
+from bessemer import cli, plugins
 from bessemer.config.kinds import CORE
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.eval.shots import Shots
-from bessemer.pipeline.stage import KINDS, Stage
+from bessemer.pipeline.stage import Stage
 from bessemer.runs.directory import digest
 
 HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "tokenizers", "bessemer.config", "bessemer.pipeline")
@@ -85,8 +85,6 @@ def recipe(tmp_path, monkeypatch, stub):
         """Stop as if the user had asked."""
 
     class Note(Stage):
-        kind = "cli-note"
-
         def run(self, config, ctx):
             if config.stop:
                 ctx.interrupt()
@@ -95,7 +93,7 @@ def recipe(tmp_path, monkeypatch, stub):
             ctx.metrics.write(1, 10, {"train/loss": 2.0})
             return {"words": config.words}
 
-    monkeypatch.setitem(KINDS, "cli-note", Note)
+    monkeypatch.setitem(plugins._built_in["stages"], "cli-note", Note)
     monkeypatch.setitem(CORE, "cli-note", NoteConfig)
     rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "state": "scaled"}]
     stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from pydantic import Field
 
+from bessemer import plugins
 from bessemer.config import recipe
 from bessemer.config.kinds import CORE
 from bessemer.config.table import StageConfig, StageRef
 from bessemer.config.units import Points, Tokens
 from bessemer.errors import UserError
 from bessemer.pipeline import runner
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.stage import Stage
 from bessemer.runs.context import Interrupted
 from bessemer.runs.files import write_atomic
 
@@ -43,11 +44,9 @@ class CountConfig(StageConfig):
     """Meet a full disk half-way."""
 
 
-@register
+@plugins.register("stages", "count")
 class Count(Stage):
     """A chain of hashes: like training, its result depends on every step, the seed and the input."""
-
-    kind = "count"
 
     def run(self, config, ctx):
         checkpoint = ctx.state / "checkpoint.json"
@@ -86,11 +85,10 @@ class CompareConfig(StageConfig):
     """The stages to compare."""
 
 
-@register
+@plugins.register("stages", "compare")
 class Compare(Stage):
     """Reads several stages and makes no model."""
 
-    kind = "compare"
     uses_model = False
 
     def run(self, config, ctx):

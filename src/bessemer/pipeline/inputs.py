@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bessemer import plugins
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, named_sources, named_tasks
@@ -33,12 +34,14 @@ def read_by(config: StageConfig) -> Files:
     for address in {documents.hub_address(name) for name in named_sources(config) if name.startswith(places.HUB)}:
         if (commit := places.known_revision(address)) is not None:
             found[address] = {"": commit}
+    found |= {code: {"": digest} for code, digest in plugins.digest("stages", config.kind).items()}
     return {name: hashes for name, hashes in found.items() if hashes}
 
 
 def with_folder(recipe: Recipe, run: Path) -> Recipe:
     """The recipe as its run keeps it: with the path to its folder if a name in it is relative to that folder."""
     names = [name.removeprefix(SHARDS) for config in recipe.stages for name in _paths(config)]
+    names += [code for config in recipe.stages for code in plugins.digest("stages", config.kind)]
     if any(not name.startswith(PACKAGE) and not Path(name).is_absolute() for name in names):
         return recipe.model_copy(update={"folder": recipe.folder and os.path.relpath(recipe.folder, run)})
     return recipe.model_copy(update={"folder": None})

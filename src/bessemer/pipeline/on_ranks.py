@@ -34,7 +34,7 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.runner import computing
-from bessemer.pipeline.stage import Stage, find_kind
+from bessemer.pipeline.stage import Stage, run_stage
 from bessemer.rl.apart import Carrier, stays
 from bessemer.rl.dealing import DealtEngine, Helper, deal
 from bessemer.runs.context import Interrupted, StageContext, signals
@@ -260,7 +260,7 @@ class ManyRanks:
                     )  # fmt: skip
                     revisions = ctx.dir.parent / places.REVISIONS
                     with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), computing(config.name):
-                        find_kind(config.kind)().run(config, ctx)  # if interrupted: rank 0 says how to go on
+                        run_stage(config, ctx)  # if interrupted: rank 0 says how to go on
 
     def _orders(self) -> Iterator[dict[str, Any]]:
         """The stages that rank 0 orders; what it orders to generate is done on the way."""

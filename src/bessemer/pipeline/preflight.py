@@ -21,7 +21,7 @@ from bessemer.config.units import show_seconds
 from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import longest_text
-from bessemer.pipeline.stage import Probe, find_kind
+from bessemer.pipeline.stage import Probe, blamed, find_kind
 from bessemer.train import setup
 
 
@@ -59,8 +59,10 @@ def check(recipe: Recipe, cache: Path, names: Collection[str]) -> None:
 
 def resolve(config: StageConfig, recipe: Recipe, cache: Path) -> dict[str, Any]:
     """`Stage.resolve`; if it fails, UserError with every fault of the stage."""
+    stage = find_kind(config.kind)()
     try:
-        return find_kind(config.kind)().resolve(config, recipe)
+        with blamed(config.kind, stage):
+            return stage.resolve(config, recipe)
     except UserError:
         check(recipe, cache, [config.name])
         raise
@@ -92,12 +94,14 @@ def _examine(config: StageConfig, recipe: Recipe, cache: Path) -> Examined:
     stage, examined = find_kind(config.kind)(), Examined(config.name, config.kind)
     faults: dict[str, None] = {}
     try:
-        stage.resolve(config, recipe)
+        with blamed(config.kind, stage):
+            stage.resolve(config, recipe)
     except UserError as fault:
         faults[str(fault)] = None
     for probe in stage.probes(config, recipe, cache):
         try:
-            examined.found += filter(None, [probe()])
+            with blamed(config.kind, stage):
+                examined.found += filter(None, [probe()])
         except UserError as fault:
             faults[str(fault)] = None
     # resolve may have found the same fault without knowing the key

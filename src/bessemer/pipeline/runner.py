@@ -36,7 +36,7 @@ from bessemer.pipeline.pace import WORTH, Pace
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.reuse import Donor
-from bessemer.pipeline.stage import find_kind
+from bessemer.pipeline.stage import find_kind, run_stage
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
 from bessemer.runs.directory import (
     RunDir,
@@ -292,7 +292,7 @@ def _run_one(item: Planned, ctx: StageContext, inputs: dict[str, str], rundir: R
         with _clock(ctx, rundir):
             try:
                 with computing(item.name):
-                    summary = item.stage.run(item.config, ctx)
+                    summary = run_stage(item.config, ctx)
             except Interrupted:
                 raise Interrupted(_how_to_go_on(ctx.recipe, root, item.name, "in")) from None
         rundir.check()

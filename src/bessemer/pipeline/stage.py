@@ -1,11 +1,9 @@
-"""The skeleton that every stage shares, and the registry of kinds.
+"""The skeleton that every stage shares.
 
-A stage is one file in `pipeline/stages/`, found by walking that folder; its table is a class in `config/`:
+A stage is one file; its table is a class in `config/`, or in the same file. An entry point of the group
+`bessemer.stages` gives it the name of its kind; one in a file of your own has `kind = "my_stage.py:Pretrain"`:
 
-    @register
     class Pretrain(Stage[PretrainConfig]):
-        kind = "pretrain"
-
         def run(self, config, ctx):
             step = ...                      # load ctx.state if it holds a checkpoint
             ctx.rewind(step)                # metrics, samples and rollouts as they were at that step
@@ -25,11 +23,10 @@ same output, whether or not the stage was killed on the way.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
 
@@ -37,13 +34,14 @@ from bessemer import plugins
 from bessemer.config.builtin import RUN_FORMAT
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
+from bessemer.errors import UserError
 from bessemer.pipeline.work import StageWork, guessed
 from bessemer.runs import files
+from bessemer.runs.context import Interrupted, StageContext
 from bessemer.runs.metrics import Smoothed
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
-    from bessemer.runs.context import StageContext
     from bessemer.tasks import Problem
     from bessemer.train.trainer import Trainer
 
@@ -55,7 +53,6 @@ Probe = Callable[[], str | None]
 class Stage(Generic[_Config]):
     """One step of a recipe: input directories in, one output directory out. `_Config` is the class of its table."""
 
-    kind: ClassVar[str]
     table: ClassVar[type[StageConfig]]
     """The class of its table: that in `Stage[...]`."""
     format: ClassVar[int] = 1
@@ -166,27 +163,31 @@ class StepLog:
         return every > 0 and self.tokens // every > max(0, self.before) // every
 
 
-KINDS: dict[str, type[Stage[Any]]] = {}
-_StageType = TypeVar("_StageType", bound=type[Stage[Any]])
+def blamed(kind: str, stage: Stage[Any]) -> AbstractContextManager[object]:
+    """Inside, an error in the code of a stage that is not this package's becomes a UserError with its file and line."""
+    return plugins.blamed(kind, type(stage)) if plugins.digest("stages", kind) else nullcontext()
 
 
-def register(stage: _StageType) -> _StageType:
-    """Class decorator: makes `kind = "..."` in a recipe mean this stage."""
-    known = KINDS.get(stage.kind)
-    assert known is None or known.__qualname__ == stage.__qualname__, f"two stages of kind {stage.kind}"
-    KINDS[stage.kind] = stage
-    return stage
-
-
-def load_kinds() -> dict[str, type[Stage[Any]]]:
-    """All kinds: each file of `pipeline/stages/` registers its own when imported."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent / "stages")]):
-        importlib.import_module(f"bessemer.pipeline.stages.{module.name}")
-    return KINDS
+def run_stage(config: StageConfig, ctx: StageContext) -> dict[str, Any]:
+    """`Stage.run` of the stage that `config` is the table of."""
+    stage, stopped = find_kind(config.kind)(), None
+    with blamed(config.kind, stage):
+        try:
+            summary = stage.run(config, ctx)
+        except Interrupted as error:  # no fault
+            stopped = error
+    if stopped is not None:
+        raise stopped
+    if not isinstance(summary, dict):
+        raise UserError(
+            f"{plugins.where(config.kind, type(stage))}: run returned {type(summary).__name__}; return a dictionary of "
+            "facts for the summary, {} for none"
+        )
+    return summary
 
 
 def find_kind(kind: str) -> type[Stage[Any]]:
-    """The stage class of a kind; UserError if it cannot be loaded."""
-    known = KINDS if kind in KINDS else load_kinds()
-    found: type[Stage[Any]] = known[kind] if kind in known else plugins.find("stages", kind, derives=Stage)
+    """The stage class of a kind: an entry point of the group `bessemer.stages`, as those of this package are, or code
+    of the user's own. UserError if it cannot be loaded."""
+    found: type[Stage[Any]] = plugins.find("stages", kind, derives=Stage)
     return found

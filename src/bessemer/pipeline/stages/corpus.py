@@ -27,7 +27,7 @@ from bessemer.errors import UserError
 from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
 from bessemer.tasks.needle import Needle
@@ -42,9 +42,7 @@ UNLIMITED, PACKED = 5_000_000, 600_000
 cores, the training of the tokenizer included."""
 
 
-@register
 class Corpus(Stage[CorpusConfig]):
-    kind = "corpus"
     format = 2
 
     def resolve(self, config: CorpusConfig, recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
@@ -33,9 +33,7 @@ from bessemer.train.plan import TrainingPlan
 HELDOUT = "distill/heldout_pass_at_1"
 
 
-@register
 class Distill(Stage[DistillConfig]):
-    kind = "distill"
     distributed = True
 
     def resolve(self, config: DistillConfig, recipe: Recipe) -> dict[str, Any]:

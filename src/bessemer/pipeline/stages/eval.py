@@ -20,7 +20,7 @@ from bessemer.errors import UserError
 from bessemer.eval import contamination, scoring
 from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, find_kind, register
+from bessemer.pipeline.stage import Probe, Stage, find_kind
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl.sampler import engine_of
 from bessemer.runs.context import StageContext
@@ -31,9 +31,7 @@ from bessemer.tasks.worked import examples
 from bessemer.train import setup
 
 
-@register
 class Eval(Stage[EvalConfig]):
-    kind = "eval"
     format = 2
 
     def resolve(self, config: EvalConfig, recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bessemer import tasks
 from bessemer.config.r1 import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.stage import Stage
 from bessemer.pipeline.work import StageWork
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
@@ -22,9 +22,7 @@ PATIENCE = 50
 """Maximum pages read per example; a third of those of arithmetic are right and well formed."""
 
 
-@register
 class Examples(Stage[ExamplesConfig]):
-    kind = "examples"
     uses_model = False
 
     def resolve(self, config: ExamplesConfig, recipe: Recipe) -> dict[str, Any]:

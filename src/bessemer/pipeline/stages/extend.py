@@ -16,17 +16,13 @@ from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import own_config
-from bessemer.pipeline.stage import register
 from bessemer.pipeline.stages.pretrain import Pretrain, Start
 from bessemer.pipeline.training_inputs import model_and_corpus
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage
 
 
-@register
 class Extend(Pretrain[ExtendConfig]):
-    kind = "extend"
-
     def resolve(self, config: ExtendConfig, recipe: Recipe) -> dict[str, Any]:
         where = f'stage "{config.name}"'
         for earlier in _phases(config, recipe):

@@ -24,7 +24,7 @@ from bessemer.hf.families import load_tokenizer
 from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.model_directory import load
 from bessemer.model.protocol import LanguageModel
-from bessemer.pipeline.stage import Stage, register
+from bessemer.pipeline.stage import Stage
 from bessemer.pipeline.work import DISK, StageWork, params
 from bessemer.runs.context import StageContext
 
@@ -32,9 +32,7 @@ DOWNLOAD = 4e7
 """Bytes per second of a download, for the time it takes."""
 
 
-@register
 class Import(Stage[ImportConfig]):
-    kind = "import"
     uses_model = False
     uses_seed = False
 

@@ -23,7 +23,7 @@ from bessemer.errors import UserError
 from bessemer.eval import long_context, tables
 from bessemer.hf import hub
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.training_inputs import check_heldout
 from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
@@ -35,10 +35,7 @@ OWN, SWITCHED = "", " + YaRN"
 """Suffixes of a model's name: its own positions, or the last model's positions without training on them."""
 
 
-@register
 class LongEval(Stage[LongEvalConfig]):
-    kind = "longeval"
-
     def resolve(self, config: LongEvalConfig, recipe: Recipe) -> dict[str, Any]:
         where = f'stage "{config.name}"'
         for key in ("models", "lengths", "depths"):

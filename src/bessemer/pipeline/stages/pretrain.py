@@ -39,7 +39,7 @@ from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog, register
+from bessemer.pipeline.stage import Probe, Stage, StepLog
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
 from bessemer.pipeline.work import StageWork, moved
 from bessemer.runs.context import StageContext
@@ -72,9 +72,7 @@ class Start(NamedTuple):
 _Config = TypeVar("_Config", bound=PretrainConfig)
 
 
-@register
 class Pretrain(Stage[_Config]):
-    kind = "pretrain"
     distributed = True
 
     def resolve(self, config: _Config, recipe: Recipe) -> dict[str, Any]:

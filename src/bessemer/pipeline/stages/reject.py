@@ -24,7 +24,7 @@ from bessemer.data.chat import Message, exchange, question_ids
 from bessemer.data.documents import HUB, Document
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge
@@ -46,10 +46,7 @@ BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
 
 
-@register
 class Reject(Stage[RejectConfig]):
-    kind = "reject"
-
     def resolve(self, config: RejectConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')

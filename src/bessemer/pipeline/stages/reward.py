@@ -34,7 +34,7 @@ from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog, register
+from bessemer.pipeline.stage import Probe, Stage, StepLog
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge
@@ -58,9 +58,7 @@ SAMPLES = 6
 """Held-out answers, with their scores, written to samples.md."""
 
 
-@register
 class RewardModelling(Stage[RewardModelConfig]):
-    kind = "reward-model"
     distributed = True
 
     def resolve(self, config: RewardModelConfig, recipe: Recipe) -> dict[str, Any]:

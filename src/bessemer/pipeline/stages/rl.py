@@ -17,7 +17,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, register
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
 from bessemer.rl import ray_sampler, task_mix
 from bessemer.rl.loop import Loop
@@ -29,9 +29,7 @@ from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 
 
-@register
 class RL(Stage[RLConfig]):
-    kind = "rl"
     distributed = True
 
     def resolve(self, config: RLConfig, recipe: Recipe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind, register
+from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind
 from bessemer.pipeline.work import StageWork, answers, moved
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
@@ -41,9 +41,7 @@ KEPT = 0.6
 """Share of the answers that it may keep which a stage of kind reject keeps, about."""
 
 
-@register
 class SFT(Stage[SFTConfig]):
-    kind = "sft"
     format = 2
     distributed = True
 
