@@ -101,6 +101,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "data/tool_calls.py",
     ),
     "families": (
+        "hf/chat_template.py",
         "hf/causal_lm.py",
         "hf/foreign.py",
         "hf/dcp.py",
@@ -132,11 +133,10 @@ ADDONS: dict[str, tuple[str, ...]] = {
     "plan": (
         "plan/*",
         "cli/plan.py",
-        "pipeline/planned.py",
+        "cli/doctor.py",
         "pipeline/conformance*.py",
         "model/accounting.py",
         "pipeline/pace.py",
-        "pipeline/work.py",
     ),
     "serve": ("serve/*", "engine/grammar.py", "engine/terminal_chat.py", "engine/penalties.py", "cli/talk.py"),
     "watch": (

@@ -167,7 +167,7 @@ id, its recipe), and has `send(points)` and `close()`."""
 
 
 @dataclass
-class Sent:
+class StageSent:
     """What a tracker has of one stage."""
 
     first: float
@@ -177,11 +177,11 @@ class Sent:
 
 
 @dataclass
-class Record:
+class TrackerState:
     """What trackers.json holds of one tracker."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    stages: dict[str, Sent] = field(default_factory=dict)
+    stages: dict[str, StageSent] = field(default_factory=dict)
 
 
 class Mirror:
@@ -190,7 +190,7 @@ class Mirror:
 
     def __init__(self, root: Path, names: Sequence[str], report: Callable[[str, str], None]) -> None:
         self.root, self.report = root, report
-        self.records = {name: Record() for name in names} | _read_records(root)
+        self.records = {name: TrackerState() for name in names} | _read_records(root)
         self.trackers: dict[str, Any] = {}
         self.tail, self.seen = LineTail(root / "metrics.jsonl"), dict[str, tuple[float, int]]()
         recipe = tomllib.loads((root / "recipe.toml").read_text("utf-8"))
@@ -241,14 +241,14 @@ class Mirror:
 
 
 def _due(
-    lines: Iterable[tuple[float, int, dict[str, Any]]], before: dict[str, Sent]
-) -> tuple[list[Point], dict[str, Sent]]:
+    lines: Iterable[tuple[float, int, dict[str, Any]]], before: dict[str, StageSent]
+) -> tuple[list[Point], dict[str, StageSent]]:
     """The points in these lines that a tracker lacks, and what it has once they are sent."""
     sent, points = dict(before), []
     for first, number, line in lines:
-        have = sent.setdefault(line["stage"], Sent(first))
+        have = sent.setdefault(line["stage"], StageSent(first))
         if have.first != first:
-            have = Sent(first, have.attempt + 1)
+            have = StageSent(first, have.attempt + 1)
         if number <= have.lines:
             continue
         sent[line["stage"]] = replace(have, lines=number)
@@ -263,11 +263,11 @@ def _due(
     return points, sent
 
 
-def _read_records(root: Path) -> dict[str, Record]:
+def _read_records(root: Path) -> dict[str, TrackerState]:
     try:
         stored = json.loads((root / "trackers.json").read_text("utf-8"))
         return {
-            name: Record(one["id"], {stage: Sent(**sent) for stage, sent in one["stages"].items()})
+            name: TrackerState(one["id"], {stage: StageSent(**sent) for stage, sent in one["stages"].items()})
             for name, one in stored.items()
         }
     except FileNotFoundError:
