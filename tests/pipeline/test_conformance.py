@@ -282,6 +282,7 @@ def test_every_item_flips():
     flipped.add("Mini-batches per rollout")
     rest = {"No token dropping", "Needle in a haystack over lengths and depths"}  # absent from both recipes
     rest |= {"Prompt template", "Cold start: readable R1-Zero answers in one form"}  # never as published
+    rest |= {"Random split of punctuation + line break"}  # no key
     assert {item.item for item in ITEMS} - flipped == rest
 
 

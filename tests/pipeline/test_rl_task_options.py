@@ -32,7 +32,6 @@ def test_without_options_the_problems_are_what_they_were():
     assert [p for _, p in asked(plain, 20)] == [
         tasks.get(plain.tasks[n % 2]).problem("train", n // 2, 7) for n in range(20)
     ]
-    assert "task_options" not in plain.fingerprint_values()
     assert "task_options" in config(task_options={"countdown": {"share": 3}}).fingerprint_values()
 
 

@@ -81,7 +81,7 @@ def test_metrics_of_a_gpu(monkeypatch):
     unknown = Instruments(config, network, torch.device("cuda"), torch.bfloat16, None, print)
     assert "gpu/mfu" not in unknown.values(1600, 100, True, 1.0)
     on_cpu = Instruments(config, network, torch.device("cpu"), torch.float32, None, print)
-    assert on_cpu.values(1600, 100, True, 1.0) == {} and on_cpu.dump() == ""
+    assert on_cpu.values(1600, 100, True, 1.0) == {}
 
 
 def test_a_step_has_its_own_peak_of_memory(monkeypatch):
