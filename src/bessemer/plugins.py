@@ -74,6 +74,13 @@ def table(kind: str) -> dict[str, Any]:
     return dict(_built_in[kind]) if kind in BY_IMPORT else {**_built_in[kind], **loaded}
 
 
+def hook(name: str) -> Any:
+    """The object that an add-on offers under this name; None without one. Only its module is loaded."""
+    with suppress(RemovedAddOn):
+        return find("hooks", name) if name in names("hooks") else None
+    return None
+
+
 def find(kind: str, name: str, takes: str = "", derives: type | None = None) -> Any:
     """The object that a recipe names.
 

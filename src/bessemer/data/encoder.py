@@ -1,5 +1,5 @@
-"""Encodes batches of documents as arrays of ids. The tokenizers library does the work, unless an add-on brings a faster
-implementation with the same ids.
+"""Encodes batches of documents as arrays of ids. The tokenizers library does the work, unless an add-on's hook `encode`
+brings a faster implementation with the same ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,27 +12,23 @@ from bessemer.data.tokenizer import Tokenizer
 
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray] | None]
 """The int32 ids of each text; None if it cannot encode one of them."""
-FASTER: list[Callable[[Tokenizer], EncodeBatch | None]] = []
-"""Makers of faster implementations, which return None for a tokenizer that they do not serve. Hooks add to it."""
 
 
 class Encoder:
     """`encode_batch` for one tokenizer, in this thread, and the ids around a document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        plugins.table("hooks")
         self._tokenizer = tokenizer
         self.opening = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         """Ids at the start of a document."""
         self.ending = np.array([tokenizer.end_id], np.int32)
         """Ids at the end of a document."""
-        self._faster = [encode for make in FASTER if (encode := make(tokenizer)) is not None]
+        self._faster = faster(tokenizer)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text."""
-        for encode in self._faster:
-            if (ids := encode(texts)) is not None:
-                return ids
+        if self._faster is not None and (ids := self._faster(texts)) is not None:
+            return ids
         return [np.array(ids, np.int32) for ids in self._tokenizer.encode_batch(texts)]
 
     def conversation(self, messages: Sequence[chat.Message]) -> list[int]:
@@ -41,3 +37,9 @@ class Encoder:
         begin, end = self.opening.tolist(), self.ending.tolist()  # a template may write neither, or only one
         ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids
         return ids[: -len(end)] if ids[-len(end) :] == end else ids
+
+
+def faster(tokenizer: Tokenizer) -> EncodeBatch | None:
+    """What the hook `encode` makes for this tokenizer; None without a hook, or if it does not serve the tokenizer."""
+    make = plugins.hook("encode")
+    return None if make is None else make(tokenizer)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from bessemer.data.encoder import FASTER
 from bessemer.data.tokenizer import CJK, DIGITS, WORDS, Tokenizer
 
 GIGATOKEN, MOST_CHARACTERS = "0.10.0", 1 << 26
@@ -76,6 +75,3 @@ def has_v3_split(tokenizer: Tokenizer) -> bool:
     last = steps[-1] if steps else {}
     plain = last.get("type") == "ByteLevel" and not last.get("add_prefix_space") and not last.get("use_regex")
     return patterns == [DIGITS, CJK, WORDS] and isolated and plain
-
-
-FASTER.append(faster)
