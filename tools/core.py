@@ -135,7 +135,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "cli/plan.py",
         "cli/doctor.py",
         "pipeline/conformance*.py",
-        "model/accounting.py",
         "pipeline/pace.py",
     ),
     "serve": ("serve/*", "engine/grammar.py", "engine/terminal_chat.py", "engine/penalties.py", "cli/talk.py"),

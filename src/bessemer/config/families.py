@@ -20,3 +20,7 @@ class ImportConfig(StageConfig):
     style: Literal["zero", "r1-zero"] | None = None
     """Chat template, exported with the model. r1-zero: R1-Zero's (R1 Table 1); zero: the same without its preamble.
     Default: the model's own or, if it has none, r1-zero."""
+
+    @property
+    def imported(self) -> str:
+        return self.model

@@ -78,6 +78,11 @@ class StageConfig(ConfigTable):
     seed: Seed | None = None
     """Random seed for this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
+    @property
+    def imported(self) -> str | None:
+        """The model from elsewhere that the stage begins with: a directory or an address. None: no such model."""
+        return None
+
     def fingerprint_values(self) -> dict[str, Any]:
         """The values that decide the output, as JSON."""
         excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, "seed"}, True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.families import ImportConfig
 from bessemer.config.places import located
 from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
@@ -165,8 +164,8 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
         return stage.length
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         return setup.model_config(recipe, stage.model).max_seq_len
-    if isinstance(stage, ImportConfig):
-        path = located(stage.model) / "config.json"
+    if stage.imported is not None:
+        path = located(stage.imported) / "config.json"
         return longest_text(read_object(path)) if path.is_file() else None
     return context_of(recipe, stage.source)
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bessemer.config.data import CorpusConfig
-from bessemer.config.families import ImportConfig
 from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.training import PretrainConfig
@@ -60,7 +59,7 @@ def check_heldout(where: str, corpus: CorpusConfig, measured: Iterable[str], mod
     """UserError if documents of the sources `measured` that `corpus` holds out were training documents of `model`:
     documents are held out by their hash, so a larger share contains a smaller one."""
     read, name = {source.removeprefix(NEEDLE) for source in measured}, model
-    while (stage := recipe.stage(name)).source is not None and not isinstance(stage, ImportConfig):
+    while (stage := recipe.stage(name)).source is not None and stage.imported is None:
         name = stage.source
         if not isinstance(stage, PretrainConfig):
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bessemer.config.families import ImportConfig
 from bessemer.config.places import located
 from bessemer.config.training import FineTuningConfig, PretrainConfig
 from bessemer.data import sources
@@ -29,7 +28,7 @@ def origin(recipe: Recipe, name: str | None) -> StageConfig | None:
     before it."""
     while name is not None:
         stage = recipe.stage(name)
-        if isinstance(stage, ImportConfig) or (isinstance(stage, PretrainConfig) and stage.corpus is None):
+        if stage.imported is not None or (isinstance(stage, PretrainConfig) and stage.corpus is None):
             return stage
         name = stage.source
     return None
@@ -70,10 +69,10 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
     if (cfg := config_of(recipe, name)) is not None:
         return flops_per_token(cfg, length).training
     first = origin(recipe, name)
-    if not isinstance(first, ImportConfig):
+    if first is None or first.imported is None:
         return None
-    if first.model.startswith(PACKAGE):  # GGUF files of about five bits per parameter
-        return 6 * 8 / 5 * 1e6 * sources.known_model(first.model.removeprefix(PACKAGE)).package.megabytes
+    if first.imported.startswith(PACKAGE):  # GGUF files of about five bits per parameter
+        return 6 * 8 / 5 * 1e6 * sources.known_model(first.imported.removeprefix(PACKAGE)).package.megabytes
     folder = _local(first)
     if folder is None:
         return None
@@ -90,6 +89,6 @@ def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: in
 
 def _local(stage: StageConfig | None) -> Path | None:
     """The directory that a stage imports, if it is on this machine."""
-    if not isinstance(stage, ImportConfig) or stage.model.startswith((PACKAGE, HUB)):
+    if stage is None or stage.imported is None or stage.imported.startswith((PACKAGE, HUB)):
         return None
-    return folder if ((folder := located(stage.model)) / "config.json").is_file() else None
+    return folder if ((folder := located(stage.imported)) / "config.json").is_file() else None
