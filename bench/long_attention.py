@@ -2,7 +2,7 @@
 
     python bench/long_attention.py --json bench/results/long_attention.json
 
-Three backends of one function at the head sizes of `tiny`: "kernel" is `attention_cpu.latent_attention` as it runs on
+Three backends of one function at the head sizes of `tiny`: "kernel" is `attention.latent_attention` as it runs on
 this machine, "torch" is what it runs where there is no compiler, and "sdpa" is torch's scaled_dot_product_attention,
 which has no fused CPU kernel when keys and values differ in width, as in MLA. With segments, attention is limited to
 documents of 500 tokens. One row, one thread, float32. Times are processor time, since the machine is shared; the
@@ -26,14 +26,14 @@ from machine import processor, spread
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from bessemer.kernels import attention_cpu, attention_gpu, library
+from bessemer.kernels import attention, attention_gpu, library
 from bessemer.model.config import preset
 
 DOCUMENT = 500
 """Tokens per segment."""
 BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "kernel": lambda *a: attention_cpu.latent_attention(*a)[0],
-    "torch": lambda *a: attention_cpu.latent_attention(*a)[0],
+    "kernel": lambda *a: attention.latent_attention(*a)[0],
+    "torch": lambda *a: attention.latent_attention(*a)[0],
     "sdpa": lambda q, kv, k_rope, rope, segments, scale: attention_gpu.latent_attention(
         q, kv, k_rope, rope, scale, segments
     ),
@@ -57,13 +57,13 @@ def arguments(T: int, segmented: bool) -> tuple[Any, ...]:
 @contextlib.contextmanager
 def kernels(name: str) -> Iterator[None]:
     """Without kernels for the backend "torch"."""
-    serves = attention_cpu.kernel.serves
+    serves = attention.serves
     if name == "torch":
-        attention_cpu.kernel.serves = lambda *a: False
+        attention.serves = lambda *a: False
     try:
         yield
     finally:
-        attention_cpu.kernel.serves = serves
+        attention.serves = serves
 
 
 def timed(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> float:

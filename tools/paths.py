@@ -48,7 +48,10 @@ BESIDE = (
     "serve/metrics.py", "train/instruments.py", "train/guard.py", "train/determinism.py", "train/checkpoint",
     "train/background.py", "train/lineage.py",
 )  # fmt: skip
-NETWORK = ("model/", "kernels/attention.py", "kernels/experts.py", "kernels/gate.py", "kernels/norm.py")
+NETWORK = (
+    "model/", "accelerated.py", "kernels/attention.py", "kernels/deferred.py", "kernels/expert_ffn.py",
+    "kernels/experts.py", "kernels/gate.py", "kernels/norm.py",
+)  # fmt: skip
 ASKED = 4
 """Calls of a function whose variables are searched for the followed setting."""
 LR = 0.0051234

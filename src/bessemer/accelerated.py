@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.kernels import (
-    attention_cpu,
+    attention,
     attention_gpu,
     expert_ffn,
     gate,
@@ -68,7 +68,7 @@ moe.swiglu.register(lambda x, ffn: recipe_of(ffn) is not None, _fp8_swiglu)
 moe.dispatch.register(lambda x, routing, experts: recipe_of(experts) is not None, fp8_layers.dispatch)
 moe.run_experts.register(_in_fp8, fp8_layers.run_experts)
 protocol.train_in_fp8.register(lambda *_: True, _train_in_fp8)
-ops.kept_of.register(lambda *_: True, KeptWeights)
+ops.weight_cache.register(lambda *_: True, KeptWeights)
 
 # --- the layers ------------------------------------------------------------------------------------------------------
 
@@ -86,33 +86,14 @@ def _uncompiled(x: Tensor, *_: object) -> bool:
     return x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
 
 
-def _plain(linear: nn.Module) -> bool:
-    """Whether calling the module only applies its weight: it has not been replaced and has no hooks."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return isinstance(linear, nn.Linear) and not hooks
-
-
-def _plain_on_cpu(x: Tensor, ffn: FFN) -> bool:
-    return x.device.type == "cpu" and _plain(ffn.w13) and _plain(ffn.w2)
-
-
-def _swiglu_on_cpu(x: Tensor, ffn: FFN) -> Tensor:
-    return expert_ffn.dense_ffn(x.flatten(0, -2), ffn.w13.weight, ffn.w2.weight).view(x.shape)
-
-
-def _swiglu_on_gpu(x: Tensor, ffn: FFN) -> Tensor:
-    h = ffn.w13(x)
-    return ffn.w2(grouped.activation(h.flatten(0, -2)).view(*h.shape[:-1], -1))
-
-
 rms_norm.register(_on_cpu, norm.on_cpu)
 rms_norm.register(_uncompiled, norm.on_gpu)
-mla.latent_attention.register(_on_cpu, attention_cpu.latent_attention)
+mla.latent_attention.register(_on_cpu, attention.latent_attention)
 mla.latent_attention.register(_elsewhere, attention_gpu.latent_attention)
 routing.register(gate.serves, gate.routing)
 routing.register(gate_gpu.serves, gate_gpu.routing)
-moe.swiglu.register(_plain_on_cpu, _swiglu_on_cpu)
-moe.swiglu.register(_uncompiled, _swiglu_on_gpu)
+moe.swiglu.register(expert_ffn.serves_dense, expert_ffn.swiglu)
+moe.swiglu.register(_uncompiled, grouped.swiglu)
 moe.expert_ffn.register(lambda *_: True, expert_ffn.expert_ffn)
 moe.routed_ffn.register(lambda *_: True, expert_ffn.routed_ffn)
 moe.combine.register(lambda *_: True, expert_ffn.combine)

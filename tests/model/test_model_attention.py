@@ -5,7 +5,7 @@ import torch
 from allocator import live_and_highest, live_bytes
 from model_cases import YARN, random_model, relative, tiny
 
-from bessemer.kernels import attention_cpu, library
+from bessemer.kernels import attention, library
 from bessemer.kernels.attention_gpu import causal_mask
 from bessemer.kernels.cores import attention_backward, attention_forward
 from bessemer.model.mla import (
@@ -52,7 +52,7 @@ LENGTHS = [1, 9, 64, 128, 150]
 def form(request, monkeypatch):
     """The kernel, if this machine has a compiler, the code that serves without one, and the equation."""
     if request.param == "torch":
-        monkeypatch.setattr(attention_cpu.kernel, "serves", lambda *a: False)
+        monkeypatch.setattr(attention, "serves", lambda *a: False)
     elif request.param == "equation":
         monkeypatch.setattr(latent_attention, "implementations", [])
     elif not library.available():
@@ -170,7 +170,7 @@ def test_custom_op_is_registered_properly(segments):
     """Schema, fake tensors and autograd, as torch.compile needs them."""
     inputs, table = projections(70)
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(attention_cpu._latent_attention, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
+    torch.library.opcheck(attention._latent_attention, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
 
 
 def test_a_token_always_sees_itself():

@@ -8,7 +8,7 @@ stale when the weights are updated between two calls.
 Padding is on the right: causality hides it from prefill's attention, it is not routed to any expert, and a step sees
 only the slots up to its own position.
 
-The routed experts give the same bits as `model.experts.expert_ffn` without gradients, in fewer calls: a step has a
+The routed experts give the same bits as `kernels.expert_ffn` without gradients, in fewer calls: a step has a
 handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
 rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times faster at 64 or fewer.
 

@@ -3,7 +3,7 @@
 Shards are planned from shapes alone, so only one tensor is in memory at a time. `replace` puts the finished directory
 in place.
 
-Block FP8 as released (V3 3.3.2; tiles: `precision.formats`). The matrices of `Slot.fp8` are written as F8_E4M3, each
+Block FP8 as released (V3 3.3.2; tiles: `block_fp8`). The matrices of `Slot.fp8` are written as F8_E4M3, each
 with `<key>_scale_inv` [ceil(R/128), ceil(C/128)], always F32. Scales are "float32" (amax / 448, as in V3 and R1) or
 "ue8m0" (powers of two, as in V3.1). All other tensors stay plain. `quantization_config` in config.json declares this;
 serving engines find the quantised matrices by their names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bessemer.kernels import attention_cpu
+from bessemer.kernels import attention
 from bessemer.model.mla import latent_attention
 from bessemer.model.segments import Packed, Segments
 
@@ -17,7 +17,7 @@ def attention_forward(
     again)."""
     if q.device.type == "cpu":
         assert not isinstance(segments, Packed), "only a batch on a GPU is packed"
-        return attention_cpu.flash_forward(q, kv, k_rope, rope, segments, scale)
+        return attention.flash_forward(q, kv, k_rope, rope, segments, scale)
     with torch.no_grad():
         return latent_attention(q, kv, k_rope, rope, scale, segments), q.new_empty(0, dtype=torch.float32)
 
@@ -29,7 +29,7 @@ def attention_backward(
     """Gradients of q, kv and k_rope. `out` and `lse` come from `attention_forward`; `out` may be rounded."""
     if q.device.type == "cpu":
         assert not isinstance(segments, Packed), "only a batch on a GPU is packed"
-        return attention_cpu.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
+        return attention.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
     with torch.enable_grad():
         q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
         again = latent_attention(q, kv, k_rope, rope, scale, segments)

@@ -22,13 +22,13 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bessemer.kernels import deferred, grouped
 from bessemer.kernels import experts as kernel
 from bessemer.kernels.operation import operation
-from bessemer.model.moe import slots
+from bessemer.model.moe import FFN, slots
 
 
 @operation("expert_order")
@@ -357,3 +357,19 @@ def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, 
 def dense_ffn(x_ND: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """W2 (silu(W1 x) * W3 x), [N, D], for w13 [2F, D] and w2 [D, F]."""
     return _called(x_ND, None, None, None, w13, w2)
+
+
+def serves_dense(x: Tensor, ffn: FFN) -> bool:
+    """Whether calling the matrices of an FFN on a CPU only applies their weights."""
+    return x.device.type == "cpu" and _plain(ffn.w13) and _plain(ffn.w2)
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether the module has not been replaced and has no hooks."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return isinstance(linear, nn.Linear) and not hooks
+
+
+def swiglu(x: Tensor, ffn: FFN) -> Tensor:
+    """`model.moe.swiglu`."""
+    return dense_ffn(x.flatten(0, -2), ffn.w13.weight, ffn.w2.weight).view(x.shape)

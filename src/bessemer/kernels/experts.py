@@ -1,4 +1,4 @@
-"""SwiGLU of routed experts with dispatch and combine, or of one dense FFN (`model.experts`).
+"""SwiGLU of routed experts with dispatch and combine, or of one dense FFN (`expert_ffn`).
 
 Rows are sorted by expert, `count_E` rows each. With an order, row m is choice order_M[m] = n * K + k of token n, and
 results are summed per token; without an order it is row m of x. `gate` holds the float32 weight of each choice; None:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.kernels import swiglu
+from bessemer.kernels import swiglu as activations
 from bessemer.kernels.operation import operation
+from bessemer.model.moe import FFN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNED = 16
@@ -47,21 +48,21 @@ def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
 def forward(rows_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (y [M, D] of rows in expert order, h = W13 x [M, 2F] for `backward`)."""
     h_MH = F.grouped_mm(rows_MD, w13.transpose(1, 2), offs=end_E)
-    return F.grouped_mm(swiglu.forward(h_MH, weight_M), w2.transpose(1, 2), offs=end_E), h_MH
+    return F.grouped_mm(activations.forward(h_MH, weight_M), w2.transpose(1, 2), offs=end_E), h_MH
 
 
 def backward(
     dy_MD: Tensor, weight_M: Tensor, end_E: Tensor, w13: Tensor, w2: Tensor, h_MH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of rows and gates, and the operands of the weight gradients, act [M, F] and dh [M, 2F]."""
-    act_MF, dh_MH, dweight_M = swiglu.backward(F.grouped_mm(dy_MD, w2, offs=end_E), h_MH, weight_M)
+    act_MF, dh_MH, dweight_M = activations.backward(F.grouped_mm(dy_MD, w2, offs=end_E), h_MH, weight_M)
     return F.grouped_mm(dh_MH, w13, offs=end_E), dweight_M, act_MF, dh_MH
 
 
 @operation("swiglu")
 def activation(h_MH: Tensor) -> Tensor:
     """silu(gate) * up of a dense FFN or shared expert, [M, F], for h = (gate, up) [M, 2F]."""
-    return swiglu.forward(h_MH, None)
+    return activations.forward(h_MH, None)
 
 
 @torch.library.register_fake(activation)
@@ -71,7 +72,7 @@ def _(h_MH):
 
 @operation("swiglu_backward")
 def _activation_backward(dact_MF: Tensor, h_MH: Tensor) -> Tensor:
-    return swiglu.backward(dact_MF, h_MH, None)[1]
+    return activations.backward(dact_MF, h_MH, None)[1]
 
 
 @torch.library.register_fake(_activation_backward)
@@ -88,6 +89,12 @@ def _grad(ctx, dact_MF):
 
 
 torch.library.register_autograd(activation, _grad, setup_context=_setup)
+
+
+def swiglu(x: Tensor, ffn: FFN) -> Tensor:
+    """`model.moe.swiglu`."""
+    h = ffn.w13(x)
+    return ffn.w2(activation(h.flatten(0, -2)).view(*h.shape[:-1], -1))
 
 
 def weight_gradient(left_MX: Tensor, right_MY: Tensor, end_E: Tensor) -> Tensor:

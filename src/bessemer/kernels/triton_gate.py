@@ -19,7 +19,7 @@ WIDEST = 1024
 def forward(
     logit_NE: Tensor, bias_E: Tensor | None, choice_NK: Tensor | None, n_sequences: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`model.gate_gpu.choose_reference`."""
+    """`gate_gpu.choose_reference`."""
     N, E = logit_NE.shape
     K = rule.n_activated
     _check(E, rule)

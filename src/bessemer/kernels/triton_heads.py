@@ -16,7 +16,7 @@ HEADS = 8
 
 
 def forward(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, padded: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`model.attention_gpu.heads`."""
+    """`attention_gpu.heads`."""
     q, kv, rope = q.contiguous(), kv.contiguous(), rope.contiguous()
     k_rope = _rows(k_rope)
     B, T, H, width = q.shape

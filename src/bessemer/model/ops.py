@@ -107,6 +107,6 @@ class WeightCache:
 
 
 @operation
-def kept_of(weights: list[Tensor]) -> WeightCache:
+def weight_cache(weights: list[Tensor]) -> WeightCache:
     """What an optimizer keeps of its matrices."""
     return WeightCache()

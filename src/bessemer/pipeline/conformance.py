@@ -200,7 +200,7 @@ ITEMS: tuple[Item, ...] = (
          dict(fp8="paper"), on=lambda v: v["fp8"] != "off", best=True,
          paper="E4M3, 1x128 and 128x128, sums to float32 every 128"),
     Item("Activations stored in FP8 and E5M6; norms and up-projections recomputed", "V3 3.2.3, 3.3.3", "fp8 {fp8}",
-         _pretrain, "model/fp8.py", "model/test_model_fp8.py", dict(fp8="paper"),
+         _pretrain, "precision/fp8_layers.py", "model/test_model_fp8.py", dict(fp8="paper"),
          on=lambda v: v["fp8"] != "off", best=True, paper="a byte, 12 bits"),
     Item("Moments of the optimizer in BF16", "V3 3.3.2", "{moments}", _pretrain,
          "train/groups.py", "train/test_optim.py", dict(moments="bfloat16"), on=lambda v: v["moments"] == "bfloat16",

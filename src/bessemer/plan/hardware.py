@@ -46,7 +46,7 @@ class Device:
     fp8: float | None = None
     usd_hour: float | None = None
     cudnn: bool = False
-    """Has cuDNN's attention, for keys wider than values; other kernels pad these (`model.attention_gpu`)."""
+    """Has cuDNN's attention, for keys wider than values; other kernels pad these (`kernels.attention_gpu`)."""
     sources: tuple[str, ...] = ()
 
     @property

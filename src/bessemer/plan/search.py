@@ -93,7 +93,7 @@ def _setups(cfg: ModelConfig, config: PlanConfig, cluster: ClusterSpec) -> tuple
                 for recompute in (config.recompute,) if config.recompute is not None else RECOMPUTE:
                     for format in formats:
                         if recompute and format == "fp8" and config.recompute is None:
-                            continue  # FP8 training recomputes what it can by itself (`model.fp8`)
+                            continue  # FP8 training recomputes what it can by itself (`fp8_layers`)
                         options = replace(config, micro_rows=rows, schedule=name, recompute=recompute, precision=format)
                         try:
                             setup = with_layout(options, cfg, cluster, layout)

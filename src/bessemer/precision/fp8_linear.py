@@ -9,8 +9,8 @@ Requantising rounds a second time, unless old and new factors are powers of two 
 of the new tile's largest, for which that tile is too coarse, change.
 
 Each works on one matrix, or with `count` on the matrices of G experts with rows in expert order; tiles never span two
-experts. `model/fp8` decides which activations a layer saves, and in which format; `weights` keeps the weights' operands
-for a step.
+experts. `fp8_layers` decides which activations a layer saves, and in which format; `weights` keeps the weights'
+operands for a step.
 
 Shapes: T tokens, K inputs, N outputs, G experts.
 """

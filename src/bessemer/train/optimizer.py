@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bessemer.errors import UserError
-from bessemer.model.ops import kept_of
+from bessemer.model.ops import weight_cache
 from bessemer.train.groups import Group, Members, Update
 from bessemer.train.muon import MuonGroup
 from bessemer.workers import Workers
@@ -84,7 +84,7 @@ class Optimizer:
         if ema_decay:
             for group in self.groups:
                 group.average(ema_decay)
-        self.kept = kept_of([p for _, p in named if p.dim() >= 2])
+        self.kept = weight_cache([p for _, p in named if p.dim() >= 2])
         """What is computed from the matrices and kept; dropped whenever they change."""
 
     def _home(self, name: str) -> object:
