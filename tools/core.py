@@ -127,7 +127,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "eval/shots.py",
         "eval/suite*.py",
         "eval/tables.py",
-        "cli/compare.py",
+        "cli/evals.py",
     ),
     "curate": ("curate/*", "config/curation.py", "pipeline/curation.py", "cli/data.py"),
     "plan": (
@@ -149,6 +149,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "rl/why.py",
         "rl/alarms.py",
         "pipeline/overview.py",
+        "cli/watching.py",
         "serve/watch.py",
         "serve/run_follower.py",
     ),

@@ -20,10 +20,6 @@ from bessemer.system import prepare_cuda, unsupported
 # Each registers its commands, in the order in which --help shows them.
 from bessemer.cli import runs  # noqa: F401  isort: skip
 from bessemer.cli import recipes  # noqa: F401  isort: skip
-from bessemer.cli import compare  # noqa: F401  isort: skip
-from bessemer.cli import talk  # noqa: F401  isort: skip
-from bessemer.cli import plan  # noqa: F401  isort: skip
-from bessemer.cli import data  # noqa: F401  isort: skip
 
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]

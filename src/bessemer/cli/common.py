@@ -20,9 +20,9 @@ ELSEWHERE = {"audit": "claims", "claims": "claims"}
 
 
 class Commands(TyperGroup):
-    """The package's own commands, and those that installed packages list in the entry-point group `bessemer.commands`:
-    functions annotated for typer. Such a package is imported only for its own command, for a list of all commands and
-    for an unknown one."""
+    """The core's own commands, and those that add-ons and other packages list in the entry-point group
+    `bessemer.commands`: functions annotated for typer, or a group of them. A package is imported only for its own
+    command, for a list of all commands and for an unknown one."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         self._plug_in()
@@ -67,7 +67,11 @@ def _refusing(name: str, why: str) -> Any:
     return _command(name, refuse, hidden=True, context_settings=takes_all)
 
 
-def _command(name: str, function: Callable[..., Any], **settings: Any) -> Any:
+def _command(name: str, function: Callable[..., Any] | typer.Typer, **settings: Any) -> Any:
+    if isinstance(function, typer.Typer):
+        group = typer.main.get_command(function)
+        group.name = name
+        return group
     alone = typer.Typer(add_completion=False)
     alone.command(name, **settings)(function)
     return typer.main.get_command(alone)

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, app, print_json
+from bessemer.cli.common import AsJson, print_json
 
 data = typer.Typer(
     help="Training data: raw text to tokenised shards, and a run's outputs as data sets.", no_args_is_help=True
 )
-app.add_typer(data, name="data")
 
 
 @data.command()

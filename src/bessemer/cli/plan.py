@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, app, print_json, write_page
+from bessemer.cli.common import AsJson, print_json, write_page
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
     from bessemer.dist.timeline import Costs
 
 
-@app.command()
 def plan(
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL|RECIPE]", help="A preset such as v3, or a "
                                                       "recipe.")] = None,
@@ -165,3 +164,31 @@ def _costs(text: str) -> Costs:
     if len(values) not in (3, 4) or not all(0 < value < float("inf") for value in values):
         raise UserError(f"--costs {text}: write three or four positive numbers, such as 1,1,1 or 1,1,1,2.5")
     return Costs(*values)
+
+
+def whatif(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN", help="The recipe of a run, or one derived from it; or the run.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="A change; may be repeated.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The existing run. Default: the run given, or runs/NAME.")
+    ] = None,
+    usd: Annotated[float | None, typer.Option(min=0.0, help="Price of this machine per hour, in dollars.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which stages of a run a change would rerun, with time, memory and price. Nothing is run or moved."""
+    from bessemer.config.builtin import run_of
+    from bessemer.config.recipe import Recipe
+    from bessemer.plan import whatif as fates
+    from bessemer.runs.directory import run_dir
+
+    loaded = Recipe.load(recipe, set_ or [])
+    root = run_of(recipe) or Path("runs") / loaded.name if run is None else run_dir(run)
+    answer = fates.whatif(loaded, root, usd)
+    if as_json:
+        print_json(answer.facts())
+    else:
+        print(answer.describe())

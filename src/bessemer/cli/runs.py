@@ -1,26 +1,18 @@
-"""Commands on runs: run a recipe, follow it, write its report, evaluate its models; and the doctor."""
+"""Commands on runs: run a recipe; and the doctor."""
 
 import shlex
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, NoVerify, YesNo, app, print_json, recipes_like
+from bessemer.cli.common import AsJson, app, print_json, recipes_like
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-
-class ShotChoice(StrEnum):
-    worked = "worked"
-    direct = "direct"
-    other_language = "other-language"
-    fables = "fables"
 
 
 @app.command()
@@ -184,67 +176,6 @@ def _dry_run(
 
 
 @app.command()
-def report(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several are compared."),
-    ],
-    open_: Annotated[YesNo, typer.Option("--open", help="Open it in the browser.")] = YesNo.no,
-) -> None:
-    """Write a run's report card, or a comparison of several runs, as one HTML file."""
-    from bessemer.report import card, compare
-    from bessemer.runs.directory import run_dir
-
-    roots = [run_dir(run) for run in runs]
-    path = compare.write(roots) if len(roots) > 1 else card.write(roots[0])
-    print(path)
-    if open_ is YesNo.yes:
-        typer.launch(str(path))
-
-
-@app.command()
-def watch(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="A run's directory, or its name under runs/; several are overlaid."),
-    ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8100,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
-) -> None:
-    """Follow runs on a live page: curves, expert loads, rollouts, alarms, planned against measured time. It only reads
-    the directories, so the runs may be finished, in progress, or on a mounted disk."""
-    import os
-    import webbrowser
-
-    from bessemer.serve.watch import watch as serve
-
-    def ready(address: str) -> None:
-        print(f"bessemer watch: {address}  Ctrl-C stops", flush=True)
-        # without a screen, a text browser would take over the terminal
-        if (
-            browser
-            and sys.stdout.isatty()
-            and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ})
-        ):
-            webbrowser.open(address)
-
-    serve(runs, port=port, ready=ready)
-
-
-@app.command()
-def track(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, or its name under runs/.")],
-    to: Annotated[str, typer.Option("--to", metavar="NAMES", help="tensorboard, wandb, mlflow, trackio, or several.")],
-) -> None:
-    """Send a run's metrics to experiment trackers that lack them. The recipe key trackers does this during the run."""
-    from bessemer.runs import trackers
-    from bessemer.runs.directory import run_dir
-
-    if failed := trackers.track(run_dir(run), [name.strip() for name in to.split(",")]):
-        raise UserError("; ".join(failed))
-
-
-@app.command()
 def doctor(
     folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
     as_json: AsJson = False,
@@ -260,114 +191,6 @@ def doctor(
         print_json(facts)
     else:
         print(machine.describe(facts))
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A model directory, or a run: its main model, by default the last."),
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task, such as countdown; may be repeated.")] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="Published evaluations and their sampling: r1. Can be resumed.")
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option(metavar="NAME[,NAME]", help="Evaluations of the suite. Default: all.")
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FOLDER|NAME=PATH|hf://",
-            help="Data of the suite: a folder of NAME.jsonl, .csv or .parquet; for one evaluation, a path or an hf:// "
-            "address; hf://: the public data sets. May be repeated. Default: data/evals.",
-        ),
-    ] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="Score these answers, a file or a folder of NAME.jsonl, instead of a model's.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the suite's answers. Default: evals/SUITE/MODEL.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers per problem. Default: 8, or the suite's.")] = None,
-    problems: Annotated[
-        int | None, typer.Option(min=1, help="Held-out problems per task. Default: 100, or all of the suite's.")
-    ] = None,
-    skip: Annotated[
-        int | None, typer.Option(min=0, help="Leave out the first held-out problems of each task. Default: 0.")
-    ] = None,
-    k: Annotated[int | None, typer.Option("--k", min=1, help="k of pass@k and maj@k. Default: all answers.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Default: 1, or the suite's; 0 picks the most likely token.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus threshold. Default: 1, or the suite's.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum tokens per answer. Default: 200, or the suite's.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same answers. Default: 0.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples before the question. Default: 0.")] = None,
-    shot_kind: Annotated[
-        ShotChoice | None, typer.Option(help="What the examples are; the others are controls. Default: worked.")
-    ] = None,
-    prefix: Annotated[str | None, typer.Option(metavar="TEXT", help="Text before every question.")] = None,
-    lm_eval: Annotated[
-        str | None, typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-eval, after those of --task.")
-    ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval tasks; their code is run.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per lm-eval task. Default: all.")] = None,
-    chat: Annotated[YesNo | None, typer.Option(help="Ask lm-eval's questions in the model's chat template.")] = None,
-    no_verify: NoVerify = False,
-    as_json: AsJson = False,
-) -> None:
-    """Evaluate a model: pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
-    from bessemer.runs.directory import model_dir
-
-    ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
-            "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
-    before = {"count": shots, "kind": shot_kind and shot_kind.value, "prefix": prefix}
-    theirs = {"include": include, "limit": limit, "chat": None if chat is None else chat is YesNo.yes}
-    of_suite = {"only": only, "data": data, "answers": answers, "out": out}
-    check_used("--task", task or suite, ours)
-    check_used("--task", task, {"skip": skip, "shots": shots, "shot_kind": shot_kind, "prefix": prefix})
-    check_used("--shots", shots, {"shot_kind": shot_kind})
-    check_used("--lm-eval", lm_eval, theirs)
-    check_used("--suite", suite, of_suite)
-    if lm_eval is not None and not _names(lm_eval):
-        raise UserError("--lm-eval names no task; write names with commas between them, such as arc_easy,gsm8k")
-    if not task and not lm_eval and not suite:
-        raise UserError("nothing to evaluate on: name a task with --task (bessemer eval MODEL --task countdown)")
-    if (model is None) == (answers is None):
-        raise UserError("name either a model, or a file of answers with --answers")
-    check_used("MODEL", model, {name: value for name, value in ours.items() if name not in ("problems", "k")})
-    folder, rows = None if model is None else model_dir(model), []
-    from bessemer.eval import evaluate as evaluation
-
-    if suite:
-        if task or lm_eval or k:
-            raise UserError("--suite cannot be combined with --task, --lm-eval or --k; make two calls")
-        from bessemer.eval import suite_run
-
-        result = suite_run.evaluate_suite(folder, suite=suite, **chosen(ours | of_suite | {"only": _names(only)}))
-        if as_json:
-            print_json(result)
-        else:
-            print_table(evaluation.suite_table(result["rows"]))
-        return
-    assert folder is not None, "only a suite is scored without a model"
-    if task:
-        from bessemer.eval.shots import Shots
-
-        rows += evaluation.evaluate(folder, names=task, shots=Shots(**chosen(before)), **chosen(ours | {"skip": skip}))
-    if lm_eval:
-        rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
-    if as_json:
-        print_json({"model": str(folder), "rows": rows})
-        return
-    print_table(evaluation.table(rows))
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def print_table(table: "RenderableType") -> None:

@@ -16,7 +16,6 @@ from bessemer.cli.common import (
     Seed,
     Temperature,
     TopP,
-    app,
     print_json,
     read_prompts,
 )
@@ -34,7 +33,6 @@ class Reasoning(StrEnum):
     hidden = "hidden"
 
 
-@app.command()
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")] = None,
@@ -93,7 +91,6 @@ def _about_cuts(completions: Sequence["Completion"], asked: int | None, context:
     return notes
 
 
-@app.command()
 def chat(
     model: Model,
     system: Annotated[str, typer.Option(help="System message; /system changes it.")] = "",
@@ -128,7 +125,6 @@ def chat(
     )  # fmt: skip
 
 
-@app.command()
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",

@@ -7,6 +7,7 @@ name, has its table in `Stage.table`.
 """
 
 import json
+from contextlib import suppress
 
 from bessemer import plugins
 from bessemer.config.data import CorpusConfig
@@ -29,7 +30,10 @@ def stage_tables() -> dict[str, type[StageConfig]]:
     """The table of every kind that is installed."""
     tables = CORE | plugins.table("tables")
     found = {name: table for name, table in tables.items() if issubclass(table, StageConfig)}
-    found |= {kind: stage.table for kind, stage in plugins.table("stages").items() if kind not in found}
+    for kind in plugins.names("stages"):
+        if kind not in found:  # only then is the code loaded that runs it
+            with suppress(plugins.RemovedAddOn):
+                found[kind] = plugins.find("stages", kind).table
     return dict(sorted(found.items()))
 
 
