@@ -70,7 +70,7 @@ def loader(folder: Path, steps: int) -> dict[str, float]:
     taken = []
     for _ in range(steps):
         began = time.perf_counter()
-        trainer.update(trainer._micro_batches())
+        trainer.update(trainer.on_device.micro_batches())
         taken.append(time.perf_counter() - began)
     step, read = statistics.median(taken[2:]), statistics.median(reading[2:])
     return {"step_seconds": step, "loader_seconds": read, "loader_share": read / step,

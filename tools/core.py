@@ -37,6 +37,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "train/determinism.py",
         "train/gpu_faults.py",
         "data/gigatoken_encoder.py",
+        "train/gpu_steps.py",
     ),
     "distributed": (
         "dist/*",
@@ -136,6 +137,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "cli/doctor.py",
         "pipeline/conformance*.py",
         "pipeline/pace.py",
+        "pipeline/guess.py",
     ),
     "serve": ("serve/*", "engine/grammar.py", "engine/terminal_chat.py", "engine/penalties.py", "cli/talk.py"),
     "watch": (

@@ -105,7 +105,7 @@ class Rewards(Run):
         super().__init__(network, objective, rows, folder, batch_rows=ROWS, terms={"balance_alpha": 1e-2}, tokens=1)
 
     def batches(self):
-        return self.trainer._micro_batches()
+        return self.trainer.on_device.micro_batches()
 
     def scores(self):
         return score_by(self.trainer, TEXTS, PAD)

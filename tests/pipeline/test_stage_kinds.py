@@ -173,7 +173,8 @@ def test_the_guide_s_stage_runs_and_sft_reads_it(tmp_path):
     (result,) = runner.run(Recipe.load(tmp_path / "recipe.toml"), tmp_path / "run")
     assert result.summary == {"conversations": 2}
     assert [len(text) for text in conversation_texts(result.folder)] == [5, 4]
-    tuned = '[[stage]]\nkind = "import"\nmodel = "."\n[[stage]]\nkind = "sft"\nlr = 1e-3\nlr_final = 1e-4\nsamples = ["Longest"]\n'
+    tuned = '[[stage]]\nkind = "import"\nmodel = "."\n'
+    tuned += '[[stage]]\nkind = "sft"\nlr = 1e-3\nlr_final = 1e-4\nsamples = ["Longest"]\n'
     (tmp_path / "recipe.toml").write_text(f'name = "own"\n{stages}{tuned}')
     recipe = Recipe.load(tmp_path / "recipe.toml")
     with places.of_recipe(tmp_path):

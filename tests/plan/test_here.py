@@ -11,8 +11,8 @@ from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline import pace
+from bessemer.pipeline.guess import guessed, of_stage, training_seconds
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.work import guessed
 from bessemer.plan.estimate import estimate
 from bessemer.precision.fp8_layers import recipe_of
 from bessemer.train import setup
@@ -172,11 +172,11 @@ def test_before_anything_is_measured_a_stage_is_estimated_by_its_own_model():
 
     def seconds(recipe, name):
         stage = recipe.stage(name)
-        return find_kind(stage.kind)().estimate(stage, recipe)
+        return of_stage(stage, recipe)
 
     smollm2 = Recipe.load(RECIPES / "smollm2.toml")  # 135M parameters; the preset `tiny` uses 1.4M for a token
-    assert seconds(smollm2, "grpo") > 50 * setup.estimate_seconds(smollm2, 12 * 8 * 8 * 64)
-    assert seconds(smollm2, "eval") > 50 * setup.estimate_seconds(smollm2, 4 * 2 * 64 * 4 * 64 / 4)
+    assert seconds(smollm2, "grpo") > 50 * training_seconds(smollm2, 12 * 8 * 8 * 64)
+    assert seconds(smollm2, "eval") > 50 * training_seconds(smollm2, 4 * 2 * 64 * 4 * 64 / 4)
     r1 = Recipe.load(RECIPES / "r1-small.toml")
     keys = ("rollouts", "prompts_per_rollout", "samples", "max_new_tokens")
     same = {key: getattr(r1.stage("r1"), key) for key in keys}

@@ -21,7 +21,7 @@ from bessemer.train.objective import OnPolicyDistillation, next_token, pairwise,
 from bessemer.train.trainer import Trainer
 
 ONCE_A_STEP = {
-    "trainer.py _accumulate": 2,  # the loss tokens of the step; whether all losses are finite
+    "collective.py accumulate": 2,  # the loss tokens of the step; whether all losses are finite
     "objective.py means": 1,  # metrics and peaks, all in one tensor
     "trainer.py _update": 1,  # the norm of the gradient, before the update
     "balance.py metrics": 1,  # MaxVio of all gates, in one tensor

@@ -139,10 +139,10 @@ def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * GIB)
-    words = r'stage "zero" ran out of memory on .* held 70\.0 at most.*rollout\.rows'
-    with pytest.raises(UserError, match=words), runner._computing("zero"):
+    words = r'stage "zero" ran out of memory on .* held 70\.0 at most.*max_new_tokens'
+    with pytest.raises(UserError, match=words), runner.computing("zero"):
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    with pytest.raises(RuntimeError, match="something else"), runner._computing("zero"):
+    with pytest.raises(RuntimeError, match="something else"), runner.computing("zero"):
         raise RuntimeError("something else")
 
 
@@ -159,7 +159,7 @@ def test_a_stage_that_runs_out_while_it_samples_ends_in_one_sentence(monkeypatch
 )
 def test_a_card_that_fails_ends_in_one_sentence_and_a_bug_does_not(words, known):
     error = torch.AcceleratorError(words)
-    with pytest.raises(UserError if known else RuntimeError) as caught, runner._computing("zero"):
+    with pytest.raises(UserError if known else RuntimeError) as caught, runner.computing("zero"):
         raise error
     if known:
         assert str(caught.value).startswith(f'stage "zero": the GPU failed ({words.splitlines()[0]})')

@@ -129,4 +129,4 @@ def test_what_was_counted_ahead_is_only_sent(monkeypatch):
 
 
 def test_it_is_on_where_a_gpu_computes():
-    assert trainer(model())._ahead is None
+    assert trainer(model()).on_device._ahead is None

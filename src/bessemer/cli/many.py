@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bessemer import plugins, probe
+from bessemer import probe
 from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
 
 
-@plugins.register("hooks", "start-ranks")
 def start(
     recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None,
     check: Callable[[int], None] = lambda n_ranks: None,

@@ -139,7 +139,7 @@ class RankCollective:
         trainer, optimizer = self.trainer, self.zero1
         watchdog.at(trainer.step + 1)
         own = self.shard.context.positions
-        batches = [trainer.transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
+        batches = [trainer.on_device.transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
         trainer.shape = *batches[0].tokens_BT.shape, batches[0].segments_BT is not None
         executor = self.executor_for(len(batches))
         work = self._work(executor, batches, terms)

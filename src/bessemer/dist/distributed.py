@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from bessemer import plugins
 from bessemer.dist import mesh, schedules
 from bessemer.dist.context_parallel import refusal as split_refusal
 from bessemer.dist.ranks import Ranks
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
 
 
-@plugins.register("hooks", "check-layout")
 def check(
     recipe: Recipe, stage: str, rows: Iterable[float], cfg: ModelConfig | None = None, n: int | None = None,
     split_rows: bool = True,

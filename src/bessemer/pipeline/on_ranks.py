@@ -33,7 +33,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline import preflight
-from bessemer.pipeline.runner import computing
+from bessemer.pipeline.runner import computing, repeating
 from bessemer.pipeline.stage import Stage, run_stage
 from bessemer.rl.apart import Carrier, stays
 from bessemer.rl.dealing import DealtEngine, Helper, deal
@@ -41,7 +41,6 @@ from bessemer.runs.context import Interrupted, StageContext, signals
 from bessemer.runs.metrics import NoMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task
-from bessemer.train import determinism
 from bessemer.train.runtime import Frozen, OneProcess, Runtime, Share, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, all_cores
@@ -246,7 +245,7 @@ class ManyRanks:
             for config in recipe.stages:  # rank 0 has the same errors and reports them
                 preflight.resolve(config, recipe, cache_dir(cache))
             progress = RunProgress({}, out=nowhere)
-            quietly = determinism.kept(recipe.layout.deterministic, lambda text: None)
+            quietly = repeating(recipe, lambda text: None)
             with quietly, signals(together=True, quiet=True) as stop:
                 for order in self._orders():
                     config = recipe.stage(order["stage"])

@@ -2,7 +2,7 @@
 
 Measured with the real trainer and the real engine, once for every network, precision, FP8, optimizer and micro-batch
 that a stage trains with, and once for every network that samples. What is too little to matter, too large for this
-machine, or of another family is guessed (`work.guessed`).
+machine, or of another family is guessed (`guess`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from bessemer.model.accounting import flops_per_token, stored_params
 from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import train_in_fp8
 from bessemer.model.transformer import Transformer
+from bessemer.pipeline.guess import fixed, guessed, of_stage
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.pretrain import training_plan
-from bessemer.pipeline.work import StageWork, guessed
+from bessemer.pipeline.work import StageWork
 from bessemer.runs.files import read_json, write_json
 from bessemer.system import memory
 from bessemer.tasks.arithmetic import Arithmetic
@@ -84,7 +85,7 @@ class Pace:
         return {stage.name: sum(self._of(stage, one) for one in work[stage.name]) for stage in stages}
 
     def _of(self, stage: StageConfig, work: StageWork) -> float:
-        return work.seconds + sum(self._of_part(stage, kind, part) for kind, part in _parts(work))
+        return fixed(self.recipe, work) + sum(self._of_part(stage, kind, part) for kind, part in _parts(work))
 
     def _of_part(self, stage: StageConfig, kind: str, part: StageWork) -> float:
         """Seconds of work of one kind."""
@@ -191,6 +192,20 @@ class Pace:
         with suppress(OSError):  # the cache may not be writable
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._cache, self._kept)
+
+
+def estimate(
+    recipe: Recipe, due: Sequence[StageConfig], cache: Path, n_processes: int, say: Callable[[str], None],
+    worth: float | None = None,
+) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
+    """Seconds of every stage, at rates measured here for those that are `due`, and the due stages that no model works
+    in."""
+    pace = Pace(recipe, worth=WORTH if worth is None else worth, cache=cache, ranks=n_processes, say=say)
+    seconds = pace.of_stages(due)
+    texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
+    return {stage.name: seconds.get(stage.name, 0.0) or of_stage(stage, recipe) for stage in recipe.stages}, frozenset(
+        texts
+    )
 
 
 def _parts(work: StageWork) -> list[tuple[str, StageWork]]:

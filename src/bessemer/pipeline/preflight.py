@@ -12,7 +12,6 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.config.places import located
-from bessemer.config.r1 import ExtendConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
@@ -160,8 +159,8 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
     if name is None:
         return None
     stage = recipe.stage(name)
-    if isinstance(stage, ExtendConfig):
-        return stage.length
+    if isinstance(stage, PretrainConfig) and (length := getattr(stage, "length", None)) is not None:
+        return length  # it extends the model
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if stage.imported is not None:

@@ -63,7 +63,7 @@ def start(
     """The processes of a run: as many as `asked` for, as the recipe's layout says, or as this machine's GPUs suggest.
     If others must be started first, this process starts them and exits with their status. `check` raises UserError if
     the run cannot do with that many."""
-    many = plugins.table("hooks").get("start-ranks")
+    many = plugins.hook("start-ranks")
     if many is not None:
         return many(recipe, root, asked, check=check)
     if (n := max(asked or 1, recipe.layout.fewest)) > 1:

@@ -19,11 +19,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bessemer import plugins
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
@@ -31,8 +32,6 @@ from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
-from bessemer.pipeline.overview import overview
-from bessemer.pipeline.pace import WORTH, Pace
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.processes import Processes, ThisProcess
 from bessemer.pipeline.reuse import Donor
@@ -52,7 +51,7 @@ from bessemer.runs.hooks import hooks
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.system import alive
-from bessemer.train import checkpoint, determinism
+from bessemer.train import checkpoint
 
 
 @dataclass
@@ -77,13 +76,14 @@ def run(
     progress: RunProgress | None = None,
     reuse: Path | None = None,
     processes: Processes | None = None,
-    worth: float = WORTH,
+    worth: float | None = None,
 ) -> list[StageResult]:
     """Runs `recipe` in `out` (default runs/NAME) up to and including the stage `until`; returns every stage's result.
 
     Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
     signal. This is process 0 of `processes` (None: the only one). `conformance` gives the rows {item, section, paper,
-    here, state} of conformance.json. `worth`: as in `Pace`; inf: nothing is measured, and times are guesses.
+    here, state} of conformance.json. `worth`: seconds of work from which its rate is measured before the run; inf:
+    nothing is measured, None: as the estimate chooses.
     """
     if until is not None:
         recipe.stage(until)
@@ -116,11 +116,12 @@ def run(
             if rundir.killed:
                 progress.say(rundir.killed)
             intact = _check_outputs(plan, until, rundir, metrics, progress)
-            progress.say(overview(plan, recipe, root, estimates, until, processes.n))
+            if (describe := plugins.hook("overview")) is not None:
+                progress.say(describe(plan, recipe, root, estimates, until, processes.n))
             if conformance is not None:
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")
-            entered.enter_context(determinism.kept(recipe.layout.deterministic, progress.say))
+            entered.enter_context(repeating(recipe, progress.say))
             for hook in beside:
                 entered.enter_context(hook.around(root, recipe))
             return _run_all(
@@ -134,17 +135,20 @@ def run(
 
 def _estimates(
     plan: list[Planned], recipe: Recipe, until: str | None, cache: Path | None, progress: RunProgress,
-    n_processes: int, worth: float,
+    n_processes: int, worth: float | None,
 ) -> tuple[dict[str, float], frozenset[str]]:  # fmt: skip
-    """Seconds of every stage, at rates measured here for those that are to run, and the stages that no model works
-    in."""
+    """Seconds of every stage, 0 where nothing estimates them, and the stages that no model works in."""
     last = len(plan) if until is None else recipe.names().index(until) + 1
     due = [item.config for item in plan[:last] if not item.done]
-    pace = Pace(recipe, worth=worth, cache=cache_dir(cache), ranks=n_processes, say=progress.say)
-    seconds = pace.of_stages(due)
-    estimates = {item.name: seconds.get(item.name, 0.0) or item.stage.estimate(item.config, recipe) for item in plan}
-    texts = (name for name, work in pace.work.items() if all(one.model is None for one in work))
-    return estimates, frozenset(texts)
+    if (estimate := plugins.hook("estimate")) is not None:
+        return estimate(recipe, due, cache_dir(cache), n_processes, progress.say, worth)
+    return dict.fromkeys(recipe.names(), 0.0), frozenset()
+
+
+def repeating(recipe: Recipe, say: Callable[[str], None]) -> AbstractContextManager[object]:
+    """Makes training steps repeat bit for bit inside, if the layout says so and this device needs it."""
+    kept = plugins.hook("deterministic")
+    return nullcontext() if kept is None else kept(recipe.layout.deterministic, say)
 
 
 def _set_aside_stale(plan: list[Planned], rundir: RunDir, metrics: Metrics, progress: RunProgress) -> None:
@@ -353,11 +357,10 @@ def computing(stage: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from bessemer.train import gpu_faults
-
-        if (fault := gpu_faults.of_error(error, stage)) is None:
-            raise
-        raise fault from error
+        explain = plugins.hook("explain-error")
+        if explain is not None and (fault := explain(error, stage)) is not None:
+            raise fault from error
+        raise
     finally:
         gc.collect()
         gc.unfreeze()

@@ -35,7 +35,7 @@ from bessemer.config.builtin import RUN_FORMAT
 from bessemer.config.table import StageConfig
 from bessemer.config.units import show_tokens
 from bessemer.errors import UserError
-from bessemer.pipeline.work import StageWork, guessed
+from bessemer.pipeline.work import StageWork
 from bessemer.runs import files
 from bessemer.runs.context import Interrupted, StageContext
 from bessemer.runs.metrics import Smoothed
@@ -101,10 +101,6 @@ class Stage(Generic[_Config]):
         """The stage's work, for the time that it will take: everything that it does, model by model."""
         return [StageWork(seconds=30.0)]
 
-    def estimate(self, config: _Config, recipe: Recipe) -> float:
-        """Seconds guessed from the work, before anything is measured (`pipeline.pace` measures)."""
-        return sum(guessed(recipe, work) for work in self.work(config, recipe))
-
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         """Does the work; returns the facts worth a line in the summary."""
         raise NotImplementedError
@@ -112,6 +108,10 @@ class Stage(Generic[_Config]):
     def exports_conversations(self, config: _Config) -> bool:
         """Whether it writes a file of conversations for SFT."""
         return False
+
+    def exported_tokens(self, config: _Config) -> float:
+        """Tokens in these conversations, about."""
+        return 100.0 * getattr(config, "examples", 0)
 
     def training_data(self, config: _Config, recipe: Recipe, folder: Path, cache: Path) -> Iterator[Problem | str]:
         """What a model can have learnt from this finished stage: training texts, and problems it was asked.

@@ -19,14 +19,14 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.errors import UserError
+from bessemer.pipeline.guess import estimate_seconds, guessed, training_flops, training_seconds
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.eval import n_answers
-from bessemer.pipeline.work import guessed
 from bessemer.plan.cost import RunPlan, amount
 from bessemer.plan.inference import RolloutTime, rollout_time
 from bessemer.plan.plan_config import begun, planned
 from bessemer.plan.training_setup import ModelShape
-from bessemer.train import lineage, setup
+from bessemer.train import lineage
 
 NO_GPU = ("corpus", "import", "examples")
 """Kinds of stages without work for a GPU."""
@@ -88,11 +88,11 @@ def _cost(plan: RunPlan, recipe: Recipe, stage: StageConfig) -> StageCost | None
         return StageCost(stage.name, stage.kind, hours, work)
     # the stage's work, turned from this machine's seconds into tokens of the plan's network
     first = planned(recipe)
-    one = lineage.estimate_seconds(recipe, first.name, 1.0) if first else setup.estimate_seconds(recipe, 1.0)
+    one = estimate_seconds(recipe, first.name, 1.0) if first else training_seconds(recipe, 1.0)
     counted = find_kind(stage.kind)().work(stage, recipe)
-    tokens = sum(guessed(recipe, replace(work, seconds=0.0)) for work in counted) / one
+    tokens = sum(guessed(recipe, replace(work, seconds=0.0, bytes=0)) for work in counted) / one
     work = f"as much as {amount(tokens)} tokens of pre-training" if tokens else "not counted: its files are not here"
-    if tokens and lineage.training_flops(recipe, stage.name, plan.setup.length) is None:
+    if tokens and training_flops(recipe, stage.name, plan.setup.length) is None:
         work += AS_IF
     return StageCost(stage.name, stage.kind, tokens / plan.rate / 3600, work)
 

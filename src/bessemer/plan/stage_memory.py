@@ -31,7 +31,8 @@ from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.model.accounting import embedding_params, kv_cache_bytes, main_params, mtp_params
 from bessemer.model.config import ModelConfig
-from bessemer.pipeline.work import PROMPT, params
+from bessemer.pipeline.guess import params
+from bessemer.pipeline.work import PROMPT
 from bessemer.plan import memory
 from bessemer.plan.hardware import GIB, RESERVE, Device
 from bessemer.plan.memory import NumberFormats

@@ -18,6 +18,7 @@ from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
+from bessemer.pipeline.guess import of_stage
 from bessemer.pipeline.planned import Planned, planned
 from bessemer.pipeline.stage import find_kind
 from bessemer.plan import dry_run
@@ -119,8 +120,7 @@ def _stages(recipe: Recipe, root: Path) -> dict[str, _Known]:
         derived = {config.name: preflight.resolve(config, recipe, cache_dir(None)) for config in recipe.stages}
         items = planned(recipe, kinds, derived, lambda number, name: folders.get(name, root / f"{number:02d}-{name}"))
         return {
-            item.name: (item, read_json(item.folder / "done.json"), item.stage.estimate(item.config, recipe))
-            for item in items
+            item.name: (item, read_json(item.folder / "done.json"), of_stage(item.config, recipe)) for item in items
         }
 
 

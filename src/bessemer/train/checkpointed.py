@@ -8,7 +8,7 @@ starts a thread that writes (`background`); `finish` waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,10 +25,10 @@ from bessemer.train.background import SHARE, Background, CheckpointWriter
 from bessemer.train.objective import Objective
 from bessemer.train.optimizer import Optimizer, load_exactly
 from bessemer.train.plan import TrainingPlan
-from bessemer.train.transfer import Transfer
 
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
+    from bessemer.data.batch import Batch
 
 COUNTERS = ("step", "tokens", "rows", "skipped")
 RARE = 300.0
@@ -98,12 +98,12 @@ class Checkpointed:
     generators: dict[str, np.random.Generator]
     plan: TrainingPlan
     objective: Objective
-    transfer: Transfer
     asked_to_stop: Callable[[], bool]
     state_dir: Path | None
     shape: tuple[int, int, bool]
     collective: Any
-    """`collective.Collective`, which builds on this file."""
+    on_device: Any
+    """`collective.Collective` and `step_device.StepDevice`, which build on this file."""
     warn: Callable[[str], None]
     device: torch.device
     compute_dtype: torch.dtype
@@ -125,6 +125,14 @@ class Checkpointed:
         self._rare = False
         self.store: CheckpointStore | None = None
         """None: this trainer saves nothing itself."""
+
+    def rows_of_step(self, tokens: int) -> int:
+        """Rows of the step that begins after so many tokens."""
+        raise NotImplementedError
+
+    def read(self, tokens: int, first_row: int) -> Iterator[Batch]:
+        """The micro-batches of this process in that step."""
+        raise NotImplementedError
 
     def start(self) -> bool:
         """Resumes (True), or writes the first checkpoint (False), so that there is always one to go back to."""

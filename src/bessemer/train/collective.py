@@ -186,7 +186,7 @@ class Alone:
             balance.clear(gates)
         trainer.model.train()
         trainer.shape = *batch.tokens_BT.shape, batch.segments_BT is not None
-        batch = trainer.transfer(batch)
+        batch = trainer.on_device.transfer(batch)
         balance.restrict(gates, None if trainer.plan.counts_padding else batch.read_BT)
         loss = trainer.objective(trainer.model, batch, **terms)
         with balance.uncounted(gates):
@@ -213,7 +213,7 @@ class Alone:
         batch = sums.batches[bad[0]]
         with torch.no_grad():
             where = guard.nonfinite_activation(
-                trainer.model, lambda: trainer.objective(trainer.model, trainer.transfer(batch), **terms)
+                trainer.model, lambda: trainer.objective(trainer.model, trainer.on_device.transfer(batch), **terms)
             )
         what = f"loss of micro-batch {bad[0]} is {totals[bad[0]].item()}"
         return what + (f", first in the output of {where}" if where else ", though every module's output is finite")

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer.config.places import located
 from bessemer.config.training import FineTuningConfig, PretrainConfig
-from bessemer.data import sources
 from bessemer.data.documents import HUB
 from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
 from bessemer.errors import UserError
 from bessemer.hf.families import family
 from bessemer.hf.model_directory import own_config, own_family
-from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig
 from bessemer.train import setup
 
@@ -43,6 +41,11 @@ def config_of(recipe: Recipe, name: str | None) -> ModelConfig | None:
     return None if folder is None else own_config(folder)
 
 
+def imported_folder(recipe: Recipe, name: str | None) -> Path | None:
+    """The local directory that the model of `name` is imported from; None for any other origin."""
+    return _local(origin(recipe, name))
+
+
 def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
     """UserError, before anything runs, if a stage's [lora] is not supported."""
     if config.lora is None:
@@ -57,34 +60,8 @@ def check_lora(config: FineTuningConfig, recipe: Recipe) -> None:
 
 def imported_config(recipe: Recipe, name: str | None) -> dict[str, Any] | None:
     """config.json of the local directory that the model of `name` is imported from; None for any other origin."""
-    folder = _local(origin(recipe, name))
+    folder = imported_folder(recipe, name)
     return None if folder is None else read_object(folder / "config.json")
-
-
-def training_flops(recipe: Recipe, name: str | None, length: int) -> float | None:
-    """FLOPs of training the model of `name` on one token in rows of `length`; None if the recipe does not say.
-
-    A model of another family takes 6 per parameter; its number of parameters follows from file sizes and dtype.
-    """
-    if (cfg := config_of(recipe, name)) is not None:
-        return flops_per_token(cfg, length).training
-    first = origin(recipe, name)
-    if first is None or first.imported is None:
-        return None
-    if first.imported.startswith(PACKAGE):  # GGUF files of about five bits per parameter
-        return 6 * 8 / 5 * 1e6 * sources.known_model(first.imported.removeprefix(PACKAGE)).package.megabytes
-    folder = _local(first)
-    if folder is None:
-        return None
-    config = read_object(folder / "config.json")
-    each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    return 6 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) / each
-
-
-def estimate_seconds(recipe: Recipe, name: str | None, tokens: float, length: int = 256) -> float:
-    """`setup.estimate_seconds` for the model of `name`, or for the recipe's [model] if the recipe does not say."""
-    flops = training_flops(recipe, name, length)
-    return setup.estimate_seconds(recipe, tokens, length=length) if flops is None else setup.seconds_of(tokens * flops)
 
 
 def _local(stage: StageConfig | None) -> Path | None:

@@ -19,7 +19,6 @@ from bessemer.hf import hub, model_directory
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import is_own, load
 from bessemer.model import ops
-from bessemer.model.accounting import flops_per_token
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.protocol import LanguageModel, train_in_fp8
 from bessemer.model.transformer import RECOMPUTES_ITSELF
@@ -42,20 +41,6 @@ def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> Model
     """The recipe's [model] table as a config, with a stage's own changes to it."""
     values = dict(recipe.model) | (changes or {})
     return preset(values.pop("preset", "tiny"), recipe.of_model, **values)
-
-
-def estimate_seconds(recipe: Recipe, tokens: float, changes: dict[str, Any] | None = None, length: int = 256) -> float:
-    """A first estimate of the seconds to train on `tokens` in rows of `length` on this machine, before anything is
-    measured: 50 GFLOPS per core with kernels, 25 without (measured with `tiny` and `small` on Xeons without AMX), 100
-    TFLOPS on a GPU."""
-    return seconds_of(tokens * flops_per_token(model_config(recipe, changes), length).training)
-
-
-def seconds_of(flops: float) -> float:
-    """Seconds for this many FLOPs of training, at the rates of `estimate_seconds`."""
-    if torch.cuda.is_available():
-        return flops / 1e14
-    return flops / ((25e9 if ops.instructions() == "off" else 50e9) * cores())
 
 
 def device() -> torch.device:
@@ -230,7 +215,7 @@ def check_layout(
     """UserError, before anything runs, if the recipe's layout does not fit the stage, its network or a step of that
     many rows. `split_rows`: as in `Runtime.read`."""
     check_recompute(recipe, stage)
-    check = plugins.table("hooks").get("check-layout")
+    check = plugins.hook("check-layout")
     if check is not None:
         check(recipe, stage, rows, cfg, split_rows=split_rows)
 

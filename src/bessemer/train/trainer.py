@@ -25,13 +25,12 @@ from torch import Tensor
 
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
-from bessemer.train import balance, determinism, gpu_faults, guard
+from bessemer.train import balance, guard, step_device
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.collective import Alone, Collective
 from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Objective, Sums
 from bessemer.train.plan import TrainingPlan
-from bessemer.train.transfer import Place, ReadAhead, Transfer
 
 if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
@@ -89,11 +88,9 @@ class Trainer(Checkpointed):
         self.shape = (1, 1, False)
         """Rows and length of the micro-batch that was computed last."""
         self.device = next(model.parameters()).device
-        self.transfer = Transfer(self.device)
         self.reading = 0
         """Consumed tokens at the beginning of the step whose batches are being read."""
-        ahead = self.device.type == "cuda" if plan.read_ahead is None else plan.read_ahead
-        self._ahead = ReadAhead(self._read) if ahead else None
+        self.on_device = step_device.of_trainer(self)
         super().__init__(plan.save_steps)
         self.collective.join(self)
         self.store = None if self.state_dir is None else self.collective.store(self)
@@ -109,15 +106,14 @@ class Trainer(Checkpointed):
         try:
             return self._run()
         finally:
-            if self._ahead is not None:
-                self._ahead.stop()
+            self.on_device.stop()
             self.close()
 
     def _run(self) -> bool:
         assert self.batches is not None, "run() needs batches; without them call update()"
         self.start()
         while self.tokens < self.plan.tokens:
-            values = self.update(self._micro_batches(), settle=False)
+            values = self.update(self.on_device.micro_batches(), settle=False)
             self.log(self.step, self.tokens, values)
             for hook in self.on_step:
                 hook(self)
@@ -132,7 +128,7 @@ class Trainer(Checkpointed):
         self.optimizer.settle()
         return True
 
-    def _rows_of_step(self, tokens: int) -> int:
+    def rows_of_step(self, tokens: int) -> int:
         rows = int(self.plan.batch_rows(tokens) * self.plan.row_scale(tokens))
         if rows < 1:
             raise UserError(f"batch_rows is {rows} at {tokens} tokens; it must be at least 1")
@@ -141,36 +137,19 @@ class Trainer(Checkpointed):
     def _rows_of_forward(self, tokens: int) -> int:
         return max(1, int(self.config.micro_rows * self.plan.row_scale(tokens)))
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        """The micro-batches of the step that begins now."""
-        here = Place(self.tokens, self.rows)
-        if self._ahead is None:
-            yield from self._read(here)
-            return
-        batches, rows = self._ahead.take(here), self._rows_of_step(here.tokens)
-        after = Place(here.tokens + rows * batches[0].tokens_BT.shape[1], here.rows + rows)
-        if after.tokens < self.plan.tokens:
-            self._ahead.begin(after)
-        yield from batches
-
-    def _read(self, place: Place) -> Iterator[Batch]:
-        """The micro-batches of this process in the step that begins there."""
-        self.reading = place.tokens
-        rows, size = self._rows_of_step(place.tokens), self._rows_of_forward(place.tokens)
-        for part in self.collective.parts(rows, size):
-            batch = self._batch(place.rows + part.start, max(1, len(part)))
+    def read(self, tokens: int, first_row: int) -> Iterator[Batch]:
+        """The micro-batches of this process in the step that begins after so many tokens, with this row."""
+        assert self.batches is not None, "run() has checked it"
+        self.reading = tokens
+        for part in self.collective.parts(self.rows_of_step(tokens), self._rows_of_forward(tokens)):
+            batch = self.batches(first_row + part.start, max(1, len(part)))
             yield batch if part else batch.as_filler()  # the last step of a run may have few rows
 
-    def _batch(self, first_row: int, n_rows: int) -> Batch:
-        assert self.batches is not None, "run() has checked it"
-        return self.batches(first_row, n_rows)
-
-    @determinism.held
     def update(self, micro_batches: Iterable[Batch], settle: bool = True) -> dict[str, float]:
         """One optimizer step; returns what to log. A non-finite step is skipped and may roll the run back (`guard`).
         Without `settle` the new weights may still be under way (`Optimizer.settle`)."""
         with self.instruments.step(self.step + 1):
-            values = self._update(micro_batches)
+            values = self.on_device.run(lambda: self._update(micro_batches))
         if settle:
             self.optimizer.settle()
         return values
@@ -185,7 +164,7 @@ class Trainer(Checkpointed):
             sums = self.collective.accumulate(micro_batches, terms)
             norm = float(self.optimizer.grad_norm())
         except torch.OutOfMemoryError as error:
-            raise self._too_large(terms) from error
+            raise self.on_device.too_large(bool(terms.get("mtp_lambda"))) from error
         self.step += 1
         self.tokens += sums.tokens
         self.rows += sums.rows
@@ -212,12 +191,6 @@ class Trainer(Checkpointed):
             "train/skipped": self.skipped,
             **self.instruments.values(sums.tokens, sums.rows, bool(terms.get("mtp_lambda")), seconds),
         }
-
-    def _too_large(self, terms: dict[str, float]) -> UserError:
-        mtp, number = bool(terms.get("mtp_lambda")), self.plan.compute_dtype.itemsize
-        return UserError(
-            gpu_faults.of_step(self.device, self.optimizer.groups, self.model, self.config, self.shape, number, mtp)
-        )
 
     def _discard(self) -> None:
         self.skipped += 1

@@ -21,7 +21,7 @@ from bessemer.eval import scoring
 from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
-from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
+from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.sampler import LocalSampler
@@ -66,7 +66,7 @@ class Distill(Stage[DistillConfig]):
         times = 1 + -(-config.steps // config.eval_every)
         written = answers(samples + times * asked, config.max_new_tokens)
         taught = [StageWork(name, read=trained / len(_teachers(config))) for name in _teachers(config)]
-        return [StageWork(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name)), *taught]
+        return [StageWork(config.name, trained=trained, sampled=written, bytes=TRAINED), *taught]
 
     def training_data(
         self, config: DistillConfig, recipe: Recipe, folder: Path, cache: Path

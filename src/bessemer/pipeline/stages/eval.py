@@ -21,7 +21,7 @@ from bessemer.eval import contamination, scoring
 from bessemer.eval.shots import Shots
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, find_kind
-from bessemer.pipeline.work import StageWork, answers, moved
+from bessemer.pipeline.work import LOADED, StageWork, answers
 from bessemer.rl.sampler import engine_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.directory import stage_folders
@@ -64,7 +64,7 @@ class Eval(Stage[EvalConfig]):
         searched = StageWork(seconds=2.0 if config.searched_words else 0.0)
         return [
             searched,
-            *(StageWork(name, sampled=written, seconds=moved(recipe, name, trains=False)) for name in config.models),
+            *(StageWork(name, sampled=written, bytes=LOADED) for name in config.models),
         ]
 
     def run(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bessemer.hf.gguf_file import read_gguf
 from bessemer.hf.model_directory import load
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline.stage import Stage
-from bessemer.pipeline.work import DISK, StageWork, params
+from bessemer.pipeline.work import LOADED, StageWork
 from bessemer.runs.context import StageContext
 
 DOWNLOAD = 4e7
@@ -38,10 +38,10 @@ class Import(Stage[ImportConfig]):
 
     def work(self, config: ImportConfig, recipe: Recipe) -> list[StageWork]:
         """The download, if it is one, and the export."""
-        size = 4 * params(recipe, config.name)
+        size = 0.0
         if config.model.startswith(PACKAGE):
-            size += 1e6 * sources.known_model(config.model.removeprefix(PACKAGE)).package.megabytes * DISK / DOWNLOAD
-        return [StageWork(seconds=1.0 + 2 * size / DISK)]
+            size = 1e6 * sources.known_model(config.model.removeprefix(PACKAGE)).package.megabytes
+        return [StageWork(config.name, bytes=2 * LOADED, seconds=1.0 + 2 * size / DOWNLOAD)]
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
         if config.system and config.style:

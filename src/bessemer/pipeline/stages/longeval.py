@@ -25,7 +25,7 @@ from bessemer.hf import hub
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.training_inputs import check_heldout
-from bessemer.pipeline.work import StageWork, moved
+from bessemer.pipeline.work import LOADED, StageWork
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.needle import SPEAKERS
@@ -75,7 +75,7 @@ class LongEval(Stage[LongEvalConfig]):
         prompts, longest = len(config.depths) * config.problems * sum(config.lengths), max(config.lengths)
         rows = len(config.parts) * config.rows * longest
         return [
-            StageWork(name, read=prompts + rows, length=longest, seconds=moved(recipe, name, trains=False))
+            StageWork(name, read=prompts + rows, length=longest, bytes=LOADED)
             for name in [*config.models, *config.switched]
         ]
 

@@ -41,7 +41,7 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
-from bessemer.pipeline.work import StageWork, moved
+from bessemer.pipeline.work import TRAINED, StageWork
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
 from bessemer.train.plan import ONE, ZERO, Schedule, TrainingPlan, constant
@@ -114,7 +114,7 @@ class Pretrain(Stage[_Config]):
         return [
             StageWork(
                 config.name, trained=config.tokens, read=heldout, sampled=shown * len(config.prompts) * SAMPLED,
-                length=length, seconds=moved(recipe, config.name),
+                length=length, bytes=TRAINED,
             )
         ]  # fmt: skip
 

@@ -25,7 +25,7 @@ from bessemer.data.documents import HUB, Document
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
-from bessemer.pipeline.work import StageWork, answers, moved
+from bessemer.pipeline.work import LOADED, StageWork, answers
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge
 from bessemer.rl.judge_api import api_key
@@ -44,6 +44,10 @@ LOOKED_AT = 256
 """Problems that are searched for a reference answer before anything runs, if there is a judge."""
 BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
+
+
+KEPT = 0.6
+"""Share of the answers that it may keep which the stage keeps, about."""
 
 
 class Reject(Stage[RejectConfig]):
@@ -85,9 +89,12 @@ class Reject(Stage[RejectConfig]):
     def exports_conversations(self, config: RejectConfig) -> bool:
         return True
 
+    def exported_tokens(self, config: RejectConfig) -> float:
+        return answers(config.problems * config.keep, config.max_new_tokens) * KEPT
+
     def work(self, config: RejectConfig, recipe: Recipe) -> list[StageWork]:
         written = answers(config.problems * config.samples, config.max_new_tokens)
-        return [StageWork(config.name, sampled=written, seconds=moved(recipe, config.name, trains=False))]
+        return [StageWork(config.name, sampled=written, bytes=LOADED)]
 
     def training_data(
         self, config: RejectConfig, recipe: Recipe, folder: Path, cache: Path

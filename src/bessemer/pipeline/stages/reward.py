@@ -35,7 +35,7 @@ from bessemer.hf.families import load_tokenizer
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog
-from bessemer.pipeline.work import StageWork, answers, moved
+from bessemer.pipeline.work import TRAINED, StageWork, answers
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge
 from bessemer.rl.judge_api import api_key
@@ -99,7 +99,7 @@ class RewardModelling(Stage[RewardModelConfig]):
     def work(self, config: RewardModelConfig, recipe: Recipe) -> list[StageWork]:
         written = answers(config.made * config.samples, config.max_new_tokens)
         trained = config.epochs * config.made * 100
-        return [StageWork(config.name, trained=trained, sampled=written, seconds=moved(recipe, config.name))]
+        return [StageWork(config.name, trained=trained, sampled=written, bytes=TRAINED)]
 
     def training_data(
         self, config: RewardModelConfig, recipe: Recipe, folder: Path, cache: Path

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.r1 import RewardModelConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
-from bessemer.pipeline.work import PROMPT, StageWork, answers, moved
+from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import ray_sampler, task_mix
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
@@ -111,6 +110,9 @@ class RL(Stage[RLConfig]):
     def exports_conversations(self, config: RLConfig) -> bool:
         return config.export_samples != "nothing"
 
+    def exported_tokens(self, config: RLConfig) -> float:
+        return config.rollouts * config.prompts_per_rollout * config.samples * max(config.max_new_tokens.values) / 4
+
     def work(self, config: RLConfig, recipe: Recipe) -> list[StageWork]:
         """Rollouts and their updates, with a forward pass of the reference and one for importance weights, where there
         are any (the old log-probabilities are the sampler's); held-out evaluations, one before the first rollout."""
@@ -124,7 +126,7 @@ class RL(Stage[RLConfig]):
         heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
         work = StageWork(
             config.name, trained=trained, read=trained * ((config.kl > 0) + (config.correction != "none")),
-            sampled=written * config.max_resamples + heldout, seconds=moved(recipe, config.name),
+            sampled=written * config.max_resamples + heldout, bytes=TRAINED,
         )  # fmt: skip
         critic = StageWork(config.name, trained=trained, read=trained) if config.advantage == "critic" else StageWork()
         return [work, critic]
@@ -181,12 +183,13 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
     """UserError for two reward models of one aim, or a task with prompts that nothing judges."""
     aims: dict[str, str] = {}
     for stage in map(recipe.stage, config.reward_models):
-        if not isinstance(stage, RewardModelConfig):
+        aim = getattr(stage, "aim", None)
+        if aim is None:
             wrong = f'reward_models names "{stage.name}", of kind {stage.kind}; name stages of kind reward-model'
             raise UserError(f'stage "{config.name}": {wrong}')
-        if stage.aim in aims:
-            raise UserError(f'stage "{config.name}": two reward models are for {stage.aim}; give one for each aim')
-        aims[stage.aim] = stage.name
+        if aim in aims:
+            raise UserError(f'stage "{config.name}": two reward models are for {aim}; give one for each aim')
+        aims[aim] = stage.name
     for name in config.tasks + config.general_tasks:
         if missing := sorted(tasks.get(name).judged_by - aims.keys()):
             raise UserError(

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.config.places import located
-from bessemer.config.r1 import RejectConfig
 from bessemer.config.recipe import Recipe
-from bessemer.config.rl import RLConfig
-from bessemer.config.table import StageConfig
 from bessemer.config.training import SFTConfig
 from bessemer.data import sft_rows, sources
 from bessemer.data.chat import question_ids
@@ -26,7 +23,7 @@ from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind
-from bessemer.pipeline.work import StageWork, answers, moved
+from bessemer.pipeline.work import TRAINED, StageWork
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, objective, setup
@@ -35,10 +32,6 @@ from bessemer.train.trainer import Trainer
 
 FEW_STEPS = 10
 """Training for fewer optimizer steps than this gives a warning."""
-
-
-KEPT = 0.6
-"""Share of the answers that it may keep which a stage of kind reject keeps, about."""
 
 
 class SFT(Stage[SFTConfig]):
@@ -61,7 +54,7 @@ class SFT(Stage[SFTConfig]):
     def work(self, config: SFTConfig, recipe: Recipe) -> list[StageWork]:
         """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
-        exported = sum(_exported(recipe.stage(name)) for name in config.samples)
+        exported = sum(find_kind(stage.kind)().exported_tokens(stage) for stage in map(recipe.stage, config.samples))
         tokens = sum(file.stat().st_size for file in files) / 4 + exported
         if not tokens:
             return super().work(config, recipe)
@@ -70,7 +63,7 @@ class SFT(Stage[SFTConfig]):
         return [
             StageWork(
                 config.name, trained=epochs * tokens, sampled=shown, length=config.row_length,
-                seconds=moved(recipe, config.name),
+                bytes=TRAINED,
             )
         ]  # fmt: skip
 
@@ -152,15 +145,6 @@ def _steps(config: SFTConfig, n_rows: int, epochs: int, batch: float) -> str:
 def _files(path: Path) -> list[Path]:
     files = path.rglob("*") if path.is_dir() else [path]
     return [file for file in files if file.is_file() and is_text(file.name)]
-
-
-def _exported(stage: StageConfig) -> float:
-    """A rough guess of the tokens in the conversations that a stage exports."""
-    if isinstance(stage, RejectConfig):
-        return answers(stage.problems * stage.keep, stage.max_new_tokens) * KEPT
-    if isinstance(stage, RLConfig):
-        return stage.rollouts * stage.prompts_per_rollout * stage.samples * max(stage.max_new_tokens.values) / 4
-    return 100 * getattr(stage, "examples", 0)
 
 
 def _runtime(
