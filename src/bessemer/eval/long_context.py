@@ -28,8 +28,6 @@ from bessemer.model.transformer import evaluating
 from bessemer.tasks.needle import Needle
 from bessemer.train import loss
 
-NEEDLE = "needle:"
-"""Prefix of the task's name in a recipe: needle:SOURCE."""
 ANSWER = 8
 """The most tokens of an answer: a word and a full stop."""
 FIRST_BUCKET = 64

@@ -8,13 +8,13 @@ train split only; or from pages that hide sentences in the training documents of
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.data import CorpusConfig
 from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
@@ -24,18 +24,14 @@ from bessemer.data.documents import Document
 from bessemer.data.fetch import sha256_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.eval.long_context import NEEDLE, needle
 from bessemer.hf.families import load_tokenizer
 from bessemer.pipeline import preflight
+from bessemer.pipeline.inputs import NEEDLE, SHARDS, TASK
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
-from bessemer.tasks.needle import Needle
 from bessemer.train.setup import model_config
 from bessemer.workers import Workers, cores, shares
-
-TASK, SHARDS = "task:", "shards:"
-
 
 UNLIMITED, PACKED = 5_000_000, 600_000
 """For the time it takes: tokens assumed of a part without a limit; tokens read, tokenised and packed in a second on two
@@ -78,7 +74,7 @@ class Corpus(Stage[CorpusConfig]):
         for source in config.mix:
             if config.parts[source].startswith(NEEDLE):
                 knobs: dict[str, Any] = config.mix[source]
-                Needle({}, **knobs)  # checks them
+                _needles("needle-task")({}, **knobs)  # checks them
         return {"vocab_size": model_config(recipe).vocab_size} | _built(config)
 
     def probes(self, config: CorpusConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
@@ -193,10 +189,18 @@ def _task(config: CorpusConfig, source: str, cache: Path | None = None) -> tasks
     """The task whose documents make up a source, with the source's settings in `mix`."""
     name, mix = config.parts[source].removeprefix(TASK), config.mix.get(source, {})
     if name.startswith(NEEDLE):
-        return needle(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
+        return _needles("needle-pages")(name.removeprefix(NEEDLE), config.heldout, cache, **mix)
     if taken := {"languages", "phrasing"} & set(mix):
         raise UserError(f'stage "{config.name}": mix sets shares of documents, not {" or ".join(sorted(taken))}')
     return tasks.get(name, **mix)
+
+
+def _needles(hook: str) -> Callable[..., tasks.Task]:
+    if (found := plugins.hook(hook)) is None:
+        raise UserError(
+            f"parts of {NEEDLE} come with the add-on of evaluations, which is not installed; leave them out"
+        )
+    return found
 
 
 def _counts(built: corpus.PackedCorpus) -> dict[str, Any]:
