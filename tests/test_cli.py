@@ -17,7 +17,7 @@ from bessemer import cli, plugins
 from bessemer.config.kinds import CORE
 from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
-from bessemer.eval.shots import Shots
+from bessemer.eval.preamble import ALONE
 from bessemer.pipeline.stage import Stage
 from bessemer.runs.directory import digest
 
@@ -231,11 +231,11 @@ def test_eval(call, stub, model):
     facts = json.loads(out)
     assert status == 0 and facts["model"] == str(model) and facts["rows"][0]["pass_at_1_interval"] == [0.4, 0.6]
     options = {"samples": 4, "problems": 5, "k": 2, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 9, "seed": 3}
-    options["shots"] = Shots()
+    options["before"] = ALONE
     assert seen == [(model, {"names": ["countdown", "logic"], **options})]
     status, out, _ = call("eval", model, "--task", "countdown", "--lm-eval", "a, b", "--include", "here", "--limit", 7)
     assert seen[1:] == [
-        (model, {"names": ["countdown"], "shots": Shots()}),
+        (model, {"names": ["countdown"], "before": ALONE}),
         (model, {"names": ["a", "b"], "include": Path("here"), "limit": 7}),
     ]
     assert status == 0 and "50.0 %" in out and "40.0 - 60.0" in out and "25.0 %" in out and "75.0 %" in out
@@ -268,7 +268,9 @@ def test_answers_that_are_there_are_not_sampled(call, option):
     assert status == 2 and out == "" and f"{option[0]} has no effect without MODEL" in err
 
 
-def test_eval_of_a_suite(call, stub, model):
+def test_eval_of_a_suite(call, monkeypatch, model):
+    from bessemer.eval import suite_run
+
     seen = []
 
     def evaluate_suite(folder, **options):
@@ -278,7 +280,7 @@ def test_eval_of_a_suite(call, stub, model):
                "model": "m"}  # fmt: skip
         return {"rows": [row], "skipped": []}
 
-    stub("bessemer.eval.suite_run", evaluate_suite=evaluate_suite)
+    monkeypatch.setattr(suite_run, "evaluate_suite", evaluate_suite)
     status, out, _ = call("eval", model, "--suite", "r1", "--only", "mmlu, c-eval", "--samples", 2, "--max-tokens", 9)
     assert status == 0 and "90.8 %" in out and "75.0 %" in out and "40.0 - 60.0" in out
     call("eval", "--suite", "r1", "--answers", "a.jsonl", "--data", "d", "--data", "mmlu=x.csv", "--json")

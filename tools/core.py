@@ -120,9 +120,10 @@ ADDONS: dict[str, tuple[str, ...]] = {
     ),
     "evals": (
         "eval/contamination.py",
+        "pipeline/contamination_search.py",
         "eval/instructions.py",
         "eval/intervals.py",
-        "eval/lm_eval_model.py",
+        "eval/lm_eval_*.py",
         "eval/long_context.py",
         "eval/paired.py",
         "eval/shots.py",

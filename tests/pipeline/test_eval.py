@@ -19,6 +19,7 @@ from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import contamination, evaluate, paired, scoring, shots, tables
+from bessemer.eval.preamble import ALONE
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.pipeline.stages import eval as eval_stage
 from bessemer.pipeline.stages.eval import Eval, ancestors
@@ -327,15 +328,15 @@ def test_r1_sees_examples_with_their_thoughts(done):
 def test_what_stands_before_a_question_is_in_its_row(done):
     directory = done[0] / "run" / "02-pretrain" / "model"
     row, plain = (
-        evaluate.evaluate(directory, names=["arithmetic"], samples=1, problems=2, max_new_tokens=8, shots=one)[0]
-        for one in (shots.Shots(1, "direct", "Think well."), shots.NONE)
+        evaluate.evaluate(directory, names=["arithmetic"], samples=1, problems=2, max_new_tokens=8, before=one)[0]
+        for one in (shots.Shots(1, "direct", "Think well."), ALONE)
     )
     assert (row["shots"], row["shot_kind"], row["prefix"]) == (1, "direct", "Think well.")
     assert not {"shots", "shot_kind", "prefix"} & plain.keys()
     assert len(tables.stage_tables([row, plain])) == 2 and len(paired.rates([row, plain], "it")) == 2
     assert "1 direct examples first" in tables.stage_tables([row])[0].sampling
     with pytest.raises(UserError, match="leave room for an answer"):
-        evaluate.evaluate(directory, names=["countdown"], problems=1, max_new_tokens=100, shots=shots.Shots(9))
+        evaluate.evaluate(directory, names=["countdown"], problems=1, max_new_tokens=100, before=shots.Shots(9))
     with pytest.raises(UserError, match="shot_kind has no effect"):
         Eval().resolve(EvalConfig(name="e", kind="eval", models=["a"], tasks=["countdown"], shot_kind="fables"), None)
 

@@ -114,13 +114,15 @@ def evaluate(
         if as_json:
             print_json(result)
         else:
-            print_table(evaluation.suite_table(result["rows"]))
+            print_table(suite_run.suite_table(result["rows"]))
         return
     assert folder is not None, "only a suite is scored without a model"
     if task:
-        from bessemer.eval.shots import Shots
+        from bessemer.eval.preamble import preamble
 
-        rows += evaluation.evaluate(folder, names=task, shots=Shots(**chosen(before)), **chosen(ours | {"skip": skip}))
+        rows += evaluation.evaluate(
+            folder, names=task, before=preamble(**chosen(before)), **chosen(ours | {"skip": skip})
+        )
     if lm_eval:
         rows += evaluation.evaluate_lm_eval(folder, names=_names(lm_eval), **chosen(theirs))
     if as_json:

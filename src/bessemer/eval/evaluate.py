@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.eval.shots import NONE, Shots
+from bessemer.eval.preamble import ALONE, Preamble
 from bessemer.train import setup
 
 
@@ -32,14 +32,13 @@ def evaluate(
     k: int | None = None,
     max_new_tokens: int = 200,
     seed: int = 0,
-    shots: Shots = NONE,
+    before: Preamble = ALONE,
 ) -> list[dict[str, Any]]:
     """A row for each of our tasks, over all its languages, from at most `problems` held-out problems after the first
     `skip`."""
     chosen = [tasks.get(name) for name in names]  # first, so that a misspelt name fails before the model is loaded
     for task in chosen:
-        if task.episodic and (shots.count or shots.prefix):
-            raise UserError(f"{task.name} has multi-turn episodes and takes neither shots nor a prefix")
+        before.check(task)
     engine = _engine(model_dir)
     context = engine.model.cfg.max_seq_len
     if max_new_tokens > context:
@@ -50,11 +49,11 @@ def evaluate(
     return [
         {"model": str(model_dir)}
         | scoring.evaluate(
-            engine, shots.encoder(engine.tokenizer, task, context - max_new_tokens), task,
+            engine, before.encoder(engine.tokenizer, task, context - max_new_tokens), task,
             problems=_available(task, problems, skip), skip=skip, samples=samples, k=k, temperature=temperature,
             top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, context=context,
         )
-        | shots.facts()
+        | before.facts()
         for task in chosen
     ]  # fmt: skip
 
@@ -68,17 +67,12 @@ def _available(task: tasks.Task, problems: int, skip: int) -> int:
 def evaluate_lm_eval(
     model_dir: Path, *, names: Sequence[str], include: Path | None = None, limit: int | None = None, chat: bool = False
 ) -> list[dict[str, Any]]:
-    """A row for each lm-eval task; see `lm_eval_model.evaluate`."""
-    try:
-        from bessemer.eval import lm_eval_model
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "lm_eval":
-            raise
-        raise UserError("--lm-eval needs the lm-eval library: pip install 'bessemer[eval]'") from None
-    return [
-        {"model": str(model_dir)} | row
-        for row in lm_eval_model.evaluate(lambda: _engine(model_dir), names, include=include, limit=limit, chat=chat)
-    ]
+    """A row for each lm-eval task, by the hook `lm-eval`."""
+    theirs = plugins.hook("lm-eval")
+    if theirs is None:
+        raise UserError("--lm-eval comes with the add-on evals, which is not here; install it")
+    rows = theirs(lambda: _engine(model_dir), names, include=include, limit=limit, chat=chat)
+    return [{"model": str(model_dir)} | row for row in rows]
 
 
 def _engine(model_dir: Path) -> Engine:
@@ -98,11 +92,11 @@ def _lm_eval(rows: list[dict[str, Any]]) -> Table:
     for column in ("task", "model", "n", "shots", "metric", "value", "95 % interval"):
         grid.add_column(column, justify="left" if column in ("task", "model", "metric") else "right")
     for row in rows:
-        shown = [(row.get("metric"), _percent(row["pass_at_1"]), _between(row["pass_at_1_interval"]))]
+        shown = [(row.get("metric"), percent(row["pass_at_1"]), between(row["pass_at_1_interval"]))]
         if row.get("metric") is None:  # no accuracy: show the numbers as they are
             shown = [(name, f"{one['value']:.4g}", "-") for name, one in row.get("metrics", {}).items()]
-        for metric, value, between in shown:
-            grid.add_row(row["task"], row["model"], str(row["n"]), str(row.get("shots", 0)), metric, value, between)
+        for metric, value, interval in shown:
+            grid.add_row(row["task"], row["model"], str(row["n"]), str(row.get("shots", 0)), metric, value, interval)
     return grid
 
 
@@ -119,37 +113,20 @@ def _ours(rows: list[dict[str, Any]]) -> Table:
     orders = {key: list(dict.fromkeys(row[key] for row in rows)) for key in keys}
     for row in sorted(rows, key=lambda row: [orders[key].index(row[key]) for key in keys]):
         name = f"{row['task']} {row['language']}".strip()
-        rates = [_percent(row[key]) for key in ("pass_at_k", "maj_at_k")] if of_k else []
+        rates = [percent(row[key]) for key in ("pass_at_k", "maj_at_k")] if of_k else []
         shown = [str(row.get("shots", 0))] * len(shots)
         grid.add_row(
             row["domain"], name, f"{row['temperature']:g}", *shown, row["model"], str(row["n"]),
-            _percent(row["pass_at_1"]),
-            _between(row["pass_at_1_interval"]), *rates, _percent(row.get("readable")),
+            percent(row["pass_at_1"]),
+            between(row["pass_at_1_interval"]), *rates, percent(row.get("readable")),
             f"{row['mean_length']:.0f}" if "mean_length" in row else "-",
         )  # fmt: skip
     return grid
 
 
-def suite_table(rows: list[dict[str, Any]]) -> Table:
-    """The evaluations of a suite, each next to the published figures. Programs have no cons@k: two rarely agree."""
-    models = list(dict.fromkeys(model for row in rows for model in row["published"]))
-    title = f"{rows[0]['model']}, and as published"
-    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("evaluation", "n", "k", "pass@1", "95 % interval", "cons@k", "cut off", "tokens", *models):
-        grid.add_column(column, justify="left" if column == "evaluation" else "right")
-    for row in rows:
-        length = row["mean_length"]
-        grid.add_row(
-            row["title"], str(row["n"]), str(row["k"]), _percent(row["pass_at_1"]), _between(row["pass_at_1_interval"]),
-            _percent(row["maj_at_k"] if row["k"] > 1 and row["domain"] != "code" else None), _percent(row["truncated"]),
-            "-" if length is None else f"{length:.0f}", *(_percent(row["published"].get(model)) for model in models),
-        )  # fmt: skip
-    return grid
-
-
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _between(interval: list[float] | None) -> str:
+def between(interval: list[float] | None) -> str:
     return "-" if interval is None else f"{100 * interval[0]:.1f} - {100 * interval[1]:.1f}"

@@ -1,4 +1,5 @@
-"""Text before a question: worked examples (few-shot prompts, R1 5), their controls, and a prefix of the user's own.
+"""Text before a question (`Preamble`): worked examples (few-shot prompts, R1 5), their controls, and a prefix of the
+user's own.
 
 An example is a separate conversation before the question's, with its own start and end, as documents share a row in
 pre-training. So it keeps its thoughts even in R1's template, which drops those of earlier turns. Every question has its
@@ -32,22 +33,27 @@ FABLES = {"en": "fables-en", "zh": "fables-zh"}
 
 @dataclass(frozen=True)
 class Shots:
-    """Examples before a question."""
+    """Examples before a question, or a prefix."""
 
     count: int = 0
     kind: ShotKind = "worked"
     prefix: str = ""
     """Text before the examples, as a separate document."""
 
+    def check(self, task: Task) -> None:
+        """UserError for a task of several turns, or without pages to take examples from."""
+        if task.episodic:
+            raise UserError(f"{task.name} has multi-turn episodes and takes neither shots nor a prefix")
+        for language in task.languages if self.count else ():
+            next(examples(task, language, ""))
+
     def facts(self) -> dict[str, int | str]:
-        """Keys of an evaluation row; none if there is no text before the question."""
         made: dict[str, int | str] = {"shots": self.count, "shot_kind": self.kind} if self.count else {}
         return made | ({"prefix": self.prefix} if self.prefix else {})
 
     def encoder(
         self, tokenizer: Tokenizer, task: Task, room: int, cache: Path | None = None
     ) -> Callable[[Problem], list[int]]:
-        """A function from a problem to its prompt's ids, at most `room` if it has examples; `cache` holds downloads."""
         before = [] if not self.prefix else _document(tokenizer, tokenizer.encode(self.prefix))
 
         def encode(problem: Problem) -> list[int]:
@@ -71,9 +77,6 @@ class Shots:
                 raise UserError(f"{task.name} has only one language; use a kind of shots other than other-language")
         pages = examples(task, language, problem.id)
         return list(islice((page for page in pages if len(_page(tokenizer, page)) <= longest), self.count))
-
-
-NONE = Shots()
 
 
 def _page(tokenizer: Tokenizer, page: Written, direct: bool = False) -> list[int]:

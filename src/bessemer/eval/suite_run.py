@@ -23,12 +23,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from bessemer.data import documents
 from bessemer.data.chat import THINK, THINK_END, question_ids
 from bessemer.data.fingerprints import sha256_of_all
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
+from bessemer.eval.evaluate import between, percent
 from bessemer.eval.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
 from bessemer.runs.files import read_json, write_json
 from bessemer.system import claim
@@ -345,3 +348,20 @@ def _label(model: Path) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def suite_table(rows: list[dict[str, Any]]) -> Table:
+    """The evaluations of a suite, each next to the published figures. Programs have no cons@k: two rarely agree."""
+    models = list(dict.fromkeys(model for row in rows for model in row["published"]))
+    title = f"{rows[0]['model']}, and as published"
+    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("evaluation", "n", "k", "pass@1", "95 % interval", "cons@k", "cut off", "tokens", *models):
+        grid.add_column(column, justify="left" if column == "evaluation" else "right")
+    for row in rows:
+        length = row["mean_length"]
+        grid.add_row(
+            row["title"], str(row["n"]), str(row["k"]), percent(row["pass_at_1"]), between(row["pass_at_1_interval"]),
+            percent(row["maj_at_k"] if row["k"] > 1 and row["domain"] != "code" else None), percent(row["truncated"]),
+            "-" if length is None else f"{length:.0f}", *(percent(row["published"].get(model)) for model in models),
+        )  # fmt: skip
+    return grid

@@ -1,7 +1,8 @@
-"""Stage "eval": compares models of earlier stages on held-out problems, and searches their training data for those
-problems. Output: results.json, whose keys `eval/scoring.py` explains.
+"""Stage "eval": compares models of earlier stages on held-out problems. Output: results.json, whose keys
+`eval/scoring.py` explains.
 
-Finished rows and the finished search survive a kill: the stage resumes with the next row.
+Finished rows survive a kill: the stage resumes with the next row. The hook `contamination` of an add-on searches the
+training data of the models for the problems.
 """
 
 import json
@@ -9,26 +10,34 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.evaluation import EvalConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, changed, stage_refs
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import contamination, scoring
-from bessemer.eval.shots import Shots
+from bessemer.eval import scoring
+from bessemer.eval.preamble import Preamble, preamble
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, find_kind
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import LOADED, StageWork, answers
 from bessemer.rl.sampler import engine_of
 from bessemer.runs.context import StageContext
-from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.registry import shared_file
-from bessemer.tasks.worked import examples
 from bessemer.train import setup
+
+
+class Contamination(Protocol):
+    """The hook `contamination`."""
+
+    def search(self, config: EvalConfig, ctx: StageContext, problems: list[tasks.Problem]) -> dict[str, Any]:
+        """What is known of the problems in the models' training data; survives a kill."""
+        ...
+
+    def summary(self, found: dict[str, Any]) -> str: ...
 
 
 class Eval(Stage[EvalConfig]):
@@ -73,57 +82,45 @@ class Eval(Stage[EvalConfig]):
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         ctx.rewind(-1 if not rows else len(rows))
         grid = [
-            (model, task, temperature, shots)
+            (model, task, temperature, before)
             for model in config.models
             for task in _tasks(config)
             for temperature in config.temperatures
-            for shots in _shots(config)
+            for before in _preambles(config)
         ]
         ctx.progress.total(len(grid), "rows", done=len(rows))
-        contaminated = self._contamination(config, ctx)
+        contamination: Contamination | None = plugins.hook("contamination")
+        found = {} if contamination is None else {"contamination": contamination.search(config, ctx, _problems(config))}
         engine: Engine | None = None
         loaded = ""
-        for model, task, temperature, shots in grid[len(rows) :]:
+        for model, task, temperature, before in grid[len(rows) :]:
             if engine is None or model != loaded:
                 engine, loaded = None, model  # memory may not hold two models
                 engine = engine_of(ctx.inputs[model] / "model", ctx, precision=config.precision)
             engine.tokenizer.use_template(config.prompt_template)
             room = engine.model.cfg.max_seq_len - config.max_new_tokens
             row = scoring.evaluate(
-                engine, shots.encoder(engine.tokenizer, task, room, ctx.cache), task,
+                engine, before.encoder(engine.tokenizer, task, room, ctx.cache), task,
                 problems=_size(config, task), samples=config.samples, k=config.k, temperature=temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=ctx.seed,
                 context=engine.model.cfg.max_seq_len,
             )  # fmt: skip
-            rows.append({"model": model, **row, **shots.facts()})
+            rows.append({"model": model, **row, **before.facts()})
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
-            tag += f"/{shots.count}-shot" if len(config.shots) > 1 else ""
+            tag += f"/{before.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
             # The line first: if a kill loses the row, its line is dropped, and a row that is kept always has its line.
             ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
             write_atomic(path, json.dumps(rows))
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
                 ctx.interrupt()
-        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, "contamination": contaminated}, indent=1))
-        ctx.say(contamination.summary(contaminated))
+        write_atomic(ctx.dir / "results.json", json.dumps({"rows": rows, **found}, indent=1))
+        if contamination is not None:
+            ctx.say(contamination.summary(found["contamination"]))
         for line in _about_cuts(rows, config):
             ctx.say(line)
-        return {"rows": len(rows), "contaminated": contaminated["hit"]}
-
-    def _contamination(self, config: EvalConfig, ctx: StageContext) -> dict[str, Any]:
-        path = ctx.state / "contamination.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        search = contamination.ContaminationSearch(
-            [problem for task in _tasks(config) for problem in scoring.heldout(task, _size(config, task))]
-        )
-        for stage, texts in training_data(ctx.recipe, config.models, ctx.dir.parent, ctx.cache):
-            search.add_stage(stage, texts, config.searched_words)
-            if ctx.stop:
-                ctx.interrupt()
-        result = search.result()
-        write_atomic(path, json.dumps(result))
-        return result
+        hit = {"contaminated": found["contamination"]["hit"]} if found else {}
+        return {"rows": len(rows)} | hit
 
 
 CUT = 0.05
@@ -178,14 +175,18 @@ def _evaluated(config: EvalConfig, recipe: Recipe, name: str) -> str | None:
     return f"{name}: {sum(_size(config, task) for task in _tasks(config) if task.name == name):,} problems"
 
 
-def _shots(config: EvalConfig) -> list[Shots]:
-    return [Shots(count, config.shot_kind) for count in config.shots]
+def _preambles(config: EvalConfig) -> list[Preamble]:
+    return [preamble(count=count, kind=config.shot_kind) for count in config.shots]
 
 
 def _shown(config: EvalConfig, name: str) -> None:
-    """UserError for a task without pages to take examples from."""
-    for language in tasks.get(name).languages:
-        next(examples(tasks.get(name, languages=[language]), language, ""))
+    """UserError for a task that cannot be asked with examples."""
+    for before in _preambles(config):
+        before.check(tasks.get(name))
+
+
+def _problems(config: EvalConfig) -> list[tasks.Problem]:
+    return [problem for task in _tasks(config) for problem in scoring.heldout(task, _size(config, task))]
 
 
 def n_answers(config: EvalConfig) -> list[int]:
@@ -211,17 +212,3 @@ def ancestors(recipe: Recipe, names: Sequence[str]) -> list[StageConfig]:
             stage = recipe.stage(name)
             left += [other for key, other in stage_refs(stage) if key != "from" or stage.starts_from]
     return [stage for stage in recipe.stages if stage.name in included]
-
-
-def training_data(
-    recipe: Recipe, names: Sequence[str], root: Path, cache: Path
-) -> Iterator[tuple[str, Iterator[tasks.Problem | str]]]:
-    """(stage, its training data) of every stage behind the models `names` of the run in `root`.
-
-    The folders read here belong to inputs of inputs: their fingerprints are part of the models' own, so a change in
-    them remakes the models and whatever reads this.
-    """
-    folders = {name: folder for _, name, folder in stage_folders(root)}
-    for config in ancestors(recipe, names):
-        stage = find_kind(config.kind)()
-        yield config.name, stage.training_data(config, recipe, folders[config.name], cache)
