@@ -103,6 +103,10 @@ class RewardModelConfig(FineTuningConfig):
     balance_alpha: float = Field(1e-4, ge=0, le=100)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
 
+    @property
+    def judges(self) -> str:
+        return self.aim
+
     def learning_rate(self, tokens: int, step: int, total: int) -> float:
         return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, tokens / total))) / 2)
 
@@ -154,6 +158,10 @@ class ExtendConfig(PretrainConfig):
     """Weight of the MTP loss (V3: 0.1 from 10T on)."""
     model: dict[str, Any] = Field(default_factory=dict, max_length=0)
     """Not available for this kind: the model is that of the stage it starts from."""
+
+    @property
+    def context(self) -> int:
+        return self.length
 
 
 class LongEvalConfig(StageConfig):

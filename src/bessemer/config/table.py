@@ -83,6 +83,16 @@ class StageConfig(ConfigTable):
         """The model from elsewhere that the stage begins with: a directory or an address. None: no such model."""
         return None
 
+    @property
+    def context(self) -> int | None:
+        """Longest row, in tokens, that its model reads from then on; None if the stage leaves that as it was."""
+        return None
+
+    @property
+    def judges(self) -> str | None:
+        """What the reward model that it makes judges, such as "helpful"; None if it makes none."""
+        return None
+
     def fingerprint_values(self) -> dict[str, Any]:
         """The values that decide the output, as JSON."""
         excluded: dict[str, Any] = dict.fromkeys({*self.runtime_only, "seed"}, True)

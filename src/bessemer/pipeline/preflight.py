@@ -159,8 +159,8 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
     if name is None:
         return None
     stage = recipe.stage(name)
-    if isinstance(stage, PretrainConfig) and (length := getattr(stage, "length", None)) is not None:
-        return length  # it extends the model
+    if stage.context is not None:
+        return stage.context
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if stage.imported is not None:

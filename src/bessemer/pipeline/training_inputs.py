@@ -106,7 +106,7 @@ def check_mixture(config: PretrainConfig, corpus_name: str | None, recipe: Recip
     if min(config.lengths.values) < 8 or max(config.lengths.values) > (longest or math.inf):
         raise UserError(f"{where}: lengths must lie between 8 and the model's max_seq_len {longest}")
     if corpus is not None:
-        row = getattr(config, "length", corpus.row_length)
+        row = config.context or corpus.row_length
         if min(config.batch_rows.values) * row < max(config.lengths.values):
             raise UserError(
                 f"{where}: a step of {min(config.batch_rows.values):g} rows of {row} tokens is less "

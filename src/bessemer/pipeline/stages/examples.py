@@ -38,6 +38,9 @@ class Examples(Stage[ExamplesConfig]):
     def exports_conversations(self, config: ExamplesConfig) -> bool:
         return True
 
+    def exported_tokens(self, config: ExamplesConfig) -> float:
+        return 100.0 * config.examples
+
     def run(self, config: ExamplesConfig, ctx: StageContext) -> dict[str, Any]:
         ctx.rewind(-1)
         families = [tasks.get(name) for name in config.tasks]

@@ -44,8 +44,6 @@ LOOKED_AT = 256
 """Problems that are searched for a reference answer before anything runs, if there is a judge."""
 BATCH = 64
 """Problems sampled together; a kill costs at most one batch."""
-
-
 KEPT = 0.6
 """Share of the answers that it may keep which the stage keeps, about."""
 

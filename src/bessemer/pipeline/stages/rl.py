@@ -183,13 +183,12 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
     """UserError for two reward models of one aim, or a task with prompts that nothing judges."""
     aims: dict[str, str] = {}
     for stage in map(recipe.stage, config.reward_models):
-        aim = getattr(stage, "aim", None)
-        if aim is None:
+        if stage.judges is None:
             wrong = f'reward_models names "{stage.name}", of kind {stage.kind}; name stages of kind reward-model'
             raise UserError(f'stage "{config.name}": {wrong}')
-        if aim in aims:
-            raise UserError(f'stage "{config.name}": two reward models are for {aim}; give one for each aim')
-        aims[aim] = stage.name
+        if stage.judges in aims:
+            raise UserError(f'stage "{config.name}": two reward models are for {stage.judges}; give one for each aim')
+        aims[stage.judges] = stage.name
     for name in config.tasks + config.general_tasks:
         if missing := sorted(tasks.get(name).judged_by - aims.keys()):
             raise UserError(

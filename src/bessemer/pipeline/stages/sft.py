@@ -54,7 +54,7 @@ class SFT(Stage[SFTConfig]):
     def work(self, config: SFTConfig, recipe: Recipe) -> list[StageWork]:
         """From the sizes of the files, at four bytes per token, and from what earlier stages can export."""
         files = [file for spec in config.data if not spec.startswith(HUB) for file in _files(located(spec))]
-        exported = sum(find_kind(stage.kind)().exported_tokens(stage) for stage in map(recipe.stage, config.samples))
+        exported = sum(find_kind(one.kind)().exported_tokens(one) for one in map(recipe.stage, config.samples))
         tokens = sum(file.stat().st_size for file in files) / 4 + exported
         if not tokens:
             return super().work(config, recipe)
