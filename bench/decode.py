@@ -33,10 +33,10 @@ import bessemer
 from bessemer import tasks
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import new_cache, prefill_all
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.train.setup import keep_memory
 
@@ -160,9 +160,12 @@ def cache(engine: Engine) -> dict[str, Any]:
     """Measured cache bytes of 64 rows of 256 tokens."""
     cfg = engine.model.cfg
     with torch.inference_mode():
-        held = new_cache(engine.model)
+        steps = backend_of(engine.model)
+        held = steps.new_cache()
         waiting = [held.open([3] * 256) for _ in range(64)]
-        prefill_all(engine.model, held, waiting)
+        for one in waiting:
+            held.extend(one, len(one.ids))
+        steps.prefill(held, [PrefillChunk(one, len(one.ids)) for one in waiting])
         held.admit([(one, 1) for one in waiting])
     stored = sum(pool.untyped_storage().nbytes() for pool in held.layers)
     heads = cfg.n_layers * cfg.n_heads * (cfg.qk_head_dim + cfg.v_head_dim) * 4

@@ -25,8 +25,9 @@ from torch import Tensor
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
-from bessemer.engine import decode
+from bessemer.engine.decode import TorchSteps
 from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.steps import PrefillChunk
 from bessemer.kernels import library
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.moe import FFN
@@ -128,23 +129,22 @@ def step(cfg: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Callab
 def decoding(cfg: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Callable[[], object]:
     """One step of `rows` rows with `length` cached tokens each."""
     model = Transformer(cfg).initialise(0).to_compute(dtype).eval()
-    cache = decode.new_cache(model)
+    torchs = TorchSteps(model)
+    cache = torchs.new_cache()
     prompt = cache.open([5] * length)
-    decode.prefill_all(model, cache, [prompt])
+    cache.extend(prompt, length)
+    torchs.prefill(cache, [PrefillChunk(prompt, length)])
     cache.admit([(prompt, rows)])
     tokens, positions = torch.randint(0, cfg.vocab_size, (rows,)), torch.full((rows,), length)
 
     steps_of = {}
     for setting in ("off", "auto"):
         with kernels(setting):
-            steps_of[setting] = KernelSteps.of(model)
+            steps_of[setting] = KernelSteps.of(model) or torchs
 
     @torch.inference_mode()
     def work() -> object:
-        steps = steps_of[os.environ[library.VARIABLE]]
-        if steps is None:
-            return decode.step(model, tokens, positions, cache)
-        return steps(tokens.unsqueeze(1), positions, cache)
+        return steps_of[os.environ[library.VARIABLE]].forward(tokens.unsqueeze(1), positions, cache)
 
     return work
 

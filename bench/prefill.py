@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from bessemer.engine.decode import new_cache, whole_prompts
 from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.steps import PrefillChunk
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -30,10 +30,11 @@ def main() -> None:
     with torch.inference_mode():
         for length in args.lengths:
             ids_1T = torch.randint(2, 4000, (1, length), generator=torch.Generator().manual_seed(0))
-            cache = new_cache(model)
-            (chunks,) = whole_prompts(cache, [cache.open(ids_1T[0].tolist())])
+            cache = steps.new_cache()
+            prompt = cache.open(ids_1T[0].tolist())
+            cache.extend(prompt, length)
             began, before = time.process_time(), int(steps.attention_products)
-            steps.prefill(cache, chunks)
+            steps.prefill(cache, [PrefillChunk(prompt, length)])
             engine, products = time.process_time() - began, int(steps.attention_products) - before
             began = time.process_time()
             model.hidden(ids_1T)

@@ -32,8 +32,10 @@ from machine import processor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
+from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
+from bessemer.engine.token_controls import TokenRules
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -88,13 +90,12 @@ def memory(made: Engine, count: int, **options: object) -> float:
     return held / 1e6
 
 
-def step_ms(made: Engine, rows: int, first: SamplingParams, steps: int) -> Callable[[], float]:
+def step_ms(made: Engine, rows: int, first: TokenRules | None, steps: int) -> Callable[[], float]:
     """A function that runs some steps and returns the processor time of one, in ms."""
     scheduler = Scheduler(made, rows=rows)
     for n in range(rows):
         prompt = tuple(2 + k % 280 for k in range(4000 if n == 0 else 32))
-        sampling = first if n == 0 else SamplingParams()
-        scheduler.add(Request(prompt, n, 20 * steps, sampling, stop_ids=()))
+        scheduler.add(Request(prompt, n, 20 * steps, stop_ids=(), control=first if n == 0 else None))
     while scheduler.stats()["running"] < rows:
         scheduler.step()
 
@@ -130,8 +131,8 @@ def main() -> None:
         print(f"{name}: {times['start_ms']:.1f} ms to start, {times['longest_ms']:.1f} ms between two tokens at most")
     found["MB of 320 samples with 64 stop strings"] = memory(made, 320, stop_strings=STOPS)
     print(f"320 samples with 64 stop strings: {found['MB of 320 samples with 64 stop strings']:.2f} MB")
-    plain = step_ms(made, options.rows, SamplingParams(), 30)
-    penalised = step_ms(made, options.rows, SamplingParams(repetition_penalty=1.1), 30)
+    plain = step_ms(made, options.rows, None, 30)
+    penalised = step_ms(made, options.rows, TokenRules(PenaltyParams(repetition_penalty=1.1)), 30)
     pairs = [(plain(), penalised()) for _ in range(9)]
     found["step_ms"] = {
         "plain": statistics.median(one for one, _ in pairs), "penalised": statistics.median(one for _, one in pairs),

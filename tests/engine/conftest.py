@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.decode import TorchSteps
 from bessemer.engine.engine import Engine
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -44,3 +45,9 @@ def prompts(tokenizer):
     generator = torch.Generator().manual_seed(0)
     lengths = (1, 2, 5, 5, 9, 17, 33, 70)
     return [torch.randint(3, tokenizer.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture
+def torch_steps(monkeypatch):
+    """Steps in plain torch, whatever else is installed."""
+    monkeypatch.setattr("bessemer.engine.scheduler.backend_of", TorchSteps)

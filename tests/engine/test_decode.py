@@ -6,28 +6,35 @@ import plain_decoder
 import pytest
 import torch
 
-from bessemer.engine import decode
-from bessemer.engine.decode import (
-    PrefillChunk,
-    expanded_after,
-    expert_ffn,
-    new_cache,
-    prefill,
-    prefill_all,
-    step,
-)
+from bessemer.engine import decode, steps
+from bessemer.engine.decode import TorchSteps, expanded_after, expert_ffn
 from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator, prefix_keys
+from bessemer.engine.steps import PrefillChunk
 from bessemer.model import moe
-from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+
+
+def new_cache(model, **options):
+    return TorchSteps(model).new_cache(**options)
+
+
+def prefill_all(model, cache, prompts):
+    """The logits after each of these prompts, which are taken in whole."""
+    for prompt in prompts:
+        cache.extend(prompt, len(prompt.ids))
+    return TorchSteps(model).prefill(cache, [PrefillChunk(prompt, len(prompt.ids)) for prompt in prompts])
+
+
+def step(model, token_B, position_B, cache):
+    return TorchSteps(model).forward(token_B[:, None], position_B, cache).logits_BTV[:, 0]
 
 
 def begun(model, rows, copies=1, **options):
     """(logits after each of these prompts, a cache that holds them as rows)."""
     cache = new_cache(model, **options)
     prompts = [cache.open(row) for row in rows]
-    logits = torch.stack(prefill_all(model, cache, prompts))
+    logits = prefill_all(model, cache, prompts)
     cache.admit([(held, copies) for held in prompts])
     return logits, cache
 
@@ -112,14 +119,14 @@ def test_a_prompt_in_parts_is_the_prompt(model, prompts):
     held = cache.open(long)
     cache.extend(held, len(long))
     for end in (1, 40, 64, 129, 150):
-        logits = prefill(model, cache, [PrefillChunk(held, end)])[0]
+        logits = TorchSteps(model).prefill(cache, [PrefillChunk(held, end)])[0]
         assert distance(logits, plain_decoder.next_logits(model, [long[:end]])[0]) < 1e-5
     cache.admit([(held, 1)])
     for other, found in ((long[:140], 128), (long[:128], 64), (long[:64], 0), ([9, *long[:140]], 0)):
         held = cache.open(other)
         assert held.cached == found
         logits = prefill_all(model, cache, [held, fresh := cache.open([5, 6])])
-        assert distance(torch.stack(logits), plain_decoder.next_logits(model, [other, [5, 6]])) < 1e-5
+        assert distance(logits, plain_decoder.next_logits(model, [other, [5, 6]])) < 1e-5
         cache.drop(held)
         cache.drop(fresh)
     go_on(model, cache, [long], 5)
@@ -151,7 +158,7 @@ def test_only_last_positions_reach_the_head(model, prompts, monkeypatch):
     model.head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     logits, cache = begun(model, prompts)
     step(model, logits.argmax(-1), positions(prompts), cache)
-    assert seen == [(len(prompts), model.cfg.dim)] * 2
+    assert seen == [(len(prompts), model.cfg.dim), (len(prompts), 1, model.cfg.dim)]
 
 
 @torch.no_grad()
@@ -198,7 +205,9 @@ def test_bytes_per_token_follow_the_count():
         cache = LatentCache(cfg, dtype, torch.device("cpu"))
         cache.extend(cache.open([3] * 100), 100)
         held = sum(layer.untyped_storage().nbytes() for layer in cache.layers)
-        assert held == cache.allocated_bytes == 2 * PAGE * kv_cache_bytes(cfg, size)
+        assert (
+            held == cache.allocated_bytes == 2 * PAGE * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.n_layers * size
+        )
     v3 = LatentCache(preset("v3"), torch.bfloat16, torch.device("meta"))
     assert sum(pool.shape[-1] * pool.element_size() for pool in v3.layers) == 70272  # ISCA Table 1
 
@@ -235,8 +244,9 @@ def test_experts_equal_the_loop(cfg):
 @torch.no_grad()
 def test_attention_after_cached_tokens(monkeypatch, cfg, form):
     """The last tokens of a row, given the latents of all, come out as when the whole row runs at once."""
+    steps.backend_of(Transformer(cfg))  # loads the kernels
     if form == "torch":
-        monkeypatch.setattr(decode.attention, "serves", lambda *a: False)
+        monkeypatch.setattr(decode.attend_after, "implementations", [])
     model = Transformer(cfg).initialise(1).eval()
     mla, rope = model.layers[0].attn, model.rope_table(70)
     x_BTD = torch.randn(2, 70, cfg.dim, generator=torch.Generator().manual_seed(2))

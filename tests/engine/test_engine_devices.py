@@ -7,18 +7,15 @@ from test_scheduler import requests
 
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
-from bessemer.kernels import library
+from bessemer.model.ops import Operation
 from bessemer.model.transformer import Transformer
 
 
 @pytest.fixture
-def engine(cfg, tokenizer, monkeypatch):
-    """A model with an MTP module, on the CPU. The kernels take no other device, so they are off."""
-    monkeypatch.setenv(library.VARIABLE, "off")
-    library.forget()
-    yield Engine(Transformer(cfg.model_copy(update={"n_mtp": 1})).initialise(3), tokenizer)
-    monkeypatch.undo()
-    library.forget()
+def engine(cfg, tokenizer, torch_steps, monkeypatch):
+    """A model with an MTP module, on the CPU, without operations of others: theirs may be for one device."""
+    monkeypatch.setattr(Operation, "__call__", lambda self, *given, **named: self.equation(*given, **named))
+    return Engine(Transformer(cfg.model_copy(update={"n_mtp": 1})).initialise(3), tokenizer)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

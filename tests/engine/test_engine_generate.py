@@ -131,26 +131,31 @@ def test_text_prompts_begin_with_bos(engine, tokenizer):
 
 
 def test_one_prefill_per_distinct_prompt(engine, prompts, monkeypatch):
-    seen = []
-    inner = ModelRunner.prefill
+    """All of them together."""
+    seen, inner = [], ModelRunner.prefill
     monkeypatch.setattr(
-        ModelRunner, "prefill", lambda self, parts: seen.append([p.end for p in parts]) or inner(self, parts)
+        ModelRunner, "prefill", lambda self, chunks, *rest: seen.append([c.end for c in chunks]) or inner(self, chunks)
     )
-    one = tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3))
+    engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3)
     assert seen == [[len(prompts[5]), len(prompts[6])]]
-    seen.clear()
+
+
+@pytest.mark.usefixtures("torch_steps")
+def test_torch_prefills_in_batches_of_bounded_size(engine, prompts, monkeypatch):
+    asked = [prompts[5], prompts[6]]
+    expected, sizes = tokens(engine.generate(asked, samples=5, max_new_tokens=3)), []
+    engine.model.embed.register_forward_hook(lambda module, args, out: sizes.append(tuple(args[0].shape)))
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 20)
-    assert tokens(engine.generate([prompts[5], prompts[6], prompts[5]], samples=5, max_new_tokens=3)) == one
-    assert seen == [[len(prompts[5])], [len(prompts[6])]]
+    assert tokens(engine.generate(asked, samples=5, max_new_tokens=3)) == expected
+    assert sizes[:2] == [(1, len(prompts[5])), (1, len(prompts[6]))]
 
 
 def test_finished_rows_leave_the_batch(engine, prompts, monkeypatch):
-    seen = []
-    inner = ModelRunner.advance
+    seen, inner = [], ModelRunner.advance
     monkeypatch.setattr(
         ModelRunner,
         "advance",
-        lambda self: seen.append((len(self.token_B), len(self.cache.row_pages))) or inner(self),
+        lambda self: seen.append((len(self.rows.newest_B), len(self.cache.row_pages))) or inner(self),
     )
     found = engine.generate(prompts, samples=8, max_new_tokens=30, stop_ids=list(range(3, 20)))
     lengths = [len(c.tokens) for group in found for c in group]
@@ -243,8 +248,8 @@ def test_broken_weights_name_the_step(engine, prompts, monkeypatch):
 
     def overflow(self):
         inner(self)
-        if int(self.position_B.min()) == 8:
-            self.logits_BV[1], self.ahead = float("nan"), None
+        if int(self.rows.position_B.min()) == 8:
+            self.sampled.logp_B[1] = float("nan")
 
     monkeypatch.setattr(ModelRunner, "advance", overflow)
     with pytest.raises(UserError, match=r"not finite for 1 of 3 rows at generated token 4"):
@@ -298,18 +303,14 @@ def test_on_text_hears_every_answer_once_and_short_ones_first(engine, prompts, p
 
 def test_an_editor_sees_every_option(engine):
     """With its type and its default, and a misspelt one is refused by name."""
-    own = inspect.signature(generation.plan).parameters
+    own = inspect.signature(generation.CallOptions).parameters
     for method in (Engine.generate, Engine.plan):
         shown = inspect.signature(method).parameters
         options = {name: p for name, p in shown.items() if name not in ("self", "prompts", "on_tokens", "on_text")}
         assert all(
             p.kind is not p.VAR_KEYWORD and p.default == own[name].default for name, p in shown.items() if name in own
         )
-        assert (
-            set(options)
-            == set(own) - {"model", "tokenizer", "prompts", "on_tokens"}
-            == set(generation.Options.__annotations__)
-        )
+        assert set(options) == set(own) == set(generation.Options.__annotations__)
         types = {name: str(p.annotation) for name, p in options.items()}
         assert types == {name: t.__forward_arg__ for name, t in generation.Options.__annotations__.items()}
     with pytest.raises(TypeError, match="max_tokens"):

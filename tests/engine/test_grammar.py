@@ -12,9 +12,11 @@ from bessemer.data.tools import Tool
 from bessemer.engine.engine import Engine
 from bessemer.engine.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
 from bessemer.engine.kv_cache import PAGE
+from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Sequence
+from bessemer.engine.token_controls import TokenControl, TokenRules
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 
@@ -29,7 +31,7 @@ SCHEMAS = [
 SAMPLINGS = [
     SamplingParams(),
     SamplingParams(0.0),
-    SamplingParams(0.7, top_p=0.9, frequency_penalty=0.5),
+    SamplingParams(0.7, top_p=0.9),
     SamplingParams(1.3, top_k=4),
 ]
 
@@ -40,10 +42,16 @@ def requests(prompts, tokenizer, n=15):
     return [
         Request(
             tuple(prompts[i % 8]), stream_key(5, i), 90, SAMPLINGS[i // 3 % 4], tuple(tokenizer.stop_ids),
-            grammar=grammars[i % 4] if i % 3 else "",
+            control=TokenRules(
+                PenaltyParams(frequency_penalty=0.5 * (i // 3 % 4 == 2)), grammar=grammars[i % 4] if i % 3 else ""
+            ).or_none(),
         )
         for i in range(n)
     ]  # fmt: skip
+
+
+def biased(token, value):
+    return TokenRules(PenaltyParams(bias=((token, value),)))
 
 
 def alone(engine, request, **options):
@@ -64,7 +72,7 @@ def test_answers_obey_their_schema_and_are_the_same_alone(engine, prompts, token
         solo, solo_end = alone(engine, request)
         assert ([t.token for t in tokens], end.reason) == ([t.token for t in solo], solo_end.reason)
         assert [t.logprob for t in tokens] == pytest.approx([t.logprob for t in solo], abs=1e-3)
-        if not request.grammar:
+        if not i % 3:
             continue
         text = tokenizer.decode([token.token for token in tokens], skip_special=False)
         assert end.reason in ("stop", "length"), end
@@ -99,8 +107,8 @@ def test_thoughts_are_free_and_drafts_keep_the_form(model, prompts, tokenizer):
     think, end = tokenizer.think_id, tokenizer.think_end_id
     engine, grammar = Engine(model, tokenizer), json_grammar(SCHEMAS[1])
     request = Request(
-        (*prompts[3], think), 7, 80, stop_ids=tuple(tokenizer.stop_ids), thinking_budget=9, grammar=grammar,
-        grammar_waits=True,
+        (*prompts[3], think), 7, 80, stop_ids=tuple(tokenizer.stop_ids),
+        control=TokenRules(thinking_budget=9, grammar=grammar, grammar_waits=True),
     )  # fmt: skip
     for drafts in (0, 1):
         tokens, finished = alone(engine, request, drafts=drafts)
@@ -113,14 +121,15 @@ def test_a_bias_is_added_to_the_logits(engine, prompts, tokenizer):
     """A large bias forces or bans a token; a small one changes probabilities as defined."""
     free = Request(tuple(prompts[4]), 1, 6, SamplingParams(0.0))
     first = alone(engine, free)[0][0].token
-    banned = alone(engine, Request(free.prompt, 1, 6, SamplingParams(0.0, bias=((first, -100.0),))))[0]
-    forced = alone(engine, Request(free.prompt, 1, 6, SamplingParams(bias=((7, 100.0),))))[0]
+    banned = alone(engine, Request(free.prompt, 1, 6, SamplingParams(0.0), control=biased(first, -100.0)))[0]
+    forced = alone(engine, Request(free.prompt, 1, 6, control=biased(7, 100.0)))[0]
     assert first not in [t.token for t in banned] and {t.token for t in forced} == {7}
     counts = {}
     for bias in ((), ((first, -1.0),)):
         scheduler = Scheduler(engine, rows=400)
         for key in range(400):
-            scheduler.add(Request(free.prompt, stream_key(key), 1, SamplingParams(bias=bias)))
+            control = TokenRules(PenaltyParams(bias=bias)).or_none()
+            scheduler.add(Request(free.prompt, stream_key(key), 1, control=control))
         found = drain(scheduler)[1].values()
         counts[bias] = sum(tokens[0].token == first for tokens, _ in found)
     with torch.inference_mode():
@@ -138,7 +147,7 @@ def test_a_bias_of_no_token_is_refused(engine, prompts):
     scheduler = Scheduler(engine, rows=2)
     for token in (-1, engine.model.cfg.vocab_size):
         with pytest.raises(UserError, match=f"bias: {token} "):
-            scheduler.add(Request(tuple(prompts[4]), 1, 6, SamplingParams(bias=((token, 1.0),))))
+            scheduler.add(Request(tuple(prompts[4]), 1, 6, control=biased(token, 1.0)))
 
 
 def test_schemas_that_cannot_be_enforced_are_named(tokenizer):
@@ -172,7 +181,8 @@ def test_what_the_limit_cuts_off_can_still_be_parsed(cfg, prompts, tokenizer, fo
     model = Transformer(cfg.model_copy(update={"max_seq_len": 512})).initialise(3)
     scheduler = Scheduler(Engine(model, tokenizer), rows=16)
     wanted = [
-        Request(tuple(prompts[n % 4]), stream_key(3, n), 300, SAMPLINGS[n % 3], grammar=grammar) for n in range(12)
+        Request(tuple(prompts[n % 4]), stream_key(3, n), 300, SAMPLINGS[n % 3], control=TokenRules(grammar=grammar))
+        for n in range(12)
     ]
     found, _ = drain(scheduler, wanted, every=1)
     assert "length" in {end.reason for _, end in found}
@@ -188,10 +198,11 @@ def test_an_answer_that_fits_into_its_limit_is_not_cut_off(tokenizer):
     written = tokenizer.encode(json.dumps({"said": "the fox " * 10, "list": [{"name": "the dog"}]}))
     grammar = json_grammar(OPEN)
     for limit, fits in ((len(written) + 10, True), (len(written) - 10, False)):
-        request = Request((1,), 0, limit, grammar=grammar)
-        sequence = Sequence(request, 0, None, Grammars(tokenizer).start(grammar, False))
+        control = TokenControl(TokenRules(grammar=grammar), Grammars(tokenizer).start(grammar, False), (None, None))
+        sequence = Sequence(Request((1,), 0, limit), 0, control=control)
+        control.start(sequence)
         for token in written:
-            if not sequence.grammar.allowed()[token]:
+            if not control.allowed(tokenizer.vocab_size)[token]:
                 break
             sequence.append(token, 0.0, 0.0)
         assert (sequence.finish == "stop") == fits

@@ -5,7 +5,6 @@ import torch
 
 from bessemer.engine.engine import Engine
 from bessemer.engine.kept_tokens import ids_of_mask
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.errors import UserError
 
 CALL = dict(samples=2, max_new_tokens=16, seed=4, temperature=0.8, top_p=0.9, record_kept=True)
@@ -31,9 +30,9 @@ def listed(completion):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_they_are_those_of_the_definition(engine, prompts, kernels, monkeypatch):
+def test_they_are_those_of_the_definition(engine, prompts, kernels, request):
     if not kernels:
-        monkeypatch.setattr(KernelSteps, "of", lambda model: None)
+        request.getfixturevalue("torch_steps")
     found, vocab, sizes = engine.generate(prompts, **CALL), engine.tokenizer.vocab_size, set()
     sets = same = 0
     for prompt, group in zip(prompts, found, strict=True):
@@ -63,7 +62,6 @@ def test_a_mask_is_listed_row_by_row():
     [
         ({"top_p": 1.0}, "with top_p, top_k or min_p"),
         ({"temperature": 0.0}, "a temperature above 0"),
-        ({"repetition_penalty": 1.1}, "no penalty"),
         ({"drafts": 1}, "record_kept and drafts cannot be combined"),
     ],
 )

@@ -7,17 +7,28 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bessemer.engine.penalties import Penalties, penalise
-from bessemer.engine.sequence import Request, SamplingParams, Sequence
+from bessemer.engine.penalties import Penalties, PenaltyParams, penalise
+from bessemer.engine.sequence import Request, Sequence
+from bessemer.engine.token_controls import TokenControl, TokenRules
 
 V = 50
 PARAMS = [
-    SamplingParams(),
-    SamplingParams(repetition_penalty=1.3),
-    SamplingParams(presence_penalty=0.7, frequency_penalty=-0.25, top_p=0.9),
-    SamplingParams(0.6, repetition_penalty=0.8, frequency_penalty=0.5, bias=((3, 2.0), (7, -100.0), (49, 0.1))),
-    SamplingParams(bias=((0, 5.0), (31, -1.5))),
+    PenaltyParams(),
+    PenaltyParams(repetition_penalty=1.3),
+    PenaltyParams(presence_penalty=0.7, frequency_penalty=-0.25),
+    PenaltyParams(repetition_penalty=0.8, frequency_penalty=0.5, bias=((3, 2.0), (7, -100.0), (49, 0.1))),
+    PenaltyParams(bias=((0, 5.0), (31, -1.5))),
 ]
+
+
+def penalised(prompt, number, params, tokens=()):
+    made = Sequence(Request(prompt, number), number, control=TokenControl(TokenRules(params), None, (None, None)))
+    made.tokens.extend(tokens)
+    return made
+
+
+def follow(penalties, live):
+    penalties.follow([(one, one.control.rules.penalties) for one in live])
 
 
 def defined(sequence, logits_V):
@@ -25,7 +36,7 @@ def defined(sequence, logits_V):
     for count, ids in zip(counts, (sequence.tokens, sequence.request.prompt), strict=True):
         for token in ids:
             count[0, token] += 1
-    return penalise(logits_V[None], sequence.request.sampling, *counts)[0]
+    return penalise(logits_V[None], sequence.control.rules.penalties, *counts)[0]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -39,10 +50,10 @@ def test_the_numbers_are_those_of_the_definition(seed):
             prompt = tuple(chance.randrange(V) for _ in range(chance.randrange(1, 40)))
             for _ in range(chance.choice((1, 1, 4))):
                 number += 1
-                fresh = Sequence(Request(prompt, number, sampling=chance.choice(PARAMS)), number)
+                fresh = penalised(prompt, number, chance.choice(PARAMS))
                 fresh.tokens.extend(chance.randrange(V) for _ in range(chance.choice((0, 0, 9))))  # after preemption
                 live.insert(chance.randrange(len(live) + 1), fresh)
-        penalties.follow(live)
+        follow(penalties, live)
         for _ in range(chance.randrange(3)):
             for sequence in live:
                 sequence.tokens.append(chance.randrange(V))
@@ -50,7 +61,7 @@ def test_the_numbers_are_those_of_the_definition(seed):
             expected = [defined(s, row) for s, row in zip(penalties.sequences, logits_BV, strict=True)]
             penalties.apply(logits_BV)
             assert all(map(torch.equal, logits_BV, expected))
-        assert set(map(id, penalties.sequences)) == {id(s) for s in live if s.request.sampling.penalised}
+        assert set(map(id, penalties.sequences)) == {id(s) for s in live if s.control.rules.penalties.any}
 
 
 class Work(TorchDispatchMode):
@@ -69,7 +80,7 @@ class Work(TorchDispatchMode):
 
 def work_of_a_step(sequences, width):
     penalties = Penalties(width, torch.device("cpu"))
-    penalties.follow(sequences)
+    follow(penalties, sequences)
     logits_BV = torch.zeros(len(sequences), width)
     penalties.apply(logits_BV)
     for sequence in sequences:
@@ -81,9 +92,9 @@ def work_of_a_step(sequences, width):
 
 def test_a_step_costs_what_occurs_not_what_was_written():
     """V3's vocabulary; prompts of 65,536 tokens, of which 200 differ, and answers of 30,000."""
-    width, params = 129_280, SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
-    short = Sequence(Request(tuple(range(200)), 1, sampling=params), 1)
-    long = Sequence(Request(tuple(range(200)) * 328, 2, sampling=params), 2, tokens=[7, 5] * 15_000)
+    width, params = 129_280, PenaltyParams(repetition_penalty=1.1, frequency_penalty=0.1)
+    short = penalised(tuple(range(200)), 1, params)
+    long = penalised(tuple(range(200)) * 328, 2, params, [7, 5] * 15_000)
     least, most = work_of_a_step([short], width), work_of_a_step([long], width)
     assert most.calls <= least.calls and most.numbers <= least.numbers
 
@@ -91,8 +102,7 @@ def test_a_step_costs_what_occurs_not_what_was_written():
 def test_a_bias_is_one_scatter_for_all_samples():
     bias = tuple((token, 1.0) for token in range(300))
     one, all_ = (
-        work_of_a_step([Sequence(Request((3,), n, sampling=SamplingParams(bias=bias)), n) for n in range(count)], 2000)
-        for count in (1, 128)
+        work_of_a_step([penalised((3,), n, PenaltyParams(bias=bias)) for n in range(count)], 2000) for count in (1, 128)
     )
     assert one.calls == all_.calls == 1
 
@@ -109,13 +119,13 @@ class Prompt(tuple):
 
 def test_samples_share_the_tokens_of_their_prompt():
     prompt = Prompt(range(1000))
-    params = SamplingParams(repetition_penalty=1.2)
-    sequences = [Sequence(Request(prompt, n, sampling=params), n) for n in range(128)]
+    params = PenaltyParams(repetition_penalty=1.2)
+    sequences = [penalised(prompt, n, params) for n in range(128)]
     penalties = Penalties(2000, torch.device("cpu"))
-    penalties.follow(sequences)
+    follow(penalties, sequences)
     for n in range(3):
         for sequence in sequences:
             sequence.tokens.append(1500 + n)
         penalties.apply(torch.zeros(128, 2000))
-        penalties.follow(sequences)
+        follow(penalties, sequences)
     assert Prompt.reads == 1

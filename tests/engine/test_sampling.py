@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from bessemer.engine.random_streams import stream_key, uniform
-from bessemer.engine.sampling import inverse_cdf, sample, top_tokens, truncate
+from bessemer.engine.sampling import LiveRows, inverse_cdf, rules, sample_rows, top_tokens, truncate
 from bessemer.engine.sequence import Request, SamplingParams, Sequence
 from bessemer.errors import UserError
+
+
+def rows(sampling, n, seed=1):
+    """n rows with these parameters, each with a stream of its own."""
+    none = torch.zeros(n, dtype=torch.int64)
+    keys = torch.tensor([stream_key(seed, b) for b in range(n)])
+    return LiveRows(none, none, rules([sampling] * n, none.device), keys)
 
 
 def test_streams_are_splitmix64():
@@ -82,15 +89,14 @@ CUTS = [
 def test_cuts_equal_the_definition(sampling):
     logits = torch.randn(20, 130, generator=torch.Generator().manual_seed(1)) * 2
     p = (logits - logits.amax(-1, keepdim=True)).exp()
-    for row, before in zip(truncate(p, sampling), p, strict=True):
+    for row, before in zip(truncate(p, rules([sampling] * 20, p.device)), p, strict=True):
         assert set(row.nonzero().flatten().tolist()) == nucleus(before.tolist(), sampling)
 
 
 def test_frequencies_follow_the_probabilities():
     """30,000 draws over 8 tokens: chi-square with 7 degrees of freedom exceeds 30 once in 10,000 times."""
     logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.0]), 0.7, 30000
-    u = uniform(torch.full((n,), stream_key(5)), torch.arange(n))
-    drawn = sample(logits.expand(n, -1).clone(), SamplingParams(temperature=temperature), u).token_B
+    drawn = sample_rows(logits.repeat(n, 1), 8, rows(SamplingParams(temperature=temperature), n)).token_B
     expected = (logits / temperature).softmax(-1) * n
     assert float(((torch.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum()) < 30
 
@@ -100,7 +106,7 @@ def test_frequencies_follow_the_probabilities():
 )
 def test_logprobs_are_of_the_uncut_distribution(sampling):
     logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(2)) * 3
-    drawn = sample(logits.clone(), sampling, torch.rand(40, dtype=torch.float64))
+    drawn = sample_rows(logits, 300, rows(sampling, 40))
     for found, temperature in ((drawn.logp_B, sampling.temperature or 1.0), (drawn.raw_logp_B, 1.0)):
         expected = (logits / temperature).log_softmax(-1).gather(-1, drawn.token_B[:, None]).squeeze(-1)
         assert torch.allclose(found, expected, atol=1e-5, rtol=0)  # float32 logarithms of sums over 300 terms
@@ -111,8 +117,7 @@ def test_logprobs_are_of_the_uncut_distribution(sampling):
 def test_extreme_logits_stay_exact():
     logits = torch.tensor([[1e4, 0.0, -1e4, 9999.0], [-3e38, 3e38, 0.0, 0.0], [float("-inf"), 0.0, 0.0, float("-inf")]])
     for temperature in (1e-4, 1.0, 1e4):
-        u = torch.full((3,), 0.6, dtype=torch.float64)
-        drawn = sample(logits.clone(), SamplingParams(temperature), u)
+        drawn = sample_rows(logits, 4, rows(SamplingParams(temperature), 3))
         assert torch.isfinite(drawn.logp_B).all() and torch.isfinite(drawn.raw_logp_B).all()
         assert drawn.token_B[1] == 1 and drawn.token_B[2] in (1, 2)
 
@@ -121,7 +126,7 @@ def test_spare_rows_of_the_model_are_never_drawn_but_count():
     logits = torch.zeros(500, 100)
     logits[:, 90:] = 3.0
     for sampling in (SamplingParams(), SamplingParams(0), SamplingParams(top_p=0.5), SamplingParams(min_p=0.9)):
-        drawn = sample(logits.clone(), sampling, torch.rand(500, dtype=torch.float64), vocab=90)
+        drawn = sample_rows(logits, 90, rows(sampling, 500))
         assert drawn.token_B.max() < 90
         assert torch.allclose(drawn.logp_B, torch.tensor(-math.log(90 + 10 * math.e**3)), atol=1e-5)
     (top,) = top_tokens([Sequence(Request((1,), 1, top=2), 0)], logits[:1], 90)
@@ -133,7 +138,7 @@ def test_spare_rows_of_the_model_are_never_drawn_but_count():
 def test_bad_logits_give_a_logprob_that_is_not_finite(bad, temperature):
     logits = torch.zeros(3, 70)
     logits[1, 66] = bad
-    finite = torch.isfinite(sample(logits, SamplingParams(temperature), torch.rand(3, dtype=torch.float64)).logp_B)
+    finite = torch.isfinite(sample_rows(logits, 70, rows(SamplingParams(temperature), 3)).logp_B)
     assert finite.tolist() == [True, False, True]
 
 

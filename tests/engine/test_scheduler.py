@@ -7,16 +7,12 @@ import pytest
 import torch
 from drain import drain
 
-from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.penalties import penalise
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Token
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 
 SAMPLINGS = [
     SamplingParams(),
@@ -39,7 +35,7 @@ def alone(engine, request):
     """The request through `Engine.generate`, with its own stream."""
     s = request.sampling
     call = dict(max_new_tokens=request.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
-                    min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop_ids=request.stop_ids,
+                    min_p=s.min_p, stop_ids=request.stop_ids,
                     stop_strings=request.stop_strings)  # fmt: skip
     (batch,) = engine.plan([request.prompt], **call).batches
     (sample,) = batch.samples
@@ -202,43 +198,6 @@ def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):
     assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in wanted]
 
 
-def test_penalties_equal_the_definition(engine, prompts):
-    """Greedy under penalties, token by token, against the formula on the plain model's logits."""
-    sampling = SamplingParams(0.0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3)
-    request = Request(tuple(prompts[4]), 5, 15, sampling)
-    ((tokens, _),), _ = drain(Scheduler(engine), [request])
-    row = list(request.prompt)
-    for event in tokens:
-        logits = engine.model(torch.tensor([row]))[0, -1].float().detach()
-        free = logits.log_softmax(-1)
-        answer = row[len(request.prompt) :]
-        for token in set(row):
-            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
-            logits[token] -= 0.5 * (token in answer) + 0.3 * answer.count(token)
-        assert event.token == int(logits[: engine.tokenizer.vocab_size].argmax())
-        assert event.logprob == pytest.approx(float(free[event.token]), abs=1e-5)
-        row.append(event.token)
-    plain = Request(request.prompt, 5, 15, SamplingParams(0.0))
-    assert [t.token for t in tokens] != list(alone(engine, plain).tokens)
-    assert torch.equal(penalise(logits[None], SamplingParams(), *torch.ones(2, 1, len(logits))), logits[None])
-
-
-def test_a_thought_ends_when_its_budget_is_used_up(model):
-    texts = ["<think>two and two</think> <answer>4</answer>"] * 8
-    tokenizer = Tokenizer.train(texts, 286)
-    engine = Engine(model, tokenizer)
-    begin, end = tokenizer.think_id, tokenizer.think_end_id
-    for budget, prompt in ((0, (5, begin, 6)), (4, (5, begin, 6)), (4, (5, begin, 6, end, 7))):
-        request = Request(prompt, 3, 25, thinking_budget=budget)
-        ((tokens, _),), _ = drain(Scheduler(engine), [request])
-        free, ids = list(alone(engine, request).tokens), [t.token for t in tokens]
-        if end in prompt:
-            assert ids == free and begin not in free
-        else:
-            assert ids[:budget] == free[:budget] and ids[budget] == end and len(ids) == 25
-            assert tokens[budget].logprob < -0.1, "what the model itself thought of ending here"
-
-
 def test_alternatives_and_routing_are_reported(engine, prompts):
     request = Request(tuple(prompts[5]), 3, 8, SamplingParams(0.0), top=3, routing=True)
     (tokens, _), _ = drain(Scheduler(engine), [request, Request(tuple(prompts[2]), 4, 8)], every=1)[0]
@@ -249,18 +208,6 @@ def test_alternatives_and_routing_are_reported(engine, prompts):
         assert [i for i, _ in event.top] == logp.topk(3).indices.tolist() and event.token == event.top[0][0]
         assert [list(layer) for layer in event.routing] == recorded[0][0].routing[len(request.prompt) + n - 1].tolist()
         row.append(event.token)
-
-
-def test_foreign_models_are_batched_alike(tokenizer, prompts):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=160,
-                                      initializer_range=0.2)  # fmt: skip
-    engine = Engine(CausalLM(transformers.LlamaForCausalLM(config)), tokenizer)
-    wanted = requests(prompts, 12)
-    results, _ = drain(Scheduler(engine, rows=4, prefill_tokens=30), wanted, every=1)
-    assert [[t.token for t in tokens] for tokens, _ in results] == [list(alone(engine, r).tokens) for r in wanted]
 
 
 @pytest.mark.parametrize(

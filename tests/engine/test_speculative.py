@@ -8,11 +8,9 @@ import torch
 from drain import drain
 
 from bessemer.engine.engine import Engine
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.kv_cache import PAGE
-from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.sampling import accept, probabilities, residual
+from bessemer.engine.sampling import accept, probabilities, residual, rules
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.engine.speculative import Drafter
@@ -35,22 +33,16 @@ def test_greedy_answers_stay_the_same(engine, prompts, drafts):
     assert tokens(engine.generate(prompts, drafts=drafts, **options)) == tokens(engine.generate(prompts, **options))
 
 
-@pytest.fixture
-def no_kernels(monkeypatch):
-    """Drafts go through `Drafter`'s own methods; test_round_kernel.py compares the kernel with them."""
-    monkeypatch.setattr(KernelSteps, "of", lambda model: None)
-
-
 @pytest.mark.parametrize("drafts", [1, 2])
-@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.usefixtures("torch_steps")  # test_round_kernel.py compares the kernel with them
 def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monkeypatch):
     """The first draft of every step has the module's logits on the whole text at once (as in training), however many
     drafts were accepted before: its keys of rejected and of chained drafts were overwritten."""
     engine = flat(cfg, tokenizer)
     seen, inner = [], Drafter.first_logits
 
-    def logits(self, token_B):
-        found = inner(self, token_B)
+    def logits(self, *given):
+        found = inner(self, *given)
         seen.append((self._position.tolist(), found))
         return found
 
@@ -70,18 +62,22 @@ def test_guesses_are_made_from_true_states(cfg, tokenizer, prompts, drafts, monk
 def test_every_guess_is_of_its_own_module(cfg, tokenizer, prompts, n_mtp, prompt, monkeypatch):
     """Draft k has module k's logits on the whole text and the drafts before it, read at once as in training."""
     engine = flat(cfg, tokenizer, n_mtp=n_mtp, init_std=0.05)
-    seen, draft = [], ModelRunner._draft
+    seen, round_, text = [], Drafter.round, [*prompts[prompt]]
 
-    def noted(self, drafter, token_B, greedy):
+    def noted(self, steps, rows, *rest):
         logits, inner = [], (Drafter.first_logits, Drafter.next_logits)
+        text.append(int(rows.newest_B[0]))
+        before = list(text)
         with monkeypatch.context() as patch:
             for name, call in zip(("first_logits", "next_logits"), inner, strict=True):
-                patch.setattr(Drafter, name, lambda self, t, call=call: logits.append(call(self, t)) or logits[-1])
-            drafts, q = draft(self, drafter, token_B, greedy)
-        seen.append(([*self.sequences[0].ids], [int(d[0]) for d in drafts], [x[0] for x in logits]))
-        return drafts, q
+                patch.setattr(Drafter, name, lambda self, *t, call=call: logits.append(call(self, *t)) or logits[-1])
+            out = round_(self, steps, rows, *rest)
+        (row,) = out.accepted
+        text.extend(row.tokens[: row.known])
+        seen.append((before, row.tokens, [x[0] for x in logits]))
+        return out
 
-    monkeypatch.setattr(ModelRunner, "_draft", noted)
+    monkeypatch.setattr(Drafter, "round", noted)
     (done,) = engine.generate([prompts[prompt]], max_new_tokens=40, drafts=n_mtp, seed=3, stop_ids=[])
     steps = [len(after[0]) - len(before[0]) for before, after in pairwise(seen)]
     assert max(steps) == n_mtp + 1 and min(steps) <= n_mtp, "guesses were taken, and refused"
@@ -100,7 +96,7 @@ def test_several_modules_in_company(cfg, tokenizer, prompts):
     requests = wanted(prompts)[:6]
     together, _ = drain(Scheduler(engine, drafts=4, cache_tokens=4 * PAGE, prefill_tokens=30), requests, every=1)
     for request, (events, _) in zip(requests, together, strict=True):
-        plain = request.sampling.temperature == 0 and not request.sampling.penalised
+        plain = request.sampling.temperature == 0
         ((alone, _),), _ = drain(Scheduler(engine, drafts=0 if plain else 4), [request])
         assert [e.token for e in events] == [e.token for e in alone]
 
@@ -108,13 +104,13 @@ def test_several_modules_in_company(cfg, tokenizer, prompts):
 def test_samples_are_distributed_as_without_guesses(cfg, tokenizer, prompts):
     """All texts of three tokens under top-k 3, counted over 6,000 samples, against their exact probabilities."""
     engine = Engine(Transformer(cfg.model_copy(update={"init_std": 0.07})).initialise(8), tokenizer)
-    sampling, prompt = SamplingParams(0.8, top_k=3), prompts[4]
+    own, prompt = rules([SamplingParams(0.8, top_k=3)], torch.device("cpu")), prompts[4]
     exact = {}
     for a, b, c in product(range(3), repeat=3):
         text, probability = list(prompt), 1.0
         for rank in (a, b, c):
             with torch.no_grad():
-                p = probabilities(plain_decoder.next_logits(engine.model, [text]), sampling, tokenizer.vocab_size)[0]
+                p = probabilities(plain_decoder.next_logits(engine.model, [text]), own, tokenizer.vocab_size)[0]
             token = int(p.argsort(descending=True)[rank])
             probability *= float(p[token])
             text.append(token)
@@ -151,7 +147,7 @@ def wanted(prompts):
         SamplingParams(0.0),
         SamplingParams(1.0),
         SamplingParams(0.8, top_p=0.9),
-        SamplingParams(0.0, repetition_penalty=1.3),
+        SamplingParams(0.0),
     ]
     return [
         Request(tuple([*prompts, long][i % 9]), stream_key(5, i), 20 + 17 * i % 70, samplings[i % 4],
@@ -174,7 +170,7 @@ def test_with_guesses_too_company_changes_nothing(cfg, tokenizer, prompts, optio
         assert [e.logprob for e in events] == pytest.approx([e.logprob for e in alone], abs=2e-5)
         for event in events:
             assert bool(event.top) == bool(request.top) and (event.routing is not None) == request.routing
-        if request.sampling.temperature == 0 and not request.sampling.penalised:
+        if request.sampling.temperature == 0:
             ((plain, _),), _ = drain(Scheduler(engine), [request])
             assert [e.token for e in plain] == [e.token for e in events]
             assert [e.routing for e in plain] == [e.routing for e in events]

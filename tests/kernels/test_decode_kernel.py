@@ -6,9 +6,10 @@ import torch
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import kernel_steps
-from bessemer.engine.decode import PrefillChunk, RoutingTrace, logits_of, new_cache, prefill, step
+from bessemer.engine.decode import TorchSteps
 from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.engine.steps import PrefillChunk, RoutingTrace
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -41,18 +42,18 @@ class Rows:
     """Texts as rows of a cache, each prefilled alone, so that no row's latents depend on the others."""
 
     def __init__(self, model, rows, drafts=0):
-        self.cache, self.rows = new_cache(model, drafts=drafts), [list(row) for row in rows]
+        self.cache, self.rows = TorchSteps(model).new_cache(drafts=drafts), [list(row) for row in rows]
         prompts = [self.cache.open(row) for row in rows]
         for prompt in prompts:
             self.cache.extend(prompt, len(prompt.ids))
-            prefill(model, self.cache, [PrefillChunk(prompt, len(prompt.ids))])
+            TorchSteps(model).prefill(self.cache, [PrefillChunk(prompt, len(prompt.ids))])
         self.cache.admit([(prompt, 1) for prompt in prompts])
 
     def go_on(self, steps, token_BT, trace=None):
         position_B = torch.tensor([len(row) for row in self.rows])
         for row, new in zip(self.rows, token_BT.tolist(), strict=True):
             row += new
-        return steps(token_BT, position_B, self.cache, trace)
+        return steps.forward(token_BT, position_B, self.cache, trace)
 
 
 def distance(x, y):
@@ -64,7 +65,7 @@ def distance(x, y):
 def test_steps_equal_float64(instructions, variant):
     model = network(**VARIANTS[variant])
     held = Rows(model, texts(1, 5, 63, 64, 70, 130))
-    trace = None if variant == "dense" else RoutingTrace(model.cfg)
+    trace = None if variant == "dense" else RoutingTrace(model.cfg.n_routed_experts)
     for T in (1, 3, 1):
         logits = held.go_on(KernelSteps.of(model), torch.tensor(texts(*[T] * 6)), trace).logits_BTV
         chosen = None if trace is None else trace.take().unflatten(0, (6, T)).long()
@@ -116,7 +117,7 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
 
         def filled(cuts=(), parts=slice(None), steps=steps, model=model, rows=rows):
             """(logits after the last part, routes, latents) of the rows."""
-            cache, trace = new_cache(model), RoutingTrace(model.cfg)
+            cache, trace = TorchSteps(model).new_cache(), RoutingTrace(model.cfg.n_routed_experts)
             prompts = [cache.open(row) for row in rows[parts]]
             for cut in (*cuts, 150):
                 ends = [min(cut, len(prompt.ids)) for prompt in prompts]
@@ -147,7 +148,7 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
 def prefilled(model, rows, cuts=(), drafts=0, asked=None, steps=None):
     """(logits after the last part, routes, latents of the last layer) of prompts that are cut at these positions."""
     steps = steps or KernelSteps.of(model)
-    cache, trace = new_cache(model, drafts=drafts), RoutingTrace(model.cfg)
+    cache, trace = TorchSteps(model).new_cache(drafts=drafts), RoutingTrace(model.cfg.n_routed_experts)
     prompts = [cache.open(row, asked=asked) for row in rows]
     logits = {}
     for cut in (*cuts, max(map(len, rows))):
@@ -213,13 +214,13 @@ def test_tokens_that_a_sequence_made_before_it_was_preempted_get_the_same_bits_a
     """They were computed in the absorbed form, by steps; a prefill of prompt and tokens must do the same."""
     model, row = network(max_seq_len=700), texts(200)[0]
     new = texts(150, vocab=77)[0]
-    cache, steps = new_cache(model), KernelSteps.of(model)
+    cache, steps = TorchSteps(model).new_cache(), KernelSteps.of(model)
     prompt = cache.open(row)
     cache.extend(prompt, len(row))
     steps.prefill(cache, [PrefillChunk(prompt, len(row))])
     cache.admit([(prompt, 1)])
     for n, token in enumerate(new):
-        logits = steps(torch.tensor([[token]]), torch.tensor([len(row) + n]), cache).logits_BTV
+        logits = steps.forward(torch.tensor([[token]]), torch.tensor([len(row) + n]), cache).logits_BTV
     total = len(row) + len(new)
     latents = cache.layers[2].index_select(0, torch.tensor(cache.row_pages[0])).flatten(0, 1)[:total]
     again = prefilled(model, [row + new], asked=len(row))
@@ -233,14 +234,14 @@ def test_a_long_prefill_multiplies_hardly_more_than_the_model_s_own_forward():
     T = 16_384
     model = network(n_layers=2, n_dense_layers=2, n_mtp=0, max_seq_len=T, inter_dim=32)
     cfg, steps = model.cfg, KernelSteps.of(model)
-    prompt = (cache := new_cache(model)).open([7] * T)
+    prompt = (cache := TorchSteps(model).new_cache()).open([7] * T)
     cache.extend(prompt, T)
     logits_1V = steps.prefill(cache, [PrefillChunk(prompt, T)])
     pairs = cfg.n_heads * T * (T + 1) // 2
     own = pairs * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
     absorbed = pairs * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
     assert own < int(steps.attention_products) < min(1.2 * own, 0.7 * absorbed)
-    assert distance(logits_1V[0], logits_of(model, model.hidden(torch.tensor([[7] * T]))[0, -1])) < 3e-6
+    assert distance(logits_1V[0], model(torch.tensor([[7] * T]))[0, -1]) < 3e-6
 
 
 @torch.inference_mode()
@@ -255,8 +256,9 @@ def test_steps_equal_the_torch_path_after_every_update(instructions):
             weight = model.layers[1].attn.wo.weight
             weight.data = weight.data * 1.5
         token_B, position_B = torch.tensor([n, n + 5, n + 9]), torch.tensor([len(row) for row in ours.rows])
-        trace, expected_trace = RoutingTrace(model.cfg), RoutingTrace(model.cfg)
-        expected = step(model, token_B, position_B, theirs.cache, expected_trace)
+        trace, expected_trace = RoutingTrace(model.cfg.n_routed_experts), RoutingTrace(model.cfg.n_routed_experts)
+        out = TorchSteps(model).forward(token_B[:, None], position_B, theirs.cache, expected_trace)
+        expected = out.logits_BTV[:, 0]
         found = ours.go_on(steps, token_B[:, None], trace)
         assert distance(found.logits_BTV[:, 0], expected) < 3e-6
         assert torch.equal(trace.take(), expected_trace.take())

@@ -6,17 +6,19 @@ import torch
 from test_decode_kernel import network, texts
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import PrefillChunk, RoutingTrace, new_cache
 from bessemer.engine.engine import Engine
 from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.model_runner import ModelRunner
+from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Sequence, Token
+from bessemer.engine.steps import PrefillChunk, backend_of
+from bessemer.engine.token_controls import TokenRules
 
 TOKENIZER = Tokenizer.train(["the quick brown fox 盛钢水"] * 8, 280)
 SAMPLINGS = [
     SamplingParams(0.0), SamplingParams(), SamplingParams(0.8, top_p=0.9), SamplingParams(1.3, top_k=20, min_p=0.05),
-    SamplingParams(0.0, repetition_penalty=1.3),
+    SamplingParams(0.0),
 ]  # fmt: skip
 
 
@@ -27,16 +29,19 @@ def flat(**values):
 
 def started(model, samplings, drafts):
     """A runner with a prefilled sequence for each prompt; the samplings take turns."""
-    runner = ModelRunner(model, TOKENIZER, new_cache(model, drafts=drafts), RoutingTrace(model.cfg), drafts)
+    steps = backend_of(model)
+    runner = ModelRunner(steps, TOKENIZER, steps.new_cache(drafts=drafts), drafts)
+    penalised = TokenRules(PenaltyParams(repetition_penalty=1.3))
     requests = [
-        Request(tuple(ids), 3 + b, 24, samplings[b % len(samplings)], top=b % 2)
+        Request(tuple(ids), 3 + b, 24, samplings[b % len(samplings)], top=b % 2, routing=True,
+                control=penalised if b % len(samplings) == 4 else None)
         for b, ids in enumerate(texts(1, 61, 9, 64, 5, 5))
-    ]
+    ]  # fmt: skip
     prompts = [runner.cache.open(request.prompt) for request in requests]
     for prompt in prompts:
         runner.cache.extend(prompt, len(prompt.ids))
-    logits_PV = runner.prefill([PrefillChunk(prompt, len(prompt.ids)) for prompt in prompts])
-    sequences = [Sequence(request, b) for b, request in enumerate(requests)]
+    logits_PV = runner.prefill([PrefillChunk(prompt, len(prompt.ids)) for prompt in prompts], routing=True)
+    sequences = [Sequence(request, b, control=runner.control_of(request)) for b, request in enumerate(requests)]
     runner.admit([(p, [s]) for p, s in zip(prompts, sequences, strict=True)], logits_PV)
     return runner, sequences
 
@@ -67,17 +72,17 @@ def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatc
             assert one.raw_logp == pytest.approx(other.raw_logp, abs=1e-5)
             assert [[i for i, _ in top] for top in one.top] == [[i for i, _ in top] for top in other.top]
         live = torch.tensor([sequence.finish is None for sequence in ours.sequences], dtype=torch.bool)
-        assert torch.equal(ours.expert_BLK[live], theirs.expert_BLK[live])
+        assert [sequence.routes for sequence in sequences] == [sequence.routes for sequence in expected]
         torch.testing.assert_close(ours.logits_BV[live], theirs.logits_BV[live], atol=1e-4, rtol=1e-4)
         if drafts and len(live):
             same_drafts(ours, theirs, live)
     if drafts:
-        assert 0 < ours.drafter.accepted < ours.drafter.drafted, "both outcomes were met"
+        assert 0 < ours.drafts.accepted < ours.drafts.drafted, "both outcomes were met"
 
 
 def same_drafts(ours, theirs, live):
     """Drafters and rejected drafts agree in the rows that continue."""
-    mine, reference = ours.drafter, theirs.drafter
+    mine, reference = ours.drafts, theirs.drafts
     assert (mine.drafted, mine.accepted) == (reference.drafted, reference.accepted)
     assert torch.equal(mine.known_B[live], reference.known_B[live])
     assert torch.equal(mine.base_B[live], reference.base_B[live])
@@ -86,9 +91,9 @@ def same_drafts(ours, theirs, live):
         true = slice(int(mine.known_B[b]) + 1)
         torch.testing.assert_close(mine.hidden_BTD[b, true], reference.hidden_BTD[b, true], atol=1e-4, rtol=1e-4)
         if ours.sequences[b].request.sampling.temperature > 0:
-            assert ours.rejected.rejected_B[b] == theirs.rejected.rejected_B[b]
-            if ours.rejected.rejected_B[b]:
-                torch.testing.assert_close(ours.rejected.q_BV[b], theirs.rejected.q_BV[b], atol=1e-6, rtol=1e-4)
+            assert mine.rejected.rejected_B[b] == reference.rejected.rejected_B[b]
+            if mine.rejected.rejected_B[b]:
+                torch.testing.assert_close(mine.rejected.q_BV[b], reference.rejected.q_BV[b], atol=1e-6, rtol=1e-4)
 
 
 def test_rounds_give_the_same_bits_in_any_company(instructions):

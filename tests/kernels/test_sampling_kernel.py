@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+from bessemer.engine import kernel_steps  # noqa: F401 (registers the kernel)
 from bessemer.engine.random_streams import stream_key, uniform
 from bessemer.engine.sampling import (
+    LiveRows,
     RejectedDrafts,
     inverse_cdf,
     most_likely,
     probabilities,
     residual,
-    sample,
+    rules,
     sample_rows,
 )
 from bessemer.engine.sequence import SamplingParams
@@ -24,16 +26,23 @@ PARAMS = [
 ]  # fmt: skip
 
 
+reference = sample_rows.equation
+
+
+def rows(params, n, key=None):
+    """n rows, row b with params[b % len(params)]."""
+    key = torch.arange(n) if key is None else key
+    each = rules([params[b % len(params)] for b in range(n)], key.device)
+    return LiveRows(key, torch.arange(n) * 7, each, key)
+
+
 def together(logits_BV, params, vocab, seed):
     """Row b sampled with params[b % len(params)]: in one call, and row by row by the reference."""
-    key = torch.tensor([stream_key(seed, b) for b in range(len(logits_BV))])
-    position = torch.arange(len(key)) * 7
-    each = [params[b % len(params)] for b in range(len(key))]
-    rules = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in each], dtype=torch.float64)
-    u = uniform(key, position)
-    expected = [sample(logits_BV[b : b + 1].clone(), p, u[b : b + 1], vocab) for b, p in enumerate(each)]
-    return sample_rows(logits_BV, vocab, rules, key, position), [
-        torch.cat(column) for column in zip(*(one[:3] for one in expected), strict=True)
+    own = rows(params, len(logits_BV), torch.tensor([stream_key(seed, b) for b in range(len(logits_BV))]))
+    one = [torch.tensor([b]) for b in range(len(logits_BV))]
+    expected = [reference(logits_BV[b], vocab, own.at(b)) for b in one]
+    return sample_rows(logits_BV, vocab, own), [
+        torch.cat(column) for column in zip(*(found[:3] for found in expected), strict=True)
     ]
 
 
@@ -49,9 +58,9 @@ def test_rows_with_parameters_of_their_own_equal_the_reference(instructions, V, 
     for ours, theirs in ((found.logp_B, logp), (found.raw_logp_B, raw)):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
     best = most_likely(logits.view(6, -1, V), vocab)
-    assert torch.equal(best.token_BT.flatten(), logits[:, :vocab].argmax(-1))
-    exact = logits.double().log_softmax(-1).gather(1, best.token_BT.view(-1, 1))
-    torch.testing.assert_close(best.logp_BT.double().flatten(), exact.squeeze(1), atol=1e-6, rtol=1e-6)
+    assert torch.equal(best.token_B.flatten(), logits[:, :vocab].argmax(-1))
+    exact = logits.double().log_softmax(-1).gather(1, best.token_B.view(-1, 1))
+    torch.testing.assert_close(best.logp_B.double().flatten(), exact.squeeze(1), atol=1e-6, rtol=1e-6)
 
 
 def test_what_is_kept_ends_at_the_same_token(instructions):
@@ -67,11 +76,9 @@ def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, voc
     generator = torch.Generator().manual_seed(V)
     logits = torch.randn(60, V, generator=generator) * 3
     logits[::5] = logits[::5].round()
-    key, position = torch.arange(60), torch.arange(60) * 7
     for params in PARAMS[5:]:
-        rules = torch.tensor([[params.temperature, params.top_p, params.top_k, params.min_p]] * 60, dtype=torch.float64)
-        found = sample_rows(logits, vocab, rules, key, position, kept=True)
-        expected = sample(logits.clone(), params, uniform(key, position), vocab, kept=True)
+        found = sample_rows(logits, vocab, rows([params], 60), kept=True)
+        expected = reference(logits, vocab, rows([params], 60), kept=True)
         assert torch.equal(found.token_B, expected.token_B) and torch.equal(found.kept_BV, expected.kept_BV)
         assert found.kept_BV.shape == (60, vocab) and found.kept_BV.gather(1, found.token_B[:, None]).all()
         within = (logits[:, :vocab] / params.temperature).masked_fill(~found.kept_BV, -torch.inf).double()
@@ -80,7 +87,7 @@ def test_kept_tokens_and_their_logprobs_equal_the_reference(instructions, V, voc
         for one in (found, expected):
             torch.testing.assert_close(one.logp_B.double(), exact, atol=3e-6, rtol=1e-6)
             torch.testing.assert_close(one.raw_logp_B.double(), raw, atol=3e-6, rtol=1e-6)
-        plain = sample_rows(logits, vocab, rules, key, position)
+        plain = sample_rows(logits, vocab, rows([params], 60))
         assert plain.kept_BV is None and torch.equal(plain.token_B, found.token_B), "recording changes no token"
 
 
@@ -90,17 +97,11 @@ def test_likelier_spare_rows_count_in_logprobs_and_decide_nothing(instructions, 
     more than float32's exponentials hold."""
     logits = torch.randn(40, 70, generator=torch.Generator().manual_seed(3))
     logits[:, 66] = logits[:, :66].amax(-1) + ahead
-    key, position = torch.arange(40), torch.arange(40) * 7
     for params in PARAMS[1:]:
-        rules = torch.tensor([[params.temperature, params.top_p, params.top_k, params.min_p]] * 40, dtype=torch.float64)
-        u = uniform(key, position)
-        forms = (
-            lambda logits, kept, rules=rules: sample_rows(logits, 66, rules, key, position, kept=kept),
-            lambda logits, kept, params=params, u=u: sample(logits.clone(), params, u, 66, kept=kept),
-        )
-        for call in forms:
-            alone = call(logits[:, :66].contiguous(), True)
-            found, plain = call(logits, True), call(logits, False)
+        own = rows([params], 40)
+        for call in (sample_rows, reference):
+            alone = call(logits[:, :66].contiguous(), 66, own, kept=True)
+            found, plain = call(logits, 66, own, kept=True), call(logits, 66, own)
             assert torch.equal(found.token_B, alone.token_B) and torch.equal(plain.token_B, alone.token_B)
             assert torch.equal(found.kept_BV, alone.kept_BV)
             torch.testing.assert_close(found.logp_B, alone.logp_B)
@@ -115,18 +116,17 @@ def test_after_a_refused_draft_what_is_left_is_sampled(instructions):
     logits, other = (torch.randn(20 * len(PARAMS), 67, generator=generator) for _ in range(2))
     logits[:, 61:] -= 5.0
     other[::7] = logits[::7]
-    each = [PARAMS[b % len(PARAMS)] for b in range(len(logits))]
-    rules = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in each], dtype=torch.float64)
-    q = torch.cat([probabilities(other[b : b + 1], p, 61) for b, p in enumerate(each)])
+    own, one = rows(PARAMS, len(logits)), [torch.tensor([b]) for b in range(len(logits))]
+    q = torch.cat([probabilities(other[b], own.at(b).rules_B4, 61) for b in one])
     q[::7] *= 1.01
-    key, position = torch.arange(len(each)), torch.arange(len(each)) * 3
-    rejected = RejectedDrafts(torch.rand(len(each), generator=generator) < 0.7, q)
-    found = sample_rows(logits, 61, rules, key, position, rejected).token_B
-    u = uniform(key, position)
-    for b, params in enumerate(each):
-        p = probabilities(logits[b : b + 1], params, 61)
-        refused = bool(rejected.rejected_B[b]) and params.temperature > 0
-        assert found[b] == inverse_cdf(residual(p, q[b : b + 1]) if refused else p, u[b : b + 1])
+    rejected = RejectedDrafts(torch.rand(len(logits), generator=generator) < 0.7, q)
+    found = [call(logits, 61, own, rejected).token_B for call in (sample_rows, reference)]
+    u = uniform(own.key_B, own.position_B)
+    for b in one:
+        p = probabilities(logits[b], own.at(b).rules_B4, 61)
+        refused = bool(rejected.rejected_B[b]) and bool(own.rules_B4[b, 0] > 0)
+        expected = inverse_cdf(residual(p, q[b]) if refused else p, u[b])
+        assert found[0][b] == expected and found[1][b] == expected
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -50,7 +50,7 @@ def test_a_request_in_its_words(engine):
     )  # fmt: skip
     with pytest.raises(UserError, match="leave stop strings"):
         vllm_engine.sampling_params(engine.plan([[0, 5]], stop_strings=["x"]).batches[0].samples[0].request)
-    for cut in (dict(top_p=0.9), dict(top_k=9), dict(min_p=0.1), dict(repetition_penalty=1.1)):
+    for cut in (dict(top_p=0.9), dict(top_k=9), dict(min_p=0.1)):
         with pytest.raises(UserError, match="samples by temperature alone"):
             vllm_engine.sampling_params(engine.plan([[0, 5]], **cut).batches[0].samples[0].request)
     with pytest.raises(UserError, match=r"rollout.max_model_len is 13, .* may have 14 tokens"):

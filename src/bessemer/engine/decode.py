@@ -12,9 +12,6 @@ The routed experts give the same bits as `kernels.expert_ffn` without gradients,
 handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
 rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times faster at 64 or fewer.
 
-`new_cache`, `token_bytes`, `prefill` and `step` dispatch on the model's type; `hf_decode` registers the versions for
-foreign models, whose cache has the interface of `LatentCache`.
-
 Shapes: B rows, T tokens of each, N real tokens, M routed rows in expert order, S slots, D hidden, H heads, X = C + R,
 E experts, K experts per token, F expert inner width, L sparse layers, V vocabulary.
 """
@@ -22,123 +19,86 @@ E experts, K experts per token, F expert inner width, L sparse layers, V vocabul
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import singledispatch
-from typing import NamedTuple
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bessemer.engine.kv_cache import LatentCache, PromptPages, RowGroup, indices
-from bessemer.kernels import attention
+from bessemer.engine.steps import ForwardOutput, PrefillChunk, RoutingTrace, StepBackend, register
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA, rotate
 from bessemer.model.moe import Dispatched
-from bessemer.model.protocol import LanguageModel, Sizes
+from bessemer.model.ops import operation
 from bessemer.model.transformer import Transformer
 
-Model = LanguageModel
 PREFILL_TOKENS = 16384
 """Approximate number of tokens in one prefill forward pass, padding included; bounds its memory."""
 
 
-class RoutingTrace:
-    """The experts chosen by each token of a forward pass, for replay in the trainer (R3), the chat page and EPLB."""
+class TorchSteps(StepBackend):
+    """Prefill and steps in plain torch, on any device."""
 
-    def __init__(self, cfg: Sizes):
-        self.dtype = torch.uint8 if cfg.n_routed_experts <= 256 else torch.int16
-        self._layers: list[Tensor] = []
-        self._all: Tensor | None = None
+    def __init__(self, model: Transformer):
+        self.model: Transformer = model
 
-    def add_layer(self, expert_NK: Tensor) -> None:
-        """Records the choices of the next sparse layer of the current pass."""
-        self._layers.append(expert_NK.to(self.dtype))
+    def new_cache(self, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
+        model = self.model
+        weight, layers = model.embed.weight, model.cfg.n_layers + min(drafts, len(model.mtp))
+        return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
 
-    def add_layers(self, expert_NLK: Tensor) -> None:
-        """Records the choices of all sparse layers of a pass."""
-        self._all = expert_NLK.to(self.dtype)
+    def token_bytes(self, drafts: int = 0) -> int:
+        return sum(pool.shape[-1] * pool.element_size() for pool in self.new_cache(drafts=drafts).layers)
 
-    def take(self) -> Tensor:
-        """Returns the choices [N, L, K] of the pass that has just ended, and empties the trace."""
-        expert_NLK = torch.stack(self._layers, 1) if self._all is None else self._all
-        self._layers, self._all = [], None
-        return expert_NLK
+    def prefill(self, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None) -> Tensor:
+        """Whole prompts run together, padded to the longest; a chunk that continues a prompt runs alone."""
+        whole = [chunk for chunk in chunks if chunk.whole]
+        logits = [row for batch in _batches(whole) for row in _prefill_whole(self.model, cache, batch, trace)]
+        next_logits = iter(logits)
+        logits = [next(next_logits) if c.whole else _prefill_chunk(self.model, cache, c, trace) for c in chunks]
+        for chunk in chunks:
+            chunk.prompt.length = chunk.end
+        return torch.stack(logits)
 
+    def forward(
+        self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
+    ) -> ForwardOutput:
+        state_BTD = self.model.norm(hidden_step(self.model, token_BT, position_B, cache, trace))
+        return ForwardOutput(state_BTD, self.model.head(state_BTD).float())
 
-class ForwardOutput(NamedTuple):
-    """The result of one pass of the model."""
-
-    state_BTD: Tensor | None
-    """Hidden states after the final norm; None for a foreign model."""
-    logits_BTV: Tensor
-
-
-class PrefillChunk(NamedTuple):
-    """Tokens [prompt.length, end) of a prompt."""
-
-    prompt: PromptPages
-    end: int
-
-    @property
-    def whole(self) -> bool:
-        return self.prompt.length == 0 and self.end == len(self.prompt.ids)
-
-
-@singledispatch
-def new_cache(model: Model, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> LatentCache:
-    """An empty cache for the model; arguments as in `LatentCache`. `drafts`: tokens to draft per step; each MTP module
-    that drafts needs a layer in the cache."""
-    assert isinstance(model, Transformer)
-    weight, layers = model.embed.weight, model.cfg.n_layers + min(drafts, len(model.mtp))
-    return LatentCache(model.cfg, weight.dtype, weight.device, limit, prefix_cache, layers)
+    def draft(
+        self, k: int, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, last_B: Tensor, cache: LatentCache
+    ) -> tuple[Tensor, Tensor]:
+        T, model, module = token_BT.shape[1], self.model, self.model.mtp[k]
+        position_BT = position_B[:, None] + torch.arange(T, device=position_B.device)
+        # nothing reads positions before the beginning; their keys go where those of later tokens will be written
+        position_BT = torch.where(position_BT < 0, position_B[:, None] + T - 1 - position_BT, position_BT)
+        cache.reserve([last + 1 for last in position_BT.max(1).values.tolist()])
+        rope = model.rope_table(int(position_BT.max()) + 1)[position_BT]
+        x_BTD = module.join(hidden_BTD, F.embedding(token_BT, model.embed.weight))
+        groups, slot_N = cache.row_groups(position_B, T), cache.slots_BT(position_BT).flatten()
+        out_BTD = layer_step(module.layer, model.cfg.n_layers + k, x_BTD, rope, cache, groups, slot_N)
+        last_BD = out_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return out_BTD, model.head(module.norm(last_BD)).float()
 
 
-@singledispatch
-def token_bytes(model: Model, drafts: int = 0) -> int:
-    """Bytes of a token in a cache for `drafts` drafts per step."""
-    return sum(pool.shape[-1] * pool.element_size() for pool in new_cache(model, drafts=drafts).layers)
+register(lambda model: TorchSteps(cast(Transformer, model)) if model.layers else None)
 
 
-def prefill_all(
-    model: Model, cache: LatentCache, prompts: Sequence[PromptPages], trace: RoutingTrace | None = None
-) -> list[Tensor]:
-    """Prefills whole prompts; returns the logits [V] after each."""
-    return [logits_V for batch in whole_prompts(cache, prompts) for logits_V in prefill(model, cache, batch, trace)]
-
-
-def whole_prompts(cache: LatentCache, prompts: Sequence[PromptPages]) -> Iterator[list[PrefillChunk]]:
-    """Allocates pages for all prompts and yields them in batches of bounded size. Sorted prompts need less padding."""
-    for prompt in prompts:
-        cache.extend(prompt, len(prompt.ids))
+def _batches(chunks: Sequence[PrefillChunk]) -> Iterator[list[PrefillChunk]]:
+    """Whole prompts in batches of bounded size. Sorted prompts need less padding."""
     batch: list[PrefillChunk] = []
     longest = 0
-    for prompt in prompts:
-        longest = max(longest, len(prompt.ids))
+    for chunk in chunks:
+        longest = max(longest, chunk.end)
         if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
             yield batch
-            batch, longest = [], len(prompt.ids)
-        batch.append(PrefillChunk(prompt, len(prompt.ids)))
+            batch, longest = [], chunk.end
+        batch.append(chunk)
     if batch:
         yield batch
-
-
-@singledispatch
-def prefill(
-    model: Model, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
-) -> Tensor:
-    """Runs chunks, whose pages must be allocated, through the model; returns the logits after each, [len(chunks), V].
-
-    Whole prompts run together, padded to the longest; a chunk that continues a prompt runs alone.
-    """
-    assert isinstance(model, Transformer)
-    whole = [chunk for chunk in chunks if chunk.whole]
-    logits_PV = _prefill_whole(model, cache, whole, trace) if whole else None
-    next_logits = iter(() if logits_PV is None else logits_PV)
-    logits = [next(next_logits) if chunk.whole else _prefill_chunk(model, cache, chunk, trace) for chunk in chunks]
-    for chunk in chunks:
-        chunk.prompt.length = chunk.end
-    return torch.stack(logits)
 
 
 def _prefill_whole(
@@ -228,15 +188,6 @@ def write_mtp_latents(
             state_ND = feed_forward(layer, layer.route(h_1ND))[0]
 
 
-@singledispatch
-def step(
-    model: Model, token_B: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
-) -> Tensor:
-    """Logits [B, V] of the token after `token_B`, which is at `position_B` and enters the cache."""
-    assert isinstance(model, Transformer)
-    return logits_of(model, hidden_step(model, token_B.unsqueeze(1), position_B, cache, trace).squeeze(1))
-
-
 def hidden_step(
     model: Transformer, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
 ) -> Tensor:
@@ -320,25 +271,21 @@ def _attend(q_BQX: Tensor, latent_BSX: Tensor, group: RowGroup, n_heads: int, sc
 def expanded_after(attn: MLA, u_BTD: Tensor, latent_BSX: Tensor, rope: Tensor) -> Tensor:
     """Attention in the expanded form for the last T of S cached tokens, [B, T, D]; `rope` is for these T."""
     cfg = attn.cfg
-    T, S = u_BTD.shape[1], latent_BSX.shape[1]
     c_BSC, k_rope_BSR = latent_BSX.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
     kv = attn.wkv_b(c_BSC).unflatten(-1, (cfg.n_heads, -1))
-    q = attn.project(u_BTD)
-    if attention.serves(q, kv, k_rope_BSR, None, cfg.softmax_scale):
-        out, _ = attention.attention(q, kv, k_rope_BSR, rope, None, None, cfg.softmax_scale)
-        return attn.wo(out.flatten(-2))
-    nope = cfg.qk_nope_head_dim
+    return attn.wo(attend_after(attn.project(u_BTD), kv, k_rope_BSR, rope, cfg.softmax_scale).flatten(-2))
+
+
+@operation
+def attend_after(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> Tensor:
+    """`mla.latent_attention` of the last T of S tokens, [B, T, H, V]. q [B, T, H, N + R] is not yet rotated; kv
+    [B, S, H, N + V] and k_rope [B, S, R] are of the cache, which holds rotated keys; rope is for the T tokens."""
+    T, S, H, nope = q.shape[1], kv.shape[1], q.shape[2], q.shape[-1] - k_rope.shape[-1]
     q = torch.cat((q[..., :nope], rotate(q[..., nope:], rope.unsqueeze(-3))), -1)
-    k = torch.cat((kv[..., :nope], k_rope_BSR.unsqueeze(2).expand(-1, -1, cfg.n_heads, -1)), -1)
+    k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
     visible_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        kv[..., nope:].transpose(1, 2),
-        attn_mask=visible_TS,
-        scale=cfg.softmax_scale,
-    )
-    return attn.wo(out.transpose(1, 2).flatten(-2))
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, kv[..., nope:]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_TS, scale=scale).transpose(1, 2)
 
 
 def logits_of(model: Transformer, x_ND: Tensor) -> Tensor:

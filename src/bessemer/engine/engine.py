@@ -3,25 +3,21 @@
 Samples run in fixed batches, with one prefill per distinct prompt in a batch (a prompt's samples are split only if they
 exceed a batch). On a CPU batches go to processes, one per core. Results do not depend on either: every sample has its
 own random stream, identified by the seed, the prompt's tokens and the sample's number.
-
-Shapes: B live sequences, L sparse layers, K experts per token.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from itertools import groupby
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from bessemer import heartbeat, probe
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import generation
-from bessemer.engine.decode import Model, RoutingTrace, new_cache, whole_prompts
 from bessemer.engine.generation import (
+    CallOptions,
     Completion,
     GenerationBatch,
     GenerationPlan,
@@ -29,24 +25,29 @@ from bessemer.engine.generation import (
     OnTokens,
     Options,
     Prompt,
+    Sample,
 )
-from bessemer.engine.grammar import Grammars
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.engine.model_runner import ModelRunner, not_finite
+from bessemer.engine.model_runner import not_finite
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.sequence import Sequence, cut_at_stop, stop_strings
+from bessemer.engine.scheduler import Scheduler
+from bessemer.engine.sequence import Sequence, cut_at_stop
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.workers import Workers
+
+EVERYTHING = 1 << 62
+"""Prompt tokens of a step in which a whole batch starts."""
 
 
 class Engine:
     """Generates with a model and its tokenizer. No state outlives a call, so the model may be trained between calls."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, workers: Workers | None = None):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, workers: Workers | None = None):
         """UserError if model and tokenizer do not belong together."""
         if tokenizer.vocab_size > model.cfg.vocab_size:
             raise UserError(
@@ -54,11 +55,8 @@ class Engine:
                 "not match: load both from one directory"
             )
         model.cfg.require_latent("the engine")
-        if not model.layers:
-            from bessemer.engine import hf_decode  # noqa: F401 (registers foreign models; needs transformers)
         self.model = model
         self.tokenizer = tokenizer
-        self.grammars = Grammars(tokenizer)
         self.workers = workers or Workers(1)
         """Processes that run batches in parallel; their number does not change the result."""
 
@@ -82,65 +80,46 @@ class Engine:
         self, prompts: abc.Sequence[Prompt], *, on_tokens: OnTokens | None = None, **options: Unpack[Options]
     ) -> GenerationPlan:
         """Batches of at most `batch_rows` samples; `run` generates one, in this or another process with these weights.
-        The options are those of `generation.plan`."""
-        return generation.plan(self.model, self.tokenizer, prompts, on_tokens=on_tokens, **options)
+        The options are those of `generate`."""
+        return generation.plan(self.model, self.tokenizer, prompts, CallOptions(**options), on_tokens)
 
     def check_prompt(self, ids: abc.Sequence[int], name: str = "the prompt") -> None:
         """UserError for a prompt that is empty, leaves no room for an answer, or has ids outside the vocabulary."""
         generation.check_prompt(self.model, ids, name)
 
-    def run(self, batch: GenerationBatch) -> list[Completion]:
-        """One completion of each sample in the batch."""
-        return self.run_all([batch])[0]
-
     def run_all(self, batches: abc.Sequence[GenerationBatch], on_text: OnText | None = None) -> list[list[Completion]]:
         """`run` for every batch, one after another in this process."""
-        return [self._run_batch(batch, on_text) for batch in batches]
+        return [self.run(batch, on_text) for batch in batches]
 
-    def _run_batch(self, batch: GenerationBatch, on_text: OnText | None) -> list[Completion]:
-        stop = stop_strings(self.tokenizer, tuple(batch.stop_strings))
-        sequences = [Sequence(sample.request, number, stop) for number, sample in enumerate(batch.samples)]
-        by_prompt = {ids: list(same) for ids, same in groupby(sequences, key=lambda s: s.request.prompt)}
-        model, trace, record = self.model, None, RoutingRecord()
-        if batch.record_routing:
-            trace = RoutingTrace(model.cfg)
-        with evaluating(model), torch.inference_mode():
-            cache = new_cache(model, drafts=batch.drafts)
-            runner = ModelRunner(model, self.tokenizer, cache, trace, batch.drafts, kept=batch.record_kept)
-            prompts = [cache.open(ids) for ids in by_prompt]
-            logits_PV = torch.cat([runner.prefill(batch) for batch in whole_prompts(cache, prompts)])
-            runner.admit(list(zip(prompts, by_prompt.values(), strict=True)), logits_PV)
-            for prompt in prompts if trace is not None else ():
-                record.start([sequence.number for sequence in by_prompt[prompt.ids]], torch.cat(prompt.routing))
-            while runner.sequences:
+    def run(self, batch: GenerationBatch, on_text: OnText | None = None) -> list[Completion]:
+        """One completion of each sample in the batch: all its prompts start together, and its rows are not refilled."""
+        record = RoutingRecord() if batch.record_routing else None
+        with evaluating(self.model):
+            scheduler = Scheduler(
+                self, rows=len(batch.samples), prefill_tokens=EVERYTHING, drafts=batch.drafts, record=record,
+                prefix_cache=False, kept=batch.record_kept,
+            )  # fmt: skip
+            sequences = [scheduler.start(sample.request) for sample in batch.samples]
+            samples = {sequence.number: sample for sequence, sample in zip(sequences, batch.samples, strict=True)}
+            while not scheduler.idle:
                 heartbeat.beat()
-                runner.sample()
-                if failed := [s for s in runner.sequences if s.finish == "error"]:
-                    raise not_finite(len(failed), len(runner.sequences), len(failed[0].tokens) + 1)
-                self._emit(batch, runner.sequences, on_text)
-                runner.retire()
-                if runner.sequences:
-                    runner.advance()
-                    if runner.expert_BLK is not None:
-                        record.add_step([s.number for s in runner.sequences], runner.expert_BLK)
-                    if batch.drafts:
-                        self._emit(batch, runner.sequences, on_text)
-                        runner.retire()
+                decoded = scheduler.decode()
+                if failed := [sequence for sequence in decoded if sequence.finish == "error"]:
+                    raise not_finite(len(failed), len(decoded), len(failed[0].tokens) + 1)
+                self._report(batch, [(samples[sequence.number], sequence) for sequence in decoded], on_text)
         routing: list[Tensor | None] = [None] * len(sequences)
-        if trace is not None:
+        if record is not None:
             routing[:] = record.of([sequence.number for sequence in sequences])
         return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
 
-    def _emit(self, batch: GenerationBatch, sequences: list[Sequence], on_text: OnText | None) -> None:
+    def _report(self, batch: GenerationBatch, decoded: list[tuple[Sample, Sequence]], on_text: OnText | None) -> None:
         """Passes the tokens since the last call to on_tokens, and the texts of sequences that have ended to on_text."""
         if batch.on_tokens is not None:
-            running = [(batch.samples[sequence.number], sequence) for sequence in sequences]
-            batch.on_tokens([(s.prompt, s.sample, token) for s, q in running for token in q.tokens[q.n_emitted :]])
-            for sequence in sequences:
+            batch.on_tokens([(s.prompt, s.sample, token) for s, q in decoded for token in q.tokens[q.n_emitted :]])
+            for _, sequence in decoded:
                 sequence.n_emitted = len(sequence.tokens)
-        for sequence in sequences:
+        for sample, sequence in decoded if on_text is not None else ():
             if on_text is not None and sequence.finish is not None:
-                sample = batch.samples[sequence.number]
                 on_text(sample.prompt, sample.sample, self._text(sequence))
 
     def _text(self, sequence: Sequence) -> str:

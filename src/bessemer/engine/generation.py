@@ -18,12 +18,12 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import Model
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sequence import Request, SamplingParams, check_positive, check_stop_strings
 from bessemer.engine.speculative import check_drafts
 from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
 
 Prompt = str | abc.Sequence[int]
 NEW_TOKENS = 2048
@@ -90,11 +90,10 @@ class GenerationBatch:
     """Samples that are generated together, in any process."""
 
     samples: list[Sample]
-    stop_strings: list[str]
-    on_tokens: OnTokens | None
-    record_routing: bool
-    drafts: int
+    on_tokens: OnTokens | None = None
+    record_routing: bool = False
     record_kept: bool = False
+    drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class GenerationPlan:
 
 
 class Options(TypedDict, total=False):
-    """The options of `plan`, and of `Engine.generate`, for editors and type checkers; `plan` has their defaults."""
+    """The options of `Engine.generate`, for editors and type checkers; `CallOptions` has their defaults."""
 
     samples: int
     """Completions of each prompt."""
@@ -137,8 +136,6 @@ class Options(TypedDict, total=False):
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float
     """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
-    repetition_penalty: float
-    """Divides the positive logits of every token in the prompt or the answer, and multiplies the negative ones."""
     seed: int
     """The same seed gives the same completions."""
     stop_ids: Iterable[int] | None
@@ -148,92 +145,96 @@ class Options(TypedDict, total=False):
     batch_rows: int
     """Most samples that a CPU generates together."""
     seeds: abc.Sequence[int] | None
-    """One per prompt, in place of seed and prompt as the identity of the random streams."""
+    """One per prompt, in place of seed and prompt as the identity of the random streams: sample k of prompt p is then a
+    function of (seeds[p], k)."""
     record_routing: bool
-    """Fill `Completion.routing`."""
+    """Fill `Completion.routing`. It changes nothing else."""
     drafts: int
-    """Tokens that the MTP module drafts per step."""
+    """Tokens that the MTP module drafts per step (`speculative`). Greedy answers stay the same; sampled ones have the
+    same distribution but use other random numbers. Useful for few samples."""
     record_kept: bool
-    """Fill `Completion.kept`."""
+    """Fill `Completion.kept`. Log-probabilities are then those of the truncated distribution that was sampled from."""
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """The options of one call."""
+
+    samples: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_ids: Iterable[int] | None = None
+    stop_strings: Iterable[str] | None = None
+    batch_rows: int = 512
+    seeds: abc.Sequence[int] | None = None
+    record_routing: bool = False
+    drafts: int = 0
+    record_kept: bool = False
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_p, self.top_k, self.min_p)
+
+    def check(self, model: LanguageModel) -> None:
+        """UserError for options that do not go together or that the model cannot meet."""
+        check_positive(samples=self.samples, max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows)
+        if self.record_routing and all(layer.dense for layer in model.layers):
+            raise UserError("record_routing: no layer of this model has routed experts; leave it off")
+        if check_drafts(model, self.drafts) and self.record_routing:
+            raise UserError("record_routing and drafts cannot be combined; leave one of them off")
+        if self.record_kept and self.drafts:
+            raise UserError("record_kept and drafts cannot be combined; leave one of them off")
+        if self.record_kept and not self.sampling.truncated:
+            raise UserError(
+                "record_kept records what truncation keeps; give a temperature above 0 with top_p, top_k or min_p"
+            )
 
 
 Method = TypeVar("Method", bound=Callable[..., object])
 
 
 def spelled_out(method: Method) -> Method:
-    """Shows the options and their defaults in the signature of a method that passes `**options` to `plan`, for `help`
-    and notebooks."""
-    signature, own = inspect.signature(method), inspect.signature(plan).parameters
+    """Shows the options and their defaults in the signature of a method that takes `**options`, for `help` and
+    notebooks."""
+    signature, own = inspect.signature(method), inspect.signature(CallOptions).parameters
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters += [own[name] for name in Options.__annotations__]
+    parameters += [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in Options.__annotations__]
     method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return method
 
 
 def plan(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: abc.Sequence[Prompt],
-    *,
-    samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    stop_ids: Iterable[int] | None = None,
-    stop_strings: Iterable[str] | None = None,
-    batch_rows: int = 512,
-    seeds: abc.Sequence[int] | None = None,
+    model: LanguageModel, tokenizer: Tokenizer, prompts: abc.Sequence[Prompt], call: CallOptions,
     on_tokens: OnTokens | None = None,
-    record_routing: bool = False,
-    drafts: int = 0,
-    record_kept: bool = False,
-) -> GenerationPlan:
+) -> GenerationPlan:  # fmt: skip
     """Batches of at most `batch_rows` samples; `Engine.run` generates one, in any process with these weights.
 
-    A prompt is text (the start of a document: BOS is prepended) or ids, used as given. stop_ids None: the ids that
-    end a text or an answer in this tokenizer. A sample also ends at the model's max_seq_len. Sample k of a prompt
-    is the same whatever else is in the call; when a prompt occurs twice, the second occurrence continues the
-    numbering of the first. `seeds`, one per prompt, replaces seed and prompt as the identity of the streams: sample
-    k is then a function of (seeds[p], k).
-    record_routing fills `Completion.routing`; it changes nothing else. record_kept fills `Completion.kept`; the
-    log-probabilities are then those of the truncated distribution that was sampled from.
-    drafts: number of tokens that the MTP module drafts per step (`speculative`). Greedy answers stay the same;
-    sampled ones have the same distribution but use other random numbers. Useful for few samples.
+    A prompt is text (the start of a document: BOS is prepended) or ids, used as given. A sample also ends at the
+    model's max_seq_len. Sample k of a prompt is the same whatever else is in the call; when a prompt occurs twice, the
+    second occurrence continues the numbering of the first.
     """
-    sampling = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty)
-    check_positive(samples=samples, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
-    if record_routing and all(layer.dense for layer in model.layers):
-        raise UserError("record_routing: no layer of this model has routed experts; leave it off")
-    if check_drafts(model, drafts) and record_routing:
-        raise UserError("record_routing and drafts cannot be combined; leave one of them off")
-    if record_kept and drafts:
-        raise UserError("record_kept and drafts cannot be combined; leave one of them off")
-    if record_kept and (not sampling.truncated or sampling.penalised):
-        raise UserError(
-            "record_kept records what truncation keeps; give a temperature above 0 with top_p, top_k or min_p, "
-            "and no penalty"
-        )
-    strings = check_stop_strings(stop_strings)
-    stop_ids = tuple(tokenizer.stop_ids if stop_ids is None else stop_ids)
+    call.check(model)
+    strings = tuple(check_stop_strings(call.stop_strings))
+    stop_ids = tuple(tokenizer.stop_ids if call.stop_ids is None else call.stop_ids)
     max_seq_len = model.cfg.max_seq_len
 
     def request(ids: tuple[int, ...], key: int) -> Request:
-        room = min(max_new_tokens, max_seq_len - len(ids))
-        return Request(ids, key, room, sampling, stop_ids, tuple(strings))
+        room = min(call.max_new_tokens, max_seq_len - len(ids))
+        return Request(ids, key, room, call.sampling, stop_ids, strings)
 
-    all_samples = _samples(_encode(model, tokenizer, prompts), samples, seed, seeds, request)
+    all_samples = _samples(_encode(model, tokenizer, prompts), call, request)
     batches = [
-        GenerationBatch(batch, strings, on_tokens, record_routing, drafts, record_kept)
-        for batch in _batches(all_samples, batch_rows)
+        GenerationBatch(batch, on_tokens, call.record_routing, call.record_kept, call.drafts)
+        for batch in _batches(all_samples, call.batch_rows)
     ]
-    return GenerationPlan(batches, len(prompts), samples)
+    return GenerationPlan(batches, len(prompts), call.samples)
 
 
-def check_prompt(model: Model, ids: abc.Sequence[int], name: str = "the prompt") -> None:
+def check_prompt(model: LanguageModel, ids: abc.Sequence[int], name: str = "the prompt") -> None:
     """UserError for a prompt that is empty, leaves no room for an answer, or has ids outside the vocabulary."""
     max_seq_len, vocab = model.cfg.max_seq_len, model.cfg.vocab_size
     if not ids:
@@ -248,7 +249,7 @@ def check_prompt(model: Model, ids: abc.Sequence[int], name: str = "the prompt")
         raise UserError(f"{name} contains token id {bad}, outside the model's vocabulary of {vocab}")
 
 
-def _encode(model: Model, tokenizer: Tokenizer, prompts: abc.Sequence[Prompt]) -> list[tuple[int, ...]]:
+def _encode(model: LanguageModel, tokenizer: Tokenizer, prompts: abc.Sequence[Prompt]) -> list[tuple[int, ...]]:
     if isinstance(prompts, str):
         raise UserError(f"prompts must be a list; write [{prompts[:20]!r}]")
     texts = iter(tokenizer.encode_batch([p for p in prompts if isinstance(p, str)]))
@@ -260,13 +261,10 @@ def _encode(model: Model, tokenizer: Tokenizer, prompts: abc.Sequence[Prompt]) -
 
 
 def _samples(
-    encoded: list[tuple[int, ...]],
-    samples: int,
-    seed: int,
-    seeds: abc.Sequence[int] | None,
-    request: Callable[[tuple[int, ...], int], Request],
+    encoded: list[tuple[int, ...]], call: CallOptions, request: Callable[[tuple[int, ...], int], Request]
 ) -> list[Sample]:
     """All samples, with equal prompts next to each other and prompts sorted by length."""
+    seeds, samples = call.seeds, call.samples
     if seeds is not None and len(seeds) != len(encoded):
         raise UserError(f"seeds has {len(seeds)} entries for {len(encoded)} prompts; give one per prompt")
     result: list[Sample] = []
@@ -274,7 +272,7 @@ def _samples(
     for p, ids in enumerate(encoded):
         first = 0 if seeds is not None else seen.get(ids, 0)
         seen[ids] = first + samples
-        stream = (seeds[p],) if seeds is not None else (seed, prompt_digest(ids))
+        stream = (seeds[p],) if seeds is not None else (call.seed, prompt_digest(ids))
         result += [Sample(p, k, request(ids, stream_key(*stream, first + k))) for k in range(samples)]
     return sorted(result, key=lambda sample: (len(sample.request.prompt), sample.request.prompt))
 

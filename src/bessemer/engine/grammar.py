@@ -119,6 +119,10 @@ class GrammarState:
         self.waits = waits
         """Every token is allowed until </think>."""
 
+    def few(self, left: int, of: int) -> None:
+        """At most `left` of `of` tokens may follow: near the end, what is open is closed."""
+        self.left = left if left <= min(RESERVE, of // 2) else None
+
     def append(self, token: int) -> None:
         if self.waits:
             self.waits = token != self._tokenizer.think_end_id

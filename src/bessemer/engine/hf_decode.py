@@ -1,11 +1,11 @@
-"""Foreign models in the engine: `decode.new_cache`, `prefill` and `step` through transformers, and their cache.
+"""Foreign models in the engine: the step backend that runs transformers' code, and its cache.
 
 `SlotCache` replaces transformers' own cache and has the interface and invariants of `LatentCache`: slot s of a row
 holds the token at position s, rows [0, rows) are live, and every slot is finite. Rows of different lengths therefore
 step together without left padding, and removing a row costs a copy of one row. Scheduling, sampling and random streams
 are the same as for our network.
 
-`Engine` imports this module only for a foreign model, because it needs transformers.
+`hf_steps` imports this module only for a foreign model, because it needs transformers.
 
 Shapes: B live rows, P prompts, H key-value heads, S slots, T prompt tokens, W width of a head, D hidden, V vocabulary.
 """
@@ -13,68 +13,61 @@ Shapes: B live rows, P prompts, H key-value heads, S slots, T prompt tokens, W w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from bessemer.engine import decode
-from bessemer.engine.decode import PrefillChunk, RoutingTrace
 from bessemer.engine.kv_cache import PromptPages, indices
+from bessemer.engine.steps import ForwardOutput, PrefillChunk, RoutingTrace, StepBackend
 from bessemer.hf.causal_lm import CausalLM
 
 SLOT_STEP = 64
 """Slots are added in multiples of this: 1 % of decode time goes into the copies, at most 63 slots per row are idle."""
 
 
-@decode.new_cache.register(CausalLM)
-def new_cache(model: CausalLM, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> SlotCache:
-    """An empty cache. Prefixes are not cached, and only the number of rows bounds the size."""
-    return SlotCache(model.cfg.n_layers)
+class ForeignSteps(StepBackend):
+    """Prefill and steps in transformers' code."""
 
+    def __init__(self, model: CausalLM):
+        self.model: CausalLM = model
 
-@decode.token_bytes.register(CausalLM)
-def token_bytes(model: CausalLM, drafts: int = 0) -> int:
-    """Bytes of a token's keys and values, by those of one token."""
-    probe = SlotCache(model.cfg.n_layers)
-    token_11 = torch.zeros(1, 1, dtype=torch.int64, device=model.embed.weight.device)
-    with torch.no_grad():
-        model.hidden(token_11, **{model.cache_word: probe})
-    states = [states for layer in probe.slot_layers for states in (layer.keys, layer.values)]
-    return sum(stored[0, :, 0].numel() * stored.element_size() for stored in states)
+    def new_cache(self, limit: int | None = None, prefix_cache: bool = False, drafts: int = 0) -> Any:
+        """An empty `SlotCache`. Prefixes are not cached, and only the number of rows bounds the size."""
+        return SlotCache(self.model.cfg.n_layers)
 
+    def token_bytes(self, drafts: int = 0) -> int:
+        probe = SlotCache(self.model.cfg.n_layers)
+        self._hidden(torch.zeros(1, 1, dtype=torch.int64, device=self.model.embed.weight.device), probe)
+        states = [states for layer in probe.slot_layers for states in (layer.keys, layer.values)]
+        return sum(stored[0, :, 0].numel() * stored.element_size() for stored in states)
 
-@decode.prefill.register(CausalLM)
-def prefill(
-    model: CausalLM, cache: SlotCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None
-) -> Tensor:
-    """Logits after each prompt, [P, V]. Padding is on the right, hidden by causality."""
-    assert all(chunk.whole for chunk in chunks), "a foreign model takes whole prompts"
-    device = model.embed.weight.device
-    longest = max(chunk.end for chunk in chunks)
-    tokens_PT = indices([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device)
-    fresh = cache.for_prompts([chunk.prompt for chunk in chunks])
-    hidden_PTD = model.hidden(tokens_PT, **{model.cache_word: fresh})
-    row_P = torch.arange(len(chunks), device=device)
-    last_P = indices([chunk.end - 1 for chunk in chunks], device)
-    return logits_of(model, hidden_PTD[row_P, last_P])
+    def prefill(self, cache: SlotCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None) -> Tensor:
+        """Prompts run together, and whole. Padding is on the right, hidden by causality."""
+        assert all(chunk.whole for chunk in chunks), "a foreign model takes whole prompts"
+        device = self.model.embed.weight.device
+        longest = max(chunk.end for chunk in chunks)
+        tokens_PT = indices([[*chunk.prompt.ids, *[0] * (longest - chunk.end)] for chunk in chunks], device)
+        hidden_PTD = self._hidden(tokens_PT, cache.for_prompts([chunk.prompt for chunk in chunks]))
+        last_P = indices([chunk.end - 1 for chunk in chunks], device)
+        return self._logits(hidden_PTD[torch.arange(len(chunks), device=device), last_P])
 
+    def forward(
+        self, token_BT: Tensor, position_B: Tensor, cache: SlotCache, trace: RoutingTrace | None = None
+    ) -> ForwardOutput:
+        """One token per row."""
+        visible_BS = cache.start_step(position_B)
+        hidden_BTD = self._hidden(token_BT, cache, position_B[:, None], attention_mask=visible_BS)
+        return ForwardOutput(hidden_BTD, self._logits(hidden_BTD[:, 0]).unsqueeze(1))
 
-@decode.step.register(CausalLM)
-def step(
-    model: CausalLM, token_B: Tensor, position_B: Tensor, cache: SlotCache, trace: RoutingTrace | None = None
-) -> Tensor:
-    """Logits [B, V] of the token after `token_B`, which is at `position_B` and enters the cache."""
-    visible_BS = cache.start_step(position_B)
-    hidden_BTD = model.hidden(
-        token_B[:, None], position_B[:, None], attention_mask=visible_BS, **{model.cache_word: cache}
-    )
-    return logits_of(model, hidden_BTD[:, 0])
+    @torch.no_grad()
+    def _hidden(self, tokens_BT: Tensor, cache: SlotCache, *positions: Tensor, **mask: Tensor | None) -> Tensor:
+        return self.model.hidden(tokens_BT, *positions, **{self.model.cache_word: cache}, **mask)
 
-
-def logits_of(model: CausalLM, hidden_BD: Tensor) -> Tensor:
-    """Float32 [B, V]."""
-    return (hidden_BD @ model.head_weight.T).float()
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        """Float32 [B, V]."""
+        return (hidden_BD @ self.model.head_weight.T).float()
 
 
 class SlotLayer(CacheLayerMixin):

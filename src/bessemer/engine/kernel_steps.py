@@ -10,7 +10,7 @@ its table of them if one has changed. In float32, a row's numbers depend only on
 the other rows, their order, the number of tokens per row and of threads. In BF16, weights and cache are BF16, and
 values between two products are float32.
 
-`decode.step` is the reference, and is used where `KernelSteps.of` returns None.
+`decode.TorchSteps` is the reference, and is used where `KernelSteps.of` returns None.
 
 Shapes: B rows, T tokens of each, N = B * T, J = T - 1 drafts, D hidden, V vocabulary, L sparse layers, K experts per
 token.
@@ -25,14 +25,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.engine.decode import ForwardOutput, Model, PrefillChunk, RoutingTrace, write_mtp_latents
+from bessemer.engine import decode, sampling
+from bessemer.engine.decode import TorchSteps, write_mtp_latents
 from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.random_streams import ACCEPT, DRAFT
-from bessemer.engine.sampling import RejectedDrafts, SampledTokens
-from bessemer.kernels import gate, library
+from bessemer.engine.sampling import LiveRows, RejectedDrafts, SampledTokens
+from bessemer.engine.speculative import accepted_of
+from bessemer.engine.steps import Drafts, Draws, ForwardOutput, PrefillChunk, Round, RoutingTrace, register
+from bessemer.kernels import attention, gate, library
+from bessemer.kernels import sampling as sampling_kernel
 from bessemer.model.layer import Layer
 from bessemer.model.mla import LATENT_EPS
 from bessemer.model.moe import FFN
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Transformer
 
 PASS = 512
@@ -50,47 +55,12 @@ def _expanded(prompt: PromptPages) -> tuple[int, int]:
     return LONG, max(LONG, (asked - 1) // PASS * PASS)
 
 
-class LiveRows(NamedTuple):
-    """How the live rows continue."""
-
-    newest_B: Tensor
-    """Their newest tokens, which the network has not seen yet."""
-    position_B: Tensor
-    """The positions of these tokens; a round advances them."""
-    rules_B4: Tensor
-    """`sampling.rules`."""
-    key_B: Tensor
-
-
-class DraftStates(NamedTuple):
-    """What the MTP module reads next (see `speculative.Drafter`); a round updates it in place."""
-
-    base_B: Tensor
-    known_B: Tensor
-    token_BT: Tensor
-    hidden_BTD: Tensor
-
-
-class Round(NamedTuple):
-    """The result of one round."""
-
-    logits_BTV: Tensor
-    last_BV: Tensor
-    """The logits after the last accepted draft."""
-    sampled: SampledTokens | None
-    """The tokens after it."""
-    logp_2BJ: Tensor | None
-    """Of accepted drafts: log-probabilities at the row's temperature and at 1."""
-    rejected: RejectedDrafts | None
-    expert_NLK: Tensor | None
-
-
-class KernelSteps:
+class KernelSteps(TorchSteps):
     """The steps of one model; `of` makes them if the kernels support it."""
 
     def __init__(self, model: Transformer):
-        cfg = model.cfg
-        self.model, self._dtype = model, library.DTYPES[model.embed.weight.dtype]
+        super().__init__(model)
+        cfg, self._dtype = model.cfg, library.DTYPES[model.embed.weight.dtype]
         grouped = cfg.topk_method != "greedy" and cfg.n_expert_groups > 1
         self._shape = torch.tensor([
             cfg.dim, cfg.n_heads, cfg.q_lora_rank, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.qk_nope_head_dim,
@@ -118,7 +88,7 @@ class KernelSteps:
         values. Rounds do not count."""
 
     @classmethod
-    def of(cls, model: Model) -> KernelSteps | None:
+    def of(cls, model: LanguageModel) -> KernelSteps | None:
         """The steps of a model of this family on a CPU, in a dtype that the kernels know; None otherwise."""
         if not isinstance(model, Transformer) or not library.fits(model.embed.weight):
             return None
@@ -131,10 +101,9 @@ class KernelSteps:
                 return None
         return cls(model)
 
-    def __call__(
+    def forward(
         self, token_BT: Tensor, position_B: Tensor, cache: LatentCache, trace: RoutingTrace | None = None
     ) -> ForwardOutput:
-        """Runs T tokens per row, the first at position_B, through the network; all enter the cache."""
         B, T = token_BT.shape
         state_BTD = self.model.embed.weight.new_empty(B, T, self.model.cfg.dim)
         record = None if trace is None else self._record(B * T)
@@ -147,9 +116,7 @@ class KernelSteps:
     def draft(
         self, k: int, hidden_BTD: Tensor, token_BT: Tensor, position_B: Tensor, last_B: Tensor, cache: LatentCache
     ) -> tuple[Tensor, Tensor]:
-        """Runs MTP module k (from 0) over T tokens, the first at position_B. Returns its states [B, T, D], and the
-        logits [B, V] at token last_B. Nothing reads positions before the beginning; their keys go where those of later
-        tokens will go."""
+        """Nothing reads positions before the beginning; their keys go where those of later tokens will go."""
         out_BTD = torch.empty_like(hidden_BTD, memory_format=torch.contiguous_format)
         rows = self._rows(token_BT, position_B, cache)
         logits_BV = self._run(
@@ -159,7 +126,7 @@ class KernelSteps:
         return out_BTD, logits_BV
 
     def prefill(self, cache: LatentCache, chunks: Sequence[PrefillChunk], trace: RoutingTrace | None = None) -> Tensor:
-        """`decode.prefill`, in passes of at most PASS tokens; where a prompt is cut does not change its numbers."""
+        """In passes of at most PASS tokens; where a prompt is cut does not change its numbers."""
         logits_PV = torch.empty(len(chunks), self.model.cfg.vocab_size)
         passes: list[list[_Piece]] = [[]]
         room = PASS
@@ -232,52 +199,48 @@ class KernelSteps:
             self._run(self._mtp[0], pools, rows, hidden=torch.cat(hidden), pick=token_N[:0])
 
     def round(
-        self,
-        rows: LiveRows,
-        cache: LatentCache,
-        vocab: int,
-        states: DraftStates | None = None,
-        most_B: Tensor | None = None,
-        sample: bool = True,
-        greedy: bool = False,
-        trace: bool = False,
-        kept: bool = False,
+        self, rows: LiveRows, cache: LatentCache, drafts: Drafts, draws: Draws, trace: RoutingTrace | None = None
     ) -> Round:
-        """Runs the newest tokens, each followed by drafts of the only MTP module, through the network; each row accepts
-        at most most_B drafts. sample: the next tokens are sampled too. greedy: every row takes its most likely token.
-        Tokens are below `vocab`. kept: see `SampledTokens`."""
-        B, V, J = len(rows.newest_B), self.model.cfg.vocab_size, 0 if states is None else states.token_BT.shape[1] - 1
+        """One call of the kernel, unless several MTP modules draft."""
+        if len(drafts.modules) > 1:
+            return drafts.round(self, rows, cache, draws, trace)
+        B, V, J, states = len(rows.newest_B), self.model.cfg.vocab_size, drafts.depth, drafts.states
         lengths = [position + J + 1 for position in rows.position_B.tolist()]
         cache.reserve(lengths)
         self._reach(max(lengths))
         self._main.point(cache.layers[: self._layers])
         logits_BTV = torch.empty(B, J + 1, V)
-        record = self._record(B * (J + 1)) if trace else None
-        sampled = module = last_BV = logp_2BJ = rejected = None
-        if sample:
-            kept_BV = torch.empty(B, vocab, dtype=torch.bool) if kept else None
-            sampled = SampledTokens(torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B), kept_BV)
+        record = None if trace is None else self._record(B * (J + 1))
+        kept_BV = torch.empty(B, draws.vocab, dtype=torch.bool) if draws.kept else None
+        sampled = SampledTokens(torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B), kept_BV)
+        module = last_BV = logp_2BJ = rejected = None
         if states is not None:
             module = self._mtp[0]
             module.point(cache.layers[self._layers :])
             last_BV, logp_2BJ = torch.empty(B, V), torch.empty(2, B, J)
-            if not greedy:
-                rejected = RejectedDrafts(torch.empty(B, dtype=torch.bool), torch.empty(B, vocab))
+            if not draws.greedy:
+                rejected = RejectedDrafts(torch.empty(B, dtype=torch.bool), torch.empty(B, draws.vocab))
         library.call(
             f"decode_round_{self._dtype}", "pppippp" + "pip" + "iii" + "ppii" + "p" * 7 + "ppp" + "pp" + "ppppp" + "i",
             self._shape, self._factors, self._main.layers, self._layers, self._main.ends,
             *((None, None) if module is None else (module.layers, module.ends)),
             cache.table_BP, cache.table_BP.shape[1], self._rope,
-            B, J, vocab,
+            B, J, draws.vocab,
             rows.rules_B4, rows.key_B, DRAFT, ACCEPT,
             rows.newest_B, rows.position_B,
-            most_B, *(states or (None,) * 4),
+            None if states is None else drafts.most_B, *(states or (None,) * 4),
             logits_BTV, last_BV, logp_2BJ,
             *((None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)),
-            record, *(sampled or (None,) * 4),
+            record, *sampled,
             library.threads(),
         )  # fmt: skip
-        return Round(logits_BTV, logits_BTV[:, 0] if last_BV is None else last_BV, sampled, logp_2BJ, rejected, record)
+        drafts.rejected, accepted, expert_BTLK = rejected, [], None
+        if states is not None and logp_2BJ is not None:
+            accepted = accepted_of(states.known_B, states.token_BT, logp_2BJ)
+        if trace is not None and record is not None:
+            trace.add_layers(record)
+            expert_BTLK = trace.take().unflatten(0, (B, J + 1))
+        return Round(logits_BTV, logits_BTV[:, 0] if last_BV is None else last_BV, sampled, accepted, expert_BTLK)
 
     def _reach(self, length: int) -> None:
         """Extends the rotary table to this many positions, with room for the next steps."""
@@ -318,6 +281,35 @@ class KernelSteps:
             pick, M, raw, state, logits_MV, record, library.threads(), self.attention_products,
         )  # fmt: skip
         return logits_MV
+
+
+def _serves_rows(logits_BV: Tensor, *_: object, **__: object) -> bool:
+    return sampling_kernel.serves(logits_BV)
+
+
+def _sample_rows(
+    logits_BV: Tensor, vocab: int, rows: LiveRows, rejected: RejectedDrafts | None = None, kept: bool = False,
+    scored_BV: Tensor | None = None,
+) -> SampledTokens:  # fmt: skip
+    """`sampling.sample_rows` in one pass."""
+    rejected_B, q_BV = (None, None) if rejected is None else (rejected.rejected_B, rejected.q_BV)
+    kept_BV = torch.empty(len(logits_BV), vocab, dtype=torch.bool) if kept else None
+    own = rows.rules_B4, rows.key_B, rows.position_B
+    sampled = sampling_kernel.sample(logits_BV, vocab, *own, rejected_B, q_BV, kept_BV, scored_BV)
+    return SampledTokens(*sampled, kept_BV)
+
+
+def _serves_after(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> bool:
+    return attention.serves(q, kv, k_rope, None, scale)
+
+
+def _attend_after(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> Tensor:
+    return attention.attention(q, kv, k_rope, rope, None, None, scale)[0]
+
+
+register(lambda model: KernelSteps.of(model))
+decode.attend_after.register(_serves_after, _attend_after)
+sampling.sample_rows.register(_serves_rows, _sample_rows)
 
 
 class _Piece(NamedTuple):

@@ -11,6 +11,7 @@ Shapes: B sequences, C of them with counts, V vocabulary, N tokens that occur, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,44 @@ import torch
 from torch import Tensor
 
 from bessemer.engine.kv_cache import indices
-from bessemer.engine.sequence import SamplingParams, Sequence
+from bessemer.engine.sequence import Sequence, check_between
+
+BOUNDS = {
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+}
 
 
-def penalise(logits_BV: Tensor, params: SamplingParams, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PenaltyParams:
+    """How earlier tokens and biases change the logits before sampling."""
+
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token in the prompt or the answer, and multiplies the negative ones."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for each time it occurs in the answer."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit)."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in BOUNDS.items():
+            check_between(name, getattr(self, name), low, high)
+
+    @property
+    def counts(self) -> bool:
+        """Whether earlier tokens change the logits before sampling."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def any(self) -> bool:
+        """Whether earlier tokens or a bias change the logits before sampling."""
+        return self.counts or bool(self.bias)
+
+
+def penalise(logits_BV: Tensor, params: PenaltyParams, answer_BV: Tensor, prompt_BV: Tensor) -> Tensor:
     """Logits after the penalties, a new tensor. answer_BV counts the tokens of the answer, prompt_BV of the prompt."""
     factor = torch.where(logits_BV > 0, 1.0 / params.repetition_penalty, params.repetition_penalty)
     out_BV = torch.where(answer_BV + prompt_BV > 0, logits_BV * factor, logits_BV)
@@ -40,6 +75,8 @@ class Penalties:
         self.vocab = vocab
         self.sequences: list[Sequence] = []
         """In the order that `apply` expects; those with counts come first."""
+        self._params: dict[int, PenaltyParams] = {}
+        """By the sequences' identities."""
         self._counted: list[int] = []
         """Tokens of each sequence with counts that are in the buffers."""
         self._answer_CV = torch.zeros(0, vocab, device=device)
@@ -54,19 +91,20 @@ class Penalties:
         self._bias: tuple[Tensor, Tensor] | None = None
         """Places of all biases in flat logits, and their values."""
 
-    def follow(self, live: Iterable[Sequence]) -> None:
+    def follow(self, live: Iterable[tuple[Sequence, PenaltyParams]]) -> None:
         """Takes up the sequences that are live now, and gives up those that no longer are."""
-        changed = [sequence for sequence in live if sequence.request.sampling.penalised]
+        changed = [(sequence, params) for sequence, params in live if params.any]
         if not changed and not self.sequences:
             return
-        fresh = {id(sequence): sequence for sequence in changed if sequence.request.sampling.counts}
+        self._params = {id(sequence): params for sequence, params in changed}
+        fresh = {id(sequence): sequence for sequence, params in changed if params.counts}
         counting = self.sequences[: len(self._counted)]
         for place in reversed(range(len(counting))):
             if fresh.pop(id(counting[place]), None) is None:
                 self._give_up(place, counting)
         self._take_up(counting, list(fresh.values()))
         self._index_N = torch.from_numpy(self._host_N).to(self._index_N.device)
-        self.sequences = counting + [sequence for sequence in changed if not sequence.request.sampling.counts]
+        self.sequences = counting + [sequence for sequence, params in changed if not params.counts]
         self._look_at_params(len(counting))
 
     def _give_up(self, place: int, counting: list[Sequence]) -> None:
@@ -91,7 +129,7 @@ class Penalties:
         prompts: dict[int, tuple[frozenset[int], np.ndarray]] = {}
         for place, sequence in enumerate(fresh, len(counting)):
             self._answer_CV[place] = 0.0
-            prompt = sequence.request.prompt if sequence.request.sampling.repetition_penalty != 1.0 else ()
+            prompt = sequence.request.prompt if self._params[id(sequence)].repetition_penalty != 1.0 else ()
             if id(prompt) not in prompts:  # samples of one request share it
                 ids = frozenset(prompt)
                 prompts[id(prompt)] = ids, np.fromiter(ids, np.int64, len(ids))
@@ -103,7 +141,7 @@ class Penalties:
 
     def _look_at_params(self, C: int) -> None:
         device = self._answer_CV.device
-        params = [sequence.request.sampling for sequence in self.sequences]
+        params = [self._params[id(sequence)] for sequence in self.sequences]
         factors = [
             (1.0 / p.repetition_penalty, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
             for p in params[:C]

@@ -13,7 +13,7 @@ earlier turn of a conversation through the prefix cache.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from typing import Protocol
@@ -21,23 +21,16 @@ from typing import Protocol
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.decode import Model, PrefillChunk, RoutingTrace, new_cache
-from bessemer.engine.grammar import Grammars
+from bessemer.engine.generation import check_prompt
 from bessemer.engine.headroom import AnswerLengths, Need, peak_pages
-from bessemer.engine.kv_cache import PAGE, LatentCache, PromptPages, indices, pages_for
+from bessemer.engine.kv_cache import PAGE, PromptPages, indices, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.sequence import (
-    Finished,
-    Request,
-    Sequence,
-    Token,
-    check_positive,
-    stop_strings,
-    think_ids,
-)
+from bessemer.engine.sequence import Finished, Request, Sequence, Token, check_positive, stop_strings
 from bessemer.engine.speculative import check_drafts
+from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
 
 
 @dataclass(eq=False)
@@ -73,11 +66,8 @@ def _need(sequence: Sequence, lookahead: int, shared: int, more: Callable[[Seque
 class Network(Protocol):
     """What requests run on: an `Engine`."""
 
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
-    grammars: Grammars
-
-    def check_prompt(self, ids: tuple[int, ...]) -> None: ...
 
 
 class Scheduler:
@@ -96,8 +86,8 @@ class Scheduler:
         kept: bool = False,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
-        full length); a step prefills at most `prefill_tokens` prompt tokens, so
-        that long prompts do not stall the others. The MTP module drafts `drafts` tokens per step (see `speculative`).
+        full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
+        others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
         record: receives the experts of every token fed; needs `prefix_cache` off, so that every prompt is computed in
         full. kept: sequences record the tokens that truncation kept; all must have the same parameters."""
@@ -107,24 +97,20 @@ class Scheduler:
         self.engine, self.model = engine, engine.model
         assert record is None or not prefix_cache
         assert not (kept and drafts)
-        self.max_rows, self.prefill_tokens, self.record = rows, prefill_tokens, record
-        self.drafts = check_drafts(self.model, drafts)
-        model = self.model
-        self.cache_tokens = cache_tokens or rows * PAGE * pages_for(model.cfg.max_seq_len + drafts)
+        self.max_rows, self.prefill_tokens = rows, prefill_tokens
+        steps, self._bounded = backend_of(self.model), cache_tokens is not None
+        check_drafts(self.model, drafts)
+        self.cache_tokens = cache_tokens or rows * PAGE * pages_for(self.model.cfg.max_seq_len + drafts)
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
         self.queue = WaitingQueue()
         self._lengths = AnswerLengths()
         self._prompt: tuple[tuple[int, ...] | None, list[bytes]] = None, []
         """The last prompt and the keys of its pages, which its samples share until they start."""
         self._tickets = count(1)
-        self._think = think_ids(engine.tokenizer)
         self._prefills: list[_Prefill] = []
         self.model.eval()
-        trace = None
-        if any(not layer.dense for layer in self.model.layers):
-            trace = RoutingTrace(self.model.cfg)
-        self.cache: LatentCache = new_cache(model, self.cache_tokens, prefix_cache=prefix_cache, drafts=self.drafts)
-        self.runner = ModelRunner(model, engine.tokenizer, self.cache, trace, self.drafts, record is not None, kept)
+        self.cache = steps.new_cache(cache_tokens, prefix_cache, drafts)
+        self.runner = ModelRunner(steps, engine.tokenizer, self.cache, drafts, record, kept)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
@@ -133,16 +119,13 @@ class Scheduler:
     def start(self, request: Request) -> Sequence:
         """`add`, but returns the sequence, for a caller that reads it when it is finished instead of events."""
         if self._prompt[0] is not request.prompt:  # otherwise one of many samples of a prompt
-            self.engine.check_prompt(request.prompt)
+            check_prompt(self.model, request.prompt)
             self._prompt = request.prompt, []
         room = self.model.cfg.max_seq_len - len(request.prompt)
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         if request.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        vocab = self.model.cfg.vocab_size
-        if (bad := next((token for token, _ in request.sampling.bias if not 0 <= token < vocab), None)) is not None:
-            raise UserError(f"bias: {bad} is no token id below {vocab}")
-        if request.routing and self.runner.trace is None:
+        if request.routing and all(layer.dense for layer in self.model.layers):
             raise UserError("routing: no layer of this model has routed experts; leave it off")
         stop = stop_strings(self.engine.tokenizer, tuple(request.stop_strings))
         if (tokens := len(request.prompt) + request.max_new_tokens) > self.longest:
@@ -150,8 +133,7 @@ class Scheduler:
                 f"prompt and answer need {tokens} tokens, but the cache holds {self.longest}; shorten the prompt "
                 "or max_new_tokens, or give the cache more tokens"
             )
-        grammar = self.engine.grammars.start(request.grammar, request.grammar_waits) if request.grammar else None
-        sequence = Sequence(request, next(self._tickets), stop, grammar, self._think)
+        sequence = Sequence(request, next(self._tickets), stop, self.runner.control_of(request))
         sequence.page_keys = self._prompt[1]
         self.queue.add(sequence)
         return sequence
@@ -188,9 +170,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, float]:
         """The current state, for a metrics page."""
-        drafter = self.runner.drafter
-        drafts = {} if drafter is None else {"drafted": drafter.drafted, "accepted": drafter.accepted}
-        return {
+        drafts = self.runner.drafts
+        figures: dict[str, float] = {
             "running": len(self.runner.sequences),
             "prefilling": sum(len(job.sequences) for job in self._prefills),
             "waiting": len(self.queue),
@@ -200,28 +181,34 @@ class Scheduler:
             "prompt_tokens": self.prompt_tokens,
             "prompt_tokens_found": self.cached_tokens,
             "preempted": self.preempted,
-            **drafts,
         }
+        return figures | ({"drafted": drafts.drafted, "accepted": drafts.accepted} if drafts.depth else {})
 
     def step(self) -> list[Token | Finished]:
-        """Admits requests that fit, decodes one token (more with drafts) per sequence, and returns the events."""
-        with torch.inference_mode():
-            self._start_prompts()
-            self._prefill()
-            self._preempt()
-            if not self.runner.sequences:
-                return []
+        """`decode`, as events."""
+        return [event for sequence in self.decode() for event in events_of(sequence)]
+
+    @torch.inference_mode()
+    def decode(self) -> list[Sequence]:
+        """Admits requests that fit, and decodes one token (more with drafts) for every live sequence; returns them, and
+        with them those that have finished."""
+        self._start_prompts()
+        self._prefill()
+        self._preempt()
+        decoded = self.runner.sequences
+        if decoded:
             self.runner.sample()
-            events = self._emit()
-            self.runner.retire()
-            if self.runner.sequences:
-                self.runner.advance()
-                if self.record is not None and self.runner.expert_BLK is not None:
-                    self.record.add_step([s.number for s in self.runner.sequences], self.runner.expert_BLK)
-                if self.drafts:
-                    events += self._emit()
-                    self.runner.retire()
-            return events
+            self._retire()
+        if self.runner.sequences:
+            self.runner.advance()
+            self._retire()
+        return decoded
+
+    def _retire(self) -> None:
+        for sequence in self.runner.retire():
+            self.queue.finished(sequence)
+            if sequence.finish != "error":
+                self._lengths.ended(len(sequence.tokens))
 
     def _start_prompts(self) -> None:
         """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
@@ -246,6 +233,8 @@ class Scheduler:
 
     def _most_that_fit(self, job: _Prefill) -> int:
         """How many sequences of `job` may start so that they, and all that run, find pages until they end."""
+        if not self._bounded:
+            return len(job.sequences)
         free, lookahead, more = self.cache.free_pages(), self.runner.lookahead, self._lengths.more
         if free is None:  # every row has as many slots as the longest
             running = [*self.runner.sequences, *(one for other in self._prefills for one in other.sequences)]
@@ -287,33 +276,16 @@ class Scheduler:
                 break
         if not chunks:
             return
-        logits_PV = self.runner.prefill(chunks)
+        started = self._prefills[: len(chunks)]
+        routing = any(sequence.request.routing for job in started for sequence in job.sequences)
+        logits_PV = self.runner.prefill(chunks, routing)
         done = [p for p, chunk in enumerate(chunks) if chunk.end == len(chunk.prompt.ids)]
         if done:
-            jobs = [self._prefills[p] for p in done]
+            jobs = [started[p] for p in done]
             self._prefills = [job for job in self._prefills if job not in jobs]
             if len(done) < len(chunks):
                 logits_PV = logits_PV[indices(done, logits_PV.device)]
-            if self.record is not None:
-                for job in jobs:
-                    self.record.start([s.number for s in job.sequences], torch.cat(job.prompt.routing))
             self.runner.admit([(job.prompt, job.sequences) for job in jobs], logits_PV)
-
-    def _emit(self) -> list[Token | Finished]:
-        """The events since the last call."""
-        events: list[Token | Finished] = []
-        for seq in self.runner.sequences:
-            for n in range(seq.n_emitted, len(seq.tokens)):
-                top, routes = seq.top[n] if seq.top else (), seq.routes[n] if seq.routes else None
-                events.append(Token(seq.number, seq.tokens[n], seq.logp[n], seq.raw_logp[n], top, routes))
-            seq.n_emitted = len(seq.tokens)
-            if seq.finish is not None:
-                message = seq.error or str(not_finite(1, 1, seq.n_emitted + 1)) if seq.finish == "error" else ""
-                events.append(Finished(seq.number, seq.finish, message, seq.cached_tokens or 0))
-                self.queue.finished(seq)
-                if seq.finish != "error":
-                    self._lengths.ended(len(seq.tokens))
-        return events
 
     def _preempt(self) -> None:
         """Preempts the youngest sequences until the others have room for their next tokens."""
@@ -336,6 +308,18 @@ class Scheduler:
     def _reserved_pages(self) -> int:
         """Pages that the prompts in prefill will still allocate."""
         return sum(job.pages_needed(self.runner.lookahead) for job in self._prefills)
+
+
+def events_of(sequence: Sequence) -> Iterator[Token | Finished]:
+    """What is new of a sequence since the last call."""
+    for n in range(sequence.n_emitted, len(sequence.tokens)):
+        top, routes = sequence.top[n] if sequence.top else (), sequence.routes[n] if sequence.routes else None
+        yield Token(sequence.number, sequence.tokens[n], sequence.logp[n], sequence.raw_logp[n], top, routes)
+    sequence.n_emitted = len(sequence.tokens)
+    if sequence.finish is not None:
+        failed = sequence.finish == "error"
+        message = sequence.error or str(not_finite(1, 1, sequence.n_emitted + 1)) if failed else ""
+        yield Finished(sequence.number, sequence.finish, message, sequence.cached_tokens or 0)
 
 
 class WaitingQueue:

@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.grammar import RESERVE, GrammarState
 from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
 
 FinishReason = Literal["stop", "length", "error"]
 TopTokens = tuple[tuple[int, float], ...]
@@ -29,9 +29,6 @@ BOUNDS = {
     "temperature": (0.0, MAX_FLOAT),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "presence_penalty": (-100.0, 100.0),
-    "frequency_penalty": (-100.0, 100.0),
 }
 
 
@@ -47,21 +44,10 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits of every token in the prompt or the answer, and multiplies the negative ones."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logit of every token in the answer."""
-    frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token once for each time it occurs in the answer."""
-    bias: tuple[tuple[int, float], ...] = ()
-    """(token id, number added to its logit)."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                bound = f"at least {low:g}" if high == MAX_FLOAT else f"between {low:g} and {high:g}"
-                raise UserError(f"{name} must be a number {bound}, not {value!r}")
+            check_between(name, getattr(self, name), low, high)
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UserError(f"temperature {self.temperature:g} is too small for float32; 0 takes the most likely token")
         if self.top_p == 0:
@@ -73,16 +59,6 @@ class SamplingParams:
     def truncated(self) -> bool:
         """Whether some tokens may be left out."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
-
-    @property
-    def counts(self) -> bool:
-        """Whether earlier tokens change the logits before sampling."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether earlier tokens or a bias change the logits before sampling."""
-        return self.counts or bool(self.bias)
 
 
 @dataclass(frozen=True)
@@ -102,12 +78,8 @@ class Request:
     """Report this many of the most likely tokens with each token."""
     routing: bool = False
     """Report the experts of each token fed to the model."""
-    thinking_budget: int | None = None
-    """After this many tokens inside <think>, the next token is forced to be </think>."""
-    grammar: str = ""
-    """The grammar that the answer must follow (`grammar.json_grammar`); empty: none."""
-    grammar_waits: bool = False
-    """The prompt ends inside a thought, and the grammar applies only after it."""
+    control: RequestControl | None = None
+    """What beside the logits decides about the tokens."""
     client: str = ""
     """Waiting requests are admitted round-robin by client."""
     user: str = ""
@@ -141,6 +113,42 @@ class Finished(NamedTuple):
     """Prompt tokens found in the prefix cache."""
 
 
+class RequestControl(Protocol):
+    """Asks for a `Control`; it crosses between processes, and brings the `Controls` that understand it."""
+
+    def controls(self, tokenizer: Tokenizer, model: LanguageModel) -> Controls: ...
+
+
+class Control(Protocol):
+    """What beside the logits decides about the tokens of one sequence."""
+
+    def start(self, sequence: Sequence) -> None:
+        """The sequence enters a batch, for the first time or after a preemption."""
+
+    def append(self, token: int, left: int) -> tuple[FinishReason, str] | None:
+        """A token was added, and at most `left` may follow. Returns why the sequence ends, and with `error` what went
+        wrong; None if it goes on."""
+
+
+class Controls:
+    """The controls of the live sequences; here there are none. Add-ons derive from it."""
+
+    def of(self, request: Request) -> Control | None:
+        """The control that a request asks for, if any. UserError for one that cannot be had."""
+        return None
+
+    def follow(self, live: list[Sequence]) -> None:
+        """The sequences that are live from now on."""
+
+    def bound(self) -> list[int]:
+        """The rows whose next token is not drawn from the logits as they are, in the order that `change` expects."""
+        return []
+
+    def change(self, sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> None:
+        """Changes the logits of the bound rows in place. Tokens at -inf are not sampled; of those below `vocab` at
+        least one is left."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """The state of one request outside the tensors: tokens so far, their log-probabilities, whether it has ended."""
@@ -149,16 +157,14 @@ class Sequence:
     number: int
     """The caller's identifier."""
     stop: StopStrings | None = None
-    grammar: GrammarState | None = None
-    think: tuple[int | None, int | None] = (None, None)
-    """Ids of <think> and </think>."""
+    control: Control | None = None
     tokens: array[int] = field(default_factory=lambda: array("i"))
     logp: array[float] = field(default_factory=lambda: array("f"))
     raw_logp: array[float] = field(default_factory=lambda: array("f"))
     top: list[TopTokens] = field(default_factory=list)
     """The most likely tokens at each position, if requested."""
     routes: list[Routes] = field(default_factory=list)
-    """The experts of the token preceding each one, if requested."""
+    """The experts of the token preceding each one, and of the last one fed, if requested."""
     kept_ids: array[int] = field(default_factory=lambda: array("i"))
     kept_counts: array[int] = field(default_factory=lambda: array("i"))
     """`kept_tokens.KeptTokens`, if they are recorded."""
@@ -169,8 +175,6 @@ class Sequence:
     """The end of the text so far, as `StopStrings.after` returns it."""
     n_emitted: int = 0
     """Tokens already reported to the caller."""
-    n_thinking: int | None = None
-    """Tokens of the current thought; None outside a thought, and without a budget."""
     rejected_q_V: Tensor | None = None
     """While preempted: the distribution of its rejected draft."""
     cached_tokens: int | None = None
@@ -185,33 +189,9 @@ class Sequence:
         """Prompt and tokens so far."""
         return (*self.request.prompt, *self.tokens) if self.tokens else self.request.prompt
 
-    @property
-    def draftable(self) -> bool:
-        """Whether the next token depends only on the logits, so that it can be drafted."""
-        free = self.request.thinking_budget is None and self.grammar is None
-        return free and not self.request.sampling.penalised
-
-    @property
-    def free(self) -> bool:
-        """Whether the next token is drawn from the logits as they are. A sequence may be free at one token and not at
-        the next; `draftable` ones always are."""
-        bound = self.grammar is not None and not self.grammar.waits
-        return not (bound or self.must_end_thinking or self.request.sampling.penalised)
-
-    @property
-    def must_end_thinking(self) -> bool:
-        """Whether the thought has used up its budget: the next token is then </think>."""
-        budget = self.request.thinking_budget
-        return budget is not None and self.n_thinking is not None and self.n_thinking >= budget
-
-    def start(self) -> None:
-        """Called when the sequence enters a batch: finds out whether it is inside a thought."""
-        if self.request.thinking_budget is None or self.think[1] is None:
-            return
-        self.n_thinking = None
-        self._count_thinking(self.request.prompt)
-        self.n_thinking = None if self.n_thinking is None else 0
-        self._count_thinking(self.tokens)
+    def add_routes(self, expert_TLK: Tensor) -> None:
+        """Adds the experts of tokens that were fed to the model."""
+        self.routes += [tuple(map(tuple, expert_LK)) for expert_LK in expert_TLK.tolist()]
 
     def append(self, token: int, logp: float, raw_logp: float, kept: list[int] | None = None) -> None:
         """Adds one token, drawn from the tokens `kept` if these are recorded, and sets `finish` if it is the last."""
@@ -221,34 +201,17 @@ class Sequence:
         if kept is not None:
             self.kept_ids.extend(kept)
             self.kept_counts.append(len(kept))
-        request = self.request
-        if request.thinking_budget is not None:
-            self._count_thinking((token,))
-        stopped = False
+        request, stopped, ended = self.request, False, None
         if self.stop is not None:
             self.stop_tail, stopped = self.stop.after(self.stop_tail, token)
-        if self.grammar is not None:
-            self.grammar.append(token)
-            left = request.max_new_tokens - len(self.tokens)
-            self.grammar.left = left if left <= min(RESERVE, request.max_new_tokens // 2) else None
-        if self.grammar is not None and self.grammar.error:
-            self.finish, self.error = "error", f"the grammar of this answer failed: {self.grammar.error}"
-        elif self.grammar is not None and self.grammar.complete:
-            self.finish = "length" if self.grammar.cut else "stop"
+        if self.control is not None:
+            ended = self.control.append(token, request.max_new_tokens - len(self.tokens))
+        if ended is not None:
+            self.finish, self.error = ended
         elif token in request.stop_ids or stopped:
             self.finish = "stop"
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = "length"
-
-    def _count_thinking(self, ids: Iterable[int]) -> None:
-        start, end = self.think
-        for token in ids:
-            if token == start:
-                self.n_thinking = 0
-            elif token == end:
-                self.n_thinking = None
-            elif self.n_thinking is not None:
-                self.n_thinking += 1
 
 
 class StopStrings:
@@ -298,16 +261,15 @@ def check_stop_strings(strings: Iterable[str] | None) -> list[str]:
     return checked
 
 
+def check_between(name: str, value: Any, low: float, high: float) -> None:
+    """UserError for a value that is no number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        bound = f"at least {low:g}" if high == MAX_FLOAT else f"between {low:g} and {high:g}"
+        raise UserError(f"{name} must be a number {bound}, not {value!r}")
+
+
 def check_positive(**values: int) -> None:
     """UserError for a value that is not a whole number of at least 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """The ids of <think> and </think>; None for a model that never learned to think."""
-    try:
-        return tokenizer.think_id, tokenizer.think_end_id
-    except UserError:
-        return None, None

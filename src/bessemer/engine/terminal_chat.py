@@ -24,7 +24,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.engine.generation import NEW_TOKENS, Options
-from bessemer.engine.sequence import think_ids
+from bessemer.engine.token_controls import think_ids
 from bessemer.errors import UserError
 from bessemer.escape import escaped
 

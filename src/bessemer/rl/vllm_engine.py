@@ -150,9 +150,9 @@ def sampling_params(request: Request) -> dict[str, Any]:
             'rollout.engine = "vllm" ends answers at token ids only; leave stop strings to "ray" or "local"'
         )
     sampling = request.sampling
-    if sampling.penalised or (sampling.top_p, sampling.top_k, sampling.min_p) != (1.0, 0, 0.0):
+    if (sampling.top_p, sampling.top_k, sampling.min_p) != (1.0, 0, 0.0):
         raise UserError(
-            'rollout.engine = "vllm" samples by temperature alone: with top_p, top_k, min_p or a penalty its '
+            'rollout.engine = "vllm" samples by temperature alone: with top_p, top_k or min_p its '
             "log-probabilities would not be the trained distribution's; leave them at their defaults, or set "
             'rollout.engine to "ray" or "local"'
         )

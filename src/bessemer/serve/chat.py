@@ -18,7 +18,8 @@ from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids, templa
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import Tool, description
 from bessemer.engine.grammar import json_grammar
-from bessemer.engine.sequence import Token, think_ids
+from bessemer.engine.sequence import Token
+from bessemer.engine.token_controls import think_ids
 from bessemer.errors import UserError
 from bessemer.serve import sampling_params, tool_calling
 from bessemer.serve.events import MIN_LOGPROB, ChoiceBuilder, Responder, likeliest

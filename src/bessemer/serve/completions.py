@@ -201,7 +201,7 @@ def _check(body: CompletionRequest, model: LoadedModel, prompts: Sequence[TextPr
 
 
 def _is_one_greedy_token(request: Request) -> bool:
-    plain = request.sampling.temperature == 0 and not request.sampling.penalised
+    plain = request.sampling.temperature == 0 and request.control is None
     return plain and request.max_new_tokens == 1 and not request.routing and not request.stop_strings
 
 

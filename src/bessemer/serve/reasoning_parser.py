@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from bessemer.data.chat import THINK, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine.sequence import Token, think_ids
+from bessemer.engine.sequence import Token
+from bessemer.engine.token_controls import think_ids
 
 TEXT, OPEN, CLOSE = 0, 1, 2
 TaggedText = tuple[str, int]

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bessemer.engine.generation import prompt_digest
+from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sequence import MIN_TEMPERATURE, Request, SamplingParams, check_stop_strings
+from bessemer.engine.token_controls import TokenRules
 from bessemer.errors import UserError
 from bessemer.serve.models import LoadedModel
 from bessemer.serve.protocol import Generation, invalid
 
-DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p")
 """Fields whose default is in generation_config.json."""
 
 
-def sampling(body: Generation, defaults: dict[str, Any], vocab_size: int) -> SamplingParams:
+def sampling(body: Generation, defaults: dict[str, Any]) -> SamplingParams:
     """How tokens are sampled. A temperature too small for float32, or a top_p of 0, means the likeliest token."""
-    values = {name: getattr(body, name) for name in DEFAULTED}
-    values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
-    values |= {name: getattr(body, name) for name in ("presence_penalty", "frequency_penalty")}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = _given(body, DEFAULTED, defaults)
     if given.get("top_k") == -1:
         given["top_k"] = 0
     if given.get("top_p") == 0:
         given |= {"top_p": 1.0, "temperature": 0.0}
     if given.get("temperature", 1.0) < MIN_TEMPERATURE:
         given["temperature"] = 0.0
-    return SamplingParams(**given, bias=_bias(body.logit_bias or {}, vocab_size))
+    return SamplingParams(**given)
+
+
+def penalties(body: Generation, defaults: dict[str, Any], vocab_size: int) -> PenaltyParams:
+    """How earlier tokens and biases change the logits."""
+    given = _given(body, ("repetition_penalty",), defaults)
+    given |= _given(body, ("presence_penalty", "frequency_penalty"), {})
+    return PenaltyParams(**given, bias=_bias(body.logit_bias or {}, vocab_size))
+
+
+def _given(body: Generation, names: Iterable[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    values = {name: getattr(body, name) for name in names}
+    values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
@@ -65,7 +77,9 @@ def requests(
         check_stop_strings(stop_strings)
     except UserError as error:
         raise invalid(str(error), "stop") from None
-    params = sampling(body, model.facts.sampling, model.tokenizer.vocab_size)
+    params = sampling(body, model.facts.sampling)
+    changes = penalties(body, model.facts.sampling, model.tokenizer.vocab_size)
+    control = TokenRules(changes, thinking_budget, grammar, grammar_waits).or_none()
     seed = secrets.randbits(63) if body.seed is None else body.seed
     for ids in prompts:
         if len(ids) >= model.facts.context:
@@ -84,9 +98,7 @@ def requests(
             stop_strings=stop_strings,
             top=top,
             routing=bool(body.return_routing),
-            thinking_budget=thinking_budget,
-            grammar=grammar,
-            grammar_waits=grammar_waits,
+            control=control,
             client=client,
             user=body.user or "",
         )

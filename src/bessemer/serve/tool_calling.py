@@ -18,7 +18,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tool_calls import MOST_CALLS, CallParser, CallPiece
 from bessemer.data.tools import Message, Tool, read_tools
 from bessemer.engine.grammar import calls_grammar
-from bessemer.engine.sequence import think_ids
+from bessemer.engine.token_controls import think_ids
 from bessemer.errors import UserError
 from bessemer.serve.protocol import ChatRequest, NamedTool, ToolSpec, Turn, invalid
 

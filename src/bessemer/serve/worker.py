@@ -42,14 +42,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bessemer.engine.decode import Model, token_bytes
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
+from bessemer.engine.steps import backend_of
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
+from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.serve import ServeConfig
 from bessemer.train.background import host_room
@@ -298,16 +299,16 @@ class ModelWorker:
         self._send_events(lost)
 
 
-def free_bytes(model: Model) -> int:
+def free_bytes(model: LanguageModel) -> int:
     """Bytes that the model's device has left."""
     device = model.embed.weight.device
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_room()
 
 
-def cache_room(model: Model, rows: int, free: int, drafts: int = 0) -> int:
+def cache_room(model: LanguageModel, rows: int, free: int, drafts: int = 0) -> int:
     """Tokens in the cache of a model: `rows` rows of full length, or what CACHE_SHARE of the `free` bytes holds.
     UserError if there is no room for a page."""
-    token = token_bytes(model, drafts)
+    token = backend_of(model).token_bytes(drafts)
     pages = int(free * CACHE_SHARE) // (PAGE * token)
     if not pages:
         raise UserError(
