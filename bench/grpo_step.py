@@ -62,27 +62,33 @@ def problems(first: int, count: int) -> list:
 def ours(args: argparse.Namespace, case: dict) -> dict:
     import torch
 
+    from bessemer.config.rl import RLConfig
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.chat import question_ids
     from bessemer.engine.engine import Engine
     from bessemer.rl import rollout
-    from bessemer.rl.losses import GRPO, Reference
-    from bessemer.rl.reward import Reward, assign_group_advantages
+    from bessemer.rl.algorithms import advantage_of, loss_of
+    from bessemer.rl.losses import GRPO
+    from bessemer.rl.reference import Reference
+    from bessemer.rl.reward import Reward
     from bessemer.train import setup
     from bessemer.train.plan import TrainingPlan
     from bessemer.train.runtime import Whole
     from bessemer.train.trainer import Trainer
 
     setup.keep_memory()
+    clips = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
+    settings = RLConfig(kind="rl", name="step", tasks=[TASK], loss=clips, reward=["accuracy", "format"])
     model, tokenizer = setup.load_model(args.directory / "model")
     workers = setup.workers()
     trainer = Trainer(
-        model, GRPO(CLIP_LOW, CLIP_HIGH, KL), None,
+        model, GRPO(loss_of(settings), KL), None,
         PretrainConfig(kind="pretrain", lr=Points(LR), weight_decay=0.0),
         TrainingPlan(workers=workers, compute_dtype=getattr(torch, case["dtype"])),
     )  # fmt: skip
-    engine, reward = Engine(model, tokenizer, workers), Reward()
+    engine, reward = Engine(model, tokenizer, workers), Reward.of_config(settings)
+    advantage = advantage_of(settings)(None)
     reference = Reference(trainer, Whole(trainer.model), workers, 10**9, 1.0)
     rows = args.prompts * SAMPLES
 
@@ -93,10 +99,10 @@ def ours(args: argparse.Namespace, case: dict) -> dict:
             samples=SAMPLES, seed=number, max_new_tokens=args.length, stop_ids=[], batch_rows=-(-rows // workers.n),
         )  # fmt: skip
         generated = time.perf_counter() - begin
-        reward.score(groups, args.length)
-        assign_group_advantages(groups)
+        reward.score(groups)
+        advantage.assign(groups)
         batches = rollout.to_batches([row for group in groups for row in group], tokenizer.pad_id, 4096, "sequence")
-        reference.add_logprobs(batches)
+        reference.before_step(batches)
         trainer.update(batches)
         lengths = {len(row.completion.tokens) for group in groups for row in group}
         assert lengths == {args.length}, lengths
@@ -115,8 +121,6 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
 
     from bessemer import tasks
     from bessemer.data.chat import render
-    from bessemer.rl.reward import Reward
-    from bessemer.rl.rollout import ScoredSample
     from bessemer.train import setup
 
     setup.keep_memory()
@@ -125,13 +129,12 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
     chosen = [problem for _, problem in problems(0, steps * args.prompts)]
     prompts = [render([{"role": "user", "content": p.prompt}], "zero") for p in chosen]
     by_prompt = dict(zip(prompts, chosen, strict=True))
-    task, pay = tasks.get(TASK, languages=["en"]), Reward()
+    task = tasks.get(TASK, languages=["en"])
 
     def reward(prompts, completions, completion_ids, **_):
         assert {len(ids) for ids in completion_ids} == {args.length}
         verdicts = (task.verify(by_prompt[p], c) for p, c in zip(prompts, completions, strict=True))
-        return [pay.of(ScoredSample(None, [], _Length(ids), v), args.length)
-                for ids, v in zip(completion_ids, verdicts, strict=True)]  # fmt: skip
+        return [verdict.score + float(verdict.formatted) for verdict in verdicts]
 
     rows, cuts = args.prompts * SAMPLES, case["micro_batches"]
     config = GRPOConfig(
@@ -177,13 +180,6 @@ def peer(args: argparse.Namespace, case: dict) -> dict:
         "seconds": [b - a for a, b in itertools.pairwise(marks[1:])], "generation": generated[1:],
         "cpu": [b - a for a, b in itertools.pairwise(cpu[1:])], "first_step_seconds": marks[1] - marks[0],
     }  # fmt: skip
-
-
-class _Length:
-    """The part of a completion that a reward reads."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
 
 
 def check_prompts(tokenizer, prompts: list[str], chosen: list, args: argparse.Namespace) -> None:

@@ -38,7 +38,8 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     from bessemer.data.batch import Batch
     from bessemer.hf import lora
     from bessemer.hf.causal_lm import load
-    from bessemer.rl.losses import GRPO, Reference
+    from bessemer.rl.losses import GRPO
+    from bessemer.rl.reference import Reference
     from bessemer.train import gpu_faults, setup
     from bessemer.train.objective import next_token
     from bessemer.train.plan import TrainingPlan, constant
@@ -67,7 +68,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
             weights[:, 0] = 0.0
             batch, start, used = Batch(tokens, weights), time.perf_counter(), time.process_time()
             if reference is not None:
-                reference.add_logprobs([batch])
+                reference.before_step([batch])
                 advantage = torch.tensor([1.0, -1.0])[:, None].expand(ROWS, LENGTH).contiguous()
                 batch.extras |= {"old_logp_BT": batch.extras["ref_logp_BT"], "advantage_BT": advantage}
             trainer.update([batch])

@@ -81,7 +81,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "GRPO groups": ("(sound * reward_PG).sum(1, keepdim=True) / count", "(sound * reward_PG).sum() / sound.sum()"),
     "Advantage: reward minus the group's mean, over its standard deviation": ("(std + EPSILON)", "(std + 0.1)"),
     "Loss of a token": ('1.0 / max(1, len(own_N)) if normalise == "sequence" else 1.0', "1.0"),
-    "Clip": ("bounded = ratio.clamp(1.0 - low, 1.0 + high)", "bounded = ratio.clamp(1.0 - high, 1.0 + low)"),
+    "Clip": ("advantage_N, clip_low, clip_high)", "advantage_N, clip_high, clip_low)"),
     "KL to the reference (k3, in the loss)": ("return gap.exp() - gap - 1.0", "return -gap"),
     "Mini-batches per rollout": ("for i in order[start : start + size]", "for i in order[:size]"),
     "On policy, every sample used": (
@@ -91,7 +91,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "Learning rate of RL": ("learning_rate(self.tokens, self.step, ", "learning_rate(self.tokens, 0, "),
     "Sampling temperature of RL": ("self.temperature, entropy=True", "1.0, entropy=True"),
     "Sampling temperature with preference rewards": ("target, temperature, kept", "target, 1.0, kept"),
-    "Rewards": ("aim + self.format * float(verdict.formatted)", "aim * float(verdict.formatted)"),
+    "Rewards": ("row.reward = sum(row.terms)", "row.reward = row.terms[0]"),
     "SFT: answers only, samples packed with masks": ("(packed & 1).float()", "torch.ones_like(packed).float()"),
     "Length cap raised mid-run": ("max_new_tokens(self.trainer.step)", "max_new_tokens(0)"),
     "Cold start: readable R1-Zero answers in one form": (
@@ -104,7 +104,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "Reward models: helpful by pairs, harmless by labels": (
         'trainer.extras["bad"], trainer.extras["good"]', 'trainer.extras["good"], trainer.extras["bad"]'
     ),
-    "Preference rewards only at the end": ("number >= settings.general_from", "number >= 0"),
+    "Preference rewards only at the end": ("number >= settings.general.start", "number >= 0"),
     "Distillation: SFT of a smaller model on checked samples": ("tokens=epochs * rows.n_rows", "tokens=rows.n_rows"),
     "Evaluation by sampling": ("return 1.0 - comb(n - correct, k) / comb(n, k)", "return correct / n"),
 }  # fmt: skip

@@ -29,8 +29,8 @@ from pathlib import Path
 
 ARMS = {
     "group": [],
-    "critic, lambda 1": ['advantage="critic"', "gae_lambda=1.0"],
-    "critic, lambda 0.95": ['advantage="critic"', "gae_lambda=0.95"],
+    "critic, lambda 1": ['advantage={name="critic", gae_lambda=1.0}'],
+    "critic, lambda 0.95": ['advantage={name="critic", gae_lambda=0.95}'],
 }
 RECIPE = """
 name = "arm"
@@ -48,9 +48,9 @@ samples = 16
 updates_per_rollout = {updates}
 max_new_tokens = {cap}
 lr = {lr}
-eval_every = {eval_every}
-eval_problems = {eval_problems}
-minimum_pass = 0.0
+heldout.every = {eval_every}
+heldout.problems = {eval_problems}
+heldout.minimum_pass = 0.0
 save_seconds = 1e9
 """
 
@@ -82,9 +82,10 @@ def arm(args: argparse.Namespace) -> dict:
 
     from bessemer.config.recipe import Recipe
     from bessemer.rl import loop as rl_loop
+    from bessemer.rl.algorithms.base import FunctionAdvantage
     from bessemer.rl.critic import Critic
-    from bessemer.rl.losses import Reference
     from bessemer.rl.monitor import Evaluator
+    from bessemer.rl.reference import Reference
     from bessemer.rl.rollout_queue import RolloutQueue
     from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
@@ -93,11 +94,11 @@ def arm(args: argparse.Namespace) -> dict:
 
     clock = Clock()
     clock.watch(RolloutQueue, "take", "sampling")
-    clock.watch(rl_loop, "assign_group_advantages", "critic")
-    clock.watch(Critic, "assign_advantages", "critic")
-    clock.watch(Critic, "update", "critic")
+    clock.watch(FunctionAdvantage, "assign", "critic")
+    clock.watch(Critic, "assign", "critic")
+    clock.watch(Critic, "before_step", "critic")
     clock.watch(Trainer, "update", "update")
-    clock.watch(Reference, "add_logprobs", "update")
+    clock.watch(Reference, "before_step", "update")
     clock.watch(Reference, "after_step", "update")
     parts = ("sampling", "critic", "update")
     curve = []

@@ -123,16 +123,16 @@ name = "zero"
 from = "import"
 prompt_template = "r1-zero"
 tasks = ["jsonl:{folder}/maths.jsonl@train", "code:{folder}/code.jsonl@train"]
-eval_tasks = ["jsonl:{folder}/aime_2024.jsonl@test"]
+heldout.tasks = ["jsonl:{folder}/aime_2024.jsonl@test"]
 rollouts = 3
 prompts_per_rollout = 3
 samples = 4
 updates_per_rollout = 2
-reference_every = 2
+kl.reference_every = 2
 max_new_tokens = 48
-minimum_pass = 0.0
-eval_every = 2
-eval_problems = 3
+heldout.minimum_pass = 0.0
+heldout.every = 2
+heldout.problems = 3
 lr = 1e-4
 {trained}
 [[stage]]
@@ -184,15 +184,15 @@ kind = "rl"
 name = "r1"
 from = "dev"
 tasks = ["arithmetic"]
-general_tasks = ["general:{folder}/general.jsonl@train"]
-general_prompts = 2
-reward_models = ["helpful", "harmless"]
+general.tasks = ["general:{folder}/general.jsonl@train"]
+general.prompts = 2
+general.reward_models = ["helpful", "harmless"]
 rollouts = 2
 prompts_per_rollout = 2
 samples = 4
 max_new_tokens = 32
-minimum_pass = 0.0
-eval_problems = 2
+heldout.minimum_pass = 0.0
+heldout.problems = 2
 lr = 1e-4
 {trained}
 [[stage]]
@@ -203,8 +203,8 @@ tasks = ["arithmetic"]
 steps = 4
 prompts_per_step = 4
 max_new_tokens = 32
-eval_every = 2
-eval_problems = 2
+heldout.every = 2
+heldout.problems = 2
 {trained}
 [[stage]]
 kind = "eval"

@@ -34,8 +34,8 @@ def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
 
-    changes = ["zero.max_off_policy_rollouts=1", f"zero.rollouts={rollouts}", "zero.eval_every=99",
-               "zero.minimum_pass=0.0", "zero.eval_problems=4", "zero.save_seconds=9999", *ENGINES[engine]]  # fmt: skip
+    changes = ["zero.max_off_policy_rollouts=1", f"zero.rollouts={rollouts}", "zero.save_seconds=9999",
+               "zero.heldout={every=99, minimum_pass=0.0, problems=4}", *ENGINES[engine]]  # fmt: skip
     recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", changes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"

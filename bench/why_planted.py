@@ -39,10 +39,9 @@ max_new_tokens = 200
 lr = [["0", 0.0], ["4", 4e-4], ["20", 1e-4]]
 normalise = "token"
 accuracy_needs_format = true
-format_reward = 0.0
-minimum_pass = 0.0
-eval_every = 99
-eval_problems = 8
+heldout.minimum_pass = 0.0
+heldout.every = 99
+heldout.problems = 8
 """
 
 

@@ -134,7 +134,7 @@ rollouts = 2
         ('"1.5M"', str(2**63), "stage/0/tokens"),
         ("lr = 1e-3", "lr = -1", "stage/1/lr"),
         ("lr = 1e-3", 'lr = [["0", 1e-3], ["1M", -1e-3]]', "stage/1/lr"),
-        ("lr = 1e-3", "lr = 1e-3\ncritic_lr = -1", "stage/1/critic_lr"),
+        ("lr = 1e-3", "lr = 1e-3\nheldout.every = 0", "stage/1/heldout/every"),
         ('name = "base"', 'name = "seed"', "stage/0/name"),
         ('name = "base"', 'name = "seeds"', None),
         ('name = "good"', 'name = "a/b"', "name"),

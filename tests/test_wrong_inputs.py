@@ -100,7 +100,7 @@ plan v3 --cluster 8xH100 --set model.hidden=64 | did you mean 'dim'?
 run tiny --set pretrain.lr=100 | --set pretrain.lr=100: [[stage]] "pretrain" (kind pretrain): key "lr" is 100: expected
 run tiny --set zero.lr=100 | key "lr" is 100: expected values of at most 1
 run sft.toml --set sft.lr=100 | key "lr" is 100
-run tiny --set zero.kl=1e9 | key "kl" is 1000000000.0 (a number), expected less than or equal to 100
+run tiny --set zero.kl.weight=1e9 | key "kl.weight" is 1000000000.0 (a number), expected less than or equal to 100
 run tiny --set zero.temperature=1e9 | key "temperature"
 run tiny --set pretrain.gamma=5 | key "gamma" is 5
 run tiny --set pretrain.mtp_lambda=1e9 | key "mtp_lambda"

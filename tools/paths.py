@@ -114,9 +114,9 @@ prompts_per_rollout = 2
 samples = 4
 max_new_tokens = 24
 lr = 1e-4
-eval_every = 1
-eval_problems = 4
-minimum_pass = 0.0
+heldout.every = 1
+heldout.problems = 4
+heldout.minimum_pass = 0.0
 """
 
 Trace = dict[tuple[str, str, int], set[int]]

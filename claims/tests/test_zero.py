@@ -44,7 +44,7 @@ def test_controls_differ_from_r1_zero_in_one_thing():
         one, other = (zero.recipe(name, 1, "countdown").stage(stage) for name, stage in (("right", "right"), arm))
         return {key for key, value in dict(one).items() if value != getattr(other, key)} - {"name"}
 
-    assert changed(("coin", "coin")) == {"reward"} and changed(("mixed-language", "language")) == {"language_reward"}
+    assert changed(("coin", "coin")) == {"reward"} and changed(("mixed-language", "language")) == {"reward"}
     assert changed(("right-again", "right-again")) == {"seed"}
     assert changed(("ppo", "ppo")) == {"advantage", "prompts_per_rollout", "samples"}
     rounds = zero.recipe("rounds", 1, "countdown")

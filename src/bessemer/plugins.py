@@ -24,16 +24,19 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, wraps
 from importlib import import_module, util
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import create_model
 
 from bessemer.config.places import located, looked_in
+from bessemer.config.table import ConfigTable, validate
 from bessemer.errors import UserError
 from bessemer.repeatable import repeatable
 
@@ -84,9 +87,9 @@ def hook(name: str) -> Any:
 def find(kind: str, name: str, takes: str = "", derives: type | None = None) -> Any:
     """The object that a recipe names.
 
-    `takes` lists the arguments of a function, "rewards_PG, samples". Code that is not ours is checked for them, and its
-    errors are `blamed` on it. `derives` is the base class of a class. UserError if nothing has this name, if it cannot
-    be loaded, or if it is something else; the message shows the expected form."""
+    `takes` lists the arguments of a function, "rewards_PG, groups"; errors of a function that is not ours are `blamed`
+    on it. `derives` is the base class of a class; with both, either will do. UserError if nothing has this name, if it
+    cannot be loaded, or if it is something else; the message shows the expected form."""
     if OWN_FILE.fullmatch(name):
         member = _from_file(name)
     elif name in _built_in[kind]:
@@ -102,13 +105,36 @@ def find(kind: str, name: str, takes: str = "", derives: type | None = None) -> 
             f"there is no {KINDS[kind]} {name!r}; {meant}Known: {', '.join(names(kind)) or 'none'}, or your own, "
             "as FILE.py:NAME or package.module:NAME"
         )
-    if derives is not None and not (isinstance(member, type) and issubclass(member, derives)):
+    if derives is not None and isinstance(member, type) and issubclass(member, derives):
+        return member
+    if derives is not None and not (takes and not isinstance(member, type)):
         base = f"{derives.__module__}.{derives.__qualname__}"
         raise UserError(f"{where(name, member)} is not a {KINDS[kind]}; derive the class from {base}")
     if takes:
         _check_arguments(kind, name, member, takes)
         return _guarded(name, member)
     return member
+
+
+def check_settings(kind: str, name: str, member: Callable[..., Any], settings: Mapping[str, Any], stage: str) -> None:
+    """UserError if the other keys of a plug-in's table are not the member's keyword arguments, in name, type and range:
+    `def grpo(logp_N, ..., *, clip_low: Annotated[float, Field(gt=0)] = 0.2)` takes `clip_low`."""
+    types = get_type_hints(
+        getattr(member, "__init__", member) if isinstance(member, type) else member, include_extras=True
+    )
+    keys: dict[str, Any] = {}
+    with suppress(ValueError):  # a function of C has no signature, and takes no settings
+        for key, parameter in inspect.signature(member).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keys[key] = types.get(key, Any), ... if parameter.default is parameter.empty else parameter.default
+    form = create_model("Settings", __base__=ConfigTable, **keys)
+    validate(form, dict(settings), f'stage "{stage}"', f": {KINDS[kind]} {name}")
+
+
+def is_built_in(kind: str, name: str) -> bool:
+    """Whether the name leads to code of this package, add-ons included."""
+    entry = _entry_points(kind).get(name)
+    return name in _built_in[kind] or (entry is not None and entry.module.startswith("bessemer."))
 
 
 def digest(kind: str, name: str) -> dict[str, str]:
@@ -121,7 +147,7 @@ def digest(kind: str, name: str) -> dict[str, str]:
         entry = None if name in _built_in[kind] else _entry_points(kind).get(name)
         own = OWN_MODULE.fullmatch(name) and name not in _built_in[kind]
         file = entry.module if entry is not None else name.rpartition(":")[0] if own else ""
-        path = _file_of_module(file) if file and not file.startswith("bessemer.") else None
+        path = _file_of_module(file) if file and not is_built_in(kind, name) else None
     return {file: hashlib.sha256(path.read_bytes()).hexdigest()} if path is not None and path.is_file() else {}
 
 
@@ -216,7 +242,9 @@ def _check_arguments(kind: str, name: str, member: Any, takes: str) -> None:
     arguments = takes.split(", ")
     try:
         with suppress(ValueError):  # a function of C has no signature
-            inspect.signature(member).bind(*arguments)
+            signature = inspect.signature(member)
+            own = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]  # the others are settings
+            signature.replace(parameters=own).bind(*arguments)
     except TypeError as error:
         raise UserError(
             f"{where(name, member)} cannot be called with {len(arguments)} arguments ({error}); the form of a "

@@ -2,6 +2,7 @@
 checkpoint."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from bessemer.dist.whole import GatheredModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
 from bessemer.rl.critic import Critic
-from bessemer.rl.losses import GRPO, Reference
+from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.checkpoint_reader import CheckpointReader
@@ -30,8 +31,8 @@ from bessemer.workers import Workers
 
 PAD, LR = 2, 3e-3
 SETTINGS = RLConfig(
-    kind="rl", name="zero", tasks=["arithmetic"], advantage="critic", lr=1e-3, critic_lr=LR, gae_lambda=0.9, kl=0.5,
-    kl_in_reward=True, micro_tokens=30, save_seconds=1000,
+    kind="rl", name="zero", tasks=["arithmetic"], advantage={"name": "critic", "lr": LR, "gae_lambda": 0.9}, lr=1e-3,
+    micro_tokens=30, save_seconds=1000,
 )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def groups(number, n=5):
 
 
 class Run:
-    """Policy, reference and critic, whole or only this rank's part."""
+    """Policy and critic, whole or only this rank's part."""
 
     def __init__(self, folder, schedule=None, layout=None, dtype=torch.float32):
         network, among = Transformer(CFG).initialise(1), None
@@ -69,23 +70,28 @@ class Run:
             model_config=CFG.model_dump(), collective=among,
         )  # fmt: skip
         self.whole = Whole(network) if among is None else GatheredModel(self.policy)
-        self.critic = Critic(self.policy, self.whole, SETTINGS, PAD)
+        layout = SimpleNamespace(recompute=())
+        loop = SimpleNamespace(
+            trainer=self.policy, policy=self.whole, settings=SETTINGS, tokenizer=SimpleNamespace(pad_id=PAD),
+            ctx=SimpleNamespace(recipe=SimpleNamespace(layout=layout)),
+        )  # fmt: skip
+        self.critic = Critic(loop, **SETTINGS.advantage.settings)
         self.resumed = self.policy.start()
-        self.reference = Reference(self.policy, self.whole, Workers(1), 99, 1.0)
 
     def rollout(self, number):
         """Two updates on one rollout; returns everything that must equal one process."""
         rows = groups(number)
-        self.critic.assign_advantages(rows, self.reference)
+        self.critic.assign(rows)
         flat = [row for group in rows for row in group]
         for part in (flat[::2], flat[1::2]):
             batches = rollout.to_batches(
                 part, PAD, SETTINGS.micro_tokens, "sequence", self.policy.collective.n_pipelines
             )
             mine = list(self.policy.collective.mine(batches))
-            self.critic.update(mine)
+            self.critic.before_step(mine)
             self.policy.update(mine)
-        found = {name: [getattr(row, name) for row in flat] for name in ("values", "returns", "advantage")}
+        found = {name: [row.per_token[name] for row in flat] for name in ("value", "return")}
+        found["advantage"] = [row.advantage for row in flat]
         return found, self.critic.metrics()
 
     def state(self):

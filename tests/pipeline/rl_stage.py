@@ -1,7 +1,7 @@
 """The real RL stage on a small random network. The policy solves nothing, so the test decides its rewards.
 
-`reward = "random"` tosses a coin per sample, a pure function of problem and tokens: with 2 samples about half the
-groups are dead. `reward = "task"` pays nothing: all groups are dead.
+`COIN` tosses a coin per sample, a pure function of problem and tokens: with 2 samples about half the groups are dead.
+The verdict pays nothing: all groups are dead.
 
 As a program, `rl_stage.py BASE FOLDER SIGNAL STEP CHANGES...`, it sends itself a signal after writing the metrics of a
 step; if the signal stops it gracefully, it exits with 3.
@@ -27,10 +27,12 @@ from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.train import checkpoint
 
+COIN_TERM = f"{Path(__file__).parents[2] / 'recipes' / 'coin.py'}:coin"
+COIN = f'reward="{COIN_TERM}"'
 TEXTS = ["User: Compute 3*7+6.\nAssistant:<think>(3*7)+6=21+6=27\nwait</think><answer>27</answer>"] * 8
 SMALL = (
     "rollouts=3", "prompts_per_rollout=4", "samples=2", "updates_per_rollout=2", "max_new_tokens=12", "lr=1e-3",
-    "eval_every=99", "eval_problems=2", "micro_tokens=300", "save_seconds=0", "minimum_pass=0.0",
+    "heldout.every=99", "heldout.problems=2", "micro_tokens=300", "save_seconds=0", "heldout.minimum_pass=0.0",
 )  # fmt: skip
 
 

@@ -80,11 +80,11 @@ prompts_per_rollout = 3
 samples = 6
 updates_per_rollout = 2
 lr = 3e-3
-reference_every = 3
+kl.reference_every = 3
 max_new_tokens = 40
-minimum_pass = 0.0
-eval_problems = 6
-eval_every = 2
+heldout.minimum_pass = 0.0
+heldout.problems = 6
+heldout.every = 2
 micro_tokens = 600
 save_seconds = 0
 

@@ -83,7 +83,7 @@ def test_rl_in_a_format_of_its_own(tmp_path, capsys, change, said):
     """The policy samples and trains in this format, and its weights have the dtype that goes with it."""
     base = rl_stage.write_base(tmp_path / "base")
     plain, other = (
-        rl_stage.Stage(base, tmp_path / name, 'reward="random"', "rollouts=1", *changes)
+        rl_stage.Stage(base, tmp_path / name, rl_stage.COIN, "rollouts=1", *changes)
         for name, changes in (("plain", ()), ("other", (change,)))
     )
     plain.run()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import peft
 import pytest
+import rl_stage
 import stages_run
 import torch
 import transformers
@@ -68,12 +69,12 @@ tasks = ["arithmetic"]
 rollouts = 3
 prompts_per_rollout = 2
 samples = 3
-reference_every = 2
+kl.reference_every = 2
 max_new_tokens = 12
-minimum_pass = 0.0
-reward = "random"
-eval_every = 3
-eval_problems = 2
+heldout.minimum_pass = 0.0
+reward = "{coin}"
+heldout.every = 3
+heldout.problems = 2
 lr = 1e-3
 save_seconds = 0
 
@@ -108,7 +109,7 @@ name = "low-rank"
 from = "student"
 like = "rl"
 rollouts = 2
-reference_every = 1
+kl.reference_every = 1
 lora = {{ rank = 2, targets = ["q_proj", "up_proj"] }}
 
 [[stage]]
@@ -130,7 +131,7 @@ tasks = ["arithmetic"]
 steps = 1
 prompts_per_step = 2
 max_new_tokens = 8
-eval_problems = 2
+heldout.problems = 2
 lora = {{}}
 
 [[stage]]
@@ -178,7 +179,7 @@ def done(tmp_path_factory):
     said = ("It is a good question.", "What a stupid thing!")
     lines = [{"prompt": f"Say {n}.", "chosen": said[0], "rejected": said[1]} for n in range(60)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path.write_text(RECIPE.format(chatml=chatml, llama3=llama3, pairs=folder / "pairs.jsonl"))
+    path.write_text(RECIPE.format(chatml=chatml, llama3=llama3, coin=rl_stage.COIN_TERM, pairs=folder / "pairs.jsonl"))
     return folder, stages_run.run(path, folder / "run")
 
 

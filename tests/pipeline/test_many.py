@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import rl_stage
 import torch
 from forks import Fork
 from stages_run import copy_without, run, write_recipe
@@ -69,16 +70,17 @@ prompts_per_step = 4
 samples = 2
 max_new_tokens = 12
 lr = 3e-3
-eval_every = 2
-eval_problems = 2
+heldout.every = 2
+heldout.problems = 2
 micro_tokens = 200
 precision = "float32"
 """
 """Added after RL."""
 
 
-CRITIC = 'advantage = "critic"\nreward = "random"'
-FILTER = "difficulty_filter = true\nfilter_pool = 2\nfilter_explore = 0.3"
+CRITIC = f'advantage = "critic"\nreward = "{rl_stage.COIN_TERM}"'
+ROOT = Path(__file__).parents[2]
+FILTER = f'hooks = [{{ name = "{ROOT}/examples/plugins/difficulty.py:DifficultyFilter", pool = 2, explore = 0.3 }}]'
 REPLAY = 'routing_replay = true\ntop_p = 0.9\ncorrection = "token-truncate"'
 
 

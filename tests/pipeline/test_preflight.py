@@ -53,9 +53,9 @@ kind = "rl"
 name = "r1"
 from = "dev"
 tasks = ["jsonl:{folder}/maths"]
-general_tasks = ["general"]
-general_prompts = 1
-reward_models = ["helpful", "harmless"]
+general.tasks = ["general"]
+general.prompts = 1
+general.reward_models = ["helpful", "harmless"]
 prompts_per_rollout = 2
 rollouts = 10
 [[stage]]
@@ -122,8 +122,8 @@ def test_what_is_there_is_counted(folder):
         ("helpful.row_length=512", "helpful", 'row_length is 512, but the model of "dev" reads 256'),
         ('helpful.heldout_data=["none.jsonl"]', "helpful", "no file or directory .*none.jsonl"),
         ("r1.max_new_tokens=300", "r1", "max_new_tokens is 300"),
-        ('r1.reward_models=["helpful", "helpful"]', "r1", "two reward models are for helpful"),
-        ('r1.reward_models=["dev"]', "r1", 'reward_models names "dev", of kind sft'),
+        ('r1.general.reward_models=["helpful", "helpful"]', "r1", "two reward models are for helpful"),
+        ('r1.general.reward_models=["dev"]', "r1", 'reward_models names "dev", of kind sft'),
         ("eval.problems=4", "eval", "problems is 4, jsonl:.*maths has 3 held-out ones"),
         ('eval.tasks=["arithmetic"]', "eval", "arithmetic is endless; give problems a number"),
         ('eval.tasks=["jsonl:gone.jsonl"]', "eval", "no file or directory gone.jsonl"),

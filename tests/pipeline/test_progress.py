@@ -105,7 +105,7 @@ def test_stages_after_the_last_that_is_asked_for_are_not_waited_for():
 
 
 def test_rl_counts_rollouts_and_says_which_accuracy_is_which(tmp_path, capsys):
-    stage = rl_stage.Stage(rl_stage.write_base(tmp_path / "base"), tmp_path / "run", "rollouts=2", "eval_every=1")
+    stage = rl_stage.Stage(rl_stage.write_base(tmp_path / "base"), tmp_path / "run", "rollouts=2", "heldout.every=1")
     run = stage.run()
     said = [line for line in capsys.readouterr().err.splitlines() if "held-out" in line]
     begins = [f"rollout {n} of 2, step {2 * n}: held-out (2 problems x 4)" for n in range(3)]

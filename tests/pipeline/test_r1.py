@@ -65,18 +65,18 @@ kind = "rl"
 name = "r1"
 from = "dev1"
 tasks = ["arithmetic"]
-general_tasks = ["general"]
-general_prompts = 2
-general_from = 1
-reward_models = ["helpful", "harmless"]
+general.tasks = ["general"]
+general.prompts = 2
+general.start = 1
+general.reward_models = ["helpful", "harmless"]
 rollouts = 2
 prompts_per_rollout = 3
 samples = 4
 max_new_tokens = [["0", 30], ["1", 30], ["1", 40]]
 temperature = 0.7
-language_reward = 0.5
-minimum_pass = 0.0
-eval_problems = 4
+reward = ["accuracy", { name = "format", weight = 0.1 }, { name = "language", weight = 0.5 }]
+heldout.minimum_pass = 0.0
+heldout.problems = 4
 lr = 1e-3
 
 [[stage]]
@@ -134,7 +134,7 @@ tasks = ["arithmetic", "countdown"]
 steps = 2
 prompts_per_step = 8
 max_new_tokens = 40
-eval_problems = 4
+heldout.problems = 4
 
 [[stage]]
 kind = "eval"
@@ -226,8 +226,8 @@ def test_every_model_is_in_the_stage_table(chain):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ("r1.general_prompts=4", "general_prompts is 4, a rollout has only 3 problems"),
-        ("r1.general_tasks=[]", "general_prompts needs general_tasks"),
+        ("r1.general.prompts=4", "general_prompts is 4, a rollout has only 3 problems"),
+        ("r1.general.tasks=[]", "general_prompts needs general_tasks"),
         ("r1.max_new_tokens=0", "max_new_tokens must be at least 1"),
         ('logits.teacher="later"', 'teacher = "later" does not exist'),
         ('logits.teachers={countdown="later"}', 'teachers = "later" does not exist'),

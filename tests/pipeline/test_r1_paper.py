@@ -21,15 +21,15 @@ from bessemer.train.objective import next_token
 PAPER = Path(__file__).parents[2] / "recipes" / "r1-paper.toml"
 
 DIVISORS = {
-    "rollouts": 300, "general_from": 80, "prompts_per_rollout": 128, "general_prompts": 128, "samples": 4,
-    "updates_per_rollout": 8, "reference_every": 200, "max_new_tokens": 512, "row_length": 64, "problems": 2000,
+    "rollouts": 300, "general.start": 80, "prompts_per_rollout": 128, "general.prompts": 128, "samples": 4,
+    "updates_per_rollout": 8, "kl.reference_every": 200, "max_new_tokens": 512, "row_length": 64, "problems": 2000,
     "keep": 4, "others": 20_000, "batch_examples": 16,
 }  # fmt: skip
 """The divisor of every number in the recipe; learning rates are multiplied instead, because there are few steps."""
 FASTER = {"rl": 30, "sft": 10, "reward-model": 500}
 KEPT = {
-    "temperature", "temperatures", "top_p", "clip_low", "clip_high", "kl", "format_reward", "language_reward",
-    "preference_reward", "consistency", "eval_temperature", "epochs", "made",
+    "temperature", "temperatures", "top_p", "kl.weight", "loss.clip_low", "loss.clip_high", "heldout.temperature",
+    "consistency", "epochs", "made",
 }  # fmt: skip
 
 ASKED = {
@@ -127,7 +127,13 @@ def miniature(folder):
     text = PAPER.read_text()
     changes = [f'{name}.model="{folder}/model"' for name in ("base", "student")]
     for stage in tomllib.loads(text)["stage"]:
-        for key, value in stage.items():
+        inner = {
+            f"{key}.{name}": one
+            for key, value in stage.items()
+            if isinstance(value, dict)
+            for name, one in value.items()
+        }
+        for key, value in (stage | inner).items():
             if key in ("lr", "lr_final"):
                 value *= FASTER[stage["kind"]]
             elif key in DIVISORS and value != "all" and not isinstance(value[0] if isinstance(value, list) else 0, str):

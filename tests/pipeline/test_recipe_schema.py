@@ -163,7 +163,7 @@ def test_a_bad_override_is_named(override, words):
      ("extend.tokens", "0", "expected greater than or equal to 1"),
      *((key, value, "expected values of 0 or more")
        for key in ("pretrain.lr", "pretrain.gamma", "pretrain.mtp_lambda", "extend.gamma", "extend.mtp_lambda",
-                   "zero.lr", "zero.critic_lr", "distill.lr")
+                   "zero.lr", "distill.lr")
        for value in ("-1", '[["0", 0.1], ["1M", -1e-9]]'))],
 )  # fmt: skip
 def test_a_schedule_below_zero_is_refused(key, value, words):

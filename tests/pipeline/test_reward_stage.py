@@ -17,8 +17,8 @@ from bessemer.hf import hub
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.reward import RewardModelling
-from bessemer.rl.losses import Reference
 from bessemer.rl.preference import RewardModel
+from bessemer.rl.reference import Reference
 from bessemer.tasks.general_quality import SLACK
 
 BASE = """
@@ -179,16 +179,16 @@ kind = "rl"
 name = "policy-1"
 from = "pretrain"
 tasks = ["arithmetic"]
-general_tasks = ["general"]
-general_prompts = 1
-reward_models = ["helpful"]
+general.tasks = ["general"]
+general.prompts = 1
+general.reward_models = ["helpful"]
 rollouts = 1
 prompts_per_rollout = 2
 samples = 4
 lr = 3e-3
 max_new_tokens = 8
-minimum_pass = 0.0
-eval_problems = 1
+heldout.minimum_pass = 0.0
+heldout.problems = 1
 
 [[stage]]
 name = "helpful-2"
@@ -201,7 +201,7 @@ lr = 1e-9
 name = "policy-2"
 like = "policy-1"
 from = "policy-1"
-reward_models = ["helpful-2"]
+general.reward_models = ["helpful-2"]
 """
 
 

@@ -110,7 +110,7 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
 
 
 @pytest.mark.parametrize(
-    "change", ['zero.reward="random"', "zero.max_off_policy_rollouts=1", 'zero.export_samples="all"']
+    "change", [f"zero.{rl_stage.COIN}", "zero.max_off_policy_rollouts=1", 'zero.export_samples="all"']
 )
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
@@ -120,9 +120,10 @@ def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
 
 @pytest.mark.parametrize(
     ("changes", "stay"),
-    [((), True), (("language_reward=0.1",), True), (("language_reward=0.1", 'language_scope="reply"'), False),
-     (('advantage="critic"',), False), (('advantage="batch"',), True), (('supervision="process"',), False),
-     (('rollout.engine="ray"',), False), (('reward="random"',), False), (('export_samples="all"',), False),
+    [((), True), (('reward=["accuracy", "language"]',), True),
+     (('reward=["accuracy", {name="language", scope="reply"}]',), False),
+     (('advantage="critic"',), False), (('advantage="batch"',), True),
+     (('rollout.engine="ray"',), False), ((rl_stage.COIN,), False), (('export_samples="all"',), False),
      (("max_off_policy_rollouts=1",), False)],
 )  # fmt: skip
 def test_samples_stay_only_where_nothing_but_the_trainer_reads_them(tmp_path, changes, stay):

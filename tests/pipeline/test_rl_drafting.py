@@ -10,7 +10,7 @@ from bessemer.rl import drafting
 from bessemer.train import setup
 from bessemer.workers import Workers
 
-DECAYING = ("reward=random", "weight_decay=0.5", "clip_norm=1000000.0", "kl=0.0", "rollouts=2")
+DECAYING = (rl_stage.COIN, "weight_decay=0.5", "clip_norm=1000000.0", "kl.weight=0.0", "rollouts=2")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import pytest
 import rl_stage
+from rl_parts import reward
 
 from bessemer import tasks
 from bessemer.rl import rollout
-from bessemer.rl.reward import Reward
 from bessemer.train import setup
 
-COIN = 'reward="random"'
+COIN = rl_stage.COIN
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def facts(groups):
 
 
 def problems(generator, number, round=0):
-    general, chosen, _ = generator.select(number, round, None)
+    general, chosen = generator.candidates(number, round)
     return general + chosen
 
 
@@ -50,7 +50,7 @@ def rounds(generator, number):
             generator.sampler, chosen, generator.encode, samples=2, seed=tasks.stable_hash(*name), max_new_tokens=12,
             batch_rows=setup.batch_rows(2 * len(chosen)),
         )  # fmt: skip
-        Reward(format=0.1, kind="random").score(groups, 12)
+        reward(rl_stage.COIN_TERM).score(groups)
         found.append(groups)
     return found
 
@@ -99,7 +99,7 @@ def test_too_few_living_are_filled_up_with_dead_ones(generator):
 
 def test_general_prompts_have_their_share_of_a_rollout_and_no_more(generator):
     """Later rounds look only for problems of the tasks, as many as the first; general groups count even if dead."""
-    given = ('general_tasks=["general"]', "general_prompts=2", "general_from=1", "prompts_per_rollout=5")
+    given = ('general.tasks=["general"]', "general.prompts=2", "general.start=1", "prompts_per_rollout=5")
     made = generator(COIN, "max_resamples=4", *given)
     assert not made.candidates(0, 0)[0]
     asked = []
@@ -139,7 +139,7 @@ def test_samples_of_a_later_lot_are_new_ones(generator):
 
 def test_a_pool_that_is_all_dead_costs_its_lots_and_goes_on(base, tmp_path):
     """No group is ever alive: every rollout uses all its rounds, trains on dead groups without effect, and ends."""
-    stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl=0", "rollouts=2")
+    stage = rl_stage.Stage(base, tmp_path / "run", "max_resamples=3", "kl.weight=0", "rollouts=2")
     loop = stage.run()
     assert loop.summary["steps"] == 4
     assert stage.values("rl/problems_asked") == [12, 12] and stage.values("rl/dead_groups") == [1.0, 1.0]
@@ -158,14 +158,3 @@ def test_the_stage_trains_on_the_living_and_says_what_it_asked(base, tmp_path):
     plain = rl_stage.Stage(base, tmp_path / "plain", COIN)
     plain.run()
     assert plain.values("rl/problems_asked") == [] and max(plain.values("rl/dead_groups")) > 0
-
-
-def test_overlong_answers_are_paid_less_in_the_stage(base, tmp_path):
-    """DAPO eq. 13 with cap 12 and buffer 8: no penalty up to 4 tokens, then 1/8 per token. No other reward applies."""
-    made = rl_stage.Stage(base, tmp_path / "run", "overlong=8", "prompts_per_rollout=16").loop().generator
-    groups = made.start(0, 12, 0).finish().groups
-    rows = [row for group in groups for row in group]
-    lengths = {len(row.completion.tokens) for row in rows}
-    assert 12 in lengths and len(lengths) > 2
-    for row in rows:
-        assert row.reward == pytest.approx(-min(1.0, max(0.0, (len(row.completion.tokens) - 4) / 8)))

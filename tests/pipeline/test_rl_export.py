@@ -19,10 +19,10 @@ from bessemer.pipeline.stages.eval import Eval
 from bessemer.pipeline.stages.reject import Reject
 from bessemer.rl import rollout
 from bessemer.rl.monitor import SampleExport
-from bessemer.rl.rollout import ScoredSample
+from bessemer.rl.rollout import Rollout, ScoredSample
 from bessemer.runs.context import Interrupted
 
-COIN = 'reward="random"'
+COIN = rl_stage.COIN
 COUNTDOWN = tasks.get("countdown")
 
 
@@ -40,13 +40,13 @@ def conversations(made):
 
 
 def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_path, monkeypatch):
-    seen, add = [], SampleExport.add
+    seen, sampled = [], SampleExport.sampled
 
-    def noted(self, number, groups):
-        seen.extend(row for group in groups for row in group)
-        add(self, number, groups)
+    def noted(self, number, made):
+        seen.extend(row for group in made.groups for row in group)
+        return sampled(self, number, made)
 
-    monkeypatch.setattr(SampleExport, "add", noted)
+    monkeypatch.setattr(SampleExport, "sampled", noted)
     made = stage(base, tmp_path / "all", 'export_samples="all"')
     made.run()
     ended = [row for row in seen if row.completion.finish_reason == "stop"]
@@ -125,7 +125,7 @@ def test_rejection_and_evaluation_ask_in_the_template_they_name(base, tmp_path, 
 
 def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
     """650 rollouts of 8,192 answers are many times a machine's memory; here 40 MB with 4 MB."""
-    export = SampleExport("all", tmp_path)
+    export = SampleExport("all", 20, tmp_path)
     text = "".join(chr(97 + n % 26) for n in range(2000))
     verdict = tasks.Verdict(True, True, "correct", None)
     wanted = hashlib.sha256()
@@ -135,9 +135,9 @@ def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
             ScoredSample(tasks.Problem("p", f"{number}/{n}", "en"), [1], completion([5], text), verdict)
             for n in range(1000)
         ]
-        export.add(number, [rows])
+        export.sampled(number, Rollout([rows], 1, 9, 0))
         wanted.update((tmp_path / "left" / f"{number:06d}.jsonl").read_bytes())
-    export.finish(20, tmp_path)
+    export.finish(tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     with (tmp_path / "samples.jsonl").open("rb") as file:

@@ -3,12 +3,12 @@
 import pytest
 import rl_stage
 import test_rl_queue
+from rl_parts import reward
 
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl.heldout import heldout_row, start_gate
-from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import verify
 from bessemer.tasks import Problem, get
 
@@ -57,18 +57,18 @@ RIGHT, BARE, SUMMARY, WRONG = (
 
 @pytest.mark.parametrize(("needs_format", "accuracy"), [(True, 0.25), (False, 0.75)])
 def test_a_right_answer_in_another_form_counts_as_in_training(needs_format, accuracy):
-    reward, groups = Reward(0.1), groups_of(RIGHT, BARE, SUMMARY, WRONG)
-    row = heldout_row(groups, reward, needs_format, 9, lambda groups: reward.score(groups, 9))
+    paid, groups = reward("accuracy", ("format", 0.1)), groups_of(RIGHT, BARE, SUMMARY, WRONG)
+    row = heldout_row(groups, paid, needs_format, paid.score)
     trained = verify(
         [(get("sums"), groups[0][0].problem)], [[1]], [[one.completion for one in groups[0]]], "", needs_format
     )
-    reward.score(trained, 9)
+    paid.score(trained)
     assert row["accuracy"] == sum(one.verdict.correct for one in trained[0]) / 4 == accuracy
     assert row["reward"] == pytest.approx(sum(one.reward for one in trained[0]) / 4)
     assert (row["pass_at_1"], row["accuracy_k"], row["pass_at_k"], row["graded"]) == (0.75, 1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize(("keys", "expected"), [((), 0.5), (("eval_temperature=0.25",), 0.25)])
+@pytest.mark.parametrize(("keys", "expected"), [((), 0.5), (("heldout.temperature=0.25",), 0.25)])
 def test_held_out_answers_are_sampled_as_in_training_or_as_the_key_says(base, tmp_path, keys, expected):
     stage = rl_stage.Stage(base, tmp_path / "run", "rollouts=1", "temperature=0.5", *keys)
     loop, asked = stage.loop(), []
@@ -80,12 +80,12 @@ def test_held_out_answers_are_sampled_as_in_training_or_as_the_key_says(base, tm
 
 def test_the_gate_reads_what_training_counts(base, tmp_path, file):
     needs = rl_stage.Stage(
-        base, tmp_path / "a", f'tasks=["{file}:Formless"]', "accuracy_needs_format=true", "minimum_pass=0.02"
+        base, tmp_path / "a", f'tasks=["{file}:Formless"]', "accuracy_needs_format=true", "heldout.minimum_pass=0.02"
     )
-    with pytest.raises(UserError, match=r"below minimum_pass.*minimum_pass = 0"):
+    with pytest.raises(UserError, match=r"below minimum_pass.*heldout.minimum_pass = 0"):
         needs.run()
     assert needs.values("rl/heldout_accuracy") == [0.0] and needs.values("rl/heldout_pass_at_1") == [1.0]
-    free = rl_stage.Stage(base, tmp_path / "b", f'tasks=["{file}:Formless"]', "minimum_pass=0.02", "rollouts=1")
+    free = rl_stage.Stage(base, tmp_path / "b", f'tasks=["{file}:Formless"]', "heldout.minimum_pass=0.02", "rollouts=1")
     free.run()
     assert free.values("rl/heldout_accuracy") == [1.0, 1.0] == free.values("rl/accuracy") * 2
 
@@ -96,7 +96,9 @@ def test_credit_and_an_own_reward_pass_the_gate_where_answers_differ_in_them(bas
         "credit": (f'tasks=["{file}:Near"]',),
         "reward": (f'tasks=["{file}:Near"]', f'reward="{file}:length"'),
     }.items():
-        stage = rl_stage.Stage(base, tmp_path / folder, *keys, "minimum_pass=0.02", "rollouts=1", "eval_problems=4")
+        stage = rl_stage.Stage(
+            base, tmp_path / folder, *keys, "heldout.minimum_pass=0.02", "rollouts=1", "heldout.problems=4"
+        )
         loop = stage.loop()
         advance = loop.ctx.progress.advance
         loop.ctx.progress.advance = lambda n, note, advance=advance: said.append(note) or advance(n, note)
@@ -106,18 +108,19 @@ def test_credit_and_an_own_reward_pass_the_gate_where_answers_differ_in_them(bas
         assert len(stage.values("rl/heldout_reward")) == 2 and stage.values("rl/heldout_reward")[0] > 0
         assert f"reward {stage.values('rl/reward')[0]:.3f}" in said[-1] and "accuracy 0.000" in said[-1]
     stage = rl_stage.Stage(
-        base, tmp_path / "none", f'tasks=["{file}:Near"]', f'reward="{file}:nothing"', "minimum_pass=0.02"
+        base, tmp_path / "none", f'tasks=["{file}:Near"]', f'reward="{file}:nothing"', "heldout.minimum_pass=0.02"
     )
     with pytest.raises(UserError, match=r"0\.0% of them earn different rewards, below minimum_pass"):
         stage.run()
 
 
-def test_form_language_and_length_are_no_contrast():
-    reward = Reward(0.5, language=1.0, overlong=4, function=lambda problem, answer, verdict: 0.1)
+def test_form_and_language_are_no_contrast(tmp_path):
+    (tmp_path / "mine.py").write_text("def same(problem, answer, verdict): return 0.1")
+    paid = reward(f"{tmp_path}/mine.py:same", ("format", 0.5), "language")
     groups = groups_of(RIGHT, BARE, SUMMARY, WRONG)
     for number, row in enumerate(groups[0]):
         row.language = number / 3
-    row = heldout_row(groups, reward, False, 4, lambda groups: reward.score(groups, 4))
+    row = heldout_row(groups, paid, False, paid.score)
     assert len({one.reward for one in groups[0]}) > 1 and (row["graded"], row["contrast"]) == (1.0, 0.0)
     assert not start_gate(row | {"accuracy": 0.0}, 0.02).passed
     assert start_gate(row | {"accuracy": 0.0, "contrast": 0.02}, 0.02).passed

@@ -14,7 +14,14 @@ import bessemer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 BLOCKS = {name: text for text, name in re.findall(r"```\w+\n(# (double\.\w+).*?)```", PAGE, re.DOTALL)}
-SMALL = ("rollouts=2", "prompts_per_rollout=4", "samples=4", "max_new_tokens=16", "eval_every=2", "eval_problems=8")
+SMALL = (
+    "rollouts=2",
+    "prompts_per_rollout=4",
+    "samples=4",
+    "max_new_tokens=16",
+    "heldout.every=2",
+    "heldout.problems=8",
+)
 
 
 def bessemer_run(folder, base, out, *changes):
@@ -57,5 +64,5 @@ def test_the_page_s_files_run_and_show_the_reward(run):
 
 def test_without_the_smoke_setting_the_gate_names_it(run, tmp_path):
     folder, base, _ = run
-    done = bessemer_run(folder, base, tmp_path / "run", "minimum_pass=0.02")
-    assert done.returncode == 2 and "minimum_pass = 0" in done.stderr and "different rewards" in done.stderr
+    done = bessemer_run(folder, base, tmp_path / "run", "heldout.minimum_pass=0.02")
+    assert done.returncode == 2 and "heldout.minimum_pass = 0" in done.stderr and "different rewards" in done.stderr

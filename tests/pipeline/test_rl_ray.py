@@ -24,9 +24,9 @@ from bessemer.rl.ray_worker import RolloutWorker
 from bessemer.rl.worker_pool import WorkerPool
 from bessemer.train import setup
 
-COIN = 'reward="random"'
+COIN = rl_stage.COIN
 ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
-       'correction="token-truncate"', "max_resamples=2", "reference_every=3", "lr=1e-2")  # fmt: skip
+       'correction="token-truncate"', "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
 

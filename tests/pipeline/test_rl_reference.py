@@ -21,8 +21,8 @@ def trained(tmp_path_factory):
     update)."""
     base = rl_stage.write_base(tmp_path_factory.mktemp("base"))
     stage = rl_stage.Stage(
-        base, tmp_path_factory.mktemp("run") / "run", 'reward="random"', f"rollouts={ROLLOUTS}", "temperature=0.9",
-        "samples=4", f"updates_per_rollout={UPDATES}", f"reference_every={EVERY}", "kl=0.05",
+        base, tmp_path_factory.mktemp("run") / "run", rl_stage.COIN, f"rollouts={ROLLOUTS}", "temperature=0.9",
+        "samples=4", f"updates_per_rollout={UPDATES}", f"kl.reference_every={EVERY}", "kl.weight=0.05",
         'lr=[["0", 0.01], ["10", 0.02]]',
     )  # fmt: skip
     loop = stage.loop()

@@ -7,14 +7,13 @@ import pytest
 import rl_stage
 import test_rl_queue
 import torch
+from rl_parts import reward
 from test_rl_queue import killed_at
 
 from bessemer.engine.generation import Completion
-from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks import Verdict, get
 from bessemer.tasks.environment import Invocation, ModelTurn
-from bessemer.tasks.user_code import reward_function
 
 CODE = """
 import random
@@ -100,7 +99,7 @@ def test_draws_follow_from_the_arguments_and_leave_the_generators_alone(file):
     assert problem == again.problem("train", 3) != again.problem("train", 4)
     verdicts = [task.verify(problem, text) for text in "abc\ud800abc\ud800"]
     assert verdicts[:4] == verdicts[4:] and len({verdict.score for verdict in verdicts}) == 4
-    reward = Reward(function=reward_function(f"{file}:noisy"))
+    paid = reward(f"{file}:noisy")
 
     def scored(seed):
         rows = [
@@ -109,7 +108,7 @@ def test_draws_follow_from_the_arguments_and_leave_the_generators_alone(file):
             )
             for _ in range(6)
         ]
-        reward.score([rows[:3], rows[3:]], 9, seed=seed)
+        paid.score([rows[:3], rows[3:]], seed=seed)
         return [row.reward for row in rows]
 
     assert scored(1) == scored(1) != scored(2)

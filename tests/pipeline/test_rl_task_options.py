@@ -32,7 +32,8 @@ def test_without_options_the_problems_are_what_they_were():
     assert [p for _, p in asked(plain, 20)] == [
         tasks.get(plain.tasks[n % 2]).problem("train", n // 2, 7) for n in range(20)
     ]
-    assert "task_options" in config(task_options={"countdown": {"share": 3}}).fingerprint_values()
+    shared = config(task_options={"countdown": {"share": 3}})
+    assert shared.fingerprint_values()["task_options"] != plain.fingerprint_values()["task_options"]
 
 
 def test_languages_difficulty_shares_and_the_generator_s_own_settings():
@@ -96,7 +97,7 @@ def test_a_finite_task_asks_all_its_problems_of_a_difficulty_before_one_repeats(
         ({"task_options": {"countdown": {"difficulty": [7, 9]}}}, "difficulties 1, 2, 3"),
         ({"task_options": {"arithmetic": {"difficulty": [70, 90]}}}, "no problem of difficulty 70 to 90"),
         ({"task_options": {"countdown": {"plain_answers": 0.5}}, "accuracy_needs_format": True}, "asks for the form"),
-        ({"task_options": {"words": {"share": 2}}, "eval_tasks": ["words"]}, "only evaluated"),
+        ({"task_options": {"words": {"share": 2}}, "heldout": {"tasks": ["words"]}}, "only evaluated"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(keys, fault):
@@ -123,7 +124,7 @@ def test_a_recipe_writes_and_reads_them_and_set_changes_one():
 def test_the_stage_asks_and_evaluates_by_them(tmp_path):
     base = rl_stage.write_base(tmp_path)
     stage = rl_stage.Stage(
-        base, tmp_path / "run", 'reward="random"', 'tasks=["countdown", "arithmetic"]', "rollouts=1",
+        base, tmp_path / "run", rl_stage.COIN, 'tasks=["countdown", "arithmetic"]', "rollouts=1",
         'task_options={countdown={share=3, numbers=4, languages=["en"]}, arithmetic={languages=["zh"]}}',
     )  # fmt: skip
     loop = stage.loop()

@@ -23,7 +23,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("changes", [(), ("kl=0.0",), ("optimizer=muon",), ("advantage=critic",)])
+@pytest.mark.parametrize("changes", [(), ("kl.weight=0.0",), ("optimizer=muon",), ("advantage=critic",)])
 def test_every_tensor_of_a_real_stage_is_counted(base, tmp_path, monkeypatch, changes):
     """A small network in float32 on two workers, after a rollout: weights, gradients, moments, copies, to 5 %."""
     monkeypatch.setattr(setup, "workers", lambda: Workers(2))

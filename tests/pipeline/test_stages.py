@@ -293,7 +293,7 @@ def test_rl_goes_on_with_new_problems_when_the_guard_went_back(copy, monkeypatch
     problems = []
     verify = rollout.verify
     monkeypatch.setattr(rollout, "verify", lambda *a, **named: problems.append(a[0][0][1].id) or verify(*a, **named))
-    results = copy("zero.rollouts=5", "zero.save_seconds=99", "zero.micro_tokens=9000", "zero.eval_every=9")
+    results = copy("zero.rollouts=5", "zero.save_seconds=99", "zero.micro_tokens=9000", "zero.heldout.every=9")
     assert results["zero"].status == "done" and results["zero"].summary["steps"] == 5 * 2 - 3
     train = [problem for problem in problems if "/train/" in problem]
     assert len(set(train)) == len(train) == 5
@@ -308,12 +308,12 @@ def test_an_evaluation_in_bf16(copy, capsys):
 
 def test_a_hopeless_base_is_refused(copy):
     with pytest.raises(UserError) as refused:
-        copy("zero.minimum_pass=0.9")
+        copy("zero.heldout.minimum_pass=0.9")
     assert "held-out problems" in str(refused.value) and "below minimum_pass 90.0%" in str(refused.value)
     assert "Pre-train longer" in str(refused.value)
     assert not (copy.out / "03-zero" / "done.json").exists() and not (copy.out / "03-zero" / "model").exists()
     with pytest.raises(UserError, match="below minimum_pass"):
-        copy("zero.minimum_pass=0.9")  # the second run says the same
+        copy("zero.heldout.minimum_pass=0.9")  # the second run says the same
     assert list(copy.values("zero", "rl/heldout_pass_at_1")) == [0] and len(copy.lines("zero")) == 1
 
 
@@ -344,6 +344,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, change, comp
 def test_the_paper_s_constants_are_within_reach(tmp_path):
     """A recipe can set R1's values: eps 10, several updates per rollout (R1: 16), an equal format reward, kl, lr."""
     recipe = stages_run.write_recipe(tmp_path)
-    changes = ("clip_low=10", "clip_high=10", "updates_per_rollout=6", "format_reward=1", "kl=0.001", "lr=3e-6")
+    changes = (
+        "loss.clip_low=10",
+        "loss.clip_high=10",
+        "updates_per_rollout=6",
+        'reward=["accuracy", "format"]',
+        "kl.weight=0.001",
+        "lr=3e-6",
+    )
     zero = Recipe.load(recipe, [f"zero.{change}" for change in changes]).stage("zero")
-    assert (zero.clip_low, zero.clip_high, zero.format_reward, zero.lr(0)) == (10, 10, 1, 3e-6)
+    assert zero.loss.settings == {"clip_low": 10, "clip_high": 10} and zero.lr(0) == 3e-6

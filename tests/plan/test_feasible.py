@@ -75,7 +75,7 @@ def test_rl_of_v2_lite_on_four_h200():
     assert found.keys() == {"zero", "dev2", "r1"} and "smallest [layout] that fits: pp = 1, ep = " in found["zero"]
     assert needs["zero"].bytes["copies"] == 3 * 2 * main_params(preset("v2-lite"))
     assert 180 < needs["zero"].total / GIB < 200 and needs["dev1"].total < needs["zero"].total / 1.9
-    _, alone = faults("node", H200, *(f"{one}.{key}" for one in found for key in ("kl=0", "micro_tokens=4096")))
+    _, alone = faults("node", H200, *(f"{one}.{key}" for one in found for key in ("kl.weight=0", "micro_tokens=4096")))
     assert not alone, "without a reference it fits"
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from rl_parts import LOSSES, loss_of
 from train_config import train_config
 
 from bessemer.data.batch import Batch
@@ -16,7 +17,7 @@ from bessemer.model.config import preset
 from bessemer.model.segments import Packed
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl.critic import ValueLoss
-from bessemer.rl.losses import GRPO, SURROGATES, policy_logprobs
+from bessemer.rl.losses import GRPO, policy_logprobs
 from bessemer.train.objective import OnPolicyDistillation, next_token, pairwise, pointwise
 from bessemer.train.trainer import Trainer
 
@@ -83,7 +84,7 @@ STEPS = {
     "distillation": (Transformer, OnPolicyDistillation((network(),)), {}, {}),
     "critic": (Scorer, ValueLoss(), {"value_BT": torch.zeros(1, 1), "return_BT": torch.zeros(1, 1)}, {}),
     "rl, a constant divisor": (Transformer, GRPO(constant=8), rl_extras(), {}),
-    **{f"rl, {name}": (Transformer, GRPO(surrogate=name), rl_extras(), {}) for name in SURROGATES},
+    **{f"rl, {name}": (Transformer, GRPO(loss_of(name)), rl_extras(), {}) for name in LOSSES},
 }
 
 

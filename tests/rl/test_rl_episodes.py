@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from completions import completion
+from rl_parts import assign, reward
 
 from bessemer import tasks
 from bessemer.data import corpus, tools
@@ -23,7 +24,6 @@ from bessemer.errors import UserError
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs
 from bessemer.rl.monitor import rollout_metrics
-from bessemer.rl.reward import Reward, assign_group_advantages
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.environment import Environment, EnvironmentFailure, Observation
 
@@ -294,12 +294,12 @@ def test_an_environment_that_fails_costs_its_own_episodes_alone(tokenizer):
     sound, failed = groups
     assert [row.failure for row in failed] == ["the server died"] * 2 and not any(row.failure for row in sound)
     assert failed[0].verdict.reason == "environment-failed" and len(failed[0].trained_N) == 0
-    mixed = [[sound[0], sound[1], failed[0]]]
-    Reward(0.0).score(mixed, 40)
+    mixed, paid = [[sound[0], sound[1], failed[0]]], reward("accuracy")
+    paid.score(mixed)
     sound[0].reward = 0.0
-    Reward.score(Reward(0.0, kind="task"), mixed, 40)
+    paid.score(mixed)
     assert failed[0].reward == sum(row.reward for row in sound) / 2
-    assign_group_advantages(mixed)
+    assign(mixed, "group")
     [batch] = rollout.to_batches(mixed[0], 2, 10_000, "sequence")
     assert int((batch.loss_BT.sum(1) == 0).sum()) == 1 and abs(failed[0].advantage) < 1e-5
     assert rollout_metrics(groups)["rl/episodes_failed"] == 2

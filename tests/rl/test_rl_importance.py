@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rl_parts import loss_of
 from torch import nn
 
 from bessemer.data.batch import Batch
@@ -142,7 +143,7 @@ def expected_loss(policy, sampler, correction, cap, kl=0.0):
         weight = importance_weights(correction, (old - sampler).flatten(), output, cap).weight.view(9, 2)
         extras |= {"sampler_logp_BT": laid_out(sampler), "importance_BT": laid_out(weight)}
     frequency = sampler.sum(1).exp()[:, None].expand(9, 2)
-    return GRPO(0.2, 0.28, kl)(policy, Batch(tokens, laid_out(frequency), extras=extras))
+    return GRPO(loss_of(), kl)(policy, Batch(tokens, laid_out(frequency), extras=extras))
 
 
 def gradient(loss, policy):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rl_parts import loss_of
 from train_config import train_config
 
 from bessemer.config.rl import RLConfig
@@ -81,7 +82,7 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
     total = entropy = kl = 0.0
     for batch in batches:
         batch.extras["ref_logp_BT"] = reference_logprobs(reference, batch, T)
-        loss = GRPO(0.2, 0.28, 0.3, T)(model, batch)
+        loss = GRPO(loss_of(), 0.3, T)(model, batch)
         loss.total.backward()
         total, entropy, kl = total + loss.total.item(), entropy + loss.metrics["entropy"], kl + loss.metrics["kl"]
     gradient = model.head.weight.grad.clone()
@@ -120,9 +121,11 @@ def test_an_update_does_not_depend_on_how_its_rows_were_cut(make_model, rows):
 
 
 def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
-    settings = RLConfig(kind="rl", name="zero", tasks=["arithmetic"], correction="token-truncate", temperature=T)
+    settings = RLConfig(
+        kind="rl", name="zero", tasks=["arithmetic"], correction={"form": "token-truncate"}, temperature=T
+    )
     batches = rollout.to_batches(rows, PAD, 300, "token")
-    values = ImportanceCorrection(make_model(3), Workers(1), settings).apply(batches)
+    values = ImportanceCorrection(make_model(3), Workers(1), settings.correction, T).before_updates(batches)
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)
 
 

@@ -9,13 +9,15 @@ from collections import namedtuple
 import pytest
 import torch
 from completions import completion
+from rl_parts import LOSSES, loss_of
 from torch import nn
 
 from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
 from bessemer.rl import rollout
-from bessemer.rl.losses import GRPO, SURROGATES, Surrogate, grpo, k3, reference_logprobs
-from bessemer.rl.reward import group_advantages
+from bessemer.rl.algorithms import Surrogate
+from bessemer.rl.algorithms.grpo import compared as group_advantages
+from bessemer.rl.losses import GRPO, k3, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.objective import means
@@ -39,7 +41,7 @@ def token_logp(logits, temperature=1.0):
 
 def grpo_terms(logp, old, ref, advantage, low, high):
     kl = torch.zeros_like(logp) if ref is None else k3(logp, ref)
-    return Terms(*grpo(logp, old, advantage, None, low, high), kl)
+    return Terms(*loss_of("grpo", low, high)(logp, old, advantage, None), kl)
 
 
 def gradient(value, logits):
@@ -132,13 +134,13 @@ def test_only_what_the_policy_left_and_was_bad_is_masked():
     left = (token_logp(table(4)) - token_logp(table(6))).mean(1)
     bad = (worth < 0) & (left > 0.05)
     assert 0 < bad.sum() < (worth < 0).sum() and (left > 0.05).sum() > bad.sum()
-    loss = GRPO(0.2, 0.28, 0.0, off_policy_mask=0.05)(model, batch)
+    loss = GRPO(loss_of(), 0.0, off_policy_mask=0.05)(model, batch)
     chance = token_logp(table(4)).sum(1).exp()
     assert float(loss.metrics["off_policy_masked"]) == pytest.approx(2 * float(chance[bad].sum()), rel=1e-5)
     loss.total.backward()
     masked, model.logits.grad = model.logits.grad, None
     batch.extras["advantage_BT"][bad] = 0.0
-    GRPO(0.2, 0.28, 0.0)(model, batch).total.backward()
+    GRPO(loss_of(), 0.0)(model, batch).total.backward()
     assert torch.equal(masked, model.logits.grad)
 
 
@@ -197,7 +199,7 @@ def by_hand(name, logp, old, worth, low, high):
     return torch.stack(row)
 
 
-@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("start", [4, 6])
 def test_surrogates_against_their_formulas(name, start):
     """Value and gradient, at the sampler's own table and far from it, with the tokens shuffled."""
@@ -209,7 +211,7 @@ def test_surrogates_against_their_formulas(name, start):
     order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
     output = 7 + 3 * torch.arange(9)[:, None].expand(9, 2)  # output numbers need not be 0, 1, 2, ...
     tokens = (x.flatten()[order] for x in (logp, old, REWARD[:, None].expand(9, 2), output))
-    terms = SURROGATES[name](*tokens, 0.2, 0.28)
+    terms = loss_of(name)(*tokens)
     got = (weight.flatten()[order] * terms.value).sum()
     assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     assert apart(gradient(got, logits), gradient(expected, logits)) < 1e-12
@@ -223,7 +225,7 @@ def test_every_surrogate_is_the_policy_gradient_at_ratio_one(name, share):
     logp = token_logp(logits)
     old = logp.detach()
     index = torch.arange(9)[:, None].expand(9, 2)
-    terms = SURROGATES[name](*(x.flatten() for x in (logp, old, REWARD[:, None].expand(9, 2), index)), 0.2, 0.28)
+    terms = loss_of(name)(*(x.flatten() for x in (logp, old, REWARD[:, None].expand(9, 2), index)))
     total = (old.sum(1).exp()[:, None].expand(9, 2).flatten() * terms.value).sum()
     total = total / 2 if name == "gspo" else total  # its weights are 1/|o|
     assert apart(gradient(total, logits), share * policy_gradient(logits.detach())) < 1e-12
@@ -267,7 +269,7 @@ def test_the_whole_objective_against_enumeration(start, kl, temperature):
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     batch = enumerated(sampler, reference, temperature)
     model = Table(logits.detach())
-    loss = GRPO(0.2, 0.28, kl, temperature)(model, batch)
+    loss = GRPO(loss_of(), kl, temperature)(model, batch)
     loss.total.backward()
     # the formula, sequence by sequence and token by token, in float64
     names = ("kl", "entropy", "clip_share", "ratio", "logp_gap", "sampler_kl")
@@ -315,14 +317,14 @@ def outputs_of(sampler):
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("start", [4, 6])
 def test_every_surrogate_and_normalisation_against_enumeration(start, name, normalise):
     """Loss and gradient through real micro-batches, each output weighted by its probability, against float64 loops.
     start 4 is the sampler's own table."""
     sampler, reference, logits = table(4), table(5), table(start).requires_grad_()
     model = Table(logits.detach())
-    objective = GRPO(0.2, 0.28, 0.05, surrogate=name, constant=20 if normalise == "constant" else 0)
+    objective = GRPO(loss_of(name), 0.05, constant=20 if normalise == "constant" else 0)
     batches = rollout.to_batches(outputs_of(sampler), 0, 12, normalise)
     assert len(batches) > 1
     losses = []

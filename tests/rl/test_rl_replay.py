@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rl_parts import loss_of
 from train_config import train_config
 
-from bessemer.config.rl import RLConfig
-from bessemer.config.units import Points
+from bessemer.config.rl import CorrectionTable
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
@@ -130,7 +130,7 @@ def test_the_objective_replays_and_its_gradient_reaches_the_router(make_model, s
     rows, model = sampled(disturbed(make_model(3)), stop_ids=[]), make_model(3)
     (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
     model.train()
-    loss = GRPO(0.2, 0.28, 0.0)(model, batch)
+    loss = GRPO(loss_of(), 0.0)(model, batch)
     loss.total.backward()
     replayed, free = (policy_logprobs(model, seen, 1.0) for seen in (batch, without(batch)))
     assert not torch.allclose(replayed, free, atol=0.1)
@@ -153,7 +153,7 @@ def test_padding_and_the_last_token_are_free_to_go_anywhere(sampled, make_model)
         (batch,) = rollout.to_batches(rows, PAD, 10_000, "token")
         choice = batch.extras["choice_BTLK"]
         choice[choice < 0] = fill
-        loss = GRPO(0.2, 0.28, 0.0)(model.train(), batch)
+        loss = GRPO(loss_of(), 0.0)(model.train(), batch)
         loss.total.backward()
         results.append([loss.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*results, strict=True):
@@ -166,7 +166,7 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
     for max_tokens in (60, 10_000):
         made = train_config(lr=1e-3, eps=1e-4, weight_decay=0.0)
         batches = rollout.to_batches(rows, PAD, max_tokens, "sequence")
-        found.append(Trainer(make_model(3), GRPO(0.2, 0.28, 0.0), None, *made).update(batches))
+        found.append(Trainer(make_model(3), GRPO(loss_of(), 0.0), None, *made).update(batches))
     assert len(rollout.to_batches(rows, PAD, 60, "sequence")) > 5
     for name in ("logp_gap", "logp_gap_max", "sampler_kl", "ratio", "grad_norm"):
         assert found[0][f"train/{name}"] == pytest.approx(found[1][f"train/{name}"], rel=1e-3, abs=1e-6), name
@@ -176,10 +176,13 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
 def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
     """Fillers count nowhere, but still need the objective's tensors."""
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
-    settings = RLConfig(kind="rl", tasks=["arithmetic"], lr=Points(1e-3), correction="token-truncate")
-    correction, filler = ImportanceCorrection(model, Workers(1), settings), batch.as_filler()
-    assert correction.apply([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
-    assert correction.apply([batch]) == {"rl/correction_weight": pytest.approx(1, abs=1e-4), "rl/correction_cut": 0.0}
+    settings = CorrectionTable(form="token-truncate")
+    correction, filler = ImportanceCorrection(model, Workers(1), settings, 1.0), batch.as_filler()
+    assert correction.before_updates([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
+    assert correction.before_updates([batch]) == {
+        "rl/correction_weight": pytest.approx(1, abs=1e-4),
+        "rl/correction_cut": 0.0,
+    }
     assert filler.extras.keys() == batch.extras.keys() and not filler.extras["importance_BT"].any()
 
 

@@ -1,12 +1,13 @@
-"""A sample's reward: the paper's sum, a reward model's share, the overlong penalty, the control arms."""
+"""A sample's reward: the paper's sum, a reward model's share, the control arms."""
 
 import math
+from pathlib import Path
 
 import pytest
 from completions import completion
+from rl_parts import reward, rewarded
 
 from bessemer.errors import UserError
-from bessemer.rl.reward import Reward, overlong
 from bessemer.rl.rollout import ScoredSample, in_form
 from bessemer.tasks.base import Problem, Verdict
 
@@ -16,21 +17,20 @@ def sampled(correct=False, formatted=False, language=0.5, tokens=(5, 6), partial
     return ScoredSample(Problem("p/0", "ask", "en", meta), [0], made, verdict, language=language)
 
 
+COIN = f"{Path(__file__).parents[2] / 'recipes' / 'coin.py'}:coin"
 FOUR = [(True, True), (True, False), (False, True), (False, False)]
 
 
 def test_accuracy_format_and_language_are_added():
     rows = [sampled(c, f) for c, f in FOUR]
-    assert [Reward().of(row, 9) for row in rows] == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weights
-    assert [Reward(0.1).of(row, 9) for row in rows] == [1.1, 1.0, 0.1, 0.0]
-    assert [Reward(0.1, language=1.0).of(row, 9) for row in rows] == [1.6, 1.5, 0.6, 0.5]
+    assert rewarded(rows, "accuracy", "format") == [2.0, 1.0, 1.0, 0.0]  # the paper: equal weights
+    assert rewarded(rows, "accuracy", ("format", 0.1)) == [1.1, 1.0, 0.1, 0.0]
+    assert rewarded(rows, "accuracy", ("format", 0.1), "language") == [1.6, 1.5, 0.6, 0.5]
 
 
 def test_a_task_that_grades_finely_is_paid_by_its_credit():
     rows = [sampled(partial=0.9), sampled(formatted=True, partial=0.25), sampled(True, True, partial=1.0)]
-    assert [Reward(0.5).of(row, 9) for row in rows] == [0.9, 0.75, 1.5]
-    assert [Reward().passed(row) for row in rows] == [0.9, 0.25, 1.0]
-    assert [Reward(kind="format").passed(row) for row in rows] == [False, True, True]
+    assert rewarded(rows, "accuracy", ("format", 0.5)) == [0.9, 0.75, 1.5]
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,6 @@ def test_credit_needs_the_form_where_accuracy_does(verdict, begun, expected):
     assert (found.correct, found.score, found.reason) == expected
 
 
-def test_dapo_s_price_of_length():
-    assert [overlong(n, 20, 4) for n in (1, 16, 17, 18, 20, 25)] == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
-    assert overlong(20, 20, 0) == 0.0
-    assert Reward(0.0, overlong=4).of(sampled(True, tokens=range(18)), 20) == 0.5
-
-
 class Judge:
     def __init__(self, value):
         self.value, self.heard = value, []
@@ -71,28 +65,27 @@ def test_a_judge_pays_the_prompts_of_its_aim_and_the_verifier_the_others():
     helpful, harmless = Judge(lambda answer: 0.75), Judge(lambda answer: 0.25)
     groups = [[sampled(True, True, aim="helpful"), sampled(True, True, aim="helpful")],
               [sampled(False, True, aim="harmless")], [sampled(True, False)]]  # fmt: skip
-    Reward(0.5, preference=2.0).score(groups, 9, {"helpful": helpful, "harmless": harmless})
-    assert [[row.reward for row in group] for group in groups] == [[2.0, 2.0], [1.0], [1.0]]
+    reward("accuracy", ("format", 0.5)).score(groups, 9, {"helpful": helpful, "harmless": harmless})
+    assert [[row.reward for row in group] for group in groups] == [[1.25, 1.25], [0.75], [1.0]]
     assert [[row.preference for row in group] for group in groups] == [[0.75, 0.75], [0.25], [None]]
     assert helpful.heard == [[("ask", "text")] * 2] and harmless.heard == [[("ask", "text")]]
-    Reward(0.5).score(groups[:1], 9)  # without a judge of that aim
-    assert [row.reward for row in [sampled(True, True, aim="helpful")] if not Reward(0.5).score([[row]], 9)] == [1.5]
+    assert rewarded([sampled(True, True, aim="helpful")], "accuracy", ("format", 0.5)) == [1.5], "without a judge"
 
 
 def test_a_reward_that_is_no_number_names_its_source():
     with pytest.raises(UserError, match=r"p/0 is nan; its reward model must give a finite number"):
-        Reward().score([[sampled(aim="helpful")]], 9, {"helpful": Judge(lambda answer: math.nan)})
+        reward("accuracy").score([[sampled(aim="helpful")]], 9, {"helpful": Judge(lambda answer: math.nan)})
 
 
 def test_the_control_arms_do_not_look_at_the_verdict():
     rows = [sampled(c, f) for c, f in FOUR]
-    assert [Reward(kind="format").of(row, 9) for row in rows] == [1.0, 0.0, 1.0, 0.0]
+    assert rewarded(rows, "format") == [1.0, 0.0, 1.0, 0.0]
     many = [[sampled(c, f, tokens=(n,)) for c, f in FOUR for n in range(200)]]
-    Reward(kind="random").score(many, 9)
+    reward(COIN).score(many)
     right = [row.reward for row in many[0] if row.verdict.correct]
     wrong = [row.reward for row in many[0] if not row.verdict.correct]
     assert set(right) == {0.0, 1.0}
     assert abs(sum(right) / 400 - 0.5) < 0.1 and abs(sum(wrong) / 400 - 0.5) < 0.1
     again = [row.reward for row in many[0]]
-    Reward(kind="random").score(many, 9)
+    reward(COIN).score(many)
     assert again == [row.reward for row in many[0]], "a coin that falls the same in a resumed run"

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from completions import completion
+from rl_parts import reward
 
 from bessemer import tasks
 from bessemer.data.chat import jinja, render_ids
 from bessemer.rl import rollout
-from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Verdict
 
@@ -222,7 +222,7 @@ def group_of(engine, monkeypatch, *texts):
 def test_mixed_thoughts_cost_what_the_language_reward_says(engine, monkeypatch):
     texts = "<think>low</think>", "<think>小</think>", "<think>low 小</think>", "no thoughts"
     (group,) = group_of(engine, monkeypatch, *texts)
-    Reward(language=2.0).score([group], cap=2)
+    reward(("language", 2.0)).score([group])
     assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
     assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
 
@@ -231,7 +231,7 @@ def test_a_summary_in_another_language_costs_only_where_the_reply_is_judged(engi
     texts = "<think>low</think> done", "<think>low</think> 好", "<think>小</think> done"
     (group,) = group_of(engine, monkeypatch, *texts)
     for scope, paid in (("thoughts", [1.0, 1.0, 0.0]), ("reply", [1.0, 0.0, 0.0])):
-        Reward(language=1.0, language_scope=scope).score([group], cap=2)
+        reward({"name": "language", "scope": scope}).score([group])
         assert [sampled.reward for sampled in group] == paid
 
 

@@ -26,6 +26,7 @@ import pytest
 import torch
 from completions import completion
 from datasets import Dataset
+from rl_parts import loss_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig, GRPOTrainer
@@ -39,7 +40,7 @@ hf_logging.disable_progress_bar()
 
 PAD, CAP = 2, 12
 PROMPTS, ANSWERS = (3, 9, 6, 5), (2, 12, 7, 4)
-CLIP = dict(clip_low=0.2, clip_high=0.28)
+CLIP = dict(loss=loss_of())
 EPSILON = dict(epsilon=0.2, epsilon_high=0.28)
 
 CASES = {
@@ -49,15 +50,15 @@ CASES = {
     "dr_grpo": (dict(loss_type="dr_grpo", **EPSILON), dict(**CLIP, constant=CAP), "constant"),
     "gspo": (
         dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.02, epsilon_high=0.04),
-        dict(surrogate="gspo", clip_low=0.02, clip_high=0.04),
+        dict(loss=loss_of("gspo", 0.02, 0.04)),
         "sequence",
     ),
     "cispo": (
         dict(loss_type="cispo", epsilon_high=1.3),
-        dict(surrogate="cispo", clip_low=1.0, clip_high=0.3),
+        dict(loss=loss_of("cispo", 1.0, 0.3)),
         "token",
     ),
-    "symmetric clip": (dict(loss_type="grpo", epsilon=0.1), dict(clip_low=0.1, clip_high=0.1), "sequence"),
+    "symmetric clip": (dict(loss_type="grpo", epsilon=0.1), dict(loss=loss_of("grpo", 0.1, 0.1)), "sequence"),
     "temperature": (
         dict(loss_type="dapo", temperature=0.7, **EPSILON),
         dict(temperature=0.7, **CLIP),
@@ -237,5 +238,5 @@ def test_reinforce_has_the_gradient_of_trl_on_policy(policy, peer):
     inputs = sampled.theirs(range(4))
     del inputs["old_per_token_logps"]
     trainer.compute_loss(trainer.model, inputs).backward()
-    our_loss(GRPO(kl=0.0, surrogate="reinforce"), policy.train(), sampled.ours("token"))
+    our_loss(GRPO(loss_of("reinforce"), kl=0.0), policy.train(), sampled.ours("token"))
     agree(trainer.model, policy)

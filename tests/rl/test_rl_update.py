@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 from completions import completion
+from rl_parts import loss_of
 from train_config import train_config
 
 from bessemer.data.batch import Batch
 from bessemer.rl import rollout
+from bessemer.rl.algorithms.grpo import compared as group_advantages
 from bessemer.rl.losses import GRPO, reference_logprobs
-from bessemer.rl.reward import group_advantages
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.train.trainer import Trainer
@@ -24,7 +25,7 @@ def trainer(model, objective=None, eps=1e-4, workers=1):
     """eps is large because Adam divides a gradient by its own size: with the usual 1e-8, a rounding error in an entry
     that should be zero moves its weight by the whole learning rate."""
     made = train_config(lr=LR, eps=eps, weight_decay=0.0, workers=Workers(workers))
-    return Trainer(model, objective or GRPO(0.2, 0.28, 0.001), None, *made)
+    return Trainer(model, objective or GRPO(loss_of(), 0.001), None, *made)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
     """After three updates from five micro-batches, the weights and all metrics except speed are identical."""
     reference, found = make_model(8).eval(), []
     for n in (1, 2):
-        run = trainer(make_model(3), GRPO(0.2, 0.28, 0.001, surrogate=surrogate), workers=n)
+        run = trainer(make_model(3), GRPO(loss_of(surrogate), 0.001), workers=n)
         batches = with_reference(rollout.to_batches(rows, PAD, 50, "sequence"), reference)
         assert len(batches) >= 5
         logged = [run.update(batches) for _ in range(3)]
@@ -137,7 +138,7 @@ def test_an_update_is_the_same_bits_on_one_process_and_on_two(rows, make_model, 
 def test_both_normalisations_against_a_loop(rows, make_model, normalise):
     """The loop takes outputs one at a time, unpadded, in float64: the mean of per-output means or over all tokens."""
     policy, reference = make_model(4), make_model(8)
-    objective = GRPO(0.2, 0.28, 0.05, 0.9)
+    objective = GRPO(loss_of(), 0.05, 0.9)
     batches = with_reference(rollout.to_batches(rows, PAD, 60, normalise), reference, 0.9)
     losses = [objective(policy, batch) for batch in batches]
     got = float(sum(loss.total.detach() for loss in losses) / sum(loss.tokens for loss in losses))
@@ -178,10 +179,10 @@ def test_sampler_and_trainer_agree_on_the_first_update(engine, model, tokenizer,
     for batch in batches:
         got = reference_logprobs(model, batch, temperature)
         assert (got - batch.extras["old_logp_BT"]).abs().max() < 1e-5
-    logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature)).update(batches)
+    logged = trainer(model, GRPO(loss_of(), 0.0, temperature)).update(batches)
     assert logged["train/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert logged["train/logp_gap"] < 1e-5 and logged["train/clip_share"] == 0.0 and "train/kl" not in logged
-    logged = trainer(model, GRPO(0.2, 0.28, 0.0, temperature * 1.5)).update(batches)
+    logged = trainer(model, GRPO(loss_of(), 0.0, temperature * 1.5)).update(batches)
     assert logged["train/logp_gap"] > 0.05, "the wrong temperature shows"
 
 

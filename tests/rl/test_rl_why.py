@@ -5,16 +5,16 @@ from statistics import fmean
 
 import pytest
 from completions import completion
+from rl_parts import reward as reward_of
 
 from bessemer.report.why import describe, headline
-from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.why import explain
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.readability import reply_consistency
 
 CAP, PROBLEMS, SAMPLES = 400, 40, 8
-TASK = Reward(format=0.0)
+TASK = reward_of("accuracy")
 
 
 def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0.9):
@@ -46,20 +46,18 @@ def groups(rng, leak=False, right=0.2, copies=0.0, waits=0.1, words=20, formed=0
     return made
 
 
-def pays_for_wait(problem, answer, verdict):
-    return float(verdict.correct or "wait" in answer)
-
-
-def pays_for_length(problem, answer, verdict):
-    return verdict.correct + len(answer.split()) / 100
-
-
+WAIT, LENGTH = reward_of("flawed_rewards:for_wait"), reward_of("flawed_rewards:for_length")
 PLANTED = {
-    "a bug that pays for a word": (Reward(0.0, function=pays_for_wait), {}, dict(waits=0.8), 'writes "wait"'),
-    "a bug, and some learning": (Reward(0.0, function=pays_for_wait), {}, dict(waits=0.9, right=0.3), 'writes "wait"'),
-    "a length bias": (Reward(0.0, function=pays_for_length), {}, dict(words=60), "is longer, by 100 tokens"),
+    "a bug that pays for a word": (WAIT, {}, dict(waits=0.8), 'writes "wait"'),
+    "a bug, and some learning": (
+        WAIT,
+        {},
+        dict(waits=0.9, right=0.3),
+        'writes "wait"',
+    ),
+    "a length bias": (LENGTH, {}, dict(words=60), "is longer, by 100 tokens"),
     "a leaked answer": (TASK, dict(leak=True), dict(copies=0.8), "answers with what stands in the question"),
-    "the form": (Reward(format=1.0), {}, dict(formed=0.99), "keeps the form"),
+    "the form": (reward_of("accuracy", "format"), {}, dict(formed=0.99), "keeps the form"),
 }
 
 
@@ -68,16 +66,19 @@ def played(seed, reward, always, after):
     habits = {"formed": 0.4} if "formed" in after else {}
     sides = [groups(rng, **always, **habits), groups(rng, **always, **after)]
     for side in sides:
-        reward.score(side, CAP)
-    return explain(*sides, reward, CAP)
+        reward.score(side)
+    return explain(*sides, reward)
 
 
 def test_the_language_is_paid_as_the_stage_paid_it():
-    reward, side = Reward(format=0.0, language=0.5, language_scope="reply"), groups(random.Random(0), formed=0.6)
-    reward.score(side, CAP)
+    reward, side = (
+        reward_of("accuracy", {"name": "language", "weight": 0.5, "scope": "reply"}),
+        groups(random.Random(0), formed=0.6),
+    )
+    reward.score(side)
     rows = [row for group in side for row in group]
     paid = 0.5 * fmean(reply_consistency(row.answer, "en") for row in rows)
-    terms = explain(side, side, reward, CAP).terms
+    terms = explain(side, side, reward).terms
     assert 0.2 < paid < 0.4 and terms["language"] == pytest.approx((paid, paid))
     assert terms["right answers"] == pytest.approx([fmean(row.verdict.correct for row in rows)] * 2)
 
@@ -95,7 +96,7 @@ def test_a_planted_cause_is_named_first(name):
 
 def test_a_bug_is_told_from_learning():
     bug = played(0, *PLANTED["a bug that pays for a word"][:3])
-    assert "What pays for this is the reward function; right answers went from" in headline(bug)
+    assert "What pays for this is flawed_rewards:for_wait; right answers went from" in headline(bug)
     assert "right answers went" not in headline(played(0, *PLANTED["a leaked answer"][:3]))
 
 
@@ -116,8 +117,8 @@ def test_what_was_never_solved_before_is_new():
         for row in after[number]:
             row.verdict = Verdict(True, True, "correct", "1")
     for side in (before, after):
-        TASK.score(side, CAP)
-    found = explain(before, after, TASK, CAP, training=10)
+        TASK.score(side)
+    found = explain(before, after, TASK, training=10)
     assert "30 held-out and 10 training problems x 8 answers" in describe("zero", found)
     assert (found.new, found.sharpened) == (1, 1) and found.some_before == 1 / PROBLEMS
     assert {flip.id for flip in found.flips[:2]} == {"p0", "p1"}
@@ -129,6 +130,6 @@ def test_one_problem_of_eight_may_be_chance_and_equal_changes_have_an_interval(r
     for row in (row for group in after[:risen] for row in group):
         row.verdict = Verdict(True, True, "correct", "1")
     for side in (before, after):
-        TASK.score(side, CAP)
-    found = explain(before, after, TASK, CAP)
+        TASK.score(side)
+    found = explain(before, after, TASK)
     assert found.rise == risen / 8 and found.low < found.rise <= found.high and (found.low > 0) == (risen == 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from completions import completion
+from rl_parts import reward, rewarded
 
 from bessemer import plugins
 from bessemer.config import places
@@ -15,13 +16,17 @@ from bessemer.errors import UserError
 from bessemer.pipeline import inputs
 from bessemer.rl import rollout
 from bessemer.rl.reward import Reward
+from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks import Problem, Task, Verdict, get
 from bessemer.tasks.registry import shared_file
-from bessemer.tasks.user_code import reward_function
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NAME = "remainder.py:Remainder"
+
+
+def sample():
+    return ScoredSample(Problem("p", "", "en", {}), [1], completion([1], ""), Verdict(True, True, "correct", None))
 
 
 @pytest.fixture
@@ -115,34 +120,35 @@ def test_a_reward_function_takes_the_place_of_the_accuracy(folder):
         "def short(problem, answer, verdict):\n    return 0.5 * verdict.correct + len(problem.meta) / len(answer)\n"
         "def wrong(problem, answer, verdict):\n    return float('nan')\n"
     )
-    config = RLConfig(kind="rl", name="zero", tasks=["words"], reward="mine.py:short", format_reward=0.25)
+    config = RLConfig(
+        kind="rl", name="zero", tasks=["words"], reward=["mine.py:short", {"name": "format", "weight": 0.25}]
+    )
     text = "<think>t</think><answer>7</answer>"
     made = completion([1], text)
     groups = rollout.verify([(get("words"), Problem("p", "", "en", {"value": 7}))], [[1]], [[made]], "")
-    Reward.of_config(config).score(groups, 9)
+    Reward.of_config(config).score(groups)
     assert groups[0][0].reward == 0.5 + 1 / len(text) + 0.25
-    with pytest.raises(UserError, match="reward function must give a finite number"):
-        Reward(function=reward_function("mine.py:wrong")).score(groups, 9)
+    with pytest.raises(UserError, match=r"mine\.py:wrong .*line 3\) returned .*nan.*return a number"):
+        reward("mine.py:wrong").score(groups)
     with pytest.raises(UserError, match="is not a function"):
-        reward_function("remainder.py:Remainder")
+        reward("remainder.py:Remainder")
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("def f(prompts, completions, **settings): return [1.0]", r"3 arguments.*is def f\(problem, answer"),
         ("def f(problem, answer, verdict, scale): return 1.0", "missing a required argument: 'scale'"),
-        ("def f(problem, answer, verdict): pass", "f returned None; return a number"),
-        ("def f(*_): return 10**400", r"f returned 10+\.\.\. .*; return a number"),
+        ("def f(problem, answer, verdict): pass", "returned something else .*NoneType.*; return a number"),
+        ("def f(*_): return 10**400", "too large to convert to float.*; return a number"),
         ("import sys\ndef f(*_): sys.exit(3)", r"mine\.py, line 2: SystemExit: 3"),
-        ("def f(*_): return [1.0, 2.0]", r"f returned \[1\.0, 2\.0\]; return a number"),
+        ("def f(*_): return [1.0, 2.0]", "not 'list'.*; return a number"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*your own code")
 def test_a_reward_function_is_one_of_ours(folder, text, fault):
     (folder / "mine.py").write_text(text)
     with pytest.raises(UserError, match=fault):
-        reward_function("mine.py:f")(Problem("p", "", "en", {}), "", Verdict(True, True, "correct", None))
+        reward("mine.py:f").score([[sample()]])
 
 
 @pytest.mark.filterwarnings("ignore:.*your own code")
@@ -152,11 +158,10 @@ def test_a_file_imports_what_lies_beside_it(folder):
     before = list(sys.path)
     (folder / "my_late_scales.py").write_text("SCALE = 2.0")
     (folder / "late.py").write_text("def f(*_):\n    import my_late_scales\n    return my_late_scales.SCALE")
-    assert reward_function("mine.py:f")(None, "", None) == 0.5 and sys.path == [*before, str(folder)]
-    assert reward_function("late.py:f")(None, "", None) == 2.0 and sys.path == [*before, str(folder)]
+    assert rewarded([sample()], "mine.py:f") == [0.5] and sys.path == [*before, str(folder)]
+    assert rewarded([sample()], "late.py:f") == [2.0] and sys.path == [*before, str(folder)]
     (folder / "own.py").write_text("import sys\nsys.path = [*sys.path[1:]]\nf = max")
-    with pytest.raises(UserError, match="returned 'x'; return a number"):
-        reward_function("own.py:f")("x", "", "")
+    assert plugins.find("rewards", "own.py:f", takes="problem, answer, verdict")("x", "", "") == "x"
 
 
 LATE = "def f(*_):\n    import my_own\n    return my_own.X"
@@ -171,15 +176,15 @@ def test_modules_of_one_name_in_two_folders_are_not_mixed_up(folder, first, text
         (folder / side / "mine.py").write_text(first if side == "one" else text)
         (folder / side / "my_own.py").write_text("X = 1")
         (folder / side / "by_way_of.py").write_text("import my_own")
-    reward_function("one/mine.py:f")
+    reward("one/mine.py:f")
     with pytest.raises(
         UserError, match=r"imports my_own, of which there are two, .*two/my_own\.py and .*one/my_own\.py"
     ):
-        reward_function("two/mine.py:f")
+        reward("two/mine.py:f")
     (folder / "shadow.py").write_text("import sys\ndef f(*_): return 1")
     (folder / "sys.py").write_text("")
     with pytest.raises(UserError, match=r"imports sys, of which there are two, .*sys\.py and Python's own; rename"):
-        reward_function("shadow.py:f")
+        reward("shadow.py:f")
 
 
 def test_the_file_is_among_those_that_a_stage_reads(folder):
@@ -196,8 +201,13 @@ def test_the_file_is_among_those_that_a_stage_reads(folder):
 def test_the_example_runs_and_is_evaluated_by_name(tmp_path, call):
     small = ["base.tokens=4K", 'base.lr=[["0", 0.001]]', "corpus.limits.remainder=30K", "corpus.vocab_sample=10000"]
     small += [f"{stage}.{key}" for stage in ("zero", "eval") for key in ("max_new_tokens=8", "samples=2")]
-    small += ['zero.lr=[["0", 0.0001]]', "zero.rollouts=1", "zero.prompts_per_rollout=4", "zero.minimum_pass=0.0"]
-    small += ["zero.eval_problems=4", "eval.problems=2"]
+    small += [
+        'zero.lr=[["0", 0.0001]]',
+        "zero.rollouts=1",
+        "zero.prompts_per_rollout=4",
+        "zero.heldout.minimum_pass=0.0",
+    ]
+    small += ["zero.heldout.problems=4", "eval.problems=2"]
     options = [word for setting in small for word in ("--set", setting)]
     code, out, err = call("run", str(EXAMPLES / "remainder.toml"), "--out", str(tmp_path / "r"), *options)
     assert code == 0, err

@@ -20,7 +20,8 @@ from bessemer.hf import lora
 from bessemer.hf.causal_lm import load
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.losses import GRPO, Reference, reference_logprobs
+from bessemer.rl.losses import GRPO, reference_logprobs
+from bessemer.rl.reference import Reference
 from bessemer.train import lineage, objective
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -141,11 +142,11 @@ def test_the_reference_is_the_base_and_shares_its_weights(bases):
     asked = copy.deepcopy(batch)
     for _ in range(2):
         run.update([batch])
-        reference.add_logprobs([asked])
+        reference.before_step([asked])
         assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(base, batch, 1.0))
         assert not torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
     reference.after_step()
-    reference.add_logprobs([asked])
+    reference.before_step([asked])
     assert torch.equal(asked.extras["ref_logp_BT"], reference_logprobs(model, batch, 1.0))
     assert all(".lora_" in name for name in run.extra_tensors) and run.extra_tensors
     ours, theirs = (dict(one.named_parameters()) for one in (model, reference.model))

@@ -14,7 +14,7 @@ from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
 from bessemer.precision import fp8_linear
 from bessemer.precision.fp8_linear import PAPER
-from bessemer.rl.reward import group_advantages
+from bessemer.rl.algorithms.grpo import compared as group_advantages
 from bessemer_claims.exact import Values, nodes_touched, v3
 
 

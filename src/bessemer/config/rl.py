@@ -1,10 +1,11 @@
 """The stage "rl": GRPO on problems with rewards (R1 2.2, 2.3.2, 2.3.4)."""
 
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from bessemer.config.table import AskingConfig, ConfigTable, OwnCode, StageRef, TaskName
+from bessemer.config.table import AskingConfig, ConfigTable, PluginTable, StageRef, TaskName
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import LearningRates, Points
 
@@ -13,12 +14,16 @@ Exported = Literal["nothing", "correct", "all"]
 TaskOption = bool | int | float | str | list[bool | int | float | str]
 
 
-class RolloutConfig(ConfigTable):
-    """[rollout]: where samples are generated."""
+class RolloutConfig(PluginTable):
+    """[rollout]: where samples are generated. Its other keys are settings of the engine."""
 
-    engine: Literal["local", "ray", "vllm"] = "local"
+    plugins: ClassVar = "samplers"
+    named: ClassVar = "engine"
+
+    engine: str = "local"
     """local: in the trainer's processes, alternating with the updates; ray: in separate rollout workers on Ray, with
-    Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers."""
+    Bessemer's engine; vllm: the same with vLLM, whose samples differ by rounding and random numbers; or a sampler of
+    your own (docs/plugins.md)."""
     precision: Literal["trainer", "bfloat16"] = "trainer"
     """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
     processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; routing_replay and
@@ -39,6 +44,116 @@ class RolloutConfig(ConfigTable):
     trainer, which needs memory too: lower gpu_memory_utilization. Without it, vLLM has GPUs of its own."""
 
 
+class AdvantageTable(PluginTable):
+    """[advantage]: how a sample compares with others. Its other keys are settings of the advantage."""
+
+    plugins: ClassVar = "advantages"
+
+    name: str = "group"
+    """group: with the mean of its prompt's samples (the paper); batch: with the mean of all samples of the rollout,
+    whatever their prompts (for comparison); critic: with a second network that predicts the reward before every token
+    (PPO, for comparison; costs that network's memory and time); or an advantage of your own (docs/plugins.md)."""
+
+
+class LossTable(PluginTable):
+    """[loss]: the contribution of a token. Its other keys are settings of the loss, such as clip_high."""
+
+    plugins: ClassVar = "losses"
+
+    name: str = "grpo"
+    """grpo: the paper's clipped ratio; gspo: one ratio per output (clips of 3e-4); cispo: a truncated weight that keeps
+    every token's gradient; reinforce: no ratio, for one update per rollout; later ones take its samples for their own;
+    or a loss of your own (docs/plugins.md)."""
+
+
+class RewardTable(PluginTable):
+    """A term of the reward. Its other keys are settings of the term."""
+
+    plugins: ClassVar = "rewards"
+
+    name: str
+    """accuracy: the verdict's score, or on general prompts that of a reward model; format: 1 in the right form;
+    language: the share of the thoughts' words in the problem's language; or a reward of your own (docs/plugins.md)."""
+    weight: float = 1.0
+    """What its values are multiplied by."""
+
+
+class HookTable(PluginTable):
+    """A component of your own in the loop (docs/plugins.md). Its other keys are settings of the component."""
+
+    plugins: ClassVar = "hooks"
+
+    name: str
+    """FILE.py:CLASS or package.module:CLASS."""
+
+
+class KLTable(ConfigTable):
+    """[kl]: the divergence from the reference, a frozen copy of the policy."""
+
+    weight: float = Field(0.001, ge=0, le=100)
+    """Coefficient of the divergence, as k3 in the loss (R1: 0.001). 0: there is no reference."""
+    reference_every: int = Field(400, ge=1)
+    """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
+    unbiased: bool = False
+    """Multiply k3 by the ratio pi/pi_old: its gradient is then that of the divergence (DeepSeek-V3.2 3.1; R1: no)."""
+
+
+class CorrectionTable(ConfigTable):
+    """[correction]: importance weights from the sampler to the policy before the updates, for off-policy samples, or
+    samples generated in another number format. Default: none."""
+
+    form: Literal["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+    """Per token or per output: truncated at `cap`, or masked above it."""
+    cap: float = Field(2.0, ge=1)
+    """Maximum importance weight."""
+
+
+class GeneralTable(ConfigTable):
+    """[general]: prompts whose answers are scored by reward models."""
+
+    tasks: list[TaskName] = Field(min_length=1)
+    """Task families."""
+    prompts: int = Field(ge=1)
+    """Problems per rollout that come from them."""
+    start: int = Field(0, ge=0)
+    """First rollout with such prompts (R1: the last 400 of 1,700 steps; longer invites reward hacking)."""
+    reward_models: list[StageRef] = Field(default_factory=list)
+    """Earlier stages of kind reward-model, which score the answers to the prompts of their aim."""
+
+
+class HeldoutTable(ConfigTable):
+    """[heldout]: evaluations on held-out problems during the stage."""
+
+    tasks: list[TaskName] = Field(default=[])
+    """Task families, such as a file of evaluation problems (R1-Zero: AIME 2024). Default: those of the stage that hold
+    problems out."""
+    every: int = Field(10, ge=1)
+    """Rollouts between evaluations."""
+    problems: int = Field(64, ge=1)
+    """Problems per task and evaluation, 4 samples each. rl/heldout_accuracy and rl/heldout_reward count them as
+    training does; rl/heldout_pass_at_1 counts a right answer in any form, as the stage eval does."""
+    temperature: float | None = Field(None, gt=0)
+    """Sampling temperature (R1: 0.6). Default: that of the stage, so that they measure what is trained."""
+    minimum_pass: float = Field(0.02, ge=0, le=1)
+    """Minimum accuracy of the base model, as training counts it. Below it the stage refuses to start: RL cannot amplify
+    what is not there. With partial credit or a reward of your own, it is enough that the answers to this share of the
+    problems earn different rewards. 0: start anyway."""
+
+
+def _table_of(key: str, kind: Any) -> BeforeValidator:
+    """kl = 0.001 is short for kl = { weight = 0.001 }."""
+    wrap = partial(_wrapped, key)
+    return BeforeValidator(wrap, json_schema_input_type=kind)
+
+
+def _wrapped(key: str, value: object) -> object:
+    return {key: value} if isinstance(value, str | int | float) else value
+
+
+def _listed(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
 class RLConfig(AskingConfig, OnPolicyConfig):
     makes_model: ClassVar = True
     runtime_only = OnPolicyConfig.runtime_only | {"micro_tokens", "rollout", "keep_every"}
@@ -49,9 +164,12 @@ class RLConfig(AskingConfig, OnPolicyConfig):
         return self.keep_sampling_mask and self.top_p < 1
 
     @property
-    def contrasts(self) -> bool:
-        """Samples are compared by their rewards within their group alone, so equal ones teach nothing."""
-        return self.samples > 1 and self.advantage == "group" and self.supervision == "outcome"
+    def general_tasks(self) -> list[str]:
+        return self.general.tasks if self.general else []
+
+    @property
+    def reward_models(self) -> list[str]:
+        return self.general.reward_models if self.general else []
 
     tasks: list[TaskName]
     """Task families; problems come from their train splits in turn."""
@@ -61,17 +179,11 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     task itself, such as {countdown = {numbers = 4, languages = ["en"]}}."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
-    number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, with difficulty_filter
-    times filter_pool, and its own first_problem more (R1: undocumented). This holds if both stages have the same
+    number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, and its own
+    first_problem more (R1: undocumented). This holds if both stages have the same
     `tasks` and shares, since the number counts turns over the stage's own list; otherwise compare task by task."""
-    general_tasks: list[TaskName] = Field(default_factory=list)
-    """Task families whose answers are scored by reward models, if `reward_models` has one for their aim."""
-    general_prompts: int = Field(0, ge=0)
-    """Problems per rollout that come from general_tasks."""
-    general_from: int = Field(0, ge=0)
-    """First rollout with general prompts (R1: the last 400 of 1,700 steps; longer invites reward hacking)."""
-    reward_models: list[StageRef] = Field(default_factory=list)
-    """Earlier stages of kind reward-model."""
+    general: GeneralTable | None = None
+    """Prompts whose answers are scored by reward models (R1's second RL stage). Default: none."""
     rollouts: int = Field(60, ge=1)
     """Number of rollouts; each is followed by updates_per_rollout optimizer steps."""
     keep_every: int = Field(0, ge=0)
@@ -87,17 +199,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     max_resamples: int = Field(1, ge=1)
     """Maximum sampling rounds per rollout, each with new problems of `tasks`, until enough groups have differing
     rewards (DAPO's dynamic sampling); 1: train on every group, even one whose rewards are all equal (the paper)."""
-    difficulty_filter: bool = False
-    """Use only problems whose estimated pass rate lies strictly between 0 and 1. The moving estimate is the problem's
-    own or, before its first group, that of its task, difficulty and language. General prompts are not filtered (R1: no
-    filter)."""
-    filter_explore: float = Field(0.1, ge=0, lt=1)
-    """Share of problems that bypass the filter, to keep the estimates of rejected problems current."""
-    filter_window: float = Field(2.0, gt=0)
-    """Groups after which a group's weight in a problem's estimate has decayed to 1/e; 16 times as many in a family's
-    estimate."""
-    filter_pool: int = Field(4, ge=2)
-    """Candidate problems per problem used; if too few pass the filter, rejected ones fill the rollout."""
     max_off_policy_rollouts: int = Field(0, ge=0, le=1)
     """How many rollouts sampling runs ahead of the updates (R1: 0). 1: samples come from a policy that is
     updates_per_rollout steps old."""
@@ -105,11 +206,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Where samples are generated."""
     routing_replay: bool = False
     """Train with the experts that the sampler chose for each token; gate values still come from current scores."""
-    correction: Literal["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"] = "none"
-    """Importance weights from the sampler to the policy before the updates, per token or per output: truncated at
-    correction_cap, or masked above it. For off-policy samples, or samples generated in another number format."""
-    correction_cap: float = Field(2.0, ge=1)
-    """Maximum importance weight."""
+    correction: Annotated[CorrectionTable | None, _table_of("form", CorrectionTable | str | None)] = None
+    """Importance weights from the sampler to the policy, by their form or as a table. Default: none."""
     max_new_tokens: Points = Points(160)
     """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k); of an episode, what the
     model writes in all turns together."""
@@ -125,87 +223,37 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     truncated distribution, which biases the gradient; for comparison."""
     lr: LearningRates = Points(3e-4)
     """Learning rate over optimizer steps (R1-Zero: 3e-6)."""
-    clip_low: float = Field(0.2, gt=0)
-    """Lower clip of the ratio."""
-    clip_high: float = Field(0.28, gt=0)
-    """Upper clip of the ratio (R1: 10)."""
-    kl: float = Field(0.001, ge=0, le=100)
-    """Coefficient of the divergence from the reference, as k3 in the loss (R1: 0.001), or in the reward
-    (`kl_in_reward`)."""
-    kl_in_reward: bool = False
-    """With advantage = "critic": subtract kl log(pi_old / pi_ref) from the reward of every token, as PPO does
-    (DeepSeekMath 4.1.1), instead of adding a divergence to the loss."""
-    unbiased_kl: bool = False
-    """Multiply k3 by the ratio pi/pi_old: its gradient is then that of the divergence (DeepSeek-V3.2 3.1; R1: no)."""
+    loss: LossTable = LossTable()
+    """Contribution of a token to the objective: a name, or a table of the name and its settings."""
+    kl: Annotated[KLTable, _table_of("weight", KLTable | float)] = KLTable()
+    """Divergence from the reference: its coefficient, or a table."""
     off_policy_mask: float = Field(0.0, ge=0)
     """Leave out outputs with a negative advantage whose mean of log(pi_sampler/pi) over their tokens exceeds this, as
     the policy has already moved away from them (DeepSeek-V3.2 3.1; R1: no). 0: none."""
-    reference_every: int = Field(400, ge=1)
-    """Optimizer steps between replacements of the reference by the current policy (R1: 400). With kl = 0 there is no
-    reference."""
-    surrogate: Literal["grpo", "gspo", "cispo", "reinforce"] = "grpo"
-    """Contribution of a token. grpo: the paper's clipped ratio; gspo: one ratio per output (clips of 3e-4); cispo: a
-    truncated weight that keeps every token's gradient; reinforce: no ratio, for one update per rollout; later ones
-    take its samples for their own."""
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     """sequence: mean over each output, then over outputs (the paper); token: mean over all tokens (DAPO);
     constant: sum over an output divided by max_new_tokens, whatever the output's length (Dr. GRPO)."""
-    scale_by_std: bool = True
-    """Divide advantages by the standard deviation of the group (the paper), or of the rollout with another baseline."""
-    advantage: Literal["group", "batch", "critic"] = "group"
-    """Baseline of a sample. group: the mean of its prompt's samples (the paper); batch: the mean of all samples of the
-    rollout, whatever their prompts (for comparison); critic: a second network that predicts the reward before every
-    token (PPO, for comparison; costs that network's memory and time)."""
-    supervision: Literal["outcome", "process"] = "outcome"
-    """What is rewarded with advantage = "group". outcome: the whole output (R1); process: every calculation in it, 1 if
-    it is right and 0 if not, and the whole output at its end (DeepSeekMath 4.1.3, with a rule in place of its process
-    reward model)."""
-    gae_lambda: float = Field(1.0, ge=0, le=1)
-    """Lambda of the critic's advantages (R1-Nature A.3: 1 nearly equals GRPO, 0.95 is much worse)."""
-    critic_lr: LearningRates = Points(1e-3)
-    """Learning rate of the critic over optimizer steps (undocumented)."""
-    format_reward: float = Field(0.1, ge=0)
-    """Weight of the format reward relative to accuracy (R1: 1; in small models a large weight teaches only the
-    form)."""
+    advantage: AdvantageTable = AdvantageTable()
+    """Baseline of a sample: a name, or a table of the name and its settings."""
+    reward: Annotated[
+        list[RewardTable], BeforeValidator(_listed, json_schema_input_type=RewardTable | list[RewardTable])
+    ] = Field([RewardTable(name="accuracy"), RewardTable(name="format", weight=0.1)], min_length=1)
+    """The terms whose weighted sum is rewarded: names, or tables of a name, its weight and its settings. R1 weighs
+    accuracy and format equally; in small models a large weight of the format teaches only the form."""
     accuracy_needs_format: bool = False
     """Whether a right answer earns accuracy only in the right form: R1-Zero's two blocks and nothing around them or,
     where the template opens the thoughts, R1's thoughts and a short summary. By default accuracy and format are
-    separate terms (R1 2.2.2); with format_reward = 0 nothing would then ask for thoughts."""
-    language_reward: float = Field(0.0, ge=0)
-    """Weight of language consistency, the share of the thoughts' words in the problem's language (R1-Zero: none;
-    R1's first RL stage: 1)."""
-    language_scope: Literal["thoughts", "reply"] = "thoughts"
-    """What language consistency reads. thoughts: the thoughts (R1 2.3.2); reply: the summary too, and the less
-    consistent of the two counts (for small models, whose thoughts are mostly numbers, so a summary in another language
-    would cost nothing)."""
-    preference_reward: float = Field(1.0, ge=0)
-    """Weight of a reward model's score on general prompts (R1: 1)."""
+    separate terms (R1 2.2.2); without a reward of the format nothing would then ask for thoughts."""
     export_samples: Exported = "nothing"
     """Samples to export as conversations for an SFT stage, except those that reach the length cap: a control trained on
     the same tokens."""
-    overlong: int = Field(0, ge=0)
-    """Tokens before the length cap over which a penalty grows to 1 (DAPO: 4,096; R1: none)."""
-    reward: Literal["task", "format", "random"] | OwnCode = "task"
-    """What is rewarded: the task's verdict; FILE.py:FUNCTION, a function of your own in place of the accuracy, which
-    runs with your permissions; or, as controls, only the form, or a random value."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
     mtp: Literal["frozen", "trained", "dropped"] = "frozen"
     """The MTP modules, which draft in speculative decoding. frozen: they stay as they are while the policy moves away;
     trained: on the samples, apart from the policy, which they touch only through the norm that is clipped; dropped: the
     model has none from here on. rl/mtp_1 is the first one's loss (undocumented)."""
-    eval_tasks: list[TaskName] = Field(default=[])
-    """Task families of the held-out evaluations, such as a file of evaluation problems (R1-Zero: AIME 2024). Default:
-    those of tasks and general_tasks that hold problems out."""
-    eval_every: int = Field(10, ge=1)
-    """Rollouts between held-out evaluations."""
-    eval_problems: int = Field(64, ge=1)
-    """Held-out problems per task and evaluation, 4 samples each. rl/heldout_accuracy and rl/heldout_reward count them
-    as training does; rl/heldout_pass_at_1 counts a right answer in any form, as the stage eval does."""
-    eval_temperature: float | None = Field(None, gt=0)
-    """Sampling temperature of the held-out evaluations (R1: 0.6). Default: `temperature`, so that they measure what is
-    trained."""
-    minimum_pass: float = Field(0.02, ge=0, le=1)
-    """Minimum held-out accuracy of the base model, as training counts it. Below it the stage refuses to start: RL
-    cannot amplify what is not there. With partial credit or a reward of your own, it is enough that the answers to this
-    share of the problems earn different rewards. 0: start anyway."""
+    heldout: HeldoutTable = HeldoutTable()
+    """Evaluations on held-out problems during the stage."""
+    hooks: list[HookTable] = Field(default=[])
+    """Components of your own in the loop."""

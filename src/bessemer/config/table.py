@@ -11,8 +11,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails
 
 from bessemer.errors import UserError
 
@@ -34,9 +42,6 @@ class _TaskName:
 
 SourceName = Annotated[str, _SourceName]
 TaskName = Annotated[str, _TaskName]
-OwnCode = Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"), _TaskName]
-"""FILE.py:NAME, the user's own code."""
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What both numpy and torch take as a random seed."""
 Precision = Literal["auto", "device", "float32", "bfloat16"]
@@ -57,6 +62,34 @@ class ConfigTable(BaseModel):
 
 
 AnyTable = TypeVar("AnyTable", bound=ConfigTable)
+
+
+class PluginTable(ConfigTable):
+    """A plug-in of the recipe (plugins.py): its name, or a table of its name and its settings."""
+
+    plugins: ClassVar[str]
+    # the kind of plug-in
+    named: ClassVar[str] = "name"
+    # the key that holds the name
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {cls.named: value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+    @property
+    def plugin(self) -> str:
+        return getattr(self, self.named)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class StageConfig(ConfigTable):
@@ -138,6 +171,15 @@ def named_sources(settings: ConfigTable) -> list[str]:
 def named_tasks(settings: ConfigTable) -> list[str]:
     """Every task that these settings name."""
     return [name for _, name in _marked(settings, _TaskName)]
+
+
+def named_plugins(settings: BaseModel) -> list[tuple[str, str]]:
+    """(kind, name) of every plug-in that these settings name."""
+    found = [(settings.plugins, settings.plugin)] if isinstance(settings, PluginTable) else []
+    for _, value in settings:
+        inner = value if isinstance(value, list) else [value]
+        found += [named for table in inner if isinstance(table, BaseModel) for named in named_plugins(table)]
+    return found
 
 
 def _marked(settings: ConfigTable, mark: type) -> list[tuple[str, str]]:

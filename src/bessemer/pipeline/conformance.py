@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bessemer.config.recipe import Recipe
+from bessemer.config.rl import RLConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.corpus import BOUNDARY_SPLIT_RATE
 from bessemer.dist import distributed, schedules
@@ -76,6 +77,21 @@ def _used(rows: Callable[[list[float]], float]) -> Callable[[RecipeFacts, Any], 
 def _rejected(facts: RecipeFacts, count: Callable[[Any], int]) -> int:
     """A sum over the rejection sampling stages, of which there may be one per kind of problem."""
     return sum(count(stage) for stage in facts.stages("reject") if stage not in facts.cold_starts())
+
+
+def _weight(stage: RLConfig, name: str) -> float:
+    """The weight of a term of the reward; 0 if there is none of that name."""
+    return sum(term.weight for term in stage.reward if term.name == name)
+
+
+def _scope(facts: RecipeFacts, stage: RLConfig) -> str:
+    return next(
+        (term.settings.get("scope", "thoughts") for term in stage.reward if term.name == "language"), "thoughts"
+    )
+
+
+def _scaled(stage: RLConfig) -> bool:
+    return bool(stage.advantage.settings.get("scale_by_std", True))
 
 
 def _general(facts: RecipeFacts, stage: Any) -> bool:
@@ -241,32 +257,36 @@ ITEMS: tuple[Item, ...] = (
          "rl/loop.py", "pipeline/test_stages.py",
          dict(start=Read("no SFT", _start),
               rewards=Read("rule rewards", lambda f, s: "reward models" if s.reward_models else
-                           "rule rewards" if s.reward == "task" else f"reward {s.reward}")),
+                           "rule rewards" if _weight(s, "accuracy") else f"reward {s.reward[0].name}")),
          on=lambda v: v["start"] == "no SFT", best=True),
     Item("Prompt template", "R1 Table 1", "{template}", _stages("rl", lambda f, s: not f.after_sft(s.name)),
          "data/chat.py", "data/test_data_chat.py", dict(template=Read("R1-Zero's, word for word", _template)),
          best=True, paper="preamble, User: question, Assistant:"),
     Item("GRPO groups", "R1 2.2.1", "{samples} samples, {prompts_per_rollout} prompts a rollout", _rl,
-         "rl/reward.py", "rl/test_rl_advantage.py", dict(samples=16), dict(prompts_per_rollout=512)),
+         "rl/algorithms/grpo.py", "rl/test_rl_advantage.py", dict(samples=16), dict(prompts_per_rollout=512)),
     Item("Advantage: reward minus the group's mean, over its standard deviation", "R1 2.2.1, Math 4.1",
-         "{advantage}, {std}, {supervision} rewarded", _rl, "rl/reward.py", "rl/test_rl_advantage.py",
-         dict(advantage="group", supervision="outcome",
-              std=Read("over std", lambda f, s: "over std" if s.scale_by_std else "not over std")),
+         "{advantage}, {std}, outcome rewarded", _rl, "rl/algorithms/grpo.py", "rl/test_rl_advantage.py",
+         dict(advantage=Read("group", lambda f, s: s.advantage.name),
+              std=Read("over std", lambda f, s: "over std" if _scaled(s) else "not over std")),
          on=lambda v: v["advantage"] == "group"),
     Item("Loss of a token", "Math 4.1", "{surrogate}, mean over {normalise}", _rl,
          "rl/rollout.py", "rl/test_rl_rollout.py",
-         dict(surrogate="grpo", normalise=Read(MEANS["sequence"], lambda f, s: MEANS[s.normalise]))),
-    Item("Clip", "R1-Nature B", "-{clip_low} / +{clip_high}", _rl, "rl/losses.py", "rl/test_rl_losses.py",
-         dict(clip_low=10.0, clip_high=10.0)),
-    Item("KL to the reference (k3, in the loss)", "R1-Nature B", "{kl}, refreshed every {reference_every} steps", _rl,
-         "rl/losses.py", "rl/test_rl_losses.py", dict(kl=0.001, reference_every=400), on=lambda v: v["kl"] > 0),
+         dict(surrogate=Read("grpo", lambda f, s: s.loss.name),
+              normalise=Read(MEANS["sequence"], lambda f, s: MEANS[s.normalise]))),
+    Item("Clip", "R1-Nature B", "-{low} / +{high}", _rl, "rl/algorithms/grpo.py", "rl/test_rl_losses.py",
+         dict(low=Read(10.0, lambda f, s: s.loss.settings.get("clip_low", 0.2)),
+              high=Read(10.0, lambda f, s: s.loss.settings.get("clip_high", 0.28)))),
+    Item("KL to the reference (k3, in the loss)", "R1-Nature B", "{kl}, refreshed every {every} steps", _rl,
+         "rl/losses.py", "rl/test_rl_losses.py",
+         dict(kl=Read(0.001, lambda f, s: s.kl.weight), every=Read(400, lambda f, s: s.kl.reference_every)),
+         on=lambda v: v["kl"] > 0),
     Item("Mini-batches per rollout", "R1-Nature B", "{updates_per_rollout}, one epoch", _rl,
          "rl/loop.py", "pipeline/test_rl_reference.py", dict(updates_per_rollout=16)),
     Item("On policy, every sample used", "R1-Nature B",
-         "{max_off_policy_rollouts} rollouts behind, {max_resamples} round, {filter}, penalty from {overlong}",
+         "{max_off_policy_rollouts} rollouts behind, {max_resamples} round, {filter}",
          _rl, "rl/rollout_queue.py", "pipeline/test_rl_reference.py",
-         dict(max_off_policy_rollouts=0, max_resamples=1, overlong=0,
-              filter=Read("no filter", lambda f, s: "filtered by difficulty" if s.difficulty_filter else "no filter"))),
+         dict(max_off_policy_rollouts=0, max_resamples=1,
+              filter=Read("no filter", lambda f, s: ", ".join(x.name for x in s.hooks) or "no filter"))),
     Item("Learning rate of RL", "R1-Nature B", "{lr}", _rl, "train/trainer.py", "pipeline/test_rl_reference.py",
          sizes=dict(lr=Read(3e-6, lambda f, s: max(s.lr.values)))),
     Item("Sampling temperature of RL", "R1-Nature Methods", "{temperature}",
@@ -275,7 +295,8 @@ ITEMS: tuple[Item, ...] = (
     Item("Sampling temperature with preference rewards", "R1-Nature Methods", "{temperature}",
          _stages("rl", _general), "rl/losses.py", "rl/test_rl_losses.py", dict(temperature=0.7)),
     Item("Rewards", "R1 2.2.2", "{what} + {format_reward} x format", _rl, "rl/reward.py", "rl/test_rl_reward.py",
-         dict(format_reward=1.0, what=Read("accuracy", lambda f, s: "accuracy" if s.reward == "task" else s.reward)),
+         dict(format_reward=Read(1.0, lambda f, s: _weight(s, "format")),
+              what=Read("accuracy", lambda f, s: "accuracy" if _weight(s, "accuracy") else s.reward[0].name)),
          on=lambda v: v["what"] == "accuracy"),
     Item("SFT: answers only, samples packed with masks", "V3 5.1, R1 2.3.1",
          "cosine {lr} -> {lr_final}, {epochs} epochs, rows of {row_length}, {batch} a step", _sft,
@@ -294,11 +315,12 @@ ITEMS: tuple[Item, ...] = (
               temperature=Read(1.0, lambda f, s: getattr(s, "temperature", 1.0))),
          dict(problems=Read(range(1000, 10_000), lambda f, s: s.problems if s.kind == "reject" else s.examples)),
          paper="thousands, thoughts and a summary, edited by people"),
-    Item("Language consistency reward", "R1 2.3.2", "{language_reward} x consistency of the {language_scope}, {start}",
-         _stages("rl", lambda f, s: s.language_reward > 0 or f.after_sft(s.name)),
+    Item("Language consistency reward", "R1 2.3.2", "{weight} x consistency of the {scope}, {start}",
+         _stages("rl", lambda f, s: _weight(s, "language") > 0 or f.after_sft(s.name)),
          "tasks/readability.py", "tasks/test_language.py",
-         dict(language_reward=1.0, language_scope="thoughts", start=Read("after SFT", _start)),
-         on=lambda v: v["language_reward"] > 0, paper="share of target-language words, from R1's first RL stage on"),
+         dict(weight=Read(1.0, lambda f, s: _weight(s, "language")), scope=Read("thoughts", _scope),
+              start=Read("after SFT", _start)),
+         on=lambda v: v["weight"] > 0, paper="share of target-language words, from R1's first RL stage on"),
     Item("Rejection sampling: correct and readable answers", "R1 2.3.3",
          "{samples} answers, up to {kept} kept in all, {others} others, form {form}, consistency {consistency}",
          _stages("reject", lambda f, s: s not in f.cold_starts()), "pipeline/stages/reject.py",
@@ -316,9 +338,10 @@ ITEMS: tuple[Item, ...] = (
               data=Read("judged", lambda f, s: f"{s.made} made prompts" if s.made else "judged"), epochs=1),
          dict(lr=6e-6, batch=Read("256 samples", _batch), row_length=8192), paper="66,000 pairs, 106,000 labels"),
     Item("Preference rewards only at the end", "R1 2.3.4",
-         "last {last} of {total} steps, weight {preference_reward}", _stages("rl", _general),
-         "rl/rollout_queue.py", "pipeline/test_r1.py", dict(preference_reward=1.0),
-         dict(last=Read(400, lambda f, s: (s.rollouts - s.general_from) * s.updates_per_rollout),
+         "last {last} of {total} steps, weight {weight}", _stages("rl", _general),
+         "rl/rollout_queue.py", "pipeline/test_r1.py",
+         dict(weight=Read(1.0, lambda f, s: _weight(s, "accuracy"))),
+         dict(last=Read(400, lambda f, s: (s.rollouts - s.general.start) * s.updates_per_rollout),
               total=Read(range(1684, 1701), lambda f, s: s.rollouts * s.updates_per_rollout)),  # whole rollouts
          on=lambda v: v["last"] < v["total"], paper="last 400 of 1,700 steps"),
     Item("Distillation: SFT of a smaller model on checked samples", "R1 2.4",

@@ -17,7 +17,7 @@ from typing import Any
 from bessemer import plugins
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
-from bessemer.config.table import StageConfig, named_sources, named_tasks
+from bessemer.config.table import StageConfig, named_plugins, named_sources, named_tasks
 from bessemer.data import documents, fingerprints, sources
 from bessemer.tasks.registry import source_of
 
@@ -34,7 +34,8 @@ def read_by(config: StageConfig) -> Files:
     for address in {documents.hub_address(name) for name in named_sources(config) if name.startswith(places.HUB)}:
         if (commit := places.known_revision(address)) is not None:
             found[address] = {"": commit}
-    found |= {code: {"": digest} for code, digest in plugins.digest("stages", config.kind).items()}
+    for kind, name in [("stages", config.kind), *named_plugins(config)]:
+        found |= {code: {"": digest} for code, digest in plugins.digest(kind, name).items()}
     return {name: hashes for name, hashes in found.items() if hashes}
 
 
@@ -56,7 +57,8 @@ def _paths(config: StageConfig) -> list[str]:
             named.append(name)
         elif (name := name.removeprefix(NEEDLE)) and not name.startswith(places.HUB) and name not in sources.SOURCES:
             paths.append(name)
-    return [source[0] for name in named if (source := source_of(name)) is not None] + paths
+    plugged = [name.rpartition(":")[0] for _, name in named_plugins(config) if plugins.OWN_FILE.fullmatch(name)]
+    return [source[0] for name in named if (source := source_of(name)) is not None] + plugged + paths
 
 
 def _hashes(name: str) -> dict[str, str]:

@@ -42,11 +42,9 @@ from bessemer.train import checkpoint, setup
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
 """Metrics that depend on timing."""
 AFTER_SAMPLING = frozenset({
-    "lr", "clip", "clip_low", "clip_high", "kl", "kl_in_reward", "unbiased_kl", "off_policy_mask", "reference_every",
-    "surrogate", "normalise", "scale_by_std", "advantage", "supervision", "gae_lambda", "critic_lr", "weight_decay",
-    "correction", "correction_cap", "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts",
-    "rollouts", "eval_tasks", "eval_every", "eval_problems", "minimum_pass", "keep_every", "export_samples",
-    *OptimizerConfig.runtime_only,
+    "lr", "clip", "loss", "kl", "off_policy_mask", "normalise", "advantage", "weight_decay", "correction",
+    "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts", "rollouts", "heldout", "keep_every",
+    "export_samples", *OptimizerConfig.runtime_only,
 })  # fmt: skip
 """Keys that do not act on a rollout that is sampled and scored already."""
 UNASKED = 300.0
@@ -224,7 +222,7 @@ def _changed(
         raise UserError(f"--set rollouts={changed.rollouts} ends the stage before rollout {number + count}; raise it")
     differing = {key for key in type(config).model_fields if getattr(config, key) != getattr(changed, key)}
     unlike = differing & {"optimizer", "lora"}
-    if (config.advantage == "critic") != (changed.advantage == "critic"):
+    if (config.advantage.name == "critic") != (changed.advantage.name == "critic"):
         unlike.add("advantage")
     if unlike:
         raise UserError(

@@ -44,7 +44,7 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
     with places.of_recipe(recipe.folder, root / places.REVISIONS):
         chosen = _problems(config, problems, recipe.seed_of(config))
         cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
-        judges = load_reward_models(config, {stage: folders[stage] for stage in config.reward_models})
+        judges = load_reward_models(config, folders)
         reward, seed = Reward.of_config(config), recipe.seed_of(config)
         shown = RunProgress(dict.fromkeys((config.source, config.name), 1.0))
         shown.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
@@ -53,8 +53,8 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
             for stage in (config.source, config.name)
         )
         for groups in (before, after):
-            reward.score(groups, cap, judges)
-    found = why.explain(before, after, reward, cap, sum(_split(task) == "train" for task, _ in chosen))
+            reward.score(groups, 0, judges)
+    found = why.explain(before, after, reward, sum(_split(task) == "train" for task, _ in chosen))
     models = {stage: digests[stage] for stage in (config.source, config.name)}
     write_json(root / f"why-{config.name}.json", found.facts() | {"models": models})
     return config.name, found
@@ -74,11 +74,11 @@ def rl_stage(recipe: Recipe, name: str | None) -> RLConfig:
 def _problems(config: RLConfig, count: int, seed: int) -> TaskProblems:
     """Held-out problems in the proportions of a rollout at the stage's end; training problems of a task that holds none
     out."""
-    general = 0
-    if config.general_prompts and config.rollouts > config.general_from:
-        general = round(count * config.general_prompts / config.prompts_per_rollout)
+    general, prompts = 0, config.general
+    if prompts is not None and config.rollouts > prompts.start:
+        general = round(count * prompts.prompts / config.prompts_per_rollout)
     chosen = []
-    for names, number in ((config.tasks, count - general), (config.general_tasks, general)):
+    for names, number in ((config.tasks, count - general), (prompts.tasks if prompts else [], general)):
         families = [get(name) for name in names]
         least = min((family.size(_split(family)) or number for family in families), default=0)
         chosen += rollout.problems_of(families, _split, 0, min(number, least * len(families)), seed)

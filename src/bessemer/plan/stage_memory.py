@@ -219,9 +219,11 @@ def _copies(
     if not isinstance(stage, RLConfig):
         return {"copies": 0}
     copies = whole * gathered
-    copies += 2 * whole * (stage.kl > 0 and stage.lora is None)  # the reference, and what its checkpoint keeps of it
+    copies += (
+        2 * whole * (stage.kl.weight > 0 and stage.lora is None)
+    )  # the reference, and what its checkpoint keeps of it
     copies += 2 * _held(cfg) * (stage.rollout.precision == "bfloat16" and number == 4)
-    if stage.advantage == "critic":  # a score in place of the head, no MTP modules
+    if stage.advantage.name == "critic":  # a score in place of the head, no MTP modules
         own = sum(trained[kind] for kind in ("weights", "gradients", "masters", "moments"))
         head = 0 if cfg.tie_embeddings else embedding_params(cfg)
         copies += own * (main_params(cfg) - head) // _held(cfg)
@@ -260,7 +262,7 @@ def _foreign(recipe: Recipe, stage: OptimizerConfig, number: int) -> StageMemory
     found = {"weights": number * count}
     if not lora:
         found |= {"gradients": 4 * count, "masters": 4 * count * (number < 4), "moments": 8 * count}
-    if isinstance(stage, RLConfig) and stage.kl > 0 and not lora:
+    if isinstance(stage, RLConfig) and stage.kl.weight > 0 and not lora:
         found["copies"] = 2 * number * count
     return StageMemory(stage.name, 1, found, guess)
 

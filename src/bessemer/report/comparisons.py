@@ -107,7 +107,8 @@ def _stage_table_text(table: StageTable) -> str:
 
 # --- controls -------------------------------------------------------------------------------------------------------
 
-_REWARDS = {"random": "random reward", "format": "reward for the format alone"}
+_REWARDS = {"coin": "random reward", "format": "reward for the format alone"}
+"""The single term of a control's reward, without its file."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def control_groups(facts: RunFacts) -> list[ControlGroup]:
     groups: list[ControlGroup] = []
     taken: set[str] = set()
     for main in facts.stages:
-        if main.kind == "rl" and _reward(main) == "task":
+        if main.kind == "rl" and "accuracy" in _reward(main):
             left = [stage for stage in facts.stages if stage.name not in taken]
             controls = tuple((stage, words) for stage in left if (words := _difference(stage, main)))
             taken |= {stage.name for stage, _ in controls}
@@ -159,12 +160,14 @@ def _difference(stage: StageFacts, main: StageFacts) -> str:
     if stage.kind == "sft" and main.name in (stage.settings.get("samples") or []):
         return "SFT on the same tokens"
     if stage.kind == "rl" and stage.settings.get("tasks") == main.settings.get("tasks"):
-        return _REWARDS.get(_reward(stage), "")
+        return _REWARDS.get(" ".join(_reward(stage)), "")
     return ""
 
 
-def _reward(stage: StageFacts) -> str:
-    return str(stage.settings.get("reward", "task"))
+def _reward(stage: StageFacts) -> list[str]:
+    """The terms of its reward, without their files and modules."""
+    terms = stage.settings.get("reward") or [{"name": "accuracy"}]
+    return [str(term.get("name")).rpartition(":")[2] for term in terms if isinstance(term, dict)]
 
 
 def controls_html(facts: RunFacts) -> Html:

@@ -26,13 +26,12 @@ from bessemer.train.collective import Collective
 def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
     """Whether nothing but the trainer reads samples on other ranks than their own."""
     plain = all(ours(task) and not task.episodic for task in families)
-    reward = settings.reward in ("task", "format") and not (
-        settings.language_reward and settings.language_scope == "reply"
-    )
+    terms = {(term.name, term.settings.get("scope", "thoughts")) for term in settings.reward}
     return (
-        plain and reward and settings.rollout.engine == "local" and settings.advantage in ("group", "batch")
-        and settings.supervision != "process" and settings.export_samples == "nothing"
-        and not settings.reward_models and not settings.max_off_policy_rollouts
+        plain and terms <= {("accuracy", "thoughts"), ("format", "thoughts"), ("language", "thoughts")}
+        and settings.rollout.engine == "local" and settings.advantage.name in ("group", "batch")
+        and settings.export_samples == "nothing" and not settings.hooks and not settings.max_off_policy_rollouts
+        and not settings.reward_models
     )  # fmt: skip
 
 

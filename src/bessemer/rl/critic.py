@@ -1,12 +1,11 @@
 """PPO's critic, to compare with GRPO, which does without one (PPO: Schulman et al. 2017; R1-Nature A.3).
 
-    r_t     = r(o) [t is the last token] - beta log(pi_old(o_t) / pi_ref(o_t))     the second term with kl_in_reward
-    delta_t = r_t + gamma V_{t+1} - V_t                           V = 0 after the end of an output
+    delta_t = r_t + gamma V_{t+1} - V_t                           V = 0 after the end of an output; r_t only at its end
     A_t     = sum_k (gamma lambda)^k delta_{t+k}                  GAE; lambda 1: A_t = sum of rewards to come - V_t
     loss    = w_t / 2 max( (V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2 ),   R_t = A_t + V_old,t
 
 PPO as published subtracts the KL divergence from every token's reward (DeepSeekMath 4.1.1), which also penalises length
-(R1-Nature A.3): `kl_in_reward`. Otherwise the KL term stays in the policy's loss, as in GRPO.
+(R1-Nature A.3). Here it stays in the policy's loss, as in GRPO.
 
 The critic is the policy's network with a scalar head in place of the LM head. V_t is the value before token t is
 written, so values, advantages and returns are aligned with their token, like everything in a `Batch`.
@@ -18,26 +17,26 @@ values of some samples and every rank gets all values, so advantages are over th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from bessemer.config.rl import RLConfig
+from bessemer.config.units import LearningRates, Points
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.model.layer import Phase
 from bessemer.model.protocol import LanguageModel, TrainOutputs, train_in_fp8
 from bessemer.model.transformer import Scorer, scores
 from bessemer.rl import rollout
-from bessemer.rl.losses import Reference
+from bessemer.rl.component import Advantage
 from bessemer.rl.monitor import update_means
-from bessemer.rl.rollout import Group, ScoredSample
+from bessemer.rl.parts import LoopParts
+from bessemer.rl.rollout import Group
 from bessemer.train.objective import Loss
-from bessemer.train.runtime import Whole
 from bessemer.train.trainer import Trainer
 
 NAME = "critic"
@@ -46,35 +45,46 @@ EPSILON = 1e-6
 """Guards the division by the standard deviation of a rollout's advantages."""
 
 
-class Critic:
-    """`policy` is the policy's trainer before `start()`, `whole` its gathered network. The critic shares the trainer's
-    settings, ranks and workers, has its own learning rate, and counts the same steps. `recompute`: phases of its layers
-    that backward recomputes. Collective."""
+Share = Annotated[float, Field(ge=0, le=1)]
+LR = Points(1e-3)
+
+
+class Critic(Advantage):
+    """The advantage "critic". The critic shares the trainer's settings, ranks and workers, and counts the same steps.
+    Collective.
+
+    `lr`: its learning rate over optimizer steps (undocumented). `gae_lambda`: R1-Nature A.3: 1 nearly equals GRPO, 0.95
+    is much worse."""
+
+    within_groups = False
 
     def __init__(
-        self, policy: Trainer, whole: Whole, settings: RLConfig, pad_id: int, recompute: Iterable[Phase] = ()
+        self, loop: LoopParts, *, lr: LearningRates = LR, gae_lambda: Share = 1.0, scale_by_std: bool = True
     ) -> None:
-        self.policy, self.settings, self.pad_id = policy, settings, pad_id
+        """`loop` has its policy and trainer, which has not yet started."""
+        policy, whole, settings = loop.trainer, loop.policy, loop.settings
+        self.policy, self.settings, self.pad_id = policy, settings, loop.tokenizer.pad_id
+        self.gae_lambda, self.scale_by_std = gae_lambda, scale_by_std
         whole.refresh()
         if not whole.model.layers:
             raise UserError(
                 f'stage "{settings.name}": advantage = "critic" needs a network of the DeepSeek family, and this '
                 'is another; use "group"'
             )
-        own = settings.model_copy(update={"lr": settings.critic_lr})
-        begun = cast(Scorer, critic_of(whole.model)).set_recompute(recompute)
+        rates = lr if isinstance(lr, Points) else Points(lr)
+        own = settings.model_copy(update={"lr": rates})
+        begun = cast(Scorer, critic_of(whole.model)).set_recompute(loop.ctx.recipe.layout.recompute)
         train_in_fp8(begun, settings.fp8)
         self.trainer = Trainer(
             begun, ValueLoss(), None, own, policy.plan, warn=policy.warn, collective=policy.collective.beside(begun)
         )
         policy.companions[NAME] = self.trainer
         self._explained = 0.0
-        self._divergence: float | None = None
         self._updates: list[dict[str, float]] = []
 
-    def assign_advantages(self, groups: Sequence[Group], reference: Reference | None) -> None:
+    def assign(self, groups: Sequence[Group]) -> dict[str, float]:
         """Sets the value, GAE advantage and return of every token. Advantages get mean 0 over the rollout and, with
-        `scale_by_std`, standard deviation 1; returns are not scaled. `reference` is needed with `kl_in_reward`."""
+        `scale_by_std`, standard deviation 1; returns are not scaled."""
         rows = list(chain.from_iterable(groups))
         tokens, n_pipelines = self.settings.micro_tokens, self.trainer.collective.n_pipelines
         parts = rollout.split_by_length(rows, tokens, n_pipelines)
@@ -83,41 +93,34 @@ class Critic:
         for part, value_N in zip(parts, self.trainer.collective.outputs(batches, _values_of, sizes), strict=True):
             lengths = [len(row.trained_N) for row in part]
             for row, own in zip(part, value_N.split(lengths), strict=True):
-                row.values = own.tolist()
-        value_RL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.values) for row in rows], batch_first=True)
+                row.per_token["value"] = own.tolist()
+        values = [torch.tensor(row.per_token["value"]) for row in rows]
+        value_RL = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
         length_R = torch.tensor([len(row.trained_N) for row in rows])
         reward_RL = torch.zeros(value_RL.shape, dtype=torch.float64)
         reward_RL[torch.arange(len(rows)), length_R - 1] = torch.tensor([row.reward for row in rows]).double()
-        if self.settings.kl_in_reward:
-            assert reference is not None
-            mine = self.trainer.collective.share_of(len(batches))
-            reference.add_logprobs([batches[number] for number in mine])
-            ratios = self.trainer.collective.exchanged({number: _log_ratios(batches[number]) for number in mine}, sizes)
-            log_ratio_RL = _by_row(rows, parts, ratios)
-            reward_RL -= self.settings.kl * log_ratio_RL
-            self._divergence = float(log_ratio_RL.sum() / length_R.sum())
-        raw_RL = gae(reward_RL, value_RL, length_R, self.settings.gae_lambda)
+        raw_RL = gae(reward_RL, value_RL, length_R, self.gae_lambda)
         inside_RL = torch.arange(value_RL.shape[1]) < length_R[:, None]
         return_RL, inside = raw_RL + value_RL, raw_RL[inside_RL]
         scaled_RL = raw_RL - inside.mean()
-        if self.settings.scale_by_std:
+        if self.scale_by_std:
             scaled_RL = scaled_RL / (inside.std(correction=0) + EPSILON)
         for r, row in enumerate(rows):
-            row.advantage, row.returns = (x[r, : length_R[r]].tolist() for x in (scaled_RL, return_RL))
+            row.advantage, row.per_token["return"] = (x[r, : length_R[r]].tolist() for x in (scaled_RL, return_RL))
         spread = return_RL[inside_RL].var(correction=0)
         self._explained = float(1 - inside.var(correction=0) / spread) if spread > 0 else 0.0
+        return {}
 
-    def update(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step on a mini-batch, before the policy's."""
+    def before_step(self, batches: list[Batch]) -> None:
+        """One optimizer step of the critic on the mini-batch that the policy is about to train on."""
         own = ({name: x for name, x in batch.extras.items() if name != "choice_BTLK"} for batch in batches)
         free = [replace(batch, extras=extras) for batch, extras in zip(batches, own, strict=True)]
         self._updates.append(self.trainer.update(free))  # without replay: the critic's gates choose
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the rollout; call after its updates."""
+        """Means over the updates since the last call, and how much of the returns' variance the values explain."""
         means, self._updates = update_means("critic", ("loss", "clip_share", "grad_norm"), self._updates), []
-        divergence = {} if self._divergence is None else {"rl/kl": self._divergence}
-        return means | {"critic/explained": self._explained} | divergence
+        return means | {"critic/explained": self._explained}
 
 
 def critic_of(policy: LanguageModel) -> LanguageModel:
@@ -173,20 +176,6 @@ def value_errors(value_N: Tensor, old_N: Tensor, return_N: Tensor, clip: float) 
     near = old_N + (value_N - old_N).clamp(-clip, clip)
     bounded = (near - return_N).square()
     return 0.5 * torch.maximum(plain, bounded), (bounded > plain).float()
-
-
-def _log_ratios(batch: Batch) -> Tensor:
-    """log(pi_old / pi_ref) of every trained token, [N]."""
-    return (batch.extras["old_logp_BT"] - batch.extras["ref_logp_BT"].to(batch.loss_BT))[batch.loss_BT != 0]
-
-
-def _by_row(rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], numbers: Sequence[Tensor]) -> Tensor:
-    """Per-token numbers in the order of `rows`, [R, L]; `parts` holds each batch's rows, `numbers` its numbers."""
-    of_row = {}
-    for part, number_N in zip(parts, numbers, strict=True):
-        for row, own in zip(part, number_N.split([len(row.trained_N) for row in part]), strict=True):
-            of_row[id(row)] = own
-    return torch.nn.utils.rnn.pad_sequence([of_row[id(row)] for row in rows], batch_first=True).double()
 
 
 def gae(reward_RL: Tensor, value_RL: Tensor, length_R: Tensor, lam: float, gamma: float = 1.0) -> Tensor:

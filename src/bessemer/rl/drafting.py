@@ -15,6 +15,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
+from bessemer.rl.component import Component
 from bessemer.train.loss import predicting
 
 WEIGHT = 0.1
@@ -36,6 +37,16 @@ def prepare(model: LanguageModel, settings: RLConfig, say: Callable[[str], None]
     elif settings.mtp == "trained":
         say('warning: the model has no MTP modules, so mtp = "trained" has no effect')
     return WEIGHT if trained else 0.0
+
+
+class Drafts(Component):
+    """Measures how well frozen modules predict the samples."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def before_updates(self, batches: list[Batch]) -> dict[str, float]:
+        return losses(self.model, batches[0])
 
 
 @torch.no_grad()

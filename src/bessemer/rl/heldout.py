@@ -25,7 +25,7 @@ FORM_ONLY = 10.0
 
 
 def heldout_row(
-    groups: Sequence[Group], reward: Reward, needs_format: bool, cap: int, score: Callable[[Sequence[Group]], None]
+    groups: Sequence[Group], reward: Reward, needs_format: bool, score: Callable[[Sequence[Group]], None]
 ) -> dict[str, float]:
     """Figures of verified answers to held-out problems, k for each; `score` sets their rewards. A failed episode counts
     as wrong, and its reward is left out.
@@ -34,7 +34,7 @@ def heldout_row(
     accuracy, score, reward    means, as `rl/accuracy`, `rl/score` and `rl/reward` count them in training
     accuracy_k                 share of problems with a right answer among the k
     graded                     1 if answers may earn something between nothing and all, else 0
-    contrast                   share of problems whose answers differ in reward, apart from form, language and length
+    contrast                   share of problems whose answers differ in reward, apart from form and language
     pass_at_1, _k, maj_at_k    of right answers in any form, as the stage `eval` counts them
     """
     k = min(map(len, groups))
@@ -46,14 +46,14 @@ def heldout_row(
     score(groups)
     verdicts = [[row.verdict for row in group] for group in groups]
     sound = [row for row in rows if not row.failure] or rows
-    aims = [{round(row.reward - reward.beside(row, cap), 6) for row in group if not row.failure} for group in groups]
+    aims = [{round(reward.content(row), 6) for row in group if not row.failure} for group in groups]
     return {
         "n": len(groups),
         "accuracy": fmean(verdict_metrics.pass_at_1(verdicts)),
         "accuracy_k": _some(verdicts, k),
         "score": fmean(row.verdict.score for row in rows),
         "reward": fmean(row.reward for row in sound),
-        "graded": float(reward.function is not None or any(row.verdict.partial is not None for row in rows)),
+        "graded": float(reward.own or any(row.verdict.partial is not None for row in rows)),
         "contrast": fmean(len(aim) > 1 for aim in aims),
         "pass_at_1": fmean(verdict_metrics.pass_at_1(any_form)),
         "pass_at_k": _some(any_form, k),
@@ -98,7 +98,7 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
         parts = [
             *faults,
             "pre-train longer, raise the share of the task's documents, or choose an easier task",
-            "to start all the same, set minimum_pass = 0",
+            "to start all the same, set heldout.minimum_pass = 0",
         ]
         advice = ". ".join(part[0].upper() + part[1:] for part in parts)
         message = f"{measured}, below minimum_pass {minimum_pass:.1%}: RL has nothing to amplify. {advice}"

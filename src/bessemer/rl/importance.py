@@ -31,11 +31,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.config.rl import RLConfig
+from bessemer.config.rl import CorrectionTable
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
-from bessemer.rl.losses import LOG_RATIO_LIMIT, policy_logprobs
+from bessemer.rl.algorithms.base import LOG_RATIO_LIMIT
+from bessemer.rl.component import Component
+from bessemer.rl.losses import policy_logprobs
 from bessemer.workers import Workers
 
 
@@ -59,20 +61,18 @@ def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: fl
     return Correction(weight_N, cut_N.float())
 
 
-class ImportanceCorrection:
-    """Call `apply(batches)` before the first update of a rollout."""
+class ImportanceCorrection(Component):
+    """Adds the importance weights to all batches of a rollout."""
 
-    def __init__(self, model: LanguageModel, workers: Workers, settings: RLConfig) -> None:
-        self.model, self.workers, self.settings = model, workers, settings
+    def __init__(self, model: LanguageModel, workers: Workers, settings: CorrectionTable, temperature: float) -> None:
+        self.model, self.workers, self.settings, self.temperature = model, workers, settings, temperature
 
-    def apply(self, batches: list[Batch]) -> dict[str, float]:
-        """Adds the importance weights to all batches of a rollout; returns metrics."""
+    def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         corrections = []
         for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
             sampler_BT, keep = batch.extras["old_logp_BT"], batch.loss_BT.flatten().nonzero().squeeze(1)
             log_ratio_N, output_N = (logp_BT - sampler_BT).flatten()[keep], keep // batch.loss_BT.shape[1]
-            kind, cap = self.settings.correction, self.settings.correction_cap
-            corrections.append(importance_weights(kind, log_ratio_N, output_N, cap))
+            corrections.append(importance_weights(self.settings.form, log_ratio_N, output_N, self.settings.cap))
             weight_BT = torch.zeros_like(logp_BT)
             weight_BT.view(-1)[keep] = corrections[-1].weight
             batch.extras |= {"sampler_logp_BT": sampler_BT, "old_logp_BT": logp_BT, "importance_BT": weight_BT}
@@ -81,16 +81,23 @@ class ImportanceCorrection:
         return {f"rl/correction_{name}": x.mean().item() if len(x) else 0.0 for name, x in values.items()}
 
     def _logprobs(self, batch: Batch) -> Tensor:
-        return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.settings.temperature).cpu()
+        return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.temperature).cpu()
 
 
-def check_replay(stage: str, model: LanguageModel) -> None:
-    """Raises UserError for a model without routed experts."""
-    if all(layer.dense for layer in model.layers):
-        raise UserError(
-            f'stage "{stage}": routing_replay has nothing to replay: no layer of this model has routed experts; set it '
-            "to false"
-        )
+class RoutingReplay(Component):
+    """Measures how far the model's own routing is from the replayed one; costs a forward pass, so on one micro-batch
+    only. UserError for a model without routed experts."""
+
+    def __init__(self, stage: str, model: LanguageModel) -> None:
+        if all(layer.dense for layer in model.layers):
+            raise UserError(
+                f'stage "{stage}": routing_replay has nothing to replay: no layer of this model has routed experts; '
+                "set it to false"
+            )
+        self.model = model
+
+    def before_updates(self, batches: list[Batch]) -> dict[str, float]:
+        return {"rl/routing_disagreement": routing_disagreement(self.model, batches[0])}
 
 
 @torch.no_grad()

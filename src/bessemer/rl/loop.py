@@ -1,40 +1,40 @@
 """The loop of an RL stage (R1 2.2, R1-Nature B.1). For every rollout:
 
     sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
-    advantages          by group, over the rollout, by steps, or by a critic     reward, process, critic
-    correction          weights of samples that are not the policy's own         importance
-    updates             mini-batches, one inner epoch, KL to the reference       losses
+    advantages          how each sample compares with others                     algorithms
+    updates             mini-batches, one inner epoch                            losses, algorithms
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
     checkpoint          everything that must survive a kill is in the trainer's
 
-A "step" is one optimizer step, as in the paper. `difficulty` filters the problems, `ray_sampler` samples on separate
-workers, `monitor.SampleExport` writes the samples for another stage; an option that is off has no object here.
+A "step" is one optimizer step, as in the paper. Everything else that a stage may do is a `Component`: the reference of
+the divergence, weights of samples that are not the policy's own, exported samples, components of the user's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.rl import drafting, importance, process, ray_sampler
-from bessemer.rl.critic import Critic
-from bessemer.rl.difficulty import DifficultyFilter
-from bessemer.rl.losses import GRPO, Reference
+from bessemer.rl import drafting, importance
+from bessemer.rl.algorithms import advantage_of, loss_of
+from bessemer.rl.component import Component
+from bessemer.rl.losses import GRPO
 from bessemer.rl.monitor import Evaluator, SampleExport, means, rollout_metrics, update_means
-from bessemer.rl.reward import PreferenceScorer, assign_group_advantages, dead_groups
+from bessemer.rl.reference import Reference
+from bessemer.rl.reward import PreferenceScorer, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
 from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
-from bessemer.rl.sampler import LocalSampler, Rank0Sampler, Sampler
+from bessemer.rl.sampler import sampler_of
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.runs.curves import BALANCE
@@ -56,17 +56,16 @@ class Loop:
         model, self.tokenizer = runtime.read(self.base, split_rows=False, mtp=settings.mtp != "dropped")
         model = setup.adapted(model, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
-        self.workers = ray_sampler.trainer_workers(settings.rollout) if runtime.n == 1 else runtime.workers()
+        sampler = sampler_of(settings)
+        self.workers = sampler.trainer_workers(settings.rollout) if runtime.n == 1 else runtime.workers()
         dtype = setup.set_precision(model, settings, ctx.say_once, ctx.state, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(
-            settings.clip_low,
-            settings.clip_high,
-            0.0 if settings.kl_in_reward else settings.kl,
+            loss_of(settings),
+            settings.kl.weight,
             settings.temperature,
-            settings.surrogate,
             longest if settings.normalise == "constant" else 0,
-            settings.unbiased_kl,
+            settings.kl.unbiased,
             settings.off_policy_mask,
             drafting.prepare(model, settings, ctx.say),
         )
@@ -92,37 +91,34 @@ class Loop:
         engine = Engine(self.sampler_model.model, self.tokenizer, self.workers)
         families = [task_of(settings, name) for name in (*settings.tasks, *settings.general_tasks)]
         self.carrier = runtime.carrier(self.trainer, settings, families)
-        self.sampler = self._make_sampler(engine)
-        self.difficulty = DifficultyFilter(settings, self.trainer) if settings.difficulty_filter else None
+        self.sampler = sampler.of_loop(self, engine)
+        self.components = self._components()
         self.generator = RolloutGenerator(
-            settings, self.sampler, self._encode, ctx.seed, reward_models, self.difficulty, ctx.once,
+            settings, self.sampler, self._encode, ctx.seed, reward_models, self.components, ctx.once,
             self.policy.model.cfg.max_seq_len, ctx.share, self.carrier is not None,
         )  # fmt: skip
         self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
-        self.correction: importance.ImportanceCorrection | None = None
-        if settings.correction != "none":
-            self.correction = importance.ImportanceCorrection(self.policy.model, self.workers, settings)
-        if settings.routing_replay:
-            importance.check_replay(settings.name, self.policy.model)
         self.evaluator = Evaluator(self.generator, self.trainer, ctx)
-        self.export: SampleExport | None = None
-        if settings.export_samples != "nothing" and ctx.leads:
-            self.export = SampleExport(settings.export_samples, ctx.state)
-        self.reference: Reference | None = None
-        self.critic: Critic | None = None
-        if settings.advantage == "critic":
-            self.critic = Critic(
-                self.trainer, self.policy, settings, self.tokenizer.pad_id, ctx.recipe.layout.recompute
-            )
+        self.advantage = advantage_of(settings)(self)
+        self.components.append(self.advantage)
 
-    def _make_sampler(self, engine: Engine) -> Sampler:
-        ctx, refresh = self.ctx, self.sampler_model.refresh
-        if self.settings.rollout.engine == "local":
-            return LocalSampler(engine, refresh, ctx.runtime, self.carrier is not None)
-        if ctx.runtime.n == 1:
-            return ray_sampler.make(self.settings, ctx, engine, self.trainer, refresh)
-        ray = ray_sampler.make(self.settings, ctx, engine, self.trainer, lambda: None) if ctx.leads else None
-        return Rank0Sampler(ray, self.tokenizer, refresh, ctx.runtime)
+    def _components(self) -> list[Component]:
+        """Those of the stage's options and of its own hooks; the advantage and the reference follow."""
+        settings, ctx, model = self.settings, self.ctx, self.policy.model
+        components: list[Component] = []
+        if not self.objective.with_mtp():
+            components.append(drafting.Drafts(model))
+        if settings.routing_replay:
+            components.append(importance.RoutingReplay(settings.name, model))
+        if settings.correction is not None:
+            components.append(
+                importance.ImportanceCorrection(model, self.workers, settings.correction, settings.temperature)
+            )
+        if settings.export_samples != "nothing" and ctx.leads:
+            components.append(SampleExport(settings.export_samples, settings.rollouts, ctx.state))
+        for hook in settings.hooks:
+            components.append(plugins.find("hooks", hook.name, derives=Component)(self, **hook.settings))
+        return components
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)
@@ -160,7 +156,7 @@ class Loop:
             reward, accuracy, length = (values[f"rl/{name}"] for name in ("reward", "accuracy", "length"))
             score = f", score {values['rl/score']:.3f}" if "rl/score" in values else ""
             ctx.progress.advance(1, f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}")
-            if (number + 1) % settings.eval_every == 0 or number + 1 == settings.rollouts:
+            if (number + 1) % settings.heldout.every == 0 or number + 1 == settings.rollouts:
                 self.evaluator.evaluate(self._cap())
             self.queue.settle(number + 1)
             self._keep_if_due(number + 1)
@@ -171,8 +167,8 @@ class Loop:
             trainer.save_if_due()
         trainer.save()
         ctx.runtime.save(trainer, ctx.dir / "model", self._tokenizer_dir())
-        if self.export is not None:
-            self.export.finish(settings.rollouts, ctx.dir)
+        for component in self.components:
+            component.finish(ctx.dir)
         # maybe of an attempt that was killed after its last checkpoint
         last = {"last_rollout_accuracy": "rl/accuracy", "heldout_accuracy": "rl/heldout_accuracy"}
         facts = {name: round(ctx.metrics.last(metric), 4) for name, metric in last.items()} if ctx.leads else {}
@@ -198,10 +194,9 @@ class Loop:
         ctx.rewind(trainer.step or -1)  # at step 0 the gate writes its lines again
         self.evaluator.begin()
         ctx.progress.total(settings.rollouts, "rollouts", done=first)
-        if settings.kl > 0:
-            self.reference = Reference(
-                trainer, self.policy, self.workers, settings.reference_every, settings.temperature
-            )
+        if settings.kl.weight > 0:
+            every = settings.kl.reference_every
+            self.components.append(Reference(trainer, self.policy, self.workers, every, settings.temperature))
         return first
 
     def replay(self, first: int, number: int, count: int = 1) -> Iterator[tuple[Rollout, dict[str, float]]]:
@@ -234,32 +229,24 @@ class Loop:
             total = sum(map(len, rollout.groups))
             self.ctx.say(f"rollout {number}: {len(failures)} of {total} episodes failed, left out: {failures[0]}")
         staleness = self.trainer.step - rollout.step
-        filtering = {} if self.difficulty is None else self.difficulty.update(rollout.selection)
-        if self.export is not None:
-            self.export.add(number, rollout.groups)
-        step_metrics: dict[str, float] = {}
-        if self.critic is not None:
-            self.critic.assign_advantages(rollout.groups, self.reference)
-        elif self.settings.supervision == "process":
-            step_metrics = process.assign_advantages(rollout.groups, self.tokenizer, self.settings.scale_by_std)
-        else:
-            together = self.settings.advantage == "batch"
-            assign_group_advantages(rollout.groups, self.settings.scale_by_std, together)
+        sampled = _merged(component.sampled(number, rollout) for component in self.components)
+        compared = self.advantage.assign(rollout.groups)
         mini_batches = self._mini_batches(rollout.groups, number)
         self.policy.refresh()
-        corrections = self._correct([batch for batches in mini_batches for batch in batches])
+        prepared = self._prepare([batch for batches in mini_batches for batch in batches])
         updates = [self._update(batches) for batches in mini_batches]
+        contrasts = self.settings.samples > 1 and self.advantage.within_groups
         values = {
             **rollout_metrics(rollout.groups),
-            **step_metrics,
+            **compared,
             "rl/cap": rollout.cap,
-            **corrections,
-            **filtering,
-            **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if self.settings.contrasts else {}),
+            **prepared,
+            **sampled,
+            **({"rl/dead_groups": dead_groups(rewards(rollout.groups))} if contrasts else {}),
             "rl/staleness": staleness,
             **({"rl/problems_asked": rollout.n_problems} if self.settings.max_resamples > 1 else {}),
             **_update_metrics(updates),
-            **({} if self.critic is None else self.critic.metrics()),
+            **_merged(component.metrics() for component in self.components),
             **self.sampler.metrics(),
         }
         return rollout, values
@@ -281,14 +268,9 @@ class Loop:
             mini_batches.append(list(self.trainer.collective.mine(batches)))
         return mini_batches
 
-    def _correct(self, batches: list[Batch]) -> dict[str, float]:
-        """Adds importance weights, before the first update; the metrics say how far routing is from the sampler's, and
-        how well frozen MTP modules predict the samples."""
-        values = {} if self.objective.with_mtp() else drafting.losses(self.policy.model, batches[0])
-        if self.settings.routing_replay:  # costs a forward pass, so on one micro-batch only
-            values["rl/routing_disagreement"] = importance.routing_disagreement(self.policy.model, batches[0])
-        if self.correction is not None:
-            values |= self.correction.apply(batches)
+    def _prepare(self, batches: list[Batch]) -> dict[str, float]:
+        """Lets the components see all batches before the first update; returns the means of their metrics."""
+        values = _merged(component.before_updates(batches) for component in self.components)
         if not values:
             return values
         tokens = float(sum(batch.n_loss_tokens for batch in batches))  # fillers have none
@@ -298,23 +280,26 @@ class Loop:
     def _update(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
         trainer, before = self.trainer, self.trainer.step
-        if self.reference is not None and self.objective.kl > 0:
-            self.reference.add_logprobs(batches)
-        if self.critic is not None:
-            self.critic.update(batches)
+        for component in self.components:
+            component.before_step(batches)
         values = trainer.update(batches)
         if trainer.step <= before:  # the guard went back to a checkpoint
             self._restore()
-        elif self.reference is not None:
-            self.reference.after_step()
+        else:
+            for component in self.components:
+                component.after_step()
         self.queue.poll()
         return values
 
     def _restore(self) -> None:
-        """Restores all components to the checkpoint that the trainer resumed from."""
-        for component in (self.difficulty, self.queue, self.reference):
-            if component is not None:
-                component.restore()
+        """Restores the queue and all components to the checkpoint that the trainer resumed from."""
+        self.queue.restore()
+        for component in self.components:
+            component.restore()
+
+
+def _merged(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    return {name: value for metrics in several for name, value in metrics.items()}
 
 
 def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

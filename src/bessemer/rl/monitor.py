@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import rollout
 from bessemer.rl.alarms import AlarmTracker
+from bessemer.rl.component import Component, Metrics
 from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.reading import REFLECTIVE
-from bessemer.rl.rollout import Group, ScoredSample
+from bessemer.rl.rollout import Group, Rollout, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
@@ -113,23 +113,25 @@ def evaluation_tasks(settings: RLConfig) -> tuple[list[tasks.Task], list[tasks.T
         families = [task_of(settings, name) for name in dict.fromkeys(names)]
         return [task for task in families if task.size("test") != 0 and not task.judged_by]
 
-    main, general = measured(settings.eval_tasks or settings.tasks), measured(settings.general_tasks)
+    named = settings.heldout.tasks or settings.tasks
+    main, general = measured(named), measured(settings.general_tasks)
     if not main:
         raise UserError(
-            f'stage "{settings.name}": none of {", ".join(settings.eval_tasks or settings.tasks)} holds out a problem '
-            "to evaluate on; name tasks that do in eval_tasks"
+            f'stage "{settings.name}": none of {", ".join(named)} holds out a problem to evaluate on; name '
+            "tasks that do in heldout.tasks"
         )
-    return main, [] if settings.eval_tasks else general
+    return main, [] if settings.heldout.tasks else general
 
 
 def heldout_answers(settings: RLConfig) -> int:
     """Answers of one held-out evaluation, those that are kept to be read included; as many problems as each task may be
     asked where its file is elsewhere."""
+    most = settings.heldout.problems
     try:
         families = [task for several in evaluation_tasks(settings) for task in several]
-        problems = sum(min(task.size("test") or settings.eval_problems, settings.eval_problems) for task in families)
+        problems = sum(min(task.size("test") or most, most) for task in families)
     except UserError:
-        problems = settings.eval_problems * len({*(settings.eval_tasks or settings.tasks)})
+        problems = most * len({*(settings.heldout.tasks or settings.tasks)})
     return problems * SAMPLES + PROBES * 2
 
 
@@ -153,7 +155,8 @@ class Evaluator:
     def gate(self, cap: int) -> None:
         """Evaluates the base; UserError if it solves too little for RL to start."""
         mean = self.evaluate(cap)
-        decision = start_gate(self.ctx.agree(lambda: mean), self.settings.minimum_pass, self.settings.format_reward)
+        minimum, form = self.settings.heldout.minimum_pass, self.generator.reward.weight("format")
+        decision = start_gate(self.ctx.agree(lambda: mean), minimum, form)
         for warning in decision.warnings:
             self.ctx.say(f"warning: {warning}")
         if not decision.passed:
@@ -185,13 +188,13 @@ class Evaluator:
             + (f", score {mean['score']:.3f}" if mean["graded"] else "")
             + (f", in any form pass@1 {mean['pass_at_1']:.3f}" if settings.accuracy_needs_format else "")
             + f", pass@4 {mean['pass_at_k']:.3f}, maj@4 {mean['maj_at_k']:.3f}, length {mean['mean_length']:.0f}"
-            + (f", language {mean['language_consistency']:.3f}" if settings.language_reward else "")
+            + (f", language {mean['language_consistency']:.3f}" if self.generator.reward.weight("language") else "")
         )
         return mean
 
     def _row(self, task: tasks.Task, cap: int) -> dict[str, float]:
         generator, settings = self.generator, self.settings
-        count = min(task.size("test") or settings.eval_problems, settings.eval_problems)
+        count = min(task.size("test") or settings.heldout.problems, settings.heldout.problems)
         problems = [(task, problem) for problem in scoring.heldout(task, count)]
         prompts, outcomes = played(
             generator.sampler,
@@ -200,7 +203,7 @@ class Evaluator:
             samples=SAMPLES,
             seeds=scoring.prompt_seeds(task, self.ctx.seed, range(count)),
             cap=cap,
-            temperature=settings.temperature if settings.eval_temperature is None else settings.eval_temperature,
+            temperature=settings.heldout.temperature or settings.temperature,
             top_p=settings.top_p,
             batch_rows=batch_rows(count * SAMPLES),
             context=generator.context,
@@ -209,13 +212,13 @@ class Evaluator:
         groups = rollout.verify(problems, prompts, outcomes, generator.sampler.tokenizer.opening, share=generator.share)
 
         def make() -> dict[str, float]:
-            return heldout_row(groups, generator.reward, settings.accuracy_needs_format, cap, partial(self._score, cap))
+            return heldout_row(groups, generator.reward, settings.accuracy_needs_format, self._score)
 
         row: dict[str, float] = generator.once(make)
         return row
 
-    def _score(self, cap: int, groups: Sequence[Group]) -> None:
-        self.generator.reward.score(groups, cap, self.generator.reward_models, self.ctx.seed)
+    def _score(self, groups: Sequence[Group]) -> None:
+        self.generator.reward.score(groups, self.trainer.step, self.generator.reward_models, self.ctx.seed)
 
     def _probe(self, cap: int) -> None:
         """Records answers to the same few held-out problems every time, to show how they change over the run."""
@@ -235,7 +238,7 @@ class Evaluator:
             once=generator.once,
             share=generator.share,
         )
-        self._score(cap, groups)
+        self._score(groups)
         self.ctx.rollouts([_line(row, step) for group in groups for row in group])
         for group in groups[:2]:
             text = f"User: {group[0].problem.prompt}\nAssistant:{_transcript(group[0])}"
@@ -267,27 +270,27 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
     }
 
 
-class SampleExport:
+class SampleExport(Component):
     """Exports samples as conversations, for a control that trains on the same tokens without RL.
 
     One file per rollout, written atomically before its updates: a rollout that a kill undoes is written again,
     identically. Truncated samples are left out, since training would teach the model to stop where they stop.
     """
 
-    def __init__(self, which: Exported, state: Path) -> None:
-        self.which, self.folder = which, state / "left"
+    def __init__(self, which: Exported, rollouts: int, state: Path) -> None:
+        self.which, self.rollouts, self.folder = which, rollouts, state / "left"
 
-    def add(self, number: int, groups: Sequence[Group]) -> None:
-        """Writes the samples of rollout `number`."""
+    def sampled(self, number: int, rollout: Rollout) -> Metrics:
         self.folder.mkdir(exist_ok=True)
-        rows = [row for group in groups for row in group if row.completion.finish_reason == "stop"]
+        rows = [row for group in rollout.groups for row in group if row.completion.finish_reason == "stop"]
         rows = [row for row in rows if row.verdict.correct or self.which == "all"]
         lines = (conversation_line(exchange(row.problem.prompt, row.answer)) for row in rows)
         write_atomic(self._file(number), (f"{line}\n" for line in lines))
+        return {}
 
-    def finish(self, rollouts: int, folder: Path) -> None:
+    def finish(self, folder: Path) -> None:
         """Writes all samples, in order, to the conversations file in the stage's folder, a piece at a time."""
-        write_atomic(folder / CONVERSATIONS, (piece for n in range(rollouts) for piece in pieces(self._file(n))))
+        write_atomic(folder / CONVERSATIONS, (piece for n in range(self.rollouts) for piece in pieces(self._file(n))))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor
 
+from bessemer import tasks
 from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
@@ -28,81 +29,25 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
 from bessemer.errors import UserError
 from bessemer.rl import ray_cluster
+from bessemer.rl.parts import LoopParts
 from bessemer.rl.ray_worker import pack_weights
-from bessemer.rl.sampler import Completions, SamplingOptions, Submit, batch_rows
+from bessemer.rl.sampler import (
+    Completions,
+    Rank0Sampler,
+    Sampler,
+    SamplingOptions,
+    Submit,
+    batch_rows,
+    rounding_facts,
+)
 from bessemer.rl.vllm_engine import VLLMSettings
 from bessemer.rl.worker_pool import RolloutJob, WorkerPool
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
-from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers, cores
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-
-
-def facts(stage: str, rollout: RolloutConfig, replay: bool, top_p: float = 1.0) -> dict[str, Any]:
-    """The settings of the table `rollout` that change samples; UserError for settings without effect."""
-    ineffective = ("workers", "gpus") if rollout.engine == "local" else ()
-    for name in ineffective if rollout.engine == "vllm" else (*ineffective, *VLLMSettings._fields):
-        if changed(rollout, name):
-            raise UserError(f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"')
-    if rollout.engine == "local":
-        pass
-    elif rollout.engine == "vllm" and changed(rollout, "precision"):
-        raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
-    elif not ray_cluster.is_installed():
-        raise ray_cluster.not_installed(rollout.engine)
-    if rollout.engine == "vllm" and replay:
-        raise UserError(
-            f'stage "{stage}": routing_replay needs the experts that the sampler chose, which vLLM rollouts do not '
-            'report; set rollout.engine to "ray", or routing_replay to false'
-        )
-    if rollout.engine == "vllm" and top_p < 1:
-        raise UserError(
-            f'stage "{stage}": vLLM rollouts report neither the tokens that top_p leaves nor their '
-            'log-probabilities; set rollout.engine to "ray", or top_p to 1'
-        )
-    sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
-    rounded = {"precision": rollout.precision} if changed(rollout, "precision") else {}
-    return sampler | rounded
-
-
-def trainer_workers(rollout: RolloutConfig) -> Workers:
-    """The trainer's own helpers, which leave one core to each rollout worker on the same machine."""
-    if rollout.engine == "local" or setup.device().type != "cpu" or not ray_cluster.starts_own():
-        return setup.workers()
-    torch.set_num_threads(1)
-    return Workers(max(1, cores() - rollout.workers))
-
-
-def make(
-    settings: RLConfig, ctx: StageContext, engine: Engine, trainer: Trainer, refresh: Callable[[], None]
-) -> RaySampler:
-    """The sampler of a stage; its workers start when it is opened. `refresh` copies the trainer's weights into the
-    engine's network."""
-    rollout = settings.rollout
-    samples = settings.prompts_per_rollout * settings.samples
-    rows = batch_rows(rollout, samples)
-    idle = rollout.workers - (batches := -(-samples // rows))
-    if idle > 0:
-        ctx.say(
-            f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of {rollout.workers} "
-            "rollout workers will have nothing to do; lower rollout.workers"
-        )
-    if rollout.engine == "vllm" and settings.correction == "none":
-        ctx.say(
-            'warning: vLLM samples in BF16 with kernels of its own, and correction is "none": nothing corrects the '
-            'difference between its probabilities and the trainer\'s; consider "token-truncate"'
-        )
-    start = partial(_start_pool, rollout, ctx, engine)
-    # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
-
-    def state() -> Mapping[str, Tensor]:
-        refresh()
-        return engine.model.state_dict()
-
-    return RaySampler(engine, state, lambda: trainer.rows, start)
 
 
 def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
@@ -163,6 +108,85 @@ class RaySampler:
         """Seconds the trainer waited for samples."""
         self.handover = 0.0
         """Seconds spent putting weights into the store."""
+
+    @classmethod
+    def facts(cls, config: RLConfig) -> dict[str, Any]:
+        """As those of `LocalSampler`."""
+        rollout, stage = config.rollout, config.name
+        asked = [*config.tasks, *config.general_tasks] if rollout.engine == "vllm" else []
+        if episodic := [name for name in asked if tasks.get(name).episodic]:
+            raise UserError(
+                f'stage "{stage}": {episodic[0]} has episodes of several turns, and vLLM generates single answers '
+                'here; set rollout.engine = "local" or "ray"'
+            )
+        if rollout.engine != "vllm":
+            for name in VLLMSettings._fields:
+                if changed(rollout, name):
+                    raise UserError(
+                        f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"'
+                    )
+        elif changed(rollout, "precision"):
+            raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
+        elif config.routing_replay:
+            raise UserError(
+                f'stage "{stage}": routing_replay needs the experts that the sampler chose, which vLLM rollouts do not '
+                'report; set rollout.engine to "ray", or routing_replay to false'
+            )
+        elif config.top_p < 1:
+            raise UserError(
+                f'stage "{stage}": vLLM rollouts report neither the tokens that top_p leaves nor their '
+                'log-probabilities; set rollout.engine to "ray", or top_p to 1'
+            )
+        if config.lora is not None:
+            raise UserError(
+                f'stage "{stage}": with lora the trainer samples from base and adapters itself, and separate '
+                'workers load whole models; set rollout.engine = "local"'
+            )
+        if not ray_cluster.is_installed():
+            raise ray_cluster.not_installed(rollout.engine)
+        sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
+        return sampler | rounding_facts(rollout)
+
+    @classmethod
+    def trainer_workers(cls, rollout: RolloutConfig) -> Workers:
+        """The trainer's own helpers, which leave one core to each rollout worker on the same machine."""
+        if setup.device().type != "cpu" or not ray_cluster.starts_own():
+            return setup.workers()
+        torch.set_num_threads(1)
+        return Workers(max(1, cores() - rollout.workers))
+
+    @classmethod
+    def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
+        """Its workers start when it is opened. On many ranks it is rank 0's."""
+        refresh, runtime = loop.sampler_model.refresh, loop.ctx.runtime
+        if runtime.n == 1:
+            return cls._make(loop, engine, refresh)
+        own = cls._make(loop, engine, lambda: None) if loop.ctx.leads else None
+        return Rank0Sampler(own, loop.tokenizer, refresh, runtime)
+
+    @classmethod
+    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
+        settings, ctx, rollout, trainer = loop.settings, loop.ctx, loop.settings.rollout, loop.trainer
+        samples = settings.prompts_per_rollout * settings.samples
+        rows = batch_rows(rollout, samples)
+        idle = rollout.workers - (batches := -(-samples // rows))
+        if idle > 0:
+            ctx.say(
+                f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of "
+                f"{rollout.workers} rollout workers will have nothing to do; lower rollout.workers"
+            )
+        if rollout.engine == "vllm" and settings.correction is None:
+            ctx.say(
+                "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
+                'between its probabilities and the trainer\'s; consider correction = "token-truncate"'
+            )
+
+        def state() -> Mapping[str, Tensor]:
+            refresh()
+            return engine.model.state_dict()
+
+        # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
+        return cls(engine, state, lambda: trainer.rows, partial(_start_pool, rollout, ctx, engine))
 
     @property
     def pool(self) -> WorkerPool:

@@ -1,38 +1,42 @@
-"""Rewards of samples (R1 2.2.2, 2.3.2, 2.3.4), and their advantages within a group.
+"""Rewards of samples: a weighted sum of terms, each a function that a recipe names (R1 2.2.2, 2.3.2, 2.3.4).
 
-    reasoning   R_accuracy + f R_format + l R_language
-    general     p R_preference + f R_format + l R_language      if a reward model serves the prompt's aim
+    reward = ["accuracy", { name = "format", weight = 0.1 }]        R = R_accuracy + 0.1 R_format
 
-R_accuracy is the verdict's score: 1 or 0 or, from a task that gives partial credit, anything between. A user's own
-function may replace it.
+    accuracy    the verdict's score: 1 or 0 or, from a task that gives partial credit, anything between; on a general
+                prompt the score of the reward model of its aim
+    format      1 in the right form
+    language    the share of the thoughts' words in the problem's language
 
-R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. DAPO's soft overlong
-punishment (DAPO 3.4) is subtracted. Two other kinds of reward are controls: what a run gains under them was not learnt
-from the task.
-
-Group-relative advantages (DeepSeekMath 4.1, R1 2.2.1) compare a sample with the others of its prompt:
-
-    A_i = (r_i - mean(r)) / std(r)
-
-The reports do not say which std; the population std is used. A group of equal rewards teaches nothing: A = 0.
+R1 adds the terms with equal weight; R1-Zero has no language term and no general prompts. A term of your own takes a
+batch of samples, `def term(samples): ...` with `Samples`, or one, `def term(problem, answer, verdict): ...`, and may be
+async. Its keyword arguments are settings.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from functools import partial
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
+from bessemer import plugins
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
-from bessemer.repeatable import repeatable, stable_hash
-from bessemer.rl.rollout import Group, ScoredSample, rewards
+from bessemer.plugins import register
+from bessemer.repeatable import repeatable
+from bessemer.rl.rollout import Group, ScoredSample
+from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.readability import reply_consistency
-from bessemer.tasks.user_code import RewardFunction, reward_function
+
+FORM = ("format", "language")
+"""Terms that say nothing about the answer's content."""
+BATCH, SINGLE = "samples", "problem, answer, verdict"
+"""The forms of a term."""
 
 
 class PreferenceScorer(Protocol):
@@ -44,50 +48,138 @@ class PreferenceScorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Reward:
-    """Weights of the terms. Two controls: `kind` "format" rewards only the format, "random" flips a coin per sample."""
+class Samples:
+    """A batch of samples as a reward reads them; entry n of every list is sample n."""
 
-    format: float = 1.0
-    language: float = 0.0
-    preference: float = 1.0
-    overlong: int = 0
-    """Tokens before the cap over which the punishment grows from 0 to 1; 0 for none."""
-    kind: Literal["task", "format", "random"] = "task"
-    function: RewardFunction | None = None
-    """The user's own, in place of the accuracy."""
-    language_scope: Literal["thoughts", "reply"] = "thoughts"
-    """What R_language reads."""
+    rows: Sequence[ScoredSample]
+    """Everything that is known of each."""
+    groups: list[int]
+    """The number of its problem in the batch, from 0: samples of one problem have one number."""
+    step: int
+    """Optimizer steps of the policy that wrote them."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [row.problem for row in self.rows]
+
+    @property
+    def answers(self) -> list[str]:
+        """The whole texts from `<think>` on; of an episode, the last turn."""
+        return [row.answer for row in self.rows]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [row.verdict for row in self.rows]
+
+    @property
+    def tokens(self) -> list[Sequence[int]]:
+        """The token ids of the answers."""
+        return [row.completion.tokens for row in self.rows]
+
+
+@register("rewards", "accuracy")
+def accuracy(samples: Samples) -> list[float]:
+    return [row.verdict.score if row.preference is None else row.preference for row in samples.rows]
+
+
+@register("rewards", "format")
+def form(samples: Samples) -> list[float]:
+    return [float(row.verdict.formatted) for row in samples.rows]
+
+
+@register("rewards", "language")
+def language(samples: Samples, *, scope: Literal["thoughts", "reply"] = "thoughts") -> list[float]:
+    """`scope` reply: the summary is read, too, and the less consistent of the two counts (for small models, whose
+    thoughts are mostly numbers, so a summary in another language would cost nothing)."""
+    if scope == "reply":
+        return [reply_consistency(row.answer, row.problem.language) for row in samples.rows]
+    return [row.language for row in samples.rows]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the reward with its weight."""
+
+    name: str
+    weight: float
+    function: Callable[..., Any]
+    """With its settings."""
+    single: bool = False
+    """Whether it takes one sample at a time."""
+    member: object = None
+    """The function itself, for errors."""
+
+    def values(self, samples: Samples, seed: int) -> list[float]:
+        """One number per sample. `seed` decides what the function draws from the global generators."""
+        if plugins.is_built_in("rewards", self.name):
+            return self.function(samples)
+        if self.single:
+            values = [self._single(row, number, seed) for number, row in enumerate(samples.rows)]
+        else:
+            with repeatable("reward", seed):
+                values = _awaited(self.function(samples))
+        try:
+            numbers = [float(value) for value in values]
+            if len(numbers) != len(samples.rows):
+                raise ValueError(f"{len(numbers)} numbers for {len(samples.rows)} samples")
+            for row, number in zip(samples.rows, numbers, strict=True):
+                if not math.isfinite(number):
+                    raise ValueError(f"{number} for a sample of problem {row.problem.id}")
+        except (TypeError, ValueError, OverflowError) as error:
+            form = "a number" if self.single else "a list of one number per sample"
+            raise UserError(
+                f"{plugins.where(self.name, self.member)} returned something else ({error}); return {form}"
+            ) from None
+        return numbers
+
+    def _single(self, row: ScoredSample, number: int, seed: int) -> Any:
+        with repeatable("reward", seed, row.problem.id, number):
+            return _awaited(self.function(row.problem, row.answer, row.verdict))
+
+
+def _awaited(value: Any) -> Any:
+    return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+@dataclass(frozen=True)
+class Reward:
+    terms: tuple[Term, ...]
 
     @classmethod
     def of_config(cls, config: RLConfig) -> Reward:
-        own = reward_function(config.reward) if ":" in config.reward else None
-        kind = cast(Literal["task", "format", "random"], "task" if own else config.reward)
-        terms = config.format_reward, config.language_reward, config.preference_reward
-        return cls(*terms, config.overlong, kind, own, config.language_scope)
+        """The reward of a stage. UserError for a term that does not exist, or has other settings."""
+        terms = []
+        for table in config.reward:
+            member, single = _term(table.name)
+            plugins.check_settings("rewards", table.name, member, table.settings, config.name)
+            terms.append(Term(table.name, table.weight, partial(member, **table.settings), single, member))
+        return cls(tuple(terms))
 
     def score(
         self,
         groups: Sequence[Group],
-        cap: int,
+        step: int = 0,
         reward_models: Mapping[str, PreferenceScorer] | None = None,
         seed: int = 0,
     ) -> None:
         """Sets the reward of every sample, and its preference if `reward_models` has one for the prompt's aim. An
-        episode whose environment failed gets the mean of its group, so that it makes no dead group alive. `seed`, the
-        rollout's, decides what a user's function draws from the global generators."""
+        episode whose environment failed gets the mean of its group, so that it makes no dead group alive. `step` as in
+        `Samples`; `seed`, the rollout's, as in `Term.values`."""
         rows = [row for group in groups for row in group]
         for aim, model in (reward_models or {}).items():
             judged = [row for row in rows if row.problem.meta.get("aim") == aim]
             scores = model.score([(row.problem.prompt, row.answer) for row in judged]) if judged else []
             for row, score in zip(judged, scores, strict=True):
                 row.preference = score
-        for number, row in enumerate(rows):
-            row.reward = self.of(row, cap, number, seed)
+        samples = Samples(rows, [number for number, group in enumerate(groups) for _ in group], step)
+        values = [term.values(samples, seed) for term in self.terms]
+        for row, of_row in zip(rows, zip(*values, strict=True), strict=True):
+            row.terms = [term.weight * value for term, value in zip(self.terms, of_row, strict=True)]
+            row.reward = sum(row.terms)
             if not math.isfinite(row.reward):
                 raise UserError(
                     f"the reward of a sample of problem {row.problem.id} is {row.reward}; "
-                    + ("its reward model" if row.preference is not None else "its verifier or reward function")
-                    + " must give a finite number"
+                    f"its {'verifier' if row.preference is None else 'reward model'} must give a finite number"
                 )
         for group in groups:
             sound = [row.reward for row in group if not row.failure]
@@ -95,85 +187,34 @@ class Reward:
                 if row.failure:
                     row.reward = sum(sound) / len(sound) if sound else 0.0
 
-    def of(self, row: ScoredSample, cap: int, number: int = 0, seed: int = 0) -> float:
-        """The reward of one sample; `number` is its place in the rollout, for what is drawn at random."""
-        if self.kind == "random":
-            return float(stable_hash("coin", row.problem.id, number, *row.completion.tokens) & 1)
-        verdict = row.verdict
-        if self.kind == "format":
-            return float(verdict.formatted)
-        if row.preference is not None:
-            aim = self.preference * row.preference
-        elif self.function is not None:
-            with repeatable("reward", seed, row.problem.id, number):
-                aim = self.function(row.problem, row.answer, verdict)
-        else:
-            aim = verdict.score
-        reward = aim + self.format * float(verdict.formatted) + self.of_language(row)
-        return reward - overlong(row.length, cap, self.overlong)
+    def content(self, row: ScoredSample) -> float:
+        """What the answer of a scored sample earns for more than its form and language."""
+        return sum(part for term, part in zip(self.terms, row.terms, strict=True) if term.name not in FORM)
 
-    def beside(self, row: ScoredSample, cap: int) -> float:
-        """The terms of form, language and length alone; 0 for the controls, which have no other."""
-        if self.kind != "task":
-            return 0.0
-        form = self.format * float(row.verdict.formatted)
-        return form + self.of_language(row) - overlong(row.length, cap, self.overlong)
+    @property
+    def own(self) -> bool:
+        """Whether a term is not the package's."""
+        return any(not plugins.is_built_in("rewards", term.name) for term in self.terms)
 
-    def of_language(self, row: ScoredSample) -> float:
-        """l R_language of one sample."""
-        if self.language and self.language_scope == "reply":
-            return self.language * reply_consistency(row.answer, row.problem.language)
-        return self.language * row.language
-
-    def passed(self, row: ScoredSample) -> float:
-        """How far a scored sample did what this kind of reward asks for, 0 to 1: a right answer, or the credit that its
-        task gives; the format; heads."""
-        if self.kind == "random":
-            return row.reward > 0
-        if self.kind == "format":
-            return row.verdict.formatted
-        return row.verdict.correct if row.verdict.partial is None else row.verdict.partial
+    def weight(self, name: str) -> float:
+        """The weight of a term; 0 if there is none of that name."""
+        return sum(term.weight for term in self.terms if term.name == name)
 
 
-def overlong(length: int, cap: int, buffer: int) -> float:
-    """DAPO eq. 13: 0 up to cap - buffer tokens, then growing evenly to 1 at the cap."""
-    if buffer <= 0:
-        return 0.0
-    return min(1.0, max(0.0, (length - (cap - buffer)) / buffer))
+def _term(name: str) -> tuple[Callable[..., Any], bool]:
+    """(the function, whether it takes one sample at a time)."""
+    found = plugins.find("rewards", name)
+    single = False
+    if callable(found):
+        try:
+            kinds = [parameter.kind for parameter in inspect.signature(found).parameters.values()]
+            single = inspect.Parameter.VAR_POSITIONAL in kinds or (_POSITIONAL.issuperset(kinds[:3]) and len(kinds) > 2)
+        except ValueError:  # a function of C has no signature
+            single = True
+    return plugins.find("rewards", name, takes=SINGLE if single else BATCH), single
 
 
-EPSILON = 1e-6
-"""Guards the division; the reports give no value."""
-
-
-def assign_group_advantages(groups: Sequence[Group], scale_by_std: bool = True, together: bool = False) -> None:
-    """Sets the advantage of every sample; `together`: as if all groups were one. Failed episodes count for nobody."""
-    reward_PG, sound_PG = rewards(groups), torch.tensor([[not row.failure for row in group] for group in groups])
-    shape = (1, -1) if together else reward_PG.shape
-    compared = group_advantages(reward_PG.reshape(shape), scale_by_std, sound_PG.reshape(shape))
-    advantage_PG = compared.view_as(reward_PG)
-    for group, advantages in zip(groups, advantage_PG.tolist(), strict=True):
-        for sample, advantage in zip(group, advantages, strict=True):
-            sample.advantage = advantage
-
-
-def group_advantages(reward_PG: Tensor, scale_by_std: bool = True, sound_PG: Tensor | None = None) -> Tensor:
-    """Advantage of every sample, [P prompts, G samples]; `scale_by_std=False` is Dr. GRPO's form. Only samples of
-    `sound_PG` (default: all) are compared; the others get 0."""
-    if reward_PG.dim() != 2 or reward_PG.shape[1] < 2:
-        raise UserError(f"a group needs at least 2 samples to compare, got rewards of shape {tuple(reward_PG.shape)}")
-    if not reward_PG.isfinite().all():
-        bad = (~reward_PG.isfinite()).nonzero()[0].tolist()
-        raise UserError(
-            f"reward of prompt {bad[0]}, sample {bad[1]} is {reward_PG[tuple(bad)].item()}; fix the verifier"
-        )
-    sound = torch.ones_like(reward_PG).double() if sound_PG is None else sound_PG.double()
-    count = sound.sum(1, keepdim=True).clamp(min=1)
-    centred = sound * (reward_PG - (sound * reward_PG).sum(1, keepdim=True) / count)
-    if scale_by_std:
-        std = (centred.square().sum(1, keepdim=True) / count).sqrt()
-        centred = centred / (std + EPSILON)
-    return centred.float()
+_POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def dead_groups(reward_PG: Tensor) -> float:

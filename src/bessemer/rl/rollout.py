@@ -10,7 +10,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.generation import Completion, rank_of
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
-from bessemer.rl.difficulty import Selection
 from bessemer.rl.reading import TextCounts, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
@@ -42,11 +41,11 @@ class ScoredSample:
     verdict: Verdict
     reward: float = 0.0
     advantage: float | list[float] = 0.0
-    """Of the whole output, or of each of its tokens (with a critic or process supervision)."""
-    values: list[float] | None = None
-    """The critic's value before each token; None without a critic."""
-    returns: list[float] | None = None
-    """The critic's targets."""
+    """Of the whole output, or of each of its trained tokens."""
+    terms: list[float] = field(default_factory=list)
+    """The weighted terms of the reward."""
+    per_token: dict[str, list[float]] = field(default_factory=dict)
+    """Further numbers for each trained token; `value` reaches the batch as `value_BT`."""
     preference: float | None = None
     """The score of a reward model; None if the verifier decides."""
     language: float = 1.0
@@ -108,8 +107,6 @@ class Rollout:
     """Longest completion allowed, tokens."""
     step: int
     """Optimizer steps of the policy that sampled it."""
-    selection: Selection
-    """How the difficulty filter selected the problems, and their pass counts; empty without the filter."""
 
 
 def problems_of(
@@ -278,8 +275,7 @@ def _batch(rows: Sequence[ScoredSample], width: int, pad_id: int, normalise: str
         advantage[i, start + own_N] = torch.as_tensor(row.advantage)
         old_logp[i, start + own_N] = values_of(row.completion.logprobs)[own_N]
     extras = {"advantage_BT": advantage, "old_logp_BT": old_logp}
-    if rows[0].values is not None:
-        extras |= {"value_BT": _align(rows, width, "values"), "return_BT": _align(rows, width, "returns")}
+    extras |= {f"{name}_BT": _align(rows, width, name) for name in rows[0].per_token}
     if routings := [row.completion.routing for row in rows if row.completion.routing is not None]:
         extras["choice_BTLK"] = pad_routing(routings, width)
     if kept := [row.completion.kept for row in rows if row.completion.kept is not None]:
@@ -296,11 +292,11 @@ def _array_of(numbers: Tensor) -> array:
     return array("i" if numbers.dtype == torch.int32 else "f", numbers.numpy().tobytes())
 
 
-def _align(rows: Sequence[ScoredSample], width: int, field: str) -> Tensor:
+def _align(rows: Sequence[ScoredSample], width: int, name: str) -> Tensor:
     """One list per row, each entry at the position of its trained token."""
     aligned = torch.zeros(len(rows), width)
     for i, row in enumerate(rows):
-        aligned[i, len(row.prompt_tokens) + row.trained_N] = torch.tensor(getattr(row, field))
+        aligned[i, len(row.prompt_tokens) + row.trained_N] = torch.tensor(row.per_token[name])
     return aligned
 
 
@@ -326,7 +322,7 @@ def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Ten
 
 _PER_TOKEN = ("tokens", "logprobs")
 """Arrays of a completion: a checkpoint holds each as one vector over all samples."""
-_PLAIN = {field.name for field in fields(ScoredSample)} - {
+_PLAIN = {known.name for known in fields(ScoredSample)} - {
     "problem", "prompt_tokens", "completion", "verdict", "reading"
 }  # fmt: skip
 """Fields of a sample that are plain JSON."""

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.rl import RLConfig
 from bessemer.engine.episodes import Outcome, Play
 from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
-from bessemer.rl.difficulty import DifficultyFilter, Estimates, PassCount, Selection
+from bessemer.rl.component import Component, Select
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
 from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
@@ -45,13 +45,12 @@ def candidates(
     seed: int,
     number: int,
     round: int,
+    pool: int = 1,
 ) -> tuple[Problems, Problems]:
-    """What a round of rollout `number` asks: (prompts of `general`, in the first round from rollout `general_from` on;
-    problems of `families`). With a difficulty filter there are `filter_pool` candidates per problem of the latter. No
-    two rounds of a run share any."""
-    pool = settings.filter_pool if settings.difficulty_filter else 1
+    """What a round of rollout `number` may ask: (prompts of `general`, in the first round from its first rollout on;
+    `pool` candidates for every problem of `families`). No two rounds of a run share any."""
     total, place = settings.prompts_per_rollout, number * settings.max_resamples + round
-    of_general = settings.general_prompts if number >= settings.general_from else 0
+    of_general = settings.general.prompts if settings.general and number >= settings.general.start else 0
     first = settings.first_problem
     return (
         rollout.problems_of(general, "train", first + number * of_general, 0 if round else of_general, seed),
@@ -59,10 +58,17 @@ def candidates(
     )
 
 
+def pool_of(settings: RLConfig) -> int:
+    """Candidates per problem of the tasks, of which a hook may select."""
+    hooks = ((plugins.find("hooks", hook.name, derives=Component), hook.settings) for hook in settings.hooks)
+    return max((kind.pool(**own) for kind, own in hooks), default=1)
+
+
 class RolloutGenerator:
     """Chooses the problems of a rollout, submits them to the sampler, and scores the samples.
 
-    `context`: the policy's context length in tokens, for episodes. `once(make)`: one rank makes the value for all.
+    `components`: those of the loop, one of which may select the problems. `context`: the policy's context length in
+    tokens, for episodes. `once(make)`: one rank makes the value for all.
     `share`: this rank's of the verdicts. `apart`: the ranks have their own samples alone.
     """
 
@@ -73,7 +79,7 @@ class RolloutGenerator:
         encode: Callable[[tasks.Problem], list[int]],
         seed: int,
         reward_models: Mapping[str, PreferenceScorer],
-        difficulty: DifficultyFilter | None,
+        components: Sequence[Component],
         once: Once,
         context: int,
         share: Share = ALONE,
@@ -81,8 +87,10 @@ class RolloutGenerator:
     ) -> None:
         self.share, self.apart = share, apart
         self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
-        self.reward_models, self.difficulty, self.once = reward_models, difficulty, once
-        self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, settings.general_tasks)
+        self.reward_models, self.components, self.once = reward_models, components, once
+        general = settings.general_tasks
+        self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, general)
+        self.pool = pool_of(settings)
         self.reward = Reward.of_config(settings)
 
     def start(self, number: int, cap: int, step: int) -> PendingRollout:
@@ -90,20 +98,16 @@ class RolloutGenerator:
         return PendingRollout(self, number, cap, step)
 
     def candidates(self, number: int, round: int) -> tuple[Problems, Problems]:
-        return candidates(self.settings, self.general, self.tasks, self.seed, number, round)
+        return candidates(self.settings, self.general, self.tasks, self.seed, number, round, self.pool)
 
     def candidates_by_id(self, number: int) -> dict[str, tasks.Problem]:
         """Every problem that rollout `number` may sample."""
         rounds = [self.candidates(number, round) for round in range(self.settings.max_resamples)]
         return {problem.id: problem for general, others in rounds for _, problem in general + others}
 
-    def select(self, number: int, round: int, estimates: Estimates | None) -> tuple[Problems, Problems, Selection]:
-        """(general prompts, problems of the tasks, how the difficulty filter selected the latter)."""
-        general, problems = self.candidates(number, round)
-        if self.difficulty is None or estimates is None:
-            return general, problems, Selection()
-        count = len(problems) // self.difficulty.pool
-        return general, *self.difficulty.select(estimates, problems, count, self.round_seed(number, round))
+    def selector(self) -> Select | None:
+        """What chooses the problems of a rollout that starts now."""
+        return next((chosen for one in self.components if (chosen := one.selector()) is not None), None)
 
     def play(self, problems: Problems, number: int, round: int, cap: int) -> Play:
         """The completions or episodes of a round, before anything is generated."""
@@ -133,11 +137,11 @@ class RolloutGenerator:
         problems: Problems,
         prompts: Sequence[list[int]],
         outcomes: Sequence[Sequence[Outcome]],
-        cap: int,
+        step: int,
         seed: int = 0,
     ) -> list[Group]:
         """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
-        `seed` as in `Reward.score`."""
+        `step` and `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
         groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, self.apart)
         rows = [row for group in groups for row in group]
@@ -147,7 +151,7 @@ class RolloutGenerator:
                 rows[n].reading = reading
 
         def scored() -> list[tuple[float, float | None]]:
-            self.reward.score(groups, cap, self.reward_models, seed)
+            self.reward.score(groups, step, self.reward_models, seed)
             return [(row.reward, row.preference) for row in rows]
 
         for row, (reward, preference) in zip(rows, self.once(scored), strict=True):
@@ -161,20 +165,18 @@ class RolloutGenerator:
 
 class PendingRollout:
     """A rollout that is being sampled. Its rounds run one after another, as do the turns of episodes within a round:
-    each is submitted once the previous one is scored, or answered. All use the policy and the difficulty estimates of
-    its start."""
+    each is submitted once the previous one is scored, or answered. All use the policy of its start."""
 
     def __init__(self, generator: RolloutGenerator, number: int, cap: int, step: int) -> None:
         self.generator, self.number, self.cap, self.step = generator, number, cap, step
         self.policy = generator.sampler.policy()
-        self.estimates = None if generator.difficulty is None else generator.difficulty.estimates
+        self.select = generator.selector()
         self.rollout: Rollout | None = None
         """Set once it is finished."""
         self._round, self._n_problems = 0, 0
         self._general: list[Group] = []
         self._alive: list[Group] = []
         self._dead: list[Group] = []
-        self._selection = Selection()
         self._submit_round()
 
     def poll(self) -> bool:
@@ -191,8 +193,10 @@ class PendingRollout:
 
     def _submit_round(self) -> None:
         generator = self.generator
-        general, problems, selection = generator.select(self.number, self._round, self.estimates)
-        self._selection += selection
+        general, problems = generator.candidates(self.number, self._round)
+        if self.select is not None:
+            count, seed = len(problems) // generator.pool, generator.round_seed(self.number, self._round)
+            problems = self.select(problems, count, seed)
         self._n_general, self._problems = len(general), general + problems
         self._play = generator.play(self._problems, self.number, self._round, self.cap)
         self._samples = generator.submit(self.policy, self._play)
@@ -207,13 +211,11 @@ class PendingRollout:
     def _complete_round(self) -> None:
         generator, settings = self.generator, self.generator.settings
         seed = generator.round_seed(self.number, self._round)
-        groups = generator.score(self._problems, self._play.prompts, self._play.outcomes(), self.cap, seed)
-        if generator.difficulty is not None:
-            self._selection += Selection(counts=self._pass_counts(generator.difficulty, groups))
+        groups = generator.score(self._problems, self._play.prompts, self._play.outcomes(), self.step, seed)
         self._n_problems += len(groups)
         self._round += 1
         if settings.max_resamples == 1:  # every group is trained on, in the order of the problems
-            self.rollout = Rollout(groups, self._n_problems, self.cap, self.step, self._selection)
+            self.rollout = Rollout(groups, self._n_problems, self.cap, self.step)
             return
         self._general += groups[: self._n_general]
         for group in groups[self._n_general :]:
@@ -221,17 +223,9 @@ class PendingRollout:
         wanted = settings.prompts_per_rollout - len(self._general)
         if len(self._alive) >= wanted or self._round == settings.max_resamples:
             chosen = self._general + (self._alive + self._dead)[:wanted]
-            self.rollout = Rollout(chosen, self._n_problems, self.cap, self.step, self._selection)
+            self.rollout = Rollout(chosen, self._n_problems, self.cap, self.step)
         else:
             self._submit_round()
-
-    def _pass_counts(self, difficulty: DifficultyFilter, groups: list[Group]) -> tuple[PassCount, ...]:
-        """Counts for problems of the tasks only: general prompts do not update the estimates."""
-        passed, counts = self.generator.reward.passed, []
-        for (task, problem), group in zip(self._problems[self._n_general :], groups[self._n_general :], strict=True):
-            if tried := [row for row in group if not row.failure]:
-                counts.append(PassCount(difficulty.key(task, problem), sum(map(passed, tried)), len(tried)))
-        return tuple(counts)
 
 
 class RolloutQueue:
@@ -287,8 +281,7 @@ class RolloutQueue:
                 )
                 continue
             groups = rollout.unpack(stored["groups"], tensors, problems)
-            selection = Selection.from_json(stored["choice"]) if "choice" in stored else Selection()
-            self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"], selection)
+            self.finished[number] = Rollout(groups, stored["asked"], stored["cap"], stored["step"])
 
     def _start(self, number: int) -> None:
         for n in range(number, min(number + self.settings.max_off_policy_rollouts + 1, self.settings.rollouts)):
@@ -316,8 +309,6 @@ class RolloutQueue:
                 "cap": waiting.cap,
                 "step": waiting.step,
             }
-            if self.generator.difficulty is not None:
-                stored[str(number)]["choice"] = waiting.selection.to_json()
             tensors |= {f"{KEY}/{number}/{name}": value for name, value in packed.items()}
         trainer.extras, trainer.extra_tensors = trainer.extras | {KEY: stored}, tensors
 

@@ -17,14 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
-from bessemer.config.rl import RolloutConfig
+from bessemer import plugins
+from bessemer.config.rl import RLConfig, RolloutConfig
 from bessemer.config.table import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, OnText, Options, Prompt
+from bessemer.errors import UserError
+from bessemer.plugins import register
+from bessemer.rl.parts import LoopParts
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
 from bessemer.train.runtime import OneProcess, Runtime
+from bessemer.workers import Workers
 
 Completions = list[list[Completion]]
 """`samples` completions of each prompt, in order."""
@@ -41,6 +46,23 @@ def batch_rows(rollout: RolloutConfig, samples: int) -> int:
     if rollout.engine == "vllm":
         return max(1, -(-samples // rollout.workers))
     return setup.batch_rows(samples)
+
+
+def rounding_facts(rollout: RolloutConfig) -> dict[str, Any]:
+    """The keys of [rollout] that change the last digits of every sampler's samples."""
+    return {"precision": rollout.precision} if rollout.precision != "trainer" else {}
+
+
+def sampler_of(config: RLConfig) -> type[LocalSampler]:
+    """The class of a stage's sampler. UserError if there is none, or it has other settings."""
+    name = config.rollout.engine
+    kind = plugins.find("samplers", name)
+    if not hasattr(kind, "of_loop"):
+        raise UserError(
+            f"{plugins.where(name, kind)} is not a sampler; derive the class from bessemer.rl.sampler.LocalSampler"
+        )
+    plugins.check_settings("samplers", name, kind, config.rollout.settings, config.name)
+    return kind
 
 
 class PendingSamples(Protocol):
@@ -84,9 +106,12 @@ class ReadySamples:
         return self.completions
 
 
+@register("samplers", "local")
 class LocalSampler:
     """Generates samples when they are submitted, before the weights can change. `refresh` copies the trainer's weights
-    into the engine's network. `apart`: samples that are submitted stay in the process that generates them."""
+    into the engine's network. `apart`: samples that are submitted stay in the process that generates them.
+
+    A sampler of your own overrides `sample`; its keyword arguments are settings."""
 
     def __init__(
         self, engine: Engine, refresh: Callable[[], None], runtime: Runtime | None = None, apart: bool = False
@@ -94,19 +119,45 @@ class LocalSampler:
         self.engine, self.tokenizer, self.refresh = engine, engine.tokenizer, refresh
         self.runtime, self.apart = runtime or OneProcess(), apart
 
+    @classmethod
+    def facts(cls, config: RLConfig) -> dict[str, Any]:
+        """What in [rollout] changes samples; UserError for settings without effect."""
+        rollout, plain = config.rollout, RolloutConfig()
+        for name in ("workers", "gpus", "gpu_memory_utilization", "max_model_len", "sleep"):
+            if getattr(rollout, name) != getattr(plain, name):
+                raise UserError(
+                    f'stage "{config.name}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"'
+                )
+        own = {} if rollout.engine == "local" else {"sampler": rollout.engine, "settings": rollout.settings}
+        return own | rounding_facts(rollout)
+
+    @classmethod
+    def trainer_workers(cls, rollout: RolloutConfig) -> Workers:
+        """The trainer's own helpers."""
+        return setup.workers()
+
+    @classmethod
+    def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
+        settings = loop.settings.rollout.settings
+        return cls(engine, loop.sampler_model.refresh, loop.ctx.runtime, loop.carrier is not None, **settings)
+
     def open(self) -> None:
         pass
 
     def policy(self) -> Submit:
         def submit(prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> PendingSamples:
             self.refresh()
-            return ReadySamples(self.runtime.generate(self.engine, prompts, self.apart, **options))
+            return ReadySamples(self.sample(prompts, self.apart, **options))
 
         return submit
 
     def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
         self.refresh()
-        return self.runtime.generate(self.engine, prompts, **options)
+        return self.sample(prompts, **options)
+
+    def sample(self, prompts: Sequence[Prompt], apart: bool = False, **options: Unpack[SamplingOptions]) -> Completions:
+        """Samples of the weights that the engine holds; on many ranks collective."""
+        return self.runtime.generate(self.engine, prompts, apart, **options)
 
     def metrics(self) -> dict[str, float]:
         return {}

@@ -75,7 +75,7 @@ def share_of(settings: RLConfig, name: str) -> int:
 def check(settings: RLConfig) -> None:
     """UserError for options of a task that the stage does not name, or without effect there."""
     asked = settings.tasks + settings.general_tasks
-    named = [*dict.fromkeys(asked + settings.eval_tasks)]
+    named = [*dict.fromkeys(asked + settings.heldout.tasks)]
     for name, options in settings.task_options.items():
         where = f'stage "{settings.name}": task_options."{name}"'
         if name not in named:

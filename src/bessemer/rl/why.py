@@ -19,12 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bessemer.eval.intervals import shares_apart
-from bessemer.rl.reward import Reward, overlong
+from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.answer import thought
 from bessemer.tasks.countdown_traces import diagnose
@@ -123,13 +124,11 @@ class Explanation:
         return cls(**facts | pairs | {"causes": causes, "flips": flips, "terms": terms})
 
 
-def explain(
-    before: Sequence[Group], after: Sequence[Group], reward: Reward, cap: int, training: int = 0
-) -> Explanation:
+def explain(before: Sequence[Group], after: Sequence[Group], reward: Reward, training: int = 0) -> Explanation:
     """Explains the rise from scored groups of the same problems in order, by the starting model and by the result;
     `training` of the problems are not held out."""
     sides = [list(before), list(after)]
-    paid = [[_terms(row, reward, cap) for group in side for row in group] for side in sides]
+    paid = [[_terms(row, reward) for group in side for row in group] for side in sides]
     names = list(dict.fromkeys(name for side in paid for terms in side for name in terms))
     size = len(before[0])
     value = {
@@ -163,22 +162,11 @@ def explain(
     )  # fmt: skip
 
 
-def _terms(row: ScoredSample, reward: Reward, cap: int) -> dict[str, float]:
+def _terms(row: ScoredSample, reward: Reward) -> dict[str, float]:
     """The summands of a sample's reward."""
-    if reward.kind == "random":
-        return {"a coin": row.reward}
-    if reward.kind == "format":
-        return {"form": row.reward}
-    form, language = reward.format * float(row.verdict.formatted), reward.of_language(row)
-    late = -overlong(row.length, cap, reward.overlong)
-    aim = row.reward - form - language - late
-    name = "reward models" if row.preference is not None else "the reward function" if reward.function else RIGHT
-    terms = {name: aim}
-    for label, weight, value in (("form", reward.format, form), ("language", reward.language, language),
-                                 ("length at the cap", reward.overlong, late)):  # fmt: skip
-        if weight:
-            terms[label] = value
-    return terms
+    labels = {"accuracy": RIGHT if row.preference is None else "reward models", "format": "form"}
+    names = [labels.get(term.name, Path(term.name).name) for term in reward.terms]
+    return dict(zip(names, row.terms, strict=True))
 
 
 def _behaviours(row: ScoredSample) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The user's own tasks and rewards, named in a recipe: `my_task.py:MyTask`, `my_rewards.py:brevity` (plugins.py).
+"""The user's own tasks, named in a recipe: `my_task.py:MyTask` (plugins.py).
 
 Such code may draw from the global generators of random, numpy and torch: every call of it begins with a seed that
 follows from its arguments (`repeatable`), so a resumed run draws what the uninterrupted one drew.
@@ -10,12 +10,8 @@ from typing import Any
 
 from bessemer import plugins
 from bessemer.errors import UserError
-from bessemer.escape import shortened
 from bessemer.repeatable import repeatable
-from bessemer.tasks.base import Problem, Task, Verdict
-
-RewardFunction = Callable[[Problem, str, Verdict], float]
-"""(problem, the whole answer from `<think>` on, the task's verdict) -> a finite number in place of the accuracy."""
+from bessemer.tasks.base import Problem, Task
 
 
 def task(name: str, **settings: Any) -> Task:
@@ -48,17 +44,3 @@ def _repeated(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **named)
 
     return call
-
-
-def reward_function(name: str) -> RewardFunction:
-    """The function `FILE.py:FUNCTION` of a recipe's `reward`."""
-    found = plugins.find("rewards", name, takes="problem, answer, verdict")
-
-    def checked(problem: Problem, answer: str, verdict: Verdict) -> float:
-        value = found(problem, answer, verdict)
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{name} returned {shortened(repr(value), 100)}; return a number") from None
-
-    return checked

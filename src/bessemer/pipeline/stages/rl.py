@@ -10,7 +10,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
@@ -18,12 +18,15 @@ from bessemer.errors import UserError
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
-from bessemer.rl import ray_sampler, task_mix
+from bessemer.rl import task_mix
+from bessemer.rl.algorithms import advantage_of, loss_of
+from bessemer.rl.component import Component
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
 from bessemer.rl.preference import RewardModel
 from bessemer.rl.reward import Reward
-from bessemer.rl.rollout_queue import candidates
+from bessemer.rl.rollout_queue import candidates, pool_of
+from bessemer.rl.sampler import sampler_of
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
 
@@ -34,60 +37,45 @@ class RL(Stage[RLConfig]):
     def resolve(self, config: RLConfig, recipe: Recipe) -> dict[str, Any]:
         if not config.tasks:
             raise UserError(f'stage "{config.name}": tasks is empty; known: {", ".join(tasks.names())}')
-        for name in config.tasks + config.general_tasks + config.eval_tasks:
+        general = config.general_tasks
+        for name in config.tasks + general + config.heldout.tasks:
             task_mix.task_of(config, name)
         task_mix.check(config)
+        loss_of(config)
+        advantage = plugins.find("advantages", config.advantage.name)
+        advantage_of(config)
         Reward.of_config(config)
-        if config.general_prompts and not config.general_tasks:
-            raise UserError(f'stage "{config.name}": general_prompts needs general_tasks, such as ["general"]')
-        if config.general_prompts > config.prompts_per_rollout:
+        for hook in config.hooks:
+            component = plugins.find("hooks", hook.name, derives=Component)
+            plugins.check_settings("hooks", hook.name, component, hook.settings, config.name)
+        _check_rewards(config, recipe)
+        if config.general and config.general.prompts > config.prompts_per_rollout:
             raise UserError(
-                f'stage "{config.name}": general_prompts is {config.general_prompts}, a rollout has only '
+                f'stage "{config.name}": general.prompts is {config.general.prompts}, a rollout has only '
                 f"{config.prompts_per_rollout} problems"
             )
-        for name in ("gae_lambda", "critic_lr", "kl_in_reward"):
-            if changed(config, name) and config.advantage != "critic":
-                raise UserError(f'stage "{config.name}": {name} has no effect without advantage = "critic"')
-        if config.samples < 2 and config.advantage == "group":
+        within_groups = getattr(advantage, "within_groups", True)
+        if config.samples < 2 and within_groups:
             raise UserError(
                 f'stage "{config.name}": a group of one sample has no advantage; raise samples to 2 or more'
             )
-        if config.kl_in_reward and config.kl == 0:
-            raise UserError(f'stage "{config.name}": kl_in_reward has no effect with kl = 0')
-        if config.unbiased_kl and (config.kl == 0 or config.kl_in_reward):
-            raise UserError(f'stage "{config.name}": unbiased_kl has no effect without a divergence in the loss (kl)')
+        if config.max_resamples > 1 and not within_groups:
+            raise UserError(
+                f'stage "{config.name}": max_resamples needs an advantage within groups, since elsewhere groups of '
+                "equal rewards teach, too; leave it out"
+            )
         if changed(config, "keep_sampling_mask") and config.top_p == 1:
             raise UserError(
                 f'stage "{config.name}": keep_sampling_mask has no effect with top_p = 1, which leaves out no token; '
                 "set top_p to less, such as 0.95"
             )
-        if config.supervision == "process" and (config.advantage, config.reward) != ("group", "task"):
-            raise UserError(
-                f'stage "{config.name}": supervision = "process" needs advantage = "group" and reward = "task"'
-            )
-        refused = {
-            'supervision = "process" rewards steps of one answer; leave it out': config.supervision == "process",
-            'vLLM generates single answers here; set rollout.engine = "local" or "ray"': config.rollout.engine
-            == "vllm",
-            "export_samples writes questions with one answer; leave it out": config.export_samples != "nothing",
-        }
-        for what in (what for what, asked in refused.items() if asked):
-            preflight.refuse_environments(config.name, config.tasks + config.general_tasks, what)
-        for name in ("filter_explore", "filter_window", "filter_pool"):
-            if changed(config, name) and not config.difficulty_filter:
-                raise UserError(f'stage "{config.name}": {name} has no effect without difficulty_filter = true')
+        if config.export_samples != "nothing":
+            what = "export_samples writes questions with one answer; leave it out"
+            preflight.refuse_environments(config.name, config.tasks + general, what)
         if min(config.max_new_tokens.values) < 1:
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
-        if config.correction == "none" and changed(config, "correction_cap"):
-            raise UserError(f'stage "{config.name}": correction_cap has no effect while correction is "none"')
         lineage.check_lora(config, recipe)
         setup.check_recompute(recipe, config.name)
-        if config.lora is not None and config.rollout.engine != "local":
-            raise UserError(
-                f'stage "{config.name}": with lora the trainer samples from base and adapters itself, and separate '
-                'workers load whole models; set rollout.engine = "local"'
-            )
-        _check_rewards(config, recipe)
         evaluation_tasks(config)
         count = config.prompts_per_rollout * config.samples
         if count % config.updates_per_rollout:
@@ -95,14 +83,16 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": {count} samples cannot be split into {config.updates_per_rollout} equal '
                 "updates; change updates_per_rollout or samples"
             )
-        return ray_sampler.facts(config.name, config.rollout, config.routing_replay, config.top_p)
+        return sampler_of(config).facts(config)
 
     def probes(self, config: RLConfig, recipe: Recipe, cache: Path) -> Iterator[Probe]:
-        yield partial(_check_effects, config)
         asked = config.rollouts * config.prompts_per_rollout
-        general = max(0, config.rollouts - config.general_from) * config.general_prompts
-        for key, count in (("tasks", asked - general), ("general_tasks", general)):
-            names = task_mix.round_of(config, getattr(config, key))
+        prompts, general = config.general, 0
+        if prompts is not None:
+            general = max(0, config.rollouts - prompts.start) * prompts.prompts
+        of_general = prompts.tasks if prompts else []
+        for key, named, count in (("tasks", config.tasks, asked - general), ("general.tasks", of_general, general)):
+            names = task_mix.round_of(config, named)
             yield from preflight.task_probes(names, count, key, partial(task_mix.task_of, config))
         longest = max(config.max_new_tokens.values)
         yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", longest)
@@ -120,63 +110,29 @@ class RL(Stage[RLConfig]):
         rows = config.prompts_per_rollout * config.samples
         written = sum(answers(rows, cap) for cap in caps)
         trained = written + config.rollouts * rows * PROMPT
-        every = config.eval_every
+        every = config.heldout.every
         evaluated = [0, *(n + 1 for n in range(config.rollouts) if (n + 1) % every == 0 or n + 1 == config.rollouts)]
         asked = heldout_answers(config)
         heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
         work = StageWork(
-            config.name, trained=trained, read=trained * ((config.kl > 0) + (config.correction != "none")),
+            config.name, trained=trained, read=trained * ((config.kl.weight > 0) + (config.correction is not None)),
             sampled=written * config.max_resamples + heldout, bytes=TRAINED,
         )  # fmt: skip
-        critic = StageWork(config.name, trained=trained, read=trained) if config.advantage == "critic" else StageWork()
+        critic = (
+            StageWork(config.name, trained=trained, read=trained) if config.advantage.name == "critic" else StageWork()
+        )
         return [work, critic]
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""
-        general, families = (task_mix.mixture(config, names) for names in (config.general_tasks, config.tasks))
+        named, pool = (config.general_tasks, config.tasks), pool_of(config)
+        general, families = (task_mix.mixture(config, names) for names in named)
         for number, round in product(range(config.rollouts), range(config.max_resamples)):
-            asked = candidates(config, general, families, recipe.seed_of(config), number, round)
+            asked = candidates(config, general, families, recipe.seed_of(config), number, round, pool)
             yield from (problem for _, problem in chain(*asked))
 
     def run(self, config: RLConfig, ctx: StageContext) -> dict[str, Any]:
         return Loop(config, ctx, load_reward_models(config, ctx.inputs)).run()
-
-
-TERMS = ("format_reward", "language_reward", "overlong", "preference_reward")
-"""Keys without effect where the reward is a control."""
-CONTROLS = ("format", "random")
-
-
-def _check_effects(config: RLConfig) -> str | None:
-    """UserError for keys that do not do what they are for. A lower clip without effect is only reported: R1 uses
-    one (eps = 10)."""
-    if config.general_from and not config.general_prompts:
-        raise UserError(
-            f'stage "{config.name}": general_from has no effect with general_prompts = 0; set general_prompts, or '
-            "general_from = 0"
-        )
-    for name in ("max_resamples", "difficulty_filter"):
-        if config.samples < 2 and changed(config, name):
-            raise UserError(
-                f'stage "{config.name}": {name} compares the samples of a problem; leave it out, or raise samples to 2 '
-                "or more"
-            )
-    if config.max_resamples > 1 and not config.contrasts:
-        raise UserError(
-            f'stage "{config.name}": max_resamples needs advantage = "group" and supervision = "outcome", since '
-            "elsewhere groups of equal rewards teach, too; leave it out"
-        )
-    for name in ("clip_low", "clip_high"):
-        if config.surrogate == "reinforce" and changed(config, name):
-            raise UserError(f'stage "{config.name}": {name} has no effect with surrogate = "reinforce"; leave it out')
-    if config.kl == 0 and changed(config, "reference_every"):
-        raise UserError(f'stage "{config.name}": reference_every has no effect with kl = 0; leave it out')
-    for name in TERMS:
-        if config.reward in CONTROLS and changed(config, name) and getattr(config, name):
-            raise UserError(f'stage "{config.name}": {name} has no effect with reward = "{config.reward}"; set it to 0')
-    if config.clip_low >= 1 and config.surrogate != "reinforce":
-        return f"clip_low = {config.clip_low:g} clips nothing below: no ratio is less than 0"
-    return None
 
 
 def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
@@ -192,8 +148,8 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
     for name in config.tasks + config.general_tasks:
         if missing := sorted(tasks.get(name).judged_by - aims.keys()):
             raise UserError(
-                f'stage "{config.name}": nothing judges the {missing[0]} prompts of {name}; give reward_models a stage '
-                f'of kind reward-model with aim = "{missing[0]}"'
+                f'stage "{config.name}": nothing judges the {missing[0]} prompts of {name}; give general.reward_models '
+                f'a stage of kind reward-model with aim = "{missing[0]}"'
             )
 
 

@@ -1,4 +1,4 @@
-"""Process supervision: a reward for every step of an output (DeepSeekMath 4.1.3).
+"""Process supervision: an advantage with a reward for every step of an output (DeepSeekMath 4.1.3).
 
     R        the step rewards of all outputs of a group
     r~       (r - mean(R)) / std(R)
@@ -21,9 +21,8 @@ from statistics import fmean
 
 import torch
 
-from bessemer.data.tokenizer import Tokenizer
-from bessemer.rl.reward import group_advantages
-from bessemer.rl.rollout import Group
+from bessemer.rl.algorithms.grpo import compared
+from bessemer.rl.component import Advantage
 from bessemer.tasks.countdown_expressions import Unparsable, parse_expression
 
 _CALCULATION = re.compile(r"[0-9+\-*/()= ]+")
@@ -86,38 +85,39 @@ def _right(sides: Sequence[str]) -> bool:
     return len(values) == 1 and len(set(sides)) == len(sides)
 
 
-def assign_advantages(groups: Sequence[Group], tokenizer: Tokenizer, scale_by_std: bool = True) -> dict[str, float]:
-    """Sets the advantages of every token of scored samples; returns metrics: calculations per output, and the share of
-    right ones."""
-    counted, right = [], []
-    for group in groups:
-        steps = []
-        for row in group:
-            own = _token_steps(tokenizer, row.completion.tokens)
-            counted.append(len(own))
-            right += [reward for _, reward in own]
-            steps.append([*own, (len(row.completion.tokens) - 1, row.reward)])
-        lengths = [len(row.completion.tokens) for row in group]
-        for row, advantage in zip(group, process_advantages(steps, lengths, scale_by_std), strict=True):
-            row.advantage = advantage
-    return {"rl/steps": fmean(counted), "rl/steps_right": fmean(right) if right else 0.0}
+class Process(Advantage):
+    """`advantage = "process.py:Process"`."""
+
+    def __init__(self, loop, *, scale_by_std: bool = True):
+        self.tokenizer, self.scale_by_std = loop.tokenizer, scale_by_std
+
+    def assign(self, groups):
+        counted, right = [], []
+        for group in groups:
+            steps = [token_steps(self.tokenizer, row.completion.tokens) for row in group]
+            counted += map(len, steps)
+            right += [reward for own in steps for _, reward in own]
+            for own, row in zip(steps, group, strict=True):
+                own.append((len(row.completion.tokens) - 1, row.reward))
+            lengths = [len(row.completion.tokens) for row in group]
+            for row, advantage in zip(group, advantages(steps, lengths, self.scale_by_std), strict=True):
+                row.advantage = advantage
+        return {"rl/steps": fmean(counted), "rl/steps_right": fmean(right) if right else 0.0}
 
 
-def process_advantages(
-    steps: Sequence[Sequence[Step]], lengths: Sequence[int], scale_by_std: bool = True
-) -> list[list[float]]:
+def advantages(steps: Sequence[Sequence[Step]], lengths: Sequence[int], scale_by_std: bool = True) -> list[list[float]]:
     """Advantages of every token of a group's outputs, given the steps of each as (last token, reward)."""
-    normalised = iter(group_advantages(torch.tensor([[r for own in steps for _, r in own]]), scale_by_std)[0].tolist())
-    advantages = []
+    normalised = iter(compared(torch.tensor([[r for own in steps for _, r in own]]), scale_by_std)[0].tolist())
+    found = []
     for own, length in zip(steps, lengths, strict=True):
         ending = [0.0] * length
         for end, _ in own:
             ending[end] += next(normalised)
-        advantages.append([*accumulate(reversed(ending))][::-1])
-    return advantages
+        found.append([*accumulate(reversed(ending))][::-1])
+    return found
 
 
-def _token_steps(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Step]:
+def token_steps(tokenizer, tokens: Sequence[int]) -> list[Step]:
     """The calculations of an output; each ends with the token that completes its last character."""
     stream = tokenizer.stream()
     pieces = [stream.push(token) for token in tokens]

@@ -1,0 +1,37 @@
+"""What a loop offers to its components and to its sampler."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bessemer.config.rl import RLConfig
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.runs.context import StageContext
+from bessemer.train.runtime import SampleCarrier, Whole
+from bessemer.train.trainer import Trainer
+
+
+class LoopParts(Protocol):
+    settings: RLConfig
+    ctx: StageContext
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    @property
+    def policy(self) -> Whole:
+        """The trainer's whole network."""
+        ...
+
+    @property
+    def sampler_model(self) -> Whole:
+        """The weights that sample."""
+        ...
+
+    @property
+    def carrier(self) -> SampleCarrier | None:
+        """Given if samples stay on their rank (`apart`)."""
+        ...
