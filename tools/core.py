@@ -65,7 +65,6 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "rl/critic.py",
         "rl/process.py",
         "rl/difficulty.py",
-        "rl/reading.py",
         "config/judge.py",
         "config/r1.py",
         "data/preference_rows.py",

@@ -8,8 +8,8 @@ from ranks import on_ranks
 from bessemer.config.recipe import LayoutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.dist.ranks import Ranks
+from bessemer.engine.answers import played
 from bessemer.engine.engine import Engine
-from bessemer.engine.episodes import played
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -18,8 +18,8 @@ from bessemer.data.corpus import Augment
 from bessemer.data.documents import Document
 from bessemer.data.encoder import Encoder
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.answers import PlayedEpisode, played
 from bessemer.engine.engine import Engine
-from bessemer.engine.episodes import PlayedEpisode, played
 from bessemer.errors import UserError
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs

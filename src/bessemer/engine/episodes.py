@@ -1,10 +1,5 @@
 """Generates multi-turn episodes (`tasks/environment.py`) turn by turn, and plain tasks along with them.
 
-    play = Play(problems, encode, tokenizer, ...)
-    while (turn := play.turn()) is not None:            one engine call for all episodes still running
-        play.add(engine.generate(turn.prompts, **turn.options(), ...))
-    play.outcomes()                                     a completion, or an episode, for every sample
-
 Tokens go in and tokens come out: the model's output is never re-encoded, and an observation is appended to it as the
 ids that follow an answer in the chat template. A plain task has one turn, so a call without environments is just
 `Engine.generate`.
@@ -20,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from bessemer import heartbeat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine import turns
-from bessemer.engine.generation import Completion, OnText, Prompt
+from bessemer.engine.answers import Outcome, PlayedEpisode, Problems, Spoken, TurnPrompts
+from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.escape import shortened
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
@@ -39,60 +35,8 @@ from bessemer.tasks.environment import (
 )
 
 _Result = TypeVar("_Result")
-Problems = Sequence[tuple[Task, Problem]]
 GRACE = 5.0
 """Seconds that a step may take beyond the time limit of the tools it calls."""
-
-
-class Spoken(NamedTuple):
-    """One message of an episode."""
-
-    role: str
-    """"assistant" if the model wrote it."""
-    tokens: int
-    text: str
-
-
-@dataclass(frozen=True)
-class PlayedEpisode:
-    """A finished episode as one completion. Its tokens are what the model wrote and what it read in between, the latter
-    with log-probability 0; its text is the model's last turn."""
-
-    completion: Completion
-    turns: list[Spoken]
-    verdict: Verdict
-    failure: str = ""
-    """Why the environment could not finish the episode; "" if it could."""
-
-
-Outcome = Completion | PlayedEpisode
-
-
-class TurnPrompts(NamedTuple):
-    """The arguments of one engine call."""
-
-    prompts: list[list[int]]
-    samples: int
-    seeds: list[int]
-    max_new_tokens: int
-    on_text: OnText | None = None
-    """Given if somebody waits for complete answers."""
-
-    def options(self) -> dict[str, Any]:
-        options = {"samples": self.samples, "seeds": self.seeds, "max_new_tokens": self.max_new_tokens}
-        return options if self.on_text is None else options | {"on_text": self.on_text}
-
-
-class Generates(Protocol):
-    """An `Engine`, or a sampler in RL."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, seeds: Sequence[int], temperature: float, top_p: float,
-        max_new_tokens: int, batch_rows: int,
-    ) -> list[list[Completion]]: ...  # fmt: skip
 
 
 @dataclass
@@ -127,7 +71,7 @@ class _Sample:
         return ids
 
 
-class Play:
+class Episodes:
     """Plays G samples of each of P problems.
 
     `cap` bounds the tokens that the model writes over all turns of an episode, `context` all that it reads and writes.
@@ -326,17 +270,6 @@ class Play:
         assert sample.verdict is not None
         whole = turns.joined(sample.parts, sample.read, ended_itself=not sample.cut)
         return PlayedEpisode(whole, sample.spoken, sample.verdict, sample.failure)
-
-
-def played(
-    engine: Generates, problems: Problems, encode: Callable[[Problem], list[int]], **settings: Any
-) -> tuple[list[list[int]], list[list[Outcome]]]:
-    """Plays all problems at once; returns (prompts, outcomes). `settings`: those of `Play`, and sampling options."""
-    own = {name: settings.pop(name) for name in ("samples", "seeds", "cap", "context", "once") if name in settings}
-    play = Play(problems, encode, engine.tokenizer, **own)
-    while (turn := play.turn()) is not None:
-        play.add(engine.generate(turn.prompts, **turn.options(), **settings))
-    return play.prompts, play.outcomes()
 
 
 def _environment(sample: _Sample) -> Environment:

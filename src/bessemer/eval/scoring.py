@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from bessemer.engine.episodes import Generates, Outcome, PlayedEpisode, played
+from bessemer.engine.answers import Generates, Outcome, PlayedEpisode, played
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.eval.judging import judge_all
@@ -86,7 +86,7 @@ def evaluate(
     share: Share = ALONE,
 ) -> dict[str, Any]:
     """One evaluation row over `problems` problems of the test split after the first `skip`; `context` and `once` as in
-    `Play`, for environments; `share` as in `judge_all`."""
+    `play_of`, for environments; `share` as in `judge_all`."""
     k = samples if k is None else k
     if not 1 <= k <= samples:
         raise UserError(f"k is {k}; choose between 1 and the {samples} samples per problem")

@@ -37,7 +37,6 @@ from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import sampler_of
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
-from bessemer.runs.curves import BALANCE
 from bessemer.train import checkpoint, setup
 from bessemer.train.plan import TrainingPlan
 from bessemer.train.runtime import RoundedModel
@@ -311,7 +310,7 @@ def _update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for update in updates for name in update)
     depths = [name.removeprefix("train/") for name in names if name.startswith("train/mtp_")]
     values |= update_means("rl", ("off_policy_masked", "max_vio", *depths), updates)
-    loads = [name for name in names if name.startswith(BALANCE)]
+    loads = [name for name in names if name.startswith("moe/max_vio/")]
     values |= means(loads, updates)
     last = next((update for update in reversed(updates) if "train/lr" in update), {})
     gpu = {name: value for name, value in last.items() if name.startswith("gpu/")}

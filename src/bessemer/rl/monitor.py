@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.rl import Exported, RLConfig
 from bessemer.data.chat import exchange
-from bessemer.engine.episodes import played
+from bessemer.engine.answers import played
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import rollout
-from bessemer.rl.alarms import AlarmTracker
 from bessemer.rl.component import Component, Metrics
 from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.reading import REFLECTIVE
@@ -141,16 +140,22 @@ class Evaluator:
 
     def __init__(self, generator: RolloutGenerator, trainer: Trainer, ctx: StageContext) -> None:
         self.generator, self.trainer, self.ctx, self.settings = generator, trainer, ctx, generator.settings
-        self.alarms = AlarmTracker()
+        self.alarms = self._alarms()
         self.tasks, self.general = evaluation_tasks(self.settings)
 
     def begin(self) -> None:
-        self.alarms = AlarmTracker(self.ctx.metrics.history())
+        self.alarms = self._alarms(self.ctx.metrics.history())
+
+    def _alarms(self, history: Iterable[tuple[int, Mapping[str, Any]]] = ()) -> list[Any]:
+        """What raises alarms, if an add-on does; given the records of earlier attempts."""
+        tracker = plugins.hook("alarms")
+        return [] if tracker is None else [tracker(history)]
 
     def write(self, values: dict[str, float]) -> None:
         self.ctx.metrics.write(self.trainer.step, self.trainer.tokens, values)
-        for alarm in self.alarms.add(self.trainer.step, values):
-            self.ctx.say(f"alarm at step {self.trainer.step}: {alarm}")
+        for tracker in self.alarms:
+            for alarm in tracker.add(self.trainer.step, values):
+                self.ctx.say(f"alarm at step {self.trainer.step}: {alarm}")
 
     def gate(self, cap: int) -> None:
         """Evaluates the base; UserError if it solves too little for RL to start."""

@@ -42,6 +42,9 @@ BATCH, SINGLE = "samples", "problem, answer, verdict"
 class PreferenceScorer(Protocol):
     """A reward model as RL uses it."""
 
+    aim: str
+    """The prompts that it judges."""
+
     def score(self, items: Sequence[tuple[str, str]]) -> list[float]:
         """One number per (prompt, answer), about 0 to 1."""
         ...

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bessemer.data.batch import Batch
+from bessemer.engine.answers import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.engine import Engine
-from bessemer.engine.episodes import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.generation import Completion, rank_of
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
@@ -139,7 +139,7 @@ def sample(
     **sampling,
 ) -> list[Group]:
     """G verified completions or episodes per problem, not yet scored; `needs_format` and `share` as in `verify`,
-    `context` and `once` as in `Play`, which environments need, `sampling` as in `Engine.plan`."""
+    `context` and `once` as in `play_of`, which environments need, `sampling` as in `Engine.plan`."""
     prompts, outcomes = played(
         engine, problems, encode, samples=samples, seeds=prompt_seeds(seed, len(problems)), cap=max_new_tokens,
         context=context, once=once, **sampling,

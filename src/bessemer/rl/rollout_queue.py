@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bessemer import plugins, tasks
 from bessemer.config.rl import RLConfig
-from bessemer.engine.episodes import Outcome, Play
+from bessemer.engine.answers import Outcome, Turns, play_of
 from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
 from bessemer.rl.component import Component, Select
@@ -109,15 +109,15 @@ class RolloutGenerator:
         """What chooses the problems of a rollout that starts now."""
         return next((chosen for one in self.components if (chosen := one.selector()) is not None), None)
 
-    def play(self, problems: Problems, number: int, round: int, cap: int) -> Play:
+    def play(self, problems: Problems, number: int, round: int, cap: int) -> Turns:
         """The completions or episodes of a round, before anything is generated."""
         seeds = rollout.prompt_seeds(self.round_seed(number, round), len(problems))
-        return Play(
+        return play_of(
             problems, self.encode, self.sampler.tokenizer, samples=self.settings.samples, seeds=seeds, cap=cap,
             context=self.context, once=self.once,
         )  # fmt: skip
 
-    def submit(self, policy: Submit, play: Play) -> PendingSamples | None:
+    def submit(self, policy: Submit, play: Turns) -> PendingSamples | None:
         """Submits the next turn of a round; None after the last."""
         settings, turn = self.settings, play.turn()
         if turn is None:

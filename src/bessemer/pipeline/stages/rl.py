@@ -23,8 +23,7 @@ from bessemer.rl.algorithms import advantage_of, loss_of
 from bessemer.rl.component import Component
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
-from bessemer.rl.preference import RewardModel
-from bessemer.rl.reward import Reward
+from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout_queue import candidates, pool_of
 from bessemer.rl.sampler import sampler_of
 from bessemer.runs.context import StageContext
@@ -153,12 +152,14 @@ def _check_rewards(config: RLConfig, recipe: Recipe) -> None:
             )
 
 
-def load_reward_models(config: RLConfig, folders: Mapping[str, Path]) -> dict[str, RewardModel]:
+def load_reward_models(config: RLConfig, folders: Mapping[str, Path]) -> dict[str, PreferenceScorer]:
     """The reward models by aim; `folders` by the names of their stages. UserError for two of one aim."""
-    models: dict[str, RewardModel] = {}
+    models: dict[str, PreferenceScorer] = {}
     for name in config.reward_models:
         dtype = setup.choose_precision("device").dtype
-        model = RewardModel.load(folders[name] / "model", setup.device(), dtype)
+        model: PreferenceScorer = plugins.find("hooks", "reward-model").load(
+            folders[name] / "model", setup.device(), dtype
+        )
         if model.aim in models:
             raise UserError(f'stage "{config.name}": two reward models are for {model.aim}; give one for each aim')
         models[model.aim] = model
