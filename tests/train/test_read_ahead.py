@@ -9,6 +9,7 @@ from tiny_run import ROWS, T, batches, model, trainer
 
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
+from bessemer.train.step_device import StepDevice
 from bessemer.train.transfer import ReadAhead
 
 
@@ -129,4 +130,4 @@ def test_what_was_counted_ahead_is_only_sent(monkeypatch):
 
 
 def test_it_is_on_where_a_gpu_computes():
-    assert trainer(model()).on_device._ahead is None
+    assert type(trainer(model()).on_device) is StepDevice

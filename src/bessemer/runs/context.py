@@ -101,15 +101,17 @@ class StageContext:
     """Processor seconds of this process in earlier attempts; helpers are not counted."""
     cpu_started: float = field(default_factory=time.process_time)
 
+    seed: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None:  # a context of a test may have none
+            self.seed = self.recipe.seed_of(self.recipe.stage(self.name))
+
     @property
     def state(self) -> Path:
         """Folder of the state that the stage needs to continue after a kill; created on first use."""
         (self.dir / "state").mkdir(exist_ok=True)
         return self.dir / "state"
-
-    @property
-    def seed(self) -> int:
-        return self.recipe.seed_of(self.recipe.stage(self.name))
 
     @property
     def stop(self) -> bool:

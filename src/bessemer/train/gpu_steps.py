@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from bessemer.train.checkpointed import Checkpointed
 
 
+def steps_of(trainer: Checkpointed) -> StepDevice:
+    """GPUSteps where they make a difference."""
+    wanted = trainer.plan.read_ahead
+    ahead = trainer.device.type == "cuda" if wanted is None else wanted
+    return GPUSteps(trainer, ahead) if ahead or trainer.device.type == "cuda" else StepDevice(trainer)
+
+
 class GPUSteps(StepDevice):
-    def __init__(self, trainer: Checkpointed) -> None:
+    def __init__(self, trainer: Checkpointed, ahead: bool) -> None:
         super().__init__(trainer)
         self._transfer = Transfer(trainer.device)
-        wanted = trainer.plan.read_ahead
-        ahead = trainer.device.type == "cuda" if wanted is None else wanted
         self._ahead = ReadAhead(lambda place: trainer.read(*place)) if ahead else None
 
     def transfer(self, batch: Batch) -> Batch:
