@@ -38,6 +38,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "train/gpu_faults.py",
         "data/gigatoken_encoder.py",
         "train/gpu_steps.py",
+        "train/instruments.py",
     ),
     "distributed": (
         "dist/*",
@@ -51,6 +52,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
         "engine/placement.py",
         "pipeline/schedule_shapes.py",
         "pipeline/on_ranks.py",
+        "train/checkpoint_reader.py",
         "cli/many.py",
     ),
     "r1": (

@@ -1,15 +1,17 @@
-"""How training steps use a device. `StepDevice` serves any; an add-on that knows more of GPUs takes its place, by the
-hook `step-device`."""
+"""How training steps use a device, and what measures them. An add-on that knows more of GPUs takes the place of
+`StepDevice` by the hook `step-device`, one that measures that of `Unmeasured` by `instruments`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from bessemer import plugins
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
+    from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
     from bessemer.train.checkpointed import Checkpointed
 
@@ -43,3 +45,23 @@ class StepDevice:
 
 def of_trainer(trainer: Checkpointed) -> StepDevice:
     return (plugins.hook("step-device") or StepDevice)(trainer)
+
+
+class Unmeasured:
+    """The instruments of a trainer where no add-on brings any (the hook `instruments`)."""
+
+    def step(self, number: int) -> AbstractContextManager[None]:
+        """Entered around a step."""
+        return nullcontext()
+
+    def values(self, tokens: int, rows: int, mtp: bool, seconds: float) -> dict[str, float]:
+        """Metrics of a step."""
+        return {}
+
+
+def instruments(config: OptimizerConfig, *arguments: Any) -> Any:
+    """The arguments are those of `instruments.Instruments`."""
+    make = plugins.hook("instruments")
+    if make is None and config.profile_steps:
+        raise UserError(f'stage "{config.name}": profile_steps needs the add-on that watches runs; leave it out')
+    return Unmeasured() if make is None else make(config, *arguments)

@@ -28,7 +28,6 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.train import balance, guard, step_device
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.collective import Alone, Collective
-from bessemer.train.instruments import Instruments
 from bessemer.train.objective import Objective, Sums
 from bessemer.train.plan import TrainingPlan
 
@@ -70,7 +69,7 @@ class Trainer(Checkpointed):
         self.log, self.on_step, self.warn = log, on_step, warn
         self.asked_to_stop = stop
         self.model_config, self.generators = model_config or {}, generators or {}
-        self.instruments = Instruments(
+        self.instruments = step_device.instruments(
             config, model, next(model.parameters()).device, plan.compute_dtype,
             None if self.state_dir is None else self.state_dir / "profile", warn,
             self.collective.devices, self.collective.me,
