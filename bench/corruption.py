@@ -32,8 +32,8 @@ import torch  # noqa: E402
 
 from bessemer.config.recipe import Recipe  # noqa: E402
 from bessemer.errors import UserError  # noqa: E402
+from bessemer.hf.deepseek import convert  # noqa: E402
 from bessemer.hf.families import load_tokenizer  # noqa: E402
-from bessemer.hf.hub import convert  # noqa: E402
 from bessemer.hf.model_directory import load  # noqa: E402
 from bessemer.pipeline import runner  # noqa: E402
 from bessemer.report import card  # noqa: E402

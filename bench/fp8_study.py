@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from bessemer.data.batch import Batch
 from bessemer.data.rows import open_rows
 from bessemer.eval.intervals import over_seeds
-from bessemer.hf.hub import load
+from bessemer.hf.deepseek import load
 from bessemer.precision.fp8_layers import set_fp8
 from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.report import card, comparisons

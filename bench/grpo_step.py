@@ -41,7 +41,7 @@ def prepare(directory: Path) -> None:
     """Writes the model directory that both sides load. The peer has no MTP, so neither side trains it."""
     from bessemer import tasks
     from bessemer.data.tokenizer import Tokenizer
-    from bessemer.hf import hub
+    from bessemer.hf import deepseek
     from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
 
@@ -49,7 +49,7 @@ def prepare(directory: Path) -> None:
     tokenizer = Tokenizer.train((task.document(i) for i in range(2000)), 400)  # the network keeps its 2,048 rows
     tokenizer.save(directory / "tokenizer")
     model = Transformer(preset("tiny", n_mtp=0)).initialise(0)
-    hub.save(model, directory / "model", tokenizer_dir=directory / "tokenizer")
+    deepseek.save(model, directory / "model", tokenizer_dir=directory / "tokenizer")
 
 
 def problems(first: int, count: int) -> list:

@@ -16,10 +16,10 @@ os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests c
 SLOW = {
     "test_build.py",
     "test_curriculum.py",
+    "test_deepseek_fp8_write.py",
     "test_extend.py",
     "test_fp8_kernels.py",
     "test_fp8_stage.py",
-    "test_hub_fp8_write.py",
     "test_judge.py",
     "test_many.py",
     "test_memory.py",

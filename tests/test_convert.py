@@ -6,7 +6,7 @@ import warnings
 import pytest
 from made_run import write_run
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 
 FP8_WARNING = "ignore:.* does not divide into tiles"
 
@@ -42,7 +42,7 @@ def test_a_model_is_never_lost(call, run, tmp_path):
     assert status == 2 and "copy exists already; name a new target, or replace it with --force" in err
     assert (content(run), content(copy)) == (before, kept)
     assert call("convert", run, copy, "--no-mtp", "--force")[0] == 0
-    assert (hub.load(copy).cfg.n_mtp, hub.load(model).cfg.n_mtp) == (0, 1)
+    assert (deepseek.load(copy).cfg.n_mtp, deepseek.load(model).cfg.n_mtp) == (0, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"] and content(run) == before
     (tmp_path / "link").unlink()
     (tmp_path / "link").symlink_to(copy)
@@ -106,7 +106,7 @@ def test_options_reach_the_export(call, run, tmp_path):
 
 
 def test_a_warning_is_one_line_without_the_place_in_the_program(call, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "check_target", lambda *_, **__: warnings.warn("tiles are\nnot even", stacklevel=1))
+    monkeypatch.setattr(deepseek, "check_target", lambda *_, **__: warnings.warn("tiles are\nnot even", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         status, _, err = call("convert", run, tmp_path / "out")

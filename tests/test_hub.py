@@ -12,7 +12,7 @@ from made_run import write_run
 from bessemer.config.recipe import Recipe
 from bessemer.data import chat
 from bessemer.errors import UserError
-from bessemer.hf import hub, remote
+from bessemer.hf import deepseek, remote
 from bessemer.model.transformer import Scorer
 from bessemer.report import facts
 from bessemer.report.model_card import _corpora, _data, model_card
@@ -58,7 +58,7 @@ def test_a_model_goes_up_and_comes_down_the_same(call, run, server, tmp_path):
     status, out, _ = call("pull", "own/name", tmp_path / "down", "--json")
     assert status == 0 and json.loads(out) == {"directory": str(tmp_path / "down"), "commit": server.head}
     assert (tmp_path / "down" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-    assert hub.load(tmp_path / "down").cfg == hub.load(model).cfg
+    assert deepseek.load(tmp_path / "down").cfg == deepseek.load(model).cfg
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".down")]
     status, _, err = call("pull", "own/name", tmp_path / "down")
     assert status == 2 and "down exists already" in err
@@ -117,7 +117,7 @@ def test_a_second_copy_of_the_weights_is_not_downloaded(call, run, server, tmp_p
     )
     assert call("pull", "own/name", tmp_path / "down")[0] == 0
     assert not list((tmp_path / "down").glob("consolidated*"))
-    hub.load(tmp_path / "down")
+    deepseek.load(tmp_path / "down")
 
 
 def test_the_owners_card_stays(call, run, server):
@@ -226,7 +226,7 @@ def test_a_model_beside_a_run_or_of_an_unfinished_stage_is_not_the_runs(run, tmp
 
 
 def test_the_card_of_a_reward_model_does_not_offer_to_chat_with_it(run, tmp_path):
-    hub.save(Scorer(hub.read_config(run / "01-zero" / "model")), tmp_path, tokenizer_dir=run / "tokenizer")
+    deepseek.save(Scorer(deepseek.read_config(run / "01-zero" / "model")), tmp_path, tokenizer_dir=run / "tokenizer")
     card = model_card(tmp_path, "own/name", None)
     assert '\npipeline_tag: "text-classification"\n' in card and "It is a reward model" in card
     assert "\n```\nbessemer pull own/name model\n```\n" in card and "vllm" not in card and "ollama" not in card

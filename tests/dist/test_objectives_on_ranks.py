@@ -20,7 +20,7 @@ from bessemer.dist import zero1
 from bessemer.dist.mesh import Layout, Mesh
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.ranks import Ranks
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline.on_ranks import OnRanks
 from bessemer.rl import rollout
@@ -96,7 +96,7 @@ class Rewards(Run):
     def __init__(self, kind, base, folder, schedule=None, layout=None):
         rows_of, objective = KINDS[kind]
         if layout is None:
-            network = Scorer.of(hub.load(base / "student"), SEED)
+            network = Scorer.of(deepseek.load(base / "student"), SEED)
         else:
             mesh, cpu = Mesh(layout, CFG.model_copy(update={"n_mtp": 0})), torch.device("cpu")
             network = ModelShard.read(base / "student", mesh, schedule, cpu, kind=Scorer, new_head=SEED, mtp=False)
@@ -115,7 +115,7 @@ class Distilled(Run):
     """With three teachers."""
 
     def __init__(self, kind, base, folder, schedule=None, layout=None):
-        network = self.placed(hub.load(base / "student"), schedule, layout)
+        network = self.placed(deepseek.load(base / "student"), schedule, layout)
         self.teachers = self.runtime.frozen({name: base / name for name in TEACHERS}, network)
         super().__init__(network, OnPolicyDistillation(self.teachers.networks, "reverse", 0.9), None, folder)
 
@@ -205,7 +205,7 @@ def test_steps_are_those_of_one_process(base, alone, tmp_path, judged, schedule,
             assert whole == (["shallow", "llama"] if schedule == "zbv" else ["llama"]) * (kind == "distilled")
     for kind in kinds:
         stored, mine, again = (
-            hub.load(path / f"{kind}-{name}", kind=Scorer if kind in KINDS else Transformer).state_dict()
+            deepseek.load(path / f"{kind}-{name}", kind=Scorer if kind in KINDS else Transformer).state_dict()
             for path, name in ((home, "model"), (tmp_path, "model"), (tmp_path, "again"))
         )
         assert all(torch.equal(mine[name], value) for name, value in again.items())

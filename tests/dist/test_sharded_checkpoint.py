@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bessemer.dist import sharded_checkpoint, zero1
 from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint, checkpoint_files
@@ -99,11 +99,11 @@ def test_a_model_directory_out_of_a_checkpoint(tmp_path, dtype):
         if wanted is None:
             with trainer.optimizer.averaged():
                 wanted = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        state = hub.load(tmp_path / folder).state_dict()
+        state = deepseek.load(tmp_path / folder).state_dict()
         assert all(
             torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in wanted.items()
         )
-    assert not torch.equal(hub.load(tmp_path / "ema").head.weight, hub.load(tmp_path / "model").head.weight)
+    assert not torch.equal(deepseek.load(tmp_path / "ema").head.weight, deepseek.load(tmp_path / "model").head.weight)
 
 
 def test_masters_that_a_dtype_cannot_hold_are_named(tmp_path):

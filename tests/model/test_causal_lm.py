@@ -1,6 +1,7 @@
 """Models of other architectures through our interface, against transformers itself.
 
-Bound 1e-5 on |difference| / |expected|, as in test_hub_parity: float32 rounds at 6e-8, a wrong mask gives over 0.1.
+Bound 1e-5 on |difference| / |expected|, as in test_deepseek_parity: float32 rounds at 6e-8, a wrong mask
+gives over 0.1.
 """
 
 import json

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 
 
@@ -44,7 +44,7 @@ def test_torch_reads_what_is_written_and_it_comes_back_the_same(call, model, tmp
     assert same(weights(tmp_path / "back"), wanted)
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(path.name for path in model.iterdir())
     assert call("convert", tmp_path / "dcp", tmp_path / "half", "--dtype", "bfloat16", "--no-mtp")[0] == 0
-    assert hub.load(tmp_path / "half").cfg.n_mtp == 0
+    assert deepseek.load(tmp_path / "half").cfg.n_mtp == 0
 
 
 def test_the_source_s_own_ids_and_exact_routing_biases_are_written(call, tmp_path):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from bessemer.block_fp8 import dequantise_blocks, quantise_blocks
 from bessemer.data import chat, tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import gguf_file, hf_tokenizer, hub
+from bessemer.hf import deepseek, gguf_file, hf_tokenizer
 from bessemer.hf.causal_lm import CausalLM
 from bessemer.model.transformer import Scorer
 
@@ -108,7 +108,7 @@ def test_every_tensor_is_that_of_the_source(source, tmp_path, changes, dtype):
     directory, file = source(**changes), tmp_path / "out.gguf"
     gguf_file.write(directory, file, dtype)
     tensors, facts = read(file)
-    stored, cfg = load_file(directory / "model.safetensors"), hub.read_config(directory)
+    stored, cfg = load_file(directory / "model.safetensors"), deepseek.read_config(directory)
     same(tensors, expected(stored, cfg, torch.float32 if dtype is None else getattr(torch, dtype)))
     assert facts["general.file_type"] == {None: 0, "float16": 1, "bfloat16": 32}[dtype]
     assert ("output.weight" in tensors) != cfg.tie_embeddings
@@ -118,7 +118,7 @@ def test_the_default_dtype_is_the_stored_one(source, tmp_path):
     directory, file = source(dtype="bfloat16"), tmp_path / "out.gguf"
     gguf_file.write(directory, file)
     stored = load_file(directory / "model.safetensors")
-    same(read(file)[0], expected(stored, hub.read_config(directory), torch.bfloat16))
+    same(read(file)[0], expected(stored, deepseek.read_config(directory), torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -132,7 +132,7 @@ def test_block_fp8_is_written_as_what_it_stands_for(source, tmp_path, dtype):
             exact[key] = dequantise_blocks(stored[key], stored[key + "_scale_inv"], dtype=torch.float32)
     save_file(stored, directory / "model.safetensors")
     gguf_file.write(directory, file, dtype)
-    same(read(file)[0], expected(exact, hub.read_config(directory), torch.float32 if dtype else torch.bfloat16))
+    same(read(file)[0], expected(exact, deepseek.read_config(directory), torch.float32 if dtype else torch.bfloat16))
 
 
 def test_the_shape_and_the_rules(source, tmp_path):
@@ -372,7 +372,7 @@ MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bessemer.hf import gguf_file, hub
+from bessemer.hf import gguf_file, deepseek
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.config import preset
@@ -385,7 +385,7 @@ def memory(which):
 root = Path(sys.argv[1])
 cfg = preset("tiny", vocab_size=512, dim=256, n_layers=5, moe_inter_dim=256, n_routed_experts=32, n_mtp=0)
 plan = [TensorSpec(slot.key, torch.bfloat16, slot.shape) for slot in slots(cfg)]
-hub.write_config(cfg, root)
+deepseek.write_config(cfg, root)
 write_tensors(root, plan, (torch.randn(slot.shape) for slot in slots(cfg)), 4e6)
 start = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the high-water mark of the imports

@@ -5,7 +5,7 @@ import torch
 from model_cases import V2, random_model, relative, tiny, tokens
 from naive_network import Naive
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.layer import Layer
 
 S, T = 3, 7
@@ -111,7 +111,7 @@ def test_the_network_takes_a_choice_for_every_sparse_layer(tmp_path):
     model, ids = random_model(cfg), tokens(cfg)
     sparse = cfg.n_layers - cfg.n_dense_layers
     choice = random_choice(cfg, (*ids.shape, sparse))
-    hub.save(model, tmp_path)
+    deepseek.save(model, tmp_path)
     naive = Told(tmp_path, cfg)
     with torch.no_grad():
         found = model.train_outputs(ids, mtp=False, choice_BTLK=choice).hidden_BTD

@@ -8,7 +8,7 @@ from naive_network import Naive
 from bessemer.data.tokenizer import SMALLEST, Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf import gguf_file, hub, mapping
+from bessemer.hf import deepseek, gguf_file, mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
@@ -100,8 +100,8 @@ def test_cache_of_the_claims():
 def test_a_directory_is_read_back_and_no_other_program_takes_it(cfg, tmp_path):
     model, ids = random_model(cfg), tokens(cfg)
     model.save(tmp_path)
-    assert hub.read_config(tmp_path) == cfg
-    assert torch.equal(hub.load(tmp_path)(ids), model(ids))
+    assert deepseek.read_config(tmp_path) == cfg
+    assert torch.equal(deepseek.load(tmp_path)(ids), model(ids))
     values = mapping.to_hf(cfg, torch.float32)
     assert values["model_type"] == "bessemer" and values["architectures"] == ["BessemerForCausalLM"]
     with pytest.raises(UserError, match="not valid for deepseek_v3"):

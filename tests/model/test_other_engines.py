@@ -18,7 +18,7 @@ from bessemer.data import chat
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.hf import gguf_file, hub
+from bessemer.hf import deepseek, gguf_file
 from bessemer.model.config import PRESETS, preset
 
 hf_logging.disable_progress_bar()
@@ -163,7 +163,7 @@ def test_what_vllm_and_sglang_read_from_the_configs(saved):
     assert "auto_map" not in raw and "head_dim" not in raw
     generation = json.loads((directory / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
-    assert model.cfg == hub.read_config(directory).model_copy(update={"n_mtp": 1})
+    assert model.cfg == deepseek.read_config(directory).model_copy(update={"n_mtp": 1})
 
 
 def test_uncompressed_queries_and_yarn_are_spelled_as_engines_test_for_them(saved):

@@ -1,6 +1,6 @@
 """The reward model's network: on disk a plain DeepseekV3ForSequenceClassification, with transformers' scores.
 
-Bound 1e-5 as in test_hub_parity: float32 in a network of three layers.
+Bound 1e-5 as in test_deepseek_parity: float32 in a network of three layers.
 """
 
 import json
@@ -13,7 +13,7 @@ from transformers import DeepseekV2ForSequenceClassification, DeepseekV3ForSeque
 from transformers.utils import logging as hf_logging
 
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer
 
 hf_logging.disable_progress_bar()
@@ -66,7 +66,7 @@ def test_what_transformers_writes_is_read(tmp_path):
     network = scorer()
     network.save(tmp_path / "ours")
     DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "ours", **EAGER).save_pretrained(tmp_path / "theirs")
-    again = hub.load(tmp_path / "theirs", kind=Scorer).eval()
+    again = deepseek.load(tmp_path / "theirs", kind=Scorer).eval()
     ids = tokens(CFG)
     assert relative(last(again, ids, (20, 20)), last(network, ids, (20, 20))) < 1e-6
 
@@ -74,7 +74,7 @@ def test_what_transformers_writes_is_read(tmp_path):
 def test_it_comes_back_bit_by_bit_with_strict_keys(tmp_path):
     network = scorer()
     network.save(tmp_path)
-    again = hub.load(tmp_path, kind=Scorer).state_dict()
+    again = deepseek.load(tmp_path, kind=Scorer).state_dict()
     assert again.keys() == network.state_dict().keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
@@ -84,18 +84,18 @@ def test_it_comes_back_bit_by_bit_with_strict_keys(tmp_path):
     whole = load_file(file)
     save_file({key: tensor for key, tensor in whole.items() if key != "score.weight"}, file)
     with pytest.raises(UserError, match=r"score\.weight is missing"):
-        hub.load(tmp_path, kind=Scorer)
+        deepseek.load(tmp_path, kind=Scorer)
     save_file(whole | {"lm_head.weight": torch.zeros(96, 32)}, file)
     with pytest.raises(UserError, match=r"lm_head\.weight has no place"):
-        hub.load(tmp_path, kind=Scorer)
+        deepseek.load(tmp_path, kind=Scorer)
 
 
 def test_neither_kind_is_taken_for_the_other(tmp_path):
     scorer().save(tmp_path / "reward")
     random_model(CFG).save(tmp_path / "language")
     with pytest.raises(UserError, match="holds a reward model, but a language model is needed"):
-        hub.load(tmp_path / "reward")
+        deepseek.load(tmp_path / "reward")
     with pytest.raises(UserError, match="holds a language model, but a reward model is needed"):
-        hub.load(tmp_path / "language", kind=Scorer)
+        deepseek.load(tmp_path / "language", kind=Scorer)
     with pytest.raises(UserError, match="holds a reward model"):
-        hub.convert(tmp_path / "reward", tmp_path / "other")
+        deepseek.convert(tmp_path / "reward", tmp_path / "other")

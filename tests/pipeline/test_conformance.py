@@ -7,7 +7,7 @@ import pytest
 
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.pipeline import conformance
 from bessemer.pipeline.conformance import ITEMS, rows
@@ -122,7 +122,7 @@ def test_an_imported_model_s_items_come_from_its_config(tmp_path):
         return {row["item"]: (row["state"], row["here"]) for row in rows(Recipe.parse(text))}
 
     (tmp_path / "v3").mkdir()
-    hub.write_config(preset("tiny", n_heads=2), tmp_path / "v3")
+    deepseek.write_config(preset("tiny", n_heads=2), tmp_path / "v3")
     assert items(tmp_path / "v3")["Multi-head latent attention"] == (SCALED, "latent 64 + 16, 2 heads")
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')

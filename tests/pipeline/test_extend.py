@@ -15,7 +15,7 @@ import torch
 
 import bessemer
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.report import card
 from bessemer.tasks.needle import Needle
 from bessemer.train import setup
@@ -107,7 +107,9 @@ def lines(out, stage):
 
 
 def test_positions_change_where_the_recipe_says_and_nowhere_else(base):
-    plain, first, second = (hub.read_config(out_of(base, name) / "model") for name in ("pretrain", "to-128", "to-256"))
+    plain, first, second = (
+        deepseek.read_config(out_of(base, name) / "model") for name in ("pretrain", "to-128", "to-256")
+    )
     assert (plain.rope_factor, plain.max_seq_len, plain.yarn) == (1.0, 192, False)
     assert (first.rope_factor, first.original_seq_len, first.max_seq_len) == (8.0, 64, 128)
     assert second == first.at_length({"max_seq_len": 256})
@@ -161,7 +163,7 @@ def test_two_ranks_come_to_the_same_curve(base, tmp_path):
         for place in (out, base / "one")
     )
     assert mine == pytest.approx(wanted, rel=2e-3)
-    assert hub.read_config(out / names[0] / "model") == hub.read_config(out_of(base, "to-128") / "model")
+    assert deepseek.read_config(out / names[0] / "model") == deepseek.read_config(out_of(base, "to-128") / "model")
 
 
 def test_the_evaluation_says_what_it_asked(base):
@@ -271,7 +273,7 @@ def test_rows_of_another_tokenizer_are_refused(base, tmp_path):
 def test_prompts_beyond_a_thousand_tokens_are_taken_in_and_continued(base):
     """Prefill and decode match the plain forward at lengths where attention stores no probabilities."""
     folder = out_of(base, "to-256") / "model"
-    model = hub.load(folder, context={"max_seq_len": 2048, "rope_factor": 40.0})
+    model = deepseek.load(folder, context={"max_seq_len": 2048, "rope_factor": 40.0})
     model.eval()
     from bessemer.data.tokenizer import Tokenizer
     from bessemer.engine.engine import Engine

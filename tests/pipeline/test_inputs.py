@@ -18,7 +18,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.data import documents, fingerprints
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.dcp import export
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -234,7 +234,7 @@ def test_a_flipped_bit_in_a_finished_model_is_told_when_it_is_loaded(own, monkey
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    for use in (bessemer.load, *(lambda src, to=to: to(src, own.folder / "copy") for to in (hub.convert, export))):
+    for use in (bessemer.load, *(lambda src, to=to: to(src, own.folder / "copy") for to in (deepseek.convert, export))):
         with pytest.raises(
             UserError, match=rf"{weights} is not what its stage wrote.*run the recipe again.*--no-verify"
         ):

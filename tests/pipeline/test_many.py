@@ -18,7 +18,7 @@ from stages_run import copy_without, run, write_recipe
 
 from bessemer import cli
 from bessemer.dist import watchdog
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 
 SHORT = ("--set", "pretrain.tokens=20K", "--set", "pretrain.sample_every=100K", "--set", "pretrain.save_seconds=0.2",
          "--set", "pretrain.ema_decay=0.9")  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_hung_rank_is_named_and_takes_nothing_with_it(base, out):
     assert "Traceback" not in said
     same_curve(losses(out), losses(base / "one"))
     for name in ("model", "model-ema"):
-        theirs, ours = (hub.load(root / "02-pretrain" / name).state_dict() for root in (out, base / "one"))
+        theirs, ours = (deepseek.load(root / "02-pretrain" / name).state_dict() for root in (out, base / "one"))
         assert all((theirs[n] - t).norm() <= 0.05 * t.norm() + 1e-3 for n, t in ours.items() if "bias_E" not in n), name
         assert {path.name for path in (out / "02-pretrain" / name).iterdir()} == {
             path.name for path in (base / "one" / "02-pretrain" / name).iterdir()
@@ -251,7 +251,7 @@ def consolidated(out, folder, call):
     for more in ((), ("--no-mtp",)):
         made = folder / "".join(["model", *more])  # convert never overwrites a model
         assert call("convert", last, made, *more)[0] == 0
-        wanted, found = (hub.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
+        wanted, found = (deepseek.load(path).state_dict() for path in (out / "02-pretrain" / "model", made))
         assert all(torch.equal(wanted[name], value) for name, value in found.items())
         assert any(name.startswith("mtp") for name in found) == (not more)
     assert (folder / "model" / "tokenizer.json").is_file()

@@ -13,7 +13,7 @@ from bessemer.config.recipe import Recipe
 from bessemer.data import chat, formats
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import find_kind
 from bessemer.pipeline.stages.reward import RewardModelling
@@ -221,7 +221,7 @@ def test_two_iterations_of_grpo(done, tmp_path, monkeypatch):
     results = stages_run.run(path, out)
 
     for reference, start in zip(references, ("02-pretrain", "05-policy-1"), strict=True):
-        own = hub.load(out / start / "model").state_dict()
+        own = deepseek.load(out / start / "model").state_dict()
         assert all(torch.equal(reference[name], value) for name, value in own.items())
     first, second = (load_file(out / name / "model" / "model.safetensors") for name in ("03-helpful", "06-helpful-2"))
     assert all(torch.allclose(first[name], value, atol=1e-6) for name, value in second.items()), "it goes on"

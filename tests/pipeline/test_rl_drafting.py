@@ -4,7 +4,7 @@ import pytest
 import rl_stage
 import torch
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 from bessemer.rl import drafting
 from bessemer.train import setup
@@ -30,7 +30,7 @@ def stages(base, tmp_path_factory):
 
 
 def weights(folder):
-    state = hub.load(folder / "model").state_dict()
+    state = deepseek.load(folder / "model").state_dict()
     parts = ({name: x for name, x in state.items() if name.startswith("mtp.") == mtp} for mtp in (True, False))
     return [*parts]
 
@@ -62,7 +62,7 @@ def test_their_loss_on_the_samples_and_the_loads_are_metrics(stages):
 
 def with_modules(base, folder, n):
     """The base with n MTP modules."""
-    cfg = hub.read_config(base / "model").model_copy(update={"n_mtp": n})
+    cfg = deepseek.read_config(base / "model").model_copy(update={"n_mtp": n})
     Transformer(cfg).initialise(3).save(folder / "model", tokenizer_dir=base / "tokenizer")
     return folder
 
@@ -78,6 +78,6 @@ def test_every_depth_is_measured(base, tmp_path, monkeypatch, kind):
 def test_training_modules_that_do_not_exist_is_reported(base, tmp_path):
     said = []
     settings = rl_stage.Stage(base, tmp_path / "run", "mtp=trained").recipe.stage("zero")
-    model = hub.load(with_modules(base, tmp_path / "none", 0) / "model")
+    model = deepseek.load(with_modules(base, tmp_path / "none", 0) / "model")
     assert drafting.prepare(model, settings, said.append) == 0.0
     assert any("warning" in line and "mtp" in line for line in said)

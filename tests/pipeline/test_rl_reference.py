@@ -7,7 +7,7 @@ import pytest
 import rl_stage
 import torch
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 from bessemer.train.trainer import Trainer
 
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 
 def logprobs(weights, base, batch):
     """log pi of every trained token at the stage's temperature, computed row by row in float64."""
-    model = Transformer(hub.load(base / "model").cfg).eval()
+    model = Transformer(deepseek.load(base / "model").cfg).eval()
     model.load_state_dict(weights)
     found = []
     for tokens, weight in zip(batch.tokens_BT, batch.loss_BT, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import rl_stage
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.hf import hub  # noqa: F401 (it writes models)
+from bessemer.hf import deepseek  # noqa: F401 (it writes models)
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.plan import stage_memory

@@ -14,7 +14,7 @@ from bessemer.dist.schedules import schedule
 from bessemer.dist.table import Pair
 from bessemer.dist.timeline import Costs, simulate
 from bessemer.errors import UserError
-from bessemer.hf.hub import write_config
+from bessemer.hf.deepseek import write_config
 from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.plan import dry_run, layer_time, plan_config, training_setup

@@ -13,7 +13,7 @@ from typing import Any
 
 from bessemer.data.chat import ADDED, THINK_END
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.runs.directory import write_done
@@ -72,7 +72,7 @@ def make_run(root: Path) -> Path:
         folder = root / f"{number:02}-{style}"
         tokenizer = Tokenizer.train(TEXTS, 320, chat_style=style)
         model = Transformer(preset("tiny", vocab_size=tokenizer.vocab_size, **shape)).initialise(number)
-        hub.save(model, folder / "model")
+        deepseek.save(model, folder / "model")
         tokenizer.save(folder / "model")
         write_done(folder, {"fingerprint": "", "inputs": {}}, {}, 1.0)
     (root / "03-eval").mkdir()

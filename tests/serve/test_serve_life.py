@@ -20,7 +20,7 @@ from serving import error_of, in_thread, running
 
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
-from bessemer.hf.hub import convert
+from bessemer.hf.deepseek import convert
 from bessemer.runs.directory import model_dir
 from bessemer.serve import ServeConfig, service, worker
 from bessemer.serve.connections import Connection, ConnectionLimits

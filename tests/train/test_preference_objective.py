@@ -11,7 +11,7 @@ from transformers.utils import logging as hf_logging
 from trl import RewardTrainer
 
 from bessemer.data import preference_rows
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer
 from bessemer.train.objective import pairwise, pointwise
 from bessemer.train.trainer import Trainer
@@ -81,7 +81,7 @@ def test_pointwise_is_binary_cross_entropy(labels):
 def test_pairwise_agrees_with_trl(pairs, tmp_path):
     """Against TRL's own `compute_loss` on transformers' model of our directory; only the accelerator is stubbed."""
     model = network(n_limited_groups=1)  # K/M = 2 as in V3: transformers always scores a group by its top two experts
-    hub.save(model, tmp_path)
+    deepseek.save(model, tmp_path)
     theirs = DeepseekV3ForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", experts_implementation="eager"
     ).eval()

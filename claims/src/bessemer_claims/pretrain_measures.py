@@ -33,7 +33,7 @@ from bessemer.data.batch import Batch
 from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.eval import long_context
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stages.pretrain import experts_by_token
 from bessemer.tasks import Task, get
@@ -58,7 +58,7 @@ class Trained:
     def __init__(self, folder: Path, config: PretrainConfig) -> None:
         self.stages = {path.name.partition("-")[2]: path for path in folder.iterdir() if path.is_dir()}
         self.config = config
-        self.model: Transformer = hub.load(self.stages["pretrain"] / "model", torch.bfloat16, mtp=False).eval()
+        self.model: Transformer = deepseek.load(self.stages["pretrain"] / "model", torch.bfloat16, mtp=False).eval()
         self.tokenizer = Tokenizer.load(self.stages["corpus"] / "tokenizer")
         self.begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         by_token = config.routing == "token"

@@ -105,9 +105,9 @@ def convert(
         print(f"for Ollama: {modelfile.command(dst)}", file=sys.stderr)
         return
     if to is Format.dcp:
-        from bessemer.hf import dcp, hub
+        from bessemer.hf import dcp, deepseek
 
-        dcp.export(source, dst, hub.parse_dtype(target), mtp is not False)
+        dcp.export(source, dst, deepseek.parse_dtype(target), mtp is not False)
         print(dst)
         return
     how: dict[str, Any] = {
@@ -128,7 +128,7 @@ def convert(
 
         dcp.convert(source, dst, like, **how)
     else:
-        from bessemer.hf.hub import convert as rewrite
+        from bessemer.hf.deepseek import convert as rewrite
 
         rewrite(source, dst, **how)
     print(dst)

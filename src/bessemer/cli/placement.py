@@ -27,7 +27,7 @@ def placement(
 ) -> None:
     """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""
     from bessemer.engine import placement as placing
-    from bessemer.hf.hub import read_config
+    from bessemer.hf.deepseek import read_config
     from bessemer.runs.directory import model_dir
 
     if not task and not file:

@@ -28,7 +28,7 @@ from bessemer.dist import mesh, model_shard
 from bessemer.dist.collective import of_ranks
 from bessemer.dist.model_shard import ModelShard
 from bessemer.dist.ranks import Ranks
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.model_directory import is_own
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import TrainOutputs
@@ -85,7 +85,7 @@ def _placed(
 ) -> LanguageModel | ModelShard | None:
     """A frozen teacher, whole or this rank's part of it; None if another rank has it whole."""
     if not (unfit := _unfit(folder, student)):
-        cut = student.mesh.of(hub.read_config(folder).model_copy(update={"n_mtp": 0}))
+        cut = student.mesh.of(deepseek.read_config(folder).model_copy(update={"n_mtp": 0}))
         shard = ModelShard.read(folder, cut, student.schedule, student.device, mtp=False)
         shard.model.to_compute(setup.choose_precision("device").dtype).eval().requires_grad_(False)
         return shard
@@ -98,7 +98,7 @@ def _unfit(folder: Path, student: ModelShard) -> str | None:
     if not is_own(folder):
         return "its model is of another family"
     layout, slices = student.mesh.layout, len(student.place[0]) // student.mesh.layout.pp
-    return mesh.refusal(layout, mesh.headed(hub.read_config(folder)), layout.world, slices)
+    return mesh.refusal(layout, mesh.headed(deepseek.read_config(folder)), layout.world, slices)
 
 
 def _computes_loss(student: ModelShard) -> bool:

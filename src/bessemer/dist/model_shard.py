@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.model.config import ModelConfig
 from bessemer.model.gate import Gate
 from bessemer.model.moe import EXPERTS
@@ -86,7 +86,7 @@ class ModelShard:
         """`kind`: class of the network. `new_head`: seed for the head of a `Scorer` whose body is the directory's
         language model."""
         stored = kind if new_head is None else Transformer
-        checkpoint, cfg, layout = hub.open_directory(folder, mtp, stored, context)
+        checkpoint, cfg, layout = deepseek.open_directory(folder, mtp, stored, context)
         with torch.device("meta"):
             shard = cls(kind(cfg), mesh, schedule)
         parameters = shard._allocate(device, torch.float32)

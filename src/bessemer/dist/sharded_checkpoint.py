@@ -20,7 +20,7 @@ from torch import Tensor
 from bessemer.dist import groups
 from bessemer.dist.groups import Wanted
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import Slot
 from bessemer.hf.safetensors_reader import cast
 from bessemer.model.config import ModelConfig
@@ -115,13 +115,13 @@ def export(
 ) -> None:  # fmt: skip
     """Writes the float32 masters in a checkpoint of this class of `network`, or their moving average ("ema"), rounded
     to this compute dtype, as a Hugging Face directory, with one tensor in memory at a time. `options` as in
-    `hub.write`. Raises Damaged for a damaged file."""
+    `deepseek.write`. Raises Damaged for a damaged file."""
     _export(CheckpointReader(checkpoint), cfg, directory, kind, dtype, network, options)
 
 
 def of_checkpoint(checkpoint: Path, directory: Path, *, mtp: bool = True, **options: Any) -> None:
     """Exports the float32 masters of a checkpoint that stores its model config, as those of all stages do; `options` as
-    in `hub.write`. UserError if it is damaged or not of a language model."""
+    in `deepseek.write`. UserError if it is damaged or not of a language model."""
     try:
         reader = CheckpointReader(checkpoint)
         cfg = ModelConfig(**reader.config)
@@ -152,4 +152,4 @@ def _export(
         value = (value[index] if index else value).to(state[slot.name].dtype)
         return cast(value, stored_dtype, slot.key)
 
-    hub.write(cfg, read, lambda slot: state[slot.name].dtype, directory, kind=network, **options)
+    deepseek.write(cfg, read, lambda slot: state[slot.name].dtype, directory, kind=network, **options)

@@ -5,7 +5,7 @@ reward model, like `Scorer`.
 
 Invariants
 - No code that comes with a model is run: only architectures of the installed transformers, only safetensors.
-- Strict as `hub`: a missing, unknown or misshapen tensor is a UserError that names it; every save is read back.
+- Strict as `deepseek`: a missing, unknown or misshapen tensor is a UserError that names it; every save is read back.
 - Logits are `head_weight` times the hidden state, and packed samples do not see each other. Loading checks both on a
   few tokens and refuses a model that does more to its logits (a bias, a scale, a cap).
 - Dropout is always off: the trained policy must be the one that sampled.
@@ -33,7 +33,7 @@ from bessemer.data.chat import render_ids
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.mapping import LIMITS, longest_text
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
@@ -146,13 +146,13 @@ class CausalLM(LanguageModel):
     def save(
         self, directory: str | Path, *, tokenizer_dir: str | Path | None = None, files: dict[str, str] | None = None
     ) -> None:
-        with replacing(Path(directory), () if tokenizer_dir is None else hub.REPLACED) as fresh:
+        with replacing(Path(directory), () if tokenizer_dir is None else deepseek.REPLACED) as fresh:
             try:
                 self.inner.save_pretrained(fresh)
             except ValueError as error:  # generation settings that contradict each other
                 raise UserError(f"{directory}: transformers does not write this model: {_first_line(error)}") from None
             if tokenizer_dir is not None:
-                hub.copy_files(Path(tokenizer_dir), fresh, hub.TOKENIZER_FILES)
+                deepseek.copy_files(Path(tokenizer_dir), fresh, deepseek.TOKENIZER_FILES)
             for name, text in (files or {}).items():
                 (fresh / name).write_text(text, "utf-8")
             again = _read(fresh, next(self.parameters()).dtype, self.auto).state_dict()
@@ -224,12 +224,12 @@ def load(
     check_finished(directory)
     if (directory / ADAPTER_CONFIG).exists():
         raise UserError(f"{directory} holds an adapter besides the model; merge the two, or remove adapter_config.json")
-    hub.check_kind(values, kind.head is not None, directory)
+    deepseek.check_kind(values, kind.head is not None, directory)
     checkpoint = Checkpoint(directory)  # refuses pickles, and names what is damaged
     with _explained(directory):
         _check_counts(values, checkpoint)
         _check_memory(directory, checkpoint, kind.auto)
-        return checked(kind(_read(directory, hub.parse_dtype(dtype), kind.auto).to(device)), str(directory))
+        return checked(kind(_read(directory, deepseek.parse_dtype(dtype), kind.auto).to(device)), str(directory))
 
 
 @contextmanager

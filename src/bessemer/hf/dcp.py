@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_bytes
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
+from bessemer.hf.mapping import slots
 from bessemer.hf.replace import replacing, scratch
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.transformer import Transformer
@@ -100,11 +101,11 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bo
     """Writes a model directory as a DCP checkpoint, with FP8 dequantised. All tensors are in memory at once. Replaces
     whatever is at `target`."""
     check_finished(source)
-    checkpoint, cfg, layout = hub.open_directory(source, mtp, Transformer)
+    checkpoint, cfg, layout = deepseek.open_directory(source, mtp, Transformer)
     stored = [(slot, checkpoint.stored_dtype(slot.key)) for slot in layout if slot.key in checkpoint.entries]
-    tensors = {slot.key: checkpoint.read(slot.key, hub.target_dtype(slot, kind, dtype)) for slot, kind in stored}
-    with replacing(target, hub.REPLACED) as fresh:
-        hub.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(hub.EMBEDDING))
+    tensors = {slot.key: checkpoint.read(slot.key, deepseek.target_dtype(slot, kind, dtype)) for slot, kind in stored}
+    with replacing(target, deepseek.REPLACED) as fresh:
+        deepseek.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(deepseek.EMBEDDING))
         with _alone():
             dcp.save(tensors, storage_writer=FileSystemWriter(fresh, thread_count=1), no_dist=True)
 
@@ -133,24 +134,24 @@ def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
 
 def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) -> None:
     """Writes a DCP checkpoint as a model directory, with config and tokenizer from `like`, by default from `folder`
-    itself. `how`: as in `hub.convert`. Only the model's tensors are written, not for example the optimizer's."""
+    itself. `how`: as in `deepseek.convert`. Only the model's tensors are written, not for example the optimizer's."""
     metadata, beside = read_metadata(folder), like or folder
     if not (beside / "config.json").is_file():
         raise UserError(f"{beside} has no config.json; name a model directory of the same shape with --like")
-    cfg = hub.read_config(beside)
-    found = [name for name in metadata.state_dict_metadata if name.endswith(hub.EMBEDDING)]
+    cfg = deepseek.read_config(beside)
+    found = [name for name in metadata.state_dict_metadata if name.endswith(deepseek.EMBEDDING)]
     if len(found) != 1:
         raise UserError(
-            f"{folder} has {len(found) or 'no'} tensors called {hub.EMBEDDING}; its tensors need Hugging Face's "
+            f"{folder} has {len(found) or 'no'} tensors called {deepseek.EMBEDDING}; its tensors need Hugging Face's "
             f"names, but the first here are {', '.join(list(metadata.state_dict_metadata)[:3])}"
         )
-    prefix = found[0].removesuffix(hub.EMBEDDING)
-    wanted = {prefix + slot.key: slot.key for slot in hub.slots(cfg)}
+    prefix = found[0].removesuffix(deepseek.EMBEDDING)
+    wanted = {prefix + slot.key: slot.key for slot in slots(cfg)}
     records = {name: record for name, record in metadata.state_dict_metadata.items() if name in wanted}
     tensors_only = {name: one for name, one in records.items() if isinstance(one, TensorStorageMetadata)}
     metadata.state_dict_metadata = dict(tensors_only)
     plan = [TensorSpec(wanted[name], one.properties.dtype, tuple(one.size)) for name, one in tensors_only.items()]
     with scratch(target) as plain:
-        write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), hub.SHARD_BYTES)
-        hub.copy_files(beside, plain, ["config.json", *hub.companions(beside)])
-        hub.convert(plain, target, **how)
+        write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), deepseek.SHARD_BYTES)
+        deepseek.copy_files(beside, plain, ["config.json", *deepseek.companions(beside)])
+        deepseek.convert(plain, target, **how)

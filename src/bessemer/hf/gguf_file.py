@@ -35,7 +35,7 @@ from torch import Tensor
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.causal_lm import CausalLM, checked, transformers_library
 from bessemer.hf.hf_tokenizer import check_pretokenizer
 from bessemer.hf.mapping import FAMILIES, Slot
@@ -108,7 +108,7 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
     mixed). Raises UserError for anything that llama.cpp would load differently or not at all."""
     directory, file = Path(directory), Path(file)
     check_target(directory, file, force=True)
-    chosen = hub.parse_dtype(dtype)
+    chosen = deepseek.parse_dtype(dtype)
     family = read_object(directory / "config.json").get("model_type")
     if str(family) not in FAMILIES:
         raise UserError(
@@ -116,11 +116,11 @@ def write(directory: str | Path, file: str | Path, dtype: str | torch.dtype | No
             "convert it with llama.cpp's convert_hf_to_gguf.py"
         )
     check_finished(directory)
-    checkpoint, cfg, layout = hub.open_directory(directory, False, Transformer)
+    checkpoint, cfg, layout = deepseek.open_directory(directory, False, Transformer)
     check_network(cfg, str(directory))
     for slot in layout:
         if slot.copy and slot.key in checkpoint.entries:
-            hub.compare_copy(checkpoint, slot, checkpoint.read(hub.EMBEDDING))
+            deepseek.compare_copy(checkpoint, slot, checkpoint.read(deepseek.EMBEDDING))
     chosen = chosen or _widest(checkpoint, layout)
     with damage_named(directory):
         facts = general_facts(directory, chosen) | network_facts(cfg) | tokenizer_facts(directory, cfg.vocab_size)
@@ -353,7 +353,7 @@ def tokenizer_facts(directory: Path, rows: int) -> dict[str, Any]:
         "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]],
         "add_bos_token": bool(config.get("add_bos_token")),
         "add_eos_token": bool(config.get("add_eos_token")),
-        **{theirs: hub.token_id_of(directory, ours) for ours, theirs in ENDS.items()},
+        **{theirs: deepseek.token_id_of(directory, ours) for ours, theirs in ENDS.items()},
     }
     facts = {f"tokenizer.ggml.{key}": value for key, value in facts.items()}
     return facts | ({"tokenizer.chat_template": template} if isinstance(template, str) and template else {})

@@ -1,6 +1,6 @@
 """Opens a model directory of any family: its network or its reward model, and adapters on it.
 
-The format of DeepSeek-V2 and V3 is our own, and `hub` reads it. A `Family` of an add-on reads each other one.
+The format of DeepSeek-V2 and V3 is our own, and `deepseek` reads it. A `Family` of an add-on reads each other one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from bessemer.config.training import LoRAConfig
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.families import architecture_of, family
 from bessemer.hf.mapping import FAMILIES
 from bessemer.model.config import ModelConfig
@@ -26,18 +26,18 @@ def is_own(directory: str | Path) -> bool:
 
 def own_config(directory: str | Path) -> ModelConfig | None:
     """The config of a network of our own family; None for any other."""
-    return hub.read_config(directory) if is_own(directory) else None
+    return deepseek.read_config(directory) if is_own(directory) else None
 
 
 def load(
     directory: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", mtp: bool = True
 ) -> LanguageModel:
-    """The network of a directory. dtype and mtp as in `hub.load`."""
+    """The network of a directory. dtype and mtp as in `deepseek.load`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name the folder that holds config.json")
     if is_own(directory):
-        return hub.load(directory, dtype, device, mtp)
+        return deepseek.load(directory, dtype, device, mtp)
     return family(architecture_of(directory)).load(directory, dtype, device)
 
 
@@ -47,7 +47,7 @@ def load_scorer(
     """The reward model of a directory."""
     directory = Path(directory)
     if not directory.is_dir() or is_own(directory):
-        return hub.load(directory, dtype=dtype, device=device, kind=Scorer)
+        return deepseek.load(directory, dtype=dtype, device=device, kind=Scorer)
     return family(architecture_of(directory)).load_scorer(directory, dtype, device)
 
 

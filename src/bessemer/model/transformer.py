@@ -225,9 +225,9 @@ class Transformer(LanguageModel):
         return Scorer.of(self, seed)
 
     def save(self, directory: str | Path, **options: Any) -> None:
-        """Writes a Hugging Face model directory; options as for `bessemer.hf.hub.save`. That module is found by name
-        when it is needed, because the network itself knows nothing about file formats."""
-        import_module("bessemer.hf.hub").save(self, directory, **options)
+        """Writes a Hugging Face model directory; options as for `bessemer.hf.deepseek.save`. That module is found by
+        name when it is needed, because the network itself knows nothing about file formats."""
+        import_module("bessemer.hf.deepseek").save(self, directory, **options)
 
 
 def mtp_states(

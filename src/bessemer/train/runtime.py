@@ -141,8 +141,8 @@ class Runtime(Protocol):
     def read(
         self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
     ) -> tuple[LanguageModel, Tokenizer]:
-        """(network, tokenizer) of a model directory. `context`: as in `hub.open_directory`. `split_rows` False: rows
-        may have any length, so they are not divided over processes. `mtp` False leaves out the MTP modules."""
+        """(network, tokenizer) of a model directory. `context`: as in `deepseek.open_directory`. `split_rows` False:
+        rows may have any length, so they are not divided over processes. `mtp` False leaves out the MTP modules."""
         ...
 
     def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:

@@ -15,7 +15,7 @@ from bessemer.config.table import Precision
 from bessemer.config.training import OptimizerConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import hub, model_directory
+from bessemer.hf import deepseek, model_directory
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import is_own, load
 from bessemer.model import ops
@@ -150,11 +150,11 @@ def load_model(
     directory: Path, context: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32, mtp: bool = True
 ) -> tuple[LanguageModel, Tokenizer]:
     """Loads a model directory, ours or any Hugging Face causal LM, onto this machine's device; float32 is for training.
-    `context`, only for ours, is as in `hub.open_directory`; `mtp` false leaves out the MTP modules."""
+    `context`, only for ours, is as in `deepseek.open_directory`; `mtp` false leaves out the MTP modules."""
     if not directory.is_dir():
         raise UserError(f"no model directory at {directory}")
     if context and is_own(directory):
-        return hub.load(directory, dtype, device(), mtp, context=context), load_tokenizer(directory)
+        return deepseek.load(directory, dtype, device(), mtp, context=context), load_tokenizer(directory)
     if context:
         raise UserError(f"{directory} is not of the DeepSeek V3 family; its context cannot be changed here")
     return load(directory, dtype=dtype, device=device(), mtp=mtp), load_tokenizer(directory)

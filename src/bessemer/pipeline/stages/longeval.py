@@ -21,7 +21,7 @@ from bessemer.data.rows import Rows, open_rows
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import long_context, tables
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.training_inputs import check_heldout
@@ -111,7 +111,7 @@ class LongEval(Stage[LongEvalConfig]):
         longest length."""
         context: dict[str, Any] = {}
         if added == SWITCHED:
-            last = hub.read_config(ctx.inputs[config.models[-1]] / "model")
+            last = deepseek.read_config(ctx.inputs[config.models[-1]] / "model")
             context = {key: getattr(last, key) for key in ("rope_factor", "original_seq_len")}
         context["max_seq_len"] = max(*config.lengths, _corpus("", config.corpus, ctx.recipe).row_length)
         return Engine(*setup.load_to_sample(ctx.inputs[model] / "model", ctx.say_once, context), setup.workers())

@@ -13,7 +13,7 @@ from transformers import DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def mtp_logits(model, tokens_BT):
 def test_network_and_mtp_equal_the_naive_equations(changes, tmp_path):
     cfg = tiny(**changes)
     random_model(cfg).save(tmp_path)
-    model = hub.load(tmp_path).eval()
+    model = deepseek.load(tmp_path).eval()
     ids = tokens(cfg, rows=1, length=10)
     naive = Naive(tmp_path, cfg)
     _, wanted = naive.main(ids[0])
@@ -39,7 +39,7 @@ def test_network_and_mtp_equal_the_naive_equations(changes, tmp_path):
 def test_mtp_equals_transformers(tmp_path):
     cfg = tiny(n_mtp=1)
     random_model(cfg).save(tmp_path)
-    ours = hub.load(tmp_path).eval()
+    ours = deepseek.load(tmp_path).eval()
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3.*"]  # its list has only DeepSeek-V3's own index, 61
     module = MtpModel.from_pretrained(theirs).eval()
@@ -60,7 +60,7 @@ def test_dropping_mtp_leaves_the_main_model_alone(tmp_path):
     model.save(tmp_path / "with")
     model.save(tmp_path / "without", mtp=False)
     ids = tokens(cfg)
-    for found in (hub.load(tmp_path / "with", mtp=False), hub.load(tmp_path / "without")):
+    for found in (deepseek.load(tmp_path / "with", mtp=False), deepseek.load(tmp_path / "without")):
         assert found.cfg == cfg.model_copy(update={"n_mtp": 0}) and len(found.mtp) == 0
         with torch.no_grad():
             assert torch.equal(found.eval()(ids), model(ids))
@@ -70,6 +70,6 @@ def test_announced_but_absent_mtp_is_stated(tmp_path):
     """transformers itself writes num_nextn_predict_layers 1 without such a layer."""
     cfg = tiny()
     random_model(cfg).save(tmp_path, mtp=False)
-    hub.write_config(cfg, tmp_path)
+    deepseek.write_config(cfg, tmp_path)
     with pytest.warns(UserWarning, match="declares 1 MTP layers but has none"):
-        assert hub.load(tmp_path).cfg.n_mtp == 0
+        assert deepseek.load(tmp_path).cfg.n_mtp == 0

@@ -22,7 +22,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from bessemer.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
-from bessemer.hf import hub, safetensors_writer
+from bessemer.hf import deepseek, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Scorer
@@ -147,7 +147,7 @@ def test_powers_of_two(written):
 def test_torch_reads_the_same_matrices(written):
     """torch.distributed.checkpoint knows this layout and shares no code with ours."""
     directory = written[1]
-    ours = hub.load(directory, dtype=torch.float32).state_dict()
+    ours = deepseek.load(directory, dtype=torch.float32).state_dict()
     theirs = {slot.key: torch.full(slot.shape, torch.nan) for slot in slots(CFG)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about running without a process group
@@ -158,7 +158,7 @@ def test_torch_reads_the_same_matrices(written):
 
 @pytest.mark.parametrize("scales", SCALES)
 def test_transformers_computes_the_same_logits(scales, tmp_path):
-    """On a CPU, transformers dequantises. 1e-5: float32, as in test_hub_parity."""
+    """On a CPU, transformers dequantises. 1e-5: float32, as in test_deepseek_parity."""
     random_model(EVEN).save(tmp_path, fp8=scales)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # for example about shapes that transformers would misread
@@ -168,7 +168,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
         experts_implementation="eager",
     )  # fmt: skip
     assert not any(info.values()), info
-    ours, ids = hub.load(tmp_path, dtype=torch.float32).eval(), tokens(EVEN)
+    ours, ids = deepseek.load(tmp_path, dtype=torch.float32).eval(), tokens(EVEN)
     with torch.no_grad():
         assert relative(theirs.eval()(ids).logits, ours(ids)) < 1e-5
 
@@ -187,7 +187,7 @@ def test_the_loss_is_that_of_e4m3(scales, tmp_path):
     cfg = preset("tiny", n_activated_experts=16, n_limited_groups=4)
     source = random_model(cfg)
     source.save(tmp_path, fp8=scales)
-    export = hub.load(tmp_path, dtype=torch.float32).eval()
+    export = deepseek.load(tmp_path, dtype=torch.float32).eval()
     before, after = source.state_dict(), export.state_dict()
     errors = {slot.key: relative(slot.of(after), slot.of(before)) for slot in slots(cfg) if slot.fp8}
     assert min(errors.values()) > 0.024 and max(errors.values()) < 0.03, errors
@@ -208,15 +208,15 @@ def test_the_size(model, written, tmp_path):
 def test_save_and_convert_write_the_same(model, written, tmp_path):
     scales, directory = written
     model.save(tmp_path / "plain")
-    hub.convert(tmp_path / "plain", tmp_path / "fp8", fp8=scales)
+    deepseek.convert(tmp_path / "plain", tmp_path / "fp8", fp8=scales)
     assert same_bytes(tmp_path / "fp8", directory)
 
 
 def test_again_changes_nothing(written, tmp_path):
     """FP8 to FP8 keeps every byte; scales that are powers of two are valid float32 scales."""
     scales, directory = written
-    hub.convert(directory, tmp_path / "a", fp8=scales)
-    hub.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    deepseek.convert(directory, tmp_path / "a", fp8=scales)
+    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert same_bytes(tmp_path / "a", directory) and same_bytes(tmp_path / "b", directory)
 
 
@@ -229,16 +229,16 @@ def test_scales_that_rounding_again_would_change_are_kept(model, tmp_path):
         awkward = torch.nextafter(awkward, torch.tensor(2.0))
     tensors[KV_A + "_scale_inv"] = awkward
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    hub.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 def test_float32_scales_become_powers_of_two(model, tmp_path):
     """From FP8 with float32 scales: rounded again, so within half a step of the result of the first rounding."""
     model.save(tmp_path / "a", fp8="float32")
-    hub.convert(tmp_path / "a", tmp_path / "b", fp8="ue8m0")
-    hub.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
-    hub.convert(tmp_path / "plain", tmp_path / "c", fp8="ue8m0")
+    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="ue8m0")
+    deepseek.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
+    deepseek.convert(tmp_path / "plain", tmp_path / "c", fp8="ue8m0")
     assert same_bytes(tmp_path / "b", tmp_path / "c") and not same_bytes(tmp_path / "a", tmp_path / "b")
 
 
@@ -249,7 +249,7 @@ def test_scales_of_one_byte_become_float32_ones(model, tmp_path):
     tensors |= {key: t.to(torch.float8_e8m0fnu) for key, t in tensors.items() if key.endswith("_scale_inv")}
     save_file(tensors, tmp_path / "b" / "model.safetensors")
     assert not same_bytes(tmp_path / "a", tmp_path / "b")
-    hub.convert(tmp_path / "b", tmp_path / "c", fp8="ue8m0")
+    deepseek.convert(tmp_path / "b", tmp_path / "c", fp8="ue8m0")
     assert same_bytes(tmp_path / "a", tmp_path / "c")
 
 
@@ -263,10 +263,10 @@ def test_tiles_of_another_size_are_cut_anew(model, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    hub.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert stored(tmp_path / "a")[KV_A + "_scale_inv"].shape == (3, 3)
     assert stored(tmp_path / "b")[KV_A + "_scale_inv"].shape == (2, 2)
-    a, b = (hub.load(tmp_path / name, dtype="float32").state_dict() for name in "ab")
+    a, b = (deepseek.load(tmp_path / name, dtype="float32").state_dict() for name in "ab")
     assert 0 < max(relative(slot.of(b), slot.of(a)) for slot in slots(CFG)) < 0.03
 
 
@@ -276,8 +276,8 @@ def test_by_way_of_bfloat16(written, tmp_path):
     scales, directory = written
     trips = [directory]
     for n in range(2):
-        hub.convert(trips[-1], tmp_path / f"plain-{n}")
-        hub.convert(tmp_path / f"plain-{n}", tmp_path / f"fp8-{n}", fp8=scales)
+        deepseek.convert(trips[-1], tmp_path / f"plain-{n}")
+        deepseek.convert(tmp_path / f"plain-{n}", tmp_path / f"fp8-{n}", fp8=scales)
         trips.append(tmp_path / f"fp8-{n}")
     once, twice, thrice = map(stored, trips)
     for key in (slot.key for slot in slots(CFG) if slot.fp8):
@@ -287,7 +287,7 @@ def test_by_way_of_bfloat16(written, tmp_path):
         assert torch.equal(b.view(torch.uint8), thrice[key].view(torch.uint8))
     assert same_bytes(trips[1], trips[2])
     if scales == "ue8m0":
-        one, two = (hub.load(trip, dtype="float32").state_dict() for trip in trips[:2])
+        one, two = (deepseek.load(trip, dtype="float32").state_dict() for trip in trips[:2])
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -298,7 +298,7 @@ def test_without_mtp_tied_and_in_another_dtype(tmp_path):
     assert not any(key.startswith("model.layers.3.") for key in found) and "lm_head.weight" not in found
     assert found["model.embed_tokens.weight"].dtype == torch.float32
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == "float32"
-    assert torch.equal(hub.load(tmp_path / "a").embed.weight, source.embed.weight)
+    assert torch.equal(deepseek.load(tmp_path / "a").embed.weight, source.embed.weight)
 
 
 def test_a_plain_save_over_an_fp8_one_forgets_it(model, tmp_path):
@@ -313,7 +313,7 @@ def test_reward_models_alike(tmp_path):
     scorer.save(tmp_path, fp8="float32")
     found = stored(tmp_path)
     assert found["score.weight"].dtype == torch.bfloat16 and found[KV_A].dtype == torch.float8_e4m3fn
-    again = hub.load(tmp_path, dtype="float32", kind=Scorer)
+    again = deepseek.load(tmp_path, dtype="float32", kind=Scorer)
     assert relative(again.layers[2].attn.wkv_a.weight, scorer.layers[2].attn.wkv_a.weight) < 0.03
 
 
@@ -323,7 +323,7 @@ def test_a_matrix_of_zeros_and_one_of_tiny_numbers(tmp_path):
     source.layers[2].attn.wo.weight.data.mul_(1e-44)
     source.layers[1].attn.wo.weight.data[:100].mul_(1e-30)
     source.save(tmp_path, fp8="float32")
-    again = hub.load(tmp_path, dtype="float32")
+    again = deepseek.load(tmp_path, dtype="float32")
     assert not again.layers[2].attn.wkv_a.weight.any()
     assert again.layers[2].attn.wo.weight.abs().max() < 1e-38
 
@@ -339,7 +339,7 @@ def test_what_is_no_number_is_refused(value, key, tmp_path):
         source.save(tmp_path / "old", fp8="float32")
     source.save(tmp_path / "plain")
     with pytest.raises(UserError, match=rf"tensor {re.escape(key)} holds NaN or infinite values as .*; export a"):
-        hub.convert(tmp_path / "plain", tmp_path / "fp8", fp8="ue8m0")
+        deepseek.convert(tmp_path / "plain", tmp_path / "fp8", fp8="ue8m0")
     assert all(tensor.isfinite().all() for tensor in stored(tmp_path / "old").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "plain"]
 
@@ -350,7 +350,7 @@ def test_a_stored_byte_that_is_no_number_is_refused(model, tmp_path):
     tensors[KV_A].view(torch.uint8)[0, 0] = 0x7F
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(UserError, match=f"{re.escape(KV_A)} holds NaN"):
-        hub.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+        deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
 
 
 def rounded_after(weight, block, ue8m0):
@@ -386,12 +386,12 @@ def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, 
     monkeypatch.setattr(safetensors_writer, "quantise_blocks", mistake)
     for write in (
         lambda: model.save(tmp_path / "m", fp8=scales),
-        lambda: hub.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
+        lambda: deepseek.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
     ):
         with pytest.raises(UserError, match="does not represent its source matrix"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert torch.equal(hub.load(tmp_path / "m").head.weight, model.head.weight)
+    assert torch.equal(deepseek.load(tmp_path / "m").head.weight, model.head.weight)
 
 
 def test_unknown_scales(model, tmp_path):
@@ -415,5 +415,5 @@ def test_the_command(model, written, tmp_path, call):
     assert same_bytes(tmp_path / "b", directory)
     assert (tmp_path / "b" / "config.json").read_text() == (directory / "config.json").read_text()
     assert not call("convert", tmp_path / "b", tmp_path / "c")[0]
-    plain, fp8 = hub.load(tmp_path / "c").state_dict(), hub.load(tmp_path / "b").state_dict()
+    plain, fp8 = deepseek.load(tmp_path / "c").state_dict(), deepseek.load(tmp_path / "b").state_dict()
     assert all(torch.equal(plain[name], fp8[name]) for name in plain)

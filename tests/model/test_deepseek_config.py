@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from model_cases import V2, YARN, configs, tiny
 
 from bessemer.errors import UserError
-from bessemer.hf import hub, mapping
+from bessemer.hf import deepseek, mapping
 from bessemer.model.config import PRESETS, ModelConfig, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive(name, tmp_path):
-    hub.write_config(preset(name), tmp_path)
-    assert hub.read_config(tmp_path) == preset(name)
+    deepseek.write_config(preset(name), tmp_path)
+    assert deepseek.read_config(tmp_path) == preset(name)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -141,9 +141,9 @@ def test_a_rule_that_transformers_ignores_is_announced():
 def test_broken_json(text, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=f"config.json: {words}"):
-        hub.read_config(tmp_path)
+        deepseek.read_config(tmp_path)
 
 
 def test_no_config(tmp_path):
     with pytest.raises(UserError, match=r"config.json does not exist"):
-        hub.read_config(tmp_path)
+        deepseek.read_config(tmp_path)

@@ -16,7 +16,7 @@ from model_cases import V2, YARN, configs, random_model, relative, tiny, tokens
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging as hf_logging
 
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 
 hf_logging.disable_progress_bar()
 BOUND = 1e-5
@@ -90,7 +90,7 @@ def from_theirs(cfg, directory) -> float:
     """transformers writes, we read."""
     theirs = hf_model(cfg)
     theirs.save_pretrained(directory)
-    ours = hub.load(directory, mtp=False).eval()
+    ours = deepseek.load(directory, mtp=False).eval()
     assert ours.cfg == cfg.model_copy(
         update=dict(
             n_mtp=0,
@@ -150,7 +150,7 @@ def test_bfloat16_agrees_to_its_own_precision(tmp_path):
     """Written in BF16, both sides hold the same weights; we read gate, norms and biases as float32."""
     cfg = tiny(n_mtp=0)
     random_model(cfg).save(tmp_path, dtype="bfloat16")
-    ours = hub.load(tmp_path, dtype=torch.float32).eval()
+    ours = deepseek.load(tmp_path, dtype=torch.float32).eval()
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **EAGER).eval()
     assert relative(logits_of(ours, cfg), logits_of(theirs, cfg)) < BOUND
-    assert hub.load(tmp_path).embed.weight.dtype == torch.bfloat16
+    assert deepseek.load(tmp_path).embed.weight.dtype == torch.bfloat16

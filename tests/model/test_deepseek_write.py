@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
-from bessemer.hf import dcp, hub, replace, safetensors_writer
+from bessemer.hf import dcp, deepseek, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_reader import cast
 from bessemer.model import transformer
@@ -75,7 +75,7 @@ def test_a_network_is_saved_where_nothing_but_the_network_was_imported(tmp_path,
     done = subprocess.run([sys.executable, "-c", ALONE, kind, tmp_path / "m"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = getattr(transformer, kind)(preset("tiny", n_layers=2, vocab_size=64)).initialise(3)
-    assert same(hub.load(tmp_path / "m", kind=type(expected)), expected)
+    assert same(deepseek.load(tmp_path / "m", kind=type(expected)), expected)
 
 
 @pytest.mark.parametrize("limit", [1, 9_000, 50_000])
@@ -93,7 +93,7 @@ def test_shards(model, tmp_path, limit):
         assert used <= limit or len(tensors) == 1
         total += used
     assert index["metadata"]["total_size"] == total
-    assert same(hub.load(tmp_path), model)
+    assert same(deepseek.load(tmp_path), model)
 
 
 def test_dtypes(model, tmp_path):
@@ -107,7 +107,7 @@ def test_dtypes(model, tmp_path):
     assert stored["model.norm.weight"].dtype == stored["model.layers.1.mlp.gate.weight"].dtype == torch.float32
     assert stored["lm_head.weight"].dtype == torch.bfloat16
     assert json.loads((tmp_path / "default" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert same(hub.load(tmp_path / "default"), model)
+    assert same(deepseek.load(tmp_path / "default"), model)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
@@ -115,7 +115,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
     """They would become infinite without a word."""
     key = "model.layers.1.self_attn.q_a_proj.weight"
     (tmp_path / "m").mkdir()
-    hub.write_config(model.cfg, tmp_path / "m")
+    deepseek.write_config(model.cfg, tmp_path / "m")
     exact = {slot.key: slot.of(model.state_dict()).clone() for slot in slots(model.cfg)}
     exact[key][0, 0] = 7e4
     if stored is torch.float8_e4m3fn:
@@ -123,17 +123,17 @@ def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
     else:
         exact[key] = exact[key].to(stored)
     save_file(exact, tmp_path / "m" / "model.safetensors")
-    loaded = hub.load(tmp_path / "m")
+    loaded = deepseek.load(tmp_path / "m")
     for use in (
-        lambda: hub.convert(tmp_path / "m", tmp_path / "n", dtype="float16"),
+        lambda: deepseek.convert(tmp_path / "m", tmp_path / "n", dtype="float16"),
         lambda: dcp.export(tmp_path / "m", tmp_path / "n", torch.float16),
-        lambda: hub.load(tmp_path / "m", "float16"),
+        lambda: deepseek.load(tmp_path / "m", "float16"),
         lambda: loaded.save(tmp_path / "n", dtype="float16"),
     ):
         with pytest.raises(UserError, match=rf"tensor {key} has values too large for float16; use float32"):
             use()
         assert not (tmp_path / "n").exists()
-    hub.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
+    deepseek.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
 
 
 def test_values_too_large_for_float32_get_no_advice_to_use_it():
@@ -145,15 +145,15 @@ def test_tied_head_is_shared_after_loading(tmp_path):
     model = random_model(tiny(tie_embeddings=True))
     model.save(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    found = hub.load(tmp_path)
+    found = deepseek.load(tmp_path)
     assert found.head.weight is found.embed.weight and same(found, model)
-    hub.convert(tmp_path, tmp_path / "again")
-    assert same(hub.load(tmp_path / "again"), model)
+    deepseek.convert(tmp_path, tmp_path / "again")
+    assert same(deepseek.load(tmp_path / "again"), model)
 
 
 def test_loaded_counters_start_at_zero(model, tmp_path):
     model.save(tmp_path)
-    for gate in hub.load(tmp_path).gates().values():
+    for gate in deepseek.load(tmp_path).gates().values():
         assert not gate.load_E.any()
 
 
@@ -168,7 +168,7 @@ def test_replacing_keeps_what_is_not_ours(model, tmp_path):
     names = {path.name for path in (tmp_path / "m").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.md", "logs"}
     assert (tmp_path / "m" / "logs" / "a").read_text() == "b"
-    assert same(hub.load(tmp_path / "m"), other)
+    assert same(deepseek.load(tmp_path / "m"), other)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -190,7 +190,7 @@ def test_full_disk_leaves_the_old_directory(model, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_writer, "_sync", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device; .*m is unchanged"):
         random_model(tiny(), seed=4).save(tmp_path / "m")
-    assert same(hub.load(tmp_path / "m"), model)
+    assert same(deepseek.load(tmp_path / "m"), model)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -209,7 +209,7 @@ def test_a_write_the_system_really_refuses(model, tmp_path):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert same(hub.load(tmp_path / "m"), model)
+    assert same(deepseek.load(tmp_path / "m"), model)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -247,7 +247,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
             restored = True
             with pytest.raises(ZeroDivisionError), replace.replacing(target):
                 raise ZeroDivisionError
-        found = hub.load(target)
+        found = deepseek.load(target)
         assert same(found, new) if finished else same(found, old) or same(found, new)
         if finished:
             break
@@ -290,23 +290,23 @@ def test_damage_between_writing_and_reading_back_is_found(model, tmp_path, monke
         file.write_bytes(damage(file.read_bytes()))
         return sums
 
-    monkeypatch.setattr(hub, "write_tensors", damaged)
-    for write in (lambda: model.save(tmp_path / "m"), lambda: hub.convert(tmp_path / "m", tmp_path / "n")):
+    monkeypatch.setattr(deepseek, "write_tensors", damaged)
+    for write in (lambda: model.save(tmp_path / "m"), lambda: deepseek.convert(tmp_path / "m", tmp_path / "n")):
         with pytest.raises(UserError, match=r"model\.safetensors"):
             write()
-    assert same(hub.load(tmp_path / "m"), model) and not (tmp_path / "n").exists()
+    assert same(deepseek.load(tmp_path / "m"), model) and not (tmp_path / "n").exists()
 
 
 def test_convert_copies_the_rest(model, tmp_path):
     src, dst = tmp_path / "a", tmp_path / "b"
     model.save(src, tokenizer_dir=tokenizer(tmp_path / "t"), files={"README.md": "card"})
     (src / "generation_config.json").write_text('{"top_p": 0.5}')
-    hub.convert(src, dst, mtp=False, dtype="bfloat16", max_shard_bytes=20_000)
+    deepseek.convert(src, dst, mtp=False, dtype="bfloat16", max_shard_bytes=20_000)
     assert (dst / "README.md").read_text() == "card" and (dst / "tokenizer.json").exists()
     assert json.loads((dst / "generation_config.json").read_text()) == {"top_p": 0.5}
     config = json.loads((dst / "config.json").read_text())
     assert (config["eos_token_id"], config["torch_dtype"], config["num_nextn_predict_layers"]) == (4, "bfloat16", 0)
-    found, wanted = hub.load(dst).state_dict(), hub.load(src, dtype="bfloat16", mtp=False).state_dict()
+    found, wanted = deepseek.load(dst).state_dict(), deepseek.load(src, dtype="bfloat16", mtp=False).state_dict()
     for name, tensor in wanted.items():
         stored = tensor if name.endswith("bias_E") else tensor.to(torch.bfloat16)
         assert torch.equal(found[name], stored.to(tensor.dtype)), name
@@ -319,10 +319,10 @@ def test_convert_never_writes_over_its_source(model, tmp_path):
     (tmp_path / "link").symlink_to(source)
     for target in (source, tmp_path / "link", tmp_path / "x" / ".." / "m", source / "config.json", tmp_path):
         with pytest.raises(UserError, match="never changed in place"):
-            hub.convert(source, target, mtp=False)
+            deepseek.convert(source, target, mtp=False)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-    hub.convert(tmp_path / "link", tmp_path / "n", max_shard_bytes=9_000)
-    assert same(hub.load(tmp_path / "n"), model)
+    deepseek.convert(tmp_path / "link", tmp_path / "n", max_shard_bytes=9_000)
+    assert same(deepseek.load(tmp_path / "n"), model)
 
 
 def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
@@ -335,14 +335,14 @@ def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
     (tmp_path / "t" / "chat_template.jinja").unlink()
     model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
     assert not (tmp_path / "b" / "chat_template.jinja").exists()
-    for replace_by in (hub.convert, dcp.export):
+    for replace_by in (deepseek.convert, dcp.export):
         model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
         for name in ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json"):
             (tmp_path / "b" / name).write_text("{}")
         (tmp_path / "b" / "additional_chat_templates").mkdir()
         replace_by(tmp_path / "a", tmp_path / "b")
         names = {path.name for path in (tmp_path / "b").iterdir()}
-        weights = {"model.safetensors"} if replace_by is hub.convert else {".metadata", "__0_0.distcp"}
+        weights = {"model.safetensors"} if replace_by is deepseek.convert else {".metadata", "__0_0.distcp"}
         assert names == {"config.json", "generation_config.json", "notes.md"} | weights
 
 
@@ -352,16 +352,16 @@ def test_convert_refuses_a_copy_that_is_none(model, tmp_path):
     tensors["model.layers.3.embed_tokens.weight"] += 1
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.3\.embed_tokens.weight differs"):
-        hub.convert(tmp_path / "a", tmp_path / "b")
-    hub.convert(tmp_path / "a", tmp_path / "b", mtp=False)
-    assert hub.load(tmp_path / "b").cfg.n_mtp == 0
+        deepseek.convert(tmp_path / "a", tmp_path / "b")
+    deepseek.convert(tmp_path / "a", tmp_path / "b", mtp=False)
+    assert deepseek.load(tmp_path / "b").cfg.n_mtp == 0
 
 
 MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model import transformer
@@ -383,10 +383,10 @@ layout = slots(cfg)
 plan = [TensorSpec(slot.key, torch.bfloat16, slot.shape) for slot in layout]
 torch.randn(1000, 1000).to(torch.bfloat16)
 (root / "a").mkdir()
-hub.write_config(cfg, root / "a")
+deepseek.write_config(cfg, root / "a")
 write_tensors(root / "a", plan, (torch.randn(slot.shape) for slot in layout), 4e6)
-converted, _ = peak(lambda: hub.convert(root / "a", root / "b", dtype="float32", max_shard_bytes=8e6))
-loaded, model = peak(lambda: hub.load(root / "b"))
+converted, _ = peak(lambda: deepseek.convert(root / "a", root / "b", dtype="float32", max_shard_bytes=8e6))
+loaded, model = peak(lambda: deepseek.load(root / "b"))
 size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
 print(converted, size, loaded, len(list((root / "b").glob("*.safetensors"))))
 """

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.block_fp8 import dequantise_blocks, quantise_blocks, scale_shape
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.model import accounting
 from bessemer.model.config import preset
@@ -50,7 +50,7 @@ def quantised(request, tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_fp8_loads_as_what_it_stands_for(quantised, dtype):
     directory, exact = quantised
-    model = hub.load(directory, dtype=dtype)
+    model = deepseek.load(directory, dtype=dtype)
     assert model.head.weight.dtype == (dtype or torch.bfloat16)
     assert model.layers[2].attn.wkv_a.weight.dtype == (dtype or torch.bfloat16)
     state = model.state_dict()
@@ -62,9 +62,9 @@ def test_fp8_loads_as_what_it_stands_for(quantised, dtype):
 def test_convert_writes_plain_weights(quantised, tmp_path_factory):
     directory, _ = quantised
     plain = tmp_path_factory.mktemp("plain")
-    hub.convert(directory, plain, dtype="float32")
+    deepseek.convert(directory, plain, dtype="float32")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
-    a, b = hub.load(directory, dtype=torch.float32).state_dict(), hub.load(plain).state_dict()
+    a, b = deepseek.load(directory, dtype=torch.float32).state_dict(), deepseek.load(plain).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -86,10 +86,10 @@ def test_missing_and_misshapen_scales(quantised):
     with pytest.raises(
         UserError, match=rf"{KV_A}_scale_inv is \[1, 2\], but \[144, 160\] in tiles of 128 needs \[2, 2\]"
     ):
-        hub.load(directory)
+        deepseek.load(directory)
     change(directory, KV_A + "_scale_inv", None)
     with pytest.raises(UserError, match=f"{KV_A} is FP8, but {KV_A}_scale_inv is missing"):
-        hub.load(directory)
+        deepseek.load(directory)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_other_quantisations_are_refused(tmp_path, change):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": change}))
     with pytest.raises(UserError, match=r"config.json: quantisation .* is not supported; only fp8 e4m3 in square"):
-        hub.load(tmp_path)
+        deepseek.load(tmp_path)
 
 
 def test_the_released_checkpoint_tensor_by_tensor():

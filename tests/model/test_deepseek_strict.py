@@ -10,7 +10,7 @@ from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
 from bessemer.errors import UserError
-from bessemer.hf import hub
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 
 Q = "model.layers.1.self_attn.q_a_proj.weight"
@@ -52,7 +52,7 @@ def edit_index(directory, change):
 
 def refused(directory, *words, **options):
     with pytest.raises(UserError) as caught:
-        hub.load(directory, **options)
+        deepseek.load(directory, **options)
     for word in words:
         assert re.search(word, str(caught.value)), str(caught.value)
 
@@ -60,7 +60,7 @@ def refused(directory, *words, **options):
 def test_both_layouts_load_exactly(original, single):
     """The library reads our files, we read the library's, and every tensor comes back bit for bit."""
     edit(single, lambda tensors: None)
-    state = hub.load(single).state_dict()
+    state = deepseek.load(single).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in original.state_dict().items())
 
 
@@ -92,7 +92,7 @@ def test_more_layers_than_the_config_says(single):
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
     refused(single, r"tensor model.layers.3.* has no place")
-    assert hub.load(single, mtp=False).cfg.n_mtp == 0
+    assert deepseek.load(single, mtp=False).cfg.n_mtp == 0
 
 
 def test_misshapen_tensor(single):
@@ -114,14 +114,14 @@ def test_copy_that_is_none(single):
     key = "model.layers.3.shared_head.head.weight"
     edit(single, lambda tensors: tensors[key].mul_(1.5))
     refused(single, f"{key} differs from the main model's")
-    hub.load(single, mtp=False)
+    deepseek.load(single, mtp=False)
     edit(single, lambda tensors: tensors.pop(key))
-    hub.load(single)  # an absent copy adds no information
+    deepseek.load(single)  # an absent copy adds no information
 
 
 def test_stored_rotary_frequencies_are_derived(single):
     edit(single, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    hub.load(single)
+    deepseek.load(single)
 
 
 def test_index_without_an_entry(sharded):
@@ -153,7 +153,7 @@ def test_lost_index(sharded):
 def test_weights_in_another_format_beside_ours(layout, request):
     folder = request.getfixturevalue(layout)
     (folder / "consolidated.safetensors").write_bytes(b"x")
-    hub.load(folder)
+    deepseek.load(folder)
 
 
 def test_stray_shard(sharded):
