@@ -95,8 +95,6 @@ def recipe(tmp_path, monkeypatch, stub):
 
     monkeypatch.setitem(plugins._built_in["stages"], "cli-note", Note)
     monkeypatch.setitem(CORE, "cli-note", NoteConfig)
-    rows = [{"item": "MTP", "section": "2.2", "paper": "1", "here": "1", "state": "scaled"}]
-    stub("bessemer.pipeline.conformance", rows=lambda recipe: rows)
     path = tmp_path / "note.toml"
     path.write_text(
         'name = "note"\n[[stage]]\nkind = "cli-note"\nname = "a"\n[[stage]]\nkind = "cli-note"\nname = "b"\n'
@@ -109,7 +107,7 @@ def test_run_and_run_again(call, recipe, tmp_path):
     status, out, err = call("run", recipe)
     assert status == 0 and "runs/note/report.html" in out and "bessemer chat runs/note" in out
     assert "items of the papers" not in err and "a: done" in err
-    assert json.loads((tmp_path / "runs" / "note" / "conformance.json").read_text())[0]["state"] == "scaled"
+    assert json.loads((tmp_path / "runs" / "note" / "conformance.json").read_text())[0]["state"]
     assert (tmp_path / "runs" / "note" / "report.html").exists()
     status, out, _ = call("run", recipe, "--set", "b.words=bye", "--json")
     facts = json.loads(out)
@@ -139,9 +137,10 @@ def test_a_finished_run_says_how_to_free_the_space_of_its_checkpoints(call, reci
 
 
 def test_the_papers_recipe_item_by_item(call, recipe, tmp_path):
-    status, out, _ = call("run", recipe, "--conformance")
-    assert status == 0 and re.search(r"scaled\W+MTP\W+1\W+1", out) and not (tmp_path / "runs").exists()
-    assert json.loads(call("run", recipe, "--conformance", "--json")[1])[0]["item"] == "MTP"
+    status, out, _ = call("conformance", recipe)
+    assert status == 0 and "MTP" in out and not (tmp_path / "runs").exists()
+    first = json.loads(call("conformance", recipe, "--json")[1])[0]
+    assert first.keys() == {"item", "section", "paper", "here", "state"}
 
 
 def test_run_until_and_out(call, recipe, tmp_path):
@@ -153,8 +152,6 @@ def test_options_of_a_run_are_refused_where_nothing_runs(call, recipe, tmp_path)
     for beside, option in (
         ("--dry-run", ("--until", "a")),
         ("--dry-run", ("--out", tmp_path)),
-        ("--conformance", ("--dry-run",)),
-        ("--conformance", ("--world", 2)),
     ):
         status, _, err = call("run", recipe, beside, *option)
         assert status and f"{option[0]} has no effect with {beside}" in err

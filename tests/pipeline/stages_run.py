@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bessemer.config.recipe import Recipe
-from bessemer.pipeline import conformance, runner
+from bessemer.pipeline import runner
 from bessemer.runs.metrics import StageMetrics
 
 torch.set_num_threads(1)
@@ -113,7 +113,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def run(recipe: Path, out: Path, *overrides: str) -> dict[str, runner.StageResult]:
-    results = runner.run(Recipe.load(recipe, overrides), out, conformance=conformance.rows)
+    results = runner.run(Recipe.load(recipe, overrides), out)
     return {result.name: result for result in results}
 
 

@@ -1,4 +1,4 @@
-"""`bessemer plan`: cost and fit of a run, before it runs."""
+"""What a run costs and whether it fits, how a recipe differs from the papers', what this machine can do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bessemer.cli.common import AsJson, print_json, write_page
+from bessemer.cli.runs import print_table
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +67,51 @@ def plan(
         _here(target, settings, run, as_json)
     elif target is not None:
         _cost(target, cluster, settings, search, html, as_json)
+
+
+def conformance(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, or a run.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a recipe with the papers', item by item; run nothing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from bessemer.config import places
+    from bessemer.config.recipe import Recipe
+    from bessemer.pipeline.conformance import rows
+    from bessemer.runs.directory import CONFORMANCE_STATES, conformance_summary
+
+    loaded = Recipe.load(recipe, set_ or [])
+    with places.of_recipe(loaded.folder):
+        found = rows(loaded)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("", "item", "in the paper", "here", title=conformance_summary(found), title_justify="left")
+    for row in sorted(found, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
+        table.add_row(*(Text(row[key]) for key in ("state", "item", "paper", "here")))
+    print_table(table)
+
+
+def doctor(
+    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine: what it can run, and what will be slow on it. Under torchrun, all machines are
+    measured together: which rank is where, and how fast they reach each other."""
+    from bessemer.cli import doctor as machine
+    from bessemer.cli import many
+
+    if (facts := many.examine(folder) if many.started() else machine.examine(folder)) is None:
+        return
+    if as_json:
+        print_json(facts)
+    else:
+        print(machine.describe(facts))
 
 
 def _cost(target: str, on: str | None, settings: list[str], search: bool, html: Path | None, as_json: bool) -> None:

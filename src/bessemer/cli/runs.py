@@ -1,8 +1,9 @@
-"""Commands on runs: run a recipe; and the doctor."""
+"""`bessemer run`: run a recipe."""
 
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,10 +40,6 @@ def run(
             "--dry-run", help="Run nothing: check every stage and the files it reads, and lay out the pre-training."
         ),
     ] = False,
-    conformance: Annotated[
-        bool,
-        typer.Option("--conformance", help="Run nothing: compare the recipe with the papers', item by item."),
-    ] = False,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -61,23 +58,17 @@ def run(
 ) -> None:
     """Run a recipe; finished stages are skipped, an interrupted stage continues."""
     running = {"out": out, "until": until, "reuse": reuse}
-    if conformance:
-        checking = {"dry-run": dry_run or None, "processes": processes, "world": world, "device": device}
-        _refuse("--conformance", running | checking)
-        _conformance(recipe, set_ or [], as_json)
-        return
     if dry_run:
         _refuse("--dry-run", running)
         _dry_run(recipe, set_ or [], world, processes, device, as_json)
         return
     check_used("--dry-run", False, {"world": world, "device": device})
+    from bessemer import plugins
     from bessemer.config.builtin import run_of
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
-    from bessemer.pipeline.conformance import rows
     from bessemer.pipeline.processes import start
     from bessemer.pipeline.runner import run as run_recipe
-    from bessemer.plan import feasible
     from bessemer.runs.context import Interrupted
     from bessemer.runs.directory import writing_models
 
@@ -85,32 +76,36 @@ def run(
     loaded = Recipe.load(recipe, set_ or [])
     out = out or run_of(recipe)
     root = out or Path("runs") / loaded.name
-    started = start(loaded, root, processes, check=lambda n: feasible.check(loaded, root, until, n))
+
+    def check(n: int) -> None:
+        if (refuse := plugins.hook("check-memory")) is not None:
+            refuse(loaded, root, until, n)
+
+    started = start(loaded, root, processes, check=check)
     try:
         with started.running():
             if started.me:
                 started.follow(loaded)
                 return
-            results = run_recipe(loaded, out, until, conformance=rows, reuse=reuse, processes=started)
+            results = run_recipe(loaded, out, until, reuse=reuse, processes=started)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(130)
-    from bessemer.report import card  # here, since matplotlib takes long to import and most ranks never need it
-
-    report = card.write(root)
+    summary = plugins.hook("summary")  # not before: matplotlib takes long to import, and most ranks never need it
+    report, table = (None, "") if summary is None else summary(root)
     if as_json:
         stages = [
             {"name": result.name, "kind": result.kind, "status": result.status, "seconds": result.seconds,
              "summary": result.summary, "directory": str(result.folder)}
             for result in results
         ]  # fmt: skip
-        print_json({"name": loaded.name, "directory": str(root), "report": str(report), "stages": stages})
+        print_json({"name": loaded.name, "directory": str(root), "report": report and str(report), "stages": stages})
         return
-    if table := card.table(root):
+    if table:
         print(table)
     now, whole = time.monotonic() - began, sum(result.seconds for result in results)
     took = show_seconds(now) + (f", {show_seconds(whole)} with earlier work" if whole > now + 1 else "")
-    print(f"{loaded.name}: {took}; report: {report}")
+    print(f"{loaded.name}: {took}" + (f"; report: {report}" if report else ""))
     if models := writing_models(root):
         others = [name for name, _ in models[:-1]]
         chat = f"bessemer chat {shlex.quote(str(root))}"
@@ -123,74 +118,34 @@ def run(
         print(f"rm -r {shlex.quote(str(root))}/*/state")
 
 
-def _conformance(recipe: Path, overrides: list[str], as_json: bool) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from bessemer.config import places
-    from bessemer.config.recipe import Recipe
-    from bessemer.pipeline.conformance import rows
-    from bessemer.runs.directory import CONFORMANCE_STATES, conformance_summary
-
-    loaded = Recipe.load(recipe, overrides)
-    with places.of_recipe(loaded.folder):
-        found = rows(loaded)
-    if as_json:
-        print_json(found)
-        return
-    table = Table("", "item", "in the paper", "here", title=conformance_summary(found), title_justify="left")
-    for row in sorted(found, key=lambda row: CONFORMANCE_STATES.index(row["state"])):
-        table.add_row(*(Text(row[key]) for key in ("state", "item", "paper", "here")))
-    print_table(table)
-
-
 def _dry_run(
     recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
 ) -> None:
-    from bessemer import probe
-    from bessemer.cli import many
+    from bessemer import plugins, probe
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
     from bessemer.pipeline import preflight
-    from bessemer.plan import dry_run, feasible, plan_config
-    from bessemer.plan.hardware import device as named
 
     loaded = Recipe.load(recipe, overrides)
-    chosen = None if device is None else named(device)
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())
-        here, _ = many.decide(loaded, processes, probe.gpus())
-        feasible.add(loaded, stages, world, chosen, here, lambda text: print(text, file=sys.stderr))
-        layout = (
-            dry_run.of_recipe(loaded, world or processes, device) if next(plan_config.begun(loaded), None) else None
-        )
+        decide, predict = plugins.hook("decide-ranks"), plugins.hook("predict")
+        here = 1 if decide is None else decide(loaded, processes, probe.gpus())[0]
+        facts, layout = {}, ""
+        if predict is not None:
+            say = partial(print, file=sys.stderr)
+            facts, layout = predict(loaded, stages, world, processes, device, here, say)
+        elif device is not None:
+            raise UserError(f"--device {device}: the planner, which knows devices, is not installed; leave it out")
     faults = preflight.list_faults(stages)
     if as_json:
-        print_json((layout.facts() if layout else {}) | {"stages": [stage.facts() for stage in stages]})
+        print_json(facts | {"stages": [stage.facts() for stage in stages]})
     else:
-        texts = [faults, preflight.describe(stages), dry_run.describe(layout) if layout else "", faults]
+        texts = [faults, preflight.describe(stages), layout, faults]
         print(*filter(None, texts if faults else [*texts, "no fault found"]), sep="\n\n")
     if faults:
         sys.exit(2)
-
-
-@app.command()
-def doctor(
-    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
-    """Measure this machine: what it can run, and what will be slow on it. Under torchrun, all machines are
-    measured together: which rank is where, and how fast they reach each other."""
-    from bessemer.cli import doctor as machine
-    from bessemer.cli import many
-
-    if (facts := many.examine(folder) if many.started() else machine.examine(folder)) is None:
-        return
-    if as_json:
-        print_json(facts)
-    else:
-        print(machine.describe(facts))
 
 
 def print_table(table: "RenderableType") -> None:

@@ -378,7 +378,7 @@ def markdown() -> str:
         "built and tested; whether it helps is another question. So far, small networks compared with and without MLA,",
         "experts, shared experts, balancing and MTP show only that balancing spreads the load and that finer experts",
         "lower the loss ([results.md](results.md#small-networks-compared-the-runs-of-bessemer-claims)).",
-        "`bessemer run RECIPE --conformance` shows the recipe's own values and one of four states: as published (every",
+        "`bessemer conformance RECIPE` shows the recipe's own values and one of four states: as published (every",
         "value is the paper's), scaled (only sizes differ: widths, counts, lengths, batches, learning rates), adapted",
         "(a choice differs) and off (absent). `python -m bessemer.pipeline.conformance` writes this page; a test",
         "checks it. `python bench/mutations.py` breaks each file and reports whether its test notices.",

@@ -72,7 +72,6 @@ def run(
     out: Path | None = None,
     until: str | None = None,
     cache: Path | None = None,
-    conformance: Callable[[Recipe], list[dict[str, Any]]] | None = None,
     progress: RunProgress | None = None,
     reuse: Path | None = None,
     processes: Processes | None = None,
@@ -81,9 +80,8 @@ def run(
     """Runs `recipe` in `out` (default runs/NAME) up to and including the stage `until`; returns every stage's result.
 
     Raises UserError for errors that the user can fix, and Interrupted (its text says how to resume) after a stop
-    signal. This is process 0 of `processes` (None: the only one). `conformance` gives the rows {item, section, paper,
-    here, state} of conformance.json. `worth`: seconds of work from which its rate is measured before the run; inf:
-    nothing is measured, None: as the estimate chooses.
+    signal. This is process 0 of `processes` (None: the only one). `worth`: seconds of work from which its rate is
+    measured before the run; inf: nothing is measured, None: as the estimate chooses.
     """
     if until is not None:
         recipe.stage(until)
@@ -118,7 +116,7 @@ def run(
             intact = _check_outputs(plan, until, rundir, metrics, progress)
             if (describe := plugins.hook("overview")) is not None:
                 progress.say(describe(plan, recipe, root, estimates, until, processes.n))
-            if conformance is not None:
+            if (conformance := plugins.hook("conformance")) is not None:
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")
             entered.enter_context(repeating(recipe, progress.say))

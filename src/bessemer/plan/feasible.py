@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
@@ -16,9 +17,10 @@ from bessemer.errors import UserError
 from bessemer.pipeline.pace import Pace
 from bessemer.pipeline.preflight import Examined
 from bessemer.pipeline.stage import find_kind
-from bessemer.plan import plan_config, stage_memory
+from bessemer.plan import dry_run, plan_config, stage_memory
 from bessemer.plan.cost import plan_run
 from bessemer.plan.hardware import ClusterSpec, Device
+from bessemer.plan.hardware import device as device_called
 from bessemer.plan.stage_costs import stage_costs
 from bessemer.runs.directory import stage_folders
 
@@ -52,6 +54,18 @@ def add(
                 f'stage "{one.name}" would take about {show_seconds(one.seconds)} {where}; give it less to do, or more '
                 "and faster devices"
             )
+
+
+def predict(
+    recipe: Recipe, stages: list[Examined], world: int | None, processes: int | None, device_name: str | None,
+    here: int, say: Callable[[str], None],
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """`add`, and the layout of the recipe's pre-training, if it has any, as JSON and as text."""
+    add(recipe, stages, world, None if device_name is None else device_called(device_name), here, say)
+    if next(plan_config.begun(recipe), None) is None:
+        return {}, ""
+    layout = dry_run.of_recipe(recipe, world or processes, device_name)
+    return layout.facts(), dry_run.describe(layout)
 
 
 def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:

@@ -213,6 +213,11 @@ def write(root: Path) -> Path:
     return path
 
 
+def summary(root: Path) -> tuple[Path, str]:
+    """The path of the report, which it writes, and the run's tables for a terminal."""
+    return write(root), table(root)
+
+
 def table(root: Path) -> str:
     """The tables of a run for a terminal: stages, controls, formats, long contexts; "" when it has none of them."""
     facts = read(root)
