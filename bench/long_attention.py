@@ -2,22 +2,20 @@
 
     python bench/long_attention.py --json bench/results/long_attention.json
 
-Three backends of one function at the head sizes of `tiny`: "kernel" is `attention.latent_attention` as it runs on
-this machine, "torch" is what it runs where there is no compiler, and "sdpa" is torch's scaled_dot_product_attention,
-which has no fused CPU kernel when keys and values differ in width, as in MLA. With segments, attention is limited to
-documents of 500 tokens. One row, one thread, float32. Times are processor time, since the machine is shared; the
-backends alternate, and figures are medians with the minimum and the maximum. Memory is measured by torch's allocator:
-bytes saved for backward, and the peak over both directions, without the arguments. The kernel's own working memory, a
-kilobyte per token and thread, is not counted.
+Two backends of one function at the head sizes of `tiny`: "kernel" is the C++ kernel, and "equation" is what runs where
+there is no compiler: torch's scaled_dot_product_attention over values padded to the width of keys. With segments,
+attention is limited to documents of 500 tokens. One row, one thread, float32. Times are processor time, since the
+machine is shared; the backends alternate, and figures are medians with the minimum and the maximum. Memory is measured
+by torch's allocator: bytes saved for backward, and the peak over both directions, without the arguments. The kernel's
+own working memory, a kilobyte per token and thread, is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,15 @@ from machine import processor, spread
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from bessemer.kernels import attention, attention_gpu, library
+from bessemer.kernels import attention, library
 from bessemer.model.config import preset
+from bessemer.model.mla import latent_attention
 
 DOCUMENT = 500
 """Tokens per segment."""
 BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "kernel": lambda *a: attention.latent_attention(*a)[0],
-    "torch": lambda *a: attention.latent_attention(*a)[0],
-    "sdpa": lambda q, kv, k_rope, rope, segments, scale: attention_gpu.latent_attention(
-        q, kv, k_rope, rope, scale, segments
-    ),
+    "kernel": attention.latent_attention,
+    "equation": latent_attention.equation,
 }
 
 
@@ -51,19 +47,7 @@ def arguments(T: int, segmented: bool) -> tuple[Any, ...]:
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     angle = torch.randn(T, cfg.qk_rope_head_dim // 2, generator=generator)
     segments = (torch.arange(T) // DOCUMENT)[None] if segmented else None
-    return (*inputs, torch.stack((angle.cos(), angle.sin()), -1), segments, cfg.softmax_scale)
-
-
-@contextlib.contextmanager
-def kernels(name: str) -> Iterator[None]:
-    """Without kernels for the backend "torch"."""
-    serves = attention.serves
-    if name == "torch":
-        attention.serves = lambda *a: False
-    try:
-        yield
-    finally:
-        attention.serves = serves
+    return (*inputs, torch.stack((angle.cos(), angle.sin()), -1), cfg.softmax_scale, segments)
 
 
 def timed(backend: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
@@ -95,14 +79,12 @@ def measured(T: int, segmented: bool, rounds: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
     for number in range(rounds + 1):
         for name, backend in BACKENDS.items():
-            with kernels(name):
-                spent = timed(backend, given)
+            spent = timed(backend, given)
             if number:  # the first round warms up
                 seconds[name].append(spent)
     rows = []
     for name, backend in BACKENDS.items():
-        with kernels(name):
-            kept = memory(backend, given)
+        kept = memory(backend, given)
         rows.append({"length": T, "segments": segmented, "backend": name, "seconds": spread(seconds[name]), **kept})
     return rows
 

@@ -49,8 +49,8 @@ BESIDE = (
     "train/background.py", "train/lineage.py",
 )  # fmt: skip
 NETWORK = (
-    "model/", "accelerated.py", "kernels/attention.py", "kernels/deferred.py", "kernels/expert_ffn.py",
-    "kernels/experts.py", "kernels/gate.py", "kernels/norm.py",
+    "model/", "accelerated.py", "kernels/attention.py", "kernels/deferred.py", "kernels/experts.py", "kernels/gate.py",
+    "kernels/norm.py",
 )  # fmt: skip
 ASKED = 4
 """Calls of a function whose variables are searched for the followed setting."""

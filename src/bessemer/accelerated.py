@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bessemer.kernels import (
     attention,
     attention_gpu,
-    expert_ffn,
+    experts,
+    experts_gpu,
     gate,
     gate_gpu,
     grouped,
@@ -54,7 +55,7 @@ def _fp8_swiglu(x: Tensor, ffn: FFN) -> Tensor:
     return fp8_layers.swiglu(x, ffn.w13.weight, ffn.w2.weight, recipe)
 
 
-def _in_fp8(sent: Dispatched | Unsent, experts: Experts) -> bool:
+def _in_fp8(sent: Dispatched | Unsent, _: Experts) -> bool:
     return not isinstance(sent, Unsent) and sent.operand is not None
 
 
@@ -65,16 +66,12 @@ def _train_in_fp8(model: LanguageModel, recipe: str) -> str:
 
 layers.attention.register(lambda x, rope, segments, layer: recipe_of(layer) is not None, _fp8_attention)
 moe.swiglu.register(lambda x, ffn: recipe_of(ffn) is not None, _fp8_swiglu)
-moe.dispatch.register(lambda x, routing, experts: recipe_of(experts) is not None, fp8_layers.dispatch)
+moe.dispatch.register(lambda x, routing, own: recipe_of(own) is not None, fp8_layers.dispatch)
 moe.run_experts.register(_in_fp8, fp8_layers.run_experts)
 protocol.train_in_fp8.register(lambda *_: True, _train_in_fp8)
 ops.weight_cache.register(lambda *_: True, KeptWeights)
 
 # --- the layers ------------------------------------------------------------------------------------------------------
-
-
-def _on_cpu(x: Tensor, *_: object) -> bool:
-    return x.device.type == "cpu"
 
 
 def _elsewhere(x: Tensor, *_: object) -> bool:
@@ -86,17 +83,20 @@ def _uncompiled(x: Tensor, *_: object) -> bool:
     return x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
 
 
-rms_norm.register(_on_cpu, norm.on_cpu)
+rms_norm.register(norm.serves, norm.on_cpu)
 rms_norm.register(_uncompiled, norm.on_gpu)
-mla.latent_attention.register(_on_cpu, attention.latent_attention)
+mla.latent_attention.register(attention.serves, attention.latent_attention)
 mla.latent_attention.register(_elsewhere, attention_gpu.latent_attention)
 routing.register(gate.serves, gate.routing)
 routing.register(gate_gpu.serves, gate_gpu.routing)
-moe.swiglu.register(expert_ffn.serves_dense, expert_ffn.swiglu)
+moe.swiglu.register(experts.serves_dense, experts.swiglu)
 moe.swiglu.register(_uncompiled, grouped.swiglu)
-moe.expert_ffn.register(lambda *_: True, expert_ffn.expert_ffn)
-moe.routed_ffn.register(lambda *_: True, expert_ffn.routed_ffn)
-moe.combine.register(lambda *_: True, expert_ffn.combine)
+moe.expert_order.register(experts.sorts, experts.sort)
+moe.expert_ffn.register(experts.serves_routed, experts.expert_ffn)
+moe.expert_ffn.register(experts_gpu.serves, experts_gpu.expert_ffn)
+moe.routed_ffn.register(experts.serves_routed, experts.routed_ffn)
+moe.routed_ffn.register(experts_gpu.serves, experts_gpu.routed_ffn)
+moe.combine.register(_elsewhere, experts_gpu.combine)
 
 # --- losses and updates ----------------------------------------------------------------------------------------------
 
@@ -130,8 +130,8 @@ def _facts(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[s
     if device.type != "cuda":
         return []
     found = []
-    if experts := next((module for module in model.modules() if isinstance(module, Experts)), None):
-        w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (experts.w13, experts.w2))
+    if own := next((module for module in model.modules() if isinstance(module, Experts)), None):
+        w13, w2 = (torch.empty(w.shape, dtype=dtype, device="meta") for w in (own.w13, own.w2))
         fits = grouped.serves(w13.new_empty(1, w13.shape[-1]), w13, w2)
         found.append(f"experts: {'grouped_mm' if fits else 'one after another'}")
     if layer := next((module for module in model.modules() if isinstance(module, Layer)), None):

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from bessemer.engine import decode, steps
-from bessemer.engine.decode import TorchSteps, expanded_after, expert_ffn
+from bessemer.engine.decode import TorchSteps, expanded_after
 from bessemer.engine.kv_cache import PAGE, CacheFull, LatentCache, PageAllocator, prefix_keys
 from bessemer.engine.steps import PrefillChunk
-from bessemer.model import moe
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 
@@ -229,15 +228,6 @@ def test_pages_are_free_used_or_remembered():
     assert pages.match(keys(ids)) == found and pages.available == 2
     pages.allocate(2)
     assert pages.match(keys(ids)) == [] and pages.available == 0
-
-
-def test_experts_equal_the_loop(cfg):
-    generator = torch.Generator().manual_seed(0)
-    count = torch.tensor([3, 0, 1, 7, 0])
-    rows, weight = torch.randn(11, 8, generator=generator), torch.rand(11, generator=generator)
-    w13, w2 = torch.randn(5, 12, 8, generator=generator), torch.randn(5, 8, 6, generator=generator)
-    found = expert_ffn(rows, weight, count, w13, w2)
-    assert distance(found, moe.expert_ffn.equation(rows, weight, count, w13, w2)) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["kernel", "torch"])

@@ -3,10 +3,10 @@ in float64."""
 
 import pytest
 import torch
+from torch.nn import Parameter
 
 from bessemer.kernels import experts as kernel
-from bessemer.kernels.expert_ffn import dense_ffn
-from bessemer.model.moe import expert_ffn, routed_ffn
+from bessemer.model.moe import FFN, expert_ffn, routed_ffn, swiglu
 
 SHAPES = [(1, 1, 1, 1, 1), (50, 6, 5, 5, 2), (40, 40, 7, 24, 1), (300, 96, 8, 48, 3), (2500, 32, 2, 20, 2)]
 """N, D, E, F, K; in the last shape one expert has more rows than one task sums."""
@@ -29,6 +29,12 @@ def routed_reference(x_ND, expert_NK, weight_NK, w13, w2):
 def dense_reference(x_ND, w13, w2):
     ones = torch.ones(len(x_ND), dtype=x_ND.dtype)
     return expert_ffn.equation(x_ND, ones, torch.tensor([len(x_ND)]), w13[None], w2[None])
+
+
+def dense_ffn(x_ND, w13, w2):
+    ffn = FFN(1, 1)
+    ffn.w13.weight, ffn.w2.weight = (w if isinstance(w, Parameter) else Parameter(w) for w in (w13, w2))
+    return swiglu(x_ND, ffn)
 
 
 def case(N, D, E, F, K, dtype, choice=None):
@@ -67,7 +73,7 @@ def test_values_and_gradients_equal_float64(instructions, dtype):
         assert_near(routed_ffn, routed_reference, arguments, dtype)
         sorted_rows = (x, gate[:, 0].detach().requires_grad_(), torch.bincount(choice[:, 0], minlength=E), w13, w2)
         assert_near(expert_ffn, expert_ffn.equation, sorted_rows, dtype)
-        dense = (x, w13[0].detach().requires_grad_(), w2[0].detach().requires_grad_())
+        dense = (x, Parameter(w13[0].detach()), Parameter(w2[0].detach()))
         assert_near(dense_ffn, dense_reference, dense, dtype)
 
 

@@ -14,9 +14,9 @@ from test_model_experts import COUNTS, case, in_float64, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bessemer.kernels import attention_gpu, grouped, swiglu
-from bessemer.kernels import expert_ffn as experts
 from bessemer.kernels import experts as kernel
 from bessemer.kernels.fused import Fused
+from bessemer.model import moe
 from bessemer.model.config import preset
 from bessemer.model.gate import Gate
 from bessemer.model.layer import Layer
@@ -76,7 +76,6 @@ def test_an_expert_without_rows_has_no_gradient_even_where_torch_leaves_it_unwri
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_rows_are_gathered_and_summed_as_by_the_loop(on_gpu, monkeypatch, dtype):
     """From tokens to tokens, with weight gradients added to the float32 gradients that a trainer keeps."""
-    monkeypatch.setattr(experts, "_combined", grouped.combine)
     generator = torch.Generator().manual_seed(1)
     E, K, N, D, F = 6, 3, 21, 16, 8
     x, w13, w2 = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((N, D), (E, 2 * F, D), (E, D, F)))
@@ -153,8 +152,7 @@ def layer_launches(n_experts):
 
 
 def test_experts_launch_as_many_kernels_for_any_number_of_experts_and_wait_for_none(on_gpu, monkeypatch):
-    monkeypatch.setattr(kernel, "sorts", lambda expert_NK: False)
-    monkeypatch.setattr(experts, "_combined", grouped.combine)
+    monkeypatch.setattr(moe.expert_order, "implementations", [])
     for name in ("forward", "backward"):  # one kernel each on a GPU
         monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("the host waits for a tensor"))
@@ -177,8 +175,7 @@ fills a tensor forward; backward it is three kernels and a filled tensor."""
 def test_a_training_layer_is_at_most_150_kernels_for_any_number_of_experts(on_gpu, monkeypatch, packed):
     """Forward and backward of attention, gate, routed and shared experts, norms and residuals, with gradients added to
     a trainer's. On the meta device; our operations count as what they launch on CUDA, and views as nothing."""
-    monkeypatch.setattr(kernel, "sorts", lambda expert_NK: False)
-    monkeypatch.setattr(experts, "_combined", grouped.combine)
+    monkeypatch.setattr(moe.expert_order, "implementations", [])
     for name in ("forward", "backward"):
         monkeypatch.setattr(swiglu, name, fused(getattr(swiglu, f"{name}_reference")))
     monkeypatch.setattr(attention_gpu.F, "scaled_dot_product_attention", one_attention)

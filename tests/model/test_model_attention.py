@@ -5,7 +5,7 @@ import torch
 from allocator import live_and_highest, live_bytes
 from model_cases import YARN, random_model, relative, tiny
 
-from bessemer.kernels import attention, library
+from bessemer.kernels import library
 from bessemer.kernels.attention_gpu import causal_mask
 from bessemer.kernels.cores import attention_backward, attention_forward
 from bessemer.model.mla import (
@@ -14,7 +14,6 @@ from bessemer.model.mla import (
     rope_table,
 )
 
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
 NOPE, ROPE, VALUE = 7, 4, 6
 
@@ -48,12 +47,10 @@ def absorbed_reference(mla: MLA, x_BTD: torch.Tensor, rope: torch.Tensor) -> tor
 LENGTHS = [1, 9, 64, 128, 150]
 
 
-@pytest.fixture(params=["kernel", "torch", "equation"])
+@pytest.fixture(params=["kernel", "equation"])
 def form(request, monkeypatch):
-    """The kernel, if this machine has a compiler, the code that serves without one, and the equation."""
-    if request.param == "torch":
-        monkeypatch.setattr(attention, "serves", lambda *a: False)
-    elif request.param == "equation":
+    """The kernel, if this machine has a compiler, and the equation, which serves without one."""
+    if request.param == "equation":
         monkeypatch.setattr(latent_attention, "implementations", [])
     elif not library.available():
         pytest.skip(library.status().why)
@@ -163,14 +160,6 @@ def test_inputs_need_not_be_contiguous(form):
     assert relative(out, latent_attention(*(x.contiguous() for x in inputs), table, 0.3)) < 1e-6
     out.transpose(1, 2).pow(2).sum().backward()
     assert all(x.grad is not None for x in inputs)
-
-
-@pytest.mark.parametrize("segments", [None, two_segments(70)], ids=["plain", "segments"])
-def test_custom_op_is_registered_properly(segments):
-    """Schema, fake tensors and autograd, as torch.compile needs them."""
-    inputs, table = projections(70)
-    inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(attention._latent_attention, (*inputs, table, segments, 0.3), test_utils=OPCHECKS)
 
 
 def test_a_token_always_sees_itself():

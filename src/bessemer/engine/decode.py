@@ -8,11 +8,7 @@ stale when the weights are updated between two calls.
 Padding is on the right: causality hides it from prefill's attention, it is not routed to any expert, and a step sees
 only the slots up to its own position.
 
-The routed experts give the same bits as `kernels.expert_ffn` without gradients, in fewer calls: a step has a
-handful of rows per expert and is bound by the number of calls, not by arithmetic. The activation runs once over all
-rows, which is 1.4 times faster at 256 rows of the tiny preset and 2 times faster at 64 or fewer.
-
-Shapes: B rows, T tokens of each, N real tokens, M routed rows in expert order, S slots, D hidden, H heads, X = C + R,
+Shapes: B rows, T tokens of each, N real tokens, S slots, D hidden, H heads, X = C + R,
 E experts, K experts per token, F expert inner width, L sparse layers, V vocabulary.
 """
 
@@ -30,7 +26,6 @@ from bessemer.engine.steps import ForwardOutput, PrefillChunk, RoutingTrace, Ste
 from bessemer.model.config import ModelConfig
 from bessemer.model.layer import Attended, Layer
 from bessemer.model.mla import MLA, rotate
-from bessemer.model.moe import Dispatched
 from bessemer.model.ops import operation
 from bessemer.model.transformer import Transformer
 
@@ -124,7 +119,7 @@ def _prefill_whole(
             x_BTD = _feed_forward_real(layer, h_BTD, real_N, trace)
         else:  # only the last positions are used from here on, except by a trace
             attended = layer.route(h_BTD[row_B, last_B].unsqueeze(1))
-            x_BTD = feed_forward(layer, attended)
+            x_BTD = layer.feed_forward(attended)
             if trace is not None and attended.routing is not None:
                 everywhere = layer.route(h_BTD.flatten(0, 1)[real_N].unsqueeze(0)).routing
                 assert everywhere is not None
@@ -154,7 +149,7 @@ def _prefill_chunk(model: Transformer, cache: LatentCache, chunk: PrefillChunk, 
         h_BTD = x_BTD + expanded_after(layer.attn, u_BTD, latent_BSX, rope_S[start:])
         if i + 1 == len(model.layers) and trace is None and not cache.drafts:
             h_BTD = h_BTD[:, -1:]
-        x_BTD = feed_forward(layer, _route(layer, h_BTD, trace))
+        x_BTD = layer.feed_forward(_route(layer, h_BTD, trace))
     if cache.drafts:
         write_mtp_latents(model, cache, prompt, start, model.norm(x_BTD[0]))
     if trace is not None:
@@ -185,7 +180,7 @@ def write_mtp_latents(
         if k < cache.drafts:  # the next module reads this one's output for the prompt
             latent_1SX = cache.read_prompt(index, prompt, end).unsqueeze(0)
             h_1ND = x_1ND + expanded_after(layer.attn, u_1ND, latent_1SX, rope)
-            state_ND = feed_forward(layer, layer.route(h_1ND))[0]
+            state_ND = layer.feed_forward(layer.route(h_1ND))[0]
 
 
 def hidden_step(
@@ -219,7 +214,7 @@ def layer_step(
     cache.write(index, slot_N, layer.attn.latent(u_BTD, rope).flatten(0, 1))
     context_BQX = attend(absorbed_queries(layer.attn, u_BTD, rope), cache, index, groups, layer.attn.cfg)
     h_BTD = x_BTD + absorbed_output(layer.attn, context_BQX, u_BTD.shape[1])
-    return feed_forward(layer, _route(layer, h_BTD, trace))
+    return layer.feed_forward(_route(layer, h_BTD, trace))
 
 
 def absorbed_queries(attn: MLA, u_BTD: Tensor, rope: Tensor) -> Tensor:
@@ -301,37 +296,9 @@ def _route(layer: Layer, h_BTD: Tensor, trace: RoutingTrace | None) -> Attended:
 
 
 def _feed_forward_real(layer: Layer, h_BTD: Tensor, real_N: Tensor, trace: RoutingTrace | None) -> Tensor:
-    """`feed_forward` for the real tokens; padding passes through unchanged."""
+    """`Layer.feed_forward` for the real tokens; padding passes through unchanged."""
     h_XD = h_BTD.flatten(0, 1)
     if real_N.numel() == h_XD.shape[0]:
-        return feed_forward(layer, _route(layer, h_BTD, trace))
-    out_ND = feed_forward(layer, _route(layer, h_XD[real_N].unsqueeze(0), trace)).squeeze(0)
+        return layer.feed_forward(_route(layer, h_BTD, trace))
+    out_ND = layer.feed_forward(_route(layer, h_XD[real_N].unsqueeze(0), trace)).squeeze(0)
     return h_XD.index_copy(0, real_N, out_ND).view_as(h_BTD)
-
-
-def feed_forward(layer: Layer, attended: Attended) -> Tensor:
-    """`Layer.feed_forward` with the `expert_ffn` below."""
-    sent = layer.dispatch(attended)
-    if isinstance(sent, Dispatched):
-        experts = layer.sparse_ffn.experts
-        routed = expert_ffn(sent.rows_MD, sent.weight_M, sent.count_E, experts.w13, experts.w2)
-    else:
-        routed = layer.experts(sent)
-    return layer.finish(attended, layer.combine(routed, sent))
-
-
-def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """weight * W_2 (silu(W_1 x) * W_3 x), [M, D]; count_E rows per expert."""
-    count = count_E.tolist()
-    gate, up = _grouped_mm(rows_MD, count, w13).chunk(2, -1)
-    return _grouped_mm(F.silu(gate).mul_(up).mul_(weight_M[:, None]), count, w2)
-
-
-def _grouped_mm(rows_MX: Tensor, count: list[int], w_EYX: Tensor) -> Tensor:
-    """Each expert's rows times its matrix, [M, Y]."""
-    out_MY = rows_MX.new_empty(rows_MX.shape[0], w_EYX.shape[1])
-    groups = zip(rows_MX.split(count), out_MY.split(count), w_EYX.transpose(1, 2).unbind(0), count, strict=True)
-    for rows, out, w_XY, n in groups:
-        if n:
-            torch.mm(rows, w_XY, out=out)
-    return out_MY

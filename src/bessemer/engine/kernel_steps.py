@@ -300,7 +300,7 @@ def _sample_rows(
 
 
 def _serves_after(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> bool:
-    return attention.serves(q, kv, k_rope, None, scale)
+    return attention.serves(q, kv, k_rope, rope, scale)
 
 
 def _attend_after(q: Tensor, kv: Tensor, k_rope: Tensor, rope: Tensor, scale: float) -> Tensor:

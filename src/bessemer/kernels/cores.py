@@ -15,9 +15,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output of `latent_attention` and the log of the softmax denominators (empty if backward computes both
     again)."""
-    if q.device.type == "cpu":
-        assert not isinstance(segments, Packed), "only a batch on a GPU is packed"
-        return attention.flash_forward(q, kv, k_rope, rope, segments, scale)
+    if attention.serves(q, kv, k_rope, rope, scale, segments):
+        assert not isinstance(segments, Packed)
+        return attention.attention(q, kv, k_rope, rope, rope, segments, scale)
     with torch.no_grad():
         return latent_attention(q, kv, k_rope, rope, scale, segments), q.new_empty(0, dtype=torch.float32)
 
@@ -27,9 +27,9 @@ def attention_backward(
     out: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, kv and k_rope. `out` and `lse` come from `attention_forward`; `out` may be rounded."""
-    if q.device.type == "cpu":
-        assert not isinstance(segments, Packed), "only a batch on a GPU is packed"
-        return attention.flash_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
+    if attention.serves(q, kv, k_rope, rope, scale, segments):
+        assert not isinstance(segments, Packed)
+        return attention.attention_backward(dout, q, kv, k_rope, rope, segments, scale, out, lse)
     with torch.enable_grad():
         q, kv, k_rope = (x.detach().requires_grad_() for x in (q, kv, k_rope))
         again = latent_attention(q, kv, k_rope, rope, scale, segments)

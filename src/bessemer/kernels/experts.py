@@ -1,4 +1,5 @@
-"""SwiGLU of routed experts with dispatch and combine, or of one dense FFN (`expert_ffn`).
+"""SwiGLU of routed experts with dispatch and combine, or of one dense FFN, on a CPU (`model.moe`): block by block and
+without ever storing the rows [M, D]. Backward recomputes the activation instead of storing it (V3 3.2.3).
 
 Rows are sorted by expert, `count_E` rows each. With an order, row m is choice order_M[m] = n * K + k of token n, and
 results are summed per token; without an order it is row m of x. `gate` holds the float32 weight of each choice; None:
@@ -10,9 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from bessemer.kernels import deferred
 from bessemer.kernels.library import DTYPES, available, call, fits, threads
+from bessemer.model.moe import FFN, expert_order
 
 
 def serves(x_ND: Tensor, w13: Tensor, w2: Tensor) -> bool:
@@ -25,8 +29,15 @@ def serves(x_ND: Tensor, w13: Tensor, w2: Tensor) -> bool:
     )
 
 
-def sorts(expert_NK: Tensor) -> bool:
-    return expert_NK.device.type == "cpu" and expert_NK.dtype == torch.int64 and available()
+def serves_routed(x_ND: Tensor, choice: Tensor, other: Tensor, w13: Tensor, w2: Tensor) -> bool:
+    """`serves` for the arguments of `expert_ffn` and `routed_ffn`."""
+    return serves(x_ND, w13, w2)
+
+
+def sorts(expert_NK: Tensor, n_experts: int) -> bool:
+    """Whether `sort` takes these choices."""
+    on_cpu = expert_NK.device.type == "cpu" and expert_NK.dtype == torch.int64
+    return on_cpu and not torch.compiler.is_compiling() and available()
 
 
 def sort(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -103,3 +114,77 @@ def _call(dtype: torch.dtype, dy_ND: Tensor | None, x_ND: Tensor | None, ldx: in
         f"experts_backward_{DTYPES[dtype]}", "ppi" + "pppi" + "ppp" + "pppp" + "ii" + "ppi" + "iiiii",
         dy_ND, x_ND, ldx, *routes.arguments(N), *tensors, dw13, dw2, wide, add, act_MF, dh_MH, ready, N, D, E, F, n,
     )  # fmt: skip
+
+
+# --- as one operation ------------------------------------------------------------------------------------------------
+
+
+def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """`model.moe.expert_ffn`."""
+    return _Experts.apply(rows_MD, weight_M, count_E, None, w13, w2, torch.is_grad_enabled())
+
+
+def routed_ffn(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """`model.moe.routed_ffn`."""
+    order_M, count_E = expert_order(expert_NK, len(w2))
+    return _Experts.apply(x_ND, weight_NK, count_E, order_M, w13, w2, torch.is_grad_enabled())
+
+
+def swiglu(x: Tensor, ffn: FFN) -> Tensor:
+    """`model.moe.swiglu`."""
+    x_ND = x.flatten(0, -2)
+    count_E = torch.tensor([len(x_ND)])
+    y_ND = _Experts.apply(x_ND, None, count_E, None, ffn.w13.weight, ffn.w2.weight, torch.is_grad_enabled())
+    return y_ND.view(x.shape)
+
+
+def serves_dense(x: Tensor, ffn: FFN) -> bool:
+    """Whether calling the matrices of an FFN only applies their weights, which the kernel takes."""
+    return _plain(ffn.w13) and _plain(ffn.w2) and serves(x.flatten(0, -2), ffn.w13.weight, ffn.w2.weight)
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether the module has not been replaced and has no hooks."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return isinstance(linear, nn.Linear) and not hooks
+
+
+class _Experts(torch.autograd.Function):
+    """Saves its arguments and h. Backward adds weight gradients directly to the parameters' float32 gradients if
+    `deferred.own_gradient` allows."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight, count_E, order_M, w13, w2, keep):
+        routes = _routes(weight, count_E, order_M)
+        y_ND, h_MH = forward(x_ND, routes, w13, w2, keep)
+        ctx.save_for_backward(x_ND, weight, count_E, order_M, w13, w2, h_MH)
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_ND):
+        x_ND, weight, count_E, order_M, w13, w2, h_MH = ctx.saved_tensors
+        dy_ND, routes = dy_ND.contiguous(), _routes(weight, count_E, order_M)
+        dw13 = dw2 = None
+        if deferred.store_of(w13) is not None:
+            dx, dweight, act, dh = backward(dy_ND, x_ND, routes, w13, w2, h_MH, None, None, operands=True)
+            assert act is not None and dh is not None
+            dw2 = deferred.gradient(w2, lambda: _later(dy_ND, act, routes, w2, by_inner=False))
+            dw13 = deferred.gradient(w13, lambda: _later(x_ND, dh, routes, w13, by_inner=True))
+        elif (own13 := deferred.own_gradient(w13)) is not None and (own2 := deferred.own_gradient(w2)) is not None:
+            dx, dweight = backward(dy_ND, x_ND, routes, w13, w2, h_MH, own13, own2, add=True)[:2]
+        else:
+            dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
+            dx, dweight = backward(dy_ND, x_ND, routes, w13, w2, h_MH, dw13, dw2)[:2]
+        return dx, None if dweight is None else dweight.to(weight.dtype), None, None, dw13, dw2, None
+
+
+def _routes(weight: Tensor | None, count_E: Tensor, order_M: Tensor | None) -> Routes:
+    return Routes(count_E.contiguous(), order_M, None if weight is None else weight.float().contiguous())
+
+
+def _later(tokens_ND: Tensor, inner_MX: Tensor, routes: Routes, w: Tensor, by_inner: bool) -> Tensor:
+    """`weight_gradient` in a tensor of its own."""
+    dw = torch.empty_like(w, dtype=torch.float32)
+    weight_gradient(tokens_ND, routes._replace(gate=None), inner_MX, dw, by_inner)
+    return dw

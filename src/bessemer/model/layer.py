@@ -12,7 +12,7 @@ FP8, so do those of a layer with all experts on this device: one operation maps 
 
 For speed, some code repeats the math of a layer and must change together with it:
 
-    SwiGLU          `moe.swiglu` and `moe.expert_ffn`, `kernels.expert_ffn`, `kernels.swiglu` (GPU), `engine.decode`,
+    SwiGLU          `moe.swiglu` and `moe.expert_ffn`, `kernels.experts`, `kernels.swiglu` (GPU), `engine.decode`,
                     `decode.cpp`; in FP8 `fp8_layers._SwiGLU`, `emulation.swiglu*`, `triton_quantise.swiglu*`
     MLA             `mla.MLA` (expanded and absorbed), `fp8_layers._Attention`, `engine.decode` (against the KV cache),
                     `dist.context_attention` (sequences split over ranks)

@@ -43,6 +43,7 @@ class Dispatched(NamedTuple):
     """Whether the rows of every expert are padded."""
 
 
+@operation
 def expert_order(expert_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """(order_M, count_E): the choices sorted by expert, ties in token order, and the rows per expert."""
     expert_M, order_M = expert_NK.flatten().sort(stable=True)
@@ -69,8 +70,11 @@ def expert_ffn(rows_MD: Tensor, weight_M: Tensor, count_E: Tensor, w13: Tensor, 
 @operation
 def combine(rows_MD: Tensor, slot_NK: Tensor) -> Tensor:
     """Sums the K expert outputs of every token, [N, D], in float32 or wider and in ascending order of experts."""
-    rows_NKD = rows_MD[slot_NK.sort(1).values]
-    return rows_NKD.to(torch.promote_types(rows_MD.dtype, torch.float32)).sum(1).to(rows_MD.dtype)
+    dtype = torch.promote_types(rows_MD.dtype, torch.float32)
+    total_ND = rows_MD.new_zeros(len(slot_NK), rows_MD.shape[1], dtype=dtype)
+    for slot_N in slot_NK.sort(1).values.t():
+        total_ND = total_ND + rows_MD.index_select(0, slot_N)
+    return total_ND.to(rows_MD.dtype)
 
 
 @operation

@@ -108,8 +108,8 @@ def _sparse_fp8(cfg: ModelConfig) -> int:
 
 def _attention_plain(cfg: ModelConfig, number_bytes: int, fused: bool, padded: bool) -> int:
     """Norms save input and output. The core saves the softmax denominators, its output and its arguments
-    (`attention_cpu`), or if `fused`, on a GPU, the heads of queries, keys and values. If `padded`, values and output
-    are as wide as keys, and the output without its padding is saved, too."""
+    (`kernels.attention`), or if `fused`, on a GPU, the heads of queries, keys and values. If `padded`, values and
+    output are as wide as keys, and the output without its padding is saved, too."""
     norms = 2 * cfg.dim + 2 * cfg.q_lora_rank + 2 * cfg.normed_width + cfg.qk_rope_head_dim
     key = cfg.qk_head_dim if fused else cfg.qk_nope_head_dim
     core = cfg.n_heads * (cfg.qk_head_dim + key + 2 * cfg.v_head_dim)

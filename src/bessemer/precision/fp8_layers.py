@@ -29,12 +29,11 @@ from bessemer.errors import UserError
 from bessemer.kernels import grouped
 from bessemer.kernels.cores import attention_backward, attention_forward
 from bessemer.kernels.deferred import added_gradient
-from bessemer.kernels.expert_ffn import expert_order
 from bessemer.kernels.norm import normalise, normalise_backward
 from bessemer.model.gate import Routing
 from bessemer.model.layer import Layer
 from bessemer.model.mla import MLA
-from bessemer.model.moe import FFN, Dispatched, Experts, Unsent, slots
+from bessemer.model.moe import FFN, Dispatched, Experts, Unsent, expert_order, slots
 from bessemer.model.norm import RMSNorm
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.segments import Segments
