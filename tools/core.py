@@ -143,6 +143,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
     ),
     "serve": (
         "serve/*",
+        "runs/trained_on.py",
         "engine/grammar.py",
         "engine/terminal_chat.py",
         "engine/penalties.py",

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bessemer.pipeline.stage import StepLog
 from bessemer.runs.context import StageContext, StopFlag
 from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
+from bessemer.runs.step_log import StepLog
 
 
 @pytest.fixture

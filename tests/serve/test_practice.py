@@ -11,7 +11,7 @@ import pytest
 from serving import error_of
 
 from bessemer import tasks
-from bessemer.runs import practice
+from bessemer.runs import trained_on
 from bessemer.serve import problems
 from bessemer.serve.protocol import AnswerToJudge, ApiError
 
@@ -50,16 +50,16 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
     for number, name in enumerate(("base", "picked", "helpful", "dev", "own"), 1):
         (tmp_path / f"0{number}-{name}" / "model").mkdir(parents=True)
     (tmp_path / "04-dev" / "stage.json").write_text(json.dumps({"inputs": {"base": "", "picked": "", "helpful": ""}}))
-    dev = practice.of_model(tmp_path / "04-dev" / "model")
+    dev = trained_on.of_model(tmp_path / "04-dev" / "model")
     assert [skill.task for skill in dev.skills] == ["logic"] and dev.trained_length is None
-    assert practice.of_model(tmp_path / "05-own" / "model").trained_length == 2000
-    assert practice.of_model(tmp_path) == practice.Practice()  # not a run
+    assert trained_on.of_model(tmp_path / "05-own" / "model").trained_length == 2000
+    assert trained_on.of_model(tmp_path) == trained_on.Practice()  # not a run
     os.mkfifo(tmp_path / "01-base" / "results.json")
     (tmp_path / "02-picked" / "results.json").write_text('{"rows": [7]}')
     own = '[[stage]]\nname = "own"\n'
     for damaged in ("stage = 7\n", "x = " + "[" * 9000, own + 'row_length = "much"\n', own):
         (tmp_path / "recipe.toml").write_text(damaged)
-        assert practice.of_model(tmp_path / "05-own" / "model") == practice.Practice()
+        assert trained_on.of_model(tmp_path / "05-own" / "model") == trained_on.Practice()
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_whether_conversations_went_on_is_told(tmp_path, summary, more, told):
     for number, name in enumerate(("base", "sft", "last"), 1):
         (tmp_path / f"0{number}-{name}" / "model").mkdir(parents=True)
     (tmp_path / "02-sft" / "done.json").write_text(json.dumps({"summary": summary}))
-    assert practice.of_model(tmp_path / "01-base" / "model").multi_turn is None
-    assert practice.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is told
+    assert trained_on.of_model(tmp_path / "01-base" / "model").multi_turn is None
+    assert trained_on.of_model(tmp_path / ("03-last" if "last" in more else "02-sft") / "model").multi_turn is told
 
 
 def test_a_score_with_examples_is_not_the_model_s_own(tmp_path):
@@ -96,7 +96,7 @@ def test_a_score_with_examples_is_not_the_model_s_own(tmp_path):
     bare, shown = row | {"pass_at_1": 0.6}, row | {"pass_at_1": 0.1, "shots": 4}
     for rows, score in (([bare, shown], 0.6), ([bare, row | {"pass_at_1": 0.2, "prefix": "So"}], 0.6), ([shown], 0.1)):
         (tmp_path / "02-eval" / "results.json").write_text(json.dumps({"rows": rows}))
-        assert practice.of_model(tmp_path / "01-zero" / "model").skills[0].solved == {"en": score}
+        assert trained_on.of_model(tmp_path / "01-zero" / "model").skills[0].solved == {"en": score}
 
 
 def test_problems_are_held_out_and_judged_by_their_task(run_server):
@@ -154,7 +154,7 @@ def test_a_run_from_elsewhere_names_no_file_of_ours(tmp_path):
     run = tmp_path / "01-zero" / "model"
     run.mkdir(parents=True)
     (tmp_path / "recipe.toml").write_text(f'[[stage]]\nkind = "rl"\nname = "zero"\ntasks = {json.dumps(names)}\n')
-    facts = SimpleNamespace(practice=practice.of_model(run))
+    facts = SimpleNamespace(practice=trained_on.of_model(run))
     assert [skill.task for skill in facts.practice.skills] == names
     assert problems.offered(facts) == [] and not seen.exists()
     for name in names:

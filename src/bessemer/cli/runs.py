@@ -1,4 +1,4 @@
-"""`bessemer run`: run a recipe."""
+"""The command that runs a recipe, and what commands on runs share."""
 
 import shlex
 import sys

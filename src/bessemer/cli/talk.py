@@ -114,11 +114,11 @@ def chat(
 ) -> None:
     """Talk to a model. /help in the conversation lists its commands."""
     from bessemer.engine.terminal_chat import chat as talk
-    from bessemer.runs import practice
+    from bessemer.runs import trained_on
     from bessemer.runs.directory import model_dir
 
     folder = model_dir(model)
-    single = practice.of_model(folder).multi_turn is False
+    single = trained_on.of_model(folder).multi_turn is False
     talk(
         folder, system=system, alone=single if alone is None else alone, max_new_tokens=max_tokens,
         temperature=temperature, top_p=top_p, drafts=drafts, seed=seed,

@@ -213,7 +213,7 @@ def keys(table: type[ConfigTable]) -> list[str]:
 
 def validate(
     table: type[AnyTable], values: dict[str, Any], where: str, place: str = "", set_by: Mapping[str, str] | None = None
-) -> AnyTable:  # fmt: skip
+) -> AnyTable:
     """`values` as a `table`, or a UserError that names the key and starts with `where`, the file, or with the argument
     that set the key (`set_by`), and then `place`, the table."""
     # through JSON, because pydantic's strict mode then still takes a list for a tuple and a string for a path

@@ -24,7 +24,6 @@ same output, whether or not the stage was killed on the way.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,17 +32,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
 from bessemer import plugins
 from bessemer.config.builtin import RUN_FORMAT
 from bessemer.config.table import StageConfig
-from bessemer.config.units import show_tokens
 from bessemer.errors import UserError
 from bessemer.pipeline.work import StageWork
 from bessemer.runs import files
 from bessemer.runs.context import Interrupted, StageContext
-from bessemer.runs.metrics import Smoothed
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
     from bessemer.tasks import Problem
-    from bessemer.train.trainer import Trainer
 
 
 _Config = TypeVar("_Config", bound=StageConfig)
@@ -120,47 +116,6 @@ class Stage(Generic[_Config]):
         """
         if self.exports_conversations(config):
             yield from files.conversation_texts(folder)
-
-
-class StepLog:
-    """Metrics and progress of a stage that trains, step by step; pass `log` to the trainer."""
-
-    def __init__(self, ctx: StageContext) -> None:
-        self.ctx = ctx
-        self.tokens = self.before = 0
-        """Consumed tokens after and before the last step."""
-        self.loss = Smoothed()
-
-    def begin(self, trainer: Trainer) -> None:
-        """Called after `trainer.start()`, which may have gone back to a checkpoint."""
-        self.tokens = self.before = trainer.tokens
-
-    def train(self, trainer: Trainer) -> None:
-        """Starts or resumes, and trains to the end; a stop signal saves and raises Interrupted."""
-        ctx, resumed = self.ctx, trainer.start()
-        if resumed:
-            ctx.say(f"resuming at step {trainer.step}, {show_tokens(trainer.tokens)} tokens")
-        ctx.rewind(trainer.step or -1)  # at step 0 `begin` writes its lines again
-        ctx.progress.total(trainer.plan.tokens, "tokens", done=trainer.tokens)
-        self.begin(trainer)
-        if not trainer.run():
-            ctx.interrupt()
-        history = (values.get("train/loss") for _, values in ctx.metrics.history())
-        if losses := [loss for loss in history if loss is not None]:
-            smooth = Smoothed()
-            ctx.say(f"loss {losses[0]:.3f} at the first step, {[*map(smooth, losses)][-1]:.3f} at the last (smoothed)")
-
-    def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
-        self.ctx.metrics.write(step, tokens, values)
-        now = values.get("train/loss", math.nan)
-        loss = self.loss(now) if math.isfinite(now) else now
-        rate = values.get("train/tokens_per_second", 0.0)
-        self.ctx.progress.advance(tokens - self.tokens, f"smoothed loss {loss:.3f}, {rate:,.0f} tokens/s")
-        self.before, self.tokens = self.tokens, tokens
-
-    def passed(self, every: int) -> bool:
-        """Whether the last step crossed a multiple of `every` tokens; never when `every` is 0."""
-        return every > 0 and self.tokens // every > max(0, self.before) // every
 
 
 def blamed(kind: str, stage: Stage[Any]) -> AbstractContextManager[object]:

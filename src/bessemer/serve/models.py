@@ -30,9 +30,9 @@ from bessemer.hf.mapping import longest_text
 from bessemer.hf.model_directory import own_config
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
-from bessemer.runs import practice
+from bessemer.runs import trained_on
 from bessemer.runs.directory import model_dir, stage_folders, writing_models
-from bessemer.runs.practice import Practice
+from bessemer.runs.trained_on import Practice
 from bessemer.serve import ServeConfig
 from bessemer.serve.protocol import ApiError
 from bessemer.serve.service import Launch, Service, launch
@@ -99,7 +99,7 @@ def read_facts(name: str, folder: Path) -> ModelFacts:
     """The facts of a model directory. Raises UserError if something is missing or broken."""
     created = int((folder / "config.json").stat().st_mtime)
     common: dict[str, Any] = dict(
-        name=name, folder=folder, created=created, practice=practice.of_model(folder), digest=digest(folder),
+        name=name, folder=folder, created=created, practice=trained_on.of_model(folder), digest=digest(folder),
         **_template(folder), **_generation(folder),
     )  # fmt: skip
     if (cfg := own_config(folder)) is None:

@@ -39,10 +39,11 @@ from bessemer.hf.model_directory import own_config
 from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.training_inputs import check_mixture, check_stages, model_and_corpus
 from bessemer.pipeline.work import TRAINED, StageWork
 from bessemer.runs.context import StageContext
+from bessemer.runs.step_log import StepLog
 from bessemer.train import lineage, objective, setup
 from bessemer.train.plan import ONE, ZERO, Schedule, TrainingPlan, constant
 from bessemer.train.trainer import Trainer

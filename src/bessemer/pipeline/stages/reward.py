@@ -34,7 +34,7 @@ from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog
+from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import TRAINED, StageWork, answers
 from bessemer.rl import rollout
 from bessemer.rl.judge import Judge
@@ -42,6 +42,7 @@ from bessemer.rl.judge_api import api_key
 from bessemer.rl.preference import FACTS, Scale, judged_ids, score_by
 from bessemer.runs.context import StageContext
 from bessemer.runs.files import JUDGED, json_lines, write_atomic
+from bessemer.runs.step_log import StepLog
 from bessemer.tasks import general_quality
 from bessemer.tasks.answer import summary
 from bessemer.tasks.general import General

@@ -22,10 +22,11 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.pipeline import preflight
-from bessemer.pipeline.stage import Probe, Stage, StepLog, find_kind
+from bessemer.pipeline.stage import Probe, Stage, find_kind
 from bessemer.pipeline.work import TRAINED, StageWork
 from bessemer.runs import files
 from bessemer.runs.context import StageContext
+from bessemer.runs.step_log import StepLog
 from bessemer.train import lineage, objective, setup
 from bessemer.train.plan import TrainingPlan, constant
 from bessemer.train.trainer import Trainer
