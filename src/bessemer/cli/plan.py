@@ -238,20 +238,3 @@ def whatif(
         print_json(answer.facts())
     else:
         print(answer.describe())
-
-
-def doctor(
-    folder: Annotated[Path, typer.Option("--folder", help="Where runs would be stored.")] = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
-    """Measure this machine: what it can run, and what will be slow on it. Under torchrun, all machines are
-    measured together: which rank is where, and how fast they reach each other."""
-    from bessemer.cli import doctor as machine
-    from bessemer.cli import many
-
-    if (facts := many.examine(folder) if many.started() else machine.examine(folder)) is None:
-        return
-    if as_json:
-        print_json(facts)
-    else:
-        print(machine.describe(facts))
