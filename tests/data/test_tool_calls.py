@@ -267,7 +267,7 @@ def test_lists_of_tools():
         ({"role": "tool", "content": None}, "not text"),
     ],
 )
-def test_messages_that_are_none(message, word):
+def test_invalid_messages_are_refused(message, word):
     with pytest.raises(UserError, match=word):
         chat.render([message], "r1")
 

@@ -178,7 +178,7 @@ def test_other_measures_than_accuracy():
         paired.rates([row | {"by_problem": {"a": 0.5}}], "it", "language")
 
 
-def test_answers_with_another_cap_are_something_else():
+def test_answers_with_different_length_caps_are_not_compared():
     """Except beside a row of an earlier version, which does not state it."""
     row = {"task": "sums", "language": "en", "temperature": 1.0, "top_p": 1.0, "by_problem": {"a": 0.5, "b": 1.0}}
     short, long, older = (

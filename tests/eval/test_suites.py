@@ -370,7 +370,7 @@ def test_bad_answers_are_named_with_their_line(data, tmp_path, fault):
         ("nowhere", "no folder"),
     ],
 )
-def test_a_place_that_is_not_there(place, complaint):
+def test_a_missing_path_is_an_error(place, complaint):
     with pytest.raises(UserError, match=complaint):
         suite_run.evaluate_suite(None, suite="r1", data=[place])
 

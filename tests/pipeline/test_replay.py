@@ -14,7 +14,7 @@ from bessemer.errors import UserError
 from bessemer.pipeline import replay as replays
 from bessemer.pipeline import why as pipeline_why
 from bessemer.pipeline.replay import AFTER_SAMPLING, replay
-from bessemer.report import why
+from bessemer.report import why_text
 from bessemer.report.facts import read
 from bessemer.rl import rollout, sampler
 from bessemer.runs.context import Interrupted
@@ -269,11 +269,11 @@ def test_why_asks_both_models_of_a_finished_stage(whole, call, tmp_path, monkeyp
     assert "Why the reward rose" in (root / "report.html").read_text()
     for folder in ("02-pretrain", "03-zero"):
         done, file = (root / folder / "done.json").read_bytes(), next((root / folder / "model").iterdir())
-        assert "held-out problems" in why.html(read(root))
+        assert "held-out problems" in why_text.html(read(root))
         file.write_bytes(file.read_bytes() + b" ")
         write_done(root / folder, {"fingerprint": "f", "inputs": {}}, {}, 1.0)
-        assert not why.html(read(root)), "found about another model"
+        assert not why_text.html(read(root)), "found about another model"
         (root / folder / "done.json").write_bytes(done)
     del kept["models"]
     (root / "why-zero.json").write_text(json.dumps(kept))
-    assert not why.html(read(root))
+    assert not why_text.html(read(root))

@@ -86,7 +86,7 @@ def test_the_command_writes_one_file_and_leaves_the_reports_alone(runs, capsys, 
         compare.write([runs / "one", runs / "one" / ".." / "one"])
 
 
-def test_runs_of_one_name_are_told_apart_and_hostile_names_stay_text(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_and_hostile_names_stay_text(tmp_path):
     for folder in ("a", "b"):
         run = fake_run.make(tmp_path / folder / "<u>run")
         (run / "recipe.toml").write_text(f'name = "x"\nsystem = "<script>{folder}</script>"\n')

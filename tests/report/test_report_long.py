@@ -82,7 +82,7 @@ def test_a_share_of_none_or_all_has_an_interval():
     assert 0.05 < none["high"] < 0.1 and 0.9 < all_["low"] < 0.95  # 40 problems: the bound is about 1 - 0.05^(1/40)
 
 
-def test_a_run_without_one_has_no_such_section(root):
+def test_a_run_without_a_long_context_evaluation_has_no_section_on_it(root):
     (root / "01-longeval" / tables.LONG_FILE).unlink()
     html = card.write(root).read_text(encoding="utf-8")
     assert '<section id="long">' not in html and "long context (no long.json in a stage)" in html

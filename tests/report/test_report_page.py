@@ -106,7 +106,7 @@ def test_a_drag_zooms_and_a_double_click_goes_back(opened, root):
     assert line.get_attribute("d") == whole and not figure.locator(".whole").is_visible()
 
 
-def test_a_stretch_with_fewer_than_two_points_is_not_zoomed_into(opened):
+def test_no_zoom_into_fewer_than_two_points(opened):
     figure, box = chart(opened, "Length")
     line = figure.locator("[data-line='0'] path")
     shown = [line.get_attribute("d")]
@@ -171,7 +171,7 @@ def lab(light):
 
 
 @pytest.mark.parametrize("theme", [0, 1])
-def test_lines_can_be_told_apart(theme):
+def test_lines_are_distinguishable(theme):
     """Also by the colour-blind: 16 apart in CIELAB, where 2.3 is just noticeable, and 3:1 contrast with the card."""
     css = Path(card.__file__).with_name("card.css").read_text("utf-8").split("prefers-color-scheme: dark")[theme]
     hues = [re.search(rf"--s{number}: (#\w+)", css)[1] for number in range(1, 7)]

@@ -163,7 +163,7 @@ def test_the_last_evaluation_counts(root):
     assert [cell.value for cell in table.accuracy[0][1][0].cells] == [0.75, 0.5]
 
 
-def test_contamination_is_told(tmp_path):
+def test_contamination_is_reported(tmp_path):
     found = {"n": 10, "checked": 100, "hit": 0, "searched": {"pretrain": {"words": 5000, "problems": 7}}, "worst": None}
     (tmp_path / "recipe.toml").write_text('name = "x"\n')
     (tmp_path / "01-eval").mkdir()

@@ -7,7 +7,7 @@ import pytest
 from completions import completion
 from rl_parts import reward as reward_of
 
-from bessemer.report.why import describe, headline
+from bessemer.report.why_text import describe, headline
 from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.why import explain
 from bessemer.tasks.base import Problem, Verdict

@@ -244,7 +244,7 @@ def test_a_text_painted_as_it_grows_is_the_text_painted_at_once(chat):
     assert seen["differ"] == 0 and seen["text"] == seen["plain"] and seen["marks"] >= 10
 
 
-def test_trouble_is_said_in_plain_words_and_overcome(chat):
+def test_failures_are_explained_and_recovered_from(chat):
     chat.set(thinking="never", max_tokens=6, seed=5)
     chat.feed({"error": {"message": "full", "code": "queue_full"}}, status=429, headers={"Retry-After": "1"})
     chat.send("Is there room?")

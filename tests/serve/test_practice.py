@@ -21,7 +21,7 @@ def facts(server):
     return {model["id"]: model["bessemer"]["practice"] for model in models}
 
 
-def test_a_models_training_is_told(run_server):
+def test_a_model_lists_what_it_was_trained_on(run_server):
     """zero practised countdown and read about two tasks; r1 was trained from it. The evaluation at 0.6 counts."""
     told = facts(run_server)
     assert [(skill["task"], skill["practised"]) for skill in told["zero"]["skills"]] == [
@@ -74,7 +74,7 @@ def test_sources_by_the_records_and_what_is_no_practice(tmp_path):
         ({"multi_turn": 3}, '[[stage]]\nkind = "rl"\nname = "last"\nfrom = "base"\ntasks = ["countdown"]', False),
     ],
 )
-def test_whether_conversations_went_on_is_told(tmp_path, summary, more, told):
+def test_a_model_says_whether_it_was_trained_on_several_turns(tmp_path, summary, more, told):
     (tmp_path / "recipe.toml").write_text(
         f'[[stage]]\nkind = "pretrain"\nname = "base"\n[[stage]]\nkind = "sft"\nfrom = "base"\n{more}\n'
     )

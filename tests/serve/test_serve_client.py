@@ -99,7 +99,7 @@ def test_thinking_switched_off_and_left_in_the_content(server, engine):
     assert "reasoning" not in hidden
 
 
-def test_zero_is_switched_both_ways(zero_server, zero_engine):
+def test_thinking_of_zero_is_switched_on_and_off(zero_server, zero_engine):
     tokenizer = zero_engine.tokenizer
     for thinking, more in ((False, "<think></think>"), (True, "<think>")):
         ids = [*render_ids(tokenizer, question("the fox")), *tokenizer.encode(more)]
@@ -217,7 +217,7 @@ def test_replies_have_openai_s_types_and_our_fields(server):
     assert server.events("/v1/completions", **asked, stream_options=options) and len(first["token_ids"]) == 6
 
 
-def test_fifty_streams_at_once_are_each_its_solo_run(server, engine):
+def test_each_of_fifty_concurrent_streams_equals_its_solo_run(server, engine):
     texts = [f"{word} {n}" for n in range(5) for word in ("the", "fox", "lazy dog", "brown", "quick", "jumps over",
                                                           "two", "and", "4", "盛钢水")]  # fmt: skip
     prompts = [render_ids(engine.tokenizer, question(text)) for text in texts]

@@ -199,7 +199,7 @@ def test_whole_numbers_may_be_written_with_a_point(server):
     assert error_of(server.chat(max_tokens=2.5))["param"] == "max_tokens"
 
 
-def test_wrong_doors(server):
+def test_wrong_paths_and_methods(server):
     assert error_of(server.chat(model="r2"))["code"] == "model_not_found"
     assert "did you mean 'r1'" in error_of(server.chat(model="r2"))["message"]
     for method, path, status, code in (
@@ -238,7 +238,7 @@ def test_the_client_raises_its_own_errors(server):
         api.chat.completions.create(model="none", messages=USER)
 
 
-def test_an_api_key_is_asked_for_everywhere_but_at_the_door(r1):
+def test_every_endpoint_but_the_public_ones_requires_the_api_key(r1):
     with running(r1, config=ServeConfig(api_key="s3cret", origins=("https://page.example",))) as server:
         for path in ("/v1/models", "/metrics", "/tokenizer_info"):
             answer = httpx.get(server.url + path)
@@ -263,7 +263,7 @@ def test_another_name_is_refused(r1):
         assert (answer.status_code, error_of(answer)["code"]) == (403, "unknown_host")
 
 
-def test_what_cannot_be_served_is_said_at_the_start(r1, zero, tmp_path):
+def test_what_cannot_be_served_is_an_error_at_the_start(r1, zero, tmp_path):
     with pytest.raises(UserError, match="no model or run at"):
         serve_module.serve(tmp_path / "none")
     with pytest.raises(UserError, match="anybody could use the model"):
@@ -352,7 +352,7 @@ def test_end_ids_that_end_nothing_are_named(r1, tmp_path, capsys):
     assert "generation_config.json" in said and "eos_token_id 1000000000000, -3, True, x, 4000" in said
 
 
-def test_a_context_of_any_number_is_no_context(r1, tmp_path):
+def test_an_absurd_context_length_is_refused(r1, tmp_path):
     folder = with_file(r1, tmp_path / "long", "config.json", max_position_embeddings=10**15)
     with pytest.raises(UserError, match="max_position_embeddings"):
         find_models(folder, ServeConfig())

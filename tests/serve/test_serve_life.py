@@ -200,7 +200,7 @@ def test_a_connection_serves_one_request_after_another(r1):
         assert limiter.open == 0 and limiter.unread_bytes == 0 and not limiter.incomplete
 
 
-def test_who_does_not_read_is_given_up(r1):
+def test_a_client_that_does_not_read_is_dropped(r1):
     with running(r1, limits=ConnectionLimits(unread_seconds=0.5)) as server:
         plug = socket.socket()
         plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -213,7 +213,7 @@ def test_who_does_not_read_is_given_up(r1):
         plug.close()
 
 
-def test_who_does_not_read_the_end_is_given_up_too(r1, monkeypatch):
+def test_a_client_that_does_not_read_the_end_is_dropped_too(r1, monkeypatch):
     """What is left of a closed connection's answer fits into asyncio's buffer, so that nobody is paused."""
     paused = []
     monkeypatch.setattr(Connection, "pause_writing", paused.append)
@@ -231,7 +231,7 @@ def test_who_does_not_read_the_end_is_given_up_too(r1, monkeypatch):
         assert len(said.split(b"\r\n\r\n", 1)[1]) < length(said) and not paused
 
 
-def test_a_failing_step_costs_only_who_was_reading(r1, steps, monkeypatch):
+def test_a_failed_step_ends_only_the_requests_in_it(r1, steps, monkeypatch):
     """The running answer ends with an error event. A request that had not begun moves to the new scheduler. A request
     that breaks every scheduler ends too."""
     steps.seconds = 0.02
@@ -437,7 +437,7 @@ def refused(url):
     return False
 
 
-def test_who_waits_hears_from_the_server(r1, steps):
+def test_a_waiting_client_gets_keep_alives(r1, steps):
     steps.seconds = 0.01
     with running(r1, config=ServeConfig(rows=1, keep_alive_seconds=0.05)) as server:
         plug = raw_request(server.port, LONG)

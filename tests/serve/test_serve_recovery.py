@@ -113,6 +113,6 @@ def test_only_what_no_longer_fits_is_lost(gpu, model):
     assert tokens[1] == 4 and ends[1][0] == "length" and not ended
 
 
-def test_without_room_the_answers_end_and_so_does_the_process(gpu, model):
+def test_without_memory_the_answers_end_and_so_does_the_process(gpu, model):
     _, _, tokens, ends, ended = played(gpu, model, [Request((5,), 0, 4), Request((5,), 1, 4)], 1000)
     assert {reason for reason, _ in ends.values()} == {"error"} and tokens == [0, 0] and ended

@@ -159,7 +159,7 @@ def test_a_run_whose_disk_goes_away_stays_on_the_page(run):
     assert state["trouble"] == [] and state["stages"][0]["step"] == 101
 
 
-def test_stages_are_told_as_they_are(run):
+def test_stages_are_shown_with_their_state(run):
     state = read(RunFollower(run, "noise")).state()
     assert [(s["name"], s["state"], s["planned"], s["seconds"]) for s in state["stages"]] == [
         ("pretrain", "finished", 80.0, 100.0), ("zero", "running", 600.0, 61.0), ("eval", "waiting", 30.0, None),
@@ -238,7 +238,7 @@ def test_a_long_run_with_bad_values_is_small_and_valid_json(tmp_path):
     assert "3 damaged lines" in state["trouble"][0]
 
 
-def test_only_this_machine_may_ask(run):
+def test_only_local_requests_are_answered(run):
     with serving(read(RunFollower(run, "noise"))) as url:
         page = httpx.get(url)
         assert "script-src 'self'" in page.headers["content-security-policy"] and "<script type=" in page.text
@@ -389,7 +389,7 @@ def check_chinese(page):
     assert violations(page) == []
 
 
-def test_nobody_reads_while_nobody_looks(run, monkeypatch):
+def test_a_run_is_read_only_while_somebody_watches(run, monkeypatch):
     monkeypatch.setattr("bessemer.serve.run_follower.UNWATCHED", 0.2)
     monkeypatch.setattr("bessemer.serve.run_follower.EVERY", 0.05)
     follower = RunFollower(run, "noise")

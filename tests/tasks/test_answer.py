@@ -232,7 +232,7 @@ def unseen(text):
 
 @settings(max_examples=600, deadline=None)
 @given(before=ANYTHING, between=ANYTHING, after=ANYTHING, times=TIMES)
-def test_the_two_blocks_hold_nothing_around_them_but_a_little_white_space(before, between, after, times):
+def test_the_two_blocks_have_only_a_little_white_space_around_them(before, between, after, times):
     texts = [text * times for text in (before, between, after)]
     reply = parse_reply("{}<think>t</think>{}<answer>7</answer>{}".format(*texts))
     small = all(len(text) <= GAP and set(text) <= set(" \t\r\n") for text in texts)

@@ -84,7 +84,7 @@ def test_difficulty_of_countdown_is_where_the_product_stands():
         (lambda: get("countdown", languages=["en"]).problem("train", 0, language="zh"), "en"),
     ],
 )
-def test_a_mistake_names_its_cure(wrong, hint):
+def test_an_error_names_the_fix(wrong, hint):
     with pytest.raises(UserError, match=hint):
         wrong()
 

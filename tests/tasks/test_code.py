@@ -69,7 +69,7 @@ def test_the_written_form_of_a_function_is_the_function():
             assert type(expected) is type(shown) and expected == shown, (goal.key, value)
 
 
-def test_hidden_tests_tell_a_function_from_likely_mistakes():
+def test_hidden_tests_distinguish_a_function_from_likely_mistakes():
     """No rival that differs on any of 200 other arguments passes, whether of the same family or of another."""
     rng, pairs = random.Random(0), 0
     for goal in rng.sample(EVERY, 60):
@@ -139,7 +139,7 @@ def test_reasons(completion, reason):
     assert (verdict.reason, verdict.correct) == (reason, reason in ("correct", "no-think"))
 
 
-def test_voting_counts_the_source_without_its_dress():
+def test_voting_ignores_the_layout_of_the_source():
     plain, fenced = think("def f(n):\n    return 1"), think("```py\ndef f(n):\n\n    return 1   \n```")
     answers = {TASK.verify(PROBLEM, text).answer for text in (plain, fenced, fenced.replace("\n", "\r\n"))}
     assert answers == {"def f(n):\n    return 1"}
@@ -266,7 +266,7 @@ def test_a_broken_line_is_named(tmp_path, row, hint):
         get(file_of(tmp_path, ROW, row))
 
 
-def test_a_file_that_is_not_there_or_empty(tmp_path):
+def test_a_missing_or_empty_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         get(f"code:{tmp_path}/absent.jsonl")
     with pytest.raises(UserError, match="contains no problem"):

@@ -58,7 +58,7 @@ def test_nothing_passes_from_one_test_to_the_next(isolation):
     assert (judgement.reason, judgement.passed) == ("correct", 3), judgement
 
 
-def test_what_passes_would_be_found():
+def test_what_leaks_between_programs_would_be_found():
     """Within one process every channel's traces are found, so the test above looks in the right places."""
     apart = {"shared memory on disk", "the folder it is in", "the input", "a process", "a process of a process"}
     names = [name for name in CHANNELS if name not in apart]

@@ -176,7 +176,7 @@ def test_no_page_of_other_tasks_answers_a_held_out_problem():
         assert general_requests.split_of(other.family, other.slots) == "train"
 
 
-def test_who_gives_up_answers_with_the_last_try_as_often_as_set():
+def test_an_author_who_gives_up_answers_with_the_last_try_as_often_as_set():
     def copied(share):
         task = get("countdown", direct=0.0, truncated=0.0, give_up_last=share)
         same = []
@@ -204,7 +204,7 @@ def test_an_answer_after_yes_is_a_literal_copy_of_the_try():
     assert said > 500
 
 
-def test_knobs_turn():
+def test_settings_take_effect():
     task = get("countdown", direct=0.0, sloppy=0.0, average=0.0, careful=0.0, systematic=1.0, give_up_systematic=0.0)
     pages = [task.written(i) for i in range(500)]
     rate = sum(right(task, page) for page in pages) / 500

@@ -78,7 +78,7 @@ def test_the_calculator_is_exact():
         ("3^" + "9" * 400, "more than 400 digits"), ("(9^399/7^399)^399", "more than 400 digits"),
     ],
 )  # fmt: skip
-def test_what_the_calculator_cannot_read_it_says_in_words(text, complaint):
+def test_the_calculator_explains_what_it_cannot_read(text, complaint):
     start = time.monotonic()
     with pytest.raises(ValueError, match=complaint):
         calculate(text)
@@ -458,7 +458,7 @@ def test_a_failed_reset_leaves_no_connection():
     assert left == 0 and next(answers, "all given") == "all given"
 
 
-def test_a_class_of_one_s_own_says_what_an_action_and_an_observation_are(serve, tmp_path):
+def test_a_user_s_environment_defines_its_actions_and_observations(serve, tmp_path):
     file = tmp_path / "game.py"
     file.write_text(
         "from bessemer.tasks.env_server import ServerEnvironment\n"

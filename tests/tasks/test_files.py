@@ -60,7 +60,7 @@ def test_every_family_names_a_broken_line(file, family, lines, hint):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_of_another_family_is_told(file, family):
+def test_an_error_names_the_family_of_a_file(file, family):
     for other, line in LINES.items():
         if other in ("code", "choice") and other != family:
             with pytest.raises(UserError, match=f"line 1: the field '.*' belongs to {other}:PATH"):

@@ -51,7 +51,7 @@ def test_the_shares_are_those_of_a_useful_measure():
     assert sum("<think>" in entry["completion"] for entry in ANSWERS) >= 100
 
 
-def test_counts_tell_refusals_from_payments():
+def test_counts_distinguish_refusals_from_payments():
     paid = {grader: {entry["id"]: value for entry in ANSWERS} for grader, value in (("yes", True), ("no", False))}
     yes, no = (golden.count(ANSWERS, verdicts) for verdicts in paid.values())
     assert yes["judged"] == no["judged"] == len(ANSWERS)

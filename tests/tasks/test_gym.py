@@ -196,7 +196,7 @@ def test_no_dataset_pays_for_what_is_no_answer(part):
 
 
 @pytest.mark.parametrize(("written", "correct"), [("{}", True), ("{}, {}", False)])
-def test_one_point_is_asked_for(written, correct):
+def test_an_answer_must_be_one_point(written, correct):
     task = get("gym:advanced_geometry")
     problem = next(p for p in (task.problem("train", i) for i in range(20)) if p.meta["answer"].startswith("("))
     point = problem.meta["answer"].replace(" ", "")
@@ -234,7 +234,7 @@ def test_levels():
     assert reason(hard, hard.problem("test", 0), hard.problem("test", 0).meta["answer"]) == "correct"
 
 
-def test_all_of_the_library_is_there():
+def test_every_dataset_of_the_library_is_available():
     known, levelled = _datasets()
     assert len(known) >= 100 and len(levelled) >= 95 and "composite" not in known
 
@@ -253,6 +253,6 @@ def test_all_of_the_library_is_there():
         (lambda: get("gym:graph_color").problem("train", 0), "its own scorer"),
     ],
 )
-def test_a_mistake_names_its_cure(wrong, hint):
+def test_an_error_names_the_fix(wrong, hint):
     with pytest.raises(UserError, match=hint):
         wrong()

@@ -140,7 +140,7 @@ def test_careful_pages_are_true_line_by_line(pages):
                 assert {python_says(step) for step in line.split("=")} == {truth}
 
 
-def test_other_language_and_knobs(pages):
+def test_other_language_and_settings(pages):
     thinking = [p for p in pages if p.problem.language == "en" and p.author != "direct"]
     share = sum(bool(re.search("[真假]", page.response.partition("</think>")[0])) for page in thinking) / len(thinking)
     assert 0.06 < share < 0.14

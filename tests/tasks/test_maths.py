@@ -245,7 +245,7 @@ def test_peeling(text):
 
 
 @pytest.mark.parametrize("text", ["\\boxed{1} or \\boxed{2}", "$1$ or $2$", "{1}{2}", "\\frac{1}{2}"])
-def test_what_is_not_one_wrapping_stays(text):
+def test_only_a_wrapping_around_the_whole_is_removed(text):
     assert peeled(text) == text
 
 
@@ -264,7 +264,7 @@ def test_a_file_is_split_by_a_hash_and_walked_without_repeats(file):
     assert [task.problem("train", i, seed=3) for i in range(20)] == again != asked["train"][:20]
 
 
-def test_a_directory_has_its_own_splits_and_train_gives_way(file):
+def test_a_directory_has_its_own_splits_and_training_drops_test_questions(file):
     file(LINES[:50], "train.jsonl")
     folder = file(LINES[40:60], "test.jsonl").parent
     task = get(f"gsm8k:{folder}")

@@ -20,7 +20,7 @@ def task():
     return Needle(TEXTS)
 
 
-def test_words_are_told_apart():
+def test_words_are_distinguished():
     for words in (ADJECTIVES, SPEAKERS, WORDS):
         assert len(set(words)) == len(words) and all(word.isalpha() for word in words)
     assert not set(WORDS) & {*ADJECTIVES, *SPEAKERS}

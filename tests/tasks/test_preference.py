@@ -60,7 +60,7 @@ def test_every_second_flaw_is_a_mistake_in_the_good_answer_s_words():
     assert fmean(alike[0]) > 0.85 > 0.75 > fmean(alike[1]), "the next one is in another manner"
 
 
-def test_votes_do_not_depend_on_who_comes_first():
+def test_votes_do_not_depend_on_the_order_of_answers():
     texts = ((problem, text) for problem, texts in ANSWERS for text in texts)
     problem, bad = next((p, text) for p, text in texts if 0.4 < judge(GeneralRequest.of(p), text).helpful < 0.6)
     good, rng = general_quality.candidates(problem, "helpful", 1)[0], stable_random("vote")

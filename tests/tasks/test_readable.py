@@ -78,7 +78,7 @@ def test_each_fault_has_its_name(answer, language, reason):
     assert reason in (READABLE, *REASONS)
 
 
-def test_limits_are_limits():
+def test_limits_are_adjustable():
     mixed = thinks("one two three four five six seven eight nine 十")
     assert not readable(mixed, "en").readable and readable(mixed, "en", ReadabilityLimits(consistency=0.9)).readable
     twice = thinks("a step\nb step\na step")

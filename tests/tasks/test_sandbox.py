@@ -96,7 +96,7 @@ def test_the_same_program_gives_the_same(capfd):
         (lambda: judge("", "f()", [([], 1)]), "name of a function"),
     ],
 )
-def test_a_mistake_names_its_cure(wrong, hint):
+def test_an_error_names_the_fix(wrong, hint):
     with pytest.raises(ValueError, match=hint):
         wrong()
 
@@ -248,7 +248,7 @@ def test_nothing_stays(isolation, name):
 
 
 @pytest.mark.parametrize("name", CLINGING)
-def test_without_walls_there_is_no_new_process(name):
+def test_without_isolation_no_process_is_started(name):
     if not numbers():
         pytest.skip("this machine's system calls are not known, so nothing refuses them")
     with watching(os.getpid()) as seen:
@@ -415,7 +415,7 @@ def test_hostile_code_is_not_paid_and_not_slow(isolation):
         assert list(chain.from_iterable(pool.map(complaints, shares, repeat(isolation)))) == []
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_hostile_programs():
     assert len(HOSTILE) >= 90 and len(set(HOSTILE.values())) == len(HOSTILE)
 
 

@@ -77,7 +77,7 @@ def test_general_prompts_of_a_file(tmp_path):
         ({"prompt": "hi", "aim": "helpful", "reference": 3}, "line 2: no text under 'reference'"),
     ],
 )
-def test_a_line_that_is_no_general_prompt(tmp_path, line, fault):
+def test_a_line_that_is_not_a_general_prompt_is_an_error(tmp_path, line, fault):
     path = tmp_path / "general.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "hi", "aim": "helpful"}, line)))
     with pytest.raises(UserError, match=fault):

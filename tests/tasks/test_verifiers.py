@@ -103,7 +103,7 @@ def test_two_ranks_give_the_verdicts_of_one_and_each_judges_what_it_generated(as
     assert min(len(first), len(second)) >= len(asked) // 2 - 2
 
 
-def test_answers_that_end_or_hold_up_a_verifier_are_wrong_alone(pool, tmp_path):
+def test_an_answer_that_kills_or_hangs_a_verifier_makes_no_other_answer_wrong(pool, tmp_path):
     one = pool(2, patience=3.0)
     texts = ["right", "die", "right", "memory", "crash", "hang", "wrong", f"once {tmp_path / 'seen'}", "right 2"]
     with pytest.warns(UserWarning, match="what a parser may raise"):
@@ -137,7 +137,7 @@ def test_an_answer_is_not_wrong_because_the_verifiers_are_closed(pool):
         hangs.result(1.0)
 
 
-def test_what_a_user_can_mend_stops_the_call(pool):
+def test_an_error_that_a_user_can_fix_stops_the_call(pool):
     with pytest.raises(UserError, match="mend this first"):
         pool().submit(TASK, PROBLEM, "mend").result(60)
 
@@ -170,7 +170,7 @@ def test_a_task_that_cannot_be_sent_is_judged_here(pool):
     assert pool(1).submit(TASK, PROBLEM, "right").result(60).verdict.answer != str(os.getpid())
 
 
-def test_a_class_that_only_chooses_problems_is_judged_by_the_one_it_is_of(pool):
+def test_a_narrowed_task_is_judged_by_its_base_class(pool):
     """As a task narrowed to some difficulties is."""
 
     def of(**methods):
@@ -186,7 +186,7 @@ def test_a_class_that_only_chooses_problems_is_judged_by_the_one_it_is_of(pool):
     assert judge_all([judges])[0].verdict.correct
 
 
-def test_a_class_that_another_process_does_not_find_is_judged_here(monkeypatch):
+def test_a_class_that_a_verifier_cannot_import_is_judged_in_this_process(monkeypatch):
     module = types.ModuleType("only_here")
     exec("from hard_answers import Hard as H\nclass Own(H): pass", vars(module))
     monkeypatch.setitem(sys.modules, "only_here", module)

@@ -45,7 +45,7 @@ def test_there_are_enough_stories_and_no_two_alike():
 @pytest.mark.parametrize(
     "story", [*TRAINED, *HELD_OUT, *COMPOSED["test"][::16], *COMPOSED["train"][::64]], ids=lambda story: story.id
 )
-def test_a_story_tells_the_same_in_both_languages(story):
+def test_a_story_is_the_same_in_both_languages(story):
     told = [re.findall(r"\{(\w+)\}", text) for text in (story.en, story.zh)]
     letters = [[slot for slot in slots if len(slot) == 1] for slots in told]
     assert letters[0] == letters[1] == list(story.ranges)  # each number once, in the same order
@@ -135,7 +135,7 @@ def test_careful_steps_are_true_and_answer_what_was_worked_out():
                 assert TASK.verify(page.problem, page.response).correct
 
 
-def test_knobs_turn():
+def test_settings_take_effect():
     sure = get("words", direct=0.0, sloppy=0.0, truncated=0.0, languages=["zh"])
     assert all(sure.verify(page.problem, page.response).correct for page in map(sure.written, range(100)))
     slipping = get("words", direct=0.0, sloppy=1.0, truncated=0.0, slip=1.0)

@@ -117,7 +117,7 @@ def why(
     """Show why the reward of an RL stage rose: which ways of answering it chose, what each earned, what was new."""
     from bessemer.pipeline import why as causes
     from bessemer.report import card
-    from bessemer.report import why as words
+    from bessemer.report import why_text as words
 
     root, name = _stage_of(run)
     stage, found = causes.explain(root, name, problems, samples)

@@ -23,7 +23,7 @@ from bessemer import __version__
 from bessemer.config.units import show_seconds, show_tokens
 from bessemer.eval import contamination
 from bessemer.eval.tables import stage_tables
-from bessemer.report import comparisons, page, panels, why
+from bessemer.report import comparisons, page, panels, why_text
 from bessemer.report.charts import short
 from bessemer.report.facts import RunFacts, StageFacts, read
 from bessemer.report.page import Html
@@ -381,7 +381,7 @@ SECTIONS = (
             "Noisy curves: faint as measured, bold smoothed."),
     PageSection("rollouts", "Rollouts", rollouts, "no rollouts.jsonl in a stage",
             "The model's answers as it learned, at several moments, for prompts that the run asked repeatedly."),
-    PageSection("why", "Why the reward rose", why.html, "",
+    PageSection("why", "Why the reward rose", why_text.html, "",
             "Answers before and after: what became more frequent, and what that earns among answers to one problem. "
             "Associations, not experiments."),
     PageSection("controls", "Controls", comparisons.controls_html, "no stages that differ by reward",
