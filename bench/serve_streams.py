@@ -65,13 +65,14 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 
 def bare(model: str, streams: int, tokens: int) -> dict:
     """Runs all requests in a bare scheduler."""
+    from bessemer.engine.fair_queue import FairQueue
     from bessemer.engine.scheduler import Scheduler
     from bessemer.engine.sequence import Token
 
     engine, requests = engine_and_requests(model, streams, tokens)
     engine.generate([requests[0].prompt], max_new_tokens=2, **SAMPLING)  # initialises whatever is created on first use
     gc.freeze()  # as the server does
-    scheduler = Scheduler(engine, rows=streams)
+    scheduler = Scheduler(engine, rows=streams, queue=FairQueue())
     start, cpu = time.perf_counter(), time.process_time()
     for request in requests:
         scheduler.add(request)

@@ -32,6 +32,7 @@ from machine import processor
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
+from bessemer.engine.fair_queue import FairQueue
 from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
@@ -61,7 +62,7 @@ def engine() -> Engine:
 
 def beside(made: Engine, requests: list[Request], steps: int) -> dict[str, float]:
     """The times between two tokens of a plain sample while the requests arrive and run."""
-    scheduler = Scheduler(made, rows=len(requests) + 1, prefill_tokens=2048)
+    scheduler = Scheduler(made, rows=len(requests) + 1, prefill_tokens=2048, queue=FairQueue())
     plain = scheduler.add(Request((5, 6, 7), 0, steps + 64, stop_ids=()))
     for _ in range(16):
         scheduler.step()
@@ -80,7 +81,7 @@ def beside(made: Engine, requests: list[Request], steps: int) -> dict[str, float
 
 def memory(made: Engine, count: int, **options: object) -> float:
     """MB of `count` started samples, by Python's own count."""
-    scheduler = Scheduler(made, rows=count)
+    scheduler = Scheduler(made, rows=count, queue=FairQueue())
     gc.collect()
     tracemalloc.start()
     kept = [scheduler.start(Request((5, 6), n, 4, **options)) for n in range(count)]  # type: ignore[arg-type]
@@ -92,7 +93,7 @@ def memory(made: Engine, count: int, **options: object) -> float:
 
 def step_ms(made: Engine, rows: int, first: TokenRules | None, steps: int) -> Callable[[], float]:
     """A function that runs some steps and returns the processor time of one, in ms."""
-    scheduler = Scheduler(made, rows=rows)
+    scheduler = Scheduler(made, rows=rows, queue=FairQueue())
     for n in range(rows):
         prompt = tuple(2 + k % 280 for k in range(4000 if n == 0 else 32))
         scheduler.add(Request(prompt, n, 20 * steps, stop_ids=(), control=first if n == 0 else None))

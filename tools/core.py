@@ -144,7 +144,9 @@ ADDONS: dict[str, tuple[str, ...]] = {
     "serve": (
         "serve/*",
         "runs/trained_on.py",
+        "engine/fair_queue.py",
         "engine/grammar.py",
+        "engine/headroom.py",
         "engine/terminal_chat.py",
         "engine/penalties.py",
         "engine/token_controls.py",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import string
 import tracemalloc
 
@@ -121,29 +120,6 @@ def test_the_page_table_is_extended_not_rebuilt():
     pages = CONTEXT // PAGE + 2
     assert [row[:pages] for row in cache.table_BP.tolist()] == cache.row_pages
     assert len({page for row in cache.row_pages for page in row}) == 32 * pages
-
-
-@pytest.mark.parametrize("lengths", ["equal", "random"])
-@pytest.mark.parametrize("pages", [40, 24])
-def test_a_full_cache_prefills_little_twice(cfg, tokenizer, lengths, pages):
-    """Prompts of one page, whose answers need seven more each, or as many as chance wants."""
-    model = Transformer(cfg.model_copy(update={"max_seq_len": 512})).initialise(0)
-    scheduler = Scheduler(Engine(model, tokenizer), rows=32, cache_tokens=pages * PAGE)
-    tokens, real = [], scheduler.runner.prefill
-
-    def counted(chunks, *rest):
-        tokens.append(sum(chunk.end - chunk.prompt.length for chunk in chunks))
-        return real(chunks, *rest)
-
-    scheduler.runner.prefill = counted
-    draw = random.Random(1)
-    count = 48 if pages == 40 else 24
-    for n in range(count):
-        most = 448 if lengths == "equal" else draw.randint(20, 448)
-        prompt = tuple(draw.randrange(3, 290) for _ in range(PAGE))
-        scheduler.add(Request(prompt, n, most, stop_ids=()))
-    _, found = drain(scheduler)
-    assert len(found) == count and sum(tokens) <= 1.55 * count * PAGE
 
 
 @pytest.mark.parametrize(("prompt", "most"), [(PAGE - 1, 1), (28, 100), (5, 59)])

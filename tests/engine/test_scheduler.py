@@ -11,7 +11,7 @@ from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.sequence import Finished, Request, SamplingParams, Token
+from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.errors import UserError
 
 SAMPLINGS = [
@@ -61,7 +61,7 @@ def test_a_request_gets_what_it_would_get_alone(engine, prompts, options):
         assert [event.token for event in tokens] == list(expected.tokens)
         assert [event.logprob for event in tokens] == pytest.approx(expected.logprobs, abs=2e-5)
         assert end.reason == expected.finish_reason
-    assert used(scheduler) == 0 and not scheduler.queue.running
+    assert used(scheduler) == 0 and not len(scheduler.queue)
     assert (scheduler.stats()["preempted"] > 0) == ("cache_tokens" in options)
 
 
@@ -90,35 +90,6 @@ def test_samples_of_one_prompt_share_its_prefill_and_a_known_beginning_is_found(
     assert end.cached_tokens == 128 and len(turn) == 150
 
 
-def test_nobody_waits_for_one_who_sends_many(engine, prompts):
-    scheduler = Scheduler(engine, rows=2)
-    for k in range(12):
-        scheduler.add(Request(tuple(prompts[3]), stream_key(k), 10, client="many"))
-    late = scheduler.add(Request(tuple(prompts[4]), stream_key(99), 10, client="one"))
-    order = []
-    while not scheduler.idle:
-        order += [event.ticket for event in scheduler.step() if isinstance(event, Finished)]
-    assert order.index(late) <= 4 and len(order) == 13
-
-
-def test_a_client_with_many_names_waits_like_one(engine, prompts):
-    """And its users take turns among themselves."""
-    scheduler = Scheduler(engine, rows=2)
-    made = [("many", f"name {k}") for k in range(9)] + [("proxy", "first")] * 4 + [("proxy", "second"), ("one", "")]
-    clients = {
-        scheduler.add(Request(tuple(prompts[k % 3]), stream_key(k), 6, stop_ids=(), client=client, user=user)): (
-            client,
-            user,
-        )
-        for k, (client, user) in enumerate(made)
-    }
-    order = []
-    while not scheduler.idle:
-        order += [clients[event.ticket] for event in scheduler.step() if isinstance(event, Finished)]
-    assert order.index(("one", "")) <= 3 and order.index(("proxy", "second")) <= 5
-    assert [client for client, _ in order[:6]].count("many") <= 3
-
-
 def test_a_preempted_request_counts_its_prompt_once(engine):
     """What it computed before it was preempted was not found in the cache, although it is there on its return."""
     scheduler = Scheduler(engine, rows=4, cache_tokens=4 * PAGE)
@@ -129,21 +100,6 @@ def test_a_preempted_request_counts_its_prompt_once(engine):
     stats = {name: value - before[name] for name, value in scheduler.stats().items()}
     assert [end.cached_tokens for _, end in results] == [0, 0, 0]
     assert stats["preempted"] and (stats["prompt_tokens"], stats["prompt_tokens_found"]) == (3 * PAGE, 0)
-
-
-def test_nothing_is_kept_of_clients_that_are_gone(engine):
-    """One of whose requests ended while another waited, and one whose request waited after a preemption."""
-    scheduler = Scheduler(engine, rows=1)
-    first = Request((20, 21, 22), 1, 1, stop_ids=(), client="impatient")
-    scheduler.add(first)
-    second = scheduler.add(replace(first, max_new_tokens=9))
-    scheduler.step()
-    scheduler.cancel(second)
-    third = scheduler.start(replace(first, client="preempted"))
-    scheduler.queue.take(scheduler.queue.peek(1))
-    scheduler.queue.requeue(third)
-    scheduler.cancel(third.number)
-    assert scheduler.idle and not scheduler.queue._last_turn and not scheduler.queue.running
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 12])
@@ -170,7 +126,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine, prompts, steps):
     assert {ticket: found[ticket] for ticket in gone} == before
     for ticket, request in list(zip(tickets, wanted, strict=True))[::2]:
         assert found[ticket] == list(alone(engine, request).tokens)
-    assert used(scheduler) == 0 and not scheduler.queue.running
+    assert used(scheduler) == 0 and not len(scheduler.queue)
 
 
 def test_a_row_whose_logits_break_ends_alone(engine, prompts, monkeypatch):

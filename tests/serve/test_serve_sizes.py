@@ -5,6 +5,7 @@ import torch
 from serving import CONTEXT, running
 
 from bessemer.engine.engine import Engine
+from bessemer.engine.fair_queue import FairQueue
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
@@ -86,7 +87,7 @@ def test_rows_of_a_foreign_model_start_as_long_as_memory_holds_them(r1):
                                       num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                                       max_position_embeddings=512)  # fmt: skip
     engine = Engine(CausalLM(transformers.LlamaForCausalLM(config)), tokenizer)
-    scheduler, most = Scheduler(engine, rows=16, cache_tokens=1024), 0
+    scheduler, most = Scheduler(engine, rows=16, cache_tokens=1024, queue=FairQueue()), 0
     for n in range(12):
         scheduler.add(Request((5,) * (300 if n == 6 else 20), n, 20, stop_ids=()))
     while not scheduler.idle:

@@ -31,7 +31,7 @@ from bessemer.engine.kv_cache import LatentCache, PromptPages
 from bessemer.engine.random_streams import ACCEPT, DRAFT
 from bessemer.engine.sampling import LiveRows, RejectedDrafts, SampledTokens
 from bessemer.engine.speculative import accepted_of
-from bessemer.engine.steps import Drafts, Draws, ForwardOutput, PrefillChunk, Round, RoutingTrace, register
+from bessemer.engine.steps import Drafting, Draws, ForwardOutput, PrefillChunk, Round, RoutingTrace, register
 from bessemer.kernels import attention, gate, library
 from bessemer.kernels import sampling as sampling_kernel
 from bessemer.model.layer import Layer
@@ -199,7 +199,7 @@ class KernelSteps(TorchSteps):
             self._run(self._mtp[0], pools, rows, hidden=torch.cat(hidden), pick=token_N[:0])
 
     def round(
-        self, rows: LiveRows, cache: LatentCache, drafts: Drafts, draws: Draws, trace: RoutingTrace | None = None
+        self, rows: LiveRows, cache: LatentCache, drafts: Drafting, draws: Draws, trace: RoutingTrace | None = None
     ) -> Round:
         """One call of the kernel, unless several MTP modules draft."""
         if len(drafts.modules) > 1:

@@ -4,7 +4,7 @@ One `step` starts prompts while rows and pages suffice, prefills a bounded numbe
 prompt delays the decoding sequences only a little, samples a token for every sequence, and retires finished ones. When
 the cache is full the youngest sequence is preempted and waits; on its return those of its tokens whose pages others
 took are prefilled like a prompt, and since its random stream is indexed by position, it continues with the same tokens.
-A prompt starts only if everything that runs is expected to end before the cache is full (`headroom`).
+The queue decides who starts next: here whoever came first, as soon as its pages are free; `fair_queue` looks further.
 
 Prompts with a common prefix share pages: several samples of one prompt at once, and a repeated system prompt or an
 earlier turn of a conversation through the prefix cache.
@@ -12,8 +12,8 @@ earlier turn of a conversation through the prefix cache.
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice, takewhile
 from typing import Protocol
@@ -22,7 +22,6 @@ import torch
 
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.generation import check_prompt
-from bessemer.engine.headroom import AnswerLengths, Need, peak_pages
 from bessemer.engine.kv_cache import PAGE, PromptPages, indices, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
@@ -34,7 +33,7 @@ from bessemer.model.protocol import LanguageModel
 
 
 @dataclass(eq=False)
-class _Prefill:
+class PromptJob:
     """A prompt during prefill, and the sequences that will continue it."""
 
     prompt: PromptPages
@@ -45,22 +44,6 @@ class _Prefill:
         sequence's own."""
         total, count = pages_for(len(self.prompt.ids) + lookahead), count or len(self.sequences)
         return total - len(self.prompt.pages) + (count - 1) * (total - self.prompt.full_pages)
-
-    def pages_of_its_own(self, count: int) -> int:
-        """Pages that it has and that its first `count` sequences do not share, less those to share that it lacks."""
-        shared = self.prompt.full_pages if count > 1 else 0
-        return len(self.prompt.pages) - shared
-
-    def needs(self, count: int, lookahead: int, more: Callable[[Sequence], int]) -> list[Need]:
-        """What its first `count` sequences take besides the pages that they share."""
-        shared = self.prompt.full_pages * PAGE if count > 1 else 0
-        return [_need(one, lookahead, shared, more) for one in self.sequences[:count]]
-
-
-def _need(sequence: Sequence, lookahead: int, shared: int, more: Callable[[Sequence], int]) -> Need:
-    """What a sequence takes after `shared` tokens."""
-    prompt, request = len(sequence.request.prompt) + lookahead - shared, sequence.request
-    return Need(prompt + len(sequence.tokens), more(sequence), pages_for(prompt + request.max_new_tokens - 1))
 
 
 class Network(Protocol):
@@ -84,13 +67,14 @@ class Scheduler:
         record: RoutingRecord | None = None,
         prefix_cache: bool = True,
         kept: bool = False,
+        queue: WaitingQueue | None = None,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
         full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
         others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
         record: receives the experts of every token fed; needs `prefix_cache` off, so that every prompt is computed in
-        full. kept: sequences record the tokens that truncation kept; all must have the same parameters."""
+        full. kept: sequences record the tokens that truncation kept. queue: decides who starts next."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
@@ -98,16 +82,15 @@ class Scheduler:
         assert record is None or not prefix_cache
         assert not (kept and drafts)
         self.max_rows, self.prefill_tokens = rows, prefill_tokens
-        steps, self._bounded = backend_of(self.model), cache_tokens is not None
+        steps, self.bounded = backend_of(self.model), cache_tokens is not None
         check_drafts(self.model, drafts)
         self.cache_tokens = cache_tokens or rows * PAGE * pages_for(self.model.cfg.max_seq_len + drafts)
         self.preempted = self.prompt_tokens = self.cached_tokens = 0
-        self.queue = WaitingQueue()
-        self._lengths = AnswerLengths()
+        self.queue = WaitingQueue() if queue is None else queue  # an empty one is false
         self._prompt: tuple[tuple[int, ...] | None, list[bytes]] = None, []
         """The last prompt and the keys of its pages, which its samples share until they start."""
         self._tickets = count(1)
-        self._prefills: list[_Prefill] = []
+        self.prefills: list[PromptJob] = []
         self.model.eval()
         self.cache = steps.new_cache(cache_tokens, prefix_cache, drafts)
         self.runner = ModelRunner(steps, engine.tokenizer, self.cache, drafts, record, kept)
@@ -144,14 +127,14 @@ class Scheduler:
         ignored."""
         if self.queue.remove(ticket):
             return
-        for job in self._prefills:
+        for job in self.prefills:
             for sequence in job.sequences:
                 if sequence.number == ticket:
                     job.sequences.remove(sequence)
                     self.queue.finished(sequence)
                     if not job.sequences:
                         self.cache.drop(job.prompt)
-                        self._prefills.remove(job)
+                        self.prefills.remove(job)
                     return
         live = [sequence.number != ticket for sequence in self.runner.sequences]
         if not all(live):
@@ -166,14 +149,18 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether no request is waiting or running."""
-        return not (self.queue or self._prefills or self.runner.sequences)
+        return not (self.queue or self.prefills or self.runner.sequences)
+
+    def started(self) -> list[Sequence]:
+        """All sequences that run, those of prompts in prefill included."""
+        return [*self.runner.sequences, *(sequence for job in self.prefills for sequence in job.sequences)]
 
     def stats(self) -> dict[str, float]:
         """The current state, for a metrics page."""
         drafts = self.runner.drafts
         figures: dict[str, float] = {
             "running": len(self.runner.sequences),
-            "prefilling": sum(len(job.sequences) for job in self._prefills),
+            "prefilling": sum(len(job.sequences) for job in self.prefills),
             "waiting": len(self.queue),
             "cache_tokens": self.cache_tokens,
             "cache_tokens_used": self.cache.used_tokens,
@@ -207,19 +194,18 @@ class Scheduler:
     def _retire(self) -> None:
         for sequence in self.runner.retire():
             self.queue.finished(sequence)
-            if sequence.finish != "error":
-                self._lengths.ended(len(sequence.tokens))
 
     def _start_prompts(self) -> None:
         """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
         while True:
-            busy = len(self.runner.sequences) + sum(len(job.sequences) for job in self._prefills)
+            busy = len(self.runner.sequences) + sum(len(job.sequences) for job in self.prefills)
             sequences = self.queue.peek(self.max_rows - busy) if busy < self.max_rows else []
             if not sequences:
                 return
             first = sequences[0]
-            job = _Prefill(self.cache.open(first.ids, first.page_keys, len(first.request.prompt)), sequences)
-            del job.sequences[max(self._most_that_fit(job), 0 if busy else 1) :]
+            job = PromptJob(self.cache.open(first.ids, first.page_keys, len(first.request.prompt)), sequences)
+            most = self.queue.most_that_fit(self, job) if self.bounded else len(sequences)
+            del job.sequences[max(most, 0 if busy else 1) :]
             if not job.sequences:
                 self.cache.drop(job.prompt)
                 return
@@ -229,42 +215,13 @@ class Scheduler:
                 self.cached_tokens += job.prompt.cached
                 self.prompt_tokens += len(job.prompt.ids)
             self.queue.take(job.sequences)
-            self._prefills.append(job)
-
-    def _most_that_fit(self, job: _Prefill) -> int:
-        """How many sequences of `job` may start so that they, and all that run, find pages until they end."""
-        if not self._bounded:
-            return len(job.sequences)
-        free, lookahead, more = self.cache.free_pages(), self.runner.lookahead, self._lengths.more
-        if free is None:  # every row has as many slots as the longest
-            running = [*self.runner.sequences, *(one for other in self._prefills for one in other.sequences)]
-            longest = [len(one.request.prompt) + len(one.tokens) + more(one) for one in (*running, *job.sequences)]
-            return max(0, min(len(job.sequences), self.cache_tokens // max(longest) - len(running)))
-        left, owned = free - self._reserved_pages(), free
-        needs = []
-        for sequence, pages in zip(self.runner.sequences, self.cache.row_pages, strict=True):
-            needs.append(_need(sequence, lookahead, sequence.shared, more))
-            owned += len(pages) - sequence.shared // PAGE
-        for other in self._prefills:
-            needs += other.needs(len(other.sequences), lookahead, more)
-            owned += other.pages_of_its_own(len(other.sequences))
-
-        def fit(count: int) -> bool:
-            if job.pages_needed(lookahead, count) > left:
-                return False
-            return peak_pages(needs + job.needs(count, lookahead, more)) <= owned + job.pages_of_its_own(count)
-
-        low, high = 0, len(job.sequences)
-        while low < high:
-            count = high if not low else (low + high + 1) // 2
-            low, high = (count, high) if fit(count) else (low, count - 1)
-        return low
+            self.prefills.append(job)
 
     def _prefill(self) -> None:
         """Prefills a bounded number of tokens; completed prompts become live sequences."""
         chunks: list[PrefillChunk] = []
         budget = self.prefill_tokens
-        for job in self._prefills:
+        for job in self.prefills:
             rest = len(job.prompt.ids) - job.prompt.length
             if chunks and rest > budget and (budget <= 0 or not self.cache.chunked_prefill):
                 break
@@ -276,13 +233,13 @@ class Scheduler:
                 break
         if not chunks:
             return
-        started = self._prefills[: len(chunks)]
+        started = self.prefills[: len(chunks)]
         routing = any(sequence.request.routing for job in started for sequence in job.sequences)
         logits_PV = self.runner.prefill(chunks, routing)
         done = [p for p, chunk in enumerate(chunks) if chunk.end == len(chunk.prompt.ids)]
         if done:
             jobs = [started[p] for p in done]
-            self._prefills = [job for job in self._prefills if job not in jobs]
+            self.prefills = [job for job in self.prefills if job not in jobs]
             if len(done) < len(chunks):
                 logits_PV = logits_PV[indices(done, logits_PV.device)]
             self.runner.admit([(job.prompt, job.sequences) for job in jobs], logits_PV)
@@ -290,14 +247,14 @@ class Scheduler:
     def _preempt(self) -> None:
         """Preempts the youngest sequences until the others have room for their next tokens."""
         while (sequences := self.runner.sequences) and (free := self.cache.free_pages()) is not None:
-            if len(sequences) * pages_for(self.runner.lookahead) + self._reserved_pages() <= free:
+            if len(sequences) * pages_for(self.runner.lookahead) + self.reserved_pages() <= free:
                 break  # they need no more than this
             length_B = [position + self.runner.lookahead for position in self.runner.positions()]
-            if self.cache.pages_needed(length_B) + self._reserved_pages() <= free:
+            if self.cache.pages_needed(length_B) + self.reserved_pages() <= free:
                 break
             self.preempted += 1
-            if self._prefills:  # younger than any sequence that decodes
-                job = self._prefills.pop()
+            if self.prefills:  # younger than any sequence that decodes
+                job = self.prefills.pop()
                 self.cache.drop(job.prompt)
                 for sequence in reversed(job.sequences):
                     self.queue.requeue(sequence)
@@ -305,9 +262,9 @@ class Scheduler:
                 youngest = max(range(len(sequences)), key=lambda b: sequences[b].number)
                 self.queue.requeue(self.runner.preempt(youngest))
 
-    def _reserved_pages(self) -> int:
+    def reserved_pages(self) -> int:
         """Pages that the prompts in prefill will still allocate."""
-        return sum(job.pages_needed(self.runner.lookahead) for job in self._prefills)
+        return sum(job.pages_needed(self.runner.lookahead) for job in self.prefills)
 
 
 def events_of(sequence: Sequence) -> Iterator[Token | Finished]:
@@ -323,100 +280,60 @@ def events_of(sequence: Sequence) -> Iterator[Token | Finished]:
 
 
 class WaitingQueue:
-    """Sequences that wait for a row, served round-robin by client, and a client's by user, so that one with a thousand
-    requests, or under a thousand names, does not starve another.
-
-    The client with the fewest running sequences goes first; among equals, the least recently served. The same holds for
-    the users of a client, and within a user, first come first served. Preempted sequences return before new ones start.
-    """
+    """Sequences that wait for a row, first come first served. Preempted sequences return before new ones start."""
 
     def __init__(self) -> None:
-        self.running: Counter[tuple[str, ...]] = Counter()
-        """Sequences in prefill or decoding, by (client,) and by (client, user)."""
-        self._preempted: deque[Sequence] = deque()
-        self._waiting: dict[tuple[str, str], deque[Sequence]] = {}
-        """By (client, user)."""
-        self._last_turn: dict[tuple[str, ...], int] = {}
-        """When each client, and each of its users, with waiting or running sequences was last served."""
-        self._turns = 0
+        self._waiting: deque[Sequence] = deque()
 
     def __len__(self) -> int:
-        return len(self._preempted) + sum(map(len, self._waiting.values()))
+        return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.setdefault(_line(sequence), deque()).append(sequence)
+        self._waiting.append(sequence)
 
     def requeue(self, sequence: Sequence) -> None:
         """Puts a preempted sequence before all others."""
-        self._runs(sequence, -1)
-        self._preempted.appendleft(sequence)
+        self._waiting.appendleft(sequence)
 
     def peek(self, most: int) -> list[Sequence]:
         """The next sequence, and up to `most` in total with the same prompt that follow it; they stay in the queue."""
-        if self._preempted:
-            return [self._preempted[0]]
-        if not self._waiting:
-            return []
-
-        def turn(line: tuple[str, str]) -> tuple[int, ...]:
-            served = [(self.running[who], self._last_turn.get(who, 0)) for who in (line[:1], line)]
-            return (*served[0], *served[1], self._waiting[line][0].number)
-
-        line = min(self._waiting, key=turn)
-        clients, users = (
-            len({client for client, _ in self._waiting}),
-            sum(line[0] == other for other, _ in self._waiting),
-        )
-        sequences, most = self._waiting[line], max(1, most // clients // users)
-        prompt = sequences[0].request.prompt
-        same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
-        return list(takewhile(lambda sequence: same(sequence.request.prompt), islice(sequences, most)))
+        if not self._waiting or self._waiting[0].cached_tokens is not None:  # it was preempted
+            return list(islice(self._waiting, 1))
+        return same_prompt(islice(self._waiting, most))
 
     def take(self, sequences: list[Sequence]) -> None:
-        """Removes sequences returned by `peek` and counts them as running."""
+        """Removes sequences returned by `peek`: they run."""
         for sequence in sequences:
-            line = _line(sequence)
-            preempted = self._preempted and self._preempted[0] is sequence
-            queue = self._preempted if preempted else self._waiting[line]
-            assert queue.popleft() is sequence
-            self._runs(sequence, 1)
-            if not self._waiting.get(line, True):
-                del self._waiting[line]
-        self._turns += 1
-        line = _line(sequences[0])
-        self._last_turn[line[:1]] = self._last_turn[line] = self._turns
+            assert self._waiting.popleft() is sequence
 
     def finished(self, sequence: Sequence) -> None:
-        """A running sequence has ended."""
-        self._runs(sequence, -1)
-        self._forget(sequence)
+        """A running sequence has ended, or was cancelled."""
 
     def remove(self, number: int) -> bool:
         """Drops a waiting sequence; False if none has this number."""
-        for queue in (self._preempted, *self._waiting.values()):
-            for sequence in queue:
-                if sequence.number == number:
-                    queue.remove(sequence)
-                    self._waiting = {line: rest for line, rest in self._waiting.items() if rest}
-                    self._forget(sequence)
-                    return True
+        for sequence in self._waiting:
+            if sequence.number == number:
+                self._waiting.remove(sequence)
+                return True
         return False
 
-    def _runs(self, sequence: Sequence, count: int) -> None:
-        line = _line(sequence)
-        self.running[line[:1]] += count
-        self.running[line] += count
-
-    def _forget(self, sequence: Sequence) -> None:
-        """Drops what is known of a client and a user if none of their sequences is left."""
-        line = _line(sequence)
-        left: set[tuple[str, ...]] = {*self._waiting, *map(_line, self._preempted)}
-        left |= {other[:1] for other in left}
-        for who in (line, line[:1]):
-            if not self.running[who] and who not in left:
-                self.running.pop(who, None)
-                self._last_turn.pop(who, None)
+    def most_that_fit(self, scheduler: Scheduler, job: PromptJob) -> int:
+        """How many sequences of `job` may start in a cache with a limit: as many as pages are free for now."""
+        free, lookahead, count = scheduler.cache.free_pages(), scheduler.runner.lookahead, len(job.sequences)
+        if free is None:  # every row has as many slots as the longest
+            running = scheduler.started()
+            longest = max(len(one.request.prompt) + one.request.max_new_tokens for one in (*running, *job.sequences))
+            return max(0, min(count, scheduler.cache_tokens // longest - len(running)))
+        left = free - scheduler.reserved_pages()
+        while count and job.pages_needed(lookahead, count) > left:
+            count -= 1
+        return count
 
 
-def _line(sequence: Sequence) -> tuple[str, str]:
-    return sequence.request.client, sequence.request.user
+def same_prompt(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """The first sequences that have the prompt of the first."""
+    sequences = iter(sequences)
+    first = next(sequences)
+    prompt = first.request.prompt
+    same = lambda ids: ids is prompt or ids == prompt  # noqa: E731 (comparing a long prompt with itself takes time)
+    return [first, *takewhile(lambda sequence: same(sequence.request.prompt), sequences)]

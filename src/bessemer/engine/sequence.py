@@ -81,9 +81,9 @@ class Request:
     control: RequestControl | None = None
     """What beside the logits decides about the tokens."""
     client: str = ""
-    """Waiting requests are admitted round-robin by client."""
+    """Who asks, for a queue that lets clients take turns."""
     user: str = ""
-    """Those of a client are admitted round-robin by user, and a user's first come first served."""
+    """On whose behalf."""
 
 
 class Token(NamedTuple):

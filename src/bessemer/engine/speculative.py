@@ -36,7 +36,7 @@ from bessemer.engine.sampling import (
     score,
 )
 from bessemer.engine.sequence import Sequence as LiveSequence
-from bessemer.engine.steps import Accepted, Drafts, DraftStates, Draws, Round, RoutingTrace, StepBackend
+from bessemer.engine.steps import Accepted, Drafting, DraftStates, Draws, Round, RoutingTrace, StepBackend
 from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 
@@ -53,7 +53,7 @@ def check_drafts(model: LanguageModel, depth: int) -> int:
     return depth
 
 
-def drafts_of(model: LanguageModel, depth: int, vocab: int) -> Drafts:
+def drafts_of(model: LanguageModel, depth: int, vocab: int) -> Drafting:
     """What drafts `depth` tokens below `vocab` per round."""
     return Drafter(model, depth, vocab) if depth else NoDrafts(model.embed.weight.device)
 

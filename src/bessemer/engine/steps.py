@@ -110,7 +110,7 @@ class DraftStates(NamedTuple):
     hidden_BTD: Tensor
 
 
-class Drafts(Protocol):
+class Drafting(Protocol):
     """Drafting in the rounds of a batch: `speculative.Drafter`, or `NoDrafts`."""
 
     depth: int
@@ -174,7 +174,7 @@ class StepBackend:
         raise NotImplementedError
 
     def round(
-        self, rows: LiveRows, cache: Any, drafts: Drafts, draws: Draws, trace: RoutingTrace | None = None
+        self, rows: LiveRows, cache: Any, drafts: Drafting, draws: Draws, trace: RoutingTrace | None = None
     ) -> Round:
         """Runs the newest tokens, each followed by its drafts, through the model, and samples the next ones. Advances
         `position_B` by the tokens that are now known."""

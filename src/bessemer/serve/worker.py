@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bessemer.engine.engine import Engine
+from bessemer.engine.fair_queue import FairQueue
 from bessemer.engine.kv_cache import PAGE, pages_for
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
@@ -198,8 +199,9 @@ class ModelWorker:
         c, model = self.config, self.engine.model
         tokens = c.cache_tokens or cache_room(model, c.rows, free_bytes(model), c.drafts)
         return Scheduler(
-            self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts
-        )
+            self.engine, rows=c.rows, cache_tokens=tokens, prefill_tokens=c.prefill_tokens, drafts=c.drafts,
+            queue=FairQueue(),
+        )  # fmt: skip
 
     def _add(self, call: int, samples: list[tuple[int, Request]]) -> None:
         """Schedules all of the samples or none."""
