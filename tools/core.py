@@ -222,7 +222,10 @@ def _targets(node: ast.AST, known: dict[str, str]) -> set[str]:
     return set()
 
 
-RUN = ("tiny", "--set", "pretrain.tokens=60K", "--set", "zero.rollouts=1", "--set", "eval.problems=4")
+RUN = (
+    "tiny", "--set", "pretrain.tokens=60K", "--set", "zero.rollouts=1", "--set", "zero.max_new_tokens=24",
+    "--set", "zero.heldout.minimum_pass=0", "--set", "eval.problems=4", "--set", "eval.max_new_tokens=24",
+)  # fmt: skip
 """The tiny recipe, cut to a minute."""
 
 
@@ -232,7 +235,9 @@ def copy_without(removed: set[str], target: Path) -> list[Path]:
     gone = {path for path, name in parts().items() if name in removed}
     modules = {module(path) for path in gone}
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    files = [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+    files = [
+        ROOT / name for name in names.split("\0") if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink())
+    ]
     tests = [path for path in files if path.suffix == ".py" and path.relative_to(ROOT).parts[0] == "tests"]
     helpers = {path.stem: path for path in tests if path.parent.name == "shared"}
     left_out = {path for path in tests if _reaches(path, modules, helpers, set())}
@@ -244,7 +249,7 @@ def copy_without(removed: set[str], target: Path) -> list[Path]:
             continue  # an add-on's own data
         copied = target / path.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, copied)
+        shutil.copy2(path, copied, follow_symlinks=False)
     return sorted(left_out)
 
 

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine import decode  # noqa: F401  registers the steps in torch
 from bessemer.engine.generation import check_prompt
 from bessemer.engine.kv_cache import PAGE, PromptPages, indices, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
