@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bessemer.config.rl import HeldoutTable
 from bessemer.config.table import stage_refs
 from bessemer.pipeline import preflight, runner
 from bessemer_claims import machine, registry, runs, zero
@@ -144,7 +145,8 @@ def test_a_control_that_asks_other_questions_than_its_part_says_so():
 def test_a_small_run_gives_the_numbers(tmp_path):
     """The jobs of the base and of R1-Zero at a size that learns nothing; the second reuses the first one's stages."""
     small = {"corpus": {"limits": {"sums": 30_000}, "vocab_sample": 20_000}, "base": {"tokens": 4096},
-             "right": {"rollouts": 1, "prompts_per_rollout": 4, "samples": 4, "eval_problems": 2, "minimum_pass": 0.0},
+             "right": {"rollouts": 1, "prompts_per_rollout": 4, "samples": 4,
+                       "heldout": HeldoutTable(problems=2, minimum_pass=0.0)},
              "eval": {"problems": 3, "samples": 2, "temperatures": [1.0]},
              "again": {"problems": 3, "samples": 2}}  # fmt: skip
     found, folder = {}, None

@@ -72,7 +72,8 @@ def make(root: Path) -> Path:
 
 
 def _toml(more: dict) -> str:
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in more.items())
+    terms = "".join(f'[[stage.reward]]\nname = "{term["name"]}"\n' for term in more.get("reward", ()))
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in more.items() if key != "reward") + terms
 
 
 def _rows() -> list[dict]:
