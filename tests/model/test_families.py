@@ -59,7 +59,7 @@ def test_an_add_on_s_family_reads_its_architecture(echoes):
 def test_a_model_without_layers_of_ours_refuses_what_needs_them(echoes):
     model = model_directory.load(echoes)
     assert model.gates() == {} and model.frozen() == {} and model.training_flops(16, False) is None
-    for ask in (lambda: model.set_fp8(None), lambda: model.set_recompute(["attend"]), model.hidden_matrices):
+    for ask in (lambda: model.set_recompute(["attend"]), model.hidden_matrices):
         with pytest.raises(UserError, match=r"set|leave"):
             ask()
 
