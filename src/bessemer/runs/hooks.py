@@ -1,8 +1,5 @@
-"""What add-ons do around a run, beside its stages: the hooks that entry points of `bessemer.hooks` register.
-
-@plugins.register("hooks", "trackers")
-class Trackers(Hook): ...
-"""
+"""What add-ons do around a run, beside its stages: `Hook` classes, registered with plugins.register("hooks", NAME) in a
+module that an entry point of the group `bessemer.hooks` names."""
 
 from __future__ import annotations
 
