@@ -23,7 +23,7 @@ from bessemer.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("recipes", "examples", "bench", "claims")
-MOST = 28
+MOST = 24
 """Keys that may be in no recipe."""
 Key = tuple[str, str]
 """Class that defines a key, and the key."""
