@@ -62,7 +62,7 @@ def test_draws_have_their_distribution():
     assert all((values[name] == again[name]).all() for name in values) and (values["gemm"] != other["gemm"]).any()
 
 
-def test_many_steps_at_once_are_steps_one_by_one():
+def test_batched_step_times_equal_single_ones():
     v3 = audit.v3().setup
     shared = (replace(v3, layout=Layout(4, 2, 64), micro=8), replace(PLAIN, schedule="interleaved", slices=5, tp=2))
     for setup in shared:
@@ -71,7 +71,7 @@ def test_many_steps_at_once_are_steps_one_by_one():
         assert chance.step_seconds(setups).tolist() == pytest.approx(alone, rel=1e-12)
 
 
-def test_the_interval_of_one_more_covers():
+def test_the_prediction_interval_covers():
     """In 4,000 simulated records of eight runs, 90 % of ninth runs fall inside the interval."""
     generator = np.random.default_rng(0)
     runs = np.exp(generator.normal(-0.3, 0.2, (4000, 9)))
@@ -79,7 +79,7 @@ def test_the_interval_of_one_more_covers():
     assert np.mean(inside) == pytest.approx(0.90, abs=0.015)
 
 
-def test_what_matters_and_where_a_figure_lies():
+def test_rank_correlation_and_percentile():
     x = np.arange(100.0)
     assert chance.rank_correlation(x, x**3) == pytest.approx(1) and chance.rank_correlation(x, -x) == pytest.approx(-1)
     assert chance.percentile(x, 18.0) == 18
@@ -110,7 +110,7 @@ def test_the_credibility_of_the_published_cost(monkeypatch):
         credibility.credibility("deepseek-v4", 100, 0)
 
 
-def test_test_runs_are_apart():
+def test_tuning_and_test_runs_are_disjoint():
     """No run is used both for tuning and for the test, and no range has a test run as its source."""
     seen, test = (read_toml(name)["run"] for name in ("validation.toml", "heldout.toml"))
     assert not {(run["source"], run["tokens_s"]) for run in seen} & {(run["source"], run["tokens_s"]) for run in test}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bessemer.cli import app
 from bessemer.errors import UserError
-from bessemer_claims import cards, exact, here, phrases, planned, registry
+from bessemer_claims import cards, exact, phrases, planned, registry, spot_checks
 from bessemer_claims.verdict import ClaimVerdict, Measured
 
 
@@ -38,7 +38,7 @@ def test_both_languages_say_the_same():
             assert fields[0] == fields[1], name
 
 
-def test_no_sentence_says_what_has_not_been_run():
+def test_no_sentence_reports_a_run_that_never_happened():
     """The page derives that from the results that exist."""
     stale = re.compile(r"(run|made|measured) yet|not (been )?(run|repeated)|尚未|还没有")
     texts = {name: [*(claim.found or ()), *(claim.limit or ())] for name, claim in registry.claims().items()}
@@ -58,7 +58,7 @@ def test_every_kind_has_what_decides_it():
             assert control in registry.metrics()["control"], (name, control)
         kinds = {part.kind for part in rules[name].parts} if name in rules else set()
         if claim.kinds[0] in "RXS":
-            assert claim.kinds[0] in kinds | ({"R"} if name in here.SEEN else set()), name
+            assert claim.kinds[0] in kinds | ({"R"} if name in spot_checks.CHECKS else set()), name
         if claim.kinds[0] == "A":
             assert claim.audit or "B" in kinds, name
         assert bool(claim.scores) == ("B" in kinds), name
@@ -91,7 +91,7 @@ def test_results_of_runs_take_their_place():
     assert blind.verdict is ClaimVerdict.NOT_SHOWN
 
 
-def test_figures_by_other_ways(made):
+def test_figures_match_independent_sums(made):
     """Against published totals and hand counts, not against the code that made the cards."""
     assert exact.COMPUTED["L5"]()["share"] == pytest.approx(100 * (512 + 64) / (128 * (128 + 128)))
     assert exact.COMPUTED["L4"]()["context_gb"] == pytest.approx(128 * 256 * 61 * 2 * 131072 / 1e9)
@@ -110,7 +110,7 @@ def test_figures_by_other_ways(made):
     assert planned.floor() == pytest.approx(0.52, abs=0.005)
 
 
-def test_nodes_touched_by_drawing():
+def test_nodes_touched_matches_sampling():
     draw = random.Random(0)
     mean = sum(len({e // 32 for e in draw.sample(range(256), 8)}) for _ in range(4000)) / 4000
     assert exact.nodes_touched(exact.v3()) == pytest.approx(mean, abs=0.05)

@@ -68,7 +68,7 @@ OPEN = "chosen => document.querySelectorAll(chosen).forEach(element => { element
 
 
 @pytest.mark.parametrize("opened", VIEWS, indirect=True)
-def test_one_language_is_shown_and_nothing_sticks_out(opened):
+def test_one_language_is_shown_and_nothing_overflows(opened):
     opened.evaluate(OPEN, "details")
     assert opened.evaluate("document.documentElement.scrollWidth") <= opened.viewport_size["width"]
     chinese = opened.evaluate("document.documentElement.lang") == "zh-Hans"

@@ -31,7 +31,7 @@ def test_numbers_of_a_finished_evaluation(tmp_path):
     assert found["switched"] == pytest.approx(0.843, abs=1e-3) and 0.005 < found["chance"] < 0.1
 
 
-def test_a_model_that_knows_the_place_before_is_a_control_that_fires():
+def test_a_model_that_finds_needles_before_training_fires_the_control():
     def verdict(before):
         found = {"after": 0.9, "switched": 0.8, "chance": 0.03}
         results = [

@@ -4,7 +4,7 @@ import pytest
 
 from bessemer.model.config import preset
 from bessemer.precision.activations import activation_bytes
-from bessemer_claims import drafts, machine, numerics, replicas
+from bessemer_claims import machine, mtp_drafts, numerics, zero1
 
 
 def test_short_sums_err_where_they_are_not_promoted():
@@ -21,15 +21,15 @@ def test_bytes_of_the_allocator_are_those_of_the_formula(recipe):
 
 @pytest.mark.slow
 def test_a_rank_of_two_holds_half_of_the_optimizer(monkeypatch):
-    found = replicas.numbers(1)
+    found = zero1.numbers(1)
     assert found["share"] == pytest.approx(0.5, abs=0.01) and found["losses apart"] < 1e-6
 
 
 def test_drafts_change_no_token_and_are_counted(monkeypatch):
     for name, value in {"PAGES": 60, "STEPS": 2, "QUESTIONS": 1, "NEW": 12, "ROUNDS": 1, "BY_HEART": 64}.items():
-        monkeypatch.setattr(drafts, name, value)
-    found = drafts.numbers(2, 0)  # asserts that all answers are the same
-    assert found["unseen"] > 0 and found["memorised"] > 0 and found["guesses"] in drafts.DRAFTS
+        monkeypatch.setattr(mtp_drafts, name, value)
+    found = mtp_drafts.numbers(2, 0)  # asserts that all answers are the same
+    assert found["unseen"] > 0 and found["memorised"] > 0 and found["guesses"] in mtp_drafts.DRAFTS
     assert 0 <= found["accepted 1"] <= 1
 
 

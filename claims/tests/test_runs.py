@@ -322,7 +322,7 @@ def test_a_diverged_arm_is_a_result():
     assert verdict_on(held) is ClaimVerdict.PART  # two seeds are left
 
 
-def test_chance_that_differs_too_much_fails():
+def test_an_a_a_test_with_a_visible_difference_fails():
     assert runs.different(latent_as_good()) == []
     apart = [
         result(arm, seed, bpb=2 + shift + 0.0001 * seed)
@@ -401,7 +401,7 @@ class _Part:
         raise UserError(self.fails)
 
 
-def test_a_run_that_does_not_recover_has_a_result_and_any_other_error_none(tmp_path, monkeypatch):
+def test_only_divergence_counts_as_a_result(tmp_path, monkeypatch):
     job = ArmJob("pretrain", "x", 1, "s", {}, 1.0)
     monkeypatch.setattr(runner, "part", lambda name: _Part("training does not recover: 3 non-finite steps"))
     assert runner.run_job(job, tmp_path).diverged.startswith("training does not recover")
@@ -414,7 +414,7 @@ def test_a_run_that_does_not_recover_has_a_result_and_any_other_error_none(tmp_p
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_takes_those_that_need_it_with_it(tmp_path):
+def test_a_failed_job_fails_the_jobs_that_depend_on_it(tmp_path):
     broken = ArmJob("pretrain", "nobody", 1, "nano", {}, 1.0)
     after = ArmJob("pretrain", "later", 1, "nano", {}, 1.0, donor=broken.name)
     failed = runner.run([broken, after], "quick", tmp_path, 2, lambda line: None)

@@ -60,7 +60,7 @@ def test_controls_differ_from_r1_zero_in_one_thing():
         assert sum(mix[kind] for kind in ("systematic", "sloppy", "average", "careful")) == pytest.approx(1)
 
 
-def test_what_an_arm_does_not_run_decides_nothing():
+def test_settings_of_stages_that_an_arm_does_not_run_do_not_matter():
     jobs = {job.arm: job for job in zero.jobs("full")}
     assert set(jobs["coin"].settings["recipe"]) == {"model", "corpus", "base", "coin", "right", "eval"}
     assert "student" in jobs["distilled"].settings["recipe"] and "student" not in jobs["right"].settings["recipe"]

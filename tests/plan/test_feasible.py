@@ -32,7 +32,7 @@ def guessed(monkeypatch):
     monkeypatch.setattr(pace, "WORTH", 1e99)
 
 
-def test_the_impossible_is_a_fault_first_and_last(call, tmp_path, monkeypatch):
+def test_a_stage_that_cannot_fit_is_reported_first_and_last(call, tmp_path, monkeypatch):
     """671B parameters on this machine: counted, not allocated."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = call("run", "tiny", "--set", "model.preset=v3", "--dry-run")

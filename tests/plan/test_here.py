@@ -23,7 +23,7 @@ SMALL = ["model.dim=32", "model.n_layers=2", "model.vocab_size=512", "pretrain.b
          "pretrain.precision=float32", "corpus.row_length=32"]  # fmt: skip
 
 
-def test_planned_beside_measured(tmp_path):
+def test_planned_and_measured_times_are_compared(tmp_path):
     folder = tmp_path / "02-pretrain"
     folder.mkdir()
     (folder / "done.json").write_text(json.dumps({"seconds": 100.0}))

@@ -444,5 +444,5 @@ def test_a_critic_costs_another_network_s_updates_and_values():
         (("recipes/none.toml", "--cluster", "8xH100"), "no recipe"),
     ],
 )
-def test_what_cannot_be_planned_is_said(call, arguments, words):
+def test_impossible_plans_are_refused(call, arguments, words):
     assert words in call(*arguments).err

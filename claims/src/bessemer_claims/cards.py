@@ -98,10 +98,10 @@ def make(
 
 
 def _card(name: str, claim: ClaimEntry, measured: Mapping[str, Measured] | None, again: Mapping[str, Measured]) -> Card:
-    from bessemer_claims import exact, here, planned
+    from bessemer_claims import exact, planned, spot_checks
 
     values: dict[str, Any] = {}
-    for computed in (exact.COMPUTED, here.SEEN):
+    for computed in (exact.COMPUTED, spot_checks.CHECKS):
         if name in computed:
             values |= computed[name]()
     if name in planned.PLANNED:

@@ -36,7 +36,7 @@ def _pipelines(shape: str, seed: int) -> Numbers:
 
 def _caches(shape: str, seed: int) -> Numbers:
     from bessemer.model.config import preset
-    from bessemer_claims.ways import numbers
+    from bessemer_claims.attention_caches import numbers
 
     return numbers(preset("claims"), seed)
 
@@ -61,13 +61,13 @@ def _bytes(shape: str, seed: int) -> Numbers:
 
 
 def _optimizer(shape: str, seed: int) -> Numbers:
-    from bessemer_claims.replicas import numbers
+    from bessemer_claims.zero1 import numbers
 
     return numbers(seed)
 
 
 def _drafts(shape: str, seed: int) -> Numbers:
-    from bessemer_claims.drafts import numbers
+    from bessemer_claims.mtp_drafts import numbers
 
     return numbers(layers=4 if shape == "small" else 16, seed=seed)
 

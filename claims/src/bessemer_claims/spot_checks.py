@@ -82,6 +82,6 @@ def _group() -> Values:
     return {"first": first, "others": others[0]}
 
 
-SEEN: dict[str, Callable[[], Values]] = {
+CHECKS: dict[str, Callable[[], Values]] = {
     "M10": _gate, "M18": _processor, "F1": _fp8, "F2": _fp8, "T3": _guesses, "G2": _group
 }  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.model.config import preset
-from bessemer_claims.ways import GROUPS, Remembered, _dominates, seconds
+from bessemer_claims.attention_caches import GROUPS, Remembered, _dominates, seconds
 
 CFG = preset("claims", dim=32, n_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4,
              v_head_dim=8, vocab_size=64)  # fmt: skip
@@ -12,7 +12,7 @@ WAYS = ("none", "inputs", "keys", "expanded", "latents")
 
 
 @torch.inference_mode()
-def test_all_ways_compute_the_same_attention():
+def test_all_caches_give_the_same_attention():
     kept = Remembered(CFG, 3, 20)
     kept.keys[:, :, -1] = kept.values[:, :, -1] = kept.latents[:, -1] = 0  # each step fills in the new token's entries
     expected = kept.step_none()
@@ -34,7 +34,7 @@ def test_bytes_are_those_of_the_shapes():
     assert found == {name: 3 * 20 * 4 * n for name, n in numbers.items()}
 
 
-def test_a_way_is_dominated_by_one_that_is_no_worse_in_either():
+def test_a_cache_is_dominated_by_one_no_worse_in_bytes_and_time():
     assert _dominates((1, 2), (1, 3)) and not _dominates((1, 2), (1, 2)) and not _dominates((1, 2), (2, 1))
     assert set(seconds(Remembered(CFG, 1, 8), WAYS)) == set(WAYS)
     with pytest.raises(AttributeError):
