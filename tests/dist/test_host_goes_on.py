@@ -170,7 +170,7 @@ def in_buckets(micro=1, **options):
     """Two steps on 2 data-parallel ranks, in which weights are gathered while the next forward begins; also the order
     of gradients and sums in the second step."""
     training, order = across(Layout(1, 2), "gpipe", **options), []
-    training._goes_on = True
+    training.update = partial(training.update, settle=False)
     training.model.embed.weight.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
     for group in training.optimizer.groups:
         group.begin_sum = partial(noted, order, group, group.begin_sum)

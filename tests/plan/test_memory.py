@@ -134,7 +134,7 @@ def on_a_rank(rank, name, layout, dtype, fp8):
     held = [t for g in groups for t in (g.compute, g.grad, g.summed, g.master, *g.moments.values())]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
     training.update(batches)
-    work = training._work(executor, batches, TERMS)
+    work = training.collective._work(executor, batches, TERMS)
 
     table = executor.table
     alone = tuple(tuple(a for a in actions(steps) if a.kind == "F") for steps in table.steps)
