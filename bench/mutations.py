@@ -28,22 +28,24 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "Multi-head latent attention": ("return self.kv_norm(c), k_rope", "return c, k_rope"),
     "Query compression": ("self.wq_b(self.q_norm(self.wq_a(x_BTD)))", "self.wq_b(self.wq_a(x_BTD))"),
     "Interleaved RoPE, YaRN off in the short stage": (
-        "copy=True).unflatten(-1, (-1, 2))",
-        "copy=True).unflatten(-1, (2, -1)).transpose(-1, -2).contiguous()",  # halves, not pairs
+        "x.float().unflatten(-1, (-1, 2)).unbind(-1)", "x.float().unflatten(-1, (2, -1)).unbind(-2)"  # halves
     ),
     "DeepSeekMoE": (  # a token's first expert alone
         "sent.x_ND, sent.routing.expert_NK, sent.routing.weight_NK,",
         "sent.x_ND, sent.routing.expert_NK[:, :1].contiguous(), sent.routing.weight_NK[:, :1].contiguous(),",
     ),
-    "Sigmoid gate, normalised, scaled": ("cfg.norm_topk_prob, cfg.route_scale,", "False, cfg.route_scale,"),
-    "Group-limited routing": ("if grouped else 1, cfg.n_limited_groups,", "if grouped else 1, cfg.n_expert_groups,"),
+    "Sigmoid gate, normalised, scaled": (
+        "self.cfg, counting", 'self.cfg.model_copy(update={"norm_topk_prob": False}), counting'
+    ),
+    "Group-limited routing": (
+        "self.cfg, counting", 'self.cfg.model_copy(update={"n_limited_groups": self.cfg.n_expert_groups}), counting'
+    ),
     "Leading dense layers": ("moe.FFN(cfg.dim, cfg.inter_dim)", "moe.FFN(cfg.dim, cfg.moe_inter_dim)"),
     "Bias balancing, MTP layers included": ("gate.bias_E += gamma", "gate.bias_E -= gamma"),
     "Sequence-wise balance loss": ("(batch.loss_BT.sum() / batch.tokens_BT.shape[0])", "batch.loss_BT.sum()"),
     "No token dropping": (
-        "routing.weight_NK.flatten()[order_M], ",
-        "routing.weight_NK.flatten()[order_M] * (torch.arange(N * K) - torch.searchsorted(expert_M, expert_M)"
-        " < -(-N * K // n_experts)), ",  # a capacity of the mean load
+        "return Unsent(x_ND, routing)",  # only half of the tokens reach their experts
+        "return Unsent(x_ND, routing._replace(weight_NK=routing.weight_NK * (torch.arange(len(x_ND)) % 2)[:, None]))",
     ),
     "Multi-token prediction": (
         "(self.enorm(embedded_BTD), self.hnorm(h_BTD))", "(self.hnorm(h_BTD), self.enorm(embedded_BTD))"

@@ -8,8 +8,8 @@ stale when the weights are updated between two calls.
 Padding is on the right: causality hides it from prefill's attention, it is not routed to any expert, and a step sees
 only the slots up to its own position.
 
-Shapes: B rows, T tokens of each, N real tokens, S slots, D hidden, H heads, X = C + R,
-E experts, K experts per token, F expert inner width, L sparse layers, V vocabulary.
+Shapes: B rows, T tokens of each, N real tokens, S slots, D hidden, H heads, X = C + R, E experts, K experts per token,
+L sparse layers, V vocabulary.
 """
 
 from __future__ import annotations
