@@ -1,6 +1,8 @@
 """Documents are encoded with the tokenizer's own ids, also by gigatoken if it is installed."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -109,3 +111,17 @@ def test_another_pre_split_is_left_to_the_tokenizer(tokenizer):
     other = Tokenizer(spec, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "")
     assert gigatoken_encoder.has_v3_split(tokenizer) and not gigatoken_encoder.has_v3_split(other)
     assert Encoder(other).encode_batch(SAMPLES)[0].tolist() == other.encode(SAMPLES[0])
+
+
+def test_encoding_loads_no_torch(tokenizer, tmp_path):
+    """The workers of `bessemer data build` encode, and would each hold it."""
+    tokenizer.save(tmp_path)
+    program = (
+        "import sys\n"
+        "from bessemer.data.encoder import Encoder\n"
+        "from bessemer.data.tokenizer import Tokenizer\n"
+        "Encoder(Tokenizer.load(sys.argv[1])).encode_batch(['a text'])\n"
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
