@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bessemer import plugins
 from bessemer.cli.common import AsJson, Model, NoVerify, print_json
 from bessemer.errors import UserError
 
@@ -145,9 +146,10 @@ def push(
 ) -> None:
     """Put a model on the Hugging Face hub, with a model card from the run that made it."""
     from bessemer.hf import remote
-    from bessemer.report.model_card import model_card
     from bessemer.runs.directory import model_dir
 
+    if (model_card := plugins.hook("model-card")) is None:
+        raise UserError("the model card comes with the add-on watch, which is not here; install it")
     folder, (repository, _) = model_dir(model), remote.address(name)
     card = model_card(folder, repository, licence)
     print(card if dry_run else remote.push(folder, card, name, private))
