@@ -178,18 +178,16 @@ def started() -> bool:
     return Ranks.started() and Ranks.world_size() > 1
 
 
-def examine(folder: Path) -> dict[str, Any] | None:
-    """The doctor's facts about all machines of a run: those of rank 0's machine, what keeps others from running, and
-    the links between them. None on the other ranks."""
-    from bessemer.cli import doctor
-
+def examine(machine: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The doctor's facts about all machines of a run: those of rank 0's `machine`, what keeps others from running, and
+    under "links" what was measured between them, with its notes. None on the other ranks."""
     try:
         ranks = Ranks.join({}, timeout=120.0)
     except UserError as error:
         _end(error, first=os.environ["RANK"] == "0")
     with together(ranks):
         alone = os.environ.get("LOCAL_RANK", "0") == "0"
-        own = doctor.examine(folder) if alone else None
+        own = machine() if alone else None
         facts_of = ranks.all_gather(own, "the doctor of every machine")
         measured = links.measure(ranks)
     if ranks.me != 0:
@@ -201,4 +199,4 @@ def examine(folder: Path) -> dict[str, Any] | None:
         host = measured["ranks"][rank]["host"]
         bad = [note for note in other["notes"] if note["level"] == "bad"] if other else []
         notes += [note | {"text": f"{host}: {note['text']}"} for note in bad]
-    return facts | {"links": measured, "notes": notes + doctor.as_notes(links.notes(measured))}
+    return facts | {"links": measured, "notes": notes}

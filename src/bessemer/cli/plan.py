@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -105,8 +105,13 @@ def doctor(
     measured together: which rank is where, and how fast they reach each other."""
     from bessemer.cli import doctor as machine
     from bessemer.cli import many
+    from bessemer.dist import links
 
-    if (facts := many.examine(folder) if many.started() else machine.examine(folder)) is None:
+    if not many.started():
+        facts: dict[str, Any] | None = machine.examine(folder)
+    elif facts := many.examine(lambda: machine.examine(folder)):
+        facts["notes"] += machine.as_notes(links.notes(facts["links"]))
+    if facts is None:
         return
     if as_json:
         print_json(facts)

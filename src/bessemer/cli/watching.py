@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bessemer import plugins
 from bessemer.cli.common import AsJson, YesNo, print_json
 from bessemer.errors import UserError
 
@@ -44,7 +45,8 @@ def watch(
     import os
     import webbrowser
 
-    from bessemer.serve.watch import watch as serve
+    if (serve := plugins.hook("live-page")) is None:
+        raise UserError("the live page comes with the add-on serve, which is not here; install it")
 
     def ready(address: str) -> None:
         print(f"bessemer watch: {address}  Ctrl-C stops", flush=True)
