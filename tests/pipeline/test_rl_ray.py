@@ -321,7 +321,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
         (["rollout.engine=vllm", "routing_replay=true"], "which vLLM rollouts do not report"),
         (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
-        (["rollout.engine=rays"], "rollout.engine"),
+        (["rollout.engine=rays"], "no sampler 'rays'; did you mean 'ray'"),
         (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),
     ],
 )

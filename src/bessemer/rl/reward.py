@@ -109,12 +109,14 @@ class Term:
     """With its settings."""
     single: bool = False
     """Whether it takes one sample at a time."""
+    own: bool = False
+    """Whether it is not the package's."""
     member: object = None
     """The function itself, for errors."""
 
     def values(self, samples: Samples, seed: int) -> list[float]:
         """One number per sample. `seed` decides what the function draws from the global generators."""
-        if plugins.is_built_in("rewards", self.name):
+        if not self.own:
             return self.function(samples)
         if self.single:
             values = [self._single(row, number, seed) for number, row in enumerate(samples.rows)]
@@ -155,7 +157,8 @@ class Reward:
         for table in config.reward:
             member, single = _term(table.name)
             plugins.check_settings("rewards", table.name, member, table.settings, config.name)
-            terms.append(Term(table.name, table.weight, partial(member, **table.settings), single, member))
+            own = not plugins.is_built_in("rewards", table.name)
+            terms.append(Term(table.name, table.weight, partial(member, **table.settings), single, own, member))
         return cls(tuple(terms))
 
     def score(
@@ -197,7 +200,7 @@ class Reward:
     @property
     def own(self) -> bool:
         """Whether a term is not the package's."""
-        return any(not plugins.is_built_in("rewards", term.name) for term in self.terms)
+        return any(term.own for term in self.terms)
 
     def weight(self, name: str) -> float:
         """The weight of a term; 0 if there is none of that name."""

@@ -14,12 +14,13 @@ crash. On many ranks, all make the same calls at the same time, and all get all 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from bessemer import plugins
 from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import Precision
+from bessemer.config.table import Precision, keys
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, OnText, Options, Prompt
@@ -61,6 +62,9 @@ def sampler_of(config: RLConfig) -> type[LocalSampler]:
         raise UserError(
             f"{plugins.where(name, kind)} is not a sampler; derive the class from bessemer.rl.sampler.LocalSampler"
         )
+    for key in config.rollout.settings:
+        if near := get_close_matches(key, keys(RolloutConfig), n=1, cutoff=0.8):
+            raise UserError(f'stage "{config.name}": unknown key "rollout.{key}"; did you mean "{near[0]}"')
     plugins.check_settings("samplers", name, kind, config.rollout.settings, config.name)
     return kind
 
