@@ -131,7 +131,7 @@ tasks = ["arithmetic"]
 steps = 1
 prompts_per_step = 2
 max_new_tokens = 8
-heldout.problems = 2
+eval_problems = 2
 lora = {{}}
 
 [[stage]]
@@ -283,7 +283,7 @@ def test_the_recipe_with_lora_shortened(done, tmp_path):
     short = {
         "import.model": done[0] / "chatml", "cold-start.examples": 24, "grpo.tasks": '["arithmetic"]',
         "grpo.rollouts": 1, "grpo.prompts_per_rollout": 2, "grpo.samples": 2, "grpo.max_new_tokens": 8,
-        "grpo.minimum_pass": 0.0, "grpo.eval_problems": 1,
+        "grpo.heldout.minimum_pass": 0.0, "grpo.heldout.problems": 1,
     }  # fmt: skip
     recipe = Recipe.load("smollm2-lora", [f"{key}={value}" for key, value in short.items()])
     results = runner.run(recipe, tmp_path / "run", until="grpo")
