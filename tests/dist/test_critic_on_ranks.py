@@ -165,7 +165,7 @@ def test_a_critic_on_many_ranks_is_that_of_one_process(alone, tmp_path, schedule
     bit after a kill, and either can resume from the other's checkpoint."""
     folder, run, wanted = alone
     ranks = on_ranks(layout.world, on_a_rank, tmp_path, folder / "between", schedule, layout)
-    assert max(map(abs, (value for row in wanted[1][0]["values"] for value in row))) > 0.01
+    assert max(map(abs, (value for row in wanted[1][0]["value"] for value in row))) > 0.01
     weights, held = run.state(), 0
     for found in ranks:
         near(found["both"], wanted)
