@@ -144,6 +144,7 @@ ADDONS: dict[str, tuple[str, ...]] = {
     ),
     "serve": (
         "serve/*",
+        "hf/digest.py",
         "runs/trained_on.py",
         "engine/fair_queue.py",
         "engine/grammar.py",
