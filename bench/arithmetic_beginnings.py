@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 
 from bessemer import tasks
+from bessemer.addons.evals.intervals import Rates, over_seeds, stratified, wider
 from bessemer.config.recipe import Recipe
 from bessemer.data.fetch import cache_dir
-from bessemer.eval.intervals import Rates, over_seeds, stratified, wider
 from bessemer.pipeline.stages.eval import training_data
 from bessemer.runs.files import read_json
 

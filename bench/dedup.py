@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from bessemer.pipeline.curation import build, load
-from bessemer.tasks.ngrams import run_hashes
+from bessemer.addons.curate.stage import build, load
+from bessemer.addons.tasks.ngrams import run_hashes
 
 NGRAM = 5
 FILE_BYTES = 100_000_000

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from bessemer.curate.duplicates import clusters
+from bessemer.addons.curate.duplicates import clusters
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 from machine import processor
 
-from bessemer.data import gigatoken_encoder
+from bessemer.addons.accelerate import gigatoken_encoder
 from bessemer.data.tokenizer import Tokenizer
 
 BATCH = 256
@@ -46,7 +46,7 @@ def main() -> None:
     for group, texts in groups.items():
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         quick = gigatoken_encoder.faster(tokenizer)
-        assert quick is not None, "install the version that data/gigatoken_encoder.py names"
+        assert quick is not None, "install the version that addons/accelerate/gigatoken_encoder.py names"
         ways = {"library": tokenizer.encode_batch, "gigatoken": quick}
         expected = None
         for way, encode in ways.items():

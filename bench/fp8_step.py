@@ -6,7 +6,7 @@
 One step is forward, backward, clipping and AdamW on fresh random tokens with MTP; routing is real and changes from step
 to step. The cases alternate, so that a noisy machine affects all of them; figures are medians with the minimum and the
 maximum. On a CPU FP8 is emulated. Memory is torch's allocator reading between forward and backward and its peak over
-both, next to the formula `activation_bytes` of `precision/activations.py`. On a GPU BF16 is also measured with compiled
+both, next to the formula `activation_bytes` of `addons/accelerate/precision/activations.py`. On a GPU BF16 is also measured with compiled
 layers.
 """
 
@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from machine import processor, spread
 
+from bessemer.addons.accelerate.precision import backends
+from bessemer.addons.accelerate.precision.activations import activation_bytes
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import FP8_RECIPES
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.model import accounting
 from bessemer.model.config import PRESETS, ModelConfig, preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision import backends
-from bessemer.precision.activations import activation_bytes
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import FP8_RECIPES
 from bessemer.train import objective, setup
 from bessemer.train.plan import TrainingPlan, constant
 from bessemer.train.trainer import Trainer

@@ -22,14 +22,14 @@ import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import FP8_RECIPES
+from bessemer.addons.evals.intervals import over_seeds
+from bessemer.addons.watch import card, comparisons
+from bessemer.addons.watch.facts import read
 from bessemer.data.batch import Batch
 from bessemer.data.rows import open_rows
-from bessemer.eval.intervals import over_seeds
 from bessemer.hf.deepseek import load
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import FP8_RECIPES
-from bessemer.report import card, comparisons
-from bessemer.report.facts import read
 from bessemer.train.objective import next_token
 
 COLOURS = ("#1f6fb4", "#6b6b6b", "#c8641b", "#2e8b57", "#8e44ad")

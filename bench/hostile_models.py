@@ -36,7 +36,7 @@ from hf_cases import made  # noqa: E402
 from bessemer import cli  # noqa: E402
 from bessemer.data.tokenizer import Tokenizer  # noqa: E402
 from bessemer.engine import engine  # noqa: E402, F401  before the fork
-from bessemer.hf import causal_lm, deepseek, hf_tokenizer  # noqa: E402, F401
+from bessemer.hf import deepseek  # noqa: E402, F401
 from bessemer.model.config import preset  # noqa: E402
 from bessemer.model.transformer import Transformer  # noqa: E402
 

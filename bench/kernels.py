@@ -22,13 +22,13 @@ import torch
 from machine import processor
 from torch import Tensor
 
+from bessemer.addons.accelerate.kernel_steps import KernelSteps
+from bessemer.addons.accelerate.kernels import library
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
 from bessemer.engine.decode import TorchSteps
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.steps import PrefillChunk
-from bessemer.kernels import library
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.moe import FFN
 from bessemer.model.norm import RMSNorm

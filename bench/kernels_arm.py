@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bessemer.kernels import build, library
+from bessemer.addons.accelerate.kernels import build, library
 
 ROOT = Path(__file__).parents[1]
 MOST_BYTES, MOST_CALLS = 8 << 20, 40

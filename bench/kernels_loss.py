@@ -33,11 +33,11 @@ def run(seed: int, steps: int, micro_rows: int, dtype: str) -> dict:
     import torch
 
     from bessemer import tasks
+    from bessemer.addons.accelerate.kernels import library
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
     from bessemer.data.tokenizer import Tokenizer
-    from bessemer.kernels import library
     from bessemer.model.config import preset
     from bessemer.model.transformer import Transformer
     from bessemer.train import loss, objective, setup

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 import bessemer
+from bessemer.addons.families import gguf_file
 from bessemer.data.chat import question_ids, render
-from bessemer.hf import gguf_file
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

@@ -31,10 +31,10 @@ from machine import processor, spread
 
 import bessemer
 from bessemer import tasks
+from bessemer.addons.families import gguf_file
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.hf import gguf_file
 from bessemer.train.setup import keep_memory
 
 FORMS = {

@@ -24,7 +24,7 @@ from machine import processor, spread
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from bessemer.kernels import attention, library
+from bessemer.addons.accelerate.kernels import attention, library
 from bessemer.model.config import preset
 from bessemer.model.mla import latent_attention
 

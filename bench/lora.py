@@ -32,15 +32,16 @@ ROWS, LENGTH = 2, 256
 def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     import torch
 
+    from bessemer.addons.accelerate import gpu_faults
+    from bessemer.addons.families import lora
+    from bessemer.addons.families.causal_lm import load
     from bessemer.config.rl import RLConfig
     from bessemer.config.training import LoRAConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
-    from bessemer.hf import lora
-    from bessemer.hf.causal_lm import load
     from bessemer.rl.losses import GRPO
     from bessemer.rl.reference import Reference
-    from bessemer.train import gpu_faults, setup
+    from bessemer.train import setup
     from bessemer.train.objective import next_token
     from bessemer.train.plan import TrainingPlan, constant
     from bessemer.train.runtime import Whole

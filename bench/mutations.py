@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bessemer.pipeline.conformance import ITEMS
+from bessemer.addons.plan.conformance import ITEMS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "mutations.json"

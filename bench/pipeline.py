@@ -34,12 +34,12 @@ import torch
 import torch.distributed as dist
 from machine import processor, spread
 
-from bessemer.dist.chunk import Overlapped, Serial
-from bessemer.dist.executor import Executor, Work
-from bessemer.dist.schedules import SCHEDULES, schedule
-from bessemer.dist.stage import Slice, cut
-from bessemer.dist.table import Pair, Step
-from bessemer.dist.timeline import Costs, Timeline, simulate
+from bessemer.addons.distributed.chunk import Overlapped, Serial
+from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.schedules import SCHEDULES, schedule
+from bessemer.addons.distributed.stage import Slice, cut
+from bessemer.addons.distributed.table import Pair, Step
+from bessemer.addons.distributed.timeline import Costs, Timeline, simulate
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.loss import cross_entropy

@@ -80,10 +80,10 @@ class Clock:
 
 def arm(args: argparse.Namespace) -> dict:
 
+    from bessemer.addons.r1.critic import Critic
     from bessemer.config.recipe import Recipe
     from bessemer.rl import loop as rl_loop
     from bessemer.rl.algorithms.base import FunctionAdvantage
-    from bessemer.rl.critic import Critic
     from bessemer.rl.monitor import Evaluator
     from bessemer.rl.reference import Reference
     from bessemer.rl.rollout_queue import RolloutQueue

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from bessemer.engine.kernel_steps import KernelSteps
+from bessemer.addons.accelerate.kernel_steps import KernelSteps
 from bessemer.engine.steps import PrefillChunk
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

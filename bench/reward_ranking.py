@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import fmean
 
 from bessemer import tasks
+from bessemer.addons.r1.preference import judged_ids, score_ids
+from bessemer.addons.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, sample_request
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import load_engine
 from bessemer.hf.model_directory import load_scorer
-from bessemer.rl.preference import judged_ids, score_ids
 from bessemer.tasks.answer import r1_form
-from bessemer.tasks.general_requests import GOOD, HARMLESS, MANNERS, answer_in_manner, sample_request
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     config = f"ServeConfig(rows=64, waiting={args.streams}, threads=1)"
     code = (
-        "from bessemer.serve.server import serve; from bessemer.serve import ServeConfig\n"
+        "from bessemer.addons.serve.server import serve; from bessemer.addons.serve import ServeConfig\n"
         f"serve({args.model!r}, port=0, config={config})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

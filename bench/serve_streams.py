@@ -65,7 +65,7 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 
 def bare(model: str, streams: int, tokens: int) -> dict:
     """Runs all requests in a bare scheduler."""
-    from bessemer.engine.fair_queue import FairQueue
+    from bessemer.addons.serve.fair_queue import FairQueue
     from bessemer.engine.scheduler import Scheduler
     from bessemer.engine.sequence import Token
 
@@ -99,7 +99,7 @@ def served(model: str, streams: int, tokens: int) -> dict:
     """Sends all requests at once over HTTP."""
     config = f"ServeConfig(rows={streams}, waiting={streams})"
     code = (
-        "from bessemer.serve.server import serve; from bessemer.serve import ServeConfig\n"
+        "from bessemer.addons.serve.server import serve; from bessemer.addons.serve import ServeConfig\n"
         f"serve({model!r}, port=0, config={config})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

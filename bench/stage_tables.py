@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bessemer.eval import paired
+from bessemer.addons.evals import paired
 from bessemer.runs.files import read_json
 
 PAIRS = ["base:r1", "zero:r1", "zero:dev1", "dev1:dev2", "dev2:dev3", "dev3:r1", "student-rl:distilled"]

@@ -35,9 +35,9 @@ from typing import Any
 
 from machine import processor, spread
 
-from bessemer.curate import origins
-from bessemer.curate.jobs import Job, ProcessPool
-from bessemer.curate.settings import Source, Tokens
+from bessemer.addons.curate import origins
+from bessemer.addons.curate.jobs import Job, ProcessPool
+from bessemer.addons.curate.settings import Source, Tokens
 from bessemer.data import sources
 from bessemer.data.tokenizer import Tokenizer
 
@@ -178,8 +178,8 @@ def theirs(data: Path, tokenizer: Path, row_length: int, workers: int, out: Path
 
 def ours_from(texts: list[str], folder: Path) -> list[Path]:
     """Documents as the earlier build steps leave them: compressed, with nothing dropped."""
-    from bessemer.curate import steps
-    from bessemer.curate.settings import Dedup
+    from bessemer.addons.curate import steps
+    from bessemer.addons.curate.settings import Dedup
 
     found = []
     join = folder / "join"

@@ -113,7 +113,9 @@ def spent(root: Path) -> float:
         except OSError:
             continue  # it ended a moment ago
         stats[int(path.name)] = (int(fields[3]), sum(map(int, fields[11:15])), words)
-    sessions = {pid for pid, (_, _, words) in stats.items() if "bessemer.runs.trackers" in words and str(root) in words}
+    sessions = {
+        pid for pid, (_, _, words) in stats.items() if "bessemer.addons.watch.trackers" in words and str(root) in words
+    }
     return sum(ticks for session, ticks, _ in stats.values() if session in sessions) / os.sysconf("SC_CLK_TCK")
 
 

@@ -186,7 +186,7 @@ def test_commands_to_copy_hold_for_a_path_with_a_space(call, recipe, tmp_path):
      (("eval", "nothing", "--task", "t"), "no model or run"), (("keys", "cli-nope"), 'did you mean "cli-note"')],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(call, recipe, stub, arguments, words):
-    stub("bessemer.engine.terminal_chat", chat=None)
+    stub("bessemer.addons.serve.terminal_chat", chat=None)
     stub("bessemer.eval.evaluate", evaluate=None)
     status, out, err = call(*arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
@@ -199,7 +199,7 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    stub("bessemer.engine.terminal_chat", chat=broken)
+    stub("bessemer.addons.serve.terminal_chat", chat=broken)
     with pytest.raises(KeyError):
         call("chat", model)
 
@@ -266,7 +266,7 @@ def test_answers_that_are_there_are_not_sampled(call, option):
 
 
 def test_eval_of_a_suite(call, monkeypatch, model):
-    from bessemer.eval import suite_run
+    from bessemer.addons.evals import suite_run
 
     seen = []
 
@@ -290,7 +290,10 @@ def test_eval_of_a_suite(call, monkeypatch, model):
 
 def test_chat_finds_the_model_of_a_run(call, stub, recipe, tmp_path):
     seen = []
-    stub("bessemer.engine.terminal_chat", chat=lambda folder, **options: seen.append((str(folder), options["alone"])))
+    stub(
+        "bessemer.addons.serve.terminal_chat",
+        chat=lambda folder, **options: seen.append((str(folder), options["alone"])),
+    )
     call("run", recipe)
     assert call("chat", "runs/note")[0] == 0 and call("chat", "note")[0] == 0
     assert seen == [("runs/note/02-b/model", False)] * 2
@@ -326,7 +329,7 @@ def test_a_chart_replaces_only_a_chart(call, tmp_path):
 
 
 def test_doctor(call, monkeypatch, tmp_path):
-    from bessemer.cli import doctor
+    from bessemer.addons.plan import doctor
 
     monkeypatch.setattr(doctor.probe, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 70.0})
     facts = json.loads(call("doctor", "--json", "--folder", tmp_path)[1])
@@ -370,5 +373,5 @@ def test_a_message_of_two_lines_becomes_one(call, stub, model):
     def refuse(*_, **__):
         raise UserError("first\nsecond")
 
-    stub("bessemer.engine.terminal_chat", chat=refuse)
+    stub("bessemer.addons.serve.terminal_chat", chat=refuse)
     assert call("chat", model) == (2, "", "error: first second\n")

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import apply_chat_template, is_conversational, maybe_extract_prompt, maybe_unpair_preference_dataset
 
-from bessemer.data import chat, formats, sft_rows
+from bessemer.addons.curate.export import export
+from bessemer.addons.families import formats
+from bessemer.data import chat, sft_rows
 from bessemer.data.documents import document
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.runs.export import export
 
 TALKS = [
     chat.exchange("What is 3+4?", "<think>3+4=7</think>\n\n\\boxed{7}"),

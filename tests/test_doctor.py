@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.cli import doctor
+from bessemer.addons.plan import doctor
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import pytest
 from hub_server import serving
 from made_run import write_run
 
+from bessemer.addons.families import remote
+from bessemer.addons.watch import facts
+from bessemer.addons.watch.model_card import _corpora, _data, model_card
 from bessemer.config.recipe import Recipe
 from bessemer.data import chat
 from bessemer.errors import UserError
-from bessemer.hf import deepseek, remote
+from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer
-from bessemer.report import facts
-from bessemer.report.model_card import _corpora, _data, model_card
 from bessemer.runs.files import write_json
 
 ROW = {"task": "countdown", "language": "en", "model": "zero", "temperature": 1.0, "n": 5, "samples": 16,

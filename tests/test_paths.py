@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.kernels import library
+from bessemer.addons.accelerate.kernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bessemer.cli.many import decide
+from bessemer.addons.distributed.many_processes import decide
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.probe import Gpus

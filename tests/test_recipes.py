@@ -12,9 +12,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from bessemer.addons.curate.config import Curation
 from bessemer.config import json_schema
 from bessemer.config.builtin import builtin_recipes, find_recipe, purpose, write_own
-from bessemer.config.curation import Curation
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.model.config import PRESETS, ModelConfig

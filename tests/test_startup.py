@@ -26,8 +26,8 @@ except SystemExit as end:
 """
 WATCH = """
 from pathlib import Path
-from bessemer.serve.run_follower import RunFollower
-from bessemer.serve.watch import build
+from bessemer.addons.serve.run_follower import RunFollower
+from bessemer.addons.serve.watch import build
 follower = RunFollower(Path({run!r}), "run")
 build([follower])
 while follower.poll():
@@ -39,7 +39,7 @@ import os
 import sys
 from pathlib import Path
 import torch
-import bessemer.engine.engine, bessemer.pipeline.runner, bessemer.serve.server
+import bessemer.engine.engine, bessemer.pipeline.runner, bessemer.addons.serve.server
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 print(Path(os.environ.pop("BESSEMER_KERNEL_CACHE")).exists())
@@ -68,7 +68,7 @@ def test_help_and_keys_import_nothing_heavy(arguments):
 
 
 def test_a_worker_of_a_data_build_starts_without_torch():
-    assert "torch" not in loaded("import bessemer.curate.steps, bessemer.pipeline.curation")
+    assert "torch" not in loaded("import bessemer.addons.curate.steps, bessemer.addons.curate.stage")
 
 
 def test_the_live_page_reads_a_run_and_imports_nothing_heavy(tmp_path):

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 from filelock import FileLock
 
+from bessemer.addons.watch import trackers
 from bessemer.errors import UserError
-from bessemer.runs import trackers
 from bessemer.runs.metrics import Metrics
 
 RECIPE = 'name = "mirrored"\nseed = 1\n\n[[stage]]\nkind = "corpus"\nparts = { a = "fables-en" }\n'
@@ -114,7 +114,7 @@ def send(root, name):
     if name not in ("trackio", "wandb"):
         assert trackers.track(root, [name]) == []
         return
-    code = "import pathlib, sys; from bessemer.runs.trackers import track; "
+    code = "import pathlib, sys; from bessemer.addons.watch.trackers import track; "
     code += "assert track(pathlib.Path(sys.argv[1]), sys.argv[2:]) == []"
     subprocess.run([sys.executable, "-c", code, root, name], capture_output=True, timeout=120, check=True)
 

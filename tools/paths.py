@@ -44,13 +44,13 @@ ROOT = REPOSITORY / "src" / "bessemer"
 LEAST = 5
 """Lines that run before a file counts."""
 BESIDE = (
-    "runs/", "report/", "plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py", "rl/alarms.py",
-    "serve/metrics.py", "train/instruments.py", "train/guard.py", "train/determinism.py", "train/checkpoint",
+    "runs/", "report/", "plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py", "addons/watch/alarms.py",
+    "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py", "addons/accelerate/determinism.py", "train/checkpoint",
     "train/background.py", "train/lineage.py",
 )  # fmt: skip
 NETWORK = (
-    "model/", "accelerated.py", "kernels/attention.py", "kernels/deferred.py", "kernels/experts.py", "kernels/gate.py",
-    "kernels/norm.py",
+    "model/", "accelerated.py", "addons/accelerate/kernels/attention.py", "addons/accelerate/kernels/deferred.py", "addons/accelerate/kernels/experts.py", "addons/accelerate/kernels/gate.py",
+    "addons/accelerate/kernels/norm.py",
 )  # fmt: skip
 ASKED = 4
 """Calls of a function whose variables are searched for the followed setting."""
@@ -240,7 +240,7 @@ def follow_process(directory: Path) -> None:
     """Traces this process from the moment that `directory` holds a file `begin`, and writes the trace once there is a
     file `end`. The server's processes start with it."""
     for module in ("server", "worker"):
-        importlib.import_module(f"bessemer.serve.{module}")  # a trace of their imports takes a minute
+        importlib.import_module(f"bessemer.addons.serve.{module}")  # a trace of their imports takes a minute
     tracer = Tracer()
 
     def watch() -> None:

@@ -327,11 +327,11 @@ def _steps(place: Place, cfg: Any, case: dict[str, Any], rows: int, length: int)
 
 def _card(place: Place, cfg: Any, rows: int, length: int) -> tuple[float | None, dict[str, float]]:
     """(dense BF16 FLOPs a second of the card if the planner knows it, GiB that it predicts by number format)."""
-    from bessemer.dist.mesh import Layout
-    from bessemer.dist.schedules import schedule
-    from bessemer.plan import hardware
-    from bessemer.plan.cost import setup_memory
-    from bessemer.plan.training_setup import ModelShape, Setup
+    from bessemer.addons.distributed.mesh import Layout
+    from bessemer.addons.distributed.schedules import schedule
+    from bessemer.addons.plan import hardware
+    from bessemer.addons.plan.cost import setup_memory
+    from bessemer.addons.plan.training_setup import ModelShape, Setup
 
     name = torch.cuda.get_device_name().replace(" ", "") if place.gpu else ""
     found = next((key for key in hardware.devices() if key.split("-")[0] in name), None)
@@ -453,7 +453,7 @@ def repeat(place: Place) -> Finding:
     """Five steps twice from one seed, as they are and in deterministic mode: the same bits, and at what price?"""
     import fp8_step
 
-    from bessemer.train import determinism
+    from bessemer.addons.accelerate import determinism
 
     cfg = place.network(n_layers=2)
     rows, length = (2, 32) if place.rehearse else (8, 1024)

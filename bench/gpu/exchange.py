@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bessemer.dist import mesh
-from bessemer.dist.exchange import Exchange
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.ranks import Ranks
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe
+from bessemer.addons.distributed import mesh
+from bessemer.addons.distributed.exchange import Exchange
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.ranks import Ranks
 from bessemer.model import moe
 from bessemer.model.config import ModelConfig, preset
-from bessemer.precision.fp8_linear import PAPER, FP8Recipe
 
 ROUNDS = 20
 

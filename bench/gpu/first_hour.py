@@ -26,7 +26,7 @@ from typing import Any
 
 from checks import BAD, CHECKS, GOOD, LEFT, ROOT, SHOWN
 
-from bessemer.report import page
+from bessemer.addons.watch import page
 
 NONE = "no GPU"
 MARK = "BESSEMER_CHECK"

@@ -36,10 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.addons.accelerate.kernels.norm import normalise, normalise_backward
+from bessemer.addons.accelerate.precision import adapters, backends, emulation, formats
+from bessemer.addons.accelerate.precision.operand import TILE, DeviceCounts, Group, Operand, quantise
 from bessemer.errors import UserError
-from bessemer.kernels.norm import normalise, normalise_backward
-from bessemer.precision import adapters, backends, emulation, formats
-from bessemer.precision.operand import TILE, DeviceCounts, Group, Operand, quantise
 
 DENSE = {
     (2112, 7168): 1058, (24576, 1536): 990, (32768, 512): 590, (7168, 16384): 1358, (4096, 7168): 1304,

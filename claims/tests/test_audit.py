@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.plan.hardware import device
+from bessemer.addons.plan.step_time import step_time
+from bessemer.addons.plan.training_setup import ModelShape, Setup
 from bessemer.cli import app
-from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
-from bessemer.plan.hardware import device
-from bessemer.plan.step_time import step_time
-from bessemer.plan.training_setup import ModelShape, Setup
 from bessemer_claims import audit, chance, credibility, planner_page
 from bessemer_claims.registry import read_toml
 

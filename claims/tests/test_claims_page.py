@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import chromium, violations
 
-from bessemer.eval.intervals import Interval
+from bessemer.addons.evals.intervals import Interval
 from bessemer_claims import cards, page, phrases, registry
 from bessemer_claims.registry import Part
 from bessemer_claims.verdict import Outcome, PartFinding

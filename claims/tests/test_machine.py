@@ -2,8 +2,8 @@
 
 import pytest
 
+from bessemer.addons.accelerate.precision.activations import activation_bytes
 from bessemer.model.config import preset
-from bessemer.precision.activations import activation_bytes
 from bessemer_claims import machine, mtp_drafts, numerics, zero1
 
 

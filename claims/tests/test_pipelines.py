@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from bessemer.dist.chunk import Chunk, Serial
-from bessemer.dist.schedules import schedule
-from bessemer.dist.timeline import Costs, simulate
-from bessemer.kernels.deferred import Store
+from bessemer.addons.accelerate.kernels.deferred import Store
+from bessemer.addons.distributed.chunk import Chunk, Serial
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.timeline import Costs, simulate
 from bessemer_claims import pipelines
 from bessemer_claims.pipelines import Case, SleepingStage
 

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bessemer.eval.intervals import over_seeds
+from bessemer.addons.evals.intervals import over_seeds
 from bessemer_claims import PARTS, results, runs
 
 

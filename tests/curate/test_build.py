@@ -11,16 +11,16 @@ import pytest
 from forks import Fork
 from made_texts import jsonl, prose
 
+from bessemer.addons.curate import origins
+from bessemer.addons.curate.build import Build
+from bessemer.addons.curate.jobs import Job
+from bessemer.addons.curate.output import check
+from bessemer.addons.curate.settings import Source
+from bessemer.addons.curate.stage import build, engine, load, plain
+from bessemer.addons.distributed import ray_cluster
 from bessemer.cli import main
-from bessemer.curate import origins
-from bessemer.curate.build import Build
-from bessemer.curate.jobs import Job
-from bessemer.curate.output import check
-from bessemer.curate.settings import Source
 from bessemer.data import corpus, documents
 from bessemer.errors import UserError
-from bessemer.pipeline.curation import build, engine, load, plain
-from bessemer.rl import ray_cluster
 from bessemer.runs.progress import RunProgress
 
 MORE = '[decontaminate]\ntasks = ["jsonl:{tasks}"]'
@@ -122,7 +122,7 @@ def test_an_evaluation_of_which_nothing_is_searched_for_is_refused_before_any_wo
 
 def test_any_engine_makes_the_same_files(made, tmp_path, monkeypatch):
     build(load(made), tmp_path / "one")
-    monkeypatch.setattr("bessemer.pipeline.curation.DEDUP_MEMORY", 3000)
+    monkeypatch.setattr("bessemer.addons.curate.stage.DEDUP_MEMORY", 3000)
     build(load(made, ["engine.workers=3"]), tmp_path / "three")
     assert _files(tmp_path / "one") == _files(tmp_path / "three")
     assert sum("train-" in name and "tokens" in name for name in _files(tmp_path / "one")) >= 4

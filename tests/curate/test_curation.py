@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.curate.stage import load, plain
 from bessemer.config.help import describe_keys
 from bessemer.errors import UserError
 from bessemer.model.config import ModelConfig
-from bessemer.pipeline.curation import load, plain
 
 SOURCE = 'name = "a"\nfrom = "fables-en"\ndomain = "english"'
 

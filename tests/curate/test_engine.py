@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.curate import origins
-from bessemer.curate.jobs import Job, ProcessPool, facts_of
-from bessemer.curate.settings import Source
+from bessemer.addons.curate import origins
+from bessemer.addons.curate.jobs import Job, ProcessPool, facts_of
+from bessemer.addons.curate.settings import Source
 from bessemer.errors import UserError
 
 
@@ -79,7 +79,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_engine import _job
-from bessemer.curate.jobs import ProcessPool
+from bessemer.addons.curate.jobs import ProcessPool
 if __name__ == "__main__":
     folder = Path({folder!r})
     print("ready", flush=True)

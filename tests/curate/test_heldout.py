@@ -8,8 +8,8 @@ import pytest
 from made_texts import prose
 
 from bessemer import tasks
-from bessemer.curate.decontaminate import EvalText, Index, eval_texts, searched_for
-from bessemer.curate.words import words
+from bessemer.addons.curate.decontaminate import EvalText, Index, eval_texts, searched_for
+from bessemer.addons.curate.words import words
 from bessemer.errors import UserError
 
 QUESTION = (

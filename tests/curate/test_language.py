@@ -3,7 +3,7 @@
 import pytest
 from made_texts import prose
 
-from bessemer.curate.filters import UNKNOWN, language
+from bessemer.addons.curate.filters import UNKNOWN, language
 
 
 @pytest.mark.parametrize(

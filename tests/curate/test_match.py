@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.curate import output, steps
-from bessemer.curate.duplicates import EXACT, SignedUnit, bins, clusters, match
-from bessemer.curate.settings import Dedup
+from bessemer.addons.curate import output, steps
+from bessemer.addons.curate.duplicates import EXACT, SignedUnit, bins, clusters, match
+from bessemer.addons.curate.settings import Dedup
 
 DEDUP = Dedup()
 

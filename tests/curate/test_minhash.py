@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 
-from bessemer.curate.duplicates import SignatureShape, keys, signed
-from bessemer.curate.words import words as words_of
+from bessemer.addons.curate.duplicates import SignatureShape, keys, signed
+from bessemer.addons.curate.words import words as words_of
 
 SHAPE = SignatureShape()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

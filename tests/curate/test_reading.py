@@ -20,11 +20,11 @@ from made_texts import jsonl, prose
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from bessemer.addons.curate import origins, steps, web
+from bessemer.addons.curate.decode import RawText, ReadError, decode
+from bessemer.addons.curate.reading import SourceGone, texts
+from bessemer.addons.curate.settings import Source
 from bessemer.config import places
-from bessemer.curate import origins, steps, web
-from bessemer.curate.decode import RawText, ReadError, decode
-from bessemer.curate.reading import SourceGone, texts
-from bessemer.curate.settings import Source
 from bessemer.errors import UserError
 
 PAGE = (

@@ -5,7 +5,7 @@ import random
 import pytest
 from made_texts import prose
 
-from bessemer.curate import filters
+from bessemer.addons.curate import filters
 
 GOOD = prose(1)
 CHINESE = (

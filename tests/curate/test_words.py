@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.curate.words import words
+from bessemer.addons.curate.words import words
 from bessemer.tasks import readability
 
 # what both agree on: readability leaves out other alphabets, which are letters here too

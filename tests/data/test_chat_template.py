@@ -7,9 +7,9 @@ import hf_tokenizers as houses
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bessemer.addons.families import chat_template
+from bessemer.addons.families.chat_template import ChatTemplate
 from bessemer.errors import UserError
-from bessemer.hf import chat_template
-from bessemer.hf.chat_template import ChatTemplate
 
 TALK = [
     {"role": "system", "content": 'Be <b>kind</b> & "brief".\n'},

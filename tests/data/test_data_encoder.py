@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.accelerate import gigatoken_encoder
 from bessemer.data import encoder as encoders
-from bessemer.data import gigatoken_encoder
 from bessemer.data.encoder import Encoder
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError

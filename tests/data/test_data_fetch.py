@@ -15,10 +15,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from bessemer.addons.accelerate.kernels.cache import folder as kernels_folder
 from bessemer.data import fetch as fetching
 from bessemer.data.fetch import Package, cache_dir, fetch
 from bessemer.errors import UserError
-from bessemer.kernels.cache import folder as kernels_folder
 
 
 @pytest.fixture

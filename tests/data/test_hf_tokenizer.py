@@ -9,18 +9,18 @@ import pytest
 import tokenizers
 import transformers
 
+from bessemer.addons.evals.shots import Shots
+from bessemer.addons.families.hf_tokenizer import HFTokenizer
+from bessemer.addons.serve.chat import chat_prompt
+from bessemer.addons.serve.models import Vocabulary
+from bessemer.addons.serve.protocol import Turn
+from bessemer.addons.tasks import turns
 from bessemer.data import chat, corpus, sft_rows
 from bessemer.data.documents import Document
 from bessemer.data.mixture import Mixture
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import turns
 from bessemer.errors import UserError
-from bessemer.eval.shots import Shots
 from bessemer.hf.families import load_tokenizer
-from bessemer.hf.hf_tokenizer import HFTokenizer
-from bessemer.serve.chat import chat_prompt
-from bessemer.serve.models import Vocabulary
-from bessemer.serve.protocol import Turn
 from bessemer.tasks import get
 
 QUESTION = [{"role": "user", "content": "What is 12*3+4?"}]

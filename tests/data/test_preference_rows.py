@@ -2,7 +2,7 @@
 
 import pytest
 
-from bessemer.data import preference_rows
+from bessemer.addons.r1 import preference_rows
 from bessemer.errors import UserError
 
 BOS, PAD = 0, 2

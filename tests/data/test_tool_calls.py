@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.tasks.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
 from bessemer.data import chat, documents, sft_rows, tools
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer

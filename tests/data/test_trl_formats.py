@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bessemer.data import chat, formats, preference_rows, sft_rows, sources
+from bessemer.addons.families import formats
+from bessemer.addons.r1 import preference_rows
+from bessemer.data import chat, sft_rows, sources
 from bessemer.data.documents import document
 from bessemer.errors import UserError
 

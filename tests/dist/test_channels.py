@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.dist.executor import AHEAD, message, orders, sharing_ranks
-from bessemer.dist.schedules import SCHEDULES, schedule
-from bessemer.dist.table import Action, Pair
+from bessemer.addons.distributed.executor import AHEAD, message, orders, sharing_ranks
+from bessemer.addons.distributed.schedules import SCHEDULES, schedule
+from bessemer.addons.distributed.table import Action, Pair
 from bessemer.errors import UserError
 
 SIZES = [("gpipe", 4, 3), ("1f1b", 4, 6), ("1f1b", 2, 4), ("interleaved", 4, 8), ("interleaved", 2, 4), ("zb1p", 4, 7),

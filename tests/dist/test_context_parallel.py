@@ -9,18 +9,18 @@ from ranks import on_ranks
 from test_distributed_trainer import LR, config
 from test_executor import CFG, TERMS, choice
 
+from bessemer.addons.accelerate.precision import fp8_layers as fp8
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed import context_attention, model_shard
+from bessemer.addons.distributed.collective import trainer_of
+from bessemer.addons.distributed.context_attention import Cut, FP8Core, attention, blocks
+from bessemer.addons.distributed.context_parallel import Context
+from bessemer.addons.distributed.mesh import Layout, Mesh, check, describe, nearest
+from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.data.batch import Batch
-from bessemer.dist import context_attention, model_shard
-from bessemer.dist.collective import trainer_of
-from bessemer.dist.context_attention import Cut, FP8Core, attention, blocks
-from bessemer.dist.context_parallel import Context
-from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest
-from bessemer.dist.model_shard import ModelShard
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
-from bessemer.precision import fp8_layers as fp8
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import loss
 from bessemer.train.objective import NextToken, next_token
 from bessemer.train.trainer import Trainer

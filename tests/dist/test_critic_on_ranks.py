@@ -11,19 +11,19 @@ from completions import completion
 from ranks import on_ranks
 from test_executor import CFG
 
+from bessemer.addons.distributed import zero1
+from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
+from bessemer.addons.distributed.collective import RankCollective
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard, gather_into
+from bessemer.addons.distributed.whole import GatheredModel
+from bessemer.addons.r1.critic import Critic
 from bessemer.config.rl import RLConfig
-from bessemer.dist import zero1
-from bessemer.dist.collective import RankCollective
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard, gather_into
-from bessemer.dist.whole import GatheredModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
-from bessemer.rl.critic import Critic
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.checkpoint_reader import CheckpointReader
 from bessemer.train.plan import TrainingPlan
 from bessemer.train.runtime import Whole
 from bessemer.train.trainer import Trainer

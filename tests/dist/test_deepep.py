@@ -17,18 +17,18 @@ from test_distributed_trainer import across
 from test_executor import CFG, batch
 from test_overlap import Jittery, different, step
 
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed import deepep, distributed, groups, mesh
+from bessemer.addons.distributed.chunk import Serial
+from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import heldout_nats
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.distributed.schedules import schedule
 from bessemer.config.recipe import LayoutConfig, Recipe
-from bessemer.dist import deepep, distributed, groups, mesh
-from bessemer.dist.chunk import Serial
-from bessemer.dist.expert_parallel import AllToAll, Hop
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import heldout_nats
-from bessemer.dist.ranks import Ranks
-from bessemer.dist.schedules import schedule
 from bessemer.errors import UserError
 from bessemer.model import moe
 from bessemer.model.config import preset
-from bessemer.precision.fp8_linear import PAPER
 
 E, K, D, F = 8, 3, 256, 32
 CASES = [(case, fp8) for case in ("uneven", "one expert", "half idle") for fp8 in (False, True)]

@@ -5,20 +5,20 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from bessemer.addons.distributed.dealing import DealtEngine, Helper, rows_of_batch
+from bessemer.addons.distributed.on_ranks import OnRanks
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.tasks.environment import Environment, Observation
 from bessemer.config.recipe import LayoutConfig
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.dist.ranks import Ranks
 from bessemer.engine.answers import played
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.on_ranks import OnRanks
-from bessemer.rl.dealing import DealtEngine, Helper, rows_of_batch
 from bessemer.rl.sampler import LocalSampler, Rank0Sampler
 from bessemer.runs.context import Interrupted, StageContext, StopFlag
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.environment import Environment, Observation
 
 ASKED = {"samples": 3, "seeds": [5, 6, 7], "max_new_tokens": 6, "temperature": 1.0, "batch_rows": 2}
 PROMPTS = ["one fox", "two", "a crow and a ring"]

@@ -11,19 +11,19 @@ from ranks import on_ranks
 from test_executor import CFG, TERMS, batch, replayed
 from train_config import train_config
 
+from bessemer.addons.accelerate.kernels import library
+from bessemer.addons.accelerate.precision import tuning
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed import zero1
+from bessemer.addons.distributed.collective import trainer_of
+from bessemer.addons.distributed.divided_matrices import divided, inside, owners
+from bessemer.addons.distributed.executor import Executor
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.data.batch import Batch
-from bessemer.dist import zero1
-from bessemer.dist.collective import trainer_of
-from bessemer.dist.divided_matrices import divided, inside, owners
-from bessemer.dist.executor import Executor
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard
-from bessemer.kernels import library
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision import tuning
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.rl.losses import GRPO
 from bessemer.train.groups import ALIGN, NORM_BLOCK, placed
 from bessemer.train.muon import Run

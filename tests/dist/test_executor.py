@@ -7,15 +7,15 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.stage import Slice, cut, keep_experts
 from bessemer.data.batch import Batch
-from bessemer.dist.executor import Executor, Work
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import Slice, cut, keep_experts
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import balance_weight, next_token
 
 CFG = preset("tiny", vocab_size=96, dim=32, inter_dim=48, moe_inter_dim=16, n_heads=2, q_lora_rank=24, kv_lora_rank=16,

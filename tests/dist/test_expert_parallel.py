@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from bessemer.dist import exchange, expert_parallel
-from bessemer.dist.expert_parallel import AllToAll, Hop
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed import exchange, expert_parallel
+from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
 from bessemer.model import moe
-from bessemer.precision.fp8_linear import PAPER
 
 E, K, D, F = 8, 3, 160, 24
 

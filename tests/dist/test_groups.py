@@ -15,13 +15,13 @@ from ranks import on_ranks
 from test_distributed_trainer import across
 from test_executor import batch
 
+from bessemer.addons.distributed import chunk, distributed, executor, groups, schedules
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.on_ranks import OnRanks
+from bessemer.addons.distributed.ranks import Ranks, _device
 from bessemer.config.recipe import LayoutConfig, Recipe
-from bessemer.dist import chunk, distributed, executor, groups, schedules
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.ranks import Ranks, _device
 from bessemer.errors import UserError
 from bessemer.model.config import preset
-from bessemer.pipeline.on_ranks import OnRanks
 
 
 def alone(work, *arguments):

@@ -20,12 +20,12 @@ from test_distributed_trainer import across, update
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bessemer.dist import completion, executor, zero1
-from bessemer.dist.mesh import Layout
-from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import Slice
-from bessemer.dist.watchdog import RankStatus
-from bessemer.kernels import library
+from bessemer.addons.accelerate.kernels import library
+from bessemer.addons.distributed import completion, executor, zero1
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.stage import Slice
+from bessemer.addons.distributed.watchdog import RankStatus
 
 
 class Late:

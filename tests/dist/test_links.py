@@ -8,8 +8,8 @@ import sys
 import torch
 from ranks import on_ranks
 
-from bessemer.dist import links
-from bessemer.dist.ranks import Ranks
+from bessemer.addons.distributed import links
+from bessemer.addons.distributed.ranks import Ranks
 
 
 def measured(me):

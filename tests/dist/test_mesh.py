@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from torch.distributed.fsdp import fully_shard
 
-from bessemer.dist.mesh import Layout, Mesh, check, describe, nearest, refusal
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed.mesh import Layout, Mesh, check, describe, nearest, refusal
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 
 TINY = preset("tiny")
 LAYOUTS = [Layout(1, 1, 4), Layout(1, 2, 2), Layout(1, 1, 4, node=2), Layout(1, 4, 1)]

@@ -5,9 +5,9 @@ import torch
 from ranks import on_ranks
 from test_executor import CFG, batch, model_of
 
-from bessemer.dist import model_shard
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard, gather_into, rows_of
+from bessemer.addons.distributed import model_shard
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard, gather_into, rows_of
 from bessemer.errors import UserError
 from bessemer.model import transformer
 from bessemer.model.transformer import Transformer

@@ -13,18 +13,18 @@ from test_critic_on_ranks import PAD, groups
 from test_executor import CFG
 from train_config import train_config
 
+from bessemer.addons.distributed import zero1
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.on_ranks import OnRanks
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1.preference import score_by
+from bessemer.addons.r1.preference_rows import BAD, GOOD
 from bessemer.config.recipe import LayoutConfig
-from bessemer.data import preference_rows
-from bessemer.data.preference_rows import BAD, GOOD
-from bessemer.dist import zero1
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard
-from bessemer.dist.ranks import Ranks
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.pipeline.on_ranks import OnRanks
 from bessemer.rl import rollout
-from bessemer.rl.preference import score_by
 from bessemer.train.objective import OnPolicyDistillation, pairwise, pointwise
 from bessemer.train.runtime import OneProcess
 

@@ -11,14 +11,14 @@ from allocator import live_bytes
 from ranks import on_ranks
 from test_executor import CFG, TERMS, batch, model_of, whole
 
+from bessemer.addons.distributed import chunk
+from bessemer.addons.distributed.chunk import Chunk, Overlapped, Serial
+from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.stage import Slice, keep_experts
+from bessemer.addons.distributed.table import Action, Pair, Table, actions
 from bessemer.data.batch import Batch
-from bessemer.dist import chunk
-from bessemer.dist.chunk import Chunk, Overlapped, Serial
-from bessemer.dist.executor import Executor, Work
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import Slice, keep_experts
-from bessemer.dist.table import Action, Pair, Table, actions
 from bessemer.model.config import preset
 from bessemer.train import balance
 from bessemer.train.objective import balance_weight, next_token

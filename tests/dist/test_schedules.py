@@ -13,11 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
+from bessemer.addons.distributed.dualpipe import dualpipe, dualpipe_v
+from bessemer.addons.distributed.schedules import (
+    SCHEDULES,
+    gpipe,
+    interleaved,
+    of_step,
+    one_f_one_b,
+    schedule,
+    zb1p,
+    zbv,
+)
+from bessemer.addons.distributed.table import Action, Pair, Table, check
+from bessemer.addons.distributed.timeline import Costs, as_svg, as_text, label, simulate, summary
 from bessemer.config.recipe import Recipe
-from bessemer.dist.dualpipe import dualpipe, dualpipe_v
-from bessemer.dist.schedules import SCHEDULES, gpipe, interleaved, of_step, one_f_one_b, schedule, zb1p, zbv
-from bessemer.dist.table import Action, Pair, Table, check
-from bessemer.dist.timeline import Costs, as_svg, as_text, label, simulate, summary
 from bessemer.errors import UserError
 
 # Derived from the figure in V3 3.2.1. P, M, F&B -> makespan, worst idle, held at once, overlapped pairs of ranks

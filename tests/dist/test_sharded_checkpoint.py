@@ -14,14 +14,14 @@ from ranks import on_ranks
 from test_distributed_trainer import CFG, LR, across, at_home, batches, config, model_of, update
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bessemer.dist import sharded_checkpoint, zero1
-from bessemer.dist.mesh import Layout
+from bessemer.addons.distributed import sharded_checkpoint, zero1
+from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
+from bessemer.addons.distributed.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint, checkpoint_files
-from bessemer.train.checkpoint_reader import CheckpointReader
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 

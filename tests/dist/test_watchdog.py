@@ -12,9 +12,9 @@ import torch.distributed as dist
 from forks import Fork
 
 from bessemer import heartbeat
-from bessemer.dist import ranks, watchdog
-from bessemer.dist.ranks import Ranks
-from bessemer.dist.watchdog import Activity, hang_report
+from bessemer.addons.distributed import ranks, watchdog
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.distributed.watchdog import Activity, hang_report
 
 NOW = 1000.0
 
@@ -95,7 +95,7 @@ QUEUED = """
 import sys, time
 from pathlib import Path
 import torch.distributed as dist
-from bessemer.dist import watchdog
+from bessemer.addons.distributed import watchdog
 reached = [True, False]  # the device does the first of two operations, and never the second
 watchdog.RankStatus.mark = lambda: lambda done=reached.pop(0): done
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

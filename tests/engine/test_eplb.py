@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.engine.eplb import balance, gpu_loads, naive_balance, pack, place, replicate
+from bessemer.addons.distributed.eplb import balance, gpu_loads, naive_balance, pack, place, replicate
 from bessemer.errors import UserError
 
 EXAMPLE = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]

@@ -7,8 +7,8 @@ import pytest
 from drain import drain
 from test_scheduler import alone, requests, used
 
+from bessemer.addons.serve.fair_queue import FairQueue
 from bessemer.engine.engine import Engine
-from bessemer.engine.fair_queue import FairQueue
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler

@@ -8,15 +8,15 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.addons.serve.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
+from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.token_controls import TokenControl, TokenRules
 from bessemer.data.tools import Tool
 from bessemer.engine.engine import Engine
-from bessemer.engine.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
 from bessemer.engine.kv_cache import PAGE
-from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Sequence
-from bessemer.engine.token_controls import TokenControl, TokenRules
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 

@@ -9,14 +9,14 @@ import torch
 from drain import drain
 from test_scheduler import alone, requests
 
+from bessemer.addons.families import hf_decode
+from bessemer.addons.families.causal_lm import CausalLM
+from bessemer.addons.serve.terminal_chat import Conversation
 from bessemer.data.chat import render_ids
-from bessemer.engine import hf_decode
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
-from bessemer.engine.terminal_chat import Conversation
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.workers import Workers
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bessemer.engine.penalties import Penalties, PenaltyParams, penalise
+from bessemer.addons.serve.penalties import Penalties, PenaltyParams, penalise
+from bessemer.addons.serve.token_controls import TokenControl, TokenRules
 from bessemer.engine.sequence import Request, Sequence
-from bessemer.engine.token_controls import TokenControl, TokenRules
 
 V = 50
 PARAMS = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bessemer.engine import placement
-from bessemer.engine.placement import ExpertLoads, expert_counts
+from bessemer.addons.distributed import expert_placement as placement
+from bessemer.addons.distributed.expert_placement import ExpertLoads, expert_counts
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 

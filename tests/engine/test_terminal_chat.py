@@ -6,19 +6,19 @@ import json
 import pytest
 from completions import completion
 
+from bessemer.addons.serve.models import read_facts
+from bessemer.addons.serve.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.cli.common import read_prompts
 from bessemer.config.units import show_tokens
 from bessemer.data.chat import render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine
-from bessemer.engine.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.errors import UserError
 from bessemer.escape import escaped
 from bessemer.model import accounting
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.serve.models import read_facts
 
 
 class Terminal(io.StringIO):

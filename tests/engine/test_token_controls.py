@@ -5,14 +5,14 @@ import torch
 from drain import drain
 from test_scheduler import alone
 
+from bessemer.addons.accelerate.kernels import library, sampling
+from bessemer.addons.serve.penalties import PenaltyParams, penalise
+from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.penalties import PenaltyParams, penalise
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
-from bessemer.engine.token_controls import TokenRules
 from bessemer.errors import UserError
-from bessemer.kernels import library, sampling
 from bessemer.model.transformer import Transformer
 
 

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
+from bessemer.addons.evals import instructions
 from bessemer.errors import UserError
-from bessemer.eval import instructions
 
 NEED_LANGUAGE = ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
 ARGUMENTS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bessemer.eval import intervals as ours
+from bessemer.addons.evals import intervals as ours
 
 RUNS = 1000
 

@@ -9,10 +9,11 @@ import pytest
 from made_run import write_run
 
 from bessemer import tasks
+from bessemer.addons.evals import paired, tables
+from bessemer.addons.evals.intervals import stratified
+from bessemer.addons.evals.paired import Asked
 from bessemer.errors import UserError
-from bessemer.eval import evaluate, paired, scoring, tables
-from bessemer.eval.intervals import stratified
-from bessemer.eval.paired import Asked
+from bessemer.eval import evaluate, scoring
 from bessemer.runs.files import write_json
 from bessemer.tasks.verdict_metrics import wilson
 

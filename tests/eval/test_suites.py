@@ -12,10 +12,10 @@ import pytest
 from forks import Fork
 from made_data import ROWS, write_csv, write_data, write_jsonl
 
+from bessemer.addons.evals import suite_run, suites
 from bessemer.cli import main
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.eval import suite_run, suites
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bessemer.kernels import library
+from bessemer.addons.accelerate.kernels import library
 
 
 def load(monkeypatch: pytest.MonkeyPatch, instructions: str) -> library.Status:

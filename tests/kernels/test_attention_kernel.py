@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from bessemer.kernels import attention as kernel
+from bessemer.addons.accelerate.kernels import attention as kernel
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 SHAPES = [  # B, T, H, N, R, V: the presets', tests', ragged ones, and around blocks of 32, 48, 64

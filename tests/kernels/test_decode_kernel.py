@@ -4,11 +4,11 @@ import exact_network
 import pytest
 import torch
 
+from bessemer.addons.accelerate import kernel_steps
+from bessemer.addons.accelerate.kernel_steps import KernelSteps
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import kernel_steps
 from bessemer.engine.decode import TorchSteps
 from bessemer.engine.engine import Engine
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.steps import PrefillChunk, RoutingTrace
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
@@ -134,7 +134,7 @@ def test_prefill_equals_float64_and_does_not_depend_on_company_or_cuts(instructi
             assert distance(logits[b].double(), exact[-1]) < 3e-6
             assert torch.equal(routes[b].long(), chosen)
         with monkeypatch.context() as patch:
-            patch.setattr("bessemer.engine.kernel_steps.PASS", 17)
+            patch.setattr("bessemer.addons.accelerate.kernel_steps.PASS", 17)
             again = filled()
         assert torch.equal(again[0], logits)
         assert torch.equal(filled((1, 40, 64, 149))[0][-1], logits[2])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from bessemer.kernels import experts as kernel
+from bessemer.addons.accelerate.kernels import experts as kernel
 from bessemer.model.moe import FFN, expert_ffn, routed_ffn, swiglu
 
 SHAPES = [(1, 1, 1, 1, 1), (50, 6, 5, 5, 2), (40, 40, 7, 24, 1), (300, 96, 8, 48, 3), (2500, 32, 2, 20, 2)]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from bessemer.kernels import library
+from bessemer.addons.accelerate.kernels import library
 from bessemer.model.config import preset
 from bessemer.model.gate import Gate
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.kernels import build, cache, library
-from bessemer.kernels.cache import BuildError
+from bessemer.addons.accelerate.kernels import build, cache, library
+from bessemer.addons.accelerate.kernels.cache import BuildError
 
 ROOT = Path(__file__).parents[2]
 GXX = shutil.which("g++")
@@ -37,7 +37,7 @@ extern "C" void product_bfloat16(i64, i64, i64, const bf16*, i64, i64, const bf1
 PROCESS = """
 import sys
 from pathlib import Path
-from bessemer.kernels import build
+from bessemer.addons.accelerate.kernels import build
 build.SOURCES = Path(sys.argv[1])
 try:
     print(build.built("baseline"))
@@ -394,7 +394,9 @@ def forbid_amx() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="AMX is of x86")
 def test_a_processor_that_lists_amx_and_may_not_use_it(monkeypatch, tmp_path):
     """The real start function, refused by the operating system's kernel."""
-    (build.SOURCES / "small.cpp").write_text(START.replace("FOLDER", str(ROOT / "src/bessemer/kernels/cpp")))
+    (build.SOURCES / "small.cpp").write_text(
+        START.replace("FOLDER", str(ROOT / "src/bessemer/addons/accelerate/kernels/cpp"))
+    )
     monkeypatch.setattr(build, "TRIAL", "")
     monkeypatch.delenv(library.VARIABLE, raising=False)
     sets = "avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16 amx_bf16 amx_tile"
@@ -446,7 +448,7 @@ def test_amx_compiles(command, tmp_path, monkeypatch):
     """No other test builds this code. Code generation, which takes most of the time, is left out."""
     if command is None:
         pytest.skip("no clang++")
-    monkeypatch.setattr(build, "SOURCES", ROOT / "src/bessemer/kernels/cpp")
+    monkeypatch.setattr(build, "SOURCES", ROOT / "src/bessemer/addons/accelerate/kernels/cpp")
     flags, until = [*build.COMMON, *build.FLAGS["amx"]], time.monotonic() + 100
     start = [command, *flags, *build._shared_header([command], flags, until, str(tmp_path)), "-fsyntax-only"]
     assert (tmp_path / "shared.hpp.gch").exists()
@@ -471,7 +473,7 @@ def test_an_installed_wheel_builds_them_from_a_folder_it_cannot_write_to(tmp_pat
     for folder in folders:
         folder.chmod(0o555)
     best = library._candidates()[0]
-    show = f"from bessemer.kernels import build; print(build.__file__, build.built({best!r}))"
+    show = f"from bessemer.addons.accelerate.kernels import build; print(build.__file__, build.built({best!r}))"
     done = subprocess.run(
         [sys.executable, "-B", "-c", show], env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
     )

@@ -2,7 +2,7 @@
 
 import torch
 
-from bessemer.kernels import muon
+from bessemer.addons.accelerate.kernels import muon
 from bessemer.train import update_rules
 
 SHAPES = ((1, 1, 1), (3, 5, 9), (2, 64, 128), (2, 130, 70), (1, 33, 33))

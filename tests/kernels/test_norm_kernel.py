@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.kernels import norm
+from bessemer.addons.accelerate.kernels import norm
 
 EPS = 1e-6
 

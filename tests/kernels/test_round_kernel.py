@@ -5,15 +5,15 @@ import pytest
 import torch
 from test_decode_kernel import network, texts
 
+from bessemer.addons.accelerate.kernel_steps import KernelSteps
+from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.kernel_steps import KernelSteps
 from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.penalties import PenaltyParams
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Sequence, Token
 from bessemer.engine.steps import PrefillChunk, backend_of
-from bessemer.engine.token_controls import TokenRules
 
 TOKENIZER = Tokenizer.train(["the quick brown fox 盛钢水"] * 8, 280)
 SAMPLINGS = [
@@ -54,7 +54,7 @@ def test_rounds_equal_the_torch_path(instructions, drafts, samplings, monkeypatc
     """Step by step: tokens, log-probabilities, drafts and acceptances, and the state in which the next step starts."""
     model = flat()
     with monkeypatch.context() as patch:
-        patch.setattr("bessemer.engine.kernel_steps.PASS", 17)  # prompts are prefilled in pieces
+        patch.setattr("bessemer.addons.accelerate.kernel_steps.PASS", 17)  # prompts are prefilled in pieces
         ours, sequences = started(model, samplings, drafts)
         patch.setattr(KernelSteps, "of", lambda model: None)
         theirs, expected = started(model, samplings, drafts)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bessemer.engine import kernel_steps  # noqa: F401 (registers the kernel)
+from bessemer.addons.accelerate import kernel_steps  # noqa: F401 (registers the kernel)
+from bessemer.addons.accelerate.kernels import sampling as kernel
 from bessemer.engine.random_streams import stream_key, uniform
 from bessemer.engine.sampling import (
     LiveRows,
@@ -16,7 +17,6 @@ from bessemer.engine.sampling import (
     sample_rows,
 )
 from bessemer.engine.sequence import SamplingParams
-from bessemer.kernels import sampling as kernel
 
 PARAMS = [
     SamplingParams(0), SamplingParams(), SamplingParams(0.6), SamplingParams(1e-4), SamplingParams(1e4),

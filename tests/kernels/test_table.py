@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from bessemer.kernels import library
+from bessemer.addons.accelerate.kernels import library
 
 
 def test_the_kernels_register_at_the_first_call_of_an_operation():

@@ -13,8 +13,9 @@ import transformers
 from hf_cases import KINDS, made, relative, tokens
 from safetensors.torch import load_file, save_file
 
+from bessemer.addons.families import causal_lm
 from bessemer.errors import UserError
-from bessemer.hf import causal_lm, model_directory
+from bessemer.hf import model_directory
 from bessemer.hf.mapping import longest_text
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -11,13 +11,13 @@ import torch
 from model_cases import relative, tiny
 from ranks import on_ranks
 
-from bessemer.dist.expert_parallel import AllToAll, Hop
+from bessemer.addons.accelerate.precision import adapters, backends, emulation
+from bessemer.addons.accelerate.precision import fp8_layers as fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER, weight_gradient
+from bessemer.addons.accelerate.precision.operand import TILE, DeviceCounts, Operand, quantise
+from bessemer.addons.distributed.expert_parallel import AllToAll, Hop
 from bessemer.model import moe
 from bessemer.model.gate import Routing
-from bessemer.precision import adapters, backends, emulation
-from bessemer.precision import fp8_layers as fp8
-from bessemer.precision.fp8_linear import PAPER, weight_gradient
-from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise
 
 torch.set_num_threads(1)
 

@@ -16,9 +16,10 @@ import torch
 from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
+from bessemer.addons.families import dcp
 from bessemer.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
-from bessemer.hf import dcp, deepseek, replace, safetensors_writer
+from bessemer.hf import deepseek, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_reader import cast
 from bessemer.model import transformer

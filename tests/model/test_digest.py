@@ -8,8 +8,8 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bessemer.hf import digest as module
-from bessemer.hf.digest import digest
+from bessemer.addons.serve import digest as module
+from bessemer.addons.serve.digest import digest
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hf_cases import made, relative, tokens
 
+from bessemer.addons.families import causal_lm
+from bessemer.addons.families.gguf_file import read_gguf
 from bessemer.data import chat
 from bessemer.errors import UserError
-from bessemer.hf import causal_lm
 from bessemer.hf.families import load_tokenizer
-from bessemer.hf.gguf_file import read_gguf
 
 CONTROLS = ["<|text|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = [*CONTROLS, *map(chr, range(33, 96)), *"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ", "ab", "cd"]

@@ -13,9 +13,13 @@ from model_cases import relative, tiny, tokens
 from test_model_experts import COUNTS, case, in_float64, run
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from bessemer.kernels import attention_gpu, grouped, swiglu
-from bessemer.kernels import experts as kernel
-from bessemer.kernels.fused import Fused
+from bessemer.addons.accelerate.kernels import attention_gpu, grouped, swiglu
+from bessemer.addons.accelerate.kernels import experts as kernel
+from bessemer.addons.accelerate.kernels.fused import Fused
+from bessemer.addons.accelerate.precision import adapters, backends
+from bessemer.addons.accelerate.precision.activations import layer_activation_bytes
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.model import moe
 from bessemer.model.config import preset
 from bessemer.model.gate import Gate
@@ -24,10 +28,6 @@ from bessemer.model.moe import expert_ffn, routed_ffn
 from bessemer.model.norm import RMSNorm
 from bessemer.model.segments import Packed, first_tokens
 from bessemer.model.transformer import Transformer
-from bessemer.precision import adapters, backends
-from bessemer.precision.activations import layer_activation_bytes
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.loss import cross_entropy
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -324,7 +324,7 @@ class DeepGEMM(Kernels):
 def test_an_fp8_layer_waits_for_nothing_and_launches_as_much_for_any_number_of_experts(on_gpu, monkeypatch, package):
     """Forward and backward on the meta device, with the real launchers and kernels that only check their arguments."""
     pytest.importorskip("triton")
-    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
+    from bessemer.addons.accelerate.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
 
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.setattr(adapters, "_capability", lambda device: (9, 0))
@@ -495,7 +495,9 @@ def test_a_shape_without_a_kernel_leaves_other_shapes_theirs(monkeypatch):
         def forward(*_, error=error):
             raise error
 
-        monkeypatch.setitem(sys.modules, "bessemer.kernels.triton_gate", SimpleNamespace(forward=forward))
+        monkeypatch.setitem(
+            sys.modules, "bessemer.addons.accelerate.kernels.triton_gate", SimpleNamespace(forward=forward)
+        )
         with pytest.warns(UserWarning, match=str(error)) as said:
             assert gate(on_gpu, None) == "plain"
         assert gate.works is works and ("gcc" in str(said[0].message)) is not works

@@ -5,9 +5,9 @@ import torch
 from allocator import live_and_highest, live_bytes
 from model_cases import YARN, random_model, relative, tiny
 
-from bessemer.kernels import library
-from bessemer.kernels.attention_gpu import causal_mask
-from bessemer.kernels.cores import attention_backward, attention_forward
+from bessemer.addons.accelerate.kernels import library
+from bessemer.addons.accelerate.kernels.attention_gpu import causal_mask
+from bessemer.addons.accelerate.kernels.cores import attention_backward, attention_forward
 from bessemer.model.mla import (
     MLA,
     latent_attention,

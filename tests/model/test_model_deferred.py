@@ -11,14 +11,14 @@ from allocator import live_bytes
 from model_cases import V2, random_model, tiny, tokens
 from torch.autograd.profiler import profile
 
+from bessemer.addons.accelerate.kernels import deferred, library
+from bessemer.addons.accelerate.kernels.deferred import Store
+from bessemer.addons.accelerate.precision import backends
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.data.batch import Batch
-from bessemer.kernels import deferred, library
-from bessemer.kernels.deferred import Store
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.precision import backends
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.train.objective import next_token
 from bessemer.train.optimizer import Optimizer
 

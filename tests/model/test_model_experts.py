@@ -81,7 +81,7 @@ def test_mixed_dtypes_as_in_training():
 
 def test_custom_op_is_registered_properly():
     """Schema, fake tensors and autograd registration, as torch.compile needs them."""
-    from bessemer.kernels import experts_gpu
+    from bessemer.addons.accelerate.kernels import experts_gpu
 
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.float32, D=8, inner=8)
     order = torch.tensor([2, 0, 1, 4, 3, 8, 7, 6, 5])
@@ -92,7 +92,7 @@ def test_custom_op_is_registered_properly():
 def test_the_compiler_never_looks_inside():
     """torch.compile gives up on parameters whose gradients have another dtype, as the optimizer makes them for BF16. It
     then falls back to the functions called from there."""
-    from bessemer.kernels import experts_gpu
+    from bessemer.addons.accelerate.kernels import experts_gpu
 
     rows, weights, count, w13, w2 = case([3, 2, 4], torch.bfloat16, D=8, inner=8)
     parameters = [torch.nn.Parameter(w.detach()) for w in (w13, w2)]

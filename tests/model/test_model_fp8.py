@@ -11,18 +11,18 @@ from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bessemer.addons.accelerate.precision import backends, emulation
+from bessemer.addons.accelerate.precision import fp8_layers as fp8
+from bessemer.addons.accelerate.precision.activations import activation_bytes, stage_activation_bytes
+from bessemer.addons.accelerate.precision.formats import pack_e5m6
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe
+from bessemer.addons.accelerate.precision.operand import quantise
 from bessemer.data.batch import Batch
 from bessemer.hf.mapping import slots
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.mla import latent_attention
 from bessemer.model.transformer import Transformer
-from bessemer.precision import backends, emulation
-from bessemer.precision import fp8_layers as fp8
-from bessemer.precision.activations import activation_bytes, stage_activation_bytes
-from bessemer.precision.formats import pack_e5m6
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER, FP8Recipe
-from bessemer.precision.operand import quantise
 from bessemer.train import balance
 from bessemer.train.objective import next_token
 

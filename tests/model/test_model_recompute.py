@@ -5,17 +5,17 @@ import torch
 from allocator import counted_with_kernels, live_bytes
 from model_cases import random_model, tiny, tokens
 
+from bessemer.addons.accelerate.kernels.deferred import Store
+from bessemer.addons.accelerate.precision.activations import activation_bytes
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.distributed.chunk import Chunk, Serial
+from bessemer.addons.distributed.stage import Slice
 from bessemer.data.batch import Batch
-from bessemer.dist.chunk import Chunk, Serial
-from bessemer.dist.stage import Slice
 from bessemer.errors import UserError
-from bessemer.kernels.deferred import Store
 from bessemer.model.config import preset
 from bessemer.model.layer import PHASES
 from bessemer.model.transformer import Transformer
-from bessemer.precision.activations import activation_bytes
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.train import balance
 from bessemer.train.objective import next_token
 

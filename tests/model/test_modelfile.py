@@ -7,11 +7,11 @@ import pytest
 from go_template import collate, render
 from made_run import write_run
 
+from bessemer.addons.families import modelfile
+from bessemer.addons.serve.chat import _switch
 from bessemer.data import chat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import modelfile
-from bessemer.serve.chat import _switch
 
 COMMAND = re.compile(r'(?:#[^\n]*|([A-Z]+) (?:(\w+) )??("""(?:.*?)"""|"[^"\n]*"|[^\n]*))\n', re.S)
 

@@ -5,15 +5,16 @@ import torch
 from model_cases import SHAPE, random_model, relative, tiny, tokens
 from naive_network import Naive
 
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.families import gguf_file
 from bessemer.data.tokenizer import SMALLEST, Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.hf import deepseek, gguf_file, mapping
+from bessemer.hf import deepseek, mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
 
 KINDS = {
     "MHA": dict(n_heads=4, kv_lora_rank=0),

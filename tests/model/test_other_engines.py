@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from bessemer.addons.families import gguf_file
 from bessemer.data import chat
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.hf import deepseek, gguf_file
+from bessemer.hf import deepseek
 from bessemer.model.config import PRESETS, preset
 
 hf_logging.disable_progress_bar()

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
+from bessemer.addons.r1.judge import GRADE, _marked
 from bessemer.data.batch import Batch
 from bessemer.data.chat import exchange, render_answers
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.judge import GRADE, _marked
 from bessemer.train.objective import next_token
 
 NUMBERS = 12

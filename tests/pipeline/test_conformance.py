@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.distributed.schedule_shapes import shape
+from bessemer.addons.plan import conformance
+from bessemer.addons.plan.conformance import ITEMS, rows
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points
 from bessemer.hf import deepseek
 from bessemer.model.config import preset
-from bessemer.pipeline import conformance
-from bessemer.pipeline.conformance import ITEMS, rows
-from bessemer.pipeline.schedule_shapes import shape
 from bessemer.runs.directory import CONFORMANCE_STATES
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_every_mutation_of_the_benchmark_still_breaks_its_file():
 
 def test_the_page_is_the_table():
     page = (ROOT / "docs" / "conformance.md").read_text()
-    assert page == conformance.markdown(), "run: python -m bessemer.pipeline.conformance > docs/conformance.md"
+    assert page == conformance.markdown(), "run: python -m bessemer.addons.plan.conformance > docs/conformance.md"
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(ITEMS) and all(line.count("|") == 6 for line in lines)
 

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from bessemer import tasks
-from bessemer.eval import contamination
-from bessemer.eval.contamination import ContaminationSearch, identity
+from bessemer.addons.evals import contamination
+from bessemer.addons.evals.contamination import ContaminationSearch, identity
 from bessemer.tasks import Problem
 from bessemer.tasks.readability import words
 

@@ -12,21 +12,22 @@ import stages_run
 
 import bessemer
 from bessemer import tasks
+from bessemer.addons.evals import contamination, paired, shots, tables
+from bessemer.addons.tasks import worked
+from bessemer.addons.watch import facts
 from bessemer.config.evaluation import EvalConfig, ShotKind
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.data.chat import exchange, question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.eval import contamination, evaluate, paired, scoring, shots, tables
+from bessemer.eval import evaluate, scoring
 from bessemer.eval.preamble import ALONE
 from bessemer.pipeline.stage import Stage, find_kind
 from bessemer.pipeline.stages import eval as eval_stage
 from bessemer.pipeline.stages.eval import Eval, ancestors
-from bessemer.report import facts
 from bessemer.runs import files
 from bessemer.runs.metrics import StageMetrics
-from bessemer.tasks import worked
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.base import split_of
 from bessemer.tasks.readability import consistency, readable

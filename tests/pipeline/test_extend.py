@@ -14,10 +14,10 @@ import stages_run
 import torch
 
 import bessemer
+from bessemer.addons.tasks.needle import Needle
+from bessemer.addons.watch import card
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
-from bessemer.report import card
-from bessemer.tasks.needle import Needle
 from bessemer.train import setup
 
 MORE = """
@@ -201,8 +201,8 @@ def test_a_model_is_gone_before_the_next_is_loaded(base, tmp_path, monkeypatch):
 
 def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
     """Their weighted mean equals the held-out loss of the rows as pre-training measures it."""
+    from bessemer.addons.evals import long_context
     from bessemer.data.rows import open_rows
-    from bessemer.eval import long_context
     from bessemer.train import loss
 
     model = bessemer.load(out_of(base, "to-256") / "model")
@@ -215,8 +215,8 @@ def test_the_first_buckets_of_the_loss_are_those_of_a_plain_forward(base):
 
 def test_needles_are_counted_from_what_the_model_writes(base):
     """An engine that always writes what the text says first finds the needle at depth 0 and no other."""
+    from bessemer.addons.evals import long_context, tables
     from bessemer.engine.engine import Engine
-    from bessemer.eval import long_context, tables
 
     model, tokenizer = setup.load_model(out_of(base, "to-256") / "model")
     texts = [json.loads(line)["text"] for line in (base / "long.jsonl").read_text().splitlines()]

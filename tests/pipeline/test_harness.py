@@ -28,12 +28,13 @@ from hf_tokenizers import byte_level
 
 import bessemer
 from bessemer import cli
+from bessemer.addons.evals import lm_eval_model
+from bessemer.addons.evals.lm_eval_model import BessemerLM
 from bessemer.data.chat import render_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.errors import UserError
-from bessemer.eval import evaluate, lm_eval_model
-from bessemer.eval.lm_eval_model import BessemerLM
+from bessemer.eval import evaluate
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.workers import Workers
@@ -328,7 +329,7 @@ def test_mistakes_are_named(directory, engine, own_tasks, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="loglikelihood_rolling"):
         ours.loglikelihood(requests("loglikelihood", [("the", " fox" * 200)]))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "bessemer.eval.lm_eval_model")
-    monkeypatch.delattr("bessemer.eval.lm_eval_model")
+    monkeypatch.delitem(sys.modules, "bessemer.addons.evals.lm_eval_model")
+    monkeypatch.delattr("bessemer.addons.evals.lm_eval_model")
     with pytest.raises(UserError, match=r"pip install 'bessemer\[eval\]'"):
         ask("own_gold")

@@ -14,17 +14,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bessemer.config.r1 import ExamplesConfig
+from bessemer.addons.families import import_model
+from bessemer.addons.plan import conformance
+from bessemer.addons.r1.examples import Examples
+from bessemer.addons.r1.preference import RewardModel
+from bessemer.addons.r1.tables import ExamplesConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data import sources
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.documents import read_files
 from bessemer.data.fetch import Package
 from bessemer.errors import UserError
-from bessemer.pipeline import conformance, runner
-from bessemer.pipeline.stages import import_model
-from bessemer.pipeline.stages.examples import Examples
-from bessemer.rl.preference import RewardModel
+from bessemer.pipeline import runner
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks import get

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import bessemer
+from bessemer.addons.families.dcp import export
 from bessemer.cli import app
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
@@ -19,7 +20,6 @@ from bessemer.data import documents, fingerprints
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
-from bessemer.hf.dcp import export
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner

@@ -16,11 +16,11 @@ from completions import completion
 from judge_server import JudgeServer
 
 from bessemer import tasks
-from bessemer.config.r1 import RejectConfig
+from bessemer.addons.r1 import reject
+from bessemer.addons.r1.tables import RejectConfig
+from bessemer.addons.serve.digest import digest
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.hf.digest import digest
-from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
 
 RECIPE = """

@@ -17,7 +17,7 @@ from forks import Fork
 from stages_run import copy_without, run, write_recipe
 
 from bessemer import cli
-from bessemer.dist import watchdog
+from bessemer.addons.distributed import watchdog
 from bessemer.hf import deepseek
 
 SHORT = ("--set", "pretrain.tokens=20K", "--set", "pretrain.sample_every=100K", "--set", "pretrain.save_seconds=0.2",

@@ -14,13 +14,13 @@ import stages_run
 from completions import completion
 
 from bessemer import tasks
-from bessemer.config.r1 import RejectConfig
+from bessemer.addons.r1 import reject
+from bessemer.addons.r1.tables import RejectConfig
+from bessemer.addons.tasks import worked
+from bessemer.addons.tasks.general import UNJUDGED
 from bessemer.errors import UserError
-from bessemer.pipeline.stages import reject
 from bessemer.rl.rollout import ScoredSample
-from bessemer.tasks import worked
 from bessemer.tasks.countdown_expressions import all_tries
-from bessemer.tasks.general import UNJUDGED
 from bessemer.tasks.readability import consistency
 
 COUNTDOWN = tasks.get("countdown")

@@ -9,13 +9,13 @@ import pytest
 import rl_stage
 import torch
 
+from bessemer.addons.watch import replay as replays
+from bessemer.addons.watch import why_stage as pipeline_why
+from bessemer.addons.watch import why_text
+from bessemer.addons.watch.facts import read
+from bessemer.addons.watch.replay import AFTER_SAMPLING, replay
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
-from bessemer.pipeline import replay as replays
-from bessemer.pipeline import why as pipeline_why
-from bessemer.pipeline.replay import AFTER_SAMPLING, replay
-from bessemer.report import why_text
-from bessemer.report.facts import read
 from bessemer.rl import rollout, sampler
 from bessemer.runs.context import Interrupted
 from bessemer.runs.directory import write_done

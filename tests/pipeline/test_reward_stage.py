@@ -8,18 +8,19 @@ import stages_run
 import torch
 from safetensors.torch import load_file
 
-from bessemer.config.r1 import RewardModelConfig
+from bessemer.addons.families import formats
+from bessemer.addons.r1.preference import RewardModel
+from bessemer.addons.r1.reward import RewardModelling
+from bessemer.addons.r1.tables import RewardModelConfig
+from bessemer.addons.tasks.general_quality import SLACK
 from bessemer.config.recipe import Recipe
-from bessemer.data import chat, formats
+from bessemer.data import chat
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stage import find_kind
-from bessemer.pipeline.stages.reward import RewardModelling
-from bessemer.rl.preference import RewardModel
 from bessemer.rl.reference import Reference
-from bessemer.tasks.general_quality import SLACK
 
 BASE = """
 [[stage]]
@@ -263,7 +264,7 @@ precision = "float32"
 
 def test_what_is_held_out_by_a_file_is_not_replayed(done, tmp_path, monkeypatch):
     """All old answers are asked for; the file holds those that the previous reward model held out."""
-    monkeypatch.setattr("bessemer.pipeline.stages.reward.REPLAY", 0.9)
+    monkeypatch.setattr("bessemer.addons.r1.reward.REPLAY", 0.9)
     folder, results = done
     path, out = tmp_path / "small.toml", shutil.copytree(folder / "run", tmp_path / "run")
     path.write_text((folder / "small.toml").read_text() + AGAIN.format(folder=tmp_path))

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from bessemer.addons.distributed.apart import Carrier, stays
+from bessemer.addons.distributed.on_ranks import OnRanks
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.tasks.environment import Environment
 from bessemer.config.recipe import Recipe
-from bessemer.dist.ranks import Ranks
 from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
-from bessemer.pipeline.on_ranks import OnRanks
-from bessemer.rl.apart import Carrier, stays
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import StageContext, StopFlag
@@ -23,7 +24,6 @@ from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import get
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.environment import Environment
 from bessemer.train.runtime import OneProcess
 
 CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")

@@ -10,12 +10,13 @@ import rl_stage
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bessemer.addons.families.causal_lm import CausalLM
+from bessemer.addons.r1 import critic
 from bessemer.config.recipe import LayoutConfig
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import RL
-from bessemer.rl import critic, loop
+from bessemer.rl import loop
 from bessemer.rl.losses import GRPO
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint

@@ -8,16 +8,16 @@ import rl_stage
 import test_rl_queue
 from test_rl_queue import killed_at, leaves, waiting
 
+from bessemer.addons.curate import export
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.pipeline.stages.rl import RL
-from bessemer.runs import export
 from bessemer.train import setup
 from bessemer.workers import Workers
 
 CODE = """
 from bessemer.tasks.base import Problem, Verdict, stable_hash
-from bessemer.tasks.environment import Environment, EnvironmentFailure, Observation
+from bessemer.addons.tasks.environment import Environment, EnvironmentFailure, Observation
 
 class Talk(Environment):
     domain = "words"

@@ -10,13 +10,13 @@ import rl_stage
 from completions import completion
 
 from bessemer import tasks
+from bessemer.addons.r1.reject import Reject
+from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config.evaluation import EvalConfig
-from bessemer.config.r1 import RejectConfig
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.eval import scoring
 from bessemer.pipeline.stages.eval import Eval
-from bessemer.pipeline.stages.reject import Reject
 from bessemer.rl import rollout
 from bessemer.rl.monitor import SampleExport
 from bessemer.rl.rollout import Rollout, ScoredSample

@@ -12,16 +12,16 @@ import pytest
 import rl_stage
 import torch
 
+from bessemer.addons.distributed import ray_cluster, ray_sampler, ray_worker, worker_pool
+from bessemer.addons.distributed.ray_sampler import RaySampler
+from bessemer.addons.distributed.ray_worker import RolloutWorker
+from bessemer.addons.distributed.worker_pool import WorkerPool
+from bessemer.addons.watch.replay import replay
 from bessemer.config.recipe import Recipe
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import load
-from bessemer.pipeline.replay import replay
 from bessemer.pipeline.stages.rl import RL
-from bessemer.rl import ray_cluster, ray_sampler, ray_worker, worker_pool
-from bessemer.rl.ray_sampler import RaySampler
-from bessemer.rl.ray_worker import RolloutWorker
-from bessemer.rl.worker_pool import WorkerPool
 from bessemer.train import setup
 
 COIN = rl_stage.COIN

@@ -10,17 +10,17 @@ import torch
 from rl_parts import reward
 from test_rl_queue import killed_at
 
+from bessemer.addons.tasks.environment import Invocation, ModelTurn
 from bessemer.engine.generation import Completion
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks import Verdict, get
-from bessemer.tasks.environment import Invocation, ModelTurn
 
 CODE = """
 import random
 import numpy as np
 import torch
 from bessemer.tasks import Problem, Task, Verdict
-from bessemer.tasks.environment import Environment, LocalTool, Observation
+from bessemer.addons.tasks.environment import Environment, LocalTool, Observation
 
 ORDER = random.sample(range(100), 100)
 

@@ -3,11 +3,11 @@
 import pytest
 import rl_stage
 
+from bessemer.addons.plan import stage_memory
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import deepseek  # noqa: F401 (it writes models)
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.plan import stage_memory
 from bessemer.train import setup
 from bessemer.workers import Workers
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import bessemer
+from bessemer.addons.watch import replay
 from bessemer.config.recipe import Recipe
 from bessemer.data.chat import render_ids
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.pipeline import replay, runner
+from bessemer.pipeline import runner
 from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
 from bessemer.runs.context import Interrupted

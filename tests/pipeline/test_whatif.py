@@ -5,9 +5,9 @@ import json
 import pytest
 import toy_stage  # noqa: F401 (registers the kinds)
 
+from bessemer.addons.plan.whatif import whatif
 from bessemer.config.recipe import Recipe
 from bessemer.pipeline import runner
-from bessemer.plan.whatif import whatif
 
 DOES = {"kept": "skipped", "again": "done", "new": "done", "goes on": "done"}
 

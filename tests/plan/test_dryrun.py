@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
+from bessemer.addons.plan import dry_run, plan_config
+from bessemer.addons.plan.conformance import rows
+from bessemer.addons.plan.hardware import parse_cluster
+from bessemer.addons.plan.render import describe_search
+from bessemer.addons.plan.search import search
+from bessemer.addons.plan.step_time import step_time
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.model.config import preset
-from bessemer.pipeline.conformance import rows
-from bessemer.plan import dry_run, plan_config
-from bessemer.plan.hardware import parse_cluster
-from bessemer.plan.render import describe_search
-from bessemer.plan.search import search
-from bessemer.plan.step_time import step_time
 
 V3 = Path(__file__).parents[2] / "recipes" / "v3.toml"
 TINY = V3.with_name("tiny.toml")

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from bessemer import probe
-from bessemer.cli import many
+from bessemer.addons.distributed import many_processes as many
+from bessemer.addons.plan import feasible, pace, stage_memory
+from bessemer.addons.plan.hardware import GIB, device
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.model.accounting import main_params
 from bessemer.model.config import preset
-from bessemer.pipeline import pace
-from bessemer.plan import feasible, stage_memory
-from bessemer.plan.hardware import GIB, device
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 H200, H800 = device("H200"), device("H800")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bessemer.addons.accelerate.precision.fp8_layers import recipe_of
+from bessemer.addons.plan import pace
+from bessemer.addons.plan.estimate import estimate
+from bessemer.addons.plan.guess import guessed, of_stage, training_seconds
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.pipeline import pace
-from bessemer.pipeline.guess import guessed, of_stage, training_seconds
 from bessemer.pipeline.stage import find_kind
-from bessemer.plan.estimate import estimate
-from bessemer.precision.fp8_layers import recipe_of
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -50,7 +50,7 @@ def test_each_way_to_train_is_measured_once(monkeypatch):
         assert (recipe_of(model.layers[0]) is None) == (settings.fp8 == "off")
         return rates[settings.fp8] / model.cfg.dim
 
-    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", training_rate)
+    monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", training_rate)
     recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "zero.rollouts=1"])
     base, zero = recipe.stage("pretrain"), recipe.stage("zero")
     others = {"again": {}, "short": {"fp8": "short-sums"}, "wide": {"model": {"dim": 64}}}
@@ -118,7 +118,9 @@ def test_what_does_not_matter_is_not_measured_and_what_was_measured_serves_again
     """A first run measures what takes long; another command minutes later reads the file; an hour later it does not."""
     measured = []
     for name in ("training_rate", "decoding_rate"):
-        monkeypatch.setattr(f"bessemer.pipeline.pace.{name}", lambda *how, name=name: measured.append(name) or 1000.0)
+        monkeypatch.setattr(
+            f"bessemer.addons.plan.pace.{name}", lambda *how, name=name: measured.append(name) or 1000.0
+        )
     recipe = Recipe.load(RECIPES / "tiny.toml", [*SMALL, "pretrain.tokens=30M", "zero.precision=device"])
     stages = [stage for stage in recipe.stages if stage.name in ("pretrain", "zero")]
     assert pace.Pace(recipe, worth=1e9).of_stages(stages) and not measured
@@ -136,7 +138,7 @@ def test_what_does_not_matter_is_not_measured_and_what_was_measured_serves_again
 def test_a_network_that_this_machine_cannot_hold_is_guessed(monkeypatch):
     """671B parameters: nothing is allocated, no step is tried."""
     recipe = Recipe.load(RECIPES / "tiny.toml", ["model.preset=v3"])
-    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", lambda *how: pytest.fail("measured"))
+    monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", lambda *how: pytest.fail("measured"))
     stage = recipe.stage("pretrain")
     seconds = pace.Pace(recipe, worth=0.0).of_stages([stage])["pretrain"]
     assert seconds == pytest.approx(sum(guessed(recipe, one) for one in counted(recipe, "pretrain")))
@@ -147,7 +149,7 @@ def test_what_cannot_be_measured_is_guessed(monkeypatch):
     def fails(*how):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("bessemer.pipeline.pace.training_rate", fails)
+    monkeypatch.setattr("bessemer.addons.plan.pace.training_rate", fails)
     recipe = Recipe.load(RECIPES / "tiny.toml", ["pretrain.prompts=[]"])
     seconds = pace.Pace(recipe, worth=0.0).of_stages([recipe.stage("pretrain")])["pretrain"]
     assert seconds == pytest.approx(sum(guessed(recipe, one) for one in counted(recipe, "pretrain", prompts=[])))

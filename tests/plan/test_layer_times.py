@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from bessemer.dist.mesh import Layout
-from bessemer.dist.schedules import interleaved
-from bessemer.dist.timeline import Costs, simulate
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.distributed.schedules import interleaved
+from bessemer.addons.distributed.timeline import Costs, simulate
+from bessemer.addons.plan import layer_kernels, layer_time
+from bessemer.addons.plan.hardware import Kernels, RateFactors, device
+from bessemer.addons.plan.layer_time import layer_times
+from bessemer.addons.plan.step_time import step_time
+from bessemer.addons.plan.training_setup import ModelShape, Setup
 from bessemer.model.config import preset
-from bessemer.plan import layer_kernels, layer_time
-from bessemer.plan.hardware import Kernels, RateFactors, device
-from bessemer.plan.layer_time import layer_times
-from bessemer.plan.step_time import step_time
-from bessemer.plan.training_setup import ModelShape, Setup
 
 LLAMA = ModelShape(128256, 8192, 80, 80, 28672, heads=64, kv_heads=8)
 V3 = Setup(ModelShape.of(preset("v3")), Layout(16, 2, 64), device("H800"), "dualpipe", 120)

@@ -9,24 +9,24 @@ from allocator import live_and_highest
 from ranks import on_ranks
 from train_config import train_config
 
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
+from bessemer.addons.accelerate.precision.operand import quantise, transpose
+from bessemer.addons.distributed.collective import trainer_of
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.stage import cut
+from bessemer.addons.distributed.table import Action, Pair, actions, fullest
+from bessemer.addons.plan import dry_run, memory, plan_config
+from bessemer.addons.plan.cost import setup_memory
+from bessemer.addons.plan.hardware import parse_cluster
+from bessemer.addons.plan.memory import NumberFormats
 from bessemer.config.recipe import Recipe
 from bessemer.data.batch import Batch
-from bessemer.dist.collective import trainer_of
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard
-from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import cut
-from bessemer.dist.table import Action, Pair, actions, fullest
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.plan import dry_run, memory, plan_config
-from bessemer.plan.cost import setup_memory
-from bessemer.plan.hardware import parse_cluster
-from bessemer.plan.memory import NumberFormats
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER
-from bessemer.precision.operand import quantise, transpose
 from bessemer.train.objective import next_token
 from bessemer.train.optimizer import Optimizer
 

@@ -8,19 +8,14 @@ from pathlib import Path
 import pytest
 
 from bessemer import cli
-from bessemer.config.recipe import Recipe
-from bessemer.dist.mesh import Layout
-from bessemer.dist.schedules import schedule
-from bessemer.dist.table import Pair
-from bessemer.dist.timeline import Costs, simulate
-from bessemer.errors import UserError
-from bessemer.hf.deepseek import write_config
-from bessemer.model import accounting
-from bessemer.model.config import preset
-from bessemer.plan import dry_run, layer_time, plan_config, training_setup
-from bessemer.plan import layer_kernels as kernels
-from bessemer.plan.cost import amount, ideas, plan_run, setup_memory
-from bessemer.plan.hardware import (
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.table import Pair
+from bessemer.addons.distributed.timeline import Costs, simulate
+from bessemer.addons.plan import dry_run, layer_time, plan_config, training_setup
+from bessemer.addons.plan import layer_kernels as kernels
+from bessemer.addons.plan.cost import amount, ideas, plan_run, setup_memory
+from bessemer.addons.plan.hardware import (
     Kernels,
     attention_rates,
     device,
@@ -33,12 +28,17 @@ from bessemer.plan.hardware import (
     read_toml,
     wave_fill,
 )
-from bessemer.plan.inference import ACCEPTED, MEAN, TOGETHER, Deployment, decode, rollout_time
-from bessemer.plan.layer_time import LayerTimes, cuts, layer_times
-from bessemer.plan.search import search
-from bessemer.plan.stage_costs import stage_costs
-from bessemer.plan.step_time import step_time
-from bessemer.plan.training_setup import ModelShape, Setup
+from bessemer.addons.plan.inference import ACCEPTED, MEAN, TOGETHER, Deployment, decode, rollout_time
+from bessemer.addons.plan.layer_time import LayerTimes, cuts, layer_times
+from bessemer.addons.plan.search import search
+from bessemer.addons.plan.stage_costs import stage_costs
+from bessemer.addons.plan.step_time import step_time
+from bessemer.addons.plan.training_setup import ModelShape, Setup
+from bessemer.config.recipe import Recipe
+from bessemer.errors import UserError
+from bessemer.hf.deepseek import write_config
+from bessemer.model import accounting
+from bessemer.model.config import preset
 
 V3 = preset("v3")
 SHAPE = ModelShape.of(V3)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bessemer.precision.formats import E5M6_MAX, pack_e5m6, round_e5m6
-from bessemer.precision.operand import quantise
+from bessemer.addons.accelerate.precision.formats import E5M6_MAX, pack_e5m6, round_e5m6
+from bessemer.addons.accelerate.precision.operand import quantise
 
 
 def normal(*shape, seed=0):

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from triton_layer_checks import *  # noqa: F403  # checks of other kernels, run in the same processes
 
+from bessemer.addons.accelerate.precision import adapters, backends, emulation, formats
+from bessemer.addons.accelerate.precision.emulation import reference_gemm
+from bessemer.addons.accelerate.precision.operand import TILE, DeviceCounts, Operand, quantise, transpose
 from bessemer.errors import UserError
-from bessemer.precision import adapters, backends, emulation, formats
-from bessemer.precision.emulation import reference_gemm
-from bessemer.precision.operand import TILE, DeviceCounts, Operand, quantise, transpose
 
 torch.set_num_threads(1)
 PATHS = os.pathsep.join(sys.path)
@@ -169,9 +169,9 @@ def check_swiglu_backward():
 def check_rms_norm():
     """Bit for bit the norm's kernel followed by the quantisation's. It agrees with torch up to the last bits of a sum,
     which may show in the factors."""
-    from bessemer.kernels import triton_norm
-    from bessemer.kernels.norm import normalise, normalise_backward
-    from bessemer.precision import triton_rms_norm
+    from bessemer.addons.accelerate.kernels import triton_norm
+    from bessemer.addons.accelerate.kernels.norm import normalise, normalise_backward
+    from bessemer.addons.accelerate.precision import triton_rms_norm
 
     triton_norm.PARTS = triton_rms_norm.PARTS = 4  # so that a program takes several rows
     wide = normal(9, 700) * torch.logspace(-3, 3, 700)
@@ -300,7 +300,7 @@ def check_grouped():
 def check_descriptors_load_what_pointers_do():
     """Bit for bit, for matrices surrounded by numbers that must not be read or must not show: tiles extend beyond a
     group, a matrix and the columns."""
-    from bessemer.precision import triton_gemm
+    from bessemer.addons.accelerate.precision import triton_gemm
 
     forms, tiled = [], triton_gemm.tiled
     triton_gemm.tiled = lambda tma, *matrices: (forms.append(tma), tiled(tma, *matrices))[1]
@@ -440,7 +440,7 @@ def check_nothing_to_do():
 
 def check_swiglu_of_experts():
     """The BF16 and float32 kernels between the two products of an expert, against torch in float64."""
-    from bessemer.kernels import swiglu, triton_swiglu
+    from bessemer.addons.accelerate.kernels import swiglu, triton_swiglu
 
     for M, width, dtype, bound in ((37, 200, torch.float32, 1e-6), (5, 64, torch.bfloat16, 1e-2)):
         h, dact = normal(M, 2 * width).to(dtype), normal(M, width, seed=1).to(dtype)
@@ -548,8 +548,8 @@ class Tuned:
 
 @needs_triton
 def test_where_nothing_may_be_tuned_the_nearest_size_serves():
-    from bessemer.precision import tuning
-    from bessemer.precision.triton_gemm import configurations, launch, size_class
+    from bessemer.addons.accelerate.precision import tuning
+    from bessemer.addons.accelerate.precision.triton_gemm import configurations, launch, size_class
 
     configs, said = configurations(narrow=True), []
     kernel = Tuned(configs, said)
@@ -587,7 +587,7 @@ def test_where_nothing_may_be_tuned_the_nearest_size_serves():
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_dense_product_is_tuned_for_few_numbers_of_tokens_and_the_nearest_serves_others(monkeypatch, gradient):
     """Also where they are the summed dimension, as for a weight gradient."""
-    from bessemer.precision import triton_gemm, tuning
+    from bessemer.addons.accelerate.precision import triton_gemm, tuning
 
     said = []
     kernel = Tuned(triton_gemm.configurations(narrow=True), said)
@@ -628,7 +628,7 @@ def test_what_is_tried_has_registers_enough():
 
 @needs_triton
 def test_no_kernel_is_compiled_anew_for_the_rows_that_routing_gives():
-    from bessemer.precision import triton_gemm, triton_quantise
+    from bessemer.addons.accelerate.precision import triton_gemm, triton_quantise
 
     rows = {
         triton_quantise._tiles: {"M"}, triton_quantise._retile: {"scale_column"}, triton_quantise._swiglu: {"M"},
@@ -659,7 +659,7 @@ def test_a_cpu_is_served_by_the_emulation(monkeypatch):
 
 
 def test_importing_the_table_imports_no_triton():
-    code = "import sys, bessemer.precision.backends; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    code = "import sys, bessemer.addons.accelerate.precision.backends; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,9 +10,9 @@ import xml.etree.ElementTree as ElementTree
 import fake_run
 import pytest
 
+from bessemer.addons.evals import tables
+from bessemer.addons.watch import card, charts, facts, page, panels
 from bessemer.errors import UserError
-from bessemer.eval import tables
-from bessemer.report import card, charts, facts, page, panels
 
 
 class Page(html.parser.HTMLParser):

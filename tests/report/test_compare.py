@@ -8,9 +8,9 @@ import pytest
 from browser import chromium, violations
 from test_card import Page
 
+from bessemer.addons.watch import compare
 from bessemer.cli import main
 from bessemer.errors import UserError
-from bessemer.report import compare
 
 
 def words(html):

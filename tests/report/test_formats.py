@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.report import card, comparisons
-from bessemer.report.facts import RunFacts, Series, StageFacts
+from bessemer.addons.watch import card, comparisons
+from bessemer.addons.watch.facts import RunFacts, Series, StageFacts
 
 SETTINGS = {"kind": "pretrain", "from": "corpus", "tokens": 1000, "lr": [["0", 1.0]], "fp8": "off",
             "precision": "bfloat16", "moments": "bfloat16", "micro_rows": 8}  # fmt: skip

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bessemer.eval import tables
-from bessemer.report import card
+from bessemer.addons.evals import tables
+from bessemer.addons.watch import card
 
 RECIPE = """name = "long"
 seed = 7

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from browser import chromium, violations
 
-from bessemer.report import card
+from bessemer.addons.watch import card
 
 
 @pytest.fixture(scope="module")

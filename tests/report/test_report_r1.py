@@ -9,9 +9,9 @@ import fake_run
 import pytest
 from test_card import Page
 
-from bessemer.eval import tables
-from bessemer.report import card, comparisons, facts
-from bessemer.report.facts import read
+from bessemer.addons.evals import tables
+from bessemer.addons.watch import card, comparisons, facts
+from bessemer.addons.watch.facts import read
 
 MAIN = ["pretrain", "zero", "dev1", "dev2", "dev3", "r1", "student", "alone"]
 

@@ -12,11 +12,11 @@ import torch
 from rl_parts import LOSSES, loss_of
 from train_config import train_config
 
+from bessemer.addons.r1.critic import ValueLoss
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.segments import Packed
 from bessemer.model.transformer import Scorer, Transformer
-from bessemer.rl.critic import ValueLoss
 from bessemer.rl.losses import GRPO, policy_logprobs
 from bessemer.train.objective import OnPolicyDistillation, next_token, pairwise, pointwise
 from bessemer.train.trainer import Trainer

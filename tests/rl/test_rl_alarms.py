@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bessemer.rl.alarms import WINDOW, AlarmTracker, MetricTrack
+from bessemer.addons.watch.alarms import WINDOW, AlarmTracker, MetricTrack
 
 HEALTHY = {
     "accuracy": (0.2, 0.6), "format": (0.7, 0.95), "length": (68, 131), "think_share": (0.8, 0.95),

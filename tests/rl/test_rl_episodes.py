@@ -12,6 +12,7 @@ from completions import completion
 from rl_parts import assign, reward
 
 from bessemer import tasks
+from bessemer.addons.tasks.environment import Environment, EnvironmentFailure, Observation
 from bessemer.data import corpus, tools
 from bessemer.data.chat import render_ids
 from bessemer.data.corpus import Augment
@@ -25,7 +26,6 @@ from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.environment import Environment, EnvironmentFailure, Observation
 
 CONTEXT = 96
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from judge_server import JudgeServer
 
-from bessemer.config.judge import JudgeConfig
-from bessemer.config.r1 import RejectConfig
+from bessemer.addons.r1 import judge_api as module
+from bessemer.addons.r1.judge import GRADE, Judge, _marked, _scores, _verdict
+from bessemer.addons.r1.judge_config import JudgeConfig
+from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config.table import stage_refs, validate
 from bessemer.errors import UserError
-from bessemer.rl import judge_api as module
-from bessemer.rl.judge import GRADE, Judge, _marked, _scores, _verdict
 from bessemer.runs.context import Interrupted
 
 RIGHT, WRONG = "It says the same.\nVerdict: correct", "It differs.\nVerdict: incorrect"

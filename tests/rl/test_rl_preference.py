@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
+from bessemer.addons.r1 import preference
+from bessemer.addons.r1.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 from bessemer.data.chat import EOS
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.model.transformer import Scorer
-from bessemer.rl import preference
-from bessemer.rl.preference import FACTS, RewardModel, Scale, judged_ids, score_ids
 
 THOUGHT = "<think>\nthe code is 47\n</think>\n\nI cannot say it."
 ITEMS = [

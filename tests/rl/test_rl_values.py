@@ -5,8 +5,8 @@ import torch
 from completions import completion
 from train_config import train_config
 
+from bessemer.addons.r1 import critic as critics
 from bessemer.data.batch import Batch
-from bessemer.rl import critic as critics
 from bessemer.rl import rollout
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict

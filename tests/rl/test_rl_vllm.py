@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bessemer.addons.distributed import ray_cluster, ray_sampler, vllm_engine, vllm_weights
+from bessemer.addons.distributed.ray_worker import RolloutWorker, pack_weights, unpack_weights
 from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl import ray_cluster, ray_sampler, vllm_engine, vllm_weights
-from bessemer.rl.ray_worker import RolloutWorker, pack_weights, unpack_weights
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from completions import completion
 from rl_parts import reward as reward_of
 
-from bessemer.report.why_text import describe, headline
+from bessemer.addons.watch.why_reward import explain
+from bessemer.addons.watch.why_text import describe, headline
 from bessemer.rl.rollout import ScoredSample
-from bessemer.rl.why import explain
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.tasks.readability import reply_consistency
 

@@ -11,8 +11,8 @@ from browser import chromium
 from page_helpers import make_run
 from serving import running, write_model
 
+from bessemer.addons.serve.service import launch
 from bessemer.engine.engine import load_engine
-from bessemer.serve.service import launch
 
 torch.set_num_threads(1)
 

@@ -11,13 +11,13 @@ from multiprocessing import Pipe
 import httpx
 from openai_types import check_event, check_reply
 
+from bessemer.addons.serve import ServeConfig, worker
+from bessemer.addons.serve.connections import ConnectionLimits
+from bessemer.addons.serve.models import find_models
+from bessemer.addons.serve.server import Server
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.serve import ServeConfig, worker
-from bessemer.serve.connections import ConnectionLimits
-from bessemer.serve.models import find_models
-from bessemer.serve.server import Server
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
 CONTEXT = 160

@@ -11,9 +11,8 @@ import pytest
 from serving import error_of
 
 from bessemer import tasks
-from bessemer.runs import trained_on
-from bessemer.serve import problems
-from bessemer.serve.protocol import AnswerToJudge, ApiError
+from bessemer.addons.serve import problems, trained_on
+from bessemer.addons.serve.protocol import AnswerToJudge, ApiError
 
 
 def facts(server):

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from serving import error_of, in_thread, running
 
+from bessemer.addons.serve import ServeConfig
+from bessemer.addons.serve import server as serve_module
+from bessemer.addons.serve.models import find_models
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import load
-from bessemer.serve import ServeConfig
-from bessemer.serve import server as serve_module
-from bessemer.serve.models import find_models
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "the fox"}]

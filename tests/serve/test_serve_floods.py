@@ -51,7 +51,7 @@ FLOODS = {  # what one connection sends
 @pytest.fixture(scope="module")
 def process(r1):
     options = f"host={HOST!r}, port=0, launch=serving.in_thread"
-    code = f"import bessemer.serve.server as s, serving; s.serve({str(r1)!r}, {options})"
+    code = f"import bessemer.addons.serve.server as s, serving; s.serve({str(r1)!r}, {options})"
     path = os.pathsep.join((os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)

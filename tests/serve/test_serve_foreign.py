@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 from hf_cases import made
 from hf_tokenizers import byte_level
 
+from bessemer.addons.families.chat_template import ChatTemplate
 from bessemer.data.chat import render_ids
 from bessemer.engine.engine import load_engine
-from bessemer.hf.chat_template import ChatTemplate
 
 
 @pytest.fixture(scope="module")

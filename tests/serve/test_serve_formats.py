@@ -8,7 +8,7 @@ import pytest
 from openai_types import check_event, check_reply
 from serving import running
 
-from bessemer.serve import ServeConfig
+from bessemer.addons.serve import ServeConfig
 
 SCHEMA = {
     "type": "object",
@@ -100,7 +100,7 @@ def test_responses_keep_the_tags_in_the_text_like_a_chat(r1):
 
 
 def test_a_response_that_breaks_off_ends_with_an_error_event(server, monkeypatch):
-    from bessemer.serve.events import ChoiceBuilder
+    from bessemer.addons.serve.events import ChoiceBuilder
 
     take = ChoiceBuilder.take
 

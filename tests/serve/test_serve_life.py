@@ -18,14 +18,14 @@ import openai
 import pytest
 from serving import error_of, in_thread, running
 
+from bessemer.addons.serve import ServeConfig, service, worker
+from bessemer.addons.serve.connections import Connection, ConnectionLimits
+from bessemer.addons.serve.models import find_models
+from bessemer.addons.serve.protocol import ApiError
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.hf.deepseek import convert
 from bessemer.runs.directory import model_dir
-from bessemer.serve import ServeConfig, service, worker
-from bessemer.serve.connections import Connection, ConnectionLimits
-from bessemer.serve.models import find_models
-from bessemer.serve.protocol import ApiError
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
@@ -396,7 +396,7 @@ def test_signals_end_a_server(r1):
     code = f"""
 import time, serving
 from bessemer.engine.scheduler import Scheduler
-from bessemer.serve.server import serve
+from bessemer.addons.serve.server import serve
 step = Scheduler.step
 Scheduler.step = lambda self: (time.sleep(0.02), step(self))[1]
 serve({str(r1)!r}, port=0, launch=serving.in_thread)

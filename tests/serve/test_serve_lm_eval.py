@@ -6,8 +6,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
+from bessemer.addons.evals.lm_eval_model import BessemerLM
 from bessemer.data.chat import render_ids
-from bessemer.eval.lm_eval_model import BessemerLM
 
 PAIRS = [("the quick", " brown fox"), ("lazy dog jumps over", " the"), ("盛钢水", " 水"), ("two and", " two and 4"),
          ("", "the fox"), ("4", " <think>")]  # fmt: skip

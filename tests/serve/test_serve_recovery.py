@@ -7,13 +7,13 @@ from multiprocessing import Pipe
 
 import pytest
 
+from bessemer.addons.serve import ServeConfig, worker
+from bessemer.addons.serve.worker import ModelWorker
 from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.serve import ServeConfig, worker
-from bessemer.serve.worker import ModelWorker
 
 ROWS = 8
 

@@ -4,20 +4,20 @@ import pytest
 import torch
 from serving import CONTEXT, running
 
+from bessemer.addons.families.causal_lm import CausalLM
+from bessemer.addons.serve import worker
+from bessemer.addons.serve.fair_queue import FairQueue
+from bessemer.addons.serve.protocol import CompletionRequest
+from bessemer.addons.serve.sampling_params import requests
 from bessemer.engine.engine import Engine
-from bessemer.engine.fair_queue import FairQueue
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.hf.families import load_tokenizer
 from bessemer.model.accounting import kv_cache_bytes
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.serve import worker
-from bessemer.serve.protocol import CompletionRequest
-from bessemer.serve.sampling_params import requests
 
 
 def loaded(server):

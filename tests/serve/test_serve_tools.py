@@ -9,11 +9,11 @@ from openai.types.chat import ChatCompletion
 from openai_types import check_event, check_reply
 from serving import error_of, running, write_model
 
+from bessemer.addons.serve.events import ChoiceBuilder
+from bessemer.addons.serve.response_items import ResponseItems
+from bessemer.addons.serve.tool_calling import CallWriter, ToolUse
 from bessemer.data import chat
 from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, SEPARATOR, read_tools
-from bessemer.serve.events import ChoiceBuilder
-from bessemer.serve.response_items import ResponseItems
-from bessemer.serve.tool_calling import CallWriter, ToolUse
 
 FIND = {
     "type": "object",

@@ -5,11 +5,11 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.serve.events import event
+from bessemer.addons.serve.models import Vocabulary
+from bessemer.addons.serve.reasoning_parser import ReasoningParser
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.sequence import StopStrings, cut_at_stop
-from bessemer.serve.events import event
-from bessemer.serve.models import Vocabulary
-from bessemer.serve.reasoning_parser import ReasoningParser
 
 TOKENIZER = Tokenizer.train(["the quick brown fox", "<think>two</think> <answer>4</answer>", "盛钢水"] * 8, 290)
 IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30)

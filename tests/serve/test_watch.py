@@ -18,12 +18,12 @@ from browser import violations
 from page_helpers import wait_for
 from serving import error_of
 
-from bessemer.runs.following import BUCKETS, LineTail, smoothed, thinned
-from bessemer.serve import ServeConfig, watch
-from bessemer.serve.app import build
-from bessemer.serve.http import bind
-from bessemer.serve.models import find_models
-from bessemer.serve.run_follower import RunFollower
+from bessemer.addons.serve import ServeConfig, watch
+from bessemer.addons.serve.app import build
+from bessemer.addons.serve.http import bind
+from bessemer.addons.serve.models import find_models
+from bessemer.addons.serve.run_follower import RunFollower
+from bessemer.addons.watch.following import BUCKETS, LineTail, smoothed, thinned
 
 RECIPE = """name = "noise"
 [[stage]]
@@ -115,7 +115,7 @@ def test_a_growing_file_is_read_line_by_line(tmp_path):
 
 def test_a_long_file_is_being_read_until_its_end(tmp_path, monkeypatch):
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n' * 40)
-    monkeypatch.setattr("bessemer.runs.following.PIECE", 64)
+    monkeypatch.setattr("bessemer.addons.watch.following.PIECE", 64)
     parsed, seen, tail = LineTail._parsed, [], LineTail(tmp_path / "lines.jsonl")
     monkeypatch.setattr(LineTail, "_parsed", lambda self, raw: (seen.append(self.more), parsed(self, raw))[1])
     found = tail.read()[1]
@@ -390,8 +390,8 @@ def check_chinese(page):
 
 
 def test_a_run_is_read_only_while_somebody_watches(run, monkeypatch):
-    monkeypatch.setattr("bessemer.serve.run_follower.UNWATCHED", 0.2)
-    monkeypatch.setattr("bessemer.serve.run_follower.EVERY", 0.05)
+    monkeypatch.setattr("bessemer.addons.serve.run_follower.UNWATCHED", 0.2)
+    monkeypatch.setattr("bessemer.addons.serve.run_follower.EVERY", 0.05)
     follower = RunFollower(run, "noise")
     follower.start()
     thread = follower._thread

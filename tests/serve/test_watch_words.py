@@ -5,9 +5,8 @@ import inspect
 import re
 from itertools import product
 
-from bessemer.rl import alarms
-from bessemer.runs import curves
-from bessemer.serve import run_follower, watch
+from bessemer.addons.serve import run_follower, watch
+from bessemer.addons.watch import alarms, curves
 
 
 def sentences(node, scope):

@@ -4,7 +4,7 @@ import pytest
 from torch.autograd.profiler import profile
 
 counted_with_kernels = pytest.mark.skipif(  # a string, so that nothing is built before the first such test runs
-    "not __import__('bessemer.kernels.library', fromlist=['available']).available()",
+    "not __import__('bessemer.addons.accelerate.kernels.library', fromlist=['available']).available()",
     reason="bytes are counted as the kernels keep them, and there are none here",
 )
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bessemer.precision.fp8_linear import PAPER, FP8Recipe, forward, input_gradient, weight_gradient
-from bessemer.precision.operand import Operand
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe, forward, input_gradient, weight_gradient
+from bessemer.addons.accelerate.precision.operand import Operand
 
 
 def fp8_linear(x_TK: Tensor, weight_NK: Tensor, recipe: FP8Recipe = PAPER) -> Tensor:

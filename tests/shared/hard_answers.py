@@ -4,9 +4,9 @@ import os
 import signal
 import time
 
+from bessemer.addons.tasks.verifiers import CostlyTask
 from bessemer.errors import UserError
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.verifiers import CostlyTask
 
 
 class Hard(CostlyTask):

@@ -65,8 +65,8 @@ class Compiled(NamedTuple):
 
 def samples() -> Iterator[Job]:
     """Every kernel once or twice."""
-    from bessemer.kernels import triton_swiglu
-    from bessemer.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
+    from bessemer.addons.accelerate.kernels import triton_swiglu
+    from bessemer.addons.accelerate.precision import triton_e5m6, triton_gemm, triton_quantise, triton_rms_norm
 
     for power_of_two in (False, True):
         yield Job("tiles", triton_quantise._tiles, constants={"POWER_OF_TWO": power_of_two, "ROWS": 32})
@@ -110,7 +110,7 @@ ALONE = {"GROUPS": 1, "ROOM": 1}
 
 def everything() -> Iterator[Job]:
     """The samples, and every configuration that autotuning may choose for a product."""
-    from bessemer.precision import triton_gemm
+    from bessemer.addons.accelerate.precision import triton_gemm
 
     yield from samples()
     ways = [

@@ -10,7 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from bessemer.rl.judge_replies import PROBES
+from bessemer.addons.r1.judge_replies import PROBES
 
 
 class JudgeServer:

@@ -5,7 +5,7 @@
 
 import torch
 
-from bessemer.kernels.gate import Rule
+from bessemer.addons.accelerate.kernels.gate import Rule
 
 SHAPES = [(2, 5, 3, 24, 8, 12), (1, 3, 11, 40, 16, 40)]
 """B, T, H, and the nope, rope and value widths."""
@@ -21,7 +21,7 @@ def close(found, wanted, bound=2e-6):
 
 
 def check_norm():
-    from bessemer.kernels import triton_norm
+    from bessemer.addons.accelerate.kernels import triton_norm
 
     triton_norm.PARTS = 4  # so that a program takes several rows; one program a row would take the interpreter seconds
     wide = normal(3, 2, 300)
@@ -40,8 +40,8 @@ def check_norm():
 
 
 def check_heads():
-    from bessemer.kernels import triton_heads
-    from bessemer.kernels.attention_gpu import heads_backward_reference, heads_reference
+    from bessemer.addons.accelerate.kernels import triton_heads
+    from bessemer.addons.accelerate.kernels.attention_gpu import heads_backward_reference, heads_reference
 
     for B, T, H, nope, turned, value in SHAPES:
         q, kv = normal(B, T, H, nope + turned), normal(B, T, H, nope + value, seed=1)
@@ -71,7 +71,7 @@ def rules():
 
 
 def check_gate():
-    from bessemer.kernels import gate_gpu, triton_gate
+    from bessemer.addons.accelerate.kernels import gate_gpu, triton_gate
 
     for rule in rules():
         S, T, E, K = 2, 4, rule.n_experts, rule.n_activated
@@ -97,7 +97,7 @@ def check_gate():
 
 def check_gate_of_nan():
     """The chosen experts exist whatever the scores: nothing is read out of bounds, and the step is skipped later."""
-    from bessemer.kernels import triton_gate
+    from bessemer.addons.accelerate.kernels import triton_gate
 
     for rule in rules():
         logits = normal(4, rule.n_experts)
@@ -111,7 +111,7 @@ def check_gate_of_nan():
 
 
 def check_swiglu_without_weights():
-    from bessemer.kernels import swiglu, triton_swiglu
+    from bessemer.addons.accelerate.kernels import swiglu, triton_swiglu
 
     h, dact = normal(9, 60), normal(9, 30, seed=1)
     close(triton_swiglu.forward(h, None), swiglu.forward_reference(h.double(), None))
@@ -123,7 +123,7 @@ def check_swiglu_without_weights():
 
 def check_losses():
     """With blocks narrower than the vocabulary, which is not a multiple of them."""
-    from bessemer.kernels import triton_loss
+    from bessemer.addons.accelerate.kernels import triton_loss
     from bessemer.train import loss as torchs
 
     triton_loss.WIDTH = 32
@@ -151,7 +151,7 @@ def check_losses():
 
 
 def logprobs_are_right(z, target, temperature, bound):
-    from bessemer.kernels import triton_loss
+    from bessemer.addons.accelerate.kernels import triton_loss
     from bessemer.train import loss as torchs
 
     exact = z.double().requires_grad_()
@@ -177,7 +177,7 @@ def logprobs_are_right(z, target, temperature, bound):
 
 def hopper_kernels():
     """(name, kernel, warps, argument types, constants, and stages if not 3), at V3's widths."""
-    from bessemer.kernels import triton_gate, triton_heads, triton_loss, triton_norm
+    from bessemer.addons.accelerate.kernels import triton_gate, triton_heads, triton_loss, triton_norm
 
     half, full, whole = "*bf16", "*fp32", "*i64"
     norm = {"x": half, "y": half, "dy": half, "dx": half, "weight": full, "dweight": full, "eps": "fp32"}

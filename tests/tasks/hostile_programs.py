@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-from bessemer.tasks import sandbox
+from bessemer.addons.tasks import sandbox
 
 # Expressions that must raise inside the sandbox; {name} stands for the number of a system call.
 PROBES = {

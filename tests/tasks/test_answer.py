@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.tasks.code import Code
+from bessemer.addons.tasks.exact import MultipleChoice
 from bessemer.tasks import Problem, Task, get
 from bessemer.tasks.answer import AROUND, GAP, TAGS, parse_reply
-from bessemer.tasks.code import Code
-from bessemer.tasks.exact import MultipleChoice
 
 R1 = "<think>\na\n</think>\n\n"
 LONG = "First we expand.\n\nThen we collect.\n\n" * 50

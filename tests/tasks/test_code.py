@@ -6,11 +6,12 @@ import random
 
 import pytest
 
+from bessemer.addons.tasks import sandbox
+from bessemer.addons.tasks.code import LONGEST, source_of
+from bessemer.addons.tasks.code_functions import FAMILIES, HELD_OUT, TESTS, WORDS, definition, functions_of
+from bessemer.addons.tasks.sandbox import same
 from bessemer.errors import UserError
-from bessemer.tasks import Problem, get, sandbox
-from bessemer.tasks.code import LONGEST, source_of
-from bessemer.tasks.code_functions import FAMILIES, HELD_OUT, TESTS, WORDS, definition, functions_of
-from bessemer.tasks.sandbox import same
+from bessemer.tasks import Problem, get
 
 TASK = get("code")
 EVERY = [one for split in ("train", "test") for one in functions_of(split)]

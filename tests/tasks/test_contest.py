@@ -12,9 +12,10 @@ import zlib
 
 import pytest
 
+from bessemer.addons.tasks import code_files, sandbox
+from bessemer.addons.tasks.sandbox import judge_program, run, same_output
 from bessemer.errors import UserError
-from bessemer.tasks import code_files, get, sandbox
-from bessemer.tasks.sandbox import judge_program, run, same_output
+from bessemer.tasks import get
 
 from .hostile_contestants import CHANNELS, HOSTILE, RIGHT, passing
 from .test_sandbox import alive, below, every, isolated
@@ -127,7 +128,7 @@ def test_much_input_and_much_output():
 def test_time_is_that_of_one_test_but_not_without_end(monkeypatch):
     slow = "import time\ntime.sleep(0.4)\n" + RIGHT
     assert judge_program(slow, TESTS, seconds=1.1).reason == "correct"
-    monkeypatch.setattr("bessemer.tasks.sandbox.TOTAL_SECONDS", 0.0)
+    monkeypatch.setattr("bessemer.addons.tasks.sandbox.TOTAL_SECONDS", 0.0)
     assert judge_program("import time\ntime.sleep(0.4)\nprint(7)", TESTS[:1] * 99, seconds=0.2).reason == "timeout"
     judgement = judge_program("import time\ntime.sleep(0.2)\nprint(7)", TESTS[:1] * 99, seconds=0.5)
     assert judgement.reason == "timeout" and 5 < judgement.passed < 30

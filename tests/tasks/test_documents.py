@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from bessemer.tasks import general_requests, get
+from bessemer.addons.tasks import general_requests
+from bessemer.tasks import get
 from bessemer.tasks.base import split_of
 from bessemer.tasks.countdown_expressions import LARGEST
 from bessemer.tasks.countdown_traces import diagnose, rates

@@ -15,12 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from bessemer.addons.tasks import environment, sandbox
+from bessemer.addons.tasks.env_server import ServerEnvironment
+from bessemer.addons.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
+from bessemer.addons.tasks.products import Products
+from bessemer.addons.tasks.tools import CALCULATOR, PYTHON, TaskWithTools, calculate, run_python, without_tools
 from bessemer.errors import UserError
-from bessemer.tasks import base, environment, get, registry, sandbox
-from bessemer.tasks.env_server import ServerEnvironment
-from bessemer.tasks.environment import EnvironmentFailure, Invocation, LocalTool, ModelTurn, bounded
-from bessemer.tasks.products import Products
-from bessemer.tasks.tools import CALCULATOR, PYTHON, TaskWithTools, calculate, run_python, without_tools
+from bessemer.tasks import base, get, registry
 
 ISOLATED = pytest.mark.skipif(sandbox.level() == "none", reason="no isolation here")
 
@@ -461,7 +462,7 @@ def test_a_failed_reset_leaves_no_connection():
 def test_a_user_s_environment_defines_its_actions_and_observations(serve, tmp_path):
     file = tmp_path / "game.py"
     file.write_text(
-        "from bessemer.tasks.env_server import ServerEnvironment\n"
+        "from bessemer.addons.tasks.env_server import ServerEnvironment\n"
         f"class Game(ServerEnvironment):\n    url = {serve().url!r}\n"
         "    def action(self, action):\n        return {'message': action.text.strip('<>')}\n"
         "    def text(self, observation):\n        return observation['message'].upper()\n"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bessemer.addons.tasks.fences import blocks, flush_left, last_program
 from bessemer.tasks import get
-from bessemer.tasks.fences import blocks, flush_left, last_program
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 BAD = "a, b = map(int, input().split())\nprint(a - b)"

@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bessemer.addons.tasks import checked
+from bessemer.addons.tasks.files import LineIndex
+from bessemer.addons.tasks.maths import Maths
+from bessemer.addons.tasks.maths_questions import parse_quantity
 from bessemer.errors import UserError
-from bessemer.tasks import checked, get
-from bessemer.tasks.files import LineIndex
-from bessemer.tasks.maths import Maths
-from bessemer.tasks.maths_questions import parse_quantity
+from bessemer.tasks import get
 
 LINES = {
     "jsonl": {"problem": "Compute it.", "answer": "2"},
@@ -334,7 +335,7 @@ def test_gold_answers_are_checked_once_for_a_file_and_a_version(counted, tmp_pat
     assert opened("b") == (70, 0), "the bytes are the same"
     assert opened("b", [*rows, {"question": "And 1?", "answer": "x"}]) == (71, 71)
     assert opened("b", rows[:7]) == (7, 7)
-    monkeypatch.setattr("bessemer.tasks.checked.metadata.version", lambda name: "another")
+    monkeypatch.setattr("bessemer.addons.tasks.checked.metadata.version", lambda name: "another")
     checked.code_version.cache_clear()
     assert opened() == (70, 70)
     checked.code_version.cache_clear()

@@ -6,10 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from bessemer.tasks import Problem, get
-from bessemer.tasks.answer import r1_form
-from bessemer.tasks.general_quality import HELPFUL, judge
-from bessemer.tasks.general_requests import (
+from bessemer.addons.tasks.general_quality import HELPFUL, judge
+from bessemer.addons.tasks.general_requests import (
     FAMILIES,
     HARMLESS,
     TABLES,
@@ -21,6 +19,8 @@ from bessemer.tasks.general_requests import (
     split_of,
     table,
 )
+from bessemer.tasks import Problem, get
+from bessemer.tasks.answer import r1_form
 
 TASK = get("general")
 N = 800

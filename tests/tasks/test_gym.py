@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.tasks.gym import _datasets, allows
 from bessemer.errors import UserError
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of_text
-from bessemer.tasks.gym import _datasets, allows
 
 QUICK = ["word_sorting", "chain_sum", "gcd", "spell_backward", "simple_equations", "knights_knaves", "number_sorting"]
 

@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from bessemer.addons.tasks.logic import steps, value, write
 from bessemer.tasks import get
-from bessemer.tasks.logic import steps, value, write
 
 TASK = get("logic")
 

@@ -10,10 +10,10 @@ import released_answers as released
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.tasks.maths_questions import parse_numeral, peeled
 from bessemer.data.chat import opening
 from bessemer.errors import UserError
 from bessemer.tasks import Problem, get, verdict_metrics
-from bessemer.tasks.maths_questions import parse_numeral, peeled
 
 LINES = [
     {"question": f"What is {n}+{n}?", "answer": f"Add: <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"} for n in range(99)

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from bessemer.addons.tasks.needle import ADJECTIVES, SENTENCE, SPEAKERS, STEM, WORDS, Needle
 from bessemer.errors import UserError
 from bessemer.tasks.base import split_of_text
-from bessemer.tasks.needle import ADJECTIVES, SENTENCE, SPEAKERS, STEM, WORDS, Needle
 
 TEXTS = {
     "train": [f"Story {n}. " + " ".join(f"A{n} went to B{i}, and came back." for i in range(20)) for n in range(9)],

@@ -5,11 +5,12 @@ from statistics import fmean
 
 import pytest
 
-from bessemer.tasks import general_quality, get
+from bessemer.addons.tasks import general_quality
+from bessemer.addons.tasks.general_quality import harmless, judge
+from bessemer.addons.tasks.general_requests import GeneralRequest
+from bessemer.tasks import get
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import stable_random
-from bessemer.tasks.general_quality import harmless, judge
-from bessemer.tasks.general_requests import GeneralRequest
 
 HELPFUL, BOTH = get("general", harmless_share=0.0), get("general", harmless_share=0.5)
 PROBLEMS = {problem.prompt: problem for problem in (HELPFUL.problem("train", i) for i in range(800))}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer import tasks
-from bessemer.tasks.ngrams import run_hashes
+from bessemer.addons.tasks.ngrams import run_hashes
 from bessemer.tasks.readability import (
     READABLE,
     REASONS,

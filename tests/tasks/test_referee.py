@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from bessemer.addons.tasks import referee
+from bessemer.addons.tasks.referee import WALL_SECONDS, confined
 from bessemer.errors import UserError
-from bessemer.tasks import referee
-from bessemer.tasks.referee import WALL_SECONDS, confined
 
 BOMB = "9^{9^{9^{9^{9}}}}"
 
@@ -31,7 +31,7 @@ def test_a_fork_is_stopped_by_processor_time():
 
 
 def test_a_fork_that_does_nothing_is_stopped_by_the_clock(monkeypatch):
-    monkeypatch.setattr("bessemer.tasks.referee.WALL_SECONDS", 0.2)
+    monkeypatch.setattr("bessemer.addons.tasks.referee.WALL_SECONDS", 0.2)
     assert confined(lambda: time.sleep(30)) == {"fault": "timeout"}
 
 

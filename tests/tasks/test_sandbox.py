@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.tasks import sandbox
+from bessemer.addons.tasks.clock import speed
+from bessemer.addons.tasks.sandbox import judge, run, same
+from bessemer.addons.tasks.sandbox.process import PROCESSES
 from bessemer.errors import UserError
-from bessemer.tasks import sandbox
-from bessemer.tasks.clock import speed
-from bessemer.tasks.sandbox import judge, run, same
-from bessemer.tasks.sandbox.process import PROCESSES
 
 from .hostile_programs import CLINGING, HOSTILE, IMPORTS, PROBES
 
@@ -323,7 +323,7 @@ def test_time_is_that_of_all_tests_or_that_of_one_but_not_without_end(monkeypatc
     limit = "import resource\ndef f():\n    return resource.getrlimit(resource.RLIMIT_CPU)[0]"
     most = int(60 * speed()) + 2
     assert judge(limit, "f", [([], most)], seconds=1.2, per_test=True).correct  # one process runs all tests
-    monkeypatch.setattr("bessemer.tasks.sandbox.TOTAL_SECONDS", 0.0)
+    monkeypatch.setattr("bessemer.addons.tasks.sandbox.TOTAL_SECONDS", 0.0)
     assert judge(slow, "f", TESTS * 5, seconds=0.3, per_test=True).reason == "timeout"  # 4 s, and 3 are allowed
 
 
@@ -354,7 +354,7 @@ def crowded():
 @isolated
 def test_the_same_program_has_the_same_time_on_a_crowded_machine(isolation, monkeypatch):
     """0.3 s of a core take 4 s here; the limit counts what the program computes, or sleeps."""
-    monkeypatch.setattr("bessemer.tasks.sandbox.process.speed", lambda: 1.0)
+    monkeypatch.setattr("bessemer.addons.tasks.sandbox.process.speed", lambda: 1.0)
     source = BUSY.replace("def f", "print(input())\ndef f") + "f(1)"
     with crowded():
         assert judge(BUSY, "f", [([1], 1)], seconds=0.8, isolation=isolation).reason == "correct"
@@ -366,7 +366,7 @@ def test_the_same_program_has_the_same_time_on_a_crowded_machine(isolation, monk
 
 @pytest.mark.parametrize(("machine", "reason"), [(0.5, "timeout"), (1.0, "timeout"), (4.0, "correct")])
 def test_limits_are_those_of_the_reference_machine(machine, reason, monkeypatch):
-    monkeypatch.setattr("bessemer.tasks.sandbox.process.speed", lambda: machine)
+    monkeypatch.setattr("bessemer.addons.tasks.sandbox.process.speed", lambda: machine)
     assert judge(BUSY, "f", [([1], 1)], seconds=0.15).reason == reason
     assert judge("import time\ndef f(n):\n    time.sleep(0.5)", "f", [([1], None)], seconds=0.15).reason == "timeout"
 
@@ -472,5 +472,5 @@ def f(n):
 
 @isolated
 def test_time_in_children_that_nobody_waits_for_ends_too(isolation, monkeypatch):
-    monkeypatch.setattr("bessemer.tasks.sandbox.process.PATIENCE", 2.0)
+    monkeypatch.setattr("bessemer.addons.tasks.sandbox.process.PATIENCE", 2.0)
     assert judge(HIDES, "f", [([1], 1)], seconds=0.5, isolation=isolation).reason in ("timeout", "error")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.tasks.sandbox import run
-from bessemer.tasks.sandbox.process import PROCESSES
+from bessemer.addons.tasks.sandbox import run
+from bessemer.addons.tasks.sandbox.process import PROCESSES
 
 from .test_sandbox import ISOLATED, below, isolated
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from bessemer.addons.tasks.sums import WORDS
 from bessemer.tasks import get
 from bessemer.tasks.readability import consistency
-from bessemer.tasks.sums import WORDS
 
 
 def digits_in(text, language):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.tasks.gym import RULES
+from bessemer.addons.tasks.maths_answers import ECHO, UNFINISHED
+from bessemer.addons.tasks.referee import TIMEOUT
 from bessemer.tasks import base, get, names
 from bessemer.tasks.answer import BAD_TAGS, NO_ANSWER, NO_THINK
-from bessemer.tasks.gym import RULES
-from bessemer.tasks.maths_answers import ECHO, UNFINISHED
-from bessemer.tasks.referee import TIMEOUT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
 

@@ -16,12 +16,12 @@ from hard_answers import Hard
 from ranks import on_ranks
 
 from bessemer import tasks
-from bessemer.dist.ranks import Ranks
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.tasks.verifiers import CRASHED, DIED, HUNG, MEMORY, CostlyTask, Verifiers
 from bessemer.errors import UserError
 from bessemer.eval.judging import judge_all
 from bessemer.system import alive
 from bessemer.tasks.base import Problem, Task, Verdict
-from bessemer.tasks.verifiers import CRASHED, DIED, HUNG, MEMORY, CostlyTask, Verifiers
 
 SHARED = str(Path(__file__).parents[1] / "shared")
 TASK = Hard()
@@ -152,7 +152,7 @@ def test_the_same_answer_is_judged_once(pool):
 
 def test_a_judgement_is_kept_until_it_is_asked_for(pool, monkeypatch):
     """A rollout of more answers than are kept was judged twice."""
-    monkeypatch.setattr("bessemer.tasks.verifiers.KEPT", 4)
+    monkeypatch.setattr("bessemer.addons.tasks.verifiers.KEPT", 4)
     one = pool(1)
     begun = [one.submit(TASK, PROBLEM, f"wrong {n}") for n in range(12)]
     for found in begun:
@@ -215,7 +215,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {SHARED!r})
 from hard_answers import Hard
-from bessemer.tasks.verifiers import Verifiers
+from bessemer.addons.tasks.verifiers import Verifiers
 if __name__ == "__main__":
     task = Hard()
     pool = Verifiers(2)

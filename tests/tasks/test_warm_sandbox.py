@@ -10,8 +10,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from bessemer.tasks import sandbox
-from bessemer.tasks.sandbox import judge, judge_program, warm
+from bessemer.addons.tasks import sandbox
+from bessemer.addons.tasks.sandbox import judge, judge_program, warm
 
 from . import hostile_contestants as contestants
 from .hostile_programs import HOSTILE

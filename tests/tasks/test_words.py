@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from bessemer.addons.tasks.composed_stories import STEPS, composed
+from bessemer.addons.tasks.word_problems import HELD_OUT, TRAINED
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
-from bessemer.tasks.composed_stories import STEPS, composed
 from bessemer.tasks.countdown_expressions import LARGEST
-from bessemer.tasks.word_problems import HELD_OUT, TRAINED
 
 TASK = get("words")
 COMPOSED = {split: [story for steps in STEPS for story in composed(split, steps)] for split in ("train", "test")}

@@ -8,11 +8,11 @@ import torch
 from hf_cases import made, tokens
 from train_config import train_config
 
+from bessemer.addons.distributed import distributed
+from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.config.recipe import LayoutConfig
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.dist import distributed
-from bessemer.hf.causal_lm import CausalLM
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.train import objective
 from bessemer.train.trainer import Trainer

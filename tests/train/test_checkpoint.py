@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from tiny_run import trainer
 
+from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.errors import UserError
 from bessemer.train import checkpoint, checkpoint_files, guard
 from bessemer.train.checkpoint import State, latest, load, save, steps
 from bessemer.train.checkpoint_files import TensorFile
-from bessemer.train.checkpoint_reader import CheckpointReader
 
 CONFIG = {"model": {"dim": 32, "experts": [8, 2]}, "seed": 7}
 

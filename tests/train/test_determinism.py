@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from bessemer.addons.accelerate import determinism
 from bessemer.errors import UserError
-from bessemer.train import determinism
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import tiny_run
 import torch
 
-from bessemer.config.r1 import DistillConfig
+from bessemer.addons.r1.distill import Distill
+from bessemer.addons.r1.tables import DistillConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.pipeline.stages.distill import Distill
 from bessemer.train.objective import OnPolicyDistillation, divergence_of
 
 

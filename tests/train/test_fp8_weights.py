@@ -6,11 +6,11 @@ import pytest
 import tiny_run
 import torch
 
-from bessemer.precision import weights
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import PAPER, FP8Recipe
-from bessemer.precision.operand import quantise, transpose
-from bessemer.precision.weights import KEPT
+from bessemer.addons.accelerate.precision import weights
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe
+from bessemer.addons.accelerate.precision.operand import quantise, transpose
+from bessemer.addons.accelerate.precision.weights import KEPT
 from bessemer.workers import Workers
 
 torch.set_num_threads(1)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from tiny_run import batches, model, trainer
 
+from bessemer.addons.accelerate import gpu_faults
+from bessemer.addons.distributed import schedules
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.plan import memory
+from bessemer.addons.plan.memory import NumberFormats
 from bessemer.config.rl import RLConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
-from bessemer.dist import schedules
-from bessemer.dist.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
-from bessemer.plan import memory
-from bessemer.plan.memory import NumberFormats
-from bessemer.train import gpu_faults
 from bessemer.train.optimizer import Optimizer
 
 GIB = 1 << 30

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_run import model, trainer
 
+from bessemer.addons.accelerate.instruments import PHASES, Instruments, named_phases, peak_flops
+from bessemer.addons.accelerate.precision.weights import KeptWeights
 from bessemer.model.accounting import flops_per_token
-from bessemer.precision.weights import KeptWeights
-from bessemer.train.instruments import PHASES, Instruments, named_phases, peak_flops
 
 
 @pytest.mark.parametrize(

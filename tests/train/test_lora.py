@@ -11,13 +11,13 @@ from hf_cases import made, relative, tokens
 from safetensors.torch import load_file, save_file
 from train_config import train_config
 
+from bessemer.addons.families import lora
+from bessemer.addons.families.causal_lm import load
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import validate
 from bessemer.config.training import LoRAConfig, SFTConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.hf import lora
-from bessemer.hf.causal_lm import load
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO, reference_logprobs

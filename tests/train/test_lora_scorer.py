@@ -11,13 +11,13 @@ from hf_cases import made, relative, tokens
 from safetensors.torch import load_file
 from train_config import train_config
 
+from bessemer.addons.families import lora
+from bessemer.addons.families.causal_lm import CausalLM, CausalScorer, load
+from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1.preference import score_ids
 from bessemer.config.training import LoRAConfig
-from bessemer.data import preference_rows
 from bessemer.errors import UserError
-from bessemer.hf import lora
-from bessemer.hf.causal_lm import CausalLM, CausalScorer, load
 from bessemer.hf.model_directory import load_scorer
-from bessemer.rl.preference import score_ids
 from bessemer.train.objective import pairwise
 from bessemer.train.trainer import Trainer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bessemer import probe
-from bessemer.cli import doctor
+from bessemer.addons.plan import doctor
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError

@@ -10,7 +10,7 @@ from transformers import DeepseekV3ForSequenceClassification
 from transformers.utils import logging as hf_logging
 from trl import RewardTrainer
 
-from bessemer.data import preference_rows
+from bessemer.addons.r1 import preference_rows
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer
 from bessemer.train.objective import pairwise, pointwise

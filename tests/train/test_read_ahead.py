@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_run import ROWS, T, batches, model, trainer
 
+from bessemer.addons.accelerate.transfer import ReadAhead
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.train.step_device import StepDevice
-from bessemer.train.transfer import ReadAhead
 
 
 def reader_lives():

@@ -9,12 +9,12 @@ import tiny_run
 import torch
 
 import bessemer
+from bessemer.addons.accelerate.kernels import attention_gpu
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.config.training import OptimizerConfig, PretrainConfig
 from bessemer.config.units import Points
 from bessemer.errors import UserError
-from bessemer.kernels import attention_gpu
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
@@ -118,7 +118,7 @@ def test_what_is_not_trained_is_loaded_to_sample():
         for file in PACKAGE.rglob("*.py")
         if (calls := re.findall(r"(?<!def )load_model\((?!directory|[^\n]*dtype)", file.read_text()))
     }
-    assert found == {"dist/distributed.py": 2}  # a language model and a scorer
+    assert found == {"addons/distributed/distributed.py": 2}  # a language model and a scorer
 
 
 def test_a_cpu_is_as_it_was():

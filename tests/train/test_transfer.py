@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_run import batches
 
+from bessemer.addons.accelerate.transfer import Transfer
 from bessemer.data.batch import Batch, Counted
 from bessemer.model import segments
 from bessemer.model.segments import Packed
-from bessemer.train.transfer import Transfer
 
 GPU = torch.device("cuda")
 

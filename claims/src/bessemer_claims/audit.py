@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bessemer.addons.plan.cost import RunPlan, plan_run
+from bessemer.addons.plan.hardware import parse_cluster
+from bessemer.addons.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
+from bessemer.addons.plan.plan_config import published, setup, tokens_of
+from bessemer.addons.plan.step_time import step_time
 from bessemer.errors import UserError
 from bessemer.model import accounting
 from bessemer.model.config import preset
-from bessemer.plan.cost import RunPlan, plan_run
-from bessemer.plan.hardware import parse_cluster
-from bessemer.plan.inference import ACCEPTED, CONTEXT, MEAN, Deployment, decode, prefill, rollout_time
-from bessemer.plan.plan_config import published, setup, tokens_of
-from bessemer.plan.step_time import step_time
 from bessemer_claims.registry import read_toml
 
 CLOSE, LOOSE = 0.10, 0.35

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bessemer.plan.hardware import RateFactors
-from bessemer.plan.step_time import step_costs, step_end, step_key, table_of
-from bessemer.plan.training_setup import Setup
+from bessemer.addons.plan.hardware import RateFactors
+from bessemer.addons.plan.step_time import step_costs, step_end, step_key, table_of
+from bessemer.addons.plan.training_setup import Setup
 from bessemer_claims.registry import read_toml
 
 RATES = ("gemm", "attention", "memory", "exchange")

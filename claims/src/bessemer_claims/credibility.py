@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from bessemer.addons.plan.cost import RunPlan
+from bessemer.addons.plan.step_time import step_time
 from bessemer.errors import UserError
-from bessemer.plan.cost import RunPlan
-from bessemer.plan.step_time import step_time
 from bessemer_claims import audit, chance, planner_page
 from bessemer_claims.chance import Draws, Quantiles
 from bessemer_claims.registry import read_toml

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from bessemer.dist.schedules import schedule
-from bessemer.dist.timeline import Costs, simulate
+from bessemer.addons.accelerate.precision import activations
+from bessemer.addons.accelerate.precision.operand import TILE
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.timeline import Costs, simulate
+from bessemer.addons.plan.hardware import device, efficiency, parse_cluster
+from bessemer.addons.plan.plan_config import published, setup
 from bessemer.hf import mapping
 from bessemer.model import accounting
 from bessemer.model.config import ModelConfig, preset
-from bessemer.plan.hardware import device, efficiency, parse_cluster
-from bessemer.plan.plan_config import published, setup
-from bessemer.precision import activations
-from bessemer.precision.operand import TILE
 from bessemer.tasks.verdict_metrics import wilson
 from bessemer_claims.registry import claims, read_toml
 

@@ -68,7 +68,7 @@ def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The gaps of a finished run; none of the BF16 run itself."""
     if job.arm == BASE:
         return {}
-    from bessemer.report import comparisons, facts
+    from bessemer.addons.watch import comparisons, facts
 
     [gap] = comparisons.format_gaps(facts.read(folder))
     assert gap.heldout is not None, "a finished pre-training has held-out losses"

@@ -52,9 +52,9 @@ def jobs(tier: Tier, seeds: int | None = None) -> list[ArmJob]:
 
 def measure(job: ArmJob, folder: Path) -> dict[str, float]:
     """The numbers of a finished run."""
-    from bessemer.eval.tables import LONG_FILE
-    from bessemer.pipeline.stages.longeval import SWITCHED
-    from bessemer.tasks.needle import WORDS
+    from bessemer.addons.evals.tables import LONG_FILE
+    from bessemer.addons.r1.longeval import SWITCHED
+    from bessemer.addons.tasks.needle import WORDS
 
     [table] = [path / LONG_FILE for _, name, path in stage_folders(folder) if name == "longeval"]
     rows = json.loads(table.read_text(encoding="utf-8"))["needle"]

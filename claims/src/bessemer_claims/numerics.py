@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch.autograd.profiler import profile
 
+from bessemer.addons.accelerate.precision.emulation import reference_gemm
+from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
+from bessemer.addons.accelerate.precision.fp8_linear import FP8_RECIPES
+from bessemer.addons.accelerate.precision.operand import quantise
 from bessemer.data.batch import Batch
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer
-from bessemer.precision.emulation import reference_gemm
-from bessemer.precision.fp8_layers import set_fp8
-from bessemer.precision.fp8_linear import FP8_RECIPES
-from bessemer.precision.operand import quantise
 from bessemer.train.objective import next_token
 
 ROWS = 256

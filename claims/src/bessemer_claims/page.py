@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from bessemer import __version__
-from bessemer.eval.intervals import Interval
-from bessemer.report import page
-from bessemer.report.page import Html
+from bessemer.addons.evals.intervals import Interval
+from bessemer.addons.watch import page
+from bessemer.addons.watch.page import Html
 from bessemer_claims import PARTS, exact, phrases, planned, results, runs
 from bessemer_claims.cards import Card, counts, make
 from bessemer_claims.phrases import COLON, SEMICOLON, SPACE, both, word, words

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from bessemer.eval.intervals import Interval
-from bessemer.report import page
-from bessemer.report.page import Html
+from bessemer.addons.evals.intervals import Interval
+from bessemer.addons.watch import page
+from bessemer.addons.watch.page import Html
 from bessemer_claims.registry import data, metrics
 from bessemer_claims.verdict import Again, Outcome, PartFinding
 

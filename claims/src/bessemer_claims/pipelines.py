@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bessemer.dist import groups
-from bessemer.dist.chunk import Overlapped, Serial
-from bessemer.dist.executor import Executor, Work
-from bessemer.dist.schedules import schedule
-from bessemer.dist.stage import PhaseOutput, Phases, Slice
-from bessemer.dist.table import Action, Step
-from bessemer.dist.timeline import Costs, simulate
-from bessemer.kernels.deferred import gradient
+from bessemer.addons.accelerate.kernels.deferred import gradient
+from bessemer.addons.distributed import groups
+from bessemer.addons.distributed.chunk import Overlapped, Serial
+from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.schedules import schedule
+from bessemer.addons.distributed.stage import PhaseOutput, Phases, Slice
+from bessemer.addons.distributed.table import Action, Step
+from bessemer.addons.distributed.timeline import Costs, simulate
 
 WIDTH = 8
 """How many numbers a stage sends on per row."""

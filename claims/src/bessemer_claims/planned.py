@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from bessemer.addons.plan import memory
+from bessemer.addons.plan.cost import RunPlan, ideas
+from bessemer.addons.plan.hardware import GIB
+from bessemer.addons.plan.layer_time import cuts
+from bessemer.addons.plan.memory import NumberFormats
 from bessemer.model import accounting
-from bessemer.plan import memory
-from bessemer.plan.cost import RunPlan, ideas
-from bessemer.plan.hardware import GIB
-from bessemer.plan.layer_time import cuts
-from bessemer.plan.memory import NumberFormats
 from bessemer_claims import audit, credibility
 from bessemer_claims.chance import Quantiles
 from bessemer_claims.registry import read_toml

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bessemer.dist.mesh import Layout
+from bessemer.addons.distributed.mesh import Layout
+from bessemer.addons.plan import layer_time
+from bessemer.addons.plan.hardware import attention_rates, device, efficiency, fit_gemm, wave_fill
+from bessemer.addons.plan.layer_time import layer_times
+from bessemer.addons.plan.step_time import step_time
+from bessemer.addons.plan.training_setup import IN_STEP, ModelShape, Setup
 from bessemer.model.config import ModelConfig, preset
-from bessemer.plan import layer_time
-from bessemer.plan.hardware import attention_rates, device, efficiency, fit_gemm, wave_fill
-from bessemer.plan.layer_time import layer_times
-from bessemer.plan.step_time import step_time
-from bessemer.plan.training_setup import IN_STEP, ModelShape, Setup
 from bessemer_claims import audit, chance
 from bessemer_claims.registry import read_toml
 

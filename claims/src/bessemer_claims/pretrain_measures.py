@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bessemer.addons.evals import long_context
+from bessemer.addons.tasks.needle import Needle
 from bessemer.config.training import PretrainConfig
 from bessemer.data.batch import Batch
 from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.eval import long_context
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline.stages.pretrain import experts_by_token
 from bessemer.tasks import Task, get
-from bessemer.tasks.needle import Needle
 from bessemer.train.loss import heldout_nats
 from bessemer_claims import probes
 

@@ -159,7 +159,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from bessemer import __version__
-    from bessemer.kernels import library
+    from bessemer.addons.accelerate.kernels import library
 
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

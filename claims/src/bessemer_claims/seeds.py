@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from bessemer.eval.intervals import over_seeds
+from bessemer.addons.evals.intervals import over_seeds
 
 
 def p_value(values: Sequence[float], threshold: float = 0.0) -> float:

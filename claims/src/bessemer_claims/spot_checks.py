@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from bessemer.addons.accelerate.precision import fp8_linear
+from bessemer.addons.accelerate.precision.fp8_linear import PAPER
 from bessemer.data.tokenizer import SMALLEST, Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.hf import mapping
 from bessemer.model.config import preset
 from bessemer.model.gate import Gate
 from bessemer.model.transformer import Transformer
-from bessemer.precision import fp8_linear
-from bessemer.precision.fp8_linear import PAPER
 from bessemer.rl.algorithms.grpo import compared as group_advantages
 from bessemer_claims.exact import Values, nodes_touched, v3
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from bessemer.eval.intervals import Interval, over_seeds, shares_apart, smallest_visible
+from bessemer.addons.evals.intervals import Interval, over_seeds, shares_apart, smallest_visible
 from bessemer_claims.registry import ClaimEntry, Part, PublishedScore, Rules
 from bessemer_claims.seeds import equivalent, p_value
 

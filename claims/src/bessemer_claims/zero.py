@@ -8,7 +8,7 @@ evaluations, by the names below; shares lie between 0 and 1.
     best                      pass@1 at the best temperature
     readable, language, repeat, truncated, tokens   of the same answers
     again ...                 the same numbers from another random seed
-    pass@1 N KIND             after N examples (`eval/shots.py`)
+    pass@1 N KIND             after N examples (`addons/evals/shots.py`)
     cpu_s                     processor seconds per rollout, or for all rounds of sampling and fine-tuning
 """
 

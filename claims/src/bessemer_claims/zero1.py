@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bessemer.addons.distributed.collective import trainer_of
+from bessemer.addons.distributed.mesh import Layout, Mesh
+from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points
 from bessemer.data.batch import Batch
-from bessemer.dist.collective import trainer_of
-from bessemer.dist.mesh import Layout, Mesh
-from bessemer.dist.model_shard import ModelShard
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train.objective import next_token

@@ -8,7 +8,7 @@ from bessemer.config.table import SamplingConfig, StageRef, TaskName
 from bessemer.config.units import Tokens
 
 ShotKind = Literal["worked", "direct", "other-language", "fables"]
-"""What the examples before a question are; `eval/shots.py` says more."""
+"""What the examples before a question are; `addons/evals/shots.py` says more."""
 
 
 class EvalConfig(SamplingConfig):

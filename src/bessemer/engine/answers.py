@@ -5,7 +5,7 @@
         play.add(engine.generate(turn.prompts, **turn.options(), ...))
     play.outcomes()                                     a completion, or an episode, for every sample
 
-Tasks whose problems are episodes (`Task.episodic`) are played by `engine/episodes.py`, the hook "episodes".
+Tasks whose problems are episodes (`Task.episodic`) are played by `addons/tasks/episodes.py`, the hook "episodes".
 """
 
 from __future__ import annotations

@@ -139,5 +139,7 @@ def train_in_fp8(model: LanguageModel, recipe: str) -> str:
     """Makes training compute the matrix products of `layers` in FP8, by the recipe that the key `fp8` names; "off": in
     the compute dtype. Eval mode does not change. Returns what computes them."""
     if recipe != "off":
-        raise UserError(f'fp8 = "{recipe}": training in FP8 comes with bessemer.accelerated, which is not installed')
+        raise UserError(
+            f'fp8 = "{recipe}": training in FP8 comes with bessemer.addons.accelerate.register, which is not installed'
+        )
     return ""

@@ -1,0 +1,74 @@
+"""Samples that stay on the rank that generated them, until the ranks that train them need them.
+
+After a rollout every rank has a row for every sample, and knows its length, verdict, reward and `TextCounts`; only the
+rank that generated it holds its tokens, log-probabilities and text (`generation.Elsewhere`). Before the updates each
+row goes once to the ranks of the pipeline that trains it, without its text.
+
+Some options read more than that: those of `stays` say so, and with them all ranks get all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bessemer import tasks
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.config.rl import RLConfig
+from bessemer.data.batch import Batch
+from bessemer.engine.generation import Completion, rank_of
+from bessemer.eval.judging import ours
+from bessemer.rl import rollout
+from bessemer.rl.rollout import ScoredSample
+from bessemer.train.collective import Collective
+
+
+def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
+    """Whether nothing but the trainer reads samples on other ranks than their own."""
+    plain = all(ours(task) and not task.episodic for task in families)
+    terms = {(term.name, term.settings.get("scope", "thoughts")) for term in settings.reward}
+    return (
+        plain and terms <= {("accuracy", "thoughts"), ("format", "thoughts"), ("language", "thoughts")}
+        and settings.rollout.engine == "local" and settings.advantage.name in ("group", "batch")
+        and settings.export_samples == "nothing" and not settings.hooks and not settings.max_off_policy_rollouts
+        and not settings.reward_models
+    )  # fmt: skip
+
+
+class Carrier:
+    """Brings rows to the ranks that train them. Collective, and so are its methods."""
+
+    def __init__(self, among: Collective, ranks: Ranks) -> None:
+        self.among, self.ranks = among, ranks
+        self.pipelines = ranks.all_gather(among.pipeline, "pipelines")
+        """The pipeline of each rank."""
+
+    def batches(
+        self, rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], pad_id: int, normalise: str
+    ) -> list[Batch]:
+        """This rank's micro-batches of a mini-batch of `rows` in `parts` (`rollout.split_by_length`). The rows that
+        they need are filled."""
+        place = {id(row): number for number, row in enumerate(rows)}
+        own = {id(row) for row in rows if rank_of(row.completion, self.ranks.me) == self.ranks.me}
+        of_pipeline = [self._needed(parts, pipeline) for pipeline in range(self.among.n_pipelines)]
+        for rank, pipeline in enumerate(self.pipelines):
+            mine: dict[int, Completion] = {}
+            if rank != self.ranks.me:
+                asked = [row for row in of_pipeline[pipeline] if id(row) in own]
+                mine = {place[id(row)]: replace(row.completion, text="") for row in asked}
+            for sent in self.ranks.gather(mine, rank, "samples of the mini-batch"):
+                for index, completion in sent.items():
+                    rows[index].completion = completion
+        batches = []
+        for number in self.among.numbers_by_pipeline(len(parts))[self.among.pipeline]:
+            part = parts[0][:1] if number is None else parts[number]
+            batch = rollout.batch_of(part, parts[number or 0], pad_id, normalise)
+            batches.append(batch.as_filler() if number is None else batch)
+        return batches
+
+    def _needed(self, parts: Sequence[Sequence[ScoredSample]], pipeline: int) -> list[ScoredSample]:
+        """The rows that a pipeline trains; a filler has the shape of the first."""
+        numbers = self.among.numbers_by_pipeline(len(parts))[pipeline]
+        rows = [row for number in numbers if number is not None for row in parts[number]]
+        first = parts[0][0]
+        return rows if None not in numbers or any(row is first for row in rows) else [*rows, first]

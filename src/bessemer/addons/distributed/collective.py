@@ -1,0 +1,294 @@
+"""What the ranks that train a network do together: pipeline, experts, data and optimizer state in parallel (V3 3.2).
+
+A step is the step of `Trainer`: the same sums, divided once by the loss tokens of the whole step, one clipping by the
+norm of all gradients, routing biases from the loads of all ranks. The rows of a step are split over the pipelines and
+then into as many micro-batches as the schedule needs; all ranks of one pipeline get the same micro-batches, and so do
+context-parallel ranks (`dist.context_parallel`). Everything a decision depends on (metrics, whether to stop, save or
+skip) is summed over all ranks once per step, so every rank decides alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bessemer.addons.accelerate.precision import tuning
+from bessemer.addons.distributed import schedules, watchdog
+from bessemer.addons.distributed.executor import Executor, Work
+from bessemer.addons.distributed.model_shard import ModelShard, dealt, forward, heldout_nats, rows_of
+from bessemer.addons.distributed.rank_store import RankStore, parameter_prefix
+from bessemer.addons.distributed.zero1 import Zero1
+from bessemer.model.gate import Gate
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import Transformer, evaluating
+from bessemer.train import balance
+from bessemer.train.checkpointed import Checkpointed
+from bessemer.train.collective import Read
+from bessemer.train.objective import Divided, Loss, Sums, balance_weight
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+
+
+class RankCollective:
+    """One rank's `Collective` (`train.collective`); `shard` is its shard of the network.
+
+    The trainer's objective is `Divided`, its optimizer `Zero1`. `accumulate` takes the micro-batches of this rank's
+    pipeline, as many as `mine` makes. The sums are those of the whole step, equal on all ranks.
+    """
+
+    trainer: Checkpointed
+
+    def __init__(self, shard: ModelShard):
+        self.shard, self.mesh = shard, shard.mesh
+        self.devices, self.me = shard.mesh.layout.world, shard.mesh.me
+        self.n_pipelines, self.pipeline = shard.n_pipelines, shard.pipeline_index
+        self._stopping = self._due = False
+        self._executor: Executor | None = None
+        self._losses: list[Loss] = []
+        self._warms = shard.device.type == "cuda" and shard.mesh.layout.pp > 1
+        self._warmed: set[object] = set()
+
+    def optimizer(self, model: LanguageModel, workers: Workers, **options: Any) -> Zero1:
+        return Zero1(self.shard.model, self.mesh, self.shard.others, **options)
+
+    def gates(self, model: LanguageModel) -> dict[str, Gate]:
+        return self.shard.gates
+
+    def has_biases(self, gates: Mapping[str, Gate]) -> bool:
+        return self.mesh.cfg.topk_method == "noaux_tc"
+
+    def join(self, trainer: Checkpointed) -> None:
+        self.trainer = trainer
+        self._sums, self._peaks = self.objective.names(self.mesh.cfg.n_mtp)
+        for part in self.shard.slices.values():
+            part.reads = partial(_wait_for, self.zero1, part.parts())
+
+    @property
+    def objective(self) -> Divided:
+        return self.trainer.objective  # type: ignore[return-value]  # a callable with the methods of Divided
+
+    @property
+    def zero1(self) -> Zero1:
+        assert isinstance(self.trainer.optimizer, Zero1), "`optimizer` made it"
+        return self.trainer.optimizer
+
+    def store(self, trainer: Checkpointed) -> RankStore:
+        return RankStore(trainer, self)
+
+    def stops(self, asked: Callable[[], bool]) -> bool:
+        """As the last step found out, which asked all ranks."""
+        return self._stopping
+
+    def is_due(self, due: Callable[[], bool]) -> bool:
+        return self._due
+
+    def parts(self, n_rows: int, size: int) -> Iterator[range]:
+        micro = self._at_least(math.ceil(n_rows / (self.n_pipelines * size)))
+        yield from rows_of(n_rows, self.n_pipelines, self.pipeline, micro)
+
+    def _at_least(self, micro: int) -> int:
+        return schedules.micro_batches(self.shard.schedule, self.mesh.layout.pp, micro)
+
+    def mine(self, batches: Sequence[Batch]) -> list[Batch]:
+        return self.by_pipeline(batches)[self.pipeline]
+
+    def by_pipeline(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches of each pipeline. All get the same number, padded with filler batches."""
+        filler = batches[0].as_filler()
+        return [
+            [filler if number is None else batches[number] for number in own]
+            for own in self.numbers_by_pipeline(len(batches))
+        ]
+
+    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        micro = self._at_least(math.ceil(count / self.n_pipelines))
+        filled = [*range(count), *[None] * (self.n_pipelines * micro - count)]
+        return [filled[start : start + micro] for start in range(0, len(filled), micro)]
+
+    def share_of(self, count: int) -> range:
+        return range(self.mesh.me, count, self.mesh.layout.world)
+
+    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        flat = torch.zeros(sum(sizes))
+        parts = flat.split([*sizes])
+        for number, values in mine.items():
+            parts[number].copy_(values)
+        summed = flat.to(self.shard.device)
+        with watchdog.waiting("numbers of the other ranks", range(self.mesh.layout.world)):
+            dist.all_reduce(summed)  # each is 0 on all ranks but one
+            return [*summed.cpu().split([*sizes])]
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        if not values:
+            return values
+        mean = self._reduced([value / self.mesh.layout.world for value in values.values()], dist.ReduceOp.SUM)
+        return dict(zip(values, mean, strict=True))
+
+    def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        trainer, optimizer = self.trainer, self.zero1
+        watchdog.at(trainer.step + 1)
+        own = self.shard.context.positions
+        batches = [trainer.on_device.transfer(batch.at(own(batch.tokens_BT.shape[1]))) for batch in micro_batches]
+        trainer.shape = *batches[0].tokens_BT.shape, batches[0].segments_BT is not None
+        executor = self.executor_for(len(batches))
+        work = self._work(executor, batches, terms)
+        if self.shard.exchange is not None:
+            self.shard.exchange.begin()
+        if self._warms:
+            self._warm(executor, [one for lane in work for one in lane])
+        self._losses = []
+        optimizer.early = executor.begin_sum if executor.mirrored else None
+        with tuning.without() if self._warms else nullcontext():
+            executor.run(work, optimizer.completed)
+        optimizer.sum_shared(executor.begin_sum)
+        self._sum_loads(executor)
+        return self._sums_of(batches, executor.losses, terms)
+
+    def _warm(self, executor: Executor, work: Sequence[Work]) -> None:
+        """Called before a step: warms up for micro-batches of new shapes, so that first-time work is done before
+        messages are under way. The ranks of an exchange need not meet a new shape in the same step, so all run as many
+        warm-ups as any of them."""
+        new = {_shape(one): one for one in work if _shape(one) not in self._warmed}
+        self._warmed |= new.keys()
+        most = int(self._reduced([float(len(new))], dist.ReduceOp.MAX)[0])
+        for number in range(most):
+            executor.warm([*new.values(), *[work[0]] * most][number])
+        if self.shard.exchange is not None:
+            self.shard.exchange.bytes_sent()
+
+    def executor_for(self, micro: int) -> Executor:
+        if self._executor is None:
+            self._executor = Executor(
+                self.shard.table(micro), self.mesh.pp, self.shard.slices, self.mesh.layout.groups("pp"),
+                lambda: balance.uncounted(self.trainer.gates),
+            )  # fmt: skip
+        elif self._executor.table.micro != micro:
+            self._executor.set_table(self.shard.table(micro))
+        return self._executor
+
+    def _work(self, executor: Executor, batches: Sequence[Batch], terms: dict[str, float]) -> list[list[Work]]:
+        def one(batch: Batch) -> Work:
+            def loss(out: TrainOutputs, head: Tensor) -> Tensor:
+                result = self.objective.of(out, head, batch, **terms)
+                self._losses.append(replace(result, total=result.total.detach()))
+                return result.total
+
+            weight = balance_weight(batch, self.objective.balance_alpha(**terms))
+            mtp, choice = self.objective.with_mtp(**terms), batch.extras.get("choice_BTLK")
+            counted_BT = None if self.trainer.plan.counts_padding else batch.read_BT
+            return Work(batch.tokens_BT, batch.segments, loss, weight, mtp, batch.filler, choice, counted_BT)
+
+        per = executor.table.per_lane
+        lanes = range(executor.table.lanes - executor.table.idle)
+        return [[one(batch) for batch in batches[lane * per : (lane + 1) * per]] for lane in lanes]
+
+    def _sums_of(self, batches: Sequence[Batch], losses: list[float], terms: dict[str, float]) -> Sums:
+        """Sums over all ranks: last stages know the loss and its tokens, first stages count rows and tokens, and all
+        others add their balance terms."""
+        last = {name: math.fsum(float(loss.metrics.get(name, 0.0)) for loss in self._losses) for name in self._sums}
+        alpha = self.objective.balance_alpha(**terms)
+        other_stages = math.fsum(losses) - math.fsum(float(loss.total) for loss in self._losses)
+        if "total" in last:
+            last["total"] += other_stages
+        if "balance" in last and alpha:
+            last["balance"] += other_stages / alpha
+        rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
+        counts = self.mesh.pp == self.mesh.cp == 0  # one rank of every pipeline counts
+        mine: list[float] = [
+            math.fsum(losses), math.fsum(float(loss.tokens) for loss in self._losses),
+            math.fsum(float(loss.tokens if loss.weight is None else loss.weight) for loss in self._losses),
+            tokens * counts, rows * counts, self.trainer.asked_to_stop(), self.me == 0 and self.trainer.due_by_time(),
+            *last.values(),
+        ]  # fmt: skip
+        exchange, links = self.shard.exchange, list[str]()
+        if exchange is not None:
+            links = [*exchange.links]
+            mine += exchange.bytes_sent()
+        total, divisor, weight, all_tokens, all_rows, stop, due, *more = self._reduced(mine, dist.ReduceOp.SUM)
+        values, sent = more[: len(last)], more[len(last) :]
+        self._stopping, self._due = stop > 0, due > 0
+        values_by_name = {}
+        if weight > 0:
+            values_by_name = {f"train/{name}": value / weight for name, value in zip(self._sums, values, strict=True)}
+        if divisor > 0:
+            values_by_name |= {f"moe/sent_bytes/{link}": n / all_tokens for link, n in zip(links, sent, strict=True)}
+        if self._peaks:
+            peaks = [max((float(loss.peaks[name]) for loss in self._losses), default=-math.inf) for name in self._peaks]
+            highest = self._reduced(peaks, dist.ReduceOp.MAX)
+            values_by_name |= {f"train/{name}": value for name, value in zip(self._peaks, highest, strict=True)}
+        return Sums(
+            list(batches), self._losses, divisor, int(all_tokens), int(all_rows), math.isfinite(total), values_by_name
+        )
+
+    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.shard.device)
+        with watchdog.waiting("the metrics of the step", range(self.mesh.layout.world)):
+            dist.all_reduce(reduced, how)
+            return reduced.tolist()
+
+    def all_gather(self, text: str) -> list[str]:
+        """The text of every rank, by rank."""
+        texts = [""] * self.mesh.layout.world
+        with watchdog.waiting("an error report", range(len(texts))):
+            dist.all_gather_object(texts, text)
+        return texts
+
+    def _sum_loads(self, executor: Executor) -> None:
+        with watchdog.waiting("expert loads", dist.get_process_group_ranks(self.mesh.group["dense"])):
+            for name in sorted(self.trainer.gates):
+                load_E = self.trainer.gates[name].load_E
+                dist.all_reduce(load_E, group=self.mesh.group["dense"])
+                executor.sum_with_others(parameter_prefix(name), load_E)
+
+    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        bad = [number for number, loss in enumerate(sums.losses) if not math.isfinite(float(loss.total))]
+        names = self.trainer.optimizer.nonfinite_gradients()
+        mine = f"the loss of micro-batch {bad[0]} on rank {self.mesh.me} is not finite" if bad else ""
+        if not bad and names:
+            mine = f"{len(names)} gradients on rank {self.mesh.me} are not finite, starting at {names[-1]}"
+        causes = sorted(filter(None, self.all_gather(mine)), key=lambda text: not text.startswith("the loss"))
+        return causes[0] if causes else "the gradients overflow in their norm, or in a balance term"
+
+    def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
+        with evaluating(self.shard.model):
+            computed = forward(self.shard, dealt(self.shard, batches), read)
+        numbers = range(self.pipeline, len(batches), self.n_pipelines)
+        found = zip(numbers, computed, strict=False)  # fillers come last
+        return self.exchanged({number: values for number, values in found if values is not None}, sizes)
+
+    def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        return heldout_nats(self.shard, batches)
+
+    def beside(self, model: Transformer) -> RankCollective:
+        return RankCollective(ModelShard(model, self.mesh.of(model.cfg), self.shard.schedule))
+
+
+def trainer_of(shard: ModelShard, *arguments: Any, **options: Any) -> Trainer:
+    """This rank's trainer of a network that is divided over the ranks; everything else as in `Trainer`."""
+    return Trainer(shard.model, *arguments, **options, collective=RankCollective(shard))
+
+
+def of_ranks(trainer: Checkpointed) -> RankCollective:
+    """The collective of a trainer that `trainer_of` made."""
+    assert isinstance(trainer.collective, RankCollective)
+    return trainer.collective
+
+
+def _wait_for(optimizer: Zero1, parts: list[list[nn.Parameter]], number: int) -> None:
+    optimizer.needed(parts[number])
+
+
+def _shape(work: Work) -> object:
+    """What decides which kernels a micro-batch needs."""
+    return work.tokens_BT.shape, type(work.segments), work.mtp, work.choice_BTLK is None

@@ -1,0 +1,270 @@
+"""One rank's shard of a network, cut out of the whole model or built without ever making the whole.
+
+    ModelShard(model, mesh, schedule)         cut out of a whole model
+    ModelShard.fresh(cfg, mesh, schedule, 7)  as `Transformer.initialise(7)` would have made it, without the rest
+    ModelShard.read(folder, mesh, schedule)   out of a Hugging Face directory, reading no other tensors
+
+All three give the same parameters, under the names of the whole network. `gather_into` puts the whole network together
+again, `forward` runs it without a backward, `heldout_nats` measures its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bessemer.hf import deepseek
+from bessemer.model.config import ModelConfig
+from bessemer.model.gate import Gate
+from bessemer.model.moe import EXPERTS
+from bessemer.model.protocol import LanguageModel, TrainOutputs
+from bessemer.model.transformer import Scorer, Transformer
+from bessemer.train.loss import next_token_nats
+
+if TYPE_CHECKING:
+    from bessemer.data.batch import Batch
+from bessemer.addons.distributed import groups, schedules, watchdog
+from bessemer.addons.distributed.context_parallel import Context
+from bessemer.addons.distributed.groups import Wanted
+from bessemer.addons.distributed.mesh import Mesh
+from bessemer.addons.distributed.stage import Phases, Slice, holding, keep, keep_experts
+from bessemer.addons.distributed.table import Table
+
+_Read = TypeVar("_Read")
+
+
+class ModelShard:
+    """The pipeline slices that a schedule assigns to this rank, with the rank's own experts."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, schedule: str):
+        self.model, self.mesh, self.schedule = model, mesh, schedule
+        keep_experts(model, mesh.experts)
+        table = self.table(schedules.least(schedule, mesh.layout.pp))
+        self.place = table.place
+        """Pipeline rank of stage s in lane l: `place[l][s]`."""
+        self.exchange, self.context = mesh.exchange(), mesh.context()
+        """The exchange is None if every rank has all experts."""
+        whole = mesh.layout.ep == mesh.layout.cp == 1
+        self.slices = {
+            (lane, stage): Slice(model, stage, table.stages, self.exchange, self.context, whole)
+            for lane, stage in table.slices_on(mesh.pp)
+        }
+        self.holders = table.holders()
+        """The stages of every pipeline rank."""
+        held = {name for part in self.slices.values() for name in part.gates}
+        self.gates: dict[str, Gate] = {name: gate for name, gate in model.gates().items() if name in held}
+        if isinstance(self.context, Context):
+            for gate in self.gates.values():
+                gate.sum_counts = self.context.counts
+        keep(model, self.slices.values())
+
+    @classmethod
+    def fresh(cls, cfg: ModelConfig, mesh: Mesh, schedule: str, seed: int, device: torch.device) -> ModelShard:
+        with torch.device("meta"):
+            whole, shard = Transformer(cfg), cls(Transformer(cfg), mesh, schedule)
+        parameters = shard._allocate(device, torch.float32)
+        with torch.no_grad():
+            mine = mesh.experts
+            wanted = whole.initial_values(
+                seed, lambda name, expert: name in parameters and (expert is None or expert in mine)
+            )
+            for name, expert, values in wanted:
+                shard._put(parameters, name, expert, values)
+        return shard
+
+    @classmethod
+    def read(
+        cls, folder: Path, mesh: Mesh, schedule: str, device: torch.device, context: Mapping[str, Any] | None = None,
+        kind: type[Transformer] = Transformer, new_head: int | None = None, mtp: bool = True,
+    ) -> ModelShard:  # fmt: skip
+        """`kind`: class of the network. `new_head`: seed for the head of a `Scorer` whose body is the directory's
+        language model."""
+        stored = kind if new_head is None else Transformer
+        checkpoint, cfg, layout = deepseek.open_directory(folder, mtp, stored, context)
+        with torch.device("meta"):
+            shard = cls(kind(cfg), mesh, schedule)
+        parameters = shard._allocate(device, torch.float32)
+        state = parameters | {name: buffer for name, buffer in shard.model.named_buffers() if name.endswith("bias_E")}
+        with torch.no_grad():
+            for slot in layout:
+                if slot.copy or slot.name not in state:
+                    continue
+                target, index = state[slot.name], slot.index
+                if EXPERTS in slot.name:
+                    expert, *rest = index
+                    assert isinstance(expert, int), "a slot of stacked experts starts with the expert"
+                    if expert not in mesh.experts:
+                        continue
+                    index = (expert - mesh.experts.start, *rest)
+                view = target[index] if index else target
+                view.copy_(checkpoint.read(slot.key, target.dtype))
+            if new_head is not None:
+                shard._put(parameters, "score.weight", None, Scorer.new_head(cfg, new_head))
+        return shard
+
+    def table(self, micro: int) -> Table:
+        """The schedule for this number of micro-batches."""
+        return schedules.schedule(self.schedule, self.mesh.layout.pp, micro)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def n_pipelines(self) -> int:
+        """Pipelines that run in parallel, each on its own micro-batches; context-parallel ranks share theirs."""
+        return self.mesh.layout.dp * self.mesh.layout.ep
+
+    @property
+    def pipeline_index(self) -> int:
+        """The number of this rank's pipeline."""
+        return self.mesh.dp * self.mesh.layout.ep + self.mesh.ep
+
+    def others(self, name: str) -> list[int]:
+        """Other pipeline ranks that hold the parameter of this name."""
+        return [rank for rank in holding(name, self.slices, self.holders) if rank != self.mesh.pp]
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        """Allocates a shard built on the meta device: norms are ones, buffers zeros, matrices uninitialised."""
+        made: dict[int, nn.Parameter] = {}  # the embedding may also be the head
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in made:
+                    empty = torch.ones if parameter.dim() < 2 else torch.empty
+                    made[id(parameter)] = nn.Parameter(empty(parameter.shape, dtype=dtype, device=device))
+                setattr(module, name, made[id(parameter)])
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+        return dict(self.model.named_parameters())
+
+    def _put(self, parameters: dict[str, nn.Parameter], name: str, expert: int | None, values: Tensor) -> None:
+        if name not in parameters:
+            return
+        mine = self.mesh.experts
+        if EXPERTS not in name:
+            parameters[name].copy_(values)
+        elif expert is None:
+            parameters[name].copy_(values[mine.start : mine.stop])
+        elif expert in mine:
+            parameters[name][expert - mine.start].copy_(values)
+
+
+@torch.no_grad()
+def gather_into(shard: ModelShard, into: LanguageModel | None) -> None:
+    """Copies the current weights of all shards into `into` on every rank that passes one. Collective over all ranks;
+    broadcasts one tensor at a time, in float32."""
+    mine = shard.model.state_dict()
+    with torch.device("meta"):
+        whole = type(shard.model)(shard.mesh.cfg).state_dict()
+    state = {} if into is None else into.state_dict()
+    layout, mesh = shard.mesh.layout, shard.mesh
+    for name, shape in whole.items():
+        pp = min(holding(name, shard.slices, shard.holders))
+        for ep in range(layout.ep) if EXPERTS in name else (0,):
+            source = layout.rank(pp, 0, ep)
+            rows = slice(ep * len(mesh.experts), (ep + 1) * len(mesh.experts)) if EXPERTS in name else slice(None)
+            if source == mesh.me:
+                value = mine[name].float().contiguous()
+            else:
+                value = torch.empty_like(shape[rows], dtype=torch.float32, device=shard.device)
+            with watchdog.waiting(name, range(layout.world) if source == mesh.me else [source]):
+                dist.broadcast(value, source)
+            if name in state:
+                state[name][rows].copy_(value)
+
+
+def rows_of(n_rows: int, n_pipelines: int, pipeline_index: int, micro: int) -> list[range]:
+    """The rows of a step that one of the data-parallel pipelines takes, split into micro-batches as evenly as
+    possible."""
+    cuts, first = n_pipelines * micro, pipeline_index * micro
+    return [range(n_rows * i // cuts, n_rows * (i + 1) // cuts) for i in range(first, first + micro)]
+
+
+def dealt(shard: ModelShard, batches: Sequence[Batch]) -> list[Batch]:
+    """The share of this rank's pipeline in `batches`, which all ranks pass: every n-th of them for n pipelines, and a
+    filler if it has fewer than another pipeline. On the rank's device, at its context-parallel positions."""
+    mine = list(batches[shard.pipeline_index :: shard.n_pipelines])
+    n = -(-len(batches) // shard.n_pipelines)
+    mine += [batches[0].as_filler()] * (n - len(mine))
+    return [batch.at(shard.context.positions(batch.tokens_BT.shape[1])).to(shard.device) for batch in mine]
+
+
+@torch.no_grad()
+def forward(
+    shard: ModelShard, batches: Sequence[Batch], read: Callable[[TrainOutputs, Tensor, Batch], _Read], lane: int = 0
+) -> list[_Read | None]:
+    """Runs the batches forward, without MTP. For each returns `read(outputs, head weight, batch)` on the rank of the
+    last stage, and None on other ranks.
+
+    Micro-batches go through this lane one after another. All ranks of a pipeline pass the same batches, and all
+    pipelines the same number (`dealt`). With context parallelism the outputs are of this rank's positions.
+    """
+    place, mesh = shard.place[lane], shard.mesh
+    peers = [mesh.layout.rank(pp, mesh.dp, mesh.ep, mesh.cp) for pp in range(mesh.layout.pp)]
+    ways = [(a, b) for a, b in pairwise(place) if a != b]
+    pipelines = mesh.layout.groups("pp")
+    groups.make((Wanted("messages", (ranks[a], ranks[b])) for ranks in pipelines for a, b in ways), shard.device)
+    if shard.exchange is not None:
+        shard.exchange.begin()
+    outputs: list[_Read | None] = []
+    sends = []
+    for batch in batches:
+        tokens_BT, outcome = batch.tokens_BT, None
+        x = tokens_BT
+        for stage, rank in enumerate(place):
+            if rank != mesh.pp:
+                continue
+            one = shard.slices[lane, stage]
+            if stage and place[stage - 1] != rank:
+                x = one.room(tokens_BT)
+                source = peers[place[stage - 1]]
+                with watchdog.waiting("activations", [source]):
+                    dist.recv(x, source, groups.get("messages", (source, mesh.me)))
+            out = _run(one.phases(x, tokens_BT, batch.segments, mtp=False))
+            if one.last:
+                assert one.head is not None, "the last stage has the head"
+                outcome = read(out, one.head.weight, batch)
+                continue
+            x, _ = out
+            if place[stage + 1] != rank:
+                x = x.contiguous()
+                target = peers[place[stage + 1]]
+                sends.append((dist.isend(x, target, groups.get("messages", (mesh.me, target))), x))
+        outputs.append(outcome)
+    for handle, _ in sends:
+        assert handle is not None, "every rank is in the default group"
+        handle.wait()
+    return outputs
+
+
+def _run(phases: Phases) -> Any:
+    """Runs all phases; returns what the last one returns."""
+    try:
+        output = next(phases)
+        while True:
+            output = phases.send(output)
+    except StopIteration as end:
+        return end.value
+
+
+@torch.no_grad()
+def heldout_nats(shard: ModelShard, batches: Sequence[Batch]) -> tuple[float, float]:
+    """As `train.loss.heldout_nats`, over all ranks. All pass the same batches, which the pipelines divide."""
+    sums = torch.zeros(2, dtype=torch.float64, device=shard.device)
+
+    def add(out: TrainOutputs, head_VD: Tensor, batch: Batch) -> None:
+        sums[0] += next_token_nats(out.hidden_BTD, head_VD, batch)
+        sums[1] += batch.predicted(1)[1].sum()
+
+    shard.model.eval()
+    forward(shard, dealt(shard, batches), add)
+    with watchdog.waiting("held-out loss", range(shard.mesh.layout.world)):
+        dist.all_reduce(sums)
+    shard.model.train()
+    return tuple(sums.tolist())

@@ -1,0 +1,272 @@
+"""Runs and stages on many ranks: what takes the place of one process (`train.runtime`, `pipeline.processes`).
+
+All ranks run a stage that is `distributed` together, each with its own `OnRanks`. Any other stage rank 0 runs alone, as
+`Rank0`, while the others wait for its orders; they may generate for it (`rl.dealing`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from bessemer.addons.distributed import distributed, mesh, sharded_checkpoint
+from bessemer.addons.distributed.apart import Carrier, stays
+from bessemer.addons.distributed.collective import of_ranks, trainer_of
+from bessemer.addons.distributed.dealing import DealtEngine, Helper, deal
+from bessemer.addons.distributed.frozen import FrozenOnRanks
+from bessemer.addons.distributed.model_shard import ModelShard
+from bessemer.addons.distributed.ranks import Ranks
+from bessemer.addons.distributed.whole import GatheredModel, gather
+from bessemer.config import places
+from bessemer.config.rl import RLConfig
+from bessemer.config.table import Precision
+from bessemer.data.fetch import cache_dir
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.generation import Completion, Prompt
+from bessemer.errors import UserError
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import is_own, own_config
+from bessemer.model.config import ModelConfig
+from bessemer.model.protocol import LanguageModel
+from bessemer.model.transformer import Scorer, Transformer
+from bessemer.pipeline import preflight
+from bessemer.pipeline.runner import computing, repeating
+from bessemer.pipeline.stage import Stage, run_stage
+from bessemer.runs.context import Interrupted, StageContext, signals
+from bessemer.runs.metrics import NoMetrics
+from bessemer.runs.progress import RunProgress
+from bessemer.tasks import Task
+from bessemer.train.runtime import Frozen, OneProcess, Runtime, Share, Whole
+from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers, all_cores
+
+if TYPE_CHECKING:
+    from bessemer.config.recipe import LayoutConfig, Recipe
+
+_Made = TypeVar("_Made")
+
+
+class OnRanks:
+    """One rank's `Runtime` of a stage that all ranks run."""
+
+    def __init__(self, ranks: Ranks, layout: LayoutConfig, say: Callable[[str], None]) -> None:
+        self.ranks, self.layout, self.say = ranks, layout, say
+        self.me, self.n, self.generators = ranks.me, ranks.n, 1
+        self._shards: dict[int, ModelShard] = {}
+        """By the id of its module."""
+
+    def working(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def announce(self, stage: dict[str, Any]) -> None:
+        self.ranks.order(stage)
+
+    def agree(self, decide: Callable[[], _Made]) -> _Made:
+        return self.ranks.agree(decide() if self.me == 0 else None)
+
+    def once(self, make: Callable[[], _Made], what: str) -> _Made:
+        return self.ranks.broadcast(make, what)
+
+    def share(self, what: str) -> Share:
+        return self.ranks.share(what)
+
+    def workers(self) -> Workers:
+        return Workers(1)
+
+    def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
+        distributed.check(recipe, stage, rows, n=self.n)
+
+    def held(self, shard: ModelShard) -> Transformer:
+        """The module of a shard, by which the stage knows it."""
+        self._shards[id(shard.model)] = shard
+        return shard.model
+
+    def shard_of(self, model: LanguageModel) -> ModelShard:
+        return self._shards[id(model)]
+
+    def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
+        made, schedule = self._mesh(cfg)
+        return self.held(ModelShard.fresh(cfg, made, schedule, seed, self.ranks.device))
+
+    def read(
+        self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
+    ) -> tuple[LanguageModel, Tokenizer]:
+        """The model must be in our own format; each rank reads its shard."""
+        if (cfg := own_config(folder)) is None:
+            raise UserError(f"{folder} is not in the DeepSeek V3 family; train such a model with one process")
+        cfg = cfg.at_length(context or {})
+        cfg = cfg if mtp else cfg.model_copy(update={"n_mtp": 0})
+        shard = ModelShard.read(folder, *self._mesh(cfg, split_rows), self.ranks.device, context, mtp=mtp)
+        return self.held(shard), load_tokenizer(folder)
+
+    def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
+        if (cfg := own_config(folder)) is None:
+            raise UserError(f"{folder} is not in the DeepSeek V3 family; train a reward model of it with one process")
+        made, schedule = self._mesh(mesh.headed(cfg), split_rows=False)
+        own = made.of(cfg.model_copy(update={"n_mtp": 0}))
+        shard = ModelShard.read(folder, own, schedule, self.ranks.device, kind=Scorer, new_head=new_head, mtp=False)
+        return self.held(shard)
+
+    def _mesh(self, cfg: ModelConfig, split_rows: bool = True) -> tuple[mesh.Mesh, str]:
+        """The mesh and the schedule's name. `split_rows`: as in `layout_of`; False for rows of arbitrary length."""
+        layout, schedule, slices = distributed.layout_of(self.layout, self.n, split_rows)
+        mesh.check(layout, cfg, self.n, slices)
+        backend = mesh.choose_exchange(self.layout.exchange, layout, cfg, self.ranks, self.say)
+        made = mesh.Mesh(layout, cfg, slices, self.ranks.device, backend)
+        self.say(f"{mesh.describe(layout)}\nschedule: {distributed.schedule_text(schedule, layout.pp)}")
+        return made, schedule
+
+    def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
+        """The layers that the slices call; whole ones only in pure data parallelism."""
+        shard = self.shard_of(model)
+        layout = shard.mesh.layout
+        if not layout.pp == layout.ep == layout.cp == 1:
+            return []
+        return [
+            layer
+            for part in shard.slices.values()
+            for layer in (*part.layers.values(), *(module.layer for module in part.mtp))
+        ]
+
+    def trainer(self, model: LanguageModel, *arguments: Any, **options: Any) -> Trainer:
+        return trainer_of(self.shard_of(model), *arguments, **options)
+
+    def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
+        return FrozenOnRanks(folders, self.shard_of(beside), self.ranks, self.say)
+
+    def whole(self, trainer: Trainer) -> Whole:
+        return GatheredModel(trainer)
+
+    def gather(self, trainer: Trainer) -> LanguageModel | None:
+        return gather(trainer)
+
+    def save(
+        self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
+        files: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Rank 0 writes it from the last checkpoint, one tensor at a time; the others do not wait."""
+        trainer.save()
+        trainer.finish()
+        if self.me != 0:
+            return
+        among = of_ranks(trainer)
+        assert trainer.state_dir is not None, "a stage's trainer has a folder"
+        sharded_checkpoint.export(
+            trainer.state_dir / f"step-{trainer.step:08d}", among.mesh.cfg, directory, kind=kind,
+            dtype=trainer.plan.compute_dtype, network=type(among.shard.model), tokenizer_dir=tokenizer_dir, files=files,
+        )  # fmt: skip
+
+    def generate(
+        self, engine: Any, prompts: Sequence[Prompt], apart: bool = False, **options: Any
+    ) -> list[list[Completion]]:
+        return deal(engine, self.ranks, prompts, apart, **options)
+
+    def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> Carrier | None:
+        return Carrier(trainer.collective, self.ranks) if self.n > 1 and stays(settings, tasks) else None
+
+    def dealt(
+        self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
+        precision: Precision = "device",
+    ) -> Any:  # fmt: skip
+        return engine  # no rank waits
+
+    def led(self, make: Callable[[Runtime], object]) -> None:
+        """The other ranks help rank 0 sample."""
+        error, stopped = "", False
+        if self.me == 0:
+            try:
+                with all_cores():
+                    make(Rank0(self.ranks, self.say))
+            except UserError as fault:
+                error = str(fault)
+            except Interrupted:
+                stopped = True
+            finally:
+                self.ranks.order({"end": True})
+        else:
+            helper = Helper(self.ranks)
+            for order in self.ranks.follow():
+                helper.take_part(order)
+        outcome = self.agree(lambda: {"error": error, "stopped": stopped})
+        if outcome["error"]:
+            raise UserError(outcome["error"])
+        if outcome["stopped"]:
+            raise Interrupted("rank 0")
+
+
+class Rank0(OneProcess):
+    """Rank 0's runtime while it works alone and the others wait."""
+
+    def __init__(self, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self.ranks, self.say = ranks, say
+        self.generators = 1 if ranks.device.type == "cpu" else ranks.n
+
+    def working(self) -> AbstractContextManager[object]:
+        return all_cores()
+
+    def dealt(
+        self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
+        precision: Precision = "device",
+    ) -> Any:  # fmt: skip
+        """All ranks generate if they have GPUs of their own. On a CPU this rank already has all cores."""
+        if self.generators == 1:
+            return engine
+        self.say(f"{self.ranks.n} ranks generate")
+        return DealtEngine(engine, folder, self.ranks, role, version, precision)
+
+
+class ManyRanks:
+    """The processes of a run (`pipeline.processes`) on one rank."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.me, self.n = ranks, ranks.me, ranks.n
+
+    def runtime(self, stage: Stage[Any], source: Path | None, recipe: Recipe, say: Callable[[str], None]) -> Runtime:
+        """Rank 0's for a stage that starts from the folder `source`."""
+        if not stage.distributed:
+            return Rank0(self.ranks, say)
+        config = None if source is None else source / "model" / "config.json"
+        if recipe.layout.fewest == 1 and config is not None and config.is_file() and not is_own(config.parent):
+            say("a model of another family is trained by one process; the other ranks wait")
+            return Rank0(self.ranks, say)
+        return OnRanks(self.ranks, recipe.layout, say)
+
+    def end(self) -> None:
+        self.ranks.order({"end": True})
+
+    def follow(self, recipe: Recipe, cache: Path | None = None) -> None:
+        """Runs the stages that rank 0 orders, until rank 0 ends the run."""
+        with places.of_recipe(recipe.folder), open(os.devnull, "w") as nowhere:
+            for config in recipe.stages:  # rank 0 has the same errors and reports them
+                preflight.resolve(config, recipe, cache_dir(cache))
+            progress = RunProgress({}, out=nowhere)
+            quietly = repeating(recipe, lambda text: None)
+            with quietly, signals(together=True, quiet=True) as stop:
+                for order in self._orders():
+                    config = recipe.stage(order["stage"])
+                    report = progress.begin(config.name)
+                    ctx = StageContext(
+                        name=config.name, dir=Path(order["folder"]),
+                        inputs={name: Path(path) for name, path in order["inputs"].items()},
+                        source=None if order["source"] is None else Path(order["source"]), recipe=recipe,
+                        cache=cache_dir(cache), metrics=NoMetrics(), progress=report, stop_flag=stop,
+                        spent=order["spent"], runtime=OnRanks(self.ranks, recipe.layout, report.say),
+                    )  # fmt: skip
+                    revisions = ctx.dir.parent / places.REVISIONS
+                    with places.of_recipe(recipe.folder, revisions), suppress(Interrupted), computing(config.name):
+                        run_stage(config, ctx)  # if interrupted: rank 0 says how to go on
+
+    def _orders(self) -> Iterator[dict[str, Any]]:
+        """The stages that rank 0 orders; what it orders to generate is done on the way."""
+        helper = Helper(self.ranks)
+        for order in self.ranks.follow():
+            if "samples" in order:
+                helper.take_part(order)
+                continue
+            helper.forget()
+            yield order

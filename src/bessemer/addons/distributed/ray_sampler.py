@@ -1,0 +1,272 @@
+"""Rollout workers as Ray actors, separate from the trainer: numbered weights go out, samples come back.
+
+Before the first sample after an update, the trainer's weights are put into Ray's object store once (one copy); every
+node fetches them once and its workers map them. A policy keeps its weights there as long as a rollout may still need
+them, so samples that are late, or regenerated after a worker died, come from bitwise the same weights.
+
+All jobs of a rollout are submitted at once, each to the worker with the fewest queued rows, so workers keep going while
+the trainer computes. A worker that dies (a signal, a lost node, out of memory) is replaced, and the others generate its
+jobs from the same weights, so the samples are identical. "local" and "ray" give the same run bit for bit, so a run may
+switch between them, and to any number of workers, at any point.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from torch import Tensor
+
+from bessemer import tasks
+from bessemer.addons.distributed import ray_cluster
+from bessemer.addons.distributed.ray_worker import pack_weights
+from bessemer.addons.distributed.vllm_engine import VLLMSettings
+from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
+from bessemer.config.rl import RLConfig, RolloutConfig
+from bessemer.config.table import changed
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
+from bessemer.errors import UserError
+from bessemer.rl.parts import LoopParts
+from bessemer.rl.sampler import (
+    Completions,
+    Rank0Sampler,
+    Sampler,
+    SamplingOptions,
+    Submit,
+    batch_rows,
+    rounding_facts,
+)
+from bessemer.runs.context import StageContext
+from bessemer.train import setup
+from bessemer.workers import Workers, cores
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+
+def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
+    """The GPUs of this machine that the run's own Ray may give to workers: those without a trainer rank. None means no
+    limit: vLLM takes turns with the trainer, or there is no GPU. UserError if there are too few."""
+    visible = os.environ.get(ray_cluster.VISIBLE)
+    names = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    names = names[: torch.cuda.device_count()]
+    if rollout.sleep or not names:
+        return None
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if setup.device().type == "cuda" else 0
+    each = 1 if rollout.gpus is None else rollout.gpus
+    if rollout.workers * each > len(names) - ranks:
+        share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if rollout.engine == "vllm" else ""
+        raise UserError(
+            f"{rollout.workers} rollout workers of {each} GPU{'s' * (each > 1)} need {rollout.workers * each} beside "
+            f"the {ranks} of the trainer, but this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
+            f"train on fewer (--gpus){share}"
+        )
+    return names[ranks:] if each else []
+
+
+def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> WorkerPool:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
+    cluster = ray_cluster.RayCluster(size, gpus_of_workers(rollout) if ray_cluster.starts_own() else None)
+    try:
+        gpus = min(1, cluster.gpus()) if rollout.gpus is None else rollout.gpus
+        if rollout.engine == "vllm" and not gpus:
+            raise UserError("vLLM rollouts need GPUs, but Ray has none")
+        vllm = VLLMSettings(rollout.gpu_memory_utilization, rollout.max_model_len, rollout.sleep)
+        assert ctx.source is not None
+        directory = str((ctx.source / "model").resolve())
+        return WorkerPool(cluster, rollout.engine, directory, rollout.workers, gpus, ctx.say, vllm)
+    except BaseException:
+        cluster.close()
+        raise
+
+
+class RaySampler:
+    """`state()` returns the weights by name, `moment()` a value that changes whenever they do, `start()` the pool.
+    `engine` is the trainer's: it plans the batches and runs none."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        state: Callable[[], Mapping[str, Tensor]],
+        moment: Callable[[], Hashable],
+        start: Callable[[], WorkerPool],
+    ) -> None:
+        self.engine, self.state, self.moment, self._start = engine, state, moment, start
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self._pool: WorkerPool | None = None
+        self._version = 0
+        self._moment: Hashable = None
+        self._weights: ObjectRef | None = None
+        """Number, moment and reference of the newest weights in Ray's store."""
+        self.waited = 0.0
+        """Seconds the trainer waited for samples."""
+        self.handover = 0.0
+        """Seconds spent putting weights into the store."""
+
+    @classmethod
+    def facts(cls, config: RLConfig) -> dict[str, Any]:
+        """As those of `LocalSampler`."""
+        rollout, stage = config.rollout, config.name
+        asked = [*config.tasks, *config.general_tasks] if rollout.engine == "vllm" else []
+        if episodic := [name for name in asked if tasks.get(name).episodic]:
+            raise UserError(
+                f'stage "{stage}": {episodic[0]} has episodes of several turns, and vLLM generates single answers '
+                'here; set rollout.engine = "local" or "ray"'
+            )
+        if rollout.engine != "vllm":
+            for name in VLLMSettings._fields:
+                if changed(rollout, name):
+                    raise UserError(
+                        f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"'
+                    )
+        elif changed(rollout, "precision"):
+            raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
+        elif config.routing_replay:
+            raise UserError(
+                f'stage "{stage}": routing_replay needs the experts that the sampler chose, which vLLM rollouts do not '
+                'report; set rollout.engine to "ray", or routing_replay to false'
+            )
+        elif config.top_p < 1:
+            raise UserError(
+                f'stage "{stage}": vLLM rollouts report neither the tokens that top_p leaves nor their '
+                'log-probabilities; set rollout.engine to "ray", or top_p to 1'
+            )
+        if config.lora is not None:
+            raise UserError(
+                f'stage "{stage}": with lora the trainer samples from base and adapters itself, and separate '
+                'workers load whole models; set rollout.engine = "local"'
+            )
+        if not ray_cluster.is_installed():
+            raise ray_cluster.not_installed(rollout.engine)
+        sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
+        return sampler | rounding_facts(rollout)
+
+    @classmethod
+    def trainer_workers(cls, rollout: RolloutConfig) -> Workers:
+        """The trainer's own helpers, which leave one core to each rollout worker on the same machine."""
+        if setup.device().type != "cpu" or not ray_cluster.starts_own():
+            return setup.workers()
+        torch.set_num_threads(1)
+        return Workers(max(1, cores() - rollout.workers))
+
+    @classmethod
+    def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
+        """Its workers start when it is opened. On many ranks it is rank 0's."""
+        refresh, runtime = loop.sampler_model.refresh, loop.ctx.runtime
+        if runtime.n == 1:
+            return cls._make(loop, engine, refresh)
+        own = cls._make(loop, engine, lambda: None) if loop.ctx.leads else None
+        return Rank0Sampler(own, loop.tokenizer, refresh, runtime)
+
+    @classmethod
+    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
+        settings, ctx, rollout, trainer = loop.settings, loop.ctx, loop.settings.rollout, loop.trainer
+        samples = settings.prompts_per_rollout * settings.samples
+        rows = batch_rows(rollout, samples)
+        idle = rollout.workers - (batches := -(-samples // rows))
+        if idle > 0:
+            ctx.say(
+                f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of "
+                f"{rollout.workers} rollout workers will have nothing to do; lower rollout.workers"
+            )
+        if rollout.engine == "vllm" and settings.correction is None:
+            ctx.say(
+                "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
+                'between its probabilities and the trainer\'s; consider correction = "token-truncate"'
+            )
+
+        def state() -> Mapping[str, Tensor]:
+            refresh()
+            return engine.model.state_dict()
+
+        # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
+        return cls(engine, state, lambda: trainer.rows, partial(_start_pool, rollout, ctx, engine))
+
+    @property
+    def pool(self) -> WorkerPool:
+        if self._pool is None:
+            self._pool = self._start()
+            self._since = (time.monotonic(), self.waited, 0.0, self.handover, 0)
+        return self._pool
+
+    def open(self) -> None:
+        assert self.pool is not None
+
+    def policy(self) -> Submit:
+        moment, pool = self.moment(), self.pool
+        if self._weights is None or self._moment != moment:
+            began = time.monotonic()
+            self._weights = pool.ray.put(pack_weights(self.state()))
+            self._version, self._moment = self._version + 1, moment
+            self.handover += time.monotonic() - began
+        return partial(self._submit, self._version, self._weights)
+
+    def _submit(
+        self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], on_text: OnText | None = None,
+        **options: Unpack[Options],
+    ) -> RaySamples:  # fmt: skip
+        plan = self.engine.plan(prompts, **options)
+        jobs = [RolloutJob(batch, version, weights) for batch in plan.batches]
+        self.pool.submit(jobs)
+        return RaySamples(self, plan, jobs, on_text)
+
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
+        return self.policy()(prompts, **options).take()
+
+    def metrics(self) -> dict[str, float]:
+        pool = self.pool
+        now = (time.monotonic(), self.waited, pool.busy, self.handover, pool.deaths)
+        wall, waited, busy, handover, deaths = (a - b for a, b in zip(now, self._since, strict=True))
+        self._since = now
+        return {
+            "rl/trainer_waited": waited / wall,
+            "rl/workers_waited": max(0.0, 1.0 - busy / (wall * len(pool.workers))),
+            "rl/handover_seconds": handover,
+            "rl/worker_restarts": float(deaths),
+        }
+
+    def close(self) -> None:
+        """Stops the workers, and Ray if the run started it."""
+        pool, self._pool, self._weights = self._pool, None, None
+        if pool is not None:
+            try:
+                pool.close()
+            finally:
+                pool.cluster.close()
+
+
+class RaySamples:
+    """Samples that workers are generating."""
+
+    def __init__(
+        self, sampler: RaySampler, plan: GenerationPlan, jobs: list[RolloutJob], on_text: OnText | None
+    ) -> None:
+        self.sampler, self.plan, self.jobs, self.on_text = sampler, plan, jobs, on_text
+        self._announced = 0
+
+    def ready(self) -> bool:
+        self.sampler.pool.poll()
+        self._announce()
+        return all(job.result is not None for job in self.jobs)
+
+    def take(self) -> Completions:
+        began = time.monotonic()
+        for job in self.jobs:
+            self.sampler.pool.wait([job])
+            self._announce()
+        self.sampler.waited += time.monotonic() - began
+        return self.plan.gather([job.completions for job in self.jobs])
+
+    def _announce(self) -> None:
+        """Passes the texts of the jobs that are done, in order, to on_text."""
+        while self._announced < len(self.jobs) and self.jobs[self._announced].result is not None:
+            job, self._announced = self.jobs[self._announced], self._announced + 1
+            for sample, completion in zip(job.batch.samples, job.completions, strict=True):
+                if self.on_text is not None:
+                    self.on_text(sample.prompt, sample.sample, completion.text)

@@ -1,0 +1,155 @@
+"""A rollout worker: one process with the whole network, which generates each job's samples from the job's weights.
+
+Every job carries weights with a version number, and a worker loads them if that number differs from its own. So a new
+worker needs nothing from the one it replaces. Weights travel as plain bytes by name, not pickled: `pack_weights`
+returns views of the tensors in the trainer's memory, so an object store copies them once, and a worker maps that copy
+and loads it into its network. The network then has the trainer's dtypes and, bit for bit, its values, routing biases
+included.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bessemer
+from bessemer.addons.distributed.vllm_engine import DEFAULTS, VLLMEngine, VLLMSettings
+from bessemer.engine.engine import Engine
+from bessemer.engine.generation import Completion, GenerationBatch
+from bessemer.errors import UserError
+from bessemer.hf.families import load_tokenizer
+from bessemer.hf.model_directory import load
+from bessemer.train import setup
+
+Kind = Literal["ray", "vllm"]
+
+
+class PackedTensor(NamedTuple):
+    """One tensor of the weights."""
+
+    dtype: str
+    """The name in torch: "bfloat16"."""
+    shape: tuple[int, ...]
+    data: np.ndarray
+    """Its bytes, uint8."""
+
+
+def pack_weights(state: Mapping[str, Tensor]) -> dict[str, PackedTensor]:
+    """Packs a model's state dict in its order. Tensors on the CPU are not copied."""
+    packed = {}
+    for name, tensor in state.items():
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        packed[name] = PackedTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy())
+    return packed
+
+
+def unpack_weights(packed: Mapping[str, PackedTensor]) -> dict[str, Tensor]:
+    """Tensors that are views of the bytes; they must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return {
+            name: torch.from_numpy(item.data).view(getattr(torch, item.dtype)).view(item.shape)
+            for name, item in packed.items()
+        }
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies the weights into a network of the same shapes; UserError if names or shapes differ."""
+    state = model.state_dict(keep_vars=True)
+    if state.keys() != weights.keys() or any(own.shape != weights[name].shape for name, own in state.items()):
+        raise UserError("a rollout worker's model is not the trainer's: its folder changed since the run began")
+    for name, own in state.items():
+        if own.dtype != weights[name].dtype:
+            own.data = torch.empty_like(own, dtype=weights[name].dtype)
+        own.data.copy_(weights[name])
+
+
+class JobResult(NamedTuple):
+    completions: list[Completion]
+    seconds: float
+    """Time spent sampling, without the loading of weights."""
+
+
+class WorkerEngine(Protocol):
+    """A network that generates."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def run(self, batch: GenerationBatch) -> list[Completion]: ...
+
+
+class BessemerEngine:
+    """Our Engine: the samples are, bit for bit, those of the trainer's own process."""
+
+    def __init__(self, directory: Path) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load(directory, dtype=torch.float32, device=device)
+        self.engine = Engine(self.model, load_tokenizer(directory))
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        load_weights(self.model, weights)
+
+    def run(self, batch: GenerationBatch) -> list[Completion]:
+        return self.engine.run(batch)
+
+
+class RolloutWorker:
+    """The Ray actor. Its methods are called one at a time."""
+
+    def __init__(self, kind: Kind, directory: str, gpus: int, vllm: VLLMSettings = DEFAULTS) -> None:
+        self.kind, self.directory, self.gpus, self.vllm = kind, Path(directory), gpus, vllm
+        self.engine: WorkerEngine | None = None
+        self.version = 0
+        """Version of the loaded weights; 0 before the first."""
+
+    def open(self) -> dict[str, str]:
+        """Loads the network; returns the node's name and versions."""
+        if self.engine is None:
+            torch.set_num_threads(1)  # one core per worker; more cores are used by more workers
+            setup.keep_memory()
+            self.engine = self._make_engine()
+        return {**versions(), "node": socket.gethostname()}
+
+    def generate(self, version: int, weights: Mapping[str, PackedTensor], batch: GenerationBatch) -> JobResult:
+        """The samples of one batch, from the weights of this version."""
+        self.open()
+        assert self.engine is not None
+        if version != self.version:
+            self.engine.load(unpack_weights(weights))
+            self.version = version
+        began = time.monotonic()
+        return JobResult(self.engine.run(batch), time.monotonic() - began)
+
+    def _make_engine(self) -> WorkerEngine:
+        node = socket.gethostname()
+        if not self.directory.is_dir():
+            raise UserError(
+                f"the rollout worker on {node} does not see {self.directory}: keep the run directory on a file "
+                "system that every node of the Ray cluster mounts under the same path"
+            )
+        try:
+            if self.kind == "vllm":
+                return VLLMEngine(self.directory, self.gpus, self.vllm)
+            return BessemerEngine(self.directory)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the rollout worker on {node} has no room for the model ({reason}): give Ray nodes or GPUs with more "
+                "memory, or lower rollout.workers"
+            ) from None
+
+
+def versions() -> dict[str, str]:
+    """Versions that trainer and workers must share for identical samples."""
+    return {"bessemer": bessemer.__version__, "torch": torch.__version__}

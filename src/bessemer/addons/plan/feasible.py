@@ -1,0 +1,108 @@
+"""Whether a recipe's stages can run at all on the machine that they are for: memory, family, time. A dry run lists
+them; a run is refused for what shapes alone make impossible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bessemer.addons.plan import dry_run, plan_config, stage_memory
+from bessemer.addons.plan.cost import plan_run
+from bessemer.addons.plan.hardware import ClusterSpec, Device
+from bessemer.addons.plan.hardware import device as device_called
+from bessemer.addons.plan.pace import Pace
+from bessemer.addons.plan.stage_costs import stage_costs
+from bessemer.config import places
+from bessemer.config.recipe import Recipe
+from bessemer.config.units import show_seconds
+from bessemer.data.fetch import cache_dir
+from bessemer.errors import UserError
+from bessemer.pipeline.preflight import Examined
+from bessemer.pipeline.stage import find_kind
+from bessemer.runs.directory import stage_folders
+
+TOO_LONG = 3 * 365 * 86400.0
+"""Seconds beyond which nobody means a stage."""
+
+
+def add(
+    recipe: Recipe, stages: list[Examined], world: int | None, device: Device | None, here: int,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Adds to the examined stages their memory, their time, and the faults of both. `here`: ranks that a run starts on
+    this machine. With `world` alone the ranks are of machines that nobody named, so nothing is compared."""
+    needs = stage_memory.of_stages(recipe, world or (None if device else here), device)
+    for one in stages:
+        config = recipe.stage(one.name)
+        if (need := needs.get(one.name)) is not None:
+            one.found.append(need.describe())
+            compared = device is not None or world is None
+            one.faults += filter(None, [stage_memory.fault(recipe, need, device) if compared else None])
+        one.faults += filter(None, [stage_memory.refused_layout(recipe, config, world)])
+    if device is not None:
+        _planned(recipe, stages, ClusterSpec(device, world or recipe.layout.fewest))
+    elif world is None:
+        _measured(recipe, stages, here, say)
+    for one in stages:
+        one.seconds = one.seconds or None  # nothing here tells how long its files are
+        if one.seconds is not None and one.seconds > TOO_LONG and not one.faults:
+            where = "here" if device is None else f"on {world or recipe.layout.fewest:,} {device.name}"
+            one.faults.append(
+                f'stage "{one.name}" would take about {show_seconds(one.seconds)} {where}; give it less to do, or more '
+                "and faster devices"
+            )
+
+
+def predict(
+    recipe: Recipe, stages: list[Examined], world: int | None, processes: int | None, device_name: str | None,
+    here: int, say: Callable[[str], None],
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """`add`, and the layout of the recipe's pre-training, if it has any, as JSON and as text."""
+    add(recipe, stages, world, None if device_name is None else device_called(device_name), here, say)
+    if next(plan_config.begun(recipe), None) is None:
+        return {}, ""
+    layout = dry_run.of_recipe(recipe, world or processes, device_name)
+    return layout.facts(), dry_run.describe(layout)
+
+
+def check(recipe: Recipe, root: Path, until: str | None, world: int) -> None:
+    """UserError for a stage that is still to run on `world` ranks here and whose weights, gradients, optimizer and
+    copies alone exceed this machine's memory. What is guessed refuses nothing."""
+    done = {
+        name for _, name, folder in (stage_folders(root) if root.is_dir() else ()) if (folder / "done.json").exists()
+    }
+    names = recipe.names()
+    due = {*names[: names.index(until) + 1 if until in names else len(names)]} - done
+    with places.of_recipe(recipe.folder):
+        for name, need in stage_memory.of_stages(recipe, world).items():
+            if name in due and not need.guess and (why := stage_memory.fault(recipe, need, None, stage_memory.CERTAIN)):
+                raise UserError(why)
+
+
+def _measured(recipe: Recipe, stages: list[Examined], ranks: int, say: Callable[[str], None]) -> None:
+    """Times on this machine, at rates measured here."""
+    known = []
+    for config in recipe.stages:
+        with suppress(UserError):  # a file is missing, which is a fault already
+            find_kind(config.kind)().work(config, recipe)
+            known.append(config)
+    seconds = Pace(recipe, cache=cache_dir(None), ranks=ranks, say=say).of_stages(known)
+    for one in stages:
+        one.seconds = seconds.get(one.name)
+
+
+def _planned(recipe: Recipe, stages: list[Examined], cluster: ClusterSpec) -> None:
+    """Times on a cluster, as `bessemer plan` has them."""
+    try:
+        settings, cfg, length = plan_config.pretraining(recipe)
+        config = plan_config.of_recipe(recipe, settings, length)
+        setup = plan_config.setup(config, cfg, cluster)
+        made = plan_run(cfg, setup, config.tokens or 0.0, config.rows, None)
+    except UserError:  # the layout is not for that many, which the layout says itself
+        return
+    hours = {cost.name: cost.gpu_hours for cost in stage_costs(made, recipe)}
+    for one in stages:
+        one.seconds = 3600 * hours[one.name] / cluster.size if one.name in hours else None

@@ -1,0 +1,150 @@
+"""What a request may ask for beside its sampling parameters: penalties and biases, a grammar, a budget for thoughts.
+
+A row that none of these decides about at this token is sampled as if they were not there.
+
+Shapes: C bound rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bessemer.addons.serve.grammar import Grammars, GrammarState
+from bessemer.addons.serve.penalties import Penalties, PenaltyParams
+from bessemer.data.tokenizer import Tokenizer
+from bessemer.engine.sequence import Control, Controls, FinishReason, Request, Sequence
+from bessemer.errors import UserError
+from bessemer.model.protocol import LanguageModel
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """`Request.control`."""
+
+    penalties: PenaltyParams = field(default_factory=PenaltyParams)
+    thinking_budget: int | None = None
+    """After this many tokens inside <think>, the next token is forced to be </think>."""
+    grammar: str = ""
+    """The grammar that the answer must follow (`grammar.json_grammar`); empty: none."""
+    grammar_waits: bool = False
+    """The prompt ends inside a thought, and the grammar applies only after it."""
+
+    def or_none(self) -> TokenRules | None:
+        """None if there is no rule: the sequence can then be drafted for."""
+        return None if self == TokenRules() else self
+
+    def controls(self, tokenizer: Tokenizer, model: LanguageModel) -> Controls:
+        return TokenControls(tokenizer, model)
+
+
+class TokenControl:
+    """The rules of one sequence, and how far it has got in them."""
+
+    def __init__(self, rules: TokenRules, grammar: GrammarState | None, think: tuple[int | None, int | None]):
+        self.rules, self.grammar, self._think = rules, grammar, think
+        self._most = 0
+        """Tokens that the answer may have."""
+        self._n_thinking: int | None = None
+        """Tokens of the current thought; None outside a thought, and without a budget."""
+
+    @property
+    def must_end_thinking(self) -> bool:
+        """Whether the thought has used up its budget: the next token is then </think>."""
+        budget = self.rules.thinking_budget
+        return budget is not None and self._n_thinking is not None and self._n_thinking >= budget
+
+    @property
+    def free(self) -> bool:
+        """Whether the next token is drawn from the logits as they are."""
+        bound = self.grammar is not None and not self.grammar.waits
+        return not (bound or self.must_end_thinking or self.rules.penalties.any)
+
+    def start(self, sequence: Sequence) -> None:
+        """Finds out whether the sequence is inside a thought."""
+        self._most = sequence.request.max_new_tokens
+        if self.rules.thinking_budget is None or self._think[1] is None:
+            return
+        self._n_thinking = None
+        self._count_thinking(sequence.request.prompt)
+        self._n_thinking = None if self._n_thinking is None else 0
+        self._count_thinking(sequence.tokens)
+
+    def append(self, token: int, left: int) -> tuple[FinishReason, str] | None:
+        if self.rules.thinking_budget is not None:
+            self._count_thinking((token,))
+        grammar = self.grammar
+        if grammar is None:
+            return None
+        grammar.append(token)
+        grammar.few(left, self._most)
+        if grammar.error:
+            return "error", f"the grammar of this answer failed: {grammar.error}"
+        return ("length" if grammar.cut else "stop", "") if grammar.complete else None
+
+    def allowed(self, vocab: int) -> Tensor | None:
+        """The tokens that may come next, bool [vocab]; None for all."""
+        if self.must_end_thinking:
+            allowed_V = torch.zeros(vocab, dtype=torch.bool)
+            allowed_V[self._think[1]] = True
+            return allowed_V
+        return None if self.grammar is None else self.grammar.allowed()
+
+    def _count_thinking(self, ids: Iterable[int]) -> None:
+        start, end = self._think
+        for token in ids:
+            if token == start:
+                self._n_thinking = 0
+            elif token == end:
+                self._n_thinking = None
+            elif self._n_thinking is not None:
+                self._n_thinking += 1
+
+
+class TokenControls(Controls):
+    """The rules of the live sequences."""
+
+    def __init__(self, tokenizer: Tokenizer, model: LanguageModel):
+        self._width = model.cfg.vocab_size
+        self._penalties = Penalties(self._width, model.embed.weight.device)
+        self._grammars, self._think = Grammars(tokenizer), think_ids(tokenizer)
+        self._live: list[tuple[int, TokenControl]] = []
+        """Rows with rules, those with penalties first."""
+
+    def of(self, request: Request) -> Control | None:
+        rules = request.control
+        if not isinstance(rules, TokenRules):
+            return None
+        if (bad := next((one for one, _ in rules.penalties.bias if not 0 <= one < self._width), None)) is not None:
+            raise UserError(f"bias: {bad} is no token id below {self._width}")
+        grammar = self._grammars.start(rules.grammar, rules.grammar_waits) if rules.grammar else None
+        return TokenControl(rules, grammar, self._think)
+
+    def follow(self, live: list[Sequence]) -> None:
+        controls = {id(one): (b, one.control) for b, one in enumerate(live) if isinstance(one.control, TokenControl)}
+        self._penalties.follow([(one, controls[id(one)][1].rules.penalties) for one in live if id(one) in controls])
+        self._live = [controls.pop(id(one)) for one in self._penalties.sequences] + list(controls.values())
+
+    def bound(self) -> list[int]:
+        return [b for b, control in self._live if not control.free]
+
+    def change(self, sequences: list[Sequence], logits_BV: Tensor, vocab: int) -> None:
+        self._penalties.apply(logits_BV)
+        controls = [one.control for one in sequences]
+        masks = [one.allowed(vocab) if isinstance(one, TokenControl) else None for one in controls]
+        if all(mask is None for mask in masks):
+            return
+        every_V = torch.ones(vocab, dtype=torch.bool)
+        allowed_BV = torch.stack([every_V if mask is None else mask for mask in masks]).to(logits_BV.device)
+        logits_BV[:, :vocab].masked_fill_(~allowed_BV, float("-inf"))
+
+
+def think_ids(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The ids of <think> and </think>; None for a model that never learned to think."""
+    try:
+        return tokenizer.think_id, tokenizer.think_end_id
+    except UserError:
+        return None, None
