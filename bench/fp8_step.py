@@ -6,8 +6,8 @@
 One step is forward, backward, clipping and AdamW on fresh random tokens with MTP; routing is real and changes from step
 to step. The cases alternate, so that a noisy machine affects all of them; figures are medians with the minimum and the
 maximum. On a CPU FP8 is emulated. Memory is torch's allocator reading between forward and backward and its peak over
-both, next to the formula `activation_bytes` of `addons/accelerate/precision/activations.py`. On a GPU BF16 is also measured with compiled
-layers.
+both, next to the formula `activation_bytes` of `precision/activations.py`. On a GPU BF16 is also measured with
+compiled layers.
 """
 
 from __future__ import annotations

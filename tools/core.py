@@ -1,4 +1,4 @@
-"""Sorts the package into a core and add-ons, and counts the imports that lead out of the core.
+"""Counts the core and the add-ons (src/bessemer/addons), and the imports that lead out of the core.
 
     python tools/core.py            sizes, and the number of arrows from core outwards
     python tools/core.py --arrows   each arrow: file:line -> module (add-on)
@@ -21,166 +21,21 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "bessemer"
 
-ADDONS: dict[str, tuple[str, ...]] = {
-    "accelerate": (
-        "accelerated.py",
-        "kernels/*",
-        "precision/*",
-        "engine/kernel_steps.py",
-        "train/transfer.py",
-        "train/determinism.py",
-        "train/gpu_faults.py",
-        "data/gigatoken_encoder.py",
-        "train/gpu_steps.py",
-        "train/instruments.py",
-    ),
-    "distributed": (
-        "dist/*",
-        "cli/many.py",
-        "cli/placement.py",
-        "rl/ray_*.py",
-        "rl/vllm_*.py",
-        "rl/worker_pool.py",
-        "rl/apart.py",
-        "rl/dealing.py",
-        "engine/eplb.py",
-        "engine/placement.py",
-        "pipeline/schedule_shapes.py",
-        "pipeline/on_ranks.py",
-        "train/checkpoint_reader.py",
-    ),
-    "r1": (
-        "pipeline/stages/reject.py",
-        "pipeline/stages/reward.py",
-        "pipeline/stages/distill.py",
-        "pipeline/stages/extend.py",
-        "pipeline/stages/longeval.py",
-        "pipeline/stages/examples.py",
-        "rl/judge*.py",
-        "rl/preference.py",
-        "rl/critic.py",
-        "rl/process.py",
-        "rl/difficulty.py",
-        "config/judge.py",
-        "config/r1.py",
-        "data/preference_rows.py",
-    ),
-    "tasks": (
-        "tasks/checked.py",
-        "tasks/clock.py",
-        "tasks/code*.py",
-        "tasks/composed_stories.py",
-        "tasks/env*.py",
-        "tasks/equality.py",
-        "tasks/exact.py",
-        "tasks/fences.py",
-        "tasks/files.py",
-        "tasks/forms.py",
-        "tasks/general*.py",
-        "tasks/gym.py",
-        "tasks/logic.py",
-        "tasks/maths*.py",
-        "tasks/needle.py",
-        "tasks/ngrams.py",
-        "tasks/products.py",
-        "tasks/referee.py",
-        "tasks/letters.py",
-        "tasks/sums.py",
-        "tasks/tools.py",
-        "tasks/units*.py",
-        "tasks/verifiers.py",
-        "tasks/word_problems.py",
-        "tasks/worked.py",
-        "tasks/sandbox/*",
-        "engine/episodes.py",
-        "engine/turns.py",
-        "data/tool_calls.py",
-    ),
-    "families": (
-        "hf/chat_template.py",
-        "hf/causal_lm.py",
-        "hf/foreign.py",
-        "hf/dcp.py",
-        "hf/gguf_file.py",
-        "hf/hf_tokenizer.py",
-        "hf/lora.py",
-        "hf/modelfile.py",
-        "hf/remote.py",
-        "engine/hf_decode.py",
-        "engine/hf_steps.py",
-        "data/formats.py",
-        "cli/models.py",
-        "pipeline/stages/import_model.py",
-        "config/families.py",
-    ),
-    "evals": (
-        "eval/contamination.py",
-        "pipeline/contamination_search.py",
-        "eval/instructions.py",
-        "eval/intervals.py",
-        "eval/lm_eval_*.py",
-        "eval/long_context.py",
-        "eval/paired.py",
-        "eval/shots.py",
-        "eval/suite*.py",
-        "eval/tables.py",
-        "cli/evals.py",
-    ),
-    "curate": ("curate/*", "config/curation.py", "pipeline/curation.py", "cli/data.py", "runs/export.py"),
-    "plan": (
-        "plan/*",
-        "cli/plan.py",
-        "report/plan_page.py",
-        "cli/doctor.py",
-        "pipeline/conformance*.py",
-        "pipeline/pace.py",
-        "pipeline/guess.py",
-    ),
-    "serve": (
-        "serve/*",
-        "hf/digest.py",
-        "runs/trained_on.py",
-        "engine/fair_queue.py",
-        "engine/grammar.py",
-        "engine/headroom.py",
-        "engine/terminal_chat.py",
-        "engine/penalties.py",
-        "engine/token_controls.py",
-        "cli/talk.py",
-    ),
-    "watch": (
-        "report/*",
-        "runs/curves.py",
-        "runs/following.py",
-        "runs/trackers.py",
-        "pipeline/replay.py",
-        "pipeline/why.py",
-        "rl/why.py",
-        "rl/alarms.py",
-        "pipeline/overview.py",
-        "cli/watching.py",
-    ),
-    "examples": ("examples/*",),
-}
 PROJECTS = ("claims",)
 """Folders of the repository that use the package; a copy without an add-on leaves them out."""
+
+ADDONS = sorted(path.name for path in (PACKAGE / "addons").iterdir() if list(path.glob("*.py")))
 
 
 def part(path: Path) -> str:
     """The add-on of a file, or "core"."""
-    name = path.relative_to(PACKAGE).as_posix()
-    if name.startswith("addons/"):
-        return name.split("/")[1]
-    fitting = [
-        (len(pattern), addon) for addon, patterns in ADDONS.items() for pattern in patterns if fnmatch(name, pattern)
-    ]
-    return max(fitting)[1] if fitting else "core"
+    names = path.relative_to(PACKAGE).parts
+    return names[1] if names[0] == "addons" and len(names) > 2 else "core"
 
 
 def parts() -> dict[Path, str]:

@@ -44,13 +44,14 @@ ROOT = REPOSITORY / "src" / "bessemer"
 LEAST = 5
 """Lines that run before a file counts."""
 BESIDE = (
-    "runs/", "report/", "plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py", "addons/watch/alarms.py",
-    "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py", "addons/accelerate/determinism.py", "train/checkpoint",
-    "train/background.py", "train/lineage.py",
+    "runs/", "addons/watch/", "addons/plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py",
+    "addons/watch/alarms.py", "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py",
+    "addons/accelerate/determinism.py", "train/checkpoint", "train/background.py", "train/lineage.py",
 )  # fmt: skip
 NETWORK = (
-    "model/", "accelerated.py", "addons/accelerate/kernels/attention.py", "addons/accelerate/kernels/deferred.py", "addons/accelerate/kernels/experts.py", "addons/accelerate/kernels/gate.py",
-    "addons/accelerate/kernels/norm.py",
+    "model/", "addons/accelerate/register.py", "addons/accelerate/kernels/attention.py",
+    "addons/accelerate/kernels/deferred.py", "addons/accelerate/kernels/experts.py",
+    "addons/accelerate/kernels/gate.py", "addons/accelerate/kernels/norm.py",
 )  # fmt: skip
 ASKED = 4
 """Calls of a function whose variables are searched for the followed setting."""

@@ -659,7 +659,10 @@ def test_a_cpu_is_served_by_the_emulation(monkeypatch):
 
 
 def test_importing_the_table_imports_no_triton():
-    code = "import sys, bessemer.addons.accelerate.precision.backends; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    code = (
+        "import sys, bessemer.addons.accelerate.precision.backends; "
+        "sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -35,7 +35,7 @@ from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
 CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
-"""How closely a run follows an item of the papers, closest first; `addons/plan/conformance.py` decides which applies."""
+"""How closely a run follows an item of the papers, closest first; `addons/plan/conformance.py` decides which."""
 PLAN = "plan.json"
 """In a run directory: {"seconds": {stage: estimate}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}

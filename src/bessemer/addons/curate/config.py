@@ -3,8 +3,8 @@
     name, seed, row_length, heldout, fim_rate, fim_parts
     [tokenizer] | [[source]] ... | [dedup] | [decontaminate] | [engine]
 
-Overrides are `key=value`, `table.key=value`, and `SOURCE.key=value` with a source's name. `addons/curate/stage.py` loads
-and runs it.
+Overrides are `key=value`, `table.key=value`, and `SOURCE.key=value` with a source's name. `stage.py` loads and
+runs it.
 """
 
 from __future__ import annotations

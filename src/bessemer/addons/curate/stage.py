@@ -1,4 +1,4 @@
-"""Runs a recipe of `bessemer data build` (`addons/curate/config.py`): `load` checks it, `build` makes shards from it."""
+"""Runs a recipe of `bessemer data build` (`config.py`): `load` checks it, `build` makes shards from it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A template is an untrusted program. Jinja's sandbox keeps it away from Python and the system, but does not stop it from
 looping for hours or building gigabytes of text, and neither can be seen in its source. So no template is compiled or
-rendered in the main process. One child (`python -m bessemer.addons.families.chat_template`) does this for all templates. The kernel
+rendered in the main process. One child (this module, run by itself) does this for all templates. The kernel
 kills it after CPU_SECONDS on one conversation, whatever it is doing; its memory and the length of the text are limited
 too. After a kill, the next conversation gets a new child.
 

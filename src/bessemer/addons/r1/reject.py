@@ -2,7 +2,7 @@
 
 It samples several answers per training problem and keeps the correct and readable ones (`tasks/readability.py`) that
 end before the cap, without duplicates. Rules decide which are correct; if a problem has only a reference answer, a
-model does (`addons/r1/judge.py`). Output: samples.jsonl, one conversation per line; the summary counts the dropped answers by
+model does (`judge.py`). Output: samples.jsonl, one conversation per line; the summary counts the dropped answers by
 reason.
 """
 

@@ -1,7 +1,7 @@
 """General requests: R1's prompts without a verifiable answer, from its last RL stage (R1 2.3.4, R1-Nature B.3.1).
 
 Short everyday requests in English and Chinese, most for helpfulness and some for harmlessness (general_requests.py).
-Rewards come from reward models (addons/r1/preference.py), and the truth from a written judge (general_quality.py), which rates
+Rewards come from reward models (r1/preference.py), and the truth from a written judge (general_quality.py), which rates
 the helpfulness of the summary and the harmlessness of thoughts and summary. An answer is `<think>...</think>`, a blank
 line and a summary in plain words, without answer tags; the thoughts before a greeting are blank.
 

@@ -354,7 +354,7 @@ def mirrored(root: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 def main() -> None:
-    """The process beside a run, until its standard input closes: `python -m bessemer.addons.watch.trackers RUN NAME...`."""
+    """The process beside a run, until its standard input closes: `python -m THIS_MODULE RUN NAME...`."""
     root, names = Path(sys.argv[1]), sys.argv[2:]
     ours = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
     with open(root / "trackers" / "log.txt", "ab") as log:
