@@ -203,8 +203,8 @@ tasks = ["arithmetic"]
 steps = 4
 prompts_per_step = 4
 max_new_tokens = 32
-heldout.every = 2
-heldout.problems = 2
+eval_every = 2
+eval_problems = 2
 {trained}
 [[stage]]
 kind = "eval"

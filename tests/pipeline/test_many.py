@@ -70,8 +70,8 @@ prompts_per_step = 4
 samples = 2
 max_new_tokens = 12
 lr = 3e-3
-heldout.every = 2
-heldout.problems = 2
+eval_every = 2
+eval_problems = 2
 micro_tokens = 200
 precision = "float32"
 """

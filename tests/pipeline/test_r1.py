@@ -134,7 +134,7 @@ tasks = ["arithmetic", "countdown"]
 steps = 2
 prompts_per_step = 8
 max_new_tokens = 40
-heldout.problems = 4
+eval_problems = 4
 
 [[stage]]
 kind = "eval"
@@ -226,8 +226,8 @@ def test_every_model_is_in_the_stage_table(chain):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ("r1.general.prompts=4", "general_prompts is 4, a rollout has only 3 problems"),
-        ("r1.general.tasks=[]", "general_prompts needs general_tasks"),
+        ("r1.general.prompts=4", "general.prompts is 4, a rollout has only 3 problems"),
+        ("r1.general.tasks=[]", "general.tasks"),
         ("r1.max_new_tokens=0", "max_new_tokens must be at least 1"),
         ('logits.teacher="later"', 'teacher = "later" does not exist'),
         ('logits.teachers={countdown="later"}', 'teachers = "later" does not exist'),
