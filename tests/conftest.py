@@ -1,8 +1,8 @@
-"""The command line as a fixture, and the mark `slow` for files whose tests take ten seconds or more in total, so that
-`-m "not slow"` skips them."""
+"""The command line as a fixture, and the mark `slow` for the tests that slow.txt lists."""
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,37 +13,17 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("BESSEMER_DEVICE", "cpu")  # matters on a Mac: the tests compare with a CPU's numbers
 
-SLOW = {
-    "test_build.py",
-    "test_curriculum.py",
-    "test_deepseek_fp8_write.py",
-    "test_extend.py",
-    "test_fp8_kernels.py",
-    "test_fp8_stage.py",
-    "test_judge.py",
-    "test_many.py",
-    "test_memory.py",
-    "test_planner.py",
-    "test_r1.py",
-    "test_r1_paper.py",
-    "test_reject.py",
-    "test_reward_stage.py",
-    "test_rl_ray.py",
-    "test_runner_killed.py",
-    "test_scheduler.py",
-    "test_serve_floods.py",
-    "test_serve_life.py",
-    "test_sft.py",
-    "test_speculative.py",
-    "test_stages.py",
-    "test_trainer.py",
-    "test_watch.py",
-}
+HERE = Path(__file__).parent
+SLOW = {line for line in (HERE / "slow.txt").read_text().splitlines() if line and not line.startswith("#")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name in SLOW:
+        if not item.path.is_relative_to(HERE):
+            continue
+        file = item.path.relative_to(HERE.parent).as_posix()
+        name = item.nodeid.rpartition("/")[2].partition("[")[0].partition("::")[2]
+        if file in SLOW or f"{file}::{name}" in SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -99,6 +99,14 @@ def test_class_names_have_one_meaning():
     assert set(repeated_names()) <= REPEATED
 
 
+def test_the_slow_tier_names_tests_that_exist():
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    for line in [line for line in lines if line and not line.startswith("#")]:
+        file, _, name = line.partition("::")
+        if core.ADDONS or (ROOT / file).exists():  # a copy without add-ons has not all tests
+            assert f"def {name}(" in (ROOT / file).read_text() or not name, line
+
+
 if __name__ == "__main__":
     for name, number in counts().items():
         print(f"{name:15} {number:7,}")

@@ -29,7 +29,7 @@ PACKAGE = ROOT / "src" / "bessemer"
 PROJECTS = ("claims",)
 """Folders of the repository that use the package; a copy without an add-on leaves them out."""
 
-ADDONS = sorted(path.name for path in (PACKAGE / "addons").iterdir() if list(path.glob("*.py")))
+ADDONS = sorted({path.parent.name for path in PACKAGE.glob("addons/*/*.py")})
 
 
 def part(path: Path) -> str:
