@@ -135,7 +135,8 @@ def deletion_test(removed: set[str], options: list[str]) -> int:
         target = Path(folder) / "repository"
         left_out = copy_without(removed, target)
         print(f"without {', '.join(sorted(removed))}; {len(left_out)} files of tests import them", flush=True)
-        env = os.environ | {"PYTHONPATH": str(target / "src"), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (str(target / "src"), os.environ.get("PYTHONPATH"))))
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-m", "bessemer", "run", *RUN, "--out", str(Path(folder) / "run")]
         for command in (run, [sys.executable, "-m", "pytest", "-q", *options]):
             if status := subprocess.run(command, cwd=target, env=env).returncode:
