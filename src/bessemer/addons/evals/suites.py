@@ -241,7 +241,7 @@ def _evaluation(name: str, entry: dict[str, Any]) -> Evaluation:
 
 
 def _table() -> dict[str, Any]:
-    return tomllib.loads(resources.files("bessemer.eval").joinpath("suites.toml").read_text("utf-8"))
+    return tomllib.loads(resources.files("bessemer.addons.evals").joinpath("suites.toml").read_text("utf-8"))
 
 
 def _known(name: str, table: dict[str, Any], complaint: str) -> Any:
