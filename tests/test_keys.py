@@ -26,7 +26,17 @@ def test_at_most_so_many_keys_are_in_no_recipe(monkeypatch):
 
 
 def test_a_key_is_set_in_a_table_inline_in_a_list_of_overrides_or_as_a_table():
-    for text in ("lr = 3e-4", "judge = { lr = 1 }", "[stage.lr]", "[[lr]]", "lr=3", 'x = 1\n"lr" = 2', "# lr = 1"):
+    for text in (
+        "lr = 3e-4",
+        "judge = { lr = 1 }",
+        "[stage.lr]",
+        "[[lr]]",
+        "lr=3",
+        "rl.lr = 3",
+        "  lr.first = 3",
+        'x = 1\n"lr" = 2',
+        "# lr = 1",
+    ):
         assert keys.is_set("rl.lr", text), text
-    for text in ("clr = 3", "the lr of a step", 'note = "lr"', "lr_final = 3", "[stage.lr_final]"):
+    for text in ("clr = 3", "the lr of a step", 'note = "lr"', "lr_final = 3", "lr_final.lrs = 3", "[stage.lr_final]"):
         assert not keys.is_set("rl.lr", text), text

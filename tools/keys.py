@@ -23,7 +23,7 @@ from bessemer.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("recipes", "examples", "bench", "claims")
-MOST = 24
+MOST = 18
 """Keys that may be in no recipe."""
 Key = tuple[str, str]
 """Class that defines a key, and the key."""
@@ -63,7 +63,9 @@ def is_set(key: str, text: str) -> bool:
     """Whether a text sets a key, the last part of its address, in any table."""
     last = re.escape(key.rpartition(".")[2])
     return bool(
-        re.search(rf"(?m)^\s*#?\s*\"?{last}\"? ?=|[{{,] *{last} ?=|^\[+([\w.]+\.)?{last}[\].]|^[\w.]*\b{last}=", text)
+        re.search(
+            rf"(?m)^\s*#?\s*([\w.]+\.)?\"?{last}\"?(\.[\w.]+)? ?=|[{{,] *{last} ?=|^\[+([\w.]+\.)?{last}[\].]", text
+        )
     )
 
 
