@@ -202,7 +202,7 @@ lr = 1e-9
 name = "policy-2"
 like = "policy-1"
 from = "policy-1"
-general.reward_models = ["helpful-2"]
+general = { tasks = ["general"], prompts = 1, reward_models = ["helpful-2"] }
 """
 
 
