@@ -117,7 +117,7 @@ class Distilled(Run):
     def __init__(self, kind, base, folder, schedule=None, layout=None):
         network = self.placed(deepseek.load(base / "student"), schedule, layout)
         self.teachers = self.runtime.frozen({name: base / name for name in TEACHERS}, network)
-        super().__init__(network, OnPolicyDistillation(self.teachers.networks, "reverse", 0.9), None, folder)
+        super().__init__(network, OnPolicyDistillation(self.teachers.networks, 0.9), None, folder)
 
     def batches(self):
         rows = [row for group in groups(self.trainer.step, 4) for row in group]
