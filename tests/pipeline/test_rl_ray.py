@@ -12,7 +12,7 @@ import pytest
 import rl_stage
 import torch
 
-from bessemer.addons.distributed import ray_cluster, ray_sampler, ray_worker, worker_pool
+from bessemer.addons.distributed import ray_cluster, ray_worker, worker_pool
 from bessemer.addons.distributed.ray_sampler import RaySampler
 from bessemer.addons.distributed.ray_worker import RolloutWorker
 from bessemer.addons.distributed.worker_pool import WorkerPool
@@ -140,7 +140,7 @@ def whole(base, tmp_path_factory):
 
 def test_a_run_with_workers_is_the_run_without_though_one_is_killed(ray, whole, base, tmp_path, monkeypatch):
     """One rollout ahead, two sampling rounds, replayed routing; a worker dies while the second policy is sampled."""
-    monkeypatch.setattr(ray_sampler, "trainer_workers", lambda rollout: setup.Workers(2))  # forked beside Ray's threads
+    monkeypatch.setattr(RaySampler, "trainer_workers", lambda rollout: setup.Workers(2))  # forked beside Ray's threads
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "rollout.engine=ray", "rollout.workers=2")
     loop = stage.loop()
     loop.sampler.open()
