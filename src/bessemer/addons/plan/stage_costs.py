@@ -101,7 +101,7 @@ def _rl(plan: RunPlan, recipe: Recipe, stage: RLConfig) -> StageCost:
     answers = stage.prompts_per_rollout * stage.samples
     caps = [int(stage.max_new_tokens(n * stage.updates_per_rollout)) for n in range(stage.rollouts)]
     rate = plan.rate * _speed(plan, recipe, stage.name)
-    critic = stage.advantage == "critic"
+    critic = stage.advantage.name == "critic"
     by_cap = {cap: _rollout(plan, recipe, stage.name, answers, cap, rate, critic) for cap in set(caps)}
     hours = sum(by_cap[cap].seconds for cap in caps) * plan.gpus / 3600
     work = f"{stage.rollouts} rollouts of {amount(answers)} answers{_as_if(recipe, stage.name)}"
