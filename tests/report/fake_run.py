@@ -44,14 +44,14 @@ from = "zero"
 HOSTILE = '<script>alert("x")</script><img src=//evil.example onerror=alert(1)>\x00\x1b[31m </pre></details>\ud800'
 PROMPTS = ("The fox ", "从前", "User: What is 2+2?\nAssistant:")
 CONFORMANCE = [
-    ("multi-head latent attention", "2.1.1", "512 + 64 latent", "64 + 16 latent", True),
-    ("fine-grained experts, one shared", "2.1.2", "1 + 256, 8 chosen", "1 + 16, 4 chosen", True),
-    ("balance by bias, gamma", "2.1.2", "0.001", "0.001", True),
-    ("sequence balance loss, alpha", "2.1.2", "0.0001", "0.0001", True),
-    ("multi-token prediction, depth 1", "2.2", "lambda 0.3, then 0.1", "lambda 0.3, then 0.1", True),
-    ("FP8 training", "3.3", "E4M3, 1x128 and 128x128 blocks", "bfloat16, measured 3.4 times float32", False),
-    ("YaRN to 128K", "4.3", "two phases", "none: 512 tokens", False),
-    ("R1-Zero, GRPO without SFT", "R1 2.2", "group 16, KL 0.001", "group 16, KL 0.001", True),
+    ("multi-head latent attention", "2.1.1", "512 + 64 latent", "64 + 16 latent", "as published"),
+    ("fine-grained experts, one shared", "2.1.2", "1 + 256, 8 chosen", "1 + 16, 4 chosen", "as published"),
+    ("balance by bias, gamma", "2.1.2", "0.001", "0.001", "as published"),
+    ("sequence balance loss, alpha", "2.1.2", "0.0001", "0.0001", "as published"),
+    ("multi-token prediction, depth 1", "2.2", "lambda 0.3, then 0.1", "lambda 0.3, then 0.1", "as published"),
+    ("FP8 training", "3.3", "E4M3, 1x128 and 128x128 blocks", "bfloat16, measured 3.4 times float32", "off"),
+    ("YaRN to 128K", "4.3", "two phases", "none: 512 tokens", "off"),
+    ("R1-Zero, GRPO without SFT", "R1 2.2", "group 16, KL 0.001", "group 16, KL 0.001", "as published"),
 ]
 
 
@@ -59,7 +59,7 @@ def make(root: Path, hostile: bool = False) -> Path:
     rng = random.Random(1)
     root.mkdir(parents=True)
     (root / "recipe.toml").write_text(RECIPE)
-    rows = [dict(zip(("item", "section", "paper", "here", "on"), row, strict=True)) for row in CONFORMANCE]
+    rows = [dict(zip(("item", "section", "paper", "here", "state"), row, strict=True)) for row in CONFORMANCE]
     (root / "conformance.json").write_text(json.dumps(rows))
     lines = _pretrain(rng) + _zero(rng)
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -158,9 +158,10 @@ def test_charts_take_the_colours_of_the_page(text):
 
 
 def test_the_papers_recipe(text, tmp_path):
-    """All four states are shown; the rows of a run older than these states know only on and off."""
-    assert "6 of 8 items of the papers" in text and "recipe on, 2 off." in text
-    assert text.count('<span class="pill on">on</span>') == 6 and text.count('<span class="pill off">off</span>') == 2
+    """All four states are shown and counted."""
+    assert "6 of 8 items of the papers" in text and "recipe as published, 0 scaled, 0 adapted, 2 off." in text
+    assert text.count('<span class="pill on">as published</span>') == 6
+    assert text.count('<span class="pill off">off</span>') == 2
     root = fake_run.make(tmp_path / "run")
     states = ["scaled", "off", "adapted", "as published", "as published"]
     (root / "conformance.json").write_text(json.dumps([{"item": state, "state": state} for state in states]))
@@ -177,7 +178,7 @@ def test_hostile_output_stays_text(tmp_path):
     )
     evil = {"task": "<b>", "model": "<i>", "n": "<u>", "samples": 8, "pass_at_1": 0.5, "language": "<s>"}
     (root / "05-after" / "results.json").write_text(json.dumps([evil]))
-    (root / "conformance.json").write_text(json.dumps([{"item": "<h5>", "on": True}]))
+    (root / "conformance.json").write_text(json.dumps([{"item": "<h5>", "state": "<h6>"}]))
     with open(root / "metrics.jsonl", "a") as file:
         values = {"val/bpb/<a href=x>$\\frac{$": 1.0, "guard/<h1>": 2.0}
         file.write(json.dumps({"stage": "zero", "step": 1, "tokens": 1, "values": values}) + "\n")
