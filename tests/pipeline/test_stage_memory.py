@@ -8,6 +8,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import deepseek  # noqa: F401 (it writes models)
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
+from bessemer.rl.reference import Reference
 from bessemer.train import setup
 from bessemer.workers import Workers
 
@@ -41,9 +42,10 @@ def test_every_tensor_of_a_real_stage_is_counted(base, tmp_path, monkeypatch, ch
         }
 
     copies = sum(tensor.nbytes for tensor in loop.trainer.extra_tensors.values())
-    if loop.reference is not None:
-        copies += sum(tensor.nbytes for tensor in loop.reference.model.state_dict().values())
-    if loop.critic is not None:
-        copies += sum(held(loop.critic.trainer).values())
+    references = [component for component in loop.components if isinstance(component, Reference)]
+    assert len(references) == ("kl.weight=0.0" not in changes)
+    copies += sum(tensor.nbytes for one in references for tensor in one.model.state_dict().values())
+    assert len(loop.trainer.companions) == ("advantage=critic" in changes)
+    copies += sum(sum(held(critic).values()) for critic in loop.trainer.companions.values())
     for kind, size in (held(loop.trainer) | {"copies": copies}).items():
         assert need[kind] == pytest.approx(size, rel=0.05), (kind, need)
