@@ -87,21 +87,24 @@ def test_what_is_asked_and_validated_is_counted():
 
 def test_an_rl_stage_is_more_than_its_rollouts():
     """The gate, held-out evaluations, probes, passes of the reference; the cap rises at rollout 16."""
-    recipe = Recipe.load(RECIPES / "tiny.toml")
-    (zero, critic) = counted(recipe, "zero")
+
+    def of_zero(*changes):
+        return counted(Recipe.load(RECIPES / "tiny.toml", changes), "zero")
+
+    (zero, critic) = of_zero()
     rollouts = (16 * 200 + 24 * 300) * 256 / 2
     heldout = (64 * 4 + 12) * (200 + 300 + 300) / 2  # before the first, after 20 and after 40
     assert zero.sampled == rollouts + heldout and zero.trained == rollouts + 40 * 256 * 40
     assert zero.read == zero.trained and not critic.trained, (
         "the reference; the sampler's log-probabilities are the old"
     )
-    assert counted(recipe, "zero", kl=0.0)[0].read == 0
-    assert counted(recipe, "zero", correction="token-mask")[0].read == 2 * zero.trained
-    more = counted(recipe, "zero", eval_tasks=["countdown", "arithmetic", "logic"])[0].sampled - zero.sampled
+    assert of_zero("zero.kl.weight=0.0")[0].read == 0
+    assert of_zero("zero.correction.form=token-mask")[0].read == 2 * zero.trained
+    more = of_zero('zero.heldout.tasks=["countdown","arithmetic","logic"]')[0].sampled - zero.sampled
     assert more == 2 * 64 * 4 * (200 + 300 + 300) / 2
-    seldom = counted(recipe, "zero", eval_every=41)[0].sampled
+    seldom = of_zero("zero.heldout.every=41")[0].sampled
     assert zero.sampled - seldom == (64 * 4 + 12) * 300 / 2
-    assert counted(recipe, "zero", advantage="critic")[1].trained == zero.trained
+    assert of_zero("zero.advantage=critic")[1].trained == zero.trained
 
 
 def test_work_at_the_size_of_the_papers_is_counted_at_once():
