@@ -28,7 +28,7 @@ PHASES = ("attend", "dispatch", "experts", "combine", "finish")
 def peak_flops(name: str) -> float | None:
     """Dense BF16 FLOP/s of a card by the name that its driver gives it; None for an unknown one. PCIe and NVL variants
     count as unknown, being slower than the card in `hardware.toml`, except A100's PCIe."""
-    text = resources.files("bessemer").joinpath("plan/hardware.toml").read_text(encoding="utf-8")
+    text = resources.files("bessemer.addons.plan").joinpath("hardware.toml").read_text(encoding="utf-8")
     plain = re.sub(r"\b(NVIDIA|AMD|GeForce|Instinct) ", "", name).replace("RTX ", "RTX")
     card, *rest = re.split(r"[ -]", plain)
     known = r"\d+GB|HBM\w+|SXM\d*|OAM" + (r"|PCIE|PCIe" if card == "A100" else "")
