@@ -373,7 +373,8 @@ MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bessemer.hf import gguf_file, deepseek
+from bessemer.addons.families import gguf_file
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.config import preset
