@@ -263,7 +263,7 @@ def test_it_dies_with_its_parent_however_that_dies(isolation):
     program = IMPORTS + "libc.prctl(1, 0)\nif os.fork() == 0: libc.prctl(1, 0)\ntime.sleep(60)"
     if isolation == "none":  # this level only ends programs that do not resist
         program = "import time; time.sleep(60)"
-    code = f"from bessemer.tasks import sandbox; sandbox.run({program!r}, seconds=60, isolation={isolation!r})"
+    code = f"from bessemer.addons.tasks import sandbox; sandbox.run({program!r}, seconds=60, isolation={isolation!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     inside = 1 if isolation == "none" else 4  # otherwise the launcher, pid 1, the program and its child
     limit = time.monotonic() + 20
@@ -423,7 +423,7 @@ def test_there_are_enough_hostile_programs():
 
 WITHOUT = """
 import os, sys
-from bessemer.tasks import sandbox
+from bessemer.addons.tasks import sandbox
 print(sandbox.level(), os.environ.get(sandbox.FORCE))
 try:
     print(sandbox.judge("def f(n): return n", "f", [([1], 1)], seconds=5).reason)

@@ -126,7 +126,7 @@ def test_folders_are_few_and_end_at_once(isolation):
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from bessemer.tasks import sandbox
+from bessemer.addons.tasks import sandbox
 sandbox.trial("bubblewrap")
 def children(pid):
     try: return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
