@@ -170,10 +170,10 @@ def test_inputs_need_not_be_contiguous(instructions):
 
 
 def test_what_is_not_served(instructions):
-    q, kv, k_rope, _, _ = drawn(1, 4, 1, 32, 16, 32)
-    assert kernel.serves(q, kv, k_rope, None, 0.3)
-    assert not kernel.serves(q[:0], kv[:0], k_rope[:0], None, 0.3)
-    assert not kernel.serves(q.double(), kv.double(), k_rope.double(), None, 0.3)
-    assert not kernel.serves(q, kv.bfloat16(), k_rope, None, 0.3)
-    assert not kernel.serves(q, kv, k_rope, None, 0.0)
-    assert not kernel.serves(q, kv, k_rope, torch.zeros(1, 4, dtype=torch.int32), 0.3)
+    q, kv, k_rope, table, _ = drawn(1, 4, 1, 32, 16, 32)
+    assert kernel.serves(q, kv, k_rope, table, 0.3)
+    assert not kernel.serves(q[:0], kv[:0], k_rope[:0], table, 0.3)
+    assert not kernel.serves(q.double(), kv.double(), k_rope.double(), table, 0.3)
+    assert not kernel.serves(q, kv.bfloat16(), k_rope, table, 0.3)
+    assert not kernel.serves(q, kv, k_rope, table, 0.0)
+    assert not kernel.serves(q, kv, k_rope, table, 0.3, torch.zeros(1, 4, dtype=torch.int32))
