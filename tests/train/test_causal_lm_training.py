@@ -8,13 +8,12 @@ import torch
 from hf_cases import made, tokens
 from train_config import train_config
 
-from bessemer.addons.distributed import distributed
 from bessemer.addons.families.causal_lm import CausalLM
 from bessemer.config.recipe import LayoutConfig
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.rl.losses import GRPO, reference_logprobs
-from bessemer.train import objective
+from bessemer.train import objective, setup
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -120,6 +119,6 @@ def test_a_layout_that_recomputes_leaves_another_family_as_it_is(tmp_path):
     """`[layout]` is for the whole recipe, whose own models may need it."""
     said, model = [], CausalLM(made("llama"))
     settings = RLConfig(kind="rl", tasks=["countdown"])
-    adapted = distributed.adapted(model, settings, tmp_path, 0, LayoutConfig(recompute=["attend"]), said.append)
+    adapted = setup.adapted(model, settings, tmp_path, 0, LayoutConfig(recompute=["attend"]), said.append)
     assert adapted is model
     assert said == ["[layout] recompute is for models of the DeepSeek V3 family; this one stores its activations"]
