@@ -89,7 +89,7 @@ SAMPLED = {
 
 def test_training_and_sampling_give_the_numbers_of_the_cpu():
     command = [sys.executable, "-c", PROGRAM, json.dumps(TRAINED), json.dumps(SAMPLED)]
-    path = f"{SHARED}:{Path(probe.__file__).parents[2]}"
+    path = f"{SHARED}:{Path(probe.__file__).parents[1]}"
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
