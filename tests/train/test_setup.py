@@ -112,13 +112,18 @@ def test_no_stage_trains_in_float32_on_a_gpu_unless_its_recipe_says_so(monkeypat
 
 
 def test_what_is_not_trained_is_loaded_to_sample():
-    """Only code that goes on to train loads float32 weights: no other call of `load_model` omits the dtype."""
-    found = {
-        str(file.relative_to(PACKAGE)): len(calls)
-        for file in PACKAGE.rglob("*.py")
-        if (calls := re.findall(r"(?<!def )load_model\((?!directory|[^\n]*dtype)", file.read_text()))
-    }
-    assert found == {"addons/distributed/distributed.py": 2}  # a language model and a scorer
+    """Only code that goes on to train loads float32 weights: no call of `load_model` but those of a runtime omits the
+    dtype, and only stages that train ask the runtime for a model."""
+
+    def calls(pattern):
+        texts = {file.relative_to(PACKAGE).as_posix(): file.read_text("utf-8") for file in PACKAGE.rglob("*.py")}
+        return {name: count for name, text in texts.items() if (count := len(re.findall(pattern, text)))}
+
+    assert calls(r"(?<!def )load_model\((?!directory|[^\n]*dtype)") == {"train/runtime.py": 2}  # `read` and `scorer`
+    assert calls(r"runtime\.(read|scorer)\(") == dict.fromkeys(
+        ("pipeline/stages/pretrain.py", "pipeline/stages/sft.py", "rl/loop.py",
+         "addons/r1/extend.py", "addons/r1/distill.py", "addons/r1/reward.py"), 1,
+    )  # fmt: skip
 
 
 def test_a_cpu_is_as_it_was():
