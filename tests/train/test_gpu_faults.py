@@ -114,7 +114,7 @@ def test_a_step_that_runs_out_ends_in_one_sentence(tmp_path, monkeypatch):
         name, total_memory, major = CARD, 79 * GIB, 9
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    run = trainer(model(), steps=4, state_dir=tmp_path)
+    run = trainer(model(), steps=4, state_dir=tmp_path, read_ahead=True)  # a GPU's steps, on the CPU
     objective, count = run.objective, 0
 
     def greedy(*arguments, **terms):
