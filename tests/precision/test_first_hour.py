@@ -208,13 +208,6 @@ def test_fp8_writes_its_checks_before_it_times_and_goes_on_past_a_kernel_that_fa
     ]
 
 
-def test_figures_of_decoding_that_are_no_rates_are_not_called_rates(bench):
-    checks = bench[1]
-    assert checks.rates({"1 rows": 1234.5, checks.WAITS: 0.25}) == (
-        "1 rows 1,234 tokens/s, 0.25 unexpected waits a step"
-    )
-
-
 def test_a_case_of_steps_begins_without_the_trainer_of_the_one_before(bench, monkeypatch):
     """Else the second and the third case need, and report, the memory of two."""
     checks, made = bench[1], []
