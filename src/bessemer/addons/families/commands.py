@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer import plugins
 from bessemer.cli.common import AsJson, Model, NoVerify, print_json
 from bessemer.errors import UserError
 
@@ -146,6 +145,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card; send nothing.")] = False,
 ) -> None:
     """Put a model on the Hugging Face hub, with a model card from the run that made it."""
+    from bessemer import plugins
     from bessemer.addons.families import remote
     from bessemer.runs.directory import model_dir
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from bessemer import plugins
 from bessemer.cli.common import AsJson, YesNo, print_json
 from bessemer.errors import UserError
 
@@ -44,6 +43,8 @@ def watch(
     the directories, so the runs may be finished, in progress, or on a mounted disk."""
     import os
     import webbrowser
+
+    from bessemer import plugins
 
     if (serve := plugins.hook("live-page")) is None:
         raise UserError("the live page comes with the add-on serve, which is not here; install it")
