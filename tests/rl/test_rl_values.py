@@ -79,9 +79,9 @@ def test_the_clipped_value_loss(value, old, wanted, error, slope, clipped):
 
 def row(prompt, answer, value=0.0, wanted=0.0):
     made = completion(answer, prompt_tokens=len(prompt))
-    values, returns = ([x] * len(answer) for x in (value, wanted))
+    per_token = {"value": [value] * len(answer), "return": [wanted] * len(answer)}
     verdict = Verdict(True, True, "", None)
-    return ScoredSample(Problem("p", "", "en"), prompt, made, verdict, values=values, returns=returns)
+    return ScoredSample(Problem("p", "", "en"), prompt, made, verdict, per_token=per_token)
 
 
 def test_a_critic_begins_with_the_policy_s_layers_and_expects_nothing(model):
@@ -124,7 +124,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
         ids = torch.tensor([[*one.prompt_tokens, *one.completion.tokens]])
         with torch.no_grad():
             value = (critic.norm(critic.hidden(ids)) @ critic.score.weight.T)[0, len(one.prompt_tokens) - 1 : -1, 0]
-        old, wanted = torch.tensor(one.values), torch.tensor(one.returns)
+        old, wanted = (torch.tensor(one.per_token[name]) for name in ("value", "return"))
         near = old + (value - old).clamp(-0.2, 0.2)
         per_output.append(0.5 * torch.maximum((value - wanted) ** 2, (near - wanted) ** 2))
     expected = torch.stack([x.mean() for x in per_output]) if normalise == "sequence" else torch.cat(per_output)
@@ -134,7 +134,7 @@ def test_the_value_loss_is_weighted_like_the_policy_s(model, normalise):
 
 def test_advantages_of_tokens_lie_where_their_tokens_lie():
     one = row([4, 5], [7, 8, 9])
-    one.advantage, one.values, one.returns = [1.0, -2.0, 3.0], [0.1, 0.2, 0.3], [4.0, 5.0, 6.0]
+    one.advantage, one.per_token = [1.0, -2.0, 3.0], {"value": [0.1, 0.2, 0.3], "return": [4.0, 5.0, 6.0]}
     (batch,) = rollout.to_batches([one, row([6], [3])], PAD, 100, "token")
     assert batch.extras["advantage_BT"][0].tolist() == [0, 0, 1, -2, 3] and not batch.extras["advantage_BT"][1].any()
     assert batch.extras["value_BT"][0].tolist() == pytest.approx([0, 0, 0.1, 0.2, 0.3])
@@ -153,7 +153,7 @@ def test_a_critic_learns_what_each_first_token_is_worth(model):
 
     for _ in range(60):
         for one, mine in zip(rows, seen().tolist(), strict=True):
-            one.values = mine
+            one.per_token["value"] = mine
         run.update(rollout.to_batches(rows, PAD, 100, "token"))
     got = seen()
     assert got[0, 1:].tolist() == pytest.approx([1.0, 1.0], abs=0.1)
