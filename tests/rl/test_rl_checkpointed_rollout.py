@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from rl_parts import reward
 
 from bessemer import tasks
 from bessemer.data.chat import render_ids
 from bessemer.rl import rollout
-from bessemer.rl.reward import Reward
 from bessemer.train import checkpoint
 
 
@@ -27,7 +27,7 @@ def groups(engine, tokenizer):
             engine, chosen, encode, samples=4, seed=1, max_new_tokens=12, record_routing=record_routing,
             temperature=0.7, top_p=top_p, record_kept=top_p < 1,
         )  # fmt: skip
-        Reward(0.1, 0.2).score(found, 12)
+        reward("accuracy", ("format", 0.1), ("language", 0.2)).score(found)
         found[1][1].verdict = replace(found[1][1].verdict, partial=0.3)
         found[0][1].preference, found[2][3].language, found[1][0].reward = 1 / 3, 0.7, -0.1
         return found
