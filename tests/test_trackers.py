@@ -233,7 +233,7 @@ def test_a_tracker_that_hangs_is_left_behind(run, monkeypatch, capfd):
 
 def test_a_killed_run_takes_its_mirror_with_it(run):
     code = (
-        "import sys, time; from pathlib import Path; from bessemer.runs import trackers\n"
+        "import sys, time; from pathlib import Path; from bessemer.addons.watch import trackers\n"
         f"with trackers.mirrored(Path({str(run)!r}), ['tensorboard']): print('in', flush=True); time.sleep(100)"
     )
     write(run, "base", range(1, 4))
