@@ -178,7 +178,7 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(stages_run.__file__).parent)!r})
 import stages_run
 from pathlib import Path
-from bessemer.pipeline.stages import reject
+from bessemer.addons.r1 import reject
 write = reject.write_atomic
 def deadly(path, data):
     write(path, data)
