@@ -10,6 +10,7 @@ import rl_stage
 from completions import completion
 
 from bessemer import tasks
+from bessemer.addons.evals import contamination_search
 from bessemer.addons.r1.reject import Reject
 from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config.evaluation import EvalConfig
@@ -110,7 +111,7 @@ def test_rejection_and_evaluation_ask_in_the_template_they_name(base, tmp_path, 
 
     monkeypatch.setattr(rollout, "sample", ask)
     monkeypatch.setattr(scoring, "evaluate", ask)
-    monkeypatch.setattr(Eval, "_contamination", lambda self, config, ctx: {})
+    monkeypatch.setattr(contamination_search, "search", lambda config, ctx, problems: {})
     ctx = stage(base, tmp_path / "stage").loop().ctx
     ctx.inputs = {"pretrain": base}
     names = {"tasks": ["countdown"], "prompt_template": template}
