@@ -10,6 +10,7 @@ import stages_run
 import torch
 
 import bessemer
+from bessemer.addons.accelerate.precision.fp8_layers import RECIPE
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
 from bessemer.pipeline.stage import find_kind
@@ -58,8 +59,8 @@ def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
-def test_what_came_later_does_not_redo_old_stages(tmp_path):
-    """A stage without FP8 keeps the identity that was written before FP8 existed."""
+def test_the_formats_are_part_of_a_stage_s_identity(tmp_path):
+    """Another format of the products or of the moments remakes the model."""
     recipe = Recipe.load(stages_run.write_recipe(tmp_path))
     settings = recipe.stage("pretrain")
 
@@ -67,8 +68,9 @@ def test_what_came_later_does_not_redo_old_stages(tmp_path):
         changed = settings.model_copy(update=changes)
         return find_kind("pretrain")().identity(changed, recipe, {}, {})["settings"]
 
-    assert settings_of().keys() & {"fp8", "moments", "like"} == set()
-    assert settings_of(fp8="paper")["fp8"] == "paper" and settings_of(moments="bfloat16")["moments"] == "bfloat16"
+    assert (settings_of()["fp8"], settings_of()["moments"]) == ("off", "float32")
+    assert settings_of(fp8="paper") == settings_of() | {"fp8": "paper"}
+    assert settings_of(moments="bfloat16") == settings_of() | {"moments": "bfloat16"}
 
 
 def test_fp8_and_compiled_layers_do_not_go_together(tmp_path):
@@ -91,6 +93,6 @@ def test_rl_in_a_format_of_its_own(tmp_path, capsys, change, said):
     assert said in capsys.readouterr().err
     dtype = loop.trainer.model.embed.weight.dtype
     assert dtype == (torch.bfloat16 if "bfloat16" in change else torch.float32)
-    assert all(layer.fp8 is not None for layer in loop.trainer.model.layers) == ("fp8" in change)
+    assert all(getattr(layer, RECIPE, None) is not None for layer in loop.trainer.model.layers) == ("fp8" in change)
     assert plain.values("rl/grad_norm") != other.values("rl/grad_norm")
     assert all(math.isfinite(value) and value > 0 for value in other.values("rl/grad_norm"))
