@@ -17,15 +17,33 @@ EVENTS = REPLIES | {
 }
 
 
-def check_reply(path, reply):
-    """The reply, if it has the type of its endpoint; other endpoints have none."""
+def check_reply(path, reply, echo=False):
+    """The reply, if it has the type of its endpoint; other endpoints have none. `echo`: its text begins with the
+    prompt."""
     if path in REPLIES:
-        REPLIES[path].validate_python(reply)
+        REPLIES[path].validate_python(with_first_tokens(reply) if echo else reply)
     return reply
 
 
-def check_event(path, event):
+def check_event(path, event, echo=False):
     """The same for one event of a stream. The type of /v1/completions has no word for a text that goes on."""
     going_on = [choice | {"finish_reason": choice["finish_reason"] or "stop"} for choice in event.get("choices", ())]
-    EVENTS[path].validate_python(event | {"choices": going_on} if path == "/v1/completions" else event)
+    typed = event | {"choices": going_on} if path == "/v1/completions" else event
+    EVENTS[path].validate_python(with_first_tokens(typed) if echo else typed)
     return event
+
+
+def with_first_tokens(reply):
+    """The reply with numbers for the first token of an echoed prompt. OpenAI's API has null there, since nothing comes
+    before that token, but its type has no null."""
+    choices = []
+    for choice in reply["choices"]:
+        rows = choice.get("logprobs")
+        if rows and rows["text_offset"][:1] == [0] and rows["token_logprobs"][0] is None:
+            first = {"token_logprobs": [0.0, *rows["token_logprobs"][1:]]}
+            if rows["top_logprobs"] is not None:
+                assert rows["top_logprobs"][0] is None
+                first["top_logprobs"] = [{}, *rows["top_logprobs"][1:]]
+            choice = choice | {"logprobs": rows | first}
+        choices.append(choice)
+    return reply | {"choices": choices}

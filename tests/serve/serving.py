@@ -90,7 +90,7 @@ class Running:
     def post(self, path, **body):
         answer = httpx.post(self.url + path, json=body, timeout=60)
         if answer.status_code == 200 and not body.get("stream"):
-            check_reply(path, answer.json())
+            check_reply(path, answer.json(), body.get("echo", False))
         return answer
 
     def chat(self, text="the fox", **options):
@@ -104,7 +104,7 @@ class Running:
             raw = b"".join(answer.iter_raw())
         events = [line for line in raw.split(b"\n\n") if line and not line.startswith(b":")]
         assert events[-1] == b"data: [DONE]" and all(line.startswith(b"data: ") for line in events)
-        return [check_event(path, json.loads(line[6:])) for line in events[:-1]]
+        return [check_event(path, json.loads(line[6:]), body.get("echo", False)) for line in events[:-1]]
 
     @property
     def open_samples(self):

@@ -43,8 +43,10 @@ def test_a_foreign_model_is_served_like_ours(llama):
         assert choice["message"]["content"] in ('"fox"', '"盛"') and choice["finish_reason"] == "stop"
         refused = server.post("/v1/chat/completions", **body, return_routing=True)
         assert error_of(refused)["code"] == "routing_unavailable"
-        text = server.post("/v1/completions", prompt="the fox", max_tokens=0, echo=True, logprobs=1).json()
+        asked = {"prompt": "the fox", "max_tokens": 0, "echo": True, "logprobs": 1}
+        text = server.post("/v1/completions", **asked).json()
         logprobs = text["choices"][0]["logprobs"]
+        assert server.events("/v1/completions", **asked)[0]["choices"][0]["logprobs"] == logprobs
         assert logprobs["token_logprobs"][0] is None, "this tokenizer begins no text with a token of its own"
         assert text["choices"][0]["text"] == "the fox" and len(logprobs["tokens"]) > 1
 
