@@ -261,6 +261,8 @@ def test_one_value_flips_its_item_alone(recipe, override, item, state):
     [
         ("v3", "pretrain.fp8=per-tensor", {"FP8 training": ADAPTED, ACTIVATIONS: ADAPTED}),
         ("v3", "pretrain.fp8=off", {"FP8 training": OFF, ACTIVATIONS: OFF}),
+        ("r1-paper", "zero.loss=gspo", {"Clip": ADAPTED, "Loss of a token": ADAPTED}),
+        ("r1-paper", "zero.loss=reinforce", {"Clip": OFF, "Loss of a token": ADAPTED}),
         ("r1-paper", "zero.reward=format", {"R1-Zero: RL from the base, no SFT": ADAPTED, "Rewards": OFF}),
         (
             "r1-paper",

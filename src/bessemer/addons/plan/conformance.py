@@ -8,10 +8,12 @@ test fails when that file differs or an entry points nowhere.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
+from bessemer import plugins
 from bessemer.addons.distributed import distributed, schedules
 from bessemer.addons.distributed.schedule_shapes import corners, levels, shape
 from bessemer.addons.plan.conformance_item import ANY, IMPORTED, Found, Item, Read, RecipeFacts
@@ -20,6 +22,7 @@ from bessemer.config.rl import RLConfig
 from bessemer.config.units import Points, show_tokens
 from bessemer.data.corpus import BOUNDARY_SPLIT_RATE
 from bessemer.model.config import ModelConfig
+from bessemer.rl.algorithms import LOSS
 from bessemer.train import lineage
 
 
@@ -92,6 +95,14 @@ def _scope(facts: RecipeFacts, stage: RLConfig) -> str:
 
 def _scaled(stage: RLConfig) -> bool:
     return bool(stage.advantage.settings.get("scale_by_std", True))
+
+
+def _clip(stage: RLConfig, key: str) -> float:
+    """A bound of the stage's loss: its setting, or the default of the package's function; infinite if there is none."""
+    if key in stage.loss.settings or not plugins.is_built_in("losses", stage.loss.name):
+        return float(stage.loss.settings.get(key, math.inf))
+    bound = inspect.signature(plugins.find("losses", stage.loss.name, takes=LOSS)).parameters.get(key)
+    return math.inf if bound is None else float(bound.default)
 
 
 def _general(facts: RecipeFacts, stage: Any) -> bool:
@@ -275,8 +286,9 @@ ITEMS: tuple[Item, ...] = (
          dict(surrogate=Read("grpo", lambda f, s: s.loss.name),
               normalise=Read(MEANS["sequence"], lambda f, s: MEANS[s.normalise]))),
     Item("Clip", "R1-Nature B", "-{low} / +{high}", _rl, "rl/algorithms/grpo.py", "rl/test_rl_losses.py",
-         dict(low=Read(10.0, lambda f, s: s.loss.settings.get("clip_low", 0.2)),
-              high=Read(10.0, lambda f, s: s.loss.settings.get("clip_high", 0.28)))),
+         dict(low=Read(10.0, lambda f, s: _clip(s, "clip_low")),
+              high=Read(10.0, lambda f, s: _clip(s, "clip_high"))),
+         on=lambda v: v["high"] < math.inf),
     Item("KL to the reference (k3, in the loss)", "R1-Nature B", "{kl}, refreshed every {every} steps", _rl,
          "rl/losses.py", "rl/test_rl_losses.py",
          dict(kl=Read(0.001, lambda f, s: s.kl.weight), every=Read(400, lambda f, s: s.kl.reference_every)),
