@@ -114,8 +114,8 @@ def start_gate(row: Mapping[str, object], minimum_pass: float, format_reward: fl
     form = _share(row, "formatted")
     if format_reward > 0 and form is not None and form < SOLVED and form > FORM_ONLY * one:
         warnings.append(
-            f"{form:.0%} of the answers are well-formed and {one:.1%} right: with a format_reward of {format_reward:g} "
-            "the form alone may be learnt; lower it"
+            f"{form:.0%} of the answers are well-formed and {one:.1%} right: with the term format "
+            f"weighted {format_reward:g} the form alone may be learnt; lower the weight"
         )
     return GateDecision(True, measured, tuple(warnings))
 

@@ -27,8 +27,8 @@ class RejectConfig(SamplingConfig):
     """Number of training problems to answer."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem, to avoid problems that RL has seen: rollouts times prompts_per_rollout times
-    max_resamples of that stage, with its difficulty_filter times filter_pool, and its own first_problem more. This
-    holds if both stages have the same `tasks`, since the number counts turns over the stage's own list."""
+    max_resamples of that stage, times the pool of a hook that filters, and its own first_problem more. This holds if
+    both stages have the same `tasks`, since the number counts turns over the stage's own list."""
     samples: int = Field(4, ge=1)
     """Answers per problem."""
     judge: JudgeConfig | None = None

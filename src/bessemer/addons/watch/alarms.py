@@ -145,7 +145,7 @@ def _format_hacking(history: MetricHistory) -> Alarm | None:
         f"well-formed answers went from {form.start:.0%} to {form.now:.0%}, correct ones from {right.start:.1%} to "
         f"{right.now:.1%}",
         "the form is rewarded and the problems are out of reach, so the form is all there is to learn",
-        "lower format_reward, choose easier problems, or start from a better base",
+        "lower the weight of the term format, choose easier problems, or start from a better base",
     )
 
 
@@ -160,7 +160,7 @@ def _length_collapse(history: MetricHistory) -> Alarm | None:
         f"answers shrank from {length.peak:.0f} to {length.now:.0f} tokens and accuracy did not rise "
         f"({right.start:.1%} to {right.now:.1%})",
         "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers",
-        'pre-train longer on worked problems, lower format_reward, or use normalise = "token"',
+        'pre-train longer on worked problems, lower the weight of the term format, or use normalise = "token"',
     )
 
 
@@ -251,8 +251,8 @@ def _never_ending(history: MetricHistory) -> Alarm | None:
         "never-ending",
         f"{cut.now:.0%} of the answers are cut off at the cap" + (", and accuracy falls" if falling else ""),
         "the cap is too low for what the policy has learnt to write, or it no longer ends its answers",
-        "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or set overlong to "
-        "penalise answers near it",
+        "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or penalise answers "
+        "near it by a term such as overlong of examples/plugins",
     )
 
 
@@ -282,7 +282,7 @@ def _kl_runaway(history: MetricHistory) -> Alarm | None:
     return Alarm(
         "kl-runaway", f"the policy is {kl:.2g} nats per token from its reference",
         "steps too large, or drift into a language of its own that the reward does not see",
-        "lower lr, raise kl, or reward readability (format_reward, language_reward)",
+        "lower lr, raise kl.weight, or reward readability (the terms format and language)",
     )  # fmt: skip
 
 

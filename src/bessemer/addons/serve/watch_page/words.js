@@ -83,12 +83,12 @@ const SERVER = {
   "well-formed answers went from {a} to {b}, correct ones from {c} to {d}": "格式正确的回答从 {a} 变为 {b}，答对的从 {c} 变为 {d}",
   "the form is rewarded and the problems are out of reach, so the form is all there is to learn":
     "格式有奖励，而题目超出模型能力，能学到的只有格式",
-  "lower format_reward, choose easier problems, or start from a better base": "降低 format_reward，改用更容易的题目，或换更好的基座模型",
+  "lower the weight of the term format, choose easier problems, or start from a better base": "降低 format 项的权重，改用更容易的题目，或换更好的基座模型",
   "answers shrank from {a} to {b} tokens and accuracy did not rise ({c} to {d})": "回答从 {a} 个词元缩短到 {b} 个，准确率没有提高（{c} 到 {d}）",
   "thinking is not worth it: it goes wrong too often, or the normalisation favours short answers":
     "思考得不偿失：出错太多，或归一化方式偏向短回答",
-  'pre-train longer on worked problems, lower format_reward, or use normalise = "token"':
-    '增加带解题过程的预训练，降低 format_reward，或设 normalise = "token"',
+  'pre-train longer on worked problems, lower the weight of the term format, or use normalise = "token"':
+    '增加带解题过程的预训练，降低 format 项的权重，或设 normalise = "token"',
   "{a} of the answers think, {b} did": "{a} 的回答有思考过程，此前为 {b}",
   "answering at once is as good, since the thoughts do not lead to right answers": "直接作答效果一样，因为思考并不能得出正确答案",
   "pre-train longer on worked problems, or choose problems that cannot be guessed":
@@ -116,8 +116,8 @@ const SERVER = {
   "{a} of the answers are cut off at the cap, and accuracy falls": "{a} 的回答达到长度上限而被截断，且准确率下降",
   "the cap is too low for what the policy has learnt to write, or it no longer ends its answers":
     "长度上限容不下策略学会的写法，或策略不再结束回答",
-  "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or set overlong to penalise answers near it":
-    "若回答到达上限时仍有进展，提高 max_new_tokens；否则降低 lr，或设置 overlong 惩罚接近上限的回答",
+  "raise max_new_tokens if the rollouts still make progress at the cap; otherwise lower lr, or penalise answers near it by a term such as overlong of examples/plugins":
+    "若回答到达上限时仍有进展，提高 max_new_tokens；否则降低 lr，或用 examples/plugins 中的 overlong 一类的奖励项惩罚接近上限的回答",
   "trainer and sampler disagree by {a} nats per token": "训练端与采样端相差 {a} nat/词元",
   "the sampler's model is not the trainer's: stale weights, another precision, routing that differs, or another temperature":
     "采样端的模型与训练端不一致：权重过期，或精度、路由、温度不同",
@@ -125,7 +125,7 @@ const SERVER = {
     "用训练端的精度和权重采样，回放采样端的路由，或用截断的重要性权重修正",
   "the policy is {a} nats per token from its reference": "策略与参考模型相差 {a} nat/词元",
   "steps too large, or drift into a language of its own that the reward does not see": "更新步长过大，或漂移成奖励察觉不到的自造语言",
-  "lower lr, raise kl, or reward readability (format_reward, language_reward)": "降低 lr，提高 kl，或奖励可读性（format_reward、language_reward）",
+  "lower lr, raise kl.weight, or reward readability (the terms format and language)": "降低 lr，提高 kl.weight，或奖励可读性（format 项和 language 项）",
   "the reward model's score rose from {a} to {b} while {what} fell from {c} to {d}": "奖励模型的分数从 {a} 升到 {b}，而{what}从 {c} 降到 {d}",
   "held-out accuracy": "留出题准确率", "accuracy": "准确率",
   "the policy pleases the reward model instead of solving problems": "策略在迎合奖励模型，而不是解题",
