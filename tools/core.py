@@ -76,6 +76,8 @@ def _targets(node: ast.AST, known: dict[str, str]) -> set[str]:
     return set()
 
 
+BY_NAME = ROOT / "tests" / "by_name.txt"
+"""Tests that ask for an add-on by its name, without importing it."""
 RUN = (
     "tiny", "--set", "pretrain.tokens=60K", "--set", "zero.rollouts=1", "--set", "zero.max_new_tokens=24",
     "--set", "zero.heldout.minimum_pass=0", "--set", "eval.problems=4", "--set", "eval.max_new_tokens=24",
@@ -138,7 +140,10 @@ def deletion_test(removed: set[str], options: list[str]) -> int:
         path = os.pathsep.join(filter(None, (str(target / "src"), os.environ.get("PYTHONPATH"))))
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-m", "bessemer", "run", *RUN, "--out", str(Path(folder) / "run")]
-        for command in (run, [sys.executable, "-m", "pytest", "-q", *options]):
+        names = [line for line in BY_NAME.read_text().splitlines() if line and not line.startswith("#")]
+        tests = [sys.executable, "-m", "pytest", "-q", *(f"--deselect={name}" for name in names), *options]
+        tests += [f"--ignore={name}" for name in names if "::" not in name]
+        for command in (run, tests):
             if status := subprocess.run(command, cwd=target, env=env).returncode:
                 return status
     return 0
