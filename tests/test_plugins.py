@@ -74,8 +74,8 @@ def test_only_code_of_others_has_a_digest(folder):
         ("brought:g", "brought defines no g"),
         ("mine.py:few", r"mine\.py, line 2.*2 arguments.*is def few\(rewards_PG, samples\)"),
         ("mine.py:Kind", r"mine\.py, line 3.*not a function.*def Kind\(rewards_PG, samples\)"),
-        ("broken.py:f", r"broken\.py, line 2: ZeroDivisionError"),
-        ("broken:f", r"broken\.py, line 2: ZeroDivisionError"),
+        ("broken_part.py:f", r"broken_part\.py, line 2: ZeroDivisionError"),
+        ("broken_part:f", r"broken_part\.py, line 2: ZeroDivisionError"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*your own code")
@@ -84,7 +84,7 @@ def test_a_mistake_names_its_place_and_what_is_expected(folder, name, fault):
     text = "def f(rewards_PG, samples): return 1\ndef few(rewards_PG): return 1\nclass Kind: pass\n"
     for file in ("mine.py", "brought.py"):
         (folder / file).write_text(text)
-    (folder / "broken.py").write_text("x = 1\n1 / 0\n")
+    (folder / "broken_part.py").write_text("x = 1\n1 / 0\n")
     with pytest.raises(UserError, match=fault):
         plugins.find("advantages", name, takes=TAKES)
 
