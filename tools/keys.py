@@ -41,7 +41,8 @@ def keys_of(table: type[BaseModel]) -> Iterator[tuple[str, Key]]:
 
 
 def every_table() -> dict[str, type[BaseModel]]:
-    return {"": Head, "layout": LayoutConfig, "model": ModelConfig, **recipe_tables(), **stage_tables()}
+    tables = {"": Head, "layout": LayoutConfig, "model": ModelConfig, **recipe_tables(), **stage_tables()}
+    return {kind: table for kind, table in tables.items() if table.__module__.startswith("bessemer.")}  # not a user's
 
 
 def texts() -> Iterator[str]:
