@@ -4,7 +4,7 @@ One `step` starts prompts while rows and pages suffice, prefills a bounded numbe
 prompt delays the decoding sequences only a little, samples a token for every sequence, and retires finished ones. When
 the cache is full the youngest sequence is preempted and waits; on its return those of its tokens whose pages others
 took are prefilled like a prompt, and since its random stream is indexed by position, it continues with the same tokens.
-The queue decides who starts next: here whoever came first, as soon as its pages are free; `fair_queue` looks further.
+The queue decides who starts next: first come, first served, as soon as its pages are free; `fair_queue` looks further.
 
 Prompts with a common prefix share pages: several samples of one prompt at once, and a repeated system prompt or an
 earlier turn of a conversation through the prefix cache.

@@ -57,13 +57,13 @@ def text_of(prompt: Prompt) -> str:
 def conversational(line: dict[str, Any]) -> dict[str, Any]:
     """A line of `pair` or `label` in TRL's conversational form: texts become messages."""
 
-    def said(name: str) -> list[Message]:
+    def written(name: str) -> list[Message]:
         return [{"role": "assistant", "content": line[name]}]
 
     prompt = messages_of(line["prompt"])
     if "response" in line:
-        return {"prompt": prompt, "completion": said("response"), "label": line["safe"]}
-    return {"prompt": prompt, "chosen": said("chosen"), "rejected": said("rejected")}
+        return {"prompt": prompt, "completion": written("response"), "label": line["safe"]}
+    return {"prompt": prompt, "chosen": written("chosen"), "rejected": written("rejected")}
 
 
 def _shared(chosen: Prompt, rejected: Prompt, where: str) -> tuple[Prompt, Prompt, Prompt]:
