@@ -5,7 +5,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bessemer.addons.tasks.code import Code
@@ -207,16 +207,19 @@ SOUP = [*TAGS, "\\boxed{", "}", "x", "y", " ", "\n\n", "<", "\\", "think>"]
 
 @settings(max_examples=800, deadline=None)
 @given(st.lists(st.sampled_from(SOUP), max_size=12).map("".join))
+@example("<think>x\\boxed{</think><answer>}</answer>x")  # read, with text around it
+@example("<think>x</think>" + "\n\n" * 5 + "<answer>y</answer>")  # more white space than the form has
 def test_what_is_read_stands_after_the_thoughts_and_nowhere_else(text):
     reply = parse_reply(text)
     rest = text.rpartition("</think>")[2]
     assert all(answer.strip() and answer in rest for answer in reply.answers)
-    assert (reply.fault in (None, "no-think", "text-before")) == bool(reply.answers)
+    assert (reply.fault in (None, "no-think", "text-before", "text-around")) == bool(reply.answers)
     assert not reply.formatted or reply.fault is None
     if reply.answers:
         counts = [text.count(tag) for tag in TAGS]
         assert counts[0] <= counts[1] <= 1 and counts[2] == counts[3] <= 1
-    plain = re.fullmatch(r"\s*<think>([^<]*[^<\s][^<]*)</think>\s*<answer>([^<\\]*)</answer>\s*", text)
+    gap = rf"\s{{0,{GAP}}}"
+    plain = re.fullmatch(rf"{gap}<think>([^<]*[^<\s][^<]*)</think>{gap}<answer>([^<\\]*)</answer>{gap}", text)
     if plain and plain[2].strip():
         assert reply == type(reply)(plain[1], (plain[2],), None, "blocks")
 
