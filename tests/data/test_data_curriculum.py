@@ -47,26 +47,6 @@ def test_a_stretch_reads_on_where_the_one_before_ended(parts_of):
     assert shares["a"] == pytest.approx(wanted) and sum(shares.values()) == pytest.approx(1)
 
 
-def test_a_section_s_rows_are_opened_when_it_is_reached(parts_of):
-    """With constant weights, as nothing else depends on them; with caps, which may end the data, all at once."""
-    plan, opened = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)], []
-
-    def opening(length):
-        opened.append(length)
-        return parts_of(length)
-
-    made = Curriculum(plan, opening, {"a": 0.25, "b": 0.75}, seed=1)
-    made.batch(0, 0, 3)
-    assert opened == [32] and made.ended == {}
-    all_at_once = Curriculum(plan, opening, {"a": 0.25, "b": 0.75}, seed=1, caps={"a": 1e9})
-    assert opened == [32, 32, 64]
-    assert made.batch(40 * 32, 40, 20).tokens_BT.tolist() != all_at_once.batch(0, 0, 20).tokens_BT.tolist()
-    assert opened == [32, 32, 64, 64]
-    eager = Curriculum(plan, parts_of, {"a": 0.25, "b": 0.75}, seed=1)
-    eager.realised(60 * 32, 50)
-    assert made.batch(40 * 32, 40, 20).tokens_BT.tolist() == eager.batch(40 * 32, 40, 20).tokens_BT.tolist()
-
-
 def test_weights_that_are_no_shares_are_reported_once_and_not_during_training(parts_of):
     plan = [CurriculumSection(32, 0, 0, 40), CurriculumSection(64, 40 * 32, 40, 20)]
     with pytest.warns(UserWarning, match="sum to 4, not 1"):

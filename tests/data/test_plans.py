@@ -1,6 +1,5 @@
-"""Plans of rows: those of placing piece after piece, by far fewer steps; shared by processes; made ahead."""
+"""Plans of rows: those of placing piece after piece, by far fewer steps; shared by processes."""
 
-import os
 import sys
 import time
 from multiprocessing import get_context
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data import plans, shards
-from bessemer.data.plans import ahead, best_fit, find_plan, plan_files
+from bessemer.data.plans import best_fit, find_plan, plan_files
 
 
 def piece_by_piece(lengths: list[int], row_length: int) -> list[list[tuple[int, int]]]:
@@ -127,32 +126,6 @@ def test_processes_plan_a_shard_once_between_them(corpus, tmp_path):
         for mine, theirs in zip(
             plan_files(alone, name), plan_files(tmp_path / "together" / "rows-256", name), strict=True
         ):
-            assert mine.read_bytes() == theirs.read_bytes()
-
-
-def test_a_helper_plans_ahead_and_ends_with_its_block(corpus, tmp_path, monkeypatch):
-    """It runs no file of the working directory, whatever its name."""
-    (tmp_path / "filelock.py").write_text("raise SystemExit(1)")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, filter(None, sys.path))))
-    monkeypatch.chdir(tmp_path)
-    target = tmp_path / "plans" / "rows-128"
-    with ahead([(corpus, tmp_path / "plans")], [128, 1 << 12]):
-        for _ in range(3_000):
-            if len(list(target.glob("*.rows.npy"))) == 12:
-                break
-            time.sleep(0.02)
-    monkeypatch.setattr(plans, "write_plan", None)  # nothing is left to plan
-    assert find_plan(corpus, shards.read_meta(corpus), 128, tmp_path / "plans") == target
-
-
-def test_a_process_that_is_alone_gets_the_same_plans_with_helpers(corpus, tmp_path, monkeypatch):
-    meta = shards.read_meta(corpus)
-    alone = find_plan(corpus, meta, 256, tmp_path / "alone")
-    monkeypatch.setattr(plans, "HELPED", 0)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    helped = find_plan(corpus, meta, 256, tmp_path / "helped")
-    for name in (f"train-{number:05d}" for number in range(12)):
-        for mine, theirs in zip(plan_files(alone, name), plan_files(helped, name), strict=True):
             assert mine.read_bytes() == theirs.read_bytes()
 
 

@@ -20,7 +20,6 @@ documents repeat and some come a little later.
 from __future__ import annotations
 
 import difflib
-import threading
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -184,7 +183,7 @@ class Mixture:
         else:
             constant = {name: weight for name, weight in weights.items() if not callable(weight)}
             self.quota = constant_quota(self.names, _normalised(self.names, constant))
-            if span is None or not span.first_token:  # once in a run, whose later sections are opened while it trains
+            if span is None or not span.first_token:  # once in a run, for its first section
                 _report_sum(constant)
         self._known = lru_cache(4)(self._ordered)
         read = {} if span is None else span.read
@@ -348,10 +347,7 @@ def sections(tokens: int, length: Callable[[int], float], rows: Callable[[int], 
 
 
 class Curriculum:
-    """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`.
-
-    With constant weights and without caps, a section's sources are opened when it is reached, so its rows may be
-    planned while the sections before it are read."""
+    """`sources_of(length)` opens the sources with rows of that length; `weights`, `caps` as in `Mixture` and `Span`."""
 
     def __init__(
         self,
@@ -361,23 +357,14 @@ class Curriculum:
         seed: int = 0,
         caps: Mapping[str, float] | None = None,
     ) -> None:
-        self.plan, self._sources_of, self._weights, self._seed = list(plan), sources_of, weights, seed
-        self._caps = caps or {}
-        self._opening = threading.Lock()
+        self.plan = list(plan)
         self.mixtures: list[Mixture] = []
-        """Those of the sections that have been opened."""
-        needed_first = bool(self._caps) or any(callable(weight) for weight in weights.values())
-        self._mixture(len(self.plan) - 1 if needed_first else 0)
-
-    def _mixture(self, number: int) -> Mixture:
-        with self._opening:  # batches may be read by a thread of their own
-            while len(self.mixtures) <= number:
-                section, read = self.plan[len(self.mixtures)], dict[str, float]()
-                if self.mixtures:
-                    read = self.mixtures[-1].epochs(self.plan[len(self.mixtures) - 1].rows)
-                span = Span(section.rows, section.first_token, self._caps, read)
-                self.mixtures.append(Mixture(self._sources_of(section.length), self._weights, self._seed, span))
-            return self.mixtures[number]
+        """One for each section."""
+        read: dict[str, float] = {}
+        for section in self.plan:
+            span = Span(section.rows, section.first_token, caps or {}, read)
+            self.mixtures.append(Mixture(sources_of(section.length), weights, seed, span))
+            read = self.mixtures[-1].epochs(section.rows)
 
     @property
     def ended(self) -> dict[str, int]:
@@ -391,18 +378,18 @@ class Curriculum:
         """The rows of a step that begins after `tokens` tokens; `first_row` counts the rows of the whole run;
         `masked`: with the documents as segments."""
         number = self._at(tokens)
-        return self._mixture(number).batch(first_row - self.plan[number].first_row, n_rows, masked)
+        return self.mixtures[number].batch(first_row - self.plan[number].first_row, n_rows, masked)
 
     def epochs(self, tokens: int, rows: int) -> dict[str, float]:
         """How often each source has been read after these tokens and rows."""
         number = self._at(tokens - 1)
-        return self._mixture(number).epochs(rows - self.plan[number].first_row)
+        return self.mixtures[number].epochs(rows - self.plan[number].first_row)
 
     def realised(self, tokens: int, rows: int) -> dict[str, float]:
         """Each source's share of the tokens read so far."""
         total: dict[str, float] = {}
         for number in range(self._at(tokens - 1) + 1):
-            section, mixture = self.plan[number], self._mixture(number)
+            section, mixture = self.plan[number], self.mixtures[number]
             n_rows = rows - section.first_row if number == self._at(tokens - 1) else section.rows
             for name, share in mixture.realised(0, n_rows).items():
                 total[name] = total.get(name, 0.0) + share * n_rows * section.length

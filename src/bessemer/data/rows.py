@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 1 << 25
 """Samples are packed in groups of about this many tokens, one group in memory at a time."""
 ROUNDS = 6
-OPEN = 128
-"""Most shards open at a time: a corpus may have more shards than a process may open files."""
+OPEN = 64
+"""Most shards of a source that are open at a time: a process may not open as many files as a run has."""
 
 
 class Rows:

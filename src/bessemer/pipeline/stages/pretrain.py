@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, changed
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import Points, show_tokens
-from bessemer.data import plans
 from bessemer.data.batch import Batch
 from bessemer.data.mixture import Curriculum, by_size, sections
 from bessemer.data.rows import Rows, open_rows
@@ -182,8 +180,7 @@ class Pretrain(Stage[_Config]):
             log=monitor.log, stop=lambda: ctx.stop, on_step=[monitor], model_config=cfg.model_dump(), warn=ctx.say,
         )  # fmt: skip
         feed.follow(trainer)
-        with feed.planning() if ctx.leads else nullcontext():
-            monitor.train(trainer)
+        monitor.train(trainer)
         last = monitor.validate(trainer, at_end=True)
         files = start.model or start.corpus / "tokenizer"
         ctx.runtime.save(trainer, ctx.dir / "model", files)
@@ -232,11 +229,9 @@ class Feed:
         """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
         self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
         names = _parts(config, corpus)
-        self._folders = [(corpus / name, ctx.state / "rows" / name) for name in names]
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
-            opening = zip(names, self._folders, strict=True)
-            return {name: open_rows(part, split, length, at) for name, (part, at) in opening}
+            return {name: open_rows(corpus / name, split, length, ctx.state / "rows" / name) for name in names}
 
         self.heldout = opened(row_length, "heldout")
         self.row_length = next(iter(self.heldout.values())).row_length
@@ -274,14 +269,6 @@ class Feed:
             cap = self.config.epoch_caps[name]
             what = f"{name} has been read {cap:g} times at {show_tokens(tokens)} tokens, its cap"
             ctx.say(f"{what}; the other parts take its share from there on")
-
-    @contextmanager
-    def planning(self) -> Iterator[None]:
-        """Inside, a process of its own plans the rows of the lengths that the run reaches later."""
-        with ExitStack() as started:
-            if later := [section.length for section in self._curriculum.plan[len(self._curriculum.mixtures) :]]:
-                started.enter_context(plans.ahead(self._folders, later))
-            yield
 
     def follow(self, trainer: Trainer) -> None:
         """Takes the position in the run from `trainer`."""
