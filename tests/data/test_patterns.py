@@ -5,8 +5,8 @@ import json
 import hf_tokenizers as houses
 import pytest
 
-from bessemer.data import patterns
-from bessemer.data.tokenizer import KNOWN, Tokenizer
+from bessemer.addons.families import patterns
+from bessemer.data.tokenizer import OtherSplit, Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 
@@ -35,7 +35,7 @@ def test_usual_patterns_pass_and_our_own_need_no_trial(tmp_path, monkeypatch):
     own.save(tmp_path / "own")
     assert load_tokenizer(tmp_path / "own").encode("a") == own.encode("a")
     with pytest.raises(TypeError):
-        patterns.check({"normalizer": {"pattern": {"Regex": "a"}}}, KNOWN, "here")
+        patterns.check({"normalizer": {"pattern": {"Regex": "a"}}}, "here")
 
 
 def test_a_pattern_that_waits_for_its_text_is_an_error_when_that_comes(tmp_path, capfd):
@@ -44,3 +44,14 @@ def test_a_pattern_that_waits_for_its_text_is_an_error_when_that_comes(tmp_path,
     with pytest.raises(UserError, match="this tokenizer fails on this text"):
         tok.encode("Q" * 48 + "! Z")
     capfd.readouterr()  # the library's own stack
+
+
+def test_a_tokenizer_with_our_tokens_and_another_split_is_read_by_the_add_on(tmp_path):
+    Tokenizer.train(houses.TEXTS, 300).save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][2]["pattern"]["Regex"] = QWEN
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(OtherSplit, match=r"tokenizer\.json .*load_tokenizer"):
+        Tokenizer.load(tmp_path)
+    read = load_tokenizer(tmp_path)
+    assert read.chat_style == "zero" and read.decode(read.encode("it's 12")) == "it's 12"

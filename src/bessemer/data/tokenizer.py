@@ -12,14 +12,14 @@ import codecs
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from bessemer.data import chat, patterns, tools
+from bessemer.data import chat, tools
 from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
@@ -33,12 +33,16 @@ WORDS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KNOWN = frozenset({DIGITS, CJK, WORDS})
-"""Patterns that need no trial run."""
+"""The regular expressions of a tokenizer that this module loads; others may explode, so an add-on tries them out."""
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_IDS = 1 << 24
 """Limit above any id of a published tokenizer; a table has a row for every id."""
 SMALLEST = len(ADDED) + 256
 """The added tokens and one token per byte: the smallest byte-level vocabulary."""
+
+
+class OtherSplit(UserError):
+    """A tokenizer.json has regular expressions that are not V3's."""
 
 
 class Tokenizer:
@@ -55,8 +59,7 @@ class Tokenizer:
             )
         self.spec = spec
         """The content of tokenizer.json."""
-        with patterns.explained():
-            self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
         self._special = {t["id"] for t in spec["added_tokens"] if t["special"] and t["content"] not in tools.MARKS}
         self._bytes = _byte_table(self._tok, {token["id"]: token["content"] for token in spec["added_tokens"]})
@@ -116,7 +119,11 @@ class Tokenizer:
                 raise UserError(
                     f"{directory / 'tokenizer.json'} is not a byte-level BPE tokenizer; no other kind is supported"
                 )
-            patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
+            if not KNOWN.issuperset(regular_expressions([spec.get("normalizer"), spec.get("pre_tokenizer")])):
+                raise OtherSplit(
+                    f"{directory / 'tokenizer.json'} does not split text as DeepSeek-V3 does; read it with "
+                    "bessemer.hf.families.load_tokenizer, which asks the add-on of other families"
+                )
             return cls(spec, bos, eos, pad, template)
         except UserError:
             raise
@@ -241,8 +248,7 @@ class Tokenizer:
     @staticmethod
     def _encoded(tok: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         try:
-            with patterns.explained():
-                return [encoding.ids for encoding in tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [encoding.ids for encoding in tok.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:  # the library's error for a text that UTF-8 cannot encode
             for text in texts:
                 _check_utf8(text)
@@ -330,6 +336,18 @@ def fingerprint_of(spec: dict) -> str:
     added = [(token["id"], token["content"], token["special"]) for token in spec["added_tokens"]]
     facts = [spec["model"]["vocab"], spec["model"].get("merges"), added, spec["pre_tokenizer"], spec.get("normalizer")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def regular_expressions(value: Any) -> Iterator[str]:
+    """Those in a part of tokenizer.json."""
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        for item in value.values():
+            yield from regular_expressions(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from regular_expressions(item)
 
 
 def _check_utf8(text: str) -> None:

@@ -10,6 +10,7 @@ no other family reads:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +18,7 @@ from bessemer import plugins
 from bessemer.data import chat
 from bessemer.data.chat import BOS
 from bessemer.data.model_files import read_object
-from bessemer.data.tokenizer import Tokenizer, template_of, token_text
+from bessemer.data.tokenizer import OtherSplit, Tokenizer, template_of, token_text
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ def architecture_of(directory: Path) -> str:
 
 
 def load_tokenizer(directory: str | Path, own_template: bool = True) -> Tokenizer:
-    """The tokenizer of a model directory: ours if the directory has our tokens and one of our templates. With
+    """The tokenizer of a model directory: ours if the directory has our tokens, split and one of our templates. With
     `own_template` false a foreign model's template, which may be one that cannot be used, is not looked at."""
     directory = Path(directory)
     config = read_object(directory / "tokenizer_config.json")
     if token_text(config.get("bos_token")) == BOS and chat.style_of(template_of(directory, config)) is not None:
-        return Tokenizer.load(directory)
+        with suppress(OtherSplit):
+            return Tokenizer.load(directory)
     architecture = architecture_of(directory) if (directory / "config.json").is_file() else REST
     return family(architecture).load_tokenizer(directory, own_template)

@@ -27,12 +27,12 @@ from typing import Any, Self
 
 import tokenizers
 
+from bessemer.addons.families import patterns
 from bessemer.addons.families.chat_template import ChatTemplate
-from bessemer.data import chat, patterns
+from bessemer.data import chat
 from bessemer.data.chat import NOT_SPECIAL, THINK, THINK_END, Message
 from bessemer.data.model_files import read_object
 from bessemer.data.tokenizer import (
-    KNOWN,
     TEMPLATE_FILE,
     Tokenizer,
     byte_of_character,
@@ -95,7 +95,7 @@ class HFTokenizer(Tokenizer):
                 "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one"
             )
         spec, config = (read_object(directory / name) for name in ("tokenizer.json", "tokenizer_config.json"))
-        patterns.check(spec, KNOWN, str(directory / "tokenizer.json"))
+        patterns.check(spec, str(directory / "tokenizer.json"))
         try:
             template = template_of(directory, config) if own_template else ""
             return cls(spec, config, _names(directory, config), template)
@@ -103,6 +103,11 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{directory}: {error}") from error
         except Exception as error:  # the Rust library raises plain Exception
             raise UserError(f"{directory / 'tokenizer.json'} is broken ({error}); download it again") from error
+
+    @staticmethod
+    def _encoded(tok: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        with patterns.explained():
+            return Tokenizer._encoded(tok, texts)
 
     def save(self, directory: str | Path) -> None:
         """Writes the files as they were read, with the current template."""

@@ -2,7 +2,7 @@
 
 A pre-tokenizer or normalizer may contain regular expressions that take exponential time on a run of one letter, or
 gigabytes to compile. The library gives up with a panic, which is not an Exception and prints a stack trace. So unknown
-patterns are first compiled and run on short texts in a limited child process (`python -m bessemer.data.patterns`).
+patterns are first compiled and run on short texts in a limited child process (`python -m` this module).
 A pattern can still fail on another text; `explained` reports that.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from bessemer.child import Child, NoReply, bounded, confine, serve
+from bessemer.data.tokenizer import KNOWN, regular_expressions
 from bessemer.errors import UserError
 
 CPU_SECONDS = 2.0
@@ -29,10 +30,10 @@ TEXTS = [run + end for run in (c * RUN for c in "aA1 .\n\tx_é漢") for end in (
 TEXTS += ["ab" * RUN, " a" * RUN, "a1" * RUN, " \n" * RUN, "a." * RUN, "aA" * RUN]
 
 
-def check(spec: dict[str, Any], known: Collection[str], where: str) -> None:
-    """Raises UserError for patterns that explode; `known` ones need no trial. `spec`: a parsed tokenizer.json."""
+def check(spec: dict[str, Any], where: str) -> None:
+    """Raises UserError for patterns that explode; our own need no trial. `spec`: a parsed tokenizer.json."""
     parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
-    if set(_patterns(parts)) <= {*known}:
+    if KNOWN.issuperset(regular_expressions(parts)):
         return
     try:
         reply = _child(os.getpid()).exchange(parts, PATIENCE)
@@ -58,22 +59,10 @@ def explained() -> Iterator[None]:
         ) from None
 
 
-def _patterns(value: Any) -> Iterator[str]:
-    """The regular expressions in a part of tokenizer.json."""
-    if isinstance(value, dict):
-        if isinstance(value.get("Regex"), str):
-            yield value["Regex"]
-        for item in value.values():
-            yield from _patterns(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _patterns(item)
-
-
 @cache
 def _child(pid: int) -> Child:
     """One child per process: a forked worker must not write to its parent's pipe."""
-    return Child("bessemer.data.patterns")
+    return Child("bessemer.addons.families.patterns")
 
 
 def main() -> None:
