@@ -19,13 +19,13 @@ from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.addons.distributed.on_ranks import OnRanks
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1.objectives import OnPolicyDistillation, pairwise, pointwise
 from bessemer.addons.r1.preference import score_by
 from bessemer.addons.r1.preference_rows import BAD, GOOD
 from bessemer.config.recipe import LayoutConfig
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
-from bessemer.train.objective import OnPolicyDistillation, pairwise, pointwise
 from bessemer.train.runtime import OneProcess
 
 T, LR, ROWS, STEPS, SEED = 40, 3e-3, 6, 2, 5

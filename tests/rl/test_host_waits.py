@@ -13,12 +13,13 @@ from rl_parts import LOSSES, loss_of
 from train_config import train_config
 
 from bessemer.addons.r1.critic import ValueLoss
+from bessemer.addons.r1.objectives import OnPolicyDistillation, pairwise, pointwise
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.segments import Packed
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl.losses import GRPO, policy_logprobs
-from bessemer.train.objective import OnPolicyDistillation, next_token, pairwise, pointwise
+from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
 ONCE_A_STEP = {

@@ -8,10 +8,10 @@ import tiny_run
 import torch
 
 from bessemer.addons.r1.distill import Distill
+from bessemer.addons.r1.objectives import OnPolicyDistillation, divergence_of
 from bessemer.addons.r1.tables import DistillConfig
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
-from bessemer.train.objective import OnPolicyDistillation, divergence_of
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from train_config import train_config
 from bessemer.addons.families import lora
 from bessemer.addons.families.causal_lm import CausalLM, CausalScorer, load
 from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1.objectives import pairwise
 from bessemer.addons.r1.preference import score_ids
 from bessemer.config.training import LoRAConfig
 from bessemer.errors import UserError
 from bessemer.hf.model_directory import load_scorer
-from bessemer.train.objective import pairwise
 from bessemer.train.trainer import Trainer
 
 torch.set_num_threads(1)

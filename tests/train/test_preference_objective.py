@@ -11,9 +11,9 @@ from transformers.utils import logging as hf_logging
 from trl import RewardTrainer
 
 from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1.objectives import pairwise, pointwise
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer
-from bessemer.train.objective import pairwise, pointwise
 from bessemer.train.trainer import Trainer
 
 hf_logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,28 @@ from bessemer.model.transformer import Transformer, evaluating
 from bessemer.train import balance
 from bessemer.train.checkpointed import Checkpointed
 from bessemer.train.collective import Read
-from bessemer.train.objective import Divided, Loss, Sums, balance_weight
+from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
+
+
+class Divided(Protocol):
+    """An objective for a network whose slices are computed on several ranks."""
+
+    def of(self, out: TrainOutputs, weight_VD: Tensor, batch: Batch, **terms: float) -> Loss:
+        """The loss from the outputs of the last slice, which hold only that slice's balance term."""
+
+    def with_mtp(self, **terms: float) -> bool:
+        """Whether the MTP modules run."""
+
+    def balance_alpha(self, **terms: float) -> float:
+        """Weight of the balance terms."""
+
+    def names(self, depths: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of its metrics and of its peaks, with `depths` MTP modules."""
 
 
 class RankCollective:

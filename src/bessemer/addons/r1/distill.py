@@ -1,7 +1,7 @@
 """Stage "distill": on-policy logit distillation of a student from an earlier stage's model.
 
 The student answers training problems, and at every token of its own answers its distribution is trained towards the
-teacher's (`train/objective.py`). Specialists may teach their own tasks (`teachers`), so that one student follows
+teacher's (``objectives.py`). Specialists may teach their own tasks (`teachers`), so that one student follows
 several. R1's distillation is SFT on the teacher's samples (R1 2.4): a stage of kind reject from the teacher, then one
 of kind sft from the student. This stage is an extra for models that share a tokenizer.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
+from bessemer.addons.r1.objectives import OnPolicyDistillation
 from bessemer.addons.r1.tables import DistillConfig
 from bessemer.config.recipe import Recipe
 from bessemer.data.chat import question_ids
@@ -27,7 +28,6 @@ from bessemer.rl.rollout import ScoredSample
 from bessemer.rl.sampler import LocalSampler
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
-from bessemer.train.objective import OnPolicyDistillation
 from bessemer.train.plan import TrainingPlan
 
 HELDOUT = "distill/heldout_pass_at_1"

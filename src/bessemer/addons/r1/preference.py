@@ -23,6 +23,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from bessemer.addons.r1.objectives import trained_places
 from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
 from bessemer.data.model_files import read_object
@@ -34,7 +35,6 @@ from bessemer.hf.model_directory import load_scorer
 from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.transformer import scores
 from bessemer.tasks.answer import summary
-from bessemer.train.objective import trained_places
 from bessemer.train.trainer import Trainer
 
 AIMS = ("helpful", "harmless")

@@ -22,7 +22,7 @@ from typing import Any
 
 from bessemer import tasks
 from bessemer.addons.families import formats
-from bessemer.addons.r1 import preference_rows
+from bessemer.addons.r1 import objectives, preference_rows
 from bessemer.addons.r1.judge import Judge
 from bessemer.addons.r1.judge_api import api_key
 from bessemer.addons.r1.preference import FACTS, Scale, judged_ids, score_by
@@ -48,7 +48,7 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import JUDGED, json_lines, write_atomic
 from bessemer.runs.step_log import StepLog
 from bessemer.tasks.answer import summary
-from bessemer.train import lineage, objective, setup
+from bessemer.train import lineage, setup
 from bessemer.train.plan import TrainingPlan, constant
 from bessemer.train.trainer import Trainer
 
@@ -152,8 +152,8 @@ class RewardModelling(Stage[RewardModelConfig]):
 
 
 _BY_AIM = {
-    "helpful": (preference_rows.PairRows, objective.pairwise),
-    "harmless": (preference_rows.LabelRows, objective.pointwise),
+    "helpful": (preference_rows.PairRows, objectives.pairwise),
+    "harmless": (preference_rows.LabelRows, objectives.pointwise),
 }
 
 
