@@ -115,7 +115,7 @@ def step(cfg: ModelConfig, dtype: torch.dtype, rows: int, length: int) -> Callab
         Transformer(cfg).initialise(0), objective.next_token, None,
         PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows),
         TrainingPlan(
-            tokens=1, gamma=constant(1e-3), batch_rows=constant(rows), compute_dtype=dtype, workers=Workers(1),
+            tokens=1, gamma=constant(1e-3), batch_rows=constant(rows), compute_dtype=dtype, workers=Workers(),
             terms={"mtp_lambda": constant(0.0), "balance_alpha": constant(1e-4)},
         ),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def measure(case: str, folder: Path, steps: int, rank: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as state:
         objective = GRPO(kl=0.001) if grpo else next_token
         trainer = Trainer(model, objective, None, config, TrainingPlan(terms=terms), Path(state))
-        reference = Reference(trainer, Whole(trainer.model), Workers(1), 400, 1.0) if grpo else None
+        reference = Reference(trainer, Whole(trainer.model), Workers(), 400, 1.0) if grpo else None
         generator = torch.Generator().manual_seed(0)
         seconds, cpu = [], []
         reset_peak()

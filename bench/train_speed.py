@@ -75,7 +75,6 @@ def ours(preset_name: str, case: dict) -> None:
     from bessemer.train import objective, setup
     from bessemer.train.plan import TrainingPlan, constant
     from bessemer.train.trainer import Trainer
-    from bessemer.workers import one_core_each
 
     setup.keep_memory()
     with before_others(case["first"]):
@@ -87,7 +86,7 @@ def ours(preset_name: str, case: dict) -> None:
         setup.compile_layers([*model.layers, *model.mtp])
     dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
 
-    workers = one_core_each()
+    workers = setup.workers()
     trainer = Trainer(
         model, objective.next_token, None,
         PretrainConfig(kind="pretrain", lr=Points(1e-3), micro_rows=rows),

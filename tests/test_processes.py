@@ -120,7 +120,8 @@ def test_what_is_asked_for_must_fit_the_layout():
 
 CORES = """
 import os
-from bessemer.workers import all_cores, cores
+from bessemer.addons.distributed.launcher_cores import all_cores
+from bessemer.workers import cores
 os.sched_getaffinity = lambda pid: range(7)
 before = cores()
 with all_cores():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from train_config import train_config
 
+from bessemer.addons.accelerate.helpers import Helpers, rank
 from bessemer.data.batch import Batch
 from bessemer.errors import UserError
 from bessemer.model.config import preset
@@ -19,10 +20,10 @@ from bessemer.model.transformer import Transformer
 from bessemer.system import can_fork
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers, cores, rank, shares
+from bessemer.workers import cores, shares
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="one process does all the work on this system")
-torch.set_num_threads(1)  # as every process of Workers has
+torch.set_num_threads(1)  # as every process of Helpers has
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -31,13 +32,13 @@ def test_map_keeps_the_order_though_later_items_finish_first(n):
         time.sleep(0.02 if i % 2 == 0 else 0.0)
         return i * i
 
-    assert list(Workers(n).map(work, range(7))) == [i * i for i in range(7)]
+    assert list(Helpers(n).map(work, range(7))) == [i * i for i in range(7)]
 
 
 def test_two_workers_really_run_side_by_side():
     """Each waits for the other; run one after the other they would wait forever."""
     meeting = multiprocessing.get_context("fork").Barrier(2, timeout=10)
-    assert len(list(Workers(2).map(lambda i: meeting.wait(), range(2)))) == 2
+    assert len(list(Helpers(2).map(lambda i: meeting.wait(), range(2)))) == 2
 
 
 def test_an_error_of_a_worker_is_raised_where_the_results_are_taken_and_the_next_call_works():
@@ -46,7 +47,7 @@ def test_an_error_of_a_worker_is_raised_where_the_results_are_taken_and_the_next
             raise ValueError("item 1")
         return i
 
-    workers = Workers(2)
+    workers = Helpers(2)
     results = workers.map(work, range(3))
     assert next(results) == 0
     with pytest.raises(ValueError, match="item 1"):
@@ -60,7 +61,7 @@ def test_a_killed_worker_is_a_clear_error_and_the_next_call_has_a_new_one():
             os.kill(os.getpid(), signal.SIGKILL)
         return i
 
-    workers = Workers(2)
+    workers = Helpers(2)
     with pytest.raises(UserError, match=r"killed by SIGKILL.*micro_rows"):
         list(workers.map(work, range(2)))
     assert list(workers.map(work, [2, 3])) == [2, 3]
@@ -69,7 +70,7 @@ def test_a_killed_worker_is_a_clear_error_and_the_next_call_has_a_new_one():
 def test_helpers_see_shared_tensors_change_and_nothing_else():
     shared, private = torch.zeros(3), torch.zeros(3)
     view = shared[1:]
-    workers = Workers(2)
+    workers = Helpers(2)
     workers.share([shared])
     assert view.data_ptr() == shared.data_ptr() + 4
 
@@ -83,8 +84,8 @@ def test_helpers_see_shared_tensors_change_and_nothing_else():
 
 
 def test_without_shared_memory_one_process_does_all_the_work(monkeypatch):
-    monkeypatch.setattr("bessemer.workers.SHARED", "/nowhere")
-    workers, threads = Workers(2), torch.get_num_threads()
+    monkeypatch.setattr("bessemer.addons.accelerate.helpers.SHARED", "/nowhere")
+    workers, threads = Helpers(2), torch.get_num_threads()
     try:
         with pytest.warns(UserWarning, match="shm-size"):
             workers.share([torch.zeros(3)])
@@ -96,8 +97,8 @@ def test_without_shared_memory_one_process_does_all_the_work(monkeypatch):
 
 PARENT = """
 import os, sys, time
-from bessemer.workers import Workers
-workers = Workers(3)
+from bessemer.addons.accelerate.helpers import Helpers
+workers = Helpers(3)
 print(*list(workers.map(lambda i: os.getpid(), range(3))), flush=True)
 time.sleep(60)
 """
@@ -117,11 +118,11 @@ def test_helpers_end_with_their_parent_however_it_dies():
 
 PIDS = """
 import gc, os, sys, time
-from bessemer.workers import Workers, rank
+from bessemer.addons.accelerate.helpers import Helpers
 def pid(_): return os.getpid()
 def runs(one): return os.path.exists(f"/proc/{one}") and "State:\\tZ" not in open(f"/proc/{one}/status").read()
 class Model: pass
-model, workers = Model(), Workers(3)
+model, workers = Model(), Helpers(3)
 found = list(workers.map(pid, range(3)))
 model.workers, workers.model = workers, model
 pipes, late = [helper._pipe for helper in workers._helpers], [model]
@@ -183,15 +184,15 @@ def trained(workers, steps=3, optimizer="adamw"):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_is_bitwise_the_same_with_any_number_of_workers(optimizer):
-    one, one_loads = trained(Workers(1), optimizer=optimizer)
-    two, two_loads = trained(Workers(2), optimizer=optimizer)
+    one, one_loads = trained(Helpers(1), optimizer=optimizer)
+    two, two_loads = trained(Helpers(2), optimizer=optimizer)
     assert torch.equal(one, two)
     for a, b in zip(one_loads, two_loads, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_every_token_is_counted_once():
-    _, loads = trained(Workers(2))
+    _, loads = trained(Helpers(2))
     # 6 rows x 24 tokens x 4 experts per layer; the MTP module sees one token fewer per row
     assert loads[0]["1"].sum() == 6 * 24 * 4
     assert loads[0]["mtp0"].sum() == 6 * 23 * 4

@@ -1,33 +1,14 @@
-"""Worker processes, one per core, that compute micro-batches and rollout batches in parallel on a CPU.
-
-Operations of small models take microseconds to milliseconds. OpenMP splits each of them and synchronizes at its end:
-`tiny` trains 1.2x as fast on two OpenMP threads as on one, and 80x slower as soon as another process wants a core.
-Python threads with one core each wait for the interpreter lock between operations (1.4x on two cores); processes wait
-for nothing (1.6 to 1.9x).
-
-Helpers are forked from this process when they are first needed, so they start with everything it has. After the fork
-they see only changes in shared memory (`share`: the weights) and the items they are given. They end with their parent:
-its end, however sudden, closes the pipe they read from. Messages are pickled: both ends of the pipe are this same
-program, and nothing from outside can write to it.
-"""
+"""Processes that compute pieces of a job side by side: in the core, this process alone. An add-on brings one for every
+core of a CPU (the hook `workers`). What they compute does not depend on how many there are."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import signal
-import traceback
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
-from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bessemer.errors import UserError
-from bessemer.system import can_fork, granted_cores
+from bessemer.system import granted_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,225 +16,33 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SHARED = "/dev/shm"
-"""Where the system keeps shared memory; containers often grant little of it."""
 
-_rank = 0
-_alone = False
+class Workers:
+    """This process alone."""
 
+    n = 1
+    """Processes, this one included."""
 
-def rank() -> int:
-    """0 in the process that the user started; 1, 2, ... in its helpers."""
-    return _rank
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """From now on all processes see when these tensors, or views of them, change."""
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yields work(item) for every item, in order."""
+        return map(work, items)
+
+    def adding(self, trainer: Any, add: Callable[[Item], Result]) -> Callable[[Iterable[Item]], Iterator[Result]]:
+        """`map` for work that adds the gradients of a micro-batch, and the loads of the gates, to those of `trainer`.
+        Called once for a trainer."""
+        return partial(self.map, add)
+
+    def stop(self) -> None:
+        """Ends the other processes; the next `map` starts new ones."""
 
 
 def cores() -> int:
-    """Cores this process may use: OMP_NUM_THREADS if the user set it, else what the system grants."""
+    """Cores this process may use: OMP_NUM_THREADS if it is set, else what the system grants."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 and not _alone else granted_cores()
-
-
-@contextmanager
-def all_cores() -> Iterator[None]:
-    """Gives the block all cores, for a rank that works while the others on its machine wait. An OMP_NUM_THREADS that
-    the launcher set (torchrun: 1) does not count inside the block; one that the user set does."""
-    global _alone
-    if _alone or not _threads_of_launcher():
-        yield
-        return
-    import torch
-
-    share, _alone = torch.get_num_threads(), True
-    torch.set_num_threads(cores())
-    try:
-        yield
-    finally:
-        _alone = False
-        torch.set_num_threads(share)
-
-
-def _threads_of_launcher() -> bool:
-    """Whether torch's agent set OMP_NUM_THREADS: the process that started the ranks did not have it."""
-    pid = os.getpid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    with suppress(OSError):  # no /proc here, or another user's process
-        while pid:
-            names = {entry.partition(b"=")[0] for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
-            if b"TORCHELASTIC_RUN_ID" not in names:
-                return b"OMP_NUM_THREADS" not in names
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return False
-
-
-class Workers:
-    """This process and n - 1 helpers. `map` keeps the order of its items, so results do not depend on n. If the system
-    cannot fork children that compute (`system.can_fork`), this process does all the work, on all of torch's threads."""
-
-    def __init__(self, n: int):
-        self.n = max(1, n) if can_fork() else 1
-        self._known: list[Callable[[Any], Any]] = []
-        self._helpers: list[_Helper] = []
-        # Not __del__: in a garbage cycle the pipes may be finalised first, and __del__ would close them a second time.
-        weakref.finalize(self, _end_all, self._helpers)
-
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Moves the storage of these tensors, and so all their views, to shared memory: helpers see later changes.
-
-        If shared memory is too small, this process does all the work from now on.
-        """
-        if self.n == 1:
-            return
-        storages = {t.untyped_storage().data_ptr(): t for t in tensors if not t.is_shared()}
-        needed = sum(t.untyped_storage().nbytes() for t in storages.values())
-        if needed > shared_free():
-            warnings.warn(
-                f"{SHARED} has {shared_free() >> 20} MiB free, {needed >> 20} MiB are needed to share the weights: "
-                "one process does all the work. Enlarge it (docker run --shm-size=1g)",
-                stacklevel=2,
-            )
-            self._alone()
-            return
-        self.stop()
-        for tensor in storages.values():
-            tensor.share_memory_()
-
-    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yields work(item) for every item, in order. A new `work` restarts the helpers, so that they inherit it."""
-        if self.n == 1:
-            yield from map(work, items)
-            return
-        index = self._ready(work)
-        source, finished = iter(items), False
-        try:
-            while batch := list(islice(source, self.n)):
-                busy = self._helpers[: len(batch) - 1]
-                for helper, item in zip(busy, batch[1:], strict=True):
-                    helper.send(index, item)
-                yield work(batch[0])
-                for helper in busy:
-                    yield helper.receive()
-            finished = True
-        finally:
-            if not finished:  # results may still be in the pipes
-                self.stop()
-
-    def stop(self) -> None:
-        """Ends the helpers; the next `map` starts new ones."""
-        _end_all(self._helpers)
-
-    def _ready(self, work: Callable[[Any], Any]) -> int:
-        if work not in self._known:
-            self.stop()
-            self._known.append(work)
-        while len(self._helpers) < self.n - 1:
-            self._helpers.append(_Helper(len(self._helpers) + 1, self._known, self._helpers))
-        return self._known.index(work)
-
-    def _alone(self) -> None:
-        import torch
-
-        self.stop()
-        torch.set_num_threads(self.n)
-        self.n = 1
-
-
-def _end_all(helpers: list[_Helper]) -> None:
-    while helpers:
-        helpers.pop().end()
-
-
-class _Helper:
-    """One forked process and the pipe to it."""
-
-    def __init__(self, number: int, known: list[Callable[[Any], Any]], older: list[_Helper]):
-        self._pipe, theirs = Pipe()
-        self._parent = os.getpid()
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else its fork handler prints a warning
-        with warnings.catch_warnings():
-            # Forking a process with threads is safe here: the child runs single-core torch operations and nothing else.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            with suppress(BaseException):
-                for helper in [*older, self]:  # an end left open here would hide the parent's death
-                    helper._pipe.close()
-                _serve(number, theirs, known)
-            os._exit(0)
-        theirs.close()
-
-    def send(self, index: int, item: object) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # `receive` says what happened
-            self._pipe.send_bytes(pickle.dumps((index, item), pickle.HIGHEST_PROTOCOL))
-
-    def receive(self) -> Any:
-        try:
-            result, error = pickle.loads(self._pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            raise UserError(
-                f"a worker process ended ({self._last_words()}). If memory ran out, lower micro_rows or set "
-                "OMP_NUM_THREADS=1; the same command goes on from the last checkpoint"
-            ) from None
-        if error is not None:
-            raise error
-        return result
-
-    def end(self) -> None:
-        self._pipe.close()
-        if self.pid and os.getpid() == self._parent:  # a fork of the parent has a copy of this object, but no child
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.pid, signal.SIGKILL)  # it holds nothing that needs an orderly end
-                os.waitpid(self.pid, 0)
-
-    def _last_words(self) -> str:
-        """How it ended. Its number is forgotten here: once collected, it may become another process's."""
-        pid, self.pid = self.pid, 0
-        with suppress(ChildProcessError):
-            _, status = os.waitpid(pid, 0)
-            if os.WIFSIGNALED(status):
-                return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-        return "it closed its pipe"
-
-
-def _serve(number: int, pipe: Connection, known: list[Callable[[Any], Any]]) -> None:
-    """The main loop of a helper."""
-    global _rank
-    _rank = number
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import torch
-
-    torch.set_num_threads(1)
-    while True:
-        try:
-            index, item = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        try:
-            with torch.inference_mode(False), torch.enable_grad():  # whatever the modes at the fork
-                answer: tuple[Any, Exception | None] = known[index](item), None
-        except Exception as error:
-            answer = None, _portable(error)
-        pipe.send_bytes(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
-
-
-def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note if it survives pickling, else a RuntimeError with the traceback."""
-    where = traceback.format_exc()
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(where)
-    error.add_note(f"in a worker process:\n{where}")
-    return error
-
-
-def shared_free() -> int:
-    """Free bytes of shared memory; 0 if there is none."""
-    try:
-        found = os.statvfs(SHARED)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else granted_cores()
 
 
 def shares(costs: Sequence[float], n: int) -> list[list[int]]:
@@ -263,13 +52,3 @@ def shares(costs: Sequence[float], n: int) -> list[list[int]]:
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         min(lists, key=lambda members: sum(costs[member] for member in members)).append(item)
     return [members for members in lists if members]
-
-
-def one_core_each() -> Workers:
-    """Workers for all cores of this process. From now on torch itself uses one core per operation."""
-    workers = Workers(cores())
-    if workers.n > 1:
-        import torch
-
-        torch.set_num_threads(1)
-    return workers

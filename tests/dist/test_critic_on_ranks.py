@@ -66,7 +66,7 @@ class Run:
             zero1.BUCKET, zero1.FILLING = 1 << 14, 0.25  # this process is the rank's own
             among = RankCollective(ModelShard(network, Mesh(layout, CFG), schedule))
         self.policy = Trainer(
-            network, GRPO(kl=0.0), None, SETTINGS, TrainingPlan(workers=Workers(1), compute_dtype=dtype), folder,
+            network, GRPO(kl=0.0), None, SETTINGS, TrainingPlan(workers=Workers(), compute_dtype=dtype), folder,
             model_config=CFG.model_dump(), collective=among,
         )  # fmt: skip
         self.whole = Whole(network) if among is None else GatheredModel(self.policy)

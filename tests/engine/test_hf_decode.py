@@ -17,7 +17,7 @@ from bessemer.engine.engine import Engine
 from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request
 from bessemer.errors import UserError
-from bessemer.workers import Workers
+from bessemer.train import setup
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 import hf_tokenizers as houses
@@ -120,7 +120,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(engine, prompts):
 def test_helpers_change_nothing(engine, tokenizer, prompts):
     options = dict(samples=3, max_new_tokens=12, batch_rows=6)
     expected = engine.generate(prompts, **options)
-    workers = Workers(2)
+    workers = setup.side_by_side(2)
     try:
         assert Engine(engine.model, tokenizer, workers).generate(prompts, **options) == expected
     finally:

@@ -37,7 +37,7 @@ from bessemer.errors import UserError
 from bessemer.eval import evaluate
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.workers import Workers
+from bessemer.train import setup
 
 torch.set_num_threads(1)
 TEXTS = ["the quick brown fox jumps over the lazy dog", "<think>two and two</think> <answer>4</answer>", "盛钢水"] * 8
@@ -144,7 +144,7 @@ def test_batches_and_workers_change_nothing(engine):
     asked = requests("loglikelihood", pairs(engine))
     together = BessemerLM(engine).loglikelihood(asked)
     alone = BessemerLM(engine, batch_tokens=1).loglikelihood(asked)
-    two = Engine(engine.model, engine.tokenizer, Workers(2))
+    two = Engine(engine.model, engine.tokenizer, setup.side_by_side(2))
     side_by_side = BessemerLM(two, batch_tokens=200).loglikelihood(asked)
     two.workers.stop()
     for one, other, third in zip(together, alone, side_by_side, strict=True):

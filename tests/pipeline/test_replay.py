@@ -56,7 +56,7 @@ def tokens(rollout):
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "workers", lambda: Workers(1))
+        patch.setattr(setup, "workers", lambda: Workers())
         return made(base, tmp_path_factory.mktemp("run"), *CHANGES)
 
 
@@ -69,7 +69,7 @@ def state(root):
 def test_every_step_is_the_same_bits_on_one_worker_and_two(whole, monkeypatch, workers, step, number, begun):
     """Compared: sampled tokens, log-probabilities, rewards and every metric, including the gradient norm."""
     root, drawn = whole
-    monkeypatch.setattr(setup, "workers", lambda: Workers(workers))
+    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(workers))
     before = state(root)
     found = replay(root, "zero", step, from_start=number < 2)
     (one,) = found.original

@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 def stages(base, tmp_path_factory):
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "workers", lambda: Workers(1))
+        patch.setattr(setup, "workers", lambda: Workers())
         for kind in ("frozen", "trained", "dropped"):
             made[kind] = rl_stage.Stage(base, tmp_path_factory.mktemp(kind) / "run", *DECAYING, f"mtp={kind}")
             made[kind].run()
@@ -69,7 +69,7 @@ def with_modules(base, folder, n):
 
 @pytest.mark.parametrize("kind", ["frozen", "trained"])
 def test_every_depth_is_measured(base, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+    monkeypatch.setattr(setup, "workers", lambda: Workers())
     stage = rl_stage.Stage(with_modules(base, tmp_path / "four", 4), tmp_path / "run", "rollouts=1", f"mtp={kind}")
     stage.run()
     assert all(len(stage.values(f"rl/mtp_{k}")) == 1 for k in range(1, 5))

@@ -63,7 +63,7 @@ def changes(tmp_path_factory):
 def turns_end(monkeypatch):
     """A random network rarely ends a turn on its own, so here a third of all tokens ends one."""
     monkeypatch.setattr(Tokenizer, "stop_ids", property(lambda self: list(range(3, 110))))
-    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+    monkeypatch.setattr(setup, "workers", lambda: Workers())
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def base(tmp_path_factory):
 def whole(base, tmp_path_factory):
     stage = rl_stage.Stage(base, tmp_path_factory.mktemp("whole") / "run", *ALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "workers", lambda: Workers(1))
+        patch.setattr(setup, "workers", lambda: Workers())
         stage.run()
     return stage
 
@@ -137,7 +137,7 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
 
 
 def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "workers", lambda: Workers(2))
+    monkeypatch.setattr(setup, "workers", lambda: setup.side_by_side(2))
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL)
     stage.run()
     assert rl_stage.differences(leaves(stage), leaves(whole)) == []
@@ -165,7 +165,7 @@ def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base
     rounded = (*ALL, "rollouts=2", "max_off_policy_rollouts=0", 'rollout.precision="bfloat16"')
     stages = []
     for n in (1, 2):
-        monkeypatch.setattr(setup, "workers", lambda n=n: Workers(n))
+        monkeypatch.setattr(setup, "workers", lambda n=n: setup.side_by_side(n))
         stages.append(rl_stage.Stage(base, tmp_path / f"run{n}", *rounded))
         run = stages[-1].run()
         assert {p.dtype for p in run.policy.model.parameters()} == {torch.float32}
@@ -188,7 +188,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
             loss = super().__call__(model, batch)
             return replace(loss, total=loss.total * (math.nan if 4 <= next(calls) < 10 else 1.0))
 
-    monkeypatch.setattr(setup, "workers", lambda: Workers(1))
+    monkeypatch.setattr(setup, "workers", lambda: Workers())
     monkeypatch.setattr(loop, "GRPO", Sick)
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99", "micro_tokens=9000", "rollouts=6",
                            "updates_per_rollout=4", "top_p=1.0")  # fmt: skip

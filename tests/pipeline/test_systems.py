@@ -15,11 +15,11 @@ import pytest
 import stages_run
 
 from bessemer import system
+from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.accelerate.kernels import library
 from bessemer.addons.tasks import referee, sandbox
 from bessemer.errors import UserError
 from bessemer.runs.directory import RunDir
-from bessemer.workers import Workers
 
 ELSEWHERE = """
 import os, signal, sys
@@ -178,7 +178,7 @@ def test_a_mac_counts_memory_in_bytes_and_its_files_to_10240(monkeypatch):
     assert system.peak_memory() >= raw << 10
     monkeypatch.setattr(sys, "platform", "darwin")
     assert raw <= system.peak_memory() < raw << 9
-    assert not system.can_fork() and Workers(4).n == 1
+    assert not system.can_fork() and Helpers(4).n == 1
 
     def setrlimit(kind, limits):
         asked.append(limits[0])

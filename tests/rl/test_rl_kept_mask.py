@@ -109,7 +109,7 @@ def test_an_update_does_not_depend_on_how_its_rows_were_cut(make_model, rows):
         model = make_model(3)
         run = Trainer(
             model, GRPO(kl=0, temperature=T), None,
-            *train_config(lr=1e-3, eps=1e-4, weight_decay=0.0, workers=Workers(1)),
+            *train_config(lr=1e-3, eps=1e-4, weight_decay=0.0, workers=Workers()),
         )  # fmt: skip
         batches = rollout.to_batches(rows, PAD, max_tokens, "token")
         logged = [run.update([*batches, batches[0].as_filler()]) for _ in range(2)][-1]
@@ -125,7 +125,7 @@ def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
         kind="rl", name="zero", tasks=["arithmetic"], correction={"form": "token-truncate"}, temperature=T
     )
     batches = rollout.to_batches(rows, PAD, 300, "token")
-    values = ImportanceCorrection(make_model(3), Workers(1), settings.correction, T).before_updates(batches)
+    values = ImportanceCorrection(make_model(3), Workers(), settings.correction, T).before_updates(batches)
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)
 
 

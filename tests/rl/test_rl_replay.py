@@ -177,7 +177,7 @@ def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, mo
     """Fillers count nowhere, but still need the objective's tensors."""
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
     settings = CorrectionTable(form="token-truncate")
-    correction, filler = ImportanceCorrection(model, Workers(1), settings, 1.0), batch.as_filler()
+    correction, filler = ImportanceCorrection(model, Workers(), settings, 1.0), batch.as_filler()
     assert correction.before_updates([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
     assert correction.before_updates([batch]) == {
         "rl/correction_weight": pytest.approx(1, abs=1e-4),

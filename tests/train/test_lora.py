@@ -22,7 +22,7 @@ from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.rl.losses import GRPO, reference_logprobs
 from bessemer.rl.reference import Reference
-from bessemer.train import lineage, objective
+from bessemer.train import lineage, objective, setup
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -137,7 +137,7 @@ def test_the_reference_is_the_base_and_shares_its_weights(bases):
     base, model = load(bases["llama-tied"]), adapted(bases["llama-tied"], drawn=False)
     run = trainer(model, goal=GRPO(kl=0.1))
     policy = type("Policy", (), {"model": model, "refresh": lambda self: None})()
-    reference = Reference(run, policy, Workers(1), 2, 1.0)
+    reference = Reference(run, policy, Workers(), 2, 1.0)
     batch = grpo_batch(base)
     asked = copy.deepcopy(batch)
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_stopped_and_resumed_it_is_the_same_run_and_checkpoints_hold_adapters_al
 def test_helpers_change_nothing_and_bfloat16_keeps_float32_masters_of_adapters(bases, tmp_path):
     alone, helped, rounded = (adapted(bases["llama-tied"]) for _ in range(3))
     trainer(alone).run()
-    workers = Workers(2)
+    workers = setup.side_by_side(2)
     try:
         trainer(helped, workers=workers).run()
     finally:

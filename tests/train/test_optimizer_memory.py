@@ -85,7 +85,7 @@ def test_a_step_with_moments_in_bfloat16_takes_blocks(muon, monkeypatch):
         parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="meta")) for _ in range(size // 4096)]
         slots = [ParameterSlot(str(i), parameter, i * 4096) for i, parameter in enumerate(parameters)]
         found = runs(slots, {slot.name: 1 for slot in slots})
-        matrices = Matrices(found, size, torch.float32, Workers(1), torch.device("meta"))
+        matrices = Matrices(found, size, torch.float32, Workers(), torch.device("meta"))
     with Live([w, grad, m, v, *([matrices.moves] if muon else [])]) as live:
         before = live.now()
         if muon:

@@ -57,7 +57,7 @@ class Engine:
         model.cfg.require_latent("the engine")
         self.model = model
         self.tokenizer = tokenizer
-        self.workers = workers or Workers(1)
+        self.workers = workers or Workers()
         """Processes that run batches in parallel; their number does not change the result."""
 
     @generation.spelled_out

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from bessemer.train.checkpointed import Checkpointed, CheckpointStore, Files
 from bessemer.train.loss import heldout_nats
 from bessemer.train.objective import Loss, Sums, means
 from bessemer.train.optimizer import Optimizer
-from bessemer.workers import Workers, rank
+from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch
@@ -120,13 +120,6 @@ class Collective(Protocol):
         ...
 
 
-class _HelperResult(NamedTuple):
-    """What a helper returns besides the gradients, which are in its outbox."""
-
-    helper: int
-    loads: dict[str, Tensor]
-
-
 class Alone:
     """One process and its helpers; the result does not depend on how many there are."""
 
@@ -145,46 +138,30 @@ class Alone:
         return any(gate.bias_E is not None for gate in gates.values())
 
     def join(self, trainer: Checkpointed) -> None:
-        """Moves weights and gradient outboxes into memory shared with the helpers."""
         self.trainer = trainer
-        workers, groups = trainer.plan.workers, trainer.optimizer.groups
-        biases = [gate.bias_E for gate in trainer.gates.values() if gate.bias_E is not None]
-        workers.share([group.compute for group in groups] + biases + [trainer.optimizer.kept.epoch])
-        self._outboxes = [[torch.zeros_like(group.grad) for group in groups] for _ in range(1, workers.n)]
-        workers.share(out for outbox in self._outboxes for out in outbox)
+        self._add = trainer.plan.workers.adding(trainer, self._gradients)
 
     def parts(self, n_rows: int, size: int) -> Iterator[range]:
         return (range(done, min(done + size, n_rows)) for done in range(0, n_rows, size))
 
     def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
         batches: list[Batch] = []
-        losses: list[Loss] = []
 
         def items() -> Iterator[tuple[Batch, dict[str, float]]]:
             for batch in micro_batches:
                 batches.append(batch)
                 yield batch, terms
 
-        for loss, result in self.trainer.plan.workers.map(self._gradients, items()):
-            losses.append(loss)
-            if result is not None:
-                self._collect(result)
+        losses = list(self._add(items()))
         divisor = float(double(torch.stack([loss.tokens for loss in losses])).sum())
         finite = bool(torch.stack([loss.total.float() for loss in losses]).isfinite().all())
         rows, tokens = map(sum, zip(*(batch.counted for batch in batches), strict=True))
         return Sums(batches, losses, divisor, tokens, rows, finite, means(losses, divisor) if divisor > 0 else {})
 
-    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> tuple[Loss, _HelperResult | None]:
-        """Adds the gradients of one micro-batch to this process's; a helper starts from zero, in its outbox."""
+    def _gradients(self, item: tuple[Batch, dict[str, float]]) -> Loss:
+        """Adds the gradients of one micro-batch."""
         batch, terms = item
-        trainer, gates, helper = self.trainer, self.trainer.gates, rank()
-        if helper:  # forked at any moment, it may have inherited loads
-            for group, out in zip(trainer.optimizer.groups, self._outboxes[helper - 1], strict=True):
-                if group.grad is not out:
-                    group.add_into(out)
-            trainer.optimizer.zero_grad()
-            balance.clear(gates)
-        trainer.model.train()
+        trainer, gates = self.trainer, self.trainer.gates
         trainer.shape = *batch.tokens_BT.shape, batch.segments_BT is not None
         batch = trainer.on_device.transfer(batch)
         balance.restrict(gates, None if trainer.plan.counts_padding else batch.read_BT)
@@ -192,17 +169,7 @@ class Alone:
         with balance.uncounted(gates):
             loss.total.backward()
         balance.restrict(gates, None)
-        loss = replace(loss, total=loss.total.detach())
-        if helper == 0:
-            return loss, None
-        return loss, _HelperResult(helper, {name: gate.load_E.clone() for name, gate in gates.items()})
-
-    def _collect(self, result: _HelperResult) -> None:
-        """Adds what a helper computed, in the order of the micro-batches."""
-        for group, out in zip(self.trainer.optimizer.groups, self._outboxes[result.helper - 1], strict=True):
-            group.grad += out
-        for name, load_E in result.loads.items():
-            self.trainer.gates[name].load_E += load_E
+        return replace(loss, total=loss.total.detach())
 
     def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
         trainer = self.trainer

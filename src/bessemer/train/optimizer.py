@@ -76,7 +76,7 @@ class Optimizer:
         kinds.clear()
         places = {name: place for place, name in enumerate(self.names)}
         self.groups = [
-            self._muon_group(members, decay, moments_dtype, stacked, workers or Workers(1))
+            self._muon_group(members, decay, moments_dtype, stacked, workers or Workers())
             if by_muon
             else self._group(members, decay, moments_dtype)
             for (by_muon, decay, *_), members in sorted(parts, key=lambda part: places[part[1][0][0]])

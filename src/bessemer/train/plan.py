@@ -38,7 +38,7 @@ class TrainingPlan:
     """Further arguments of the objective, such as mtp_lambda and balance_alpha."""
     idle: tuple[str, ...] = ()
     """Beginnings of the names of parameters that no step trains; they do not decay."""
-    workers: Workers = field(default_factory=lambda: Workers(1))
+    workers: Workers = field(default_factory=Workers)
     """Processes that compute micro-batches in parallel; the result does not depend on how many there are."""
     read_ahead: bool | None = None
     """Whether the next step's batches are read by a thread while this one is computed; None: only on a GPU."""

@@ -23,7 +23,7 @@ from bessemer.model.config import ModelConfig, preset
 from bessemer.model.protocol import LanguageModel, train_in_fp8
 from bessemer.model.transformer import RECOMPUTES_ITSELF
 from bessemer.probe import cpp_compiler
-from bessemer.workers import Workers, cores, one_core_each
+from bessemer.workers import Workers, cores
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
@@ -57,8 +57,17 @@ def describe_device() -> str:
 
 
 def workers() -> Workers:
-    """One process per core on a CPU; one process on a GPU."""
-    return one_core_each() if device().type == "cpu" else Workers(1)
+    """One process per core on a CPU, each computing on one core; one process on a GPU."""
+    found = side_by_side(cores()) if device().type == "cpu" else Workers()
+    if found.n > 1:
+        torch.set_num_threads(1)
+    return found
+
+
+def side_by_side(n: int) -> Workers:
+    """This process and n - 1 helpers; this one alone if no add-on brings them."""
+    helpers = plugins.hook("workers")
+    return Workers() if helpers is None else helpers(n)
 
 
 def batch_rows(samples: int) -> int:

@@ -19,6 +19,7 @@ from bessemer.addons.distributed.apart import Carrier, stays
 from bessemer.addons.distributed.collective import of_ranks, trainer_of
 from bessemer.addons.distributed.dealing import DealtEngine, Helper, deal
 from bessemer.addons.distributed.frozen import FrozenOnRanks
+from bessemer.addons.distributed.launcher_cores import all_cores
 from bessemer.addons.distributed.model_shard import ModelShard
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.distributed.whole import GatheredModel, gather
@@ -43,7 +44,7 @@ from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task
 from bessemer.train.runtime import Frozen, OneProcess, Runtime, Share, Whole
 from bessemer.train.trainer import Trainer
-from bessemer.workers import Workers, all_cores
+from bessemer.workers import Workers
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
@@ -76,7 +77,7 @@ class OnRanks:
         return self.ranks.share(what)
 
     def workers(self) -> Workers:
-        return Workers(1)
+        return Workers()
 
     def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
         distributed.check(recipe, stage, rows, n=self.n)

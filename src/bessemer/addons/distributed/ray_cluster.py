@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
+from bessemer.addons.accelerate.helpers import SHARED, shared_free
 from bessemer.errors import UserError
 from bessemer.system import granted_cores
-from bessemer.workers import SHARED, shared_free
 
 ADDRESS = "RAY_ADDRESS"
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bessemer import tasks
+from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.ray_worker import pack_weights
 from bessemer.addons.distributed.vllm_engine import VLLMSettings
@@ -153,7 +154,7 @@ class RaySampler:
         if setup.device().type != "cpu" or not ray_cluster.starts_own():
             return setup.workers()
         torch.set_num_threads(1)
-        return Workers(max(1, cores() - rollout.workers))
+        return Helpers(max(1, cores() - rollout.workers))
 
     @classmethod
     def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.workers import SHARED
+from bessemer.addons.accelerate.helpers import SHARED
 
 FILE = "model.safetensors"
 CHUNK = 256 << 20

@@ -167,7 +167,7 @@ class ShardedMuonGroup(ShardedGroup):
         super().__init__(members, decay, moments, ranks, holders)
         found, each = runs(self.slots, stacked), self.master.numel()
         whole = inside(found, self.mine.start, self.mine.stop)
-        self.matrices = Matrices(whole, each, self.compute.dtype, Workers(1), self.master.device)
+        self.matrices = Matrices(whole, each, self.compute.dtype, Workers(), self.master.device)
         self.divided = DividedMatrices(found, each, ranks, work_R, self.matrices.orthogonalise_in)
 
     def send(self, update: Update) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__, probe
+from bessemer.addons.accelerate.helpers import Helpers, shared_free
 from bessemer.addons.accelerate.kernels import build, library
 from bessemer.addons.accelerate.precision import backends
 from bessemer.addons.distributed import mesh
@@ -23,7 +24,7 @@ from bessemer.config.builtin import find_recipe
 from bessemer.config.recipe import Recipe
 from bessemer.model.transformer import Transformer
 from bessemer.system import granted_cores, sysctl
-from bessemer.workers import Workers, cores, shared_free
+from bessemer.workers import cores
 
 _GB = 1e9
 _NEED_DISK_GB = 2.0  # packages, packed rows and checkpoints of the tiny recipe, with a margin
@@ -45,7 +46,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": granted_cores(),
         "threads": torch.get_num_threads(),
-        "workers": Workers(cores()).n,
+        "workers": Helpers(cores()).n,
         "shared_memory_mb": shared_free() >> 20,
         "flags": _flags(),
         "idle_gpu": probe.idle_gpu(),

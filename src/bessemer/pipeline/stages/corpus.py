@@ -30,7 +30,7 @@ from bessemer.pipeline.inputs import NEEDLE, SHARDS, TASK
 from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import StageWork
 from bessemer.runs.context import StageContext
-from bessemer.train.setup import model_config
+from bessemer.train.setup import model_config, side_by_side
 from bessemer.workers import Workers, cores, shares
 
 UNLIMITED, PACKED = 5_000_000, 600_000
@@ -94,7 +94,7 @@ class Corpus(Stage[CorpusConfig]):
         ctx.rewind(-1)
         vocab_size = model_config(ctx.recipe).vocab_size
         ctx.progress.total(2 * len(config.parts), "parts")  # the tokenizer takes about as long as all of them
-        workers, of_shards = Workers(cores()), _tokenizer(config)
+        workers, of_shards = side_by_side(cores()), _tokenizer(config)
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(_tokenizer_folder(ctx.inputs[config.tokenizer]))
             if of_shards is not None and of_shards.fingerprint != tokenizer.fingerprint:
