@@ -7,6 +7,7 @@ from ranks import on_ranks
 
 from bessemer.addons.distributed.dealing import DealtEngine, Helper, rows_of_batch
 from bessemer.addons.distributed.on_ranks import OnRanks
+from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.tasks.environment import Environment, Observation
 from bessemer.config.recipe import LayoutConfig
@@ -16,7 +17,7 @@ from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.rl.sampler import LocalSampler, Rank0Sampler
+from bessemer.rl.sampler import LocalSampler
 from bessemer.runs.context import Interrupted, StageContext, StopFlag
 from bessemer.tasks.base import Problem, Verdict
 

@@ -4,9 +4,7 @@
     pending = submit(prompts, ...)       arguments of `Engine.generate`; with Ray workers this returns at once
     pending.ready(), pending.take()      whether all samples are there; the samples, waiting for them if necessary
 
-    LocalSampler      the trainer's process and its `Workers`; on many ranks every rank generates its share
-    Rank0Sampler      a trainer on many ranks: rank 0 has another sampler (`ray_sampler`) and passes its samples on
-
+`LocalSampler` generates in the trainer's process and its `Workers`; on many ranks every rank generates its share.
 Samples depend only on the arguments and the weights: they are identical whichever process generates them, even after a
 crash. On many ranks, all make the same calls at the same time, and all get all samples, unless they stay `apart`.
 """
@@ -168,55 +166,6 @@ class LocalSampler:
 
     def close(self) -> None:
         pass
-
-
-class Rank0Sampler:
-    """`sampler` is rank 0's; None on the others. `refresh` as in `LocalSampler`."""
-
-    def __init__(
-        self, sampler: Sampler | None, tokenizer: Tokenizer, refresh: Callable[[], None], runtime: Runtime
-    ) -> None:
-        self.sampler, self.tokenizer, self.refresh, self.runtime = sampler, tokenizer, refresh, runtime
-
-    def open(self) -> None:
-        if self.sampler is not None:
-            self.sampler.open()
-
-    def policy(self) -> Submit:
-        self.refresh()
-        submit = None if self.sampler is None else self.sampler.policy()
-
-        def submit_on_rank0(prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> PendingSamples:
-            return _Rank0Samples(None if submit is None else submit(prompts, **options), self.runtime)
-
-        return submit_on_rank0
-
-    def generate(self, prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> Completions:
-        return self.policy()(prompts, **options).take()
-
-    def metrics(self) -> dict[str, float]:
-        return {} if self.sampler is None else self.sampler.metrics()
-
-    def close(self) -> None:
-        if self.sampler is not None:
-            self.sampler.close()
-
-
-class _Rank0Samples:
-    """`samples` are rank 0's; None on the others."""
-
-    def __init__(self, samples: PendingSamples | None, runtime: Runtime) -> None:
-        self.samples, self.runtime = samples, runtime
-
-    def ready(self) -> bool:
-        return self.runtime.agree(lambda: self.samples is not None and self.samples.ready())
-
-    def take(self) -> Completions:
-        def take_on_rank0() -> Completions:
-            assert self.samples is not None
-            return self.samples.take()
-
-        return self.runtime.once(take_on_rank0, "samples")
 
 
 def engine_of(folder: Path, ctx: StageContext, role: str = "model", precision: Precision = "device") -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 from bessemer import tasks
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
+from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
 from bessemer.addons.distributed.ray_worker import pack_weights
 from bessemer.addons.distributed.vllm_engine import VLLMSettings
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
@@ -36,7 +37,6 @@ from bessemer.errors import UserError
 from bessemer.rl.parts import LoopParts
 from bessemer.rl.sampler import (
     Completions,
-    Rank0Sampler,
     Sampler,
     SamplingOptions,
     Submit,
