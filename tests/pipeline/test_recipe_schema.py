@@ -71,7 +71,7 @@ def test_a_stage_like_another():
     recipe = Recipe.parse(GOOD + LIKE, ["first.tokens=9M", "again.steps=5"])
     first, again, third = (recipe.stage(name) for name in ("first", "again", "third"))
     assert (again.kind, again.tokens, again.steps) == ("count", 9_000_000, 5)  # what is set on the first applies too
-    assert again.lr(0) == 1.0 and again.mixture == {"code": 1.0}, "tables are set whole"
+    assert again.lr(0) == 1.0 and again.mixture == {"code": 1.0}, "a table of names is set whole"
     assert third.model_copy(update={"name": "again", "seed": None, "source": again.source}) == again
     assert first.lr(0) == 0.0 and recipe.seed_of(third) == 3
     assert Recipe.parse(recipe.to_toml()).stages == recipe.stages and "like" not in recipe.to_toml()
@@ -85,6 +85,46 @@ def test_a_key_set_in_a_table_leaves_the_rest_of_an_inherited_table(order):
     assert recipe.stage("third").mixture == {"code": 1.0, "more": 0.25, "new": 0.5}
     whole = Recipe.parse(GOOD + LIKE, ["third.mixture={b = 1.0}", "third.mixture.c=2"]).stage("third")
     assert whole.mixture == {"b": 1.0, "c": 2}
+
+
+TABLES = """
+name = "tables"
+[[stage]]
+kind = "corpus"
+parts = { a = "fables-en" }
+[[stage]]
+kind = "rl"
+name = "one"
+tasks = ["countdown"]
+kl = 0.02
+loss = { name = "grpo", clip_low = 0.1, clip_high = 0.3 }
+general = { tasks = ["arithmetic"], prompts = 2 }
+heldout = { every = 3, problems = 9 }
+[[stage]]
+name = "two"
+like = "one"
+kl.reference_every = 7
+loss.clip_low = 0.2
+general.prompts = 3
+heldout.problems = 5
+[[stage]]
+name = "three"
+like = "two"
+kl = 0.5
+loss.name = "gspo"
+"""
+
+
+def test_the_tables_of_a_stage_like_another_inherit_key_by_key():
+    recipe = Recipe.parse(TABLES, ["three.heldout.every=1"])
+    two, three = recipe.stage("two"), recipe.stage("three")
+    assert (two.heldout.every, two.heldout.problems, three.heldout.every, three.heldout.problems) == (3, 5, 1, 5)
+    assert (two.general.tasks, two.general.prompts) == (["arithmetic"], 3), "what a table requires may be inherited"
+    assert (two.kl.weight, two.kl.reference_every) == (0.02, 7), "a value in place of a table stands for one key"
+    assert (three.kl.weight, three.kl.reference_every) == (0.5, 7)
+    assert two.loss.settings == {"clip_low": 0.2, "clip_high": 0.3}
+    assert three.loss.settings == {}, "settings belong to the plug-in that is named"
+    assert Recipe.parse(recipe.to_toml()).stages == recipe.stages
 
 
 @pytest.mark.parametrize("other", ['"frist"', '"third"', '"again"', "3"])

@@ -5,8 +5,9 @@
 `Recipe.load(path, overrides)` returns a validated recipe or raises a UserError that names file, table and key. The path
 may be the name of a recipe that comes with the package.
 Overrides are the `--set` arguments: `stage.key=value` with the stage's name, `model.key=value`, `layout.key=value`,
-`seed=8`. A stage with `like = "other"` has that earlier stage's keys where it sets none of its own. The [model] table
-stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before anything runs.
+`seed=8`. A stage with `like = "other"` has that earlier stage's keys where it sets none of its own, inside its tables
+too. The [model] table stays a plain dictionary here; the stages that build a model check it (`Stage.resolve`) before
+anything runs.
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,19 @@ from pydantic import Field, PrivateAttr, SerializeAsAny
 from bessemer.config.builtin import NAME, RECIPE, builtin_recipes, check_run_format, find_recipe
 from bessemer.config.kinds import stage_config
 from bessemer.config.places import of_recipe, read_text
-from bessemer.config.table import ConfigTable, Seed, StageConfig, keys, nearest, stage_refs, validate
+from bessemer.config.table import (
+    ConfigTable,
+    PluginTable,
+    Seed,
+    StageConfig,
+    field_of,
+    keys,
+    nearest,
+    spelled_out,
+    stage_refs,
+    table_of,
+    validate,
+)
 from bessemer.config.units import Seconds
 from bessemer.errors import UserError
 
@@ -183,8 +197,7 @@ def _folder(text: str) -> str:
 
 
 def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Tables with the keys inherited through `like`; a key that a table sets itself replaces the inherited one whole,
-    a key that `--set` sets inside a table only its own."""
+    """Tables with the keys inherited through `like`."""
     done: dict[str, dict[str, Any]] = {}
     complete = []
     for table in tables:
@@ -196,7 +209,11 @@ def _inherit_keys(tables: list[dict[str, Any]], where: str) -> list[dict[str, An
                     f'{where}: [[stage]] "{table["name"]}": like = {named} is not an earlier stage; '
                     f"{nearest(str(other), list(done))}"
                 )
-            table = _merged(done[other], {key: value for key, value in table.items() if key != "like"})
+            own = {key: value for key, value in table.items() if key != "like"}
+            form = None
+            with suppress(UserError):  # an unknown kind is reported later
+                form = stage_config(own.get("kind", done[other].get("kind")), where)
+            table = _merged(done[other], own, form)
         complete.append(table)
         done[str(table["name"])] = table
     return complete
@@ -206,11 +223,20 @@ class _Changes(dict[str, Any]):
     """A table of which `--set` sets some keys."""
 
 
-def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _merged(inherited: dict[str, Any], own: dict[str, Any], form: type[ConfigTable] | None) -> dict[str, Any]:
+    """The keys of both; `own` goes first. A table with known keys (`form`), or one that `--set` changes, is merged in
+    the same way; one that names another plug-in, or whose keys are names, such as a mixture, replaces the inherited."""
     merged = {**inherited, **own}
-    for key, value in own.items():
-        if isinstance(value, _Changes) and isinstance(before := inherited.get(key), dict):
-            merged[key] = _merged(before, value)
+    for key in own.keys() & inherited.keys():
+        inner = table_of(field := field_of(form, key))
+        before, value = (spelled_out(field, table[key]) for table in (inherited, own))
+        if not isinstance(value, dict) or not isinstance(before, dict):
+            continue
+        changes = isinstance(value, _Changes)
+        if inner is not None and issubclass(inner, PluginTable) and not changes and inner.named in value:
+            inner = inner if value[inner.named] == before.get(inner.named) else None
+        if inner is not None or changes:
+            merged[key] = _merged(before, value, inner)
     return merged
 
 

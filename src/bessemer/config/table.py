@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails
 
 from bessemer.errors import UserError
@@ -107,7 +108,8 @@ class StageConfig(ConfigTable):
     source: StageRef | None = Field(default=None, alias="from")
     """The earlier stage whose output this one starts from. Default: the stage before it."""
     like: str | None = Field(default=None, exclude=True)
-    """Earlier stage from which this one inherits every key that it does not set."""
+    """Earlier stage from which this one inherits every key that it does not set, in its tables too; a table that names
+    another plug-in, or whose keys are names, such as a mixture, is set whole."""
     seed: Seed | None = None
     """Random seed for this stage alone, to repeat it on the same inputs. Default: the recipe's."""
 
@@ -266,11 +268,14 @@ def _meant(table: type[ConfigTable], key: str, value: object) -> str:
     fields = {field.alias or name: field for name, field in table.model_fields.items()}
     for near in difflib.get_close_matches(key, [name for name in fields if name != key], n=3, cutoff=0.8):
         with contextlib.suppress(ValidationError):
-            field = fields[near]
-            adapter = TypeAdapter[Any](Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
-            adapter.validate_json(json.dumps(value, default=str), strict=True)
+            _reader(fields[near]).validate_json(json.dumps(value, default=str), strict=True)
             return f'; did you mean "{near}"?'
     return ""
+
+
+def _reader(field: FieldInfo) -> TypeAdapter[Any]:
+    """What reads the value of one key."""
+    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
 
 
 def _table_at(table: type[ConfigTable], path: list[str]) -> type[ConfigTable]:
@@ -288,6 +293,28 @@ def tables_in(annotation: object) -> list[type[ConfigTable]]:
     if isinstance(annotation, type) and issubclass(annotation, ConfigTable):
         return [annotation]
     return [table for part in get_args(annotation) for table in tables_in(part)]
+
+
+def field_of(form: type[ConfigTable] | None, key: str) -> FieldInfo | None:
+    """The field of a key."""
+    fields = {} if form is None else form.model_fields
+    return next((field for name, field in fields.items() if key in (name, field.alias)), None)
+
+
+def table_of(field: FieldInfo | None) -> type[ConfigTable] | None:
+    """The class of the table that a key holds; None for anything else, a list of tables too."""
+    if field is None or get_origin(field.annotation) is list:
+        return None
+    return next(iter(tables_in(field.annotation)), None)
+
+
+def spelled_out(field: FieldInfo | None, value: object) -> object:
+    """A value that stands for a table as that table: {"weight": 0.01} for `kl = 0.01`; any other as it is."""
+    if field is None or table_of(field) is None or isinstance(value, dict):
+        return value
+    with contextlib.suppress(ValidationError):
+        return _reader(field).validate_python(value).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return value
 
 
 def _type_name(value: object) -> str:
