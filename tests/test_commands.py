@@ -1,6 +1,7 @@
 """Commands of other packages: found by their entry points, imported only when asked for, refused in one line."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,14 @@ def test_a_broken_command_costs_one_line_and_no_other_command(call, install, sou
     status, out, err = call("greet", "--any", "words")
     assert (status, out) == (2, "") and err.count("\n") == 1 and "broken:greet" in err and why in err
     assert call("recipes")[0] == 0 and call("--help")[0] == 0
+
+
+def test_a_command_of_a_removed_add_on_names_what_brings_it(call, install):
+    install("greet = greeting_addon:greet", "")
+    (Path(sys.path[0]) / "greeting_addon.py").unlink()
+    status, _, err = call("greet", "you")
+    assert status == 2 and err.count("\n") == 1
+    assert "package greeting_addon" in err and "pip install greeting_addon" in err
 
 
 def test_a_command_of_the_package_is_not_replaced(call, install):

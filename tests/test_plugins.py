@@ -1,5 +1,6 @@
 """What a recipe names is found: built-in members, entry points, files and modules; mistakes are one line."""
 
+import subprocess
 import sys
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_broken_package_is_named_and_stops_only_who_needs_it(folder):
     (folder / "works.py").write_text("f = max\n")
     install(folder, "Others", "samplers", other="brought:f", fine="works:f")
     assert plugins.find("samplers", "fine") is max
-    with pytest.raises(UserError, match=r"'other' of the package Others cannot be loaded.*absent_library"):
+    with pytest.raises(UserError, match=r"'other' of the package Others .*cannot be loaded.*absent_library"):
         plugins.find("samplers", "other")
 
 
@@ -129,7 +130,7 @@ def test_a_removed_add_on_is_named_and_left_out(folder):
     (folder / "pack" / "__init__.py").write_text("")
     install(folder, "Others", "stages", gone="pack.removed.stage:Stage")
     assert "gone" in plugins.names("stages") and "gone" not in plugins.table("stages")
-    with pytest.raises(UserError, match=r"'gone' of the package Others comes with pack\.removed, which is not here"):
+    with pytest.raises(UserError, match=r"'gone' of the package Others .*comes with pack\.removed, which is not here"):
         plugins.find("stages", "gone")
 
 
@@ -144,3 +145,30 @@ def test_two_packages_with_one_name_are_refused(folder):
         install(folder, package, "rewards", short="brought:f")
     with pytest.raises(UserError, match=r"(First|Second) and (First|Second) both bring the reward .short"):
         plugins.names("rewards")
+
+
+UNINSTALLED = """
+import sys
+from importlib.metadata import MetadataPathFinder
+MetadataPathFinder.find_distributions = lambda *args, **kwargs: iter(())
+from bessemer import plugins
+from bessemer.model.norm import RMSNorm
+import torch
+print(*plugins.names("stages"), plugins.find("stages", "rl").__name__, plugins.names("tasks"))
+RMSNorm(4, 1e-6)(torch.ones(1, 4))
+"""
+
+
+def test_a_checkout_that_is_not_installed_knows_the_core_s_stages_and_says_once_what_it_lacks():
+    done = subprocess.run([sys.executable, "-c", UNINSTALLED], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:6] == ["corpus", "eval", "pretrain", "rl", "sft", "RL"]
+    assert done.stderr.count("pip install -e .") == 1
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(folder):
+    install(folder, "Others", "advantages", lacking="brought:f")
+    (folder / "brought.py").write_text("import no_such_library.part\n")
+    with open(folder / "Others-1.0.dist-info" / "METADATA", "a") as file:
+        file.write('Requires-Dist: no-such-library>=2; extra == "fast"\n')
+    with pytest.raises(UserError, match=r"no_such_library.*pip install 'Others\[fast\]'"):
+        plugins.find("advantages", "lacking")

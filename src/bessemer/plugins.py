@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, wraps
 from importlib import import_module, util
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
@@ -40,12 +40,24 @@ from bessemer.config.table import ConfigTable, validate
 from bessemer.errors import UserError
 from bessemer.repeatable import repeatable
 
+PACKAGE = "bessemer"
 KINDS = {
     "stages": "stage", "tables": "table", "tasks": "task", "rewards": "reward", "advantages": "advantage",
     "losses": "loss", "samplers": "sampler", "commands": "command", "ops": "operation", "steps": "step backend",
     "families": "model family", "hooks": "hook",
 }  # fmt: skip
 """Every kind, and what an error calls a member."""
+STAGES = "bessemer.pipeline.stages"
+CORE = {
+    "stages": {
+        "corpus": f"{STAGES}.corpus:Corpus",
+        "eval": f"{STAGES}.eval:Eval",
+        "pretrain": f"{STAGES}.pretrain:Pretrain",
+        "rl": f"{STAGES}.rl:RL",
+        "sft": f"{STAGES}.sft:SFT",
+    }
+}
+"""The core's own members that are loaded when they are named; known in a checkout that is not installed, too."""
 BY_IMPORT = ("ops", "steps", "families", "hooks")
 OWN_FILE = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 OWN_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -178,9 +190,26 @@ class RemovedAddOn(UserError):
 
 
 @cache
+def check_installed() -> None:
+    """Warns, once, if the package has no metadata: without its entry points no add-on is known."""
+    try:
+        distribution(PACKAGE)
+    except PackageNotFoundError:
+        warnings.warn(
+            "this checkout is not installed, so no add-on is known: no fast kernels, other tasks, models or commands; "
+            "in its folder: pip install -e .",
+            stacklevel=2,
+        )
+
+
+@cache
 def _entry_points(kind: str) -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=f"bessemer.{kind}"):
+    check_installed()
+    group = f"bessemer.{kind}"
+    found = {name: EntryPoint(name, value, group) for name, value in CORE.get(kind, {}).items()}
+    for entry in entry_points(group=group):
+        if entry.value == CORE.get(kind, {}).get(entry.name):
+            continue  # an older version of this package lists the core's own, too
         if entry.name in found or entry.name in _built_in[kind]:
             first = _package(found[entry.name]) if entry.name in found else "bessemer"
             raise UserError(
@@ -201,11 +230,23 @@ def _loaded(kind: str, entry: EntryPoint) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        what = f"the {KINDS[kind]} {entry.name!r} of the package {_package(entry)}"
-        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-        if f"{entry.module}.".startswith(f"{missing}."):
-            raise RemovedAddOn(f"{what} comes with {missing}, which is not here; install it again") from error
-        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it") from error
+        raise unloadable(kind, entry, error) from error
+
+
+def unloadable(kind: str, entry: EntryPoint, error: BaseException) -> UserError:
+    """Why an entry point cannot be loaded, with the package or the extra that brings what is missing."""
+    package = _package(entry)
+    what = f"the {KINDS[kind]} {entry.name!r} of the package {package} ({entry.value})"
+    missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if f"{entry.module}.".startswith(f"{missing}."):
+        whole = "pip install -e . in a whole checkout" if package == PACKAGE else f"pip install {package}"
+        return RemovedAddOn(f"{what} comes with {missing}, which is not here; install {package} again: {whole}")
+    for needed in (entry.dist.requires or []) if entry.dist is not None else []:
+        extra = re.search(r"""extra == ["']([\w-]+)""", needed)
+        named = re.match(r"[\w.-]+", needed)
+        if missing and extra and named and named[0].replace("-", "_") == missing.partition(".")[0]:
+            return UserError(f"{what} needs {missing}: pip install '{package}[{extra[1]}]'")
+    return UserError(f"{what} cannot be loaded: {type(error).__name__}: {error}; repair or uninstall it")
 
 
 def _from_module(name: str) -> Any:

@@ -37,7 +37,12 @@ class Commands(TyperGroup):
         return _refusing(cmd_name, f"{cmd_name} comes with bessemer-{folder}; in a clone: pip install -e ./{folder}")
 
     def _plug_in(self) -> None:
-        for entry in entry_points(group="bessemer.commands"):
+        entries = entry_points(group="bessemer.commands")
+        if not entries:
+            from bessemer.plugins import check_installed
+
+            check_installed()
+        for entry in entries:
             command = self.commands.get(entry.name)
             if command is None:
                 self.commands[entry.name] = _plugged(entry)
@@ -50,9 +55,9 @@ def _plugged(entry: EntryPoint) -> Any:
     try:
         command = _command(entry.name, entry.load())
     except Exception as error:
-        command = _refusing(
-            entry.name, f"the command {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
-        )
+        from bessemer.plugins import unloadable
+
+        command = _refusing(entry.name, str(unloadable("commands", entry, error)))
     command.entry = entry.value
     return command
 

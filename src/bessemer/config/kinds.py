@@ -49,8 +49,7 @@ def stage_config(kind: object, where: str) -> type[StageConfig]:
     tables = plugins.names("tables")
     if not isinstance(kind, str) or (":" not in kind and kind not in (*tables, *plugins.names("stages"))):
         known = nearest(str(kind), list(stage_tables()))
-        more = "" if tables else "; no add-on is installed, and pip install -e . enters those of a checkout"
-        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {known}{more}")
+        raise UserError(f"{where}: unknown kind {json.dumps(kind, default=str)}; {known}")
     try:
         found = plugins.find("tables", kind) if kind in tables else plugins.find("stages", kind)
     except UserError as error:
