@@ -46,7 +46,7 @@ LEAST = 5
 BESIDE = (
     "runs/", "addons/watch/", "addons/plan/", "errors.py", "system.py", "heartbeat.py", "escape.py", "rl/monitor.py",
     "addons/watch/alarms.py", "addons/serve/metrics.py", "addons/accelerate/instruments.py", "train/guard.py",
-    "addons/accelerate/determinism.py", "train/checkpoint", "train/background.py", "train/lineage.py",
+    "addons/accelerate/determinism.py", "train/checkpoint", "addons/accelerate/background.py", "train/lineage.py",
 )  # fmt: skip
 NETWORK = (
     "model/", "addons/accelerate/register.py", "addons/accelerate/kernels/attention.py",

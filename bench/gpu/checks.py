@@ -413,7 +413,7 @@ def save(place: Place) -> Finding:
     """A checkpoint while training goes on: how long training waits, and how long its steps take."""
     import fp8_step
 
-    from bessemer.train.background import CheckpointWriter
+    from bessemer.addons.accelerate.background import CheckpointWriter
 
     cfg = place.network()
     rows, length = (2, 32) if place.rehearse else (8, 2048)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_run import model, trainer
 
+from bessemer.addons.accelerate import background
+from bessemer.addons.accelerate.background import Background, HostCopies
 from bessemer.errors import UserError
-from bessemer.train import background, checkpoint, checkpointed
-from bessemer.train.background import Background, HostCopies
+from bessemer.train import checkpoint, checkpointed
 
 
 def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
@@ -37,7 +38,7 @@ def test_training_goes_on_while_the_disk_stands_still(tmp_path, monkeypatch):
             run.save()
             run.extras["list"].append(2)
         run.update(micro[step : step + 1])
-    assert run.store.background.busy and [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000000"]
+    assert run.store.busy and [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000000"]
     disk.set()
     run.finish()
     saved = checkpoint.load(tmp_path / "step-00000002")

@@ -22,7 +22,8 @@ from bessemer.train import setup
 
 SHARED = Path(__file__).parents[1] / "shared"
 PROGRAM = """
-import json, sys
+import json, sys, tempfile
+from pathlib import Path
 import torch
 torch.inference_mode = lambda mode=True: torch.no_grad()  # tensors in disguise have no version counters
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train.background import HostCopies
+from bessemer.train import checkpoint
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
@@ -76,7 +77,13 @@ with OtherDevice():
         found[name] = [trained(device, **values) for device in devices]
     for name, options in json.loads(sys.argv[2]).items():
         found[name] = [sampled(device, tokenizer, **options) for device in devices]
-    assert HostCopies().add(torch.full((3,), 2.0, device=OTHER)).tolist() == [2.0] * 3
+    with tempfile.TemporaryDirectory() as folder:
+        there = Transformer(CFG).initialise(0).to(OTHER)
+        trained_there = Trainer(there, next_token, None, *train_config(), Path(folder))
+        trained_there.start()
+        trained_there.finish()
+        saved = checkpoint.load(checkpoint.steps(Path(folder))[-1]).tensors["model"]
+        assert all(torch.equal(saved[name], one.cpu()) for name, one in trained_there.optimizer.masters().items())
     found["scheduled"] = [scheduled(device, tokenizer) for device in devices]
 print(json.dumps(found))
 """

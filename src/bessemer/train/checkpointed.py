@@ -1,8 +1,7 @@
 """The trainer's checkpoints: everything that a kill must not lose.
 
 Every checkpoint holds weights, moments, biases, random states, counters, the data cursor and what others put into
-`extras`, so a run that is stopped and resumed equals an uninterrupted one bit for bit. `save` copies all of it and
-starts a thread that writes (`background`); `finish` waits for it.
+`extras`, so a run that is stopped and resumed equals an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from bessemer.model import ops
 from bessemer.model.gate import Gate
 from bessemer.model.protocol import LanguageModel
 from bessemer.train import checkpoint, guard
-from bessemer.train.background import SHARE, Background, CheckpointWriter
 from bessemer.train.objective import Objective
 from bessemer.train.optimizer import Optimizer, load_exactly
 from bessemer.train.plan import TrainingPlan
@@ -30,60 +28,48 @@ if TYPE_CHECKING:
     from bessemer.config.training import OptimizerConfig
     from bessemer.data.batch import Batch
 
+SHARE = 0.05
+"""The largest share of the time that timed checkpoints take: of the training thread, and of the disk."""
 COUNTERS = ("step", "tokens", "rows", "skipped")
 RARE = 300.0
 """Seconds between checkpoints above which a run says that they are rarer than `save_seconds`."""
 
 
-class CheckpointStore(Protocol):
-    """Where and how a trainer's checkpoints are written."""
+class CheckpointStore:
+    """Where and how a trainer's checkpoints are written: by the training thread, while it waits. An add-on that writes
+    while training goes on takes its place by the hook `checkpoint-store`."""
+
+    def __init__(self, trainer: Checkpointed) -> None:
+        assert trainer.state_dir is not None, "a trainer without a folder has no store"
+        self.folder = trainer.state_dir
 
     @property
-    def background(self) -> Background:
-        """The thread that writes."""
-        ...
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for which the last one was written beside the training."""
+        return 0.0
 
     def write(self, trainer: Checkpointed) -> Path:
-        """Starts to write the trainer's state and returns where to."""
-        ...
+        """Writes the trainer's state, or starts to, and returns where to."""
+        return checkpoint.save(self.folder, trainer.step, trainer.state(), trainer.plan.keep)
 
     def restore(self, trainer: Checkpointed) -> Path | None:
         """Goes back to the newest intact checkpoint, whatever layout wrote it; returns its path, None without one."""
-        ...
-
-    def poll(self) -> None:
-        """Raises the error of a write that has failed, if this process may raise it alone."""
-        ...
-
-    def close(self) -> None:
-        """Called after another error; raises nothing. No write may overlap with the next attempt."""
-        ...
-
-
-class Files:
-    """The store of one process."""
-
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
-        self.folder = folder
-        self.writer = CheckpointWriter(folder, keep, warn)
-
-    @property
-    def background(self) -> Background:
-        return self.writer.background
-
-    def write(self, trainer: Checkpointed) -> Path:
-        trainer.optimizer.copied = self.writer.save(trainer.step, trainer.state())
-        return self.folder / f"step-{trainer.step:08d}"
-
-    def restore(self, trainer: Checkpointed) -> Path | None:
         latest = checkpoint.latest(self.folder, trainer.model_config, trainer.warn, trainer.restore)
         return None if latest is None else latest[0]
 
     def poll(self) -> None:
-        self.background.poll()
+        """Raises the error of a write that has failed, if this process may raise it alone."""
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk; raises the error if it could not be written."""
 
     def close(self) -> None:
-        self.background.wait()
+        """Called after another error; raises nothing. No write may overlap with the next attempt."""
 
 
 class Checkpointed:
@@ -149,7 +135,7 @@ class Checkpointed:
     def finish(self) -> None:
         """Waits for the checkpoint that is still being written, and raises its error."""
         if self.store is not None:
-            self.store.background.finish()
+            self.store.finish()
 
     def close(self) -> None:
         if self.store is not None:
@@ -173,9 +159,9 @@ class Checkpointed:
         seconds = self.config.save_seconds
         if seconds == 0:
             return True
-        if self.store is None or self.store.background.busy:
+        if self.store is None or self.store.busy:
             return False
-        interval = max(seconds, max(self._save_cost, self.store.background.seconds) / SHARE)
+        interval = max(seconds, max(self._save_cost, self.store.seconds) / SHARE)
         if interval > max(seconds, RARE) and not self._rare:
             self._rare = True
             self.warn(

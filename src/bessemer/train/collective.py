@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from bessemer import plugins
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.probe import double
 from bessemer.train import balance, guard
-from bessemer.train.checkpointed import Checkpointed, CheckpointStore, Files
+from bessemer.train.checkpointed import Checkpointed, CheckpointStore
 from bessemer.train.loss import heldout_nats
 from bessemer.train.objective import Loss, Sums, means
 from bessemer.train.optimizer import Optimizer
@@ -192,8 +193,7 @@ class Alone:
         return due()
 
     def store(self, trainer: Checkpointed) -> CheckpointStore:
-        assert trainer.state_dir is not None, "a trainer without a folder has no store"
-        return Files(trainer.state_dir, trainer.plan.keep, lambda text: trainer.warn(text))
+        return (plugins.hook("checkpoint-store") or CheckpointStore)(trainer)
 
     def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
         return [[*range(count)]]

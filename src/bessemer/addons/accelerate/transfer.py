@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bessemer.train.background import Background
+from bessemer.addons.accelerate.background import Background
 
 if TYPE_CHECKING:
     from bessemer.data.batch import Batch

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.addons.accelerate.background import HostCopies
 from bessemer.addons.distributed import sharded_checkpoint
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader, CompanionReader
 from bessemer.train import checkpoint, guard
-from bessemer.train.background import Background, HostCopies
 from bessemer.train.checkpoint import companion_name
 from bessemer.train.checkpoint_files import Damaged
-from bessemer.train.checkpointed import Checkpointed
+from bessemer.train.checkpointed import Checkpointed, CheckpointStore
 
 if TYPE_CHECKING:
     from bessemer.addons.distributed.mesh import Mesh
@@ -40,28 +40,35 @@ class Sharded(Protocol):
     def all_gather(self, text: str) -> list[str]: ...
 
 
-class RankStore:
-    """One rank's `CheckpointStore` (`train.checkpointed`). Collective."""
+class RankStore(CheckpointStore):
+    """One rank's store. Collective."""
 
     def __init__(self, trainer: Checkpointed, collective: Sharded) -> None:
-        assert trainer.state_dir is not None, "a trainer without a folder has no store"
-        self.folder, self.collective, self.mesh = trainer.state_dir, collective, collective.mesh
+        super().__init__(trainer)
+        self.collective, self.mesh = collective, collective.mesh
         self._saver = sharded_checkpoint.Saver(self.folder, trainer.model_config, trainer.plan.keep)
         self._copies = HostCopies()
 
     @property
-    def background(self) -> Background:
-        return self._saver.background
+    def busy(self) -> bool:
+        return self._saver.background.busy
+
+    @property
+    def seconds(self) -> float:
+        return self._saver.background.seconds
 
     def poll(self) -> None:
         """Nothing: an error of a write is raised where all ranks wait for it."""
+
+    def finish(self) -> None:
+        self._saver.finish()
 
     def close(self) -> None:
         """Does not wait: all ranks write together, and after an error others may never come."""
 
     def write(self, trainer: Checkpointed) -> Path:
         """Returns as soon as the copies are under way."""
-        self.background.finish()  # frees the buffer
+        self.finish()  # frees the buffer
         self._copies.begin()
         random_tensors, random_values = guard.capture_rng(trainer.generators)
         counters = trainer.counters() | {"updates": trainer.optimizer.steps, "rng": random_values}

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.addons.accelerate.background import Background
 from bessemer.addons.distributed import groups
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.addons.distributed.groups import Wanted
@@ -28,7 +29,6 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
-from bessemer.train.background import Background
 from bessemer.train.checkpoint_files import Damaged, write_synced, write_tensors
 
 

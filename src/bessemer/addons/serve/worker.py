@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bessemer.addons.accelerate.background import host_room
 from bessemer.addons.serve import ServeConfig
 from bessemer.addons.serve.fair_queue import FairQueue
 from bessemer.engine.engine import Engine
@@ -54,7 +55,6 @@ from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
-from bessemer.train.background import host_room
 from bessemer.train.setup import device
 
 ADD, CANCEL, END, SCORE = "add", "cancel", "end", "score"

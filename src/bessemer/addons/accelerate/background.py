@@ -1,4 +1,4 @@
-"""Background checkpoints: copies in host memory, and one thread that writes them.
+"""Background checkpoints (the hook `checkpoint-store`): copies in host memory, and one thread that writes them.
 
 The training thread pays only for the copies. From a GPU they go into pinned memory on their own stream while the next
 forward runs: 36 GB take under a second there, and 30 seconds to a disk. On a CPU they are plain memory copies.
@@ -14,19 +14,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bessemer.train import checkpoint
 from bessemer.train.checkpoint import State
+from bessemer.train.checkpointed import CheckpointStore
+
+if TYPE_CHECKING:
+    from bessemer.train.checkpointed import Checkpointed
 
 CHUNK = 1 << 28
 """Bytes of a piece of the buffer. Larger tensors get pieces of their own."""
 ALIGN = 64
-SHARE = 0.05
-"""The largest share of the time that timed checkpoints take: of the training thread for the copies, and of the disk for
-writing them."""
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
@@ -244,3 +246,32 @@ class CheckpointWriter:
             copied = torch.cuda.Event()
             copied.record()
         return replace(state, tensors=places), copied
+
+
+class BackgroundStore(CheckpointStore):
+    """The store of one process whose training goes on while a checkpoint is written."""
+
+    def __init__(self, trainer: Checkpointed) -> None:
+        super().__init__(trainer)
+        self.writer = CheckpointWriter(self.folder, trainer.plan.keep, lambda text: trainer.warn(text))
+
+    @property
+    def busy(self) -> bool:
+        return self.writer.background.busy
+
+    @property
+    def seconds(self) -> float:
+        return self.writer.background.seconds
+
+    def write(self, trainer: Checkpointed) -> Path:
+        trainer.optimizer.copied = self.writer.save(trainer.step, trainer.state())
+        return self.folder / f"step-{trainer.step:08d}"
+
+    def poll(self) -> None:
+        self.writer.background.poll()
+
+    def finish(self) -> None:
+        self.writer.background.finish()
+
+    def close(self) -> None:
+        self.writer.background.wait()
