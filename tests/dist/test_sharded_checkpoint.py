@@ -14,14 +14,14 @@ from ranks import on_ranks
 from test_distributed_trainer import CFG, LR, across, at_home, batches, config, model_of, update
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bessemer.addons.distributed import sharded_checkpoint, zero1
+from bessemer.addons.distributed import chunked_files, sharded_checkpoint, zero1
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.addons.distributed.mesh import Layout
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.train import checkpoint, checkpoint_files
+from bessemer.train import checkpoint
 from bessemer.train.objective import next_token
 from bessemer.train.trainer import Trainer
 
@@ -194,7 +194,7 @@ def bytes_read(rank, layout, folder):
         return data
 
     training = across(layout, "1f1b", state_dir=folder)
-    checkpoint_files.os = SimpleNamespace(**{name: getattr(os, name) for name in ("fstat", "fsync")}, pread=counting)
+    chunked_files.os = SimpleNamespace(**{name: getattr(os, name) for name in ("fstat",)}, pread=counting)
     assert training.start()
     return mine, checkpoint.load(checkpoint.steps(folder)[-1]).bytes()
 
@@ -202,11 +202,11 @@ def bytes_read(rank, layout, folder):
 def test_all_ranks_together_read_a_checkpoint_once(tmp_path):
     """Not once each: of 8 x 84 GB, a 7B model's state on 8 ranks, seven eighths were of no use to the rank that read
     and hashed them."""
-    chunk, checkpoint_files.CHUNK = checkpoint_files.CHUNK, 256
+    chunk, chunked_files.CHUNK = chunked_files.CHUNK, 256
     try:
         on_ranks(4, steps_of, "1f1b", Layout(2, 1, 2), 0, 1, tmp_path)
     finally:
-        checkpoint_files.CHUNK = chunk
+        chunked_files.CHUNK = chunk
     for layout in (Layout(1, 4, 1), Layout(1, 2, 2), Layout(2, 1, 2)):
         read, (whole, *_) = zip(*on_ranks(4, bytes_read, layout, tmp_path), strict=True)
         assert sum(read) < 1.35 * whole and max(read) < 0.5 * whole, layout
@@ -214,7 +214,7 @@ def test_all_ranks_together_read_a_checkpoint_once(tmp_path):
 
 def empty(folder, tensors):
     """A checkpoint of one process whose tensors, of these shapes, are holes in sparse files."""
-    zeros, files = hashlib.sha256(bytes(checkpoint_files.CHUNK)).digest(), {}
+    zeros, files = hashlib.sha256(bytes(chunked_files.CHUNK)).digest(), {}
     for stem, named in tensors.items():
         header, end = {}, 0
         for name, shape in named.items():
@@ -225,14 +225,14 @@ def empty(folder, tensors):
         path = folder / f"{stem}.safetensors"
         path.write_bytes(head)
         os.truncate(path, len(head) + end)
-        chunks, rest = divmod(end, checkpoint_files.CHUNK)
+        chunks, rest = divmod(end, chunked_files.CHUNK)
         digests = zeros * chunks + (hashlib.sha256(bytes(rest)).digest() if rest else b"")
         files[path.name] = {
-            "header": hashlib.sha256(head).hexdigest(), "chunk": checkpoint_files.CHUNK,
-            "digests": checkpoint_files.write_synced(checkpoint_files.digests_file(path), digests),
+            "header": hashlib.sha256(head).hexdigest(), "chunk": chunked_files.CHUNK,
+            "digests": chunked_files.write_synced(chunked_files.digests_file(path), digests),
         }  # fmt: skip
     for name in ("counters.json", "config.json"):
-        files[name] = checkpoint_files.write_synced(folder / name, b"{}")
+        files[name] = chunked_files.write_synced(folder / name, b"{}")
     checkpoint.seal(folder, 1, files)
 
 
@@ -264,14 +264,14 @@ def test_a_rank_of_128_reads_its_share_of_a_large_state(tmp_path):
 
 def failing(rank, folder):
     """Only rank 1 finds its disk full, and saving fails on all ranks."""
-    write = sharded_checkpoint.write_tensors
+    write = sharded_checkpoint.write_chunked
 
     def full(path, tensors):
         if dist.get_rank() == 1:
             raise OSError(28, "No space left on device")
         return write(path, tensors)
 
-    sharded_checkpoint.write_tensors = full
+    sharded_checkpoint.write_chunked = full
     saver = sharded_checkpoint.Saver(folder, {}, 2)
     saver.save(2, {f"model/{rank}": torch.ones(3)}, {})
     try:
@@ -292,13 +292,13 @@ def test_a_rank_that_cannot_write_makes_it_fail_on_all(tmp_path):
 
 def in_the_background(rank, folder):
     """A step runs while a checkpoint is written, and changes nothing in it."""
-    write = sharded_checkpoint.write_tensors
+    write = sharded_checkpoint.write_chunked
 
     def slow(path, tensors):
         time.sleep(0.5 * (rank == 0 and "00000001" in str(path)))
         return write(path, tensors)
 
-    sharded_checkpoint.write_tensors = slow
+    sharded_checkpoint.write_chunked = slow
     training = across(Layout(1, 2, 1), "gpipe", state_dir=folder)
     update(training, 0, 4)
     before = {name: value.clone() for name, value in training.optimizer.masters().items()}

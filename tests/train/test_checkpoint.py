@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import random
@@ -16,9 +15,8 @@ import safetensors.torch
 import torch
 from tiny_run import trainer
 
-from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
 from bessemer.errors import UserError
-from bessemer.train import checkpoint, checkpoint_files, guard
+from bessemer.train import checkpoint, guard
 from bessemer.train.checkpoint import State, latest, load, save, steps
 from bessemer.train.checkpoint_files import TensorFile
 
@@ -77,7 +75,6 @@ def flip(file):
 
 FILES = [
     "model.safetensors",
-    "model.safetensors.sha256",
     "odd.safetensors",
     "counters.json",
     "config.json",
@@ -123,40 +120,13 @@ def test_every_single_bit_of_the_manifest_matters(tmp_path):
                 load(manifest.parent)
 
 
-def large(monkeypatch, tmp_path):
-    """A checkpoint with a tensor of 100 chunks and small ones around it."""
-    monkeypatch.setattr(checkpoint_files, "CHUNK", 1 << 10)
-    tensors = {"before": torch.ones(3), "large": torch.arange(100 * 256.0), "after": torch.ones(4)}
-    return save(tmp_path, 1, State({"model": tensors}, {}, CONFIG)), tensors["large"]
-
-
-def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path, monkeypatch):
-    path, whole = large(monkeypatch, tmp_path)
-    reader = CheckpointReader(path)
-    assert reader.bytes_read == 0
-    assert torch.equal(reader.elements("model/large", 5_000, 5_500), whole[5_000:5_500])
-    assert reader.bytes_read == 3 << 10, "2,000 bytes lie in three chunks"
-    assert torch.equal(reader.elements("model/large", 5_500, 5_600), whole[5_500:5_600])
-    assert reader.bytes_read == 3 << 10, "the last chunk is not read again"
-    assert reader.elements("model/large", 7, 7).shape == (0,)
-
-
-def test_whoever_reads_a_damaged_chunk_notices_and_nobody_else(tmp_path, monkeypatch):
-    path, whole = large(monkeypatch, tmp_path)
-    flip(path / "model.safetensors")
-    reader = CheckpointReader(path)
-    assert torch.equal(reader.elements("model/large", 0, 10_000), whole[:10_000])
-    with pytest.raises(checkpoint.Damaged, match=r"model.safetensors does not match"):
-        reader.elements("model/large", 10_000, 15_000)
-
-
 def test_a_state_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
     """While a run resumes, at most one tensor of the checkpoint is in memory beside those of the run, and each byte is
     read once."""
     run = trainer(steps=2, state_dir=tmp_path)
     run.run()
     sizes = [tensor.nbytes for part in load(steps(tmp_path)[-1]).tensors.values() for tensor in part.values()]
-    held, most, read_bytes, read = 0, 0, 0, TensorFile.read
+    held, most, read_bytes, read = 0, 0, 0, TensorFile.__getitem__
 
     def counting(self, *arguments):
         nonlocal held, most, read_bytes
@@ -173,29 +143,12 @@ def test_a_state_is_read_one_tensor_at_a_time(tmp_path, monkeypatch):
         weakref.finalize(tensor, gone)
         return tensor
 
-    monkeypatch.setattr(TensorFile, "read", counting)
+    monkeypatch.setattr(TensorFile, "__getitem__", counting)
     again = trainer(steps=2, state_dir=tmp_path)
     assert again.start() and again.step == 2
     assert most <= 2 * max(sizes) < sum(sizes) / 4 and read_bytes < 1.001 * sum(sizes)
     for name, value in run.optimizer.state_dict().items():
         assert torch.equal(again.optimizer.state_dict()[name], value), name
-
-
-def test_a_checkpoint_of_format_1_is_read(tmp_path):
-    """One SHA-256 for every file, no digests."""
-    path = save(tmp_path, 3, original := state())
-    manifest = json.loads((path / "manifest.json").read_text())
-    for file in path.glob("*.sha256"):
-        file.unlink()
-    files = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
-    manifest = {"format": 1, "step": 3, "files": files}
-    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    same(load(path), original)
-    assert torch.equal(CheckpointReader(path).elements("model/a/b", 10, 30), torch.ones(20))
-    flip(path / "model.safetensors")
-    with pytest.raises(checkpoint.Damaged, match=r"model.safetensors"):
-        load(path)
 
 
 def test_newer_format_is_refused(tmp_path, monkeypatch):

@@ -2,16 +2,13 @@
 
     state/step-00000123/{model,optimizer,gates,rng,extras}.safetensors  counters.json  config.json  manifest.json
                         rank-00000.safetensors ...                      what many ranks write in place of the five
-                        *.safetensors.sha256                            digests of the chunks of each
 
 Files are written under a temporary name, synced and then renamed: a kill at any instant leaves the previous checkpoint.
 The manifest holds checksums of every file (`checkpoint_files`) and of itself; a damaged checkpoint is reported with the
 file at fault and passed over: never used, never skipped silently. Nothing is pickled.
 
-`save` writes the checkpoint of one process, `dist.sharded_checkpoint` that of many ranks. `open_state` reads both for
-one process, `checkpoint_reader` for ranks that each need a part; neither holds more than a tensor of it in memory. A
-sharded checkpoint stores every tensor whole under its name in the whole network, and a routed expert under its own
-number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a file depends on the layout that wrote it.
+`save` writes the checkpoint of one process and `open_state` reads it, with no more than a tensor of it in memory. Those
+of many ranks come with distributed training (the hook `sharded-state`).
 """
 
 from __future__ import annotations
@@ -22,24 +19,22 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from bessemer import plugins
 from bessemer.errors import UserError
 from bessemer.hf.replace import lacking
-from bessemer.model.moe import EXPERTS
 from bessemer.system import sync_folder
-from bessemer.train.checkpoint_files import Damaged, FileSums, TensorFile, verify, write_synced, write_tensors
+from bessemer.train.checkpoint_files import Damaged, TensorFile, verify, write_synced, write_tensors
 
 FORMAT = 2
-"""Raised by one when older code could misread the files. 1: a file has one checksum."""
+"""Raised by one when older code could misread the files."""
 
 
 @dataclass
@@ -61,25 +56,6 @@ class State:
     def read(self) -> None:
         """Reads and verifies all tensors that are not in memory."""
         self.tensors = {stem: dict(part) for stem, part in self.tensors.items()}
-
-
-class _Stored(Mapping[str, Tensor]):
-    """Tensors in files, each read by its function when asked for."""
-
-    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]):
-        self._reads = reads
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._reads[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._reads
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reads)
-
-    def __len__(self) -> int:
-        return len(self._reads)
 
 
 class Under(Mapping[str, Tensor]):
@@ -186,15 +162,15 @@ def as_json(value: dict[str, Any]) -> bytes:
 
 
 def _write(directory: Path, step: int, state: State, counters: bytes) -> None:
-    files: dict[str, FileSums | str] = {}
+    files: dict[str, Any] = {}
     for stem, tensors in state.tensors.items():
-        files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", dict(tensors))
+        files[f"{stem}.safetensors"] = write_tensors(directory / f"{stem}.safetensors", tensors)
     for name, text in (("counters.json", counters), ("config.json", json.dumps(state.config, indent=1).encode())):
         files[name] = write_synced(directory / name, text)
     seal(directory, step, files)
 
 
-def seal(directory: Path, step: int, files: Mapping[str, FileSums | str]) -> None:
+def seal(directory: Path, step: int, files: Mapping[str, Any]) -> None:
     """Writes the manifest of the files and their checksums, the last file of a checkpoint."""
     manifest = {"format": FORMAT, "step": step, "files": files}
     manifest["sha256"] = _digest(manifest)
@@ -260,55 +236,18 @@ def load(path: Path) -> State:
 def open_state(path: Path) -> State:
     """A checkpoint whose tensors are read, and verified, when asked for; raises as `load` does."""
     sums = verified_manifest(path)["files"]
-    counters, config = read_json(path, "counters.json", sums), read_json(path, "config.json", sums)
-    files = {name: TensorFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")}
-    if not any(map(is_sharded, files)):
-        own = {Path(name).stem: {key: partial(file.read, key) for key in file.entries} for name, file in files.items()}
-        return State({stem: _Stored(reads) for stem, reads in own.items()}, counters, config)
-    parts: dict[str, dict[str, Callable[[], Tensor]]] = {stem: {} for stem in PREFIXES}
-    for file in files.values():
-        for key in file.entries:
-            kind = key.partition("/")[0]
-            stem = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
-            parts[stem][key.removeprefix(PREFIXES[stem])] = partial(file.read, key)
-    parts["optimizer"]["steps"] = partial(torch.tensor, counters.pop("updates"))
-    return State({stem: _Stored(_stacks(reads)) for stem, reads in parts.items()}, counters, config)
-
-
-PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
-"""File stem of one process's checkpoint -> prefix of its tensors' names in a sharded one."""
+    if any(map(is_sharded, sums)):
+        opened = plugins.hook("sharded-state")
+        if opened is None:
+            raise UserError(f"{path} was written by many ranks; the add-on for distributed training reads it")
+        return opened(path)
+    files = {Path(name).stem: TensorFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")}
+    return State(files, *(read_json(path, name, sums) for name in ("counters.json", "config.json")))
 
 
 def is_sharded(file: str) -> bool:
     """Whether many ranks wrote the file."""
     return file.startswith("rank-")
-
-
-def companion_name(companion: str, name: str) -> str:
-    """The name of a companion's tensor in the checkpoint that holds its state (`Checkpointed.companions`)."""
-    return f"extras/{companion}/{name if name.startswith('model/') else f'optimizer/{name}'}"
-
-
-def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stacks the experts that a sharded checkpoint stores one by one."""
-    reads = _stacks({name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()})
-    return {name: read() for name, read in reads.items()}
-
-
-def _stacks(reads: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """The same with the experts of a matrix as one tensor."""
-    experts: dict[str, dict[int, Callable[[], Tensor]]] = {}
-    others = {}
-    for name, read in reads.items():
-        if expert := re.fullmatch(rf"(.*{re.escape(EXPERTS)}.*)/(\d+)", name):
-            experts.setdefault(expert[1], {})[int(expert[2])] = read
-        else:
-            others[name] = read
-    return others | {name: partial(_stack, [of[i] for i in range(len(of))]) for name, of in experts.items()}
-
-
-def _stack(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
-    return torch.stack([read() for read in reads])
 
 
 def verified_manifest(path: Path) -> dict[str, Any]:

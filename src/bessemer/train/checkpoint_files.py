@@ -1,246 +1,118 @@
-"""The files of a checkpoint, and how a reader verifies no more of them than it needs.
+"""The files of a checkpoint: written so that they are on the disk, read only if they are as written.
 
-A safetensors file is 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} and the
-tensors' bytes. The manifest holds the SHA-256 of its length and header. Every CHUNK bytes of the tensors have a SHA-256
-of their own; these digests, 32 bytes each, are stored one after another in NAME.sha256, and the manifest holds the
-SHA-256 of that file. So a rank that needs a part of a file reads and hashes the chunks of that part, each of them once,
-and no process holds more than one tensor of a checkpoint beside its own.
-
-In format 1 a file has one SHA-256; it is verified whole before the first tensor is read.
+Tensors are in safetensors files. The manifest holds the SHA-256 of every file; a file is verified whole before its
+first tensor is read. Of the files of many ranks each rank reads a part; they have more checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-CHUNK = 1 << 18
-"""Bytes that share a digest: few beside the 2 MB of a bucket that a rank of 128 reads; the digests take 0.01 %."""
-_NAMES = {
+PIECE = 1 << 18
+"""Bytes that are written at a time."""
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class Damaged(Exception):
     """A checkpoint that must not be used; the message names file and damage."""
 
 
-class FileSums(TypedDict):
-    """What a manifest holds of a file with tensors."""
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for. Raises Damaged if the file does not have this SHA-256."""
 
-    header: str
-    """SHA-256 of the header and its length."""
-    digests: str
-    """SHA-256 of the file with the chunks' digests."""
-    chunk: int
-    """Bytes of a chunk."""
+    def __init__(self, path: Path, sha256: str):
+        self.path, self.sha256 = path, sha256
 
-
-class TensorEntry(NamedTuple):
-    """A tensor of a file; its bytes are [begin, end) of the data."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class TensorFile:
-    """A file with tensors, open for reading. Raises Damaged as soon as anything that it reads does not match `sums`."""
-
-    def __init__(self, path: Path, sums: FileSums | str):
-        self.path, self._sums = path, sums
-        self.bytes_read = 0
-        """Bytes of the tensors that were read and hashed."""
-        self._verified = False
-        self._digests = b""
-        self._chunk: tuple[int, bytes] = (-1, b"")
-        """The last chunk that was read, which the next tensor may begin in."""
-        self.entries, self._start = self._read_header()
-
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a tensor; all of them in its shape if neither is given."""
-        entry = self.entries[key]
-        width = entry.dtype.itemsize
-        whole = math.prod(entry.shape)
-        stop = whole if stop is None else stop
-        found = torch.empty(stop - start, dtype=entry.dtype)
-        if stop > start:
-            self._fill(found.view(torch.uint8).numpy().data, entry.begin + start * width)
-        return found.view(entry.shape) if stop - start == whole else found
-
-    def _read_header(self) -> tuple[dict[str, TensorEntry], int]:
-        """(the entries, where the data begin)."""
+    @cached_property
+    def _file(self) -> Any:
+        verify(self.path, self.sha256)
         try:
-            with open(self.path, "rb") as file:
-                size, length = os.fstat(file.fileno()).st_size, file.read(8)
-                head = file.read(min(size, int.from_bytes(length, "little")))
-        except OSError as error:
-            raise self._damaged(str(error.strerror)) from error
-        if not isinstance(self._sums, str) and hashlib.sha256(length + head).hexdigest() != self._sums["header"]:
-            raise self._damaged()
-        try:
-            named = {key: value for key, value in json.loads(head).items() if key != "__metadata__"}
-            entries = {
-                key: TensorEntry(_DTYPES[value["dtype"]], tuple(value["shape"]), *value["data_offsets"])
-                for key, value in named.items()
-            }
-            fits = all(
-                0 <= one.begin <= one.end <= size and math.prod(one.shape) * one.dtype.itemsize == one.end - one.begin
-                for one in entries.values()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged() from error
-        start = 8 + len(head)
-        if not fits or start + max((one.end for one in entries.values()), default=0) != size:
-            raise self._damaged()
-        return entries, start
+            return safe_open(self.path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{self.path.name}: {error}") from error
 
-    def _fill(self, into: memoryview, begin: int) -> None:
-        """Reads the bytes of the data from `begin` on."""
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                if isinstance(self._sums, str):
-                    self._verify_whole(self._sums)
-                done = 0
-                while done < len(into):
-                    part = self._read(file.fileno(), begin + done)[: len(into) - done]
-                    into[done : done + len(part)] = part
-                    done += len(part)
-        except OSError as error:
-            raise self._damaged(str(error.strerror)) from error
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(self._file.keys())
 
-    def _read(self, file: int, at: int) -> bytes:
-        """The bytes of the data from `at` to the end of their chunk."""
-        size = CHUNK if isinstance(self._sums, str) else self._sums["chunk"]
-        number, offset = divmod(at, size)
-        if self._chunk[0] != number:
-            data = os.pread(file, size, self._start + number * size)
-            if not isinstance(self._sums, str):
-                self.bytes_read += len(data)
-                if hashlib.sha256(data).digest() != self._digest(number, self._sums["digests"]):
-                    raise self._damaged()
-            self._chunk = number, data
-        if len(self._chunk[1]) <= offset:
-            raise self._damaged()
-        return self._chunk[1][offset:]
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
 
-    def _digest(self, number: int, expected: str) -> bytes:
-        if not self._digests:
-            path = digests_file(self.path)
-            try:
-                self._digests = path.read_bytes()
-            except OSError as error:
-                raise Damaged(f"{path.name}: {error.strerror}") from error
-            if hashlib.sha256(self._digests).hexdigest() != expected:
-                raise Damaged(f"{path.name} does not match its checksum")
-        return self._digests[32 * number : 32 * (number + 1)]
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
-    def _verify_whole(self, expected: str) -> None:
-        if not self._verified:
-            verify(self.path, expected)
-            self.bytes_read += self.path.stat().st_size
-            self._verified = True
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
-    def _damaged(self, what: str = "") -> Damaged:
-        return Damaged(f"{self.path.name}: {what}" if what else f"{self.path.name} does not match its checksum")
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def digests_file(path: Path) -> Path:
-    """The file with the chunks' digests of a file with tensors."""
-    return path.with_name(f"{path.name}.sha256")
-
-
-def verify(path: Path, expected: str) -> None:
+def verify(path: Path, sha256: str) -> None:
     """Raises Damaged unless the file has this SHA-256."""
     try:
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise Damaged(f"{path.name} does not match its checksum")
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from error
 
 
-class _Digests:
-    """The digests of data that come in pieces of any size."""
-
-    def __init__(self) -> None:
-        self.found = bytearray()
-        self._digest, self._filled = hashlib.sha256(), 0
-
-    def add(self, piece: memoryview) -> None:
-        while len(piece):
-            part, piece = piece[: CHUNK - self._filled], piece[CHUNK - self._filled :]
-            self._digest.update(part)
-            self._filled += len(part)
-            if self._filled == CHUNK:
-                self.end()
-
-    def end(self) -> None:
-        if self._filled:
-            self.found += self._digest.digest()
-            self._digest, self._filled = hashlib.sha256(), 0
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file, waits until it is on the disk, returns its SHA-256. The library's own writer needs a
+    second copy of the tensors in memory and turns a full disk into its own exception."""
+    return write_pieces(path, chain((header(tensors),), map(as_bytes, tensors.values())))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileSums:
-    """Writes and syncs a safetensors file and its digests. The library's own writer needs a second copy of the tensors
-    in memory and turns a full disk into its own exception."""
-    header, offset = {}, 0
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """What comes before the tensors' bytes: 8 bytes of length and {name: {dtype, shape, data_offsets}} as JSON."""
+    entries, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    head = json.dumps(header).encode()
+    head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    head = len(head).to_bytes(8, "little") + head
-    digests = _Digests()
+    return len(head).to_bytes(8, "little") + head
 
-    def pieces() -> Iterable[bytes | memoryview]:
-        yield head
-        for tensor in tensors.values():
-            piece = _bytes(tensor)
-            digests.add(piece)
-            yield piece
-        digests.end()
 
-    _write(path, pieces())
-    return {
-        "header": hashlib.sha256(head).hexdigest(),
-        "digests": write_synced(digests_file(path), bytes(digests.found)),
-        "chunk": CHUNK,
-    }
+def as_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_synced(path: Path, content: bytes) -> str:
     """Writes a file, waits until it is on the disk, returns its SHA-256."""
-    _write(path, [content])
-    return hashlib.sha256(content).hexdigest()
+    return write_pieces(path, [content])
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """`write_synced` of the pieces, one after another."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for piece in pieces:
-            for start in range(0, len(piece), CHUNK):
-                part = piece[start : start + CHUNK]
-                if len(part) == CHUNK and not np.frombuffer(part, np.uint8).any():
-                    file.seek(CHUNK, os.SEEK_CUR)  # the moments before the first step are 0: a hole, no space on disk
+            digest.update(piece)
+            for start in range(0, len(piece), PIECE):
+                part = piece[start : start + PIECE]
+                if len(part) == PIECE and not np.frombuffer(part, np.uint8).any():
+                    file.seek(PIECE, os.SEEK_CUR)  # the moments before the first step are 0: a hole, no space on disk
                 else:
                     file.write(part)
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().data
+    return digest.hexdigest()

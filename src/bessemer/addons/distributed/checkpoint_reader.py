@@ -1,28 +1,36 @@
 """Reads a checkpoint by tensors and parts of them, whatever layout wrote it: for ranks that each need a share, and for
 exports.
 
-`checkpoint` describes the format.
+`train.checkpoint` describes the format. A sharded checkpoint stores every tensor whole under its name in the whole
+network, and a routed expert under its own number (`model/layers.3.ffn.experts.w13/17`), so that nothing in a file
+depends on the layout that wrote it. Beside each file lie the digests of its chunks (`chunked_files`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from bessemer.addons.distributed.chunked_files import ChunkedFile
 from bessemer.errors import UserError
 from bessemer.model.moe import EXPERTS
-from bessemer.train.checkpoint import PREFIXES, companion_name, is_sharded, read_json, verified_manifest
-from bessemer.train.checkpoint_files import TensorFile
+from bessemer.train.checkpoint import State, is_sharded, read_json, verified_manifest
+
+PREFIXES = {"model": "model/", "optimizer": "", "gates": "", "rng": "rng/", "extras": "extras/"}
+"""File stem of one process's checkpoint -> prefix of its tensors' names in a sharded one."""
 
 
 class _Location(NamedTuple):
     """Where a tensor is stored: a file, a key in it, and the elements [start, stop) under that key."""
 
-    file: TensorFile
+    file: ChunkedFile
     key: str
     shape: tuple[int, ...]
     start: int
@@ -36,7 +44,7 @@ class CheckpointReader:
     def __init__(self, path: Path):
         self.path, sums = path, verified_manifest(path)["files"]
         self.locations: dict[str, _Location] = {}
-        self._files = [TensorFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")]
+        self._files = [ChunkedFile(path / name, sums[name]) for name in sums if name.endswith(".safetensors")]
         self._sharded = any(is_sharded(file.path.name) for file in self._files)
         for file in self._files:
             self._index(file)
@@ -74,7 +82,7 @@ class CheckpointReader:
             )
         return self.locations[name]
 
-    def _index(self, file: TensorFile) -> None:
+    def _index(self, file: ChunkedFile) -> None:
         prefix = PREFIXES.get(file.path.stem)
         for key, (_, shape, *_) in file.entries.items():
             if prefix is None or EXPERTS not in key:
@@ -101,3 +109,62 @@ class CompanionReader:
 
     def location(self, name: str) -> _Location:
         return self.reader.location(companion_name(self.companion, name))
+
+
+def open_sharded(path: Path) -> State:
+    """A checkpoint of many ranks as one process reads it (the hook `sharded-state`): its tensors are read, and
+    verified, when asked for."""
+    reader = CheckpointReader(path)
+    parts: dict[str, dict[str, Callable[[], Tensor]]] = {stem: {} for stem in PREFIXES}
+    for key, location in reader.locations.items():
+        kind = key.partition("/")[0]
+        stem = kind if kind in ("model", "rng", "extras") else "gates" if kind in ("bias", "load") else "optimizer"
+        parts[stem][key.removeprefix(PREFIXES[stem])] = partial(location.file.read, location.key)
+    parts["optimizer"]["steps"] = partial(torch.tensor, reader.counters.pop("updates"))
+    return State({stem: _Stored(_stacks(reads)) for stem, reads in parts.items()}, reader.counters, reader.config)
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors in files, each read by its function when asked for."""
+
+    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]):
+        self._reads = reads
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reads[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._reads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reads)
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+
+def companion_name(companion: str, name: str) -> str:
+    """The name of a companion's tensor in the checkpoint that holds its state (`Checkpointed.companions`)."""
+    return f"extras/{companion}/{name if name.startswith('model/') else f'optimizer/{name}'}"
+
+
+def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks the experts that a sharded checkpoint stores one by one."""
+    reads = _stacks({name: partial(lambda tensor: tensor, tensor) for name, tensor in tensors.items()})
+    return {name: read() for name, read in reads.items()}
+
+
+def _stacks(reads: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The same with the experts of a matrix as one tensor."""
+    experts: dict[str, dict[int, Callable[[], Tensor]]] = {}
+    others = {}
+    for name, read in reads.items():
+        if expert := re.fullmatch(rf"(.*{re.escape(EXPERTS)}.*)/(\d+)", name):
+            experts.setdefault(expert[1], {})[int(expert[2])] = read
+        else:
+            others[name] = read
+    return others | {name: partial(_stack, [of[i] for i in range(len(of))]) for name, of in experts.items()}
+
+
+def _stack(reads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    return torch.stack([read() for read in reads])

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bessemer.addons.accelerate.background import HostCopies
 from bessemer.addons.distributed import sharded_checkpoint
-from bessemer.addons.distributed.checkpoint_reader import CheckpointReader, CompanionReader
+from bessemer.addons.distributed.checkpoint_reader import CheckpointReader, CompanionReader, companion_name, stacked
 from bessemer.train import checkpoint, guard
-from bessemer.train.checkpoint import companion_name
 from bessemer.train.checkpoint_files import Damaged
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore
 
@@ -152,7 +151,7 @@ class RankStore(CheckpointStore):
             other.step = trainer.step
         elsewhere = tuple(f"extras/{name}/" for name in companions)
         extras = [n for n in reader.locations if n.startswith("extras/") and not n.startswith(elsewhere)]
-        own = checkpoint.stacked(reader.read(extras))
+        own = stacked(reader.read(extras))
         trainer.extra_tensors = {name.removeprefix("extras/"): tensor for name, tensor in own.items()}
         trainer.extras = reader.counters["extras"]
         states = [name for name in reader.locations if name.startswith("rng/")]

@@ -20,6 +20,7 @@ from torch import Tensor
 from bessemer.addons.accelerate.background import Background
 from bessemer.addons.distributed import groups
 from bessemer.addons.distributed.checkpoint_reader import CheckpointReader
+from bessemer.addons.distributed.chunked_files import write_chunked
 from bessemer.addons.distributed.groups import Wanted
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
@@ -29,7 +30,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.moe import EXPERTS
 from bessemer.model.transformer import Transformer
 from bessemer.train import checkpoint
-from bessemer.train.checkpoint_files import Damaged, write_synced, write_tensors
+from bessemer.train.checkpoint_files import Damaged, write_synced
 
 
 class Saver:
@@ -83,7 +84,7 @@ class Saver:
             checkpoint.put_in_place(temporary, self.state_dir, step, self.keep)
 
         self._together(begin if me == 0 else None, step)
-        sums = self._together((lambda: write_tensors(temporary / _file(me), tensors)) if tensors else None, step)
+        sums = self._together((lambda: write_chunked(temporary / _file(me), tensors)) if tensors else None, step)
         self._together(finish if me == 0 else None, step)
 
     def _together(self, work: Callable[[], Any] | None, step: int) -> list[Any]:
