@@ -86,7 +86,7 @@ run sft.toml --set main=bas | main = "bas" is no stage with a model; did you mea
 run sft.toml --set sft.lr=nan | key "lr" is NaN
 run tiny --set zero.rollout=5 | key "rollout" is 5 (a whole number), expected a table; did you mean "rollouts"?
 run tiny --set zero.rollout=5 | --set zero.rollout=5: [[stage]] "zero" (kind rl): key "rollout"
-run tiny --set zero.rollout.workers=x | --set zero.rollout.workers=x: [[stage]] "zero" (kind rl): key "rollout.workers"
+run tiny --set zero.rollout.workers=2 | stage "zero": sampler local: unknown key "workers"
 run tiny --set zero.rolouts=4 | --set zero.rolouts=4: [[stage]] "zero" (kind rl): unknown key "rolouts"; did you mean
 run tiny --set zero.from=bas | --set zero.from=bas: [[stage]] "zero": from = "bas" does not exist
 run tiny --set layout.pq=2 | --set layout.pq=2: [layout]: unknown key "pq"

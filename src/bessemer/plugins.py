@@ -130,7 +130,12 @@ def find(kind: str, name: str, takes: str = "", derives: type | None = None) -> 
 
 def check_settings(kind: str, name: str, member: Callable[..., Any], settings: Mapping[str, Any], stage: str) -> None:
     """UserError if the other keys of a plug-in's table are not the member's keyword arguments, in name, type and range:
-    `def grpo(logp_N, ..., *, clip_low: Annotated[float, Field(gt=0)] = 0.2)` takes `clip_low`."""
+    `def grpo(logp_N, ..., *, clip_low: Annotated[float, Field(gt=0)] = 0.2)` takes `clip_low`. A class with many has
+    them as a table, `Settings`, instead."""
+    where = f'stage "{stage}"', f": {KINDS[kind]} {name}"
+    if (own := getattr(member, "Settings", None)) is not None:
+        validate(own, dict(settings), *where)
+        return
     types = get_type_hints(
         getattr(member, "__init__", member) if isinstance(member, type) else member, include_extras=True
     )
@@ -140,7 +145,7 @@ def check_settings(kind: str, name: str, member: Callable[..., Any], settings: M
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keys[key] = types.get(key, Any), ... if parameter.default is parameter.empty else parameter.default
     form = create_model("Settings", __base__=ConfigTable, **keys)
-    validate(form, dict(settings), f'stage "{stage}"', f": {KINDS[kind]} {name}")
+    validate(form, dict(settings), *where)
 
 
 def is_built_in(kind: str, name: str) -> bool:

@@ -319,12 +319,13 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["rollout.workers=2"], 'rollout.workers has no effect while rollout.engine is "local"'),
+        (["rollout.workers=2"], 'sampler local: unknown key "workers"'),
         (["rollout.engine=vllm", "routing_replay=true"], "which vLLM rollouts do not report"),
         (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "no sampler 'rays'; did you mean 'ray'"),
-        (["rollout.worker=2"], 'unknown key "rollout.worker"; did you mean "workers"'),
+        (["rollout.engine=ray", "rollout.worker=2"], 'unknown key "worker"; did you mean "workers"'),
+        (["rollout.engine=ray", "rollout.sleep=true"], 'sampler ray: unknown key "sleep"'),
     ],
 )
 def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):

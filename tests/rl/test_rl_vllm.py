@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from bessemer.addons.distributed import ray_cluster, ray_sampler, vllm_engine, vllm_weights
+from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings
 from bessemer.addons.distributed.ray_worker import RolloutWorker, pack_weights, unpack_weights
-from bessemer.config.rl import RolloutConfig
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
@@ -59,10 +59,12 @@ def test_a_request_in_its_words(engine):
 
 
 def test_its_settings_and_the_attention_that_a_shape_needs(tmp_path):
-    plain = vllm_engine.llm_arguments(tmp_path, 1, vllm_engine.DEFAULTS)
+    plain = vllm_engine.llm_arguments(tmp_path, 1, DEFAULTS)
     assert plain["gpu_memory_utilization"] == 0.9
     assert not plain.keys() & {"max_model_len", "enable_sleep_mode", "distributed_executor_backend"}
-    more = vllm_engine.llm_arguments(tmp_path, 4, vllm_engine.VLLMSettings(0.4, 2048, True))
+    more = vllm_engine.llm_arguments(
+        tmp_path, 4, VLLMSettings(gpu_memory_utilization=0.4, max_model_len=2048, sleep=True)
+    )
     added = {"max_model_len": 2048, "enable_sleep_mode": True, "distributed_executor_backend": "mp"}
     assert more == plain | added | {"gpu_memory_utilization": 0.4, "tensor_parallel_size": 4}
     assert not vllm_engine.mla_off({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
@@ -142,7 +144,8 @@ def test_workers_get_the_gpus_beside_the_trainers(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         monkeypatch.setattr(ray_sampler.setup, "device", lambda: torch.device("cuda" if shown else "cpu"))
-        return ray_sampler.gpus_of_workers(RolloutConfig(**rollout))
+        form = VLLMSettings if rollout.pop("engine") == "vllm" else RaySettings
+        return ray_sampler.gpus_of_workers(form(**rollout))
 
     assert offered("4,5,6,7", 2, engine="vllm", workers=1, gpus=2) == ["6", "7"]
     assert offered("4,5,6,7", 1, engine="ray", workers=3) == ["5", "6", "7"]

@@ -28,20 +28,6 @@ class RolloutConfig(PluginTable):
     """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
     processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; routing_replay and
     correction remove its effect on the updates. vLLM always rounds."""
-    workers: int = Field(1, ge=1)
-    """Number of separate rollout workers. Each holds the whole model, on one core or on `gpus` GPUs. Workers in excess
-    of a rollout's batches are idle."""
-    gpus: int | None = Field(None, ge=0)
-    """GPUs per worker. Default: 1 if Ray has any. vLLM spreads one copy of the model over several. A Ray cluster that
-    the run starts gets the GPUs that the trainer does not use. One of your own does not know which these are, so start
-    it with them alone (CUDA_VISIBLE_DEVICES=1,2,3 ray start --head, RAY_ADDRESS=auto)."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """vLLM: share of a GPU's memory for a worker's weights, cache and workspace together."""
-    max_model_len: int | None = Field(None, ge=1)
-    """vLLM: maximum tokens of prompt and answer. Default: the model's context. Less leaves room for more samples."""
-    sleep: bool = False
-    """vLLM: release the GPU's memory between batches (the weights wait in the node's memory) and share GPUs with the
-    trainer, which needs memory too: lower gpu_memory_utilization. Without it, vLLM has GPUs of its own."""
 
 
 class AdvantageTable(PluginTable):

@@ -56,7 +56,7 @@ class Loop:
         model = setup.adapted(model, settings, self.base, ctx.seed, ctx.recipe.layout, ctx.say)
         self.tokenizer.use_template(settings.prompt_template)
         sampler = sampler_of(settings)
-        self.workers = sampler.trainer_workers(settings.rollout) if runtime.n == 1 else runtime.workers()
+        self.workers = sampler.trainer_workers(settings) if runtime.n == 1 else runtime.workers()
         dtype = setup.set_precision(model, settings, ctx.say_once, ctx.state, ctx.agree)
         longest = round(max(settings.max_new_tokens.values))
         self.objective = GRPO(

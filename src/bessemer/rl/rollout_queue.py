@@ -28,7 +28,7 @@ from bessemer.rl import rollout
 from bessemer.rl.component import Component, Select
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
-from bessemer.rl.sampler import PendingSamples, Sampler, Submit, batch_rows
+from bessemer.rl.sampler import PendingSamples, Sampler, Submit
 from bessemer.rl.task_mix import mixture
 from bessemer.train.runtime import ALONE, Share
 from bessemer.train.trainer import Trainer
@@ -126,7 +126,6 @@ class RolloutGenerator:
             turn.prompts,
             **turn.options(),
             temperature=settings.temperature,
-            batch_rows=batch_rows(settings.rollout, len(turn.prompts) * turn.samples),
             record_routing=settings.routing_replay,
             top_p=settings.top_p,
             record_kept=settings.keeps_mask,

@@ -12,13 +12,12 @@ crash. On many ranks, all make the same calls at the same time, and all get all 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from bessemer import plugins
 from bessemer.config.rl import RLConfig, RolloutConfig
-from bessemer.config.table import Precision, keys
+from bessemer.config.table import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, OnText, Options, Prompt
@@ -40,13 +39,6 @@ class SamplingOptions(Options, total=False):
     on_text: OnText
 
 
-def batch_rows(rollout: RolloutConfig, samples: int) -> int:
-    """Samples per batch, which one process generates: for vLLM a worker's whole share."""
-    if rollout.engine == "vllm":
-        return max(1, -(-samples // rollout.workers))
-    return setup.batch_rows(samples)
-
-
 def rounding_facts(rollout: RolloutConfig) -> dict[str, Any]:
     """The keys of [rollout] that change the last digits of every sampler's samples."""
     return {"precision": rollout.precision} if rollout.precision != "trainer" else {}
@@ -60,9 +52,6 @@ def sampler_of(config: RLConfig) -> type[LocalSampler]:
         raise UserError(
             f"{plugins.where(name, kind)} is not a sampler; derive the class from bessemer.rl.sampler.LocalSampler"
         )
-    for key in config.rollout.settings:
-        if near := get_close_matches(key, keys(RolloutConfig), n=1, cutoff=0.8):
-            raise UserError(f'stage "{config.name}": unknown key "rollout.{key}"; did you mean "{near[0]}"')
     plugins.check_settings("samplers", name, kind, config.rollout.settings, config.name)
     return kind
 
@@ -124,17 +113,12 @@ class LocalSampler:
     @classmethod
     def facts(cls, config: RLConfig) -> dict[str, Any]:
         """What in [rollout] changes samples; UserError for settings without effect."""
-        rollout, plain = config.rollout, RolloutConfig()
-        for name in ("workers", "gpus", "gpu_memory_utilization", "max_model_len", "sleep"):
-            if getattr(rollout, name) != getattr(plain, name):
-                raise UserError(
-                    f'stage "{config.name}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"'
-                )
+        rollout = config.rollout
         own = {} if rollout.engine == "local" else {"sampler": rollout.engine, "settings": rollout.settings}
         return own | rounding_facts(rollout)
 
     @classmethod
-    def trainer_workers(cls, rollout: RolloutConfig) -> Workers:
+    def trainer_workers(cls, config: RLConfig) -> Workers:
         """The trainer's own helpers."""
         return setup.workers()
 
@@ -149,7 +133,8 @@ class LocalSampler:
     def policy(self) -> Submit:
         def submit(prompts: Sequence[Prompt], **options: Unpack[SamplingOptions]) -> PendingSamples:
             self.refresh()
-            return ReadySamples(self.sample(prompts, self.apart, **options))
+            rows = setup.batch_rows(len(prompts) * options.get("samples", 1))
+            return ReadySamples(self.sample(prompts, self.apart, **SamplingOptions(batch_rows=rows) | options))
 
         return submit
 

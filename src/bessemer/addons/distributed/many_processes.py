@@ -15,6 +15,7 @@ from bessemer import probe
 from bessemer.addons.distributed import groups, links, watchdog
 from bessemer.addons.distributed.on_ranks import ManyRanks
 from bessemer.addons.distributed.ranks import Ranks, launch
+from bessemer.addons.distributed.ray_settings import settings_of
 from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
@@ -104,11 +105,11 @@ def _sampling(recipe: Recipe) -> int:
     runs are not counted."""
     if "RAY_ADDRESS" in os.environ:
         return 0
-    apart = (
-        stage.rollout for stage in recipe.stages
-        if isinstance(stage, RLConfig) and stage.rollout.engine != "local" and not stage.rollout.sleep
-    )  # fmt: skip
-    return max((one.workers * (1 if one.gpus is None else one.gpus) for one in apart), default=0)
+    asked = [
+        settings_of(stage) for stage in recipe.stages
+        if isinstance(stage, RLConfig) and stage.rollout.engine in ("ray", "vllm")
+    ]  # fmt: skip
+    return max((one.workers * (1 if one.gpus is None else one.gpus) for one in asked if not one.shares_gpus), default=0)
 
 
 def _use(n: int, gpus: probe.Gpus, why: str) -> str:

@@ -25,10 +25,10 @@ from bessemer import tasks
 from bessemer.addons.accelerate.helpers import Helpers
 from bessemer.addons.distributed import ray_cluster
 from bessemer.addons.distributed.rank0_sampler import Rank0Sampler
+from bessemer.addons.distributed.ray_settings import DEFAULTS, RaySettings, VLLMSettings, settings_of
 from bessemer.addons.distributed.ray_worker import pack_weights
-from bessemer.addons.distributed.vllm_engine import VLLMSettings
 from bessemer.addons.distributed.worker_pool import RolloutJob, WorkerPool
-from bessemer.config.rl import RLConfig, RolloutConfig
+from bessemer.config.rl import RLConfig
 from bessemer.config.table import changed
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
@@ -40,7 +40,6 @@ from bessemer.rl.sampler import (
     Sampler,
     SamplingOptions,
     Submit,
-    batch_rows,
     rounding_facts,
 )
 from bessemer.runs.context import StageContext
@@ -51,37 +50,39 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 
-def gpus_of_workers(rollout: RolloutConfig) -> list[str] | None:
+def gpus_of_workers(settings: RaySettings) -> list[str] | None:
     """The GPUs of this machine that the run's own Ray may give to workers: those without a trainer rank. None means no
     limit: vLLM takes turns with the trainer, or there is no GPU. UserError if there are too few."""
     visible = os.environ.get(ray_cluster.VISIBLE)
     names = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     names = names[: torch.cuda.device_count()]
-    if rollout.sleep or not names:
+    if settings.shares_gpus or not names:
         return None
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if setup.device().type == "cuda" else 0
-    each = 1 if rollout.gpus is None else rollout.gpus
-    if rollout.workers * each > len(names) - ranks:
-        share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if rollout.engine == "vllm" else ""
+    workers, each = settings.workers, 1 if settings.gpus is None else settings.gpus
+    if workers * each > len(names) - ranks:
+        vllm = isinstance(settings, VLLMSettings)
+        share = ", or let vLLM take turns with the trainer (rollout.sleep = true)" if vllm else ""
         raise UserError(
-            f"{rollout.workers} rollout workers of {each} GPU{'s' * (each > 1)} need {rollout.workers * each} beside "
+            f"{workers} rollout workers of {each} GPU{'s' * (each > 1)} need {workers * each} beside "
             f"the {ranks} of the trainer, but this machine shows {len(names)}; lower rollout.workers or rollout.gpus, "
             f"train on fewer (--gpus){share}"
         )
     return names[ranks:] if each else []
 
 
-def _start_pool(rollout: RolloutConfig, ctx: StageContext, engine: Engine) -> WorkerPool:
+def _start_pool(name: str, settings: RaySettings, ctx: StageContext, engine: Engine) -> WorkerPool:
+    """The workers of the sampler `name`."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in engine.model.state_dict().values())
-    cluster = ray_cluster.RayCluster(size, gpus_of_workers(rollout) if ray_cluster.starts_own() else None)
+    cluster = ray_cluster.RayCluster(size, gpus_of_workers(settings) if ray_cluster.starts_own() else None)
     try:
-        gpus = min(1, cluster.gpus()) if rollout.gpus is None else rollout.gpus
-        if rollout.engine == "vllm" and not gpus:
+        gpus = min(1, cluster.gpus()) if settings.gpus is None else settings.gpus
+        if name == "vllm" and not gpus:
             raise UserError("vLLM rollouts need GPUs, but Ray has none")
-        vllm = VLLMSettings(rollout.gpu_memory_utilization, rollout.max_model_len, rollout.sleep)
+        vllm = settings if isinstance(settings, VLLMSettings) else DEFAULTS
         assert ctx.source is not None
         directory = str((ctx.source / "model").resolve())
-        return WorkerPool(cluster, rollout.engine, directory, rollout.workers, gpus, ctx.say, vllm)
+        return WorkerPool(cluster, name, directory, settings.workers, gpus, ctx.say, vllm)
     except BaseException:
         cluster.close()
         raise
@@ -91,14 +92,17 @@ class RaySampler:
     """`state()` returns the weights by name, `moment()` a value that changes whenever they do, `start()` the pool.
     `engine` is the trainer's: it plans the batches and runs none."""
 
+    Settings: type[RaySettings] = RaySettings
+
     def __init__(
         self,
         engine: Engine,
         state: Callable[[], Mapping[str, Tensor]],
         moment: Callable[[], Hashable],
         start: Callable[[], WorkerPool],
+        workers: int = 1,
     ) -> None:
-        self.engine, self.state, self.moment, self._start = engine, state, moment, start
+        self.engine, self.state, self.moment, self._start, self.workers = engine, state, moment, start, workers
         self.tokenizer: Tokenizer = engine.tokenizer
         self._pool: WorkerPool | None = None
         self._version = 0
@@ -113,48 +117,22 @@ class RaySampler:
     @classmethod
     def facts(cls, config: RLConfig) -> dict[str, Any]:
         """As those of `LocalSampler`."""
-        rollout, stage = config.rollout, config.name
-        asked = [*config.tasks, *config.general_tasks] if rollout.engine == "vllm" else []
-        if episodic := [name for name in asked if tasks.get(name).episodic]:
-            raise UserError(
-                f'stage "{stage}": {episodic[0]} has episodes of several turns, and vLLM generates single answers '
-                'here; set rollout.engine = "local" or "ray"'
-            )
-        if rollout.engine != "vllm":
-            for name in VLLMSettings._fields:
-                if changed(rollout, name):
-                    raise UserError(
-                        f'stage "{stage}": rollout.{name} has no effect while rollout.engine is "{rollout.engine}"'
-                    )
-        elif changed(rollout, "precision"):
-            raise UserError(f'stage "{stage}": rollout.precision has no effect with vLLM, which computes in BF16')
-        elif config.routing_replay:
-            raise UserError(
-                f'stage "{stage}": routing_replay needs the experts that the sampler chose, which vLLM rollouts do not '
-                'report; set rollout.engine to "ray", or routing_replay to false'
-            )
-        elif config.top_p < 1:
-            raise UserError(
-                f'stage "{stage}": vLLM rollouts report neither the tokens that top_p leaves nor their '
-                'log-probabilities; set rollout.engine to "ray", or top_p to 1'
-            )
         if config.lora is not None:
             raise UserError(
-                f'stage "{stage}": with lora the trainer samples from base and adapters itself, and separate '
+                f'stage "{config.name}": with lora the trainer samples from base and adapters itself, and separate '
                 'workers load whole models; set rollout.engine = "local"'
             )
         if not ray_cluster.is_installed():
-            raise ray_cluster.not_installed(rollout.engine)
-        sampler: dict[str, Any] = {"sampler": "vllm"} if rollout.engine == "vllm" else {}
-        return sampler | rounding_facts(rollout)
+            raise ray_cluster.not_installed(config.rollout.engine)
+        return rounding_facts(config.rollout)
 
     @classmethod
-    def trainer_workers(cls, rollout: RolloutConfig) -> Workers:
+    def trainer_workers(cls, config: RLConfig) -> Workers:
         """The trainer's own helpers, which leave one core to each rollout worker on the same machine."""
         if setup.device().type != "cpu" or not ray_cluster.starts_own():
             return setup.workers()
         torch.set_num_threads(1)
-        return Helpers(max(1, cores() - rollout.workers))
+        return Helpers(max(1, cores() - settings_of(config).workers))
 
     @classmethod
     def of_loop(cls, loop: LoopParts, engine: Engine) -> Sampler:
@@ -167,19 +145,14 @@ class RaySampler:
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
-        settings, ctx, rollout, trainer = loop.settings, loop.ctx, loop.settings.rollout, loop.trainer
-        samples = settings.prompts_per_rollout * settings.samples
-        rows = batch_rows(rollout, samples)
-        idle = rollout.workers - (batches := -(-samples // rows))
+        config, ctx, trainer, settings = loop.settings, loop.ctx, loop.trainer, settings_of(loop.settings)
+        samples, workers = config.prompts_per_rollout * config.samples, settings.workers
+        rows = cls.batch_rows(samples, workers)
+        idle = workers - (batches := -(-samples // rows))
         if idle > 0:
             ctx.say(
                 f"warning: a rollout of {samples} samples makes {batches} batches of {rows}: {idle} of "
-                f"{rollout.workers} rollout workers will have nothing to do; lower rollout.workers"
-            )
-        if rollout.engine == "vllm" and settings.correction is None:
-            ctx.say(
-                "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
-                'between its probabilities and the trainer\'s; consider correction = "token-truncate"'
+                f"{workers} rollout workers will have nothing to do; lower rollout.workers"
             )
 
         def state() -> Mapping[str, Tensor]:
@@ -187,7 +160,13 @@ class RaySampler:
             return engine.model.state_dict()
 
         # every update adds to `trainer.rows`, even one after which the guard goes back to an earlier step
-        return cls(engine, state, lambda: trainer.rows, partial(_start_pool, rollout, ctx, engine))
+        start = partial(_start_pool, config.rollout.engine, settings, ctx, engine)
+        return cls(engine, state, lambda: trainer.rows, start, workers)
+
+    @staticmethod
+    def batch_rows(samples: int, workers: int) -> int:
+        """Samples per batch, which one worker generates."""
+        return setup.batch_rows(samples)
 
     @property
     def pool(self) -> WorkerPool:
@@ -212,7 +191,8 @@ class RaySampler:
         self, version: int, weights: ObjectRef, prompts: Sequence[Prompt], on_text: OnText | None = None,
         **options: Unpack[Options],
     ) -> RaySamples:  # fmt: skip
-        plan = self.engine.plan(prompts, **options)
+        rows = self.batch_rows(len(prompts) * options.get("samples", 1), self.workers)
+        plan = self.engine.plan(prompts, **Options(batch_rows=rows) | options)
         jobs = [RolloutJob(batch, version, weights) for batch in plan.batches]
         self.pool.submit(jobs)
         return RaySamples(self, plan, jobs, on_text)
@@ -240,6 +220,47 @@ class RaySampler:
                 pool.close()
             finally:
                 pool.cluster.close()
+
+
+class VLLMSampler(RaySampler):
+    """Workers that generate with vLLM; a batch is a worker's whole share."""
+
+    Settings = VLLMSettings
+
+    @classmethod
+    def facts(cls, config: RLConfig) -> dict[str, Any]:
+        where = f'stage "{config.name}"'
+        if episodic := [name for name in (*config.tasks, *config.general_tasks) if tasks.get(name).episodic]:
+            raise UserError(
+                f"{where}: {episodic[0]} has episodes of several turns, and vLLM generates single answers here; set "
+                'rollout.engine = "local" or "ray"'
+            )
+        if changed(config.rollout, "precision"):
+            raise UserError(f"{where}: rollout.precision has no effect with vLLM, which computes in BF16")
+        if config.routing_replay:
+            raise UserError(
+                f"{where}: routing_replay needs the experts that the sampler chose, which vLLM rollouts do not "
+                'report; set rollout.engine to "ray", or routing_replay to false'
+            )
+        if config.top_p < 1:
+            raise UserError(
+                f"{where}: vLLM rollouts report neither the tokens that top_p leaves nor their log-probabilities; set "
+                'rollout.engine to "ray", or top_p to 1'
+            )
+        return {"sampler": "vllm"} | super().facts(config)
+
+    @classmethod
+    def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
+        if loop.settings.correction is None:
+            loop.ctx.say(
+                "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
+                'between its probabilities and the trainer\'s; consider correction = "token-truncate"'
+            )
+        return super()._make(loop, engine, refresh)
+
+    @staticmethod
+    def batch_rows(samples: int, workers: int) -> int:
+        return max(1, -(-samples // workers))
 
 
 class RaySamples:

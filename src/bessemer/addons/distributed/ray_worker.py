@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import bessemer
-from bessemer.addons.distributed.vllm_engine import DEFAULTS, VLLMEngine, VLLMSettings
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
+from bessemer.addons.distributed.vllm_engine import VLLMEngine
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.errors import UserError

@@ -16,11 +16,12 @@ import os
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from bessemer import system
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
 from bessemer.addons.distributed.vllm_weights import FileWeights, MappedWeights, WeightLoader, settings, transfers
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.engine.sequence import Request
@@ -35,17 +36,6 @@ MLA_WIDTHS = (512, 64)
 MLA_OFF = "VLLM_MLA_DISABLE"
 KEY_BITS = (1 << 63) - 1
 """vLLM's seeds must not be negative."""
-
-
-class VLLMSettings(NamedTuple):
-    """The settings of `RolloutConfig` that vLLM gets."""
-
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
-    sleep: bool = False
-
-
-DEFAULTS = VLLMSettings()
 
 
 class VLLMEngine:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer import heartbeat
 from bessemer.addons.distributed import ray_cluster
+from bessemer.addons.distributed.ray_settings import DEFAULTS, VLLMSettings
 from bessemer.addons.distributed.ray_worker import JobResult, RolloutWorker, versions
-from bessemer.addons.distributed.vllm_engine import DEFAULTS, VLLMSettings
 from bessemer.engine.generation import Completion, GenerationBatch
 from bessemer.errors import UserError
 
