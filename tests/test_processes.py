@@ -77,7 +77,7 @@ def test_every_gpu_or_why_not(given, n, words):
         ),
         (["zero.rollout.engine=ray", "zero.rollout.workers=9"], 1, "1 of 8 GPUs: 9 are for the workers"),
         (["zero.rollout.engine=vllm", "zero.rollout.sleep=true"], 8, "one process each"),
-        (["zero.routing_replay=true"], 8, "one process each"),
+        (['zero.hooks=["routing-replay"]'], 8, "one process each"),
         (["zero.advantage=critic"], 8, "one process each"),
     ],
     ids=[

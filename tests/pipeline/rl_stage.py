@@ -29,6 +29,7 @@ from bessemer.train import checkpoint
 
 COIN_TERM = f"{Path(__file__).parents[2] / 'recipes' / 'coin.py'}:coin"
 COIN = f'reward="{COIN_TERM}"'
+CORRECTED = 'hooks=["routing-replay", {name="correction", form="token-truncate"}]'
 TEXTS = ["User: Compute 3*7+6.\nAssistant:<think>(3*7)+6=21+6=27\nwait</think><answer>27</answer>"] * 8
 SMALL = (
     "rollouts=3", "prompts_per_rollout=4", "samples=2", "updates_per_rollout=2", "max_new_tokens=12", "lr=1e-3",

@@ -81,7 +81,7 @@ precision = "float32"
 CRITIC = f'advantage = "critic"\nreward = "{rl_stage.COIN_TERM}"'
 ROOT = Path(__file__).parents[2]
 FILTER = f'hooks = [{{ name = "{ROOT}/examples/plugins/difficulty.py:DifficultyFilter", pool = 2, explore = 0.3 }}]'
-REPLAY = 'routing_replay = true\ntop_p = 0.9\ncorrection = "token-truncate"'
+REPLAY = 'top_p = 0.9\nhooks = ["routing-replay", { name = "correction", form = "token-truncate" }]'
 
 
 AFTER_RL = ("05-helpful", "06-taught")

@@ -110,7 +110,7 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
 
 
 @pytest.mark.parametrize(
-    "change", [f"zero.{rl_stage.COIN}", "zero.max_off_policy_rollouts=1", 'zero.export_samples="all"']
+    "change", [f"zero.{rl_stage.COIN}", "zero.max_off_policy_rollouts=1", 'zero.hooks=["export-samples"]']
 )
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
@@ -123,7 +123,8 @@ def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     [((), True), (('reward=["accuracy", "language"]',), True),
      (('reward=["accuracy", {name="language", scope="reply"}]',), False),
      (('advantage="critic"',), False), (('advantage="batch"',), True),
-     (('rollout.engine="ray"',), False), ((rl_stage.COIN,), False), (('export_samples="all"',), False),
+     (('rollout.engine="ray"',), False), ((rl_stage.COIN,), False), (('hooks=["export-samples"]',), False),
+     (('hooks=["routing-replay"]',), True),
      (("max_off_policy_rollouts=1",), False)],
 )  # fmt: skip
 def test_samples_stay_only_where_nothing_but_the_trainer_reads_them(tmp_path, changes, stay):

@@ -46,7 +46,7 @@ class Episode:
     def close(self):
         pass
 """
-ALL = ("rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9", 'correction="token-truncate"',
+ALL = ("rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9", rl_stage.CORRECTED,
        "lr=1e-2", "max_new_tokens=16", "prompts_per_rollout=3", "samples=4")  # fmt: skip
 
 base = test_rl_queue.base
@@ -93,7 +93,7 @@ def test_killed_and_resumed_it_ends_the_same_bit_for_bit(whole, base, changes, t
     ("change", "complaint"),
     [
         ('rollout.engine="vllm"', "vLLM generates single answers"),
-        ('export_samples="all"', "export_samples writes questions with one answer"),
+        ('hooks=["export-samples"]', "export-samples writes questions with one answer"),
     ],
 )
 def test_what_cannot_play_episodes_is_refused_at_the_start(base, changes, tmp_path, change, complaint):

@@ -4,6 +4,7 @@ stages inherit."""
 import hashlib
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import rl_stage
@@ -12,6 +13,7 @@ from completions import completion
 from bessemer import tasks
 from bessemer.addons.evals import contamination_search
 from bessemer.addons.r1.reject import Reject
+from bessemer.addons.r1.sample_export import SampleExport
 from bessemer.addons.r1.tables import RejectConfig
 from bessemer.config.evaluation import EvalConfig
 from bessemer.data.chat import ZERO_PREAMBLE, question_ids
@@ -19,11 +21,11 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.eval import scoring
 from bessemer.pipeline.stages.eval import Eval
 from bessemer.rl import rollout
-from bessemer.rl.monitor import SampleExport
 from bessemer.rl.rollout import Rollout, ScoredSample
 from bessemer.runs.context import Interrupted
 
 COIN = rl_stage.COIN
+ALL = 'hooks=[{name="export-samples", which="all"}]'
 COUNTDOWN = tasks.get("countdown")
 
 
@@ -48,7 +50,7 @@ def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_
         return sampled(self, number, made)
 
     monkeypatch.setattr(SampleExport, "sampled", noted)
-    made = stage(base, tmp_path / "all", 'export_samples="all"')
+    made = stage(base, tmp_path / "all", ALL)
     made.run()
     ended = [row for row in seen if row.completion.finish_reason == "stop"]
     assert 0 < len(ended) < len(seen) == 24, "a test of both kinds"
@@ -59,15 +61,15 @@ def test_all_ended_samples_are_left_in_order_and_training_is_the_same(base, tmp_
     plain = stage(base, tmp_path / "plain")
     plain.run()
     assert rl_stage.differences(plain.leaves(), made.leaves()) == [] and not (plain.out / "samples.jsonl").exists()
-    right = stage(base, tmp_path / "right", 'export_samples="correct"')
+    right = stage(base, tmp_path / "right", 'hooks=["export-samples"]')
     right.run()
     assert conversations(right) == [], "this policy solves nothing"
 
 
 def test_stopped_and_gone_on_with_it_leaves_the_same(base, tmp_path, monkeypatch):
-    whole = stage(base, tmp_path / "whole", 'export_samples="all"')
+    whole = stage(base, tmp_path / "whole", ALL)
     whole.run()
-    made = stage(base, tmp_path / "stopped", 'export_samples="all"')
+    made = stage(base, tmp_path / "stopped", ALL)
     loop = made.loop()
     update, calls = loop.trainer.update, []
 
@@ -126,7 +128,8 @@ def test_rejection_and_evaluation_ask_in_the_template_they_name(base, tmp_path, 
 
 def test_a_long_run_s_samples_are_never_in_memory_together(tmp_path):
     """650 rollouts of 8,192 answers are many times a machine's memory; here 40 MB with 4 MB."""
-    export = SampleExport("all", 20, tmp_path)
+    ctx = SimpleNamespace(leads=True, state=tmp_path)
+    export = SampleExport(SimpleNamespace(settings=SimpleNamespace(rollouts=20), ctx=ctx), which="all")
     text = "".join(chr(97 + n % 26) for n in range(2000))
     verdict = tasks.Verdict(True, True, "correct", None)
     wanted = hashlib.sha256()

@@ -5,16 +5,17 @@ import math
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import rl_stage
 import torch
 
+from bessemer.addons.r1.routing_replay import RoutingReplay
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.rl import loop, rollout
-from bessemer.rl.importance import RoutingReplay
 from bessemer.rl.losses import GRPO
 from bessemer.rl.rollout_queue import KEY
 from bessemer.runs.context import Interrupted
@@ -24,8 +25,8 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = rl_stage.COIN
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
-       'correction="token-truncate"', "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9",
+       rl_stage.CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +220,10 @@ def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_aga
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["correction.cap=3.0"], "correction.form"),
+        (["hooks=[{name='correction', cap=3.0}]"], "hook correction: .*form"),
         (["max_off_policy_rollouts=2"], "max_off_policy_rollouts"),
         (["rollout.precision=float16"], "rollout.precision"),
-        (['correction="token"'], "correction"),
+        (["hooks=[{name='correction', form='token'}]"], 'hook correction: key "form"'),
         (["keep_sampling_mask=false"], "keep_sampling_mask has no effect with top_p = 1"),
         (["top_p=0.0"], "top_p"),
         (["general.start=9"], "general.tasks"),
@@ -244,7 +245,7 @@ def test_what_cannot_take_effect_is_refused(base, tmp_path, changes, complaint):
 
 
 def test_a_dense_model_has_no_routing_to_replay(base, tmp_path):
-    stage = rl_stage.Stage(base, tmp_path / "run", "routing_replay=true")
+    stage = rl_stage.Stage(base, tmp_path / "run", 'hooks=["routing-replay"]')
     dense = Transformer(stage.loop().policy.model.cfg.model_copy(update={"n_dense_layers": 2, "n_mtp": 0}))
-    with pytest.raises(UserError, match="routing_replay has nothing to replay"):
-        RoutingReplay("zero", dense)
+    with pytest.raises(UserError, match="routing-replay has nothing to replay"):
+        RoutingReplay(SimpleNamespace(policy=SimpleNamespace(model=dense), settings=stage.recipe.stage("zero")))

@@ -25,8 +25,8 @@ from bessemer.pipeline.stages.rl import RL
 from bessemer.train import setup
 
 COIN = rl_stage.COIN
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "routing_replay=true", "top_p=0.9",
-       'correction="token-truncate"', "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
+ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9",
+       rl_stage.CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
 
@@ -320,7 +320,7 @@ def test_killed_and_stopped_it_ends_the_same_and_leaves_no_process(whole, base, 
     ("changes", "complaint"),
     [
         (["rollout.workers=2"], 'sampler local: unknown key "workers"'),
-        (["rollout.engine=vllm", "routing_replay=true"], "which vLLM rollouts do not report"),
+        (["rollout.engine=vllm", 'hooks=["routing-replay"]'], "routing-replay needs what vLLM rollouts do not report"),
         (["rollout.engine=vllm", "top_p=0.9"], "neither the tokens that top_p leaves"),
         (["rollout.engine=vllm", "rollout.precision=bfloat16"], "rollout.precision has no effect with vLLM"),
         (["rollout.engine=rays"], "no sampler 'rays'; did you mean 'ray'"),

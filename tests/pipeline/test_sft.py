@@ -158,7 +158,7 @@ def test_a_few_conversations_are_learnt_from(done, tmp_path, capfd):
         ),
         (
             {'[[stage]]\nkind = "sft"': RL + '[[stage]]\nkind = "sft"\nfrom = "pretrain"\nsamples = ["policy"]'},
-            'stage "policy" .* exports no conversations; .* one of kind rl with export_samples = "correct"',
+            'stage "policy" .* exports no conversations; .* one of kind rl with hooks = .*export-samples',
         ),
         ({'kind = "sft"': 'kind = "sft"\nfrom = "corpus"'}, "needs a model to start from"),
         ({"lr = 1e-2\n": ""}, '"lr"'),

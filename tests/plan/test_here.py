@@ -98,7 +98,7 @@ def test_an_rl_stage_is_more_than_its_rollouts():
         "the reference; the sampler's log-probabilities are the old"
     )
     assert of_zero("zero.kl.weight=0.0")[0].read == 0
-    assert of_zero("zero.correction.form=token-mask")[0].read == 2 * zero.trained
+    assert of_zero('zero.hooks=[{name="correction", form="token-mask"}]')[1].read == zero.trained
     more = of_zero('zero.heldout.tasks=["countdown","arithmetic","logic"]')[0].sampled - zero.sampled
     assert more == 2 * 64 * 4 * (200 + 300 + 300) / 2
     seldom = of_zero("zero.heldout.every=41")[0].sampled

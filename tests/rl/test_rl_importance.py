@@ -14,9 +14,9 @@ import torch
 from rl_parts import loss_of
 from torch import nn
 
+from bessemer.addons.r1.correction import importance_weights
 from bessemer.data.batch import Batch
 from bessemer.model.transformer import TrainOutputs
-from bessemer.rl.importance import importance_weights
 from bessemer.rl.losses import GRPO
 
 CORRECTIONS = ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask")

@@ -2,16 +2,16 @@
 tokens that the sampler chose among."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rl_parts import loss_of
 from train_config import train_config
 
-from bessemer.config.rl import RLConfig
+from bessemer.addons.r1.correction import ImportanceCorrection
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
-from bessemer.rl.importance import ImportanceCorrection
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.rl.rollout import ScoredSample
@@ -121,11 +121,11 @@ def test_an_update_does_not_depend_on_how_its_rows_were_cut(make_model, rows):
 
 
 def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
-    settings = RLConfig(
-        kind="rl", name="zero", tasks=["arithmetic"], correction={"form": "token-truncate"}, temperature=T
+    loop = SimpleNamespace(
+        policy=SimpleNamespace(model=make_model(3)), workers=Workers(), settings=SimpleNamespace(temperature=T)
     )
     batches = rollout.to_batches(rows, PAD, 300, "token")
-    values = ImportanceCorrection(make_model(3), Workers(), settings.correction, T).before_updates(batches)
+    values = ImportanceCorrection(loop, form="token-truncate").before_updates(batches)
     assert values["rl/correction_weight"] == pytest.approx(1.0, abs=1e-6)
 
 

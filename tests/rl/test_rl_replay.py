@@ -1,17 +1,18 @@
 """Routing replay with the real Engine and network: what the trainer computes with it and without it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rl_parts import loss_of
 from train_config import train_config
 
-from bessemer.config.rl import CorrectionTable
+from bessemer.addons.r1.correction import ImportanceCorrection
+from bessemer.addons.r1.routing_replay import routing_disagreement
 from bessemer.data.batch import Batch
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
-from bessemer.rl.importance import ImportanceCorrection, routing_disagreement
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
@@ -176,8 +177,10 @@ def test_an_update_does_not_depend_on_cuts_with_replay(sampled, make_model):
 def test_a_rank_with_nothing_to_correct_has_no_weight_in_the_metrics(sampled, model):
     """Fillers count nowhere, but still need the objective's tensors."""
     (batch,) = rollout.to_batches(sampled(model), PAD, 10_000, "token")
-    settings = CorrectionTable(form="token-truncate")
-    correction, filler = ImportanceCorrection(model, Workers(), settings, 1.0), batch.as_filler()
+    loop = SimpleNamespace(
+        policy=SimpleNamespace(model=model), workers=Workers(), settings=SimpleNamespace(temperature=1.0)
+    )
+    correction, filler = ImportanceCorrection(loop, form="token-truncate"), batch.as_filler()
     assert correction.before_updates([filler]) == {"rl/correction_weight": 0.0, "rl/correction_cut": 0.0}
     assert correction.before_updates([batch]) == {
         "rl/correction_weight": pytest.approx(1, abs=1e-4),

@@ -9,8 +9,6 @@ from bessemer.config.table import AskingConfig, ConfigTable, PluginTable, StageR
 from bessemer.config.training import OnPolicyConfig
 from bessemer.config.units import LearningRates, Points
 
-Exported = Literal["nothing", "correct", "all"]
-"""Which samples of a run are exported as conversations."""
 TaskOption = bool | int | float | str | list[bool | int | float | str]
 
 
@@ -26,8 +24,8 @@ class RolloutConfig(PluginTable):
     your own (docs/plugins.md)."""
     precision: Literal["trainer", "bfloat16"] = "trainer"
     """Weights used for sampling: the trainer's own, or a copy of them rounded to BF16, half as large and faster on
-    processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; routing_replay and
-    correction remove its effect on the updates. vLLM always rounds."""
+    processors with AMX. Evaluations use the copy, too. rl/sampler_gap measures the difference; the hooks
+    "routing-replay" and "correction" remove its effect on the updates. vLLM always rounds."""
 
 
 class AdvantageTable(PluginTable):
@@ -65,12 +63,15 @@ class RewardTable(PluginTable):
 
 
 class HookTable(PluginTable):
-    """A component of your own in the loop (docs/plugins.md). Its other keys are settings of the component."""
+    """A component of the loop. Its other keys are settings of the component."""
 
     plugins: ClassVar = "hooks"
 
     name: str
-    """FILE.py:CLASS or package.module:CLASS."""
+    """correction: importance weights from the sampler to the policy, for off-policy samples, or samples generated in
+    another number format (`form`, `cap`); routing-replay: train with the experts that the sampler chose for each token;
+    export-samples: write samples as conversations for an SFT stage (`which`); or a component of your own
+    (docs/plugins.md)."""
 
 
 class KLTable(ConfigTable):
@@ -82,16 +83,6 @@ class KLTable(ConfigTable):
     """Optimizer steps between replacements of the reference by the current policy (R1: 400)."""
     unbiased: bool = False
     """Multiply k3 by the ratio pi/pi_old: its gradient is then that of the divergence (DeepSeek-V3.2 3.1; R1: no)."""
-
-
-class CorrectionTable(ConfigTable):
-    """[correction]: importance weights from the sampler to the policy before the updates, for off-policy samples, or
-    samples generated in another number format. Default: none."""
-
-    form: Literal["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
-    """Per token or per output: truncated at `cap`, or masked above it."""
-    cap: float = Field(2.0, ge=1)
-    """Maximum importance weight."""
 
 
 class GeneralTable(ConfigTable):
@@ -190,10 +181,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     updates_per_rollout steps old."""
     rollout: RolloutConfig = RolloutConfig()
     """Where samples are generated."""
-    routing_replay: bool = False
-    """Train with the experts that the sampler chose for each token; gate values still come from current scores."""
-    correction: Annotated[CorrectionTable | None, _table_of("form", CorrectionTable | str | None)] = None
-    """Importance weights from the sampler to the policy, by their form or as a table. Default: none."""
     max_new_tokens: Points = Points(160)
     """Length cap of a completion over optimizer steps (R1-Zero: 32,768, 65,536 from step 8.2k); of an episode, what the
     model writes in all turns together."""
@@ -230,9 +217,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Whether a right answer earns accuracy only in the right form: R1-Zero's two blocks and nothing around them or,
     where the template opens the thoughts, R1's thoughts and a short summary. By default accuracy and format are
     separate terms (R1 2.2.2); without a reward of the format nothing would then ask for thoughts."""
-    export_samples: Exported = "nothing"
-    """Samples to export as conversations for an SFT stage, except those that reach the length cap: a control trained on
-    the same tokens."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; norms and biases have none (undocumented)."""
     mtp: Literal["frozen", "trained", "dropped"] = "frozen"
@@ -242,4 +226,4 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     heldout: HeldoutTable = HeldoutTable()
     """Evaluations on held-out problems during the stage."""
     hooks: list[HookTable] = Field(default=[])
-    """Components of your own in the loop."""
+    """Further components of the loop."""

@@ -9,11 +9,14 @@ A recipe adds components of its own as `hooks`; the other keys of a hook's table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bessemer import plugins
 
 if TYPE_CHECKING:
+    from bessemer.config.rl import RLConfig
     from bessemer.data.batch import Batch
     from bessemer.rl.parts import LoopParts
     from bessemer.rl.rollout import Group, Rollout
@@ -29,8 +32,23 @@ class Component:
     """Every method may be left out; all ranks call it. The arguments of a subclass after the loop are settings, which
     are keyword arguments. What must survive a kill belongs into `loop.trainer.extras` (JSON) or `extra_tensors`."""
 
+    options: ClassVar[Mapping[str, bool]] = {}
+    """What the sampler is asked for beside the samples: options of `Engine.generate`, such as record_routing."""
+    reads: ClassVar[int] = 0
+    trains: ClassVar[int] = 0
+    """For estimates: passes over every rollout with a network of the policy's size, forward alone, and with a
+    gradient."""
+    exports: ClassVar[bool] = False
+    """It writes the samples as conversations for an SFT stage."""
+    everywhere: ClassVar[bool] = True
+    """It reads tokens or texts of samples, so that on many ranks all have all of them."""
+
     def __init__(self, loop: LoopParts) -> None:
         pass
+
+    @staticmethod
+    def check(config: RLConfig, **settings: Any) -> None:
+        """UserError for a stage that it cannot serve."""
 
     @staticmethod
     def pool(**settings: Any) -> int:
@@ -65,6 +83,11 @@ class Component:
 
     def finish(self, folder: Path) -> None:
         """The last rollout is done; `folder` is the stage's."""
+
+
+def hooks_of(config: RLConfig) -> list[tuple[type[Component], dict[str, Any]]]:
+    """(class, settings) of a stage's hooks. UserError for a name that leads to no component."""
+    return [(plugins.find("hooks", hook.name, derives=Component), hook.settings) for hook in config.hooks]
 
 
 class Advantage(Component):

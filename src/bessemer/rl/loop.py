@@ -7,7 +7,7 @@
     checkpoint          everything that must survive a kill is in the trainer's
 
 A "step" is one optimizer step, as in the paper. Everything else that a stage may do is a `Component`: the reference of
-the divergence, weights of samples that are not the policy's own, exported samples, components of the user's own.
+the divergence, and hooks of the recipe.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bessemer import plugins, tasks
+from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
-from bessemer.rl import drafting, importance
+from bessemer.rl import drafting
 from bessemer.rl.algorithms import advantage_of, loss_of
-from bessemer.rl.component import Component
+from bessemer.rl.component import Component, hooks_of
 from bessemer.rl.losses import GRPO
-from bessemer.rl.monitor import Evaluator, SampleExport, means, rollout_metrics, update_means
+from bessemer.rl.monitor import Evaluator, means, rollout_metrics, update_means
 from bessemer.rl.reference import Reference
 from bessemer.rl.reward import PreferenceScorer, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
@@ -102,22 +102,11 @@ class Loop:
         self.components.append(self.advantage)
 
     def _components(self) -> list[Component]:
-        """Those of the stage's options and of its own hooks; the advantage and the reference follow."""
-        settings, ctx, model = self.settings, self.ctx, self.policy.model
+        """Those of the stage's hooks; the advantage and the reference follow."""
         components: list[Component] = []
         if not self.objective.with_mtp():
-            components.append(drafting.Drafts(model))
-        if settings.routing_replay:
-            components.append(importance.RoutingReplay(settings.name, model))
-        if settings.correction is not None:
-            components.append(
-                importance.ImportanceCorrection(model, self.workers, settings.correction, settings.temperature)
-            )
-        if settings.export_samples != "nothing" and ctx.leads:
-            components.append(SampleExport(settings.export_samples, settings.rollouts, ctx.state))
-        for hook in settings.hooks:
-            components.append(plugins.find("hooks", hook.name, derives=Component)(self, **hook.settings))
-        return components
+            components.append(drafting.Drafts(self.policy.model))
+        return components + [kind(self, **own) for kind, own in hooks_of(self.settings)]
 
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)

@@ -1,4 +1,4 @@
-"""What an RL stage records: the metrics of a rollout, held-out evaluations, and exported samples.
+"""What an RL stage records: the metrics of a rollout, and held-out evaluations.
 
 RL amplifies what a policy already does now and then; a group whose samples are all wrong teaches nothing (R1-Zero's
 base solved 15.6 % of AIME). So a run is evaluated once before its first step: `heldout.start_gate` decides whether RL
@@ -9,27 +9,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bessemer import plugins, tasks
-from bessemer.config.rl import Exported, RLConfig
-from bessemer.data.chat import exchange
+from bessemer.config.rl import RLConfig
 from bessemer.engine.answers import played
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import rollout
-from bessemer.rl.component import Component, Metrics
 from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.reading import REFLECTIVE
-from bessemer.rl.rollout import Group, Rollout, ScoredSample
+from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
-from bessemer.runs.files import CONVERSATIONS, conversation_line, pieces, write_atomic
 from bessemer.tasks.countdown_traces import rates
 from bessemer.train.setup import batch_rows
 from bessemer.train.trainer import Trainer
@@ -273,29 +269,3 @@ def _line(row: ScoredSample, step: int) -> dict[str, Any]:
         "length": row.length,
         **turns,
     }
-
-
-class SampleExport(Component):
-    """Exports samples as conversations, for a control that trains on the same tokens without RL.
-
-    One file per rollout, written atomically before its updates: a rollout that a kill undoes is written again,
-    identically. Truncated samples are left out, since training would teach the model to stop where they stop.
-    """
-
-    def __init__(self, which: Exported, rollouts: int, state: Path) -> None:
-        self.which, self.rollouts, self.folder = which, rollouts, state / "left"
-
-    def sampled(self, number: int, rollout: Rollout) -> Metrics:
-        self.folder.mkdir(exist_ok=True)
-        rows = [row for group in rollout.groups for row in group if row.completion.finish_reason == "stop"]
-        rows = [row for row in rows if row.verdict.correct or self.which == "all"]
-        lines = (conversation_line(exchange(row.problem.prompt, row.answer)) for row in rows)
-        write_atomic(self._file(number), (f"{line}\n" for line in lines))
-        return {}
-
-    def finish(self, folder: Path) -> None:
-        """Writes all samples, in order, to the conversations file in the stage's folder, a piece at a time."""
-        write_atomic(folder / CONVERSATIONS, (piece for n in range(self.rollouts) for piece in pieces(self._file(n))))
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.jsonl"

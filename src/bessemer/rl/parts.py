@@ -9,11 +9,13 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.runs.context import StageContext
 from bessemer.train.runtime import SampleCarrier, Whole
 from bessemer.train.trainer import Trainer
+from bessemer.workers import Workers
 
 
 class LoopParts(Protocol):
     settings: RLConfig
     ctx: StageContext
+    workers: Workers
 
     @property
     def tokenizer(self) -> Tokenizer: ...

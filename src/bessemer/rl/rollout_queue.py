@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from bessemer import plugins, tasks
+from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.engine.answers import Outcome, Turns, play_of
 from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
-from bessemer.rl.component import Component, Select
+from bessemer.rl.component import Component, Select, hooks_of
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
 from bessemer.rl.sampler import PendingSamples, Sampler, Submit
@@ -60,8 +60,7 @@ def candidates(
 
 def pool_of(settings: RLConfig) -> int:
     """Candidates per problem of the tasks, of which a hook may select."""
-    hooks = ((plugins.find("hooks", hook.name, derives=Component), hook.settings) for hook in settings.hooks)
-    return max((kind.pool(**own) for kind, own in hooks), default=1)
+    return max((kind.pool(**own) for kind, own in hooks_of(settings)), default=1)
 
 
 class RolloutGenerator:
@@ -91,6 +90,7 @@ class RolloutGenerator:
         general = settings.general_tasks
         self.tasks, self.general = mixture(settings, settings.tasks), mixture(settings, general)
         self.pool = pool_of(settings)
+        self.options = {name: value for one in components for name, value in one.options.items()}
         self.reward = Reward.of_config(settings)
 
     def start(self, number: int, cap: int, step: int) -> PendingRollout:
@@ -126,9 +126,9 @@ class RolloutGenerator:
             turn.prompts,
             **turn.options(),
             temperature=settings.temperature,
-            record_routing=settings.routing_replay,
             top_p=settings.top_p,
             record_kept=settings.keeps_mask,
+            **self.options,
         )
 
     def score(

@@ -19,6 +19,7 @@ from bessemer.data.batch import Batch
 from bessemer.engine.generation import Completion, rank_of
 from bessemer.eval.judging import ours
 from bessemer.rl import rollout
+from bessemer.rl.component import hooks_of
 from bessemer.rl.rollout import ScoredSample
 from bessemer.train.collective import Collective
 
@@ -30,7 +31,7 @@ def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
     return (
         plain and terms <= {("accuracy", "thoughts"), ("format", "thoughts"), ("language", "thoughts")}
         and settings.rollout.engine == "local" and settings.advantage.name in ("group", "batch")
-        and settings.export_samples == "nothing" and not settings.hooks and not settings.max_off_policy_rollouts
+        and not any(kind.everywhere for kind, _ in hooks_of(settings)) and not settings.max_off_policy_rollouts
         and not settings.reward_models
     )  # fmt: skip
 

@@ -34,6 +34,7 @@ from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.generation import GenerationPlan, OnText, Options, Prompt
 from bessemer.errors import UserError
+from bessemer.rl.component import hooks_of
 from bessemer.rl.parts import LoopParts
 from bessemer.rl.sampler import (
     Completions,
@@ -237,10 +238,11 @@ class VLLMSampler(RaySampler):
             )
         if changed(config.rollout, "precision"):
             raise UserError(f"{where}: rollout.precision has no effect with vLLM, which computes in BF16")
-        if config.routing_replay:
+        kinds = {hook.name: kind for hook, (kind, _) in zip(config.hooks, hooks_of(config), strict=True)}
+        if asked := next((name for name, kind in kinds.items() if kind.options), ""):
             raise UserError(
-                f"{where}: routing_replay needs the experts that the sampler chose, which vLLM rollouts do not "
-                'report; set rollout.engine to "ray", or routing_replay to false'
+                f'{where}: the hook {asked} needs what vLLM rollouts do not report; set rollout.engine to "ray", or '
+                "leave the hook out"
             )
         if config.top_p < 1:
             raise UserError(
@@ -251,10 +253,10 @@ class VLLMSampler(RaySampler):
 
     @classmethod
     def _make(cls, loop: LoopParts, engine: Engine, refresh: Callable[[], None]) -> RaySampler:
-        if loop.settings.correction is None:
+        if not any(hook.name == "correction" for hook in loop.settings.hooks):
             loop.ctx.say(
                 "warning: vLLM samples in BF16 with kernels of its own, and there is no correction of the difference "
-                'between its probabilities and the trainer\'s; consider correction = "token-truncate"'
+                'between its probabilities and the trainer\'s; consider the hook "correction"'
             )
         return super()._make(loop, engine, refresh)
 

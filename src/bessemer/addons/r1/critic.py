@@ -57,6 +57,7 @@ class Critic(Advantage):
     is much worse."""
 
     within_groups = False
+    trains = reads = 1
 
     def __init__(
         self, loop: LoopParts, *, lr: LearningRates = LR, gae_lambda: Share = 1.0, scale_by_std: bool = True

@@ -42,9 +42,9 @@ from bessemer.train import checkpoint, setup
 CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|worker_restarts)")
 """Metrics that depend on timing."""
 AFTER_SAMPLING = frozenset({
-    "lr", "clip", "loss", "kl", "off_policy_mask", "normalise", "advantage", "weight_decay", "correction",
+    "lr", "clip", "loss", "kl", "off_policy_mask", "normalise", "advantage", "weight_decay",
     "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts", "rollouts", "heldout", "keep_every",
-    "export_samples", *OptimizerConfig.runtime_only,
+    *OptimizerConfig.runtime_only,
 })  # fmt: skip
 """Keys that do not act on a rollout that is sampled and scored already."""
 UNASKED = 300.0

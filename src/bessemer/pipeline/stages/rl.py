@@ -20,7 +20,7 @@ from bessemer.pipeline.stage import Probe, Stage
 from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import task_mix
 from bessemer.rl.algorithms import advantage_of, loss_of
-from bessemer.rl.component import Component
+from bessemer.rl.component import hooks_of
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
 from bessemer.rl.reward import PreferenceScorer, Reward
@@ -44,9 +44,9 @@ class RL(Stage[RLConfig]):
         advantage = plugins.find("advantages", config.advantage.name)
         advantage_of(config)
         Reward.of_config(config)
-        for hook in config.hooks:
-            component = plugins.find("hooks", hook.name, derives=Component)
-            plugins.check_settings("hooks", hook.name, component, hook.settings, config.name)
+        for hook, (kind, settings) in zip(config.hooks, hooks_of(config), strict=True):
+            plugins.check_settings("hooks", hook.name, kind, settings, config.name)
+            kind.check(config, **settings)
         _check_rewards(config, recipe)
         if config.general and config.general.prompts > config.prompts_per_rollout:
             raise UserError(
@@ -68,9 +68,6 @@ class RL(Stage[RLConfig]):
                 f'stage "{config.name}": keep_sampling_mask has no effect with top_p = 1, which leaves out no token; '
                 "set top_p to less, such as 0.95"
             )
-        if config.export_samples != "nothing":
-            what = "export_samples writes questions with one answer; leave it out"
-            preflight.refuse_environments(config.name, config.tasks + general, what)
         if min(config.max_new_tokens.values) < 1:
             raise UserError(f'stage "{config.name}": max_new_tokens must be at least 1 everywhere')
         lineage.check_lora(config, recipe)
@@ -97,14 +94,14 @@ class RL(Stage[RLConfig]):
         yield from preflight.length_probes(config, recipe, [config.source], "max_new_tokens", longest)
 
     def exports_conversations(self, config: RLConfig) -> bool:
-        return config.export_samples != "nothing"
+        return any(kind.exports for kind, _ in hooks_of(config))
 
     def exported_tokens(self, config: RLConfig) -> float:
         return config.rollouts * config.prompts_per_rollout * config.samples * max(config.max_new_tokens.values) / 4
 
     def work(self, config: RLConfig, recipe: Recipe) -> list[StageWork]:
-        """Rollouts and their updates, with a forward pass of the reference and one for importance weights, where there
-        are any (the old log-probabilities are the sampler's); held-out evaluations, one before the first rollout."""
+        """Rollouts and their updates, with a forward pass of the reference, if there is one, and those of advantage and
+        hooks (the old log-probabilities are the sampler's); held-out evaluations, one before the first rollout."""
         caps = [config.max_new_tokens(number * config.updates_per_rollout) for number in range(config.rollouts)]
         rows = config.prompts_per_rollout * config.samples
         written = sum(answers(rows, cap) for cap in caps)
@@ -114,13 +111,12 @@ class RL(Stage[RLConfig]):
         asked = heldout_answers(config)
         heldout = sum(answers(asked, caps[min(number, config.rollouts - 1)]) for number in evaluated)
         work = StageWork(
-            config.name, trained=trained, read=trained * ((config.kl.weight > 0) + (config.correction is not None)),
+            config.name, trained=trained, read=trained * (config.kl.weight > 0),
             sampled=written * config.max_resamples + heldout, bytes=TRAINED,
         )  # fmt: skip
-        critic = (
-            StageWork(config.name, trained=trained, read=trained) if config.advantage.name == "critic" else StageWork()
-        )
-        return [work, critic]
+        parts = [plugins.find("advantages", config.advantage.name), *(kind for kind, _ in hooks_of(config))]
+        trains, reads = (sum(getattr(part, name, 0) for part in parts) for name in ("trains", "reads"))
+        return [work, StageWork(config.name, trained=trains * trained, read=reads * trained)]
 
     def training_data(self, config: RLConfig, recipe: Recipe, folder: Path, cache: Path) -> Iterator[tasks.Problem]:
         """Every problem that its rollouts may have sampled."""

@@ -48,7 +48,7 @@ class SFT(Stage[SFTConfig]):
             if not find_kind(stage.kind)().exports_conversations(stage):
                 raise UserError(
                     f'stage "{stage.name}" (kind {stage.kind}) exports no conversations; a stage of kind reject '
-                    'does, and one of kind rl with export_samples = "correct"'
+                    'does, and one of kind rl with hooks = ["export-samples"]'
                 )
         return {}
 

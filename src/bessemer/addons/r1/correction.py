@@ -1,4 +1,4 @@
-"""Corrections for the mismatch between sampler and trainer: importance weights and routing replay.
+"""The hook "correction": importance weights for the mismatch between sampler and trainer.
 
 Both run the same network here, so for fresh samples the gap is only rounding. It is larger if samples are older than
 the policy (the queue), or come from another sampler or number format. With a correction, the objective's pi_old is the
@@ -17,28 +17,26 @@ The weight multiplies a token's contribution to the objective, except for the KL
 weight is unbiased: a token's own weight ignores how likely the tokens before it were. It has less variance, and for
 small gaps its bias is small. In both cases a cut trades variance for bias.
 
-Routing replay (R3, arXiv 2510.11370): the trainer sends every token to the experts the sampler sent it to. Top-K
-routing is discontinuous: a rounding error between sampler and trainer, or an update between sampling and training,
-sends some tokens to other experts, and pi / pi_old jumps although the policy hardly moved. Only the choice is replayed.
-Scores and gates come from the replaying pass, so the router is trained as usual, and so is every expert that was
-actually used. The reference policy is another network and chooses its own experts.
+    [[stage.hooks]]
+    name = "correction"
+    form = "token-truncate"
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from bessemer.config.rl import CorrectionTable
 from bessemer.data.batch import Batch
-from bessemer.errors import UserError
-from bessemer.model.protocol import LanguageModel
 from bessemer.rl.algorithms.base import LOG_RATIO_LIMIT
 from bessemer.rl.component import Component
 from bessemer.rl.losses import policy_logprobs
-from bessemer.workers import Workers
+from bessemer.rl.parts import LoopParts
+
+Form = Literal["token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
 
 
 class Correction(NamedTuple):
@@ -49,7 +47,7 @@ class Correction(NamedTuple):
     """1 where the cap binds."""
 
 
-def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: float) -> Correction:
+def importance_weights(kind: Form, log_ratio_N: Tensor, output_N: Tensor, cap: float) -> Correction:
     """Weights of a `kind` named above; `log_ratio_N` is log rho_t, `output_N` the index of each token's output."""
     level, rule = kind.split("-")
     if level == "sequence":
@@ -62,17 +60,22 @@ def importance_weights(kind: str, log_ratio_N: Tensor, output_N: Tensor, cap: fl
 
 
 class ImportanceCorrection(Component):
-    """Adds the importance weights to all batches of a rollout."""
+    """Adds the importance weights to all batches of a rollout. `form`: per token or per output, truncated at `cap` or
+    masked above it."""
 
-    def __init__(self, model: LanguageModel, workers: Workers, settings: CorrectionTable, temperature: float) -> None:
-        self.model, self.workers, self.settings, self.temperature = model, workers, settings, temperature
+    reads = 1
+    everywhere = False
+
+    def __init__(self, loop: LoopParts, *, form: Form, cap: Annotated[float, Field(ge=1)] = 2.0) -> None:
+        self.model, self.workers, self.temperature = loop.policy.model, loop.workers, loop.settings.temperature
+        self.form, self.cap = form, cap
 
     def before_updates(self, batches: list[Batch]) -> dict[str, float]:
         corrections = []
         for batch, logp_BT in zip(batches, self.workers.map(self._logprobs, batches), strict=True):
             sampler_BT, keep = batch.extras["old_logp_BT"], batch.loss_BT.flatten().nonzero().squeeze(1)
             log_ratio_N, output_N = (logp_BT - sampler_BT).flatten()[keep], keep // batch.loss_BT.shape[1]
-            corrections.append(importance_weights(self.settings.form, log_ratio_N, output_N, self.settings.cap))
+            corrections.append(importance_weights(self.form, log_ratio_N, output_N, self.cap))
             weight_BT = torch.zeros_like(logp_BT)
             weight_BT.view(-1)[keep] = corrections[-1].weight
             batch.extras |= {"sampler_logp_BT": sampler_BT, "old_logp_BT": logp_BT, "importance_BT": weight_BT}
@@ -82,30 +85,3 @@ class ImportanceCorrection(Component):
 
     def _logprobs(self, batch: Batch) -> Tensor:
         return policy_logprobs(self.model, batch.to(self.model.embed.weight.device), self.temperature).cpu()
-
-
-class RoutingReplay(Component):
-    """Measures how far the model's own routing is from the replayed one; costs a forward pass, so on one micro-batch
-    only. UserError for a model without routed experts."""
-
-    def __init__(self, stage: str, model: LanguageModel) -> None:
-        if all(layer.dense for layer in model.layers):
-            raise UserError(
-                f'stage "{stage}": routing_replay has nothing to replay: no layer of this model has routed experts; '
-                "set it to false"
-            )
-        self.model = model
-
-    def before_updates(self, batches: list[Batch]) -> dict[str, float]:
-        return {"rl/routing_disagreement": routing_disagreement(self.model, batches[0])}
-
-
-@torch.no_grad()
-def routing_disagreement(model: LanguageModel, batch: Batch) -> float:
-    """Share of (token, MoE layer) pairs that the model, without replay, would send to other experts than the sampler
-    did. The order of a token's K experts does not count."""
-    batch = batch.to(model.embed.weight.device)
-    replayed = batch.extras["choice_BTLK"]
-    own_BTLK = model.chosen_experts(batch.tokens_BT, batch.segments)
-    other_BTL = (own_BTLK.sort(-1).values != replayed.sort(-1).values).any(-1)
-    return other_BTL[replayed[..., 0] >= 0].float().mean().item()
