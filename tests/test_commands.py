@@ -34,7 +34,7 @@ def test_an_installed_command_runs_and_is_listed(call, install):
 
 def test_a_package_is_imported_only_for_its_command(call, install):
     install("greet = lazy_greeting:greet", "def greet():\n    pass\n")
-    assert call("recipes")[0] == 0 and "lazy_greeting" not in sys.modules
+    assert call("run", "--help")[0] == 0 and "lazy_greeting" not in sys.modules
     assert call("greet")[0] == 0 and "lazy_greeting" in sys.modules
 
 
@@ -46,7 +46,7 @@ def test_a_broken_command_costs_one_line_and_no_other_command(call, install, sou
     install("greet = broken:greet", source)
     status, out, err = call("greet", "--any", "words")
     assert (status, out) == (2, "") and err.count("\n") == 1 and "broken:greet" in err and why in err
-    assert call("recipes")[0] == 0 and call("--help")[0] == 0
+    assert call("run", "--help")[0] == 0 and call("--help")[0] == 0
 
 
 def test_a_command_of_a_removed_add_on_names_what_brings_it(call, install):
@@ -58,9 +58,9 @@ def test_a_command_of_a_removed_add_on_names_what_brings_it(call, install):
 
 
 def test_a_command_of_the_package_is_not_replaced(call, install):
-    install("recipes = thief:recipes", "def recipes():\n    print('stolen')\n")
-    assert "stolen" not in call("recipes")[1]
-    assert "thief:recipes is left out" in call("--help")[2]
+    install("run = thief:run", "def run():\n    print('stolen')\n")
+    assert "stolen" not in call("run", "--help")[1]
+    assert "thief:run is left out" in call("--help")[2]
 
 
 def test_a_command_that_is_not_installed_names_its_project(call, monkeypatch):

@@ -13,9 +13,13 @@ import jsonschema
 import pytest
 
 from bessemer.addons.curate.config import Curation
-from bessemer.config import json_schema
-from bessemer.config.builtin import builtin_recipes, find_recipe, purpose, write_own
+from bessemer.addons.plan import recipe_schema
+from bessemer.addons.plan.own_recipe import purpose, write_own
+from bessemer.addons.plan.recipe_help import describe_keys
+from bessemer.config import kinds
+from bessemer.config.builtin import builtin_recipes, find_recipe
 from bessemer.config.recipe import Recipe
+from bessemer.config.table import StageConfig
 from bessemer.errors import UserError
 from bessemer.model.config import PRESETS, ModelConfig
 
@@ -66,7 +70,7 @@ def test_a_recipe_of_ones_own(tmp_path):
         write_own(tmp_path / "nowhere" / "new.toml", "tiny")
 
 
-SCHEMA = json_schema.recipe_schema(ModelConfig, list(PRESETS))
+SCHEMA = recipe_schema.recipe_schema(ModelConfig, list(PRESETS))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
@@ -159,10 +163,23 @@ def test_the_schema_finds_what_is_wrong(old, new, where):
 
 
 def test_the_schema_of_data_recipes():
-    validator = jsonschema.Draft202012Validator(json_schema.schema_of("data", Curation))
+    validator = jsonschema.Draft202012Validator(recipe_schema.schema_of("data", Curation))
     good = tomllib.loads(find_recipe("data", data=True).read_text("utf-8"))
     assert list(validator.iter_errors(good)) == []
     assert list(validator.iter_errors(good | {"sauce": []}))
+
+
+class TallyConfig(StageConfig):
+    up_to: int = 3
+    """The number to count up to."""
+
+
+def test_the_table_of_another_stage_has_help_and_a_schema(monkeypatch):
+    monkeypatch.setitem(kinds.CORE, "tally", TallyConfig)
+    assert "The number to count up to." in describe_keys("tally", ModelConfig, list(PRESETS))
+    schema = jsonschema.Draft202012Validator(recipe_schema.recipe_schema(ModelConfig, list(PRESETS)))
+    for kind, key, right in (("tally", "up_to", True), ("tally", "tasks", False), ("own.py:Stage", "up_to", True)):
+        assert schema.is_valid({"name": "x", "stage": [{"kind": kind, key: 3}]}) is right
 
 
 def test_the_wheel_outside_the_clone(tmp_path):

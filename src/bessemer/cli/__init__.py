@@ -17,9 +17,7 @@ from bessemer.cli.common import app, one_line
 from bessemer.errors import UserError
 from bessemer.system import prepare_cuda, unsupported
 
-# Each registers its commands, in the order in which --help shows them.
-from bessemer.cli import runs  # noqa: F401  isort: skip
-from bessemer.cli import recipes  # noqa: F401  isort: skip
+from bessemer.cli import runs  # noqa: F401  isort: skip  # registers its command
 
 
 _USAGE: type[Exception] = typer.BadParameter.__mro__[2]

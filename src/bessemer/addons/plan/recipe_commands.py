@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, app, print_json
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 
 
-@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the recipes that come with the package: bessemer run NAME."""
-    from bessemer.config.builtin import builtin_recipes, purpose
+    from bessemer.addons.plan.own_recipe import purpose
+    from bessemer.config.builtin import builtin_recipes
     from bessemer.config.table import nearest
 
     training, data = builtin_recipes(), builtin_recipes(data=True)
@@ -40,7 +40,6 @@ def recipes(
     print("\nbessemer recipes NAME prints one; bessemer init FILE.toml --from NAME starts your own from it")
 
 
-@app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The recipe to write; its stem names the run.")],
     source: Annotated[
@@ -49,13 +48,12 @@ def init(
     ] = "tiny",
 ) -> None:
     """Write a recipe of your own, from a built-in one. Files beside it that it names are copied, too."""
-    from bessemer.config.builtin import write_own
+    from bessemer.addons.plan.own_recipe import write_own
 
     written = write_own(file, source)
     print(*written, sep="\n")
 
 
-@app.command()
 def keys(
     kind: Annotated[
         str | None,
@@ -72,12 +70,12 @@ def keys(
 ) -> None:
     """List every key that a recipe may have, its default and what it does."""
     if not json_schema:
-        from bessemer.config.help import describe_keys
+        from bessemer.addons.plan.recipe_help import describe_keys
         from bessemer.model.config import PRESETS, ModelConfig
 
         print(describe_keys(kind, ModelConfig, list(PRESETS)))
         return
-    from bessemer.config.json_schema import recipe_schema, schema_of
+    from bessemer.addons.plan.recipe_schema import recipe_schema, schema_of
     from bessemer.config.kinds import recipe_tables
 
     if kind in (others := recipe_tables()):
