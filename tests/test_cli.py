@@ -187,7 +187,7 @@ def test_commands_to_copy_hold_for_a_path_with_a_space(call, recipe, tmp_path):
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(call, recipe, stub, arguments, words):
     stub("bessemer.addons.serve.terminal_chat", chat=None)
-    stub("bessemer.eval.evaluate", evaluate=None)
+    stub("bessemer.addons.evals.evaluate", evaluate=None)
     status, out, err = call(*arguments)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
@@ -205,7 +205,7 @@ def test_usage_mistakes_are_status_2_and_bugs_keep_their_traceback(call, stub, m
 
 
 def test_eval(call, stub, model):
-    from bessemer.eval.evaluate import table
+    from bessemer.addons.evals.evaluate import table
 
     seen = []
 
@@ -222,7 +222,7 @@ def test_eval(call, stub, model):
         seen.append((folder, options))
         return [{**row(name, 0.25), "domain": "lm-eval", "k": 1, "metric": "acc"} for name in options["names"]]
 
-    stub("bessemer.eval.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval, table=table)
+    stub("bessemer.addons.evals.evaluate", evaluate=evaluate, evaluate_lm_eval=evaluate_lm_eval, table=table)
     asked = "--task countdown --task logic --samples 4 --k 2 --seed 3 --temperature 0.6 --top-p 0.95 --problems 5"
     status, out, _ = call("eval", model, *asked.split(), "--max-tokens", 9, "--json")
     facts = json.loads(out)

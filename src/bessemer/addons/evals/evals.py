@@ -103,7 +103,7 @@ def evaluate(
         raise UserError("name either a model, or a file of answers with --answers")
     check_used("MODEL", model, {name: value for name, value in ours.items() if name not in ("problems", "k")})
     folder, rows = None if model is None else model_dir(model), []
-    from bessemer.eval import evaluate as evaluation
+    from bessemer.addons.evals import evaluate as evaluation
 
     if suite:
         if task or lm_eval or k:
@@ -185,7 +185,7 @@ def compare(
     def rows(folder: Any) -> list[dict[str, Any]]:
         if not task:
             return paired.evaluated(folder)
-        from bessemer.eval import evaluate
+        from bessemer.addons.evals import evaluate
 
         return evaluate.evaluate(folder, names=task, **chosen(options))
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bessemer.addons.evals.evaluate import between, percent
 from bessemer.addons.evals.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
 from bessemer.data import documents
 from bessemer.data.chat import THINK, THINK_END, question_ids
@@ -32,7 +33,6 @@ from bessemer.data.fingerprints import sha256_of_all
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
-from bessemer.eval.evaluate import between, percent
 from bessemer.runs.files import read_json, write_json
 from bessemer.system import claim
 from bessemer.tasks import Problem, stable_hash

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from bessemer import plugins, tasks
+from bessemer import tasks
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.eval import scoring
@@ -67,11 +67,14 @@ def _available(task: tasks.Task, problems: int, skip: int) -> int:
 def evaluate_lm_eval(
     model_dir: Path, *, names: Sequence[str], include: Path | None = None, limit: int | None = None, chat: bool = False
 ) -> list[dict[str, Any]]:
-    """A row for each lm-eval task, by the hook `lm-eval`."""
-    theirs = plugins.hook("lm-eval")
-    if theirs is None:
-        raise UserError("--lm-eval comes with the add-on evals, which is not here; install it")
-    rows = theirs(lambda: _engine(model_dir), names, include=include, limit=limit, chat=chat)
+    """A row for each lm-eval task."""
+    try:
+        from bessemer.addons.evals import lm_eval_model
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "lm_eval":
+            raise
+        raise UserError("--lm-eval needs the lm-eval library: pip install 'bessemer[eval]'") from None
+    rows = lm_eval_model.evaluate(lambda: _engine(model_dir), names, include=include, limit=limit, chat=chat)
     return [{"model": str(model_dir)} | row for row in rows]
 
 
