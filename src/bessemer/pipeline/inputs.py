@@ -50,12 +50,12 @@ def with_folder(recipe: Recipe, run: Path) -> Recipe:
 
 def _paths(config: StageConfig) -> list[str]:
     """The names that lead to files, and those that begin with one of `OF_THEIR_OWN`."""
-    named, paths = named_tasks(config), list[str]()
+    named, paths, registered = named_tasks(config), list[str](), sources.registered()
     for name in named_sources(config):
         is_task, name = name.startswith(TASK), name.removeprefix(TASK)
         if is_task and not name.startswith(NEEDLE):
             named.append(name)
-        elif (name := name.removeprefix(NEEDLE)) and not name.startswith(places.HUB) and name not in sources.SOURCES:
+        elif (name := name.removeprefix(NEEDLE)) and not name.startswith(places.HUB) and name not in registered:
             paths.append(name)
     plugged = [name.rpartition(":")[0] for _, name in named_plugins(config) if plugins.OWN_FILE.fullmatch(name)]
     return [source[0] for name in named if (source := source_of(name)) is not None] + plugged + paths
@@ -69,7 +69,7 @@ def _hashes(name: str) -> dict[str, str]:
     if (path / "config.json").is_file():  # a model
         files = [file for file in path.iterdir() if not file.name.startswith(".")]
     else:
-        files = [file for file in path.rglob("*") if documents.kind(file) in documents.KINDS]
+        files = [file for file in path.rglob("*") if documents.is_text(file.name)]
     files = sorted(file for file in files if file.is_file())
     names = [str(file.relative_to(path)) for file in files]
     return dict(zip(names, fingerprints.sha256_of_all(files), strict=True))

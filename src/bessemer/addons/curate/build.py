@@ -124,7 +124,7 @@ class Build:
 
     def _read(self, unit: origins.Unit) -> Job:
         matters = asdict(replace(unit.source, part="", retries=0, pause=0.0))
-        registered = sources.SOURCES.get(unit.source.spec)
+        registered = sources.registered().get(unit.source.spec)
         version = (registered.package.sha256 if registered.package else sys.version) if registered else ""
         return Job(
             "read", unit.name, self._folder("read", unit.name),

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bessemer.data.documents import ByteFile, opened
+from bessemer.addons.families.data_sets import opened
+from bessemer.data.documents import ByteFile
 from bessemer.errors import UserError
 
 UTF8 = "utf-8"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.addons.families import formats
+from bessemer.addons.families import data_sets, formats
 from bessemer.config.table import nearest
 from bessemer.data import documents
 from bessemer.data.chat import exchange
@@ -64,14 +64,14 @@ def _write(target: Path, records: Iterator[Record]) -> int:
 
 
 def _conversations(path: Path) -> Iterator[Record]:
-    for where, record in documents.records(path):
+    for where, record in data_sets.records(path):
         read = documents.document(record, "own", where)
         tools = {"tools": [tool.as_openai() for tool in read.tools]} if read.tools else {}
         yield {"messages": list(read.messages or ()), **tools}
 
 
 def _judged(path: Path) -> Iterator[Record]:
-    for where, record in documents.records(path):
+    for where, record in data_sets.records(path):
         line = formats.pair(record, where) if "chosen" in record else formats.label(record, where)
         yield formats.conversational(line)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bessemer.addons.curate.settings import Source
+from bessemer.addons.families import data_sets
+from bessemer.config import places
 from bessemer.config.places import located, matching
-from bessemer.data import documents, sources
+from bessemer.data import sources
 from bessemer.errors import UserError
 
 HTML = (".html", ".htm")
@@ -67,12 +69,12 @@ class Unit:
 
 def units(source: Source, unit_bytes: int, cache: str | None) -> tuple[list[Unit], int]:
     """(the units of a source, the number of ignored files in its folder)."""
-    if source.spec.startswith(documents.HUB):
-        parts = documents.hub_files(source.spec)
-        spec = documents.at_commit(source.spec)
+    if source.spec.startswith(places.HUB):
+        parts = data_sets.hub_files(source.spec)
+        spec = data_sets.at_commit(source.spec)
         return [_unit(source, i, [SourcePiece(spec, HUB, i, parts)], 0) for i in range(parts)], 0
-    if source.spec in sources.SOURCES:
-        if package := sources.SOURCES[source.spec].package:
+    if source.spec in sources.registered():
+        if package := sources.registered()[source.spec].package:
             from bessemer.data.fetch import fetch
 
             fetch(package, cache)  # once, instead of in every worker
@@ -118,16 +120,16 @@ def _files(source: Source) -> tuple[list[Path], int]:
 
 
 def _readable(file: Path) -> bool:
-    return documents.kind(file) in KINDS and not (documents.kind(file) == ".parquet" and documents.compression(file))
+    return data_sets.kind(file) in KINDS and not (data_sets.kind(file) == ".parquet" and data_sets.compression(file))
 
 
 def _pieces(file: Path, source: Source, unit_bytes: int) -> Iterator[tuple[SourcePiece, int]]:
     """The pieces of a file with their weights in bytes, in order."""
-    facts, kind = file.stat(), documents.kind(file)
+    facts, kind = file.stat(), data_sets.kind(file)
     size, changed = facts.st_size, facts.st_mtime_ns
     if kind == ".parquet":
         yield from _row_groups(file, source, size, changed, unit_bytes)
-    elif kind in (".jsonl", ".txt") and not documents.compression(file) and size > unit_bytes and not _utf16(file):
+    elif kind in (".jsonl", ".txt") and not data_sets.compression(file) and size > unit_bytes and not _utf16(file):
         count = -(-size // unit_bytes)
         edges = [size * i // count for i in range(count + 1)]
         for start, end in pairwise(edges):

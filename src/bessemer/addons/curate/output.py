@@ -19,10 +19,11 @@ import numpy as np
 from bessemer.addons.curate.jobs import Job
 from bessemer.addons.curate.origins import Unit
 from bessemer.addons.curate.settings import Settings, Tokens
+from bessemer.addons.families.data_sets import opened
 from bessemer.config.places import REVISIONS
 from bessemer.data import shards
 from bessemer.data.corpus import Augment, tokenise
-from bessemer.data.documents import Document, opened
+from bessemer.data.documents import Document
 from bessemer.data.encoder import Encoder
 from bessemer.data.fetch import sha256_of
 from bessemer.data.plans import plan_files, write_plan

@@ -26,6 +26,7 @@ from bessemer.addons.curate.decode import (
 )
 from bessemer.addons.curate.origins import HTML, HUB, REGISTERED, SourcePiece
 from bessemer.addons.curate.settings import Source
+from bessemer.addons.families import data_sets
 from bessemer.data import documents, sources
 from bessemer.errors import UserError
 
@@ -42,7 +43,7 @@ def texts(piece: SourcePiece, source: Source, cache: str | None) -> Iterator[Rea
         return
     if piece.kind == HUB:
         try:
-            for where, record in documents.hub_records(piece.path, piece.start, piece.end):
+            for where, record in data_sets.hub_records(piece.path, piece.start, piece.end):
                 yield _record(record, where, source)
         except UserError as error:
             raise SourceGone(str(error)) from error
@@ -61,7 +62,7 @@ def _file(piece: SourcePiece, source: Source) -> Iterator[ReadResult]:
     os.stat(path)
     try:
         if piece.kind == ".parquet":
-            for where, record in documents.parquet_records(path, range(piece.start, piece.end), source.text_key):
+            for where, record in data_sets.parquet_records(path, range(piece.start, piece.end), source.text_key):
                 yield _record(record, where, source)
         elif piece.kind in HTML:
             yield from web.page(path, source.longest)

@@ -24,7 +24,7 @@ from bessemer.addons.curate.decode import (
     ReadResult,
     decode,
 )
-from bessemer.data.documents import compression, opened
+from bessemer.addons.families.data_sets import compression, opened
 from bessemer.errors import UserError
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from bessemer.addons.evals.evaluate import between, percent
 from bessemer.addons.evals.suites import FOLDER, Evaluation, Given, check_places, choose, find, load, load_suite
-from bessemer.data import documents
+from bessemer.addons.families import data_sets
+from bessemer.config.places import HUB
 from bessemer.data.chat import THINK, THINK_END, question_ids
 from bessemer.data.fingerprints import sha256_of_all
 from bessemer.engine.engine import Engine
@@ -146,7 +147,7 @@ def prepare(
 ) -> tuple[list[Ready], list[dict[str, str]]]:
     """The evaluations whose data is available, with every row checked, and {evaluation, reason} for the others."""
     ready, skipped = [], []
-    folder = Path(next((place for place in places if "=" not in place and place != documents.HUB), FOLDER))
+    folder = Path(next((place for place in places if "=" not in place and place != HUB), FOLDER))
     for evaluation in evaluations:
         spec = find(evaluation, places)
         if spec is None:
@@ -155,7 +156,7 @@ def prepare(
         try:
             ready.append(Ready(evaluation, *load(evaluation, spec, problems)))
         except UserError as error:
-            if documents.HUB not in places or not str(error).startswith(f"{spec} cannot be read"):
+            if HUB not in places or not str(error).startswith(f"{spec} cannot be read"):
                 raise
             skipped.append({"evaluation": evaluation.name, "reason": f"{evaluation.name}: {error}"})
             continue
@@ -295,7 +296,7 @@ def read_answers(file: Path, ready: Sequence[Ready]) -> dict[str, Answers]:
     ids = {one.name: set(one.task.ids) for one in ready}
     answers: dict[str, Answers] = {}
     ours = False
-    for where, record in documents.records(file):
+    for where, record in data_sets.records(file):
         if "sampling" in record and "text" not in record:
             ours = True
             continue  # the settings

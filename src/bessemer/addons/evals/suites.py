@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.addons.evals import instructions
+from bessemer.addons.families import data_sets
 from bessemer.addons.tasks.code_files import CodeFile, limits_of, reason_of, tests_of
 from bessemer.addons.tasks.exact import MultipleChoice
 from bessemer.addons.tasks.files import IDS, FileTask, Question, language_of
 from bessemer.addons.tasks.maths import Maths
-from bessemer.data import documents
+from bessemer.config.places import HUB
 from bessemer.errors import UserError
 from bessemer.tasks.answer import NO_ANSWER, plain_fault, summary
 from bessemer.tasks.base import CORRECT, Problem, Task, Verdict
@@ -155,14 +156,14 @@ def find(evaluation: Evaluation, places: Sequence[str]) -> str | None:
     for place in places:
         name, equals, spec = place.partition("=")
         if equals and name == evaluation.name:
-            if not spec.startswith(documents.HUB) and not Path(spec).exists():
+            if not spec.startswith(HUB) and not Path(spec).exists():
                 raise UserError(f"--data {place}: there is no file or folder {spec}")
             return spec
     for place in places:
         stem = Path(place) / evaluation.name
-        if place == documents.HUB and evaluation.data.startswith(documents.HUB):
+        if place == HUB and evaluation.data.startswith(HUB):
             return evaluation.data
-        if place != documents.HUB and "=" not in place:
+        if place != HUB and "=" not in place:
             files = [Path(f"{stem}{suffix}") for suffix in SUFFIXES if Path(f"{stem}{suffix}").is_file()]
             files += [stem] if stem.is_dir() else []
             if len(files) > 1:
@@ -179,7 +180,7 @@ def check_places(places: Sequence[str], evaluations: Sequence[Evaluation]) -> No
         name, equals, _ = place.partition("=")
         if equals:
             _known(name, names, f"--data {place}: there is no evaluation")
-        elif place != documents.HUB and not Path(place).is_dir():
+        elif place != HUB and not Path(place).is_dir():
             raise UserError(f"--data {place}: there is no folder {place}; give a folder, NAME=PATH, or hf://")
 
 
@@ -217,7 +218,7 @@ def load(evaluation: Evaluation, spec: str, problems: int | None = None) -> tupl
 
 def _rows(evaluation: Evaluation, spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records in the form that the kind reads, without those outside the evaluation's dates."""
-    for where, record in documents.records(spec):
+    for where, record in data_sets.records(spec):
         for name, columns in evaluation.rename.items():
             source = next((column for column in columns if column in record), None)
             if source is not None and name not in record:

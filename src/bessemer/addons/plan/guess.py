@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from bessemer.addons.families.packaged_models import known_model
 from bessemer.config.table import StageConfig
-from bessemer.data import sources
 from bessemer.data.model_files import read_object
 from bessemer.data.sources import PACKAGE
 from bessemer.model import ops
@@ -59,7 +59,7 @@ def training_flops(recipe: Recipe, name: str | None, length: int) -> float | Non
     if first is None or first.imported is None:
         return None
     if first.imported.startswith(PACKAGE):  # GGUF files of about five bits per parameter
-        return 6 * 8 / 5 * 1e6 * sources.known_model(first.imported.removeprefix(PACKAGE)).package.megabytes
+        return 6 * 8 / 5 * 1e6 * known_model(first.imported.removeprefix(PACKAGE)).package.megabytes
     folder = lineage.imported_folder(recipe, name)
     if folder is None:
         return None

@@ -23,11 +23,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from bessemer.addons.families.prompts import Prompt, messages_of
 from bessemer.addons.r1.objectives import trained_places
 from bessemer.data.batch import Batch
 from bessemer.data.chat import render_ids
 from bessemer.data.model_files import read_object
-from bessemer.data.prompts import Prompt, messages_of
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer

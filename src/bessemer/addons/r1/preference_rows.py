@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bessemer.addons.families import data_sets
 from bessemer.config.places import HUB, located, looked_in
-from bessemer.data import documents
 from bessemer.data.batch import Batch
 from bessemer.data.rows import write_rows
 from bessemer.data.sft_rows import DTYPE, SFTRows, read_packed
@@ -101,7 +101,7 @@ def read(name: str | Path, line: Callable[[dict[str, Any], str], dict[str, Any]]
     path = str(name) if str(name).startswith(HUB) else located(name)
     if isinstance(path, Path) and not path.exists():
         raise UserError(f"there is no file or directory {name}{looked_in(name)}; name a .jsonl or .parquet file")
-    for where, record in documents.records(path):
+    for where, record in data_sets.records(path):
         yield line(record, where)
 
 

@@ -146,7 +146,7 @@ def _data(facts: RunFacts, stage: StageFacts) -> list[str]:
         return []
     lines = ["## Training data", "", "| part | source | at most | licence |", "|---|---|---|---|"]
     for part, source, limits in parts:
-        known = sources.SOURCES.get(str(source))
+        known = sources.registered().get(str(source))
         written = "written by Bessemer" if str(source).startswith("task:") else "not recorded"
         most = limits.get(part, "all")
         most = show_tokens(most) if isinstance(most, int) else most

@@ -9,6 +9,7 @@ from typing import Any
 
 from bessemer.data import tools
 from bessemer.data.chat import Message, check_messages
+from bessemer.data.documents import without_none
 from bessemer.errors import UserError
 
 Prompt = str | list[Message]
@@ -36,14 +37,6 @@ def completed(record: dict[str, Any], where: str) -> list[Message]:
 def messages_of(prompt: Prompt) -> list[Message]:
     """A prompt as messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def without_none(value: Any) -> Any:
-    """The value without the None entries that parquet adds to every message for keys it lacks. Also applies inside
-    calls, where only arguments given as text keep a null."""
-    if isinstance(value, dict):
-        return {key: without_none(one) for key, one in value.items() if one is not None}
-    return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def asked(prompt: Prompt, where: str) -> list[Message]:
