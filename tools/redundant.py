@@ -6,10 +6,10 @@
 
 A test is a function with all its parameters. Its arcs are the steps from line to line in src that it alone takes under
 coverage (`--cov-context=test`; processes that a test starts are not seen). A mutant is one changed piece of a covered
-line: a comparison, an operator, a number, a condition, a statement left out, two arguments exchanged. Each runs, in a
-copy of the repository and in a process of its own, against the asked tests that cover its line, and where one of them
-notices it, against the others until one does. A test may leave if the
-tests that stay take all its arcs and kill every mutant that it kills.
+line: a comparison, an operator, a number, a condition, a statement left out, two arguments exchanged. The lines that
+fewest tests cover come first. Each mutant runs, in a copy of the repository and in a process of its own, against the
+asked tests that cover its line, and where one of them notices it, against the others until one does. A test may leave
+if the tests that stay take all its arcs and kill every mutant that it kills.
 
 What it prints is a proposal. A test against an independent reference and a test of bad input stay, whoever else passes
 by the same lines: mutants are a sample.
@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from itertools import zip_longest
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -145,13 +146,21 @@ def codes(source: str, path: Path) -> dict[str, list[CodeType]]:
     return found
 
 
+def rounds(pools: list[list], count: int) -> list:
+    """Up to `count` different items, the next of each pool in turn."""
+    picked: dict = {}
+    for row in zip_longest(*pools):
+        picked.update(dict.fromkeys(item for item in row if item is not None))
+    return list(picked)[:count]
+
+
 class Session:
     """A pytest session that collects its tests once, and runs some of them against each mutant in a fork of its own."""
 
     def __init__(self, copy: Path, covered, chosen, count: int, seed: int):
         self.copy, self.covered, self.chosen, self.count, self.seed = copy, covered, chosen, count, seed
         self.kills: dict[str, set[str]] = {test: set() for test in covered}
-        self.made = 0
+        self.made, self.tried = 0, Counter()
 
     def pytest_runtest_logreport(self, report):
         if report.failed or report.when == "call":
@@ -180,14 +189,21 @@ class Session:
             lines[file].add(line)
         texts = {file: (self.copy / "src" / file).read_text(encoding="utf-8") for file in sorted(lines)}
         every = [(file, *mutant) for file, text in texts.items() for mutant in mutants(file, text, lines[file])]
-        picked = random.Random(self.seed).sample(every, min(self.count, len(every)))
+        random.Random(self.seed).shuffle(every)
+        every.sort(key=lambda mutant: len(who[mutant[:2]]))
+        picked = rounds([[m for m in every if test in who[m[:2]]] for test in sorted(self.chosen)], self.count)
         self.made = len(picked)
         for number, (file, line, name, label, text) in enumerate(picked):
             path = self.copy / "src" / file
             path.write_text(text, encoding="utf-8")  # for processes that a test starts
             os.utime(path, (number, number))  # no bytecode of another mutant fits
             old, new = codes(texts[file], path)[name], codes(text, path)[name]
-            changed = dict(zip(old, new, strict=True))
+            pairs = zip(old, new, strict=False)
+            changed = {a: b for a, b in pairs if a != b and a.co_freevars == b.co_freevars}
+            if not changed:  # another closure, which a function that exists cannot get
+                path.write_text(texts[file], encoding="utf-8")
+                continue
+            self.tried.update(who[file, line])
             killers = self.failures(session, who[file, line] & self.chosen, changed)
             if killers:  # of those that stay, one is enough
                 killers |= self.failures(session, who[file, line] - self.chosen, changed, stop=True)
@@ -203,14 +219,16 @@ class Session:
         (self.copy / "notes.jsonl").unlink(missing_ok=True)
         child = os.fork()
         if not child:
-            os.setsid()
-            for function in self.functions:
-                function.__code__ = changed.get(function.__code__, function.__code__)
-            for item, following in zip(items, [*items[1:], None], strict=True):
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                if stop and any(not good for _, good in self.notes()):
-                    break
-            os._exit(0)
+            try:
+                os.setsid()
+                for function in self.functions:
+                    function.__code__ = changed.get(function.__code__, function.__code__)
+                for item, following in zip(items, [*items[1:], None], strict=True):
+                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                    if stop and any(not good for _, good in self.notes()):
+                        break
+            finally:
+                os._exit(0)
         end = time.monotonic() + LIMIT
         while not os.waitpid(child, os.WNOHANG)[0]:
             if time.monotonic() > end:
@@ -254,7 +272,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--mutants", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--source", default="", help="only arcs of files whose path under src holds this text")
+    parser.add_argument("--source", default="", help="only arcs of files whose path under src matches this expression")
     parser.add_argument("--without", nargs="*", default=[], help="ask only whether these test functions may leave")
     parser.add_argument(
         "--beside", nargs="*", default=[], help="test files that stay but may take over arcs and mutants"
@@ -266,7 +284,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         asked = [*given.files, *given.beside]
         covered = {
-            test: {arc for arc in found if given.source in arc[0]}
+            test: {arc for arc in found if re.search(given.source, arc[0])}
             for test, found in arcs(given.data or measure(asked, Path(scratch), given.marks)).items()
             if test.partition("::")[0] in asked or (given.data and not given.mutants)
         }
@@ -280,7 +298,7 @@ def main() -> None:
             and not re.search(given.but, test.rpartition(":")[2])
             and not any(takers[arc] == 1 for arc in covered[test])
         }
-        kills, made = {test: set() for test in covered}, 0
+        kills, made, tried = {test: set() for test in covered}, 0, Counter()
         if given.mutants:
             copy = Path(scratch) / "copy"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "build"))
@@ -294,13 +312,14 @@ def main() -> None:
             session = Session(copy, covered, chosen, given.mutants, given.seed)
             options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--timeout=60", "-m", given.marks]
             pytest.main([*options, *asked], plugins=[session])
-            kills, made = session.kills, session.made
+            kills, made, tried = session.kills, session.made, session.tried
     killed = set().union(*kills.values())
     gone = may_leave(covered, kills, chosen, sizes)
     stay = set().union(*(kills[test] for test in covered if test not in gone))
     for test in sorted(chosen):
         verdict = "leave" if test in gone else "stay "
-        print(f"{verdict} lines {sizes[test]:3} arcs {len(covered[test]):4} kills {len(kills[test]):3}  {test}")
+        print(f"{verdict} lines {sizes[test]:3} arcs {len(covered[test]):4} "
+              f"kills {len(kills[test]):3} of {tried[test]:3}  {test}")  # fmt: skip
     print(f"{made} mutants, {len(killed)} killed, {len(stay)} without those that may leave "
           f"({len(gone)} tests, {sum(sizes[t] for t in gone)} lines)")  # fmt: skip
 
