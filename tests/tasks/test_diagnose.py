@@ -1,8 +1,8 @@
 """The counts for a hand-written trace, and for the ways in which a policy may drift from the form."""
 
+from bessemer.addons.tasks.countdown_diagnosis import Diagnosis, diagnose, rates
 from bessemer.tasks import Problem
 from bessemer.tasks.countdown_expressions import all_tries
-from bessemer.tasks.countdown_traces import Diagnosis, diagnose, rates
 
 PROBLEM = Problem("p", "", "en", {"numbers": [3, 7, 6], "target": 27})
 

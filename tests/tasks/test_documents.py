@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 import pytest
 
 from bessemer.addons.tasks import general_requests
+from bessemer.addons.tasks.countdown_diagnosis import diagnose, rates
 from bessemer.tasks import get
 from bessemer.tasks.base import split_of
 from bessemer.tasks.countdown_expressions import LARGEST
-from bessemer.tasks.countdown_traces import diagnose, rates
 
 N = 6000
 TASK = get("countdown")

@@ -26,12 +26,8 @@ from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
-from bessemer.tasks.countdown_traces import rates
 from bessemer.train.setup import batch_rows
 from bessemer.train.trainer import Trainer
-
-_TRACE = ("step_right", "right_numbers", "yes_given_hit", "yes_given_miss", "repeated", "gave_up")
-"""Rates inside a countdown trace that say what RL changed: arithmetic, copying, verdicts, persistence."""
 
 PROBES = 6
 """Held-out problems whose answers are recorded at every evaluation."""
@@ -89,10 +85,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
-    """Conditional rates over the countdown traces among the samples, without those that have nothing to count."""
-    traces = [row for row in rows if "target" in row.problem.meta and len(row.problem.meta.get("numbers", ())) == 3]
-    trace_rates = rates(trace for row in traces if (trace := row.read().trace) is not None)
-    return {f"rl/trace/{name}": value for name in _TRACE if (value := trace_rates[name]) is not None}
+    """What the hook `trace` says of the answers that it knows how to read."""
+    traces = plugins.hook("trace")
+    read = [] if traces is None else [trace for row in rows if (trace := row.read().trace) is not None]
+    return traces.metrics(read) if read else {}
 
 
 def _mean(values: Iterable[float]) -> float:

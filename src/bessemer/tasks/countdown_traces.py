@@ -1,4 +1,4 @@
-"""Countdown traces: the authors who write the pages of the pre-training corpus, and rates measured on any trace.
+"""Countdown traces: the authors who write the pages of the pre-training corpus.
 
 RL can only amplify what the corpus contains, so the corpus contains every behaviour in realistic proportion: most
 authors are sloppy and give up early; few go through all tries in order. Three properties are deliberate.
@@ -6,30 +6,15 @@ authors are sloppy and give up early; few go through all tries in order. Three p
   A mode is one decision: the systematic author opens with `order:` and the numbers sorted, so a policy can choose that
   mode with one token; without such a word, RL never left random, repeating tries.
   Persistence has a word: some authors end a refuted try with `wait`, always followed by another try.
-
-`diagnose` counts the events of a trace, and `rates` turns the counts into conditional rates that show what RL changed.
-Counting reflective words would miss reflection in other words, so tries are recognised by their structure. Counts are
-summed over many responses before they are divided; a rate without any event is None.
 """
 
 import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from bessemer.errors import UserError
-from bessemer.tasks.answer import parse_reply, thought
-from bessemer.tasks.base import Problem, check_shares
-from bessemer.tasks.countdown_expressions import (
-    Try,
-    Unparsable,
-    all_tries,
-    apply,
-    canonicals,
-    ordered_tries,
-    parse_expression,
-)
+from bessemer.tasks.base import check_shares
+from bessemer.tasks.countdown_expressions import Try, all_tries, canonicals, ordered_tries
 
 WORDS = {
     "en": {"low": " low", "high": " high", "yes": " yes", "wait": " wait", "order": "order:"},
@@ -173,141 +158,3 @@ def _guess(pool: Sequence[Try], rng: random.Random) -> str:
 def _endless(n: int, rng: random.Random) -> Iterator[int]:
     while True:
         yield rng.randrange(n)
-
-
-_N, _OP = "(?:0|[1-9][0-9]{0,3})", r"[+\-*]"  # four digits keep every expression within parse_expression's bounds
-_PAIR = rf"\((?P<x>{_N})(?P<op>{_OP})(?P<y>{_N})\)"
-_REST = rf"=(?P<claimed>{_N}):(?P<target>{_N}) ?(?P<verdict>low|high|yes|小|大|对)(?P<tail>.*)"
-_FORMS = tuple(
-    re.compile(form + _REST)
-    for form in (
-        rf"(?P<expression>{_PAIR}(?P<then>{_OP})(?P<z>{_N}))=(?P<middle>{_N})(?P<step>{_OP})(?P<kept>{_N})",
-        rf"(?P<expression>(?P<z>{_N})(?P<then>{_OP}){_PAIR})=(?P<kept>{_N})(?P<step>{_OP})(?P<middle>{_N})",
-    )
-)
-"""(x op y)then z=middle step kept=claimed:target verdict tail, and the same with z in front."""
-_MEANING = {words[key].strip(): key for words in WORDS.values() for key in ("low", "high", "yes")}
-_WAIT = {words["wait"] for words in WORDS.values()}
-_ORDER = tuple(words["order"] for words in WORDS.values())
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Counts of one response, or sums over many. A hit is a try whose claimed value is the target."""
-
-    responses: int = 0
-    tries: int = 0
-    repeated: int = 0
-    """Tries whose expression, in canonical form, occurred before."""
-    steps: int = 0
-    steps_right: int = 0
-    linked: int = 0
-    """Tries whose second step is what remains of their expression: after (3*7)+6 comes 21+6."""
-    right_numbers: int = 0
-    """Linked tries that use each number of the problem once."""
-    right_target: int = 0
-    """Tries compared with the target of the problem."""
-    hits: int = 0
-    yes_on_hit: int = 0
-    misses: int = 0
-    yes_on_miss: int = 0
-    low_high_right: int = 0
-    """Misses called low or high correctly."""
-    waits: int = 0
-    unread: int = 0
-    """Lines of the trace that are not a try of the known form: stray words, private language."""
-    systematic: int = 0
-    """Responses that open with the sorted numbers."""
-    said_yes: int = 0
-    """Responses whose last try says yes."""
-    gave_up: int = 0
-    """Responses that closed their thinking after a last try that did not say yes."""
-    answered_yes: int = 0
-    """Those of `said_yes` whose answer is exactly the accepted expression."""
-
-    def __add__(self, other: "Diagnosis") -> "Diagnosis":
-        return Diagnosis(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-def diagnose(problem: Problem, completion: str) -> Diagnosis:
-    """Count what happens in one completion."""
-    reply = parse_reply(completion)
-    closed = reply.think is not None
-    think = thought(completion)
-    seen: set[str] = set()
-    count = dict.fromkeys((f.name for f in fields(Diagnosis)), 0) | {"responses": 1}
-    last_key, last_yes = None, None
-    for number, line in enumerate(think.strip().replace(";", "\n").split("\n")):
-        match = next((m for form in _FORMS if (m := form.fullmatch(line.strip()))), None)
-        if match is None:
-            opening = number == 0 and line.startswith(_ORDER)
-            count["systematic"] += opening
-            count["unread"] += bool(line.strip()) and not opening
-            continue
-        last_key, last_yes = _count_try(problem, match, seen, count)
-    count["said_yes"] = int(last_yes is True)
-    count["gave_up"] = int(closed and last_yes is False)
-    count["answered_yes"] = int(last_yes is True and _canonical(reply.answer) == last_key)
-    return Diagnosis(**count)
-
-
-def _count_try(problem: Problem, match: re.Match, seen: set[str], count: dict[str, int]) -> tuple[str, bool]:
-    """Add one try to `count`; returns its canonical expression and whether it says yes."""
-    numbers, goal = sorted(problem.meta["numbers"]), problem.meta["target"]
-    expression, op, then, step, verdict = match.group("expression", "op", "then", "step", "verdict")
-    x, y, z, middle, kept, claimed, target = map(int, match.group("x", "y", "z", "middle", "kept", "claimed", "target"))
-    left, right = (middle, kept) if expression.startswith("(") else (kept, middle)
-    linked, verdict, key = (then, z) == (step, kept), _MEANING[verdict], _tried(expression)
-    assert key is not None, expression
-    count["tries"] += 1
-    count["repeated"] += key in seen
-    seen.add(key)
-    count["steps"] += 2
-    count["steps_right"] += (apply(x, op, y) == middle) + (apply(left, step, right) == claimed)
-    count["linked"] += linked
-    count["right_numbers"] += linked and sorted((x, y, z)) == numbers
-    count["right_target"] += target == goal
-    if claimed == goal:
-        count["hits"] += 1
-        count["yes_on_hit"] += verdict == "yes"
-    else:
-        count["misses"] += 1
-        count["yes_on_miss"] += verdict == "yes"
-        count["low_high_right"] += verdict == ("low" if claimed < goal else "high")
-    count["waits"] += match["tail"] in _WAIT
-    return key, verdict == "yes"
-
-
-def _canonical(expression: str | None) -> str | None:
-    """Canonical form; None if the text is not an expression."""
-    try:
-        return None if expression is None else parse_expression(expression).canonical
-    except Unparsable:
-        return None
-
-
-_tried = lru_cache(maxsize=1 << 14)(_canonical)
-"""Cached, for the short expressions of tries: samples of a problem write the same ones again and again."""
-
-
-def rates(diagnoses: Iterable[Diagnosis]) -> dict[str, float | None]:
-    """Counts per response, and conditional rates."""
-    d = sum(diagnoses, Diagnosis())
-    parts = {
-        "tries": (d.tries, d.responses),
-        "waits": (d.waits, d.responses),
-        "repeated": (d.repeated, d.tries),
-        "step_right": (d.steps_right, d.steps),
-        "linked": (d.linked, d.tries),
-        "right_numbers": (d.right_numbers, d.tries),
-        "right_target": (d.right_target, d.tries),
-        "yes_given_hit": (d.yes_on_hit, d.hits),
-        "yes_given_miss": (d.yes_on_miss, d.misses),
-        "low_high_given_miss": (d.low_high_right, d.misses),
-        "unread": (d.unread, d.unread + d.tries),
-        "systematic": (d.systematic, d.responses),
-        "said_yes": (d.said_yes, d.responses),
-        "gave_up": (d.gave_up, d.responses),
-        "answered_yes": (d.answered_yes, d.said_yes),
-    }
-    return {name: (part / whole if whole else None) for name, (part, whole) in parts.items()}

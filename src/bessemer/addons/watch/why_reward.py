@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from bessemer.addons.evals.intervals import shares_apart
+from bessemer.addons.tasks.countdown_diagnosis import diagnose
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.answer import thought
-from bessemer.tasks.countdown_traces import diagnose
 from bessemer.tasks.readability import readable
 from bessemer.tasks.verdict_metrics import FEW, bootstrap, widened
 
