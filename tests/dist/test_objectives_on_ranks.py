@@ -26,7 +26,7 @@ from bessemer.config.recipe import LayoutConfig
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.rl import rollout
-from bessemer.train.runtime import OneProcess
+from bessemer.train.runtime import Runtime
 
 T, LR, ROWS, STEPS, SEED = 40, 3e-3, 6, 2, 5
 KINDS = {"pairs": (preference_rows.PairRows, pairwise), "labels": (preference_rows.LabelRows, pointwise)}
@@ -59,7 +59,7 @@ def base(tmp_path_factory):
 class Run:
     """A training run, whole or only this rank's part; `values` holds those of every step."""
 
-    said, runtime = (), OneProcess()
+    said, runtime = (), Runtime()
 
     def placed(self, network, schedule, layout):
         """The whole network, or this rank's part of it."""

@@ -20,7 +20,7 @@ from bessemer.rl import rollout, sampler
 from bessemer.runs.context import Interrupted
 from bessemer.runs.directory import write_done
 from bessemer.train import checkpoint, setup
-from bessemer.train.runtime import OneProcess
+from bessemer.train.runtime import Runtime
 from bessemer.workers import Workers
 
 CHANGES = (rl_stage.COIN, "rollouts=4", "kl.reference_every=3", "max_off_policy_rollouts=1",
@@ -145,7 +145,7 @@ def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every
     rates = {"float32": 100.0, "bfloat16": 200.0}
     monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: rates)
     root, drawn = made(base, tmp_path / "run", 'precision="auto"', "rollouts=1")
-    ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, runtime=OneProcess())
+    ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, runtime=Runtime())
     models = [sampler.engine_of(base / "model", ctx, precision="auto").model]
     rates["bfloat16"] = 50.0
     models.append(sampler.engine_of(base / "model", ctx, precision="auto").model)

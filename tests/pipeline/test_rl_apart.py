@@ -24,7 +24,7 @@ from bessemer.runs.metrics import Metrics, StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import get
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.runtime import OneProcess
+from bessemer.train.runtime import Runtime
 
 CHANGES = ("prompts_per_rollout=4", "samples=4", "rollouts=2", 'reward="format"', "micro_tokens=90")
 
@@ -37,7 +37,7 @@ def base(tmp_path_factory):
 def trained(rank, base, folder, changes):
     """(metrics, for every rollout the rows that are held when it is scored, as (number of tokens, whether its arrays
     are here, whether its text is), rows sent to other ranks)."""
-    ranks, runtime = None, OneProcess()
+    ranks, runtime = None, Runtime()
     if dist.is_initialized():
         ranks = Ranks(dist.distributed_c10d._get_default_store(), rank, 2, torch.device("cpu"))
     recipe = Recipe.load(folder / "small.toml", changes)

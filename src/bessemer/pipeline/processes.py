@@ -5,55 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bessemer import plugins
 from bessemer.errors import UserError
-from bessemer.train.runtime import OneProcess, Runtime
+from bessemer.train.runtime import Runtime
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
     from bessemer.pipeline.stage import Stage
 
 
-class Processes(Protocol):
-    """All processes of a run. Process 0 runs the recipe, the others `follow`."""
+class Processes:
+    """All processes of a run, of which process 0 runs the recipe; here this one alone."""
 
-    me: int
-    n: int
+    me: int = 0
+    n: int = 1
 
     def runtime(self, stage: Stage[Any], source: Path | None, recipe: Recipe, say: Callable[[str], None]) -> Runtime:
         """Where a stage runs that starts from the folder `source`; asked in process 0."""
-        ...
+        return Runtime()
 
     def running(self) -> AbstractContextManager[object]:
         """To be entered around the run: ends all processes if this one fails."""
-        ...
-
-    def end(self) -> None:
-        """Called in process 0 when the run is over, however it ended."""
-        ...
-
-    def follow(self, recipe: Recipe) -> None:
-        """Runs the stages that process 0 runs together with this one."""
-        ...
-
-
-class ThisProcess:
-    """A run in one process."""
-
-    me, n = 0, 1
-
-    def runtime(self, stage: Stage[Any], source: Path | None, recipe: Recipe, say: Callable[[str], None]) -> Runtime:
-        return OneProcess()
-
-    def running(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def end(self) -> None:
-        pass
+        """Called in process 0 when the run is over, however it ended."""
 
     def follow(self, recipe: Recipe) -> None:
+        """In the others: runs the stages that process 0 runs together with this one."""
         raise AssertionError("process 0 follows nobody")
 
 
@@ -72,4 +53,4 @@ def start(
             "leave --processes and [layout] out"
         )
     check(1)
-    return ThisProcess()
+    return Processes()

@@ -33,7 +33,7 @@ from bessemer.errors import UserError
 from bessemer.pipeline import inputs as outside
 from bessemer.pipeline import preflight
 from bessemer.pipeline.planned import Planned, planned
-from bessemer.pipeline.processes import Processes, ThisProcess
+from bessemer.pipeline.processes import Processes
 from bessemer.pipeline.reuse import Donor
 from bessemer.pipeline.stage import find_kind, run_stage
 from bessemer.runs.context import Interrupted, StageContext, StopFlag, signals
@@ -88,7 +88,7 @@ def run(
     beside = hooks()
     for hook in beside:
         hook.check(recipe)
-    root, processes = out or Path("runs") / recipe.name, processes or ThisProcess()
+    root, processes = out or Path("runs") / recipe.name, processes or Processes()
     donor = None if reuse is None else Donor(reuse)
     with ExitStack() as entered:
         entered.enter_context(places.of_recipe(recipe.folder, root / places.REVISIONS))

@@ -26,7 +26,7 @@ from bessemer.plugins import register
 from bessemer.rl.parts import LoopParts
 from bessemer.runs.context import StageContext
 from bessemer.train import setup
-from bessemer.train.runtime import OneProcess, Runtime
+from bessemer.train.runtime import Runtime
 from bessemer.workers import Workers
 
 Completions = list[list[Completion]]
@@ -108,7 +108,7 @@ class LocalSampler:
         self, engine: Engine, refresh: Callable[[], None], runtime: Runtime | None = None, apart: bool = False
     ) -> None:
         self.engine, self.tokenizer, self.refresh = engine, engine.tokenizer, refresh
-        self.runtime, self.apart = runtime or OneProcess(), apart
+        self.runtime, self.apart = runtime or Runtime(), apart
 
     @classmethod
     def facts(cls, config: RLConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from bessemer.escape import escaped
 from bessemer.runs.files import ROLLOUTS, write_atomic
 from bessemer.runs.metrics import LineFile, StageMetrics
 from bessemer.runs.progress import StageProgress
-from bessemer.train.runtime import OneProcess, Runtime, Share
+from bessemer.train.runtime import Runtime, Share
 
 _Result = TypeVar("_Result")
 
@@ -92,7 +92,7 @@ class StageContext:
     metrics: StageMetrics
     progress: StageProgress
     stop_flag: StopFlag
-    runtime: Runtime = field(default_factory=OneProcess)
+    runtime: Runtime = field(default_factory=Runtime)
     """The processes that run this stage."""
     spent: float = 0.0
     """Wall seconds of earlier attempts at this stage."""

@@ -1,8 +1,8 @@
 """What the processes that train one network do together, and what one process does instead.
 
 The trainer asks its `Collective` for everything that depends on how many processes there are: who computes which rows,
-the sums of a step, where checkpoints are written. `Alone` is the collective of one process, whose helper processes
-(`Workers`) may compute micro-batches for it. That of many ranks comes with distributed training.
+the sums of a step, where checkpoints are written. That of many ranks, which comes with distributed training, derives
+from that of one process.
 
 Work in RL is dealt out by the same object. A step's micro-batches are divided over pipelines: parts of the processes
 that hold the network once. One process is one pipeline.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,92 +39,18 @@ Read = Callable[["TrainOutputs", Tensor, "Batch"], Tensor]
 """Numbers of a batch, one float32 vector, from the network's outputs and the weight of its head."""
 
 
-class Collective(Protocol):
-    """One per trainer. All processes of a collective make the same calls in the same order."""
+class Collective:
+    """One per trainer. All processes of a collective make the same calls in the same order; this is that of one
+    process, whose `Workers` compute micro-batches with it."""
 
-    devices: int
+    devices: int = 1
     """Devices that compute a step together."""
-    me: int
+    me: int = 0
     """The number of this process among them."""
-    n_pipelines: int
+    n_pipelines: int = 1
     """The number of parts into which a step's micro-batches are divided."""
-    pipeline: int
+    pipeline: int = 0
     """The number of the part that is this process's."""
-
-    def optimizer(self, model: LanguageModel, workers: Workers, **options: Any) -> Optimizer: ...
-
-    def gates(self, model: LanguageModel) -> dict[str, Gate]:
-        """The gates that this process trains, by name."""
-        ...
-
-    def has_biases(self, gates: Mapping[str, Gate]) -> bool:
-        """Whether any gate of the whole network has a routing bias."""
-        ...
-
-    def join(self, trainer: Checkpointed) -> None:
-        """Called once, at the end of the trainer's construction."""
-        ...
-
-    def parts(self, n_rows: int, size: int) -> Iterator[range]:
-        """The rows of this process's micro-batches of a step of `n_rows`, at most `size` each; empty for a filler."""
-        ...
-
-    def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
-        """Adds the gradients of this process's micro-batches to those of the parameters; returns the step's sums."""
-        ...
-
-    def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        """Where a non-finite step started to go wrong."""
-        ...
-
-    def stops(self, asked: Callable[[], bool]) -> bool:
-        """Whether all stop, `asked` of any of them."""
-        ...
-
-    def is_due(self, due: Callable[[], bool]) -> bool:
-        """Whether all save, `due` on the first."""
-        ...
-
-    def store(self, trainer: Checkpointed) -> CheckpointStore: ...
-
-    def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
-        """Which of `count` micro-batches of a step each part has; None for a filler."""
-        ...
-
-    def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The micro-batches of a step that this process computes."""
-        ...
-
-    def share_of(self, count: int) -> range:
-        """The indices of those of `count` pieces of work that this process does."""
-        ...
-
-    def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """All float32 vectors, in order, of these `sizes`; each process passes those it has, by index, as `mine`."""
-        ...
-
-    def average(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over all processes of metrics that each computed on its own micro-batches."""
-        ...
-
-    def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
-        """`read` of every batch after a forward pass in eval mode, without MTP or gradients, on the CPU of all
-        processes. `sizes`: of the vectors."""
-        ...
-
-    def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
-        """(cross entropy in nats, loss tokens), both summed over held-out batches."""
-        ...
-
-    def beside(self, model: Transformer) -> Collective:
-        """The collective of another network, whole, that the same processes train in the same way."""
-        ...
-
-
-class Alone:
-    """One process and its helpers; the result does not depend on how many there are."""
-
-    devices, me, n_pipelines, pipeline = 1, 0, 1, 0
 
     def __init__(self) -> None:
         self._reads: dict[Read, Callable[[Batch], Tensor]] = {}
@@ -133,19 +59,24 @@ class Alone:
         return Optimizer(model, workers=workers, **options)
 
     def gates(self, model: LanguageModel) -> dict[str, Gate]:
+        """The gates that this process trains, by name."""
         return model.gates()
 
     def has_biases(self, gates: Mapping[str, Gate]) -> bool:
+        """Whether any gate of the whole network has a routing bias."""
         return any(gate.bias_E is not None for gate in gates.values())
 
     def join(self, trainer: Checkpointed) -> None:
+        """Called once, at the end of the trainer's construction."""
         self.trainer = trainer
         self._add = trainer.plan.workers.adding(trainer, self._gradients)
 
     def parts(self, n_rows: int, size: int) -> Iterator[range]:
+        """The rows of this process's micro-batches of a step of `n_rows`, at most `size` each; empty for a filler."""
         return (range(done, min(done + size, n_rows)) for done in range(0, n_rows, size))
 
     def accumulate(self, micro_batches: Iterable[Batch], terms: dict[str, float]) -> Sums:
+        """Adds the gradients of this process's micro-batches to those of the parameters; returns the step's sums."""
         batches: list[Batch] = []
 
         def items() -> Iterator[tuple[Batch, dict[str, float]]]:
@@ -173,6 +104,7 @@ class Alone:
         return replace(loss, total=loss.total.detach())
 
     def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
+        """Where a non-finite step started to go wrong."""
         trainer = self.trainer
         totals = torch.stack([loss.total.float() for loss in sums.losses])
         bad = (~totals.isfinite()).nonzero().flatten().tolist()
@@ -187,30 +119,39 @@ class Alone:
         return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
 
     def stops(self, asked: Callable[[], bool]) -> bool:
+        """Whether all stop, `asked` of any of them."""
         return asked()
 
     def is_due(self, due: Callable[[], bool]) -> bool:
+        """Whether all save, `due` on the first."""
         return due()
 
     def store(self, trainer: Checkpointed) -> CheckpointStore:
         return (plugins.hook("checkpoint-store") or CheckpointStore)(trainer)
 
     def numbers_by_pipeline(self, count: int) -> list[list[int | None]]:
+        """Which of `count` micro-batches of a step each part has; None for a filler."""
         return [[*range(count)]]
 
     def mine(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches of a step that this process computes."""
         return batches
 
     def share_of(self, count: int) -> range:
+        """The indices of those of `count` pieces of work that this process does."""
         return range(count)
 
     def exchanged(self, mine: Mapping[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """All float32 vectors, in order, of these `sizes`; each process passes those it has, by index, as `mine`."""
         return [mine[number] for number in range(len(sizes))]
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over all processes of metrics that each computed on its own micro-batches."""
         return values
 
     def outputs(self, batches: Sequence[Batch], read: Read, sizes: Sequence[int]) -> list[Tensor]:
+        """`read` of every batch after a forward pass in eval mode, without MTP or gradients, on the CPU of all
+        processes. `sizes`: of the vectors."""
         work = self._reads.setdefault(read, partial(self._output, read))  # one object: another restarts the helpers
         return list(self.trainer.plan.workers.map(work, batches))
 
@@ -222,7 +163,9 @@ class Alone:
             return read(model.train_outputs(batch.tokens_BT, batch.segments, mtp=False), model.head_weight, batch).cpu()
 
     def nats(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        """(cross entropy in nats, loss tokens), both summed over held-out batches."""
         return heldout_nats(self.trainer.model, batches)
 
     def beside(self, model: Transformer) -> Collective:
-        return Alone()
+        """The collective of another network, whole, that the same processes train in the same way."""
+        return Collective()

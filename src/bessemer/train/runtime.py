@@ -1,8 +1,8 @@
 """Where a stage runs: in this process alone, or in this and others together.
 
 The runner gives every stage a `Runtime`. The stage asks it for its network, its trainer and its output, and never how
-many processes there are. `OneProcess` is the runtime of one; that of many ranks comes with distributed training, where
-all ranks run the stage and make the same calls in the same order.
+many processes there are. That of many ranks, which comes with distributed training, derives from that of one; all ranks
+run the stage and make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -76,18 +76,17 @@ class RoundedModel(Whole):
             self._copied_at = self._trainer.rows
 
 
-class Frozen(Protocol):
-    """Frozen networks that read a trained one's batches, such as teachers."""
+class Frozen:
+    """Frozen networks that read a trained one's batches, such as teachers; here whole, in the process that trains."""
 
-    @property
-    def networks(self) -> tuple[LanguageModel, ...]:
+    def __init__(self, networks: Iterable[LanguageModel]) -> None:
+        self.networks = tuple(networks)
         """For the objective; empty in processes that compute no loss."""
-        ...
 
     def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
         """This process's micro-batches of a step, with the hidden states of the network that `Batch.teacher` counts,
         unless the objective asks the network itself. Collective; all processes pass the same batches."""
-        ...
+        return batches
 
 
 class SampleCarrier(Protocol):
@@ -98,75 +97,78 @@ class SampleCarrier(Protocol):
         ...
 
 
-class Runtime(Protocol):
-    """Everything a stage does that depends on the number of processes."""
+class Runtime:
+    """Everything a stage does that depends on the number of processes; this is the runtime of one."""
 
-    me: int
+    me: int = 0
     """The number of this process; process 0 writes the stage's output."""
-    n: int
+    n: int = 1
     """Processes that run the stage."""
-    generators: int
+    generators: int = 1
     """Processes that generate what an engine of `dealt` is asked for."""
 
     def working(self) -> AbstractContextManager[object]:
         """To be entered while the stage runs."""
-        ...
+        return nullcontext()
 
     def announce(self, stage: dict[str, Any]) -> None:
         """Called by the runner, in process 0, before the stage begins: the others begin it too."""
-        ...
 
     def agree(self, decide: Callable[[], _Made]) -> _Made:
         """What `decide` returns in process 0 (plain JSON), in all processes."""
-        ...
+        return decide()
 
     def once(self, make: Callable[[], _Made], what: str) -> _Made:
         """Like `agree`, for any picklable result. `what`: what the others wait for, for an error."""
-        ...
+        return make()
 
-    def share(self, what: str) -> Share: ...
+    def share(self, what: str) -> Share:
+        return ALONE
 
     def workers(self) -> Workers:
         """The helper processes of this one."""
-        ...
+        return setup.workers()
 
     def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
         """UserError if a step of that many rows cannot be divided over the processes."""
-        ...
 
     def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
         """A randomly initialised network; its weights do not depend on the number of processes."""
-        ...
+        return Transformer(cfg).initialise(seed).to(setup.device())
 
     def read(
         self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
     ) -> tuple[LanguageModel, Tokenizer]:
         """(network, tokenizer) of a model directory. `context`: as in `deepseek.open_directory`. `split_rows` False:
         rows may have any length, so they are not divided over processes. `mtp` False leaves out the MTP modules."""
-        ...
+        return setup.load_model(folder, context, mtp=mtp)
 
     def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
         """A reward model: the one in a directory, or with `new_head`, a seed, the body of its language model under a
         new head. Rows are not divided, because a pair's two scores are compared."""
-        ...
+        if new_head is None:
+            return load_scorer(folder, torch.float32, setup.device())
+        model, _ = setup.load_model(folder)
+        return model.scorer(new_head)
 
     def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
         """What may be compiled, because it is called whole: layers and MTP modules; [] if nothing is."""
-        ...
+        return [*model.layers, *model.mtp]
 
     def trainer(self, model: LanguageModel, *arguments: Any, **options: Any) -> Trainer:
         """The `Trainer` of a network that this runtime made; arguments as there."""
-        ...
+        return Trainer(model, *arguments, **options)
 
     def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
         """The networks of model directories, by name, in BF16 on a GPU; `beside`: the network that is trained."""
-        ...
+        return Frozen(setup.load_frozen(folder) for folder in folders.values())
 
-    def whole(self, trainer: Trainer) -> Whole: ...
+    def whole(self, trainer: Trainer) -> Whole:
+        return Whole(trainer.model)
 
     def gather(self, trainer: Trainer) -> LanguageModel | None:
         """The whole network in process 0, to sample from; None in the others. Collective."""
-        ...
+        return trainer.model
 
     def save(
         self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
@@ -174,17 +176,19 @@ class Runtime(Protocol):
     ) -> None:  # fmt: skip
         """Writes the trained network, or with kind "ema" its moving average, as a Hugging Face directory, with further
         text `files` by name."""
-        ...
+        trainer.finish()  # reports a failed save before the model is there
+        with trainer.optimizer.averaged() if kind == "ema" else nullcontext():
+            trainer.model.save(directory, tokenizer_dir=tokenizer_dir, files=files)
 
     def generate(self, engine: Any, prompts: Sequence[Any], apart: bool = False, **options: Any) -> Any:
         """`Engine.generate`, divided over the processes, whose engines have the same weights; all get all samples.
         `apart`: samples stay where they were generated, and the others know what `generation.held_by` says."""
-        ...
+        return engine.generate(prompts, **options)
 
     def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> SampleCarrier | None:
         """What trains an RL stage's samples though they stay where they were generated; None: all processes get all
         samples. Collective."""
-        ...
+        return None
 
     def dealt(
         self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
@@ -192,97 +196,9 @@ class Runtime(Protocol):
     ) -> Any:  # fmt: skip
         """`engine`, which runs the model in `folder`, or one like it that also uses processes that wait for this stage.
         They keep one model per `role`. `version()` differs after every change of the weights; None: they stay."""
-        ...
+        return engine
 
     def led(self, make: Callable[[Runtime], object]) -> None:
         """Runs `make` in process 0 alone; it gets the runtime to do so with. A UserError or a stop is raised in all
         processes."""
-        ...
-
-
-class FrozenHere(NamedTuple):
-    """Frozen networks, whole, in the process that trains."""
-
-    networks: tuple[LanguageModel, ...]
-
-    def read(self, trainer: Trainer, batches: Sequence[Batch]) -> Sequence[Batch]:
-        return batches
-
-
-class OneProcess:
-    """This process alone."""
-
-    me, n, generators = 0, 1, 1
-
-    def working(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def announce(self, stage: dict[str, Any]) -> None:
-        pass
-
-    def agree(self, decide: Callable[[], _Made]) -> _Made:
-        return decide()
-
-    def once(self, make: Callable[[], _Made], what: str) -> _Made:
-        return make()
-
-    def share(self, what: str) -> Share:
-        return ALONE
-
-    def workers(self) -> Workers:
-        return setup.workers()
-
-    def check(self, recipe: Recipe, stage: str, rows: Iterable[float]) -> None:
-        pass
-
-    def fresh(self, cfg: ModelConfig, seed: int) -> Transformer:
-        return Transformer(cfg).initialise(seed).to(setup.device())
-
-    def read(
-        self, folder: Path, context: Mapping[str, Any] | None = None, split_rows: bool = True, mtp: bool = True
-    ) -> tuple[LanguageModel, Tokenizer]:
-        return setup.load_model(folder, context, mtp=mtp)
-
-    def scorer(self, folder: Path, new_head: int | None) -> LanguageModel:
-        if new_head is None:
-            return load_scorer(folder, torch.float32, setup.device())
-        model, _ = setup.load_model(folder)
-        return model.scorer(new_head)
-
-    def layers(self, model: LanguageModel) -> list[torch.nn.Module]:
-        return [*model.layers, *model.mtp]
-
-    def trainer(self, model: LanguageModel, *arguments: Any, **options: Any) -> Trainer:
-        return Trainer(model, *arguments, **options)
-
-    def frozen(self, folders: Mapping[str, Path], beside: LanguageModel) -> Frozen:
-        return FrozenHere(tuple(setup.load_frozen(folder) for folder in folders.values()))
-
-    def whole(self, trainer: Trainer) -> Whole:
-        return Whole(trainer.model)
-
-    def gather(self, trainer: Trainer) -> LanguageModel | None:
-        return trainer.model
-
-    def save(
-        self, trainer: Trainer, directory: Path, tokenizer_dir: Path, kind: Literal["model", "ema"] = "model",
-        files: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        trainer.finish()  # reports a failed save before the model is there
-        with trainer.optimizer.averaged() if kind == "ema" else nullcontext():
-            trainer.model.save(directory, tokenizer_dir=tokenizer_dir, files=files)
-
-    def generate(self, engine: Any, prompts: Sequence[Any], apart: bool = False, **options: Any) -> Any:
-        return engine.generate(prompts, **options)
-
-    def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> SampleCarrier | None:
-        return None
-
-    def dealt(
-        self, engine: Any, folder: Path, role: str = "model", version: Callable[[], int] | None = None,
-        precision: Precision = "device",
-    ) -> Any:  # fmt: skip
-        return engine
-
-    def led(self, make: Callable[[Runtime], object]) -> None:
         make(self)

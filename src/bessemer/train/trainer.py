@@ -27,7 +27,7 @@ from bessemer.errors import UserError
 from bessemer.model.protocol import LanguageModel
 from bessemer.train import balance, guard, step_device
 from bessemer.train.checkpointed import Checkpointed
-from bessemer.train.collective import Alone, Collective
+from bessemer.train.collective import Collective
 from bessemer.train.objective import Objective, Sums
 from bessemer.train.plan import TrainingPlan
 
@@ -64,7 +64,7 @@ class Trainer(Checkpointed):
     ):
         self.model, self.objective, self.batches = model, objective, batches
         self.config, self.plan, self.compute_dtype = config, plan, plan.compute_dtype
-        self.collective: Collective = collective or Alone()
+        self.collective = collective or Collective()
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.log, self.on_step, self.warn = log, on_step, warn
         self.asked_to_stop = stop

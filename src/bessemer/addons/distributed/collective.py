@@ -31,7 +31,7 @@ from bessemer.model.protocol import LanguageModel, TrainOutputs
 from bessemer.model.transformer import Transformer, evaluating
 from bessemer.train import balance
 from bessemer.train.checkpointed import Checkpointed
-from bessemer.train.collective import Read
+from bessemer.train.collective import Collective, Read
 from bessemer.train.objective import Loss, Sums, balance_weight
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
@@ -56,7 +56,7 @@ class Divided(Protocol):
         """Names of its metrics and of its peaks, with `depths` MTP modules."""
 
 
-class RankCollective:
+class RankCollective(Collective):
     """One rank's `Collective` (`train.collective`); `shard` is its shard of the network.
 
     The trainer's objective is `Divided`, its optimizer `Zero1`. `accumulate` takes the micro-batches of this rank's

@@ -34,10 +34,11 @@ from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import TrainOutputs
 from bessemer.train import setup
 from bessemer.train.objective import teacher_states, with_states
+from bessemer.train.runtime import Frozen
 from bessemer.train.trainer import Trainer
 
 
-class FrozenOnRanks:
+class FrozenOnRanks(Frozen):
     """`Frozen` networks (`train.runtime`) of model directories by name, in the order that `Batch.teacher` counts.
     Collective."""
 

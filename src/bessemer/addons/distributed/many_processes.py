@@ -20,7 +20,7 @@ from bessemer.cli.common import one_line
 from bessemer.config import places
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
-from bessemer.pipeline.processes import Processes, ThisProcess
+from bessemer.pipeline.processes import Processes
 from bessemer.pipeline.stage import find_kind
 from bessemer.system import granted_cores
 
@@ -48,14 +48,14 @@ def start(
         check(n_ranks)
         if n_ranks > 1:
             sys.exit(launch(n_ranks, sys.argv[1:], lambda: sorted(root.glob("*/state/step-*")), gpus.usable))
-        return ThisProcess()
+        return Processes()
     n_ranks, here = Ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if asked not in (None, n_ranks):
         raise UserError(f"{n_ranks} ranks were started, but --processes is {asked}; leave it out")
     if 0 < here < gpus.usable and os.environ.get("LOCAL_RANK") == "0" and asked is None:
         print(f"{here} of {gpus.usable} GPUs: that many ranks were started here", file=sys.stderr)
     if n_ranks == recipe.layout.fewest == 1:
-        return ThisProcess()
+        return Processes()
     try:
         return StartedRanks(Ranks.join({"recipe": recipe.to_toml()}, recipe.layout.timeout, root / "hang"))
     except UserError as error:

@@ -36,13 +36,14 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import Scorer, Transformer
 from bessemer.pipeline import preflight
+from bessemer.pipeline.processes import Processes
 from bessemer.pipeline.runner import computing, repeating
 from bessemer.pipeline.stage import Stage, run_stage
 from bessemer.runs.context import Interrupted, StageContext, signals
 from bessemer.runs.metrics import NoMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task
-from bessemer.train.runtime import Frozen, OneProcess, Runtime, Share, Whole
+from bessemer.train.runtime import Frozen, Runtime, Share, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _Made = TypeVar("_Made")
 
 
-class OnRanks:
+class OnRanks(Runtime):
     """One rank's `Runtime` of a stage that all ranks run."""
 
     def __init__(self, ranks: Ranks, layout: LayoutConfig, say: Callable[[str], None]) -> None:
@@ -200,7 +201,7 @@ class OnRanks:
             raise Interrupted("rank 0")
 
 
-class Rank0(OneProcess):
+class Rank0(Runtime):
     """Rank 0's runtime while it works alone and the others wait."""
 
     def __init__(self, ranks: Ranks, say: Callable[[str], None]) -> None:
@@ -221,8 +222,8 @@ class Rank0(OneProcess):
         return DealtEngine(engine, folder, self.ranks, role, version, precision)
 
 
-class ManyRanks:
-    """The processes of a run (`pipeline.processes`) on one rank."""
+class ManyRanks(Processes):
+    """The processes of a run on one rank."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.me, self.n = ranks, ranks.me, ranks.n
