@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from machine import processor, spread
 
+from bessemer.addons.accelerate import compiling
 from bessemer.addons.accelerate.precision import backends
 from bessemer.addons.accelerate.precision.activations import activation_bytes
 from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
@@ -50,7 +51,7 @@ def trainer(cfg: ModelConfig, case: dict[str, Any], device: torch.device, rows: 
     if case["fp8"]:
         set_fp8(model, FP8_RECIPES[case["fp8"]])
     if case["compile"]:
-        setup.compile_layers([*model.layers, *model.mtp])
+        compiling.compile_layers([*model.layers, *model.mtp])
 
     return Trainer(
         model, objective.next_token, None,

@@ -65,7 +65,7 @@ def serve(step, first: bool, facts: dict) -> None:
 def ours(preset_name: str, case: dict) -> None:
     import torch
 
-    from bessemer import probe
+    from bessemer.addons.accelerate import compiling, measured
     from bessemer.config.training import PretrainConfig
     from bessemer.config.units import Points
     from bessemer.data.batch import Batch
@@ -78,13 +78,13 @@ def ours(preset_name: str, case: dict) -> None:
 
     setup.keep_memory()
     with before_others(case["first"]):
-        rates = probe.gemm_rates()
+        rates = measured.gemm_rates()
     rows, length = case["shape"]
     cfg = preset(preset_name, n_mtp=1 if case["mtp"] else 0, **case["set"])
     model = Transformer(cfg).initialise(0)
     if case["compile"]:
-        setup.compile_layers([*model.layers, *model.mtp])
-    dtype = probe.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
+        compiling.compile_layers([*model.layers, *model.mtp])
+    dtype = measured.compute_dtype(rates).dtype if case["dtype"] == "auto" else getattr(torch, case["dtype"])
 
     workers = setup.workers()
     trainer = Trainer(

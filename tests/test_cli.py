@@ -331,7 +331,7 @@ def test_a_chart_replaces_only_a_chart(call, tmp_path):
 def test_doctor(call, monkeypatch, tmp_path):
     from bessemer.addons.plan import doctor
 
-    monkeypatch.setattr(doctor.probe, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 70.0})
+    monkeypatch.setattr(doctor.measured, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 70.0})
     facts = json.loads(call("doctor", "--json", "--folder", tmp_path)[1])
     assert facts["dtype"] == "float32" and {note["about"] for note in facts["notes"]} >= {
         "GPU",

@@ -9,7 +9,7 @@ from bessemer.addons.plan import doctor
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.probe, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 240.0})
+    monkeypatch.setattr(doctor.measured, "gemm_rates", lambda: {"float32": 60.0, "bfloat16": 240.0})
     return doctor.examine(tmp_path / "runs" / "deep")
 
 

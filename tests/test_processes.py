@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from bessemer.addons.distributed.many_processes import decide
+from bessemer.addons.distributed.many_processes import Gpus, decide
 from bessemer.config.recipe import Recipe
 from bessemer.errors import UserError
-from bessemer.probe import Gpus
 from bessemer.system import granted_cores
 
 TEXT = """

@@ -9,6 +9,7 @@ import pytest
 import rl_stage
 import torch
 
+from bessemer.addons.accelerate import measured
 from bessemer.addons.watch import replay as replays
 from bessemer.addons.watch import why_stage as pipeline_why
 from bessemer.addons.watch import why_text
@@ -143,7 +144,7 @@ def test_what_was_measured_when_a_stage_began_holds_for_its_replay_and_for_every
     base, tmp_path, monkeypatch
 ):
     rates = {"float32": 100.0, "bfloat16": 200.0}
-    monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: rates)
+    monkeypatch.setattr(measured, "gemm_rates", lambda device: rates)
     root, drawn = made(base, tmp_path / "run", 'precision="auto"', "rollouts=1")
     ctx = SimpleNamespace(state=tmp_path / "state", say_once=lambda text: None, runtime=Runtime())
     models = [sampler.engine_of(base / "model", ctx, precision="auto").model]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bessemer import probe
 from bessemer.addons.distributed import many_processes as many
+from bessemer.addons.distributed.many_processes import Gpus
 from bessemer.addons.plan import feasible, pace, stage_memory
 from bessemer.addons.plan.hardware import GIB, device
 from bessemer.config.recipe import Recipe
@@ -106,8 +106,8 @@ def test_what_fits_the_ranks_that_a_run_starts_is_no_fault(call, tmp_path, monke
     """Eight GPUs share masters and moments of V2-Lite, which one does not hold."""
     _, one = faults("tiny", H200, "model.preset=v2-lite", world=1)
     assert "pretrain" in one
-    eight = probe.Gpus(8, 8, None)
-    monkeypatch.setattr(probe, "gpus", lambda: eight)
+    eight = Gpus(8, 8, None)
+    monkeypatch.setattr(many, "find_gpus", lambda: eight)
 
     def check(n_ranks):
         assert "pretrain" not in faults("tiny", H200, "model.preset=v2-lite", world=n_ranks)[1]

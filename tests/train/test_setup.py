@@ -1,81 +1,22 @@
 """When layers are compiled, and in which precision a stage computes."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 
 import bessemer
 from bessemer.addons.accelerate.kernels import attention_gpu
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
-from bessemer.config.training import OptimizerConfig, PretrainConfig
-from bessemer.config.units import Points
+from bessemer.config.training import OptimizerConfig
 from bessemer.errors import UserError
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.train import setup
 
 PACKAGE = Path(bessemer.__file__).parent
-
-
-@pytest.mark.parametrize(
-    ("setting", "gpu", "compiler", "kernels", "flops", "wanted"),
-    [
-        ("on", False, None, True, 0.0, True),
-        ("off", True, "g++", False, 1e20, False),
-        ("auto", True, None, True, 0.0, True),
-        ("on", True, None, True, 0.0, True),
-        ("auto", False, "g++", False, 1e15, True),
-        ("auto", False, "g++", True, 1e15, False),
-        ("auto", False, "g++", False, 2e13, False),  # the tiny recipe: compiling would cost more than it saves
-        ("auto", False, None, False, 1e20, False),
-    ],
-)
-def test_auto_compiles_where_it_pays(monkeypatch, setting, gpu, compiler, kernels, flops, wanted):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(setup, "cpp_compiler", lambda: compiler)
-    found = [(lambda: True, lambda: "avx2" if kernels else "off")]
-    monkeypatch.setattr(setup.ops.instructions, "implementations", found)
-    monkeypatch.setattr(setup.probe, "gpu_compiler_trouble", lambda: None)
-    assert setup.want_compile(setting, flops) is wanted
-
-
-@pytest.mark.parametrize("setting", ["auto", "on"])
-def test_a_gpu_without_a_compiler_runs_uncompiled_and_says_why(monkeypatch, setting):
-    """Without CUDA the trial fails like any other failure; the warning names the cause and the fix."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    setup.probe.gpu_compiler_trouble.cache_clear()
-    said = []
-    assert setup.want_compile(setting, 1e20, said.append) is False
-    assert (
-        len(said) == 1
-        and ("CUDA" in said[0] or "NVIDIA" in said[0])
-        and "layers run uncompiled" in said[0]
-        and "\n" not in said[0]
-    )
-    assert not setup.want_compile("off", 1e20, said.append) and len(said) == 1, "off asks nothing"
-    setup.probe.gpu_compiler_trouble.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("error", "cause", "fix"),
-    [
-        ("backend='inductor' raised:\nRuntimeError: Failed to find C compiler. Please specify via CC",
-         "Failed to find C compiler", "apt install gcc python3-dev"),
-        ("backend='inductor' raised:\nCalledProcessError: Command '['/usr/bin/gcc', '/tmp/main.c']' returned 1",
-         "/usr/bin/gcc", "apt install gcc python3-dev"),
-        ("Cannot find a working triton installation. Either the package is not installed or it is too old.",
-         "Cannot find a working triton", "pip install triton"),
-        ("something else\nand more", "something else", "apt install gcc"),
-    ],
-)  # fmt: skip
-def test_what_a_compiler_raised_becomes_one_line(error, cause, fix):
-    line = setup.probe.uncompiled(error)
-    assert cause in line and fix in line and "\n" not in line
 
 
 H100, V100 = ("NVIDIA H100 80GB HBM3", (9, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
@@ -160,22 +101,3 @@ def test_a_stage_says_what_it_computes_with(monkeypatch, card, tmp_path):
     else:
         assert dtype == torch.float32 and said[0].startswith("compute in float32 (Tesla V100-SXM2-16GB has no BF16: ")
         assert "products in TF32" in said[0]
-
-
-def test_a_resume_keeps_the_dtype_that_was_measured_when_the_stage_began(monkeypatch, tmp_path):
-    def attempt(steps, bf16_rate):
-        monkeypatch.setattr(setup.probe, "gemm_rates", lambda device: {"float32": 100.0, "bfloat16": bf16_rate})
-        network, said = tiny_run.model(), []
-        config = PretrainConfig(kind="pretrain", lr=Points(1e-3), precision="auto")
-        dtype = setup.set_precision(network, config, said.append, tmp_path)
-        tiny_run.trainer(network, steps, tmp_path, compute_dtype=dtype).run()
-        return dtype, said[0]
-
-    assert attempt(1, 121.0)[0] == torch.bfloat16
-    dtype, said = attempt(2, 119.0)
-    assert dtype == torch.bfloat16 and "bfloat16 (as when the stage began)" in said
-    assert setup.choose_precision("device", state=tmp_path).dtype == torch.float32
-    shutil.rmtree(tmp_path)
-    assert setup.kept_precision(tmp_path) is None
-    setup.keep_precision(tmp_path, setup.choose_precision("bfloat16"))
-    assert setup.choose_precision("auto", state=tmp_path).dtype == torch.bfloat16, "without any checkpoint, too"

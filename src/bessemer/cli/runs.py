@@ -121,7 +121,7 @@ def run(
 def _dry_run(
     recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
 ) -> None:
-    from bessemer import plugins, probe
+    from bessemer import plugins
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
     from bessemer.data.fetch import cache_dir
@@ -131,7 +131,7 @@ def _dry_run(
     with places.of_recipe(loaded.folder):
         stages = preflight.examine(loaded, cache_dir(None), loaded.names())
         decide, predict = plugins.hook("decide-ranks"), plugins.hook("predict")
-        here = 1 if decide is None else decide(loaded, processes, probe.gpus())[0]
+        here = 1 if decide is None else decide(loaded, processes)[0]
         facts, layout = {}, ""
         if predict is not None:
             say = partial(print, file=sys.stderr)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,19 +20,11 @@ from bessemer.model import ops
 from bessemer.model.config import ModelConfig, preset
 from bessemer.model.protocol import LanguageModel, train_in_fp8
 from bessemer.model.transformer import RECOMPUTES_ITSELF
-from bessemer.probe import cpp_compiler
 from bessemer.workers import Workers, cores
 
 if TYPE_CHECKING:
     from bessemer.config.recipe import LayoutConfig, Recipe
     from bessemer.config.training import FineTuningConfig
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Parameters of glibc's mallopt."""
-
-
-PRECISION = "precision.txt"
-"""File in a stage's state: the dtype that measured faster when it began."""
 
 
 def model_config(recipe: Recipe, changes: dict[str, Any] | None = None) -> ModelConfig:
@@ -81,43 +71,25 @@ def choose_precision(
     precision: Precision, agree: Callable[[Callable[[], Any]], Any] = lambda decide: decide(),
     state: Path | None = None,
 ) -> probe.Choice:  # fmt: skip
-    """The compute dtype of a stage: as named, by the device, or the one measured to be faster when the stage of `state`
-    began, since a later measurement may turn out otherwise; many ranks `agree` on rank 0's."""
+    """The compute dtype of a stage: as named, by the device, or the one that an add-on measured to be faster when the
+    stage of `state` began; many ranks `agree` on rank 0's."""
 
     def decided() -> list[str]:
-        measured = state if precision == "auto" and device().type == "cpu" else None
-        choice = (measured and kept_precision(measured)) or precision_on(precision, device())
-        if measured:
-            keep_precision(measured, choice)
+        measure = plugins.hook("measured-dtype") if precision == "auto" else None
+        choice = (measure and measure(device(), state)) or precision_on(precision, device())
         return [str(choice.dtype).removeprefix("torch."), choice.why]
 
     dtype, why = agree(decided)
     return probe.Choice(getattr(torch, dtype), why)
 
 
-def keep_precision(state: Path, choice: probe.Choice) -> None:
-    """Every later choice of the stage of `state` is this dtype."""
-    state.mkdir(parents=True, exist_ok=True)
-    (state / PRECISION).write_text(str(choice.dtype).removeprefix("torch."))
-
-
-def kept_precision(state: Path) -> probe.Choice | None:
-    """What the stage of `state` computes in on a CPU; None before it has been chosen."""
-    path = state / PRECISION
-    dtype = path.read_text() if path.is_file() else ""
-    known = dtype in ("float32", "bfloat16")  # a kill may have cut it, and then nothing has been computed
-    return probe.Choice(getattr(torch, dtype), f"{dtype} (as when the stage began)") if known else None
-
-
 def precision_on(precision: Precision, where: torch.device) -> probe.Choice:
-    """The compute dtype on this device."""
+    """The compute dtype on this device, without a measurement."""
     if where.type == "cuda":
         return probe.on_gpu(precision, torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where))
-    if precision == "device" or (precision == "auto" and where.type != "cpu"):
+    if precision in ("device", "auto"):
         return probe.Choice(torch.float32, "float32")
-    if precision != "auto":
-        return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
-    return probe.compute_dtype(probe.gemm_rates(where))
+    return probe.Choice(getattr(torch, precision), f"{precision} (set by the recipe)")
 
 
 def set_precision(
@@ -229,48 +201,8 @@ def check_layout(
         check(recipe, stage, rows, cfg, split_rows=split_rows)
 
 
-def keep_memory() -> bool:
-    """Makes glibc keep freed memory. A training step allocates the same large tensors again and again; by default each
-    is a fresh mapping whose pages the kernel must clear first. Returns whether it took effect."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(
-            libc.mallopt(M_MMAP_MAX, 0)
-            and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-            and libc.mallopt(M_TOP_PAD, 256 << 20)
-        )
-    except (OSError, AttributeError):  # another C library
-        return False
-
-
-COMPILE_FLOPS = 5e13
-"""Training FLOPs from which compiling for a CPU without kernels is worth it: it takes one to two minutes and saves a
-seventh of half an hour of one core at 25 GFLOPS. With kernels it gains nothing (docs/log.md)."""
-
-
-def want_compile(
-    setting: Literal["auto", "on", "off"], flops: float, say: Callable[[str], None] = lambda text: None
-) -> bool:
-    """Whether to compile. auto: on a GPU; on a CPU without kernels, with a C++ compiler and more than `COMPILE_FLOPS`
-    of training. Never on a GPU where a trial fails, which is reported."""
-    if setting != "off" and torch.cuda.is_available():
-        if trouble := probe.gpu_compiler_trouble():
-            say(trouble)
-        return trouble is None
-    if setting != "auto":
-        return setting == "on"
-    without = device().type == "cpu" and ops.instructions() == "off"
-    return without and flops > COMPILE_FLOPS and cpp_compiler() is not None
-
-
-def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Compiles layers in place; names and parameters stay, results change by rounding."""
-    # All layers share one limit on graphs: kinds of layers, training or not, row lengths, sizes of `Packed`. Beyond it
-    # torch would go on without compiling. (torch._dynamo is imported only here, which keeps start-up fast.)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in layers:
-        ops.before_tracing(getattr(layer, "layer", layer))  # an MTP module holds one
-    for layer in layers:
-        layer.compile(dynamic=False)
+def keep_memory() -> None:
+    """Lets this process keep memory that it frees, if an add-on knows how: every step allocates the same tensors."""
+    keep = plugins.hook("keep-memory")
+    if keep is not None:
+        keep()

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
 
 from bessemer import probe
 from bessemer.addons.distributed import groups, links, watchdog
@@ -28,8 +30,26 @@ if TYPE_CHECKING:
     from bessemer.config.recipe import Recipe
 
 
+class Gpus(NamedTuple):
+    """The NVIDIA GPUs of this machine."""
+
+    usable: int
+    """GPUs that torch can use."""
+    present: int
+    """GPUs that Linux lists, or `usable` if that is more."""
+    chosen: str | None
+    """CUDA_VISIBLE_DEVICES, if set."""
+
+
+def find_gpus() -> Gpus:
+    """Counts the GPUs, without starting CUDA in this process if NVML answers."""
+    usable = torch.cuda.device_count()
+    present = len(list(probe.DEVICES.glob("nvidia[0-9]*")))
+    return Gpus(usable, max(usable, present), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
 def start(
-    recipe: Recipe, root: Path, asked: int | None = None, gpus: probe.Gpus | None = None,
+    recipe: Recipe, root: Path, asked: int | None = None, gpus: Gpus | None = None,
     check: Callable[[int], None] = lambda n_ranks: None,
 ) -> Processes:  # fmt: skip
     """The processes of this run (`pipeline.processes`). If there are none yet and the run needs several, this
@@ -38,7 +58,7 @@ def start(
     torchrun started are not checked, since their machines may be others."""
     if Ranks.started():
         groups.set_environment()
-    gpus = gpus or probe.gpus()
+    gpus = gpus or find_gpus()
     if not Ranks.started():
         n_ranks, why = decide(recipe, asked, gpus)
         if why:
@@ -62,10 +82,10 @@ def start(
         _end(error, first=os.environ["RANK"] == "0")
 
 
-def decide(recipe: Recipe, asked: int | None, gpus: probe.Gpus) -> tuple[int, str]:
+def decide(recipe: Recipe, asked: int | None, gpus: Gpus | None = None) -> tuple[int, str]:
     """(processes that this machine should start, a line that says so). Raises UserError if the number asked for is
     impossible."""
-    layout = recipe.layout
+    layout, gpus = recipe.layout, gpus or find_gpus()
     least, fixed = layout.fewest, layout.dp != "auto"
     if asked is not None:
         if asked % least or (fixed and asked != least):
@@ -112,7 +132,7 @@ def _sampling(recipe: Recipe) -> int:
     return max((one.workers * (1 if one.gpus is None else one.gpus) for one in asked if not one.shares_gpus), default=0)
 
 
-def _use(n: int, gpus: probe.Gpus, why: str) -> str:
+def _use(n: int, gpus: Gpus, why: str) -> str:
     if gpus.present < 2:
         return f"{n} processes on this machine ({why})" if n > 1 else ""
     return f"{n} of {gpus.present} GPUs: {one_line(why)}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bessemer import __version__, probe
+from bessemer.addons.accelerate import measured
 from bessemer.addons.accelerate.helpers import Helpers, shared_free
 from bessemer.addons.accelerate.kernels import build, library
 from bessemer.addons.accelerate.precision import backends
@@ -36,8 +37,8 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")  # the last is t
 def examine(folder: Path) -> dict[str, Any]:
     """Facts about this machine; `folder` is where runs would be stored. Measuring takes a second or two."""
     build.forget_failures()  # the user may have fixed something since
-    rates = {name: round(float(rate), 1) for name, rate in probe.gemm_rates().items()}
-    choice = probe.compute_dtype(rates)
+    rates = {name: round(float(rate), 1) for name, rate in measured.gemm_rates().items()}
+    choice = measured.compute_dtype(rates)
     total, available = _memory()
     facts: dict[str, Any] = {
         "bessemer": __version__,

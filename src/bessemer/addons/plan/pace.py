@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bessemer.addons.accelerate import compiling
 from bessemer.addons.plan.guess import fixed, guessed, of_stage
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import Precision, StageConfig
@@ -179,8 +180,8 @@ class Pace:
             train_in_fp8(model, settings.fp8)
             return model
         flops = settings.tokens * flops_per_token(cfg, length, mtp=cfg.n_mtp > 0).training
-        if self.seconds > SECONDS and setup.want_compile(settings.compile, flops):  # compiling takes a minute
-            setup.compile_layers([*model.layers, *model.mtp])
+        if self.seconds > SECONDS and compiling.want_compile(settings.compile, flops):  # compiling takes a minute
+            compiling.compile_layers([*model.layers, *model.mtp])
             self.compiled = True
         return model
 

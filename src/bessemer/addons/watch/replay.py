@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from bessemer import __version__
+from bessemer.addons.accelerate import measured
 from bessemer.addons.watch.why_stage import rl_stage
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
@@ -256,8 +257,8 @@ def _play(
     if start is not None:
         checkpoint.copy(start, place / "state" / start.name)
     folders = {name: folder for _, name, folder in stage_folders(root)}
-    if kept := setup.kept_precision(folders[config.name] / "state"):
-        setup.keep_precision(place / "state", kept)
+    if kept := measured.kept_precision(folders[config.name] / "state"):
+        measured.keep_precision(place / "state", kept)
     metrics = Metrics(place / "metrics.jsonl")
     progress = RunProgress({})
     if again := number - first:

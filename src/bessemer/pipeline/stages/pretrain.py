@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer import plugins
 from bessemer.config.data import CorpusConfig
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig, changed
@@ -162,16 +163,14 @@ class Pretrain(Stage[_Config]):
         if feed.row_length > cfg.max_seq_len:
             raise UserError(f"the rows have {feed.row_length} tokens, the model reads {cfg.max_seq_len}; shorten them")
         setup.recompute(model, ctx.recipe.layout, ctx.say)
-        if config.compile == "on" and not model.layers:
-            raise UserError(f'stage "{ctx.name}": compile = "on" is for models of the DeepSeek V3 family; leave it out')
-        compiled, layers = False, ctx.runtime.layers(model)
-        if layers and config.fp8 == "off":
+        compiler, compiled, layers = plugins.hook("compile"), False, ctx.runtime.layers(model)
+        if config.compile == "on" and (compiler is None or not model.layers):
+            what = "is for models of the DeepSeek V3 family" if compiler else "needs the add-on accelerate"
+            raise UserError(f'stage "{ctx.name}": compile = "on" {what}; leave it out')
+        if compiler and layers and config.fp8 == "off":
             flops = model.training_flops(feed.row_length, model.cfg.n_mtp > 0) or 0.0
-            compiled = setup.want_compile(config.compile, config.tokens * flops, ctx.say)
+            compiled = compiler(config.compile, layers, config.tokens * flops, ctx.say)
         dtype = setup.set_precision(model, config, ctx.say_once, ctx.state, ctx.agree, compiled)
-        if compiled:
-            ctx.say("compiling the layers (about a minute, once per machine)")
-            setup.compile_layers(layers)
         monitor = _Monitor(config, ctx, tokenizer, feed, goes_on=start.model is not None)
         workers = ctx.runtime.workers()
         trainer = ctx.runtime.trainer(
