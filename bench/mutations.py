@@ -87,8 +87,8 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "KL to the reference (k3, in the loss)": ("return gap.exp() - gap - 1.0", "return -gap"),
     "Mini-batches per rollout": ("for i in order[start : start + size]", "for i in order[:size]"),
     "On policy, every sample used": (
-        "range(number, min(number + self.settings.max_off_policy_rollouts + 1, self.settings.rollouts))",
-        "range(number, min(number + 2, self.settings.rollouts))",
+        "return Rollout(groups, asked, cap, step)",
+        "return Rollout(groups[:-1], asked, cap, step)",
     ),
     "Learning rate of RL": ("learning_rate(self.tokens, self.step, ", "learning_rate(self.tokens, 0, "),
     "Sampling temperature of RL": ("self.temperature, entropy=True", "1.0, entropy=True"),

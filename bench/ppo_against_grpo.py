@@ -84,16 +84,16 @@ def arm(args: argparse.Namespace) -> dict:
     from bessemer.config.recipe import Recipe
     from bessemer.rl import loop as rl_loop
     from bessemer.rl.algorithms.base import FunctionAdvantage
+    from bessemer.rl.generator import RolloutGenerator
     from bessemer.rl.monitor import Evaluator
     from bessemer.rl.reference import Reference
-    from bessemer.rl.rollout_queue import RolloutQueue
     from bessemer.runs.context import StageContext, StopFlag
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
     from bessemer.train.trainer import Trainer
 
     clock = Clock()
-    clock.watch(RolloutQueue, "take", "sampling")
+    clock.watch(RolloutGenerator, "rollout", "sampling")
     clock.watch(FunctionAdvantage, "assign", "critic")
     clock.watch(Critic, "assign", "critic")
     clock.watch(Critic, "before_step", "critic")

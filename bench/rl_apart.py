@@ -3,7 +3,7 @@
     bessemer run recipes/tiny.toml --until pretrain --out runs/tiny
     python bench/rl_apart.py runs/tiny/02-pretrain --json bench/results/rl_apart.json
 
-The RL stage of recipes/tiny.toml runs for a few rollouts with `max_off_policy_rollouts = 1`. "here" alternates sampling
+The RL stage of recipes/tiny.toml runs for a few rollouts with the hook `sample-ahead`. "here" alternates sampling
 and updates on all cores; "ray" runs the worker on one core and the trainer on the others, concurrently. Both give the
 same bits. The first two rollouts of a run are excluded, because processes start during them.
 """
@@ -34,7 +34,7 @@ def stage(base: Path, engine: str, rollouts: int) -> dict[str, float]:
     from bessemer.runs.metrics import Metrics, StageMetrics
     from bessemer.runs.progress import RunProgress
 
-    changes = ["zero.max_off_policy_rollouts=1", f"zero.rollouts={rollouts}", "zero.save_seconds=9999",
+    changes = ['zero.hooks=["sample-ahead"]', f"zero.rollouts={rollouts}", "zero.save_seconds=9999",
                "zero.heldout={every=99, minimum_pass=0.0, problems=4}", *ENGINES[engine]]  # fmt: skip
     recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", changes)
     with tempfile.TemporaryDirectory() as folder:

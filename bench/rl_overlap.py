@@ -2,7 +2,7 @@
 
     python bench/rl_overlap.py runs/tiny/02-pretrain --json bench/results/rl_overlap.json
 
-The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with `max_off_policy_rollouts = 1`. The bench
+The RL stage of recipes/tiny.toml runs for a few rollouts in one process, with the hook `sample-ahead`. The bench
 records the CPU seconds of every item that workers would share (a batch of the Engine, a micro-batch of the trainer or
 the reference) and of the remaining work. CPU seconds are used because other work on the machine hardly affects them.
 From them follow the times of two schedules:
@@ -11,7 +11,7 @@ From them follow the times of two schedules:
                  takes as long as its longer item, and the remaining work takes one core
     concurrent   (`beside`) one core for the sampler, one for the trainer: a rollout takes as long as the slower one
 
-The second needs `max_off_policy_rollouts = 1`, hence older samples; it is worth building only if it is clearly shorter.
+The second needs that hook, hence older samples; it is worth building only if it is clearly shorter.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
     from bessemer.runs.progress import RunProgress
     from bessemer.train import setup
 
-    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ["zero.max_off_policy_rollouts=1"])
+    recipe = Recipe.load(Path(__file__).parent.parent / "recipes" / "tiny.toml", ['zero.hooks=["sample-ahead"]'])
     timed = Timed()
     setup.workers = lambda: timed
     rows = []
@@ -90,11 +90,12 @@ def main() -> None:
                            RunProgress({}).begin("zero"), StopFlag())  # fmt: skip
         run = loop.Loop(recipe.stage("zero"), ctx, {})
         run.trainer.start()
-        run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").reference_every, 1.0)
-        take = run.queue.take
+        run.reference = loop.Reference(run.trainer, run.policy, timed, recipe.stage("zero").kl.reference_every, 1.0)
+        ahead = run.components[1]
+        take = ahead.take
         for number in range(args.rollouts):
             samples, sample_one, sample_two = phase(timed, lambda n=number: take(n))
-            run.queue.take = lambda n, samples=samples: samples
+            ahead.take = lambda n, samples=samples: samples
             _, train_one, train_two = phase(timed, lambda n=number: run._rollout(n))
             if number:  # the first one samples two
                 row = {"sample": sample_one, "train": train_one, "after": sample_two + train_two}

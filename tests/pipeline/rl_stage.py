@@ -29,6 +29,8 @@ from bessemer.train import checkpoint
 
 COIN_TERM = f"{Path(__file__).parents[2] / 'recipes' / 'coin.py'}:coin"
 COIN = f'reward="{COIN_TERM}"'
+AHEAD = 'hooks=["sample-ahead"]'
+AHEAD_CORRECTED = 'hooks=["sample-ahead", "routing-replay", {name="correction", form="token-truncate"}]'
 CORRECTED = 'hooks=["routing-replay", {name="correction", form="token-truncate"}]'
 TEXTS = ["User: Compute 3*7+6.\nAssistant:<think>(3*7)+6=21+6=27\nwait</think><answer>27</answer>"] * 8
 SMALL = (

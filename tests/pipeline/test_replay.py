@@ -24,7 +24,7 @@ from bessemer.train import checkpoint, setup
 from bessemer.train.runtime import Runtime
 from bessemer.workers import Workers
 
-CHANGES = (rl_stage.COIN, "rollouts=4", "kl.reference_every=3", "max_off_policy_rollouts=1",
+CHANGES = (rl_stage.COIN, "rollouts=4", "kl.reference_every=3", rl_stage.AHEAD,
            "lr=1e-2", "keep_every=2", "save_seconds=99", "top_p=0.9")  # fmt: skip
 
 
@@ -38,14 +38,14 @@ def made(base, root, *changes):
     stage = rl_stage.Stage(base, root, *changes)
     drawn = {}
     run = stage.loop()
-    take = run.queue.take
+    sample = run._sample
 
     def watched(number):
-        rollout = take(number)
+        rollout = sample(number)
         drawn[number] = tokens(rollout)
         return rollout
 
-    run.queue.take = watched
+    run._sample = watched
     run.run()
     return stage.as_run(), drawn
 

@@ -109,9 +109,7 @@ def test_two_ranks_train_like_one_and_hold_only_their_own_samples(base, alone, t
     assert 0 < moved <= rows and (moved == rows or layout != "layout.pp=2"), "each goes once to each that trains it"
 
 
-@pytest.mark.parametrize(
-    "change", [f"zero.{rl_stage.COIN}", "zero.max_off_policy_rollouts=1", 'zero.hooks=["export-samples"]']
-)
+@pytest.mark.parametrize("change", [f"zero.{rl_stage.COIN}", f"zero.{rl_stage.AHEAD}", 'zero.hooks=["export-samples"]'])
 def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
     found = on_ranks(2, trained, base, tmp_path, in_folder(tmp_path, "layout.dp=2", change))
     assert all(here for _, held, _ in found for rows in held for _, here, _ in rows)
@@ -125,7 +123,7 @@ def test_what_reads_samples_elsewhere_gets_them_all(base, tmp_path, change):
      (('advantage="critic"',), False), (('advantage="batch"',), True),
      (('rollout.engine="ray"',), False), ((rl_stage.COIN,), False), (('hooks=["export-samples"]',), False),
      (('hooks=["routing-replay"]',), True),
-     (("max_off_policy_rollouts=1",), False)],
+     ((rl_stage.AHEAD,), False)],
 )  # fmt: skip
 def test_samples_stay_only_where_nothing_but_the_trainer_reads_them(tmp_path, changes, stay):
     """What an option reads elsewhere would be an empty text."""

@@ -88,7 +88,7 @@ def test_a_critic_or_all_samples_need_no_group(base, tmp_path, baseline):
 def test_advantages_are_per_token_centred_and_of_spread_one(whole):
     """On a new rollout: returns are the reward to come, advantages the part that the critic did not expect."""
     trained = whole.loop_
-    groups = trained.generator.start(7, 12, 6).finish().groups
+    groups = trained.generator.rollout(7, 12, 6).groups
     trained.advantage.assign(groups)
     rows = [row for group in groups for row in group]
     flat = torch.tensor([value for row in rows for value in row.advantage], dtype=torch.float64)

@@ -59,7 +59,7 @@ def rounds(generator, number):
 def test_one_round_takes_every_group_in_the_order_of_its_problems(generator, number):
     """Exactly a rollout without dynamic sampling: one window, its seed, dead groups kept."""
     made = generator(COIN)
-    taken = made.start(number, 12, 0).finish()
+    taken = made.rollout(number, 12, 0)
     groups, asked = taken.groups, taken.n_problems
     (expected,) = rounds(made, number)
     assert facts(groups) == facts(expected) and asked == 4
@@ -71,7 +71,7 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(generato
     made = generator(COIN, "max_resamples=6", "prompts_per_rollout=2")
     needed = set()
     for number in range(8):
-        taken = made.start(number, 12, 0).finish()
+        taken = made.rollout(number, 12, 0)
         groups, asked = taken.groups, taken.n_problems
         every = rounds(made, number)
         wanted, count = [], 0
@@ -87,7 +87,7 @@ def test_groups_that_differ_are_taken_first_and_no_lot_more_than_needed(generato
 def test_too_few_living_are_filled_up_with_dead_ones(generator):
     made = generator(COIN, "max_resamples=2", "prompts_per_rollout=6")
     for number in range(10):
-        taken = made.start(number, 12, 0).finish()
+        taken = made.rollout(number, 12, 0)
         groups, asked = taken.groups, taken.n_problems
         found = [alive(group) for group in groups]
         assert len(groups) == 6 and found == sorted(found, reverse=True)
@@ -106,7 +106,7 @@ def test_general_prompts_have_their_share_of_a_rollout_and_no_more(generator):
     for number in range(1, 8):
         general, first = made.candidates(number, 0)
         assert len(general) == 2 and len(first) == 3 and not made.candidates(number, 1)[0]
-        taken = made.start(number, 12, 0).finish()
+        taken = made.rollout(number, 12, 0)
         assert ids(taken.groups)[:2] == [problem.id for _, problem in general]
         assert len(taken.groups) == 5 and all(name.startswith("arithmetic") for name in ids(taken.groups)[2:])
         asked.append((taken.n_problems - 2) // 3)
@@ -128,8 +128,8 @@ def test_samples_of_a_later_lot_are_new_ones(generator):
     policy = made.sampler.policy()
 
     def scored(round):
-        play = made.play(chosen, 0, round, 12)
-        play.add(made.submit(policy, play).take())
+        play = made.play(chosen, made.round_seed(0, round), 12)
+        play.add(made.submit(policy, play.turn()).take())
         return made.score(chosen, play.prompts, play.outcomes(), 12)
 
     one, two = scored(0), scored(1)

@@ -46,7 +46,7 @@ class Episode:
     def close(self):
         pass
 """
-ALL = ("rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9", rl_stage.CORRECTED,
+ALL = ("rollouts=4", "top_p=0.9", rl_stage.AHEAD_CORRECTED,
        "lr=1e-2", "max_new_tokens=16", "prompts_per_rollout=3", "samples=4")  # fmt: skip
 
 base = test_rl_queue.base

@@ -11,13 +11,13 @@ import pytest
 import rl_stage
 import torch
 
+from bessemer.addons.distributed.sample_ahead import KEY
 from bessemer.addons.r1.routing_replay import RoutingReplay
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import preflight
 from bessemer.rl import loop, rollout
 from bessemer.rl.losses import GRPO
-from bessemer.rl.rollout_queue import KEY
 from bessemer.runs.context import Interrupted
 from bessemer.runs.metrics import StageMetrics
 from bessemer.train import checkpoint, setup
@@ -25,8 +25,10 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = rl_stage.COIN
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9",
-       rl_stage.CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
+AHEAD = 1
+"""Its place among the components, after the MTP modules' losses."""
+ALL = (COIN, "rollouts=4", "top_p=0.9",
+       rl_stage.AHEAD_CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,9 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "updates_per_rollout=1")
     run = stage.loop()
     run.trainer.start()
-    first, second = run.queue.take(0), run.queue.finished[1]
-    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().generator.start(1, 12, 0).finish().groups
+    ahead = run.components[AHEAD]
+    first, second = ahead.take(0), ahead.finished[1]
+    alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().generator.rollout(1, 12, 0).groups
     tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.groups, alone)]
     assert tokens[0] == tokens[1] and second.step == first.step == 0
     assert [group[0].problem for group in second.groups] == [group[0].problem for group in alone]
@@ -130,8 +133,8 @@ def test_killed_twice_it_ends_the_same_bit_for_bit(whole, base, tmp_path):
     assert numbers == ["2"] and {f"rollouts/2/{name}" for name in ("tokens", "logprobs", "routing")} <= tensors.keys()
     drawn = []
     run = stage.loop()
-    start = run.generator.start
-    run.generator.start = lambda number, *options: drawn.append(number) or start(number, *options)
+    turns = run.generator.turns
+    run.generator.turns = lambda number, *options: drawn.append(number) or turns(number, *options)
     run.run()
     assert drawn == [3], "rollout 2 was not drawn again: the policy that drew it is gone"
     assert rl_stage.differences(leaves(stage), leaves(whole)) == []
@@ -147,13 +150,14 @@ def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monke
 def test_stopped_it_saves_what_waits(whole, base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99")
     run = stage.loop()
-    take = run.queue.take
+    ahead = run.components[AHEAD]
+    take = ahead.take
 
     def stop_at_two(number):
         run.ctx.stop_flag.signal = signal.SIGTERM if number == 2 else None
         return take(number)
 
-    run.queue.take = stop_at_two
+    ahead.take = stop_at_two
     with pytest.raises(Interrupted):
         run.run()
     assert waiting(stage)[0] == ["3"]
@@ -163,7 +167,7 @@ def test_stopped_it_saves_what_waits(whole, base, tmp_path):
 
 def test_a_sampler_rounded_to_bf16_has_a_gap_and_replays_its_routing(whole, base, tmp_path, monkeypatch):
     """The policy stays float32; an up-to-date rounded copy of it samples, in one process as in two."""
-    rounded = (*ALL, "rollouts=2", "max_off_policy_rollouts=0", 'rollout.precision="bfloat16"')
+    rounded = (*ALL, "rollouts=2", rl_stage.CORRECTED, 'rollout.precision="bfloat16"')
     stages = []
     for n in (1, 2):
         monkeypatch.setattr(setup, "workers", lambda n=n: setup.side_by_side(n))
@@ -208,12 +212,12 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
 
 def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_again(base, tmp_path):
     made, said = rl_stage.Stage(base, tmp_path / "run", *ALL).loop(), []
-    queue, made.trainer.warn = made.queue, said.append
-    queue.finished = {number: queue.generator.start(number, 12, -1).finish() for number in (1, 2)}
-    queue._store()
+    ahead, made.trainer.warn = made.components[AHEAD], said.append
+    ahead.finished = {number: made.generator.rollout(number, 12, -1) for number in (1, 2)}
+    ahead.before_save(0)
     made.trainer.extras[KEY]["2"]["groups"][0]["problem"] = "general/train/99"
-    queue.restore()
-    assert list(queue.finished) == [1]
+    ahead.restore()
+    assert list(ahead.finished) == [1]
     assert len(said) == 1 and "rollout 2, sampled by an earlier version, asks general/train/99" in said[0]
 
 
@@ -221,7 +225,6 @@ def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_aga
     ("changes", "complaint"),
     [
         (["hooks=[{name='correction', cap=3.0}]"], "hook correction: .*form"),
-        (["max_off_policy_rollouts=2"], "max_off_policy_rollouts"),
         (["rollout.precision=float16"], "rollout.precision"),
         (["hooks=[{name='correction', form='token'}]"], 'hook correction: key "form"'),
         (["keep_sampling_mask=false"], "keep_sampling_mask has no effect with top_p = 1"),

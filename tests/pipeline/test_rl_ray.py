@@ -25,8 +25,8 @@ from bessemer.pipeline.stages.rl import RL
 from bessemer.train import setup
 
 COIN = rl_stage.COIN
-ALL = (COIN, "rollouts=4", "max_off_policy_rollouts=1", "top_p=0.9",
-       rl_stage.CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
+ALL = (COIN, "rollouts=4", "top_p=0.9",
+       rl_stage.AHEAD_CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
 TIMES = ("rl/trainer_waited", "rl/workers_waited", "rl/handover_seconds", "rl/worker_restarts")
 MINUTE = 60
 

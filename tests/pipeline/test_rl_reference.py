@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     )  # fmt: skip
     loop = stage.loop()
     batches, weights, rollouts, metrics = [], [], [], []
-    update, take = Trainer.update, loop.queue.take
+    update, sample = Trainer.update, loop.generator.rollout
 
     def watched(trainer, given):
         batches.append(given)
@@ -36,13 +36,13 @@ def trained(tmp_path_factory):
         metrics.append(values)
         return values
 
-    def taken(number):
-        rollouts.append(take(number))
+    def taken(*where):
+        rollouts.append(sample(*where))
         return rollouts[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "update", watched)
-        patch.setattr(loop.queue, "take", taken)
+        patch.setattr(loop.generator, "rollout", taken)
         loop.run()
     assert len(batches) == UPDATES * ROLLOUTS == loop.trainer.step
     return base, batches, weights, rollouts, metrics
@@ -88,6 +88,7 @@ def test_every_sample_is_used_once_in_a_rollout(trained):
     """The mini-batches have equal sizes, and each sample keeps its own advantage."""
     _, batches, _, rollouts, _ = trained
     for number, rollout in enumerate(rollouts):
+        assert len(rollout.groups) == rollout.n_problems == 4
         mine, sizes = Counter(), []
         for given in batches[number * UPDATES : (number + 1) * UPDATES]:
             sizes.append(sum(batch.n_rows for batch in given))

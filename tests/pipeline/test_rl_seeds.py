@@ -71,7 +71,7 @@ def file(tmp_path):
 
 def changes(file, seed):
     return (
-        f'tasks=["{file}:Noisy"]', f'reward="{file}:noisy"', "rollouts=3", "max_off_policy_rollouts=1", "lr=1e-2",
+        f'tasks=["{file}:Noisy"]', f'reward="{file}:noisy"', "rollouts=3", rl_stage.AHEAD, "lr=1e-2",
         f"seed={seed}",
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from rl_parts import reward
 
 from bessemer import tasks
+from bessemer.addons.distributed.sample_ahead import pack, unpack
 from bessemer.data.chat import render_ids
 from bessemer.rl import rollout
 from bessemer.train import checkpoint
@@ -38,11 +39,11 @@ def groups(engine, tokenizer):
 @pytest.mark.parametrize("record_routing", [True, False])
 def test_nothing_is_lost(groups, record_routing, tmp_path):
     before = groups(record_routing, 0.8 if record_routing else 1.0)
-    packed, tensors = rollout.pack(before)
+    packed, tensors = pack(before)
     state = checkpoint.State({"extras": tensors}, {"extras": packed})
     kept = checkpoint.load(checkpoint.save(tmp_path, 1, state))
     problems = {group[0].problem.id: group[0].problem for group in before}
-    after = rollout.unpack(kept.counters["extras"], kept.tensors["extras"], problems)
+    after = unpack(kept.counters["extras"], kept.tensors["extras"], problems)
     assert after == before, "all but what does not take part in comparisons"
     completions = [[row.completion for group in groups for row in group] for groups in (before, after)]
     assert len({len(c.tokens) for c in completions[0]}) > 1
@@ -60,6 +61,6 @@ def test_nothing_is_lost(groups, record_routing, tmp_path):
 
 
 def test_a_problem_is_named_not_written(groups):
-    packed, _ = rollout.pack(groups(False))
+    packed, _ = pack(groups(False))
     text = json.dumps(packed)
     assert '"problem": "arithmetic/train/0/' in text and "meta" not in text

@@ -12,6 +12,7 @@ from completions import completion
 from rl_parts import assign, reward
 
 from bessemer import tasks
+from bessemer.addons.distributed.sample_ahead import pack, unpack
 from bessemer.addons.tasks.environment import Environment, EnvironmentFailure, Observation
 from bessemer.data import corpus, tools
 from bessemer.data.chat import render_ids
@@ -361,9 +362,9 @@ def test_a_checkpoint_holds_the_turns(model, tokenizer, often):
     groups = rollout.sample(Engine(model, tokenizer), echoes(2), encode, samples=3, seed=1, max_new_tokens=30,
                             context=CONTEXT, record_routing=True, record_kept=True, top_p=0.9)  # fmt: skip
     groups[0][1].failure = "the server died"
-    packed, tensors = rollout.pack(groups)
+    packed, tensors = pack(groups)
     problems = {group[0].problem.id: group[0].problem for group in groups}
-    again = rollout.unpack(packed, tensors, problems)
+    again = unpack(packed, tensors, problems)
     assert again == groups and [row.turns for group in again for row in group] == [r.turns for g in groups for r in g]
     rows, others = ([row for group in which for row in group] for which in (groups, again))
     for one, other in zip(*(rollout.to_batches(which, 2, 300, "token") for which in (rows, others)), strict=True):

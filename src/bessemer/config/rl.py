@@ -70,6 +70,7 @@ class HookTable(PluginTable):
     name: str
     """correction: importance weights from the sampler to the policy, for off-policy samples, or samples generated in
     another number format (`form`, `cap`); routing-replay: train with the experts that the sampler chose for each token;
+    sample-ahead: sample each rollout one rollout before its updates, so that separate workers are never idle (R1: no);
     export-samples: write samples as conversations for an SFT stage (`which`); or a component of your own
     (docs/plugins.md)."""
 
@@ -176,9 +177,6 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     max_resamples: int = Field(1, ge=1)
     """Maximum sampling rounds per rollout, each with new problems of `tasks`, until enough groups have differing
     rewards (DAPO's dynamic sampling); 1: train on every group, even one whose rewards are all equal (the paper)."""
-    max_off_policy_rollouts: int = Field(0, ge=0, le=1)
-    """How many rollouts sampling runs ahead of the updates (R1: 0). 1: samples come from a policy that is
-    updates_per_rollout steps old."""
     rollout: RolloutConfig = RolloutConfig()
     """Where samples are generated."""
     max_new_tokens: Points = Points(160)

@@ -46,6 +46,9 @@ class Component:
     def __init__(self, loop: LoopParts) -> None:
         pass
 
+    ahead: ClassVar[bool] = False
+    """Its rollouts may be sampled before the updates of the one before."""
+
     @staticmethod
     def check(config: RLConfig, **settings: Any) -> None:
         """UserError for a stage that it cannot serve."""
@@ -63,6 +66,10 @@ class Component:
         may run during the updates of the rollout before. None: all candidates are asked."""
         return None
 
+    def take(self, number: int) -> Rollout | None:
+        """Rollout `number`, if this component brings the rollouts. None: it is sampled now."""
+        return None
+
     def sampled(self, number: int, rollout: Rollout) -> Metrics:
         """Rollout `number` is sampled and scored; its advantages are not yet set."""
         return {}
@@ -76,6 +83,9 @@ class Component:
 
     def after_step(self) -> None:
         """The step is done; not called if the guard went back to a checkpoint, which `restore` follows."""
+
+    def before_save(self, number: int) -> None:
+        """A checkpoint may be written now, and rollout `number` comes next."""
 
     def metrics(self) -> Metrics:
         """After the last update of a rollout."""

@@ -1,6 +1,6 @@
 """The loop of an RL stage (R1 2.2, R1-Nature B.1). For every rollout:
 
-    sample and score    P problems, G samples each, verified and rewarded        rollout_queue, rollout, sampler, reward
+    sample and score    P problems, G samples each, verified and rewarded        generator, rollout, sampler, reward
     advantages          how each sample compares with others                     algorithms
     updates             mini-batches, one inner epoch                            losses, algorithms
     evaluation          held-out problems every so many rollouts, alarms         monitor, alarms
@@ -28,12 +28,12 @@ from bessemer.errors import UserError
 from bessemer.rl import drafting
 from bessemer.rl.algorithms import advantage_of, loss_of
 from bessemer.rl.component import Component, hooks_of
+from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.losses import GRPO
 from bessemer.rl.monitor import Evaluator, means, rollout_metrics, update_means
 from bessemer.rl.reference import Reference
 from bessemer.rl.reward import PreferenceScorer, dead_groups
 from bessemer.rl.rollout import Group, Rollout, rewards, split_by_length, to_batches
-from bessemer.rl.rollout_queue import RolloutGenerator, RolloutQueue
 from bessemer.rl.sampler import sampler_of
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
@@ -96,7 +96,6 @@ class Loop:
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.components, ctx.once,
             self.policy.model.cfg.max_seq_len, ctx.share, self.carrier is not None,
         )  # fmt: skip
-        self.queue = RolloutQueue(self.generator, self.trainer, self._cap)
         self.evaluator = Evaluator(self.generator, self.trainer, ctx)
         self.advantage = advantage_of(settings)(self)
         self.components.append(self.advantage)
@@ -111,7 +110,7 @@ class Loop:
     def _encode(self, problem: tasks.Problem) -> list[int]:
         return question_ids(self.tokenizer, problem.prompt)
 
-    def _cap(self) -> int:
+    def cap(self) -> int:
         """Longest completion at this step, in tokens."""
         return round(self.settings.max_new_tokens(self.trainer.step))
 
@@ -136,7 +135,7 @@ class Loop:
         settings, ctx, trainer = self.settings, self.ctx, self.trainer
         first = self._start()
         if trainer.step == 0:
-            self.evaluator.gate(self._cap())
+            self.evaluator.gate(self.cap())
         self._keep_if_due(first)  # the run may have been killed between writing the checkpoint and keeping it
         for number in range(first, settings.rollouts):
             _, values = self._rollout(number)
@@ -145,8 +144,8 @@ class Loop:
             score = f", score {values['rl/score']:.3f}" if "rl/score" in values else ""
             ctx.progress.advance(1, f"reward {reward:.3f}, accuracy {accuracy:.3f}{score}, length {length:.0f}")
             if (number + 1) % settings.heldout.every == 0 or number + 1 == settings.rollouts:
-                self.evaluator.evaluate(self._cap())
-            self.queue.settle(number + 1)
+                self.evaluator.evaluate(self.cap())
+            self._before_save(number + 1)
             self._keep_if_due(number + 1)
             if trainer.stop():
                 trainer.save()
@@ -200,7 +199,7 @@ class Loop:
                     self.trainer.save()
                     self.trainer.finish()
                 made = self._rollout(n)
-                self.queue.settle(n + 1)
+                self._before_save(n + 1)
                 self.ctx.progress.advance(1)
                 if n >= number:
                     yield made
@@ -212,7 +211,7 @@ class Loop:
 
     def _rollout(self, number: int) -> tuple[Rollout, dict[str, float]]:
         """One rollout and its updates, with its metrics."""
-        rollout = self.queue.take(number)
+        rollout = self._sample(number)
         if failures := [row.failure for group in rollout.groups for row in group if row.failure]:
             total = sum(map(len, rollout.groups))
             self.ctx.say(f"rollout {number}: {len(failures)} of {total} episodes failed, left out: {failures[0]}")
@@ -238,6 +237,13 @@ class Loop:
             **self.sampler.metrics(),
         }
         return rollout, values
+
+    def _sample(self, number: int) -> Rollout:
+        """Rollout `number`: of the current policy, unless a component brings it."""
+        for component in self.components:
+            if (rollout := component.take(number)) is not None:
+                return rollout
+        return self.generator.rollout(number, self.cap(), self.trainer.step)
 
     def _mini_batches(self, groups: Sequence[Group], number: int) -> list[list[Batch]]:
         """Random mini-batches of equal size (R1: 16 of 512), each as this rank's micro-batches."""
@@ -276,12 +282,14 @@ class Loop:
         else:
             for component in self.components:
                 component.after_step()
-        self.queue.poll()
         return values
 
+    def _before_save(self, number: int) -> None:
+        for component in self.components:
+            component.before_save(number)
+
     def _restore(self) -> None:
-        """Restores the queue and all components to the checkpoint that the trainer resumed from."""
-        self.queue.restore()
+        """Restores all components to the checkpoint that the trainer resumed from."""
         for component in self.components:
             component.restore()
 

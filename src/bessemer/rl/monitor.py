@@ -20,10 +20,10 @@ from bessemer.engine.answers import played
 from bessemer.errors import UserError
 from bessemer.eval import scoring
 from bessemer.rl import rollout
+from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.heldout import heldout_row, start_gate
 from bessemer.rl.reading import REFLECTIVE
 from bessemer.rl.rollout import Group, ScoredSample
-from bessemer.rl.rollout_queue import RolloutGenerator
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
 from bessemer.train.setup import batch_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bessemer.config.rl import RLConfig
 from bessemer.data.tokenizer import Tokenizer
@@ -10,6 +10,9 @@ from bessemer.runs.context import StageContext
 from bessemer.train.runtime import SampleCarrier, Whole
 from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
+
+if TYPE_CHECKING:
+    from bessemer.rl.generator import RolloutGenerator
 
 
 class LoopParts(Protocol):
@@ -22,6 +25,15 @@ class LoopParts(Protocol):
 
     @property
     def trainer(self) -> Trainer: ...
+
+    @property
+    def generator(self) -> RolloutGenerator:
+        """Complete once all components are made."""
+        ...
+
+    def cap(self) -> int:
+        """Longest completion at this step, in tokens."""
+        ...
 
     @property
     def policy(self) -> Whole:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -288,10 +288,6 @@ def values_of(numbers: array) -> Tensor:
     return torch.from_numpy(np.frombuffer(numbers, dtype=numbers.typecode))
 
 
-def _array_of(numbers: Tensor) -> array:
-    return array("i" if numbers.dtype == torch.int32 else "f", numbers.numpy().tobytes())
-
-
 def _align(rows: Sequence[ScoredSample], width: int, name: str) -> Tensor:
     """One list per row, each entry at the position of its trained token."""
     aligned = torch.zeros(len(rows), width)
@@ -318,70 +314,3 @@ def pad_kept(kept: Sequence[KeptTokens], starts: Sequence[int]) -> dict[str, Ten
     ]
     pad = torch.nn.utils.rnn.pad_sequence
     return {"kept_id_BM": pad([id_M for id_M, _ in kept], batch_first=True), "kept_at_BM": pad(at, batch_first=True)}
-
-
-_PER_TOKEN = ("tokens", "logprobs")
-"""Arrays of a completion: a checkpoint holds each as one vector over all samples."""
-_PLAIN = {known.name for known in fields(ScoredSample)} - {
-    "problem", "prompt_tokens", "completion", "verdict", "reading"
-}  # fmt: skip
-"""Fields of a sample that are plain JSON."""
-
-
-def pack(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Groups as a checkpoint stores them: one JSON object per group, and tensors over all samples. A problem is stored
-    as its id."""
-    completions = [row.completion for group in groups for row in group]
-    tensors = {name: torch.cat([values_of(getattr(c, name)) for c in completions]) for name in _PER_TOKEN}
-    if routings := [c.routing for c in completions if c.routing is not None]:
-        tensors["routing"] = torch.cat(routings)
-    if kept := [c.kept for c in completions if c.kept is not None]:
-        tensors |= {"kept_ids": torch.cat([k.id_M for k in kept]), "kept_counts": torch.cat([k.count_T for k in kept])}
-    packed = [
-        {"problem": group[0].problem.id, "prompt": group[0].prompt_tokens, "rows": [_pack_row(row) for row in group]}
-        for group in groups
-    ]
-    return packed, tensors
-
-
-def unpack(
-    packed: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], problems: Mapping[str, Problem]
-) -> list[Group]:
-    """The exact groups that `pack` was given; `problems` by id."""
-    lengths = [row["length"] for group in packed for row in group["rows"]]
-    fed = [len(group["prompt"]) + row["length"] - 1 for group in packed for row in group["rows"]]
-    per_token = {name: map(_array_of, tensors[name].split(lengths)) for name in _PER_TOKEN}
-    routing = iter(tensors["routing"].split(fed)) if "routing" in tensors else None
-    kept: Iterator[KeptTokens] | None = None
-    if "kept_ids" in tensors:
-        counts = tensors["kept_counts"].split(lengths)
-        ids = tensors["kept_ids"].split([int(count_T.sum()) for count_T in counts])
-        kept = map(KeptTokens, ids, counts)
-    groups = []
-    for group in packed:
-        rows = []
-        for row in group["rows"]:
-            completion = Completion(
-                **{name: next(parts) for name, parts in per_token.items()},
-                text=row["text"],
-                finish_reason=row["finish_reason"],
-                prompt_tokens=len(group["prompt"]),
-                routing=None if routing is None else next(routing),
-                kept=None if kept is None else next(kept),
-            )
-            plain = {name: value for name, value in row.items() if name in _PLAIN}
-            prompt, verdict = list(group["prompt"]), Verdict(**row["verdict"])
-            if plain.get("turns") is not None:
-                plain["turns"] = [Spoken(*turn) for turn in plain["turns"]]
-            rows.append(ScoredSample(problems[group["problem"]], prompt, completion, verdict, **plain))
-        groups.append(rows)
-    return groups
-
-
-def _pack_row(row: ScoredSample) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in sorted(_PLAIN)} | {
-        "verdict": asdict(row.verdict),
-        "text": row.completion.text,
-        "length": len(row.completion.tokens),
-        "finish_reason": row.completion.finish_reason,
-    }

@@ -31,7 +31,7 @@ def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
     return (
         plain and terms <= {("accuracy", "thoughts"), ("format", "thoughts"), ("language", "thoughts")}
         and settings.rollout.engine == "local" and settings.advantage.name in ("group", "batch")
-        and not any(kind.everywhere for kind, _ in hooks_of(settings)) and not settings.max_off_policy_rollouts
+        and not any(kind.everywhere for kind, _ in hooks_of(settings))
         and not settings.reward_models
     )  # fmt: skip
 

@@ -97,6 +97,10 @@ def _scaled(stage: RLConfig) -> bool:
     return bool(stage.advantage.settings.get("scale_by_std", True))
 
 
+def _own_hooks(stage: RLConfig) -> str:
+    return ", ".join(hook.name for hook in stage.hooks if ":" in hook.name)
+
+
 def _clip(stage: RLConfig, key: str) -> float:
     """A bound of the stage's loss: its setting, or the default of the package's function; infinite if there is none."""
     if key in stage.loss.settings or not plugins.is_built_in("losses", stage.loss.name):
@@ -296,10 +300,10 @@ ITEMS: tuple[Item, ...] = (
     Item("Mini-batches per rollout", "R1-Nature B", "{updates_per_rollout}, one epoch", _rl,
          "rl/loop.py", "pipeline/test_rl_reference.py", dict(updates_per_rollout=16)),
     Item("On policy, every sample used", "R1-Nature B",
-         "{max_off_policy_rollouts} rollouts behind, {max_resamples} round, {filter}",
-         _rl, "rl/rollout_queue.py", "pipeline/test_rl_reference.py",
-         dict(max_off_policy_rollouts=0, max_resamples=1,
-              filter=Read("no filter", lambda f, s: ", ".join(x.name for x in s.hooks) or "no filter"))),
+         "{behind} rollouts behind, {max_resamples} round, {filter}",
+         _rl, "rl/generator.py", "pipeline/test_rl_reference.py",
+         dict(behind=Read(0, lambda f, s: sum(x.name == "sample-ahead" for x in s.hooks)), max_resamples=1,
+              filter=Read("no filter", lambda f, s: _own_hooks(s) or "no filter"))),
     Item("Learning rate of RL", "R1-Nature B", "{lr}", _rl, "train/trainer.py", "pipeline/test_rl_reference.py",
          sizes=dict(lr=Read(3e-6, lambda f, s: max(s.lr.values)))),
     Item("Sampling temperature of RL", "R1-Nature Methods", "{temperature}",
@@ -352,7 +356,7 @@ ITEMS: tuple[Item, ...] = (
          dict(lr=6e-6, batch=Read("256 samples", _batch), row_length=8192), paper="66,000 pairs, 106,000 labels"),
     Item("Preference rewards only at the end", "R1 2.3.4",
          "last {last} of {total} steps, weight {weight}", _stages("rl", _general),
-         "rl/rollout_queue.py", "pipeline/test_r1.py",
+         "rl/generator.py", "pipeline/test_r1.py",
          dict(weight=Read(1.0, lambda f, s: _weight(s, "accuracy"))),
          dict(last=Read(400, lambda f, s: (s.rollouts - s.general.start) * s.updates_per_rollout),
               total=Read(range(1684, 1701), lambda f, s: s.rollouts * s.updates_per_rollout)),  # whole rollouts

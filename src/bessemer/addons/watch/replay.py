@@ -31,6 +31,7 @@ from bessemer.errors import UserError
 from bessemer.model import ops
 from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import load_reward_models
+from bessemer.rl.component import hooks_of
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import Rollout
 from bessemer.runs.context import StageContext, StopFlag, signals
@@ -44,7 +45,7 @@ CLOCK = re.compile(r"gpu/|rl/(trainer_waited|workers_waited|handover_seconds|wor
 """Metrics that depend on timing."""
 AFTER_SAMPLING = frozenset({
     "lr", "clip", "loss", "kl", "off_policy_mask", "normalise", "advantage", "weight_decay",
-    "updates_per_rollout", "micro_tokens", "max_off_policy_rollouts", "rollouts", "heldout", "keep_every",
+    "updates_per_rollout", "micro_tokens", "rollouts", "heldout", "keep_every",
     *OptimizerConfig.runtime_only,
 })  # fmt: skip
 """Keys that do not act on a rollout that is sampled and scored already."""
@@ -231,10 +232,10 @@ def _changed(
             "it in a run of its own (bessemer run --set)"
         )
     late = sorted(differing - AFTER_SAMPLING)
-    if late and config.max_off_policy_rollouts and number:
+    if late and number and any(kind.ahead for kind, _ in hooks_of(config)):
         raise UserError(
             f"--set {late[0]}: rollout {number} was sampled and scored during the updates before it "
-            "(max_off_policy_rollouts), too early for this change; make it at --step 1, or in a run of its own"
+            "(the hook sample-ahead), too early for this change; make it at --step 1, or in a run of its own"
         )
     return recipe
 

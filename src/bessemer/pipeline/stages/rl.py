@@ -21,10 +21,10 @@ from bessemer.pipeline.work import PROMPT, TRAINED, StageWork, answers
 from bessemer.rl import task_mix
 from bessemer.rl.algorithms import advantage_of, loss_of
 from bessemer.rl.component import hooks_of
+from bessemer.rl.generator import candidates, pool_of
 from bessemer.rl.loop import Loop
 from bessemer.rl.monitor import evaluation_tasks, heldout_answers
 from bessemer.rl.reward import PreferenceScorer, Reward
-from bessemer.rl.rollout_queue import candidates, pool_of
 from bessemer.rl.sampler import sampler_of
 from bessemer.runs.context import StageContext
 from bessemer.train import lineage, setup
