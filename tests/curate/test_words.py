@@ -1,21 +1,21 @@
-"""Words as numbers: the same words as tasks/readability, found all at once."""
+"""Words as numbers: the same words as addons/tasks/readable, found all at once."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.addons.curate.words import words
-from bessemer.tasks import readability
+from bessemer.addons.tasks import readable
 
-# what both agree on: readability leaves out other alphabets, which are letters here too
+# what both agree on: readable.words leaves out other alphabets, which are letters here too
 SHARED = "aAzZ éÉ ñ Ж б λ 09 7 你 好 の カ -+*/=<>^%×÷ , . ! ? ' \n\t ， 。 “ （".replace(" ", "") + "  "
 texts = st.text(alphabet=SHARED, max_size=60)
 
 
 @given(st.lists(texts, max_size=6))
 @settings(deadline=None, max_examples=200)
-def test_words_are_those_of_readability(many):
+def test_words_are_those_of_readable_answers(many):
     found = words(many)
-    expected = [(number, word) for number, text in enumerate(many) for word in readability.words(text)]
+    expected = [(number, word) for number, text in enumerate(many) for word in readable.words(text)]
     assert found.texts_W.tolist() == [number for number, _ in expected]
     assert found.lengths_W.tolist() == [len(word) for _, word in expected]
     number_of: dict[str, int] = {}

@@ -8,8 +8,8 @@ import pytest
 from bessemer import tasks
 from bessemer.addons.evals import contamination
 from bessemer.addons.evals.contamination import ContaminationSearch, identity
+from bessemer.addons.tasks.readable import words
 from bessemer.tasks import Problem
-from bessemer.tasks.readability import words
 
 STORY = "A farmer has {} hens and each of them lays {} eggs a week; how many eggs does he sell after keeping {}?"
 

@@ -14,6 +14,7 @@ import bessemer
 from bessemer import tasks
 from bessemer.addons.evals import contamination, paired, shots, tables
 from bessemer.addons.tasks import worked
+from bessemer.addons.tasks.readable import readable
 from bessemer.addons.watch import facts
 from bessemer.config.evaluation import EvalConfig, ShotKind
 from bessemer.config.recipe import Recipe
@@ -30,7 +31,7 @@ from bessemer.runs import files
 from bessemer.runs.metrics import StageMetrics
 from bessemer.tasks.answer import parse_reply
 from bessemer.tasks.base import split_of
-from bessemer.tasks.readability import consistency, readable
+from bessemer.tasks.language import consistency
 from bessemer.tasks.verdict_metrics import maj_at_k, pass_at_k
 
 EVAL = """

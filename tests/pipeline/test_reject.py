@@ -21,7 +21,7 @@ from bessemer.addons.tasks.general import UNJUDGED
 from bessemer.errors import UserError
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.countdown_expressions import all_tries
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 
 COUNTDOWN = tasks.get("countdown")
 PROBLEM = COUNTDOWN.make("train", 0, 0, "en", "seen")

@@ -11,7 +11,7 @@ from bessemer.addons.watch.why_reward import explain
 from bessemer.addons.watch.why_text import describe, headline
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.readability import reply_consistency
+from bessemer.tasks.language import reply_consistency
 
 CAP, PROBLEMS, SAMPLES = 400, 40, 8
 TASK = reward_of("accuracy")

@@ -3,7 +3,7 @@
 import pytest
 
 from bessemer.errors import UserError
-from bessemer.tasks.readability import consistency, reply_consistency, share
+from bessemer.tasks.language import consistency, reply_consistency, share
 
 
 @pytest.mark.parametrize(
@@ -16,15 +16,24 @@ from bessemer.tasks.readability import consistency, reply_consistency, share
         ("wait 等等 wait", 0.5),
         ("3*7=21", None),
         ("把n加1", 0.0),
-        ("`[x for x in a if x!=7]:f([7, 8])=[8]:[8]`对", 0.0),
-        ("the rest, `'ab c d'.split()` yes", 1.0),
-        ("`is this code`对么", 0.5),
         ("", None),
     ],
 )
 def test_share(text, english):
     assert share(text, "en") == (1.0 if english is None else english)
     assert share(text, "zh") == (1.0 if english is None else 1.0 - english)
+
+
+@pytest.mark.parametrize(
+    ("text", "english"),
+    [
+        ("`[x for x in a if x!=7]:f([7, 8])=[8]:[8]`对", 0.0),
+        ("the rest, `'ab c d'.split()` yes", 1.0),
+        ("`is this code`对么", 0.5),
+    ],
+)
+def test_notation_of_code(text, english):
+    assert (share(text, "en"), share(text, "zh")) == (english, 1.0 - english)
 
 
 GEOMETRY = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bessemer import tasks
 from bessemer.addons.tasks.ngrams import run_hashes
-from bessemer.tasks.readability import (
+from bessemer.addons.tasks.readable import (
     READABLE,
     REASONS,
     ReadabilityLimits,

@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.addons.tasks.sums import WORDS
 from bessemer.tasks import get
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 
 
 def digits_in(text, language):

@@ -22,7 +22,7 @@ A row is one model on one task at one way of sampling:
     by_difficulty          {difficulty: {n, pass_at_1}}; {} if the task states none
     mean_length            tokens per answer; null if a file of answers does not say
     formatted, truncated   shares of answers in the required form, and cut off at the length cap (null as above)
-    readable, unreadable   share a person can read, and {reason: answers} for the rest (`tasks/readability.py`)
+    readable, unreadable   share a person can read, and {reason: answers} for the rest (the hook `readable`)
     language_consistency   mean share of the thoughts' words in the language of the question; this and `readable` have
                            an *_interval, too
     reasons                {verdict: answers}
@@ -44,13 +44,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from bessemer import plugins
 from bessemer.engine.answers import Generates, Outcome, PlayedEpisode, played
 from bessemer.engine.generation import Completion
 from bessemer.errors import UserError
 from bessemer.eval.judging import judge_all
 from bessemer.tasks import verdict_metrics as metrics
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
-from bessemer.tasks.readability import READABLE, consistency, readable
+from bessemer.tasks.language import consistency
 from bessemer.train.runtime import ALONE, Share
 from bessemer.train.setup import batch_rows
 
@@ -138,11 +139,9 @@ def judge(
     ]
     score = metrics.score(verdicts, k, seed)
     answers = [answer for group in groups for answer in group]
-    reasons = [[readable(answer.text, problem.language).reason for answer in group] for problem, group in asked]
-    readings = Counter(reason for group in reasons for reason in group)
-    read = [fmean(reason == READABLE for reason in group) for group in reasons]
     consistent = [fmean(consistency(answer.text, problem.language) for answer in group) for problem, group in asked]
     named = _named(problems)
+    read, readable = _readability(asked, named, seed)
     lengths = [answer.tokens for answer in answers if answer.tokens is not None]
     ends = [answer.finish_reason for answer in answers if answer.finish_reason is not None]
     return {
@@ -163,20 +162,35 @@ def judge(
         "maj_at_k": score[f"maj@{k}"],
         "maj_at_k_interval": _interval(score, f"maj@{k}"),
         "by_problem": dict(zip(named, metrics.pass_at_1(verdicts), strict=True)),
-        "readable_by_problem": dict(zip(named, read, strict=True)),
+        **read,
         "language_by_problem": dict(zip(named, consistent, strict=True)),
         "by_difficulty": metrics.by_difficulty(verdicts, [problem.meta.get("difficulty") for problem in problems]),
         "mean_length": sum(lengths) / len(lengths) if len(lengths) == len(answers) else None,
         "formatted": score["formatted"],
-        "readable": readings[READABLE] / len(answers),
-        "readable_interval": list(metrics.mean_interval(read, seed)[1:]),
-        "unreadable": {reason: count for reason, count in readings.most_common() if reason != READABLE},
+        **readable,
         "language_consistency": fmean(consistent),
         "language_consistency_interval": list(metrics.mean_interval(consistent, seed)[1:]),
         "truncated": ends.count("length") / len(ends) if len(ends) == len(answers) else None,
         "reasons": metrics.reasons(verdicts),
         **_credit([verdict for group in verdicts for verdict in group]),
         **_of_episodes([answer.episode for answer in answers if answer.episode is not None]),
+    }
+
+
+def _readability(
+    asked: Sequence[tuple[Problem, Sequence[Answer]]], named: Sequence[str], seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys by problem, and keys of all answers, from the hook `readable`; none without it."""
+    if (judge := plugins.hook("readable")) is None:
+        return {}, {}
+    readings = [[judge(answer.text, problem.language) for answer in group] for problem, group in asked]
+    shares = [fmean(one.readable for one in group) for group in readings]
+    faults = Counter(one.reason for group in readings for one in group if not one.readable)
+    n = sum(map(len, readings))
+    return {"readable_by_problem": dict(zip(named, shares, strict=True))}, {
+        "readable": (n - faults.total()) / n,
+        "readable_interval": list(metrics.mean_interval(shares, seed)[1:]),
+        "unreadable": dict(faults.most_common()),
     }
 
 

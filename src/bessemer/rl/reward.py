@@ -31,7 +31,7 @@ from bessemer.plugins import register
 from bessemer.repeatable import repeatable
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.tasks.readability import reply_consistency
+from bessemer.tasks.language import reply_consistency
 
 FORM = ("format", "language")
 """Terms that say nothing about the answer's content."""

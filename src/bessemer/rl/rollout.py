@@ -27,7 +27,7 @@ from bessemer.rl.reading import TextCounts, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 from bessemer.train.runtime import ALONE, Share
 
 

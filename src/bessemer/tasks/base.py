@@ -28,7 +28,7 @@ from bessemer.tasks.answer import (
     parse_reply,
     summary,
 )
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.10

@@ -1,6 +1,6 @@
 """Words of many texts as 64-bit hashes, for the search for duplicates and contamination.
 
-A word is defined as in `tasks/readability.words`: a run of letters in lower case, a whole number, one Han or kana
+A word is defined as in `addons/tasks/readable.words`: a run of letters in lower case, a whole number, one Han or kana
 character, or one operator. Alphabets that are not listed there are letters too, and scripts without spaces (Thai, Lao,
 Khmer, Burmese) count by character. Nothing loops over words: code points are looked up in a table, and words are hashed
 as ranges of an array, h(s, e) = sum over s <= i < e of x_i B^(i - s) modulo 2^64, from prefix sums. B is odd, so B^-s

@@ -32,8 +32,8 @@ import numpy as np
 
 from bessemer.addons.curate.decontaminate import GENERATED
 from bessemer.addons.tasks.ngrams import SHORTEST, NgramIndex
+from bessemer.addons.tasks.readable import words
 from bessemer.tasks import Problem
-from bessemer.tasks.readability import words
 
 N = 10
 PIECE = 1 << 17

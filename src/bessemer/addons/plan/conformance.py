@@ -334,7 +334,7 @@ ITEMS: tuple[Item, ...] = (
          paper="thousands, thoughts and a summary, edited by people"),
     Item("Language consistency reward", "R1 2.3.2", "{weight} x consistency of the {scope}, {start}",
          _stages("rl", lambda f, s: _weight(s, "language") > 0 or f.after_sft(s.name)),
-         "tasks/readability.py", "tasks/test_language.py",
+         "tasks/language.py", "tasks/test_language.py",
          dict(weight=Read(1.0, lambda f, s: _weight(s, "language")), scope=Read("thoughts", _scope),
               start=Read("after SFT", _start)),
          on=lambda v: v["weight"] > 0, paper="share of target-language words, from R1's first RL stage on"),

@@ -1,6 +1,6 @@
 """Stage "reject": rejection sampling of conversations for SFT from a model's own correct answers (R1 2.3.1 and 2.3.3).
 
-It samples several answers per training problem and keeps the correct and readable ones (`tasks/readability.py`) that
+It samples several answers per training problem and keeps the correct and readable ones (`tasks/readable.py`) that
 end before the cap, without duplicates. Rules decide which are correct; if a problem has only a reference answer, a
 model does (`judge.py`). Output: samples.jsonl, one conversation per line; the summary counts the dropped answers by
 reason.
@@ -21,6 +21,7 @@ from bessemer.addons.r1.judge import Judge
 from bessemer.addons.r1.judge_api import api_key
 from bessemer.addons.r1.tables import RejectConfig
 from bessemer.addons.tasks.general import UNJUDGED, General
+from bessemer.addons.tasks.readable import ReadabilityLimits, readable
 from bessemer.addons.tasks.worked import in_r1_form
 from bessemer.config.recipe import Recipe
 from bessemer.data import sft_rows, sources
@@ -37,7 +38,6 @@ from bessemer.runs.context import StageContext
 from bessemer.runs.files import write_atomic
 from bessemer.tasks.answer import summary
 from bessemer.tasks.base import CORRECT, WRONG_VALUE
-from bessemer.tasks.readability import ReadabilityLimits, readable
 from bessemer.train import setup
 
 LOOKED_AT = 256

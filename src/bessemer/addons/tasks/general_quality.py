@@ -47,7 +47,7 @@ from bessemer.addons.tasks.general_requests import (
 )
 from bessemer.tasks.answer import r1_form, summary
 from bessemer.tasks.base import Problem, stable_hash, stable_random
-from bessemer.tasks.readability import share
+from bessemer.tasks.language import share
 
 HELPFUL = 0.7
 """Least helpfulness of an answer that counts as helpful."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from bessemer.tasks.base import TEST_SHARE, Problem, read_toml, stable_hash
-from bessemer.tasks.readability import share
+from bessemer.tasks.language import share
 
 Texts = dict[str, list[str]]
 Entry = tuple[str, ...]

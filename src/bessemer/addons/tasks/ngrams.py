@@ -1,4 +1,4 @@
-"""Runs of n words (`readability.words`), the unit of contamination: an English 10-gram is ten words, a Chinese one ten
+"""Runs of n words (`readable.words`), the unit of contamination: an English 10-gram is ten words, a Chinese one ten
 characters.
 """
 

@@ -42,7 +42,7 @@ from bessemer.addons.tasks.clock import VARIABLE, speed
 from bessemer.addons.tasks.sandbox import warm
 from bessemer.errors import UserError
 from bessemer.tasks.base import Judged, Problem, Task, Verdict
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 from bessemer.workers import cores
 
 DIED, HUNG, MEMORY, CRASHED = "verifier-died", "verifier-hung", "verifier-memory", "grader-error"

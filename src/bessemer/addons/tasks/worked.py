@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bessemer.errors import UserError
 from bessemer.tasks.answer import parse_reply, r1_form, summary
 from bessemer.tasks.base import Problem, Task, Written, stable_hash
-from bessemer.tasks.readability import consistency
+from bessemer.tasks.language import consistency
 from bessemer.tasks.registry import get
 
 SUMMARIES = {

@@ -26,10 +26,10 @@ import numpy as np
 
 from bessemer.addons.evals.intervals import shares_apart
 from bessemer.addons.tasks.countdown_diagnosis import diagnose
+from bessemer.addons.tasks.readable import readable
 from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.tasks.answer import thought
-from bessemer.tasks.readability import readable
 from bessemer.tasks.verdict_metrics import FEW, bootstrap, widened
 
 RIGHT = "right answers"

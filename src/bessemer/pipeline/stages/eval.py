@@ -109,7 +109,8 @@ class Eval(Stage[EvalConfig]):
             tag = f"eval/{model}/{task.name}/{row['language']}/T{temperature:g}"
             tag += f"/{before.facts().get('shots', 0)}-shot" if len(config.shots) > 1 else ""
             # The line first: if a kill loses the row, its line is dropped, and a row that is kept always has its line.
-            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in (*scoring.FIGURES, "readable")})
+            shown = [key for key in (*scoring.FIGURES, "readable") if key in row]
+            ctx.metrics.write(len(rows), 0, {f"{tag}/{key}": row[key] for key in shown})
             write_atomic(path, json.dumps(rows))
             ctx.progress.advance(1, f"{model} {task.name} {row['language']}: pass@1 {row['pass_at_1']:.3f}")
             if ctx.stop:
