@@ -37,7 +37,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 120
+LIMIT = 45
 """Seconds for all tests against one mutant; who has not passed by then has noticed it."""
 
 OPPOSITE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -310,7 +310,7 @@ def main() -> None:
             import torch._dynamo  # noqa: F401  # else every fork would import it
 
             session = Session(copy, covered, chosen, given.mutants, given.seed)
-            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--timeout=60", "-m", given.marks]
+            options = ["-qq", "-s", "-p", "no:cacheprovider", "-p", "no:cov", "--timeout=15", "-m", given.marks]
             pytest.main([*options, *asked], plugins=[session])
             kills, made, tried = session.kills, session.made, session.tried
     killed = set().union(*kills.values())

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from allocator import counted_with_kernels, live_and_highest
 from fp8_layers import fp8_grouped_linear, fp8_linear
 from model_cases import V2, random_model, relative, tiny, tokens
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bessemer.addons.accelerate.precision import backends, emulation
 from bessemer.addons.accelerate.precision import fp8_layers as fp8
 from bessemer.addons.accelerate.precision.activations import activation_bytes, stage_activation_bytes
-from bessemer.addons.accelerate.precision.formats import pack_e5m6
 from bessemer.addons.accelerate.precision.fp8_layers import set_fp8
 from bessemer.addons.accelerate.precision.fp8_linear import PAPER, FP8Recipe
 from bessemer.addons.accelerate.precision.operand import quantise
@@ -88,15 +86,6 @@ def test_eval_mode_is_untouched():
         trained = model.train_outputs(x).hidden_BTD
         model.eval()
         assert torch.equal(model(x), plain(x)) and not torch.equal(model.train_outputs(x).hidden_BTD, trained)
-
-
-def test_without_a_recipe_nothing_changes():
-    cfg = tiny()
-    models = set_fp8(in_training(cfg), None), in_training(cfg, None)
-    losses = [step(model, batch(cfg)) for model in models]
-    assert torch.equal(*losses)
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a.grad, b.grad)
 
 
 # --- a layer -----------------------------------------------------------------------------------------------------
@@ -339,18 +328,6 @@ def test_bytes_on_the_way_to_an_expert():
 # --- the network -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.15), (torch.bfloat16, 0.15)])
-def test_gradients_point_the_same_way(dtype, bound):
-    """Dense routing, so that no rounding changes a token's experts: the gradients of all parameters together."""
-    cfg = tiny(n_activated_experts=12, n_expert_groups=1, n_limited_groups=1)
-    exact, quantised = in_training(cfg, None), in_training(cfg).to_compute(dtype)
-    data = batch(cfg, rows=4, length=40)
-    losses = step(exact, data), step(quantised, data)
-    assert relative(losses[1], losses[0]) < 2e-2
-    grads = [torch.cat([p.grad.float().flatten() for p in model.parameters()]) for model in (exact, quantised)]
-    assert 1 - F.cosine_similarity(*grads, dim=0) < bound
-
-
 def test_tokens_are_counted_once():
     """The gate runs again in backward, which must not count."""
     cfg = tiny()
@@ -401,68 +378,3 @@ def test_kept_bytes_of_other_shapes():
             lambda model=model, data=data: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4)
         )
         assert live == pytest.approx(activation_bytes(cfg, 8, 48, fp8=True, number_bytes=4), rel=0.05)
-
-
-@counted_with_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_kept_of_long_rows_grow_with_their_length(dtype):
-    """Attention keeps no probabilities: those of 1,100 tokens would be 49 MiB on top of 63 in float32."""
-    cfg = preset("tiny")
-    model = Transformer(cfg).initialise(0).to_compute(dtype)
-    model.train()
-    model.rope_table(1100)
-    data = batch(cfg, rows=1, length=1100)
-    live, _ = live_and_highest(lambda: next_token(model, data, mtp_lambda=0.3, balance_alpha=1e-4))
-    assert live == pytest.approx(activation_bytes(cfg, 1, 1100, fp8=False, number_bytes=dtype.itemsize), rel=0.05)
-    assert activation_bytes(cfg, 1, 4400, fp8=False) < 4.01 * activation_bytes(cfg, 1, 1100, fp8=False)
-
-
-def test_pack_is_given_powers_of_two():
-    out = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    scale = PAPER.quantised(out, power_of_two=True).scale_MJ
-    assert bool((torch.frexp(scale).mantissa == 0.5).all()) and pack_e5m6(out, scale).scale_MJ is scale
-
-
-class _Passes(TorchDispatchMode):
-    """Float32 results of torch operations that have at least as many numbers as a layer's activations."""
-
-    def __init__(self, numbers):
-        super().__init__()
-        self.numbers, self.found = numbers, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for part in out if isinstance(out, tuple | list) else (out,):
-            wide = isinstance(part, torch.Tensor) and part.dtype == torch.float32 and part.numel() >= self.numbers
-            if wide and function.__name__.partition(".")[0] not in ("view", "detach", "_unsafe_view", "as_strided"):
-                self.found.append(function.__name__)
-        return out
-
-
-def _hidden(function):
-    """Stands for a kernel: what it computes inside is not counted."""
-
-    def one_kernel(*arguments, **named):
-        with _disable_current_modes():
-            return function(*arguments, **named)
-
-    return one_kernel
-
-
-def test_between_its_products_attention_makes_no_pass_in_float32(monkeypatch):
-    """In bfloat16. Every call of the table, the attention core and the norm's backward count as one kernel each."""
-    cfg = tiny(**{"q_lora_rank": 256})
-    layer = in_training(cfg).layers[1].bfloat16()
-    for norm in (layer.attn_norm, layer.attn.q_norm, layer.attn.kv_norm):
-        norm.float()
-    serve = backends.BACKENDS["emulation"].serve
-    assert set(serve) == set(backends.CALLS)
-    hidden = {name: _hidden(function) for name, function in serve.items()}
-    monkeypatch.setitem(backends.BACKENDS, "emulation", backends.BACKENDS["emulation"]._replace(serve=hidden))
-    for name in ("attention_forward", "attention_backward", "normalise_backward"):
-        monkeypatch.setattr(fp8, name, _hidden(getattr(fp8, name)))
-    x = torch.randn(2, 64, cfg.dim, generator=torch.Generator().manual_seed(5)).bfloat16().requires_grad_()
-    rope = Transformer(cfg).rope_table(64)
-    with _Passes(2 * 64 * min(cfg.kv_lora_rank, cfg.dim)) as seen:
-        fp8.attention(layer.attn_norm, layer.attn, x, rope, None, PAPER).sum().backward()
-    assert not seen.found, seen.found
