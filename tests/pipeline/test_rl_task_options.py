@@ -10,7 +10,6 @@ from bessemer import tasks
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
-from bessemer.pipeline import preflight
 from bessemer.pipeline.stages.rl import RL
 from bessemer.rl.task_mix import mixture, turns
 
@@ -36,10 +35,10 @@ def test_without_options_the_problems_are_what_they_were():
     assert shared.fingerprint_values()["task_options"] != plain.fingerprint_values()["task_options"]
 
 
-def test_languages_difficulty_shares_and_the_generator_s_own_settings():
+def test_languages_shares_and_the_generator_s_own_settings():
     settings = config(task_options={
         "countdown": {"share": 3, "languages": ["en"], "numbers": 4},
-        "arithmetic": {"difficulty": [2, 3], "phrasing": "held-out"},
+        "arithmetic": {"phrasing": "held-out"},
     })  # fmt: skip
     rows = asked(settings, 400)
     names = [task.name for task, _ in rows]
@@ -47,7 +46,6 @@ def test_languages_difficulty_shares_and_the_generator_s_own_settings():
     assert all("arithmetic" in names[n : n + 4] for n in range(390)), "turns are spread evenly"
     of = {name: [problem for task, problem in rows if task.name == name] for name in set(names)}
     assert {(p.language, len(p.meta["numbers"])) for p in of["countdown"]} == {("en", 4)}
-    assert {p.meta["difficulty"] for p in of["arithmetic"]} == {2, 3}
     assert {p.language for p in of["arithmetic"]} == {"en", "zh"}
     assert {"held-out" in p.meta["template"] for p in of["arithmetic"]} == {True}
     assert len({p.prompt for _, p in rows}) == 400
@@ -59,26 +57,6 @@ def test_languages_difficulty_shares_and_the_generator_s_own_settings():
 )
 def test_a_round_spreads_its_turns(shares, order):
     assert turns(shares) == order
-
-
-def test_a_finite_task_asks_all_its_problems_of_a_difficulty_before_one_repeats(tmp_path):
-    for split, numbers in (("train", range(12)), ("test", range(20, 24))):
-        lines = [{"question": f"Compute {n}+0.", "answer": str(n), "level": f"Level {1 + n % 3}"} for n in numbers]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    name = f"jsonl:{tmp_path}"
-    whole = tasks.get(name)
-    levels = {whole.problem("train", n).meta["difficulty"] for n in range(12)}
-    assert levels == {1, 2, 3}
-    settings = config(tasks=[name], task_options={name: {"difficulty": [2, 3]}})
-    (task,) = mixture(settings, [name])
-    assert task.size("train") == 8 and task.name == name
-    turn = [task.problem("train", n, 7) for n in range(16)]
-    assert {p.meta["difficulty"] for p in turn} == {2, 3}
-    assert Counter(p.prompt for p in turn).most_common() == [(p, 2) for p, _ in Counter(p.prompt for p in turn).items()]
-    assert len({p.prompt for p in turn[:8]}) == 8
-    assert task.verify(turn[0], f"<think>t</think><answer>{turn[0].meta['gold']}</answer>").correct
-    (line,) = [probe() for probe in preflight.task_probes([name], 16, "tasks", lambda _: task)]
-    assert "8 problems" in line and "each 2 times" in line
 
 
 @pytest.mark.parametrize(
@@ -93,9 +71,6 @@ def test_a_finite_task_asks_all_its_problems_of_a_difficulty_before_one_repeats(
         ({"task_options": {"countdown": {"languages": "en"}}}, "languages is 'en'; write a list"),
         ({"task_options": {"countdown": {"languages": ["fr"]}}}, "no language 'fr'"),
         ({"task_options": {"countdown": {"phrasing": "new"}}}, "no phrasing 'new'"),
-        ({"task_options": {"countdown": {"difficulty": [3, 2]}}}, "difficulty is"),
-        ({"task_options": {"countdown": {"difficulty": [7, 9]}}}, "difficulties 1, 2, 3"),
-        ({"task_options": {"arithmetic": {"difficulty": [70, 90]}}}, "no problem of difficulty 70 to 90"),
         ({"task_options": {"countdown": {"plain_answers": 0.5}}, "accuracy_needs_format": True}, "asks for the form"),
         ({"task_options": {"words": {"share": 2}}, "heldout": {"tasks": ["words"]}}, "only evaluated"),
     ],

@@ -170,22 +170,6 @@ def test_a_task_that_cannot_be_sent_is_judged_here(pool):
     assert pool(1).submit(TASK, PROBLEM, "right").result(60).verdict.answer != str(os.getpid())
 
 
-def test_a_narrowed_task_is_judged_by_its_base_class(pool):
-    """As a task narrowed to some difficulties is."""
-
-    def of(**methods):
-        task = tasks.get("code")
-        mixed = type("_Chooses", (type(task),), methods | {"__module__": "bessemer.tasks.narrowed"})
-        task.__class__ = type("Code", (mixed,), {"__module__": type(task).__module__})
-        return task, task.problem("train", 0), "<think>t</think><answer>def f(x): return 1</answer>"
-
-    chooses, judges = of(size=lambda self, split: 1), of(judge=lambda self, problem, source: "correct")
-    assert chooses[0].apart and not judges[0].apart
-    assert pool().submit(*chooses).result(60).verdict.reason == "wrong-output"
-    assert type(chooses[0]).__mro__[1].__name__ == "_Chooses", "the task itself is as it was"
-    assert judge_all([judges])[0].verdict.correct
-
-
 def test_a_class_that_a_verifier_cannot_import_is_judged_in_this_process(monkeypatch):
     module = types.ModuleType("only_here")
     exec("from hard_answers import Hard as H\nclass Own(H): pass", vars(module))

@@ -153,8 +153,8 @@ class RLConfig(AskingConfig, OnPolicyConfig):
     """Task families; problems come from their train splits in turn."""
     task_options: dict[str, dict[str, TaskOption]] = Field(default={})
     """Task name = its settings in this stage, for training and held-out evaluations: `share`, its turns in a round
-    (1); `languages`; `phrasing` ("seen" or "held-out"); `difficulty`, the least and the greatest; and those of the
-    task itself, such as {countdown = {numbers = 4, languages = ["en"]}}."""
+    (1); `languages`; `phrasing` ("seen" or "held-out"); and those of the task itself, such as
+    {countdown = {numbers = 4, languages = ["en"]}}."""
     first_problem: int = Field(0, ge=0)
     """Index of the first problem. A stage that continues another one's model asks new problems if this is at least the
     number that the other may have asked: rollouts times prompts_per_rollout times max_resamples, and its own

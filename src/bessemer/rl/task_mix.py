@@ -11,9 +11,8 @@ from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.errors import UserError
 from bessemer.tasks import Task
-from bessemer.tasks.narrowed import narrowed
 
-OPTIONS = ("share", "languages", "phrasing", "difficulty")
+OPTIONS = ("share", "languages", "phrasing")
 """What every task takes, besides its own `option_names`."""
 MOST_SHARE = 100
 
@@ -31,11 +30,9 @@ def task_of(settings: RLConfig, name: str) -> Task:
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"{where} has no setting {key!r}; {hint}Known: {', '.join(known)}")
     options.pop("share", None)
-    span = options.pop("difficulty", None)
     _check_kinds(options, where)
     try:
-        task = tasks.get(name, **options)
-        return task if span is None else narrowed(task, *_bounds(span))
+        return tasks.get(name, **options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -95,9 +92,3 @@ def _check_kinds(options: Mapping[str, Any], where: str) -> None:
         raise UserError(f'{where}.languages is {languages!r}; write a list, such as ["en"]')
     if not isinstance(phrasing, str):
         raise UserError(f'{where}.phrasing is {phrasing!r}; write "seen" or "held-out"')
-
-
-def _bounds(span: object) -> tuple[int, int]:
-    if not isinstance(span, list) or [type(one) for one in span] != [int, int] or span[0] > span[1]:
-        raise UserError(f"difficulty is {span!r}; write the least and the greatest, such as [1, 2]")
-    return span[0], span[1]

@@ -15,7 +15,6 @@ that answer, too. Requests are pickled, since both ends are this program; replie
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import json
 import os
@@ -55,8 +54,6 @@ KEPT = 1 << 16
 """Judgements that are kept after somebody has asked for them: the samples of a problem often give the same answer."""
 NEAR = 64
 """Waiting answers among which a verifier looks for one to the problem it knows: its tests are read then."""
-JUDGING = {"verify", "grade", "judge", "_judge"}
-"""Methods of a task that decide a verdict."""
 TRIES = 2
 PR_SET_PDEATHSIG = 1
 
@@ -97,20 +94,6 @@ def _verifiers(pid: int) -> Verifiers:
     return Verifiers()
 
 
-def _importable(task: Task) -> Task:
-    """The task, or its copy as an object of the class of the package that judges for it: `narrowed` makes classes that
-    choose problems and cannot be imported."""
-    for kind in type(task).__mro__:
-        found = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None)
-        if found is kind:
-            break
-        if not kind.__module__.startswith("bessemer.") or not JUDGING.isdisjoint(vars(kind)):
-            return task
-    twin = copy.copy(task)
-    twin.__class__ = kind
-    return twin
-
-
 def _digest(*parts: bytes) -> bytes:
     made = blake2b(digest_size=16)
     for part in parts:
@@ -148,7 +131,7 @@ class Verifiers:
         """The task as bytes; None if another process cannot have it."""
         if task not in self._tasks:
             try:
-                self._tasks[task] = pickle.dumps(_importable(task), pickle.HIGHEST_PROTOCOL)
+                self._tasks[task] = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
             except Exception:  # whatever an object of the user's may raise
                 self._tasks[task] = None
         return self._tasks[task]
