@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from machine import processor
 
+from bessemer.addons.families.named_models import model_dir
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.engine.random_streams import stream_key
@@ -22,7 +23,6 @@ from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
-from bessemer.runs.directory import model_dir
 
 
 def answers(engine: Engine, requests: list[Request], rows: int) -> list[list[int]]:

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 import bessemer
+from bessemer.addons.families.named_models import model_dir
 from bessemer.data import shards
 from bessemer.engine.engine import load_engine
-from bessemer.runs.directory import model_dir, stage_folders
+from bessemer.runs.directory import stage_folders
 
 
 def words(text: str) -> list[str]:

@@ -46,12 +46,12 @@ def engine_and_requests(model: str, streams: int, tokens: int):
     """The engine, and the requests as the server builds them."""
     import torch
 
+    from bessemer.addons.families.named_models import model_dir
     from bessemer.data.chat import question_ids
     from bessemer.engine.engine import load_engine
     from bessemer.engine.generation import prompt_digest
     from bessemer.engine.random_streams import stream_key
     from bessemer.engine.sequence import Request, SamplingParams
-    from bessemer.runs.directory import model_dir
 
     torch.set_num_threads(1)
     engine = load_engine(model_dir(model))

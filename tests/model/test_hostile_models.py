@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.addons.families.named_models import model_dir
 from bessemer.engine.engine import load_engine
 from bessemer.errors import UserError
-from bessemer.runs.directory import model_dir
 
 spec = importlib.util.spec_from_file_location(
     "hostile_models", Path(__file__).parents[2] / "bench" / "hostile_models.py"

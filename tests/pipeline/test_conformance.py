@@ -8,11 +8,11 @@ import pytest
 from bessemer.addons.distributed.schedule_shapes import shape
 from bessemer.addons.plan import conformance
 from bessemer.addons.plan.conformance import ITEMS, rows
+from bessemer.addons.watch.card import CONFORMANCE_STATES
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points
 from bessemer.hf import deepseek
 from bessemer.model.config import preset
-from bessemer.runs.directory import CONFORMANCE_STATES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if path.stem != "data")

@@ -18,6 +18,7 @@ import openai
 import pytest
 from serving import error_of, in_thread, running
 
+from bessemer.addons.families.named_models import model_dir
 from bessemer.addons.serve import ServeConfig, service, worker
 from bessemer.addons.serve.connections import Connection, ConnectionLimits
 from bessemer.addons.serve.models import find_models
@@ -25,7 +26,6 @@ from bessemer.addons.serve.protocol import ApiError
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
 from bessemer.hf.deepseek import convert
-from bessemer.runs.directory import model_dir
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}

@@ -15,18 +15,12 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import tomllib
-import warnings
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from bessemer import __version__
 from bessemer.config.builtin import FORMAT_LINE, RUN_FORMAT, check_run_format
-from bessemer.config.kinds import stage_config
-from bessemer.config.table import nearest
 from bessemer.data.fetch import sha256_of
 from bessemer.data.fingerprints import sha256
 from bessemer.errors import UserError
@@ -34,8 +28,6 @@ from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
-CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
-"""How closely a run follows an item of the papers, closest first; `addons/plan/conformance.py` decides which."""
 PLAN = "plan.json"
 """In a run directory: {"seconds": {stage: estimate}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
@@ -172,12 +164,13 @@ def _oom_kills() -> int:
 def recipe_name(root: Path) -> str:
     """The name of the recipe that a run directory belongs to."""
     try:
-        return str(_recipe(root)["name"])
+        return str(read_recipe(root)["name"])
     except (OSError, KeyError, ValueError) as error:  # invalid TOML or UTF-8
         raise UserError(f"{root}/recipe.toml cannot be read ({error}); choose another folder with --out") from None
 
 
-def _recipe(root: Path) -> dict[str, Any]:
+def read_recipe(root: Path) -> dict[str, Any]:
+    """A run's recipe as TOML; raises OSError or ValueError."""
     with open(root / "recipe.toml", "rb") as file:
         return tomllib.load(file)
 
@@ -196,67 +189,7 @@ def run_dir(given: str | Path) -> Path:
     for path in (Path(given), Path("runs") / given):
         if (path / "recipe.toml").is_file():
             return path
-    raise UserError(f"{given} is not a run directory (no recipe.toml in it); {_runs()}")
-
-
-def run_labels(roots: Sequence[Path]) -> list[str]:
-    """Names of run directories, with as much of the path as tells them apart. Raises UserError if two are the same."""
-    paths = [root.resolve() for root in roots]
-    if len(set(paths)) < len(paths):
-        raise UserError("a run is named twice; name runs that differ")
-    names = [path.name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    shared = os.path.commonpath(paths)
-    return [str(path.relative_to(shared)) for path in paths]
-
-
-def model_dir(given: str | Path) -> Path:
-    """The folder of the model that a user names: a model directory, a stage's folder, RUN/STAGE by the stage's name, or
-    a run (the model of its recipe's `main`, otherwise its last finished one that writes text)."""
-    for path in (Path(given), Path("runs") / given):
-        if (path.parent / "recipe.toml").is_file() and not path.is_dir():
-            stages = {name: folder for _, name, folder in stage_folders(path.parent)}
-            if path.name not in stages:
-                writing = [name for name, _ in writing_models(path.parent)]
-                near = nearest(path.name, writing) if writing else "none has a model yet"
-                raise UserError(f'the run {path.parent} has no stage "{path.name}"; {near}')
-            path = stages[path.name]
-        if (path / "config.json").is_file():
-            return path
-        if (path / "model" / "config.json").is_file():
-            return path / "model"
-        if (path / "recipe.toml").is_file():
-            return _last_model(path)
-    if str(given) and Path(given).is_dir():
-        inside = sorted(path.name for path in Path(given).iterdir() if not path.name.startswith("."))[:6]
-        raise UserError(f"no model in {given}: no config.json; it holds {', '.join(inside) or 'nothing'}")
-    if Path(given).is_file():
-        raise UserError(f"{given} is a file, not a model directory or a run; {_runs()}")
-    raise UserError(f"no model or run at {given or '(an empty name)'}; {_runs()}")
-
-
-def check_not_of_a_run(target: Path) -> None:
-    """Raises UserError if `target` is in a stage's folder: only running a run may change it."""
-    resolved = Path(os.path.realpath(target))
-    for folder in (resolved, *resolved.parents):
-        if (folder / "stage.json").is_file():
-            raise UserError(
-                f"{target} belongs to a run, in {folder}, which only bessemer run changes; name another place"
-            )
-
-
-def tokenizer_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The tokenizer of a checkpoint RUN/NN-STAGE/state/step-... or state/kept/step-...: its stage's, that of a model
-    which the stage read, or the run's."""
-    above = checkpoint.resolve().parents
-    stage = next((folder for folder in above if (folder / "stage.json").is_file()), above[1])
-    record = read_json(stage / "stage.json") or {}
-    read, origin = record.get("inputs", {}), record.get("identity", {}).get("settings", {}).get("from")
-    stages = sorted(stage_folders(stage.parent), key=lambda one: one[1] != origin)
-    models = [folder / "model" for _, name, folder in stages if name in read]
-    places = [stage / "state" / "tokenizer", stage / "model", *models, *sorted(stage.parent.glob("*/tokenizer"))]
-    return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    raise UserError(f"{given} is not a run directory (no recipe.toml in it); {available_runs()}")
 
 
 def writing_models(root: Path) -> list[tuple[str, Path]]:
@@ -269,40 +202,14 @@ def writing_models(root: Path) -> list[tuple[str, Path]]:
         if not str(config.get("architectures", "")).count("ForSequenceClassification"):
             models.append((name, folder))
     try:
-        main = _recipe(root).get("main")
+        main = read_recipe(root).get("main")
     except (OSError, ValueError, RecursionError):  # a damaged recipe does not keep anyone from the models
         main = None
     return sorted(models, key=lambda model: model[0] == main)
 
 
-def _last_model(root: Path) -> Path:
-    stages = stage_folders(root)
-    if writers := writing_models(root):
-        name, folder = writers[-1]
-        if (later := _meant(root)) not in (None, name):
-            warnings.warn(f'stage "{later}" of {root} is not finished; this is the model of "{name}"', stacklevel=3)
-        return folder / "model"
-    listed = ", ".join(
-        f"{folder.name} ({'no model' if read_json(folder / 'done.json') else 'unfinished'})" for _, _, folder in stages
-    )
-    run = shlex.quote(str(root))
-    raise UserError(
-        f"no finished model in {root}; its stages: {listed or 'none yet'}; "
-        f"continue with: bessemer run {run}/recipe.toml --out {run}"
-    )
-
-
-def _meant(root: Path) -> str | None:
-    """The stage whose model stands for a run once the run is finished; None if its recipe cannot be read."""
-    try:
-        recipe = _recipe(root)
-        tables = [table for table in recipe.get("stage", []) if stage_config(table.get("kind"), "").makes_model]
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, UserError):
-        return None
-    return recipe.get("main") or next((str(table.get("name")) for table in reversed(tables)), None)
-
-
-def _runs() -> str:
+def available_runs() -> str:
+    """What to name, for an error."""
     names = sorted(path.parent.name for path in Path("runs").glob("*/recipe.toml"))
     return f"available runs: {', '.join(f'runs/{name}' for name in names)}" if names else "there are none in runs/ here"
 
@@ -404,12 +311,3 @@ def damages(folder: Path, done: dict[str, Any]) -> dict[str, str]:
         elif sha256(path, fresh=True) != fact["sha256"]:
             found[name] = f"{name} is not what was written (checksum differs)"
     return found
-
-
-def conformance_summary(rows: list[dict[str, Any]]) -> str:
-    """ "24 of 44 items of the papers' recipe as published, 9 scaled, 7 adapted, 4 off"."""
-    counts = Counter(row["state"] for row in rows)
-    first, *others = CONFORMANCE_STATES
-    return ", ".join(
-        [f"{counts[first]} of {len(rows)} items of the papers' recipe {first}", *(f"{counts[s]} {s}" for s in others)]
-    )

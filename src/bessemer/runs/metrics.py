@@ -163,19 +163,3 @@ class Smoothed:
         self._sum = self.decay * self._sum + (1 - self.decay) * value
         self._weight = self.decay * self._weight + 1 - self.decay
         return self._sum / self._weight
-
-
-class NoMetrics(StageMetrics):
-    """Discards everything: for ranks other than 0."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
-        pass
-
-    def history(self) -> list[tuple[int, dict[str, Any]]]:
-        return []
-
-    def rewind(self, step: int) -> None:
-        pass

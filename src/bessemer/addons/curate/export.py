@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.addons.families import data_sets, formats
+from bessemer.addons.families.named_models import check_not_of_a_run
 from bessemer.config.table import nearest
 from bessemer.data import documents
 from bessemer.data.chat import exchange
 from bessemer.errors import UserError
-from bessemer.runs.directory import check_not_of_a_run, stage_folders
+from bessemer.runs.directory import stage_folders
 from bessemer.runs.files import CONVERSATIONS, JUDGED, ROLLOUTS, explained, json_lines, write_atomic
 from bessemer.runs.metrics import read_lines
 

@@ -40,7 +40,7 @@ from bessemer.pipeline.processes import Processes
 from bessemer.pipeline.runner import computing, repeating
 from bessemer.pipeline.stage import Stage, run_stage
 from bessemer.runs.context import Interrupted, StageContext, signals
-from bessemer.runs.metrics import NoMetrics
+from bessemer.runs.metrics import StageMetrics
 from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task
 from bessemer.train.runtime import Frozen, Runtime, Share, Whole
@@ -272,3 +272,19 @@ class ManyRanks(Processes):
                 continue
             helper.forget()
             yield order
+
+
+class NoMetrics(StageMetrics):
+    """Discards everything: for ranks other than 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        pass
+
+    def history(self) -> list[tuple[int, dict[str, Any]]]:
+        return []
+
+    def rewind(self, step: int) -> None:
+        pass

@@ -83,7 +83,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model: pass@1, pass@k and maj@k on held-out problems, published evaluations, and lm-eval's tasks."""
-    from bessemer.runs.directory import model_dir
+    from bessemer.addons.families.named_models import model_dir
 
     ours = {"samples": samples, "problems": problems, "k": k, "temperature": temperature, "top_p": top_p,
             "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip
@@ -173,7 +173,7 @@ def compare(
     """Test whether one model is better than another, problem by problem: the difference in pass@1, or in another
     measure, with its confidence interval."""
     from bessemer.addons.evals import paired
-    from bessemer.runs.directory import model_dir
+    from bessemer.addons.families.named_models import model_dir
 
     options = {"problems": problems, "skip": skip, "samples": samples, "temperature": temperature, "top_p": top_p,
                "max_new_tokens": max_tokens, "seed": seed}  # fmt: skip

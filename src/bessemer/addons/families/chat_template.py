@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from bessemer.child import Child, NoReply, bounded, confine, serve
+from bessemer.addons.tasks.child import Child, NoReply, bounded, confine, serve
 from bessemer.data.chat import Message
 from bessemer.errors import UserError
 

@@ -78,7 +78,7 @@ def convert(
         raise UserError(f"--fp8: {what} has no FP8 in tiles; leave --fp8 out, or use --to hf")
     if to is Format.gguf and mtp:
         raise UserError("--mtp: a GGUF file of this architecture has no place for MTP layers; leave --mtp out")
-    from bessemer.runs.directory import check_not_of_a_run, model_dir, tokenizer_of_checkpoint
+    from bessemer.addons.families.named_models import check_not_of_a_run, model_dir, tokenizer_of_checkpoint
 
     trained = (Path(src) / "manifest.json").is_file()
     distributed = (Path(src) / ".metadata").is_file() and not any(Path(src).glob("*.safetensors"))
@@ -147,7 +147,7 @@ def push(
     """Put a model on the Hugging Face hub, with a model card from the run that made it."""
     from bessemer import plugins
     from bessemer.addons.families import remote
-    from bessemer.runs.directory import model_dir
+    from bessemer.addons.families.named_models import model_dir
 
     if (model_card := plugins.hook("model-card")) is None:
         raise UserError("the model card comes with the add-on watch, which is not here; install it")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from bessemer.child import Child, NoReply, bounded, confine, serve
+from bessemer.addons.tasks.child import Child, NoReply, bounded, confine, serve
 from bessemer.data.tokenizer import KNOWN, regular_expressions
 from bessemer.errors import UserError
 

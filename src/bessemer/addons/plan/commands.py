@@ -81,9 +81,9 @@ def conformance(
     from rich.text import Text
 
     from bessemer.addons.plan.conformance import rows
+    from bessemer.addons.watch.card import CONFORMANCE_STATES, conformance_summary
     from bessemer.config import places
     from bessemer.config.recipe import Recipe
-    from bessemer.runs.directory import CONFORMANCE_STATES, conformance_summary
 
     loaded = Recipe.load(recipe, set_ or [])
     with places.of_recipe(loaded.folder):

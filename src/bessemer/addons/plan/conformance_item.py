@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bessemer.addons.watch.card import CONFORMANCE_STATES
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import Points, show_tokens
 from bessemer.model.config import ModelConfig
-from bessemer.runs.directory import CONFORMANCE_STATES
 from bessemer.train import lineage
 from bessemer.train.setup import model_config
 

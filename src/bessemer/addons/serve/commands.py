@@ -51,9 +51,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue texts."""
+    from bessemer.addons.families.named_models import model_dir
     from bessemer.engine.engine import load_engine
     from bessemer.engine.generation import NEW_TOKENS
-    from bessemer.runs.directory import model_dir
 
     begun = [*(prompts or []), *(read_prompts(file) if file else [])]
     if not begun:
@@ -113,9 +113,9 @@ def chat(
     no_verify: NoVerify = False,
 ) -> None:
     """Talk to a model. /help in the conversation lists its commands."""
+    from bessemer.addons.families.named_models import model_dir
     from bessemer.addons.serve import trained_on
     from bessemer.addons.serve.terminal_chat import chat as talk
-    from bessemer.runs.directory import model_dir
 
     folder = model_dir(model)
     single = trained_on.of_model(folder).multi_turn is False

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from bessemer.addons.families.named_models import model_dir
 from bessemer.addons.serve import ServeConfig, trained_on
 from bessemer.addons.serve.digest import digest
 from bessemer.addons.serve.protocol import ApiError
@@ -34,7 +35,7 @@ from bessemer.hf.mapping import longest_text
 from bessemer.hf.model_directory import own_config
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
-from bessemer.runs.directory import model_dir, stage_folders, writing_models
+from bessemer.runs.directory import stage_folders, writing_models
 
 T = TypeVar("T")
 LONG_TEXT = 20_000

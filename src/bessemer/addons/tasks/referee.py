@@ -24,8 +24,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from bessemer.addons.tasks.child import Child, NoReply, bounded, confine, serve
 from bessemer.addons.tasks.clock import speed
-from bessemer.child import Child, NoReply, bounded, confine, serve
 from bessemer.errors import UserError
 
 TIMEOUT = "timeout"

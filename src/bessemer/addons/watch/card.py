@@ -13,6 +13,7 @@ became correct.
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -27,7 +28,6 @@ from bessemer.addons.watch.charts import short
 from bessemer.addons.watch.facts import RunFacts, StageFacts, read
 from bessemer.addons.watch.page import Html
 from bessemer.config.units import show_seconds, show_tokens
-from bessemer.runs.directory import conformance_summary
 from bessemer.runs.files import explained, write_atomic
 
 Answer = dict[str, Any]
@@ -41,6 +41,9 @@ _PROMPTS = 8  # rollout prompts shown per stage: those asked most often
 _FEWEST, _MOMENTS = 6, 24  # moments shown per prompt, spread over training
 _PER_MOMENT = 2  # answers of one moment shown side by side
 _CHARACTERS = 150_000  # about as many per stage, so that a long run leaves a small page
+
+CONFORMANCE_STATES = ("as published", "scaled", "adapted", "off")
+"""How closely a run follows an item of the papers, closest first; `addons/plan/conformance.py` decides which."""
 
 
 def samples(facts: RunFacts) -> Html:
@@ -399,3 +402,12 @@ SECTIONS = (
     PageSection("conformance", "The papers' recipe in this run", _conformance, "no conformance.json"),
     PageSection("recipe", "Run it again", _recipe, "no recipe.toml"),
 )  # fmt: skip
+
+
+def conformance_summary(rows: list[dict[str, Any]]) -> str:
+    """ "24 of 44 items of the papers' recipe as published, 9 scaled, 7 adapted, 4 off"."""
+    counts = Counter(row["state"] for row in rows)
+    first, *others = CONFORMANCE_STATES
+    return ", ".join(
+        [f"{counts[first]} of {len(rows)} items of the papers' recipe {first}", *(f"{counts[s]} {s}" for s in others)]
+    )

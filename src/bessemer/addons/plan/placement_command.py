@@ -27,8 +27,8 @@ def placement(
 ) -> None:
     """Place the experts on GPUs by their measured loads (EPLB), and print the gain."""
     from bessemer.addons.distributed import expert_placement as placing
+    from bessemer.addons.families.named_models import model_dir
     from bessemer.hf.deepseek import read_config
-    from bessemer.runs.directory import model_dir
 
     if not task and not file:
         raise UserError("no traffic: name a task with --task (such as countdown), or a file of prompts with --file")
