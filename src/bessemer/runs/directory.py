@@ -28,8 +28,6 @@ from bessemer.runs.files import BACK, explained, read_json, write_atomic, write_
 from bessemer.runs.metrics import Metrics
 from bessemer.system import claim, sync_folder
 
-PLAN = "plan.json"
-"""In a run directory: {"seconds": {stage: estimate}}."""
 _RECORDS = {"done.json", "stage.json", "wall.json"}
 _STAGE = re.compile(r"(\d\d+)-([A-Za-z0-9][A-Za-z0-9_-]*)")
 
@@ -93,17 +91,6 @@ class RunDir:
         path, text = self.root / "recipe.toml", FORMAT_LINE.format(__version__, RUN_FORMAT) + text
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
-
-    def record_plan(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Record each stage's estimated seconds, for views that compare them with the measured ones; those of a stage
-        that has begun stay what they were before it began. Returns them."""
-        begun = {name for _, name, _ in stage_folders(self.root)}
-        before = (read_json(self.root / PLAN) or {}).get("seconds", {})
-        kept = {name: value for name, value in before.items() if name in begun and isinstance(value, int | float)}
-        merged = {name: float(kept.get(name, round(value, 3))) for name, value in seconds.items()}
-        if before != merged:
-            write_json(self.root / PLAN, {"seconds": merged})
-        return merged
 
     def folder(self, number: int, name: str) -> Path:
         """The folder of stage `name`, the recipe's `number`-th (from 1). Renames it if its number has changed."""

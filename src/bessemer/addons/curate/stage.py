@@ -16,7 +16,7 @@ from bessemer.config.table import nearest
 from bessemer.data.corpus import BOUNDARY_SPLIT_RATE
 from bessemer.errors import UserError
 from bessemer.runs.files import explained
-from bessemer.runs.progress import RunProgress
+from bessemer.runs.progress import RunProgress, shown
 from bessemer.workers import cores
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _plain_source(table: SourceTable) -> settings.Source:
 
 def build(curation: Curation, out: Path, progress: RunProgress | None = None) -> dict[str, Any]:
     """Builds into `out` and returns the report."""
-    bar = progress or RunProgress(dict(SECONDS_PER_MB))
+    bar = progress or shown(SECONDS_PER_MB)
     try:
         with explained(out):
             return building.Build(plain(curation), out, engine(curation.engine), bar).run()

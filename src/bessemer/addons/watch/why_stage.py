@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from bessemer.addons.watch import why_reward as why
+from bessemer.addons.watch.bars import TimedProgress
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.rl import RLConfig
@@ -21,7 +22,6 @@ from bessemer.rl.reward import Reward
 from bessemer.rl.rollout import Group, TaskProblems
 from bessemer.runs.directory import read_done, stage_folders
 from bessemer.runs.files import write_json
-from bessemer.runs.progress import RunProgress
 from bessemer.tasks import Task, get
 from bessemer.train import setup
 
@@ -47,7 +47,7 @@ def explain(root: Path, name: str | None, problems: int = 64, samples: int = 16)
         cap = round(config.max_new_tokens(config.rollouts * config.updates_per_rollout))
         judges = load_reward_models(config, folders)
         reward, seed = Reward.of_config(config), recipe.seed_of(config)
-        shown = RunProgress(dict.fromkeys((config.source, config.name), 1.0))
+        shown = TimedProgress(dict.fromkeys((config.source, config.name), 1.0))
         shown.say(f"{config.source} and {config.name} each answer {len(chosen)} problems {samples} times")
         before, after = (
             _answers(folders[stage] / "model", config, chosen, samples, cap, seed, shown, stage)
@@ -91,7 +91,7 @@ def _split(task: Task) -> str:
 
 
 def _answers(
-    folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int, shown: RunProgress,
+    folder: Path, config: RLConfig, problems: TaskProblems, samples: int, cap: int, seed: int, shown: TimedProgress,
     stage: str,
 ) -> list[Group]:  # fmt: skip
     bar, began = shown.begin(stage), time.monotonic()
