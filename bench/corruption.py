@@ -30,10 +30,10 @@ sys.path[:0] = [str(ROOT / "tests" / name) for name in ("pipeline", "shared")]
 import stages_run  # noqa: E402
 import torch  # noqa: E402
 
+from bessemer.addons.families.conversion import convert  # noqa: E402
 from bessemer.addons.watch import card  # noqa: E402
 from bessemer.config.recipe import Recipe  # noqa: E402
 from bessemer.errors import UserError  # noqa: E402
-from bessemer.hf.deepseek import convert  # noqa: E402
 from bessemer.hf.families import load_tokenizer  # noqa: E402
 from bessemer.hf.model_directory import load  # noqa: E402
 from bessemer.pipeline import runner  # noqa: E402

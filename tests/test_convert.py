@@ -6,6 +6,7 @@ import warnings
 import pytest
 from made_run import write_run
 
+from bessemer.addons.families import conversion
 from bessemer.hf import deepseek
 
 FP8_WARNING = "ignore:.* does not divide into tiles"
@@ -106,7 +107,9 @@ def test_options_reach_the_export(call, run, tmp_path):
 
 
 def test_a_warning_is_one_line_without_the_place_in_the_program(call, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(deepseek, "check_target", lambda *_, **__: warnings.warn("tiles are\nnot even", stacklevel=1))
+    monkeypatch.setattr(
+        conversion, "check_finished", lambda *_, **__: warnings.warn("tiles are\nnot even", stacklevel=1)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         status, _, err = call("convert", run, tmp_path / "out")

@@ -7,10 +7,12 @@ import torch
 from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
-from bessemer.block_fp8 import dequantise_blocks, quantise_blocks, scale_shape
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
+from bessemer.addons.families import conversion
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
+from bessemer.hf.safetensors_reader import dequantise_blocks, scale_shape
 from bessemer.model import accounting
 from bessemer.model.config import preset
 
@@ -62,7 +64,7 @@ def test_fp8_loads_as_what_it_stands_for(quantised, dtype):
 def test_convert_writes_plain_weights(quantised, tmp_path_factory):
     directory, _ = quantised
     plain = tmp_path_factory.mktemp("plain")
-    deepseek.convert(directory, plain, dtype="float32")
+    conversion.convert(directory, plain, dtype="float32")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     a, b = deepseek.load(directory, dtype=torch.float32).state_dict(), deepseek.load(plain).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)

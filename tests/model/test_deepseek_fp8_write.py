@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from transformers import DeepseekV3ForCausalLM
 
-from bessemer.block_fp8 import quantise_blocks
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
+from bessemer.addons.families import block_fp8_form, conversion
+from bessemer.addons.families.block_fp8_form import BlockFp8
 from bessemer.errors import UserError
-from bessemer.hf import deepseek, safetensors_writer
+from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.model.config import preset
 from bessemer.model.transformer import Scorer
@@ -84,7 +86,7 @@ def model():
 def written(request, model, tmp_path_factory):
     """(kind of scales, directory as `save` writes it), over several files."""
     directory = tmp_path_factory.mktemp("fp8")
-    model.save(directory, fp8=request.param, max_shard_bytes=200_000)
+    model.save(directory, form=BlockFp8(request.param), max_shard_bytes=200_000)
     return request.param, directory
 
 
@@ -159,10 +161,10 @@ def test_torch_reads_the_same_matrices(written):
 @pytest.mark.parametrize("scales", SCALES)
 def test_transformers_computes_the_same_logits(scales, tmp_path):
     """On a CPU, transformers dequantises. 1e-5: float32, as in test_deepseek_parity."""
-    random_model(EVEN).save(tmp_path, fp8=scales)
+    random_model(EVEN).save(tmp_path, form=BlockFp8(scales))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # for example about shapes that transformers would misread
-        random_model(EVEN).save(tmp_path, fp8=scales)
+        random_model(EVEN).save(tmp_path, form=BlockFp8(scales))
     theirs, info = DeepseekV3ForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True, attn_implementation="eager",
         experts_implementation="eager",
@@ -176,7 +178,7 @@ def test_transformers_computes_the_same_logits(scales, tmp_path):
 def test_what_transformers_would_misread_is_said(model, tmp_path):
     """192 rows are 128 + 64 in the release but 96 + 96 to transformers 5.24."""
     with pytest.warns(UserWarning, match=r"self_attn\.q_a_proj\.weight \[24, 160\] does not divide into tiles of 128"):
-        model.save(tmp_path, fp8="float32")
+        model.save(tmp_path, form=BlockFp8("float32"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save(tmp_path, dtype="bfloat16")
@@ -186,7 +188,7 @@ def test_what_transformers_would_misread_is_said(model, tmp_path):
 def test_the_loss_is_that_of_e4m3(scales, tmp_path):
     cfg = preset("tiny", n_activated_experts=16, n_limited_groups=4)
     source = random_model(cfg)
-    source.save(tmp_path, fp8=scales)
+    source.save(tmp_path, form=BlockFp8(scales))
     export = deepseek.load(tmp_path, dtype=torch.float32).eval()
     before, after = source.state_dict(), export.state_dict()
     errors = {slot.key: relative(slot.of(after), slot.of(before)) for slot in slots(cfg) if slot.fp8}
@@ -208,48 +210,48 @@ def test_the_size(model, written, tmp_path):
 def test_save_and_convert_write_the_same(model, written, tmp_path):
     scales, directory = written
     model.save(tmp_path / "plain")
-    deepseek.convert(tmp_path / "plain", tmp_path / "fp8", fp8=scales)
+    conversion.convert(tmp_path / "plain", tmp_path / "fp8", fp8=scales)
     assert same_bytes(tmp_path / "fp8", directory)
 
 
 def test_again_changes_nothing(written, tmp_path):
     """FP8 to FP8 keeps every byte; scales that are powers of two are valid float32 scales."""
     scales, directory = written
-    deepseek.convert(directory, tmp_path / "a", fp8=scales)
-    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    conversion.convert(directory, tmp_path / "a", fp8=scales)
+    conversion.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert same_bytes(tmp_path / "a", directory) and same_bytes(tmp_path / "b", directory)
 
 
 def test_scales_that_rounding_again_would_change_are_kept(model, tmp_path):
     """(448 S) / 448 is not S here, as for one float32 number in six."""
-    model.save(tmp_path / "a", fp8="float32")
+    model.save(tmp_path / "a", form=BlockFp8("float32"))
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     awkward = torch.full_like(tensors[KV_A + "_scale_inv"], 1.7)
     while (awkward * 448 / 448 == awkward).all():
         awkward = torch.nextafter(awkward, torch.tensor(2.0))
     tensors[KV_A + "_scale_inv"] = awkward
     save_file(tensors, tmp_path / "a" / "model.safetensors")
-    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    conversion.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 def test_float32_scales_become_powers_of_two(model, tmp_path):
     """From FP8 with float32 scales: rounded again, so within half a step of the result of the first rounding."""
-    model.save(tmp_path / "a", fp8="float32")
-    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="ue8m0")
-    deepseek.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
-    deepseek.convert(tmp_path / "plain", tmp_path / "c", fp8="ue8m0")
+    model.save(tmp_path / "a", form=BlockFp8("float32"))
+    conversion.convert(tmp_path / "a", tmp_path / "b", fp8="ue8m0")
+    conversion.convert(tmp_path / "a", tmp_path / "plain", dtype="float32")
+    conversion.convert(tmp_path / "plain", tmp_path / "c", fp8="ue8m0")
     assert same_bytes(tmp_path / "b", tmp_path / "c") and not same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 def test_scales_of_one_byte_become_float32_ones(model, tmp_path):
-    model.save(tmp_path / "a", fp8="ue8m0")
-    model.save(tmp_path / "b", fp8="ue8m0")
+    model.save(tmp_path / "a", form=BlockFp8("ue8m0"))
+    model.save(tmp_path / "b", form=BlockFp8("ue8m0"))
     tensors = stored(tmp_path / "b")
     tensors |= {key: t.to(torch.float8_e8m0fnu) for key, t in tensors.items() if key.endswith("_scale_inv")}
     save_file(tensors, tmp_path / "b" / "model.safetensors")
     assert not same_bytes(tmp_path / "a", tmp_path / "b")
-    deepseek.convert(tmp_path / "b", tmp_path / "c", fp8="ue8m0")
+    conversion.convert(tmp_path / "b", tmp_path / "c", fp8="ue8m0")
     assert same_bytes(tmp_path / "a", tmp_path / "c")
 
 
@@ -263,7 +265,7 @@ def test_tiles_of_another_size_are_cut_anew(model, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+    conversion.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
     assert stored(tmp_path / "a")[KV_A + "_scale_inv"].shape == (3, 3)
     assert stored(tmp_path / "b")[KV_A + "_scale_inv"].shape == (2, 2)
     a, b = (deepseek.load(tmp_path / name, dtype="float32").state_dict() for name in "ab")
@@ -276,8 +278,8 @@ def test_by_way_of_bfloat16(written, tmp_path):
     scales, directory = written
     trips = [directory]
     for n in range(2):
-        deepseek.convert(trips[-1], tmp_path / f"plain-{n}")
-        deepseek.convert(tmp_path / f"plain-{n}", tmp_path / f"fp8-{n}", fp8=scales)
+        conversion.convert(trips[-1], tmp_path / f"plain-{n}")
+        conversion.convert(tmp_path / f"plain-{n}", tmp_path / f"fp8-{n}", fp8=scales)
         trips.append(tmp_path / f"fp8-{n}")
     once, twice, thrice = map(stored, trips)
     for key in (slot.key for slot in slots(CFG) if slot.fp8):
@@ -293,7 +295,7 @@ def test_by_way_of_bfloat16(written, tmp_path):
 
 def test_without_mtp_tied_and_in_another_dtype(tmp_path):
     source = random_model(tiny(tie_embeddings=True))
-    source.save(tmp_path / "a", fp8="float32", mtp=False, dtype="float32")
+    source.save(tmp_path / "a", form=BlockFp8("float32"), mtp=False, dtype="float32")
     found = stored(tmp_path / "a")
     assert not any(key.startswith("model.layers.3.") for key in found) and "lm_head.weight" not in found
     assert found["model.embed_tokens.weight"].dtype == torch.float32
@@ -302,7 +304,7 @@ def test_without_mtp_tied_and_in_another_dtype(tmp_path):
 
 
 def test_a_plain_save_over_an_fp8_one_forgets_it(model, tmp_path):
-    model.save(tmp_path, fp8="float32")
+    model.save(tmp_path, form=BlockFp8("float32"))
     model.save(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert all(tensor.dtype == torch.float32 for tensor in stored(tmp_path).values())
@@ -310,7 +312,7 @@ def test_a_plain_save_over_an_fp8_one_forgets_it(model, tmp_path):
 
 def test_reward_models_alike(tmp_path):
     scorer = Scorer.of(random_model(CFG), seed=1).eval()
-    scorer.save(tmp_path, fp8="float32")
+    scorer.save(tmp_path, form=BlockFp8("float32"))
     found = stored(tmp_path)
     assert found["score.weight"].dtype == torch.bfloat16 and found[KV_A].dtype == torch.float8_e4m3fn
     again = deepseek.load(tmp_path, dtype="float32", kind=Scorer)
@@ -322,7 +324,7 @@ def test_a_matrix_of_zeros_and_one_of_tiny_numbers(tmp_path):
     source.layers[2].attn.wkv_a.weight.data.zero_()
     source.layers[2].attn.wo.weight.data.mul_(1e-44)
     source.layers[1].attn.wo.weight.data[:100].mul_(1e-30)
-    source.save(tmp_path, fp8="float32")
+    source.save(tmp_path, form=BlockFp8("float32"))
     again = deepseek.load(tmp_path, dtype="float32")
     assert not again.layers[2].attn.wkv_a.weight.any()
     assert again.layers[2].attn.wo.weight.abs().max() < 1e-38
@@ -336,21 +338,21 @@ def test_what_is_no_number_is_refused(value, key, tmp_path):
     [slot] = [slot for slot in slots(CFG) if slot.key == key]
     slot.of(source.state_dict()).view(-1)[5] = value
     with pytest.raises(UserError, match=rf"tensor {re.escape(key)} holds NaN or infinite values as .*; export a"):
-        source.save(tmp_path / "old", fp8="float32")
+        source.save(tmp_path / "old", form=BlockFp8("float32"))
     source.save(tmp_path / "plain")
     with pytest.raises(UserError, match=rf"tensor {re.escape(key)} holds NaN or infinite values as .*; export a"):
-        deepseek.convert(tmp_path / "plain", tmp_path / "fp8", fp8="ue8m0")
+        conversion.convert(tmp_path / "plain", tmp_path / "fp8", fp8="ue8m0")
     assert all(tensor.isfinite().all() for tensor in stored(tmp_path / "old").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "plain"]
 
 
 def test_a_stored_byte_that_is_no_number_is_refused(model, tmp_path):
-    model.save(tmp_path / "a", fp8="float32")
+    model.save(tmp_path / "a", form=BlockFp8("float32"))
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors[KV_A].view(torch.uint8)[0, 0] = 0x7F
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(UserError, match=f"{re.escape(KV_A)} holds NaN"):
-        deepseek.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
+        conversion.convert(tmp_path / "a", tmp_path / "b", fp8="float32")
 
 
 def rounded_after(weight, block, ue8m0):
@@ -383,10 +385,10 @@ def not_a_power_of_two(weight, block, ue8m0):
 )  # fmt: skip
 def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, model, tmp_path, monkeypatch):
     model.save(tmp_path / "m")
-    monkeypatch.setattr(safetensors_writer, "quantise_blocks", mistake)
+    monkeypatch.setattr(block_fp8_form, "quantise_blocks", mistake)
     for write in (
-        lambda: model.save(tmp_path / "m", fp8=scales),
-        lambda: deepseek.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
+        lambda: model.save(tmp_path / "m", form=BlockFp8(scales)),
+        lambda: conversion.convert(tmp_path / "m", tmp_path / "n", fp8=scales),
     ):
         with pytest.raises(UserError, match="does not represent its source matrix"):
             write()
@@ -396,7 +398,7 @@ def test_an_export_that_is_not_the_model_is_never_put_in_place(mistake, scales, 
 
 def test_unknown_scales(model, tmp_path):
     with pytest.raises(UserError, match="FP8 scales 'float' are not one of float32, ue8m0"):
-        model.save(tmp_path / "m", fp8="float")
+        model.save(tmp_path / "m", form=BlockFp8("float"))
     assert not list(tmp_path.iterdir())
 
 

@@ -16,14 +16,15 @@ import torch
 from model_cases import random_model, tiny
 from safetensors.torch import load_file, save_file
 
-from bessemer.addons.families import dcp
-from bessemer.block_fp8 import quantise_blocks
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
+from bessemer.addons.families import conversion, dcp
 from bessemer.errors import UserError
 from bessemer.hf import deepseek, replace, safetensors_writer
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_reader import cast
 from bessemer.model import transformer
 from bessemer.model.config import preset
+from bessemer.model.transformer import Scorer
 
 SPECIAL = [{"content": "<s>", "id": 3}, {"content": "</s>", "id": 4}]
 
@@ -126,7 +127,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
     save_file(exact, tmp_path / "m" / "model.safetensors")
     loaded = deepseek.load(tmp_path / "m")
     for use in (
-        lambda: deepseek.convert(tmp_path / "m", tmp_path / "n", dtype="float16"),
+        lambda: conversion.convert(tmp_path / "m", tmp_path / "n", dtype="float16"),
         lambda: dcp.export(tmp_path / "m", tmp_path / "n", torch.float16),
         lambda: deepseek.load(tmp_path / "m", "float16"),
         lambda: loaded.save(tmp_path / "n", dtype="float16"),
@@ -134,7 +135,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(model, tmp_path, stored):
         with pytest.raises(UserError, match=rf"tensor {key} has values too large for float16; use float32"):
             use()
         assert not (tmp_path / "n").exists()
-    deepseek.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
+    conversion.convert(tmp_path / "m", tmp_path / "n", dtype="bfloat16")
 
 
 def test_values_too_large_for_float32_get_no_advice_to_use_it():
@@ -148,7 +149,7 @@ def test_tied_head_is_shared_after_loading(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     found = deepseek.load(tmp_path)
     assert found.head.weight is found.embed.weight and same(found, model)
-    deepseek.convert(tmp_path, tmp_path / "again")
+    conversion.convert(tmp_path, tmp_path / "again")
     assert same(deepseek.load(tmp_path / "again"), model)
 
 
@@ -257,7 +258,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, in_one_step):
     assert finished and restored and step > 20
 
 
-@pytest.mark.parametrize("replacing", [replace.replacing, replace.replacing_file])
+@pytest.mark.parametrize("replacing", [replace.replacing, conversion.replacing_file])
 def test_two_processes_never_write_one_target(tmp_path, replacing):
     """The second is refused and disturbs nothing; a killed one is in nobody's way."""
     target, (read, write) = tmp_path / "m", os.pipe()
@@ -291,8 +292,8 @@ def test_damage_between_writing_and_reading_back_is_found(model, tmp_path, monke
         file.write_bytes(damage(file.read_bytes()))
         return sums
 
-    monkeypatch.setattr(deepseek, "write_tensors", damaged)
-    for write in (lambda: model.save(tmp_path / "m"), lambda: deepseek.convert(tmp_path / "m", tmp_path / "n")):
+    monkeypatch.setattr(safetensors_writer, "write_tensors", damaged)
+    for write in (lambda: model.save(tmp_path / "m"), lambda: conversion.convert(tmp_path / "m", tmp_path / "n")):
         with pytest.raises(UserError, match=r"model\.safetensors"):
             write()
     assert same(deepseek.load(tmp_path / "m"), model) and not (tmp_path / "n").exists()
@@ -302,7 +303,7 @@ def test_convert_copies_the_rest(model, tmp_path):
     src, dst = tmp_path / "a", tmp_path / "b"
     model.save(src, tokenizer_dir=tokenizer(tmp_path / "t"), files={"README.md": "card"})
     (src / "generation_config.json").write_text('{"top_p": 0.5}')
-    deepseek.convert(src, dst, mtp=False, dtype="bfloat16", max_shard_bytes=20_000)
+    conversion.convert(src, dst, mtp=False, dtype="bfloat16", max_shard_bytes=20_000)
     assert (dst / "README.md").read_text() == "card" and (dst / "tokenizer.json").exists()
     assert json.loads((dst / "generation_config.json").read_text()) == {"top_p": 0.5}
     config = json.loads((dst / "config.json").read_text())
@@ -320,9 +321,9 @@ def test_convert_never_writes_over_its_source(model, tmp_path):
     (tmp_path / "link").symlink_to(source)
     for target in (source, tmp_path / "link", tmp_path / "x" / ".." / "m", source / "config.json", tmp_path):
         with pytest.raises(UserError, match="never changed in place"):
-            deepseek.convert(source, target, mtp=False)
+            conversion.convert(source, target, mtp=False)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-    deepseek.convert(tmp_path / "link", tmp_path / "n", max_shard_bytes=9_000)
+    conversion.convert(tmp_path / "link", tmp_path / "n", max_shard_bytes=9_000)
     assert same(deepseek.load(tmp_path / "n"), model)
 
 
@@ -336,14 +337,14 @@ def test_a_model_that_is_replaced_leaves_no_tokenizer_behind(model, tmp_path):
     (tmp_path / "t" / "chat_template.jinja").unlink()
     model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
     assert not (tmp_path / "b" / "chat_template.jinja").exists()
-    for replace_by in (deepseek.convert, dcp.export):
+    for replace_by in (conversion.convert, dcp.export):
         model.save(tmp_path / "b", tokenizer_dir=tmp_path / "t")
         for name in ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.json"):
             (tmp_path / "b" / name).write_text("{}")
         (tmp_path / "b" / "additional_chat_templates").mkdir()
         replace_by(tmp_path / "a", tmp_path / "b")
         names = {path.name for path in (tmp_path / "b").iterdir()}
-        weights = {"model.safetensors"} if replace_by is deepseek.convert else {".metadata", "__0_0.distcp"}
+        weights = {"model.safetensors"} if replace_by is conversion.convert else {".metadata", "__0_0.distcp"}
         assert names == {"config.json", "generation_config.json", "notes.md"} | weights
 
 
@@ -353,15 +354,22 @@ def test_convert_refuses_a_copy_that_is_none(model, tmp_path):
     tensors["model.layers.3.embed_tokens.weight"] += 1
     save_file(tensors, tmp_path / "a" / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.layers\.3\.embed_tokens.weight differs"):
-        deepseek.convert(tmp_path / "a", tmp_path / "b")
-    deepseek.convert(tmp_path / "a", tmp_path / "b", mtp=False)
+        conversion.convert(tmp_path / "a", tmp_path / "b")
+    conversion.convert(tmp_path / "a", tmp_path / "b", mtp=False)
     assert deepseek.load(tmp_path / "b").cfg.n_mtp == 0
+
+
+def test_a_reward_model_is_not_converted(tmp_path, model):
+    Scorer.of(model, 0).save(tmp_path / "reward")
+    with pytest.raises(UserError, match="holds a reward model"):
+        conversion.convert(tmp_path / "reward", tmp_path / "other")
 
 
 MEMORY = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
+from bessemer.addons.families import conversion
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
@@ -386,7 +394,7 @@ torch.randn(1000, 1000).to(torch.bfloat16)
 (root / "a").mkdir()
 deepseek.write_config(cfg, root / "a")
 write_tensors(root / "a", plan, (torch.randn(slot.shape) for slot in layout), 4e6)
-converted, _ = peak(lambda: deepseek.convert(root / "a", root / "b", dtype="float32", max_shard_bytes=8e6))
+converted, _ = peak(lambda: conversion.convert(root / "a", root / "b", dtype="float32", max_shard_bytes=8e6))
 loaded, model = peak(lambda: deepseek.load(root / "b"))
 size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
 print(converted, size, loaded, len(list((root / "b").glob("*.safetensors"))))

@@ -19,12 +19,13 @@ from hf_cases import made
 from model_cases import YARN, random_model, tiny
 from safetensors.torch import load_file, save_file
 
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
 from bessemer.addons.families import gguf_file, hf_tokenizer
 from bessemer.addons.families.causal_lm import CausalLM
-from bessemer.block_fp8 import dequantise_blocks, quantise_blocks
 from bessemer.data import chat, tokenizer
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
+from bessemer.hf.safetensors_reader import dequantise_blocks
 from bessemer.model.transformer import Scorer
 
 TEXTS = ["the quick brown fox", "<think>two and two</think> <answer>4</answer>", "盛钢水 1234"] * 4

@@ -97,5 +97,3 @@ def test_neither_kind_is_taken_for_the_other(tmp_path):
         deepseek.load(tmp_path / "reward")
     with pytest.raises(UserError, match="holds a language model, but a reward model is needed"):
         deepseek.load(tmp_path / "language", kind=Scorer)
-    with pytest.raises(UserError, match="holds a reward model"):
-        deepseek.convert(tmp_path / "reward", tmp_path / "other")

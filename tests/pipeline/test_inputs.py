@@ -12,7 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 import bessemer
+<<<<<<< HEAD
 from bessemer.addons.families import data_sets
+=======
+from bessemer.addons.families import conversion
+>>>>>>> d76e66f0 (Block FP8 on disk, conversions and their targets are the add-on families')
 from bessemer.addons.families.dcp import export
 from bessemer.cli import app
 from bessemer.config import places
@@ -20,7 +24,6 @@ from bessemer.config.recipe import Recipe
 from bessemer.data import fingerprints
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.errors import UserError
-from bessemer.hf import deepseek
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 from bessemer.pipeline import runner
@@ -235,7 +238,10 @@ def test_a_flipped_bit_in_a_finished_model_is_told_when_it_is_loaded(own, monkey
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    for use in (bessemer.load, *(lambda src, to=to: to(src, own.folder / "copy") for to in (deepseek.convert, export))):
+    for use in (
+        bessemer.load,
+        *(lambda src, to=to: to(src, own.folder / "copy") for to in (conversion.convert, export)),
+    ):
         with pytest.raises(
             UserError, match=rf"{weights} is not what its stage wrote.*run the recipe again.*--no-verify"
         ):

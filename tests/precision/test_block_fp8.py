@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.block_fp8 import dequantise_blocks, quantise_blocks, scale_shape
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
 from bessemer.errors import UserError
+from bessemer.hf.safetensors_reader import dequantise_blocks, scale_shape
 
 torch.set_num_threads(1)
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.addons.accelerate.precision import backends
+from bessemer.addons.accelerate.precision.block_fp8 import quantise_blocks
 from bessemer.addons.accelerate.precision.emulation import reference_gemm
 from bessemer.addons.accelerate.precision.formats import round_mantissa
 from bessemer.addons.accelerate.precision.fp8_linear import FP8_RECIPES, FP8Recipe
 from bessemer.addons.accelerate.precision.operand import TILE, Operand, as_float32, quantise, transpose
-from bessemer.block_fp8 import quantise_blocks
 
 torch.set_num_threads(1)
 

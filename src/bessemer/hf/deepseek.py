@@ -1,15 +1,13 @@
 """The network on disk: Hugging Face model directories, read and written without loss.
 
     load(dir)          a Transformer, from BF16, F32 or block-FP8 weights; with kind=Scorer a reward model
-    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files; with fp8= block-FP8 weights
-    convert(src, dst)  one directory into another, a tensor at a time: FP8 to plain and back, another dtype, without MTP
+    save(model, dir)   config.json, generation_config.json, safetensors, tokenizer files
     read_config, write_config
 
 Invariants
 - Strict in both directions: a missing, unknown, misshapen, doubled or unreadable tensor is a UserError that names
   tensor and file. Only two absences are allowed: copies of shared tensors, and all MTP layers at once.
 - Every export is read back and compared before it replaces an older one.
-- A checkpoint never has to fit in memory to be converted.
 
 Names: `mapping`. Files and quantised weights: `safetensors_reader`, `safetensors_writer`. Putting in place: `replace`.
 """
@@ -26,21 +24,12 @@ import torch
 from torch import Tensor
 
 from bessemer.data.fingerprints import check_finished
-from bessemer.data.model_files import PICKLES, read_object
+from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
 from bessemer.hf.mapping import FIELDS, Slot, from_hf, is_mtp_key, is_reward_model, reward_model_json, slots, to_hf
-from bessemer.hf.replace import check_target, holds_weights, replacing
-from bessemer.hf.safetensors_reader import Checkpoint, cast
-from bessemer.hf.safetensors_writer import (
-    Export,
-    Scales,
-    fp8_block_size,
-    quantization_config,
-    stored_fp8,
-    verify,
-    write_json,
-    write_tensors,
-)
+from bessemer.hf.replace import replacing
+from bessemer.hf.safetensors_reader import Checkpoint, cast, fp8_block_size
+from bessemer.hf.safetensors_writer import Form, Read, write_json, write_slots
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Scorer, Transformer
 
@@ -53,11 +42,11 @@ SIZES = (
 DENSE_SIZES, SPARSE_SIZES = ("inter_dim",), ("moe_inter_dim", "n_shared_experts")
 """Fields that are, or divide, a dimension of some tensor: SIZES in any network, the others in one with such layers."""
 EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DEFAULT_IDS = {"bos_token_id": 0, "eos_token_id": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 OTHERS = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.json")
 REPLACED = ("generation_config.json", *TOKENIZER_FILES, *OTHERS, "additional_chat_templates")
 """What a new model with a tokenizer never takes over from the directory that it replaces."""
+AS_IS = Form()
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -67,11 +56,11 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def write_config(cfg: ModelConfig, directory: str | Path, *, dtype: torch.dtype = torch.float32, bos: int = 0,
-                 eos: int | list[int] = 1, pad: int | None = None, fp8: Scales | None = None) -> None:  # fmt: skip
+                 eos: int | list[int] = 1, pad: int | None = None, form: Form = AS_IS) -> None:  # fmt: skip
     """Writes config.json and generation_config.json (the sampling settings that R1 recommends). With `pad` it is the
-    config of a reward model, which never samples; with `fp8`, that of quantised weights."""
+    config of a reward model, which never samples."""
     directory = Path(directory)
-    values = to_hf(cfg, dtype, bos, eos) | ({"quantization_config": quantization_config(fp8)} if fp8 else {})
+    values = to_hf(cfg, dtype, bos, eos) | dict(form.facts)
     if pad is not None:
         write_json(directory / "config.json", reward_model_json(values, pad))
         return
@@ -103,93 +92,47 @@ def load(
 
 def save(
     model: Transformer, directory: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
-    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    form: Form = AS_IS, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
     files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Writes a model directory atomically and verifies it by reading it back.
 
-    dtype: of every tensor except the routing biases, which stay float32 (None: each as in the model). fp8: quantises
-    the matrices of `Slot.fp8` with scales of that kind; dtype then applies to the other tensors (None: bfloat16).
-    mtp=False drops the MTP layers, for programs that do not support them. tokenizer_dir: where to copy the tokenizer
-    from. files: further text files by name. Other files of a replaced directory are kept, except an older tokenizer.
+    dtype: of every tensor except the routing biases, which stay float32 (None: each as in the model). form: how tensors
+    are stored; dtype applies to those that it leaves as they are. mtp=False drops the MTP layers, for programs that do
+    not support them. tokenizer_dir: where to copy the tokenizer from. files: further text files by name. Other files of
+    a replaced directory are kept, except an older tokenizer.
     """
-    cfg = model.cfg if mtp else _without_mtp(model.cfg)
+    cfg = model.cfg if mtp else without_mtp(model.cfg)
     state = model.state_dict()
     write(
         cfg, lambda slot, dtype: cast(slot.of(state), dtype, slot.key), lambda slot: slot.of(state).dtype, directory,
-        kind=type(model), dtype=dtype, fp8=fp8, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir,
+        kind=type(model), dtype=dtype, form=form, max_shard_bytes=max_shard_bytes, tokenizer_dir=tokenizer_dir,
         files=files,
     )  # fmt: skip
 
 
 def write(
-    cfg: ModelConfig, read: Callable[[Slot, torch.dtype], Tensor], dtype_of: Callable[[Slot], torch.dtype],
+    cfg: ModelConfig, read: Read, dtype_of: Callable[[Slot], torch.dtype],
     directory: str | Path, *, kind: type[Transformer] = Transformer, dtype: str | torch.dtype | None = None,
-    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
+    form: Form = AS_IS, max_shard_bytes: float = SHARD_BYTES, tokenizer_dir: str | Path | None = None,
     files: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """`save` for tensors stored anywhere, with one in memory at a time: `read(slot, dtype)` returns a tensor,
     `dtype_of(slot)` its stored dtype."""
-    forced = _forced(dtype, fp8)
+    forced = parse_dtype(dtype) or form.dtype
     layout = [slot for slot in slots(cfg, kind) if slot.key != TIED_HEAD or not cfg.tie_embeddings]
     dtypes = [target_dtype(slot, dtype_of(slot), forced) for slot in layout]
     embedding = next(slot for slot in layout if slot.key == EMBEDDING)
-    export = Export(layout, dtypes, read, fp8)
     with replacing(Path(directory), () if tokenizer_dir is None else REPLACED) as fresh:
         bos, eos, pad = 0, 1, 2 if issubclass(kind, Scorer) else None
         if tokenizer_dir is not None:
             copy_files(Path(tokenizer_dir), fresh, TOKENIZER_FILES)
             bos, eos = token_id_of(fresh, "bos_token"), token_id_of(fresh, "eos_token")
             pad = None if pad is None else token_id_of(fresh, "pad_token")
-        write_config(cfg, fresh, dtype=forced or dtype_of(embedding), bos=bos, eos=eos, pad=pad, fp8=fp8)
+        write_config(cfg, fresh, dtype=forced or dtype_of(embedding), bos=bos, eos=eos, pad=pad, form=form)
         for name, text in (files or {}).items():
             (fresh / name).write_text(text, "utf-8")
-        _write(fresh, export, max_shard_bytes)
-
-
-def convert(
-    src: str | Path, dst: str | Path, *, mtp: bool = True, dtype: str | torch.dtype | None = None,
-    fp8: Scales | None = None, max_shard_bytes: float = SHARD_BYTES,
-) -> None:  # fmt: skip
-    """Rewrites a model directory with one tensor in memory at a time, and verifies it by reading it back.
-
-    FP8 becomes BF16 or `dtype`; dtype None otherwise keeps each tensor as stored. fp8: as in `save`; a matrix already
-    in FP8 with such scales keeps its bytes. All files except config and weights are copied. A model at `dst` is
-    replaced, but never the source.
-    """
-    src = Path(src)
-    check_target(src, Path(dst), force=True)
-    check_finished(src)
-    checkpoint, cfg, layout = open_directory(src, mtp, Transformer)
-    forced = _forced(dtype, fp8)
-    main = {slot.name: slot.key for slot in layout if not slot.copy and not slot.index}
-    layout = [slot for slot in layout if slot.key != TIED_HEAD or not cfg.tie_embeddings]
-    keys = {slot.key: main[slot.name] if slot.copy else slot.key for slot in layout}
-    for slot in slots(cfg):
-        if slot.copy and slot.key in checkpoint.entries:
-            compare_copy(checkpoint, slot, checkpoint.read(main[slot.name]))
-    dtypes = [target_dtype(slot, checkpoint.stored_dtype(keys[slot.key]), forced) for slot in layout]
-    export = Export(
-        layout, dtypes, lambda slot, dtype: checkpoint.read(keys[slot.key], dtype), fp8,
-        stored=lambda slot: stored_fp8(checkpoint, slot.key, fp8),
-    )  # fmt: skip
-    with replacing(Path(dst), REPLACED) as fresh:
-        copy_config(src, cfg, fresh, forced or checkpoint.stored_dtype(EMBEDDING), fp8)
-        _write(fresh, export, max_shard_bytes)
-
-
-def copy_config(src: Path, cfg: ModelConfig, target: Path, dtype: torch.dtype, fp8: Scales | None = None) -> None:
-    """Writes `cfg` with the ids of `src`, and copies everything there except weights."""
-    values = read_object(src / "config.json")
-    bos, eos = (default if values.get(k) is None else values[k] for k, default in DEFAULT_IDS.items())
-    write_config(cfg, target, dtype=dtype, bos=bos, eos=eos, fp8=fp8)
-    copy_files(src, target, companions(src))
-
-
-def _write(directory: Path, export: Export, max_shard_bytes: float) -> None:
-    plan = export.plan()
-    verify(directory, plan, write_tensors(directory, plan, export.tensors(), max_shard_bytes))
-    export.compare(directory)
+        write_slots(fresh, layout, dtypes, read, form, max_shard_bytes)
 
 
 def open_directory(
@@ -206,7 +149,7 @@ def open_directory(
     if mtp and cfg.n_mtp and not mtp_keys:
         warnings.warn(f"{directory} declares {cfg.n_mtp} MTP layers but has none; reading without MTP", stacklevel=3)
     if not mtp or not mtp_keys:
-        cfg = _without_mtp(cfg)
+        cfg = without_mtp(cfg)
     _check_sizes(cfg, checkpoint)
     layout = slots(cfg, kind)
     checkpoint.check(layout, others=() if mtp else mtp_keys)
@@ -266,7 +209,7 @@ def compare_copy(checkpoint: Checkpoint, slot: Slot, main: Tensor) -> None:
         )
 
 
-def _without_mtp(cfg: ModelConfig) -> ModelConfig:
+def without_mtp(cfg: ModelConfig) -> ModelConfig:
     return cfg.model_copy(update={"n_mtp": 0})
 
 
@@ -275,22 +218,12 @@ def target_dtype(slot: Slot, stored: torch.dtype, forced: torch.dtype | None) ->
     return torch.float32 if slot.name.endswith("bias_E") else forced or stored
 
 
-def _forced(dtype: str | torch.dtype | None, fp8: Scales | None) -> torch.dtype | None:
-    return parse_dtype(dtype) or (torch.bfloat16 if fp8 else None)
-
-
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def companions(directory: Path) -> list[str]:
-    """Names of all files other than config and weights: tokenizer, template and anything else."""
-    files = (path for path in directory.iterdir() if path.is_file() and not holds_weights(path))
-    return [path.name for path in files if path.name != "config.json" and path.suffix not in PICKLES]
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

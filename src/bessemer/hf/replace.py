@@ -1,9 +1,8 @@
-"""Puts a model directory or file in place atomically, without overwriting anything else.
+"""Puts a model directory in place atomically, without overwriting anything else.
 
 - The target is the old or the new one, complete and flushed to disk; never a mixture. The new one is built next to it
   and renamed. Files of an old directory that are not replaced (a model card, a tokenizer) are carried over; its weights
   are not.
-- A conversion never writes over its own source, and over another model only when asked.
 - Errors of the system (disk full, no permission) become UserErrors, and nothing half-written remains.
 """
 
@@ -26,22 +25,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
 
 
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Raises UserError unless a conversion of `source` may write `target`: existing content is replaced only with
-    `force`, and the source never."""
-    try:
-        ours, theirs = source.resolve(), target.resolve()
-        same = target.exists() and target.samefile(source)
-        taken = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
-    except (OSError, RuntimeError) as error:  # no permission to look; circular symbolic links
-        raise UserError(f"{target} cannot be written ({error}); choose another place") from None
-    if same or ours == theirs or theirs in ours.parents or (ours in theirs.parents and taken):
-        where = "is" if same or ours == theirs else "lies in" if ours in theirs.parents else "holds"
-        raise UserError(f"{target} {where} the model to convert, which is never changed in place; name a new target")
-    if taken and not force:
-        raise UserError(f"{target} exists already; name a new target, or replace it with --force")
-
-
 @contextmanager
 def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     """Yields a new folder next to `target` that takes its place when the block succeeds. `drop` names files of the old
@@ -51,7 +34,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
     known = any((target / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     if target.is_dir() and any(target.iterdir()) and not known:
         raise UserError(f"{target} has files but is not a model directory; name an empty or a new directory")
-    with _alone(target.resolve()) as (fresh, old, target):
+    with alone(target.resolve()) as (fresh, old, target):
         # A killed process may have left a partial new directory, which is removed, or the old one, which is restored.
         shutil.rmtree(fresh, ignore_errors=True)
         if old.exists() and not target.exists():
@@ -72,33 +55,7 @@ def replacing(target: Path, drop: Collection[str] = ()) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_file(target: Path) -> Iterator[Path]:
-    """`replacing` for a single file."""
-    if target.is_dir():
-        raise UserError(f"{target} is a directory; name the file to write, such as {target / 'model.gguf'}")
-    with _alone(target.resolve()) as (fresh, _, target):
-        try:
-            yield fresh
-            os.replace(fresh, target)
-            sync_folder(target.parent)
-        finally:
-            fresh.unlink(missing_ok=True)
-
-
-@contextmanager
-def scratch(target: Path) -> Iterator[Path]:
-    """An empty folder next to a target; what a killed process left there is deleted."""
-    with _alone(target.resolve().with_name(f"{target.name}.scratch")) as (fresh, _, _):
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            fresh.mkdir()
-            yield fresh
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[tuple[Path, Path, Path]]:
+def alone(target: Path) -> Iterator[tuple[Path, Path, Path]]:
     """Holds the lock of a target; yields two names next to it, for the new and the old one, and the target. What the
     system refuses becomes a UserError."""
     fresh, old, path = (target.with_name(f".{target.name}.bessemer-{kind}") for kind in ("new", "old", "lock"))

@@ -8,6 +8,15 @@ Invariants
 - Index and headers agree in both directions, offsets fill each file exactly, no key occurs twice. Pickle is refused.
 - Peak memory of `read` is one tensor, in its stored and in its final dtype.
 
+Block-scaled E4M3, as released (V3 3.3.2; README_WEIGHTS.md), is read with one scaling factor per 128 x 128 tile,
+
+    W[128p : 128p+128, 128q : 128q+128] = F8 tile * S[p, q]
+
+- `scale_inv` is the factor to MULTIPLY by, despite its name.
+- A matrix of R rows has ceil(R / 128) rows of tiles; the last one is cut off at the edge, never padded on disk.
+- scale_fmt "ue8m0" (V3.1) only promises that every factor is a power of two. Whether stored as F32 or as E8M0 bytes, it
+  is read as the float it stands for.
+
 Format: 8 bytes little-endian length of a JSON header {key: {dtype, shape, data_offsets}}, then the data.
 """
 
@@ -16,13 +25,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bessemer.block_fp8 import dequantise_blocks, scale_shape
 from bessemer.data.model_files import (
     AGAIN,
     CONSOLIDATED,
@@ -36,6 +45,8 @@ from bessemer.errors import UserError
 from bessemer.hf.mapping import DERIVED, SCALE_SUFFIX, Slot
 
 SINGLE = "model.safetensors"
+BLOCK = 128
+"""Width of a tile in the release."""
 WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
@@ -58,7 +69,7 @@ class Entry:
 class Checkpoint:
     """The tensors of a model directory. Opening it reads only headers."""
 
-    def __init__(self, directory: Path, block: int = 128):
+    def __init__(self, directory: Path, block: int = BLOCK):
         self.directory = directory
         self.block = block
         self.entries: dict[str, Entry] = {}
@@ -152,6 +163,53 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str, where: str = "") -> Tenso
         advice = "" if dtype is torch.float32 else "; use float32"
         raise UserError(f"{where}tensor {key} has values too large for {str(dtype)[6:]}{advice}")
     return made
+
+
+# --- block FP8 -------------------------------------------------------------------------------------------------------
+
+
+def fp8_block_size(values: dict[str, Any], where: str) -> int:
+    """Tile width of the FP8 weights that a config.json declares; raises UserError for any other quantisation."""
+    config = values.get("quantization_config") or {}
+    config = config if isinstance(config, dict) else {"quant_method": repr(config)}
+    method, fmt = config.get("quant_method", "fp8"), config.get("fmt", "e4m3")
+    match method, fmt, (block := config.get("weight_block_size") or [BLOCK, BLOCK]):
+        case "fp8", "e4m3", [int(rows), int(columns)] if rows == columns > 0:
+            return rows
+    raise UserError(
+        f"{where}: quantisation {method} {fmt} in blocks {block} is not supported; only fp8 e4m3 in square blocks is. "
+        "Use the original weights"
+    )
+
+
+def scale_shape(shape: tuple[int, ...] | torch.Size, block: int = BLOCK) -> tuple[int, int]:
+    """Shape of `scale_inv` for a weight of this shape."""
+    rows, columns = shape
+    return -(-rows // block), -(-columns // block)
+
+
+def dequantise_blocks(
+    weight: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The weight in `dtype`; the product is formed in float32 and rounded once.
+
+    Works on one row of tiles at a time, so only 128 rows exist in float32. Raises UserError if the shapes do not match.
+    """
+    if weight.dim() != 2 or tuple(scale_inv.shape) != scale_shape(weight.shape, block):
+        wanted = list(scale_shape(weight.shape, block)) if weight.dim() == 2 else "none (not a matrix)"
+        raise UserError(
+            f"scales {list(scale_inv.shape)} do not fit an FP8 weight {list(weight.shape)} in tiles of {block}: "
+            f"expected {wanted}; the checkpoint is damaged or was quantised with another block size"
+        )
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    columns = weight.shape[1]
+    for p, factors in enumerate(scale_inv.float()):
+        rows = slice(p * block, (p + 1) * block)
+        out[rows] = weight[rows].float() * factors.repeat_interleave(block)[:columns]
+    return out
+
+
+# --- headers and files -----------------------------------------------------------------------------------------------
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -91,7 +91,7 @@ def convert(
         raise UserError(f"{src} is an adapter; merge it into a model directory first (leave --to, --fp8 and --mtp out)")
     source = Path(src) if trained or distributed or adapter else model_dir(src)
     check_not_of_a_run(dst)
-    from bessemer.hf.replace import check_target
+    from bessemer.addons.families.conversion import check_target
 
     check_target(source, dst, force)
     target = dtype.value if dtype else None
@@ -111,14 +111,13 @@ def convert(
         dcp.export(source, dst, deepseek.parse_dtype(target), mtp is not False)
         print(dst)
         return
-    how: dict[str, Any] = {
-        "mtp": mtp is not False,
-        "dtype": target,
-        "fp8": (scales or Scales.float32).value if fp8 else None,
-    }
+    how: dict[str, Any] = {"mtp": mtp is not False, "dtype": target}
+    fp8_scales: Any = (scales or Scales.float32).value if fp8 else None
     if trained:
         from bessemer.addons.distributed.sharded_checkpoint import of_checkpoint
+        from bessemer.addons.families.block_fp8_form import BlockFp8
 
+        how |= {"form": BlockFp8(fp8_scales)} if fp8_scales else {}
         of_checkpoint(source, dst, tokenizer_dir=tokenizer_of_checkpoint(source), **how)
     elif adapter:
         from bessemer.addons.families.lora import merge
@@ -127,11 +126,11 @@ def convert(
     elif distributed:
         from bessemer.addons.families import dcp
 
-        dcp.convert(source, dst, like, **how)
+        dcp.convert(source, dst, like, fp8=fp8_scales, **how)
     else:
-        from bessemer.hf.deepseek import convert as rewrite
+        from bessemer.addons.families.conversion import convert as rewrite
 
-        rewrite(source, dst, **how)
+        rewrite(source, dst, fp8=fp8_scales, **how)
     print(dst)
 
 

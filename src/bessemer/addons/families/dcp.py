@@ -25,12 +25,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from bessemer.addons.families import conversion
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import read_bytes
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import slots
-from bessemer.hf.replace import replacing, scratch
+from bessemer.hf.replace import replacing
 from bessemer.hf.safetensors_writer import TensorSpec, write_tensors
 from bessemer.model.transformer import Transformer
 
@@ -105,7 +106,7 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None, mtp: bo
     stored = [(slot, checkpoint.stored_dtype(slot.key)) for slot in layout if slot.key in checkpoint.entries]
     tensors = {slot.key: checkpoint.read(slot.key, deepseek.target_dtype(slot, kind, dtype)) for slot, kind in stored}
     with replacing(target, deepseek.REPLACED) as fresh:
-        deepseek.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(deepseek.EMBEDDING))
+        conversion.copy_config(source, cfg, fresh, dtype or checkpoint.stored_dtype(deepseek.EMBEDDING))
         with _alone():
             dcp.save(tensors, storage_writer=FileSystemWriter(fresh, thread_count=1), no_dist=True)
 
@@ -134,7 +135,7 @@ def tensors(folder: Path, metadata: Metadata) -> Iterator[tuple[str, Tensor]]:
 
 def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) -> None:
     """Writes a DCP checkpoint as a model directory, with config and tokenizer from `like`, by default from `folder`
-    itself. `how`: as in `deepseek.convert`. Only the model's tensors are written, not for example the optimizer's."""
+    itself. `how`: as in `conversion.convert`. Only the model's tensors are written, not for example the optimizer's."""
     metadata, beside = read_metadata(folder), like or folder
     if not (beside / "config.json").is_file():
         raise UserError(f"{beside} has no config.json; name a model directory of the same shape with --like")
@@ -151,7 +152,7 @@ def convert(folder: Path, target: Path, like: Path | None = None, **how: Any) ->
     tensors_only = {name: one for name, one in records.items() if isinstance(one, TensorStorageMetadata)}
     metadata.state_dict_metadata = dict(tensors_only)
     plan = [TensorSpec(wanted[name], one.properties.dtype, tuple(one.size)) for name, one in tensors_only.items()]
-    with scratch(target) as plain:
+    with conversion.scratch(target) as plain:
         write_tensors(plain, plan, (tensor for _, tensor in tensors(folder, metadata)), deepseek.SHARD_BYTES)
-        deepseek.copy_files(beside, plain, ["config.json", *deepseek.companions(beside)])
-        deepseek.convert(plain, target, **how)
+        deepseek.copy_files(beside, plain, ["config.json", *conversion.companions(beside)])
+        conversion.convert(plain, target, **how)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from bessemer.addons.families.causal_lm import CausalLM, checked, transformers_library
+from bessemer.addons.families.conversion import check_target, replacing_file
 from bessemer.addons.families.hf_tokenizer import check_pretokenizer
 from bessemer.addons.families.modelfile import damage_named
 from bessemer.data.fingerprints import check_finished
@@ -40,7 +41,6 @@ from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.mapping import FAMILIES, Slot
-from bessemer.hf.replace import check_target, replacing_file
 from bessemer.hf.safetensors_reader import Checkpoint, cast
 from bessemer.model.config import ModelConfig
 from bessemer.model.transformer import Transformer

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bessemer.addons.families.conversion import replacing_file
 from bessemer.data import chat
 from bessemer.data.model_files import AGAIN, read_object, read_text
 from bessemer.errors import UserError
-from bessemer.hf.replace import replacing_file
 
 SUFFIX = ".Modelfile"
 MOST_CONTEXT = 32_768

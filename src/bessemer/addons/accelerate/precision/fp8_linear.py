@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from bessemer.addons.accelerate.precision import backends, emulation, weights
+from bessemer.addons.accelerate.precision.block_fp8 import factor
 from bessemer.addons.accelerate.precision.formats import round_mantissa
 from bessemer.addons.accelerate.precision.operand import TILE, Counts, DeviceCounts, Group, Operand, quantise_by
-from bessemer.block_fp8 import factor
 
 
 @dataclass(frozen=True)

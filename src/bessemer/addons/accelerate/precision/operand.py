@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bessemer.block_fp8 import E4M3_MAX, factor
+from bessemer.addons.accelerate.precision.block_fp8 import E4M3_MAX, factor
 
 TILE = 128
 Group = Literal["tile", "block", "tensor"]

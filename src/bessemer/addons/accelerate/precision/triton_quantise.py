@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bessemer.addons.accelerate.precision.block_fp8 import E4M3_MAX, SMALLEST
 from bessemer.addons.accelerate.precision.operand import TILE, Counts, DeviceCounts, Operand
-from bessemer.block_fp8 import E4M3_MAX, SMALLEST
 
 WIDTH = tl.constexpr(TILE)
 LARGEST = tl.constexpr(E4M3_MAX)
