@@ -92,7 +92,7 @@ class Site:
 
     def add_recipes(self) -> None:
         """The list of recipes, each with its opening comment, and the table of keys."""
-        from bessemer.config.help import describe_keys
+        from bessemer.addons.plan.recipe_help import describe_keys
         from bessemer.model.config import PRESETS, ModelConfig
 
         listed = "# Recipes\n\n`bessemer run NAME` runs one; [every key](../docs/keys.md).\n\n"
