@@ -3,7 +3,6 @@
 import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +59,15 @@ def run(
     running = {"out": out, "until": until, "reuse": reuse}
     if dry_run:
         _refuse("--dry-run", running)
-        _dry_run(recipe, set_ or [], world, processes, device, as_json)
-        return
-    check_used("--dry-run", False, {"world": world, "device": device})
+    else:
+        check_used("--dry-run", False, {"world": world, "device": device})
     from bessemer import plugins
+
+    if dry_run:
+        if (examine := plugins.hook("dry-run")) is None:
+            raise UserError("--dry-run comes with the add-on plan, which is not here; install bessemer whole")
+        examine(recipe, set_ or [], world, processes, device, as_json)
+        return
     from bessemer.config.builtin import run_of
     from bessemer.config.recipe import Recipe
     from bessemer.config.units import show_seconds
@@ -116,36 +120,6 @@ def run(
     if (held := sum(sizes.values())) > 1e9 and until is None:  # every stage is finished: nothing will resume from them
         print(f"{held / 1e9:.1f} GB are checkpoints and the like, which only bessemer replay still uses; to free them:")
         print(f"rm -r {shlex.quote(str(root))}/*/state")
-
-
-def _dry_run(
-    recipe: Path, overrides: list[str], world: int | None, processes: int | None, device: str | None, as_json: bool
-) -> None:
-    from bessemer import plugins
-    from bessemer.config import places
-    from bessemer.config.recipe import Recipe
-    from bessemer.data.fetch import cache_dir
-    from bessemer.pipeline import preflight
-
-    loaded = Recipe.load(recipe, overrides)
-    with places.of_recipe(loaded.folder):
-        stages = preflight.examine(loaded, cache_dir(None), loaded.names())
-        decide, predict = plugins.hook("decide-ranks"), plugins.hook("predict")
-        here = 1 if decide is None else decide(loaded, processes)[0]
-        facts, layout = {}, ""
-        if predict is not None:
-            say = partial(print, file=sys.stderr)
-            facts, layout = predict(loaded, stages, world, processes, device, here, say)
-        elif device is not None:
-            raise UserError(f"--device {device}: the planner, which knows devices, is not installed; leave it out")
-    faults = preflight.list_faults(stages)
-    if as_json:
-        print_json(facts | {"stages": [stage.facts() for stage in stages]})
-    else:
-        texts = [faults, preflight.describe(stages), layout, faults]
-        print(*filter(None, texts if faults else [*texts, "no fault found"]), sep="\n\n")
-    if faults:
-        sys.exit(2)
 
 
 def print_table(table: "RenderableType") -> None:

@@ -4,22 +4,27 @@ them; a run is refused for what shapes alone make impossible.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bessemer import plugins
 from bessemer.addons.plan import dry_run, plan_config, stage_memory
 from bessemer.addons.plan.cost import plan_run
 from bessemer.addons.plan.hardware import ClusterSpec, Device
 from bessemer.addons.plan.hardware import device as device_called
 from bessemer.addons.plan.pace import Pace
 from bessemer.addons.plan.stage_costs import stage_costs
+from bessemer.cli.common import print_json
 from bessemer.config import places
 from bessemer.config.recipe import Recipe
 from bessemer.config.units import show_seconds
 from bessemer.data.fetch import cache_dir
 from bessemer.errors import UserError
+from bessemer.pipeline import preflight
 from bessemer.pipeline.preflight import Examined
 from bessemer.pipeline.stage import find_kind
 from bessemer.runs.directory import stage_folders
@@ -56,15 +61,33 @@ def add(
             )
 
 
-def predict(
-    recipe: Recipe, stages: list[Examined], world: int | None, processes: int | None, device_name: str | None,
-    here: int, say: Callable[[str], None],
-) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """`add`, and the layout of the recipe's pre-training, if it has any, as JSON and as text."""
-    add(recipe, stages, world, None if device_name is None else device_called(device_name), here, say)
+def examine(
+    path: Path, overrides: list[str], world: int | None, processes: int | None, device_name: str | None, as_json: bool
+) -> None:
+    """The hook `dry-run`: prints what is known of a recipe without running it, and ends with status 2 for a fault."""
+    recipe = Recipe.load(path, overrides)
+    with places.of_recipe(recipe.folder):
+        stages = preflight.examine(recipe, cache_dir(None), recipe.names())
+        decide = plugins.hook("decide-ranks")
+        here = 1 if decide is None else decide(recipe, processes)[0]
+        device = None if device_name is None else device_called(device_name)
+        add(recipe, stages, world, device, here, partial(print, file=sys.stderr))
+        facts, text = _layout(recipe, world or processes, device_name)
+    faults = preflight.list_faults(stages)
+    if as_json:
+        print_json(facts | {"stages": [stage.facts() for stage in stages]})
+    else:
+        texts = [faults, preflight.describe(stages), text, faults]
+        print(*filter(None, texts if faults else [*texts, "no fault found"]), sep="\n\n")
+    if faults:
+        sys.exit(2)
+
+
+def _layout(recipe: Recipe, world: int | None, device_name: str | None) -> tuple[dict[str, Any], str]:
+    """The layout of the recipe's pre-training, if it has any, as JSON and as text."""
     if next(plan_config.begun(recipe), None) is None:
         return {}, ""
-    layout = dry_run.of_recipe(recipe, world or processes, device_name)
+    layout = dry_run.of_recipe(recipe, world, device_name)
     return layout.facts(), dry_run.describe(layout)
 
 
