@@ -12,6 +12,7 @@ the paper. Decimal arithmetic keeps "1.1B" exact.
 import math
 import re
 from bisect import bisect_right
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -19,10 +20,8 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
-    WithJsonSchema,
 )
 from pydantic_core import CoreSchema, core_schema
 
@@ -34,14 +33,6 @@ _TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 TOKENS_HELP = 'a whole number of tokens such as 200000, "200K", "8M" or "1.5B"'
 SECONDS_HELP = 'a duration such as "90s", "8m", "1h30m", or a number of seconds'
 POINTS_HELP = 'a number, or points in consumed tokens such as [["0", 0.0], ["200K", 3e-3], ["8M", 3e-4]]'
-_TOKENS_SCHEMA: dict[str, Any] = {
-    "type": ["number", "string"], "minimum": 0, "exclusiveMaximum": 2**63, "multipleOf": 1,
-    # a text's fraction needs a unit or an exponent
-    "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE]\+?[0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
-}  # fmt: skip
-_SECONDS_SCHEMA = {"type": ["number", "string"], "minimum": 0} | {
-    "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"
-}
 COSINE = "cosine"
 """The third element of a point that is reached by half a cosine instead of a straight line."""
 
@@ -190,16 +181,6 @@ class Points:
             cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda points: points.plain())
         )
 
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return _points_schema()
-
-
-def _points_schema(**bounds: float) -> dict[str, Any]:
-    value = {"type": "number"} | bounds
-    pair = {"prefixItems": [_TOKENS_SCHEMA, value, {"const": COSINE}], "minItems": 2, "maxItems": 3}
-    return {"anyOf": [value, {"type": "array", "minItems": 1, "items": {"type": "array"} | pair}]}
-
 
 class Steps(Points):
     """`Points` without interpolation: each value holds until the next point, so rows have 128 or 256 tokens and nothing
@@ -214,37 +195,42 @@ class Steps(Points):
         return self.values[max(0, bisect_right(self.tokens, tokens) - 1)]
 
 
-def _weight(value: Points | float | list[Any]) -> float | Points:
+def weight(value: Points | float | list[Any]) -> float | Points:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return Points(value)
 
 
 Weight = Annotated[
-    float | Points, PlainValidator(_weight),
+    float | Points, PlainValidator(weight),
     PlainSerializer(lambda value: value.plain() if isinstance(value, Points) else value),
-    WithJsonSchema(_points_schema()),
 ]  # fmt: skip
 """A number, or points in consumed tokens; a number stays one."""
 
 
-def _at_most(most: float, why: str) -> Any:
-    def check(points: Points) -> Points:
+@dataclass(frozen=True)
+class AtMost:
+    """Checks that all values of a schedule lie between 0 and `most`; `why` they must."""
+
+    most: float
+    why: str
+
+    def __call__(self, points: Points) -> Points:
         if min(points.values) < 0:
             raise UserError("expected values of 0 or more")
-        if max(points.values) > most:
-            raise UserError(f"expected values of at most {most:g}{why}")
+        if max(points.values) > self.most:
+            raise UserError(f"expected values of at most {self.most:g}, for {self.why}")
         return points
 
-    return Annotated[Points, AfterValidator(check), WithJsonSchema(_points_schema(minimum=0, maximum=most))]
 
-
-LearningRates = _at_most(1, ", for a learning rate above 1 moves every weight by more than its size")
+LearningRates = Annotated[
+    Points, AfterValidator(AtMost(1, "a learning rate above 1 moves every weight by more than its size"))
+]
 """Learning rates over tokens or steps."""
-LossWeights = _at_most(100, ", for a heavier term leaves nothing of the others")
+LossWeights = Annotated[Points, AfterValidator(AtMost(100, "a heavier term leaves nothing of the others"))]
 """Weights of a term of the loss over tokens."""
-Gammas = _at_most(1, ", for routing scores lie between 0 and 1")
+Gammas = Annotated[Points, AfterValidator(AtMost(1, "routing scores lie between 0 and 1"))]
 """Update speeds of the routing bias over tokens."""
-Tokens = Annotated[int, BeforeValidator(parse_tokens), WithJsonSchema(_TOKENS_SCHEMA)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_SECONDS_SCHEMA)]
+Tokens = Annotated[int, BeforeValidator(parse_tokens)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]

@@ -8,14 +8,55 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
 
 from bessemer.config.builtin import NAME
 from bessemer.config.kinds import stage_tables
 from bessemer.config.recipe import RESERVED, Head, LayoutConfig
 from bessemer.config.table import ConfigTable, StageConfig, keys
+from bessemer.config.units import COSINE, AtMost, parse_bytes, parse_seconds, parse_tokens
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
+TOKENS: Schema = {
+    "type": ["number", "string"], "minimum": 0, "exclusiveMaximum": 2**63, "multipleOf": 1,
+    # a text's fraction needs a unit or an exponent
+    "pattern": r"^\s*[0-9][0-9_]*((\.0+)?|(\.[0-9]+)?([eE]\+?[0-9]+\s*[KMBTkmbt]?|\s*[KMBTkmbt]))\s*$",
+}  # fmt: skip
+SECONDS: Schema = {"type": ["number", "string"], "minimum": 0} | {
+    "pattern": r"^ *([0-9]+(\.[0-9]+)? *|([0-9]+(\.[0-9]+)? *(ms|[smhd]) *)+)$"
+}
+BY_READER: dict[object, Schema] = {
+    parse_tokens: TOKENS,
+    parse_bytes: {"type": ["integer", "string"]},
+    parse_seconds: SECONDS,
+}
+"""The schemas of quantities that may be written as text, by the functions that read them."""
+
+
+class RecipeSchema(GenerateJsonSchema):
+    """pydantic's schemas, and those of quantities and schedules."""
+
+    def function_before_schema(self, schema: core_schema.BeforeValidatorFunctionSchema) -> Schema:
+        known = BY_READER.get(schema["function"]["function"])
+        return super().function_before_schema(schema) if known is None else dict(known)
+
+    def function_plain_schema(self, schema: core_schema.PlainValidatorFunctionSchema) -> Schema:
+        return _points()
+
+    def function_after_schema(self, schema: core_schema.AfterValidatorFunctionSchema) -> Schema:
+        check = schema["function"]["function"]
+        if isinstance(check, AtMost):
+            return _points(minimum=0, maximum=check.most)
+        return super().function_after_schema(schema)
+
+
+def _points(**bounds: float) -> Schema:
+    """A schedule: a number, or points in consumed tokens."""
+    value = {"type": "number"} | bounds
+    pair = {"prefixItems": [TOKENS, value, {"const": COSINE}], "minItems": 2, "maxItems": 3}
+    return {"anyOf": [value, {"type": "array", "minItems": 1, "items": {"type": "array"} | pair}]}
 
 
 def recipe_schema(network: type[BaseModel], presets: list[str]) -> Schema:
@@ -73,7 +114,7 @@ def _stage(kind: str, config: type[StageConfig], defs: Schema) -> Schema:
 
 def _schema(table: type[BaseModel], defs: Schema) -> Schema:
     """The schema of one table; the tables inside it go to `defs`."""
-    schema = table.model_json_schema(by_alias=True)
+    schema = table.model_json_schema(by_alias=True, schema_generator=RecipeSchema)
     defs |= schema.pop("$defs", {})
     schema.pop("title", None)
     if issubclass(table, Head | StageConfig):
