@@ -53,25 +53,6 @@ def test_the_systematic_opening():
     assert (got.systematic, got.unread, got.tries, got.gave_up) == (1, 0, 1, 1)
 
 
-def test_unlinked_steps_and_wrong_numbers_are_seen():
-    got = diagnose(PROBLEM, "<think>(3+7)+6=10+5=15:27 low\n(3+8)+6=11+6=17:27 low</think>")
-    assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (2, 1, 0, 4)
-    for line in ("(3+7)+6=10-6=4", "6+(3+7)=10+6=16", "6-(7-3)=4-6=0"):  # another operator; swapped operands
-        got = diagnose(PROBLEM, f"<think>{line}:27 low</think>")
-        assert (got.tries, got.linked, got.right_numbers) == (1, 0, 0), line
-
-
-def test_the_number_in_front_is_read_with_every_operator():
-    for line in ("6+(3*7)=6+21=27", "6*(7-3)=6*4=24", "6-(7-3)=6-4=2"):
-        got = diagnose(PROBLEM, f"<think>{line}:27 low</think>")
-        assert (got.tries, got.linked, got.right_numbers, got.steps_right) == (1, 1, 1, 2), line
-
-
-def test_each_step_is_judged_by_itself():
-    for line, right in (("(3*7)+6=20+6=26", 1), ("(3*7)+6=21+6=28", 1), ("(3*7)+6=20+6=27", 0), ("7-(6-3)=7-3=3", 1)):
-        assert diagnose(PROBLEM, f"<think>{line}:27 low</think>").steps_right == right, line
-
-
 def test_only_the_written_form_is_a_try():
     for line in (
         "3*7=21,21+6=27:27 yes",  # the form of earlier corpora
