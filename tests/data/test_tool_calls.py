@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bessemer.addons.tasks import tool_texts as tools
 from bessemer.addons.tasks.tool_calls import MOST_CALLS, BrokenCall, CallParser, ToolCall, parse_calls
-from bessemer.data import chat, documents, sft_rows, tools
+from bessemer.addons.tasks.tool_texts import Tool
+from bessemer.data import chat, documents, sft_rows
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, OUTPUT_END, SEPARATOR, Tool
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 
@@ -24,7 +26,7 @@ TYPED = [
     "<think>",
     "</think>",
     "\nUser:",
-    *tools.MARKS,
+    *chat.MARKS,
     "<｜tool",
     "\n",
     " ",
@@ -97,7 +99,7 @@ def test_transformers_gives_the_same_text_and_ids(marked, tmp_path, style):
         asked = {"tools": [tool.as_openai() for tool in given_tools] or None, "add_generation_prompt": prompt}
         text = theirs.apply_chat_template(messages, tokenize=False, **asked)
         assert text == chat.render(messages, style, prompt, given_tools)
-        if not tools.used(messages, given_tools):
+        if not chat.has_tools(messages, given_tools):
             return
         ids = theirs.apply_chat_template(messages, return_dict=True, **asked)["input_ids"]
         typed = [m["content"] for m in messages if m["role"] in ("user", "tool")]
@@ -135,7 +137,7 @@ def test_turns_continue_the_same_ids(tokenizer, marked, style):
         trained = tok.decode([i for i, answer in zip(whole, answers, strict=True) if answer], skip_special=False)
         said = TALK[1]["content"] + tools.calls_text(TALK[1]["tool_calls"])
         assert trained == f"{said}{chat.EOS}{TALK[4]['content']}{chat.EOS}"
-        marks = [tok.tool_marks[mark] for mark in tools.MARKS if mark in tok.tool_marks]
+        marks = [tok.tool_marks[mark] for mark in chat.MARKS if mark in tok.tool_marks]
         assert bool(marks) == (tok is marked)
         if marks:
             assert sum(i in marks for i in third) - sum(i in marks for i in first) == 2 + 2 * 3 + 2 * 2
@@ -210,9 +212,7 @@ def test_marks_outside_of_their_place_call_nothing():
     assert len(many) == MOST_CALLS + 1 and "at most" in many[-1].why
 
 
-HOSTILE = st.lists(
-    st.sampled_from([*tools.MARKS, *one("now", '{"a": 1}'), "<think>", "</think>", " ", "x" * 90, "<｜"])
-)
+HOSTILE = st.lists(st.sampled_from([*chat.MARKS, *one("now", '{"a": 1}'), "<think>", "</think>", " ", "x" * 90, "<｜"]))
 
 
 @settings(max_examples=300, deadline=None)

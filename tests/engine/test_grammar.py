@@ -11,7 +11,7 @@ from drain import drain
 from bessemer.addons.serve.grammar import DEEPEST, Grammars, calls_grammar, json_grammar
 from bessemer.addons.serve.penalties import PenaltyParams
 from bessemer.addons.serve.token_controls import TokenControl, TokenRules
-from bessemer.data.tools import Tool
+from bessemer.addons.tasks.tool_texts import Tool
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key

@@ -10,9 +10,8 @@ from bessemer.addons.serve.models import read_facts
 from bessemer.addons.serve.terminal_chat import COMMANDS, DIM, PLAIN, Conversation, Screen, chat
 from bessemer.cli.common import read_prompts
 from bessemer.config.units import show_tokens
-from bessemer.data.chat import render_ids, template_style
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine
 from bessemer.errors import UserError
 from bessemer.escape import escaped

@@ -13,8 +13,9 @@ from rl_parts import assign, reward
 
 from bessemer import tasks
 from bessemer.addons.distributed.sample_ahead import pack, unpack
+from bessemer.addons.tasks import tool_texts as tools
 from bessemer.addons.tasks.environment import Environment, EnvironmentFailure, Observation
-from bessemer.data import corpus, tools
+from bessemer.data import chat, corpus
 from bessemer.data.chat import render_ids
 from bessemer.data.corpus import Augment
 from bessemer.data.documents import Document
@@ -84,7 +85,7 @@ class Scripted:
 
     def written(self, text):
         marks = self.tokenizer.tool_marks
-        parts = tools.split(text) if marks else [text]
+        parts = chat.split_at_marks(text) if marks else [text]
         return [i for part in parts for i in ([marks[part]] if part in marks else self.tokenizer.encode(part))]
 
 

@@ -12,8 +12,9 @@ from serving import error_of, running, write_model
 from bessemer.addons.serve.events import ChoiceBuilder
 from bessemer.addons.serve.response_items import ResponseItems
 from bessemer.addons.serve.tool_calling import CallWriter, ToolUse
+from bessemer.addons.tasks.tool_texts import read_tools
 from bessemer.data import chat
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, SEPARATOR, read_tools
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, OUTPUT, SEPARATOR
 
 FIND = {
     "type": "object",

@@ -8,11 +8,11 @@
 System messages are collected at the front and joined by a blank line. `zero` is the form of our pre-training pages;
 `r1-zero` tells a base model that has seen no such pages which form is rewarded.
 
-A conversation with tools (`tools`) adds their description to the end of the system message. `r1` writes calls and
-outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant continues after an output without a
+A conversation with tools adds their description (the hook `tools`) to the end of the system message. `r1` writes calls
+and outputs as DeepSeek-V3.1 does: calls end an assistant message, and the assistant continues after an output without a
 second <｜Assistant｜>. A prompt then opens a new thought with `<think>` newline, like every prompt of `r1`; V3.1 calls
 tools without thinking. `zero` has only two roles, so outputs are user messages. A template that is not ours gets the
-conversation in the same plain form (`tools.plain`).
+conversation in the same plain form (`plain`).
 
 Why `zero` ends in `Assistant:` without a space: a prompt and its completion are tokenised separately, a document as one
 text, and both must give the same ids. An answer that opens with `<think>` follows the colon directly: the added token
@@ -27,7 +27,7 @@ Invariants
   prompt of `r1` leads to such a turn. After an assistant turn there is nothing to answer, so no generation prompt
   follows. Tool outputs are never trained on.
 - A user's or a tool's text cannot forge a turn. In `zero`, `User:` or `Assistant:` at the start of a line gets a space
-  in front; a typed tag is plain text, in two pieces; `tools.rewritten` guards the marks of tools. (Other programs,
+  in front; a typed tag is plain text, in two pieces; `rewritten` guards the marks of tools. (Other programs,
   which encode the text that `jinja` renders as a whole, read such a tag as the token.)
 - `jinja(style)` renders the same text as `render`.
 
@@ -44,11 +44,13 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from bessemer.data import tools as tool_texts
-from bessemer.data.tools import Message, Tool
+from bessemer import plugins
 from bessemer.errors import UserError
+
+Message = dict[str, Any]
+"""{"role": ..., "content": ...}, and of calls and outputs what OpenAI's form has."""
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -64,6 +66,27 @@ ANSWER = "<answer>"
 ANSWER_END = "</answer>"
 
 ADDED = (BOS, EOS, PAD, USER, ASSISTANT, THINK, THINK_END, FIM_HOLE, FIM_BEGIN, FIM_END, ANSWER, ANSWER_END)
+CALLS = "<｜tool▁calls▁begin｜>"
+CALLS_END = "<｜tool▁calls▁end｜>"
+CALL = "<｜tool▁call▁begin｜>"
+CALL_END = "<｜tool▁call▁end｜>"
+SEPARATOR = "<｜tool▁sep｜>"
+OUTPUTS = "<｜tool▁outputs▁begin｜>"
+OUTPUTS_END = "<｜tool▁outputs▁end｜>"
+OUTPUT = "<｜tool▁output▁begin｜>"
+OUTPUT_END = "<｜tool▁output▁end｜>"
+MARKS = (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR, OUTPUTS, OUTPUTS_END, OUTPUT, OUTPUT_END)
+"""V3's tokens for tools. V3.1 does not write the marks around all outputs together, and neither do we."""
+_MARK = re.compile(f"({'|'.join(map(re.escape, MARKS))})")
+HEAD = "## Tools\nYou have access to these tools:\n\n"
+FORM = (
+    "To call a tool, end your message with this, exactly:\n"
+    f"{CALLS}{CALL}NAME{SEPARATOR}ARGUMENTS{CALL_END}{CALLS_END}\n"
+    "NAME is the name of a tool above, and ARGUMENTS is a JSON object that fits its parameters. Several calls stand "
+    f"between {CALLS} and {CALLS_END} one directly after another."
+)
+"""V3.1's form of a call, and the beginning of the description of tools; the words are ours."""
+
 NOT_SPECIAL = frozenset({THINK, THINK_END, ANSWER, ANSWER_END})
 ZERO_STYLES = ("zero", "r1-zero")
 STYLES = (*ZERO_STYLES, "r1")
@@ -124,7 +147,7 @@ class ChatPiece(NamedTuple):
 
 
 def render(
-    messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True, tools: Sequence[Tool] = ()
+    messages: Sequence[Message], style: str = "r1", add_generation_prompt: bool = True, tools: Sequence[Any] = ()
 ) -> str:
     """The conversation as text, including BOS."""
     return "".join(piece.text for piece in _pieces(messages, style, add_generation_prompt, tools))
@@ -135,7 +158,7 @@ def render_ids(
     messages: Sequence[Message],
     style: str | None = None,
     add_generation_prompt: bool = True,
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Any] = (),
 ) -> list[int]:
     """The conversation as ids, including BOS. `style` None is the tokenizer's own."""
     return render_answers(tokenizer, messages, style, add_generation_prompt, tools, every=False)[0]
@@ -146,7 +169,7 @@ def render_answers(
     messages: Sequence[Message],
     style: str | None = None,
     add_generation_prompt: bool = False,
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Any] = (),
     every: bool = True,
 ) -> tuple[list[int], list[bool]]:
     """Ids as in `render_ids`, and for each whether the assistant wrote it (answers, calls and the EOS after them).
@@ -154,10 +177,10 @@ def render_answers(
     style = style or tokenizer.chat_style
     if style is None:
         check_messages(messages)
-        plain = tool_texts.plain(messages, tools) if tool_texts.used(messages, tools) else messages
+        plain = tool_texts().plain(messages, tools) if has_tools(messages, tools) else messages
         return tokenizer.render_answers(plain, add_generation_prompt, every)
     pieces = _pieces(messages, style, add_generation_prompt, tools)
-    return _ids(tokenizer, pieces, tokenizer.tool_marks if tool_texts.used(messages, tools) else {})
+    return _ids(tokenizer, pieces, tokenizer.tool_marks if has_tools(messages, tools) else {})
 
 
 def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | None = None) -> list[int]:
@@ -170,7 +193,7 @@ def outputs_ids(tokenizer: ChatTokenizer, outputs: Sequence[str], style: str | N
     if style is None:
         raise UserError("only our own templates can continue turns with tools; name a style: " + ", ".join(STYLES))
     _check_style(style)
-    [message] = tool_texts.rewritten([{"role": "tool", "content": output} for output in outputs])
+    [message] = tool_texts().rewritten([{"role": "tool", "content": output} for output in outputs])
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [*turn("tool", message["content"], kept=True), *_generation_prompt(style, after_output=True)]
     return _ids(tokenizer, pieces, tokenizer.tool_marks, tokenizer.eos_id)[0]
@@ -185,7 +208,7 @@ def _ids(
     answers: list[bool] = []
     for piece in pieces:
         ids += _control_ids(tokenizer, piece.text) if piece.control else []
-        for text in () if piece.control else tool_texts.split(piece.text) if marks else (piece.text,):
+        for text in () if piece.control else split_at_marks(piece.text) if marks else (piece.text,):
             if text in marks:
                 ids.append(marks[text])
                 continue
@@ -193,6 +216,23 @@ def _ids(
                 ids += tokenizer.encode(part, ids[-1] if ids else after)
         answers += [piece.answer] * (len(ids) - len(answers))
     return ids, answers
+
+
+def has_tools(messages: Sequence[Message], tools: Sequence[Any] = ()) -> bool:
+    """Whether a conversation has tools, calls or outputs."""
+    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+
+
+def split_at_marks(text: str) -> list[str]:
+    """A text cut before and after every mark of tools."""
+    return [part for part in _MARK.split(text) if part]
+
+
+def tool_texts() -> Any:
+    """The add-on that writes tools, calls and outputs as text."""
+    if (found := plugins.hook("tools")) is None:
+        raise UserError("a conversation with tools needs the add-on of tasks, which is not installed")
+    return found
 
 
 def typed_pieces(text: str) -> list[str]:
@@ -222,7 +262,7 @@ def opening(style: str | None) -> str:
     return f"{THINK}\n" if style == "r1" else ""
 
 
-def transcript(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+def transcript(messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """The conversation as a plain document: `zero` without control tokens, each turn on its own line."""
     pieces = _pieces(messages, "zero", add_generation_prompt=False, tools=tools)
     text = "".join({BOS: "", EOS: "\n"}[piece.text] if piece.control else piece.text for piece in pieces)
@@ -237,7 +277,7 @@ def jinja(style: str) -> str:
     if style == "r1-zero":
         preamble = f"{{%- set ns.system = {json.dumps(ZERO_PREAMBLE)} -%}}{{%- set ns.seen = true -%}}"
         text = text.replace("@TOOLS@", f"{{%- if not ns.seen -%}}{preamble}{{%- endif -%}}@TOOLS@")
-    head, form = (json.dumps(part, ensure_ascii=False) for part in (tool_texts.HEAD, tool_texts.FORM))
+    head, form = (json.dumps(part, ensure_ascii=False) for part in (HEAD, FORM))
     described = _template("tools").replace("@HEAD@", head).replace("@FORM@", form)
     return text.replace("@TOOLS@", described).replace("@CALLS@", _template("calls"))
 
@@ -252,16 +292,16 @@ def style_of(template: str | None) -> str | None:
 
 
 def _pieces(
-    messages: Sequence[Message], style: str, add_generation_prompt: bool, tools: Sequence[Tool]
+    messages: Sequence[Message], style: str, add_generation_prompt: bool, tools: Sequence[Any]
 ) -> list[ChatPiece]:
     _check_style(style)
     check_messages(messages)
-    if tool_texts.used(messages, tools):
-        messages = tool_texts.rewritten(messages)
+    if has_tools(messages, tools):
+        messages = tool_texts().rewritten(messages)
     system = [message["content"] for message in messages if message["role"] == "system"]
     if style == "r1-zero" and not system:
         system = [ZERO_PREAMBLE]
-    head = "\n\n".join([*system, tool_texts.description(tools)] if tools else system)
+    head = "\n\n".join([*system, tool_texts().description(tools)] if tools else system)
     turn = _zero_turn if style in ZERO_STYLES else _r1_turn
     pieces = [ChatPiece(BOS, control=True)]
     if head:
@@ -336,7 +376,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"{where} has role {role!r}; choose system, user, assistant or tool")
         if calls := message.get("tool_calls") if role == "assistant" else None:
-            tool_texts.check_calls(calls, where)
+            tool_texts().check_calls(calls, where)
         content = message.get("content", "" if calls else None)
         if "content" not in message and not calls:
             raise UserError(f"{where} must be an object with a role and a content")

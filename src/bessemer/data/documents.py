@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from bessemer import plugins
 from bessemer.config.places import HUB
 from bessemer.data import chat
-from bessemer.data.tools import Message, Tool, read_tools
+from bessemer.data.chat import Message
 from bessemer.errors import UserError
 
 KINDS = (".jsonl", ".txt")
@@ -41,7 +41,7 @@ class Document:
     """The conversation, if the record was one; `text` is then its plain transcript."""
     prompted: bool = False
     """The messages before the last are a prompt: no answer in them is learnt."""
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[Any, ...] = ()
     """Tools that the assistant of the conversation may call."""
     spoken: bool = False
     """Encode the messages as a conversation, with its control tokens, in a corpus too."""
@@ -137,7 +137,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
         raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}")
     record = {name: value for name, value in record.items() if value is not None}
     messages, prompted = record.get("messages", record.get("conversations")), False
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[Any, ...] = ()
     if messages is None and key not in record and {"prompt", "completion"} <= record.keys():
         messages, prompted = data_sets("a record with prompt and completion").completed(record, where), True
     if key in record:
@@ -147,7 +147,7 @@ def document(record: Any, domain: str, where: str, key: str = "text") -> Documen
     elif isinstance(messages, list):
         try:
             messages = [without_none(message) for message in messages]
-            tools = read_tools(without_none(record.get("tools", [])))
+            tools = chat.tool_texts().read_tools(without_none(record["tools"])) if "tools" in record else ()
             text = chat.transcript(messages, tools)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error

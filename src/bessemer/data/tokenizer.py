@@ -19,8 +19,8 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from bessemer.data import chat, tools
-from bessemer.data.chat import ADDED, BOS, EOS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
+from bessemer.data import chat
+from bessemer.data.chat import ADDED, BOS, EOS, MARKS, NOT_SPECIAL, PAD, THINK, THINK_END, is_special
 from bessemer.data.model_files import read_object, read_text
 from bessemer.errors import UserError
 
@@ -61,7 +61,7 @@ class Tokenizer:
         """The content of tokenizer.json."""
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._tok.encode_special_tokens = True  # control tokens inside a text are text
-        self._special = {t["id"] for t in spec["added_tokens"] if t["special"] and t["content"] not in tools.MARKS}
+        self._special = {t["id"] for t in spec["added_tokens"] if t["special"] and t["content"] not in MARKS}
         self._bytes = _byte_table(self._tok, {token["id"]: token["content"] for token in spec["added_tokens"]})
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in (bos, eos, pad))
@@ -74,7 +74,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn `vocab_size` tokens (including added tokens and bytes) from `texts`. `tool_tokens`: the marks of tool
         calls are tokens too, and follow the other added ones."""
-        added = (*ADDED, *tools.MARKS) if tool_tokens else ADDED
+        added = (*ADDED, *MARKS) if tool_tokens else ADDED
         if vocab_size < len(added) + 256:
             raise UserError(
                 f"vocab_size {vocab_size} is too small: {len(added)} added tokens and 256 bytes need {len(added) + 256}"
@@ -149,7 +149,7 @@ class Tokenizer:
         spec = json.loads(self._tok.to_str())
         for token in spec["added_tokens"]:
             # As in V3's own file, so that decoding in other programs also shows the marks of tools.
-            token["special"] &= token["content"] not in tools.MARKS
+            token["special"] &= token["content"] not in MARKS
         (directory / "tokenizer.json").write_text(json.dumps(spec, indent=2, ensure_ascii=False), "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
 
@@ -271,9 +271,9 @@ class Tokenizer:
 
     @property
     def tool_marks(self) -> dict[str, int]:
-        """The ids of `tools.MARKS`; empty if they are not tokens here, and the marks are written as text."""
-        ids = {mark: known for mark in tools.MARKS if (known := self._tok.token_to_id(mark)) is not None}
-        return ids if len(ids) == len(tools.MARKS) else {}
+        """The ids of `MARKS`; empty if they are not tokens here, and the marks are written as text."""
+        ids = {mark: known for mark in MARKS if (known := self._tok.token_to_id(mark)) is not None}
+        return ids if len(ids) == len(MARKS) else {}
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         return StreamDecoder(self, skip_special)

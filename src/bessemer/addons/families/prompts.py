@@ -7,8 +7,7 @@ read by `formats`. Every error begins with `where`.
 
 from typing import Any
 
-from bessemer.data import tools
-from bessemer.data.chat import Message, check_messages
+from bessemer.data.chat import Message, check_messages, has_tools
 from bessemer.data.documents import without_none
 from bessemer.errors import UserError
 
@@ -80,7 +79,7 @@ def plain_messages(value: list[Message], name: str, where: str) -> list[Message]
         check_messages(messages)
     except UserError as error:
         raise UserError(f"{where}: {name}: {error}") from error
-    if tools.used(messages):
+    if has_tools(messages):
         raise UserError(f'{where}: {name} calls tools; write the whole conversation as {{"messages": [...]}}')
     return messages
 

@@ -22,9 +22,9 @@ from bessemer.addons.serve.protocol import ChatRequest, ResponseFormat, Thinking
 from bessemer.addons.serve.reasoning_parser import AnswerEvent, ReasoningParser
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.addons.serve.tool_calling import CallWriter, ToolUse, messages_of, text_size, tool_use
+from bessemer.addons.tasks.tool_texts import Tool, description
 from bessemer.data.chat import THINK, THINK_END, ZERO_STYLES, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import Tool, description
 from bessemer.engine.sequence import Token
 from bessemer.errors import UserError
 

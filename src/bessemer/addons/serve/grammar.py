@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.addons.tasks.tool_texts import DEEPEST, Tool, depth
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, DEEPEST, SEPARATOR, Tool, depth
 from bessemer.errors import UserError
 
 WHITESPACE = " "
@@ -58,7 +59,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
 
 def calls_grammar(tools: Sequence[Tool], marks: Mapping[str, int], most: int, free: bool = False) -> str:
     """The grammar of an answer that is one to `most` calls of these tools and nothing else; with `free`, any text that
-    such calls may follow. `marks`: the ids of `data.tools.MARKS` if they are tokens, which `free` requires. UserError
+    such calls may follow. `marks`: the ids of `chat.MARKS` if they are tokens, which `free` requires. UserError
     for parameters that cannot be enforced."""
 
     def mark(name: str) -> str:

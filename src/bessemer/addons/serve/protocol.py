@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bessemer.addons.serve import ReasoningFormat
 from bessemer.addons.tasks.tool_calls import MOST_CALLS
-from bessemer.data.tools import MOST_TOOLS
+from bessemer.addons.tasks.tool_texts import MOST_TOOLS
 
 MOST_SAMPLES = 128
 MOST_PROMPTS = 2048

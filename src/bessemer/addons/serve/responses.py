@@ -38,7 +38,7 @@ from bessemer.addons.serve.protocol import (
 from bessemer.addons.serve.reasoning_parser import AnswerEvent
 from bessemer.addons.serve.response_items import ResponseItems, TypedEvent
 from bessemer.addons.serve.service import Stream
-from bessemer.data.tools import MOST_TOOLS
+from bessemer.addons.tasks.tool_texts import MOST_TOOLS
 
 FIELDS_OF_CHAT = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
 STORED = "needs stored responses or prompts, and none are stored; leave it out and send the messages as input"

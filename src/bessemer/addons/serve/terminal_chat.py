@@ -20,9 +20,8 @@ from rich.cells import cell_len
 
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.config.units import show_tokens
-from bessemer.data.chat import Message, render_ids, template_style
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, Message, render_ids, template_style
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR
 from bessemer.engine.engine import Engine, load_engine
 from bessemer.engine.generation import NEW_TOKENS, Options
 from bessemer.errors import UserError

@@ -1,6 +1,6 @@
 """Tools in a chat: which ones the model may or must call, the conversation with their outputs, and calls in answers.
 
-Calls and outputs are text (`data.tools`), so this works with every model and every template. If the request demands a
+Calls and outputs are text (`tool_texts`), so this works with every model and every template. If the request demands a
 call (`tool_choice` "required" or a function), the call is enforced token by token, and its arguments by their schema.
 If the model decides for itself, only the arguments of `strict` functions are enforced, and only if the call marks are
 tokens: otherwise it is uncertain where a call begins. All other calls are passed on as written, as OpenAI does.
@@ -17,9 +17,9 @@ from bessemer.addons.serve.grammar import calls_grammar
 from bessemer.addons.serve.protocol import ChatRequest, NamedTool, ToolSpec, Turn, invalid
 from bessemer.addons.serve.token_controls import think_ids
 from bessemer.addons.tasks.tool_calls import MOST_CALLS, CallParser, CallPiece
-from bessemer.data.chat import THINK, THINK_END
+from bessemer.addons.tasks.tool_texts import Tool, read_tools
+from bessemer.data.chat import THINK, THINK_END, Message
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import Message, Tool, read_tools
 from bessemer.errors import UserError
 
 MOST_FORCED = 8

@@ -16,20 +16,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from bessemer.data.chat import THINK, THINK_END
-from bessemer.data.tools import (
-    CALL,
-    CALL_END,
-    CALLS,
-    CALLS_END,
-    DEEPEST,
-    MARKS,
-    SEPARATOR,
-    Tool,
-    as_json,
-    depth,
-    is_name,
-)
+from bessemer.addons.tasks.tool_texts import DEEPEST, Tool, as_json, depth, is_name
+from bessemer.data.chat import CALL, CALL_END, CALLS, CALLS_END, MARKS, SEPARATOR, THINK, THINK_END
 
 MOST_CALLS = 64
 """Most calls of one answer; further ones are broken."""

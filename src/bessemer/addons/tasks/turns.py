@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bessemer.addons.tasks.environment import Invocation, Message, ModelTurn
 from bessemer.addons.tasks.tool_calls import BrokenCall, ToolCall, parse_calls
+from bessemer.addons.tasks.tool_texts import read_tools
 from bessemer.data import chat
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.data.tools import read_tools
 from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
 

@@ -1,4 +1,4 @@
-"""The text of a conversation with tools: the marks of calls and outputs, and the description of the tools.
+"""The text of a conversation with tools (the hook `tools` of `data/chat.py`): calls, outputs, the tools' description.
 
 Tools and messages have OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`,
 `{"role": "assistant", "tool_calls": [{"id", "type", "function": {"name", "arguments"}}]}`, `{"role": "tool", "content",
@@ -21,20 +21,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bessemer.data.chat import (
+    CALL,
+    CALL_END,
+    CALLS,
+    CALLS_END,
+    FORM,
+    HEAD,
+    OUTPUT,
+    OUTPUT_END,
+    SEPARATOR,
+    Message,
+)
 from bessemer.errors import UserError
-
-CALLS = "<｜tool▁calls▁begin｜>"
-CALLS_END = "<｜tool▁calls▁end｜>"
-CALL = "<｜tool▁call▁begin｜>"
-CALL_END = "<｜tool▁call▁end｜>"
-SEPARATOR = "<｜tool▁sep｜>"
-OUTPUTS = "<｜tool▁outputs▁begin｜>"
-OUTPUTS_END = "<｜tool▁outputs▁end｜>"
-OUTPUT = "<｜tool▁output▁begin｜>"
-OUTPUT_END = "<｜tool▁output▁end｜>"
-MARKS = (CALLS, CALLS_END, CALL, CALL_END, SEPARATOR, OUTPUTS, OUTPUTS_END, OUTPUT, OUTPUT_END)
-"""V3's tokens for tools. V3.1 does not write the marks around all outputs together, and neither do we."""
-_MARK = re.compile(f"({'|'.join(map(re.escape, MARKS))})")
 
 MOST_TOOLS = 128
 """OpenAI's limit."""
@@ -43,15 +42,6 @@ LONGEST = 32_768
 DEEPEST = 64
 """Most levels of lists and objects in JSON."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-HEAD = "## Tools\nYou have access to these tools:\n\n"
-FORM = (
-    "To call a tool, end your message with this, exactly:\n"
-    f"{CALLS}{CALL}NAME{SEPARATOR}ARGUMENTS{CALL_END}{CALLS_END}\n"
-    "NAME is the name of a tool above, and ARGUMENTS is a JSON object that fits its parameters. Several calls stand "
-    f"between {CALLS} and {CALLS_END} one directly after another."
-)
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,11 +118,6 @@ def description(tools: Sequence[Tool]) -> str:
     return HEAD + "".join(parts) + FORM
 
 
-def used(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
-    """Whether a conversation has tools, calls or outputs."""
-    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-
-
 def rewritten(messages: Sequence[Message]) -> list[Message]:
     """The messages without any marks but those of their calls and outputs. An assistant's calls are under `calls` as
     text; consecutive outputs become one message."""
@@ -197,11 +182,6 @@ def check_calls(calls: object, where: str) -> None:
             raise UserError(f"{where} has a tool call that is not {form}")
         if not isinstance(function.get("name"), str) or not is_name(function["name"]):
             raise UserError(f"{where} calls a tool whose name is not 1 to 64 of the characters A-Z a-z 0-9 _ -")
-
-
-def split(text: str) -> list[str]:
-    """A text cut before and after every mark."""
-    return [part for part in _MARK.split(text) if part]
 
 
 def guarded(text: str) -> str:
