@@ -12,11 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import bessemer
-<<<<<<< HEAD
-from bessemer.addons.families import data_sets
-=======
-from bessemer.addons.families import conversion
->>>>>>> d76e66f0 (Block FP8 on disk, conversions and their targets are the add-on families')
+from bessemer.addons.families import conversion, data_sets
 from bessemer.addons.families.dcp import export
 from bessemer.cli import app
 from bessemer.config import places

@@ -18,22 +18,14 @@ import openai
 import pytest
 from serving import error_of, in_thread, running
 
-<<<<<<< HEAD
-from bessemer.addons.families.named_models import model_dir
-=======
 from bessemer.addons.families.conversion import convert
->>>>>>> d76e66f0 (Block FP8 on disk, conversions and their targets are the add-on families')
+from bessemer.addons.families.named_models import model_dir
 from bessemer.addons.serve import ServeConfig, service, worker
 from bessemer.addons.serve.connections import Connection, ConnectionLimits
 from bessemer.addons.serve.models import find_models
 from bessemer.addons.serve.protocol import ApiError
 from bessemer.engine.scheduler import Scheduler
 from bessemer.errors import UserError
-<<<<<<< HEAD
-from bessemer.hf.deepseek import convert
-=======
-from bessemer.runs.directory import model_dir
->>>>>>> d76e66f0 (Block FP8 on disk, conversions and their targets are the add-on families')
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "the fox"}], "ignore_eos": True, "stream": True}
