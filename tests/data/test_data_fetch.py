@@ -3,15 +3,12 @@
 Small programs stand in for the registries; nothing leaves the machine.
 """
 
-import dataclasses
 import hashlib
 import os
 import subprocess
 import sys
 import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -96,54 +93,6 @@ def test_offline_the_error_names_file_and_folder(wheel, tmp_path, monkeypatch):
         fetch(package, tmp_path / "cache")
     for word in ("no route to host", package.filename, package.sha256, str(tmp_path / "cache" / "packages")):
         assert word in str(error.value)
-
-
-@pytest.fixture
-def address(wheel):
-    """The address of a web server that has the wheel."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(wheel[0].parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-GONE = [sys.executable, "-c", "import sys; sys.exit('No matching distribution found')"]
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_a_package_that_has_left_its_registry_comes_from_a_mirror(wheel, tmp_path, monkeypatch, address, own):
-    """From the user's mirror, or from the package's own; a folder without the file is skipped."""
-    path, package = wheel
-    monkeypatch.setattr(fetching, "_command", lambda *_: GONE)
-    if own:
-        monkeypatch.setenv("BESSEMER_MIRROR", f"{tmp_path} {address}/")
-    else:
-        package = dataclasses.replace(package, mirrors=(str(tmp_path), str(path.parent)))
-    assert fetch(package, tmp_path / "cache").read_bytes() == path.read_bytes()
-
-
-def test_a_mirror_with_other_bytes_is_refused_by_its_hash_and_nothing_stays(wheel, tmp_path, monkeypatch, address):
-    path, package = wheel
-    good = path.read_bytes()
-    path.write_bytes(good + b"x")
-    monkeypatch.setattr(fetching, "_command", lambda *_: GONE)
-    monkeypatch.setenv("BESSEMER_MIRROR", f"{address} ftp://127.0.0.1 {address}/nothing")
-    with pytest.raises(UserError) as error:
-        fetch(package, tmp_path / "cache")
-    for word in (
-        f"{address}: its file has the sha256",
-        "begins with https",
-        "404",
-        "No matching distribution",
-        "MIRROR",
-    ):
-        assert word in str(error.value)
-    assert [f for f in os.listdir(tmp_path / "cache" / "packages") if not f.endswith(".lock")] == []
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local" / path.name).write_bytes(good)
-    monkeypatch.setenv("BESSEMER_MIRROR", f"{address} {tmp_path / 'local'}")
-    assert fetch(package, tmp_path / "cache").read_bytes() == good
 
 
 def test_two_who_want_one_package_fetch_it_once(wheel, tmp_path, monkeypatch):

@@ -3,9 +3,7 @@
 A PyPI wheel is read as a zip file and an npm tarball as a tar file. The archive is `CACHE/packages/FILENAME`; CACHE is
 the argument, else $BESSEMER_CACHE, else the user's cache, `~/.cache/bessemer`.
 
-A package that its registry no longer has comes from a mirror: one in $BESSEMER_MIRROR (folders or addresses of folders,
-separated by spaces; tried before the registry) or in the package's own `mirrors` in sources.toml (tried after it). A
-mirror is trusted no more than a registry: the same hash decides.
+pip and npm know mirrors by settings of their own (PIP_INDEX_URL, PIP_FIND_LINKS, npm_config_registry); hashes decide.
 
 Invariants
 - The file that `fetch` returns has the pinned sha256. A file with another hash is removed and reported.
@@ -22,8 +20,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import quote
 
 import filelock
 
@@ -33,9 +29,6 @@ from bessemer.system import user_cache
 log = logging.getLogger("bessemer.data")
 
 TIMEOUT_S = 900
-MIRROR_TIMEOUT_S = 60
-"""Seconds of silence after which a mirror is given up."""
-MIRROR = "BESSEMER_MIRROR"
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,6 @@ class Package:
     """The licence that the package states; a source may add the terms of one of its files."""
     megabytes: float
     """Size of the download, 1 MB = 10^6 bytes."""
-    mirrors: tuple[str, ...] = ()
-    """Folders, or addresses of folders, that also hold the file."""
 
 
 def cache_dir(cache: str | Path | None = None) -> Path:
@@ -106,52 +97,17 @@ def _download(package: Package, target: Path) -> None:
         package.megabytes,
         package.licence,
     )
-    reasons = []
-    for place in (*os.environ.get(MIRROR, "").split(), package.registry, *package.mirrors):
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
-            arrived = Path(scratch) / package.filename
-            if place == package.registry:
-                reason = _run(_command(package, scratch))
-                if reason is None and not arrived.exists():
-                    reason = f"the client delivered {sorted(os.listdir(scratch)) or 'no file'}"
-            else:
-                reason = _copy(place, package, arrived)
-            if reason is None:
-                os.replace(arrived, target)
-                return
-            reasons.append(f"{place}: {reason}" if place != package.registry else reason)
-    raise UserError(
-        f"cannot download {package.name} {package.version} from {package.registry} ({'; '.join(reasons)}). Put the "
-        f"file {package.filename} (sha256 {package.sha256}) into the folder {target.parent}, or name a folder or an "
-        f"address that has it in {MIRROR}"
-    )
-
-
-def _copy(place: str, package: Package, target: Path) -> str | None:
-    """Copies a mirror's file; returns None if it has the pinned hash, else the reason for the failure."""
-    from http.client import HTTPException  # slow to import, and needed here only
-
-    most, digest = int(package.megabytes * 1.1e6) + 1_000_000, hashlib.sha256()
-    try:
-        with _opened(place, package.filename) as source, target.open("wb") as file:
-            while block := source.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-                if file.tell() > most:
-                    return f"its file is larger than {package.megabytes} MB"
-    except (OSError, ValueError, HTTPException) as error:
-        return f"{error}"
-    return None if digest.hexdigest() == package.sha256 else f"its file has the sha256 {digest.hexdigest()}"
-
-
-def _opened(place: str, filename: str) -> BinaryIO:
-    if "://" not in place:
-        return (Path(place) / filename).open("rb")
-    if not place.startswith(("https://", "http://")):
-        raise ValueError("a mirror is a folder, or an address that begins with https://")
-    from urllib.request import urlopen
-
-    return urlopen(f"{place.rstrip('/')}/{quote(filename)}", timeout=MIRROR_TIMEOUT_S)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as scratch:
+        arrived = Path(scratch) / package.filename
+        reason = _run(_command(package, scratch))
+        if reason is None and not arrived.exists():
+            reason = f"the client delivered {sorted(os.listdir(scratch)) or 'no file'}"
+        if reason is not None:
+            raise UserError(
+                f"cannot download {package.name} {package.version} from {package.registry} ({reason}). Put the file "
+                f"{package.filename} (sha256 {package.sha256}) into the folder {target.parent}"
+            )
+        os.replace(arrived, target)
 
 
 def _command(package: Package, folder: str) -> list[str]:

@@ -71,10 +71,7 @@ def register(package: str, *readers: Callable[..., Iterator[str]]) -> None:
 def read_registry(package: str) -> dict[str, Any]:
     """The file sources.toml of a Python package, with its entries `package` as `Package`s."""
     data = tomllib.loads(resources.files(package).joinpath("sources.toml").read_text("utf-8"))
-    packages = {
-        name: Package(**entry | {"mirrors": tuple(entry.get("mirrors", ()))}) for name, entry in data["package"].items()
-    }
-    return data | {"package": packages}
+    return data | {"package": {name: Package(**entry) for name, entry in data["package"].items()}}
 
 
 def documents(spec: str | Path, cache: str | Path | None = None, domain: str = "own") -> Iterator[Document]:
