@@ -8,9 +8,9 @@ import torch
 from bessemer.data.batch import Batch
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stages.pretrain import experts_by_token, with_noise
 from bessemer.train.objective import next_token
 from bessemer_claims import probes
+from bessemer_claims.controls import experts_by_token, with_noise
 from bessemer_claims.pretrain_spikes import WINDOW, spikes
 
 CFG = preset("claims", dim=32, n_layers=3, vocab_size=64)

@@ -80,21 +80,6 @@ def test_a_budget_that_whole_steps_overrun_is_said(whole, tmp_path, capsys):
     assert "steps are whole: 2 of them train on 5.12K tokens" in capsys.readouterr().out
 
 
-def test_noise_is_in_training_rows_alone(whole, tmp_path):
-    path, out = whole
-    config = Recipe.load(path).stage("pretrain")
-    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
-
-    def read(share):
-        feed = Feed(config.model_copy(update={"token_noise": share}), ctx, out / "01-corpus", None, tokenizer)
-        held = feed.heldout["countdown"].batch(range(2))
-        return feed.batch(3, 8).tokens_BT, feed.batch(5, 6).tokens_BT, held.tokens_BT
-
-    (plain, _, held), (noisy, later, held_too) = read(0.0), read(0.3)
-    assert 0.2 < (plain != noisy).float().mean() < 0.32 and torch.equal(noisy[2:], later)
-    assert torch.equal(held, held_too)
-
-
 def test_rows_have_the_length_that_the_recipe_says(whole, tmp_path):
     path, out = whole
     tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
@@ -106,34 +91,23 @@ def test_rows_have_the_length_that_the_recipe_says(whole, tmp_path):
 @pytest.mark.parametrize("masked", [True, False])
 def test_validation_attends_as_training_does(whole, tmp_path, masked):
     path, out = whole
-    config = Recipe.load(path).stage("pretrain").model_copy(update={"document_mask": masked, "token_noise": 0.3})
+    config = Recipe.load(path).stage("pretrain").model_copy(update={"document_mask": masked})
     tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
     feed = Feed(config, ctx, out / "01-corpus", None, tokenizer)
     held = feed.validation("arithmetic")[0]
-    assert torch.equal(held.tokens_BT[:2], feed.heldout["arithmetic"].batch(range(2)).tokens_BT), "without noise"
+    assert torch.equal(held.tokens_BT[:2], feed.heldout["arithmetic"].batch(range(2)).tokens_BT)
     for batch in (feed.batch(0, 4), held):
         if not masked:
             assert batch.segments_BT is None
             continue
         begins_BT = batch.segments_BT.diff(dim=1) == 1
-        assert begins_BT[batch.tokens_BT[:, 1:] == tokenizer.bos_id].all(), "noise leaves BOS"
-    if masked:  # without noise, after every end that no padding follows
+        assert begins_BT[batch.tokens_BT[:, 1:] == tokenizer.bos_id].all()
+    if masked:  # after every end that no padding follows
         after_BT = (held.tokens_BT[:, :-1] == tokenizer.eos_id) & (held.tokens_BT[:, 1:] != tokenizer.pad_id)
         assert torch.equal(begins_BT, after_BT)
         pieces_BT = begins_BT & (held.tokens_BT[:, 1:] != tokenizer.bos_id)
         assert not held.loss_BT[:, 1:][pieces_BT].any(), "another document does not predict it"
     assert (held.tokens_BT == tokenizer.bos_id).sum(1).max() > 1
-
-
-def test_targets_of_another_row_are_no_row_s_own_whatever_the_micro_batch(whole, tmp_path):
-    path, out = whole
-    config = Recipe.load(path).stage("pretrain").model_copy(update={"mtp_targets": "other-row", "token_noise": 0.3})
-    tokenizer, ctx = Tokenizer.load(out / "01-corpus" / "tokenizer"), SimpleNamespace(state=tmp_path, seed=7, say=print)
-    feed = Feed(config, ctx, out / "01-corpus", None, tokenizer)
-    whole_step, alone = feed.batch(3, 4), [feed.batch(row, 1) for row in range(3, 7)]
-    targets = [batch.extras["mtp_tokens_BT"] for batch in alone]
-    assert not any(torch.equal(batch.tokens_BT, other) for batch, other in zip(alone, targets, strict=True))
-    assert torch.equal(whole_step.extras["mtp_tokens_BT"], torch.cat(targets))
 
 
 def test_killed_it_ends_the_same_bit_for_bit(whole, tmp_path):

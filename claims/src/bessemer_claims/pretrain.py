@@ -27,6 +27,8 @@ from bessemer_claims.runs import ArmJob, Tier, donated
 __all__ = ["BESIDE", "METRICS", "SAME", "SHAPE", "SIZES", "jobs", "measure"]
 
 SHAPE: dict[Tier, str] = {"quick": "nano", "default": "short", "full": "claims"}
+CONTROLLED = 'kind = "bessemer_claims.controls:Controlled"\nname = "pretrain"'
+"""The stage of the arms, which has controls beside the keys of the package's."""
 SIZES = {
     "nano": ["network 64 wide, 2 layers, 250K tokens read", "网络宽 64、2 层，读 25 万词元"],
     "short": ["network 128 wide, 4 layers, 500K tokens read", "网络宽 128、4 层，读 50 万词元"],
@@ -106,7 +108,8 @@ def recipe(name: str, seed: int, shape: str) -> Recipe:
     overrides = [*settings(name, shape), f"seed={seed}"]
     if arms()[name].again:
         overrides.append(f"pretrain.weights_seed={seed + OTHER_WEIGHTS}")
-    return Recipe.parse(registry.data("pretrain.toml").decode(), overrides, "pretrain.toml")
+    text = registry.data("pretrain.toml").decode().replace('kind = "pretrain"', CONTROLLED)
+    return Recipe.parse(text, overrides, "pretrain.toml")
 
 
 def _corpora() -> Recipe:

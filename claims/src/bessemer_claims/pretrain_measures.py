@@ -36,10 +36,10 @@ from bessemer.data.rows import Rows, open_rows
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.hf import deepseek
 from bessemer.model.transformer import Transformer
-from bessemer.pipeline.stages.pretrain import experts_by_token
 from bessemer.tasks import Task, get
 from bessemer.train.loss import heldout_nats
 from bessemer_claims import probes
+from bessemer_claims.controls import ControlledConfig, experts_by_token
 
 ROWS, FEW = 48, 12
 """Held-out rows of each part: for bits per byte, and for what is measured many times."""
@@ -61,7 +61,7 @@ class Trained:
         self.model: Transformer = deepseek.load(self.stages["pretrain"] / "model", torch.bfloat16, mtp=False).eval()
         self.tokenizer = Tokenizer.load(self.stages["corpus"] / "tokenizer")
         self.begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        by_token = config.routing == "token"
+        by_token = isinstance(config, ControlledConfig) and config.routing == "token"
         self.table_VLK = experts_by_token(self.model.cfg) if by_token else None
 
     def rows(self, stage: str = "corpus", split: str = "heldout") -> dict[str, Rows]:

@@ -141,16 +141,8 @@ class PretrainConfig(OptimizerConfig):
     """Update speed of the routing bias (V3: 0.001, 0 for the last 500B of 14.8T)."""
     mtp_lambda: LossWeights = Points([["0", 0.3]])
     """Weight of the MTP loss (V3: 0.3, then 0.1 from 10T)."""
-    mtp_targets: Literal["own", "other-row"] = "own"
-    """Where the MTP modules' targets come from; other-row: the next row of the run, a control that teaches nothing."""
     balance_alpha: float = Field(1e-4, ge=0, le=100)
     """Weight of the sequence-wise balance loss (V3: 1e-4)."""
-    routing: Literal["gate", "token"] = "gate"
-    """What chooses a token's experts. token: a fixed random choice for every entry of the vocabulary (Roller et al.
-    2021, hash layers), a control. Gates still weight the experts."""
-    token_noise: float = Field(0.0, ge=0, lt=1)
-    """Share of tokens in training rows that are replaced, as inputs and as targets, by tokens drawn uniformly from the
-    vocabulary; a control. Held-out rows stay unchanged."""
     validate_every: Tokens = 1_000_000
     """Tokens between measurements of the held-out bits per byte of every part, with `document_mask` if it is set; 0:
     only at the end."""

@@ -17,9 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from bessemer import plugins
 from bessemer.config.data import CorpusConfig
@@ -82,8 +80,6 @@ class Pretrain(Stage[_Config]):
             cfg.require_latent(f'stage "{config.name}": the engine that samples its prompts')
         if cfg is not None and config.fp8 != "off":
             cfg.require_latent(f'stage "{config.name}": training in FP8')
-        if config.routing == "token" and (cfg is None or config.corpus or cfg.n_dense_layers == cfg.n_layers):
-            raise UserError(f'stage "{config.name}": routing = "token" is for new networks with experts')
         setup.check_layout(recipe, config.name, config.batch_rows.values, cfg)
         if config.fp8 != "off" and config.compile == "on":
             raise UserError(f'stage "{config.name}": compile = "on" and fp8 cannot be combined; set compile = "off"')
@@ -147,14 +143,14 @@ class Pretrain(Stage[_Config]):
         )
         return Start(at, None, cfg, lambda: ctx.runtime.read(folder)[0], folder)
 
+    def feed(self, config: _Config, ctx: StageContext, start: Start, tokenizer: Tokenizer) -> Feed:
+        """The rows of the training."""
+        return Feed(config, ctx, start.corpus, start.row_length, tokenizer)
+
     def run(self, config: _Config, ctx: StageContext) -> dict[str, Any]:
         start = self.start(config, ctx)
         tokenizer = load_tokenizer(start.corpus / "tokenizer")
-        feed = Feed(config, ctx, start.corpus, start.row_length, tokenizer)
-        if config.routing == "token" and start.cfg is not None:
-            if ctx.runtime.n > 1:
-                raise UserError(f'stage "{ctx.name}": routing = "token" is for one process')
-            feed.table_VLK = experts_by_token(start.cfg)
+        feed = self.feed(config, ctx, start, tokenizer)
         setup.keep_memory()
         model = start.network()
         cfg = start.cfg or model.cfg
@@ -226,7 +222,7 @@ class Feed:
         self, config: PretrainConfig, ctx: StageContext, corpus: Path, row_length: int | None, tokenizer: Tokenizer
     ) -> None:
         """`row_length`: length of the rows that batch_rows counts and validation reads; None: that of the corpus."""
-        self.config, self._tokenizer, self._seed = config, tokenizer, ctx.seed
+        self.config, self.tokenizer, self.seed = config, tokenizer, ctx.seed
         names = _parts(config, corpus)
 
         def opened(length: int | None, split: str = "train") -> dict[str, Rows]:
@@ -257,7 +253,6 @@ class Feed:
             ctx.say(str(one.message))
         self._say(ctx, weights)
         self._tokens: Callable[[], int] = lambda: 0
-        self.table_VLK: Tensor | None = None
 
     def _say(self, ctx: StageContext, weights: Mapping[str, float | Points]) -> None:
         if not self.config.mixture and len(weights) > 1:
@@ -275,35 +270,27 @@ class Feed:
 
     def batch(self, first_row: int, n_rows: int) -> Batch:
         """The trainer's `batches`."""
-        batch = self._as_read(self._rows(first_row, n_rows))
-        if self.config.mtp_targets == "other-row":  # by the run's rows: a micro-batch may have no other row
-            batch.extras["mtp_tokens_BT"] = self._rows(first_row + 1, n_rows).tokens_BT
-        return batch
+        return self.as_read(self.rows(first_row, n_rows))
 
     def validation(self, name: str) -> list[Batch]:
         """The held-out rows of a source that a validation reads, in the form that training gives its rows."""
         rows = self.heldout[name]
         n_rows = min(HELDOUT_ROWS, rows.n_rows)
         masked = self.config.document_mask
-        return [self._as_read(rows.batch(range(i, min(i + 16, n_rows)), masked)) for i in range(0, n_rows, 16)]
+        return [self.as_read(rows.batch(range(i, min(i + 16, n_rows)), masked)) for i in range(0, n_rows, 16)]
 
-    def _rows(self, first_row: int, n_rows: int) -> Batch:
-        batch = self._curriculum.batch(self._tokens(), first_row, n_rows, self.config.document_mask)
-        share = self.config.token_noise
-        if not share:
-            return batch
-        return with_noise(batch, share, self._seed, first_row, self._tokenizer.vocab_size, self._tokenizer.bos_id)
+    def rows(self, first_row: int, n_rows: int) -> Batch:
+        """Rows of the run, as the curriculum orders them."""
+        return self._curriculum.batch(self._tokens(), first_row, n_rows, self.config.document_mask)
 
-    def _as_read(self, batch: Batch) -> Batch:
-        """The batch with its experts, if the stage chooses them by token. If it masks documents, the first token of a
-        piece without a BOS is not predicted: what precedes it in its row is another document's."""
+    def as_read(self, batch: Batch) -> Batch:
+        """The batch as the network reads it. If the stage masks documents, the first token of a piece without a BOS is
+        not predicted: what precedes it in its row is another document's."""
         if batch.segments_BT is not None:
             begins_BT = batch.segments_BT.diff(dim=1, prepend=batch.segments_BT[:, :1]) != 0
-            foreign_BT = begins_BT & (batch.tokens_BT != self._tokenizer.bos_id)
-            batch = replace(batch, loss_BT=batch.loss_BT.masked_fill(foreign_BT, 0.0))
-        if self.table_VLK is None:
-            return batch
-        return replace(batch, extras={**batch.extras, "choice_BTLK": self.table_VLK[batch.tokens_BT]})
+            foreign_BT = begins_BT & (batch.tokens_BT != self.tokenizer.bos_id)
+            return replace(batch, loss_BT=batch.loss_BT.masked_fill(foreign_BT, 0.0))
+        return batch
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Realised shares and epochs of every source so far."""
@@ -312,28 +299,6 @@ class Feed:
         return {f"data/share/{name}": share for name, share in shares.items()} | {
             f"data/epochs/{name}": times for name, times in epochs.items()
         }
-
-
-def with_noise(batch: Batch, share: float, seed: int, first_row: int, vocab_size: int, bos_id: int | None) -> Batch:
-    """Replaces a `share` of the trained tokens by random ones. Row n of the run draws from its own stream, so a larger
-    share replaces the same tokens as a smaller one and more, whatever batch the row is in. BOS stays."""
-    rows = []
-    for row, tokens_T in enumerate(batch.tokens_BT, start=first_row):
-        noise = np.random.default_rng((seed, row))
-        drawn_T = torch.from_numpy(noise.random(len(tokens_T)))
-        other_T = torch.from_numpy(noise.integers(vocab_size, size=len(tokens_T)))
-        rows.append(torch.where(drawn_T < share, other_T, tokens_T))
-    kept_BT = batch.loss_BT == 0
-    if bos_id is not None:
-        kept_BT |= batch.tokens_BT == bos_id
-    return replace(batch, tokens_BT=torch.where(kept_BT, batch.tokens_BT, torch.stack(rows)))
-
-
-def experts_by_token(cfg: ModelConfig) -> Tensor:
-    """[V, L, K]: experts of every vocabulary entry in every MoE layer, drawn with a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(cfg.vocab_size, cfg.n_layers - cfg.n_dense_layers, cfg.n_routed_experts, generator=generator)
-    return scores.topk(cfg.n_activated_experts, dim=-1).indices
 
 
 def row_scale(config: PretrainConfig, row_length: int) -> Callable[[float], float]:
