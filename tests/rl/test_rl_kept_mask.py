@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rl_parts import loss_of
-from train_config import train_config
 
 from bessemer.addons.r1.correction import ImportanceCorrection
 from bessemer.engine.engine import Engine
@@ -16,7 +15,6 @@ from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
 from bessemer.rl.monitor import rollout_metrics
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
-from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 PROMPTS, PAD, T = [[0, 9, 8], [0, 40], [0, *range(5, 30)]], 2, 0.9
@@ -100,24 +98,6 @@ def test_loss_entropy_divergence_and_gradients_equal_float64(make_model, rows):
     assert total == pytest.approx(objective.item(), rel=1e-4)
     assert float(entropy) == pytest.approx(entropies, rel=1e-5) and float(kl) == pytest.approx(divergence, rel=1e-4)
     assert (gradient - model.head.weight.grad).norm() < 1e-4 * gradient.norm()
-
-
-def test_an_update_does_not_depend_on_how_its_rows_were_cut(make_model, rows):
-    """Rows with many kept tokens may lie beside rows with few; a filler has none."""
-    found = []
-    for max_tokens in (10_000, 100, 1):
-        model = make_model(3)
-        run = Trainer(
-            model, GRPO(kl=0, temperature=T), None,
-            *train_config(lr=1e-3, eps=1e-4, weight_decay=0.0, workers=Workers()),
-        )  # fmt: skip
-        batches = rollout.to_batches(rows, PAD, max_tokens, "token")
-        logged = [run.update([*batches, batches[0].as_filler()]) for _ in range(2)][-1]
-        found.append((torch.cat([p.detach().flatten() for p in model.parameters()]), logged))
-    for weights, logged in found[1:]:
-        assert (weights - found[0][0]).norm() < 1e-6 * weights.norm()
-        for name in ("train/entropy", "train/ratio", "train/grad_norm"):
-            assert logged[name] == pytest.approx(found[0][1][name], rel=1e-4), name
 
 
 def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):

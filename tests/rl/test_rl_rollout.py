@@ -90,20 +90,6 @@ def test_a_task_named_twice_has_two_turns_and_never_the_same_problem():
     assert rollout.problems_of(listed, "train", 5, 2, seed=3) == found[5:7]
 
 
-@pytest.mark.parametrize("max_tokens", [1, 20, 45, 200, 10_000])
-def test_rows_of_like_length_share_a_batch_of_bounded_size(max_tokens):
-    rows = some_rows(40)
-    lengths = sorted((len(r.prompt_tokens) + len(r.completion.tokens) for r in rows), reverse=True)
-    made = rollout.to_batches(rows, PAD, max_tokens, "token")
-    start = 0
-    for batch in made:
-        assert batch.n_rows == 1 or batch.tokens_BT.numel() <= max_tokens
-        assert batch.tokens_BT.shape[1] == lengths[start], "no wider than its longest row"
-        start += batch.n_rows
-    assert start == len(rows)
-    assert (len(made) == len(rows)) == (max_tokens == 1) and (len(made) == 1) == (max_tokens == 10_000)
-
-
 @pytest.mark.parametrize("max_tokens", [60, 100, 200])
 def test_parts_are_a_multiple_of_four_and_the_largest_is_as_small_as_can_be(max_tokens):
     rows = some_rows(40)
@@ -146,10 +132,6 @@ def test_rows_for_a_gpu_have_few_lengths(monkeypatch):
     assert padded.tokens_BT.shape[1] % rollout.BUCKET == 0 and 0 <= padded.tokens_BT.shape[1] - width < rollout.BUCKET
     assert torch.equal(padded.tokens_BT[:, :width], plain.tokens_BT) and (padded.tokens_BT[:, width:] == PAD).all()
     assert torch.equal(padded.loss_BT[:, :width], plain.loss_BT) and not padded.loss_BT[:, width:].any()
-
-
-def test_no_rows_make_no_batch():
-    assert rollout.to_batches([], PAD, 100, "token") == []
 
 
 def test_rewards_keep_prompts_and_samples_apart():
@@ -219,38 +201,12 @@ def group_of(engine, monkeypatch, *texts):
     return rollout.sample(engine, english, lambda p: [0, 5], samples=len(texts), seed=1, max_new_tokens=2)
 
 
-def test_mixed_thoughts_cost_what_the_language_reward_says(engine, monkeypatch):
-    texts = "<think>low</think>", "<think>小</think>", "<think>low 小</think>", "no thoughts"
-    (group,) = group_of(engine, monkeypatch, *texts)
-    reward(("language", 2.0)).score([group])
-    assert [sampled.language for sampled in group] == [1.0, 0.0, 0.5, 0.0]
-    assert [sampled.reward for sampled in group] == [2.0, 0.0, 1.0, 0.0]
-
-
 def test_a_summary_in_another_language_costs_only_where_the_reply_is_judged(engine, monkeypatch):
     texts = "<think>low</think> done", "<think>low</think> 好", "<think>小</think> done"
     (group,) = group_of(engine, monkeypatch, *texts)
     for scope, paid in (("thoughts", [1.0, 1.0, 0.0]), ("reply", [1.0, 0.0, 0.0])):
         reward({"name": "language", "scope": scope}).score([group])
         assert [sampled.reward for sampled in group] == paid
-
-
-def test_every_sample_is_judged_by_the_task_of_its_prompt(draw, monkeypatch):
-    judged = []
-
-    def verify(self, problem, text):
-        judged.append((self.name, problem.id, text))
-        return Verdict(len(judged) % 2 == 0, len(judged) % 3 == 0, "", None)
-
-    monkeypatch.setattr(tasks.Task, "verify", verify)
-    groups = draw(count=4, task_list=TASKS, samples=2)
-    flat = [sampled for group in groups for sampled in group]
-    assert [(problem, text) for _, problem, text in judged] == [(s.problem.id, s.completion.text) for s in flat]
-    assert all(problem.startswith(f"{name}/") for name, problem, _ in judged)
-    for number, sampled in enumerate(flat, start=1):
-        assert (sampled.verdict.correct, sampled.verdict.formatted) == (number % 2 == 0, number % 3 == 0)
-        assert sampled.completion.prompt_tokens == len(sampled.prompt_tokens)
-        assert len(sampled.completion.logprobs) == len(sampled.completion.tokens) <= 12
 
 
 def test_with_needs_format_a_right_answer_in_broken_tags_counts_as_wrong():

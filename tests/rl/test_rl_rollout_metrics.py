@@ -70,15 +70,6 @@ def test_the_paper_s_ten_words_and_the_chinese_one(text, count):
     assert rollout_metrics([[sampled(text)]])["rl/reflective_words"] == count
 
 
-def test_words_one_by_one():
-    found = rollout_metrics([[sampled("Wait, but WAIT 等等"), sampled("check")]])
-    counts = {name.removeprefix("rl/words/"): value for name, value in found.items() if "/words/" in name}
-    assert {word: value for word, value in counts.items() if value} == {
-        "wait": 1.0, "but": 0.5, "等等": 0.5, "check": 0.5
-    }  # fmt: skip
-    assert sum(counts.values()) == found["rl/reflective_words"] == 2.5
-
-
 def test_what_a_reward_model_judged_is_not_counted_as_wrong():
     rows = [sampled("", correct=True), sampled(""), sampled("", preference=0.25), sampled("", preference=0.75)]
     found = rollout_metrics([rows])

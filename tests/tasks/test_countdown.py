@@ -47,16 +47,6 @@ def test_verdicts_agree_with_brute_force(numbers, target):
         assert verdict.formatted and verdict.answer
 
 
-@settings(max_examples=60, deadline=None)
-@given(triples, st.lists(st.integers(1, 15), min_size=2, max_size=4))
-def test_only_the_given_numbers_count(numbers, used):
-    target = sum(used)
-    problem = Problem("p", "", "en", {"numbers": list(numbers), "target": target})
-    verdict = TASK.verify(problem, f"<think>t</think><answer>{'+'.join(map(str, used))}</answer>")
-    assert verdict.correct == (sorted(used) == sorted(numbers))
-    assert verdict.reason in ("correct", "wrong-numbers")
-
-
 @settings(max_examples=100, deadline=None)
 @given(triples)
 def test_tries_are_true_and_the_ordered_walk_misses_nothing(numbers):
@@ -105,13 +95,6 @@ def test_problems_are_solvable_different_and_as_announced():
             assert 1 <= target <= 60 and all(1 <= n <= 10 for n in numbers)
             assert target in {value for _, value in brute_force(numbers)}
             assert sorted(map(int, re.findall(r"\d+", problem.prompt))) == sorted([*numbers, target])
-
-
-def test_order_depends_on_the_seed_and_wraps_into_a_new_one():
-    size = TASK.size("test")
-    first = [TASK.problem("test", i, language="en").prompt for i in range(50)]
-    assert first != [TASK.problem("test", i, seed=1, language="en").prompt for i in range(50)]
-    assert first != [TASK.problem("test", size + i, language="en").prompt for i in range(50)]
 
 
 def test_no_test_multiset_in_training_problems_or_documents():
