@@ -14,9 +14,9 @@ from hf_cases import KINDS, made, relative, tokens
 from safetensors.torch import load_file, save_file
 
 from bessemer.addons.families import causal_lm
+from bessemer.addons.families.text_limits import longest_text
 from bessemer.errors import UserError
 from bessemer.hf import model_directory
-from bessemer.hf.mapping import longest_text
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, print_json, write_page
+from bessemer.addons.plan.commands import write_page
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 from bessemer_claims import PARTS, Part
 

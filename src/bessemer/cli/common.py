@@ -139,25 +139,6 @@ def one_line(message: object) -> str:
     return escaped(" ".join(str(message).split("\n")))
 
 
-def write_page(path: Path, text: str) -> None:
-    """Writes a page or chart where the user wants it. Replaces only an older page or chart."""
-    from bessemer.runs.files import explained, write_atomic
-
-    with explained(path):
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; name the file to write")
-        if path.exists():
-            with open(path, "rb") as file:
-                begins = file.read(4)
-            if begins != text.encode()[:4]:
-                raise UserError(f"{path} exists and is something else; name another file")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path.parent} is a file, not a folder; name another file to write") from None
-        write_atomic(path, text)
-
-
 def read_prompts(file: str | Path) -> list[str]:
     """The prompts in a file: its lines, or the field "prompt" of every object if the extension is .jsonl."""
     from bessemer.config.places import read_text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,11 @@ def looked_in(name: str | Path) -> str:
     return f" (looked in {_current.folder}, the recipe's folder, and in {Path.cwd()}, the working directory)"
 
 
+def revisions_file() -> Path | None:
+    """The file in which the run pins addresses on the hub; None outside a run."""
+    return _current.revisions
+
+
 def known_revision(address: str) -> str | None:
     """The commit that the run has pinned for an address such as hf://owner/name; None if it has not."""
     if _current.revisions is None or not _current.revisions.is_file():
@@ -103,20 +108,3 @@ def known_revision(address: str) -> str | None:
         raise UserError(
             f"{_current.revisions} is broken; write the commit of each address into it, or delete it to take the newest"
         ) from None
-
-
-def pin(address: str, newest: Callable[[], str]) -> str | None:
-    """The commit of an address in this run: the pinned one, else `newest()`, which is pinned. None outside a run."""
-    path = _current.revisions
-    if path is None or (known := known_revision(address)) is not None:
-        return None if path is None else known
-    import filelock
-
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
-        if (known := known_revision(address)) is None:  # another process may have been first
-            known = newest()
-            pinned = json.loads(path.read_bytes()) if path.is_file() else {}
-            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            temporary.write_text(json.dumps(pinned | {address: known}, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-    return known

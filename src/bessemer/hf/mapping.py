@@ -86,8 +86,6 @@ V2_DEFAULTS = {**V3_DEFAULTS, "scoring_func": "softmax", "topk_method": "greedy"
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 MOST_POSITIONS = 1 << 27
 """Longest text that a config.json may allow: over ten times what any published model reads."""
-LIMITS = ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")
-"""Keys of any family that bound the length of a text."""
 REWARD_SUFFIX = "ForSequenceClassification"
 FAMILIES = {
     "deepseek_v3": V3_DEFAULTS, "kimi_k2": V3_DEFAULTS, "deepseek_v2": V2_DEFAULTS, "bessemer": V3_DEFAULTS,
@@ -149,24 +147,6 @@ def is_reward_model(values: dict[str, Any]) -> bool:
     """Whether a config.json describes a reward model."""
     names = values.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(REWARD_SUFFIX) for name in names)
-
-
-def longest_text(values: dict[str, Any]) -> int | None:
-    """Longest text that a model of any family may read by its config.json; None if that does not say.
-
-    An attention window bounds it, and so does the length up to which longrope keeps to its first frequencies: a longer
-    text would change those of every sample in its row, and of the keys in a cache.
-    """
-    tables = [values[key] for key in ("rope_parameters", "rope_scaling") if isinstance(values.get(key), dict)]
-    tables += [one for table in tables for one in table.values() if isinstance(one, dict)]  # by kind of layer
-    limits = [values.get(key) for key in LIMITS if key != "sliding_window" or values.get("use_sliding_window", True)]
-    for table in tables:
-        if table.get("rope_type", table.get("type")) in ("longrope", "su"):
-            limits += [one.get("original_max_position_embeddings") for one in (values, table)]
-    found = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
-    if found is not None and found > MOST_POSITIONS:
-        raise UserError(f"config.json: {found} is not a plausible context length ({' or '.join(LIMITS)}); correct it")
-    return found
 
 
 def from_hf(values: dict[str, Any], where: str) -> ModelConfig:

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bessemer import tasks
-from bessemer.config.places import located
 from bessemer.config.recipe import Recipe
 from bessemer.config.table import StageConfig
 from bessemer.config.training import PretrainConfig
 from bessemer.config.units import show_seconds
-from bessemer.data.model_files import read_object
 from bessemer.errors import UserError
-from bessemer.hf.mapping import longest_text
 from bessemer.pipeline.stage import Probe, blamed, find_kind
 from bessemer.train import setup
 
@@ -164,8 +161,7 @@ def context_of(recipe: Recipe, name: str | None) -> int | None:
     if isinstance(stage, PretrainConfig) and stage.corpus is None:
         return setup.model_config(recipe, stage.model).max_seq_len
     if stage.imported is not None:
-        path = located(stage.imported) / "config.json"
-        return longest_text(read_object(path)) if path.is_file() else None
+        return None
     return context_of(recipe, stage.source)
 
 

@@ -29,13 +29,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from bessemer.addons.families.text_limits import LIMITS, longest_text
 from bessemer.data.chat import render_ids
 from bessemer.data.fingerprints import check_finished
 from bessemer.data.model_files import check_files, read_object
 from bessemer.errors import UserError
 from bessemer.hf import deepseek
 from bessemer.hf.families import load_tokenizer
-from bessemer.hf.mapping import LIMITS, longest_text
 from bessemer.hf.replace import ADAPTER_CONFIG, replacing
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model.protocol import LanguageModel, TrainOutputs
@@ -68,7 +68,7 @@ class CausalLMConfig(BaseModel):
     n_layers: int
     """Decoder layers."""
     max_seq_len: int
-    """Longest supported sequence (`mapping.longest_text`)."""
+    """Longest supported sequence (`text_limits.longest_text`)."""
     n_mtp: int = 0
     """MTP modules: none."""
 

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bessemer.addons.families.pins import pin
 from bessemer.addons.families.prompts import completed
 from bessemer.config import places
 from bessemer.config.places import HUB
@@ -189,7 +190,7 @@ def _hub(spec: str) -> Any:
     name, _, revision = "/".join(parts[:2]).partition("@")
     commit: str | None = revision
     if not _COMMIT.fullmatch(revision):
-        commit = places.pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
+        commit = pin(hub_address(spec), lambda: str(HfApi().dataset_info(name, revision=revision or None).sha))
     pinned = {"revision": commit or revision} if commit or revision else {}
     return datasets.load_dataset(name, *parts[2:], split=split or "train", streaming=True, **pinned)
 

@@ -12,8 +12,9 @@ import torch
 
 from bessemer.addons.families import packaged_models, remote
 from bessemer.addons.families.gguf_file import read_gguf
+from bessemer.addons.families.pins import pin
 from bessemer.addons.families.tables import ImportConfig
-from bessemer.config.places import located, looked_in, pin
+from bessemer.config.places import located, looked_in
 from bessemer.config.recipe import Recipe
 from bessemer.data.documents import HUB, hub_address
 from bessemer.data.sources import PACKAGE

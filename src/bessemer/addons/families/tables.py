@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from bessemer.config.places import located
 from bessemer.config.table import SourceName, StageConfig
 
 
@@ -24,3 +25,12 @@ class ImportConfig(StageConfig):
     @property
     def imported(self) -> str:
         return self.model
+
+    @property
+    def context(self) -> int | None:
+        """That of a model which is here already."""
+        from bessemer.addons.families.text_limits import longest_text
+        from bessemer.data.model_files import read_object
+
+        path = located(self.model) / "config.json"
+        return longest_text(read_object(path)) if path.is_file() else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, print_json, write_page
+from bessemer.cli.common import AsJson, print_json
 from bessemer.cli.runs import print_table
 from bessemer.errors import UserError
 
@@ -243,3 +243,22 @@ def whatif(
         print_json(answer.facts())
     else:
         print(answer.describe())
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a page or chart where the user wants it. Replaces only an older page or chart."""
+    from bessemer.runs.files import explained, write_atomic
+
+    with explained(path):
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; name the file to write")
+        if path.exists():
+            with open(path, "rb") as file:
+                begins = file.read(4)
+            if begins != text.encode()[:4]:
+                raise UserError(f"{path} exists and is something else; name another file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path.parent} is a file, not a folder; name another file to write") from None
+        write_atomic(path, text)

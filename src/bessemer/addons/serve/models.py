@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bessemer.addons.families.named_models import model_dir
+from bessemer.addons.families.text_limits import longest_text
 from bessemer.addons.serve import ServeConfig, trained_on
 from bessemer.addons.serve.digest import digest
 from bessemer.addons.serve.protocol import ApiError
@@ -31,7 +32,6 @@ from bessemer.data.model_files import read_object, read_text
 from bessemer.data.tokenizer import MAX_IDS, Tokenizer
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
-from bessemer.hf.mapping import longest_text
 from bessemer.hf.model_directory import own_config
 from bessemer.hf.safetensors_reader import Checkpoint
 from bessemer.model import accounting
