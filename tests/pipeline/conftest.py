@@ -3,10 +3,14 @@
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import stages_run
 import toy_stage
 from forks import Fork
+
+from bessemer.pipeline.runner import StageResult
 
 RECIPE = """
 name = "toy"
@@ -75,3 +79,20 @@ def toy(tmp_path):
 def other_toy(tmp_path):
     (tmp_path / "other").mkdir()
     return Toy(tmp_path / "other")
+
+
+class SmallRun(NamedTuple):
+    """Tests leave it as it is and go on from copies (`stages_run.copy_without`)."""
+
+    recipe: Path
+    folder: Path
+    """Of the recipe's text, and of the run in `run`."""
+    results: dict[str, StageResult]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The small recipe (stages_run.py) and its finished run, made once for all files."""
+    folder = tmp_path_factory.mktemp("small")
+    recipe = stages_run.write_recipe(folder)
+    return SmallRun(recipe, folder, stages_run.run(recipe, folder / "run"))

@@ -147,12 +147,12 @@ max_new_tokens = 40
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
+def chain(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("r1")
-    small = stages_run.write_recipe(folder)
-    text = small.read_text()
+    text = small_run.recipe.read_text()
     recipe = folder / "chain.toml"
     recipe.write_text(text[: text.rindex("[[stage]]")] + STAGES)  # STAGES has its own evaluation
+    stages_run.copy_without(small_run.folder / "run", folder / "out", "04-eval")
     return recipe, folder / "out", stages_run.run(recipe, folder / "out")
 
 
@@ -163,8 +163,8 @@ def values(out, stage, name):
 
 def test_every_stage_is_done_and_a_second_run_does_nothing(chain):
     recipe, out, results = chain
-    assert {result.status for result in results.values()} == {"done"}
-    assert len(results) == 13
+    assert {name for name, result in results.items() if result.status == "skipped"} == {"corpus", "pretrain", "zero"}
+    assert [result.status for result in results.values()].count("done") == 10, "after what the small run did"
     assert {result.status for result in stages_run.run(recipe, out).values()} == {"skipped"}
 
 

@@ -140,10 +140,11 @@ lr_final = 3e-4
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reject")
-    path = stages_run.write_recipe(folder)
-    path.write_text(path.read_text().split('[[stage]]\nkind = "rl"')[0] + CHAIN)
+    path = folder / "small.toml"
+    path.write_text(small_run.recipe.read_text().split('[[stage]]\nkind = "rl"')[0] + CHAIN)
+    stages_run.copy_without(small_run.folder / "run", folder / "run", "03-zero", "04-eval")
     return folder, stages_run.run(path, folder / "run")
 
 

@@ -32,8 +32,8 @@ MODELS = ("02-pretrain", "03-zero")
 
 
 class Run:
-    def __init__(self, folder):
-        self.recipe, self.out = stages_run.write_recipe(folder), folder / "run"
+    def __init__(self, folder, recipe=None):
+        self.recipe, self.out = recipe or stages_run.write_recipe(folder), folder / "run"
 
     def __call__(self, *overrides):
         return stages_run.run(self.recipe, self.out, *overrides)
@@ -66,9 +66,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("whole"))
-    run.results = run()
+def whole(small_run):
+    run = Run(small_run.folder, small_run.recipe)
+    run.results = small_run.results
     return run
 
 
