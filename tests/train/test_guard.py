@@ -37,14 +37,9 @@ def poisoned(name, backward=False, bad_steps=(), **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "backward", "words"),
-    [
-        ("layers.1.ffn.shared.w2", False, "first in the output of layers.1.ffn.shared.w2"),
-        ("mtp.0.eh_proj", False, "first in the output of mtp.0.eh_proj"),
-        ("layers.1.attn_norm", True, "beginning at layers.1.attn_norm.weight"),
-    ],
+    ("name", "backward"), [("layers.1.ffn.shared.w2", False), ("mtp.0.eh_proj", False), ("layers.1.attn_norm", True)]
 )
-def test_bad_step_is_skipped_counted_and_explained(name, backward, words):
+def test_bad_step_is_skipped_and_counted(name, backward):
     log = {}
     run, told = poisoned(
         name, backward, bad_steps={2}, steps=5, log=lambda step, tokens, values: log.update({step: values})
@@ -55,7 +50,7 @@ def test_bad_step_is_skipped_counted_and_explained(name, backward, words):
     assert run.step == 5 and run.skipped == 1 and run.optimizer.steps == 4 and run.rows == 5 * ROWS
     assert all(torch.equal(seen[1][n], seen[2][n]) for n in seen[1]), "the bad step left the weights alone"
     assert any(not torch.equal(seen[2][n], seen[3][n]) for n in seen[2])
-    assert len(told) == 1 and words in told[0] and f"rows {2 * ROWS} to {3 * ROWS - 1}" in told[0]
+    assert len(told) == 1 and f"rows {2 * ROWS} to {3 * ROWS - 1}" in told[0]
     assert [log[s]["train/skipped"] for s in range(1, 6)] == [0, 0, 1, 1, 1]
     assert all(p.isfinite().all() for p in run.model.parameters())
     assert all(torch.isfinite(g.bias_E).all() and g.load_E.sum() == 0 for g in run.gates.values())
@@ -116,17 +111,8 @@ def test_endless_nan_stops_with_advice(tmp_path):
 
 def test_without_checkpoints_three_bad_steps_stop():
     run, _ = poisoned("norm", bad_steps=range(1, 9), steps=9)
-    with pytest.raises(UserError, match=r"no checkpoint to go back to.*output of norm"):
+    with pytest.raises(UserError, match=r"no checkpoint to go back to.*micro-batch 0 is nan"):
         run.run()
-
-
-def test_poisoned_weight_is_blamed():
-    network, told = model(), []
-    run = trainer(network, steps=1, warn=told.append)
-    with torch.no_grad():
-        network.layers[0].attn_norm.weight[3] = float("inf")
-    run.run()
-    assert "first in the output of layers.0.attn_norm (its own weights are not finite)" in told[0]
 
 
 def test_step_without_loss_tokens_is_told_not_divided():

@@ -10,6 +10,7 @@ that hold the network once. One process is one pipeline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from bessemer import plugins
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.probe import double
-from bessemer.train import balance, guard
+from bessemer.train import balance
 from bessemer.train.checkpointed import Checkpointed, CheckpointStore
 from bessemer.train.loss import heldout_nats
 from bessemer.train.objective import Loss, Sums, means
@@ -104,19 +105,13 @@ class Collective:
         return replace(loss, total=loss.total.detach())
 
     def culprit(self, sums: Sums, terms: dict[str, float]) -> str:
-        """Where a non-finite step started to go wrong."""
-        trainer = self.trainer
-        totals = torch.stack([loss.total.float() for loss in sums.losses])
-        bad = (~totals.isfinite()).nonzero().flatten().tolist()
-        if not bad:
-            return guard.bad_gradients(trainer.optimizer.nonfinite_gradients())
-        batch = sums.batches[bad[0]]
-        with torch.no_grad():
-            where = guard.nonfinite_activation(
-                trainer.model, lambda: trainer.objective(trainer.model, trainer.on_device.transfer(batch), **terms)
-            )
-        what = f"loss of micro-batch {bad[0]} is {totals[bad[0]].item()}"
-        return what + (f", first in the output of {where}" if where else ", though every module's output is finite")
+        """Where a non-finite step started to go wrong. An add-on looks into the network (the hook `explain-step`)."""
+        explain = plugins.hook("explain-step")
+        if explain is not None:
+            return explain(self.trainer, sums, terms)
+        totals = [float(loss.total) for loss in sums.losses]
+        bad = next((number for number, total in enumerate(totals) if not math.isfinite(total)), None)
+        return "gradients are not finite" if bad is None else f"loss of micro-batch {bad} is {totals[bad]}"
 
     def stops(self, asked: Callable[[], bool]) -> bool:
         """Whether all stop, `asked` of any of them."""

@@ -1,4 +1,4 @@
-"""What a trainer does about a non-finite step: skip it, name the cause, roll back, and stop if that does not help.
+"""What a trainer does about a non-finite step: skip it, roll back, and stop if that does not help.
 
 (V3 4.2 had no irrecoverable spike and no rollback; smaller runs and real hardware do.) A bad step never touches the
 weights. After `failures` bad steps in a row the trainer goes back to its last checkpoint but not to the same data: the
@@ -11,13 +11,13 @@ generators), for checkpoints and for running a step again.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bessemer.errors import UserError
 
@@ -59,47 +59,6 @@ class StepGuard:
         self.streak = 0
         self.rolled_back += 1
         return ROLL_BACK
-
-
-def bad_gradients(names: list[str]) -> str:
-    """Describes non-finite gradients of a finite loss; names are in the model's order."""
-    # Backward runs from the last parameter to the first, so the last bad one is where it started.
-    where = names[-1] if names else "none (their norm overflows)"
-    return f"loss is finite but {len(names)} gradients are not, beginning at {where}"
-
-
-def nonfinite_activation(model: nn.Module, run: Callable[[], Any]) -> str | None:
-    """Runs `run` (a forward pass) again, checking every module; returns the first whose output is not finite.
-
-    The cause is that module or an operation on its inputs. Restores random states; the caller restores gate loads.
-    """
-    first: list[str] = []
-    names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-
-    def check(module: nn.Module, inputs: tuple, output: object) -> None:
-        if not first and not _finite(output):
-            weights = "" if _finite(list(module.parameters(recurse=False))) else " (its own weights are not finite)"
-            first.append(names[module] + weights)
-
-    handles = [module.register_forward_hook(check) for module in names]
-    tensors, values = capture_rng()
-    try:
-        run()
-    finally:
-        restore_rng(tensors, values)
-        for handle in handles:
-            handle.remove()
-    return first[0] if first else None
-
-
-def _finite(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, dict):
-        value = value.values()
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return all(_finite(item) for item in value)
-    return True
 
 
 def capture_rng(generators: dict[str, np.random.Generator] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
