@@ -13,13 +13,13 @@ allocated last, so the peak is what stays.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from bessemer import plugins
 from bessemer.probe import double
 from bessemer.train import update_rules
 
@@ -31,40 +31,20 @@ NORM_BLOCK = 4096
 
 class MovingAverage:
     """The moving average of one flat vector, in CPU memory (V3 3.2.3): decay * average + (1 - decay) * master after
-    every step; an early estimate of the weights after the learning rate has decayed.
-
-    On a GPU the masters are copied to the CPU during the next step and added there by a thread; `value` waits for it.
-    """
+    every step; an early estimate of the weights after the learning rate has decayed. An add-on that adds on a GPU while
+    the next step runs takes its place by the hook `moving-average`."""
 
     def __init__(self, master: Tensor, decay: float):
         self.decay = decay
         self._value = master.detach().to("cpu", torch.float32, copy=True)
-        self._staging = None if not master.is_cuda else torch.empty_like(self._value, pin_memory=True)
-        self._thread = None if self._staging is None else ThreadPoolExecutor(1)
-        self._adding: Future | None = None
 
     @property
     def value(self) -> Tensor:
         """Float32, on the CPU."""
-        if self._adding is not None:
-            self._adding.result()
-            self._adding = None
         return self._value
 
     def update(self, master: Tensor) -> None:
-        if self._staging is None or self._thread is None:
-            self._add(master.cpu())
-            return
-        _ = self.value
-        self._staging.copy_(master, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._adding = self._thread.submit(self._add_staged, arrived)
-
-    def _add_staged(self, arrived: torch.cuda.Event) -> None:
-        arrived.synchronize()
-        assert self._staging is not None, "only a copy from a GPU is staged"
-        self._add(self._staging)
+        self._add(master.cpu())
 
     def _add(self, master: Tensor) -> None:
         self._value.lerp_(master, 1 - self.decay)
@@ -158,7 +138,7 @@ class Group:
 
     def average(self, decay: float) -> None:
         """Starts a moving average of the masters."""
-        self.ema = MovingAverage(self.master, decay)
+        self.ema = (plugins.hook("moving-average") or MovingAverage)(self.master, decay)
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer state without the masters, by kind."""
