@@ -1,12 +1,9 @@
-"""Shared by all commands: the program, common options, JSON output."""
+"""Shared by all commands: the program, JSON output."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable
-from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,37 +87,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model directory, or a run: its main model, by default the last.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same text.")]
-Drafts = Annotated[int, typer.Option(min=0, max=8, help="Tokens that the MTP module drafts at each step.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 picks the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus threshold; 1 keeps all tokens.")]
-
-
-def _skip_comparison(given: bool) -> bool:
-    if given:
-        from bessemer.data.fingerprints import NO_VERIFY
-
-        os.environ[NO_VERIFY] = "1"
-    return given
-
-
-NoVerify = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify",
-        help="Load a run's model without comparing it with the checksums that its stage recorded.",
-        callback=_skip_comparison,
-    ),
-]
-
-
-class YesNo(StrEnum):
-    yes = "yes"
-    no = "no"
 
 
 def recipes_like(incomplete: str) -> list[str]:
@@ -137,22 +104,3 @@ def print_json(facts: object) -> None:
 def one_line(message: object) -> str:
     """A message for the terminal; it may quote a file or a model."""
     return escaped(" ".join(str(message).split("\n")))
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """The prompts in a file: its lines, or the field "prompt" of every object if the extension is .jsonl."""
-    from bessemer.config.places import read_text
-
-    lines = read_text(Path(file), "file of prompts").split("\n")  # splitlines knows ten other ends of a line
-    if Path(file).suffix.lower() != ".jsonl":
-        return [line for line in lines if line]
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"] if line.strip() else None
-        except (ValueError, KeyError, TypeError):
-            prompt = 0
-        if prompt is not None and not isinstance(prompt, str):
-            raise UserError(f'{file}, line {number}: not an object with a text under "prompt"')
-        prompts += [] if prompt is None else [prompt]
-    return prompts

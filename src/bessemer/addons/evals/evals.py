@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, NoVerify, YesNo, one_line, print_json
+from bessemer.addons.families.options import NoVerify, YesNo
+from bessemer.cli.common import AsJson, one_line, print_json
 from bessemer.cli.runs import check_used, chosen, print_table
 from bessemer.errors import UserError
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, NoVerify, print_json
+from bessemer.addons.families.options import Model, NoVerify
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 
 

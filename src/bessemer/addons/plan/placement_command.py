@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, Model, NoVerify, Seed, print_json, read_prompts
+from bessemer.addons.families.options import Model, NoVerify, Seed, read_prompts
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 
 

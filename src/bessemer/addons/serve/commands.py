@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.common import (
-    AsJson,
-    Drafts,
-    Model,
-    NoVerify,
-    Seed,
-    Temperature,
-    TopP,
-    print_json,
-    read_prompts,
-)
+from bessemer.addons.families.options import Drafts, Model, NoVerify, Seed, Temperature, TopP, read_prompts
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 from bessemer.escape import escaped
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.common import AsJson, YesNo, print_json
+from bessemer.addons.families.options import YesNo
+from bessemer.cli.common import AsJson, print_json
 from bessemer.errors import UserError
 
 RunStage = Annotated[str, typer.Argument(metavar="RUN[/STAGE]", help="A run; add the stage if several are of kind rl.")]
