@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from bessemer.addons.distributed.apart import Carrier, stays
+from bessemer.addons.distributed.apart import Carrier, Elsewhere, held_by, rank_of, stays
 from bessemer.addons.distributed.on_ranks import OnRanks
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.addons.tasks.environment import Environment
 from bessemer.config.recipe import Recipe
-from bessemer.engine.generation import Completion, Elsewhere, held_by, rank_of
+from bessemer.engine.generation import Completion
 from bessemer.rl.loop import Loop
 from bessemer.rl.rollout import ScoredSample
 from bessemer.runs.context import StageContext, StopFlag

@@ -11,7 +11,7 @@ import pytest
 import rl_stage
 import torch
 
-from bessemer.addons.distributed.sample_ahead import KEY
+from bessemer.addons.distributed.sample_ahead import KEY, SampleAhead
 from bessemer.addons.r1.routing_replay import RoutingReplay
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer
@@ -25,10 +25,12 @@ from bessemer.train.trainer import Trainer
 from bessemer.workers import Workers
 
 COIN = rl_stage.COIN
-AHEAD = 1
-"""Its place among the components, after the MTP modules' losses."""
 ALL = (COIN, "rollouts=4", "top_p=0.9",
        rl_stage.AHEAD_CORRECTED, "max_resamples=2", "kl.reference_every=3", "lr=1e-2")  # fmt: skip
+
+
+def ahead_of(run):
+    return next(one for one in run.components if isinstance(one, SampleAhead))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_a_rollout_ahead_is_the_next_one_of_the_policy_before(base, whole, tmp_p
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "updates_per_rollout=1")
     run = stage.loop()
     run.trainer.start()
-    ahead = run.components[AHEAD]
+    ahead = ahead_of(run)
     first, second = ahead.take(0), ahead.finished[1]
     alone = rl_stage.Stage(base, tmp_path / "alone", *ALL).loop().generator.rollout(1, 12, 0).groups
     tokens = [[[row.completion.tokens for row in group] for group in groups] for groups in (second.groups, alone)]
@@ -150,7 +152,7 @@ def test_it_ends_the_same_on_one_process_and_on_two(whole, base, tmp_path, monke
 def test_stopped_it_saves_what_waits(whole, base, tmp_path):
     stage = rl_stage.Stage(base, tmp_path / "run", *ALL, "save_seconds=99")
     run = stage.loop()
-    ahead = run.components[AHEAD]
+    ahead = ahead_of(run)
     take = ahead.take
 
     def stop_at_two(number):
@@ -212,7 +214,7 @@ def test_when_the_guard_goes_back_what_was_drawn_ahead_is_forgotten(base, tmp_pa
 
 def test_a_rollout_of_an_earlier_version_that_asks_other_problems_is_sampled_again(base, tmp_path):
     made, said = rl_stage.Stage(base, tmp_path / "run", *ALL).loop(), []
-    ahead, made.trainer.warn = made.components[AHEAD], said.append
+    ahead, made.trainer.warn = ahead_of(made), said.append
     ahead.finished = {number: made.generator.rollout(number, 12, -1) for number in (1, 2)}
     ahead.before_save(0)
     made.trainer.extras[KEY]["2"]["groups"][0]["problem"] = "general/train/99"

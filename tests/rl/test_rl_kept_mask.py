@@ -9,10 +9,10 @@ import torch
 from rl_parts import loss_of
 
 from bessemer.addons.r1.correction import ImportanceCorrection
+from bessemer.addons.watch.text_metrics import counts_of, text_metrics
 from bessemer.engine.engine import Engine
 from bessemer.rl import rollout
 from bessemer.rl.losses import GRPO, policy_logprobs, reference_logprobs
-from bessemer.rl.monitor import rollout_metrics
 from bessemer.rl.rollout import ScoredSample
 from bessemer.tasks.base import Problem, Verdict
 from bessemer.workers import Workers
@@ -111,5 +111,5 @@ def test_a_correction_weighs_policies_on_the_same_tokens(make_model, rows):
 
 def test_how_many_were_kept_is_a_metric(model, tokenizer, rows):
     counts = torch.cat([row.completion.kept.count_T for row in rows]).float()
-    assert rollout_metrics([rows])["rl/kept_tokens"] == pytest.approx(float(counts.mean()))
-    assert "rl/kept_tokens" not in rollout_metrics([sampled(model, tokenizer)])
+    assert text_metrics(map(counts_of, rows))["rl/kept_tokens"] == pytest.approx(float(counts.mean()))
+    assert "rl/kept_tokens" not in text_metrics(map(counts_of, sampled(model, tokenizer)))

@@ -13,7 +13,7 @@ from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -52,27 +52,6 @@ class Completion:
     last token is never fed to the model, so it chose none. None unless requested."""
     kept: KeptTokens | None = field(default=None, compare=False, repr=False)
     """The tokens that truncation kept at each position. None unless requested."""
-
-
-class Elsewhere:
-    """In place of an array of a sample that another rank holds."""
-
-    def __init__(self, count: int, rank: int) -> None:
-        self.count, self.rank = count, rank
-
-    def __len__(self) -> int:
-        return self.count
-
-
-def rank_of(completion: Completion, me: int) -> int:
-    """The rank that holds a sample; `me` is this one."""
-    return completion.tokens.rank if isinstance(completion.tokens, Elsewhere) else me
-
-
-def held_by(rank: int, length: int, finish_reason: Literal["stop", "length"], prompt_tokens: int) -> Completion:
-    """What all other ranks know of a sample of `rank`."""
-    away: Any = Elsewhere(length, rank)
-    return Completion(away, "", away, finish_reason, prompt_tokens)
 
 
 @dataclass(frozen=True)

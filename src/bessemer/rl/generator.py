@@ -16,14 +16,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from bessemer import tasks
 from bessemer.config.rl import RLConfig
 from bessemer.engine.answers import Outcome, TurnPrompts, Turns, play_of
-from bessemer.engine.generation import rank_of
 from bessemer.rl import rollout
 from bessemer.rl.component import Component, Select, hooks_of
 from bessemer.rl.reward import PreferenceScorer, Reward
 from bessemer.rl.rollout import Group, Once, Rollout
 from bessemer.rl.sampler import Completions, PendingSamples, Sampler, Submit
 from bessemer.rl.task_mix import mixture
-from bessemer.train.runtime import ALONE, Share
+from bessemer.train.runtime import ALONE, SampleCarrier, Share
 
 Problems = list[tuple[tasks.Task, tasks.Problem]]
 
@@ -58,7 +57,7 @@ class RolloutGenerator:
 
     `components`: those of the loop, one of which may select the problems. `context`: the policy's context length in
     tokens, for episodes. `once(make)`: one rank makes the value for all.
-    `share`: this rank's of the verdicts. `apart`: the ranks have their own samples alone.
+    `share`: this rank's of the verdicts. `carrier`: given if the ranks have their own samples alone.
     """
 
     def __init__(
@@ -72,9 +71,9 @@ class RolloutGenerator:
         once: Once,
         context: int,
         share: Share = ALONE,
-        apart: bool = False,
+        carrier: SampleCarrier | None = None,
     ) -> None:
-        self.share, self.apart = share, apart
+        self.share, self.carrier = share, carrier
         self.settings, self.sampler, self.encode, self.seed, self.context = settings, sampler, encode, seed, context
         self.reward_models, self.components, self.once = reward_models, components, once
         general = settings.general_tasks
@@ -165,12 +164,9 @@ class RolloutGenerator:
         """Verifies the samples and sets their rewards: verdicts are each rank's own, reward models are rank 0's.
         `step` and `seed` as in `Reward.score`."""
         opening, needs_format = self.sampler.tokenizer.opening, self.settings.accuracy_needs_format
-        groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, self.apart)
+        holders = None if self.carrier is None else self.carrier.holders([one for group in outcomes for one in group])
+        groups = rollout.verify(problems, prompts, outcomes, opening, needs_format, self.share, holders)
         rows = [row for group in groups for row in group]
-        if self.apart:
-            mine = [n for n, row in enumerate(rows) if rank_of(row.completion, self.share.me) == self.share.me]
-            for n, reading in self.share.merge({n: rows[n].read() for n in mine}).items():
-                rows[n].reading = reading
 
         def scored() -> list[tuple[float, float | None]]:
             self.reward.score(groups, step, self.reward_models, seed)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bessemer import tasks
+from bessemer import plugins, tasks
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
 from bessemer.data.chat import question_ids
@@ -94,15 +94,17 @@ class Loop:
         self.components = self._components()
         self.generator = RolloutGenerator(
             settings, self.sampler, self._encode, ctx.seed, reward_models, self.components, ctx.once,
-            self.policy.model.cfg.max_seq_len, ctx.share, self.carrier is not None,
+            self.policy.model.cfg.max_seq_len, ctx.share, self.carrier,
         )  # fmt: skip
         self.evaluator = Evaluator(self.generator, self.trainer, ctx)
         self.advantage = advantage_of(settings)(self)
         self.components.append(self.advantage)
 
     def _components(self) -> list[Component]:
-        """Those of the stage's hooks; the advantage and the reference follow."""
+        """What measures, and the stage's hooks; the advantage and the reference follow."""
         components: list[Component] = []
+        if (text_metrics := plugins.hook("text-metrics")) is not None:
+            components.append(text_metrics(self))
         if not self.objective.with_mtp():
             components.append(drafting.Drafts(self.policy.model))
         return components + [kind(self, **own) for kind, own in hooks_of(self.settings)]

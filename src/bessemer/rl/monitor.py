@@ -7,12 +7,10 @@ can work, and bases its advice on how the answers fail.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from bessemer import plugins, tasks
 from bessemer.config.rl import RLConfig
@@ -22,7 +20,6 @@ from bessemer.eval import scoring
 from bessemer.rl import rollout
 from bessemer.rl.generator import RolloutGenerator
 from bessemer.rl.heldout import heldout_row, start_gate
-from bessemer.rl.reading import REFLECTIVE
 from bessemer.rl.rollout import Group, ScoredSample
 from bessemer.rl.task_mix import task_of
 from bessemer.runs.context import StageContext
@@ -55,40 +52,23 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rows = [row for row in asked if not row.failure]
     preferences = [row.preference for row in rows if row.preference is not None]
     verified = [row for row in rows if row.preference is None] or rows
-    readings = [row.read() for row in rows]
-    words = sum((reading.words for reading in readings), Counter[str]())
     values = {
         "rl/reward": _mean(row.reward for row in rows),
         "rl/accuracy": _mean(row.verdict.correct for row in verified),
         "rl/format": _mean(row.verdict.formatted for row in rows),
         "rl/length": _mean(row.length for row in rows),
-        "rl/think_share": _mean(reading.lines > 0 for reading in readings),
         "rl/language": _mean(row.language for row in rows),
         "rl/truncated": _mean(row.completion.finish_reason == "length" for row in rows),
-        "rl/tries": _mean(reading.lines for reading in readings),
-        "rl/reflective_words": words.total() / len(rows),
-        **{f"rl/words/{word}": words[word] / len(rows) for word in REFLECTIVE},
     }
     if any(row.verdict.partial is not None for row in verified):
         values["rl/score"] = _mean(row.verdict.score for row in verified)
-    if kept := [row.completion.kept.count_T[row.trained_N] for row in rows if row.completion.kept is not None]:
-        values["rl/kept_tokens"] = float(torch.cat(kept).float().mean())
-    if counts := [row.reading.kept for row in rows if row.reading is not None and row.reading.kept is not None]:
-        values["rl/kept_tokens"] = sum(kept for kept, _ in counts) / max(1, sum(trained for _, trained in counts))
     if preferences:
         values["rl/preference"] = _mean(preferences)
     if episodes := [row.turns for row in rows if row.turns is not None]:
         values["rl/turns"] = _mean(sum(role == rollout.MODEL for role, _, _ in turns) for turns in episodes)
         values["rl/observed"] = _mean(sum(n for role, n, _ in turns if role != rollout.MODEL) for turns in episodes)
         values["rl/episodes_failed"] = len(asked) - len(rows)
-    return values | _trace_metrics(rows)
-
-
-def _trace_metrics(rows: Sequence[ScoredSample]) -> dict[str, float]:
-    """What the hook `trace` says of the answers that it knows how to read."""
-    traces = plugins.hook("trace")
-    read = [] if traces is None else [trace for row in rows if (trace := row.read().trace) is not None]
-    return traces.metrics(read) if read else {}
+    return values
 
 
 def _mean(values: Iterable[float]) -> float:

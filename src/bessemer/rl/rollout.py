@@ -20,10 +20,9 @@ from torch import Tensor
 from bessemer.data.batch import Batch
 from bessemer.engine.answers import Outcome, PlayedEpisode, Spoken, played
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion, rank_of
+from bessemer.engine.generation import Completion
 from bessemer.engine.kept_tokens import KeptTokens
 from bessemer.eval.judging import judge_all
-from bessemer.rl.reading import TextCounts, reading_of
 from bessemer.rl.sampler import Sampler
 from bessemer.tasks.answer import TEXT_AROUND
 from bessemer.tasks.base import Problem, Task, Verdict, stable_hash
@@ -56,11 +55,6 @@ class ScoredSample:
     """For an episode: who wrote which tokens of the completion. None: the model wrote all of them."""
     failure: str = ""
     """Why the environment failed; nothing of such an episode is trained on."""
-    reading: TextCounts | None = None
-    """Given if the text is on another rank (`apart`)."""
-
-    def read(self) -> TextCounts:
-        return self.reading or reading_of(self.problem, self.answer, self.completion.kept, self.trained_N)
 
     @property
     def answer(self) -> str:
@@ -159,18 +153,17 @@ def verify(
     begun: str,
     needs_format: bool = False,
     share: Share = ALONE,
-    apart: bool = False,
+    holders: Sequence[int] | None = None,
 ) -> list[Group]:
     """Verifies the completions of each problem with its task; an episode has its verdict already. `begun` as in
     `ScoredSample`. With `needs_format`, a right answer in the wrong format counts as wrong. The format is R1-Zero's two
     blocks or, if the template has opened the thoughts, as R1's does, R1's summary too. On many ranks `share` is this
-    one's; `apart`: they have their own completions alone. Collective."""
+    one's; `holders`: the ranks that have the completions, if all have only their own. Collective."""
     pairs = [
         (task, problem, outcome) for (task, problem), group in zip(problems, outcomes, strict=True) for outcome in group
     ]
     plain = [(task, problem, begun + one.text) for task, problem, one in pairs if isinstance(one, Completion)]
-    held = [rank_of(one, share.me) for _, _, one in pairs if isinstance(one, Completion)] if apart else None
-    found = iter(judge_all(plain, share, held))
+    found = iter(judge_all(plain, share, holders))
     groups = []
     for (_, problem), prompt, group in zip(problems, prompts, outcomes, strict=True):
         rows = []

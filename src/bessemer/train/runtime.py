@@ -92,6 +92,10 @@ class Frozen:
 class SampleCarrier(Protocol):
     """Brings samples from the processes that generated them to those that train them. Collective."""
 
+    def holders(self, completions: Sequence[Any]) -> list[int]:
+        """The process that has each sample."""
+        ...
+
     def batches(self, rows: Sequence[Any], parts: Sequence[Sequence[Any]], pad_id: int, normalise: str) -> list[Batch]:
         """This process's micro-batches of a mini-batch of `rows` in `parts`. The rows that they need are filled."""
         ...
@@ -182,7 +186,7 @@ class Runtime:
 
     def generate(self, engine: Any, prompts: Sequence[Any], apart: bool = False, **options: Any) -> Any:
         """`Engine.generate`, divided over the processes, whose engines have the same weights; all get all samples.
-        `apart`: samples stay where they were generated, and the others know what `generation.held_by` says."""
+        `apart`: samples stay where they were generated, and the others know what `apart.held_by` says."""
         return engine.generate(prompts, **options)
 
     def carrier(self, trainer: Trainer, settings: RLConfig, tasks: Sequence[Task]) -> SampleCarrier | None:

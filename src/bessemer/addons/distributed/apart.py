@@ -1,7 +1,7 @@
 """Samples that stay on the rank that generated them, until the ranks that train them need them.
 
-After a rollout every rank has a row for every sample, and knows its length, verdict, reward and `TextCounts`; only the
-rank that generated it holds its tokens, log-probabilities and text (`generation.Elsewhere`). Before the updates each
+After a rollout every rank has a row for every sample, and knows its length, verdict and reward; only the rank that
+generated it holds its tokens, log-probabilities and text (`Elsewhere`). Before the updates each
 row goes once to the ranks of the pipeline that trains it, without its text.
 
 Some options read more than that: those of `stays` say so, and with them all ranks get all samples.
@@ -11,17 +11,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 from bessemer import tasks
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.config.rl import RLConfig
 from bessemer.data.batch import Batch
-from bessemer.engine.generation import Completion, rank_of
+from bessemer.engine.generation import Completion
 from bessemer.eval.judging import ours
 from bessemer.rl import rollout
 from bessemer.rl.component import hooks_of
 from bessemer.rl.rollout import ScoredSample
 from bessemer.train.collective import Collective
+
+
+class Elsewhere:
+    """In place of an array of a sample that another rank holds."""
+
+    def __init__(self, count: int, rank: int) -> None:
+        self.count, self.rank = count, rank
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def rank_of(completion: Completion, me: int) -> int:
+    """The rank that holds a sample; `me` is this one."""
+    return completion.tokens.rank if isinstance(completion.tokens, Elsewhere) else me
+
+
+def held_by(rank: int, length: int, finish_reason: Literal["stop", "length"], prompt_tokens: int) -> Completion:
+    """What all other ranks know of a sample of `rank`."""
+    away: Any = Elsewhere(length, rank)
+    return Completion(away, "", away, finish_reason, prompt_tokens)
 
 
 def stays(settings: RLConfig, families: Sequence[tasks.Task]) -> bool:
@@ -43,6 +65,9 @@ class Carrier:
         self.among, self.ranks = among, ranks
         self.pipelines = ranks.all_gather(among.pipeline, "pipelines")
         """The pipeline of each rank."""
+
+    def holders(self, completions: Sequence[Completion]) -> list[int]:
+        return [rank_of(one, self.ranks.me) for one in completions]
 
     def batches(
         self, rows: Sequence[ScoredSample], parts: Sequence[Sequence[ScoredSample]], pad_id: int, normalise: str

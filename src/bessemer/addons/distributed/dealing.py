@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from bessemer.addons.distributed import watchdog
+from bessemer.addons.distributed.apart import held_by
 from bessemer.addons.distributed.ranks import Ranks
 from bessemer.config.table import Precision
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.generation import Completion, OnText, Options, Prompt, held_by
+from bessemer.engine.generation import Completion, OnText, Options, Prompt
 from bessemer.model.protocol import LanguageModel
 from bessemer.rl.sampler import Completions, SamplingOptions
 from bessemer.train import setup
