@@ -16,10 +16,10 @@ import torch
 from machine import processor
 
 from bessemer.addons.families.named_models import model_dir
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.engine.engine import Engine
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load

@@ -31,10 +31,10 @@ from machine import processor, spread
 
 import bessemer
 from bessemer import tasks
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.model.accounting import kv_cache_bytes

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from machine import processor, spread
 
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -66,7 +66,7 @@ def engine_and_requests(model: str, streams: int, tokens: int):
 def bare(model: str, streams: int, tokens: int) -> dict:
     """Runs all requests in a bare scheduler."""
     from bessemer.addons.serve.fair_queue import FairQueue
-    from bessemer.engine.scheduler import Scheduler
+    from bessemer.addons.serve.scheduler import Scheduler
     from bessemer.engine.sequence import Token
 
     engine, requests = engine_and_requests(model, streams, tokens)

@@ -1,5 +1,7 @@
 """A small network with every mechanism of V3 and weights large enough that errors show, and a tokenizer of 300 ids."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -50,4 +52,6 @@ def prompts(tokenizer):
 @pytest.fixture
 def torch_steps(monkeypatch):
     """Steps in plain torch, whatever else is installed."""
-    monkeypatch.setattr("bessemer.engine.scheduler.backend_of", TorchSteps)
+    monkeypatch.setattr("bessemer.engine.engine.backend_of", TorchSteps)
+    with suppress(ImportError):
+        monkeypatch.setattr("bessemer.addons.serve.scheduler.backend_of", TorchSteps)

@@ -5,8 +5,8 @@ import torch
 from drain import drain
 from test_scheduler import requests
 
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
 from bessemer.model.ops import Operation
 from bessemer.model.transformer import Transformer
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.model_runner import ModelRunner
 from bessemer.engine.random_streams import stream_key
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.errors import UserError
 

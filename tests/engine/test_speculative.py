@@ -7,11 +7,11 @@ import pytest
 import torch
 from drain import drain
 
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE
 from bessemer.engine.random_streams import stream_key
 from bessemer.engine.sampling import accept, probabilities, residual, rules
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.engine.speculative import Drafter
 from bessemer.errors import UserError

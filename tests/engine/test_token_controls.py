@@ -7,10 +7,10 @@ from test_scheduler import alone
 
 from bessemer.addons.accelerate.kernels import library, sampling
 from bessemer.addons.serve.penalties import PenaltyParams, penalise
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.errors import UserError
 from bessemer.model.transformer import Transformer

@@ -7,11 +7,11 @@ from test_decode_kernel import network, texts
 
 from bessemer.addons.accelerate.kernel_steps import KernelSteps
 from bessemer.addons.serve.penalties import PenaltyParams
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.token_controls import TokenRules
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
 from bessemer.engine.model_runner import ModelRunner
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request, SamplingParams, Sequence, Token
 from bessemer.engine.steps import PrefillChunk, backend_of
 

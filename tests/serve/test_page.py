@@ -14,7 +14,7 @@ from page_helpers import Chat, chunk, token, wait_for
 from serving import Running
 
 from bessemer.addons.serve import app
-from bessemer.engine.scheduler import Scheduler
+from bessemer.addons.serve.scheduler import Scheduler
 
 HOSTILE = """<script>window.owned = 1</script><img src=x onerror='window.owned = 1'> **<b>bold</b>** `<i>` &amp;
 

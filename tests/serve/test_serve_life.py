@@ -24,7 +24,7 @@ from bessemer.addons.serve import ServeConfig, service, worker
 from bessemer.addons.serve.connections import Connection, ConnectionLimits
 from bessemer.addons.serve.models import find_models
 from bessemer.addons.serve.protocol import ApiError
-from bessemer.engine.scheduler import Scheduler
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.errors import UserError
 
 CHAT = "/v1/chat/completions"
@@ -395,7 +395,7 @@ def test_signals_end_a_server(r1):
     The process ends silently: no traceback, and no library that reports leaks."""
     code = f"""
 import time, serving
-from bessemer.engine.scheduler import Scheduler
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.addons.serve.server import serve
 step = Scheduler.step
 Scheduler.step = lambda self: (time.sleep(0.02), step(self))[1]

@@ -34,7 +34,7 @@ from train_config import train_config
 from bessemer.data.batch import Batch
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from bessemer import tasks
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.data.chat import question_ids
 from bessemer.data.tokenizer import Tokenizer
 from bessemer.engine.engine import Engine
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Request, SamplingParams, Token
 from bessemer.model.config import preset
 from bessemer.model.transformer import Transformer

@@ -8,14 +8,16 @@ own random stream, identified by the seed, the prompt's tokens and the sample's 
 from __future__ import annotations
 
 from collections import abc
+from itertools import groupby
 from pathlib import Path
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from bessemer import heartbeat, probe
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import generation
+from bessemer.engine import decode, generation  # noqa: F401  decode registers the steps in torch
 from bessemer.engine.generation import (
     CallOptions,
     Completion,
@@ -28,20 +30,17 @@ from bessemer.engine.generation import (
     Sample,
 )
 from bessemer.engine.kept_tokens import KeptTokens
-from bessemer.engine.model_runner import not_finite
+from bessemer.engine.model_runner import ModelRunner, not_finite
 from bessemer.engine.routing_record import RoutingRecord
-from bessemer.engine.scheduler import Scheduler
-from bessemer.engine.sequence import Sequence, cut_at_stop
+from bessemer.engine.sequence import Sequence, cut_at_stop, stop_strings
 from bessemer.engine.speculative import check_drafts
+from bessemer.engine.steps import PrefillChunk, backend_of
 from bessemer.errors import UserError
 from bessemer.hf.families import load_tokenizer
 from bessemer.hf.model_directory import load
 from bessemer.model.protocol import LanguageModel
 from bessemer.model.transformer import evaluating
 from bessemer.workers import Workers
-
-EVERYTHING = 1 << 62
-"""Prompt tokens of a step in which a whole batch starts."""
 
 
 class Engine:
@@ -94,23 +93,38 @@ class Engine:
     def run(self, batch: GenerationBatch, on_text: OnText | None = None) -> list[Completion]:
         """One completion of each sample in the batch: all its prompts start together, and its rows are not refilled."""
         record = RoutingRecord() if batch.record_routing else None
-        with evaluating(self.model):
-            scheduler = Scheduler(
-                self, rows=len(batch.samples), prefill_tokens=EVERYTHING, drafts=batch.drafts, record=record,
-                prefix_cache=False, kept=batch.record_kept,
-            )  # fmt: skip
-            sequences = [scheduler.start(sample.request) for sample in batch.samples]
-            samples = {sequence.number: sample for sequence, sample in zip(sequences, batch.samples, strict=True)}
-            while not scheduler.idle:
+        sequences = [
+            Sequence(sample.request, number, stop_strings(self.tokenizer, sample.request.stop_strings))
+            for number, sample in enumerate(batch.samples)
+        ]
+        with evaluating(self.model), torch.inference_mode():
+            runner = self._prefilled(sequences, batch, record)
+            while decoded := runner.sequences:
                 heartbeat.beat()
-                decoded = scheduler.decode()
+                runner.step()
                 if failed := [sequence for sequence in decoded if sequence.finish == "error"]:
                     raise not_finite(len(failed), len(decoded), len(failed[0].tokens) + 1)
-                self._report(batch, [(samples[sequence.number], sequence) for sequence in decoded], on_text)
+                self._report(batch, [(batch.samples[sequence.number], sequence) for sequence in decoded], on_text)
         routing: list[Tensor | None] = [None] * len(sequences)
         if record is not None:
             routing[:] = record.of([sequence.number for sequence in sequences])
         return [self._completion(*both) for both in zip(sequences, routing, strict=True)]
+
+    def _prefilled(
+        self, sequences: abc.Sequence[Sequence], batch: GenerationBatch, record: RoutingRecord | None
+    ) -> ModelRunner:
+        """The sequences after their prompts, each of which runs through the network once."""
+        steps = backend_of(self.model)
+        cache = steps.new_cache(drafts=batch.drafts)
+        runner = ModelRunner(steps, self.tokenizer, cache, batch.drafts, record, batch.record_kept)
+        prompts = [
+            (cache.open(ids), list(same)) for ids, same in groupby(sequences, key=lambda one: one.request.prompt)
+        ]
+        for prompt, _ in prompts:
+            cache.extend(prompt, len(prompt.ids))
+        heartbeat.beat()
+        runner.admit(prompts, runner.prefill([PrefillChunk(prompt, len(prompt.ids)) for prompt, _ in prompts]))
+        return runner
 
     def _report(self, batch: GenerationBatch, decoded: list[tuple[Sample, Sequence]], on_text: OnText | None) -> None:
         """Passes the tokens since the last call to on_tokens, and the texts of sequences that have ended to on_text."""

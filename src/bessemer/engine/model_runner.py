@@ -1,6 +1,6 @@
 """The sequences that decode together: they enter with their prompt's logits, sample a token, and go through the model.
 
-One step is `sample` (a token for every sequence), `retire` (finished sequences leave and free their rows at once) and
+A `step` is `sample` (a token for every sequence), `retire` (finished sequences leave and free their rows at once) and
 `advance` (a round of the step backend: the new tokens through the network, and the next ones drawn). Sequences can join
 between steps; outputs do not depend on batch composition, because a token depends only on the logits, key and position
 of its own sequence.
@@ -117,6 +117,16 @@ class ModelRunner:
                 if sequence.control is not None:
                     sequence.control.start(sequence)
         self._look_at_requests()
+
+    def step(self) -> list[Sequence]:
+        """Draws one token for every sequence, more with drafts, and feeds them to the network. Returns the sequences
+        that have finished and left."""
+        self.sample()
+        finished = self.retire()
+        if self.sequences:
+            self.advance()
+            finished += self.retire()
+        return finished
 
     def sample(self) -> None:
         """Appends one token to every sequence. Finished sequences have `finish` set and stay until `retire`."""

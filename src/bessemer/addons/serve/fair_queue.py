@@ -8,8 +8,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from bessemer.addons.serve.headroom import AnswerLengths, Need, peak_pages
+from bessemer.addons.serve.scheduler import PromptJob, Scheduler, WaitingQueue, same_prompt
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.scheduler import PromptJob, Scheduler, WaitingQueue, same_prompt
 from bessemer.engine.sequence import Sequence
 
 

@@ -45,9 +45,9 @@ import torch
 from bessemer.addons.accelerate.background import host_room
 from bessemer.addons.serve import ServeConfig
 from bessemer.addons.serve.fair_queue import FairQueue
+from bessemer.addons.serve.scheduler import Scheduler
 from bessemer.engine.engine import Engine
 from bessemer.engine.kv_cache import PAGE, pages_for
-from bessemer.engine.scheduler import Scheduler
 from bessemer.engine.sequence import Finished, Request
 from bessemer.engine.steps import backend_of
 from bessemer.errors import UserError

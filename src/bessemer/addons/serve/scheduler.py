@@ -21,11 +21,9 @@ from typing import Protocol
 import torch
 
 from bessemer.data.tokenizer import Tokenizer
-from bessemer.engine import decode  # noqa: F401  registers the steps in torch
 from bessemer.engine.generation import check_prompt
 from bessemer.engine.kv_cache import PAGE, PromptPages, indices, pages_for
 from bessemer.engine.model_runner import ModelRunner, not_finite
-from bessemer.engine.routing_record import RoutingRecord
 from bessemer.engine.sequence import Finished, Request, Sequence, Token, check_positive, stop_strings
 from bessemer.engine.speculative import check_drafts
 from bessemer.engine.steps import PrefillChunk, backend_of
@@ -65,23 +63,18 @@ class Scheduler:
         cache_tokens: int | None = None,
         prefill_tokens: int = 2048,
         drafts: int = 0,
-        record: RoutingRecord | None = None,
         prefix_cache: bool = True,
-        kept: bool = False,
         queue: WaitingQueue | None = None,
     ) -> None:
         """At most `rows` requests decode together; the cache holds `cache_tokens` tokens (None: `rows` sequences of
         full length); a step prefills at most `prefill_tokens` prompt tokens, so that long prompts do not stall the
         others. The MTP module drafts `drafts` tokens per step (see `speculative`).
 
-        record: receives the experts of every token fed; needs `prefix_cache` off, so that every prompt is computed in
-        full. kept: sequences record the tokens that truncation kept. queue: decides who starts next."""
+        queue: decides who starts next."""
         check_positive(rows=rows, prefill_tokens=prefill_tokens)
         if cache_tokens is not None:
             check_positive(cache_tokens=cache_tokens)
         self.engine, self.model = engine, engine.model
-        assert record is None or not prefix_cache
-        assert not (kept and drafts)
         self.max_rows, self.prefill_tokens = rows, prefill_tokens
         steps, self.bounded = backend_of(self.model), cache_tokens is not None
         check_drafts(self.model, drafts)
@@ -94,7 +87,7 @@ class Scheduler:
         self.prefills: list[PromptJob] = []
         self.model.eval()
         self.cache = steps.new_cache(cache_tokens, prefix_cache, drafts)
-        self.runner = ModelRunner(steps, engine.tokenizer, self.cache, drafts, record, kept)
+        self.runner = ModelRunner(steps, engine.tokenizer, self.cache, drafts)
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its ticket. UserError if it can never run (empty, too long, invalid ids)."""
@@ -172,29 +165,17 @@ class Scheduler:
         }
         return figures | ({"drafted": drafts.drafted, "accepted": drafts.accepted} if drafts.depth else {})
 
-    def step(self) -> list[Token | Finished]:
-        """`decode`, as events."""
-        return [event for sequence in self.decode() for event in events_of(sequence)]
-
     @torch.inference_mode()
-    def decode(self) -> list[Sequence]:
-        """Admits requests that fit, and decodes one token (more with drafts) for every live sequence; returns them, and
-        with them those that have finished."""
+    def step(self) -> list[Token | Finished]:
+        """Admits requests that fit, and decodes one token (more with drafts) for every live sequence; returns their
+        tokens and ends."""
         self._start_prompts()
         self._prefill()
         self._preempt()
         decoded = self.runner.sequences
-        if decoded:
-            self.runner.sample()
-            self._retire()
-        if self.runner.sequences:
-            self.runner.advance()
-            self._retire()
-        return decoded
-
-    def _retire(self) -> None:
-        for sequence in self.runner.retire():
+        for sequence in self.runner.step() if decoded else ():
             self.queue.finished(sequence)
+        return [event for sequence in decoded for event in events_of(sequence)]
 
     def _start_prompts(self) -> None:
         """Starts prompts while rows and pages suffice; when nothing is running the next one always fits."""
